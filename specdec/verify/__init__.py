@@ -1,0 +1,38 @@
+"""The verifier: which draft tokens a target keeps. Needs nothing but torch.
+
+Another engine imports this package alone; `docs/verify.md` is its manual.
+"""
+
+from specdec.verify.draft import Draft, Verdict
+from specdec.verify.path import match
+from specdec.verify.rules import RULES, Rule, get_rule, verify
+from specdec.verify.tree import (
+    Selection,
+    StaticTree,
+    ancestor_mask,
+    ancestors,
+    best_first,
+    from_choices,
+    node_depths,
+    node_paths,
+    path_tokens,
+)
+
+__all__ = [
+    "RULES",
+    "Draft",
+    "Rule",
+    "Selection",
+    "StaticTree",
+    "Verdict",
+    "ancestor_mask",
+    "ancestors",
+    "best_first",
+    "from_choices",
+    "get_rule",
+    "match",
+    "node_depths",
+    "node_paths",
+    "path_tokens",
+    "verify",
+]

@@ -1,0 +1,118 @@
+"""What a drafter proposes and what a rule answers: `Draft` and `Verdict`.
+
+Shapes everywhere in this package: B rows, N draft nodes, D tree depth, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+# eq=False: comparing tensors field by field has no single truth value.
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """A batch of ragged drafts, chains or trees.
+
+    Nodes are topological: a parent's index is smaller than its children's, and siblings are judged
+    in index order. Real nodes come first in their row; what stands behind them is padding.
+
+    Attributes:
+        tokens: [B, N] int64, padded with -1.
+        lengths: [B] int64 nodes in each row; 0 means that the row decodes one token plainly.
+        parents: [B, N] int64, -1 for a child of the root and for padding; None for a chain.
+        probs: [B, N, V] the full distribution node i was drawn from, given its path and its earlier
+            siblings; None when tokens were chosen deterministically (argmax, top-k, lookup).
+        depth: at least the longest path of any row. An int, because reading it from the tensors
+            would cost a host synchronisation.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    parents: Tensor | None
+    probs: Tensor | None
+    depth: int
+
+    @property
+    def batch_size(self) -> int:
+        """B, the number of rows."""
+        return self.tokens.shape[0]
+
+    @property
+    def num_nodes(self) -> int:
+        """N, the padded number of nodes of a row."""
+        return self.tokens.shape[1]
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether the draft was declared a chain; `parents` that spell one do not count."""
+        return self.parents is None
+
+    @classmethod
+    def chain(
+        cls, tokens: Tensor, lengths: Tensor | None = None, probs: Tensor | None = None
+    ) -> "Draft":
+        """Build a chain from [B, N] tokens; `lengths` None means that every row is full."""
+        if lengths is None:
+            lengths = _full_lengths(tokens)
+        return cls(tokens, lengths, None, probs, tokens.shape[1])
+
+    @classmethod
+    def tree(
+        cls,
+        tokens: Tensor,
+        parents: Tensor,
+        lengths: Tensor | None = None,
+        depth: int | None = None,
+        probs: Tensor | None = None,
+    ) -> "Draft":
+        """Build a tree from [B, N] tokens and topological [B, N] or shared [N] parents.
+
+        `depth` None means N, which is always enough; the true depth makes verification cheaper.
+        """
+        if lengths is None:
+            lengths = _full_lengths(tokens)
+        if parents.dim() == 1:
+            parents = parents.expand(tokens.shape)
+        return cls(tokens, lengths, parents, probs, tokens.shape[1] if depth is None else depth)
+
+    @classmethod
+    def empty(cls, batch_size: int, device: torch.device | str | None = None) -> "Draft":
+        """Build a draft with no nodes: every row decodes one token plainly."""
+        tokens = torch.empty(batch_size, 0, dtype=torch.long, device=device)
+        return cls.chain(tokens)
+
+    def real_nodes(self) -> Tensor:
+        """Mark the nodes that are not padding, bool [B, N]."""
+        columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return columns < self.lengths.unsqueeze(1)
+
+    def explicit_parents(self) -> Tensor:
+        """Return parents [B, N] also for a chain, with -1 on padding."""
+        if self.parents is not None:
+            return self.parents.masked_fill(~self.real_nodes(), -1)
+        columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return torch.where(columns < self.lengths.unsqueeze(1), columns - 1, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """What a rule decided about a draft.
+
+    Attributes:
+        tokens: [B, D + 1] int64: accepted tokens, then the bonus or corrected one; -1 padded.
+        num_accepted: [B] int64 accepted draft tokens, the bonus or corrected one excluded.
+        path: [B, D] int64 indices of the accepted nodes from the root down; -1 padded.
+        tested: [B, N] bool nodes the rule judged; what that means is said by each rule. Always
+            path within tested within real nodes.
+    """
+
+    tokens: Tensor
+    num_accepted: Tensor
+    path: Tensor
+    tested: Tensor
+
+
+def _full_lengths(tokens: Tensor) -> Tensor:
+    batch_size, num_nodes = tokens.shape
+    return torch.full((batch_size,), num_nodes, dtype=torch.long, device=tokens.device)

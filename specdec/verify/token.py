@@ -1,0 +1,149 @@
+"""The token rule: judge one token at a time, siblings in order.
+
+Sources: Leviathan et al., arXiv 2211.17192, and Chen et al., arXiv 2302.01318 (chains); SpecInfer,
+arXiv 2305.09781 (siblings).
+"""
+
+import torch
+from torch import Tensor
+
+from specdec.verify.draft import Draft, Verdict
+from specdec.verify.path import chain_path, emit, follow, plain
+from specdec.verify.residual import ANY_UNIFORM, draw, select_row, token_probs, work_dtype
+
+
+def judge_token(
+    target_probs: Tensor, draft: Draft, uniforms: Tensor | None, noise: Tensor | None
+) -> Verdict:
+    """Accept each child x in order with probability min(1, p'(x) / q'(x)).
+
+    A rejection turns p' into the normalised positive part of p' - q'; when no child survives, the
+    corrected token is drawn from p'. `tested` marks exactly the children judged along the path.
+    """
+    if draft.num_nodes == 0 or draft.depth == 0:
+        row = select_row(target_probs, torch.zeros_like(draft.lengths))
+        return plain(draft, draw(row, row, noise))
+    judged_by = ANY_UNIFORM if uniforms is None else uniforms
+    if draft.parents is None:
+        return _judge_chain(target_probs, draft, judged_by, noise)
+    if draft.probs is None:
+        return _judge_point_mass_tree(target_probs, draft, judged_by, noise)
+    return _judge_sampled_tree(target_probs, draft, judged_by, noise)
+
+
+def chain_residual(
+    weights: Tensor, draft: Draft, num_accepted: Tensor, scale: Tensor | float = 1.0
+) -> Tensor:
+    """Take the rejected node's draft distribution out of `weights` [B, V].
+
+    Rows that accepted everything have no rejected node and keep their weights. `scale` [B, 1]
+    multiplies the weights of the others first.
+    """
+    rejected = num_accepted.clamp(max=draft.num_nodes - 1)
+    is_rejected = (num_accepted < draft.lengths).unsqueeze(1)
+    if draft.probs is None:
+        token = draft.tokens.gather(1, rejected.unsqueeze(1)).clamp(min=0)
+        kept = weights.gather(1, token).masked_fill(is_rejected, 0)
+        return weights.scatter(1, token, kept)
+    batch = torch.arange(rejected.shape[0], device=rejected.device)
+    left = (weights * scale - draft.probs[batch, rejected]).clamp(min=0)
+    return torch.where(is_rejected, left, weights)
+
+
+def _judge_chain(
+    target_probs: Tensor, draft: Draft, uniforms: Tensor | float, noise: Tensor | None
+) -> Verdict:
+    steps = torch.arange(draft.num_nodes, device=draft.tokens.device)
+    real = steps < draft.lengths.unsqueeze(1)
+    tokens = draft.tokens.masked_fill(~real, 0)
+    ratio = token_probs(target_probs, steps.unsqueeze(0).expand_as(tokens), tokens)
+    if draft.probs is not None:
+        ratio = ratio / draft.probs.gather(2, tokens.unsqueeze(2)).squeeze(2)
+    num_accepted = ((uniforms < ratio) & real).cumprod(1).sum(1)
+    row = select_row(target_probs, num_accepted)
+    last = draw(chain_residual(row, draft, num_accepted), row, noise)
+    tested = (steps <= num_accepted.unsqueeze(1)) & real
+    return emit(draft, chain_path(num_accepted, draft.depth), num_accepted, last, tested)
+
+
+def earlier_siblings(parents: Tensor) -> Tensor:
+    """Mark siblings judged before a node: bool [B, N, N], [b, i, j] true when j comes before i."""
+    return (parents.unsqueeze(2) == parents.unsqueeze(1)).tril(-1)
+
+
+def point_masses(
+    target_probs: Tensor, tokens: Tensor, parents: Tensor, real: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Read what each deterministic node takes from its parent's row, and what went before it.
+
+    Returns:
+        mass [B, N], the target probability of the node's token, 0 for a token that an earlier
+        sibling already took and for padding; and the sum of the earlier siblings' masses [B, N].
+    """
+    before = earlier_siblings(parents)
+    repeated = (before & (tokens.unsqueeze(2) == tokens.unsqueeze(1))).any(2)
+    mass = token_probs(target_probs, parents + 1, tokens).masked_fill(repeated | ~real, 0)
+    return mass, (before * mass.unsqueeze(1)).sum(2)
+
+
+def strike_children(row: Tensor, draft: Draft, is_child: Tensor) -> Tensor:
+    """Zero the tokens of the marked nodes [B, N] in `row` [B, V]."""
+    # A minimum, not a plain scatter: nodes elsewhere in the tree may hold the same token.
+    ceiling = torch.where(is_child, 0.0, float("inf")).to(row.dtype)
+    return row.scatter_reduce(1, draft.tokens.clamp(min=0), ceiling, "amin")
+
+
+def _judge_point_mass_tree(
+    target_probs: Tensor, draft: Draft, uniforms: Tensor | float, noise: Tensor | None
+) -> Verdict:
+    assert draft.parents is not None
+    real = draft.real_nodes()
+    tokens = draft.tokens.masked_fill(~real, 0)
+    parents = draft.parents.masked_fill(~real, -1)
+    # Zeroing the earlier siblings and renormalising is p(x) / (1 - their sum): no residual needed.
+    mass, before = point_masses(target_probs, tokens, parents, real)
+    left = (1 - before).clamp(min=torch.finfo(before.dtype).tiny)
+    accepted = uniforms < mass / left
+    path, last_row, tested = follow(accepted, parents, draft.depth)
+    row = select_row(target_probs, last_row)
+    rejected = (parents + 1 == last_row.unsqueeze(1)) & real
+    last = draw(strike_children(row, draft, rejected), row, noise)
+    return emit(draft, path, (path >= 0).sum(1), last, tested & real)
+
+
+def _judge_sampled_tree(
+    target_probs: Tensor, draft: Draft, uniforms: Tensor | float, noise: Tensor | None
+) -> Verdict:
+    """Judge siblings against residuals over the whole vocabulary.
+
+    Node order is topological with siblings in order, so one pass over the N columns meets every
+    node after its parent and its earlier siblings; elsewhere a row stands still.
+    """
+    assert draft.parents is not None
+    assert draft.probs is not None
+    dtype = work_dtype(target_probs)
+    real = draft.real_nodes()
+    tokens = draft.tokens.masked_fill(~real, 0)
+    parents = draft.parents.masked_fill(~real, -1)
+    thresholds = torch.as_tensor(uniforms, device=real.device).expand(real.shape)
+    current = torch.zeros_like(draft.lengths)
+    weights = target_probs[:, 0].to(dtype)  # p' times `mass`: rejections need no division
+    mass = torch.ones_like(weights[:, :1])
+    accepted_columns = []
+    for node in range(draft.num_nodes):
+        token = tokens[:, node : node + 1]
+        draft_row = draft.probs[:, node].to(dtype)
+        ratio = weights.gather(1, token) / (mass * draft_row.gather(1, token))
+        judged = real[:, node] & (parents[:, node] + 1 == current)
+        accepted = judged & (thresholds[:, node] < ratio.squeeze(1))
+        rejected = (judged & ~accepted).unsqueeze(1)
+        left = (weights - mass * draft_row).clamp(min=0)
+        weights = torch.where(rejected, left, weights)
+        mass = torch.where(rejected, left.sum(1, keepdim=True), mass)
+        weights = torch.where(accepted.unsqueeze(1), target_probs[:, node + 1].to(dtype), weights)
+        mass = mass.masked_fill(accepted.unsqueeze(1), 1)
+        current = torch.where(accepted, node + 1, current)
+        accepted_columns.append(accepted)
+    path, last_row, tested = follow(torch.stack(accepted_columns, 1), parents, draft.depth)
+    last = draw(weights, select_row(target_probs, last_row), noise)
+    return emit(draft, path, (path >= 0).sum(1), last, tested & real)
