@@ -5,7 +5,8 @@ Another engine imports this package alone; `docs/verify.md` is its manual.
 
 from specdec.verify.draft import Draft, Verdict
 from specdec.verify.path import match
-from specdec.verify.rules import RULES, Rule, get_rule, verify
+from specdec.verify.rule import Rule
+from specdec.verify.rules import RULES, get_rule, verify
 from specdec.verify.tree import (
     Selection,
     StaticTree,
@@ -17,6 +18,7 @@ from specdec.verify.tree import (
     node_paths,
     path_tokens,
 )
+from specdec.verify.typical import typical
 
 __all__ = [
     "RULES",
@@ -34,5 +36,6 @@ __all__ = [
     "node_depths",
     "node_paths",
     "path_tokens",
+    "typical",
     "verify",
 ]

@@ -28,12 +28,35 @@ def token_probs(target_probs: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
     return target_probs[batch, rows, tokens].to(work_dtype(target_probs))
 
 
-def draw(weights: Tensor, fallback: Tensor, noise: Tensor | None) -> Tensor:
-    """Draw one token per row proportionally to `weights`, or to `fallback` where they vanish.
+def strike(row: Tensor, tokens: Tensor, is_struck: Tensor) -> Tensor:
+    """Zero the marked tokens of a row, unless nothing would be left of it.
 
     Args:
-        weights: [B, V] non-negative, not necessarily normalised.
-        fallback: [B, V] used in rows whose weights are all zero.
+        row: [B, V] target probabilities; a fresh copy, overwritten.
+        tokens: [B, K] in the vocabulary.
+        is_struck: [B, K] bool; a token may stand in marked and unmarked columns.
+    """
+    before = row.gather(1, tokens)
+    # Minimum and maximum, not a plain scatter: the other columns must not undo the marked ones.
+    # Both touch K entries a row; a `torch.where` for the fallback would pass over the vocabulary.
+    row.scatter_reduce_(1, tokens, before.masked_fill(is_struck, 0), "amin")
+    return row.scatter_reduce_(1, tokens, before.masked_fill(has_mass(row), 0), "amax")
+
+
+def has_mass(weights: Tensor) -> Tensor:
+    """Tell whether a draw from [B, V] weights is possible, bool [B, 1].
+
+    Weights so small that dividing them by the noise would underflow count as none; in a residual
+    they are rounding errors.
+    """
+    return weights.amax(1, keepdim=True) > 128 * torch.finfo(weights.dtype).tiny
+
+
+def draw(weights: Tensor, noise: Tensor | None) -> Tensor:
+    """Draw one token per row proportionally to `weights`.
+
+    Args:
+        weights: [B, V] non-negative, not necessarily normalised, with mass in every row.
         noise: [B, V] Exp(1); None takes the largest weight, which is the draw of a one-hot row.
 
     Returns:
@@ -41,8 +64,7 @@ def draw(weights: Tensor, fallback: Tensor, noise: Tensor | None) -> Tensor:
 
     Source: the exponential race; argmax(w / e) is categorical(w) for e i.i.d. Exp(1).
     """
-    alive = weights.amax(1, keepdim=True) > 0
-    weights = torch.where(alive, weights, fallback)
     if noise is None:
-        return weights.argmax(1)
-    return (weights / noise).masked_fill(weights <= 0, -1).argmax(1)
+        return weights.max(1).indices
+    # Without the floor 0 / 0 would be NaN, and NaN wins every maximum.
+    return (weights / noise.clamp(min=torch.finfo(noise.dtype).tiny)).max(1).indices

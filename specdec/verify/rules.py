@@ -1,45 +1,27 @@
 """The rules by name, and `verify`, the one door to all of them."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from difflib import get_close_matches
 
 from torch import Tensor
 
+from specdec.verify.block import judge_block
 from specdec.verify.checks import check_shapes, check_unbranched, check_values
 from specdec.verify.draft import Draft, Verdict
+from specdec.verify.rule import Rule
 from specdec.verify.token import judge_token
+from specdec.verify.traversal import judge_traversal
+from specdec.verify.typical import typical
 
-Judge = Callable[[Tensor, Draft, Tensor | None, Tensor | None], Verdict]
+TOKEN = Rule("token", lossless=True, supports_trees=True, needs_draft_probs=True, judge=judge_token)
+BLOCK = Rule(
+    "block", lossless=True, supports_trees=False, needs_draft_probs=True, judge=judge_block
+)
+TRAVERSAL = Rule(
+    "traversal", lossless=True, supports_trees=True, needs_draft_probs=True, judge=judge_traversal
+)
+MATCH = Rule("match", lossless=True, supports_trees=True, needs_draft_probs=False, judge=None)
 
-
-@dataclass(frozen=True)
-class Rule:
-    """A way to decide which draft tokens to keep.
-
-    Attributes:
-        name: what reports and `verify(rule=...)` call it.
-        lossless: emitted tokens have the target's joint distribution, provided that `Draft.probs`
-            is the true law of every node given its path and its earlier siblings.
-        supports_trees: branching drafts are allowed.
-        needs_draft_probs: a draft whose tokens were sampled must report `Draft.probs`.
-        judge: (target_probs, draft, uniforms, noise) -> Verdict, without checks; None when the
-            engine samples the tokens itself, as in `match`.
-        needs_uniforms: the judge reads `uniforms`.
-    """
-
-    name: str
-    lossless: bool
-    supports_trees: bool
-    needs_draft_probs: bool
-    judge: Judge | None
-    needs_uniforms: bool = True
-
-
-TOKEN = Rule("token", True, True, True, judge_token)
-MATCH = Rule("match", True, True, False, None)
-
-RULES: dict[str, Rule] = {rule.name: rule for rule in (TOKEN, MATCH)}
+RULES: dict[str, Rule] = {rule.name: rule for rule in (TOKEN, BLOCK, TRAVERSAL, typical(), MATCH)}
 
 
 def get_rule(rule: str | Rule) -> Rule:

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from specdec.verify.draft import Draft, Verdict
 from specdec.verify.path import chain_path, emit, follow, plain
-from specdec.verify.residual import ANY_UNIFORM, draw, select_row, token_probs, work_dtype
+from specdec.verify.residual import (
+    ANY_UNIFORM,
+    draw,
+    has_mass,
+    select_row,
+    strike,
+    token_probs,
+    work_dtype,
+)
 
 
 def judge_token(
@@ -21,8 +29,7 @@ def judge_token(
     corrected token is drawn from p'. `tested` marks exactly the children judged along the path.
     """
     if draft.num_nodes == 0 or draft.depth == 0:
-        row = select_row(target_probs, torch.zeros_like(draft.lengths))
-        return plain(draft, draw(row, row, noise))
+        return plain(draft, draw(target_probs[:, 0].to(work_dtype(target_probs)), noise))
     judged_by = ANY_UNIFORM if uniforms is None else uniforms
     if draft.parents is None:
         return _judge_chain(target_probs, draft, judged_by, noise)
@@ -32,22 +39,20 @@ def judge_token(
 
 
 def chain_residual(
-    weights: Tensor, draft: Draft, num_accepted: Tensor, scale: Tensor | float = 1.0
+    row: Tensor, draft: Draft, num_accepted: Tensor, scale: Tensor | float = 1.0
 ) -> Tensor:
-    """Take the rejected node's draft distribution out of `weights` [B, V].
+    """Take the rejected node's draft distribution out of the target `row` [B, V].
 
-    Rows that accepted everything have no rejected node and keep their weights. `scale` [B, 1]
-    multiplies the weights of the others first.
+    Rows that accepted everything have no rejected node and stay as they are. `scale` [B, 1]
+    multiplies the others first. Where nothing would be left, the row stays as it is.
     """
     rejected = num_accepted.clamp(max=draft.num_nodes - 1)
     is_rejected = (num_accepted < draft.lengths).unsqueeze(1)
     if draft.probs is None:
-        token = draft.tokens.gather(1, rejected.unsqueeze(1)).clamp(min=0)
-        kept = weights.gather(1, token).masked_fill(is_rejected, 0)
-        return weights.scatter(1, token, kept)
-    batch = torch.arange(rejected.shape[0], device=rejected.device)
-    left = (weights * scale - draft.probs[batch, rejected]).clamp(min=0)
-    return torch.where(is_rejected, left, weights)
+        token = draft.tokens.gather(1, rejected.unsqueeze(1))
+        return strike(row, token.masked_fill(~is_rejected, 0), is_rejected)
+    left = (row * scale - select_row(draft.probs, rejected)).clamp(min=0)
+    return torch.where(is_rejected & has_mass(left), left, row)
 
 
 def _judge_chain(
@@ -61,7 +66,7 @@ def _judge_chain(
         ratio = ratio / draft.probs.gather(2, tokens.unsqueeze(2)).squeeze(2)
     num_accepted = ((uniforms < ratio) & real).cumprod(1).sum(1)
     row = select_row(target_probs, num_accepted)
-    last = draw(chain_residual(row, draft, num_accepted), row, noise)
+    last = draw(chain_residual(row, draft, num_accepted), noise)
     tested = (steps <= num_accepted.unsqueeze(1)) & real
     return emit(draft, chain_path(num_accepted, draft.depth), num_accepted, last, tested)
 
@@ -86,13 +91,6 @@ def point_masses(
     return mass, (before * mass.unsqueeze(1)).sum(2)
 
 
-def strike_children(row: Tensor, draft: Draft, is_child: Tensor) -> Tensor:
-    """Zero the tokens of the marked nodes [B, N] in `row` [B, V]."""
-    # A minimum, not a plain scatter: nodes elsewhere in the tree may hold the same token.
-    ceiling = torch.where(is_child, 0.0, float("inf")).to(row.dtype)
-    return row.scatter_reduce(1, draft.tokens.clamp(min=0), ceiling, "amin")
-
-
 def _judge_point_mass_tree(
     target_probs: Tensor, draft: Draft, uniforms: Tensor | float, noise: Tensor | None
 ) -> Verdict:
@@ -105,9 +103,8 @@ def _judge_point_mass_tree(
     left = (1 - before).clamp(min=torch.finfo(before.dtype).tiny)
     accepted = uniforms < mass / left
     path, last_row, tested = follow(accepted, parents, draft.depth)
-    row = select_row(target_probs, last_row)
     rejected = (parents + 1 == last_row.unsqueeze(1)) & real
-    last = draw(strike_children(row, draft, rejected), row, noise)
+    last = draw(strike(select_row(target_probs, last_row), tokens, rejected), noise)
     return emit(draft, path, (path >= 0).sum(1), last, tested & real)
 
 
@@ -145,5 +142,6 @@ def _judge_sampled_tree(
         current = torch.where(accepted, node + 1, current)
         accepted_columns.append(accepted)
     path, last_row, tested = follow(torch.stack(accepted_columns, 1), parents, draft.depth)
-    last = draw(weights, select_row(target_probs, last_row), noise)
+    weights = torch.where(has_mass(weights), weights, select_row(target_probs, last_row))
+    last = draw(weights, noise)
     return emit(draft, path, (path >= 0).sum(1), last, tested & real)
