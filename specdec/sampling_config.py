@@ -1,0 +1,130 @@
+"""`SamplingConfig`: how one row turns logits into tokens."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+
+# Below this, logits / temperature overflows float32 for logits of ordinary size.
+MIN_TEMPERATURE = 1e-5
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """Sampling settings of one row; the defaults are greedy decoding without any penalty.
+
+    Attributes:
+        temperature: 0 is greedy, a one-hot distribution; otherwise the logits' divisor.
+        top_k: keep the k likeliest tokens, ties with the k-th included; 0 keeps all.
+        top_p: keep the likeliest tokens until their mass exceeds this; 1 keeps all.
+        min_p: drop tokens less likely than this fraction of the likeliest one; 0 keeps all.
+        repetition_penalty: divides positive and multiplies negative logits of every token in the
+            prompt or the output, once however often it occurs; 1 is none (CTRL, arXiv 1909.05858).
+        presence_penalty: subtracted from the logit of every token in the output, once.
+        frequency_penalty: subtracted once per occurrence in the output.
+        logit_bias: token id -> what is added to its logit; -inf bans the token.
+        bad_words: token id sequences that are never completed, the prompt's end included.
+            As in transformers, a sequence that is just an end-of-sequence token is ignored.
+        min_new_tokens: end-of-sequence tokens are banned in the first so many output tokens.
+        seed: the row's randomness.
+
+    Raises:
+        ValueError: a value breaks its rule; the message names the field, the value and the rule.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    bad_words: Sequence[Sequence[int]] = ()
+    min_new_tokens: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_filters()
+        self._check_penalties()
+        self._check_tokens()
+        count = "a whole number >= 0; use 0 for none"
+        self._require("min_new_tokens", _is_count(self.min_new_tokens), count)
+        fits = _is_count(self.seed) and self.seed < 2**63
+        self._require("seed", fits, "a whole number in [0, 2**63); use the seed modulo 2**63")
+
+    def _check_filters(self) -> None:
+        warm = _is_finite(self.temperature) and self.temperature >= MIN_TEMPERATURE
+        self._require(
+            "temperature",
+            warm or (_is_finite(self.temperature) and self.temperature == 0),
+            f"0 or at least {MIN_TEMPERATURE}; use 0 for greedy decoding",
+        )
+        self._require("top_k", _is_count(self.top_k), "a whole number >= 0; use 0 to keep all")
+        self._require(
+            "top_p",
+            _is_finite(self.top_p) and 0 < self.top_p <= 1,
+            "in (0, 1]; use 1 to keep all tokens, or temperature 0 for greedy decoding",
+        )
+        self._require(
+            "min_p", _is_finite(self.min_p) and 0 <= self.min_p <= 1, "in [0, 1]; use 0 to keep all"
+        )
+
+    def _check_penalties(self) -> None:
+        positive = _is_finite(self.repetition_penalty) and self.repetition_penalty > 0
+        self._require("repetition_penalty", positive, "finite and > 0; use 1 for none")
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._require(name, _is_finite(getattr(self, name)), "finite; use 0 for none")
+
+    def _check_tokens(self) -> None:
+        mapping = isinstance(self.logit_bias, Mapping)
+        self._require(
+            "logit_bias",
+            mapping and all(map(_is_count, self.logit_bias)),
+            "a mapping from token ids >= 0 to numbers; use {} for none",
+        )
+        self._require(
+            "logit_bias",
+            all(_is_finite(bias) or bias == -math.inf for bias in self.logit_bias.values()),
+            "finite or -inf for every token; use -inf to ban a token",
+        )
+        self._require(
+            "bad_words",
+            _is_sequence(self.bad_words)
+            and all(_is_sequence(word) and len(word) > 0 for word in self.bad_words)
+            and all(_is_count(token) for word in self.bad_words for token in word),
+            "non-empty sequences of token ids >= 0; use [[id], ...] to ban single tokens",
+        )
+
+    def _require(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise ValueError(f"{name} is {getattr(self, name)!r} but must be {rule}")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the row takes the likeliest token."""
+        return self.temperature == 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the logits are used as they are, whatever the context."""
+        return (
+            self.repetition_penalty == 1
+            and self.presence_penalty == 0
+            and self.frequency_penalty == 0
+            and self.min_new_tokens == 0
+            and not self.logit_bias
+            and not self.bad_words
+        )
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
+
+
+def _is_sequence(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
