@@ -4,6 +4,14 @@ Another engine imports this package alone; `docs/verify.md` is its manual.
 """
 
 from specdec.verify.draft import Draft, Verdict
+from specdec.verify.layouts import (
+    from_flat,
+    from_retrieve,
+    target_from_flat,
+    to_flat,
+    to_retrieve,
+    verdict_to_retrieve,
+)
 from specdec.verify.path import match
 from specdec.verify.rule import Rule
 from specdec.verify.rules import RULES, get_rule, verify
@@ -31,11 +39,17 @@ __all__ = [
     "ancestors",
     "best_first",
     "from_choices",
+    "from_flat",
+    "from_retrieve",
     "get_rule",
     "match",
     "node_depths",
     "node_paths",
     "path_tokens",
+    "target_from_flat",
+    "to_flat",
+    "to_retrieve",
     "typical",
+    "verdict_to_retrieve",
     "verify",
 ]
