@@ -92,7 +92,7 @@ def check_values(
     _check_distributions("target_probs", target_probs, real_rows, rule)
     if draft.probs is not None and num_nodes:
         _check_distributions("probs", draft.probs, real, rule)
-        own = draft.probs.gather(2, draft.tokens.clamp(min=0).unsqueeze(2)).squeeze(2)
+        own = draft.probs.gather(2, draft.tokens.masked_fill(~real, 0).unsqueeze(2)).squeeze(2)
         _refuse("probs", real & (own <= 0), own, "a drawn token has a positive probability", rule)
     _check_randomness(target_probs, real, rule, uniforms, noise, needs_uniforms)
 

@@ -76,7 +76,7 @@ def _find_thresholds(engine: Engine, target_probs: Tensor, draft: Draft) -> tupl
     batch_size, num_nodes = draft.tokens.shape
     if num_nodes == 0:
         return torch.empty(batch_size, 0).double(), torch.empty(batch_size, 0).double()
-    contexts = torch.where(_patterns(num_nodes), 0.0, _LARGEST).double()  # [K, N]
+    contexts = _patterns(num_nodes).double() * _LARGEST  # [K, N], float64 throughout
     num_contexts = contexts.shape[0]
     rows = num_nodes * num_contexts
     repeated = repeat_rows(draft, rows)

@@ -19,7 +19,8 @@ class Rule:
         lossless: emitted tokens have the target's joint distribution, provided that `Draft.probs`
             is the true law of every node given its path and its earlier siblings.
         supports_trees: branching drafts are allowed.
-        needs_draft_probs: a draft whose tokens were sampled must report `Draft.probs`.
+        needs_draft_probs: reads `Draft.probs`. A sampled draft that does not report them is judged
+            as a point mass, which is lossless but accepts less.
         judge: (target_probs, draft, uniforms, noise) -> Verdict, without checks; None when the
             engine samples the tokens itself, as in `match`.
         needs_uniforms: the judge reads `uniforms`.

@@ -153,8 +153,8 @@ def best_first(
     lengths = kept.sum(1)
 
     positions = torch.arange(width, device=scores.device).expand_as(nodes)
-    renamed = torch.full_like(parents[:, :1], -1).expand(-1, num_candidates + 2)
     # Column 0 is the root; the last one takes the padding's writes and is never read.
+    renamed = parents.new_full((parents.shape[0], num_candidates + 2), -1)
     renamed = renamed.scatter(1, nodes + 1, positions)
     real = nodes < num_candidates
     above = torch.nn.functional.pad(parents, (0, 1), value=-1).gather(1, nodes)  # [B, K]
