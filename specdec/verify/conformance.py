@@ -60,7 +60,8 @@ def check_engine(
 
     Args:
         engine: (target_probs, draft, *, uniforms, noise) -> Verdict. Its randomness must be what it
-            is given; uniforms and noise are float64.
+            is given; uniforms and noise are float64. All tensors are on the CPU: an adapter of a
+            GPU engine moves them, and its verdict back.
         rule: what the engine claims to implement: `lossless` and `supports_trees` are read.
         dtype: of the probabilities handed in; float32 is held to 1e-6, float64 to 1e-12.
         seed: of the random worlds.

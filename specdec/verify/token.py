@@ -122,7 +122,6 @@ def _judge_sampled_tree(
     real = draft.real_nodes()
     tokens = draft.tokens.masked_fill(~real, 0)
     parents = draft.parents.masked_fill(~real, -1)
-    thresholds = torch.as_tensor(uniforms, device=real.device).expand(real.shape)
     current = torch.zeros_like(draft.lengths)
     weights = target_probs[:, 0].to(dtype)  # p' times `mass`: rejections need no division
     mass = torch.ones_like(weights[:, :1])
@@ -132,7 +131,8 @@ def _judge_sampled_tree(
         draft_row = draft.probs[:, node].to(dtype)
         ratio = weights.gather(1, token) / (mass * draft_row.gather(1, token))
         judged = real[:, node] & (parents[:, node] + 1 == current)
-        accepted = judged & (thresholds[:, node] < ratio.squeeze(1))
+        threshold = uniforms[:, node] if isinstance(uniforms, Tensor) else uniforms
+        accepted = judged & (threshold < ratio.squeeze(1))
         rejected = (judged & ~accepted).unsqueeze(1)
         left = (weights - mass * draft_row).clamp(min=0)
         weights = torch.where(rejected, left, weights)

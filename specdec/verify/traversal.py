@@ -29,7 +29,7 @@ def judge_traversal(
 
     Lossless. On a chain it is block verification. On balanced trees it accepts more than the token
     rule on average, but not always: it can lose where a later sibling carries the deeper subtree.
-    With deterministic drafts (`probs` None) both accept equally many in expectation on chains.
+    With deterministic drafts (`probs` None) both accept equally many in expectation.
 
     `tested` marks the nodes whose uniform was compared, up to the accepted one, and its path.
     """

@@ -105,12 +105,23 @@ def test_block_accepts_strictly_more_somewhere():
     assert _expected_accepted("block", case) > _expected_accepted("token", case) + 1e-3
 
 
-@pytest.mark.parametrize("rule", ["block", "traversal"])
-def test_point_mass_chains_gain_nothing_from_block_or_traversal(rule):
+@pytest.mark.parametrize(
+    ("rule", "shape"),
+    [("block", CHAIN_SHAPE), *(("traversal", shape) for shape in (CHAIN_SHAPE, *TREE_SHAPES))],
+)
+def test_deterministic_drafts_gain_nothing_from_block_or_traversal(rule, shape):
     generator = torch.Generator().manual_seed(3)
     target, drafter = (World.random(3, HORIZON, generator) for _ in range(2))
-    case = build_case(target, drafter, CHAIN_SHAPE, "deterministic", torch.float64, as_chain=True)
-    assert _expected_accepted(rule, case) == pytest.approx(_expected_accepted("token", case))
+    case = build_case(target, drafter, shape, "deterministic", torch.float64, rule == "block")
+    expected = _expected_accepted("token", case)
+    assert _expected_accepted(rule, case) == pytest.approx(expected, abs=1e-12)
+
+
+def test_traversal_can_lose_where_a_later_sibling_carries_the_deeper_subtree():
+    generator = torch.Generator().manual_seed(1)
+    target, drafter = (World.random(2, 5, generator, temperature=0.7) for _ in range(2))
+    case = build_case(target, drafter, (-1, 0, 0, 2), "without replacement", torch.float64)
+    assert _expected_accepted("traversal", case) < _expected_accepted("token", case) - 1e-3
 
 
 def test_traversal_beats_token_on_a_balanced_tree():

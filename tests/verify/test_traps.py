@@ -89,6 +89,20 @@ def test_a_zero_residual_of_deterministic_siblings_falls_back_to_the_target():
     assert strike(row, draft.tokens, everything).tolist() == target[:, 0].tolist()
 
 
+@pytest.mark.parametrize("as_tree", [False, True])
+@pytest.mark.parametrize("rule", ["block", "traversal"])
+def test_a_certain_node_with_nothing_left_below_it_is_kept(rule, as_tree):
+    # Node 0 is certain, and q covers its row as rounding can make it: S = 0 and a = 1.
+    even = [0.5, 0.5]
+    target = torch.tensor([[even, [0.25, 0.75], even]], dtype=torch.float64)
+    draft = _chain(0, 0, probs=torch.tensor([[even, [0.5, 0.75]]], dtype=torch.float64))
+    if as_tree:
+        draft = replace(draft, parents=torch.tensor([[-1, 0]]))
+    uniforms, noise = torch.full((1, 2), 0.9), torch.ones(1, 2)
+    verdict = verify(target, draft, rule=rule, uniforms=uniforms, noise=noise, check=False)
+    assert verdict.tokens.tolist() == [[0, 1, -1]]
+
+
 def test_a_repeated_sibling_is_never_accepted_after_the_first_was_rejected():
     target = torch.tensor([[[0.4, 0.3, 0.3]] * 4])
     draft = Draft.tree(torch.tensor([[0, 0, 1]]), torch.tensor([-1, -1, -1]), depth=1)
