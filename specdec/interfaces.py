@@ -1,0 +1,104 @@
+"""What the loop asks of a target and of a drafter. Anything with these members fits.
+
+Shapes: B rows, N draft nodes, V target vocabulary, H hidden size.
+Invariant: the cache of a target holds all committed tokens but the last, the *root*, which the
+next `score` feeds together with the draft.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from specdec.clock import ForwardClock
+from specdec.sampling import Sampler
+from specdec.verify import Draft, Verdict
+
+Prompts = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a target can do beyond scoring one chain for one row.
+
+    Attributes:
+        trees: accepts drafts with parents.
+        batched: accepts more than one row, with ragged lengths.
+        taps: returns hidden states.
+    """
+
+    trees: bool = True
+    batched: bool = True
+    taps: bool = True
+
+
+@dataclass(frozen=True)
+class TargetOutput:
+    """One forward of the target.
+
+    Attributes:
+        logits: [B, M, V]; M = 1 after prefill (the last prompt token of every row), N + 1 after
+            score (row 0 follows the root, row i + 1 follows node i).
+        hidden: tap -> [B, M', H]; M' is the padded prompt length after prefill, N + 1 after score.
+            Tap h is Hugging Face `hidden_states[h]`: 0 the embeddings, L after the final norm.
+    """
+
+    logits: torch.Tensor
+    hidden: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Target(Protocol):
+    """The model whose distribution is kept. Owns its KV cache and nothing else."""
+
+    vocab_size: int
+    max_context_len: int
+    eos_token_ids: tuple[int, ...]
+    device: torch.device
+    tokenizer: Any
+    capabilities: Capabilities
+    clock: ForwardClock
+
+    def prefill(self, prompts: Prompts, taps: Sequence[int] = ()) -> TargetOutput:
+        """Start a new batch: cache every prompt whole. Forgets the batch before."""
+
+    def score(self, root: torch.Tensor, draft: Draft, taps: Sequence[int] = ()) -> TargetOutput:
+        """One forward over root [B] and the draft's nodes [B, N]."""
+
+    def commit(self, verdict: Verdict, num_accepted: Sequence[int]) -> None:
+        """Keep root and accepted path in the cache, drop the rest; `num_accepted` on the host."""
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Keep only `rows` (int64, strictly increasing) of the batch, in that order."""
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """Proposes continuations of the root. Owns its own cache and nothing else."""
+
+    taps: tuple[int, ...]
+    max_nodes: int
+    makes_trees: bool
+    clock: ForwardClock
+
+    def begin(self, prompts: Prompts, output: TargetOutput, sampler: Sampler) -> None:
+        """Start a new batch, after the target's prefill. Forgets the batch before."""
+
+    def propose(self, root: torch.Tensor, budget: Sequence[int], sampler: Sampler) -> Draft:
+        """Draft at most `budget[b]` nodes after `root[b]`; 0 asks for none in that row.
+
+        A token must have been drawn from the q it reports in `Draft.probs`; chosen tokens
+        (argmax, top-k, lookup) report `probs=None`.
+        """
+
+    def observe(
+        self,
+        verdict: Verdict,
+        committed: Sequence[Sequence[int]],
+        hidden: dict[int, torch.Tensor],
+    ) -> None:
+        """Learn what was kept: the verdict on the device, its new tokens on the host."""
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Keep only `rows` (int64, strictly increasing) of the batch, in that order."""
