@@ -1,0 +1,100 @@
+"""What was measured, with one definition each.
+
+S verify steps, D draft nodes verified, A draft tokens accepted, T tokens emitted; all after the
+stop rule. Each step emits its accepted tokens and one more, the step's own (the bonus or corrected
+token). Where a stop rule cuts a step short, its last kept token counts as its own, so that
+T - 1 = A + S always holds (the first token is prefill's).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One verify step of one prompt.
+
+    Attributes:
+        prompt: index of the prompt in its call.
+        step: 0, 1, ... of this prompt.
+        batch_size: rows that shared the forward.
+        num_drafted: draft nodes verified in this row.
+        num_accepted: draft tokens kept, bonus excluded, after the stop rule.
+        depth_tested: the deepest level of this row's draft that the rule judged.
+        num_emitted: tokens kept, at most num_accepted + 1.
+        draft_s: seconds in the drafter's forwards, for the whole batch.
+        target_s: seconds in the target's forward, for the whole batch.
+        wall_s: seconds of the whole step, for the whole batch.
+    """
+
+    prompt: int
+    step: int
+    batch_size: int
+    num_drafted: int
+    num_accepted: int
+    depth_tested: int
+    num_emitted: int
+    draft_s: float
+    target_s: float
+    wall_s: float
+
+
+@dataclass(frozen=True)
+class AcceptanceStats:
+    """Acceptance over any set of steps; sums, so that two of them can be added.
+
+    Attributes:
+        num_steps: S.
+        num_drafted: D. For trees this counts every node.
+        num_accepted: A.
+        accepted_at: steps that accepted a token at depth 1, 2, ...
+        tested_at: steps that judged a token at depth 1, 2, ...
+    """
+
+    num_steps: int
+    num_drafted: int
+    num_accepted: int
+    accepted_at: tuple[int, ...]
+    tested_at: tuple[int, ...]
+
+    @classmethod
+    def from_records(cls, records: Iterable[StepRecord]) -> "AcceptanceStats":
+        """Add up the records of one prompt or of many."""
+        rows = list(records)
+        deepest = max((row.depth_tested for row in rows), default=0)
+        depths = range(1, deepest + 1)
+        return cls(
+            num_steps=len(rows),
+            num_drafted=sum(row.num_drafted for row in rows),
+            num_accepted=sum(row.num_accepted for row in rows),
+            accepted_at=tuple(sum(row.num_accepted >= d for row in rows) for d in depths),
+            tested_at=tuple(sum(row.depth_tested >= d for row in rows) for d in depths),
+        )
+
+    @property
+    def accepted_length(self) -> float:
+        """Tau, 1 + A / S: tokens per target forward, the step's own included. 1.0 if S is 0."""
+        return 1 + self.num_accepted / self.num_steps if self.num_steps else 1.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """A / D, of the nodes verified; 0.0 if nothing was drafted."""
+        return self.num_accepted / self.num_drafted if self.num_drafted else 0.0
+
+    @property
+    def acceptance_at_depth(self) -> tuple[float, ...]:
+        """Steps that accepted at depth 1, 2, ... over all steps; they sum to tau - 1."""
+        return tuple(count / self.num_steps for count in self.accepted_at)
+
+    @property
+    def conditional_acceptance_at_depth(self) -> tuple[float, ...]:
+        """Steps that accepted at depth 1, 2, ... over the steps that tested that depth."""
+        pairs = zip(self.accepted_at, self.tested_at, strict=True)
+        return tuple(accepted / tested for accepted, tested in pairs)
+
+
+def loop_efficiency(records: Iterable[StepRecord]) -> float:
+    """Share of the decoding time that was spent inside model forwards, at most 1.0."""
+    rows = list(records)
+    wall_s = sum(row.wall_s for row in rows)
+    return sum(row.draft_s + row.target_s for row in rows) / wall_s if wall_s else 0.0

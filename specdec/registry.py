@@ -1,0 +1,53 @@
+"""Draft strategies by name. A new strategy is one file and one line here."""
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from specdec.interfaces import Drafter, Target
+
+DRAFTERS = {
+    "draft_model": "specdec.drafters.draft_model:DraftModel",
+    "ngram": "specdec.drafters.ngram:NgramDrafter",
+    "suffix": "specdec.drafters.suffix:SuffixDrafter",
+}
+
+
+def closest(name: str, known: Mapping[str, Any] | list[str]) -> str:
+    """The end of an error message: the nearest known name, and all of them."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"known: {', '.join(sorted(known))}{hint}"
+
+
+def load_drafter(options: Mapping[str, Any] | str, target: Target) -> Drafter:
+    """Build a drafter for a target.
+
+    Args:
+        options: `{"type": name, **options of that strategy}`, or just the name. A class that
+            has a `load` classmethod is given the target as well.
+        target: the model that will verify.
+
+    Raises:
+        ValueError: no such strategy, or an option that it does not have.
+    """
+    settings = {"type": options} if isinstance(options, str) else dict(options)
+    name = settings.pop("type", None)
+    if not isinstance(name, str) or name not in DRAFTERS:
+        raise ValueError(
+            f"drafter type is {name!r} but must be registered; {closest(str(name), list(DRAFTERS))}"
+        )
+    module, attribute = DRAFTERS[name].split(":")
+    drafter_class = getattr(import_module(module), attribute)
+    build = getattr(drafter_class, "load", drafter_class)
+    accepted = [p for p in inspect.signature(build).parameters if p != "target"]
+    for option in settings:
+        if option not in accepted:
+            raise ValueError(
+                f"drafter {name!r} has no option {option!r}; {closest(option, accepted)}"
+            )
+    if hasattr(drafter_class, "load"):
+        settings["target"] = target
+    return build(**settings)
