@@ -83,7 +83,11 @@ class Drafter(Protocol):
     clock: ForwardClock
 
     def begin(self, prompts: Prompts, output: TargetOutput, sampler: Sampler) -> None:
-        """Start a new batch, after the target's prefill. Forgets the batch before."""
+        """Start a new batch, after the target's prefill. Forgets the batch before.
+
+        Each of `prompts` ends with its row's root, the first token sampled; `output` is the
+        target's of the tokens before it.
+        """
 
     def propose(self, root: torch.Tensor, budget: Sequence[int], sampler: Sampler) -> Draft:
         """Draft at most `budget[b]` nodes after `root[b]`; 0 asks for none in that row.

@@ -9,7 +9,7 @@ SplitMix64, Steele, Lea and Flood 2014 (doi 10.1145/2660193.2660195).
 """
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 
 
 def _int64(value: int) -> int:
@@ -54,7 +54,7 @@ def _row_bits(seeds: Tensor, counters: Tensor, stream: int, size: int) -> Tensor
     return _mix(keys[:, None] + columns)  # [B, size]
 
 
-def row_uniforms(seeds: LongTensor, counters: LongTensor, stream: int, size: int) -> Tensor:
+def row_uniforms(seeds: Tensor, counters: Tensor, stream: int, size: int) -> Tensor:
     """Draw uniform numbers on [0, 1) that depend on nothing but their own row's arguments.
 
     Args:
@@ -75,7 +75,7 @@ def row_uniforms(seeds: LongTensor, counters: LongTensor, stream: int, size: int
     return _shift_right(bits, 40).to(torch.float32).mul_(2.0**-24)
 
 
-def row_exponentials(seeds: LongTensor, counters: LongTensor, stream: int, size: int) -> Tensor:
+def row_exponentials(seeds: Tensor, counters: Tensor, stream: int, size: int) -> Tensor:
     """Draw Exp(1) numbers, the noise of `argmax(probs / noise)`; arguments as `row_uniforms`.
 
     The smallest noise of a row decides the draw. With 24-bit uniforms one in 2**24 would be exactly

@@ -1,0 +1,196 @@
+"""The only decoding loop: prefill, then draft, score, verify, commit until every row has ended.
+
+Plain decoding is the same loop with empty drafts, so both arms of a comparison share every line.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from specdec.batch import Batch
+from specdec.interfaces import Drafter, Target
+from specdec.request import Prompt, Request, Result, StopRules, encode
+from specdec.sampling_config import SamplingConfig
+from specdec.text import TextStream
+from specdec.verify import get_rule
+
+Sampling = SamplingConfig | Sequence[SamplingConfig]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one step added to one prompt; `finish_reason` is None until its last chunk."""
+
+    index: int
+    tokens: list[int]
+    text: str
+    finish_reason: str | None
+
+
+class _Call:
+    """One call of `generate` or `stream`: its requests, in batches."""
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter | None,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        rules: StopRules,
+        batch_size: int | None,
+        rule: str,
+    ) -> None:
+        self.target, self.drafter, self.rule = target, drafter, rule
+        self.deadline = time.perf_counter() + (rules.max_time_s or float("inf"))
+        self.configs = _configs(sampling, len(prompts))
+        self.batch_size = _check(target, drafter, len(prompts), batch_size, rules, rule)
+        ids = [encode(prompt, target, index) for index, prompt in enumerate(prompts)]
+        self.requests = [Request(i, prompt, rules, target) for i, prompt in enumerate(ids)]
+
+    def run(self) -> Iterator[list[tuple[Request, int]]]:
+        """Decode everything, a step at a time: rows and their numbers of new tokens."""
+        for first in range(0, len(self.requests), self.batch_size):
+            chosen = slice(first, first + self.batch_size)
+            yield from self._run_batch(self.requests[chosen], self.configs[chosen])
+
+    @torch.inference_mode()
+    def _run_batch(
+        self, requests: list[Request], configs: Sequence[SamplingConfig]
+    ) -> Iterator[list[tuple[Request, int]]]:
+        batch = Batch(self.target, self.drafter, requests, configs, self.rule)
+        yield self._in_time(batch, batch.prefill())
+        batch.retire()
+        while batch.rows:
+            yield self._in_time(batch, batch.step())
+            batch.retire()
+
+    def _in_time(self, batch: Batch, news: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
+        if time.perf_counter() > self.deadline:
+            for row in batch.rows:
+                row.finish_reason = row.finish_reason or "time"
+        return news
+
+
+def _configs(sampling: Sampling, num_prompts: int) -> list[SamplingConfig]:
+    if isinstance(sampling, SamplingConfig):
+        # Prompts that share one configuration still draw their own numbers.
+        return [replace(sampling, seed=sampling.seed + i) for i in range(num_prompts)]
+    if len(sampling) != num_prompts:
+        raise ValueError(
+            f"sampling has {len(sampling)} entries for {num_prompts} prompts; give one for all "
+            "or one for each"
+        )
+    return list(sampling)
+
+
+def _check(
+    target: Target,
+    drafter: Drafter | None,
+    num_prompts: int,
+    batch_size: int | None,
+    rules: StopRules,
+    rule: str,
+) -> int:
+    """Refuse what the target or the rule cannot do; returns the batch size."""
+    if num_prompts == 0:
+        raise ValueError("prompts is empty but must hold at least one prompt")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size} but must be at least 1")
+    size = min(batch_size or num_prompts, num_prompts)
+    if size > 1 and not target.capabilities.batched:
+        raise ValueError(f"batch_size is {size} but this target takes one row; pass batch_size=1")
+    if rules.stop and target.tokenizer is None:
+        raise ValueError("stop strings need a target with a tokenizer")
+    makes_trees = drafter is not None and drafter.makes_trees
+    if makes_trees and not get_rule(rule).supports_trees:
+        raise ValueError(f"rule {rule!r} judges chains only but this drafter makes trees")
+    if makes_trees and not target.capabilities.trees:
+        raise ValueError("this target scores chains only but the drafter makes trees")
+    return size
+
+
+def generate(
+    target: Target,
+    drafter: Drafter | None,
+    prompts: Sequence[Prompt],
+    sampling: Sampling = SamplingConfig(),  # noqa: B008 (frozen)
+    *,
+    max_new_tokens: int = 128,
+    stop: Sequence[str] = (),
+    max_time_s: float | None = None,
+    batch_size: int | None = None,
+    rule: str = "token",
+) -> list[Result]:
+    """Decode prompts speculatively; the output follows the target's own distribution.
+
+    A row's output depends on its prompt, its sampling settings and its seed, not on its batch.
+    KeyboardInterrupt ends the call early and returns what there is.
+
+    Args:
+        target: the model whose distribution is kept.
+        drafter: proposes tokens; None decodes plainly.
+        prompts: text, chat messages or token ids, one per prompt.
+        sampling: one configuration per prompt, or one for all (prompt i then uses seed + i).
+        max_new_tokens: tokens to emit per prompt, at most; the context may end it earlier.
+        stop: strings that end a text; they are cut off.
+        max_time_s: seconds for the whole call.
+        batch_size: rows decoded together; None for all prompts at once.
+        rule: a verification rule that takes probabilities: "token", "block", "traversal", or the
+            lossy "typical". At temperature 0 all of them accept what equals the target's argmax.
+
+    Returns:
+        One result per prompt, in order.
+
+    Raises:
+        ValueError: a prompt, an option or a combination that cannot work, by name.
+        FloatingPointError: the target's logits are not finite.
+
+    Source: Leviathan et al. 2022, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318.
+    """
+    rules = StopRules(max_new_tokens, tuple(stop), max_time_s)
+    call = _Call(target, drafter, prompts, sampling, rules, batch_size, rule)
+    try:
+        for _ in call.run():
+            pass
+    except KeyboardInterrupt:
+        pass  # unfinished rows say "interrupted"
+    return [request.result() for request in call.requests]
+
+
+def generate_baseline(
+    target: Target,
+    prompts: Sequence[Prompt],
+    sampling: Sampling = SamplingConfig(),  # noqa: B008 (frozen)
+    **options: object,
+) -> list[Result]:
+    """Decode plainly, one token per forward, in the same loop; options as in `generate`."""
+    return generate(target, None, prompts, sampling, **options)  # type: ignore[arg-type]
+
+
+def stream(
+    target: Target,
+    drafter: Drafter | None,
+    prompts: Sequence[Prompt],
+    sampling: Sampling = SamplingConfig(),  # noqa: B008 (frozen)
+    *,
+    max_new_tokens: int = 128,
+    stop: Sequence[str] = (),
+    max_time_s: float | None = None,
+    batch_size: int | None = None,
+    rule: str = "token",
+) -> Iterator[Chunk]:
+    """Decode as `generate` does and yield what each step added, prompt by prompt.
+
+    Text that may still become a stop string or half a character is held back until it is settled.
+    """
+    rules = StopRules(max_new_tokens, tuple(stop), max_time_s)
+    call = _Call(target, drafter, prompts, sampling, rules, batch_size, rule)
+    texts = [TextStream(target.tokenizer, rules.stop) for _ in call.requests]
+    for news in call.run():
+        for row, count in news:
+            new_tokens = row.tokens[len(row.tokens) - count :]
+            finished = bool(row.finish_reason)
+            text = texts[row.index].push(new_tokens, finished)
+            yield Chunk(row.index, new_tokens, text, row.finish_reason or None)

@@ -1,0 +1,186 @@
+"""One prompt on its way: its tokens, its limits, and the rules that end it."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from specdec.interfaces import Target
+from specdec.metrics import AcceptanceStats, StepRecord
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class StopRules:
+    """When a row ends, besides the target's context.
+
+    Attributes:
+        max_new_tokens: tokens to emit at most, at least 1.
+        stop: strings; the text ends before the first of them.
+        max_time_s: seconds for the whole call; None for no limit.
+    """
+
+    max_new_tokens: int = 128
+    stop: tuple[str, ...] = ()
+    max_time_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens} but must be at least 1")
+        if not all(self.stop):
+            raise ValueError(f"stop is {self.stop!r} but an empty string ends every text; drop it")
+        if self.max_time_s is not None and self.max_time_s <= 0:
+            raise ValueError(f"max_time_s is {self.max_time_s} but must be positive, or None")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one prompt gave.
+
+    Attributes:
+        prompt_tokens: the prompt's ids.
+        tokens: the emitted ids, an end-of-sequence token included.
+        text: their text, special tokens skipped, cut before a stop string; "" without a tokenizer.
+        finish_reason: "eos", "stop", "length" (max_new_tokens or the context is full), "time" or
+            "interrupted".
+        records: one per verify step.
+        ttft_s: seconds from the start of its batch to the first token.
+        decode_s: seconds from the first token to the last.
+    """
+
+    prompt_tokens: list[int]
+    tokens: list[int]
+    text: str
+    finish_reason: str
+    records: list[StepRecord]
+    ttft_s: float
+    decode_s: float
+
+    @property
+    def stats(self) -> AcceptanceStats:
+        """Acceptance over this prompt's steps."""
+        return AcceptanceStats.from_records(self.records)
+
+    @property
+    def total_s(self) -> float:
+        """Seconds from the start of its batch to its last token."""
+        return self.ttft_s + self.decode_s
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """(T - 1) / decode_s; nan if fewer than two tokens were emitted."""
+        num_tokens = len(self.tokens) - 1
+        return num_tokens / self.decode_s if num_tokens > 0 and self.decode_s > 0 else float("nan")
+
+
+def encode(prompt: Prompt, target: Target, index: int = 0) -> list[int]:
+    """Turn text, chat messages or token ids into the ids of a prompt that fits the target.
+
+    Text is tokenized as it is, with the tokenizer's special tokens; messages go through its chat
+    template with a generation prompt.
+
+    Raises:
+        ValueError: an empty prompt, one that leaves no room in the context, an id outside the
+            vocabulary, or text without a tokenizer.
+    """
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
+        if target.tokenizer is None:
+            raise ValueError(f"prompt {index} is text but the target has no tokenizer; pass ids")
+        ids = _tokenize(prompt, target.tokenizer)
+        if isinstance(prompt, str) and not prompt:
+            ids = []
+    else:
+        ids = [int(token) for token in prompt]  # type: ignore[arg-type]
+    if not ids:
+        raise ValueError(f"prompt {index} is empty but needs at least one token to continue from")
+    if len(ids) >= target.max_context_len:
+        raise ValueError(
+            f"prompt {index} has {len(ids)} tokens but the target's context holds "
+            f"{target.max_context_len}, new tokens included; shorten the prompt"
+        )
+    wrong = next((token for token in ids if not 0 <= token < target.vocab_size), None)
+    if wrong is not None:
+        raise ValueError(
+            f"prompt {index} holds token {wrong} but ids of this target are in "
+            f"[0, {target.vocab_size}); was it encoded by another tokenizer?"
+        )
+    return ids
+
+
+def _tokenize(prompt: Any, tokenizer: Any) -> list[int]:
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@dataclass(eq=False)
+class Request:
+    """A row of the batch, as the host sees it."""
+
+    index: int
+    prompt: list[int]
+    rules: StopRules
+    target: Target
+    tokens: list[int] = field(default_factory=list)
+    records: list[StepRecord] = field(default_factory=list)
+    finish_reason: str = ""
+    started: float = 0.0
+    first_token: float = 0.0
+    last_token: float = 0.0
+
+    def __post_init__(self) -> None:
+        room = self.target.max_context_len - len(self.prompt)
+        self.max_tokens = min(self.rules.max_new_tokens, room)
+        self._eos = frozenset(self.target.eos_token_ids)
+
+    @property
+    def budget(self) -> int:
+        """Draft tokens that can still be kept: one place is the step's own token's."""
+        return max(0, self.max_tokens - len(self.tokens) - 1)
+
+    def accept(self, new_tokens: list[int]) -> int:
+        """Add tokens until a stop rule holds; returns how many were kept."""
+        kept = 0
+        for token in new_tokens:
+            self.tokens.append(token)
+            kept += 1
+            if token in self._eos:
+                self.finish_reason = "eos"
+            elif self.rules.stop and self._stopped():
+                self.finish_reason = "stop"
+            elif len(self.tokens) >= self.max_tokens:
+                self.finish_reason = "length"
+            if self.finish_reason:
+                break
+        self.last_token = time.perf_counter()
+        if not self.first_token:
+            self.first_token = self.last_token
+        return kept
+
+    def _stopped(self) -> bool:
+        # A token is at least one byte, so a stop string spans at most this many tokens.
+        window = max(len(stop.encode()) for stop in self.rules.stop) + 1
+        tail = self.target.tokenizer.decode(self.tokens[-window:], skip_special_tokens=True)
+        return any(stop in tail for stop in self.rules.stop)
+
+    def result(self) -> Result:
+        """What there is now; an unfinished row was interrupted."""
+        return Result(
+            prompt_tokens=self.prompt,
+            tokens=self.tokens,
+            text=self._final_text(),
+            finish_reason=self.finish_reason or "interrupted",
+            records=self.records,
+            ttft_s=self.first_token - self.started,
+            decode_s=self.last_token - self.first_token,
+        )
+
+    def _final_text(self) -> str:
+        if self.target.tokenizer is None:
+            return ""
+        text: str = self.target.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        ends = [text.find(stop) for stop in self.rules.stop] if self.finish_reason == "stop" else []
+        found = [end for end in ends if end >= 0]
+        return text[: min(found)] if found else text
