@@ -1,0 +1,1 @@
+"""Draft strategies, one file each; `specdec.registry` knows them by name."""

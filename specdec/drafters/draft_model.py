@@ -1,0 +1,289 @@
+"""A small causal LM as drafter: sampled or greedy chains, and best-first trees."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from specdec.drafters.pool import CandidatePool
+from specdec.interfaces import Prompts, Target, TargetOutput
+from specdec.randomness import row_exponentials
+from specdec.sampling import Sampler, sample
+from specdec.targets.hf import HFTarget
+from specdec.targets.load import load_target
+from specdec.verify import Draft, Verdict
+
+# Level i of a chain draws from stream 16 + i of its row's randomness.
+FIRST_STREAM = 16
+
+
+class DraftModel:
+    """Drafts with a language model that shares the target's tokenizer.
+
+    A chain (`width` 1) is the argmax at temperature 0 and otherwise sampled from the model's own
+    processed distribution, which it reports. A tree (`width` > 1) holds the top `width` children of
+    the best `width` nodes of each level, reranked to `max_nodes`; it is deterministic.
+
+    Args:
+        model: the drafter's language model; it owns the KV cache.
+        vocab_size: V of the target. Draft logits are cropped or padded to it.
+        num_draft_tokens: levels of the draft, at least 1.
+        width: children per node and nodes expanded per level.
+        max_nodes: node budget of a tree; None for `num_draft_tokens * width`.
+        confidence_threshold: a chain ends where the product of the model's highest probabilities
+            falls below this. It looks at the distribution, never at the token drawn from it, so a
+            sampled chain stays lossless.
+
+    Source: Leviathan et al. 2022, arXiv 2211.17192; trees: EAGLE-2, arXiv 2406.16858.
+    """
+
+    taps: tuple[int, ...] = ()
+
+    def __init__(
+        self,
+        model: HFTarget,
+        vocab_size: int,
+        num_draft_tokens: int = 5,
+        width: int = 1,
+        max_nodes: int | None = None,
+        confidence_threshold: float = 0.0,
+    ) -> None:
+        for name, value in (("num_draft_tokens", num_draft_tokens), ("width", width)):
+            if value < 1:
+                raise ValueError(f"{name} is {value} but must be at least 1")
+        if not 0 <= confidence_threshold < 1:
+            raise ValueError(
+                f"confidence_threshold is {confidence_threshold} but must be in [0, 1); 0 is off"
+            )
+        self.model = model
+        self.vocab_size = vocab_size
+        self.num_draft_tokens = num_draft_tokens
+        self.width = width
+        self.max_nodes = num_draft_tokens if width == 1 else max_nodes or num_draft_tokens * width
+        self.makes_trees = width > 1
+        self.confidence_threshold = confidence_threshold
+        self.clock = model.clock
+
+    @classmethod
+    def load(
+        cls,
+        target: Target,
+        path: str,
+        adapter: str | None = None,
+        dtype: Any = None,
+        device: Any = None,
+        quantization: str | None = None,
+        num_draft_tokens: int = 5,
+        width: int = 1,
+        max_nodes: int | None = None,
+        confidence_threshold: float = 0.0,
+    ) -> "DraftModel":
+        """Load the model for a target.
+
+        Args:
+            target: what it drafts for; device and dtype default to the target's device and float32
+                on a CPU, the checkpoint's dtype elsewhere.
+            path: "demo", a folder or a hub id.
+            adapter: folder or hub id of a LoRA adapter, merged into the model.
+            quantization: "8bit", "4bit" or None.
+
+        Raises:
+            ValueError: another tokenizer than the target's.
+        """
+        name = "demo-draft" if path == "demo" else path
+        model = load_target(
+            name, dtype=dtype, device=device or target.device, quantization=quantization
+        )
+        if adapter is not None:
+            model = _with_adapter(model, adapter)
+        _check_same_tokenizer(model.tokenizer, target.tokenizer, path)
+        return cls(
+            model,
+            target.vocab_size,
+            num_draft_tokens,
+            width,
+            max_nodes,
+            confidence_threshold,
+        )
+
+    def begin(self, prompts: Prompts, output: TargetOutput, sampler: Sampler) -> None:
+        """Cache all but each prompt's root."""
+        self._committed = [list(prompt) for prompt in prompts]
+        self._num_committed = torch.tensor([len(p) for p in prompts], device=self.model.device)
+        limit = self.model.max_context_len
+        self.model.prefill([prompt[:-1][:limit] for prompt in prompts])
+
+    def propose(self, root: Tensor, budget: Sequence[int], sampler: Sampler) -> Draft:
+        """Draft a chain or a tree, each level one forward of the model."""
+        room = [self.model.max_context_len - len(row) for row in self._committed]
+        budget = [min(b, r) if r > 0 else 0 for b, r in zip(budget, room, strict=True)]
+        num_levels = min(self.num_draft_tokens, max(budget))
+        if num_levels <= 0:
+            return Draft.empty(root.shape[0], root.device)
+        logits = self._catch_up()
+        if self.makes_trees:
+            draft = self._grow_tree(root.to(self.model.device), logits, num_levels, budget, sampler)
+        else:
+            draft = self._extend_chain(logits, num_levels, budget, sampler)
+        return _to(draft, root.device)
+
+    def observe(
+        self, verdict: Verdict, committed: Sequence[Sequence[int]], hidden: dict[int, Tensor]
+    ) -> None:
+        """Roll the cache back to what was accepted."""
+        lengths = []
+        for row, new, cached in zip(self._committed, committed, self.model.lengths, strict=True):
+            lengths.append(min(cached, len(row) + len(new) - 1))
+            row.extend(new)
+        self.model.rollback(lengths)
+        self._num_committed += verdict.num_accepted.to(self.model.device) + 1
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep these rows."""
+        rows = rows.to(self.model.device)
+        self._committed = [self._committed[row] for row in rows.tolist()]
+        self._num_committed = self._num_committed[rows]
+        self.model.reorder(rows)
+
+    def _catch_up(self) -> Tensor:
+        """Feed what is committed but not cached, the root last; logits [B, V] after the root."""
+        limit = self.model.max_context_len
+        pending = [
+            row[cached:limit]
+            for row, cached in zip(self._committed, self.model.lengths, strict=True)
+        ]
+        counts = [len(row) for row in pending]
+        width = max(counts)
+        padded = [row + [0] * (width - len(row)) for row in pending]
+        tokens = torch.tensor(padded, device=self.model.device)
+        return self._fit(self.model.feed(tokens, counts))
+
+    def _fit(self, logits: Tensor) -> Tensor:
+        """Crop or pad the last dimension to the target's vocabulary."""
+        missing = self.vocab_size - logits.shape[-1]
+        if missing <= 0:
+            return logits[..., : self.vocab_size]
+        return pad(logits, (0, missing), value=float("-inf"))
+
+    def _extend_chain(
+        self, logits: Tensor, num_levels: int, budget: Sequence[int], sampler: Sampler
+    ) -> Draft:
+        counts = [1] * len(budget)
+        chosen: list[Tensor] = []
+        reported: list[Tensor] = []
+        lengths = torch.tensor(budget, device=logits.device)
+        survival = torch.ones(len(budget), device=logits.device)
+        for level in range(num_levels):
+            scores = self._scores(logits, chosen, sampler)  # [B, V]
+            if self.confidence_threshold:
+                survival = survival * scores.float().softmax(-1).amax(-1)
+                ended = survival < self.confidence_threshold
+                lengths = torch.where(ended, lengths.clamp(max=level), lengths)
+                # Only where it costs no synchronisation does an ended batch save its forwards.
+                if logits.device.type == "cpu" and bool((lengths <= level).all()):
+                    break
+            if sampler.is_greedy:
+                chosen.append(scores.argmax(-1))
+            else:
+                probs = sampler.probs(scores.unsqueeze(1)).squeeze(1)
+                noise = row_exponentials(
+                    sampler.seeds.to(logits.device),
+                    self._num_committed,
+                    FIRST_STREAM + level,
+                    self.vocab_size,
+                )
+                reported.append(probs)
+                chosen.append(sample(probs, noise))
+            if level + 1 < num_levels:
+                logits = self._fit(self.model.feed(chosen[-1].unsqueeze(1), counts))
+        return self._chain(chosen, reported, lengths)
+
+    def _scores(self, logits: Tensor, chosen: list[Tensor], sampler: Sampler) -> Tensor:
+        """Process the newest level's logits [B, V] in the context of the chain so far."""
+        if sampler.is_plain:
+            return logits
+        partial = Draft.chain(torch.stack(chosen, 1)) if chosen else None
+        nodes = torch.full((len(logits), 1), len(chosen), device=logits.device)
+        return sampler.scores(logits.unsqueeze(1), partial, nodes).squeeze(1)
+
+    def _chain(self, chosen: list[Tensor], reported: list[Tensor], lengths: Tensor) -> Draft:
+        if not chosen:
+            return Draft.empty(len(lengths), lengths.device)
+        tokens = torch.stack(chosen, 1)  # [B, N]
+        lengths = lengths.clamp(max=tokens.shape[1])
+        real = torch.arange(tokens.shape[1], device=tokens.device) < lengths.unsqueeze(1)
+        probs = torch.stack(reported, 1) if reported else None
+        return Draft.chain(tokens.masked_fill(~real, -1), lengths, probs)
+
+    def _grow_tree(
+        self,
+        root: Tensor,
+        logits: Tensor,
+        num_levels: int,
+        budget: Sequence[int],
+        sampler: Sampler,
+    ) -> Draft:
+        # `score` feeds the root again together with the nodes.
+        self.model.rollback([length - 1 for length in self.model.lengths])
+        pool = CandidatePool(self.width)
+        partial: Draft | None = None
+        nodes = torch.zeros(len(budget), 1, dtype=torch.long, device=logits.device)
+        newest = logits.unsqueeze(1)  # [B, nodes of the newest level, V]
+        for level in range(num_levels):
+            scores = newest if sampler.is_plain else sampler.scores(newest, partial, nodes)
+            pool.add_level(scores.float().log_softmax(-1))
+            if level + 1 == num_levels:
+                break
+            partial = pool.expanded()
+            output = self.model.score(root, partial)
+            num_new = pool.beam_size
+            newest = self._fit(output.logits[:, -num_new:])
+            last = partial.num_nodes + 1
+            nodes = torch.arange(last - num_new, last, device=root.device).expand(len(root), -1)
+        return pool.best(self.max_nodes, torch.tensor(budget, device=root.device))
+
+
+def _to(draft: Draft, device: torch.device) -> Draft:
+    """Move a draft to the target's device; no copy where it is there already."""
+    if draft.tokens.device == device:
+        return draft
+    return Draft(
+        draft.tokens.to(device),
+        draft.lengths.to(device),
+        None if draft.parents is None else draft.parents.to(device),
+        None if draft.probs is None else draft.probs.to(device),
+        draft.depth,
+    )
+
+
+def _with_adapter(model: HFTarget, adapter: str) -> HFTarget:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ValueError(
+            "adapter needs the package peft; install it with: pip install 'specdec[train]'"
+        ) from error
+    merged = PeftModel.from_pretrained(model.model, adapter).merge_and_unload()
+    return HFTarget(merged.eval(), model.tokenizer)
+
+
+def _check_same_tokenizer(draft: Any, target: Any, path: str) -> None:
+    """Refuse a drafter whose ids mean other text; a padded vocabulary is fine."""
+    if draft is None or target is None:
+        return
+    draft_vocab, target_vocab = draft.get_vocab(), target.get_vocab()
+    if draft_vocab == target_vocab:
+        return
+    differing = [
+        token
+        for token, index in draft_vocab.items()
+        if target_vocab.get(token, index) != index or (token not in target_vocab)
+    ]
+    if differing:
+        raise ValueError(
+            f"drafter {path!r} has another tokenizer than the target: {len(differing)} of "
+            f"{len(draft_vocab)} tokens differ, {differing[0]!r} for one; drafting needs a model "
+            "with the target's own tokenizer"
+        )

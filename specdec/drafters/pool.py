@@ -1,0 +1,66 @@
+"""Growing a deterministic draft tree level by level (EAGLE-2, arXiv 2406.16858)."""
+
+import torch
+from torch import Tensor
+
+from specdec.verify import Draft, best_first
+
+
+class CandidatePool:
+    """Every candidate seen while a tree grows, and the beam that is expanded next.
+
+    Args:
+        width: children taken per node, and nodes expanded per level.
+    """
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+        self._tokens: list[Tensor] = []
+        self._parents: list[Tensor] = []  # pool indices
+        self._scores: list[Tensor] = []
+        self._beams: list[tuple[Tensor, Tensor]] = []  # tokens, parents among expanded nodes
+        self._beam_pool: Tensor | None = None  # [B, beam] pool indices of the newest beam
+        self._beam_scores: Tensor | None = None
+
+    @property
+    def beam_size(self) -> int:
+        """Nodes of the newest beam."""
+        return self._beams[-1][0].shape[1]
+
+    def add_level(self, log_probs: Tensor) -> None:
+        """Add the top children of the newest beam, from its log-probabilities [B, beam, V]."""
+        top = log_probs.topk(min(self._width, log_probs.shape[-1]), -1)
+        batch, beam, width = top.indices.shape
+        above = top.values.new_zeros(batch, 1) if self._beam_scores is None else self._beam_scores
+        scores = (above.unsqueeze(2) + top.values).flatten(1)  # [B, beam * width]
+        tokens = top.indices.flatten(1)
+        origin = torch.arange(beam, device=tokens.device).repeat_interleave(width)
+        parents = torch.full_like(tokens, -1)
+        if self._beam_pool is not None:
+            parents = self._beam_pool[:, origin]
+        first = sum(part.shape[1] for part in self._tokens)
+        self._tokens.append(tokens)
+        self._parents.append(parents)
+        self._scores.append(scores)
+
+        best = scores.topk(min(self._width, scores.shape[1]), 1)
+        expanded_before = sum(part.shape[1] for part, _ in self._beams)
+        beam_parents = torch.full_like(best.indices, -1)
+        if self._beams:
+            beam_parents = expanded_before - beam + origin[best.indices]
+        self._beams.append((tokens.gather(1, best.indices), beam_parents))
+        self._beam_pool, self._beam_scores = best.indices + first, best.values
+
+    def expanded(self) -> Draft:
+        """The nodes of all beams so far, as a draft to score."""
+        tokens = torch.cat([part for part, _ in self._beams], 1)
+        parents = torch.cat([part for _, part in self._beams], 1)
+        return Draft.tree(tokens, parents, depth=len(self._beams))
+
+    def best(self, max_nodes: int, row_budgets: Tensor) -> Draft:
+        """Rerank the whole pool to the node budget."""
+        parents, scores = torch.cat(self._parents, 1), torch.cat(self._scores, 1)
+        kept = best_first(scores, parents, max_nodes, row_budgets)
+        tokens = torch.cat(self._tokens, 1).gather(1, kept.nodes.clamp(min=0))
+        tokens = tokens.masked_fill(kept.nodes < 0, -1)
+        return Draft.tree(tokens, kept.parents, kept.lengths, len(self._tokens))
