@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from specdec.demo import demo_path
 from specdec.drafters.pool import CandidatePool
 from specdec.interfaces import Prompts, Target, TargetOutput
 from specdec.randomness import row_exponentials
@@ -92,7 +93,7 @@ class DraftModel:
         Raises:
             ValueError: another tokenizer than the target's.
         """
-        name = "demo-draft" if path == "demo" else path
+        name = str(demo_path("draft")) if path == "demo" else path
         model = load_target(
             name, dtype=dtype, device=device or target.device, quantization=quantization
         )

@@ -1,0 +1,169 @@
+"""Every registered drafter keeps the target's output: a new one is checked without a new test."""
+
+import inspect
+from collections import Counter
+from importlib import import_module
+from itertools import product
+
+import pytest
+import scipy.stats
+import torch
+
+from specdec import SamplingConfig, generate, generate_baseline, load_drafter
+from specdec.registry import DRAFTERS
+from specdec.verify import RULES
+from tiny_models import perturbed, tiny_llama, tiny_target
+
+PROMPTS = [[5, 6, 7, 8, 5, 6, 7], [3] * 12, [11, 12, 13, 11, 12], [60]]
+HORIZON, SMALL_VOCAB, NUM_SAMPLES = 4, 5, 3000
+
+# Options that turn on what a drafter does not do by default.
+VARIANTS: dict[str, list[dict]] = {
+    "draft_model": [{}, {"width": 3, "max_nodes": 8}, {"confidence_threshold": 0.3}],
+    "ngram": [{"min_ngram": 1}, {"min_ngram": 1, "num_continuations": 3}],
+}
+CASES = [
+    pytest.param(name, options, id=f"{name}-{index}")
+    for name in DRAFTERS
+    for index, options in enumerate(VARIANTS.get(name, [{}]))
+]
+
+
+@pytest.fixture(scope="module")
+def draft_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("draft")
+    perturbed(tiny_llama(), 0.15).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def small_vocab_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small-vocab-draft")
+    perturbed(tiny_llama(SMALL_VOCAB, 1), 0.3).save_pretrained(folder)
+    return str(folder)
+
+
+def build(name, options, target, folder):
+    module, attribute = DRAFTERS[name].split(":")
+    strategy = getattr(import_module(module), attribute)
+    parameters = inspect.signature(getattr(strategy, "load", strategy)).parameters
+    path = {"path": folder} if "path" in parameters else {}
+    return load_drafter({"type": name, **path, **options}, target)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_greedy_output_equals_plain_decoding_and_transformers_generate(
+    name, options, draft_folder
+):
+    target = tiny_target()
+    drafter = build(name, options, target, draft_folder)
+    speculative = generate(target, drafter, PROMPTS, max_new_tokens=40)
+    plain = generate_baseline(target, PROMPTS, max_new_tokens=40)
+    for prompt, ours, alone in zip(PROMPTS, speculative, plain, strict=True):
+        theirs = target.model.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=40, pad_token_id=0
+        )
+        assert ours.tokens == alone.tokens == theirs[0, len(prompt) :].tolist()
+    steps = sum(result.stats.num_steps for result in speculative)
+    assert steps < sum(result.stats.num_steps for result in plain), "nothing was ever accepted"
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_a_row_does_not_depend_on_its_batch(name, options, draft_folder):
+    target = tiny_target()
+    drafter = build(name, options, target, draft_folder)
+    configs = [SamplingConfig(temperature=0.8, seed=s) for s in (1, 2, 3, 4)]
+    together = generate(target, drafter, PROMPTS, configs, max_new_tokens=24)
+    if name == "suffix":
+        drafter = build(name, options, target, draft_folder)  # forget what it has seen
+    alone = generate(target, drafter, PROMPTS, configs, max_new_tokens=24, batch_size=1)
+    plain = generate_baseline(target, PROMPTS, configs, max_new_tokens=24)
+    # With shared memory of past outputs the drafts differ, and with them the random numbers used.
+    if name != "suffix":
+        assert [r.tokens for r in together] == [r.tokens for r in alone]
+    assert [len(r.tokens) for r in together] == [len(r.tokens) for r in plain]
+
+
+def exact_law(target, prompt, sampling):
+    """Probability of every sequence of HORIZON tokens under plain sampling, by enumeration."""
+    sequences = list(product(range(SMALL_VOCAB), repeat=HORIZON))
+    ids = torch.tensor([prompt + list(sequence) for sequence in sequences])
+    with torch.no_grad():
+        logits = target.model(input_ids=ids).logits[:, len(prompt) - 1 : -1]
+    from specdec.sampling import Sampler
+
+    law = torch.ones(len(sequences), dtype=torch.float64)
+    sampler = Sampler([sampling] * len(ids), SMALL_VOCAB, None, [prompt] * len(ids), ())
+    for position in range(HORIZON):
+        token = ids[:, len(prompt) + position]
+        probs = sampler.probs(sampler.scores(logits[:, position : position + 1]))[:, 0]
+        law *= probs.gather(1, token[:, None])[:, 0].double()
+        sampler.observe(token[:, None])
+    return dict(zip(sequences, law.tolist(), strict=True))
+
+
+def p_value(counts, law):
+    """Of a G-test; cells that are too rare for it are joined."""
+    num_samples = sum(counts.values())
+    common = [s for s, p in law.items() if p * num_samples >= 5]
+    impossible = [s for s in counts if law[s] == 0]
+    assert not impossible, f"sampled what the target cannot emit: {impossible[:3]}"
+    observed = [counts[s] for s in common]
+    expected = [law[s] * num_samples for s in common]
+    rest = num_samples - sum(expected)
+    if rest > 1e-6 * num_samples:
+        observed.append(num_samples - sum(observed))
+        expected.append(rest)
+    scale = sum(observed) / sum(expected)
+    expected = [value * scale for value in expected]
+    return scipy.stats.power_divergence(observed, expected, lambda_="log-likelihood").pvalue
+
+
+SETTINGS = [
+    SamplingConfig(temperature=1.0),
+    SamplingConfig(temperature=0.7, top_p=0.9, repetition_penalty=1.3, frequency_penalty=0.2),
+]
+
+
+@pytest.mark.parametrize("sampling", SETTINGS, ids=["plain", "penalties"])
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_sampled_sequences_follow_the_targets_own_law(name, options, sampling, small_vocab_folder):
+    target = tiny_target(SMALL_VOCAB, 1)
+    drafter = build(name, options, target, small_vocab_folder)
+    prompt = [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+    results = generate(
+        target, drafter, [prompt] * NUM_SAMPLES, sampling, max_new_tokens=HORIZON, batch_size=500
+    )
+    counts = Counter(tuple(result.tokens) for result in results)
+    assert any(result.stats.num_accepted for result in results)
+    assert p_value(counts, exact_law(target, prompt, sampling)) > 1e-4
+
+
+CHAIN_RULES = [name for name, rule in RULES.items() if rule.lossless and name != "match"]
+
+
+@pytest.mark.parametrize("rule", CHAIN_RULES)
+def test_every_lossless_rule_keeps_the_law_in_the_loop(rule, small_vocab_folder):
+    target = tiny_target(SMALL_VOCAB, 1)
+    drafter = build("draft_model", {}, target, small_vocab_folder)
+    prompt, sampling = [0, 1, 2], SamplingConfig(temperature=0.9, seed=7)
+    results = generate(
+        target,
+        drafter,
+        [prompt] * NUM_SAMPLES,
+        sampling,
+        max_new_tokens=HORIZON,
+        batch_size=500,
+        rule=rule,
+    )
+    counts = Counter(tuple(result.tokens) for result in results)
+    assert p_value(counts, exact_law(target, prompt, sampling)) > 1e-4
+
+
+def test_the_test_of_the_law_notices_a_wrong_one():
+    target = tiny_target(SMALL_VOCAB, 1)
+    results = generate_baseline(
+        target, [[0, 1, 2]] * NUM_SAMPLES, SamplingConfig(temperature=0.8), max_new_tokens=HORIZON
+    )
+    counts = Counter(tuple(result.tokens) for result in results)
+    assert p_value(counts, exact_law(target, [0, 1, 2], SamplingConfig(temperature=1.0))) < 1e-6
