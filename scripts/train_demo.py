@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+DataDir = Annotated[Path, typer.Option(help="folder with gsm8k/, sgd/ and taskmaster4/")]
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 CHAT_TEMPLATE = (
@@ -117,7 +119,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 def pack(
     conversations: list[Turns], tokenizer: PreTrainedTokenizerFast, block_len: int, seed: int
 ) -> torch.Tensor:
-    """Shuffle, tokenize, concatenate and cut into blocks [num_blocks, block_len]; 10 % are plain."""
+    """Shuffle, tokenize and cut into blocks [num_blocks, block_len]; one text in ten is plain."""
     order = random.Random(seed)
     shuffled = order.sample(conversations, len(conversations))
     texts = [render(turns, plain=order.random() < 0.1) for turns in shuffled]
@@ -285,7 +287,7 @@ def fit(
 
 
 @app.command()
-def tokenizer(data_dir: Path = typer.Option(...), out: Path = Path("runs/demo")) -> None:
+def tokenizer(data_dir: DataDir, out: Path = Path("runs/demo")) -> None:
     train, _ = read_conversations(data_dir)
     texts = [text for turns in train for _, text in turns]
     out.mkdir(parents=True, exist_ok=True)
@@ -294,7 +296,7 @@ def tokenizer(data_dir: Path = typer.Option(...), out: Path = Path("runs/demo"))
 
 @app.command()
 def target(
-    data_dir: Path = typer.Option(...),
+    data_dir: DataDir,
     out: Path = Path("runs/demo"),
     passes: float = 2.0,
 ) -> None:
@@ -307,7 +309,7 @@ def target(
 
 @app.command()
 def draft(
-    data_dir: Path = typer.Option(...),
+    data_dir: DataDir,
     out: Path = Path("runs/demo"),
     passes: float = 1.0,
 ) -> None:
@@ -323,9 +325,9 @@ def draft(
 
 DATA_CREDITS = """| data | licence | source |
 | --- | --- | --- |
-| GSM8K, train | MIT | openai/grade-school-math |
-| Schema-Guided Dialogue, train | CC BY-SA 4.0 | google-research-datasets/dstc8-schema-guided-dialogue |
-| Taskmaster-4, nine records of ten | CC BY 4.0 | google-research-datasets/Taskmaster |
+| GSM8K, train | MIT | OpenAI, grade-school-math |
+| Schema-Guided Dialogue, train | CC BY-SA 4.0 | Google Research, dstc8-schema-guided-dialogue |
+| Taskmaster-4, nine records of ten | CC BY 4.0 | Google Research, Taskmaster |
 """
 
 
@@ -369,7 +371,7 @@ def export(out: Path = Path("runs/demo"), package: Path = Path("specdec/demo")) 
 
 
 @app.command(name="all")
-def everything(data_dir: Path = typer.Option(...), out: Path = Path("runs/demo")) -> None:
+def everything(data_dir: DataDir, out: Path = Path("runs/demo")) -> None:
     """All stages, one after the other."""
     tokenizer(data_dir, out)
     target(data_dir, out)

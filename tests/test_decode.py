@@ -1,0 +1,191 @@
+"""The loop: stop rules, limits, streaming, ragged batches, bad input."""
+
+import pytest
+import torch
+from specdec.targets.hf import HFTarget
+from tiny_models import perturbed, tiny_llama, tiny_target
+
+from specdec import SamplingConfig, generate, generate_baseline, load_drafter, stream
+from specdec.drafters.draft_model import DraftModel
+from specdec.metrics import AcceptanceStats
+
+PROMPT = [5, 6, 7, 8]
+
+
+class LetterTokenizer:
+    """Token t is the t-th character from "0" on, so that tests can read texts."""
+
+    def __call__(self, text):
+        return {"input_ids": [ord(letter) - 48 for letter in text]}
+
+    def decode(self, ids, skip_special_tokens=True):
+        return "".join(chr(48 + token) for token in ids)
+
+    def get_vocab(self):
+        return {chr(48 + token): token for token in range(97)}
+
+
+@pytest.fixture(scope="module")
+def target():
+    return HFTarget(tiny_llama(), LetterTokenizer())
+
+
+@pytest.fixture(scope="module")
+def drafter(target):
+    return DraftModel(HFTarget(perturbed(tiny_llama(), 0.15), None), target.vocab_size, 4)
+
+
+def plain_tokens(target, count, prompt=PROMPT):
+    return generate_baseline(target, [prompt], max_new_tokens=count)[0].tokens
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_exactly_max_new_tokens_are_emitted(target, drafter, count):
+    result = generate(target, drafter, [PROMPT], max_new_tokens=count)[0]
+    assert result.tokens == plain_tokens(target, count)
+    assert result.finish_reason == "length"
+
+
+def test_output_ends_with_the_first_end_of_sequence_token(target, drafter):
+    tokens = plain_tokens(target, 20)
+    eos = tokens[6]
+    target.eos_token_ids = (eos,)
+    try:
+        result = generate(target, drafter, [PROMPT], max_new_tokens=20)[0]
+    finally:
+        target.eos_token_ids = ()
+    assert result.tokens == tokens[: tokens.index(eos) + 1]
+    assert result.finish_reason == "eos"
+
+
+def test_text_ends_before_a_stop_string_that_spans_tokens(target, drafter):
+    text = target.tokenizer.decode(plain_tokens(target, 20))
+    stop = text[5:8]
+    result = generate(target, drafter, [PROMPT], max_new_tokens=20, stop=[stop])[0]
+    assert result.text == text[: text.index(stop)]
+    assert result.finish_reason == "stop"
+
+
+def test_streamed_pieces_add_up_to_the_text_and_never_show_a_stop_string(target, drafter):
+    text = target.tokenizer.decode(plain_tokens(target, 20))
+    stop = text[9:11]
+    chunks = list(stream(target, drafter, [PROMPT], max_new_tokens=20, stop=[stop]))
+    assert "".join(chunk.text for chunk in chunks) == text[: text.index(stop)]
+    assert [chunk.finish_reason for chunk in chunks][-1] == "stop"
+    assert all(chunk.finish_reason is None for chunk in chunks[:-1])
+
+
+def test_rows_of_different_length_finish_at_different_steps_and_agree_with_single_runs(
+    target, drafter
+):
+    prompts = [PROMPT, [9] * 30, [1], list(range(20, 60))]
+    together = generate(target, drafter, prompts, max_new_tokens=30)
+    for prompt, result in zip(prompts, together, strict=True):
+        assert result.tokens == plain_tokens(target, 30, prompt)
+    assert len({len(result.records) for result in together}) > 1
+
+
+def test_batches_smaller_than_the_number_of_prompts_change_nothing(target, drafter):
+    prompts = [PROMPT, [9] * 30, [1]]
+    whole = generate(target, drafter, prompts, max_new_tokens=12)
+    parts = generate(target, drafter, prompts, max_new_tokens=12, batch_size=2)
+    assert [r.tokens for r in whole] == [r.tokens for r in parts]
+
+
+def test_tokens_are_accepted_ones_plus_one_a_step_plus_the_first(target, drafter):
+    result = generate(target, drafter, [PROMPT], max_new_tokens=33)[0]
+    stats = result.stats
+    assert len(result.tokens) == 1 + stats.num_accepted + stats.num_steps
+    assert stats.accepted_length == pytest.approx(1 + sum(stats.acceptance_at_depth))
+    for depth, share in enumerate(stats.conditional_acceptance_at_depth):
+        assert share >= stats.acceptance_at_depth[depth]
+
+
+def test_plain_decoding_has_an_accepted_length_of_one(target):
+    stats = generate_baseline(target, [PROMPT], max_new_tokens=9)[0].stats
+    assert stats == AcceptanceStats(8, 0, 0, (), ())
+    assert stats.accepted_length == 1.0
+
+
+def test_the_context_ends_a_row_and_drafts_never_reach_past_it(target, drafter):
+    prompt = [5, 6, 7, 8] * 62 + [5]  # 249 of 256
+    result = generate(target, drafter, [prompt], max_new_tokens=50)[0]
+    assert len(result.tokens) == 256 - 249
+    assert result.finish_reason == "length"
+    assert result.tokens == plain_tokens(target, 50, prompt)
+
+
+def test_sampling_repeats_with_its_seed_and_changes_with_another(target, drafter):
+    def run(seed):
+        config = SamplingConfig(temperature=1.0, seed=seed)
+        return generate(target, drafter, [PROMPT], config, max_new_tokens=20)[0].tokens
+
+    assert run(3) == run(3)
+    assert run(3) != run(4)
+
+
+def test_out_of_time_keeps_what_there_is(target, drafter):
+    result = generate(target, drafter, [PROMPT], max_new_tokens=50, max_time_s=1e-9)[0]
+    assert result.finish_reason == "time"
+    assert result.tokens == plain_tokens(target, 1)
+
+
+def test_an_interrupt_returns_what_there_is(target, drafter, monkeypatch):
+    calls = []
+    original = target.score
+
+    def score(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(target, "score", score)
+    results = generate(target, drafter, [PROMPT, [1]], max_new_tokens=50, batch_size=1)
+    monkeypatch.undo()
+    assert [result.finish_reason for result in results] == ["interrupted", "interrupted"]
+    assert results[0].tokens == plain_tokens(target, len(results[0].tokens))
+    assert len(results[0].tokens) >= 3
+    assert results[1].tokens == []
+
+
+def test_nan_logits_are_an_error_that_names_the_prompt(drafter):
+    broken = tiny_target()
+    with torch.no_grad():
+        broken.model.lm_head.weight[3] = float("nan")
+    with pytest.raises(FloatingPointError, match="prompt 0"):
+        generate(broken, drafter, [PROMPT], max_new_tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "prompts is empty"),
+        ([[]], {}, "prompt 0 is empty"),
+        ([""], {}, "prompt 0 is empty"),
+        ([PROMPT, [1] * 256], {}, "prompt 1 has 256 tokens"),
+        ([[1, 97]], {}, "token 97"),
+        ([PROMPT], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ([PROMPT], {"stop": [""]}, "empty string"),
+        ([PROMPT], {"max_time_s": -1}, "max_time_s is -1"),
+        ([PROMPT], {"batch_size": 0}, "batch_size is 0"),
+        ([PROMPT], {"rule": "tokens"}, "tokens"),
+        ([PROMPT], {"sampling": [SamplingConfig()] * 2}, "sampling has 2 entries"),
+    ],
+)
+def test_bad_input_is_named(target, drafter, prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(target, drafter, prompts, **options)
+
+
+def test_a_chain_rule_refuses_a_drafter_of_trees(target):
+    tree = DraftModel(HFTarget(tiny_llama(seed=1), None), target.vocab_size, 3, width=2)
+    with pytest.raises(ValueError, match="block"):
+        generate(target, tree, [PROMPT], rule="block")
+
+
+def test_an_unknown_drafter_or_option_suggests_the_nearest_name(target):
+    with pytest.raises(ValueError, match="did you mean 'ngram'"):
+        load_drafter("ngramm", target)
+    with pytest.raises(ValueError, match="did you mean 'max_ngram'"):
+        load_drafter({"type": "ngram", "max_ngrams": 3}, target)
