@@ -8,11 +8,11 @@ from itertools import product
 import pytest
 import scipy.stats
 import torch
+from tiny_models import perturbed, tiny_llama, tiny_target
 
 from specdec import SamplingConfig, generate, generate_baseline, load_drafter
 from specdec.registry import DRAFTERS
 from specdec.verify import RULES
-from tiny_models import perturbed, tiny_llama, tiny_target
 
 PROMPTS = [[5, 6, 7, 8, 5, 6, 7], [3] * 12, [11, 12, 13, 11, 12], [60]]
 HORIZON, SMALL_VOCAB, NUM_SAMPLES = 4, 5, 3000
