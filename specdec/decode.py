@@ -103,8 +103,9 @@ def _check(
         raise ValueError(f"batch_size is {size} but this target takes one row; pass batch_size=1")
     if rules.stop and target.tokenizer is None:
         raise ValueError("stop strings need a target with a tokenizer")
+    chosen_rule = get_rule(rule)
     makes_trees = drafter is not None and drafter.makes_trees
-    if makes_trees and not get_rule(rule).supports_trees:
+    if makes_trees and not chosen_rule.supports_trees:
         raise ValueError(f"rule {rule!r} judges chains only but this drafter makes trees")
     if makes_trees and not target.capabilities.trees:
         raise ValueError("this target scores chains only but the drafter makes trees")

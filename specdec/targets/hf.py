@@ -1,0 +1,212 @@
+"""Any transformers causal LM as target or draft model, its modeling file untouched."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.clock import ForwardClock
+from specdec.interfaces import Capabilities, Prompts, TargetOutput
+from specdec.kv_cache import SlotCache
+from specdec.targets.attention import use_grouped_attention
+from specdec.targets.masks import Masks
+from specdec.verify import Draft, Verdict
+from specdec.verify.tree import ancestor_mask, node_depths
+
+# Long prompts are cached in chunks, which bounds the memory of masks and activations.
+PREFILL_CHUNK = 1024
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class HFTarget:
+    """A transformers causal LM with a `SlotCache`.
+
+    Args:
+        model: in eval mode, on its device.
+        tokenizer: its tokenizer, or None for token ids only.
+
+    Raises:
+        ValueError: an encoder-decoder, or layers with a recurrent state, which a rejected token
+            would have changed for good.
+    """
+
+    capabilities = Capabilities()
+
+    def __init__(self, model: Any, tokenizer: Any = None) -> None:
+        self.config = model.config.get_text_config()
+        _refuse_what_cannot_roll_back(model, self.config)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.device: torch.device = model.device
+        self.clock = ForwardClock(self.device)
+        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+        self.max_context_len = int(
+            getattr(self.config, "max_position_embeddings", None) or self.config.n_positions
+        )
+        self.eos_token_ids = _eos_token_ids(model)
+        self._masks = Masks(self.config, self.device)
+        self.cache = SlotCache(self.config.num_hidden_layers, 1, 1, self.device)
+        self._scored_tree = False
+        use_grouped_attention(model)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens in the cache, per row."""
+        return self.cache.lengths
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Prompts, taps: Sequence[int] = ()) -> TargetOutput:
+        """Cache every prompt whole; logits [B, 1, V] of each prompt's last token.
+
+        A prompt may be empty (a draft model has nothing to cache before the root); its logits then
+        mean nothing.
+        """
+        lengths = [len(prompt) for prompt in prompts]
+        longest = max(lengths)
+        self.cache = SlotCache(
+            self.config.num_hidden_layers, len(prompts), max(2 * longest, 128), self.device
+        )
+        if longest == 0:
+            return TargetOutput(torch.zeros(len(prompts), 1, self.vocab_size, device=self.device))
+        rows = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
+        tokens = torch.tensor(rows, device=self.device)
+        chunks = []
+        logits: Tensor | None = None
+        for start in range(0, longest, PREFILL_CHUNK):
+            end = min(start + PREFILL_CHUNK, longest)
+            last = sorted({n - 1 - start for n in lengths if start < n <= end})
+            out = self._forward_chunk(tokens[:, start:end], last, taps)
+            chunks.append(out.hidden)
+            if logits is None:
+                logits = out.logits.new_zeros(len(prompts), 1, out.logits.shape[-1])
+            for row, length in enumerate(lengths):
+                if start < length <= end:
+                    logits[row, 0] = out.logits[row, last.index(length - 1 - start)]
+        self.cache.rollback(lengths)
+        assert logits is not None
+        return TargetOutput(logits, {t: torch.cat([c[t] for c in chunks], 1) for t in taps})
+
+    def _forward_chunk(
+        self, tokens: Tensor, wanted: list[int], taps: Sequence[int]
+    ) -> TargetOutput:
+        """Cache a chunk of columns; every row, padding included, is written for now."""
+        batch, width = tokens.shape
+        start = self.cache.lengths[0]
+        end = self.cache.open(width)
+        positions = torch.arange(start, end, device=self.device).expand(batch, -1)
+        keep = torch.tensor(wanted or [0], device=self.device)
+        out = self._forward(tokens, positions, self._masks.chain(self.cache, width), taps, keep)
+        self.cache.extend([width] * batch)
+        return out
+
+    @torch.inference_mode()
+    def score(self, root: Tensor, draft: Draft, taps: Sequence[int] = ()) -> TargetOutput:
+        """One forward over root [B] and nodes [B, N]; logits [B, N + 1, V]. Commits nothing."""
+        num_new = draft.num_nodes + 1
+        tokens = root.unsqueeze(1)
+        if draft.num_nodes:
+            tokens = torch.cat([tokens, draft.tokens.clamp(min=0)], 1)
+        self.cache.open(num_new)
+        self._scored_tree = draft.parents is not None
+        lengths = self.cache.device_lengths.unsqueeze(1)
+        if draft.parents is None:
+            positions = lengths + torch.arange(num_new, device=self.device)
+            mask = self._masks.chain(self.cache, num_new)
+        else:
+            depths = _with_root(node_depths(draft.parents, draft.depth))
+            positions = lengths + depths
+            own = _root_and_ancestors(ancestor_mask(draft.parents, draft.depth))
+            mask = self._masks.tree(self.cache, own, depths)
+        # Padding of a row that is nearly full must not look past the position table.
+        positions = positions.clamp(max=self.max_context_len - 1)
+        return self._forward(tokens, positions, mask, taps, 0)
+
+    @torch.inference_mode()
+    def feed(self, tokens: Tensor, counts: Sequence[int]) -> Tensor:
+        """Commit `counts[b]` of the tokens [B, n] to every row; logits [B, V] after the last.
+
+        A row with count 0 commits nothing, and its logits mean nothing.
+        """
+        width = tokens.shape[1]
+        self.cache.open(width)
+        positions = self.cache.device_lengths.unsqueeze(1) + torch.arange(width, device=self.device)
+        positions = positions.clamp(max=self.max_context_len - 1)
+        mask = self._masks.chain(self.cache, width)
+        logits = self._forward(tokens, positions, mask, (), 0).logits
+        self.cache.extend(counts)
+        if width == 1:
+            return logits[:, 0]
+        last = torch.tensor([max(count - 1, 0) for count in counts], device=self.device)
+        return logits[torch.arange(len(counts), device=self.device), last]
+
+    @torch.inference_mode()
+    def commit(self, verdict: Verdict, num_accepted: Sequence[int]) -> None:
+        """Keep the root and the accepted path: a chain only moves lengths, a tree gathers."""
+        if self._scored_tree and any(num_accepted):
+            self.cache.gather_path(verdict.path)
+        self.cache.extend([count + 1 for count in num_accepted])
+
+    @torch.inference_mode()
+    def reorder(self, rows: Tensor) -> None:
+        """Keep only these rows."""
+        self.cache.reorder(rows)
+
+    def rollback(self, lengths: Sequence[int]) -> None:
+        """Forget the cached tokens behind `lengths[b]`."""
+        self.cache.rollback(lengths)
+
+    def _forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        mask: Any,
+        taps: Sequence[int],
+        logits_to_keep: int | Tensor,
+    ) -> TargetOutput:
+        with self.clock.forward():
+            out = self.model(
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=logits_to_keep,
+                output_hidden_states=bool(taps),
+            )
+        return TargetOutput(out.logits, {tap: out.hidden_states[tap] for tap in taps})
+
+
+def _with_root(depths: Tensor) -> Tensor:
+    """Depths [B, N] of nodes to depths [B, N + 1] of root and nodes."""
+    return torch.nn.functional.pad(depths, (1, 0))
+
+
+def _root_and_ancestors(mask: Tensor) -> Tensor:
+    """Node mask [B, N, N] to [B, N + 1, N + 1]: everyone sees the root, the root only itself."""
+    padded = torch.nn.functional.pad(mask, (1, 0, 1, 0))
+    padded[:, :, 0] = True
+    return padded
+
+
+def _eos_token_ids(model: Any) -> tuple[int, ...]:
+    settings = getattr(model, "generation_config", None)
+    eos = getattr(settings, "eos_token_id", None)
+    if eos is None:
+        eos = getattr(model.config.get_text_config(), "eos_token_id", None)
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+
+
+def _refuse_what_cannot_roll_back(model: Any, config: Any) -> None:
+    name = type(model).__name__
+    if config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder; a target must be a causal language model")
+    layers = set(getattr(config, "layer_types", None) or ())
+    unknown = sorted(layers - _KNOWN_LAYERS)
+    if unknown or getattr(model, "_is_stateful", False):
+        raise ValueError(
+            f"{name} has layers that cannot be rolled back ({', '.join(unknown) or 'recurrent'}): "
+            "a rejected draft token would stay in their state; use a model with attention only"
+        )

@@ -1,0 +1,141 @@
+"""Load a target from a folder, the hub, or the package itself."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specdec.demo import demo_path
+from specdec.targets.hf import HFTarget
+
+QUANTIZATIONS = ("8bit", "4bit")
+
+
+def load_target(
+    path: str,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    quantization: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> HFTarget:
+    """Load any transformers causal LM, from safetensors only.
+
+    Args:
+        path: "demo" (the embedded model), a folder, or a hub id.
+        dtype: "float32", "bfloat16", "float16", "auto" or a torch dtype. None: float32 on a CPU,
+            the checkpoint's own elsewhere.
+        device: where to put it; None: CUDA if there is one, else the CPU.
+        device_map: passed to transformers instead of `device`, to spread a model over devices.
+        quantization: "8bit" or "4bit" through bitsandbytes; a checkpoint that is stored quantised
+            needs none.
+        revision: of a hub id.
+        trust_remote_code: run Python code that the checkpoint brings. Off unless asked for.
+
+    Raises:
+        FileNotFoundError: no such folder or hub id.
+        ValueError: the files do not hold the model that their config describes.
+    """
+    import transformers
+
+    where = str(demo_path("target")) if path == "demo" else path
+    _check_path(where)
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    options: dict[str, Any] = {
+        "dtype": _dtype(dtype, chosen),
+        "use_safetensors": True,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "output_loading_info": True,
+    }
+    if quantization is not None:
+        options["quantization_config"] = _quantization(quantization, chosen)
+    if device_map is not None or quantization is not None:
+        options["device_map"] = device_map or {"": str(chosen)}
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(where, **options)
+    except Exception as error:
+        raise _explained(where, error) from error
+    _check_complete(where, info)
+    if "device_map" not in options:
+        model = model.to(chosen)
+    return HFTarget(model.eval(), _tokenizer(where, revision, trust_remote_code))
+
+
+def _check_path(path: str) -> None:
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise FileNotFoundError(
+                f"{path!r} has no config.json; is it a transformers checkpoint?"
+            )
+    elif looks_local or folder.exists():
+        raise FileNotFoundError(
+            f"{path!r} is not a folder; give 'demo', a folder with a checkpoint, or a hub id"
+        )
+
+
+def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> Any:
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else "auto"
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype is {dtype!r} but must be float32, bfloat16, float16 or auto")
+    return found
+
+
+def _quantization(name: str, device: torch.device) -> Any:
+    if name not in QUANTIZATIONS:
+        raise ValueError(f"quantization is {name!r} but must be one of {QUANTIZATIONS}, or None")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"quantization {name!r} needs bitsandbytes; install it with: "
+            "pip install 'specdec[quant]'"
+        ) from error
+    from transformers import BitsAndBytesConfig
+
+    if name == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
+    )
+
+
+def _explained(path: str, error: Exception) -> Exception:
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if "afetensor" in type(error).__name__ or "header" in text.lower():
+        return ValueError(
+            f"{path!r} holds a safetensors file that cannot be read ({text}); it is corrupt or "
+            f"truncated, copy or download it again"
+        )
+    if isinstance(error, OSError):
+        return FileNotFoundError(f"{path!r} could not be loaded: {text}")
+    return ValueError(f"{path!r} could not be loaded: {text}")
+
+
+def _check_complete(path: str, info: Any) -> None:
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(str(name) for name in info.get(kind, ()))
+        if names:
+            raise ValueError(
+                f"{path!r} does not fit its config: {len(names)} {kind.replace('_', ' ')}, "
+                f"{names[0]} for one; the checkpoint is incomplete or of another model"
+            )
+
+
+def _tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    if Path(path).is_dir() and not any(Path(path).glob("tokenizer*")):
+        return None
+    return AutoTokenizer.from_pretrained(
+        path, revision=revision, trust_remote_code=trust_remote_code
+    )

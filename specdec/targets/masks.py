@@ -1,0 +1,79 @@
+"""Who may look at whom: 4D boolean masks for chains and trees behind ragged prefixes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.kv_cache import SlotCache
+
+
+class Masks:
+    """Builds the attention mask of a forward over new tokens behind cached ones.
+
+    Args:
+        config: the text config; says which layers slide and how far they look.
+        device: of the masks.
+    """
+
+    def __init__(self, config: Any, device: torch.device) -> None:
+        self._device = device
+        self._window: int | None = getattr(config, "sliding_window", None)
+        layer_types = getattr(config, "layer_types", None)
+        # Families with layer_types take one mask a type, the others one mask for all layers.
+        self._layer_types = set(layer_types) if layer_types else None
+        if self._layer_types and "sliding_attention" not in self._layer_types:
+            self._window = None
+        self._causal = torch.ones(0, 0, dtype=torch.bool, device=device)
+
+    def chain(self, cache: SlotCache, num_new: int) -> Any:
+        """Mask for `num_new` tokens a row, each behind the one before."""
+        end = max(cache.lengths) + num_new
+        is_windowed = self._window is not None and end > self._window
+        if cache.is_uniform and not is_windowed:
+            if num_new == 1:
+                return None  # sees everything there is
+            start = end - num_new
+            return self._give(self._tril(end)[None, None, start:end, :end], None)
+        slots = torch.arange(end, device=self._device)
+        queries = cache.device_lengths.unsqueeze(1) + torch.arange(num_new, device=self._device)
+        ahead = queries.unsqueeze(2) - slots  # [B, n, K] how far the key lies back
+        full = ahead >= 0
+        sliding = full & (ahead < self._window) if is_windowed else None
+        return self._give(full.unsqueeze(1), None if sliding is None else sliding.unsqueeze(1))
+
+    def tree(self, cache: SlotCache, own: Tensor, depths: Tensor) -> Any:
+        """Mask for root and nodes.
+
+        Args:
+            cache: whose committed tokens everyone sees.
+            own: [B, n, n] bool, root and ancestors of each new token, itself included.
+            depths: [B, n] int64, 0 for the root.
+        """
+        batch, num_new, _ = own.shape
+        end = max(cache.lengths) + num_new
+        slots = torch.arange(end, device=self._device)
+        offset = slots - cache.device_lengths.unsqueeze(1)  # [B, K] < 0 in the prefix
+        inside = offset.clamp(0, num_new - 1)
+        seen = own.gather(2, inside.unsqueeze(1).expand(batch, num_new, end))
+        full = (seen & (offset < num_new).unsqueeze(1)) | (offset < 0).unsqueeze(1)
+        if self._window is None or end <= self._window:
+            return self._give(full.unsqueeze(1), None)
+        # Relative to the root: prefix slots lie at `offset`, new ones at their depth.
+        position = torch.where(offset < 0, offset, depths.gather(1, inside))
+        near = depths.unsqueeze(2) - position.unsqueeze(1) < self._window
+        return self._give(full.unsqueeze(1), (full & near).unsqueeze(1))
+
+    def _give(self, full: Tensor, sliding: Tensor | None) -> Any:
+        narrow = full if sliding is None else sliding
+        if self._layer_types is None:
+            return narrow
+        masks = {"full_attention": full, "sliding_attention": narrow}
+        return {name: masks[name] for name in self._layer_types}
+
+    def _tril(self, size: int) -> Tensor:
+        """A causal mask of at least this size, built once and sliced."""
+        if self._causal.shape[0] < size:
+            size = max(2 * self._causal.shape[0], size, 256)
+            self._causal = torch.ones(size, size, dtype=torch.bool, device=self._device).tril()
+        return self._causal
