@@ -1,0 +1,123 @@
+"""Prompt lookup: copy what followed the last tokens where they occurred before."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from specdec.clock import ForwardClock
+from specdec.drafters.packing import merge, pack_rows
+from specdec.interfaces import Prompts, TargetOutput
+from specdec.sampling import Sampler
+from specdec.verify import Draft, Verdict
+
+
+class NgramDrafter:
+    """Looks the last n tokens up in the row's own prompt and output.
+
+    The index lives on the host and grows with the committed tokens, so a step costs a few
+    dictionary look-ups instead of a scan of the context.
+
+    Args:
+        num_draft_tokens: tokens copied from each place, at most.
+        max_ngram: longest suffix looked up first.
+        min_ngram: shortest suffix, at least 1.
+        num_continuations: places to copy from; more than one makes a tree, longest and most
+            recent match first, with equal beginnings joined.
+        max_nodes: node budget of a tree; None for `num_draft_tokens * num_continuations`.
+
+    Source: prompt lookup decoding (Saxena 2023); LLMA, arXiv 2304.04487.
+    """
+
+    taps: tuple[int, ...] = ()
+
+    def __init__(
+        self,
+        num_draft_tokens: int = 8,
+        max_ngram: int = 4,
+        min_ngram: int = 2,
+        num_continuations: int = 1,
+        max_nodes: int | None = None,
+    ) -> None:
+        if not 1 <= min_ngram <= max_ngram:
+            raise ValueError(
+                f"min_ngram is {min_ngram} and max_ngram {max_ngram}: "
+                "choose 1 <= min_ngram <= max_ngram"
+            )
+        for name, value in (
+            ("num_draft_tokens", num_draft_tokens),
+            ("num_continuations", num_continuations),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} is {value} but must be at least 1")
+        self.num_draft_tokens = num_draft_tokens
+        self.num_continuations = num_continuations
+        self.makes_trees = num_continuations > 1
+        self.max_nodes = (
+            max_nodes or num_draft_tokens * num_continuations
+            if self.makes_trees
+            else num_draft_tokens
+        )
+        self.clock = ForwardClock(torch.device("cpu"))
+        self._sizes = range(min_ngram, max_ngram + 1)
+
+    def begin(self, prompts: Prompts, output: TargetOutput, sampler: Sampler) -> None:
+        """Index the prompts."""
+        self._rows = [_History(self._sizes, self.num_continuations) for _ in prompts]
+        for row, prompt in zip(self._rows, prompts, strict=True):
+            row.extend(prompt)
+
+    def propose(self, root: Tensor, budget: Sequence[int], sampler: Sampler) -> Draft:
+        """Copy what followed the latest tokens; no node where they are new."""
+        rows = []
+        for row, limit in zip(self._rows, budget, strict=True):
+            length = min(self.num_draft_tokens, limit)
+            found = row.continuations(length) if limit else []
+            rows.append(merge(found, min(limit, self.max_nodes)))
+        return pack_rows(rows, root.device, as_chain=not self.makes_trees)
+
+    def observe(
+        self, verdict: Verdict, committed: Sequence[Sequence[int]], hidden: dict[int, Tensor]
+    ) -> None:
+        """Index the new tokens."""
+        for row, tokens in zip(self._rows, committed, strict=True):
+            row.extend(tokens)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep these rows."""
+        self._rows = [self._rows[row] for row in rows.tolist()]
+
+
+class _History:
+    """The tokens of one row and, for every n-gram in them, the latest places it ended."""
+
+    def __init__(self, sizes: range, num_places: int) -> None:
+        self._sizes = sizes
+        self._num_places = num_places
+        self._tokens: list[int] = []
+        self._ends: dict[tuple[int, ...], list[int]] = {}
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Add tokens; an n-gram is indexed once something follows it."""
+        for token in tokens:
+            end = len(self._tokens)
+            for size in self._sizes:
+                if size > end:
+                    break
+                places = self._ends.setdefault(tuple(self._tokens[end - size :]), [])
+                places.append(end)
+                if len(places) > self._num_places:
+                    del places[0]
+            self._tokens.append(token)
+
+    def continuations(self, length: int) -> list[list[int]]:
+        """What followed the longest matching suffixes, longest and most recent first."""
+        found: list[list[int]] = []
+        for size in reversed(self._sizes):
+            if size > len(self._tokens):
+                continue
+            for end in reversed(self._ends.get(tuple(self._tokens[-size:]), ())):
+                found.append(self._tokens[end : end + length])
+                if len(found) == self._num_places:
+                    return found
+        return found
