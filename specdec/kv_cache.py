@@ -29,6 +29,9 @@ class _SlotLayer(CacheLayerMixin):
     is_compileable = False
     is_sliding = False
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, slots: _Slots) -> None:
         super().__init__()
         self._slots = slots
@@ -53,6 +56,10 @@ class _SlotLayer(CacheLayerMixin):
             self.keys.scatter_(2, index.expand_as(key_states), key_states)
             self.values.scatter_(2, index.expand_as(value_states), value_states)
         return self.keys[:, :, : slots.end], self.values[:, :, : slots.end]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
 
     def grow(self) -> None:
         self.keys = _copy_into(self.keys, self._slots.capacity)
@@ -103,7 +110,8 @@ class SlotCache(Cache):
         self, num_layers: int, batch_size: int, capacity: int, device: torch.device
     ) -> None:
         self._slots = _Slots(capacity)
-        super().__init__(layers=[_SlotLayer(self._slots) for _ in range(num_layers)])
+        self._slot_layers = [_SlotLayer(self._slots) for _ in range(num_layers)]
+        super().__init__(layers=list(self._slot_layers))
         self.device = device
         self._set_lengths([0] * batch_size)
 
@@ -120,8 +128,7 @@ class SlotCache(Cache):
     @property
     def num_bytes(self) -> int:
         """Bytes of keys and values allocated now."""
-        filled = [layer for layer in self.layers if layer.is_initialized]
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in filled)
+        return sum(layer.num_bytes for layer in self._slot_layers)
 
     def open(self, num_new: int) -> int:
         """Make room for `num_new` tokens a row behind the committed ones; returns the end slot."""
@@ -134,7 +141,7 @@ class SlotCache(Cache):
         if slots.end > slots.capacity:
             while slots.end > slots.capacity:
                 slots.capacity *= 2
-            for layer in self.layers:
+            for layer in self._slot_layers:
                 if layer.is_initialized:
                     layer.grow()
         return slots.end
@@ -159,12 +166,12 @@ class SlotCache(Cache):
         # Padding copies a slot onto itself; the clamp keeps it inside short rows' capacity.
         destinations = (first + steps).clamp(max=self.capacity - 1)
         sources = torch.where(path >= 0, first + path, destinations)
-        for layer in self.layers:
+        for layer in self._slot_layers:
             layer.move(sources, destinations)
 
     def reorder(self, rows: Tensor) -> None:
         """Keep only these rows."""
-        for layer in self.layers:
+        for layer in self._slot_layers:
             if layer.is_initialized:
                 layer.select(rows)
         self._set_lengths([self.lengths[row] for row in rows.tolist()])

@@ -33,7 +33,7 @@ def load_drafter(options: Mapping[str, Any] | str, target: Target) -> Drafter:
     Raises:
         ValueError: no such strategy, or an option that it does not have.
     """
-    settings = {"type": options} if isinstance(options, str) else dict(options)
+    settings: dict[str, Any] = {"type": options} if isinstance(options, str) else dict(options)
     name = settings.pop("type", None)
     if not isinstance(name, str) or name not in DRAFTERS:
         raise ValueError(

@@ -52,9 +52,7 @@ def build(name, options, target, folder):
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_greedy_output_equals_plain_decoding_and_transformers_generate(
-    name, options, draft_folder
-):
+def test_greedy_output_equals_plain_decoding_and_transformers_generate(name, options, draft_folder):
     target = tiny_target()
     drafter = build(name, options, target, draft_folder)
     speculative = generate(target, drafter, PROMPTS, max_new_tokens=40)

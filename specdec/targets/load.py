@@ -54,10 +54,12 @@ def load_target(
         options["quantization_config"] = _quantization(quantization, chosen)
     if device_map is not None or quantization is not None:
         options["device_map"] = device_map or {"": str(chosen)}
+    loaded: Any
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(where, **options)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(where, **options)
     except Exception as error:
         raise _explained(where, error) from error
+    model, info = loaded
     _check_complete(where, info)
     if "device_map" not in options:
         model = model.to(chosen)

@@ -18,18 +18,19 @@ class Masks:
 
     def __init__(self, config: Any, device: torch.device) -> None:
         self._device = device
-        self._window: int | None = getattr(config, "sliding_window", None)
+        # 0: no layer slides
+        self._window = int(getattr(config, "sliding_window", None) or 0)
         layer_types = getattr(config, "layer_types", None)
         # Families with layer_types take one mask a type, the others one mask for all layers.
         self._layer_types = set(layer_types) if layer_types else None
         if self._layer_types and "sliding_attention" not in self._layer_types:
-            self._window = None
+            self._window = 0
         self._causal = torch.ones(0, 0, dtype=torch.bool, device=device)
 
     def chain(self, cache: SlotCache, num_new: int) -> Any:
         """Mask for `num_new` tokens a row, each behind the one before."""
         end = max(cache.lengths) + num_new
-        is_windowed = self._window is not None and end > self._window
+        is_windowed = 0 < self._window < end
         if cache.is_uniform and not is_windowed:
             if num_new == 1:
                 return None  # sees everything there is
@@ -57,7 +58,7 @@ class Masks:
         inside = offset.clamp(0, num_new - 1)
         seen = own.gather(2, inside.unsqueeze(1).expand(batch, num_new, end))
         full = (seen & (offset < num_new).unsqueeze(1)) | (offset < 0).unsqueeze(1)
-        if self._window is None or end <= self._window:
+        if not 0 < self._window < end:
             return self._give(full.unsqueeze(1), None)
         # Relative to the root: prefix slots lie at `offset`, new ones at their depth.
         position = torch.where(offset < 0, offset, depths.gather(1, inside))
