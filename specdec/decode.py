@@ -170,28 +170,41 @@ def generate_baseline(
     return generate(target, None, prompts, sampling, **options)  # type: ignore[arg-type]
 
 
-def stream(
-    target: Target,
-    drafter: Drafter | None,
-    prompts: Sequence[Prompt],
-    sampling: Sampling = SamplingConfig(),  # noqa: B008 (frozen)
-    *,
-    max_new_tokens: int = 128,
-    stop: Sequence[str] = (),
-    max_time_s: float | None = None,
-    batch_size: int | None = None,
-    rule: str = "token",
-) -> Iterator[Chunk]:
-    """Decode as `generate` does and yield what each step added, prompt by prompt.
+class Stream:
+    """Decodes as `generate` does and yields what each step added, prompt by prompt.
 
-    Text that may still become a stop string or half a character is held back until it is settled.
+    Iterate it for `Chunk`s; `results()` afterwards, or at any time, gives what there is. Text that
+    may still become a stop string or half a character is held back until it is settled. Arguments
+    and errors are those of `generate`.
     """
-    rules = StopRules(max_new_tokens, tuple(stop), max_time_s)
-    call = _Call(target, drafter, prompts, sampling, rules, batch_size, rule)
-    texts = [TextStream(target.tokenizer, rules.stop) for _ in call.requests]
-    for news in call.run():
-        for row, count in news:
-            new_tokens = row.tokens[len(row.tokens) - count :]
-            finished = bool(row.finish_reason)
-            text = texts[row.index].push(new_tokens, finished)
-            yield Chunk(row.index, new_tokens, text, row.finish_reason or None)
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter | None,
+        prompts: Sequence[Prompt],
+        sampling: Sampling = SamplingConfig(),  # noqa: B008 (frozen)
+        *,
+        max_new_tokens: int = 128,
+        stop: Sequence[str] = (),
+        max_time_s: float | None = None,
+        batch_size: int | None = None,
+        rule: str = "token",
+    ) -> None:
+        rules = StopRules(max_new_tokens, tuple(stop), max_time_s)
+        self._call = _Call(target, drafter, prompts, sampling, rules, batch_size, rule)
+        self._texts = [TextStream(target.tokenizer, rules.stop) for _ in self._call.requests]
+
+    def __iter__(self) -> Iterator[Chunk]:
+        for news in self._call.run():
+            for row, count in news:
+                new_tokens = row.tokens[len(row.tokens) - count :]
+                text = self._texts[row.index].push(new_tokens, bool(row.finish_reason))
+                yield Chunk(row.index, new_tokens, text, row.finish_reason or None)
+
+    def results(self) -> list[Result]:
+        """One result per prompt, in order; unfinished ones say "interrupted"."""
+        return [request.result() for request in self._call.requests]
+
+
+stream = Stream

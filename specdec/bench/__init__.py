@@ -1,0 +1,1 @@
+"""Measuring draft strategies against two baselines, by the same ruler."""

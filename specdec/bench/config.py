@@ -1,0 +1,123 @@
+"""What a bench runs, as strict dataclasses behind YAML and `key=value` overrides."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from specdec.demo import demo_path
+
+
+@dataclass
+class TargetConfig:
+    """The model whose distribution is kept; see `load_target`."""
+
+    path: str = "demo"
+    dtype: str | None = None
+    device: str | None = None
+    quantization: str | None = None
+
+
+@dataclass
+class PromptConfig:
+    """Which prompts: a source by name (see `bench/prompts.py`) or a file."""
+
+    source: str = "demo"
+    num: int = 40
+    data_dir: str | None = None
+    seed: int = 0
+
+
+@dataclass
+class ArmConfig:
+    """One strategy: a registered drafter, "hf_assisted" or "hf_prompt_lookup"; with options."""
+
+    name: str = ""
+    type: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class SamplingOptions:
+    """See `SamplingConfig`."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass
+class BenchConfig:
+    """A whole run. "plain" and "hf_generate" are always measured beside the arms."""
+
+    target: TargetConfig = field(default_factory=TargetConfig)
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    arms: list[ArmConfig] = field(default_factory=list)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    max_new_tokens: int = 64
+    batch_size: int = 1
+    repeats: int = 3
+    seed: int = 0
+    threads: int = 2
+    rule: str = "token"
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> BenchConfig:
+    """Read YAML and overrides; "demo" is the packaged configuration.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a key that does not exist (with the nearest one), or a value of a wrong type.
+    """
+    file = demo_path("bench.yaml") if path == "demo" else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"config {path!r} is not a file; give a YAML file, or 'demo'")
+    try:
+        given = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(list(overrides)))
+        _check_keys(OmegaConf.to_container(given), BenchConfig, "")
+        merged = OmegaConf.merge(OmegaConf.structured(BenchConfig), given)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"config {path!r}: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, BenchConfig)
+    _check_values(config)
+    return config
+
+
+def _check_keys(given: Any, schema: Any, prefix: str) -> None:
+    if not isinstance(given, dict):
+        return
+    known = {f.name: f for f in fields(schema)}
+    for key, value in given.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+            raise ValueError(
+                f"config key {prefix}{key} does not exist{hint} known: {', '.join(sorted(known))}"
+            )
+        factory = known[key].default_factory
+        if isinstance(factory, type) and is_dataclass(factory):
+            _check_keys(value, factory, f"{prefix}{key}.")
+        if key == "arms" and isinstance(value, list):
+            for index, arm in enumerate(value):
+                _check_keys(arm, ArmConfig, f"arms.{index}.")
+
+
+def _check_values(config: BenchConfig) -> None:
+    for name in ("max_new_tokens", "batch_size", "repeats", "threads"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"config {name} is {getattr(config, name)} but must be at least 1")
+    if config.prompts.num < 1:
+        raise ValueError(f"config prompts.num is {config.prompts.num} but must be at least 1")
+    for arm in config.arms:
+        arm.name = arm.name or arm.type
+    names = ["plain", "hf_generate", *(arm.name for arm in config.arms)]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ValueError(f"config arms: the name {min(twice)!r} is used twice; rename one arm")

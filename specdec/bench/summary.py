@@ -1,0 +1,200 @@
+"""From runs to the figures of `results.json`; definitions stand in `specdec.metrics`."""
+
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import numpy as np
+from scipy.stats import bootstrap
+
+from specdec.bench.arms import Run
+from specdec.bench.config import BenchConfig
+from specdec.bench.store import Key
+from specdec.metrics import AcceptanceStats, StepRecord
+
+Interval = tuple[float, float] | None
+
+
+def summarise(
+    config: BenchConfig, done: dict[Key, list[Run] | str], names: list[str], num_prompts: int
+) -> list[dict[str, Any]]:
+    """One dictionary an arm, "plain" and "hf_generate" first."""
+    tables = {name: _by_prompt(config, done, name, num_prompts) for name in names}
+    return [_arm(name, tables, config) for name in names]
+
+
+def _by_prompt(
+    config: BenchConfig, done: dict[Key, list[Run] | str], name: str, num_prompts: int
+) -> list[list[Run | None]]:
+    """Runs [prompt][repeat]; None where one failed."""
+    table: list[list[Run | None]] = [[] for _ in range(num_prompts)]
+    for repeat in range(config.repeats):
+        for prompt in range(num_prompts):
+            outcome = done[(repeat, prompt // config.batch_size, name)]
+            run = None if isinstance(outcome, str) else outcome[prompt % config.batch_size]
+            table[prompt].append(run)
+    return table
+
+
+def _arm(
+    name: str, tables: dict[str, list[list[Run | None]]], config: BenchConfig
+) -> dict[str, Any]:
+    table = tables[name]
+    runs = [run for row in table for run in row if run is not None]
+    records = [record for run in runs for record in run.records]
+    stats = AcceptanceStats.from_records(records)
+    tau = stats.accepted_length
+    if abs(1 + sum(stats.acceptance_at_depth) - tau) > 1e-9:
+        raise AssertionError(f"arm {name}: 1 + the sum over depths is not tau")
+    speeds = _medians(table, _speed)
+    steps = records if records else None
+    return {
+        "name": name,
+        "tau": tau if steps else None,
+        "tau_ci": _tau_interval(table) if steps else None,
+        "acceptance_rate": stats.acceptance_rate if steps else None,
+        "per_depth": list(stats.acceptance_at_depth),
+        "per_depth_conditional": list(stats.conditional_acceptance_at_depth),
+        "decode_tokens_per_s": _mean(speeds),
+        "decode_tokens_per_s_ci": _mean_interval(speeds),
+        **_speedup("speedup_vs_plain", table, tables["plain"], _speed),
+        **_speedup("speedup_vs_hf", table, tables["hf_generate"], _speed),
+        **_speedup("end_to_end_speedup_vs_plain", table, tables["plain"], _end_to_end_speed),
+        "batch_tokens_per_s": _batch_speed(table, config),
+        "ttft_s": _percentiles([run.ttft_s for run in runs]),
+        "itl_s": _percentiles([1 / speed for speed in speeds]),
+        "loop_efficiency": _efficiency(records),
+        "time_s": _times(records),
+        "other_ms_per_step": _other_ms(records),
+        "mismatches": _mismatches(table, tables, config),
+        "failed": sum(any(run is None for run in row) for row in table),
+        "prompts": len(table),
+        "tokens": sum(len(row[0].tokens) for row in table if row[0] is not None),
+    }
+
+
+def _speed(run: Run) -> float:
+    """Decode speed, tokens/s: the first chunk is prefill's."""
+    later = len(run.tokens) - run.num_first
+    return later / run.decode_s if later > 0 and run.decode_s > 0 else float("nan")
+
+
+def _end_to_end_speed(run: Run) -> float:
+    return len(run.tokens) / (run.ttft_s + run.decode_s)
+
+
+def _medians(table: list[list[Run | None]], of: Callable[[Run], float]) -> list[float]:
+    """Each prompt's median over its repeats; prompts that failed or have no value are left out."""
+    rows = [[of(run) for run in row if run is not None] for row in table]
+    values = [median(row) for row in rows if row]
+    return [value for value in values if np.isfinite(value)]
+
+
+def _speedup(
+    key: str,
+    table: list[list[Run | None]],
+    baseline: list[list[Run | None]],
+    of: Callable[[Run], float],
+) -> dict[str, Any]:
+    """Mean over prompts of the ratio of speeds, paired within each repeat."""
+    ratios = []
+    for ours, theirs in zip(table, baseline, strict=True):
+        pairs = [
+            of(a) / of(b)
+            for a, b in zip(ours, theirs, strict=True)
+            if a is not None and b is not None
+        ]
+        finite = [ratio for ratio in pairs if np.isfinite(ratio)]
+        if finite:
+            ratios.append(median(finite))
+    return {key: _mean(ratios), f"{key}_ci": _mean_interval(ratios)}
+
+
+def _batch_speed(table: list[list[Run | None]], config: BenchConfig) -> float | None:
+    """Tokens of all rows over the wall time of their batches, prefill excluded."""
+    tokens, seconds = 0, 0.0
+    for repeat in range(config.repeats):
+        for first in range(0, len(table), config.batch_size):
+            rows = [row[repeat] for row in table[first : first + config.batch_size]]
+            runs = [run for run in rows if run is not None]
+            if runs:
+                tokens += sum(len(run.tokens) - run.num_first for run in runs)
+                seconds += max(run.decode_s for run in runs)
+    return tokens / seconds if seconds else None
+
+
+def _mean(values: list[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def _mean_interval(values: list[float]) -> Interval:
+    return _interval((np.array(values),), lambda x, axis: x.mean(axis=axis))
+
+
+def _tau_interval(table: list[list[Run | None]]) -> Interval:
+    stats = [
+        AcceptanceStats.from_records(r for run in row if run is not None for r in run.records)
+        for row in table
+    ]
+    accepted = np.array([s.num_accepted for s in stats if s.num_steps])
+    steps = np.array([s.num_steps for s in stats if s.num_steps])
+    return _interval((accepted, steps), lambda a, s, axis: 1 + a.sum(axis=axis) / s.sum(axis=axis))
+
+
+def _interval(samples: tuple[np.ndarray, ...], statistic: Callable[..., Any]) -> Interval:
+    """95 % bootstrap percentile interval over prompts; None for fewer than two."""
+    if len(samples[0]) < 2:
+        return None
+    found = bootstrap(
+        samples,
+        statistic,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=2000,
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def _percentiles(values: list[float]) -> dict[str, float]:
+    if not values:
+        return {}
+    return {f"p{p}": float(np.percentile(values, p)) for p in (50, 90, 99)}
+
+
+def _shared(record: StepRecord) -> float:
+    """A batch's time counts once, not once a row."""
+    return 1 / record.batch_size
+
+
+def _times(records: list[StepRecord]) -> dict[str, float]:
+    draft = sum(r.draft_s * _shared(r) for r in records)
+    target = sum(r.target_s * _shared(r) for r in records)
+    wall = sum(r.wall_s * _shared(r) for r in records)
+    return {"draft": draft, "target": target, "other": wall - draft - target, "wall": wall}
+
+
+def _efficiency(records: list[StepRecord]) -> float | None:
+    times = _times(records)
+    return (times["draft"] + times["target"]) / times["wall"] if times["wall"] else None
+
+
+def _other_ms(records: list[StepRecord]) -> float | None:
+    """Median time in neither model per target step, ms."""
+    gaps = [r.wall_s - r.draft_s - r.target_s for r in records]
+    return 1000 * median(gaps) if gaps else None
+
+
+def _mismatches(
+    table: list[list[Run | None]], tables: dict[str, list[list[Run | None]]], config: BenchConfig
+) -> int | None:
+    """Prompts whose greedy tokens differ from either baseline's; None when sampling."""
+    if config.sampling.temperature > 0:
+        return None
+    count = 0
+    for prompt, row in enumerate(table):
+        others = [*row, *tables["plain"][prompt], *tables["hf_generate"][prompt]]
+        tokens = {tuple(run.tokens) for run in others if run is not None}
+        count += len(tokens) > 1
+    return count

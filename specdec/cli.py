@@ -1,0 +1,146 @@
+"""The command `specdec`. Bad input ends with status 2 and a message, a failed run with 1."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Speculative decoding: generate text, and measure draft strategies.",
+)
+
+BAD_INPUT = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError)
+
+
+@app.command()
+def bench(
+    config: Annotated[str, typer.Argument(help="a YAML file, or 'demo' for the packaged one")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
+    out: Annotated[Path, typer.Option(help="folder for records, results and picture")] = Path(
+        "runs/bench"
+    ),
+) -> None:
+    """Measure draft strategies against plain decoding and transformers' generate."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    from specdec.bench.config import load_config
+    from specdec.bench.runner import run_bench
+    from specdec.report.plot import plot_results
+    from specdec.report.table import results_table
+
+    _quiet_transformers()
+    settings = load_config(config, overrides or [])
+    console = Console(stderr=True)
+    bar = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), Remaining())
+    with Progress(*bar, console=console) as progress:
+        task = progress.add_task("loading", total=None)
+
+        def show(done: int, total: int, text: str) -> None:
+            progress.update(task, completed=done, total=total, description=text)
+
+        results = run_bench(settings, out, show)
+    picture = out / "results.png"
+    plot_results(results, picture)
+    Console(width=None if sys.stdout.isatty() else 140).print(results_table(results))
+    typer.echo(f"Records, results and picture: {out}\nPicture: {picture}")
+    typer.echo(json.dumps(_summary(results, picture)))
+
+
+def _summary(results: dict[str, Any], picture: Path) -> dict[str, Any]:
+    """The last line of output, for machines."""
+    keys = ("name", "tau", "decode_tokens_per_s", "speedup_vs_plain", "speedup_vs_hf", "mismatches")
+    arms = [{key: arm[key] for key in keys} for arm in results["arms"]]
+    return {"schema": results["schema"], "picture": str(picture), "arms": arms}
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="what the user says; '-' reads standard input")],
+    target: Annotated[str, typer.Option(help="'demo', a folder or a hub id")] = "demo",
+    drafter: Annotated[str, typer.Option(help="'none', a name, or JSON with options")] = "ngram",
+    raw: Annotated[bool, typer.Option(help="continue the text itself, without a chat")] = False,
+    max_new_tokens: Annotated[int, typer.Option()] = 128,
+    temperature: Annotated[float, typer.Option()] = 0.0,
+    top_p: Annotated[float, typer.Option()] = 1.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    dtype: Annotated[str | None, typer.Option()] = None,
+    device: Annotated[str | None, typer.Option()] = None,
+) -> None:
+    """Stream one answer, then say what speculation did for it."""
+    from specdec.decode import Stream
+    from specdec.registry import load_drafter
+    from specdec.sampling_config import SamplingConfig
+    from specdec.targets.load import load_target
+
+    _quiet_transformers()
+    model = load_target(target, dtype=dtype, device=device)
+    strategy = None if drafter == "none" else load_drafter(_drafter_options(drafter), model)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    has_chat = model.tokenizer is not None and model.tokenizer.chat_template and not raw
+    asked: Any = [{"role": "user", "content": text}] if has_chat and text else text
+    run = Stream(
+        model,
+        strategy,
+        [asked],
+        SamplingConfig(temperature=temperature, top_p=top_p, seed=seed),
+        max_new_tokens=max_new_tokens,
+    )
+    for chunk in run:
+        typer.echo(chunk.text, nl=False)
+    result = run.results()[0]
+    typer.echo(
+        f"\n[{len(result.tokens)} tokens, {result.finish_reason}; tau "
+        f"{result.stats.accepted_length:.2f}, {result.decode_tokens_per_s:.0f} tokens/s, first "
+        f"token after {1000 * result.ttft_s:.0f} ms]",
+        err=True,
+    )
+
+
+def _drafter_options(text: str) -> Any:
+    if not text.startswith("{"):
+        # The demo's draft model is the only one that can be meant without a path.
+        return {"type": text, "path": "demo"} if text == "draft_model" else text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"drafter is {text!r} but must be a name or a JSON object") from error
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _status(run: Callable[[], object]) -> int:
+    """Exit status of a run: 0, 2 for bad input, 1 for anything else that is expected to fail."""
+    try:
+        run()
+    except BAD_INPUT as error:
+        typer.echo(f"specdec: {error}", err=True)
+        return 2
+    except (RuntimeError, MemoryError, FloatingPointError, OSError) as error:
+        typer.echo(f"specdec: the run failed: {error}", err=True)
+        return 1
+    except KeyboardInterrupt:
+        typer.echo("specdec: interrupted; the same command resumes a bench", err=True)
+        return 130
+    return 0
+
+
+def main() -> None:
+    """Entry point of the command."""
+    sys.exit(_status(app))
+
+
+if __name__ == "__main__":
+    main()
