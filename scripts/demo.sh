@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Make the environment if it is not there yet, then measure every draft strategy on the embedded
-# models: a table, a picture and their records. Safe to run again; what is done is not done twice.
+# Make the environment if it is not there yet, then compare every draft strategy on the embedded
+# models. Arguments are passed on, for instance: bash scripts/demo.sh prompts.num=9 repeats=1
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh plot
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-exec .venv/bin/specdec bench demo --out runs/demo-bench "$@"
+out="runs/demo-$(date +%Y%m%d-%H%M%S)"
+exec .venv/bin/specdec bench demo --out "$out" "$@"
