@@ -1,0 +1,218 @@
+"""Families of transformers models: trees, ragged batches, rollback, taps, loading."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from tiny_models import perturbed, tiny_llama
+
+from specdec import generate, load_target
+from specdec.drafters.draft_model import DraftModel
+from specdec.targets.hf import HFTarget
+from specdec.verify import Draft, match
+
+VOCAB, LAYERS = 61, 3
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+SLIDING = {"sliding_window": 6}
+FAMILIES = {
+    "Llama": SHAPE,
+    "Qwen2": SHAPE,
+    "Qwen3": {**SHAPE, "head_dim": 8},
+    "Mistral": {**SHAPE, **SLIDING},
+    "Phi3": SHAPE,
+    "Olmo2": SHAPE,
+    "GPTNeoX": {k: v for k, v in SHAPE.items() if k != "num_key_value_heads"},
+    "GPT2": {
+        "vocab_size": VOCAB,
+        "n_embd": 32,
+        "n_layer": LAYERS,
+        "n_head": 4,
+        "n_positions": 128,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    },
+    "Gemma3Text": {
+        **SHAPE,
+        **SLIDING,
+        "head_dim": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "Mixtral": {**SHAPE, "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [3, 4], [20, 21, 22, 23, 24]]
+# Row by row: a branching tree, a chain with a sibling, a single node.
+TOKENS = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, -1, -1], [9, -1, -1, -1, -1]])
+PARENTS = torch.tensor([[-1, -1, 0, 2, 0], [-1, 0, 0, -1, -1], [-1, -1, -1, -1, -1]])
+LENGTHS = torch.tensor([5, 3, 1])
+ROOTS = torch.tensor([30, 31, 32])
+
+
+def build(family):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**FAMILIES[family])
+    name = {"Gemma3Text": "Gemma3"}.get(family, family)
+    suffix = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
+    model = getattr(transformers, name + suffix)(config).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.normal_(std=0.5)
+    return model
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def target(request):
+    return HFTarget(build(request.param))
+
+
+@torch.no_grad()
+def alone(target, tokens, taps=()):
+    out = target.model(input_ids=torch.tensor([tokens]), output_hidden_states=bool(taps))
+    return out.logits[0], {tap: out.hidden_states[tap][0] for tap in taps}
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def path_to(row, node):
+    path = []
+    while node >= 0:
+        path.insert(0, int(TOKENS[row, node]))
+        node = int(PARENTS[row, node])
+    return path
+
+
+def test_prefill_of_ragged_prompts_equals_single_forwards(target):
+    taps = (0, 1, LAYERS)
+    output = target.prefill(PROMPTS, taps)
+    for row, prompt in enumerate(PROMPTS):
+        logits, hidden = alone(target, prompt, taps)
+        close(output.logits[row, 0], logits[-1])
+        for tap in taps:
+            close(output.hidden[tap][row, : len(prompt)], hidden[tap])
+    assert target.cache.lengths == [len(prompt) for prompt in PROMPTS]
+
+
+def test_tree_forward_equals_every_path_run_alone(target):
+    target.prefill(PROMPTS)
+    draft = Draft.tree(TOKENS, PARENTS, LENGTHS, depth=3)
+    output = target.score(ROOTS, draft, (1,))
+    for row, prompt in enumerate(PROMPTS):
+        for node in range(-1, int(LENGTHS[row])):
+            tokens = [*prompt, int(ROOTS[row]), *path_to(row, node)]
+            logits, hidden = alone(target, tokens, (1,))
+            close(output.logits[row, node + 1], logits[-1])
+            close(output.hidden[1][row, node + 1], hidden[1][-1])
+
+
+def test_after_a_tree_commit_the_cache_equals_a_fresh_prefill(target):
+    target.prefill(PROMPTS)
+    draft = Draft.tree(TOKENS, PARENTS, LENGTHS, depth=3)
+    target.score(ROOTS, draft)
+    # The target's "samples": row 0 follows nodes 0, 2, 3; row 1 nodes 0, 2; row 2 rejects.
+    sampled = torch.tensor([[1, 3, 0, 4, 40, 0], [6, 8, 0, 41, 0, 0], [42, 0, 0, 0, 0, 0]])
+    verdict = match(sampled, draft)
+    accepted = verdict.num_accepted.tolist()
+    assert accepted == [3, 2, 0]
+    target.commit(verdict, accepted)
+    committed = [[*PROMPTS[0], 30, 1, 3, 4], [*PROMPTS[1], 31, 6, 8], [*PROMPTS[2], 32]]
+    assert target.cache.lengths == [len(row) for row in committed]
+    again = target.score(torch.tensor([40, 41, 42]), Draft.empty(3, torch.device("cpu")))
+    for row, tokens in enumerate(committed):
+        close(again.logits[row, 0], alone(target, [*tokens, 40 + row])[0][-1])
+
+
+def test_rows_that_leave_do_not_disturb_those_that_stay(target):
+    target.prefill(PROMPTS)
+    target.reorder(torch.tensor([0, 2]))
+    output = target.score(ROOTS[[0, 2]], Draft.chain(torch.tensor([[1, 2], [3, 4]])))
+    for index, row in enumerate((0, 2)):
+        tokens = [*PROMPTS[row], int(ROOTS[row]), *([1, 2] if index == 0 else [3, 4])]
+        close(output.logits[index], alone(target, tokens)[0][-3:])
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_speculative_greedy_output_equals_generate(target, width):
+    draft = perturbed_any(target.model)
+    drafter = DraftModel(HFTarget(draft), target.vocab_size, 4, width=width)
+    results = generate(target, drafter, PROMPTS, max_new_tokens=24)
+    for prompt, result in zip(PROMPTS, results, strict=True):
+        theirs = target.model.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=24, pad_token_id=0
+        )
+        assert result.tokens == theirs[0, len(prompt) :].tolist()
+    assert sum(result.stats.num_accepted for result in results) > 0
+
+
+def perturbed_any(model):
+    copy = type(model)(model.config).eval()
+    copy.load_state_dict(model.state_dict())
+    noise = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in copy.parameters():
+            if weight.ndim == 2:
+                weight.add_(0.05 * weight.std() * torch.randn(weight.shape, generator=noise))
+    return copy
+
+
+def test_a_prompt_longer_than_a_chunk_is_cached_whole(monkeypatch):
+    monkeypatch.setattr("specdec.targets.hf.PREFILL_CHUNK", 4)
+    for family in ("Llama", "Mistral"):
+        target = HFTarget(build(family))
+        output = target.prefill(PROMPTS)
+        for row, prompt in enumerate(PROMPTS):
+            close(output.logits[row, 0], alone(target, prompt)[0][-1])
+
+
+def test_the_cache_doubles_when_full_and_states_its_bytes():
+    target = HFTarget(tiny_llama())
+    target.prefill([[1, 2, 3]])
+    capacity = target.cache.capacity
+    # 2 layers x keys and values x 2 heads x 8 numbers x 4 bytes a slot
+    assert target.cache.num_bytes == 2 * 2 * 2 * 8 * 4 * capacity
+    target.cache.open(capacity)
+    assert target.cache.capacity == 2 * capacity
+    assert target.cache.num_bytes == 2 * 2 * 2 * 8 * 4 * 2 * capacity
+    close(target.feed(torch.tensor([[4]]), [1])[0], alone(target, [1, 2, 3, 4])[0][-1])
+
+
+def test_models_with_recurrent_layers_are_refused_by_name():
+    config = transformers.MambaConfig(
+        vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4
+    )
+    with pytest.raises(ValueError, match="MambaForCausalLM"):
+        HFTarget(transformers.MambaForCausalLM(config))
+
+
+def test_what_cannot_be_loaded_is_explained(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        load_target(str(tmp_path / "nothing"))
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        load_target(str(tmp_path))
+    perturbed(tiny_llama(), 0.1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="dtype"):
+        load_target(str(tmp_path), dtype="float31")
+    with pytest.raises(ValueError, match="quantization"):
+        load_target(str(tmp_path), quantization="3bit")
+    assert load_target(str(tmp_path)).tokenizer is None
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="corrupt or truncated"):
+        load_target(str(tmp_path))
+    weights.write_bytes(whole)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(ValueError, match="does not fit its config"):
+        load_target(str(tmp_path))
