@@ -200,7 +200,9 @@ def fit(
     settings: Settings,
 ) -> None:
     """Train one model with checkpoints; running it again resumes from the last one."""
-    accelerator = Accelerator(step_scheduler_with_optimizer=False)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), step_scheduler_with_optimizer=False
+    )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "tokenizer")
     train, held_out = read_conversations(data_dir)
     passes = settings.passes[kind]

@@ -103,7 +103,6 @@ class SlotCache(Cache):
 
     Attributes:
         lengths: committed tokens in the cache, per row, on the host.
-        device_lengths: the same as int64 [B].
     """
 
     def __init__(
@@ -119,6 +118,13 @@ class SlotCache(Cache):
     def capacity(self) -> int:
         """Slots per row."""
         return self._slots.capacity
+
+    @property
+    def device_lengths(self) -> Tensor:
+        """`lengths` as int64 [B], copied to the device when first asked for."""
+        if self._device_lengths is None:
+            self._device_lengths = torch.tensor(self.lengths, device=self.device)
+        return self._device_lengths
 
     @property
     def is_uniform(self) -> bool:
@@ -178,8 +184,8 @@ class SlotCache(Cache):
 
     def _set_lengths(self, lengths: list[int]) -> None:
         self.lengths = lengths
-        self.device_lengths = torch.tensor(lengths, device=self.device)
         self._is_uniform = len(set(lengths)) <= 1
+        self._device_lengths: Tensor | None = None
 
 
 def _allocate(like: Tensor, capacity: int) -> Tensor:

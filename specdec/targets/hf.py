@@ -48,6 +48,9 @@ class HFTarget:
         self._masks = Masks(self.config, self.device)
         self.cache = SlotCache(self.config.num_hidden_layers, 1, 1, self.device)
         self._scored_tree = False
+        # Padding of a row that is nearly full must not look past the position table.
+        line = torch.arange(2 * self.max_context_len, device=self.device)
+        self._positions = line.clamp(max=self.max_context_len - 1)
         use_grouped_attention(model)
 
     @property
@@ -109,17 +112,14 @@ class HFTarget:
             tokens = torch.cat([tokens, draft.tokens.clamp(min=0)], 1)
         self.cache.open(num_new)
         self._scored_tree = draft.parents is not None
-        lengths = self.cache.device_lengths.unsqueeze(1)
         if draft.parents is None:
-            positions = lengths + torch.arange(num_new, device=self.device)
+            positions = self._next_positions(num_new)
             mask = self._masks.chain(self.cache, num_new)
         else:
             depths = _with_root(node_depths(draft.parents, draft.depth))
-            positions = lengths + depths
+            positions = self._positions[self.cache.device_lengths.unsqueeze(1) + depths]
             own = _root_and_ancestors(ancestor_mask(draft.parents, draft.depth))
             mask = self._masks.tree(self.cache, own, depths)
-        # Padding of a row that is nearly full must not look past the position table.
-        positions = positions.clamp(max=self.max_context_len - 1)
         return self._forward(tokens, positions, mask, taps, 0)
 
     @torch.inference_mode()
@@ -130,10 +130,8 @@ class HFTarget:
         """
         width = tokens.shape[1]
         self.cache.open(width)
-        positions = self.cache.device_lengths.unsqueeze(1) + torch.arange(width, device=self.device)
-        positions = positions.clamp(max=self.max_context_len - 1)
         mask = self._masks.chain(self.cache, width)
-        logits = self._forward(tokens, positions, mask, (), 0).logits
+        logits = self._forward(tokens, self._next_positions(width), mask, (), 0).logits
         self.cache.extend(counts)
         if width == 1:
             return logits[:, 0]
@@ -155,6 +153,14 @@ class HFTarget:
     def rollback(self, lengths: Sequence[int]) -> None:
         """Forget the cached tokens behind `lengths[b]`."""
         self.cache.rollback(lengths)
+
+    def _next_positions(self, num_new: int) -> Tensor:
+        """Positions [B, num_new] behind every row's committed tokens."""
+        lengths = self.cache.lengths
+        if self.cache.is_uniform:
+            return self._positions[lengths[0] : lengths[0] + num_new].expand(len(lengths), -1)
+        offsets = torch.arange(num_new, device=self.device)
+        return self._positions[self.cache.device_lengths.unsqueeze(1) + offsets]
 
     def _forward(
         self,
