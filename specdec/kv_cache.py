@@ -112,6 +112,7 @@ class SlotCache(Cache):
         self._slot_layers = [_SlotLayer(self._slots) for _ in range(num_layers)]
         super().__init__(layers=list(self._slot_layers))
         self.device = device
+        self._device_lengths: Tensor | None = None
         self._set_lengths([0] * batch_size)
 
     @property
@@ -185,7 +186,7 @@ class SlotCache(Cache):
     def _set_lengths(self, lengths: list[int]) -> None:
         self.lengths = lengths
         self._is_uniform = len(set(lengths)) <= 1
-        self._device_lengths: Tensor | None = None
+        self._device_lengths = None
 
 
 def _allocate(like: Tensor, capacity: int) -> Tensor:

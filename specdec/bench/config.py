@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from specdec.demo import demo_path
 
@@ -79,15 +80,32 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> BenchConfig:
     if not file.is_file():
         raise FileNotFoundError(f"config {path!r} is not a file; give a YAML file, or 'demo'")
     try:
-        given = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(list(overrides)))
+        given = OmegaConf.load(file)
+        for override in overrides:
+            _override(given, override)
         _check_keys(OmegaConf.to_container(given), BenchConfig, "")
         merged = OmegaConf.merge(OmegaConf.structured(BenchConfig), given)
         config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ValueError(f"config {path!r}: {str(error).splitlines()[0]}") from error
+    except (OmegaConfBaseException, YAMLError) as error:
+        key = getattr(error, "full_key", None)
+        where = f"config {path!r}, {key}" if key else f"config {path!r}"
+        raise ValueError(f"{where}: {str(error).splitlines()[0]}") from error
     assert isinstance(config, BenchConfig)
     _check_values(config)
     return config
+
+
+def _override(given: Any, override: str) -> None:
+    """Set one `key=value`; the key may go into a list by its index, as in `arms.0.name=x`."""
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ValueError(f"override {override!r} must be key=value, for instance repeats=1")
+    # OmegaConf's own parser, so that a value means what it means in the YAML file.
+    parsed = OmegaConf.from_dotlist([f"value={value}"])["value"]
+    try:
+        OmegaConf.update(given, key, parsed, merge=True, force_add=True)
+    except (TypeError, IndexError, AssertionError) as error:
+        raise ValueError(f"override {override!r} leads nowhere: {key!r} does not exist") from error
 
 
 def _check_keys(given: Any, schema: Any, prefix: str) -> None:
@@ -97,7 +115,7 @@ def _check_keys(given: Any, schema: Any, prefix: str) -> None:
     for key, value in given.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+            hint = f"; did you mean {prefix}{near[0]}?" if near else ";"
             raise ValueError(
                 f"config key {prefix}{key} does not exist{hint} known: {', '.join(sorted(known))}"
             )

@@ -20,25 +20,28 @@ class RunStore:
 
     Raises:
         ValueError: the folder holds results of another configuration.
-        OSError: it cannot be written.
+        PermissionError: it cannot be written.
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "records.jsonl"
         self.done: dict[Key, list[Run] | str] = {}
-        if self._path.exists():
-            self._read(fingerprint)
-        self._file = self._path.open("a", encoding="utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if self._path.exists():
+                self._read(fingerprint)
+            self._file = self._path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise PermissionError(
+                f"the output folder {str(folder)!r} cannot be written ({error.strerror}); "
+                "choose another one with --out"
+            ) from error
         if not self._path.stat().st_size:
             self._write({"kind": "run", "config_fingerprint": fingerprint})
 
     def _read(self, fingerprint: str) -> None:
-        text = self._path.read_text(encoding="utf-8")
-        lines = text.splitlines()
-        if text and not text.endswith("\n"):
-            lines = lines[:-1]  # the run was killed while it wrote this line
-            self._path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        lines = _finished(self._path.read_text(encoding="utf-8").splitlines(keepends=True))
+        self._path.write_text("".join(lines), encoding="utf-8")
         steps: list[StepRecord] = []
         for line in lines:
             row = json.loads(line)
@@ -76,6 +79,19 @@ class RunStore:
 
     def _write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
+
+
+def _finished(lines: list[str]) -> list[str]:
+    """Lines up to the last finished batch: a killed run may leave some steps of the next one.
+
+    Nothing is kept of a run that finished no batch, so that its folder serves any configuration.
+    """
+    ends = [
+        i + 1
+        for i, line in enumerate(lines)
+        if line.startswith('{"kind": "batch"') and line.endswith("}\n")
+    ]
+    return lines[: ends[-1]] if ends else []
 
 
 def _runs(rows: list[dict[str, Any]], steps: list[StepRecord]) -> list[Run]:
