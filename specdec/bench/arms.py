@@ -1,11 +1,13 @@
 """One arm of a comparison: our loop with a drafter, plainly, or transformers `generate`."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from specdec.bench.config import ArmConfig, BenchConfig
 from specdec.decode import generate
@@ -96,17 +98,36 @@ def _loop_arm(config: BenchConfig, target: HFTarget, drafter: Any) -> Arm:
     return run
 
 
-class _Stamp:
-    """A stopping criterion that never stops; it notes when the first chunk was there."""
+class _Stamps:
+    """A stopping criterion that never stops; it notes when each length was reached."""
 
     def __init__(self) -> None:
-        self.first_s = 0.0
-        self.first_len = 0
+        self.reached: list[tuple[int, float]] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        if not self.first_s:
-            self.first_s, self.first_len = time.perf_counter(), input_ids.shape[1]
+        if input_ids.is_cuda:
+            # transformers waits for the device right after this call in any case.
+            torch.cuda.synchronize(input_ids.device)
+        self.reached.append((input_ids.shape[1], time.perf_counter()))
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def run(self, tokens: list[int], width: int, started: float) -> Run:
+        """The run of a row: it ended with its own last token, not with the batch's."""
+        first_len, first_s = self.reached[0]
+        last_s = next(when for length, when in self.reached if length - width >= len(tokens))
+        num_first = min(first_len - width, len(tokens))
+        return Run(tokens, num_first, first_s - started, last_s - first_s)
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Another value of an attribute for a while."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 class _HFArm:
@@ -133,8 +154,13 @@ class _HFArm:
         pad = target.eos_token_ids[0] if target.eos_token_ids else 0
         ids = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
         mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        stamp = _Stamp()
-        with torch.random.fork_rng(enabled=self._sampling["do_sample"]):
+        stamps = _Stamps()
+        # The checkpoint's own defaults (a penalty, a top-k) are not what is compared.
+        defaults = GenerationConfig(eos_token_id=list(target.eos_token_ids) or None)
+        with (
+            _replaced(target.model, "generation_config", defaults),
+            torch.random.fork_rng(),
+        ):
             torch.manual_seed(self._seed + first_index)
             started = time.perf_counter()
             out = target.model.generate(
@@ -142,16 +168,11 @@ class _HFArm:
                 attention_mask=torch.tensor(mask, device=target.device),
                 max_new_tokens=min(self._max_new_tokens, target.max_context_len - width),
                 pad_token_id=pad,
-                stopping_criteria=[stamp],
+                stopping_criteria=[stamps],
                 **self._sampling,
                 **self._options,
             ).tolist()
-            ended = time.perf_counter()
-        num_first = stamp.first_len - width
-        return [
-            Run(self._cut(row[width:]), num_first, stamp.first_s - started, ended - stamp.first_s)
-            for row in out
-        ]
+        return [stamps.run(self._cut(row[width:]), width, started) for row in out]
 
     def _cut(self, tokens: list[int]) -> list[int]:
         eos = set(self._target.eos_token_ids)
