@@ -13,6 +13,7 @@ from specdec.bench.prompts import load_prompts, render
 from specdec.bench.provenance import collect, fingerprint
 from specdec.bench.store import RunStore
 from specdec.bench.summary import summarise
+from specdec.bench.turns import unfold_turns
 from specdec.request import encode
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
@@ -56,6 +57,7 @@ def run_bench(
         prompts = load_prompts(
             config.prompts.source, config.prompts.num, config.prompts.data_dir, config.prompts.seed
         )
+        prompts = unfold_turns(prompts, target, config.max_new_tokens, progress)
         ids = [encode(render(p, target.tokenizer), target, i) for i, p in enumerate(prompts)]
         _run_missing(config, target, ids, store, progress)
         provenance = collect(config, target)
