@@ -2,7 +2,9 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,9 +18,28 @@ app = typer.Typer(
 )
 
 BAD_INPUT = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError)
+FAILURES = (RuntimeError, MemoryError, FloatingPointError, OSError)
+
+
+@contextmanager
+def _exit_statuses() -> Iterator[None]:
+    """Turn errors that are expected into a message and an exit status: 2 for bad input, else 1."""
+    try:
+        yield
+    except BAD_INPUT as error:
+        message, status = str(error), 2
+    except FAILURES as error:
+        message, status = f"the run failed: {error}", 1
+    except KeyboardInterrupt:
+        message, status = "interrupted; the same command resumes a bench", 130
+    else:
+        return
+    typer.echo(f"specdec: {message}", err=True)
+    raise typer.Exit(status)
 
 
 @app.command()
+@_exit_statuses()
 def bench(
     config: Annotated[str, typer.Argument(help="a YAML file, or 'demo' for the packaged one")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
@@ -32,8 +53,7 @@ def bench(
     from rich.progress import TimeRemainingColumn as Remaining
 
     from specdec.bench.config import load_config
-    from specdec.bench.runner import run_bench
-    from specdec.report.plot import plot_results
+    from specdec.bench.runner import check_results, run_bench
     from specdec.report.table import results_table
 
     _quiet_transformers()
@@ -47,21 +67,32 @@ def bench(
             progress.update(task, completed=done, total=total, description=text)
 
         results = run_bench(settings, out, show)
-    picture = out / "results.png"
-    plot_results(results, picture)
     Console(width=None if sys.stdout.isatty() else 140).print(results_table(results))
-    typer.echo(f"Records, results and picture: {out}\nPicture: {picture}")
+    picture = _picture(results, out / "results.png")
+    typer.echo(f"Records and results: {out}\nPicture: {picture or 'none, it needs specdec[plot]'}")
     typer.echo(json.dumps(_summary(results, picture)))
+    check_results(results)
 
 
-def _summary(results: dict[str, Any], picture: Path) -> dict[str, Any]:
+def _picture(results: dict[str, Any], path: Path) -> Path | None:
+    """Draw the results; None without matplotlib, which is an extra: the figures stand anyway."""
+    if find_spec("matplotlib") is None:
+        return None
+    from specdec.report.plot import plot_results
+
+    plot_results(results, path)
+    return path
+
+
+def _summary(results: dict[str, Any], picture: Path | None) -> dict[str, Any]:
     """The last line of output, for machines."""
     keys = ("name", "tau", "decode_tokens_per_s", "speedup_vs_plain", "speedup_vs_hf", "mismatches")
     arms = [{key: arm[key] for key in keys} for arm in results["arms"]]
-    return {"schema": results["schema"], "picture": str(picture), "arms": arms}
+    return {"schema": results["schema"], "picture": picture and str(picture), "arms": arms}
 
 
 @app.command()
+@_exit_statuses()
 def generate(
     prompt: Annotated[str, typer.Option(help="what the user says; '-' reads standard input")],
     target: Annotated[str, typer.Option(help="'demo', a folder or a hub id")] = "demo",
@@ -121,25 +152,9 @@ def _quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def _status(run: Callable[[], object]) -> int:
-    """Exit status of a run: 0, 2 for bad input, 1 for anything else that is expected to fail."""
-    try:
-        run()
-    except BAD_INPUT as error:
-        typer.echo(f"specdec: {error}", err=True)
-        return 2
-    except (RuntimeError, MemoryError, FloatingPointError, OSError) as error:
-        typer.echo(f"specdec: the run failed: {error}", err=True)
-        return 1
-    except KeyboardInterrupt:
-        typer.echo("specdec: interrupted; the same command resumes a bench", err=True)
-        return 130
-    return 0
-
-
 def main() -> None:
     """Entry point of the command."""
-    sys.exit(_status(app))
+    app()
 
 
 if __name__ == "__main__":

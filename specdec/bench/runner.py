@@ -39,10 +39,9 @@ def run_bench(
         progress: called with batches done, batches in all, and what runs next.
 
     Returns:
-        The content of `results.json`.
+        The content of `results.json`; `check_results` says whether it stands.
 
     Raises:
-        GreedyMismatchError: after the results are written, if tokens differ at T = 0 in float32.
         ValueError: bad configuration, prompts, or a folder of another configuration.
     """
     torch.set_num_threads(config.threads)
@@ -70,13 +69,31 @@ def run_bench(
         "arms": summarise(config, store.done, names, len(ids)),
     }
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    wrong = {arm["name"]: arm["mismatches"] for arm in results["arms"] if arm["mismatches"]}
-    if wrong and config.sampling.temperature == 0 and provenance["dtype"] == "float32":
-        raise GreedyMismatchError(
-            f"outputs differ from plain decoding at temperature 0 in float32: {wrong} prompts; "
-            f"see {folder / 'records.jsonl'}"
-        )
     return results
+
+
+def check_results(results: dict[str, Any]) -> None:
+    """Fail a run that proves an arm wrong, or that measured nothing of one.
+
+    Args:
+        results: what `run_bench` returned.
+
+    Raises:
+        GreedyMismatchError: tokens differ at temperature 0 in float32.
+        RuntimeError: every prompt of an arm failed.
+    """
+    where = results["provenance"]
+    wrong = {arm["name"]: arm["mismatches"] for arm in results["arms"] if arm["mismatches"]}
+    if wrong and where["config"]["sampling"]["temperature"] == 0 and where["dtype"] == "float32":
+        raise GreedyMismatchError(
+            f"outputs differ at temperature 0 in float32; prompts by arm: {wrong}; "
+            "see the batches in records.jsonl"
+        )
+    for arm in results["arms"]:
+        if arm["failed"] == arm["prompts"]:
+            raise RuntimeError(
+                f"every prompt of the arm {arm['name']!r} failed; see the errors in records.jsonl"
+            )
 
 
 def _run_missing(
