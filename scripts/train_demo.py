@@ -55,7 +55,7 @@ class Settings:
     vocab_size: int = 3072
     block_len: int = 512
     blocks_per_step: int = 16
-    passes: dict[str, float] = field(default_factory=lambda: {"target": 2.0, "draft": 1.0})
+    passes: dict[str, float] = field(default_factory=lambda: {"target": 1.8, "draft": 1.2})
     learning_rate: float = 5e-3
     warmup_steps: int = 60
     seed: int = 1
@@ -300,7 +300,7 @@ def tokenizer(data_dir: DataDir, out: Path = Path("runs/demo")) -> None:
 def target(
     data_dir: DataDir,
     out: Path = Path("runs/demo"),
-    passes: float = 2.0,
+    passes: float = 1.8,
 ) -> None:
     settings = Settings()
     settings.passes["target"] = passes
@@ -313,7 +313,7 @@ def target(
 def draft(
     data_dir: DataDir,
     out: Path = Path("runs/demo"),
-    passes: float = 1.0,
+    passes: float = 1.2,
 ) -> None:
     settings = Settings(learning_rate=4e-3)
     settings.passes["draft"] = passes
