@@ -48,16 +48,17 @@ def bench(
     ),
 ) -> None:
     """Measure draft strategies against plain decoding and transformers' generate."""
+    from specdec.bench.config import load_config
+
+    settings = load_config(config, overrides or [])  # wrong ones are told before the slow imports
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Remaining
 
-    from specdec.bench.config import load_config
     from specdec.bench.runner import check_results, run_bench
     from specdec.report.table import results_table
 
     _quiet_transformers()
-    settings = load_config(config, overrides or [])
     console = Console(stderr=True)
     bar = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), Remaining())
     with Progress(*bar, console=console) as progress:
