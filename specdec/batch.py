@@ -11,7 +11,7 @@ from specdec.interfaces import Drafter, Target, TargetOutput
 from specdec.metrics import StepRecord
 from specdec.randomness import row_exponentials, row_uniforms
 from specdec.request import Request
-from specdec.sampling import Sampler, SamplingConfig, sample
+from specdec.sampling import Sampler, sample
 from specdec.verify import Draft, Verdict, match, verify
 from specdec.verify.tree import node_depths
 
@@ -30,50 +30,65 @@ class _HostStep:
 
 
 class Batch:
-    """Rows that share every forward until they finish."""
+    """Rows that share every forward: they join when there is room and leave when they finish."""
 
-    def __init__(
-        self,
-        target: Target,
-        drafter: Drafter | None,
-        requests: list[Request],
-        configs: Sequence[SamplingConfig],
-        rule: str,
-    ) -> None:
+    def __init__(self, target: Target, drafter: Drafter | None, rule: str) -> None:
         self.target, self.drafter, self.rule = target, drafter, rule
-        self.rows = requests
         self.taps = drafter.taps if drafter else ()
-        prompts = [request.prompt for request in requests]
-        self.sampler = Sampler(
-            configs, target.vocab_size, target.device, prompts, target.eos_token_ids
-        )
-        # Committed tokens of every row: the counter that its randomness is drawn from.
-        self.num_committed = torch.tensor([len(p) for p in prompts], device=target.device)
+        self.rows: list[Request] = []
 
-    def prefill(self) -> list[tuple[Request, int]]:
-        """Cache the prompts and sample every row's first token."""
+    def admit(self, requests: list[Request]) -> list[tuple[Request, int]]:
+        """Cache the prompts, sample their first tokens and let them join the running rows."""
         started = time.perf_counter()
-        prompts = [row.prompt for row in self.rows]
-        output = self.target.prefill(prompts, self.taps)
-        scores = self.sampler.scores(output.logits)
-        if self.sampler.is_greedy:
-            self.root = scores[:, 0].argmax(-1)
+        prompts = [row.prompt for row in requests]
+        is_running = bool(self.rows)
+        sampler = self._make_sampler(requests)
+        output = self.target.prefill(prompts, self.taps, join=is_running)
+        scores = sampler.scores(output.logits)[:, 0]
+        num_committed = torch.tensor([len(p) for p in prompts], device=self.target.device)
+        if sampler.is_greedy:
+            root = scores.argmax(-1)
         else:
-            self.root = sample(self.sampler.probs(scores)[:, 0], self._noise())
-        healthy = scores[:, 0].amax(-1).isfinite()
-        tokens, finite = torch.stack([self.root, healthy.long()]).tolist()
-        self._refuse_nan(finite)
-        self.num_committed = self.num_committed + 1
-        self.sampler.observe(self.root.unsqueeze(1))
+            probs = sampler.probs(scores.unsqueeze(1))[:, 0]
+            root = sample(probs, self._noise(sampler, num_committed))
+        healthy = scores.amax(-1).isfinite()
+        tokens, finite = torch.stack([root, healthy.long()]).tolist()
+        _refuse_nan(requests, finite)
+        sampler.observe(root.unsqueeze(1))
         if self.drafter:
             begun = [[*prompt, token] for prompt, token in zip(prompts, tokens, strict=True)]
-            self.drafter.begin(begun, output, self.sampler)
+            self.drafter.begin(begun, output, sampler, join=is_running)
             self.drafter.clock.take()
         self.target.clock.take()
-        for row, token in zip(self.rows, tokens, strict=True):
+        for row, token in zip(requests, tokens, strict=True):
             row.started = started
             row.accept([token])
-        return [(row, 1) for row in self.rows]
+        self._join(requests, sampler, root, num_committed + 1)
+        return [(row, 1) for row in requests]
+
+    def _join(
+        self, requests: list[Request], sampler: Sampler, root: Tensor, num_committed: Tensor
+    ) -> None:
+        if not self.rows:
+            self.rows, self.sampler, self.root = list(requests), sampler, root
+            # Committed tokens of every row: the counter that its randomness is drawn from.
+            self.num_committed = num_committed
+            return
+        self.rows = [*self.rows, *requests]
+        self.sampler = self._make_sampler(self.rows)
+        self.root = torch.cat([self.root, root])
+        self.num_committed = torch.cat([self.num_committed, num_committed])
+
+    def _make_sampler(self, rows: list[Request]) -> Sampler:
+        """The sampler of these rows, told what they have emitted so far."""
+        target = self.target
+        configs, prompts = [row.sampling for row in rows], [row.prompt for row in rows]
+        sampler = Sampler(configs, target.vocab_size, target.device, prompts, target.eos_token_ids)
+        longest = max(len(row.tokens) for row in rows)
+        if longest and not sampler.is_plain:
+            padded = [row.tokens + [-1] * (longest - len(row.tokens)) for row in rows]
+            sampler.observe(torch.tensor(padded, device=target.device))
+        return sampler
 
     def step(self) -> list[tuple[Request, int]]:
         """One draft, one target forward, one verdict; returns each row's number of new tokens."""
@@ -124,13 +139,18 @@ class Batch:
         )
         probs = self.sampler.probs(scores)
         verdict = verify(
-            probs, draft, rule=self.rule, uniforms=uniforms, noise=self._noise(), check=False
+            probs,
+            draft,
+            rule=self.rule,
+            uniforms=uniforms,
+            noise=self._noise(self.sampler, self.num_committed),
+            check=False,
         )
         return verdict, healthy.all(1)
 
-    def _noise(self) -> Tensor:
+    def _noise(self, sampler: Sampler, num_committed: Tensor) -> Tensor:
         size = self.target.vocab_size
-        return row_exponentials(self.sampler.seeds, self.num_committed, NOISE_STREAM, size)
+        return row_exponentials(sampler.seeds, num_committed, NOISE_STREAM, size)
 
     def _fetch(self, verdict: Verdict, draft: Draft, healthy: Tensor) -> _HostStep:
         """Bring the step to the host: the one synchronisation."""
@@ -141,7 +161,7 @@ class Batch:
             depth_tested = (depths * verdict.tested).amax(1)
         counts = [verdict.num_accepted, draft.lengths, depth_tested, healthy]
         packed = torch.cat([torch.stack(counts, 1), verdict.tokens], 1).tolist()
-        self._refuse_nan([row[3] for row in packed])
+        _refuse_nan(self.rows, [row[3] for row in packed])
         return _HostStep(
             tokens=[row[4 : 5 + row[0]] for row in packed],
             num_accepted=[row[0] for row in packed],
@@ -157,15 +177,6 @@ class Batch:
         self.root = verdict.tokens.gather(1, verdict.num_accepted.unsqueeze(1)).squeeze(1)
         self.num_committed = self.num_committed + verdict.num_accepted + 1
 
-    def _refuse_nan(self, finite: Sequence[int]) -> None:
-        for row, is_finite in zip(self.rows, finite, strict=True):
-            if not is_finite:
-                raise FloatingPointError(
-                    f"prompt {row.index}, token {len(row.tokens)}: the target's logits are NaN or "
-                    "infinite, or the sampling settings ban every token; check the weights, or "
-                    "load with dtype float32 or bfloat16"
-                )
-
     def retire(self) -> None:
         """Let finished rows leave the batch."""
         stay = [i for i, row in enumerate(self.rows) if not row.finish_reason]
@@ -180,3 +191,13 @@ class Batch:
         if self.drafter:
             self.drafter.reorder(rows)
         self.root, self.num_committed = self.root[rows], self.num_committed[rows]
+
+
+def _refuse_nan(rows: list[Request], finite: Sequence[int]) -> None:
+    for row, is_finite in zip(rows, finite, strict=True):
+        if not is_finite:
+            raise FloatingPointError(
+                f"prompt {row.index}, token {len(row.tokens)}: the target's logits are NaN or "
+                "infinite, or the sampling settings ban every token; check the weights, or "
+                "load with dtype float32 or bfloat16"
+            )

@@ -4,6 +4,7 @@ Plain decoding is the same loop with empty drafts, so both arms of a comparison 
 """
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -30,7 +31,7 @@ class Chunk:
 
 
 class _Call:
-    """One call of `generate` or `stream`: its requests, in batches."""
+    """One call of `generate` or `stream`: its requests, some running and some waiting."""
 
     def __init__(
         self,
@@ -44,33 +45,31 @@ class _Call:
     ) -> None:
         self.target, self.drafter, self.rule = target, drafter, rule
         self.deadline = time.perf_counter() + (rules.max_time_s or float("inf"))
-        self.configs = _configs(sampling, len(prompts))
+        configs = _configs(sampling, len(prompts))
         self.batch_size = _check(target, drafter, len(prompts), batch_size, rules, rule)
         ids = [encode(prompt, target, index) for index, prompt in enumerate(prompts)]
-        self.requests = [Request(i, prompt, rules, target) for i, prompt in enumerate(ids)]
-
-    def run(self) -> Iterator[list[tuple[Request, int]]]:
-        """Decode everything, a step at a time: rows and their numbers of new tokens."""
-        for first in range(0, len(self.requests), self.batch_size):
-            chosen = slice(first, first + self.batch_size)
-            yield from self._run_batch(self.requests[chosen], self.configs[chosen])
+        self.requests = [
+            Request(i, prompt, config, rules, target)
+            for i, (prompt, config) in enumerate(zip(ids, configs, strict=True))
+        ]
 
     @torch.inference_mode()
-    def _run_batch(
-        self, requests: list[Request], configs: Sequence[SamplingConfig]
-    ) -> Iterator[list[tuple[Request, int]]]:
-        batch = Batch(self.target, self.drafter, requests, configs, self.rule)
-        yield self._in_time(batch, batch.prefill())
-        batch.retire()
-        while batch.rows:
-            yield self._in_time(batch, batch.step())
-            batch.retire()
+    def run(self) -> Iterator[list[tuple[Request, int]]]:
+        """Decode everything, a step at a time: rows and their numbers of new tokens.
 
-    def _in_time(self, batch: Batch, news: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
-        if time.perf_counter() > self.deadline:
-            for row in batch.rows:
-                row.finish_reason = row.finish_reason or "time"
-        return news
+        A row that finishes makes room for the next prompt at once, so that the batch stays full.
+        """
+        batch = Batch(self.target, self.drafter, self.rule)
+        waiting = deque(self.requests)
+        while waiting or batch.rows:
+            room = min(self.batch_size - len(batch.rows), len(waiting))
+            news = batch.admit([waiting.popleft() for _ in range(room)]) if room else batch.step()
+            if time.perf_counter() > self.deadline:
+                waiting.clear()
+                for request in self.requests:
+                    request.finish_reason = request.finish_reason or "time"
+            yield news
+            batch.retire()
 
 
 def _configs(sampling: Sampling, num_prompts: int) -> list[SamplingConfig]:
@@ -137,7 +136,8 @@ def generate(
         max_new_tokens: tokens to emit per prompt, at most; the context may end it earlier.
         stop: strings that end a text; they are cut off.
         max_time_s: seconds for the whole call.
-        batch_size: rows decoded together; None for all prompts at once.
+        batch_size: rows decoded together, at most; a row that ends makes room for the next
+            prompt. None for all prompts at once.
         rule: a verification rule that takes probabilities: "token", "block", "traversal", or the
             lossy "typical". At temperature 0 all of them accept what equals the target's argmax.
 

@@ -60,8 +60,14 @@ class Target(Protocol):
     capabilities: Capabilities
     clock: ForwardClock
 
-    def prefill(self, prompts: Prompts, taps: Sequence[int] = ()) -> TargetOutput:
-        """Start a new batch: cache every prompt whole. Forgets the batch before."""
+    def prefill(
+        self, prompts: Prompts, taps: Sequence[int] = (), *, join: bool = False
+    ) -> TargetOutput:
+        """Cache every prompt whole, as a new batch; the batch before is forgotten.
+
+        With `join` the prompts become the last rows of the running batch instead. The output is
+        that of the new prompts alone.
+        """
 
     def score(self, root: torch.Tensor, draft: Draft, taps: Sequence[int] = ()) -> TargetOutput:
         """One forward over root [B] and the draft's nodes [B, N]."""
@@ -82,11 +88,14 @@ class Drafter(Protocol):
     makes_trees: bool
     clock: ForwardClock
 
-    def begin(self, prompts: Prompts, output: TargetOutput, sampler: Sampler) -> None:
-        """Start a new batch, after the target's prefill. Forgets the batch before.
+    def begin(
+        self, prompts: Prompts, output: TargetOutput, sampler: Sampler, *, join: bool = False
+    ) -> None:
+        """Start a new batch, after the target's prefill; the batch before is forgotten.
 
         Each of `prompts` ends with its row's root, the first token sampled; `output` is the
-        target's of the tokens before it.
+        target's of the tokens before it. With `join` the prompts become the last rows of the
+        running batch instead; `output` and `sampler` are those of the new rows alone.
         """
 
     def propose(self, root: torch.Tensor, budget: Sequence[int], sampler: Sampler) -> Draft:

@@ -5,6 +5,7 @@ committed ones; what is not accepted is simply written over by the next forward.
 again and nothing but an accepted tree path is ever moved.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,8 +39,8 @@ class _SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = _allocate(key_states, self._slots.capacity)
-        self.values = _allocate(value_states, self._slots.capacity)
+        self.keys = _allocate(key_states, self._slots.capacity, len(key_states))
+        self.values = _allocate(value_states, self._slots.capacity, len(value_states))
         self.is_initialized = True
 
     def update(
@@ -77,6 +78,22 @@ class _SlotLayer(CacheLayerMixin):
     def select(self, rows: Tensor) -> None:
         self.keys = self.keys.index_select(0, rows.to(self.device))
         self.values = self.values.index_select(0, rows.to(self.device))
+
+    def append(self, other: "_SlotLayer", num_rows: int, num_joining: int) -> None:
+        """Take the rows of another cache's layer behind one's own; empty rows hold no keys yet."""
+        known = self if self.is_initialized else other
+        if not known.is_initialized:
+            return
+        self.dtype, self.device, self.is_initialized = known.dtype, known.device, True
+        joined = []
+        for name in ("keys", "values"):
+            like = getattr(known, name)
+            states = _allocate(like, self._slots.capacity, num_rows + num_joining)
+            for layer, first in ((self, 0), (other, num_rows)):
+                if (own := getattr(layer, name, None)) is not None:
+                    states[first : first + own.shape[0], :, : own.shape[2]] = own
+            joined.append(states)
+        self.keys, self.values = joined
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._slots.end, 0
@@ -176,6 +193,14 @@ class SlotCache(Cache):
         for layer in self._slot_layers:
             layer.move(sources, destinations)
 
+    def append(self, other: "SlotCache") -> None:
+        """Take the rows of another cache, which must not be used any more, behind one's own."""
+        self._slots.capacity = max(self.capacity, other.capacity)
+        counts = (len(self.lengths), len(other.lengths))
+        for layer, joining in zip(self._slot_layers, other._slot_layers, strict=True):
+            layer.append(joining, *counts)
+        self._set_lengths([*self.lengths, *other.lengths])
+
     def reorder(self, rows: Tensor) -> None:
         """Keep only these rows."""
         for layer in self._slot_layers:
@@ -189,31 +214,31 @@ class SlotCache(Cache):
         self._device_lengths = None
 
 
-def _allocate(like: Tensor, capacity: int) -> Tensor:
-    shape = (like.shape[0], like.shape[1], capacity, like.shape[3])
+def _allocate(like: Tensor, capacity: int, batch_size: int) -> Tensor:
+    shape = (batch_size, like.shape[1], capacity, like.shape[3])
     try:
         # Zeros, because a masked slot still takes part in 0 * value, and 0 * NaN is NaN.
         return like.new_zeros(shape)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error):
-            raise MemoryError(_explain(like, capacity)) from error
+            raise MemoryError(_explain(like, shape)) from error
         raise
 
 
-def _explain(like: Tensor, capacity: int) -> str:
-    wanted = like.shape[0] * like.shape[1] * capacity * like.shape[3] * like.element_size()
+def _explain(like: Tensor, shape: tuple[int, ...]) -> str:
+    wanted = math.prod(shape) * like.element_size()
     message = (
-        f"no memory for {wanted:,} bytes of keys or values of one layer (batch {like.shape[0]}, "
-        f"{capacity} slots a row)"
+        f"no memory for {wanted:,} bytes of keys or values of one layer (batch {shape[0]}, "
+        f"{shape[2]} slots a row)"
     )
     if like.device.type != "cuda":
         return f"{message}; lower batch_size or max_new_tokens"
     free, _ = torch.cuda.mem_get_info(like.device)
-    fits = max(0, int(like.shape[0] * free / wanted))
+    fits = max(0, int(shape[0] * free / wanted))
     return f"{message}; {free:,} bytes are free, enough for this layer at batch_size {fits}"
 
 
 def _copy_into(states: Tensor, capacity: int) -> Tensor:
-    larger = _allocate(states, capacity)
+    larger = _allocate(states, capacity, len(states))
     larger[:, :, : states.shape[2]] = states
     return larger

@@ -7,6 +7,7 @@ from typing import Any
 
 from specdec.interfaces import Target
 from specdec.metrics import AcceptanceStats, StepRecord
+from specdec.sampling_config import SamplingConfig
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
@@ -45,7 +46,7 @@ class Result:
         finish_reason: "eos", "stop", "length" (max_new_tokens or the context is full), "time" or
             "interrupted".
         records: one per verify step.
-        ttft_s: seconds from the start of its batch to the first token.
+        ttft_s: seconds from the start of its own prefill to the first token.
         decode_s: seconds from the first token to the last.
     """
 
@@ -64,7 +65,7 @@ class Result:
 
     @property
     def total_s(self) -> float:
-        """Seconds from the start of its batch to its last token."""
+        """Seconds from the start of its prefill to its last token."""
         return self.ttft_s + self.decode_s
 
     @property
@@ -121,6 +122,7 @@ class Request:
 
     index: int
     prompt: list[int]
+    sampling: SamplingConfig
     rules: StopRules
     target: Target
     tokens: list[int] = field(default_factory=list)

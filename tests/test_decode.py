@@ -189,3 +189,11 @@ def test_an_unknown_drafter_or_option_suggests_the_nearest_name(target):
         load_drafter("ngramm", target)
     with pytest.raises(ValueError, match="did you mean 'max_ngram'"):
         load_drafter({"type": "ngram", "max_ngrams": 3}, target)
+
+
+def test_prompts_that_wait_when_the_time_is_up_return_empty(target, drafter):
+    results = generate(
+        target, drafter, [PROMPT] * 3, max_new_tokens=50, max_time_s=1e-9, batch_size=1
+    )
+    assert [result.finish_reason for result in results] == ["time"] * 3
+    assert [len(result.tokens) for result in results] == [1, 0, 0]

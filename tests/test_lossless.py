@@ -82,6 +82,27 @@ def test_a_row_does_not_depend_on_its_batch(name, options, draft_folder):
     assert [len(r.tokens) for r in together] == [len(r.tokens) for r in plain]
 
 
+@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_row_that_joins_a_running_batch_decodes_as_if_alone(
+    name, options, temperature, draft_folder
+):
+    target = tiny_target()
+    full = target.max_context_len - 8  # leaves room for eight tokens only, so it ends first
+    prompts = [[5, 6, 7, 8] * (full // 4), [9], [3] * 12, [11, 12, 13, 11, 12], [60] * 5]
+    configs = [
+        SamplingConfig(temperature=temperature, repetition_penalty=1.2 if s == 4 else 1, seed=s)
+        for s in range(5)
+    ]
+    options = {**options, "num_remembered": 0} if name == "suffix" else options
+    drafter = build(name, options, target, draft_folder)
+    alone = generate(target, drafter, prompts, configs, max_new_tokens=24, batch_size=1)
+    joined = generate(target, drafter, prompts, configs, max_new_tokens=24, batch_size=3)
+    assert [r.tokens for r in joined] == [r.tokens for r in alone]
+    late = joined[3].records
+    assert late[0].batch_size == 3, "the fourth prompt waited for the whole batch"
+
+
 def exact_law(target, prompt, sampling):
     """Probability of every sequence of HORIZON tokens under plain sampling, by enumeration."""
     sequences = list(product(range(SMALL_VOCAB), repeat=HORIZON))

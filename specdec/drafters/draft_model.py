@@ -66,6 +66,7 @@ class DraftModel:
         self.makes_trees = width > 1
         self.confidence_threshold = confidence_threshold
         self.clock = model.clock
+        self._committed: list[list[int]] = []
 
     @classmethod
     def load(
@@ -109,12 +110,17 @@ class DraftModel:
             confidence_threshold,
         )
 
-    def begin(self, prompts: Prompts, output: TargetOutput, sampler: Sampler) -> None:
+    def begin(
+        self, prompts: Prompts, output: TargetOutput, sampler: Sampler, *, join: bool = False
+    ) -> None:
         """Cache all but each prompt's root."""
-        self._committed = [list(prompt) for prompt in prompts]
-        self._num_committed = torch.tensor([len(p) for p in prompts], device=self.model.device)
+        committed = [list(prompt) for prompt in prompts]
+        self._committed = [*self._committed, *committed] if join else committed
+        self._num_committed = torch.tensor(
+            [len(row) for row in self._committed], device=self.model.device
+        )
         limit = self.model.max_context_len
-        self.model.prefill([prompt[:-1][:limit] for prompt in prompts])
+        self.model.prefill([prompt[:-1][:limit] for prompt in prompts], join=join)
 
     def propose(self, root: Tensor, budget: Sequence[int], sampler: Sampler) -> Draft:
         """Draft a chain or a tree, each level one forward of the model."""

@@ -60,12 +60,16 @@ class NgramDrafter:
         )
         self.clock = ForwardClock(torch.device("cpu"))
         self._sizes = range(min_ngram, max_ngram + 1)
+        self._rows: list[_History] = []
 
-    def begin(self, prompts: Prompts, output: TargetOutput, sampler: Sampler) -> None:
+    def begin(
+        self, prompts: Prompts, output: TargetOutput, sampler: Sampler, *, join: bool = False
+    ) -> None:
         """Index the prompts."""
-        self._rows = [_History(self._sizes, self.num_continuations) for _ in prompts]
-        for row, prompt in zip(self._rows, prompts, strict=True):
+        begun = [_History(self._sizes, self.num_continuations) for _ in prompts]
+        for row, prompt in zip(begun, prompts, strict=True):
             row.extend(prompt)
+        self._rows = [*self._rows, *begun] if join else begun
 
     def propose(self, root: Tensor, budget: Sequence[int], sampler: Sampler) -> Draft:
         """Copy what followed the latest tokens; no node where they are new."""

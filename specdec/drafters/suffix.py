@@ -70,11 +70,15 @@ class SuffixDrafter:
         self._shared = SuffixAutomaton()
         self._rows: list[_Row] = []
 
-    def begin(self, prompts: Prompts, output: TargetOutput, sampler: Sampler) -> None:
+    def begin(
+        self, prompts: Prompts, output: TargetOutput, sampler: Sampler, *, join: bool = False
+    ) -> None:
         """Index the prompts; what the batch before emitted joins the past outputs."""
-        for row in self._rows:
-            self._remember(row)
-        self._rows = [_Row(prompt, self._shared) for prompt in prompts]
+        if not join:
+            for row in self._rows:
+                self._remember(row)
+            self._rows = []
+        self._rows += [_Row(prompt, self._shared) for prompt in prompts]
 
     def propose(self, root: Tensor, budget: Sequence[int], sampler: Sampler) -> Draft:
         """Continue every row's longest known suffix."""

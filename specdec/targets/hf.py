@@ -59,12 +59,23 @@ class HFTarget:
         return self.cache.lengths
 
     @torch.inference_mode()
-    def prefill(self, prompts: Prompts, taps: Sequence[int] = ()) -> TargetOutput:
+    def prefill(
+        self, prompts: Prompts, taps: Sequence[int] = (), *, join: bool = False
+    ) -> TargetOutput:
         """Cache every prompt whole; logits [B, 1, V] of each prompt's last token.
 
         A prompt may be empty (a draft model has nothing to cache before the root); its logits then
-        mean nothing.
+        mean nothing. With `join` the prompts become the last rows of the running batch.
         """
+        running = self.cache
+        output = self._start(prompts, taps)
+        if join:
+            running.append(self.cache)
+            self.cache = running
+        return output
+
+    def _start(self, prompts: Prompts, taps: Sequence[int]) -> TargetOutput:
+        """Cache the prompts as a batch of their own."""
         lengths = [len(prompt) for prompt in prompts]
         longest = max(lengths)
         self.cache = SlotCache(
