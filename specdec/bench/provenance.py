@@ -27,11 +27,18 @@ def fingerprint(config: BenchConfig) -> str:
 
 
 def collect(config: BenchConfig, target: HFTarget) -> dict[str, Any]:
-    """Command, configuration, versions, machine and time of a run."""
+    """Configuration of a bench, and where it ran."""
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "config": asdict(config),
         "config_fingerprint": fingerprint(config),
+        **machine(target),
+    }
+
+
+def machine(target: HFTarget) -> dict[str, Any]:
+    """Command, commit, versions, machine and time of any measurement."""
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "versions": {"python": platform.python_version()} | _versions(),
