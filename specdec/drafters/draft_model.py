@@ -180,8 +180,9 @@ class DraftModel:
         counts = [1] * len(budget)
         chosen: list[Tensor] = []
         reported: list[Tensor] = []
-        lengths = torch.tensor(budget, device=logits.device)
+        lengths = torch.tensor(budget, device=logits.device).clamp(max=num_levels)
         survival = torch.ones(len(budget), device=logits.device)
+        is_ragged = bool(self.confidence_threshold) or min(budget) < num_levels
         for level in range(num_levels):
             scores = self._scores(logits, chosen, sampler)  # [B, V]
             if self.confidence_threshold:
@@ -205,7 +206,13 @@ class DraftModel:
                 chosen.append(sample(probs, noise))
             if level + 1 < num_levels:
                 logits = self._fit(self.model.feed(chosen[-1].unsqueeze(1), counts))
-        return self._chain(chosen, reported, lengths)
+        if not chosen:
+            return Draft.empty(len(budget), logits.device)
+        tokens = torch.stack(chosen, 1)  # [B, N]
+        if is_ragged:
+            tokens, lengths = _pad_after(tokens, lengths)
+        probs = torch.stack(reported, 1) if reported else None
+        return Draft.chain(tokens, lengths, probs)
 
     def _scores(self, logits: Tensor, chosen: list[Tensor], sampler: Sampler) -> Tensor:
         """Process the newest level's logits [B, V] in the context of the chain so far."""
@@ -214,15 +221,6 @@ class DraftModel:
         partial = Draft.chain(torch.stack(chosen, 1)) if chosen else None
         nodes = torch.full((len(logits), 1), len(chosen), device=logits.device)
         return sampler.scores(logits.unsqueeze(1), partial, nodes).squeeze(1)
-
-    def _chain(self, chosen: list[Tensor], reported: list[Tensor], lengths: Tensor) -> Draft:
-        if not chosen:
-            return Draft.empty(len(lengths), lengths.device)
-        tokens = torch.stack(chosen, 1)  # [B, N]
-        lengths = lengths.clamp(max=tokens.shape[1])
-        real = torch.arange(tokens.shape[1], device=tokens.device) < lengths.unsqueeze(1)
-        probs = torch.stack(reported, 1) if reported else None
-        return Draft.chain(tokens.masked_fill(~real, -1), lengths, probs)
 
     def _grow_tree(
         self,
@@ -250,6 +248,13 @@ class DraftModel:
             last = partial.num_nodes + 1
             nodes = torch.arange(last - num_new, last, device=root.device).expand(len(root), -1)
         return pool.best(self.max_nodes, torch.tensor(budget, device=root.device))
+
+
+def _pad_after(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Replace what lies behind `lengths` [B] in tokens [B, N] by -1; no length exceeds N after."""
+    lengths = lengths.clamp(max=tokens.shape[1])
+    real = torch.arange(tokens.shape[1], device=tokens.device) < lengths.unsqueeze(1)
+    return tokens.masked_fill(~real, -1), lengths
 
 
 def _to(draft: Draft, device: torch.device) -> Draft:

@@ -58,7 +58,6 @@ class HFTarget:
         """Tokens in the cache, per row."""
         return self.cache.lengths
 
-    @torch.inference_mode()
     def prefill(
         self, prompts: Prompts, taps: Sequence[int] = (), *, join: bool = False
     ) -> TargetOutput:
@@ -114,7 +113,6 @@ class HFTarget:
         self.cache.extend([width] * batch)
         return out
 
-    @torch.inference_mode()
     def score(self, root: Tensor, draft: Draft, taps: Sequence[int] = ()) -> TargetOutput:
         """One forward over root [B] and nodes [B, N]; logits [B, N + 1, V]. Commits nothing."""
         num_new = draft.num_nodes + 1
@@ -133,7 +131,6 @@ class HFTarget:
             mask = self._masks.tree(self.cache, own, depths)
         return self._forward(tokens, positions, mask, taps, 0)
 
-    @torch.inference_mode()
     def feed(self, tokens: Tensor, counts: Sequence[int]) -> Tensor:
         """Commit `counts[b]` of the tokens [B, n] to every row; logits [B, V] after the last.
 
@@ -149,14 +146,12 @@ class HFTarget:
         last = torch.tensor([max(count - 1, 0) for count in counts], device=self.device)
         return logits[torch.arange(len(counts), device=self.device), last]
 
-    @torch.inference_mode()
     def commit(self, verdict: Verdict, num_accepted: Sequence[int]) -> None:
         """Keep the root and the accepted path: a chain only moves lengths, a tree gathers."""
         if self._scored_tree and any(num_accepted):
             self.cache.gather_path(verdict.path)
         self.cache.extend([count + 1 for count in num_accepted])
 
-    @torch.inference_mode()
     def reorder(self, rows: Tensor) -> None:
         """Keep only these rows."""
         self.cache.reorder(rows)
@@ -181,7 +176,7 @@ class HFTarget:
         taps: Sequence[int],
         logits_to_keep: int | Tensor,
     ) -> TargetOutput:
-        with self.clock.forward():
+        with torch.no_grad(), self.clock.forward():
             out = self.model(
                 input_ids=tokens,
                 attention_mask=mask,
