@@ -211,8 +211,7 @@ class DraftModel:
         tokens = torch.stack(chosen, 1)  # [B, N]
         if is_ragged:
             tokens, lengths = _pad_after(tokens, lengths)
-        probs = torch.stack(reported, 1) if reported else None
-        return Draft.chain(tokens, lengths, probs)
+        return Draft.chain(tokens, lengths, torch.stack(reported, 1) if reported else None)
 
     def _scores(self, logits: Tensor, chosen: list[Tensor], sampler: Sampler) -> Tensor:
         """Process the newest level's logits [B, V] in the context of the chain so far."""
