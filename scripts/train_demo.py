@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 scripts/train_demo.py target --data-dir DATA --out runs/demo
 
 Stages: `tokenizer`, `target`, `draft` (distilled from the target), `export` (bf16 safetensors and
-model cards), or `all`. Each stage writes checkpoints and resumes from them when it is run again.
+model cards), or `all`; then `answers`, the text that draft heads are trained on. Each stage writes checkpoints and resumes from them when it is run again.
 Works on a CPU, on a GPU, and on several processes under torchrun.
 """
 
@@ -25,6 +25,9 @@ from accelerate.utils import set_seed
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from specdec import SamplingConfig, generate_baseline, load_target
+from specdec.targets.hf import HFTarget
 
 DataDir = Annotated[Path, typer.Option(help="folder with gsm8k/, sgd/ and taskmaster4/")]
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -323,6 +326,78 @@ def draft(
     model = build_model("draft", tok)
     start_from_target(model, teacher)
     fit("draft", model, teacher, out, data_dir, settings)
+
+
+def encode_turn(role: str, text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    return tokenizer(f"<|{role}|>{text}<|end|>", add_special_tokens=False)["input_ids"]
+
+
+def answer_dialogues(
+    dialogues: list[Turns], target: HFTarget, seed: int, batch_size: int, max_len: int
+) -> list[dict]:
+    """Let the target answer every user turn, each after its own earlier answers.
+
+    Rows hold `tokens` of the whole conversation and `answers`, the [start, end) spans that the
+    target wrote, end mark included. Every other dialogue is sampled, the rest is greedy.
+    """
+    tokenizer = target.tokenizer
+    opening = tokenizer.convert_tokens_to_ids(["<|assistant|>"])
+    rows: list[dict] = [
+        {"tokens": [tokenizer.bos_token_id], "answers": [], "temperature": 0.8 * (i % 2)}
+        for i in range(len(dialogues))
+    ]
+    questions = [[text for role, text in turns if role == "user"] for turns in dialogues]
+    for turn in range(max(map(len, questions))):
+        asked = []
+        for row, texts in zip(rows, questions, strict=True):
+            if turn >= len(texts) or (turn and row["tokens"][-1] not in target.eos_token_ids):
+                continue
+            prompt = row["tokens"] + encode_turn("user", texts[turn], tokenizer) + opening
+            if len(prompt) < max_len - 16:
+                row["tokens"] = prompt
+                asked.append(row)
+        if not asked:
+            break
+        sampling = [
+            SamplingConfig(temperature=row["temperature"], seed=seed + 1000 * turn + i)
+            for i, row in enumerate(asked)
+        ]
+        prompts = [row["tokens"] for row in asked]
+        results = generate_baseline(
+            target, prompts, sampling, max_new_tokens=160, batch_size=batch_size
+        )
+        for row, result in zip(asked, results, strict=True):
+            start = len(row["tokens"])
+            row["tokens"] = row["tokens"] + result.tokens
+            row["answers"].append([start, len(row["tokens"])])
+    return rows
+
+
+@app.command()
+def answers(
+    data_dir: DataDir,
+    out: Path = Path("runs/demo"),
+    num: Annotated[int, typer.Option(help="dialogues to answer; 0 for all")] = 0,
+    batch_size: int = 64,
+) -> None:
+    """Let the target answer the training questions: what its draft heads are trained on."""
+    target = load_target("demo")
+    dialogues, _ = read_conversations(data_dir)
+    dialogues = random.Random(Settings().seed).sample(dialogues, len(dialogues))
+    dialogues = dialogues[: num or None]
+    path, chunk_size = out / "answers.jsonl", 256
+    out.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    done = len(lines) // chunk_size * chunk_size  # a killed run may have cut a chunk short
+    path.write_text("".join(lines[:done]))
+    with path.open("a") as file, Progress() as bar:
+        task = bar.add_task("answering", total=len(dialogues), completed=done)
+        for first in range(done, len(dialogues), chunk_size):
+            chunk = dialogues[first : first + chunk_size]
+            rows = answer_dialogues(chunk, target, first, batch_size, Settings().block_len)
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.flush()
+            bar.update(task, completed=first + len(chunk))
 
 
 DATA_CREDITS = """| data | licence | source |
