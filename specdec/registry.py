@@ -31,7 +31,7 @@ def load_drafter(options: Mapping[str, Any] | str, target: Target) -> Drafter:
         target: the model that will verify.
 
     Raises:
-        ValueError: no such strategy, or an option that it does not have.
+        ValueError: no such strategy, or an option that it does not have, needs, or cannot use.
     """
     settings: dict[str, Any] = {"type": options} if isinstance(options, str) else dict(options)
     name = settings.pop("type", None)
@@ -42,12 +42,26 @@ def load_drafter(options: Mapping[str, Any] | str, target: Target) -> Drafter:
     module, attribute = DRAFTERS[name].split(":")
     drafter_class = getattr(import_module(module), attribute)
     build = getattr(drafter_class, "load", drafter_class)
-    accepted = [p for p in inspect.signature(build).parameters if p != "target"]
+    parameters = inspect.signature(build).parameters
+    accepted = [p for p in parameters if p != "target"]
     for option in settings:
         if option not in accepted:
             raise ValueError(
                 f"drafter {name!r} has no option {option!r}; {closest(option, accepted)}"
             )
+    for option in accepted:
+        if option not in settings and parameters[option].default is inspect.Parameter.empty:
+            raise ValueError(f"drafter {name!r} needs the option {option!r}; {_given(settings)}")
     if hasattr(drafter_class, "load"):
         settings["target"] = target
-    return build(**settings)
+    try:
+        return build(**settings)
+    except TypeError as error:
+        settings.pop("target", None)
+        raise ValueError(
+            f"drafter {name!r} cannot use its options ({error}); {_given(settings)}"
+        ) from error
+
+
+def _given(settings: Mapping[str, Any]) -> str:
+    return "given: " + (", ".join(f"{k}={v!r}" for k, v in settings.items()) or "nothing")

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from specdec.bench.prompts import BenchPrompt, render
+from specdec.bench.prompt import BenchPrompt
+from specdec.bench.prompts import render
 from specdec.decode import generate_baseline
 from specdec.interfaces import Target
 

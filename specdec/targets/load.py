@@ -7,6 +7,7 @@ import torch
 
 from specdec.demo import demo_path
 from specdec.targets.hf import HFTarget
+from specdec.targets.memory import free_bytes, is_out_of_memory
 
 QUANTIZATIONS = ("8bit", "4bit")
 
@@ -36,19 +37,23 @@ def load_target(
 
     Raises:
         FileNotFoundError: no such folder or hub id.
-        ValueError: the files do not hold the model that their config describes.
+        ValueError: an option that cannot work here, or files that do not hold the model that their
+            config describes: corrupt, or with missing, unexpected or misshapen tensors.
+        MemoryError: the weights do not fit.
     """
     import transformers
 
     where = str(demo_path("target")) if path == "demo" else path
     _check_path(where)
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = _device(device)
     options: dict[str, Any] = {
         "dtype": _dtype(dtype, chosen),
         "use_safetensors": True,
         "revision": revision,
         "trust_remote_code": trust_remote_code,
         "output_loading_info": True,
+        # They are refused below, by name and shape.
+        "ignore_mismatched_sizes": True,
     }
     if quantization is not None:
         options["quantization_config"] = _quantization(quantization, chosen)
@@ -57,12 +62,12 @@ def load_target(
     loaded: Any
     try:
         loaded = transformers.AutoModelForCausalLM.from_pretrained(where, **options)
+        model, info = loaded
+        _check_complete(where, info)
+        if "device_map" not in options:
+            model = model.to(chosen)
     except Exception as error:
-        raise _explained(where, error) from error
-    model, info = loaded
-    _check_complete(where, info)
-    if "device_map" not in options:
-        model = model.to(chosen)
+        raise _explained(where, error, chosen) from error
     return HFTarget(model.eval(), _tokenizer(where, revision, trust_remote_code))
 
 
@@ -78,6 +83,20 @@ def _check_path(path: str) -> None:
         raise FileNotFoundError(
             f"{path!r} is not a folder; give 'demo', a folder with a checkpoint, or a hub id"
         )
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r} but must be cpu, cuda or cuda:N") from error
+    num_devices = torch.cuda.device_count()
+    if chosen.type == "cuda" and (chosen.index or 0) >= num_devices:
+        raise ValueError(
+            f"device is {str(device)!r} but torch finds {num_devices} CUDA devices here; use cpu, "
+            "or install a CUDA build of torch"
+        )
+    return chosen
 
 
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> Any:
@@ -111,7 +130,12 @@ def _quantization(name: str, device: torch.device) -> Any:
     )
 
 
-def _explained(path: str, error: Exception) -> Exception:
+def _explained(path: str, error: Exception, device: torch.device) -> Exception:
+    """What to raise in place of an error that came up while loading."""
+    if isinstance(error, IncompleteCheckpointError):
+        return error
+    if is_out_of_memory(error):
+        return MemoryError(_does_not_fit(path, device))
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     if "afetensor" in type(error).__name__ or "header" in text.lower():
         return ValueError(
@@ -123,12 +147,30 @@ def _explained(path: str, error: Exception) -> Exception:
     return ValueError(f"{path!r} could not be loaded: {text}")
 
 
+def _does_not_fit(path: str, device: torch.device) -> str:
+    message = f"no memory for the weights of {path!r} on {device}"
+    stored = sum(file.stat().st_size for file in Path(path).expanduser().glob("*.safetensors"))
+    free = free_bytes(device)
+    if stored and free is not None:
+        message += f": its files hold {stored:,} bytes, and {free:,} are free"
+    return f"{message}; use a smaller dtype, quantization=4bit or another device"
+
+
+class IncompleteCheckpointError(ValueError):
+    """A checkpoint whose tensors are not those that its config asks for."""
+
+
 def _check_complete(path: str, info: Any) -> None:
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(str(name) for name in info.get(kind, ()))
+    for name, stored, wanted in sorted(info.get("mismatched_keys", ())):
+        raise IncompleteCheckpointError(
+            f"{path!r} does not fit its config: {name} has shape {tuple(stored)} but must have "
+            f"{tuple(wanted)}; the checkpoint or its config.json is of another model"
+        )
+    for kind in ("missing", "unexpected"):
+        names = sorted(str(name) for name in info.get(f"{kind}_keys", ()))
         if names:
-            raise ValueError(
-                f"{path!r} does not fit its config: {len(names)} {kind.replace('_', ' ')}, "
+            raise IncompleteCheckpointError(
+                f"{path!r} does not fit its config: {kind} tensors ({len(names)}), "
                 f"{names[0]} for one; the checkpoint is incomplete or of another model"
             )
 
@@ -138,6 +180,12 @@ def _tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> Any:
 
     if Path(path).is_dir() and not any(Path(path).glob("tokenizer*")):
         return None
-    return AutoTokenizer.from_pretrained(
-        path, revision=revision, trust_remote_code=trust_remote_code
-    )
+    try:
+        return AutoTokenizer.from_pretrained(
+            path, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:
+        raise ValueError(
+            f"the tokenizer of {path!r} could not be loaded ({str(error).splitlines()[0]}); copy "
+            "or download its tokenizer files again"
+        ) from error

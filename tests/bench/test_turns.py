@@ -3,7 +3,8 @@
 import pytest
 
 from specdec import generate_baseline, load_target
-from specdec.bench.prompts import BenchPrompt, load_prompts
+from specdec.bench.prompt import BenchPrompt
+from specdec.bench.prompts import load_prompts
 from specdec.bench.turns import unfold_turns
 from specdec.demo import demo_path
 

@@ -1,0 +1,144 @@
+"""What is wrong with a checkpoint is said in words, and ends the command with status 2."""
+
+import pytest
+import torch
+from checkpoints import WEIGHTS, edit_weights, save_checkpoint, save_tokenizer
+from tiny_models import tiny_llama
+from typer.testing import CliRunner
+
+from specdec import load_drafter, load_target
+from specdec.cli import app
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return save_checkpoint(tmp_path / "model")
+
+
+def generate(folder, *options):
+    arguments = ["generate", "--prompt", "abc", "--target", str(folder), "--max-new-tokens", "2"]
+    return CliRunner().invoke(app, [*arguments, *options])
+
+
+def refused(done, *words):
+    assert done.exit_code == 2, done.output
+    assert "Traceback" not in done.output
+    for word in words:
+        assert word in done.stderr
+    return True
+
+
+def cut(path, keep):
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: w.pop("model.norm.weight"), ["missing tensors (1)", "model.norm.weight"]),
+        (lambda w: w.update(other=torch.ones(3)), ["unexpected tensors (1)", "other"]),
+        (
+            lambda w: w.update({"model.norm.weight": torch.ones(7)}),
+            ["model.norm.weight has shape (7,) but must have (32,)"],
+        ),
+    ],
+    ids=["missing", "unexpected", "misshapen"],
+)
+def test_tensors_that_do_not_fit_the_config_are_named(checkpoint, change, words):
+    edit_weights(checkpoint, change)
+    assert refused(generate(checkpoint), "does not fit its config", *words)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 300, -100])
+def test_a_truncated_safetensors_file_is_said_to_be_truncated(checkpoint, keep):
+    cut(checkpoint / WEIGHTS, keep)
+    assert refused(generate(checkpoint), str(checkpoint), "corrupt or truncated", "copy")
+
+
+def test_a_pointer_in_place_of_the_weights_is_said_to_be_corrupt(checkpoint):
+    (checkpoint / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\nsize 3\n")
+    assert refused(generate(checkpoint), "corrupt or truncated")
+
+
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS, "tokenizer.json"])
+def test_a_missing_or_damaged_file_is_named(checkpoint, name):
+    path = checkpoint / name
+    cut(path, 10)
+    assert refused(generate(checkpoint), str(checkpoint))
+    path.unlink()
+    if name == "tokenizer.json":
+        (checkpoint / "tokenizer_config.json").unlink()
+        assert refused(generate(checkpoint), "no tokenizer")
+    else:
+        assert refused(generate(checkpoint), str(checkpoint), name.split(".")[0])
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    shard = sorted((tmp_path / "model").glob("*-of-*.safetensors"))[1]
+    shard.unlink()
+    assert refused(generate(tmp_path / "model"), shard.name)
+
+
+@pytest.mark.parametrize("path", ["./nothing", "/no/such/folder", "~/no/such/folder"])
+def test_a_path_that_is_not_there_is_named(path):
+    assert refused(generate(path), repr(path), "is not a folder", "hub id")
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(checkpoint):
+    assert refused(generate(checkpoint, "--device", "banana"), "'banana'", "cpu, cuda or cuda:N")
+    assert refused(generate(checkpoint, "--device", "cuda:99"), "'cuda:99'", "use cpu")
+    assert refused(generate(checkpoint, "--dtype", "int8"), "'int8'", "float32")
+
+
+def test_logits_that_are_not_numbers_fail_the_run(checkpoint):
+    edit_weights(checkpoint, lambda w: w["model.norm.weight"].fill_(float("nan")))
+    done = generate(checkpoint)
+    assert done.exit_code == 1
+    assert "prompt 0, token 0: the target's logits are NaN" in done.stderr
+    assert "check the weights" in done.stderr
+
+
+def test_weights_that_do_not_fit_into_memory_say_what_there_is(checkpoint, monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fail)
+    done = generate(checkpoint)
+    assert done.exit_code == 1
+    assert f"no memory for the weights of {str(checkpoint)!r}" in done.stderr
+    assert f"hold {(checkpoint / WEIGHTS).stat().st_size:,} bytes" in done.stderr
+    assert "are free" in done.stderr
+    assert "quantization=4bit" in done.stderr
+
+
+def test_a_prompt_longer_than_the_context_is_measured(checkpoint):
+    arguments = ["generate", "--prompt", "a" * 300, "--target", str(checkpoint)]
+    done = CliRunner().invoke(app, arguments)
+    assert refused(done, "prompt 0 has 300 tokens", "context holds 256", "shorten")
+
+
+def test_an_empty_prompt_is_refused(checkpoint):
+    done = CliRunner().invoke(app, ["generate", "--prompt", "", "--target", str(checkpoint)])
+    assert refused(done, "prompt 0 is empty", "at least one token")
+
+
+def test_a_drafter_with_another_tokenizer_is_refused(checkpoint, tmp_path):
+    other = save_checkpoint(tmp_path / "other")
+    save_tokenizer(other, first=40)
+    drafter = f'{{"type": "draft_model", "path": "{other}"}}'
+    done = generate(checkpoint, "--drafter", drafter)
+    assert refused(done, str(other), "another tokenizer", "97 of 97", "the target's own tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"type": "draft_model"}, "needs the option 'path'"),
+        ({"type": "ngram", "max_ngram": "wide"}, "max_ngram='wide'"),
+        ({"type": "draft_modell"}, "did you mean 'draft_model'"),
+    ],
+)
+def test_options_that_a_drafter_cannot_use_are_named(checkpoint, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_drafter(options, load_target(str(checkpoint)))
