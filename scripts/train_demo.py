@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 2 scripts/train_demo.py target --data-dir DATA --out runs/demo
 
 Stages: `tokenizer`, `target`, `draft` (distilled from the target), `export` (bf16 safetensors and
-model cards), or `all`; then `answers`, the text that draft heads are trained on. Each stage writes checkpoints and resumes from them when it is run again.
-Works on a CPU, on a GPU, and on several processes under torchrun.
+model cards), or `all`; then `answers`, the text that draft heads are trained on. Each stage writes
+checkpoints and resumes from them when it is run again. Works on a CPU, on a GPU, and on several
+processes under torchrun.
 """
 
 import json
@@ -343,10 +344,14 @@ def answer_dialogues(
     tokenizer = target.tokenizer
     opening = tokenizer.convert_tokens_to_ids(["<|assistant|>"])
     rows: list[dict] = [
-        {"tokens": [tokenizer.bos_token_id], "answers": [], "temperature": 0.8 * (i % 2)}
+        {"tokens": [tokenizer.bos_token_id], "answers": [], "temperature": 0.8 * (i // 3 % 2)}
         for i in range(len(dialogues))
     ]
-    questions = [[text for role, text in turns if role == "user"] for turns in dialogues]
+    # Later turns cost most, because all before is read again: some dialogues stop early.
+    questions = [
+        [text for role, text in turns if role == "user"][: (3, 5, 8)[i % 3]]
+        for i, turns in enumerate(dialogues)
+    ]
     for turn in range(max(map(len, questions))):
         asked = []
         for row, texts in zip(rows, questions, strict=True):

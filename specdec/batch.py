@@ -178,10 +178,12 @@ class Batch:
         self.num_committed = self.num_committed + verdict.num_accepted + 1
 
     def retire(self) -> None:
-        """Let finished rows leave the batch."""
+        """Let finished rows leave the batch; the last rows move into their places."""
         stay = [i for i, row in enumerate(self.rows) if not row.finish_reason]
         if len(stay) == len(self.rows):
             return
+        behind = [i for i in stay if i >= len(stay)]
+        stay = [i if i in stay else behind.pop() for i in range(len(stay))]
         self.rows = [self.rows[i] for i in stay]
         if not stay:
             return

@@ -76,7 +76,7 @@ class Target(Protocol):
         """Keep root and accepted path in the cache, drop the rest; `num_accepted` on the host."""
 
     def reorder(self, rows: torch.Tensor) -> None:
-        """Keep only `rows` (int64, strictly increasing) of the batch, in that order."""
+        """Keep only `rows` (int64, each at most once) of the batch, in that order."""
 
 
 @runtime_checkable
@@ -114,4 +114,4 @@ class Drafter(Protocol):
         """Learn what was kept: the verdict on the device, its new tokens on the host."""
 
     def reorder(self, rows: torch.Tensor) -> None:
-        """Keep only `rows` (int64, strictly increasing) of the batch, in that order."""
+        """Keep only `rows` (int64, each at most once) of the batch, in that order."""

@@ -17,7 +17,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 class _Slots:
     """Where the next forward writes, shared by all layers."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, num_rows: int, capacity: int) -> None:
+        self.num_rows = num_rows
         self.capacity = capacity
         self.start = 0  # of every row, where all are equal
         self.end = 0  # one past the last slot that any row uses
@@ -25,7 +26,7 @@ class _Slots:
 
 
 class _SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, [B, kv heads, capacity, head_dim]."""
+    """Keys and values of one layer, [rows, kv heads, capacity, head_dim]; the first B rows live."""
 
     is_compileable = False
     is_sliding = False
@@ -39,8 +40,8 @@ class _SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = _allocate(key_states, self._slots.capacity, len(key_states))
-        self.values = _allocate(value_states, self._slots.capacity, len(value_states))
+        shape = (self._slots.num_rows, self._slots.capacity)
+        self.keys, self.values = _allocate(key_states, *shape), _allocate(value_states, *shape)
         self.is_initialized = True
 
     def update(
@@ -49,51 +50,52 @@ class _SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         slots = self._slots
+        keys = self.keys[: slots.num_rows, :, : slots.end]
+        values = self.values[: slots.num_rows, :, : slots.end]
         if slots.index is None:
-            self.keys[:, :, slots.start : slots.end] = key_states
-            self.values[:, :, slots.start : slots.end] = value_states
+            keys[:, :, slots.start :] = key_states
+            values[:, :, slots.start :] = value_states
         else:
             index = slots.index.to(self.device)[:, None, :, None]  # [B, 1, n, 1]
-            self.keys.scatter_(2, index.expand_as(key_states), key_states)
-            self.values.scatter_(2, index.expand_as(value_states), value_states)
-        return self.keys[:, :, : slots.end], self.values[:, :, : slots.end]
+            keys.scatter_(2, index.expand_as(key_states), key_states)
+            values.scatter_(2, index.expand_as(value_states), value_states)
+        return keys, values
 
     @property
     def num_bytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
 
     def grow(self) -> None:
-        self.keys = _copy_into(self.keys, self._slots.capacity)
-        self.values = _copy_into(self.values, self._slots.capacity)
+        """Make room for the rows and slots there are now."""
+        num_rows = max(len(self.keys), self._slots.num_rows)
+        self.keys = _enlarge(self.keys, num_rows, self._slots.capacity)
+        self.values = _enlarge(self.values, num_rows, self._slots.capacity)
 
     def move(self, sources: Tensor, destinations: Tensor) -> None:
         """Copy slots [B, D] to slots [B, D], all reads before all writes."""
         for states in (self.keys, self.values):
-            batch, heads, _, size = states.shape
-            shape = (batch, heads, sources.shape[1], size)
+            _, heads, _, size = states.shape
+            shape = (len(sources), heads, sources.shape[1], size)
             moved = states.gather(2, sources.to(states.device)[:, None, :, None].expand(shape))
             index = destinations.to(states.device)[:, None, :, None].expand(shape)
             states.scatter_(2, index, moved)
 
-    def select(self, rows: Tensor) -> None:
-        self.keys = self.keys.index_select(0, rows.to(self.device))
-        self.values = self.values.index_select(0, rows.to(self.device))
+    def select(self, rows: Tensor, places: Tensor, num_slots: int) -> None:
+        """Copy the first slots of `rows` to the rows at `places`, all reads before all writes."""
+        for states in (self.keys, self.values):
+            live = states[:, :, :num_slots]
+            live[places.to(self.device)] = live[rows.to(self.device)]
 
-    def append(self, other: "_SlotLayer", num_rows: int, num_joining: int) -> None:
-        """Take the rows of another cache's layer behind one's own; empty rows hold no keys yet."""
-        known = self if self.is_initialized else other
-        if not known.is_initialized:
+    def append(self, other: "_SlotLayer", first: int, num_slots: int) -> None:
+        """Put another cache's rows at `first` and after; rows without a token hold no keys yet."""
+        if not other.is_initialized:
             return
-        self.dtype, self.device, self.is_initialized = known.dtype, known.device, True
-        joined = []
-        for name in ("keys", "values"):
-            like = getattr(known, name)
-            states = _allocate(like, self._slots.capacity, num_rows + num_joining)
-            for layer, first in ((self, 0), (other, num_rows)):
-                if (own := getattr(layer, name, None)) is not None:
-                    states[first : first + own.shape[0], :, : own.shape[2]] = own
-            joined.append(states)
-        self.keys, self.values = joined
+        if not self.is_initialized:
+            self.lazy_initialization(other.keys, other.values)
+        if len(self.keys) < self._slots.num_rows:
+            self.grow()
+        for own, joining in ((self.keys, other.keys), (self.values, other.values)):
+            own[first : first + len(joining), :, :num_slots] = joining[:, :, :num_slots]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._slots.end, 0
@@ -125,7 +127,7 @@ class SlotCache(Cache):
     def __init__(
         self, num_layers: int, batch_size: int, capacity: int, device: torch.device
     ) -> None:
-        self._slots = _Slots(capacity)
+        self._slots = _Slots(batch_size, capacity)
         self._slot_layers = [_SlotLayer(self._slots) for _ in range(num_layers)]
         super().__init__(layers=list(self._slot_layers))
         self.device = device
@@ -162,12 +164,7 @@ class SlotCache(Cache):
         if not self._is_uniform:
             offsets = torch.arange(num_new, device=self.device)
             slots.index = self.device_lengths.unsqueeze(1) + offsets
-        if slots.end > slots.capacity:
-            while slots.end > slots.capacity:
-                slots.capacity *= 2
-            for layer in self._slot_layers:
-                if layer.is_initialized:
-                    layer.grow()
+        self._grow(slots.end)
         return slots.end
 
     def extend(self, counts: Sequence[int]) -> None:
@@ -194,19 +191,37 @@ class SlotCache(Cache):
             layer.move(sources, destinations)
 
     def append(self, other: "SlotCache") -> None:
-        """Take the rows of another cache, which must not be used any more, behind one's own."""
-        self._slots.capacity = max(self.capacity, other.capacity)
-        counts = (len(self.lengths), len(other.lengths))
+        """Take the rows of another cache behind one's own; no copy of one's own where they fit."""
+        first = len(self.lengths)
+        self._slots.num_rows = first + len(other.lengths)
+        num_slots = max(other.lengths)
+        self._grow(num_slots)
         for layer, joining in zip(self._slot_layers, other._slot_layers, strict=True):
-            layer.append(joining, *counts)
+            layer.append(joining, first, num_slots)
         self._set_lengths([*self.lengths, *other.lengths])
 
     def reorder(self, rows: Tensor) -> None:
-        """Keep only these rows."""
+        """Keep only these rows, in any order; only rows that change their place are copied."""
+        kept = rows.tolist()
+        places = [place for place, row in enumerate(kept) if place != row]
+        if places:
+            moved = torch.tensor([[kept[place] for place in places], places], device=self.device)
+            for layer in self._slot_layers:
+                if layer.is_initialized:
+                    layer.select(moved[0], moved[1], max(self.lengths))
+        self._slots.num_rows = len(kept)
+        self._set_lengths([self.lengths[row] for row in kept])
+
+    def _grow(self, num_slots: int) -> None:
+        """Double the slots of every row until they suffice."""
+        slots = self._slots
+        if num_slots <= slots.capacity:
+            return
+        while slots.capacity < num_slots:
+            slots.capacity *= 2
         for layer in self._slot_layers:
             if layer.is_initialized:
-                layer.select(rows)
-        self._set_lengths([self.lengths[row] for row in rows.tolist()])
+                layer.grow()
 
     def _set_lengths(self, lengths: list[int]) -> None:
         self.lengths = lengths
@@ -214,8 +229,8 @@ class SlotCache(Cache):
         self._device_lengths = None
 
 
-def _allocate(like: Tensor, capacity: int, batch_size: int) -> Tensor:
-    shape = (batch_size, like.shape[1], capacity, like.shape[3])
+def _allocate(like: Tensor, num_rows: int, capacity: int) -> Tensor:
+    shape = (num_rows, like.shape[1], capacity, like.shape[3])
     try:
         # Zeros, because a masked slot still takes part in 0 * value, and 0 * NaN is NaN.
         return like.new_zeros(shape)
@@ -238,7 +253,7 @@ def _explain(like: Tensor, shape: tuple[int, ...]) -> str:
     return f"{message}; {free:,} bytes are free, enough for this layer at batch_size {fits}"
 
 
-def _copy_into(states: Tensor, capacity: int) -> Tensor:
-    larger = _allocate(states, capacity, len(states))
-    larger[:, :, : states.shape[2]] = states
+def _enlarge(states: Tensor, num_rows: int, capacity: int) -> Tensor:
+    larger = _allocate(states, num_rows, capacity)
+    larger[: len(states), :, : states.shape[2]] = states
     return larger
