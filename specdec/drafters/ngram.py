@@ -47,17 +47,16 @@ class NgramDrafter:
         for name, value in (
             ("num_draft_tokens", num_draft_tokens),
             ("num_continuations", num_continuations),
+            ("max_nodes", max_nodes),
         ):
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"{name} is {value} but must be at least 1")
         self.num_draft_tokens = num_draft_tokens
         self.num_continuations = num_continuations
         self.makes_trees = num_continuations > 1
-        self.max_nodes = (
-            max_nodes or num_draft_tokens * num_continuations
-            if self.makes_trees
-            else num_draft_tokens
-        )
+        self.max_nodes = num_draft_tokens
+        if self.makes_trees:
+            self.max_nodes = max_nodes or num_draft_tokens * num_continuations
         self.clock = ForwardClock(torch.device("cpu"))
         self._sizes = range(min_ngram, max_ngram + 1)
         self._rows: list[_History] = []
@@ -116,12 +115,19 @@ class _History:
 
     def continuations(self, length: int) -> list[list[int]]:
         """What followed the longest matching suffixes, longest and most recent first."""
-        found: list[list[int]] = []
+        return [self._tokens[end : end + length] for end in self._places()]
+
+    def _places(self) -> list[int]:
+        """Where the longest matching suffixes ended before, each place once."""
+        places: list[int] = []
         for size in reversed(self._sizes):
             if size > len(self._tokens):
                 continue
             for end in reversed(self._ends.get(tuple(self._tokens[-size:]), ())):
-                found.append(self._tokens[end : end + length])
-                if len(found) == self._num_places:
-                    return found
-        return found
+                # What matched a longer suffix matches this one too.
+                if end in places:
+                    continue
+                places.append(end)
+                if len(places) == self._num_places:
+                    return places
+        return places

@@ -1,0 +1,130 @@
+"""Prompt lookup: which places are copied, in which order, and what that makes of the budget."""
+
+import random
+
+import pytest
+import torch
+from lookup_steps import begin, drafted, observe, paths, propose
+
+from specdec.drafters.ngram import NgramDrafter
+
+
+def expected_places(tokens, max_ngram, min_ngram, num_places):
+    """Ends of earlier occurrences of the suffix: longest first, then most recent; a plain scan."""
+    found = []
+    for size in range(max_ngram, min_ngram - 1, -1):
+        for end in range(len(tokens) - 1, size - 1, -1):
+            if tokens[end - size : end] == tokens[len(tokens) - size :] and end not in found:
+                found.append(end)
+    return found[:num_places]
+
+
+def test_the_longest_suffix_decides_before_the_most_recent_one():
+    tokens = [1, 2, 3, 50, 9, 2, 3, 60, 1, 2, 3]
+    assert drafted(begin(NgramDrafter(1, 3), [tokens]), [5]) == [[50]]
+    assert drafted(begin(NgramDrafter(1, 2), [tokens]), [5]) == [[60]]
+
+
+def test_suffixes_down_to_the_shortest_are_tried_and_none_below_it():
+    tokens = [1, 2, 50, 7, 8, 2]
+    assert drafted(begin(NgramDrafter(3, 4, min_ngram=1), [tokens]), [5]) == [[50, 7, 8]]
+    assert drafted(begin(NgramDrafter(3, 4, min_ngram=2), [tokens]), [5]) == [[]]
+
+
+def test_the_most_recent_of_equally_long_matches_is_copied():
+    tokens = [1, 2, 50, 1, 2, 60, 1, 2]
+    assert drafted(begin(NgramDrafter(2), [tokens]), [5]) == [[60, 1]]
+
+
+def test_the_root_is_part_of_the_suffix_that_is_looked_up():
+    drafter = begin(NgramDrafter(2), [[1, 2, 50, 51, 9, 1, 2]])
+    assert drafted(drafter, [5]) == [[50, 51]]
+    observe(drafter, [[50, 9]])  # the new root is 9, and (50, 9) is new
+    assert drafted(drafter, [5]) == [[]]
+    observe(drafter, [[1, 2]])
+    assert drafted(drafter, [5]) == [[50, 9]]
+
+
+def test_text_shorter_than_the_shortest_suffix_drafts_nothing():
+    drafter = begin(NgramDrafter(4, 4, 2), [[5], [5, 5]])
+    assert propose(drafter, [4, 4]).num_nodes == 0
+
+
+def test_several_continuations_become_one_tree_with_equal_beginnings_joined():
+    tokens = [1, 2, 7, 8, 30, 1, 2, 7, 9, 31, 1, 2]
+    drafter = begin(NgramDrafter(3, num_continuations=2), [tokens])
+    assert paths(propose(drafter, [9])) == [[(7,), (7, 9), (7, 9, 31), (7, 8), (7, 8, 30)]]
+
+
+def test_a_place_that_matches_two_suffix_lengths_is_copied_once():
+    # (8, 1, 2) was followed by 50; (1, 2) by 50 at the same place, and by 60 before that.
+    tokens = [1, 2, 60, 8, 1, 2, 50, 8, 1, 2]
+    drafter = begin(NgramDrafter(1, max_ngram=3, num_continuations=2), [tokens])
+    assert paths(propose(drafter, [9])) == [[(50,), (60,)]]
+
+
+@pytest.mark.parametrize("num_continuations", [1, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_drafts_of_a_growing_text_equal_a_scan_of_the_whole_text(seed, num_continuations):
+    draw = random.Random(seed)
+    tokens = [draw.randrange(4) for _ in range(6)]
+    options = {"num_draft_tokens": 4, "max_ngram": 5, "num_continuations": num_continuations}
+    drafter = begin(NgramDrafter(**options), [tokens])
+    for _ in range(60):
+        places = expected_places(tokens, 5, 2, num_continuations)
+        copies = [tokens[end : end + 4] for end in places]
+        expected = {tuple(copy[:n]) for copy in copies for n in range(1, len(copy) + 1)}
+        found = paths(propose(drafter, [100]))[0]
+        assert set(found) == expected
+        assert len(found) == len(expected), "a node is drafted twice"
+        rebuilt = begin(NgramDrafter(**options), [tokens])
+        assert paths(propose(rebuilt, [100]))[0] == found
+        new = [draw.randrange(4) for _ in range(draw.randint(1, 4))]
+        tokens = tokens + new
+        observe(drafter, [new])
+
+
+def test_every_row_keeps_to_its_own_budget_and_zero_drafts_nothing():
+    tokens = [1, 2, 7, 8, 9, 10, 1, 2]
+    drafter = begin(NgramDrafter(4), [tokens] * 3)
+    assert drafted(drafter, [0, 2, 9]) == [[], [7, 8], [7, 8, 9, 10]]
+    assert propose(drafter, [0, 0, 0]).num_nodes == 0
+    tree = begin(NgramDrafter(4, num_continuations=2, max_nodes=3), [tokens + tokens] * 2)
+    assert propose(tree, [2, 9]).lengths.tolist() == [2, 3]
+
+
+def test_rows_never_copy_from_each_other():
+    rows = [[1, 2, 50, 9, 1, 2], [1, 2, 60, 9, 1, 2], [3, 4, 1, 2]]
+    drafter = begin(NgramDrafter(1), rows)
+    assert drafted(drafter, [5, 5, 5]) == [[50], [60], []]
+
+
+def test_rows_that_leave_or_join_take_their_own_texts_along():
+    rows = [[1, 2, 50, 9, 1, 2], [1, 2, 60, 9, 1, 2], [1, 2, 70, 9, 1, 2]]
+    drafter = begin(NgramDrafter(1), rows)
+    drafter.reorder(torch.tensor([0, 2]))
+    assert drafted(drafter, [5, 5]) == [[50], [70]]
+    begin(drafter, [[1, 2, 80, 9, 1, 2]], join=True)
+    assert drafted(drafter, [5, 5, 5]) == [[50], [70], [80]]
+    observe(drafter, [[50], [9], [80]])
+    assert drafted(drafter, [5, 5, 5]) == [[9], [], [9]]
+
+
+def test_a_new_batch_forgets_the_one_before():
+    drafter = begin(NgramDrafter(1), [[1, 2, 50, 9, 1, 2]])
+    assert drafted(begin(drafter, [[9, 1, 2]]), [5]) == [[]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_draft_tokens": 0}, "num_draft_tokens is 0 but must be at least 1"),
+        ({"num_continuations": -1}, "num_continuations is -1 but must be at least 1"),
+        ({"num_continuations": 2, "max_nodes": 0}, "max_nodes is 0 but must be at least 1"),
+        ({"min_ngram": 0}, "min_ngram is 0 .* 1 <= min_ngram <= max_ngram"),
+        ({"min_ngram": 5, "max_ngram": 4}, "min_ngram is 5 and max_ngram 4"),
+    ],
+)
+def test_an_impossible_option_is_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        NgramDrafter(**options)
