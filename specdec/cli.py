@@ -127,9 +127,10 @@ def generate(
     )
     for chunk in run:
         typer.echo(chunk.text, nl=False)
+    typer.echo()
     result = run.results()[0]
     typer.echo(
-        f"\n[{len(result.tokens)} tokens, {result.finish_reason}; tau "
+        f"[{len(result.tokens)} tokens, {result.finish_reason}; tau "
         f"{result.stats.accepted_length:.2f}, {result.decode_tokens_per_s:.0f} tokens/s, first "
         f"token after {1000 * result.ttft_s:.0f} ms]",
         err=True,

@@ -98,6 +98,14 @@ def test_an_interrupted_bench_says_how_to_go_on_and_does(bench, monkeypatch):
     assert invoke(*bench).exit_code == 0
 
 
+def test_generate_ends_its_answer_with_a_newline_and_its_figures_go_to_stderr():
+    done = invoke("generate", "--prompt", "Good morning", "--max-new-tokens", "4")
+    assert done.exit_code == 0
+    assert done.stdout.strip()
+    assert done.stdout.endswith("\n")
+    assert done.stderr.startswith("[4 tokens, length; tau ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
