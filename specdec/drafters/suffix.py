@@ -9,6 +9,7 @@ from torch import Tensor
 
 from specdec.clock import ForwardClock
 from specdec.drafters.packing import Node, pack_rows
+from specdec.drafters.suffix_automaton import SuffixAutomaton
 from specdec.interfaces import Prompts, TargetOutput
 from specdec.sampling import Sampler
 from specdec.verify import Draft, Verdict
@@ -27,11 +28,11 @@ class SuffixDrafter:
         min_match: shortest suffix worth drafting from.
         min_probability: nodes estimated below this are not drafted.
         factor: levels drafted per matched token.
-        num_remembered: past outputs kept for later prompts; 0 forgets them.
+        num_remembered: past outputs kept for later prompts, at most; where there are more, the
+            older half goes. 0 forgets them all.
         width: children per node; 1 makes chains.
 
-    Source: SuffixDecoding, arXiv 2411.04975; SAM-Decoding, arXiv 2411.10666; the online
-    automaton is Blumer et al. 1985.
+    Source: SuffixDecoding, arXiv 2411.04975; SAM-Decoding, arXiv 2411.10666.
     """
 
     taps: tuple[int, ...] = ()
@@ -54,6 +55,11 @@ class SuffixDrafter:
         ):
             if value < 1:
                 raise ValueError(f"{name} is {value} but must be at least 1")
+        if min_match > max_match:
+            raise ValueError(
+                f"min_match is {min_match} and max_match {max_match}: "
+                "choose 1 <= min_match <= max_match"
+            )
         if not 0 <= min_probability <= 1:
             raise ValueError(f"min_probability is {min_probability} but must be in [0, 1]")
         if factor <= 0 or num_remembered < 0:
@@ -64,7 +70,8 @@ class SuffixDrafter:
         self.max_nodes = max_nodes
         self.makes_trees = width > 1
         self.clock = ForwardClock(torch.device("cpu"))
-        self._limits = (max_match, min_match, min_probability, factor, width)
+        self._max_match = max_match
+        self._limits = (min_match, min_probability, factor, width)
         self._num_remembered = num_remembered
         self._past: deque[list[int]] = deque(maxlen=num_remembered)
         self._shared = SuffixAutomaton()
@@ -78,7 +85,7 @@ class SuffixDrafter:
             for row in self._rows:
                 self._remember(row)
             self._rows = []
-        self._rows += [_Row(prompt, self._shared) for prompt in prompts]
+        self._rows += [_Row(prompt, self._shared, self._max_match) for prompt in prompts]
 
     def propose(self, root: Tensor, budget: Sequence[int], sampler: Sampler) -> Draft:
         """Continue every row's longest known suffix."""
@@ -120,107 +127,14 @@ class SuffixDrafter:
             self._shared.add(output)
 
 
-class SuffixAutomaton:
-    """All substrings of a growing text, with how often each of them occurred.
-
-    A state stands for substrings that end at the same places. `_count[s]` is the number of those
-    places: a new token adds one to every state on its suffix chain. Adding costs the length of
-    that chain, which is logarithmic in ordinary text; chains are followed to a bounded depth.
-    """
-
-    _MAX_CHAIN = 64
-
-    def __init__(self) -> None:
-        self._next: list[dict[int, int]] = [{}]
-        self._link = [-1]
-        self._len = [0]
-        self._count = [0]
-        self._last = 0
-
-    def add(self, tokens: Sequence[int]) -> None:
-        """Add a separate text: nothing continues across its borders."""
-        self._last = 0
-        for token in tokens:
-            self.append(token)
-
-    def append(self, token: int) -> None:
-        """Add one token to the current text."""
-        last = self._last
-        known = self._next[last].get(token)
-        if known is not None:
-            # A text that begins as another did: reuse or split its state.
-            exact = self._len[known] == self._len[last] + 1
-            current = known if exact else self._split(known, last, token)
-        else:
-            current = self._extend(last, token)
-        self._last = current
-        for _ in range(self._MAX_CHAIN):
-            if current <= 0:
-                break
-            self._count[current] += 1
-            current = self._link[current]
-
-    def _extend(self, last: int, token: int) -> int:
-        current = self._new_state({}, self._len[last] + 1, 0)
-        state = last
-        while state >= 0 and token not in self._next[state]:
-            self._next[state][token] = current
-            state = self._link[state]
-        if state < 0:
-            self._link[current] = 0
-            return current
-        target = self._next[state][token]
-        if self._len[target] != self._len[state] + 1:
-            target = self._split(target, state, token)
-        self._link[current] = target
-        return current
-
-    def _split(self, state: int, before: int, token: int) -> int:
-        clone = self._new_state(dict(self._next[state]), self._len[before] + 1, self._count[state])
-        self._link[clone] = self._link[state]
-        self._link[state] = clone
-        while before >= 0 and self._next[before].get(token) == state:
-            self._next[before][token] = clone
-            before = self._link[before]
-        return clone
-
-    def _new_state(self, edges: dict[int, int], length: int, count: int) -> int:
-        self._next.append(edges)
-        self._len.append(length)
-        self._count.append(count)
-        self._link.append(0)
-        return len(self._len) - 1
-
-    def match(self, state: int, length: int, token: int) -> tuple[int, int]:
-        """The longest known suffix after one more token: (state, its length)."""
-        while state > 0 and token not in self._next[state]:
-            state = self._link[state]
-            length = self._len[state]
-        after = self._next[state].get(token)
-        return (0, 0) if after is None else (after, length + 1)
-
-    def earlier(self, state: int, length: int) -> tuple[int, int]:
-        """The longest suffix of a match that is also followed by something."""
-        while state > 0 and not self._next[state]:
-            state = self._link[state]
-            length = self._len[state]
-        return state, length
-
-    def children(self, state: int, width: int) -> list[tuple[float, int, int]]:
-        """The likeliest continuations: (share of the counts, token, state)."""
-        edges = self._next[state]
-        total = sum(self._count[after] for after in edges.values()) or 1
-        ranked = sorted(edges.items(), key=lambda edge: -self._count[edge[1]])
-        return [(self._count[after] / total, token, after) for token, after in ranked[:width]]
-
-
 class _Row:
     """One row: its text as an automaton, and where it stands in both automata."""
 
-    def __init__(self, prompt: Sequence[int], shared: SuffixAutomaton) -> None:
+    def __init__(self, prompt: Sequence[int], shared: SuffixAutomaton, max_match: int) -> None:
         self.output = [prompt[-1]]
         self._own = SuffixAutomaton()
         self._shared = shared
+        self._max_match = max_match
         self._own_match = (0, 0)
         self._shared_match = (0, 0)
         self._follow(prompt)
@@ -233,14 +147,13 @@ class _Row:
     def _follow(self, tokens: Sequence[int]) -> None:
         for token in tokens:
             # Matched before it is added, so that the text does not match itself.
-            self._own_match = self._own.match(*self._own_match, token)
+            self._own_match = self._own.match(*self._own_match, token, self._max_match)
             self._own.append(token)
-            self._shared_match = self._shared.match(*self._shared_match, token)
+            self._shared_match = self._shared.match(*self._shared_match, token, self._max_match)
 
     def grow(
         self,
         budget: int,
-        max_match: int,
         min_match: int,
         min_probability: float,
         factor: float,
@@ -252,7 +165,7 @@ class _Row:
         automaton, state, length = max(own, shared, key=lambda found: found[2])
         if length < min_match:
             return []
-        levels = max(1, int(factor * min(length, max_match)))
+        levels = max(1, int(factor * length))
         nodes: list[Node] = []
         queue: list[tuple[float, int, int, int, int, int]] = []
         order = 0
