@@ -1,0 +1,62 @@
+"""Token trees on the host become one padded draft."""
+
+import random
+
+import pytest
+import torch
+from lookup_steps import chains, paths
+
+from specdec.drafters.packing import merge, pack_rows
+from specdec.verify.tree import node_depths
+
+CPU = torch.device("cpu")
+
+
+def test_ragged_chains_are_padded_behind_their_lengths():
+    draft = pack_rows([[(-1, 5), (0, 6), (1, 7)], [], [(-1, 8)]], CPU, as_chain=True)
+    assert chains(draft) == [[5, 6, 7], [], [8]]
+    assert draft.tokens.tolist() == [[5, 6, 7], [-1, -1, -1], [8, -1, -1]]
+    assert (draft.depth, draft.probs, draft.tokens.dtype) == (3, None, torch.int64)
+
+
+def test_ragged_trees_keep_their_parents_and_the_depth_of_the_deepest_row():
+    rows = [[(-1, 5), (-1, 6), (0, 7), (2, 8)], [(-1, 9)], []]
+    draft = pack_rows(rows, CPU, as_chain=False)
+    assert paths(draft) == [[(5,), (6,), (5, 7), (5, 7, 8)], [(9,)], []]
+    assert draft.tokens.tolist()[1:] == [[9, -1, -1, -1], [-1] * 4]
+    assert draft.parents.tolist() == [[-1, -1, 0, 2], [-1] * 4, [-1] * 4]
+    assert draft.depth == 3
+    assert draft.lengths.tolist() == [4, 1, 0]
+
+
+@pytest.mark.parametrize("as_chain", [True, False])
+def test_rows_without_nodes_make_an_empty_draft(as_chain):
+    draft = pack_rows([[], []], CPU, as_chain=as_chain)
+    assert (draft.batch_size, draft.num_nodes, draft.depth) == (2, 0, 0)
+    assert draft.lengths.tolist() == [0, 0]
+
+
+def test_equal_beginnings_are_joined_and_later_paths_branch_off():
+    assert merge([[1, 2, 3], [1, 2, 4], [5], [1]], 9) == [(-1, 1), (0, 2), (1, 3), (1, 4), (-1, 5)]
+
+
+def test_earlier_continuations_are_first_in_line_for_the_budget():
+    continuations = [[1, 2, 3], [1, 4], [5]]
+    assert merge(continuations, 4) == [(-1, 1), (0, 2), (1, 3), (0, 4)]
+    assert merge(continuations, 2) == [(-1, 1), (0, 2)]
+    assert merge(continuations, 0) == []
+    assert merge([], 3) == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_merged_tree_is_topological_and_holds_every_prefix_once(seed):
+    draw = random.Random(seed)
+    continuations = [[draw.randrange(3) for _ in range(draw.randrange(6))] for _ in range(8)]
+    nodes = merge(continuations, 1000)
+    assert all(parent < index for index, (parent, _) in enumerate(nodes))
+    prefixes = {tuple(c[:n]) for c in continuations for n in range(1, len(c) + 1)}
+    draft = pack_rows([nodes], CPU, as_chain=False)
+    assert sorted(paths(draft)[0]) == sorted(prefixes)
+    assert draft.depth == node_depths(draft.parents, draft.num_nodes).max()
+    for budget in range(len(nodes)):
+        assert merge(continuations, budget) == nodes[:budget]

@@ -1,0 +1,119 @@
+"""A tree grown by beams holds what a plain best-first search over the same candidates holds."""
+
+import math
+import random
+
+import pytest
+import torch
+from lookup_steps import paths
+
+from specdec.drafters.pool import CandidatePool
+
+VOCAB = 6
+
+
+class Law:
+    """Log-probabilities [V] after every path, random but fixed."""
+
+    def __init__(self, seed, row):
+        self._name = f"{seed}-{row}"
+
+    def __call__(self, path):
+        draw = random.Random(f"{self._name}-{path}")
+        logits = torch.tensor([draw.gauss(0, 2) for _ in range(VOCAB)], dtype=torch.float64)
+        return logits.log_softmax(-1)
+
+
+def grow(laws, width, num_levels):
+    """Grow a pool by laws, one a row; returns it and the paths that were expanded, row by row."""
+    pool = CandidatePool(width)
+    newest = [[()] for _ in laws]
+    expanded = [list(row) for row in newest]
+    for level in range(num_levels):
+        if level:
+            newest = [row[-pool.beam_size :] for row in paths(pool.expanded())]
+            expanded = [old + new for old, new in zip(expanded, newest, strict=True)]
+        log_probs = [
+            torch.stack([law(path) for path in row]) for law, row in zip(laws, newest, strict=True)
+        ]
+        pool.add_level(torch.stack(log_probs))
+    return pool, expanded
+
+
+def search(law, width, num_levels):
+    """Every candidate's score by path, and the expanded paths: lists and sorting only."""
+    candidates, beam, expanded = {}, {(): 0.0}, [()]
+    for level in range(num_levels):
+        found = {}
+        for path, score in beam.items():
+            ranked = sorted(enumerate(law(path).tolist()), key=lambda entry: -entry[1])
+            found |= {(*path, token): score + value for token, value in ranked[:width]}
+        candidates |= found
+        beam = dict(sorted(found.items(), key=lambda entry: -entry[1])[:width])
+        if level + 1 < num_levels:
+            expanded += beam
+    return candidates, expanded
+
+
+@pytest.mark.parametrize(("width", "num_levels"), [(1, 3), (2, 4), (3, 3), (VOCAB + 2, 2)])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_best_nodes_by_cumulative_probability_are_kept(width, num_levels, seed):
+    laws = [Law(seed, row) for row in range(3)]
+    pool, expanded = grow(laws, width, num_levels)
+    budgets = torch.tensor([0, 4, 100])
+    drafts = {size: paths(pool.best(size, budgets)) for size in (1, 3, 7, 1000)}
+    for row, law in enumerate(laws):
+        candidates, beams = search(law, width, num_levels)
+        assert expanded[row] == beams
+        ranked = sorted(candidates, key=lambda path: -candidates[path])
+        for size, draft in drafts.items():
+            limit = min(size, int(budgets[row]))
+            assert set(draft[row]) == set(ranked[:limit])
+            assert len(draft[row]) == min(limit, len(candidates))
+
+
+def test_a_node_has_at_most_width_children_and_a_level_at_most_width_parents():
+    pool, _ = grow([Law(0, 0)], 3, 4)
+    nodes = paths(pool.best(1000, torch.tensor([1000])))[0]
+    parents_of = {}
+    for path in nodes:
+        parents_of.setdefault(len(path), []).append(path[:-1])
+    for level in parents_of.values():
+        assert max(level.count(parent) for parent in level) <= 3
+        assert len(set(level)) <= 3
+
+
+@pytest.mark.parametrize("max_nodes", [1, 2, 3, 5, 8, 13])
+@pytest.mark.parametrize(
+    "levels",
+    [
+        [[0.25, 0.25, 0.25, 0.25]] * 4,  # all siblings are equal
+        [[1.0, 0.0, 0.0, 0.0]] * 4,  # a child is as likely as its parent
+        [[0.5, 0.5, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]],
+        [[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0]],
+    ],
+)
+def test_under_exact_ties_the_tree_is_still_connected_and_made_of_possible_tokens(
+    levels, max_nodes
+):
+    logs = [torch.tensor(level).log() for level in levels]
+    pool, _ = grow([lambda path: logs[len(path)]] * 2, 3, len(levels))
+    draft = pool.best(max_nodes, torch.tensor([100, 2]))
+    for nodes, budget in zip(paths(draft), (max_nodes, min(max_nodes, 2)), strict=True):
+        assert len(set(nodes)) == len(nodes), "a node that lost its parent became another's twin"
+        chances = [[levels[depth][token] for depth, token in enumerate(path)] for path in nodes]
+        assert all(map(all, chances)), "a path that cannot occur was kept"
+        scores = [sum(map(math.log, path)) for path in chances]
+        assert len(nodes) <= budget
+        assert min(scores) >= best_scores(levels, 3, budget)[len(nodes) - 1] - 1e-6
+
+
+def best_scores(levels, width, budget):
+    """Scores of the best candidates, where a level's law is the same on every path."""
+    beam, scores = [0.0], []
+    for level in levels:
+        above = sorted((math.log(p) for p in level if p), reverse=True)[:width]
+        found = sorted((score + value for score in beam for value in above), reverse=True)
+        scores += found
+        beam = found[:width]
+    return sorted(scores, reverse=True)[:budget]
