@@ -1,0 +1,237 @@
+"""The KV cache against plain lists of tokens: ragged writes, paths, growth, rows that move."""
+
+import random
+
+import pytest
+import torch
+
+from specdec.kv_cache import SlotCache
+
+LAYERS, HEADS, DIM = 2, 2, 3
+CPU = torch.device("cpu")
+
+
+def new_cache(num_rows, capacity=8):
+    return SlotCache(LAYERS, num_rows, capacity, CPU)
+
+
+def draw_states(num_rows, num_new):
+    """Keys and values of every layer, [layers, 2, B, heads, n, dim]."""
+    return torch.randn(LAYERS, 2, num_rows, HEADS, num_new, DIM)
+
+
+def write(cache, states):
+    """One forward: every layer writes its keys and values; returns what attention is given."""
+    cache.open(states.shape[4])
+    return [cache.update(*states[layer], layer) for layer in range(LAYERS)]
+
+
+def fill(lengths, capacity=8):
+    """A cache with rows of these lengths, and the states that they hold."""
+    cache = new_cache(len(lengths), capacity)
+    states = draw_states(len(lengths), max(lengths, default=0))
+    if max(lengths):
+        write(cache, states)
+    cache.extend(lengths)
+    return cache, [states[:, :, row, :, :length] for row, length in enumerate(lengths)]
+
+
+def held(cache, row):
+    """The committed states of a row, [layers, 2, heads, length, dim]."""
+    length = cache.lengths[row]
+    if not length:
+        return torch.zeros(LAYERS, 2, HEADS, 0, DIM)
+    layers = [torch.stack([layer.keys[row], layer.values[row]]) for layer in cache.layers]
+    return torch.stack(layers)[:, :, :, :length]
+
+
+def check(cache, expected):
+    assert cache.lengths == [rows.shape[3] for rows in expected]
+    assert cache.device_lengths.tolist() == cache.lengths
+    for row, states in enumerate(expected):
+        assert torch.equal(held(cache, row), states), f"row {row}"
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("lengths", [[4, 4, 4], [3, 0, 5], [1, 7, 2]])
+def test_a_write_to_ragged_rows_equals_writing_every_row_alone(lengths):
+    cache, before = fill(lengths)
+    new = draw_states(3, 4)
+    given = write(cache, new)
+    for row, length in enumerate(lengths):
+        alone = new_cache(1)
+        if length:
+            write(alone, before[row].unsqueeze(2))
+        alone.extend([length])
+        seen = write(alone, new[:, :, row : row + 1])
+        for layer in range(LAYERS):
+            for ours, theirs in zip(given[layer], seen[layer], strict=True):
+                assert torch.equal(ours[row, :, : length + 4], theirs[0])
+                assert ours.shape[2] == max(lengths) + 4
+
+
+def test_a_write_commits_nothing_until_it_is_extended_and_then_only_the_counts():
+    cache, before = fill([3, 1])
+    new = draw_states(2, 3)
+    write(cache, new)
+    check(cache, before)
+    cache.extend([2, 0])
+    check(cache, [torch.cat([before[0], new[:, :, 0, :, :2]], 3), before[1]])
+
+
+def test_tokens_behind_a_rollback_are_written_over():
+    cache, before = fill([6, 4])
+    cache.rollback([2, 4])
+    new = draw_states(2, 3)
+    write(cache, new)
+    cache.extend([3, 1])
+    kept = [before[0][:, :, :, :2], before[1]]
+    expected = [
+        torch.cat([old, new[:, :, row, :, :count]], 3)
+        for row, (old, count) in enumerate(zip(kept, (3, 1), strict=True))
+    ]
+    check(cache, expected)
+
+
+@pytest.mark.parametrize("capacity", [4, 64])
+@pytest.mark.parametrize("seed", range(6))
+def test_an_accepted_path_is_moved_behind_the_root(seed, capacity):
+    draw = random.Random(seed)
+    num_nodes, depth = 6, 4
+    lengths = [draw.randrange(6) for _ in range(4)]
+    cache, before = fill(lengths, capacity)
+    new = draw_states(4, num_nodes + 1)  # the root and its nodes
+    write(cache, new)
+    paths = [sorted(draw.sample(range(num_nodes), draw.randint(0, depth))) for _ in lengths]
+    padded = [path + [-1] * (depth - len(path)) for path in paths]
+    cache.gather_path(torch.tensor(padded))
+    cache.extend([len(path) + 1 for path in paths])
+    expected = [
+        torch.cat([before[row], new[:, :, row][:, :, :, [0, *(node + 1 for node in path)]]], 3)
+        for row, path in enumerate(paths)
+    ]
+    check(cache, expected)
+
+
+def test_the_padding_of_a_path_stays_inside_a_cache_that_is_full():
+    cache, before = fill([2, 6], capacity=8)
+    new = draw_states(2, 2)  # the longer row's only node takes the last slot there is
+    write(cache, new)
+    assert cache.capacity == 8
+    cache.gather_path(torch.tensor([[0, -1, -1], [0, -1, -1]]))
+    cache.extend([2, 2])
+    check(cache, [torch.cat([before[row], new[:, :, row]], 3) for row in range(2)])
+
+
+@pytest.mark.parametrize("lengths", [[5, 5], [5, 2]])
+def test_capacity_doubles_until_it_suffices_and_nothing_is_lost(lengths):
+    cache, before = fill(lengths, capacity=5)
+    assert cache.capacity == 5
+    new = draw_states(2, 12)
+    write(cache, new)
+    assert cache.capacity == 20
+    cache.extend([12, 12])
+    check(cache, [torch.cat([before[row], new[:, :, row]], 3) for row in range(2)])
+
+
+def test_bytes_are_those_of_all_slots_of_keys_and_values():
+    cache = new_cache(3, capacity=8)
+    assert cache.num_bytes == 0
+    write(cache, draw_states(3, 2))
+    slot = LAYERS * 2 * HEADS * DIM * 4
+    assert cache.num_bytes == 3 * 8 * slot
+    cache.extend([2, 2, 2])
+    write(cache, draw_states(3, 7))
+    assert cache.num_bytes == 3 * 16 * slot
+    allocated = (
+        states.untyped_storage() for layer in cache.layers for states in (layer.keys, layer.values)
+    )
+    assert cache.num_bytes == sum(storage.nbytes() for storage in allocated)
+
+
+def test_slots_that_were_never_written_are_zero_so_that_no_nan_can_spread():
+    cache, _ = fill([1, 3], capacity=4)
+    write(cache, torch.zeros(LAYERS, 2, 2, HEADS, 9, DIM))
+    for layer in cache.layers:
+        assert torch.count_nonzero(layer.keys[0, :, 1:]) == 0
+        assert layer.keys.isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3], [1, 3], [3], [3, 1, 0], [2, 3, 0, 1]])
+def test_rows_that_stay_keep_their_tokens_in_the_order_asked_for(rows):
+    cache, before = fill([3, 7, 1, 5])
+    cache.reorder(torch.tensor(rows))
+    kept = [before[row] for row in rows]
+    check(cache, kept)
+    new = draw_states(len(rows), 2)
+    write(cache, new)
+    cache.extend([2] * len(rows))
+    check(cache, [torch.cat([old, new[:, :, i]], 3) for i, old in enumerate(kept)])
+
+
+@pytest.mark.parametrize(
+    ("running", "joining", "capacity"),
+    [
+        ([3, 5], [2], 8),
+        ([3, 5], [2, 6, 1], 64),
+        ([2], [30, 4], 8),  # longer than the rows it joins have room for
+        pytest.param(
+            [3, 5],
+            [0],  # no token, so no keys, yet
+            8,
+            marks=pytest.mark.xfail(
+                strict=True, reason="a running cache does not grow by rows that hold no keys"
+            ),
+        ),
+        ([0, 0], [4, 0], 8),
+        ([0], [0], 8),
+    ],
+)
+def test_rows_of_another_cache_join_behind_ones_own(running, joining, capacity):
+    cache, before = fill(running, capacity)
+    other, joined = fill(joining, 2 * max(joining) or 1)
+    cache.append(other)
+    expected = [*before, *joined]
+    check(cache, expected)
+    new = draw_states(len(expected), 3)
+    write(cache, new)
+    cache.extend([3] * len(expected))
+    check(cache, [torch.cat([old, new[:, :, i]], 3) for i, old in enumerate(expected)])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_cache_driven_at_random_holds_what_lists_of_tokens_would(seed):
+    draw = random.Random(seed)
+    cache, rows = fill([draw.randrange(4) for _ in range(3)], capacity=2)
+    for _ in range(40):
+        action = draw.choice(["write", "write", "rollback", "reorder", "append"])
+        if action == "write":
+            num_new = draw.randint(1, 4)
+            counts = [draw.randint(0, num_new) for _ in rows]
+            new = draw_states(len(rows), num_new)
+            write(cache, new)
+            cache.extend(counts)
+            rows = [torch.cat([old, new[:, :, i, :, : counts[i]]], 3) for i, old in enumerate(rows)]
+        elif action == "rollback":
+            lengths = [draw.randint(0, row.shape[3]) for row in rows]
+            cache.rollback(lengths)
+            rows = [row[:, :, :, :n] for row, n in zip(rows, lengths, strict=True)]
+        elif action == "reorder":
+            kept = draw.sample(range(len(rows)), draw.randint(1, len(rows)))
+            cache.reorder(torch.tensor(kept))
+            rows = [rows[row] for row in kept]
+        elif len(rows) < 6:
+            other, joined = fill([draw.randint(1, 4) for _ in range(draw.randint(1, 2))])
+            cache.append(other)
+            rows = [*rows, *joined]
+        check(cache, rows)
+
+
+def test_a_cache_that_does_not_fit_says_how_much_it_wanted():
+    cache = new_cache(1, capacity=2**50)
+    with pytest.raises(MemoryError, match=rf"{2**50 * HEADS * DIM * 4:,} bytes.*batch"):
+        write(cache, draw_states(1, 1))
