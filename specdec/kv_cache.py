@@ -156,13 +156,17 @@ class SlotCache(Cache):
         """Bytes of keys and values allocated now."""
         return sum(layer.num_bytes for layer in self._slot_layers)
 
-    def open(self, num_new: int) -> int:
-        """Make room for `num_new` tokens a row behind the committed ones; returns the end slot."""
+    def open(self, num_new: int, behind: int = 0) -> int:
+        """Make room for `num_new` tokens a row, `behind` the committed ones; returns the end slot.
+
+        Slots between them keep what was written there: the levels of a tree before this one.
+        """
         slots = self._slots
-        slots.start, slots.end = self.lengths[0], max(self.lengths) + num_new
+        slots.start = self.lengths[0] + behind
+        slots.end = max(self.lengths) + behind + num_new
         slots.index = None
         if not self._is_uniform:
-            offsets = torch.arange(num_new, device=self.device)
+            offsets = torch.arange(behind, behind + num_new, device=self.device)
             slots.index = self.device_lengths.unsqueeze(1) + offsets
         self._grow(slots.end)
         return slots.end

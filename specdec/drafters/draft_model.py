@@ -229,8 +229,6 @@ class DraftModel:
         budget: Sequence[int],
         sampler: Sampler,
     ) -> Draft:
-        # `score` feeds the root again together with the nodes.
-        self.model.rollback([length - 1 for length in self.model.lengths])
         pool = CandidatePool(self.width)
         partial: Draft | None = None
         nodes = torch.zeros(len(budget), 1, dtype=torch.long, device=logits.device)
@@ -240,12 +238,12 @@ class DraftModel:
             pool.add_level(scores.float().log_softmax(-1))
             if level + 1 == num_levels:
                 break
-            partial = pool.expanded()
-            output = self.model.score(root, partial)
-            num_new = pool.beam_size
-            newest = self._fit(output.logits[:, -num_new:])
-            last = partial.num_nodes + 1
-            nodes = torch.arange(last - num_new, last, device=root.device).expand(len(root), -1)
+            newest = self._fit(self.model.grow(*pool.newest))
+            if not sampler.is_plain:
+                partial = pool.expanded()
+                last = partial.num_nodes + 1
+                nodes = torch.arange(last - pool.beam_size, last, device=root.device)
+                nodes = nodes.expand(len(root), -1)
         return pool.best(self.max_nodes, torch.tensor(budget, device=root.device))
 
 

@@ -15,10 +15,12 @@ class CandidatePool:
 
     def __init__(self, width: int) -> None:
         self._width = width
+        self.origin = torch.empty(0)  # [B, beam] parents of the newest beam in the beam before
         self._tokens: list[Tensor] = []
         self._parents: list[Tensor] = []  # pool indices
         self._scores: list[Tensor] = []
         self._beams: list[tuple[Tensor, Tensor]] = []  # tokens, parents among expanded nodes
+        self._visible: Tensor | None = None  # [B, beam, expanded] ancestors of the newest beam
         self._beam_pool: Tensor | None = None  # [B, beam] pool indices of the newest beam
         self._beam_scores: Tensor | None = None
 
@@ -26,6 +28,29 @@ class CandidatePool:
     def beam_size(self) -> int:
         """Nodes of the newest beam."""
         return self._beams[-1][0].shape[1]
+
+    @property
+    def newest(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The newest beam, to be fed to a model.
+
+        Returns:
+            tokens [B, beam]; which of the S expanded nodes each of them sees, bool [B, beam, S],
+            the beam itself last; and the levels [S] of these nodes, 0 for the root's children.
+        """
+        assert self._visible is not None
+        sizes = [tokens.shape[1] for tokens, _ in self._beams]
+        levels = [level for level, size in enumerate(sizes) for _ in range(size)]
+        tokens = self._beams[-1][0]
+        return tokens, self._visible, torch.tensor(levels, device=tokens.device)
+
+    def _extend_visible(self, origin: Tensor) -> Tensor:
+        """What the next beam sees: what its parents saw, and each node itself."""
+        batch, beam = origin.shape
+        itself = torch.eye(beam, dtype=torch.bool, device=origin.device).expand(batch, -1, -1)
+        if self._visible is None:
+            return itself
+        index = origin.unsqueeze(2).expand(-1, -1, self._visible.shape[2])
+        return torch.cat([self._visible.gather(1, index), itself], 2)
 
     def add_level(self, log_probs: Tensor) -> None:
         """Add the top children of the newest beam, from its log-probabilities [B, beam, V]."""
@@ -46,8 +71,10 @@ class CandidatePool:
         best = scores.topk(min(self._width, scores.shape[1]), 1)
         expanded_before = sum(part.shape[1] for part, _ in self._beams)
         beam_parents = torch.full_like(best.indices, -1)
+        self.origin = origin[best.indices]
         if self._beams:
-            beam_parents = expanded_before - beam + origin[best.indices]
+            beam_parents = expanded_before - beam + self.origin
+        self._visible = self._extend_visible(self.origin)
         self._beams.append((tokens.gather(1, best.indices), beam_parents))
         self._beam_pool, self._beam_scores = best.indices + first, best.values
 

@@ -146,6 +146,24 @@ class HFTarget:
         last = torch.tensor([max(count - 1, 0) for count in counts], device=self.device)
         return logits[torch.arange(len(counts), device=self.device), last]
 
+    def grow(self, tokens: Tensor, visible: Tensor, depths: Tensor) -> Tensor:
+        """Feed the newest level of a tree that grows behind the committed tokens; logits [B, n, V].
+
+        Commits nothing: the next `feed` or `score` writes over the tree.
+
+        Args:
+            tokens: [B, n] int64.
+            visible: [B, n, S] bool, which of the S nodes fed so far each one sees; the last n of
+                them are the new ones.
+            depths: [S] int64, levels of these nodes, 0 for the first.
+        """
+        batch, num_new, num_open = visible.shape
+        self.cache.open(num_new, behind=num_open - num_new)
+        newest = depths[num_open - num_new :]
+        positions = self._positions[self.cache.device_lengths.unsqueeze(1) + newest]
+        mask = self._masks.tree(self.cache, visible, depths.expand(batch, -1))
+        return self._forward(tokens, positions, mask, (), 0).logits
+
     def commit(self, verdict: Verdict, num_accepted: Sequence[int]) -> None:
         """Keep the root and the accepted path: a chain only moves lengths, a tree gathers."""
         if self._scored_tree and any(num_accepted):

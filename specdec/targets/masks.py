@@ -44,25 +44,26 @@ class Masks:
         return self._give(full.unsqueeze(1), None if sliding is None else sliding.unsqueeze(1))
 
     def tree(self, cache: SlotCache, own: Tensor, depths: Tensor) -> Any:
-        """Mask for root and nodes.
+        """Mask for the last n of S uncommitted tokens, which lie behind the committed ones.
 
         Args:
             cache: whose committed tokens everyone sees.
-            own: [B, n, n] bool, root and ancestors of each new token, itself included.
-            depths: [B, n] int64, 0 for the root.
+            own: [B, n, S] bool, which uncommitted tokens each new one sees, itself included.
+            depths: [B, S] int64, how far behind the first uncommitted position each one stands.
         """
-        batch, num_new, _ = own.shape
-        end = max(cache.lengths) + num_new
+        batch, num_new, num_open = own.shape
+        end = max(cache.lengths) + num_open
         slots = torch.arange(end, device=self._device)
         offset = slots - cache.device_lengths.unsqueeze(1)  # [B, K] < 0 in the prefix
-        inside = offset.clamp(0, num_new - 1)
+        inside = offset.clamp(0, num_open - 1)
         seen = own.gather(2, inside.unsqueeze(1).expand(batch, num_new, end))
-        full = (seen & (offset < num_new).unsqueeze(1)) | (offset < 0).unsqueeze(1)
+        full = (seen & (offset < num_open).unsqueeze(1)) | (offset < 0).unsqueeze(1)
         if not 0 < self._window < end:
             return self._give(full.unsqueeze(1), None)
-        # Relative to the root: prefix slots lie at `offset`, new ones at their depth.
+        # Relative to the first uncommitted position: prefix slots lie at `offset`.
         position = torch.where(offset < 0, offset, depths.gather(1, inside))
-        near = depths.unsqueeze(2) - position.unsqueeze(1) < self._window
+        queries = depths[:, num_open - num_new :]
+        near = queries.unsqueeze(2) - position.unsqueeze(1) < self._window
         return self._give(full.unsqueeze(1), (full & near).unsqueeze(1))
 
     def _give(self, full: Tensor, sliding: Tensor | None) -> Any:
