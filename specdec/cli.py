@@ -29,13 +29,25 @@ def _exit_statuses() -> Iterator[None]:
     except BAD_INPUT as error:
         message, status = str(error), 2
     except FAILURES as error:
-        message, status = f"the run failed: {error}", 1
+        message, status = f"the run failed: {_reason(error)}", 1
     except KeyboardInterrupt:
         message, status = "interrupted; the same command resumes a bench", 130
     else:
         return
     typer.echo(f"specdec: {message}", err=True)
     raise typer.Exit(status)
+
+
+def _reason(error: Exception) -> str:
+    """The error's message; what torch says when memory runs out is put in words."""
+    from specdec.targets.memory import is_out_of_memory
+
+    if isinstance(error, MemoryError) or not is_out_of_memory(error):
+        return str(error) or type(error).__name__
+    return (
+        f"out of memory ({str(error).splitlines()[0]}); give a shorter prompt or fewer new tokens, "
+        "or load with a smaller dtype, quantization or on another device"
+    )
 
 
 @app.command()

@@ -70,16 +70,16 @@ def test_an_arm_whose_prompts_all_failed_fails_the_run(bench, monkeypatch):
     run = arms._HFArm.__call__
     calls = []
 
-    def fail_after_warm_up(self, prompts, first_index):
-        calls.append(first_index)
+    def fail_after_warm_up(self, prompts, indices):
+        calls.append(indices)
         if len(calls) > 1:
-            raise RuntimeError("out of memory")
-        return run(self, prompts, first_index)
+            raise RuntimeError("it broke")
+        return run(self, prompts, indices)
 
     monkeypatch.setattr(arms._HFArm, "__call__", fail_after_warm_up)
     done = invoke(*bench)
     assert done.exit_code == 1
-    assert "every prompt of the arm 'hf_generate' failed" in done.stderr
+    assert "every prompt of the arm 'hf_generate' failed: RuntimeError: it broke" in done.stderr
 
 
 def test_an_interrupted_bench_says_how_to_go_on_and_does(bench, monkeypatch):

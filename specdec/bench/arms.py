@@ -1,49 +1,41 @@
 """One arm of a comparison: our loop with a drafter, plainly, or transformers `generate`."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor
 
 from specdec.bench.config import ArmConfig, BenchConfig
+from specdec.bench.outcome import Run
 from specdec.decode import generate
-from specdec.metrics import StepRecord
+from specdec.interfaces import Drafter
 from specdec.registry import load_drafter
 from specdec.sampling_config import SamplingConfig
 from specdec.targets.hf import HFTarget
-from specdec.targets.load import load_target
 
 
-@dataclass(frozen=True)
-class Run:
-    """One prompt decoded once by one arm.
+class Arm(Protocol):
+    """Decodes prompts as a batch.
 
     Attributes:
-        tokens: emitted ids, cut after the first end-of-sequence token, counted alike in all arms.
-        num_first: tokens of the first chunk, which the decode speed leaves out.
-        ttft_s: seconds to the first chunk.
-        decode_s: seconds from the first chunk to the last.
-        records: verify steps; empty for transformers' arms.
+        cache_bytes: keys and values of the last batch in the target's cache; None if it was not
+            used.
     """
 
-    tokens: list[int]
-    num_first: int
-    ttft_s: float
-    decode_s: float
-    records: list[StepRecord] = field(default_factory=list)
+    cache_bytes: int | None
 
-
-Arm = Callable[[Sequence[list[int]], int], list[Run]]
+    def __call__(self, prompts: Sequence[list[int]], indices: Sequence[int]) -> list[Run]:
+        """Decode prompts, given their numbers in the whole bench."""
 
 
 def build_arms(config: BenchConfig, target: HFTarget) -> dict[str, Arm]:
     """Build every arm afresh, so that nothing one repeat saw helps the next."""
     arms: dict[str, Arm] = {
-        "plain": _loop_arm(config, target, None),
+        "plain": _LoopArm(config, target, None),
         "hf_generate": _HFArm(config, target, {}),
     }
     for arm in config.arms:
@@ -57,45 +49,52 @@ def _build(config: BenchConfig, target: HFTarget, arm: ArmConfig) -> Arm:
         return _HFArm(config, target, {"prompt_lookup_num_tokens": 8, **options})
     if arm.type == "hf_assisted":
         return _HFArm(config, target, _assistant(options, target))
-    return _loop_arm(config, target, load_drafter({"type": arm.type, **options}, target))
+    return _LoopArm(config, target, load_drafter({"type": arm.type, **options}, target))
 
 
 def _assistant(options: dict[str, Any], target: HFTarget) -> dict[str, Any]:
     """Options of transformers' assisted generation with a constant draft length."""
-    from specdec.demo import demo_path
-
-    path = options.pop("path", "demo")
-    where = str(demo_path("draft")) if path == "demo" else path
-    model = load_target(where, dtype=target.model.dtype, device=target.device).model
-    model.generation_config.num_assistant_tokens = int(options.pop("num_draft_tokens", 5))
+    known = {"path": "demo", "num_draft_tokens": 5}
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(f"hf_assisted has no option {unknown[0]!r}; known: {', '.join(known)}")
+    # The same model as our own arm's, with the same refusals.
+    drafter: Any = load_drafter({"type": "draft_model", **known, **options}, target)
+    model = drafter.model.model
+    model.generation_config.num_assistant_tokens = drafter.num_draft_tokens
     model.generation_config.num_assistant_tokens_schedule = "constant"
     model.generation_config.assistant_confidence_threshold = 0.0
-    if options:
-        raise ValueError(
-            f"hf_assisted has no option {min(options)!r}; known: path, num_draft_tokens"
-        )
     return {"assistant_model": model}
 
 
-def _loop_arm(config: BenchConfig, target: HFTarget, drafter: Any) -> Arm:
-    def run(prompts: Sequence[list[int]], first_index: int) -> list[Run]:
-        sampling = [
-            SamplingConfig(**vars(config.sampling), seed=config.seed + first_index + i)
-            for i in range(len(prompts))
-        ]
+def _room(config: BenchConfig, target: HFTarget, prompts: Sequence[list[int]]) -> int:
+    """New tokens per row: transformers pads, so the longest prompt decides for all, in all arms."""
+    return min(config.max_new_tokens, target.max_context_len - max(map(len, prompts)))
+
+
+class _LoopArm:
+    """Our loop, with a drafter or plainly."""
+
+    cache_bytes: int | None = None
+
+    def __init__(self, config: BenchConfig, target: HFTarget, drafter: Drafter | None) -> None:
+        self._config, self._target, self._drafter = config, target, drafter
+
+    def __call__(self, prompts: Sequence[list[int]], indices: Sequence[int]) -> list[Run]:
+        config, target = self._config, self._target
         results = generate(
             target,
-            drafter,
+            self._drafter,
             prompts,
-            sampling,
-            max_new_tokens=config.max_new_tokens,
+            [SamplingConfig(**vars(config.sampling), seed=config.seed + i) for i in indices],
+            max_new_tokens=_room(config, target, prompts),
             rule=config.rule,
         )
         if any(result.finish_reason == "interrupted" for result in results):
             raise KeyboardInterrupt
+        # Rows have left the cache one by one; all were equally large.
+        cache = target.cache
+        self.cache_bytes = cache.num_bytes // len(cache.lengths) * len(prompts)
         return [Run(r.tokens, 1, r.ttft_s, r.decode_s, r.records) for r in results]
-
-    return run
 
 
 class _Stamps:
@@ -130,25 +129,28 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
+class _OutputPenalties(LogitsProcessor):
+    """Presence and frequency penalties as in `SamplingConfig`, which transformers does not have."""
+
+    def __init__(self, presence: float, frequency: float, prompt_len: int) -> None:
+        self._presence, self._frequency, self._prompt_len = presence, frequency, prompt_len
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        output = input_ids[:, self._prompt_len :]
+        ones = torch.ones_like(output, dtype=scores.dtype)
+        counts = torch.zeros_like(scores).scatter_add_(1, output, ones)
+        return scores - self._frequency * counts - self._presence * (counts > 0)
+
+
 class _HFArm:
     """transformers `generate` on the same model object, prompts and sampling settings."""
 
-    def __init__(self, config: BenchConfig, target: HFTarget, options: dict[str, Any]) -> None:
-        self._target, self._options = target, options
-        self._seed, self._max_new_tokens = config.seed, config.max_new_tokens
-        sampling = config.sampling
-        self._sampling: dict[str, Any] = {"do_sample": sampling.temperature > 0}
-        if sampling.temperature > 0:
-            self._sampling |= {
-                "temperature": sampling.temperature,
-                "top_k": sampling.top_k,
-                "top_p": sampling.top_p,
-                "min_p": sampling.min_p or None,
-            }
-        if sampling.repetition_penalty != 1:
-            self._sampling["repetition_penalty"] = sampling.repetition_penalty
+    cache_bytes: int | None = None
 
-    def __call__(self, prompts: Sequence[list[int]], first_index: int) -> list[Run]:
+    def __init__(self, config: BenchConfig, target: HFTarget, options: dict[str, Any]) -> None:
+        self._config, self._target, self._options = config, target, options
+
+    def __call__(self, prompts: Sequence[list[int]], indices: Sequence[int]) -> list[Run]:
         target = self._target
         width = max(map(len, prompts))
         pad = target.eos_token_ids[0] if target.eos_token_ids else 0
@@ -161,18 +163,38 @@ class _HFArm:
             _replaced(target.model, "generation_config", defaults),
             torch.random.fork_rng(),
         ):
-            torch.manual_seed(self._seed + first_index)
+            torch.manual_seed(self._config.seed + indices[0])
             started = time.perf_counter()
             out = target.model.generate(
                 torch.tensor(ids, device=target.device),
                 attention_mask=torch.tensor(mask, device=target.device),
-                max_new_tokens=min(self._max_new_tokens, target.max_context_len - width),
+                max_new_tokens=_room(self._config, target, prompts),
                 pad_token_id=pad,
                 stopping_criteria=[stamps],
-                **self._sampling,
+                **self._sampling(width),
                 **self._options,
             ).tolist()
         return [stamps.run(self._cut(row[width:]), width, started) for row in out]
+
+    def _sampling(self, width: int) -> dict[str, Any]:
+        """The bench's sampling settings in transformers' names."""
+        sampling = self._config.sampling
+        options: dict[str, Any] = {"do_sample": sampling.temperature > 0}
+        if sampling.temperature > 0:
+            options |= {
+                "temperature": sampling.temperature,
+                "top_k": sampling.top_k,
+                "top_p": sampling.top_p,
+                "min_p": sampling.min_p or None,
+            }
+        if sampling.repetition_penalty != 1:
+            options["repetition_penalty"] = sampling.repetition_penalty
+        if sampling.min_new_tokens:
+            options["min_new_tokens"] = sampling.min_new_tokens
+        presence, frequency = sampling.presence_penalty, sampling.frequency_penalty
+        if presence or frequency:
+            options["logits_processor"] = [_OutputPenalties(presence, frequency, width)]
+        return options
 
     def _cut(self, tokens: list[int]) -> list[int]:
         eos = set(self._target.eos_token_ids)

@@ -11,6 +11,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from specdec.demo import demo_path
+from specdec.sampling_config import SamplingConfig
+
+SINGLE_PROMPT_TYPES = ("hf_assisted", "hf_prompt_lookup")
 
 
 @dataclass
@@ -51,6 +54,9 @@ class SamplingOptions:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    min_new_tokens: int = 0
 
 
 @dataclass
@@ -86,7 +92,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> BenchConfig:
         _check_keys(OmegaConf.to_container(given), BenchConfig, "")
         merged = OmegaConf.merge(OmegaConf.structured(BenchConfig), given)
         config = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, YAMLError) as error:
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         key = getattr(error, "full_key", None)
         where = f"config {path!r}, {key}" if key else f"config {path!r}"
         raise ValueError(f"{where}: {str(error).splitlines()[0]}") from error
@@ -110,7 +116,8 @@ def _override(given: Any, override: str) -> None:
 
 def _check_keys(given: Any, schema: Any, prefix: str) -> None:
     if not isinstance(given, dict):
-        return
+        where = f"key {prefix[:-1]}" if prefix else "file"
+        raise ValueError(f"config {where} is {given!r} but must be a mapping of key: value")
     known = {f.name: f for f in fields(schema)}
     for key, value in given.items():
         if key not in known:
@@ -122,9 +129,17 @@ def _check_keys(given: Any, schema: Any, prefix: str) -> None:
         factory = known[key].default_factory
         if isinstance(factory, type) and is_dataclass(factory):
             _check_keys(value, factory, f"{prefix}{key}.")
-        if key == "arms" and isinstance(value, list):
+        if key == "options":
+            _require_kind(value, dict, f"{prefix}{key}", "a mapping of an arm's options")
+        if key == "arms":
+            _require_kind(value, list, key, "a list, each like {type: ngram}")
             for index, arm in enumerate(value):
                 _check_keys(arm, ArmConfig, f"arms.{index}.")
+
+
+def _require_kind(value: Any, kind: type, key: str, rule: str) -> None:
+    if not isinstance(value, kind):
+        raise ValueError(f"config {key} is {value!r} but must be {rule}")
 
 
 def _check_values(config: BenchConfig) -> None:
@@ -133,8 +148,27 @@ def _check_values(config: BenchConfig) -> None:
             raise ValueError(f"config {name} is {getattr(config, name)} but must be at least 1")
     if config.prompts.num < 1:
         raise ValueError(f"config prompts.num is {config.prompts.num} but must be at least 1")
+    try:
+        SamplingConfig(**vars(config.sampling))
+    except ValueError as error:
+        raise ValueError(f"config sampling.{error}") from error
+    if config.sampling.min_new_tokens > config.max_new_tokens:
+        raise ValueError(
+            f"config sampling.min_new_tokens is {config.sampling.min_new_tokens} but must be at "
+            f"most max_new_tokens, {config.max_new_tokens}"
+        )
+    _check_arms(config)
+
+
+def _check_arms(config: BenchConfig) -> None:
     for arm in config.arms:
         arm.name = arm.name or arm.type
+        if arm.type in SINGLE_PROMPT_TYPES and config.batch_size > 1:
+            raise ValueError(
+                f"config arms: {arm.name!r} is transformers' assisted generation, which takes one "
+                f"prompt at a time, but batch_size is {config.batch_size}; drop the arm or set "
+                "batch_size=1"
+            )
     names = ["plain", "hf_generate", *(arm.name for arm in config.arms)]
     twice = {name for name in names if names.count(name) > 1}
     if twice:

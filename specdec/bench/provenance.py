@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -15,22 +16,24 @@ from typing import Any
 import torch
 
 from specdec.bench.config import BenchConfig
+from specdec.bench.prompt import BenchPrompt
 from specdec.targets.hf import HFTarget
 
 _PACKAGES = ("specdec", "torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy")
 
 
-def fingerprint(config: BenchConfig) -> str:
-    """A short hash of the resolved configuration: a folder of results belongs to one."""
-    text = json.dumps(asdict(config), sort_keys=True, default=str)
+def fingerprint(config: BenchConfig, prompts: Sequence[BenchPrompt]) -> str:
+    """A short hash of configuration and prompts: a folder of results belongs to one."""
+    whole = {"config": asdict(config), "prompts": [asdict(prompt) for prompt in prompts]}
+    text = json.dumps(whole, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def collect(config: BenchConfig, target: HFTarget) -> dict[str, Any]:
-    """Configuration of a bench, and where it ran."""
+def collect(config: BenchConfig, mark: str, target: HFTarget) -> dict[str, Any]:
+    """Configuration of a bench with its fingerprint, and where it ran."""
     return {
         "config": asdict(config),
-        "config_fingerprint": fingerprint(config),
+        "config_fingerprint": mark,
         **machine(target),
     }
 
@@ -48,6 +51,7 @@ def machine(target: HFTarget) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
         "dtype": str(target.model.dtype).removeprefix("torch."),
+        "quantized": bool(getattr(target.model, "is_quantized", False)),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -7,19 +7,20 @@ from typing import Any
 
 import torch
 
-from specdec.bench.arms import build_arms
+from specdec.bench.arms import Arm, build_arms
+from specdec.bench.batches import PROMPT_ERRORS, decode_batch
 from specdec.bench.config import BenchConfig
+from specdec.bench.differences import find_differences
+from specdec.bench.outcome import Key, Outcome
 from specdec.bench.prompts import load_prompts, render
 from specdec.bench.provenance import collect, fingerprint
-from specdec.bench.store import RunStore
-from specdec.bench.summary import summarise
+from specdec.bench.store import RunStore, replace_file
+from specdec.bench.summary import failures, peak_memory, summarise, tabulate
 from specdec.bench.turns import unfold_turns
 from specdec.request import encode
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
-
-# What ends one prompt but not the run: it is counted as failed and never timed.
-PROMPT_ERRORS = (ValueError, RuntimeError, MemoryError, FloatingPointError)
+from specdec.verify import get_rule
 
 
 class GreedyMismatchError(RuntimeError):
@@ -43,9 +44,14 @@ def run_bench(
 
     Raises:
         ValueError: bad configuration, prompts, or a folder of another configuration.
+        OSError: the folder cannot be written, or is full; finished batches are kept.
     """
     torch.set_num_threads(config.threads)
-    store = RunStore(folder, fingerprint(config))
+    get_rule(config.rule)
+    where = config.prompts
+    prompts = load_prompts(where.source, where.num, where.data_dir, where.seed)
+    mark = fingerprint(config, prompts)
+    store = RunStore(folder, mark)
     try:
         target = load_target(
             config.target.path,
@@ -53,27 +59,44 @@ def run_bench(
             device=config.target.device,
             quantization=config.target.quantization,
         )
-        prompts = load_prompts(
-            config.prompts.source, config.prompts.num, config.prompts.data_dir, config.prompts.seed
-        )
         prompts = unfold_turns(prompts, target, config.max_new_tokens, progress)
         ids = [encode(render(p, target.tokenizer), target, i) for i, p in enumerate(prompts)]
         _run_missing(config, target, ids, store, progress)
-        provenance = collect(config, target)
     finally:
         store.close()
-    names = ["plain", "hf_generate", *(arm.name for arm in config.arms)]
-    results: dict[str, Any] = {
+    results = {
         "schema": "specdec-bench-1",
-        "provenance": provenance,
-        "arms": summarise(config, store.done, names, len(ids)),
+        "provenance": collect(config, mark, target),
+        "memory": peak_memory(store.done.values()),
+        "arms": _arms(config, target, ids, store.done),
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
+    replace_file(folder / "results.json", text.encode())
     return results
+
+
+def _arms(
+    config: BenchConfig, target: HFTarget, ids: list[list[int]], done: dict[Key, Outcome]
+) -> list[dict[str, Any]]:
+    tables = tabulate(config, done, _names(config), len(ids))
+    arms = summarise(config, tables, find_differences(config, tables, target, ids))
+    for arm in arms:
+        memory = peak_memory(o for (_, _, name), o in done.items() if name == arm["name"])
+        arm["peak_device_bytes"] = memory["peak_device_bytes"]
+        arm["cache_bytes"] = memory["cache_bytes"]
+        arm["failures"] = failures(config, done, arm["name"])
+    return arms
+
+
+def _names(config: BenchConfig) -> list[str]:
+    return ["plain", "hf_generate", *(arm.name for arm in config.arms)]
 
 
 def check_results(results: dict[str, Any]) -> None:
     """Fail a run that proves an arm wrong, or that measured nothing of one.
+
+    In half precision, or quantised, greedy tokens may differ where two logits nearly tie: that is
+    reported, and fails nothing.
 
     Args:
         results: what `run_bench` returned.
@@ -82,18 +105,20 @@ def check_results(results: dict[str, Any]) -> None:
         GreedyMismatchError: tokens differ at temperature 0 in float32.
         RuntimeError: every prompt of an arm failed.
     """
-    where = results["provenance"]
-    wrong = {arm["name"]: arm["mismatches"] for arm in results["arms"] if arm["mismatches"]}
-    if wrong and where["config"]["sampling"]["temperature"] == 0 and where["dtype"] == "float32":
-        raise GreedyMismatchError(
-            f"outputs differ at temperature 0 in float32; prompts by arm: {wrong}; "
-            "see the batches in records.jsonl"
-        )
     for arm in results["arms"]:
         if arm["failed"] == arm["prompts"]:
             raise RuntimeError(
-                f"every prompt of the arm {arm['name']!r} failed; see the errors in records.jsonl"
+                f"every prompt of the arm {arm['name']!r} failed: {arm['failures'][0]['reason']}"
             )
+    provenance = results["provenance"]
+    wrong = {arm["name"]: arm["mismatches"] for arm in results["arms"] if arm["mismatches"]}
+    if wrong and provenance["dtype"] == "float32" and not provenance["quantized"]:
+        first = next(arm["differences"][0] for arm in results["arms"] if arm["differences"])
+        raise GreedyMismatchError(
+            f"outputs differ at temperature 0 in float32; prompts by arm: {wrong}; first: prompt "
+            f"{first['prompt']} from output token {first['position']} on (top-2 logit gap "
+            f"{first['top2_gap']}); see differences in results.json"
+        )
 
 
 def _run_missing(
@@ -105,13 +130,13 @@ def _run_missing(
 ) -> None:
     size = config.batch_size
     batches = [ids[i : i + size] for i in range(0, len(ids), size)]
-    names = ["plain", "hf_generate", *(arm.name for arm in config.arms)]
+    names = _names(config)
     total = config.repeats * len(batches) * len(names)
     done = len(store.done)
     if done < total:
         for name, arm in build_arms(config, target).items():
             progress(done, total, f"warm-up {name}")
-            arm(batches[0], 0)
+            _warm_up(arm, batches[0])
     for repeat in range(config.repeats):
         if all((repeat, b, name) in store.done for b in range(len(batches)) for name in names):
             continue
@@ -123,9 +148,17 @@ def _run_missing(
                 if (repeat, index, name) in store.done:
                     continue
                 progress(done, total, f"{name}, repeat {repeat + 1}, batch {index + 1}")
-                try:
-                    store.add((repeat, index, name), arms[name](batch, index * size))
-                except PROMPT_ERRORS as error:
-                    store.add((repeat, index, name), f"{type(error).__name__}: {error}")
+                indices = range(index * size, index * size + len(batch))
+                outcome = decode_batch(arms[name], batch, indices, target.device)
+                store.add((repeat, index, name), outcome)
                 done += 1
                 progress(done, total, name)
+
+
+def _warm_up(arm: Arm, batch: list[list[int]]) -> None:
+    try:
+        arm(batch, range(len(batch)))
+    except ValueError:
+        raise  # the prompts are sound, so the options are not
+    except PROMPT_ERRORS:
+        pass  # the measurement meets it again, and keeps the reason

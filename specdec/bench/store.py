@@ -1,18 +1,24 @@
 """The folder of a run: records are appended as they come, so that a killed run resumes."""
 
+import errno
 import json
+import os
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from specdec.bench.arms import Run
+from specdec.bench.outcome import Key, Memory, Outcome, Run
 from specdec.metrics import StepRecord
 
-Key = tuple[int, int, str]  # repeat, batch, arm
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunStore:
     """`records.jsonl`: a line a step ("kind": "step"), and one a finished batch ("batch").
+
+    A batch counts when its line and those of all its steps are whole. What else a killed run or a
+    full disk left behind is dropped, and that batch decoded again.
 
     Args:
         folder: made if it is not there.
@@ -21,80 +27,137 @@ class RunStore:
     Raises:
         ValueError: the folder holds results of another configuration.
         PermissionError: it cannot be written.
+        OSError: there is no space left.
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self._path = folder / "records.jsonl"
-        self.done: dict[Key, list[Run] | str] = {}
+        self.done: dict[Key, Outcome] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if self._path.exists():
                 self._read(fingerprint)
             self._file = self._path.open("a", encoding="utf-8")
+            if not self._path.stat().st_size:
+                self._write({"kind": "run", "config_fingerprint": fingerprint})
+                self._file.flush()
         except OSError as error:
-            raise PermissionError(
-                f"the output folder {str(folder)!r} cannot be written ({error.strerror}); "
-                "choose another one with --out"
-            ) from error
-        if not self._path.stat().st_size:
-            self._write({"kind": "run", "config_fingerprint": fingerprint})
+            raise _trouble(folder, error) from error
 
     def _read(self, fingerprint: str) -> None:
-        lines = _finished(self._path.read_text(encoding="utf-8").splitlines(keepends=True))
-        self._path.write_text("".join(lines), encoding="utf-8")
-        steps: list[StepRecord] = []
+        lines = self._path.read_bytes().splitlines(keepends=True)
+        found: dict[Key, list[tuple[bytes, StepRecord]]] = {}
+        kept: list[bytes] = []
+        written_by = None
         for line in lines:
-            row = json.loads(line)
-            kind = row.pop("kind")
-            if kind == "run" and row["config_fingerprint"] != fingerprint:
-                raise ValueError(
-                    f"{self._path.parent} holds results of another configuration "
-                    f"({row['config_fingerprint']}, not {fingerprint}); choose another --out "
-                    "folder or remove this one"
-                )
-            if kind == "step":
-                row = {k: v for k, v in row.items() if k not in ("repeat", "batch", "arm")}
-                steps.append(StepRecord(**row))
-            if kind == "batch":
-                key = (row["repeat"], row["batch"], row["arm"])
-                self.done[key] = row["error"] or _runs(row["runs"], steps)
-                steps = []
+            row = _parsed(line)
+            kind = row.pop("kind", None)
+            if kind == "run":
+                written_by = row["config_fingerprint"]
+                kept.append(line)
+            elif kind == "step":
+                found.setdefault(_take_key(row), []).append((line, StepRecord(**row)))
+            elif kind == "batch":
+                self._check_origin(written_by, fingerprint)
+                key = _take_key(row)
+                steps = found.pop(key, [])
+                if len(steps) == row["num_steps"]:
+                    self.done[key] = _outcome(row, [record for _, record in steps])
+                    kept += [*(line for line, _ in steps), line]
+        # Nothing is kept of a run that finished no batch: its folder serves any configuration.
+        if not self.done:
+            kept = []
+        if kept != lines:
+            replace_file(self._path, b"".join(kept))
 
-    def add(self, key: Key, outcome: list[Run] | str) -> None:
-        """Store a finished batch of one arm, or the error that ended it."""
-        self.done[key] = outcome
+    def _check_origin(self, written_by: str | None, fingerprint: str) -> None:
+        if written_by != fingerprint:
+            raise ValueError(
+                f"{str(self._path.parent)!r} holds results of another configuration or of other "
+                f"prompts ({written_by or 'its first line is damaged'}, not {fingerprint}); choose "
+                "another --out folder or remove this one"
+            )
+
+    def add(self, key: Key, outcome: Outcome) -> None:
+        """Store a finished batch of one arm.
+
+        Raises:
+            OSError: it could not be written; what was added before is kept.
+        """
         where = {"repeat": key[0], "batch": key[1], "arm": key[2]}
-        runs = [] if isinstance(outcome, str) else outcome
-        for run in runs:
-            for record in run.records:
+        records = [r for row in outcome.rows if isinstance(row, Run) for r in row.records]
+        brief = [
+            {"error": row}
+            if isinstance(row, str)
+            else {name: value for name, value in vars(row).items() if name != "records"}
+            for row in outcome.rows
+        ]
+        batch = {"num_steps": len(records), "rows": brief, "memory": asdict(outcome.memory)}
+        try:
+            for record in records:
                 self._write({"kind": "step", **where, **asdict(record)})
-        brief = [{k: v for k, v in vars(run).items() if k != "records"} for run in runs]
-        error = outcome if isinstance(outcome, str) else None
-        self._write({"kind": "batch", **where, "error": error, "runs": brief})
-        self._file.flush()
+            self._write({"kind": "batch", **where, **batch})
+            self._file.flush()
+        except OSError as error:
+            raise _trouble(self._path.parent, error) from error
+        self.done[key] = outcome
 
     def close(self) -> None:
         """Close the file; what was added is on disk already."""
-        self._file.close()
+        # What a full disk refused is flushed once more here, and `add` has complained already.
+        with suppress(OSError):
+            self._file.close()
 
     def _write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
 
 
-def _finished(lines: list[str]) -> list[str]:
-    """Lines up to the last finished batch: a killed run may leave some steps of the next one.
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: what was there stays until the new one is complete.
 
-    Nothing is kept of a run that finished no batch, so that its folder serves any configuration.
+    Raises:
+        PermissionError: the folder cannot be written.
+        OSError: there is no space left.
     """
-    ends = [
-        i + 1
-        for i, line in enumerate(lines)
-        if line.startswith('{"kind": "batch"') and line.endswith("}\n")
-    ]
-    return lines[: ends[-1]] if ends else []
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise _trouble(path.parent, error) from error
 
 
-def _runs(rows: list[dict[str, Any]], steps: list[StepRecord]) -> list[Run]:
+def _trouble(folder: Path, error: OSError) -> OSError:
+    """The error in words; one that has been put in words already stays."""
+    if error.errno is None:
+        return error
+    if error.errno in _NO_SPACE:
+        return OSError(
+            f"no space left in {str(folder)!r} ({error.strerror}); finished batches are kept in "
+            "records.jsonl: make room and give the same command again"
+        )
+    return PermissionError(
+        f"the output folder {str(folder)!r} cannot be written ({error.strerror}); choose another "
+        "one with --out"
+    )
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    """The row of a line; nothing for one that is damaged or was never finished."""
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else {}
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+def _take_key(row: dict[str, Any]) -> Key:
+    return row.pop("repeat"), row.pop("batch"), row.pop("arm")
+
+
+def _outcome(row: dict[str, Any], steps: list[StepRecord]) -> Outcome:
     """Give the steps back to their prompts, which stand in the same order."""
     groups: list[list[StepRecord]] = []
     for record in steps:
@@ -102,8 +165,11 @@ def _runs(rows: list[dict[str, Any]], steps: list[StepRecord]) -> list[Run]:
             groups.append([])
         groups[-1].append(record)
     remaining = iter(groups)
-    runs = []
-    for row in rows:
-        has_steps = bool(steps) and len(row["tokens"]) > 1
-        runs.append(Run(**row, records=next(remaining) if has_steps else []))
-    return runs
+    rows: list[Run | str] = []
+    for brief in row["rows"]:
+        if "error" in brief:
+            rows.append(brief["error"])
+        else:
+            has_steps = bool(steps) and len(brief["tokens"]) > 1
+            rows.append(Run(**brief, records=next(remaining) if has_steps else []))
+    return Outcome(rows, Memory(**row["memory"]))

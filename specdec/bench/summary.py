@@ -1,44 +1,79 @@
 """From runs to the figures of `results.json`; definitions stand in `specdec.metrics`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import fields
 from statistics import median
 from typing import Any
 
 import numpy as np
 from scipy.stats import bootstrap
 
-from specdec.bench.arms import Run
 from specdec.bench.config import BenchConfig
-from specdec.bench.store import Key
+from specdec.bench.differences import Table
+from specdec.bench.outcome import Key, Memory, Outcome, Run
 from specdec.metrics import AcceptanceStats, StepRecord
 
 Interval = tuple[float, float] | None
 
 
 def summarise(
-    config: BenchConfig, done: dict[Key, list[Run] | str], names: list[str], num_prompts: int
+    config: BenchConfig, tables: dict[str, Table], differences: dict[str, list[dict[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """One dictionary an arm, "plain" and "hf_generate" first."""
-    tables = {name: _by_prompt(config, done, name, num_prompts) for name in names}
-    return [_arm(name, tables, config) for name in names]
+    """One dictionary an arm, in the order of the tables."""
+    greedy = config.sampling.temperature == 0
+    return [
+        {
+            **_arm(name, tables, config),
+            "mismatches": len(differences[name]) if greedy else None,
+            "differences": differences[name],
+        }
+        for name in tables
+    ]
 
 
-def _by_prompt(
-    config: BenchConfig, done: dict[Key, list[Run] | str], name: str, num_prompts: int
-) -> list[list[Run | None]]:
-    """Runs [prompt][repeat]; None where one failed."""
-    table: list[list[Run | None]] = [[] for _ in range(num_prompts)]
-    for repeat in range(config.repeats):
-        for prompt in range(num_prompts):
-            outcome = done[(repeat, prompt // config.batch_size, name)]
-            run = None if isinstance(outcome, str) else outcome[prompt % config.batch_size]
-            table[prompt].append(run)
-    return table
+def tabulate(
+    config: BenchConfig, done: dict[Key, Outcome], names: list[str], num_prompts: int
+) -> dict[str, Table]:
+    """Runs of every arm [prompt][repeat]; None where one failed."""
+    size = config.batch_size
+    tables: dict[str, Table] = {}
+    for name in names:
+        rows = [
+            [
+                done[(repeat, prompt // size, name)].rows[prompt % size]
+                for prompt in range(num_prompts)
+            ]
+            for repeat in range(config.repeats)
+        ]
+        tables[name] = [
+            [run if isinstance(run, Run) else None for run in row]
+            for row in zip(*rows, strict=True)
+        ]
+    return tables
 
 
-def _arm(
-    name: str, tables: dict[str, list[list[Run | None]]], config: BenchConfig
-) -> dict[str, Any]:
+def failures(config: BenchConfig, done: dict[Key, Outcome], name: str) -> list[dict[str, Any]]:
+    """Prompts that an arm failed on, with the reason, in each repeat."""
+    return [
+        {"prompt": batch * config.batch_size + place, "repeat": repeat, "reason": row}
+        for (repeat, batch, arm), outcome in sorted(done.items())
+        if arm == name
+        for place, row in enumerate(outcome.rows)
+        if isinstance(row, str)
+    ]
+
+
+def peak_memory(outcomes: Iterable[Outcome]) -> dict[str, int | None]:
+    """The largest figure of each kind; None where none was taken."""
+    memories = [outcome.memory for outcome in outcomes]
+    peaks: dict[str, int | None] = {}
+    for item in fields(Memory):
+        values = [getattr(memory, item.name) for memory in memories]
+        peaks[item.name] = max((value for value in values if value is not None), default=None)
+    return peaks
+
+
+def _arm(name: str, tables: dict[str, Table], config: BenchConfig) -> dict[str, Any]:
     table = tables[name]
     runs = [run for row in table for run in row if run is not None]
     records = [record for run in runs for record in run.records]
@@ -66,7 +101,6 @@ def _arm(
         "loop_efficiency": _efficiency(records),
         "time_s": _times(records),
         "other_ms_per_step": _other_ms(records),
-        "mismatches": _mismatches(table, tables, config),
         "failed": sum(any(run is None for run in row) for row in table),
         "prompts": len(table),
         "tokens": sum(len(row[0].tokens) for row in table if row[0] is not None),
@@ -83,7 +117,7 @@ def _end_to_end_speed(run: Run) -> float:
     return len(run.tokens) / (run.ttft_s + run.decode_s)
 
 
-def _medians(table: list[list[Run | None]], of: Callable[[Run], float]) -> list[float]:
+def _medians(table: Table, of: Callable[[Run], float]) -> list[float]:
     """Each prompt's median over its repeats; prompts that failed or have no value are left out."""
     rows = [[of(run) for run in row if run is not None] for row in table]
     values = [median(row) for row in rows if row]
@@ -92,8 +126,8 @@ def _medians(table: list[list[Run | None]], of: Callable[[Run], float]) -> list[
 
 def _speedup(
     key: str,
-    table: list[list[Run | None]],
-    baseline: list[list[Run | None]],
+    table: Table,
+    baseline: Table,
     of: Callable[[Run], float],
 ) -> dict[str, Any]:
     """Mean over prompts of the ratio of speeds, paired within each repeat."""
@@ -110,7 +144,7 @@ def _speedup(
     return {key: _mean(ratios), f"{key}_ci": _mean_interval(ratios)}
 
 
-def _batch_speed(table: list[list[Run | None]], config: BenchConfig) -> float | None:
+def _batch_speed(table: Table, config: BenchConfig) -> float | None:
     """Tokens of all rows over the wall time of their batches, prefill excluded."""
     tokens, seconds = 0, 0.0
     for repeat in range(config.repeats):
@@ -131,7 +165,7 @@ def _mean_interval(values: list[float]) -> Interval:
     return _interval((np.array(values),), lambda x, axis: x.mean(axis=axis))
 
 
-def _tau_interval(table: list[list[Run | None]]) -> Interval:
+def _tau_interval(table: Table) -> Interval:
     stats = [
         AcceptanceStats.from_records(r for run in row if run is not None for r in run.records)
         for row in table
@@ -184,17 +218,3 @@ def _other_ms(records: list[StepRecord]) -> float | None:
     """Median time in neither model per target step, ms."""
     gaps = [r.wall_s - r.draft_s - r.target_s for r in records]
     return 1000 * median(gaps) if gaps else None
-
-
-def _mismatches(
-    table: list[list[Run | None]], tables: dict[str, list[list[Run | None]]], config: BenchConfig
-) -> int | None:
-    """Prompts whose greedy tokens differ from either baseline's; None when sampling."""
-    if config.sampling.temperature > 0:
-        return None
-    count = 0
-    for prompt, row in enumerate(table):
-        others = [*row, *tables["plain"][prompt], *tables["hf_generate"][prompt]]
-        tokens = {tuple(run.tokens) for run in others if run is not None}
-        count += len(tokens) > 1
-    return count

@@ -15,11 +15,11 @@ def arms_of(target, *arms, **settings):
 
 def test_transformers_and_our_loop_emit_the_same_tokens_over_ragged_rows_with_early_ends():
     target = tiny_target()
-    whole = [run.tokens for run in arms_of(target)["plain"](PROMPTS, 0)]
+    whole = [run.tokens for run in arms_of(target)["plain"](PROMPTS, range(3))]
     early = next(t for t in whole[0][2:8] if t not in whole[1])
     target.eos_token_ids = (early,)
     arms = arms_of(target)
-    ours, theirs = arms["plain"](PROMPTS, 0), arms["hf_generate"](PROMPTS, 0)
+    ours, theirs = arms["plain"](PROMPTS, range(3)), arms["hf_generate"](PROMPTS, range(3))
     assert [run.tokens for run in ours] == [run.tokens for run in theirs]
     assert ours[0].tokens[-1] == early
     assert len(ours[0].tokens) < len(ours[1].tokens)
@@ -33,7 +33,7 @@ def test_a_checkpoint_s_own_generation_defaults_do_not_change_the_baseline():
     target.model.generation_config.repetition_penalty = 1.9
     target.model.generation_config.no_repeat_ngram_size = 1
     arms = arms_of(target)
-    ours, theirs = arms["plain"](PROMPTS, 0), arms["hf_generate"](PROMPTS, 0)
+    ours, theirs = arms["plain"](PROMPTS, range(3)), arms["hf_generate"](PROMPTS, range(3))
     assert [run.tokens for run in ours] == [run.tokens for run in theirs]
     assert target.model.generation_config.repetition_penalty == 1.9
 
@@ -49,7 +49,7 @@ def test_a_sampled_arm_repeats_itself_and_leaves_the_global_generator_alone():
     expected = torch.rand(2)
     torch.manual_seed(3)
     for name in ("plain", "hf_generate"):
-        first, second = arms[name](PROMPTS, 4), arms[name](PROMPTS, 4)
+        first, second = arms[name](PROMPTS, range(4, 7)), arms[name](PROMPTS, range(4, 7))
         assert [run.tokens for run in first] == [run.tokens for run in second]
     assert torch.equal(torch.rand(2), expected)
 
@@ -60,7 +60,7 @@ def test_bursts_of_assisted_generation_are_counted_once(tmp_path):
     options = {"path": str(tmp_path), "num_draft_tokens": 3}
     arms = arms_of(target, ArmConfig("assisted", "hf_assisted", options))
     for prompt in PROMPTS:
-        (plain,), (assisted,) = arms["plain"]([prompt], 0), arms["assisted"]([prompt], 0)
+        (plain,), (assisted,) = arms["plain"]([prompt], [0]), arms["assisted"]([prompt], [0])
         assert assisted.tokens == plain.tokens
         assert 1 <= assisted.num_first <= 4
 
