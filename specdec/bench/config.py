@@ -111,7 +111,9 @@ def _override(given: Any, override: str) -> None:
     try:
         OmegaConf.update(given, key, parsed, merge=True, force_add=True)
     except (TypeError, IndexError, AssertionError) as error:
-        raise ValueError(f"override {override!r} leads nowhere: {key!r} does not exist") from error
+        raise ValueError(
+            f"override {override!r} leads nowhere: {key!r} does not exist, or is of another kind"
+        ) from error
 
 
 def _check_keys(given: Any, schema: Any, prefix: str) -> None:

@@ -1,15 +1,14 @@
-"""Benches: strict configuration, prompts, resuming, and figures that add up."""
+"""Benches: strict configuration, resuming, and figures that add up."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from checkpoints import save_checkpoint
+from json_schema import violations
 from tiny_models import perturbed, tiny_llama
 
 from specdec.bench.config import load_config
-from specdec.bench.prompts import load_prompts
 from specdec.bench.runner import run_bench
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "results.schema.json"
@@ -18,20 +17,9 @@ SCHEMA = Path(__file__).parents[2] / "docs" / "results.schema.json"
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    for name, model in (("target", tiny_llama()), ("draft", perturbed(tiny_llama(), 0.1))):
-        model.save_pretrained(folder / name)
-        _tokenizer().save_pretrained(folder / name)
+    save_checkpoint(folder / "target")
+    save_checkpoint(folder / "draft", perturbed(tiny_llama(), 0.1))
     return folder
-
-
-def _tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = {chr(32 + i): i for i in range(97)}
-    inner = Tokenizer(models.WordLevel(letters, unk_token="~"))
-    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="~")
 
 
 @pytest.fixture
@@ -72,11 +60,29 @@ def test_a_bench_measures_every_arm_and_its_figures_add_up(config, tmp_path):
     assert model["tau"] == pytest.approx(1 + sum(model["per_depth"]))
     assert model["tau"] > 1
     assert 0 < model["loop_efficiency"] <= 1
-    assert set(json.loads(SCHEMA.read_text())["$defs"]["arm"]["required"]) == set(model)
-    assert (
-        json.loads((tmp_path / "out" / "results.json").read_text())["arms"][3]["tau"]
-        == (model["tau"])
+    assert results["memory"]["peak_rss_bytes"] > 100e6  # torch alone takes more
+    # 2 layers x keys and values x 128 slots x 2 heads x 8 numbers x 4 bytes
+    assert model["cache_bytes"] == results["memory"]["cache_bytes"] == 2 * 2 * 128 * 2 * 8 * 4
+    assert arm(results, "hf_generate")["cache_bytes"] is None
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert violations(written, json.loads(SCHEMA.read_text())) == []
+    assert written["arms"] == json.loads(json.dumps(results["arms"]))
+
+
+def test_the_schema_describes_every_key_and_refuses_others(config, tmp_path):
+    results = json.loads(
+        json.dumps(run_bench(load_config(str(config), ["arms=[]"]), tmp_path / "out"))
     )
+    schema = json.loads(SCHEMA.read_text())
+    assert violations(results, schema) == []
+    results["arms"][0]["extra"] = 1
+    results["arms"][1]["tau_ci"] = [1.0]
+    del results["memory"]["peak_rss_bytes"]
+    assert violations(results, schema) == [
+        "$.memory.peak_rss_bytes is missing",
+        "$.arms[0].extra is not described",
+        "$.arms[1].tau_ci is shorter than 2: [1.0]",
+    ]
 
 
 def test_a_killed_run_resumes_and_keeps_what_it_had(config, tmp_path, monkeypatch):
@@ -102,10 +108,15 @@ def test_a_killed_run_resumes_and_keeps_what_it_had(config, tmp_path, monkeypatc
     assert again == finished["arms"]
 
 
-def test_a_folder_of_another_configuration_is_refused(config, tmp_path):
-    run_bench(load_config(str(config), ["arms=[]", "repeats=1"]), tmp_path / "out")
+def test_a_folder_of_another_configuration_or_of_other_prompts_is_refused(config, tmp_path):
+    folder = tmp_path / "out"
+    once = load_config(str(config), ["arms=[]", "repeats=1"])
+    run_bench(once, folder)
     with pytest.raises(ValueError, match="another configuration"):
-        run_bench(load_config(str(config), ["arms=[]", "repeats=2"]), tmp_path / "out")
+        run_bench(load_config(str(config), ["arms=[]", "repeats=2"]), folder)
+    (tmp_path / "prompts.txt").write_text("hello hello\nabcabcab\ny\n")
+    with pytest.raises(ValueError, match="or of other prompts"):
+        run_bench(once, folder)
 
 
 @pytest.mark.parametrize(
@@ -116,58 +127,14 @@ def test_a_folder_of_another_configuration_is_refused(config, tmp_path):
         ("repeats=0", "repeats is 0"),
         ("repeats=many", "many"),
         ("arms=[{type: ngram}, {type: ngram}]", "used twice"),
+        ("arms={type: ngram}", "'arms' does not exist, or is of another kind"),
+        ("arms=[ngram]", "arms.0 is 'ngram' but must be a mapping"),
+        ("arms=[{type: ngram, options: [3]}]", "options is .* must be a mapping"),
+        ("sampling.top_p=0", "sampling.top_p is 0.0 but must be in"),
+        ("sampling.min_new_tokens=13", "at most max_new_tokens, 12"),
+        ("batch_size=2", "'assisted' .* one prompt at a time, but batch_size is 2"),
     ],
 )
 def test_a_wrong_configuration_is_named(config, override, message):
     with pytest.raises(ValueError, match=message):
         load_config(str(config), [override])
-
-
-def test_prompts_come_from_files_of_three_kinds(tmp_path):
-    (tmp_path / "a.jsonl").write_text(
-        '{"prompt": "one"}\n{"messages": [{"role": "user", "content": "two"}]}\n'
-    )
-    share = [
-        {"conversations": [{"from": "human", "value": "three"}, {"from": "gpt", "value": "x"}]}
-    ]
-    (tmp_path / "b.json").write_text(json.dumps(share))
-    (tmp_path / "c.txt").write_text("four\n\nfive\n")
-    jsonl = load_prompts(str(tmp_path / "a.jsonl"), 9)
-    assert [p.messages[-1]["content"] for p in jsonl] == ["one", "two"]
-    assert load_prompts(str(tmp_path / "b.json"), 9)[0].messages[-1]["content"] == "three"
-    assert [p.text for p in load_prompts(str(tmp_path / "c.txt"), 9)] == ["four", "five"]
-
-
-def test_demo_prompts_are_balanced_over_their_domains():
-    prompts = load_prompts("demo", 12)
-    assert [p.domain for p in prompts[:3]] == ["maths", "service", "coffee"]
-    assert len(load_prompts("demo", 1000)) == 80
-
-
-def test_missing_sources_say_where_to_put_them(monkeypatch):
-    monkeypatch.delenv("SPECDEC_DATA_DIR", raising=False)
-    with pytest.raises(FileNotFoundError, match="SPECDEC_DATA_DIR"):
-        load_prompts("sgd", 1)
-    with pytest.raises(ValueError, match="must be a file or one of"):
-        load_prompts("gsm9k", 1)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "status", "message"),
-    [
-        (["bench", "nothing.yaml"], 2, "not a file"),
-        (["bench", "demo", "repeat=1"], 2, "did you mean repeats"),
-        (["generate", "--prompt", "x", "--target", "./nothing"], 2, "is not a folder"),
-    ],
-)
-def test_bad_input_ends_with_status_two_and_a_message(arguments, status, message, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "specdec", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert done.returncode == status
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr

@@ -36,3 +36,19 @@ def test_overrides_reach_into_mappings_and_lists(tmp_path):
 def test_an_override_that_fits_nothing_is_named(tmp_path, override, message):
     with pytest.raises(ValueError, match=message):
         load(tmp_path, override)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"- a\n", "config file is .* must be a mapping"),
+        (b"arms: {type: ngram}", "arms is .* must be a list"),
+        (b"prompts: 3", "key prompts is 3 but must be a mapping"),
+        (b"a: : b", "mapping values"),
+        (b"\xff\xfe", "utf-8"),
+    ],
+)
+def test_a_file_of_another_form_is_named(tmp_path, content, message):
+    (tmp_path / "bench.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_config(str(tmp_path / "bench.yaml"))

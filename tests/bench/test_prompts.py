@@ -1,0 +1,226 @@
+"""Prompts: named sources in a folder or on the hub, and files of every kind."""
+
+import gzip
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from specdec.bench.prompts import load_prompts
+from specdec.bench.sources import SOURCES
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def write_lines(path, rows):
+    path.parent.mkdir(exist_ok=True)
+    open_text = gzip.open if path.suffix == ".gz" else open
+    with open_text(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def dialogues(count):
+    turns = [["user", "hello"], ["assistant", "yes?"], ["user", "bye"], ["assistant", "bye"]]
+    return [{"id": f"d{i}", "turns": turns} for i in range(count)]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A data folder with a little of every source."""
+    questions = [{"question_id": 81, "category": "writing", "turns": ["Write.", "Rewrite."]}]
+    code = [{"task_id": "HumanEval/0", "prompt": "def f():\n"}]
+    write_lines(tmp_path / "gsm8k/test.jsonl", [{"question": f"{i}?"} for i in range(5)])
+    write_lines(tmp_path / "sgd/dev.jsonl", dialogues(4))
+    write_lines(tmp_path / "taskmaster4/dialogs.jsonl", dialogues(21))
+    write_lines(tmp_path / "spec_bench/question.jsonl", questions)
+    write_lines(tmp_path / "mt_bench/question.jsonl", questions)
+    write_lines(tmp_path / "human_eval/HumanEval.jsonl.gz", code)
+    return tmp_path
+
+
+@pytest.fixture
+def no_folder(monkeypatch):
+    monkeypatch.delenv("SPECDEC_DATA_DIR", raising=False)
+
+
+def test_every_source_is_read_from_the_data_folder(data, monkeypatch):
+    monkeypatch.setenv("SPECDEC_DATA_DIR", str(data))
+    counts = {name: len(load_prompts(name, 99)) for name in SOURCES}
+    assert counts == {
+        "demo": 80,
+        "held_out": 9,
+        "gsm8k": 5,
+        "sgd": 4,
+        "taskmaster4": 3,
+        "spec_bench": 1,
+        "mt_bench": 1,
+        "human_eval": 1,
+    }
+
+
+def test_records_become_prompts(data):
+    folder = str(data)
+    questions = [p.messages[0]["content"] for p in load_prompts("gsm8k", 9, folder)]
+    assert sorted(questions) == ["0?", "1?", "2?", "3?", "4?"]
+    assert questions == [p.messages[0]["content"] for p in load_prompts("gsm8k", 9, folder)]
+    for prompt in load_prompts("sgd", 9, folder):
+        assert prompt.domain == "sgd"
+        assert prompt.messages[-1]["role"] == "user"
+    # Only every tenth dialogue: the others are for training.
+    assert {p.id for p in load_prompts("taskmaster4", 9, folder)} == {"d0", "d10", "d20"}
+    (question,) = load_prompts("mt_bench", 9, folder)
+    assert (question.messages, question.follow_ups) == ((user("Write."),), ("Rewrite.",))
+    assert load_prompts("human_eval", 9, folder)[0].text == "def f():\n"
+    assert [p.domain for p in load_prompts("held_out", 4, folder)] == [
+        "gsm8k",
+        "sgd",
+        "taskmaster4",
+        "gsm8k",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "arguments", "rows", "ids"),
+    [
+        (
+            "gsm8k",
+            {"path": "openai/gsm8k", "name": "main", "split": "test"},
+            [{"question": "1?", "answer": "1"}],
+            ["gsm8k-0"],
+        ),
+        (
+            "human_eval",
+            {"path": "openai/openai_humaneval", "split": "test"},
+            [{"task_id": "HumanEval/3", "prompt": "def"}],
+            ["HumanEval/3"],
+        ),
+        (
+            "mt_bench",
+            {"path": "HuggingFaceH4/mt_bench_prompts", "split": "train"},
+            [{"prompt_id": 7, "category": "math", "prompt": ["a", "b"], "reference": []}],
+            ["mt_bench-7"],
+        ),
+    ],
+)
+def test_without_a_folder_the_hub_is_asked(
+    no_folder, monkeypatch, tmp_path, source, arguments, rows, ids
+):
+    asked = []
+
+    def load_dataset(**options):
+        asked.append(options)
+        return rows
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    for folder in (None, str(tmp_path)):
+        assert [prompt.id for prompt in load_prompts(source, 3, folder)] == ids
+    assert asked == [arguments, arguments]
+
+
+def test_a_hub_that_does_not_answer_is_named_with_what_to_do(no_folder, monkeypatch):
+    def load_dataset(**options):
+        raise ConnectionError("no route")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(FileNotFoundError, match=r"openai/gsm8k could not be read.*ConnectionErr"):
+        load_prompts("gsm8k", 1)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(FileNotFoundError, match=r"needs the package datasets.*specdec\[train\]"):
+        load_prompts("gsm8k", 1)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("sgd", "loading script"),
+        ("taskmaster4", "not on the hub"),
+        ("spec_bench", "not on the hub"),
+        ("held_out", "could not be read from the hub"),
+    ],
+)
+def test_a_source_that_is_nowhere_says_where_it_comes_from(no_folder, monkeypatch, source, reason):
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=None))
+    with pytest.raises(FileNotFoundError, match=f"{reason}.*SPECDEC_DATA_DIR or prompts.data_dir"):
+        load_prompts(source, 1)
+
+
+def test_an_unknown_source_lists_the_known_ones(tmp_path):
+    for source in ("gsm9k", str(tmp_path), str(tmp_path / "no.jsonl")):
+        with pytest.raises(ValueError, match="must be a file or one of demo, held_out, gsm8k"):
+            load_prompts(source, 1)
+
+
+def test_records_of_another_source_are_refused(data):
+    write_lines(data / "gsm8k/test.jsonl", [{"instruction": "x"}])
+    with pytest.raises(ValueError, match=r"gsm8k/test.jsonl .*original's records.*question"):
+        load_prompts("gsm8k", 1, str(data))
+
+
+def test_jsonl_records_hold_text_or_messages(tmp_path):
+    turns = [user("three"), {"role": "assistant", "content": "four"}]
+    rows = [
+        {"prompt": "one"},
+        {"id": "b", "domain": "d", "text": "two\u2028x"},
+        {"messages": turns},
+    ]
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        write_lines(tmp_path / name, rows)
+        prompts = load_prompts(str(tmp_path / name), 9)
+        assert [p.messages for p in prompts] == [
+            (user("one"),),
+            (user("two\u2028x"),),
+            (user("three"),),
+        ]
+        assert [(p.id, p.domain) for p in prompts][1] == ("b", "d")
+
+
+def test_sharegpt_conversations_end_at_their_first_user_turn(tmp_path):
+    turns = [("system", "s"), ("human", "one"), ("gpt", "x"), ("human", "two")]
+    rows = [
+        {"id": "a", "conversations": [{"from": f, "value": v} for f, v in turns]},
+        {"id": "b", "conversations": []},
+    ]
+    (tmp_path / "share.json").write_text(json.dumps(rows))
+    (prompt,) = load_prompts(str(tmp_path / "share.json"), 9)
+    assert prompt.messages == ({"role": "system", "content": "s"}, user("one"))
+
+
+def test_a_text_file_holds_a_prompt_a_line(tmp_path):
+    (tmp_path / "c.txt").write_text("four\n\nfive\n")
+    assert [p.text for p in load_prompts(str(tmp_path / "c.txt"), 9)] == ["four", "five"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"\n \n", "holds no prompts"),
+        ("a.jsonl", b"", "holds no prompts"),
+        ("a.json", b"[]", "holds no prompts"),
+        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": ""}\n', "prompt '1' is empty"),
+        ("a.jsonl", b'{"messages": []}\n', "record 0 .*no user turn"),
+        ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', "record 0 .*'content' is missing"),
+        ("a.jsonl", b'{"prompt": 3}\n', "record 0 .*content 3 but both must be text"),
+        ("a.jsonl", b'{"promt": "x"}\n', "record 0 .*'promt'.* but needs messages"),
+        ("a.jsonl", b'{"prompt": "x"}\n{"prom', "line 2 is not JSON .*end in .txt"),
+        ("a.jsonl", b"[1]\n", "line 1 .*must be an object"),
+        ("a.json", b'{"prompt": "x"}', "holds one dict but must hold a list"),
+        ("a.json", b"[3]", "record 0 is no prompt"),
+        ("a.json", b"{", "is not JSON"),
+        ("a.txt", b"\xff\xfe\xfa", "not UTF-8"),
+        ("a.jsonl.gz", b"not gzip", "damaged"),
+    ],
+)
+def test_a_file_without_sound_prompts_is_refused_by_place(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_prompts(str(tmp_path / name), 9)
+    assert str(tmp_path / name) in str(raised.value)
+
+
+def test_demo_prompts_are_balanced_over_their_domains():
+    prompts = load_prompts("demo", 12)
+    assert [p.domain for p in prompts[:3]] == ["maths", "service", "coffee"]
+    assert load_prompts("demo", 5, seed=1) != load_prompts("demo", 5)
