@@ -83,6 +83,10 @@ def bench(
     Console(width=None if sys.stdout.isatty() else 140).print(results_table(results))
     picture = _picture(results, out / "results.png")
     typer.echo(f"Records and results: {out}\nPicture: {picture or 'none, it needs specdec[plot]'}")
+    for arm in results["arms"]:
+        if arm["failed"]:
+            count, reason = f"{arm['failed']} of {arm['prompts']}", arm["failures"][0]["reason"]
+            typer.echo(f"specdec: {arm['name']}: {count} prompts failed: {reason}", err=True)
     typer.echo(json.dumps(_summary(results, picture)))
     check_results(results)
 
@@ -99,7 +103,15 @@ def _picture(results: dict[str, Any], path: Path) -> Path | None:
 
 def _summary(results: dict[str, Any], picture: Path | None) -> dict[str, Any]:
     """The last line of output, for machines."""
-    keys = ("name", "tau", "decode_tokens_per_s", "speedup_vs_plain", "speedup_vs_hf", "mismatches")
+    keys = (
+        "name",
+        "tau",
+        "decode_tokens_per_s",
+        "speedup_vs_plain",
+        "speedup_vs_hf",
+        "mismatches",
+        "failed",
+    )
     arms = [{key: arm[key] for key in keys} for arm in results["arms"]]
     return {"schema": results["schema"], "picture": picture and str(picture), "arms": arms}
 
