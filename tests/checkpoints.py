@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 WEIGHTS = "model.safetensors"
 
 
-def save_tokenizer(folder: Path, first: int = 32) -> None:
+def save_tokenizer(folder: Path, first: int = 0) -> None:
     """One token a character; another `first` is another tokenizer with the same characters."""
     letters = {chr(32 + (i + first) % 97): i for i in range(97)}
     inner = Tokenizer(models.WordLevel(letters, unk_token="~"))

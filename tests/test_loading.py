@@ -125,7 +125,7 @@ def test_an_empty_prompt_is_refused(checkpoint):
 
 def test_a_drafter_with_another_tokenizer_is_refused(checkpoint, tmp_path):
     other = save_checkpoint(tmp_path / "other")
-    save_tokenizer(other, first=40)
+    save_tokenizer(other, first=8)
     drafter = f'{{"type": "draft_model", "path": "{other}"}}'
     done = generate(checkpoint, "--drafter", drafter)
     assert refused(done, str(other), "another tokenizer", "97 of 97", "the target's own tokenizer")

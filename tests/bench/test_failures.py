@@ -119,7 +119,7 @@ def test_a_prompt_that_does_not_fit_into_memory_alone_says_what_helps(folder, mo
 def test_a_drafter_that_is_not_there_or_of_another_tokenizer_is_bad_input(folder, kind):
     other = save_checkpoint(folder / "other")
     arms = f"arms=[{{type: {kind}, options: {{path: {other}}}}}]"
-    save_tokenizer(other, first=40)
+    save_tokenizer(other, first=8)
     assert is_bad_input(bench(folder, arms, "batch_size=1"), str(other), "another tokenizer")
     (other / WEIGHTS).write_bytes(b"short")
     assert is_bad_input(bench(folder, arms, "batch_size=1"), str(other), "corrupt or truncated")
