@@ -20,9 +20,9 @@ def draw_states(num_rows, num_new):
     return torch.randn(LAYERS, 2, num_rows, HEADS, num_new, DIM)
 
 
-def write(cache, states):
+def write(cache, states, behind=0):
     """One forward: every layer writes its keys and values; returns what attention is given."""
-    cache.open(states.shape[4])
+    cache.open(states.shape[4], behind)
     return [cache.update(*states[layer], layer) for layer in range(LAYERS)]
 
 
@@ -81,6 +81,29 @@ def test_a_write_commits_nothing_until_it_is_extended_and_then_only_the_counts()
     check(cache, before)
     cache.extend([2, 0])
     check(cache, [torch.cat([before[0], new[:, :, 0, :, :2]], 3), before[1]])
+
+
+@pytest.mark.parametrize("lengths", [[3, 3], [5, 2]])
+def test_levels_of_a_tree_are_written_behind_each_other_and_then_over(lengths):
+    cache, before = fill(lengths, capacity=4)
+    levels = [draw_states(2, num_new) for num_new in (1, 3, 2)]
+    written = 0
+    for new in levels:
+        given = write(cache, new, behind=written)
+        written += new.shape[4]
+        everything = torch.cat(levels, 4)[:, :, :, :, :written]
+        for layer, states in enumerate(given):
+            for kind, seen in enumerate(states):
+                for row, length in enumerate(lengths):
+                    assert torch.equal(
+                        seen[row, :, : length + written],
+                        torch.cat([before[row], everything[:, :, row]], 3)[layer, kind],
+                    )
+    check(cache, before)
+    new = draw_states(2, 2)
+    write(cache, new)
+    cache.extend([2, 2])
+    check(cache, [torch.cat([before[row], new[:, :, row]], 3) for row in range(2)])
 
 
 def test_tokens_behind_a_rollback_are_written_over():

@@ -83,6 +83,20 @@ def test_a_node_has_at_most_width_children_and_a_level_at_most_width_parents():
         assert len(set(level)) <= 3
 
 
+def test_the_newest_beam_sees_its_own_ancestors_and_itself_among_the_expanded_nodes():
+    laws, width = [Law(3, row) for row in range(3)], 3
+    for num_levels in (1, 2, 4):
+        pool, _ = grow(laws, width, num_levels)
+        tokens, visible, levels = pool.newest
+        for row, nodes in enumerate(paths(pool.expanded())):
+            assert levels.tolist() == [len(path) - 1 for path in nodes]
+            beam = nodes[-pool.beam_size :]
+            assert tokens[row].tolist() == [path[-1] for path in beam]
+            for seen, path in zip(visible[row].tolist(), beam, strict=True):
+                ancestors = [path[: len(node)] == node for node in nodes]
+                assert seen == ancestors
+
+
 @pytest.mark.parametrize("max_nodes", [1, 2, 3, 5, 8, 13])
 @pytest.mark.parametrize(
     "levels",
