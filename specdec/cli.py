@@ -80,7 +80,8 @@ def bench(
             progress.update(task, completed=done, total=total, description=text)
 
         results = run_bench(settings, out, show)
-    Console(width=None if sys.stdout.isatty() else 140).print(results_table(results))
+    terminal = Console(width=None if sys.stdout.isatty() else 140)
+    terminal.print(results_table(results, terminal.width))
     picture = _picture(results, out / "results.png")
     typer.echo(f"Records and results: {out}\nPicture: {picture or 'none, it needs specdec[plot]'}")
     for arm in results["arms"]:

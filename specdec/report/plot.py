@@ -1,7 +1,16 @@
 """The results of a bench as a picture: speed beside acceptance by depth."""
 
 from pathlib import Path
+from textwrap import fill
 from typing import Any
+
+from specdec.report.title import results_title
+
+# Okabe and Ito's colours, which stay apart for colour-blind readers too; baselines are grey.
+_COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")
+_MARKERS = "osD^vP*X"
+_BASELINE_COLOR = "#999999"
+_NUM_BASELINES = 2
 
 
 def plot_results(results: dict[str, Any], path: Path) -> None:
@@ -16,19 +25,28 @@ def plot_results(results: dict[str, Any], path: Path) -> None:
         raise ValueError(
             "the picture needs matplotlib; install it with: pip install 'specdec[plot]'"
         ) from error
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    draw(results, Figure).savefig(path, dpi=130)
+
+
+def draw(results: dict[str, Any], figure_class: Any) -> Any:
+    """The figure, of matplotlib's class `Figure`."""
+    arms = results["arms"]
+    figure = figure_class(figsize=(11.5, max(4.6, 1.6 + 0.5 * len(arms))), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _speed(left, results["arms"])
-    _acceptance(right, results["arms"])
-    where = results["provenance"]
-    config = where["config"]
-    figure.suptitle(
-        f"{config['target']['path']}, {where['dtype']}, {where['device']}, batch "
-        f"{config['batch_size']}, T = {config['sampling']['temperature']:g}, "
-        f"{results['arms'][0]['prompts']} {config['prompts']['source']} prompts",
-        fontsize=10,
-    )
-    figure.savefig(path, dpi=130)
+    _speed(left, arms)
+    _acceptance(right, arms)
+    figure.suptitle(fill(results_title(results), 110), fontsize=10)
+    return figure
+
+
+def _color(arm: dict[str, Any], arms: list[dict[str, Any]]) -> str:
+    """The arm's colour, the same in both panels."""
+    place = arms.index(arm) - _NUM_BASELINES
+    return _BASELINE_COLOR if place < 0 else _COLORS[place % len(_COLORS)]
+
+
+def _label(arm: dict[str, Any]) -> str:
+    return fill(arm["name"], 26)
 
 
 def _speed(axes: Any, arms: list[dict[str, Any]]) -> None:
@@ -38,24 +56,43 @@ def _speed(axes: Any, arms: list[dict[str, Any]]) -> None:
     below = [max(0.0, v - low) for v, (low, _) in zip(values, intervals, strict=True)]
     above = [max(0.0, high - v) for v, (_, high) in zip(values, intervals, strict=True)]
     places = range(len(shown))
-    axes.barh(places, values, xerr=[below, above], color="#4c78a8", ecolor="#333333", capsize=3)
+    axes.barh(
+        places,
+        values,
+        xerr=[below, above],
+        color=[_color(arm, arms) for arm in shown],
+        ecolor="#333333",
+        capsize=3,
+    )
+    axes.axvline(1.0, color="#666666", linewidth=1, linestyle="--")
+    reach = max([1.0, *(v + a for v, a in zip(values, above, strict=True))])
     for place, arm, value, extra in zip(places, shown, values, above, strict=True):
         label = f"{value:.2f}x" + (f"   tau {arm['tau']:.2f}" if arm["tau"] else "")
-        axes.text(value + extra + 0.03, place, label, va="center", fontsize=9)
-    axes.axvline(1.0, color="#999999", linewidth=1, linestyle="--")
-    axes.set_yticks(places, [arm["name"] for arm in shown])
+        # The box keeps the line at 1 out of the text.
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axes.text(
+            value + extra + 0.02 * reach, place, label, va="center", fontsize=9, bbox=box, zorder=3
+        )
+    axes.set_yticks(places, [_label(arm) for arm in shown], fontsize=9)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.35 * max([1.0, *(v + a for v, a in zip(values, above, strict=True))]))
+    axes.set_xlim(0, 1.4 * reach)
     axes.set_xlabel("decode speed / plain decoding (95 % interval over prompts)")
     axes.set_title("Speed")
 
 
 def _acceptance(axes: Any, arms: list[dict[str, Any]]) -> None:
-    markers = "osD^vP*X"
     drafted = [arm for arm in arms if arm["per_depth"]]
-    for arm, marker in zip(drafted, markers * len(drafted), strict=False):
-        depths = range(1, len(arm["per_depth"]) + 1)
-        axes.plot(depths, arm["per_depth"], marker=marker, markersize=4, label=arm["name"])
+    for place, arm in enumerate(drafted):
+        axes.plot(
+            range(1, len(arm["per_depth"]) + 1),
+            arm["per_depth"],
+            marker=_MARKERS[place % len(_MARKERS)],
+            markersize=5,
+            color=_color(arm, arms),
+            # Curves that coincide stay visible: the later ones are thinner.
+            linewidth=3 - 2 * place / max(1, len(drafted) - 1),
+            label=_label(arm),
+        )
     axes.set_ylim(0, 1)
     axes.set_xlabel("depth in the draft")
     axes.set_ylabel("steps that accept at this depth / all steps")

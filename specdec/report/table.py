@@ -2,39 +2,53 @@
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
+from specdec.report.title import results_title
 
-def results_table(results: dict[str, Any]) -> Table:
-    """One row an arm; intervals are 95 % over prompts."""
-    where = results["provenance"]
-    config = where["config"]
-    title = (
-        f"{config['target']['path']} on {where['device']}, {where['dtype']}, batch "
-        f"{config['batch_size']}, T = {config['sampling']['temperature']:g}, "
-        f"{config['prompts']['source']} prompts"
+# Columns that have an interval, the one to give up first at the end.
+_INTERVALS = ("speedup_vs_plain", "tau", "speedup_vs_hf")
+
+
+def results_table(results: dict[str, Any], width: int = 140) -> Table:
+    """One row an arm, with as many 95 % intervals over prompts as fit.
+
+    Args:
+        results: the content of `results.json`.
+        width: columns of the terminal.
+    """
+    console = Console(width=1000)
+    for num_intervals in range(len(_INTERVALS), 0, -1):
+        table = _table(results, _INTERVALS[:num_intervals])
+        if console.measure(table).maximum <= width:
+            return table
+    return _table(results, ())
+
+
+def _table(results: dict[str, Any], intervals: tuple[str, ...]) -> Table:
+    table = Table(
+        title=results_title(results),
+        caption=_caption(results, bool(intervals)),
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
-    table = Table(title=title, caption="95 % intervals over prompts in brackets")
-    table.add_column("arm")
-    for column in (
-        "tau",
-        "accepted",
-        "tokens/s",
-        "vs plain",
-        "vs transformers",
-        "loop eff.",
-        "mismatch",
-        "failed",
-    ):
-        table.add_column(column, justify="right")
+    # Where a terminal is too narrow for everything, an arm's name goes on in the next line.
+    table.add_column("arm", overflow="fold")
+    headers = ("tau", "accepted", "tokens\n/s", "vs\nplain", "vs\nHF", "loop\neff.", "differ")
+    for header in (*headers, "failed"):
+        table.add_column(header, justify="right", no_wrap=True)
     for arm in results["arms"]:
         table.add_row(
             arm["name"],
-            _with_interval(arm, "tau", 2),
+            _with_interval(arm, "tau", intervals),
             "-" if not arm["acceptance_rate"] else f"{arm['acceptance_rate']:.0%}",
             _number(arm["decode_tokens_per_s"], 0),
-            _with_interval(arm, "speedup_vs_plain", 2),
-            _with_interval(arm, "speedup_vs_hf", 2),
+            _with_interval(arm, "speedup_vs_plain", intervals),
+            _with_interval(arm, "speedup_vs_hf", intervals),
             _number(arm["loop_efficiency"], 3),
             "-" if arm["mismatches"] is None else str(arm["mismatches"]),
             str(arm["failed"]),
@@ -42,13 +56,24 @@ def results_table(results: dict[str, Any]) -> Table:
     return table
 
 
+def _caption(results: dict[str, Any], has_intervals: bool) -> str:
+    lines = ["HF: transformers' generate; differ: prompts whose greedy tokens differ"]
+    if has_intervals:
+        lines.append("in brackets: 95 % intervals over prompts")
+    differences = [each for arm in results["arms"] for each in arm["differences"]]
+    gaps = [each["top2_gap"] for each in differences if each["top2_gap"] is not None]
+    if gaps:
+        lines.append(f"the two best logits where outputs part are at most {max(gaps):.2g} apart")
+    return "\n".join(lines)
+
+
 def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _with_interval(arm: dict[str, Any], key: str, digits: int) -> str:
+def _with_interval(arm: dict[str, Any], key: str, intervals: tuple[str, ...]) -> str:
     value, interval = arm[key], arm[f"{key}_ci"]
-    if value is None or interval is None:
-        return _number(value, digits)
+    if value is None or interval is None or key not in intervals:
+        return _number(value, 2)
     low, high = interval
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
