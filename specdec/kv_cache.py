@@ -88,12 +88,14 @@ class _SlotLayer(CacheLayerMixin):
 
     def append(self, other: "_SlotLayer", first: int, num_slots: int) -> None:
         """Put another cache's rows at `first` and after; rows without a token hold no keys yet."""
-        if not other.is_initialized:
-            return
         if not self.is_initialized:
+            if not other.is_initialized:
+                return
             self.lazy_initialization(other.keys, other.values)
         if len(self.keys) < self._slots.num_rows:
             self.grow()
+        if not other.is_initialized:
+            return
         for own, joining in ((self.keys, other.keys), (self.values, other.values)):
             own[first : first + len(joining), :, :num_slots] = joining[:, :, :num_slots]
 

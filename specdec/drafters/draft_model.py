@@ -51,7 +51,13 @@ class DraftModel:
         max_nodes: int | None = None,
         confidence_threshold: float = 0.0,
     ) -> None:
-        for name, value in (("num_draft_tokens", num_draft_tokens), ("width", width)):
+        if max_nodes is None:
+            max_nodes = num_draft_tokens * width
+        for name, value in (
+            ("num_draft_tokens", num_draft_tokens),
+            ("width", width),
+            ("max_nodes", max_nodes),
+        ):
             if value < 1:
                 raise ValueError(f"{name} is {value} but must be at least 1")
         if not 0 <= confidence_threshold < 1:
@@ -62,7 +68,7 @@ class DraftModel:
         self.vocab_size = vocab_size
         self.num_draft_tokens = num_draft_tokens
         self.width = width
-        self.max_nodes = num_draft_tokens if width == 1 else max_nodes or num_draft_tokens * width
+        self.max_nodes = num_draft_tokens if width == 1 else max_nodes
         self.makes_trees = width > 1
         self.confidence_threshold = confidence_threshold
         self.clock = model.clock
@@ -88,7 +94,7 @@ class DraftModel:
             target: what it drafts for; device and dtype default to the target's device and float32
                 on a CPU, the checkpoint's dtype elsewhere.
             path: "demo", a folder or a hub id.
-            adapter: folder or hub id of a LoRA adapter, merged into the model.
+            adapter: folder or hub id of a LoRA adapter; merged, unless the model is quantised.
             quantization: "8bit", "4bit" or None.
 
         Raises:
@@ -99,7 +105,7 @@ class DraftModel:
             name, dtype=dtype, device=device or target.device, quantization=quantization
         )
         if adapter is not None:
-            model = _with_adapter(model, adapter)
+            model = _with_adapter(model, adapter, is_quantized=quantization is not None)
         _check_same_tokenizer(model.tokenizer, target.tokenizer, path)
         return cls(
             model,
@@ -114,13 +120,13 @@ class DraftModel:
         self, prompts: Prompts, output: TargetOutput, sampler: Sampler, *, join: bool = False
     ) -> None:
         """Cache all but each prompt's root."""
-        committed = [list(prompt) for prompt in prompts]
+        committed = [self._known(prompt) for prompt in prompts]
         self._committed = [*self._committed, *committed] if join else committed
         self._num_committed = torch.tensor(
             [len(row) for row in self._committed], device=self.model.device
         )
         limit = self.model.max_context_len
-        self.model.prefill([prompt[:-1][:limit] for prompt in prompts], join=join)
+        self.model.prefill([row[:-1][:limit] for row in committed], join=join)
 
     def propose(self, root: Tensor, budget: Sequence[int], sampler: Sampler) -> Draft:
         """Draft a chain or a tree, each level one forward of the model."""
@@ -143,7 +149,7 @@ class DraftModel:
         lengths = []
         for row, new, cached in zip(self._committed, committed, self.model.lengths, strict=True):
             lengths.append(min(cached, len(row) + len(new) - 1))
-            row.extend(new)
+            row.extend(self._known(new))
         self.model.rollback(lengths)
         self._num_committed += verdict.num_accepted.to(self.model.device) + 1
 
@@ -167,6 +173,10 @@ class DraftModel:
         tokens = torch.tensor(padded, device=self.model.device)
         return self._fit(self.model.feed(tokens, counts))
 
+    def _known(self, tokens: Sequence[int]) -> list[int]:
+        """Tokens behind a smaller vocabulary read as its last one: any will do, none is right."""
+        return [min(token, self.model.vocab_size - 1) for token in tokens]
+
     def _fit(self, logits: Tensor) -> Tensor:
         """Crop or pad the last dimension to the target's vocabulary."""
         missing = self.vocab_size - logits.shape[-1]
@@ -177,7 +187,8 @@ class DraftModel:
     def _extend_chain(
         self, logits: Tensor, num_levels: int, budget: Sequence[int], sampler: Sampler
     ) -> Draft:
-        counts = [1] * len(budget)
+        # A row whose context is full drafts nothing and must not grow with its neighbours.
+        counts = [int(limit > 0) for limit in budget]
         chosen: list[Tensor] = []
         reported: list[Tensor] = []
         lengths = torch.tensor(budget, device=logits.device).clamp(max=num_levels)
@@ -267,14 +278,16 @@ def _to(draft: Draft, device: torch.device) -> Draft:
     )
 
 
-def _with_adapter(model: HFTarget, adapter: str) -> HFTarget:
+def _with_adapter(model: HFTarget, adapter: str, *, is_quantized: bool) -> HFTarget:
     try:
         from peft import PeftModel
     except ImportError as error:
         raise ValueError(
             "adapter needs the package peft; install it with: pip install 'specdec[train]'"
         ) from error
-    merged = PeftModel.from_pretrained(model.model, adapter).merge_and_unload()
+    adapted = PeftModel.from_pretrained(model.model, adapter)
+    # Merged into a few bits, much of a small adapter would be rounded away.
+    merged = adapted.get_base_model() if is_quantized else adapted.merge_and_unload()
     return HFTarget(merged.eval(), model.tokenizer)
 
 

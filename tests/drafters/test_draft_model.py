@@ -208,7 +208,6 @@ def test_a_smaller_vocabulary_is_padded_with_tokens_that_are_never_drafted(shape
         assert torch.count_nonzero(drafts[1].probs[:, :, 80:]) == 0
 
 
-@pytest.mark.xfail(strict=True, reason="its embedding is looked up past the end: IndexError")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_token_that_the_draft_model_does_not_know_does_not_stop_decoding(shape):
     target = model_of(tiny_llama())
@@ -237,18 +236,7 @@ def test_a_draft_model_with_a_shorter_context_stops_drafting_there(shape, batch_
             length += step.num_emitted
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        pytest.param(
-            "chain",
-            marks=pytest.mark.xfail(
-                strict=True, reason="its cache grows by every chain of its neighbours: IndexError"
-            ),
-        ),
-        "tree",
-    ],
-)
+@pytest.mark.parametrize("shape", ["chain", "tree"])
 def test_a_row_past_the_draft_models_context_never_disturbs_rows_that_join_later(shape):
     base, context = tiny_llama(), 16
     target = model_of(base)
@@ -348,16 +336,7 @@ def test_a_quantised_model_serves_as_target_and_as_drafter(wide_folder, quantiza
         assert sum(r.stats.num_accepted for r in results) > 0
 
 
-@pytest.mark.parametrize(
-    "quantization",
-    [
-        "8bit",
-        pytest.param(
-            "4bit",
-            marks=pytest.mark.xfail(strict=True, reason="merged into 4-bit weights, rounded away"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("quantization", LINEAR)
 def test_an_adapter_on_a_quantised_model_is_not_lost_to_rounding(
     wide_folder, tmp_path, quantization
 ):
@@ -365,13 +344,15 @@ def test_an_adapter_on_a_quantised_model_is_not_lost_to_rounding(
     peft = pytest.importorskip("peft")
     save_adapter(load_target(str(wide_folder)).model, tmp_path, scale=0.1)
     target = load_target(str(wide_folder))
-    quantised = load_target(str(wide_folder), quantization=quantization).model
-    without = logits_of(quantised)
-    change = logits_of(peft.PeftModel.from_pretrained(quantised, tmp_path).eval()) - without
+    # Each copy runs once: after its first forward bitsandbytes' 4-bit CPU kernel rounds otherwise.
+    plain, base = (load_target(str(wide_folder), quantization=quantization) for _ in range(2))
+    adapted = peft.PeftModel.from_pretrained(base.model, tmp_path).eval()
     drafter = DraftModel.load(
         target, str(wide_folder), adapter=str(tmp_path), quantization=quantization
     )
-    assert off_by(logits_of(drafter.model.model) - without, change) < 0.1
+    ours = logits_of(drafter.model.model)
+    assert off_by(ours, logits_of(adapted)) < 0.01
+    assert off_by(ours, logits_of(plain.model)) > 0.1, "the adapter changes nothing"
 
 
 @pytest.mark.parametrize(
@@ -379,11 +360,7 @@ def test_an_adapter_on_a_quantised_model_is_not_lost_to_rounding(
     [
         ({"num_draft_tokens": 0}, "num_draft_tokens is 0 but must be at least 1"),
         ({"width": 0}, "width is 0 but must be at least 1"),
-        pytest.param(
-            {"width": 2, "max_nodes": 0},
-            "max_nodes is 0 but must be at least 1",
-            marks=pytest.mark.xfail(strict=True, reason="0 counts as not given"),
-        ),
+        ({"width": 2, "max_nodes": 0}, "max_nodes is 0 but must be at least 1"),
         ({"confidence_threshold": 1.0}, r"confidence_threshold is 1.0 but must be in \[0, 1\)"),
         ({"confidence_threshold": -0.1}, r"confidence_threshold is -0.1 but must be in \[0, 1\)"),
     ],
