@@ -87,13 +87,14 @@ class _LoopArm:
             prompts,
             [SamplingConfig(**vars(config.sampling), seed=config.seed + i) for i in indices],
             max_new_tokens=_room(config, target, prompts),
+            batch_size=config.batch_size,
             rule=config.rule,
         )
         if any(result.finish_reason == "interrupted" for result in results):
             raise KeyboardInterrupt
         # Rows have left the cache one by one; all were equally large.
-        cache = target.cache
-        self.cache_bytes = cache.num_bytes // len(cache.lengths) * len(prompts)
+        cache, num_rows = target.cache, min(config.batch_size, len(prompts))
+        self.cache_bytes = cache.num_bytes // len(cache.lengths) * num_rows
         return [Run(r.tokens, 1, r.ttft_s, r.decode_s, r.records) for r in results]
 
 
@@ -151,6 +152,12 @@ class _HFArm:
         self._config, self._target, self._options = config, target, options
 
     def __call__(self, prompts: Sequence[list[int]], indices: Sequence[int]) -> list[Run]:
+        size = self._config.batch_size
+        room = _room(self._config, self._target, prompts)
+        batches = [slice(first, first + size) for first in range(0, len(prompts), size)]
+        return [run for b in batches for run in self._decode(prompts[b], indices[b], room)]
+
+    def _decode(self, prompts: Sequence[list[int]], indices: Sequence[int], room: int) -> list[Run]:
         target = self._target
         width = max(map(len, prompts))
         pad = target.eos_token_ids[0] if target.eos_token_ids else 0
@@ -168,7 +175,7 @@ class _HFArm:
             out = target.model.generate(
                 torch.tensor(ids, device=target.device),
                 attention_mask=torch.tensor(mask, device=target.device),
-                max_new_tokens=_room(self._config, target, prompts),
+                max_new_tokens=room,
                 pad_token_id=pad,
                 stopping_criteria=[stamps],
                 **self._sampling(width),

@@ -61,7 +61,12 @@ class SamplingOptions:
 
 @dataclass
 class BenchConfig:
-    """A whole run. "plain" and "hf_generate" are always measured beside the arms."""
+    """A whole run. "plain" and "hf_generate" are always measured beside the arms.
+
+    Each arm is given `prompts_per_call` prompts at a time, 0 for one batch of them, and then it is
+    the next arm's turn. With more than a batch, rows of our loop that finish make room for the
+    next prompt; transformers decodes one batch after the other.
+    """
 
     target: TargetConfig = field(default_factory=TargetConfig)
     prompts: PromptConfig = field(default_factory=PromptConfig)
@@ -69,10 +74,16 @@ class BenchConfig:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     max_new_tokens: int = 64
     batch_size: int = 1
+    prompts_per_call: int = 0
     repeats: int = 3
     seed: int = 0
     threads: int = 2
     rule: str = "token"
+
+    @property
+    def call_size(self) -> int:
+        """Prompts that an arm is given at a time."""
+        return self.prompts_per_call or self.batch_size
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> BenchConfig:
@@ -148,6 +159,11 @@ def _check_values(config: BenchConfig) -> None:
     for name in ("max_new_tokens", "batch_size", "repeats", "threads"):
         if getattr(config, name) < 1:
             raise ValueError(f"config {name} is {getattr(config, name)} but must be at least 1")
+    if config.prompts_per_call and config.prompts_per_call < config.batch_size:
+        raise ValueError(
+            f"config prompts_per_call is {config.prompts_per_call} but must be 0 or at least "
+            f"batch_size, {config.batch_size}"
+        )
     if config.prompts.num < 1:
         raise ValueError(f"config prompts.num is {config.prompts.num} but must be at least 1")
     try:

@@ -1,10 +1,10 @@
-"""What a batch gave when one arm decoded it once."""
+"""What a call gave when one arm decoded its prompts once."""
 
 from dataclasses import dataclass, field
 
 from specdec.metrics import StepRecord
 
-Key = tuple[int, int, str]  # repeat, batch, arm
+Key = tuple[int, int, str]  # repeat, call, arm
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,14 @@ class Memory:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run for each prompt of the batch, or the reason why there is none."""
+    """What one call gave.
+
+    Attributes:
+        rows: a run for each prompt, or the reason why there is none.
+        wall_s: seconds of the whole call, prefills included; None if a prompt failed.
+        memory: see `Memory`.
+    """
 
     rows: list[Run | str]
+    wall_s: float | None
     memory: Memory

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from specdec.bench.arms import Arm, build_arms
-from specdec.bench.batches import PROMPT_ERRORS, decode_batch
+from specdec.bench.calls import PROMPT_ERRORS, decode_call
 from specdec.bench.config import BenchConfig
 from specdec.bench.differences import find_differences
 from specdec.bench.outcome import Key, Outcome
 from specdec.bench.prompts import load_prompts, render
 from specdec.bench.provenance import collect, fingerprint
 from specdec.bench.store import RunStore, replace_file
-from specdec.bench.summary import failures, peak_memory, summarise, tabulate
+from specdec.bench.summary import failures, peak_memory, summarise, tabulate, throughput
 from specdec.bench.turns import unfold_turns
 from specdec.request import encode
 from specdec.targets.hf import HFTarget
@@ -37,14 +37,14 @@ def run_bench(
     Args:
         config: see `load_config`.
         folder: for `records.jsonl` and `results.json`.
-        progress: called with batches done, batches in all, and what runs next.
+        progress: called with calls done, calls in all, and what runs next.
 
     Returns:
         The content of `results.json`; `check_results` says whether it stands.
 
     Raises:
         ValueError: bad configuration, prompts, or a folder of another configuration.
-        OSError: the folder cannot be written, or is full; finished batches are kept.
+        OSError: the folder cannot be written, or is full; finished calls are kept.
     """
     torch.set_num_threads(config.threads)
     get_rule(config.rule)
@@ -81,9 +81,11 @@ def _arms(
     tables = tabulate(config, done, _names(config), len(ids))
     arms = summarise(config, tables, find_differences(config, tables, target, ids))
     for arm in arms:
-        memory = peak_memory(o for (_, _, name), o in done.items() if name == arm["name"])
+        outcomes = [outcome for (_, _, name), outcome in done.items() if name == arm["name"]]
+        memory = peak_memory(outcomes)
         arm["peak_device_bytes"] = memory["peak_device_bytes"]
         arm["cache_bytes"] = memory["cache_bytes"]
+        arm["batch_tokens_per_s"] = throughput(outcomes)
         arm["failures"] = failures(config, done, arm["name"])
     return arms
 
@@ -128,28 +130,28 @@ def _run_missing(
     store: RunStore,
     progress: Callable[[int, int, str], None],
 ) -> None:
-    size = config.batch_size
-    batches = [ids[i : i + size] for i in range(0, len(ids), size)]
+    size = config.call_size
+    calls = [ids[i : i + size] for i in range(0, len(ids), size)]
     names = _names(config)
-    total = config.repeats * len(batches) * len(names)
+    total = config.repeats * len(calls) * len(names)
     done = len(store.done)
     if done < total:
         for name, arm in build_arms(config, target).items():
             progress(done, total, f"warm-up {name}")
-            _warm_up(arm, batches[0])
+            _warm_up(arm, calls[0][: config.batch_size])
     for repeat in range(config.repeats):
-        if all((repeat, b, name) in store.done for b in range(len(batches)) for name in names):
+        if all((repeat, c, name) in store.done for c in range(len(calls)) for name in names):
             continue
         arms = build_arms(config, target)
-        for index, batch in enumerate(batches):
+        for index, call in enumerate(calls):
             # Another arm goes first each time, so that none always meets a cold machine.
             turn = (repeat + index) % len(names)
             for name in names[turn:] + names[:turn]:
                 if (repeat, index, name) in store.done:
                     continue
-                progress(done, total, f"{name}, repeat {repeat + 1}, batch {index + 1}")
-                indices = range(index * size, index * size + len(batch))
-                outcome = decode_batch(arms[name], batch, indices, target.device)
+                progress(done, total, f"{name}, repeat {repeat + 1}, call {index + 1}")
+                indices = range(index * size, index * size + len(call))
+                outcome = decode_call(arms[name], call, indices, target.device)
                 store.add((repeat, index, name), outcome)
                 done += 1
                 progress(done, total, name)

@@ -15,10 +15,10 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunStore:
-    """`records.jsonl`: a line a step ("kind": "step"), and one a finished batch ("batch").
+    """`records.jsonl`: a line a step ("kind": "step"), and one a finished call ("call").
 
-    A batch counts when its line and those of all its steps are whole. What else a killed run or a
-    full disk left behind is dropped, and that batch decoded again.
+    A call counts when its line and those of all its steps are whole. What else a killed run or a
+    full disk left behind is dropped, and that call decoded again.
 
     Args:
         folder: made if it is not there.
@@ -57,14 +57,14 @@ class RunStore:
                 kept.append(line)
             elif kind == "step":
                 found.setdefault(_take_key(row), []).append((line, StepRecord(**row)))
-            elif kind == "batch":
+            elif kind == "call":
                 self._check_origin(written_by, fingerprint)
                 key = _take_key(row)
                 steps = found.pop(key, [])
                 if len(steps) == row["num_steps"]:
                     self.done[key] = _outcome(row, [record for _, record in steps])
                     kept += [*(line for line, _ in steps), line]
-        # Nothing is kept of a run that finished no batch: its folder serves any configuration.
+        # Nothing is kept of a run that finished no call: its folder serves any configuration.
         if not self.done:
             kept = []
         if kept != lines:
@@ -79,12 +79,12 @@ class RunStore:
             )
 
     def add(self, key: Key, outcome: Outcome) -> None:
-        """Store a finished batch of one arm.
+        """Store a finished call of one arm.
 
         Raises:
             OSError: it could not be written; what was added before is kept.
         """
-        where = {"repeat": key[0], "batch": key[1], "arm": key[2]}
+        where = {"repeat": key[0], "call": key[1], "arm": key[2]}
         records = [r for row in outcome.rows if isinstance(row, Run) for r in row.records]
         brief = [
             {"error": row}
@@ -92,11 +92,16 @@ class RunStore:
             else {name: value for name, value in vars(row).items() if name != "records"}
             for row in outcome.rows
         ]
-        batch = {"num_steps": len(records), "rows": brief, "memory": asdict(outcome.memory)}
+        call = {
+            "num_steps": len(records),
+            "rows": brief,
+            "wall_s": outcome.wall_s,
+            "memory": asdict(outcome.memory),
+        }
         try:
             for record in records:
                 self._write({"kind": "step", **where, **asdict(record)})
-            self._write({"kind": "batch", **where, **batch})
+            self._write({"kind": "call", **where, **call})
             self._file.flush()
         except OSError as error:
             raise _trouble(self._path.parent, error) from error
@@ -135,7 +140,7 @@ def _trouble(folder: Path, error: OSError) -> OSError:
         return error
     if error.errno in _NO_SPACE:
         return OSError(
-            f"no space left in {str(folder)!r} ({error.strerror}); finished batches are kept in "
+            f"no space left in {str(folder)!r} ({error.strerror}); finished calls are kept in "
             "records.jsonl: make room and give the same command again"
         )
     return PermissionError(
@@ -154,7 +159,7 @@ def _parsed(line: bytes) -> dict[str, Any]:
 
 
 def _take_key(row: dict[str, Any]) -> Key:
-    return row.pop("repeat"), row.pop("batch"), row.pop("arm")
+    return row.pop("repeat"), row.pop("call"), row.pop("arm")
 
 
 def _outcome(row: dict[str, Any], steps: list[StepRecord]) -> Outcome:
@@ -172,4 +177,4 @@ def _outcome(row: dict[str, Any], steps: list[StepRecord]) -> Outcome:
         else:
             has_steps = bool(steps) and len(brief["tokens"]) > 1
             rows.append(Run(**brief, records=next(remaining) if has_steps else []))
-    return Outcome(rows, Memory(**row["memory"]))
+    return Outcome(rows, row["wall_s"], Memory(**row["memory"]))

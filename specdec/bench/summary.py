@@ -35,7 +35,7 @@ def tabulate(
     config: BenchConfig, done: dict[Key, Outcome], names: list[str], num_prompts: int
 ) -> dict[str, Table]:
     """Runs of every arm [prompt][repeat]; None where one failed."""
-    size = config.batch_size
+    size = config.call_size
     tables: dict[str, Table] = {}
     for name in names:
         rows = [
@@ -55,8 +55,8 @@ def tabulate(
 def failures(config: BenchConfig, done: dict[Key, Outcome], name: str) -> list[dict[str, Any]]:
     """Prompts that an arm failed on, with the reason, in each repeat."""
     return [
-        {"prompt": batch * config.batch_size + place, "repeat": repeat, "reason": row}
-        for (repeat, batch, arm), outcome in sorted(done.items())
+        {"prompt": call * config.call_size + place, "repeat": repeat, "reason": row}
+        for (repeat, call, arm), outcome in sorted(done.items())
         if arm == name
         for place, row in enumerate(outcome.rows)
         if isinstance(row, str)
@@ -71,6 +71,13 @@ def peak_memory(outcomes: Iterable[Outcome]) -> dict[str, int | None]:
         values = [getattr(memory, item.name) for memory in memories]
         peaks[item.name] = max((value for value in values if value is not None), default=None)
     return peaks
+
+
+def throughput(outcomes: Iterable[Outcome]) -> float | None:
+    """Tokens of all rows over the wall time of their calls, prefills included."""
+    timed = [(outcome.rows, outcome.wall_s) for outcome in outcomes if outcome.wall_s]
+    tokens = sum(len(run.tokens) for rows, _ in timed for run in rows if isinstance(run, Run))
+    return tokens / sum(wall_s for _, wall_s in timed) if timed else None
 
 
 def _arm(name: str, tables: dict[str, Table], config: BenchConfig) -> dict[str, Any]:
@@ -95,7 +102,6 @@ def _arm(name: str, tables: dict[str, Table], config: BenchConfig) -> dict[str, 
         **_speedup("speedup_vs_plain", table, tables["plain"], _speed),
         **_speedup("speedup_vs_hf", table, tables["hf_generate"], _speed),
         **_speedup("end_to_end_speedup_vs_plain", table, tables["plain"], _end_to_end_speed),
-        "batch_tokens_per_s": _batch_speed(table, config),
         "ttft_s": _percentiles([run.ttft_s for run in runs]),
         "itl_s": _percentiles([1 / speed for speed in speeds]),
         "loop_efficiency": _efficiency(records),
@@ -142,19 +148,6 @@ def _speedup(
         if finite:
             ratios.append(median(finite))
     return {key: _mean(ratios), f"{key}_ci": _mean_interval(ratios)}
-
-
-def _batch_speed(table: Table, config: BenchConfig) -> float | None:
-    """Tokens of all rows over the wall time of their batches, prefill excluded."""
-    tokens, seconds = 0, 0.0
-    for repeat in range(config.repeats):
-        for first in range(0, len(table), config.batch_size):
-            rows = [row[repeat] for row in table[first : first + config.batch_size]]
-            runs = [run for run in rows if run is not None]
-            if runs:
-                tokens += sum(len(run.tokens) - run.num_first for run in runs)
-                seconds += max(run.decode_s for run in runs)
-    return tokens / seconds if seconds else None
 
 
 def _mean(values: list[float]) -> float | None:

@@ -69,6 +69,28 @@ def test_a_bench_measures_every_arm_and_its_figures_add_up(config, tmp_path):
     assert written["arms"] == json.loads(json.dumps(results["arms"]))
 
 
+def test_with_more_prompts_a_call_than_rows_the_batch_stays_full_and_no_token_changes(
+    config, tmp_path
+):
+    (tmp_path / "prompts.txt").write_text("hello hello\nabcabcab\nx\nqrs\nsee the sea")
+    options = ["arms=[{type: ngram}]", "repeats=1", "max_new_tokens=24"]
+    alone = run_bench(load_config(str(config), options), tmp_path / "alone")
+    settings = load_config(str(config), [*options, "batch_size=2", "prompts_per_call=5"])
+    joined = run_bench(settings, tmp_path / "joined")
+    rows = [json.loads(line) for line in (tmp_path / "joined/records.jsonl").open()]
+    calls = {row["arm"]: row for row in rows if row["kind"] == "call"}
+    assert len([row for row in rows if row["kind"] == "call"]) == 3
+    steps = [row for row in rows if row["kind"] == "step" and row["arm"] == "plain"]
+    # Five rows, two at a time: only the last ones of the fifth decode alone.
+    assert sum(row["batch_size"] == 2 for row in steps) == 4 * 23
+    for a in joined["arms"]:
+        call = calls[a["name"]]
+        assert a["mismatches"] == 0
+        assert a["tokens"] == arm(alone, a["name"])["tokens"] == 5 * 24
+        assert a["batch_tokens_per_s"] == pytest.approx(5 * 24 / call["wall_s"])
+        assert call["wall_s"] > max(row["ttft_s"] + row["decode_s"] for row in call["rows"])
+
+
 def test_the_schema_describes_every_key_and_refuses_others(config, tmp_path):
     results = json.loads(
         json.dumps(run_bench(load_config(str(config), ["arms=[]"]), tmp_path / "out"))
@@ -101,7 +123,7 @@ def test_a_killed_run_resumes_and_keeps_what_it_had(config, tmp_path, monkeypatc
     after = records.read_text()
     assert after.startswith(before)
     batches = [json.loads(line) for line in after.splitlines()]
-    keys = [(b["repeat"], b["batch"], b["arm"]) for b in batches if b["kind"] == "batch"]
+    keys = [(b["repeat"], b["call"], b["arm"]) for b in batches if b["kind"] == "call"]
     assert len(keys) == len(set(keys)) == 2 * 3 * 5
     finished = json.loads((folder / "results.json").read_text())
     again = json.loads(json.dumps(run_bench(settings, folder)["arms"]))
@@ -131,6 +153,7 @@ def test_a_folder_of_another_configuration_or_of_other_prompts_is_refused(config
         ("arms=[ngram]", "arms.0 is 'ngram' but must be a mapping"),
         ("arms=[{type: ngram, options: [3]}]", "options is .* must be a mapping"),
         ("sampling.top_p=0", "sampling.top_p is 0.0 but must be in"),
+        ("prompts_per_call=-1", "prompts_per_call is -1 but must be 0 or at least batch_size, 1"),
         ("sampling.min_new_tokens=13", "at most max_new_tokens, 12"),
         ("batch_size=2", "'assisted' .* one prompt at a time, but batch_size is 2"),
     ],

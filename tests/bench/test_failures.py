@@ -163,7 +163,7 @@ def test_a_full_disk_fails_the_run_and_the_same_command_goes_on(folder):
     assert "no space left" in done.stderr
     assert "same command again" in done.stderr
     records = folder / "out" / "records.jsonl"
-    kept = [line for line in records.read_text().splitlines() if '"kind": "batch"' in line]
+    kept = [line for line in records.read_text().splitlines() if '"kind": "call"' in line]
     assert len(kept) > 0
     done = bench(folder, "batch_size=2")
     assert done.exit_code == 0, done.stderr
@@ -181,14 +181,14 @@ def test_a_run_that_was_killed_goes_on_from_its_records(folder):
     )
     try:
         for _ in range(600):
-            if records.exists() and records.read_bytes().count(b'"batch", "repeat"') > 20:
+            if records.exists() and records.read_bytes().count(b'"call", "repeat"') > 20:
                 break
             assert process.poll() is None
             time.sleep(0.1)
     finally:
         process.kill()
     assert process.wait() == -signal.SIGKILL
-    before = [line for line in records.read_text().splitlines() if '"kind": "batch"' in line]
+    before = [line for line in records.read_text().splitlines() if '"kind": "call"' in line]
     assert len(before) > 20
 
     from specdec.bench.config import load_config
@@ -198,7 +198,7 @@ def test_a_run_that_was_killed_goes_on_from_its_records(folder):
 
     config = load_config(str(folder / "bench.yaml"), overrides)
     prompts = load_prompts(config.prompts.source, config.prompts.num)
-    records.write_bytes(records.read_bytes() + b'{"kind": "batch", "repeat": 0, "half')
+    records.write_bytes(records.read_bytes() + b'{"kind": "call", "repeat": 0, "half')
     store = RunStore(folder / "out", fingerprint(config, prompts))
     store.close()
     assert len(store.done) == len(before)

@@ -16,7 +16,7 @@ def run(num_steps):
 
 
 def outcome(*rows):
-    return Outcome(list(rows), Memory(peak_rss_bytes=9, peak_device_bytes=None, cache_bytes=4))
+    return Outcome(list(rows), 1.5, Memory(peak_rss_bytes=9, peak_device_bytes=None, cache_bytes=4))
 
 
 def stored(folder, *outcomes):
@@ -127,4 +127,4 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, small_disk):
 
 def test_every_line_says_what_it_is(tmp_path):
     _, lines = stored(tmp_path, outcome(run(1), "broken"))
-    assert [json.loads(line)["kind"] for line in lines] == ["run", "step", "batch"]
+    assert [json.loads(line)["kind"] for line in lines] == ["run", "step", "call"]

@@ -1,5 +1,6 @@
-"""Decode one batch with one arm, and keep what can be kept when something goes wrong."""
+"""Decode some prompts with one arm, and keep what can be kept when something goes wrong."""
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -14,10 +15,10 @@ PROMPT_ERRORS = (ValueError, RuntimeError, MemoryError, FloatingPointError)
 Prompts = Sequence[list[int]]
 
 
-def decode_batch(
+def decode_call(
     arm: Arm, prompts: Prompts, indices: Sequence[int], device: torch.device
 ) -> Outcome:
-    """Decode a batch; prompts that fail are found, left out, and the others decoded without them.
+    """Decode prompts; those that fail are found, left out, and the others decoded without them.
 
     Args:
         arm: decodes them.
@@ -31,9 +32,12 @@ def decode_batch(
     on_cuda = device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(device)
+    started = time.perf_counter()
     rows = _rows(arm, prompts, indices)
+    took = time.perf_counter() - started
+    wall_s = None if any(isinstance(row, str) for row in rows) else took
     peak = torch.cuda.max_memory_allocated(device) if on_cuda else None
-    return Outcome(rows, Memory(peak_rss_bytes(), peak, arm.cache_bytes))
+    return Outcome(rows, wall_s, Memory(peak_rss_bytes(), peak, arm.cache_bytes))
 
 
 def _rows(arm: Arm, prompts: Prompts, indices: Sequence[int]) -> list[Run | str]:
