@@ -55,3 +55,8 @@ class Outcome:
     rows: list[Run | str]
     wall_s: float | None
     memory: Memory
+
+    @property
+    def runs(self) -> list[Run]:
+        """Of the prompts that did not fail."""
+        return [row for row in self.rows if isinstance(row, Run)]

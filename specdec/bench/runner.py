@@ -85,7 +85,7 @@ def _arms(
         memory = peak_memory(outcomes)
         arm["peak_device_bytes"] = memory["peak_device_bytes"]
         arm["cache_bytes"] = memory["cache_bytes"]
-        arm["batch_tokens_per_s"] = throughput(outcomes)
+        arm.update(throughput(outcomes, config.batch_size))
         arm["failures"] = failures(config, done, arm["name"])
     return arms
 

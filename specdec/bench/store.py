@@ -85,7 +85,7 @@ class RunStore:
             OSError: it could not be written; what was added before is kept.
         """
         where = {"repeat": key[0], "call": key[1], "arm": key[2]}
-        records = [r for row in outcome.rows if isinstance(row, Run) for r in row.records]
+        records = [record for run in outcome.runs for record in run.records]
         brief = [
             {"error": row}
             if isinstance(row, str)

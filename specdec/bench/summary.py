@@ -73,11 +73,28 @@ def peak_memory(outcomes: Iterable[Outcome]) -> dict[str, int | None]:
     return peaks
 
 
-def throughput(outcomes: Iterable[Outcome]) -> float | None:
-    """Tokens of all rows over the wall time of their calls, prefills included."""
-    timed = [(outcome.rows, outcome.wall_s) for outcome in outcomes if outcome.wall_s]
-    tokens = sum(len(run.tokens) for rows, _ in timed for run in rows if isinstance(run, Run))
-    return tokens / sum(wall_s for _, wall_s in timed) if timed else None
+def throughput(outcomes: Iterable[Outcome], batch_size: int) -> dict[str, float | None]:
+    """Tokens of all rows a second: over whole calls, prefills included, and while decoding.
+
+    Calls with a failed prompt are left out.
+    """
+    timed = [(outcome.runs, outcome.wall_s) for outcome in outcomes if outcome.wall_s]
+    tokens = sum(len(run.tokens) for runs, _ in timed for run in runs)
+    later = sum(len(run.tokens) - run.num_first for runs, _ in timed for run in runs)
+    decoding = sum(_decoding_s(runs, batch_size) for runs, _ in timed)
+    return {
+        "batch_tokens_per_s": tokens / sum(wall_s for _, wall_s in timed) if timed else None,
+        "batch_decode_tokens_per_s": later / decoding if decoding else None,
+    }
+
+
+def _decoding_s(runs: list[Run], batch_size: int) -> float:
+    """Seconds of a call's decode steps; without records, of its batches' first to last chunks."""
+    records = [record for run in runs for record in run.records]
+    if records:
+        return _times(records)["wall"]
+    batches = [runs[first : first + batch_size] for first in range(0, len(runs), batch_size)]
+    return sum(max(run.decode_s for run in batch) for batch in batches)
 
 
 def _arm(name: str, tables: dict[str, Table], config: BenchConfig) -> dict[str, Any]:

@@ -88,6 +88,7 @@ def test_with_more_prompts_a_call_than_rows_the_batch_stays_full_and_no_token_ch
         assert a["mismatches"] == 0
         assert a["tokens"] == arm(alone, a["name"])["tokens"] == 5 * 24
         assert a["batch_tokens_per_s"] == pytest.approx(5 * 24 / call["wall_s"])
+        assert a["batch_decode_tokens_per_s"] > a["batch_tokens_per_s"] * 23 / 24
         assert call["wall_s"] > max(row["ttft_s"] + row["decode_s"] for row in call["rows"])
 
 
