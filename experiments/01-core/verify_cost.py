@@ -32,7 +32,11 @@ def tree(vocab_size: int, generator: torch.Generator, device: torch.device) -> D
     parents = [node // CHILDREN - 1 for node in range(NUM_NODES)]
     noise = torch.rand(BATCH_SIZE, vocab_size, generator=generator)
     tokens = noise.topk(NUM_NODES).indices.to(device)
-    return Draft.tree(tokens, torch.tensor(parents, device=device).expand(BATCH_SIZE, -1))
+    depth = 0
+    node = NUM_NODES - 1
+    while node >= 0:  # the last node is a deepest one
+        node, depth = parents[node], depth + 1
+    return Draft.tree(tokens, torch.tensor(parents, device=device), depth=depth)
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -92,9 +92,7 @@ class _LoopArm:
         )
         if any(result.finish_reason == "interrupted" for result in results):
             raise KeyboardInterrupt
-        # Rows have left the cache one by one; all were equally large.
-        cache, num_rows = target.cache, min(config.batch_size, len(prompts))
-        self.cache_bytes = cache.num_bytes // len(cache.lengths) * num_rows
+        self.cache_bytes = target.cache.num_bytes
         return [Run(r.tokens, 1, r.ttft_s, r.decode_s, r.records) for r in results]
 
 

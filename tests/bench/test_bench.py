@@ -83,6 +83,7 @@ def test_with_more_prompts_a_call_than_rows_the_batch_stays_full_and_no_token_ch
     steps = [row for row in rows if row["kind"] == "step" and row["arm"] == "plain"]
     # Five rows, two at a time: only the last ones of the fifth decode alone.
     assert sum(row["batch_size"] == 2 for row in steps) == 4 * 23
+    assert arm(joined, "plain")["cache_bytes"] == 2 * arm(alone, "plain")["cache_bytes"]
     for a in joined["arms"]:
         call = calls[a["name"]]
         assert a["mismatches"] == 0
