@@ -158,6 +158,12 @@ class SlotCache(Cache):
         """Bytes of keys and values allocated now."""
         return sum(layer.num_bytes for layer in self._slot_layers)
 
+    @property
+    def bytes_per_row(self) -> int:
+        """Bytes of keys and values that each row's slots take now."""
+        layers = [layer for layer in self._slot_layers if layer.is_initialized]
+        return sum(layer.num_bytes // len(layer.keys) for layer in layers)
+
     def open(self, num_new: int, behind: int = 0) -> int:
         """Make room for `num_new` tokens a row, `behind` the committed ones; returns the end slot.
 

@@ -92,7 +92,9 @@ class _LoopArm:
         )
         if any(result.finish_reason == "interrupted" for result in results):
             raise KeyboardInterrupt
-        self.cache_bytes = target.cache.num_bytes
+        # The last rows may have been few, but each was as large as in a full batch.
+        cache = target.cache
+        self.cache_bytes = cache.bytes_per_row * min(config.batch_size, len(prompts))
         return [Run(r.tokens, 1, r.ttft_s, r.decode_s, r.records) for r in results]
 
 
