@@ -1,5 +1,6 @@
 """Every command and every block of the README runs."""
 
+import json
 import re
 import subprocess
 import sys
@@ -53,3 +54,16 @@ def test_specdec_commands_run(command, tmp_path):
 def test_scripts_exist_and_parse(command):
     script = ROOT / command.split()[1]
     subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_the_measured_table_says_what_the_committed_results_say():
+    results = json.loads((ROOT / "experiments/01-core/batch1/results.json").read_text())
+    section = README.split("## Measured")[1].split("\n## ")[0]
+    table = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:1] == "|"]
+    assert len(table) == 2 + len(results["arms"])
+    for row, arm in zip(table[2:], results["arms"], strict=True):
+        for shown, key in zip(row[1:], ("tau", "speedup_vs_plain", "speedup_vs_hf"), strict=True):
+            value, interval = arm[key], arm[f"{key}_ci"]
+            given = [float(number) for number in re.findall(r"\d+\.\d+", shown)]
+            wanted = [] if value is None else [value, *interval] if len(given) > 1 else [value]
+            assert given == [round(number, 2) for number in wanted], arm["name"]
