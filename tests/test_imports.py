@@ -14,7 +14,7 @@ FLOORS = [
     ["verify"],
     ["randomness", "sampling_config", "penalties", "sampling", "metrics", "clock"],
     ["interfaces"],
-    ["demo", "text", "kv_cache"],
+    ["demo", "text", "kv_cache", "checkpoints"],
     ["targets"],
     ["drafters"],
     ["registry", "request"],

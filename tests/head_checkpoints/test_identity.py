@@ -1,0 +1,119 @@
+"""Which target a head belongs to: facts that survive loading, and the refusal of another."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from checkpoints import save_checkpoint, save_tokenizer
+from tiny_models import perturbed, tiny_llama, tiny_target
+
+from specdec import load_target
+from specdec.checkpoints import HeadCheckpoint, check_target, identify_target
+from specdec.targets.hf import HFTarget
+
+
+def head_for(identity, **options):
+    return HeadCheckpoint("eagle3", options, {}, target=identity)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_a_target_keeps_its_identity_in_every_dtype_and_on_disk(tmp_path, stored, dtype):
+    model = tiny_llama().to(stored)
+    folder = save_checkpoint(tmp_path / "model", model)
+    loaded = identify_target(load_target(str(folder), dtype=dtype))
+    assert loaded.weights == identify_target(HFTarget(model)).weights
+    assert loaded.weights is not None
+    assert loaded == identify_target(load_target(str(folder)))
+
+
+def test_the_name_is_the_last_folder_so_that_no_path_of_this_machine_is_written(tmp_path):
+    folder = save_checkpoint(tmp_path / "secret" / "model")
+    assert identify_target(load_target(str(folder))).name == "model"
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("org/model", "org/model"),
+        ("/home/me/.cache/hub/models--org--model/snapshots/0a1b", "org/model"),
+        ("~/models/mine", "mine"),
+        ("some/where/mine/", "mine"),
+        ("", None),
+    ],
+)
+def test_a_hub_id_is_kept_whole(path, name):
+    target = tiny_target()
+    target.model.config._name_or_path = path
+    assert identify_target(target).name == name
+
+
+def test_sizes_are_those_of_the_target():
+    identity = identify_target(tiny_target(vocab_size=83, num_layers=3))
+    assert (identity.hidden_size, identity.vocab_size, identity.num_layers) == (32, 83, 3)
+
+
+def test_a_quantised_target_has_no_hash_of_its_weights():
+    target = tiny_target()
+    target.model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    assert identify_target(target).weights is None
+    target = tiny_target()
+    target.model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(
+        torch.zeros(64, 32, dtype=torch.uint8), requires_grad=False
+    )
+    assert identify_target(target).weights is None
+
+
+def test_another_model_of_the_same_shape_is_refused_unless_forced():
+    model = tiny_llama()
+    known = identify_target(HFTarget(model))
+    other = identify_target(HFTarget(perturbed(model, 0.01)))
+    check_target(head_for(known), known)
+    with pytest.raises(ValueError, match=r"whose set of weights differs .* force=true"):
+        check_target(head_for(known), other)
+    check_target(head_for(known), other, force=True)
+
+
+def test_one_changed_matrix_of_any_layer_is_seen():
+    whole = identify_target(tiny_target())
+    for name in ("self_attn.v_proj", "mlp.down_proj"):
+        target = tiny_target()
+        with torch.no_grad():
+            target.model.get_submodule(f"model.layers.1.{name}").weight.neg_()
+        assert identify_target(target).weights != whole.weights
+
+
+def test_another_tokenizer_is_refused_unless_forced(tmp_path):
+    known = identify_target(load_target(str(save_checkpoint(tmp_path / "one"))))
+    folder = save_checkpoint(tmp_path / "two")
+    save_tokenizer(folder, first=8)
+    other = identify_target(load_target(str(folder)))
+    with pytest.raises(
+        ValueError, match="'one', whose vocabulary differs from that of target 'two'"
+    ):
+        check_target(head_for(known), other)
+    check_target(head_for(known), other, force=True)
+
+
+@pytest.mark.parametrize("fact", ["hidden_size", "vocab_size", "num_layers"])
+@pytest.mark.parametrize("force", [False, True])
+def test_another_size_is_refused_even_if_forced(fact, force):
+    known = identify_target(tiny_target())
+    other = replace(known, **{fact: 7})
+    with pytest.raises(ValueError, match=f"{fact} {getattr(known, fact)}, but .* {fact} 7"):
+        check_target(head_for(known), other, force=force)
+
+
+def test_taps_behind_the_last_layer_are_refused():
+    identity = identify_target(tiny_target(num_layers=2))
+    check_target(head_for(None, taps=[0, 1, 2]), identity)
+    with pytest.raises(ValueError, match=r"hidden_states\[3\] .* only 2 layers"):
+        check_target(head_for(None, taps=[1, 2, 3]), identity)
+
+
+@pytest.mark.parametrize("fact", ["name", "vocab_size", "num_layers", "weights", "tokenizer"])
+def test_what_is_not_known_is_not_compared(fact):
+    known = identify_target(tiny_target())
+    check_target(head_for(replace(known, **{fact: None})), known)
+    check_target(head_for(known), replace(known, **{fact: None}))
+    check_target(head_for(None), known)
