@@ -10,6 +10,9 @@ from specdec.interfaces import Drafter, Target
 
 DRAFTERS = {
     "draft_model": "specdec.drafters.draft_model:DraftModel",
+    "eagle": "specdec.drafters.eagle:EagleDrafter",
+    "eagle3": "specdec.drafters.eagle3:Eagle3Drafter",
+    "medusa": "specdec.drafters.medusa:MedusaDrafter",
     "ngram": "specdec.drafters.ngram:NgramDrafter",
     "suffix": "specdec.drafters.suffix:SuffixDrafter",
 }

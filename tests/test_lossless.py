@@ -8,17 +8,41 @@ from itertools import product
 import pytest
 import scipy.stats
 import torch
-from tiny_models import perturbed, tiny_llama, tiny_target
+from tiny_heads import save_tiny_head
+from tiny_models import perturbed, tiny_target
 
 from specdec import SamplingConfig, generate, generate_baseline, load_drafter
+from specdec.drafters.heads import KINDS
 from specdec.registry import DRAFTERS
 from specdec.verify import RULES
 
 PROMPTS = [[5, 6, 7, 8, 5, 6, 7], [3] * 12, [11, 12, 13, 11, 12], [60]]
 HORIZON, SMALL_VOCAB, NUM_SAMPLES = 4, 5, 3000
 
+# Random heads guess badly, so their trees are wide: something must be accepted.
+WIDE = {"depth": 3, "width": 24, "max_nodes": 60}
+SAMPLED = [[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0]]
 # Options that turn on what a drafter does not do by default.
 VARIANTS: dict[str, list[dict]] = {
+    "eagle": [
+        WIDE,
+        {"choices": [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0]]},
+        {**WIDE, "children": "without_replacement"},
+        {"choices": SAMPLED, "children": "with_replacement"},
+        {"width": 1, "depth": 3, "children": "with_replacement"},
+    ],
+    "eagle3": [
+        WIDE,
+        {"depth": 2, "width": 48, "max_nodes": 96, "window": 4},
+        {**WIDE, "children": "without_replacement"},
+        {**WIDE, "children": "with_replacement"},
+    ],
+    "medusa": [
+        {"max_nodes": 60},
+        {"choices": SAMPLED},
+        {"max_nodes": 40, "children": "without_replacement"},
+        {"choices": SAMPLED, "children": "with_replacement"},
+    ],
     "draft_model": [{}, {"width": 3, "max_nodes": 8}, {"confidence_threshold": 0.3}],
     "ngram": [{"min_ngram": 1}, {"min_ngram": 1, "num_continuations": 3}],
 }
@@ -29,25 +53,31 @@ CASES = [
 ]
 
 
+def save_drafts(folder, target, amount):
+    """A draft model and every kind of head, each in a folder of its own."""
+    perturbed(target.model, amount).save_pretrained(folder / "draft_model")
+    top = target.config.num_hidden_layers
+    options = {"medusa": {}, "eagle": {}, "eagle3": {"taps": [0, top // 2, top]}}
+    for kind in KINDS:
+        save_tiny_head(folder / kind, kind, target, **options[kind])
+    return folder
+
+
 @pytest.fixture(scope="module")
 def draft_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("draft")
-    perturbed(tiny_llama(), 0.15).save_pretrained(folder)
-    return str(folder)
+    return save_drafts(tmp_path_factory.mktemp("drafts"), tiny_target(), 0.15)
 
 
 @pytest.fixture(scope="module")
 def small_vocab_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("small-vocab-draft")
-    perturbed(tiny_llama(SMALL_VOCAB, 1), 0.3).save_pretrained(folder)
-    return str(folder)
+    return save_drafts(tmp_path_factory.mktemp("small"), tiny_target(SMALL_VOCAB, 1), 0.3)
 
 
 def build(name, options, target, folder):
     module, attribute = DRAFTERS[name].split(":")
     strategy = getattr(import_module(module), attribute)
     parameters = inspect.signature(getattr(strategy, "load", strategy)).parameters
-    path = {"path": folder} if "path" in parameters else {}
+    path = {"path": str(folder / name)} if "path" in parameters else {}
     return load_drafter({"type": name, **path, **options}, target)
 
 

@@ -77,7 +77,12 @@ class NgramDrafter:
             length = min(self.num_draft_tokens, limit)
             found = row.continuations(length) if limit else []
             rows.append(merge(found, min(limit, self.max_nodes)))
-        return pack_rows(rows, root.device, as_chain=not self.makes_trees)
+        return pack_rows(
+            [nodes for nodes, _ in rows],
+            root.device,
+            as_chain=not self.makes_trees,
+            confidences=[confidences for _, confidences in rows],
+        )
 
     def observe(
         self, verdict: Verdict, committed: Sequence[Sequence[int]], hidden: dict[int, Tensor]
@@ -113,13 +118,13 @@ class _History:
                     del places[0]
             self._tokens.append(token)
 
-    def continuations(self, length: int) -> list[list[int]]:
-        """What followed the longest matching suffixes, longest and most recent first."""
-        return [self._tokens[end : end + length] for end in self._places()]
+    def continuations(self, length: int) -> list[tuple[int, list[int]]]:
+        """The longest matching suffixes' sizes and what followed them, most recent first."""
+        return [(size, self._tokens[end : end + length]) for end, size in self._places().items()]
 
-    def _places(self) -> list[int]:
-        """Where the longest matching suffixes ended before, each place once."""
-        places: list[int] = []
+    def _places(self) -> dict[int, int]:
+        """Where the longest matching suffixes ended before, and how long they are."""
+        places: dict[int, int] = {}
         for size in reversed(self._sizes):
             if size > len(self._tokens):
                 continue
@@ -127,7 +132,7 @@ class _History:
                 # What matched a longer suffix matches this one too.
                 if end in places:
                     continue
-                places.append(end)
+                places[end] = size
                 if len(places) == self._num_places:
                     return places
         return places

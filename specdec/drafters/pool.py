@@ -52,13 +52,16 @@ class CandidatePool:
         index = origin.unsqueeze(2).expand(-1, -1, self._visible.shape[2])
         return torch.cat([self._visible.gather(1, index), itself], 2)
 
-    def add_level(self, log_probs: Tensor) -> None:
-        """Add the top children of the newest beam, from its log-probabilities [B, beam, V]."""
+    def add_level(self, log_probs: Tensor, ids: Tensor | None = None) -> None:
+        """Add the top children of the newest beam, from its log-probabilities [B, beam, V].
+
+        `ids` [V] names the tokens that the columns stand for, None if they are token ids.
+        """
         top = log_probs.topk(min(self._width, log_probs.shape[-1]), -1)
         batch, beam, width = top.indices.shape
         above = top.values.new_zeros(batch, 1) if self._beam_scores is None else self._beam_scores
         scores = (above.unsqueeze(2) + top.values).flatten(1)  # [B, beam * width]
-        tokens = top.indices.flatten(1)
+        tokens = (top.indices if ids is None else ids[top.indices]).flatten(1)
         origin = torch.arange(beam, device=tokens.device).repeat_interleave(width)
         parents = torch.full_like(tokens, -1)
         if self._beam_pool is not None:
@@ -90,4 +93,7 @@ class CandidatePool:
         kept = best_first(scores, parents, max_nodes, row_budgets)
         tokens = torch.cat(self._tokens, 1).gather(1, kept.nodes.clamp(min=0))
         tokens = tokens.masked_fill(kept.nodes < 0, -1)
-        return Draft.tree(tokens, kept.parents, kept.lengths, len(self._tokens))
+        confidence = scores.gather(1, kept.nodes.clamp(min=0)).exp()
+        return Draft.tree(
+            tokens, kept.parents, kept.lengths, len(self._tokens), confidence=confidence
+        )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from specdec.clock import ForwardClock
-from specdec.drafters.packing import Node, pack_rows
+from specdec.drafters.packing import Node, match_confidence, pack_rows
 from specdec.drafters.suffix_automaton import SuffixAutomaton
 from specdec.interfaces import Prompts, TargetOutput
 from specdec.sampling import Sampler
@@ -89,11 +89,16 @@ class SuffixDrafter:
 
     def propose(self, root: Tensor, budget: Sequence[int], sampler: Sampler) -> Draft:
         """Continue every row's longest known suffix."""
-        nodes = [
-            row.grow(min(limit, self.max_nodes), *self._limits) if limit else []
+        grown = [
+            row.grow(min(limit, self.max_nodes), *self._limits) if limit else ([], [])
             for row, limit in zip(self._rows, budget, strict=True)
         ]
-        return pack_rows(nodes, root.device, as_chain=not self.makes_trees)
+        return pack_rows(
+            [nodes for nodes, _ in grown],
+            root.device,
+            as_chain=not self.makes_trees,
+            confidences=[confidences for _, confidences in grown],
+        )
 
     def observe(
         self, verdict: Verdict, committed: Sequence[Sequence[int]], hidden: dict[int, Tensor]
@@ -158,15 +163,16 @@ class _Row:
         min_probability: float,
         factor: float,
         width: int,
-    ) -> list[Node]:
-        """Nodes of the draft, best first."""
+    ) -> tuple[list[Node], list[float]]:
+        """Nodes of the draft, best first, and the confidence in each."""
         own = (self._own, *self._own.earlier(*self._own_match))
         shared = (self._shared, *self._shared.earlier(*self._shared_match))
         automaton, state, length = max(own, shared, key=lambda found: found[2])
         if length < min_match:
-            return []
+            return [], []
         levels = max(1, int(factor * length))
         nodes: list[Node] = []
+        confidences: list[float] = []
         queue: list[tuple[float, int, int, int, int, int]] = []
         order = 0
 
@@ -182,6 +188,7 @@ class _Row:
         while queue and len(nodes) < budget:
             negative, _, parent, token, after, level = heapq.heappop(queue)
             nodes.append((parent, token))
+            confidences.append(-negative * match_confidence(length, level))
             if level < levels:
                 offer(len(nodes) - 1, after, -negative, level + 1)
-        return nodes
+        return nodes, confidences

@@ -25,6 +25,8 @@ class Draft:
             siblings; None when tokens were chosen deterministically (argmax, top-k, lookup).
         depth: at least the longest path of any row. An int, because reading it from the tensors
             would cost a host synchronisation.
+        confidence: [B, N] the drafter's own estimate that the target takes the whole path down to
+            the node, or None. Rules never look at it.
     """
 
     tokens: Tensor
@@ -32,6 +34,7 @@ class Draft:
     parents: Tensor | None
     probs: Tensor | None
     depth: int
+    confidence: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -50,12 +53,16 @@ class Draft:
 
     @classmethod
     def chain(
-        cls, tokens: Tensor, lengths: Tensor | None = None, probs: Tensor | None = None
+        cls,
+        tokens: Tensor,
+        lengths: Tensor | None = None,
+        probs: Tensor | None = None,
+        confidence: Tensor | None = None,
     ) -> "Draft":
         """Build a chain from [B, N] tokens; `lengths` None means that every row is full."""
         if lengths is None:
             lengths = _full_lengths(tokens)
-        return cls(tokens, lengths, None, probs, tokens.shape[1])
+        return cls(tokens, lengths, None, probs, tokens.shape[1], confidence)
 
     @classmethod
     def tree(
@@ -65,6 +72,7 @@ class Draft:
         lengths: Tensor | None = None,
         depth: int | None = None,
         probs: Tensor | None = None,
+        confidence: Tensor | None = None,
     ) -> "Draft":
         """Build a tree from [B, N] tokens and topological [B, N] or shared [N] parents.
 
@@ -74,7 +82,8 @@ class Draft:
             lengths = _full_lengths(tokens)
         if parents.dim() == 1:
             parents = parents.expand(tokens.shape)
-        return cls(tokens, lengths, parents, probs, tokens.shape[1] if depth is None else depth)
+        deepest = tokens.shape[1] if depth is None else depth
+        return cls(tokens, lengths, parents, probs, deepest, confidence)
 
     @classmethod
     def empty(cls, batch_size: int, device: torch.device | str | None = None) -> "Draft":

@@ -4,6 +4,7 @@
 and therefore looks like a child of the root: mask it with the draft's lengths where it matters.
 """
 
+import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -107,6 +108,46 @@ def from_choices(
         torch.tensor([len(path) for path in paths], dtype=torch.long, device=device),
         len(paths[-1]) if paths else 0,
     )
+
+
+def best_static_tree(
+    acceptance: Sequence[Sequence[float]], num_nodes: int
+) -> list[tuple[int, ...]]:
+    """Choose the tree with the highest expected accepted length, as choices for `from_choices`.
+
+    A node is worth the product of the acceptances along its path, if depths are independent of
+    each other; the expected accepted length is the sum over the nodes.
+
+    Args:
+        acceptance: [depth][rank] probability that the target takes the candidate of this rank,
+            given that it took the path above; measured on calibration prompts.
+        num_nodes: nodes to choose, at least 1; fewer come back where the table holds fewer.
+
+    Raises:
+        ValueError: an acceptance outside [0, 1], an empty table, or no nodes to choose.
+
+    Source: Medusa, arXiv 2401.10774, section 2.3.3.
+    """
+    if num_nodes < 1:
+        raise ValueError(f"num_nodes is {num_nodes} but must be at least 1")
+    if not acceptance or not acceptance[0]:
+        raise ValueError("acceptance is empty but needs at least one depth with one rank")
+    for depth, row in enumerate(acceptance):
+        wrong = next((value for value in row if not 0 <= value <= 1), None)
+        if wrong is not None:
+            raise ValueError(f"acceptance[{depth}] holds {wrong} but must be within [0, 1]")
+    # (minus the worth, path): a child is never worth more than its parent, so parents come first.
+    heap: list[tuple[float, tuple[int, ...]]] = []
+    for rank, value in enumerate(acceptance[0]):
+        heapq.heappush(heap, (-value, (rank,)))
+    chosen: list[tuple[int, ...]] = []
+    while heap and len(chosen) < num_nodes:
+        worth, path = heapq.heappop(heap)
+        chosen.append(path)
+        if len(path) < len(acceptance):
+            for rank, value in enumerate(acceptance[len(path)]):
+                heapq.heappush(heap, (worth * value, (*path, rank)))
+    return chosen
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,27 +36,48 @@ def test_rows_without_nodes_make_an_empty_draft(as_chain):
     assert draft.lengths.tolist() == [0, 0]
 
 
+def test_confidences_stand_at_their_nodes_and_are_zero_on_padding():
+    rows, confidences = [[(-1, 5), (0, 6)], [], [(-1, 8)]], [[0.5, 0.25], [], [0.75]]
+    for as_chain in (True, False):
+        draft = pack_rows(rows, CPU, as_chain=as_chain, confidences=confidences)
+        assert draft.confidence.tolist() == [[0.5, 0.25], [0, 0], [0.75, 0]]
+    assert pack_rows(rows, CPU, as_chain=True).confidence is None
+
+
+def joined(continuations, budget):
+    """Nodes only, from continuations of equally long matches."""
+    return merge([(3, continuation) for continuation in continuations], budget)[0]
+
+
 def test_equal_beginnings_are_joined_and_later_paths_branch_off():
-    assert merge([[1, 2, 3], [1, 2, 4], [5], [1]], 9) == [(-1, 1), (0, 2), (1, 3), (1, 4), (-1, 5)]
+    paths = [[1, 2, 3], [1, 2, 4], [5], [1]]
+    assert joined(paths, 9) == [(-1, 1), (0, 2), (1, 3), (1, 4), (-1, 5)]
+
+
+def test_a_longer_match_gives_more_confidence_and_a_child_never_has_more_than_its_parent():
+    nodes, confidences = merge([(4, [1, 2, 3]), (2, [1, 5]), (1, [6])], 9)
+    assert nodes == [(-1, 1), (0, 2), (1, 3), (0, 5), (-1, 6)]
+    assert confidences == [4 / 5, 4 / 6, 4 / 7, 2 / 4, 1 / 2]
+    assert merge([(1, [1]), (9, [1, 2])], 9)[1] == [1 / 2, 1 / 2]
 
 
 def test_earlier_continuations_are_first_in_line_for_the_budget():
     continuations = [[1, 2, 3], [1, 4], [5]]
-    assert merge(continuations, 4) == [(-1, 1), (0, 2), (1, 3), (0, 4)]
-    assert merge(continuations, 2) == [(-1, 1), (0, 2)]
-    assert merge(continuations, 0) == []
-    assert merge([], 3) == []
+    assert joined(continuations, 4) == [(-1, 1), (0, 2), (1, 3), (0, 4)]
+    assert joined(continuations, 2) == [(-1, 1), (0, 2)]
+    assert joined(continuations, 0) == []
+    assert joined([], 3) == []
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_merged_tree_is_topological_and_holds_every_prefix_once(seed):
     draw = random.Random(seed)
     continuations = [[draw.randrange(3) for _ in range(draw.randrange(6))] for _ in range(8)]
-    nodes = merge(continuations, 1000)
+    nodes = joined(continuations, 1000)
     assert all(parent < index for index, (parent, _) in enumerate(nodes))
     prefixes = {tuple(c[:n]) for c in continuations for n in range(1, len(c) + 1)}
     draft = pack_rows([nodes], CPU, as_chain=False)
     assert sorted(paths(draft)[0]) == sorted(prefixes)
     assert draft.depth == node_depths(draft.parents, draft.num_nodes).max()
     for budget in range(len(nodes)):
-        assert merge(continuations, budget) == nodes[:budget]
+        assert joined(continuations, budget) == nodes[:budget]

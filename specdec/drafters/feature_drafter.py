@@ -1,0 +1,242 @@
+"""Drafting from the target's features: what EAGLE-1 and EAGLE-3 share, whatever their heads are.
+
+Entry i of the draft cache pairs token t_{i+1} with the target's feature f_i and stands at rotary
+position i; its output predicts token t_{i+2}. Committed entries hold true features only; a tree
+grows behind them on the head's own outputs and is written over by the next step.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, Self, cast
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from specdec.clock import ForwardClock
+from specdec.demo import demo_path
+from specdec.drafters.heads import load_head
+from specdec.drafters.tree_shape import TreeShape, start_growth
+from specdec.interfaces import Prompts, TargetOutput
+from specdec.kv_cache import SlotCache
+from specdec.sampling import Sampler
+from specdec.targets.masks import Masks
+from specdec.verify import Draft, Verdict
+
+# Long prompts are fed in chunks, which bounds the memory of masks and activations.
+CHUNK = 1024
+
+
+class FeatureHead(Protocol):
+    """What the drafter asks of a head."""
+
+    config: LlamaConfig
+    taps: tuple[int, ...]
+    token_map: Tensor | None  # [D] target ids of a reduced draft vocabulary, or None
+
+    def fuse(self, hidden: dict[int, Tensor]) -> Tensor:
+        """The target's taps, each [..., H], as features [..., F]."""
+
+    def __call__(
+        self, tokens: Tensor, features: Tensor, positions: Tensor, mask: Any, cache: Any
+    ) -> Tensor:
+        """Outputs [B, n, F] that stand in for the features of the next tokens."""
+
+    def logits(self, outputs: Tensor) -> Tensor:
+        """Outputs [..., F] to logits [..., D or V]."""
+
+    def carry(self, outputs: Tensor) -> Tensor:
+        """What takes the place of the target's feature one level deeper."""
+
+
+class FeatureDrafter:
+    """Drafts trees with a head that reads the target's hidden states.
+
+    Args:
+        head: in eval mode, on the target's device.
+        vocab_size: V of the target.
+        shape: the tree.
+        window: committed entries that the head may look back at; None for all of them. A head
+            that was trained on short texts keeps its acceptance on long ones with a window of
+            its trained length, because rotary positions matter by their distance only.
+    """
+
+    kind = ""  # of `specdec.drafters.heads`
+    makes_trees = True
+
+    @classmethod
+    def load(
+        cls,
+        target: Any,
+        path: str = "demo",
+        depth: int = 5,
+        width: int = 8,
+        max_nodes: int = 24,
+        choices: Sequence[Sequence[int]] | None = None,
+        children: str = "top",
+        window: int | None = None,
+        force: bool = False,
+    ) -> Self:
+        """Load a head for a target.
+
+        Args:
+            target: what it drafts for.
+            path: folder or hub id in any known layout; "demo" for the embedded head.
+            depth: of the tree, and the options behind it: see `TreeShape`.
+            width: see `TreeShape`.
+            max_nodes: see `TreeShape`.
+            choices: see `TreeShape`.
+            children: see `TreeShape`.
+            window: see the class.
+            force: take a head that was trained for another target of the same shape.
+
+        Raises:
+            FileNotFoundError: no such checkpoint.
+            ValueError: the checkpoint does not fit, or an option is out of its range.
+        """
+        shape = TreeShape(depth, width, max_nodes, choices, children)
+        where = str(demo_path(cls.kind)) if path == "demo" else path
+        head, _ = load_head(cls.kind, target, where, force=force)
+        return cls(cast(FeatureHead, head), target.vocab_size, shape, window)
+
+    def __init__(
+        self, head: FeatureHead, vocab_size: int, shape: TreeShape, window: int | None = None
+    ) -> None:
+        if window is not None and window < 1:
+            raise ValueError(f"window is {window} but must be at least 1, or None for no window")
+        self.head, self.vocab_size, self.shape = head, vocab_size, shape
+        self.taps = head.taps
+        self.device = next(head.parameters()).device  # type: ignore[attr-defined]
+        self.clock = ForwardClock(self.device)
+        ids = head.token_map
+        num_tokens = vocab_size if ids is None else len(ids)
+        self._static = shape.static_tree(num_tokens, self.device) if shape.is_static else None
+        self.max_nodes = len(self._static.parents) if self._static else shape.max_nodes
+        self._masks = Masks(_WindowConfig(window), self.device)
+        self.cache = SlotCache(1, 1, 1, self.device)
+        self._pending: tuple[Tensor, Tensor, list[int]] | None = None
+        self._outputs = torch.empty(0, device=self.device)  # [B, F]
+        self._num_committed = torch.empty(0, dtype=torch.long, device=self.device)  # [B]
+
+    def begin(
+        self, prompts: Prompts, output: TargetOutput, sampler: Sampler, *, join: bool = False
+    ) -> None:
+        """Feed every prompt's pairs of token and feature."""
+        if not join:
+            self._pending = None
+        self._catch_up()
+        running, outputs, num_committed = self.cache, self._outputs, self._num_committed
+        lengths = [len(prompt) - 1 for prompt in prompts]
+        longest = max(lengths)
+        self.cache = SlotCache(1, len(prompts), max(2 * longest, 128), self.device)
+        rows = [[*p[1:], *[0] * (longest - n)] for p, n in zip(prompts, lengths, strict=True)]
+        tokens = torch.tensor(rows, device=self.device)
+        features = self.head.fuse(output.hidden)  # [B, longest, F]
+        self._outputs = features.new_zeros(len(prompts), self.head.config.hidden_size)
+        self._num_committed = torch.tensor([len(p) for p in prompts], device=self.device)
+        for start in range(0, longest, CHUNK):
+            end = min(start + CHUNK, longest)
+            counts = [min(max(n - start, 0), end - start) for n in lengths]
+            self._pending = (tokens[:, start:end], features[:, start:end], counts)
+            self._catch_up()
+        if join:
+            running.append(self.cache)
+            self.cache = running
+            self._outputs = torch.cat([outputs, self._outputs])
+            self._num_committed = torch.cat([num_committed, self._num_committed])
+
+    def propose(self, root: Tensor, budget: Sequence[int], sampler: Sampler) -> Draft:
+        """Grow a tree behind the root, each level one forward over the beam."""
+        if max(budget) < 1:
+            return Draft.empty(len(root), root.device)
+        self._catch_up()
+        growth = start_growth(self.shape, self._static, max(budget), sampler, self._num_committed)
+        outputs = self._outputs.unsqueeze(1)  # [B, beam, F]
+        with self.clock.forward():
+            logits = self.head.logits(outputs)
+        growth.add_level(*self._scores(logits, None, sampler))
+        while not growth.is_done:
+            with self.clock.forward():
+                outputs = self._feed_beam(outputs, growth.origin, *growth.newest)
+                logits = self.head.logits(outputs)
+            growth.add_level(*self._scores(logits, growth, sampler))
+        return growth.draft(torch.tensor(budget, device=self.device))
+
+    def observe(
+        self, verdict: Verdict, committed: Sequence[Sequence[int]], hidden: dict[int, Tensor]
+    ) -> None:
+        """Keep the true features of the root and the accepted path for the next step."""
+        self._catch_up()
+        places = torch.nn.functional.pad(verdict.path + 1, (1, 0)).clamp(min=0)  # [B, D + 1]
+        places = places[:, : max(map(len, committed))]
+        taps = {
+            tap: states.gather(1, places.unsqueeze(2).expand(-1, -1, states.shape[2]))
+            for tap, states in hidden.items()
+        }
+        tokens = verdict.tokens[:, : places.shape[1]].clamp(min=0)
+        self._pending = (tokens, self.head.fuse(taps), [len(new) for new in committed])
+        self._num_committed = self._num_committed + verdict.num_accepted + 1
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep these rows."""
+        self.cache.reorder(rows)
+        self._outputs, self._num_committed = self._outputs[rows], self._num_committed[rows]
+        if self._pending:
+            tokens, features, counts = self._pending
+            kept = [counts[row] for row in rows.tolist()]
+            self._pending = (tokens[rows], features[rows], kept)
+
+    def _catch_up(self) -> None:
+        """Feed what is committed but not cached, and keep the last entries' outputs [B, F]."""
+        if self._pending is None:
+            return
+        tokens, features, counts = self._pending
+        self._pending = None
+        width = tokens.shape[1]
+        self.cache.open(width)
+        offsets = torch.arange(width, device=self.device)
+        positions = self.cache.device_lengths.unsqueeze(1) + offsets
+        mask = self._masks.chain(self.cache, width)
+        with self.clock.forward():
+            outputs = self.head(tokens, features, positions, mask, self.cache)
+        self.cache.extend(counts)
+        fed = torch.tensor(counts, device=self.device)
+        last = outputs[torch.arange(len(counts), device=self.device), (fed - 1).clamp(min=0)]
+        self._outputs = torch.where((fed > 0).unsqueeze(1), last, self._outputs)
+
+    def _feed_beam(
+        self, outputs: Tensor, origin: Tensor, tokens: Tensor, visible: Tensor, levels: Tensor
+    ) -> Tensor:
+        """One level: the newest beam on its parents' outputs [B, beam before, F]."""
+        batch, num_new, num_open = visible.shape
+        index = origin.unsqueeze(2).expand(-1, -1, outputs.shape[2])
+        features = self.head.carry(outputs.gather(1, index))
+        self.cache.open(num_new, behind=num_open - num_new)
+        newest = levels[num_open - num_new :]
+        positions = self.cache.device_lengths.unsqueeze(1) + newest
+        mask = self._masks.tree(self.cache, visible, levels.expand(batch, -1))
+        return self.head(tokens, features, positions, mask, self.cache)
+
+    def _scores(
+        self, logits: Tensor, growth: Any, sampler: Sampler
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scores of the candidates, and the token ids of their columns if they are not ids."""
+        ids = self.head.token_map
+        if sampler.is_plain and self.shape.children == "top":
+            return logits, ids
+        if ids is not None:
+            spread = logits.new_full((*logits.shape[:-1], self.vocab_size), float("-inf"))
+            logits = spread.index_copy(-1, ids, logits)
+        if sampler.is_plain:
+            return logits, None
+        draft, rows = (None, None) if growth is None else growth.expanded()
+        nodes = None if rows is None else rows.expand(len(logits), -1)
+        return sampler.scores(logits, draft, nodes), None
+
+
+class _WindowConfig:
+    """The one thing that masks ask of a config."""
+
+    layer_types = None
+
+    def __init__(self, window: int | None) -> None:
+        self.sliding_window = window

@@ -1,0 +1,49 @@
+"""What a draft head is trained on: texts with what the target made of them."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingBatch:
+    """Texts of B rows and L tokens, and the target's view of them.
+
+    Attributes:
+        tokens: [B, L] int64; padding may be any token.
+        loss_mask: [B, L] bool, the tokens that are to be predicted: the target's own answers.
+        hidden: tap -> [B, L, H].
+        target_logits: [B, L, V]; row i predicts token i + 1.
+    """
+
+    tokens: Tensor
+    loss_mask: Tensor
+    hidden: dict[int, Tensor]
+    target_logits: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LossOutput:
+    """A loss and what it was made of.
+
+    Attributes:
+        loss: scalar, with its graph.
+        parts: name -> detached scalar.
+    """
+
+    loss: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+def shifted(rows: Tensor, by: int) -> Tensor:
+    """Rows [B, L, ...] moved `by` places to the left; the places that open hold zeros."""
+    if by == 0:
+        return rows
+    moved = rows.new_zeros(rows.shape)
+    moved[:, :-by] = rows[:, by:]
+    return moved
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of [B, L] values where the mask holds; 0 where it holds nowhere."""
+    return (values * mask).sum() / mask.sum().clamp(min=1)
