@@ -1,17 +1,13 @@
 """What a bench runs, as strict dataclasses behind YAML and `key=value` overrides."""
 
-import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from specdec.demo import demo_path
 from specdec.sampling_config import SamplingConfig
+from specdec.strict_config import load_strict, require_at_least
 
 SINGLE_PROMPT_TYPES = ("hf_assisted", "hf_prompt_lookup")
 
@@ -42,7 +38,9 @@ class ArmConfig:
 
     name: str = ""
     type: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(
+        default_factory=dict, metadata={"rule": "a mapping of an arm's options"}
+    )
 
 
 @dataclass
@@ -70,7 +68,9 @@ class BenchConfig:
 
     target: TargetConfig = field(default_factory=TargetConfig)
     prompts: PromptConfig = field(default_factory=PromptConfig)
-    arms: list[ArmConfig] = field(default_factory=list)
+    arms: list[ArmConfig] = field(
+        default_factory=list, metadata={"rule": "a list, each like {type: ngram}"}
+    )
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     max_new_tokens: int = 64
     batch_size: int = 1
@@ -94,78 +94,19 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> BenchConfig:
         ValueError: a key that does not exist (with the nearest one), or a value of a wrong type.
     """
     file = demo_path("bench.yaml") if path == "demo" else Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"config {path!r} is not a file; give a YAML file, or 'demo'")
-    try:
-        given = OmegaConf.load(file)
-        for override in overrides:
-            _override(given, override)
-        _check_keys(OmegaConf.to_container(given), BenchConfig, "")
-        merged = OmegaConf.merge(OmegaConf.structured(BenchConfig), given)
-        config = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        key = getattr(error, "full_key", None)
-        where = f"config {path!r}, {key}" if key else f"config {path!r}"
-        raise ValueError(f"{where}: {str(error).splitlines()[0]}") from error
-    assert isinstance(config, BenchConfig)
+    config = load_strict(BenchConfig, path, file, overrides, example="repeats=1")
     _check_values(config)
     return config
 
 
-def _override(given: Any, override: str) -> None:
-    """Set one `key=value`; the key may go into a list by its index, as in `arms.0.name=x`."""
-    key, separator, value = override.partition("=")
-    if not separator or not key:
-        raise ValueError(f"override {override!r} must be key=value, for instance repeats=1")
-    # OmegaConf's own parser, so that a value means what it means in the YAML file.
-    parsed = OmegaConf.from_dotlist([f"value={value}"])["value"]
-    try:
-        OmegaConf.update(given, key, parsed, merge=True, force_add=True)
-    except (TypeError, IndexError, AssertionError) as error:
-        raise ValueError(
-            f"override {override!r} leads nowhere: {key!r} does not exist, or is of another kind"
-        ) from error
-
-
-def _check_keys(given: Any, schema: Any, prefix: str) -> None:
-    if not isinstance(given, dict):
-        where = f"key {prefix[:-1]}" if prefix else "file"
-        raise ValueError(f"config {where} is {given!r} but must be a mapping of key: value")
-    known = {f.name: f for f in fields(schema)}
-    for key, value in given.items():
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else ";"
-            raise ValueError(
-                f"config key {prefix}{key} does not exist{hint} known: {', '.join(sorted(known))}"
-            )
-        factory = known[key].default_factory
-        if isinstance(factory, type) and is_dataclass(factory):
-            _check_keys(value, factory, f"{prefix}{key}.")
-        if key == "options":
-            _require_kind(value, dict, f"{prefix}{key}", "a mapping of an arm's options")
-        if key == "arms":
-            _require_kind(value, list, key, "a list, each like {type: ngram}")
-            for index, arm in enumerate(value):
-                _check_keys(arm, ArmConfig, f"arms.{index}.")
-
-
-def _require_kind(value: Any, kind: type, key: str, rule: str) -> None:
-    if not isinstance(value, kind):
-        raise ValueError(f"config {key} is {value!r} but must be {rule}")
-
-
 def _check_values(config: BenchConfig) -> None:
-    for name in ("max_new_tokens", "batch_size", "repeats", "threads"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"config {name} is {getattr(config, name)} but must be at least 1")
+    require_at_least(config, 1, "max_new_tokens", "batch_size", "repeats", "threads")
     if config.prompts_per_call and config.prompts_per_call < config.batch_size:
         raise ValueError(
             f"config prompts_per_call is {config.prompts_per_call} but must be 0 or at least "
             f"batch_size, {config.batch_size}"
         )
-    if config.prompts.num < 1:
-        raise ValueError(f"config prompts.num is {config.prompts.num} but must be at least 1")
+    require_at_least(config.prompts, 1, "num", prefix="prompts.")
     try:
         SamplingConfig(**vars(config.sampling))
     except ValueError as error:
