@@ -31,7 +31,7 @@ def _exit_statuses() -> Iterator[None]:
     except FAILURES as error:
         message, status = f"the run failed: {_reason(error)}", 1
     except KeyboardInterrupt:
-        message, status = "interrupted; the same command resumes a bench", 130
+        message, status = "interrupted; the same command resumes a bench or a training", 130
     else:
         return
     typer.echo(f"specdec: {message}", err=True)
@@ -115,6 +115,55 @@ def _summary(results: dict[str, Any], picture: Path | None) -> dict[str, Any]:
     )
     arms = [{key: arm[key] for key in keys} for arm in results["arms"]]
     return {"schema": results["schema"], "picture": picture and str(picture), "arms": arms}
+
+
+@app.command()
+@_exit_statuses()
+def train(
+    config: Annotated[str, typer.Argument(help="a YAML file, as in recipes/")],
+    out: Annotated[Path, typer.Option(help="folder for checkpoints, log, results and head")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
+) -> None:
+    """Train a draft head on a target's own answers; the same command resumes."""
+    from specdec.train.config import load_train_config
+
+    settings = load_train_config(config, overrides or [])
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    from specdec.train.run import run_training
+
+    _quiet_transformers()
+    bar = (BarColumn(), MofNCompleteColumn(), Remaining(), TextColumn("{task.description}"))
+    with Progress(*bar, console=Console(stderr=True)) as progress:
+        task = progress.add_task("loading", total=None)
+
+        def show(done: int, total: int, text: str) -> None:
+            progress.update(task, completed=done, total=total, description=text)
+
+        results = run_training(settings, out, show)
+    if results is None:  # not the first process
+        return
+    picture = _curves(out)
+    typer.echo(
+        f"Head: {out / 'head'}\nCurves: {picture or 'none, they need specdec[plot]'}\n"
+        f"Use it: specdec generate --target {settings.target.path} --drafter "
+        f"'{json.dumps({'type': settings.head.kind, 'path': str(out / 'head')})}' --prompt 'Hello'"
+    )
+    keys = ("steps", "seconds", "loss", "validation_loss", "offline_tau", "offline_acceptance")
+    summary = {"head": str(out / "head"), **{key: results[key] for key in keys}}
+    typer.echo(json.dumps(summary))
+
+
+def _curves(out: Path) -> Path | None:
+    """Draw the log; None without matplotlib, as `_picture`."""
+    if find_spec("matplotlib") is None:
+        return None
+    from specdec.report.curves import plot_curves
+
+    plot_curves(out / "log.jsonl", out / "curves.png")
+    return out / "curves.png"
 
 
 @app.command()

@@ -1,0 +1,1 @@
+"""Training of draft heads on a target's own answers, with the target in the same process."""

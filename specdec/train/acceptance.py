@@ -1,0 +1,87 @@
+"""Offline acceptance: how far a head's chain would be accepted, measured without decoding."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.drafters.medusa import MedusaHeads
+from specdec.drafters.rollout import rollout
+from specdec.drafters.training_batch import TrainingBatch, shifted
+
+
+@dataclass(frozen=True)
+class OfflineAcceptance:
+    """Expected greedy acceptance of a chain, from texts that the target wrote.
+
+    Every answer token that has another one behind it is taken as a root, and the head drafts a
+    chain behind it: at depth d it is given the text's own tokens and, above depth 1, its own
+    outputs. Depth d *matches* if the head's argmax is the target's argmax after the true prefix,
+    the answer still goes on there, and every depth above matches too.
+
+    Sums, so that two of them can be added.
+
+    Attributes:
+        num_roots: answer tokens that a chain was drafted behind.
+        tested: per depth, chains that matched above and whose answer goes on.
+        matched: per depth, chains that matched.
+    """
+
+    num_roots: int
+    tested: tuple[int, ...]
+    matched: tuple[int, ...]
+
+    @classmethod
+    def from_counts(cls, counts: Tensor) -> "OfflineAcceptance":
+        """Counts [1 + 2 D] int64 as `count_matches` gives them, or sums of such."""
+        num_roots, *rest = [int(count) for count in counts.tolist()]
+        depth = len(rest) // 2
+        return cls(num_roots, tuple(rest[:depth]), tuple(rest[depth:]))
+
+    @property
+    def accepted_length(self) -> float:
+        """Tau: 1 + the mean over roots of the matching depths. 1.0 if there is no root."""
+        return 1 + sum(self.matched) / self.num_roots if self.num_roots else 1.0
+
+    @property
+    def by_depth(self) -> list[float | None]:
+        """Share of the tested chains that match, per depth; None where none was tested."""
+        pairs = zip(self.matched, self.tested, strict=True)
+        return [matched / tested if tested else None for matched, tested in pairs]
+
+
+def guesses(head: Any, batch: TrainingBatch, depth: int) -> Tensor:
+    """Token ids [B, L, D] that a head says at place i for t_{i+2}, t_{i+3}, ...
+
+    Medusa has as many depths as heads, whatever `depth` is.
+    """
+    if isinstance(head, MedusaHeads):
+        return head(batch.hidden[head.taps[0]]).argmax(-1)
+    levels = []
+    for outputs in rollout(head, batch.tokens, head.fuse(batch.hidden), depth):
+        best = head.logits(outputs).argmax(-1)
+        levels.append(best if head.token_map is None else head.token_map[best])
+    return torch.stack(levels, -1)
+
+
+def count_matches(head: Any, batch: TrainingBatch, depth: int) -> Tensor:
+    """Counts [1 + 2 D] int64: roots, then tested and matched chains of each depth.
+
+    Args:
+        head: in eval mode.
+        batch: see `TrainingBatch`.
+        depth: of the chains.
+    """
+    with torch.no_grad():
+        drafted = guesses(head, batch, depth)
+    best = batch.target_logits.argmax(-1)  # [B, L], place i says t_{i+1}
+    # A root at i + 1 follows the feature at i.
+    alive = shifted(batch.loss_mask, 1)
+    tested, matched = [], []
+    for level in range(drafted.shape[-1]):
+        alive = alive & shifted(batch.loss_mask, 2 + level)
+        tested.append(alive.sum())
+        alive = alive & (drafted[..., level] == shifted(best, 1 + level))
+        matched.append(alive.sum())
+    return torch.stack([tested[0], *tested, *matched])

@@ -1,0 +1,51 @@
+"""`log.jsonl`: what a run measured, a line a step and a line an evaluation."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from specdec.checkpoints.folder import write_files
+
+
+class TrainLog:
+    """The log of a run. Lines behind the step that a run resumes from are dropped.
+
+    Args:
+        path: of the file; made if it is not there.
+        step: that the run resumes from, 0 for a new one.
+        is_writer: only one process of several writes; the others keep their records in memory.
+    """
+
+    def __init__(self, path: Path, step: int, is_writer: bool = True) -> None:
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        self.records = [record for record in map(_parsed, lines) if 0 < record["step"] <= step]
+        self._file = None
+        if is_writer:
+            kept = "".join(json.dumps(record) + "\n" for record in self.records)
+            write_files(path.parent, {path.name: kept.encode()})
+            self._file = path.open("a", encoding="utf-8")
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Append a record, which has "kind" and "step"; it outlives the process at once."""
+        self.records.append(record)
+        if self._file:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+
+    def last(self, kind: str) -> dict[str, Any] | None:
+        """The newest record of a kind."""
+        return next((each for each in reversed(self.records) if each["kind"] == kind), None)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file:
+            self._file.close()
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    """The record of a line; step 0 for one that was never finished."""
+    try:
+        record = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        record = None
+    return record if isinstance(record, dict) and "step" in record else {"step": 0}

@@ -1,0 +1,191 @@
+"""A whole training run: from a configuration to a folder with a head."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specdec.bench.provenance import machine
+from specdec.checkpoints import identify_target, write_head
+from specdec.checkpoints.folder import write_files
+from specdec.drafters.heads import build_head
+from specdec.targets.hf import HFTarget
+from specdec.targets.load import load_target
+from specdec.train.config import TrainConfig
+from specdec.train.data import Split, load_split
+from specdec.train.state import RunFolder
+from specdec.train.vocabulary import coverage, most_frequent
+
+# What may change between sessions of one run: it does not touch what is learned.
+_FREE_KEYS = ("threads", "save_every", "log_with")
+
+
+def run_training(
+    config: TrainConfig,
+    out: Path,
+    callback: Callable[[int, int, str], None] = lambda done, total, text: None,
+) -> dict[str, Any] | None:
+    """Train a head, or go on where a killed run of the same configuration stopped.
+
+    Args:
+        config: see `load_train_config`.
+        out: for checkpoints, `log.jsonl`, `results.json` and the head itself.
+        callback: called in the first process with steps done, steps in all, and measurements.
+
+    Returns:
+        The content of `results.json`; None in processes other than the first.
+
+    Raises:
+        FileNotFoundError: no data, or no target.
+        ValueError: bad configuration or data, or a folder of another run.
+        PermissionError: the folder cannot be written.
+        FloatingPointError: the loss or its gradients are not finite.
+    """
+    try:
+        from accelerate import Accelerator, PartialState
+    except ImportError as error:
+        raise ValueError(
+            "training needs accelerate; install it with: pip install 'specdec[train]'"
+        ) from error
+    from specdec.train.trainer import Trainer, seeded
+
+    torch.set_num_threads(config.threads)
+    on_cpu = config.target.device == "cpu" or not torch.cuda.is_available()
+    target = _load_target(config, PartialState(cpu=on_cpu).device)
+    split = load_split(config.data, target.vocab_size, _max_len(config, target))
+    tracker = None if config.log_with == "none" else config.log_with
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=config.mixed_precision or _precision(target.model.dtype),
+        log_with=tracker,
+        project_dir=out,
+    )
+    folder = RunFolder(out, _identity(config, target, split, accelerator.num_processes))
+    if accelerator.is_main_process:
+        folder.prepare()
+    accelerator.wait_for_everyone()
+    options = _head_options(config)
+    with seeded(accelerator.device, config.seed):
+        head: Any = build_head(config.head.kind, options, target)
+    vocabulary = _choose_vocabulary(config, head, target, split)
+    trainer = Trainer(config, head, options, target, split, folder, accelerator)
+    if tracker:
+        purge = {"purge_step": trainer.progress.step + 1}
+        accelerator.init_trackers(tracker, init_kwargs={tracker: purge})
+    try:
+        trainer.run(callback if accelerator.is_main_process else _ignore)
+    finally:
+        trainer.log.close()
+        accelerator.end_training()
+    if not accelerator.is_main_process:
+        return None
+    results = {
+        "schema": "specdec-train-1",
+        "provenance": {"config": asdict(config), **machine(target)},
+        **_measured(trainer, split),
+        "draft_vocabulary": vocabulary,
+    }
+    write_head(trainer.checkpoint(_training(config, results)), out / "head")
+    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
+    write_files(out, {"results.json": text.encode()})
+    return results
+
+
+def _ignore(done: int, total: int, text: str) -> None:
+    """Show no progress."""
+
+
+def _load_target(config: TrainConfig, device: torch.device) -> HFTarget:
+    target = load_target(
+        config.target.path,
+        dtype=config.target.dtype,
+        device=device,
+        quantization=config.target.quantization,
+    )
+    target.model.requires_grad_(False)
+    return target
+
+
+def _max_len(config: TrainConfig, target: HFTarget) -> int:
+    max_len = config.data.max_len or target.max_context_len
+    if max_len > target.max_context_len:
+        raise ValueError(
+            f"config data.max_len is {max_len} but the target's context is only "
+            f"{target.max_context_len}"
+        )
+    return max_len
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
+
+
+def _head_options(config: TrainConfig) -> dict[str, Any]:
+    options = dict(config.head.options)
+    if config.draft_vocab_size is not None:
+        options["draft_vocab_size"] = config.draft_vocab_size
+    return options
+
+
+def _choose_vocabulary(
+    config: TrainConfig, head: Any, target: HFTarget, split: Split
+) -> dict[str, Any] | None:
+    """Give the head its draft vocabulary, and say how much of the answers it covers."""
+    size, vocab_size = config.draft_vocab_size, target.vocab_size
+    if size is None or size >= vocab_size:
+        return None
+    tokens = most_frequent(split.training, size, vocab_size)
+    head.set_draft_vocab(tokens.to(target.device))
+    return {
+        "size": size,
+        "training_coverage": coverage(split.training, tokens, vocab_size),
+        "validation_coverage": coverage(split.validation, tokens, vocab_size),
+    }
+
+
+def _identity(
+    config: TrainConfig, target: HFTarget, split: Split, num_processes: int
+) -> dict[str, Any]:
+    """What makes a run the same run: never a path, always what is found there."""
+    settings = {key: value for key, value in asdict(config).items() if key not in _FREE_KEYS}
+    settings["data"].pop("path")
+    settings["target"].pop("path")
+    known = identify_target(target)
+    return {
+        **settings,
+        "rows": split.fingerprint,
+        "target_weights": known.weights,
+        "num_processes": num_processes,
+    }
+
+
+def _measured(trainer: Any, split: Split) -> dict[str, Any]:
+    progress, step = trainer.progress, trainer.log.last("step")
+    evaluation = trainer.log.last("evaluation") or {}
+    return {
+        "steps": progress.step,
+        "steps_per_epoch": trainer.plan.steps_per_epoch,
+        "rows": len(split.training),
+        "validation_rows": len(split.validation),
+        "dropped_rows": split.num_dropped,
+        "tokens": progress.tokens,
+        "answer_tokens": progress.answer_tokens,
+        "seconds": progress.seconds,
+        "tokens_per_s": progress.tokens / progress.step_seconds,
+        "num_processes": trainer.accelerator.num_processes,
+        "parameters": sum(weight.numel() for weight in trainer.head.parameters()),
+        "loss": step["loss"],
+        "validation_loss": evaluation.get("validation_loss"),
+        "offline_tau": evaluation.get("tau"),
+        "offline_acceptance": evaluation.get("acceptance"),
+    }
+
+
+def _training(config: TrainConfig, results: dict[str, Any]) -> dict[str, Any]:
+    """What the head remembers of its training."""
+    keys = ("steps", "tokens", "seconds", "loss", "validation_loss", "offline_tau")
+    kept = {key: results[key] for key in (*keys, "offline_acceptance", "draft_vocabulary")}
+    return {"data": Path(config.data.path).name, **kept, "loss_options": config.loss}

@@ -1,0 +1,274 @@
+"""The training loop of draft heads: one process or several, killed and resumed at will."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from specdec.checkpoints import HeadCheckpoint, identify_target
+from specdec.drafters.heads import fill_head, head_loss
+from specdec.drafters.training_batch import TrainingBatch
+from specdec.targets.hf import HFTarget
+from specdec.train.batches import StepPlan, collate
+from specdec.train.config import TrainConfig
+from specdec.train.data import AnswerRow, Split
+from specdec.train.evaluate import evaluate
+from specdec.train.log import TrainLog
+from specdec.train.schedule import learning_rate
+from specdec.train.state import Progress, RunFolder
+from specdec.train.target_view import view
+
+Callback = Callable[[int, int, str], None]
+
+
+class HeadWithLoss(nn.Module):
+    """A head whose forward is its loss, so that wrappers around `forward` see all of it."""
+
+    def __init__(self, kind: str, head: nn.Module, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.kind, self.head, self.options = kind, head, options
+
+    def forward(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss with its graph, and its detached parts."""
+        result = head_loss(self.kind, self.head, batch, **self.options)
+        return result.loss, result.parts
+
+
+@contextmanager
+def seeded(device: torch.device, *numbers: int) -> Iterator[None]:
+    """Noise as a function of these numbers alone, so that there is no generator to save."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        seed = 0
+        for number in numbers:
+            seed = (seed * 1_000_003 + number + 1) % 2**63
+        torch.manual_seed(seed)
+        yield
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices with weight decay; norms and biases without."""
+    weights = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in weights if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+class Trainer:
+    """A run from its newest checkpoint to its last step.
+
+    Args:
+        config: of the run.
+        head: new, on the accelerator's device.
+        options: that `build_head` made it from.
+        target: frozen.
+        split: the rows.
+        folder: where checkpoints go.
+        accelerator: of this process.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        head: Any,
+        options: dict[str, Any],
+        target: HFTarget,
+        split: Split,
+        folder: RunFolder,
+        accelerator: Accelerator,
+    ) -> None:
+        self.config, self.head, self.options = config, head, options
+        self.target, self.split, self.folder = target, split, folder
+        self.accelerator = accelerator
+        self.plan = StepPlan(
+            [len(row.tokens) for row in split.training],
+            config.batch_size,
+            config.gradient_accumulation,
+            accelerator.num_processes,
+            config.seed,
+        )
+        epochs = config.num_epochs or 1
+        self.num_steps = config.max_steps or epochs * self.plan.steps_per_epoch
+        model = HeadWithLoss(config.head.kind, head, config.loss)
+        self.model, self.optimizer = accelerator.prepare(
+            model,
+            torch.optim.AdamW(
+                parameter_groups(model, config.weight_decay),
+                lr=config.lr,
+                betas=(config.betas[0], config.betas[1]),
+                fused=True,
+            ),
+        )
+        self.progress = Progress()
+        self._identity = identify_target(target)
+        self._resume()
+        is_writer = accelerator.is_main_process
+        self.log = TrainLog(folder.folder / "log.jsonl", self.progress.step, is_writer)
+
+    def checkpoint(self, training: dict[str, Any] | None = None) -> HeadCheckpoint:
+        """The head as it is now.
+
+        Args:
+            training: how it was trained, JSON values.
+        """
+        tensors = {name: each.detach().cpu() for name, each in self.head.state_dict().items()}
+        return HeadCheckpoint(
+            kind=self.config.head.kind,
+            options=self.options,
+            tensors=tensors,
+            target=self._identity,
+            training=training or {},
+        )
+
+    def run(self, callback: Callback) -> None:
+        """Train to the last step, evaluating and saving on the way and at the end.
+
+        Args:
+            callback: given steps done, steps in all, and what was measured.
+
+        Raises:
+            FloatingPointError: the loss or its gradients are not finite; checkpoints are kept.
+        """
+        before, started = self.progress.seconds, time.monotonic()
+        while self.progress.step < self.num_steps:
+            self._log(self._step())
+            step, is_last = self.progress.step, self.progress.step == self.num_steps
+            if self.split.validation and (is_last or _is_due(step, self.config.eval_every)):
+                self._log({"kind": "evaluation", "step": step} | self._evaluate())
+            self.progress.seconds = before + time.monotonic() - started
+            if is_last or _is_due(step, self.config.save_every):
+                self._save()
+            callback(step, self.num_steps, self._summary())
+
+    def _step(self) -> dict[str, Any]:
+        """One optimizer step; its line of the log."""
+        started, config, accelerator = time.monotonic(), self.config, self.accelerator
+        index = self.progress.step
+        batches = [[self.split.training[n] for n in b] for b in self.plan.batches(index)]
+        num_answer_tokens = [sum(row.num_answer_tokens for row in batch) for batch in batches]
+        total = sum(num_answer_tokens)
+        rank, world = accelerator.process_index, accelerator.num_processes
+        mine = list(zip(batches, num_answer_tokens, strict=True))[rank::world]
+        rate = learning_rate(index, config.lr, config.warmup_steps, self.num_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        sums: dict[str, Tensor] = {}
+        for place, (rows, count) in enumerate(mine):
+            is_last = place == len(mine) - 1
+            gradients = nullcontext() if is_last else accelerator.no_sync(self.model)
+            with gradients, seeded(accelerator.device, config.seed, index, rank, place):
+                parts = self._backward(rows, count / total)
+            sums = {name: sums.get(name, 0) + part for name, part in parts.items()}
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+        losses = self._reduced(sums)
+        self._require_finite(index + 1, losses["loss"], float(norm))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        num_tokens = sum(len(row.tokens) for batch in batches for row in batch)
+        seconds = time.monotonic() - started
+        self.progress = replace(
+            self.progress,
+            step=index + 1,
+            tokens=self.progress.tokens + num_tokens,
+            answer_tokens=self.progress.answer_tokens + total,
+            step_seconds=self.progress.step_seconds + seconds,
+        )
+        record = {"kind": "step", "step": index + 1, **losses, "lr": rate}
+        norm_or_none = float(norm) if math.isfinite(float(norm)) else None
+        return record | {"grad_norm": norm_or_none, "tokens_per_s": num_tokens / seconds}
+
+    def _backward(self, rows: list[AnswerRow], weight: float) -> dict[str, Tensor]:
+        """Add a batch's share of the step's gradients; its share of the losses.
+
+        Args:
+            rows: of the batch.
+            weight: its share of the step's answer tokens. Processes' gradients are averaged, so
+                each one counts as many times as there are processes.
+        """
+        batch = collate(rows, self.accelerator.device)
+        loss, parts = self.model(view(self.target, self.head.taps, batch, self._dtype))
+        self.accelerator.backward(loss * weight * self.accelerator.num_processes)
+        return {name: part * weight for name, part in {"loss": loss.detach(), **parts}.items()}
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.head.parameters()).dtype
+
+    def _reduced(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Sums over all processes."""
+        stacked = torch.stack([each.float() for each in sums.values()])
+        values = self.accelerator.reduce(stacked, "sum").tolist()
+        return dict(zip(sums, values, strict=True))
+
+    def _require_finite(self, step: int, loss: float, norm: float) -> None:
+        # Under float16 the loss scaler skips a step whose scaled gradients overflow.
+        is_scaled = self.accelerator.scaler is not None
+        if math.isfinite(loss) and (is_scaled or math.isfinite(norm)):
+            return
+        raise FloatingPointError(
+            f"step {step}: the loss is {loss} and its gradients' norm {norm}; both must be finite. "
+            f"The newest checkpoint in {str(self.folder.folder)!r} is intact; lower lr or "
+            "max_grad_norm, or train in float32, into another --out folder"
+        )
+
+    def _evaluate(self) -> dict[str, Any]:
+        def loss(batch: TrainingBatch, place: int) -> Tensor:
+            with seeded(self.accelerator.device, self.config.seed, place):
+                return head_loss(self.config.head.kind, self.head, batch, **self.config.loss).loss
+
+        config = self.config
+        return evaluate(
+            self.head,
+            loss,
+            self.target,
+            self.split.validation,
+            batch_size=config.batch_size,
+            depth=config.eval_depth,
+            accelerator=self.accelerator,
+        )
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            states = {"optimizer": self.optimizer.state_dict()}
+            if self.accelerator.scaler is not None:
+                states["scaler"] = self.accelerator.scaler.state_dict()
+            self.folder.save(self.progress, self.checkpoint(asdict(self.progress)), states)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        saved = self.folder.load()
+        if saved is None:
+            return
+        self.progress = saved.progress
+        fill_head(self.head, saved.head.tensors, str(self.folder.folder))
+        self.optimizer.load_state_dict(saved.states["optimizer"])
+        if self.accelerator.scaler is not None and "scaler" in saved.states:
+            self.accelerator.scaler.load_state_dict(saved.states["scaler"])
+
+    def _log(self, record: dict[str, Any]) -> None:
+        self.log.add(record)
+        values = {
+            f"{record['kind']}/{name}": value
+            for name, value in record.items()
+            if isinstance(value, int | float) and name != "step"
+        }
+        self.accelerator.log(values, step=record["step"])
+
+    def _summary(self) -> str:
+        """The newest measurements, for a progress bar."""
+        step, evaluation = self.log.last("step"), self.log.last("evaluation")
+        assert step is not None
+        speed = self.progress.tokens / max(self.progress.step_seconds, 1e-9)
+        tau = f", offline tau {evaluation['tau']:.2f}" if evaluation else ""
+        return f"loss {step['loss']:.3f}, {speed:.0f} tokens/s{tau}"
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
