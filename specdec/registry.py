@@ -12,6 +12,7 @@ DRAFTERS = {
     "draft_model": "specdec.drafters.draft_model:DraftModel",
     "eagle": "specdec.drafters.eagle:EagleDrafter",
     "eagle3": "specdec.drafters.eagle3:Eagle3Drafter",
+    "hybrid": "specdec.drafters.hybrid:HybridDrafter",
     "medusa": "specdec.drafters.medusa:MedusaDrafter",
     "ngram": "specdec.drafters.ngram:NgramDrafter",
     "suffix": "specdec.drafters.suffix:SuffixDrafter",
@@ -30,7 +31,8 @@ def load_drafter(options: Mapping[str, Any] | str, target: Target) -> Drafter:
 
     Args:
         options: `{"type": name, **options of that strategy}`, or just the name. A class that
-            has a `load` classmethod is given the target as well.
+            has a `load` classmethod is given the target as well. An option "drafters" holds a list
+            of such options, one for each drafter inside.
         target: the model that will verify.
 
     Raises:
@@ -55,6 +57,8 @@ def load_drafter(options: Mapping[str, Any] | str, target: Target) -> Drafter:
     for option in accepted:
         if option not in settings and parameters[option].default is inspect.Parameter.empty:
             raise ValueError(f"drafter {name!r} needs the option {option!r}; {_given(settings)}")
+    if "drafters" in settings:
+        settings["drafters"] = [load_drafter(inner, target) for inner in settings["drafters"]]
     if hasattr(drafter_class, "load"):
         settings["target"] = target
     try:

@@ -37,6 +37,18 @@ VARIANTS: dict[str, list[dict]] = {
         {**WIDE, "children": "without_replacement"},
         {**WIDE, "children": "with_replacement"},
     ],
+    "hybrid": [
+        {"drafters": [{"type": "ngram", "min_ngram": 1}, {"type": "eagle", **WIDE}]},
+        {
+            "drafters": [
+                {"type": "suffix", "min_match": 1, "width": 2, "num_remembered": 0},
+                {"type": "medusa", "max_nodes": 60},
+                {"type": "draft_model", "width": 3, "max_nodes": 8},
+            ],
+            "max_nodes": 30,
+            "calibrate": False,
+        },
+    ],
     "medusa": [
         {"max_nodes": 60},
         {"choices": SAMPLED},
@@ -51,6 +63,15 @@ CASES = [
     for name in DRAFTERS
     for index, options in enumerate(VARIANTS.get(name, [{}]))
 ]
+
+
+# The option that keeps past outputs from changing later drafts.
+FORGET = {"suffix": "num_remembered", "hybrid": "calibrate"}
+
+
+def remembers(name, options):
+    """Whether what a drafter has seen changes what it drafts for other prompts."""
+    return name in FORGET and options.get(FORGET[name], True) not in (0, False)
 
 
 def save_drafts(folder, target, amount):
@@ -74,11 +95,20 @@ def small_vocab_folder(tmp_path_factory):
 
 
 def build(name, options, target, folder):
+    return load_drafter(resolved(name, options, folder), target)
+
+
+def resolved(name, options, folder):
+    """The options with the paths of the tiny checkpoints in them."""
     module, attribute = DRAFTERS[name].split(":")
     strategy = getattr(import_module(module), attribute)
     parameters = inspect.signature(getattr(strategy, "load", strategy)).parameters
     path = {"path": str(folder / name)} if "path" in parameters else {}
-    return load_drafter({"type": name, **path, **options}, target)
+    options = {"type": name, **path, **options}
+    if "drafters" in options:
+        inner = [{**item} for item in options["drafters"]]
+        options["drafters"] = [resolved(item.pop("type"), item, folder) for item in inner]
+    return options
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
@@ -102,12 +132,12 @@ def test_a_row_does_not_depend_on_its_batch(name, options, draft_folder):
     drafter = build(name, options, target, draft_folder)
     configs = [SamplingConfig(temperature=0.8, seed=s) for s in (1, 2, 3, 4)]
     together = generate(target, drafter, PROMPTS, configs, max_new_tokens=24)
-    if name == "suffix":
+    if remembers(name, options):
         drafter = build(name, options, target, draft_folder)  # forget what it has seen
     alone = generate(target, drafter, PROMPTS, configs, max_new_tokens=24, batch_size=1)
     plain = generate_baseline(target, PROMPTS, configs, max_new_tokens=24)
     # With shared memory of past outputs the drafts differ, and with them the random numbers used.
-    if name != "suffix":
+    if not remembers(name, options):
         assert [r.tokens for r in together] == [r.tokens for r in alone]
     assert [len(r.tokens) for r in together] == [len(r.tokens) for r in plain]
 
@@ -124,7 +154,8 @@ def test_a_row_that_joins_a_running_batch_decodes_as_if_alone(
         SamplingConfig(temperature=temperature, repetition_penalty=1.2 if s == 4 else 1, seed=s)
         for s in range(5)
     ]
-    options = {**options, "num_remembered": 0} if name == "suffix" else options
+    if remembers(name, options):
+        options = {**options, FORGET[name]: 0}
     drafter = build(name, options, target, draft_folder)
     alone = generate(target, drafter, prompts, configs, max_new_tokens=24, batch_size=1)
     joined = generate(target, drafter, prompts, configs, max_new_tokens=24, batch_size=3)

@@ -70,6 +70,8 @@ class DraftModel:
         self.width = width
         self.max_nodes = num_draft_tokens if width == 1 else max_nodes
         self.makes_trees = width > 1
+        # The cache keeps the accepted part of a chain: what is judged must be this very chain.
+        self.caches_draft = not self.makes_trees
         self.confidence_threshold = confidence_threshold
         self.clock = model.clock
         self._committed: list[list[int]] = []

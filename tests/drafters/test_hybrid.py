@@ -1,0 +1,190 @@
+"""Hybrids: trees merged as sets of paths, the likeliest kept, and confidence that is learned."""
+
+import random
+
+import pytest
+import torch
+from lookup_steps import paths
+from tiny_heads import tiny_head
+from tiny_models import perturbed, tiny_llama, tiny_target
+
+from specdec import generate, generate_baseline
+from specdec.drafters.calibration import NUM_BINS, PRIOR_WEIGHT, Calibration
+from specdec.drafters.draft_model import DraftModel
+from specdec.drafters.eagle import EagleDrafter
+from specdec.drafters.hybrid import HybridDrafter
+from specdec.drafters.merging import merge_drafts
+from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.packing import pack_rows
+from specdec.drafters.suffix import SuffixDrafter
+from specdec.drafters.tree_shape import TreeShape
+from specdec.targets.hf import HFTarget
+
+CPU = torch.device("cpu")
+
+
+def random_row(draw):
+    """A random tree without twins among siblings, and a confidence for each node."""
+    nodes, confidences = [], []
+    for _ in range(draw.randrange(9)):
+        node = (draw.randrange(-1, len(nodes)), draw.randrange(4))
+        if node not in nodes:
+            above = confidences[node[0]] if node[0] >= 0 else 1.0
+            nodes.append(node)
+            confidences.append(above * draw.choice([0.25, 0.5, 1.0]))
+    return nodes, confidences
+
+
+def random_draft(draw, num_rows=4):
+    rows = [random_row(draw) for _ in range(num_rows)]
+    nodes, confidences = [row[0] for row in rows], [row[1] for row in rows]
+    return pack_rows(nodes, CPU, as_chain=False, confidences=confidences)
+
+
+def confidence_of(draft):
+    """Row by row: path -> confidence."""
+    return [
+        dict(zip(row, values, strict=False))
+        for row, values in zip(paths(draft), draft.confidence.tolist(), strict=True)
+    ]
+
+
+def paths_in(pool, row):
+    """Path -> place of the real candidates of a row."""
+    found = {}
+    for place in range(pool.tokens.shape[1]):
+        if pool.real[row, place]:
+            path, at = (), place
+            while at >= 0:
+                path, at = (int(pool.tokens[row, at]), *path), int(pool.parents[row, at])
+            assert path not in found, "a path stands in the pool twice"
+            found[path] = place
+    return found
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_merged_pool_holds_every_path_once_with_each_sources_confidence(seed):
+    draw = random.Random(seed)
+    drafts = [random_draft(draw) for _ in range(3)]
+    drafts = [draft for draft in drafts if draft.num_nodes] or [random_draft(random.Random(1))]
+    pool = merge_drafts(drafts)
+    wanted = [confidence_of(draft) for draft in drafts]
+    for row in range(4):
+        found = paths_in(pool, row)
+        assert set(found) == {path for source in wanted for path in source[row]}
+        for path, place in found.items():
+            assert int(pool.parents[row, place]) == (found[path[:-1]] if path[1:] else -1)
+            for source, confidences in enumerate(wanted):
+                assert pool.confidence[source, row, place] == confidences[row].get(path, 0.0)
+
+
+class Scripted:
+    """Proposes a given draft and never changes its mind."""
+
+    taps, makes_trees = (), True
+
+    def __init__(self, rows, confidences):
+        self.rows, self.confidences, self.max_nodes = rows, confidences, 99
+        self.clock = NgramDrafter().clock
+
+    def begin(self, prompts, output, sampler, *, join=False):
+        self.num_rows = len(prompts)
+
+    def propose(self, root, budget, sampler):
+        rows = [self.rows[:limit] for limit in budget]
+        confidences = [self.confidences[:limit] for limit in budget]
+        return pack_rows(rows, root.device, as_chain=False, confidences=confidences)
+
+    def observe(self, verdict, committed, hidden):
+        pass
+
+    def reorder(self, rows):
+        self.num_rows = len(rows)
+
+
+def proposal(hybrid, budgets):
+    root = torch.zeros(len(budgets), dtype=torch.long)
+    return hybrid.propose(root, budgets, None)
+
+
+def test_the_likeliest_nodes_of_all_drafters_are_kept_within_each_rows_budget():
+    first = Scripted([(-1, 1), (0, 2), (1, 3)], [0.9, 0.3, 0.2])
+    second = Scripted([(-1, 1), (-1, 4), (0, 2), (0, 5)], [0.6, 0.4, 0.5, 0.05])
+    hybrid = HybridDrafter([first, second], max_nodes=4, calibrate=False)
+    hybrid.begin([[0]] * 3, None, None)
+    draft = proposal(hybrid, [9, 3, 0])
+    # (1, 2): 0.9 from the first, times 0.5 / 0.6 from the second.
+    assert paths(draft) == [[(1,), (1, 2), (1, 2, 3), (4,)], [(1,), (1, 2), (1, 2, 3)], []]
+    assert draft.probs is None
+    assert draft.lengths.tolist() == [4, 3, 0]
+
+
+def test_no_nodes_from_anyone_make_an_empty_draft():
+    hybrid = HybridDrafter([Scripted([], []), Scripted([], [])])
+    assert proposal(hybrid, [5, 5]).num_nodes == 0
+
+
+def test_calibration_moves_from_the_confidence_to_what_was_seen():
+    calibration = Calibration(2, CPU)
+    confidence = torch.tensor([[[0.95, 0.0]], [[0.05, 0.55]]])  # [S, B, K]
+    expected = torch.tensor([[[0.95, 0.05]], [[0.05, 0.55]]])
+    torch.testing.assert_close(calibration.acceptance(confidence), expected)
+    counted = torch.tensor([[[True, False]], [[True, True]]])
+    for _ in range(30):
+        calibration.add(confidence, counted, torch.tensor([[False, True]]))
+    first = PRIOR_WEIGHT * 0.95 / (PRIOR_WEIGHT + 30)
+    third = (PRIOR_WEIGHT * 0.55 + 30) / (PRIOR_WEIGHT + 30)
+    learned = torch.tensor([[[first, 0.05]], [[PRIOR_WEIGHT * 0.05 / (PRIOR_WEIGHT + 30), third]]])
+    torch.testing.assert_close(calibration.acceptance(confidence), learned)
+    edge = torch.ones(2, 1, 1)
+    assert calibration.acceptance(edge).shape == (2, 1, 1)
+    assert NUM_BINS > 1
+
+
+def test_a_drafter_that_is_sure_but_wrong_loses_its_nodes():
+    target = tiny_target()
+    liar = Scripted([(-1, 96), (0, 96), (1, 96)], [1.0, 1.0, 1.0])
+    truth = DraftModel(HFTarget(target.model), 97, num_draft_tokens=3, width=2, max_nodes=6)
+    hybrid = HybridDrafter([liar, truth], max_nodes=3)
+    results = generate(target, hybrid, [[1, 2, 3]], max_new_tokens=120)
+    records = results[0].records
+    early = sum(r.num_accepted for r in records[:5]) / 5
+    late = sum(r.num_accepted for r in records[-5:-1]) / 4
+    assert late > early
+    assert late == 3, "the draft model is the target itself, so all of its nodes fit"
+
+
+def test_two_drafters_accept_at_least_as_much_as_the_better_one_alone():
+    target = tiny_target()
+    prompts = [[5, 6, 7, 8] * 3, [9], [3] * 6]
+    draft = perturbed(tiny_llama(), 0.15)
+
+    def make_lookup():
+        return SuffixDrafter(min_match=1, num_remembered=0)
+
+    def make_model():
+        return DraftModel(HFTarget(draft), 97, num_draft_tokens=4, width=2, max_nodes=8)
+
+    def steps(drafter):
+        results = generate(target, drafter, prompts, max_new_tokens=60)
+        plain = generate_baseline(target, prompts, max_new_tokens=60)
+        assert [r.tokens for r in results] == [r.tokens for r in plain]
+        return sum(r.stats.num_steps for r in results)
+
+    both = HybridDrafter([make_lookup(), make_model()], max_nodes=16)
+    assert steps(both) < min(steps(make_lookup()), steps(make_model()))
+
+
+def test_what_cannot_be_merged_is_refused():
+    target = tiny_target()
+    lookup = NgramDrafter()
+    with pytest.raises(ValueError, match="drafters holds 1 but a hybrid merges at least two"):
+        HybridDrafter([lookup])
+    with pytest.raises(ValueError, match="max_nodes is 0"):
+        HybridDrafter([lookup, NgramDrafter()], max_nodes=0)
+    with pytest.raises(ValueError, match="use width=2 or more"):
+        HybridDrafter([lookup, DraftModel(target, 97)])
+    shape = TreeShape(children="without_replacement")
+    sampled = EagleDrafter(tiny_head("eagle", target), 97, shape)
+    with pytest.raises(ValueError, match="children='without_replacement'"):
+        HybridDrafter([lookup, sampled])
