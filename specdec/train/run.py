@@ -17,7 +17,7 @@ from specdec.targets.load import load_target
 from specdec.train.config import TrainConfig
 from specdec.train.data import Split, load_split
 from specdec.train.state import RunFolder
-from specdec.train.vocabulary import coverage, most_frequent
+from specdec.train.vocabulary import coverage, most_frequent, start_from_target
 
 # What may change between sessions of one run: it does not touch what is learned.
 _FREE_KEYS = ("threads", "save_every", "log_with")
@@ -71,6 +71,8 @@ def run_training(
     with seeded(accelerator.device, config.seed):
         head: Any = build_head(config.head.kind, options, target)
     vocabulary = _choose_vocabulary(config, head, target, split)
+    if config.head.start_from_target:
+        start_from_target(head, target.model.get_output_embeddings().weight)
     trainer = Trainer(config, head, options, target, split, folder, accelerator)
     if tracker:
         purge = {"purge_step": trainer.progress.step + 1}
