@@ -6,7 +6,7 @@ again and nothing but an accepted tree path is ever moved.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,74 @@ class _Slots:
         self.index: Tensor | None = None  # [B, n] slots of ragged rows
 
 
+class _Bank:
+    """Storage of layers of equal shape, [layers, rows, kv heads, capacity, head_dim].
+
+    Layers that share one are moved, grown and reordered by one operation.
+    """
+
+    def __init__(self, slots: _Slots) -> None:
+        self._slots = slots
+        self.layers: list[_SlotLayer] = []
+        self.states: list[Tensor] = []  # keys and values, once their shape is known
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that are allocated."""
+        return self.states[0].shape[1]
+
+    def allocate(self, keys: Tensor, values: Tensor) -> None:
+        """Make room, for states [..., heads, any length, head_dim] like these."""
+        shape = (len(self.layers), self._slots.num_rows, self._slots.capacity)
+        self._bind([_allocate(like, *shape) for like in (keys, values)])
+
+    def _bind(self, states: list[Tensor]) -> None:
+        self.states = states
+        for layer, keys, values in zip(self.layers, *states, strict=True):
+            layer.keys, layer.values = keys, values
+            layer.dtype = keys.dtype
+            layer.is_initialized = True
+
+    def grow(self) -> None:
+        """Make room for the rows and slots there are now."""
+        num_rows = max(self.num_rows, self._slots.num_rows)
+        self._bind([_enlarge(part, num_rows, self._slots.capacity) for part in self.states])
+
+    def move(self, sources: Tensor, first: Tensor, start: int) -> None:
+        """Copy slots [B, D] to the D slots from `first` [B] on in every layer, reading first.
+
+        A single row is copied to the slots from `start` on, which is cheaper.
+        """
+        batch, count = sources.shape
+        for states in self.states:
+            where = sources.to(states.device)
+            if batch == 1:
+                row = states[:, 0]
+                row[:, :, start : start + count] = row.index_select(2, where[0])
+                continue
+            slots = states.transpose(2, 3)  # [layers, rows, capacity, heads, head_dim]
+            rows = torch.arange(batch, device=states.device).unsqueeze(1)
+            steps = torch.arange(count, device=states.device)
+            slots[:, rows, first.to(states.device).unsqueeze(1) + steps] = slots[:, rows, where]
+
+    def select(self, rows: Tensor, places: Tensor, num_slots: int) -> None:
+        """Copy the first slots of `rows` to the rows at `places`, all reads before all writes."""
+        for states in self.states:
+            live = states[:, :, :, :num_slots]
+            live[:, places.to(states.device)] = live[:, rows.to(states.device)]
+
+    def append(self, other: "_Bank", first: int, num_slots: int) -> None:
+        """Put another cache's rows at `first` and after; rows without a token hold no keys yet."""
+        if not self.states:
+            if not other.states:
+                return
+            self.allocate(other.states[0][0], other.states[1][0])
+        if self.num_rows < self._slots.num_rows:
+            self.grow()
+        for own, joining in zip(self.states, other.states, strict=False):
+            own[:, first : first + joining.shape[1], :, :num_slots] = joining[:, :, :, :num_slots]
+
+
 class _SlotLayer(CacheLayerMixin):
     """Keys and values of one layer, [rows, kv heads, capacity, head_dim]; the first B rows live."""
 
@@ -34,15 +102,13 @@ class _SlotLayer(CacheLayerMixin):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, slots: _Slots) -> None:
+    def __init__(self, slots: _Slots, bank: _Bank) -> None:
         super().__init__()
-        self._slots = slots
+        self._slots, self._bank = slots, bank
+        bank.layers.append(self)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        shape = (self._slots.num_rows, self._slots.capacity)
-        self.keys, self.values = _allocate(key_states, *shape), _allocate(value_states, *shape)
-        self.is_initialized = True
+        self._bank.allocate(key_states, value_states)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -56,48 +122,10 @@ class _SlotLayer(CacheLayerMixin):
             keys[:, :, slots.start :] = key_states
             values[:, :, slots.start :] = value_states
         else:
-            index = slots.index.to(self.device)[:, None, :, None]  # [B, 1, n, 1]
+            index = slots.index.to(self.keys.device)[:, None, :, None]  # [B, 1, n, 1]
             keys.scatter_(2, index.expand_as(key_states), key_states)
             values.scatter_(2, index.expand_as(value_states), value_states)
         return keys, values
-
-    @property
-    def num_bytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
-
-    def grow(self) -> None:
-        """Make room for the rows and slots there are now."""
-        num_rows = max(len(self.keys), self._slots.num_rows)
-        self.keys = _enlarge(self.keys, num_rows, self._slots.capacity)
-        self.values = _enlarge(self.values, num_rows, self._slots.capacity)
-
-    def move(self, sources: Tensor, destinations: Tensor) -> None:
-        """Copy slots [B, D] to slots [B, D], all reads before all writes."""
-        for states in (self.keys, self.values):
-            _, heads, _, size = states.shape
-            shape = (len(sources), heads, sources.shape[1], size)
-            moved = states.gather(2, sources.to(states.device)[:, None, :, None].expand(shape))
-            index = destinations.to(states.device)[:, None, :, None].expand(shape)
-            states.scatter_(2, index, moved)
-
-    def select(self, rows: Tensor, places: Tensor, num_slots: int) -> None:
-        """Copy the first slots of `rows` to the rows at `places`, all reads before all writes."""
-        for states in (self.keys, self.values):
-            live = states[:, :, :num_slots]
-            live[places.to(self.device)] = live[rows.to(self.device)]
-
-    def append(self, other: "_SlotLayer", first: int, num_slots: int) -> None:
-        """Put another cache's rows at `first` and after; rows without a token hold no keys yet."""
-        if not self.is_initialized:
-            if not other.is_initialized:
-                return
-            self.lazy_initialization(other.keys, other.values)
-        if len(self.keys) < self._slots.num_rows:
-            self.grow()
-        if not other.is_initialized:
-            return
-        for own, joining in ((self.keys, other.keys), (self.values, other.values)):
-            own[first : first + len(joining), :, :num_slots] = joining[:, :, :num_slots]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._slots.end, 0
@@ -121,16 +149,26 @@ class SlotCache(Cache):
         batch_size: rows.
         capacity: slots per row to begin with; doubled when they are used up.
         device: where slot indices live.
+        plan: of an earlier cache of the same model: layers of equal shape then share their storage,
+            and an accepted path moves by one gather instead of one a layer.
 
     Attributes:
         lengths: committed tokens in the cache, per row, on the host.
     """
 
     def __init__(
-        self, num_layers: int, batch_size: int, capacity: int, device: torch.device
+        self,
+        num_layers: int,
+        batch_size: int,
+        capacity: int,
+        device: torch.device,
+        plan: Sequence[Hashable] | None = None,
     ) -> None:
         self._slots = _Slots(batch_size, capacity)
-        self._slot_layers = [_SlotLayer(self._slots) for _ in range(num_layers)]
+        kinds = range(num_layers) if plan is None else plan
+        banks = {kind: _Bank(self._slots) for kind in kinds}
+        self._banks = list(banks.values())
+        self._slot_layers = [_SlotLayer(self._slots, banks[kind]) for kind in kinds]
         super().__init__(layers=list(self._slot_layers))
         self.device = device
         self._device_lengths: Tensor | None = None
@@ -154,15 +192,27 @@ class SlotCache(Cache):
         return self._is_uniform
 
     @property
+    def plan(self) -> list[Hashable]:
+        """Shape, dtype and device of every layer, which is all that tells their storage apart.
+
+        Known once a token has been written.
+        """
+        return [
+            tuple((part.shape[1], part.shape[3], part.dtype, part.device) for part in pair)
+            for pair in ((layer.keys, layer.values) for layer in self._slot_layers)
+        ]
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of keys and values allocated now."""
-        return sum(layer.num_bytes for layer in self._slot_layers)
+        return sum(states.nbytes for bank in self._banks for states in bank.states)
 
     @property
     def bytes_per_row(self) -> int:
         """Bytes of keys and values that each row's slots take now."""
-        layers = [layer for layer in self._slot_layers if layer.is_initialized]
-        return sum(layer.num_bytes // len(layer.keys) for layer in layers)
+        return sum(
+            states.nbytes // states.shape[1] for bank in self._banks for states in bank.states
+        )
 
     def open(self, num_new: int, behind: int = 0) -> int:
         """Make room for `num_new` tokens a row, `behind` the committed ones; returns the end slot.
@@ -194,13 +244,13 @@ class SlotCache(Cache):
         Args:
             path: [B, D] int64 node indices, -1 padded.
         """
-        first = self.device_lengths.unsqueeze(1) + 1
+        path = path[:, : self._slots.end - max(self.lengths) - 1]  # no longer than all nodes
+        first = self.device_lengths + 1
         steps = torch.arange(path.shape[1], device=path.device)
-        # Padding copies a slot onto itself; the clamp keeps it inside short rows' capacity.
-        destinations = (first + steps).clamp(max=self.capacity - 1)
-        sources = torch.where(path >= 0, first + path, destinations)
-        for layer in self._slot_layers:
-            layer.move(sources, destinations)
+        # Padding copies a slot onto itself.
+        sources = first.unsqueeze(1) + torch.where(path >= 0, path, steps)
+        for bank in self._banks:
+            bank.move(sources, first, self.lengths[0] + 1)
 
     def append(self, other: "SlotCache") -> None:
         """Take the rows of another cache behind one's own; no copy of one's own where they fit."""
@@ -208,8 +258,8 @@ class SlotCache(Cache):
         self._slots.num_rows = first + len(other.lengths)
         num_slots = max(other.lengths)
         self._grow(num_slots)
-        for layer, joining in zip(self._slot_layers, other._slot_layers, strict=True):
-            layer.append(joining, first, num_slots)
+        for bank, joining in zip(self._banks, other._banks, strict=True):
+            bank.append(joining, first, num_slots)
         self._set_lengths([*self.lengths, *other.lengths])
 
     def reorder(self, rows: Tensor) -> None:
@@ -218,9 +268,8 @@ class SlotCache(Cache):
         places = [place for place, row in enumerate(kept) if place != row]
         if places:
             moved = torch.tensor([[kept[place] for place in places], places], device=self.device)
-            for layer in self._slot_layers:
-                if layer.is_initialized:
-                    layer.select(moved[0], moved[1], max(self.lengths))
+            for bank in self._banks:
+                bank.select(moved[0], moved[1], max(self.lengths))
         self._slots.num_rows = len(kept)
         self._set_lengths([self.lengths[row] for row in kept])
 
@@ -231,9 +280,9 @@ class SlotCache(Cache):
             return
         while slots.capacity < num_slots:
             slots.capacity *= 2
-        for layer in self._slot_layers:
-            if layer.is_initialized:
-                layer.grow()
+        for bank in self._banks:
+            if bank.states:
+                bank.grow()
 
     def _set_lengths(self, lengths: list[int]) -> None:
         self.lengths = lengths
@@ -241,8 +290,8 @@ class SlotCache(Cache):
         self._device_lengths = None
 
 
-def _allocate(like: Tensor, num_rows: int, capacity: int) -> Tensor:
-    shape = (num_rows, like.shape[1], capacity, like.shape[3])
+def _allocate(like: Tensor, num_layers: int, num_rows: int, capacity: int) -> Tensor:
+    shape = (num_layers, num_rows, like.shape[-3], capacity, like.shape[-1])
     try:
         # Zeros, because a masked slot still takes part in 0 * value, and 0 * NaN is NaN.
         return like.new_zeros(shape)
@@ -255,17 +304,17 @@ def _allocate(like: Tensor, num_rows: int, capacity: int) -> Tensor:
 def _explain(like: Tensor, shape: tuple[int, ...]) -> str:
     wanted = math.prod(shape) * like.element_size()
     message = (
-        f"no memory for {wanted:,} bytes of keys or values of one layer (batch {shape[0]}, "
-        f"{shape[2]} slots a row)"
+        f"no memory for {wanted:,} bytes of keys or values of {shape[0]} layers (batch {shape[1]}, "
+        f"{shape[3]} slots a row)"
     )
     if like.device.type != "cuda":
         return f"{message}; lower batch_size or max_new_tokens"
     free, _ = torch.cuda.mem_get_info(like.device)
-    fits = max(0, int(shape[0] * free / wanted))
-    return f"{message}; {free:,} bytes are free, enough for this layer at batch_size {fits}"
+    fits = max(0, int(shape[1] * free / wanted))
+    return f"{message}; {free:,} bytes are free, enough for these at batch_size {fits}"
 
 
 def _enlarge(states: Tensor, num_rows: int, capacity: int) -> Tensor:
-    larger = _allocate(states, num_rows, capacity)
-    larger[: len(states), :, : states.shape[2]] = states
+    larger = _allocate(states, states.shape[0], num_rows, capacity)
+    larger[:, : states.shape[1], :, : states.shape[3]] = states
     return larger

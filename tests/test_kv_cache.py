@@ -7,12 +7,22 @@ import torch
 
 from specdec.kv_cache import SlotCache
 
-LAYERS, HEADS, DIM = 2, 2, 3
+LAYERS, HEADS, DIM = 3, 2, 3
 CPU = torch.device("cpu")
 
 
+PLANS = {"apart": None, "together": ["a"] * LAYERS, "mixed": [i % 2 for i in range(LAYERS)]}
+
+
+@pytest.fixture(autouse=True, params=PLANS)
+def plan(request, monkeypatch):
+    """Every test runs with layers that share their storage, do not, and share it in part."""
+    monkeypatch.setitem(PLANS, "now", PLANS[request.param])
+    return request.param
+
+
 def new_cache(num_rows, capacity=8):
-    return SlotCache(LAYERS, num_rows, capacity, CPU)
+    return SlotCache(LAYERS, num_rows, capacity, CPU, PLANS["now"])
 
 
 def draw_states(num_rows, num_new):
@@ -173,10 +183,25 @@ def test_bytes_are_those_of_all_slots_of_keys_and_values():
     assert cache.num_bytes == 3 * 16 * slot
     cache.reorder(torch.tensor([2]))  # the rows that left keep their place for others
     assert cache.bytes_per_row == 16 * slot
-    allocated = (
-        states.untyped_storage() for layer in cache.layers for states in (layer.keys, layer.values)
-    )
-    assert cache.num_bytes == sum(storage.nbytes() for storage in allocated)
+    parts = [states for layer in cache.layers for states in (layer.keys, layer.values)]
+    allocated = {part.untyped_storage().data_ptr(): part.untyped_storage() for part in parts}
+    assert cache.num_bytes == sum(storage.nbytes() for storage in allocated.values())
+
+
+def test_a_plan_tells_layers_apart_by_shape_dtype_and_device():
+    keys, narrow = torch.zeros(1, HEADS, 1, DIM), torch.zeros(1, HEADS, 1, DIM - 1)
+    cache = SlotCache(3, 1, 4, CPU)
+    cache.open(1)
+    for layer, (key, value) in enumerate([(keys, keys), (keys, narrow), (keys, keys)]):
+        cache.update(key, value, layer)
+    first, second, third = cache.plan
+    assert first == third != second
+    again = SlotCache(3, 2, 4, CPU, cache.plan)
+    again.open(1)
+    for layer, (key, value) in enumerate([(keys, keys), (keys, narrow), (keys, keys)]):
+        again.update(key.expand(2, -1, -1, -1), value.expand(2, -1, -1, -1), layer)
+    assert again.plan == cache.plan
+    assert again.num_bytes == 2 * cache.num_bytes
 
 
 def test_slots_that_were_never_written_are_zero_so_that_no_nan_can_spread():
@@ -252,5 +277,6 @@ def test_a_cache_driven_at_random_holds_what_lists_of_tokens_would(seed):
 
 def test_a_cache_that_does_not_fit_says_how_much_it_wanted():
     cache = new_cache(1, capacity=2**50)
-    with pytest.raises(MemoryError, match=rf"{2**50 * HEADS * DIM * 4:,} bytes.*batch"):
+    layers = len(cache._banks[0].layers)
+    with pytest.raises(MemoryError, match=rf"{layers * 2**50 * HEADS * DIM * 4:,} bytes.*batch"):
         write(cache, draw_states(1, 1))

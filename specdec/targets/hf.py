@@ -1,6 +1,6 @@
 """Any transformers causal LM as target or draft model, its modeling file untouched."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ class HFTarget:
         self._masks = Masks(self.config, self.device)
         self.cache = SlotCache(self.config.num_hidden_layers, 1, 1, self.device)
         self._scored_tree = False
+        self._cache_plan: list[Hashable] | None = None
         # Padding of a row that is nearly full must not look past the position table.
         line = torch.arange(2 * self.max_context_len, device=self.device)
         self._positions = line.clamp(max=self.max_context_len - 1)
@@ -77,9 +78,7 @@ class HFTarget:
         """Cache the prompts as a batch of their own."""
         lengths = [len(prompt) for prompt in prompts]
         longest = max(lengths)
-        self.cache = SlotCache(
-            self.config.num_hidden_layers, len(prompts), max(2 * longest, 128), self.device
-        )
+        self.cache = self._new_cache(len(prompts), max(2 * longest, 128))
         if longest == 0:
             return TargetOutput(torch.zeros(len(prompts), 1, self.vocab_size, device=self.device))
         rows = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
@@ -99,6 +98,16 @@ class HFTarget:
         self.cache.rollback(lengths)
         assert logits is not None
         return TargetOutput(logits, {t: torch.cat([c[t] for c in chunks], 1) for t in taps})
+
+    def _new_cache(self, batch_size: int, capacity: int) -> SlotCache:
+        num_layers = self.config.num_hidden_layers
+        if self._cache_plan is None:
+            # One token tells what no config does: each layer's heads, their size and their device.
+            self.cache = SlotCache(num_layers, 1, 1, self.device)
+            self._forward_chunk(torch.zeros(1, 1, dtype=torch.long, device=self.device), [0], ())
+            self._cache_plan = self.cache.plan
+            self.clock.take()
+        return SlotCache(num_layers, batch_size, capacity, self.device, self._cache_plan)
 
     def _forward_chunk(
         self, tokens: Tensor, wanted: list[int], taps: Sequence[int]
