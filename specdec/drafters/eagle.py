@@ -23,7 +23,12 @@ from specdec.drafters.backbone import (
 )
 from specdec.drafters.feature_drafter import FeatureDrafter
 from specdec.drafters.rollout import rollout
-from specdec.drafters.training_batch import LossOutput, TrainingBatch, masked_mean, shifted
+from specdec.drafters.training_batch import (
+    LossOutput,
+    TrainingBatch,
+    shifted,
+    soft_cross_entropy,
+)
 
 
 @dataclass(frozen=True)
@@ -140,10 +145,12 @@ def loss(
     scattered = (torch.rand_like(features) - 0.5) * noise * 512 / length
     outputs = next(rollout(head, batch.tokens, features + scattered, 1))
     mask = shifted(batch.loss_mask, 2)
-    distance = smooth_l1_loss(outputs, shifted(features, 1), reduction="none").mean(-1)
-    goal = shifted(batch.target_logits, 1).softmax(-1)
-    cross = -(goal * head.logits(outputs).float().log_softmax(-1)).sum(-1)
-    feature_part, token_part = masked_mean(distance, mask), masked_mean(cross, mask)
+    predicted = outputs[mask]  # [places, H]
+    goal = shifted(batch.target_logits, 1)[mask]
+    token_part = soft_cross_entropy(head.logits(predicted), goal)
+    feature_part = token_part.new_zeros(())
+    if len(predicted):
+        feature_part = smooth_l1_loss(predicted, shifted(features, 1)[mask])
     return LossOutput(
         feature_part + cross_entropy_weight * token_part,
         {"feature": feature_part.detach(), "cross_entropy_1": token_part.detach()},

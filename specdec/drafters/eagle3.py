@@ -19,7 +19,12 @@ from specdec.drafters.backbone import (
 )
 from specdec.drafters.feature_drafter import FeatureDrafter
 from specdec.drafters.rollout import rollout
-from specdec.drafters.training_batch import LossOutput, TrainingBatch, masked_mean, shifted
+from specdec.drafters.training_batch import (
+    LossOutput,
+    TrainingBatch,
+    shifted,
+    soft_cross_entropy,
+)
 
 
 @dataclass(frozen=True)
@@ -73,12 +78,14 @@ class Eagle3Head(nn.Module):
     Args:
         config: see `Eagle3Config`.
         embedding: the target's input embedding; not a parameter of the head.
+        vocab_head: the target's vocabulary projection, whose rows the head's own starts from; not a
+            parameter of the head.
     """
 
     d2t: Tensor
     t2d: Tensor
 
-    def __init__(self, config: Eagle3Config, embedding: nn.Module) -> None:
+    def __init__(self, config: Eagle3Config, embedding: nn.Module, vocab_head: nn.Module) -> None:
         super().__init__()
         self.options, self.config, self.taps = config, config.backbone, config.taps
         size, vocab = config.backbone.hidden_size, config.backbone.vocab_size
@@ -91,18 +98,27 @@ class Eagle3Head(nn.Module):
             self.input_norm = LlamaRMSNorm(num_features, config.backbone.rms_norm_eps)
         if config.own_embedding:
             self.embed_tokens = nn.Embedding(vocab, size)
-        # A tuple keeps the target's embedding out of the head's parameters.
-        self._target_embedding = (embedding,)
+        # A tuple keeps the target's modules out of the head's parameters.
+        self._target_parts: tuple[Any, Any] = (embedding, vocab_head)
         self.rotary = Rotary(config.backbone)
         if config.draft_vocab_size < vocab:
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
             self.register_buffer("t2d", torch.zeros(vocab, dtype=torch.bool))
             self.set_draft_vocab(torch.arange(config.draft_vocab_size))
+        else:
+            self._start_from_target(torch.arange(vocab))
 
     def set_draft_vocab(self, tokens: Tensor) -> None:
-        """Draft these target ids [D], ascending."""
+        """Draft these target ids [D], ascending; their logits start as the target's."""
         self.d2t.copy_(tokens - torch.arange(len(tokens), device=tokens.device))
         self.t2d.zero_()[tokens] = True
+        self._start_from_target(tokens)
+
+    def _start_from_target(self, tokens: Tensor) -> None:
+        rows = self._target_parts[1].weight
+        if rows.shape[1] == self.lm_head.in_features and len(rows) > int(tokens.max()):
+            with torch.no_grad():
+                self.lm_head.weight.copy_(rows[tokens.to(rows.device)])
 
     @property
     def token_map(self) -> Tensor | None:
@@ -120,7 +136,7 @@ class Eagle3Head(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token embeddings [..., H]."""
-        own = self.embed_tokens if self.options.own_embedding else self._target_embedding[0]
+        own = self.embed_tokens if self.options.own_embedding else self._target_parts[0]
         return own(tokens)
 
     def forward(
@@ -162,7 +178,7 @@ def build(
             `LlamaConfig`; what is missing follows the target.
         target_config: the target's text config.
         embedding: the target's input embedding.
-        vocab_head: not used.
+        vocab_head: the target's vocabulary projection.
     """
     options = dict(options)
     backbone = backbone_config(target_config, **options.pop("backbone", {}))
@@ -171,7 +187,8 @@ def build(
         "target_hidden_size": target_config.hidden_size,
         "draft_vocab_size": backbone.vocab_size,
     }
-    return Eagle3Head(Eagle3Config(backbone, **{**defaults, **options}), embedding)
+    config = Eagle3Config(backbone, **{**defaults, **options})
+    return Eagle3Head(config, embedding, vocab_head)
 
 
 def loss(
@@ -191,15 +208,12 @@ def loss(
     best = batch.target_logits.argmax(-1)  # [B, L]
     features = head.fuse(batch.hidden)
     for step, outputs in enumerate(rollout(head, batch.tokens, features, num_steps)):
-        logits = head.logits(outputs)
-        goal = shifted(batch.target_logits, 1 + step)
         mask = shifted(batch.loss_mask, 2 + step)
         if ids is not None:
             # The head cannot say these tokens; what it learned there would be noise.
             mask = mask & head.t2d[shifted(best, 1 + step)]
-            goal = goal[..., ids]
-        cross = -(goal.softmax(-1) * logits.float().log_softmax(-1)).sum(-1)
-        part = masked_mean(cross, mask)
+        goal = shifted(batch.target_logits, 1 + step)[mask]  # [places, V]
+        part = soft_cross_entropy(head.logits(outputs[mask]), goal if ids is None else goal[:, ids])
         total = total + decay**step * part
         parts[f"cross_entropy_{step + 1}"] = part.detach()
     return LossOutput(total, parts)

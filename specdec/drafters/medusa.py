@@ -15,7 +15,7 @@ from specdec.clock import ForwardClock
 from specdec.demo import demo_path
 from specdec.drafters.heads import load_head
 from specdec.drafters.static_growth import StaticGrowth
-from specdec.drafters.training_batch import LossOutput, TrainingBatch, masked_mean, shifted
+from specdec.drafters.training_batch import LossOutput, TrainingBatch, shifted
 from specdec.drafters.tree_shape import TreeShape, guessed_acceptance
 from specdec.interfaces import Prompts, TargetOutput
 from specdec.sampling import Sampler
@@ -85,14 +85,16 @@ class MedusaHeads(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         """Logits [..., K, V]: head k guesses the token k + 2 places after the feature [..., H]."""
-        guesses = []
-        for index, blocks in enumerate(self.blocks):
-            states = feature
-            for block in blocks:  # type: ignore[attr-defined]
-                states = block(states)
-            own = self.config.own_vocab_head
-            guesses.append((self.vocab_heads[index] if own else self._target_head[0])(states))
-        return torch.stack(guesses, -2)
+        return torch.stack([self.guess(k, feature) for k in range(self.config.num_heads)], -2)
+
+    def guess(self, head: int, feature: Tensor) -> Tensor:
+        """Logits [..., V] of one head."""
+        states = feature
+        for block in self.blocks[head]:  # type: ignore[attr-defined]
+            states = block(states)
+        project = self.vocab_heads[head] if self.config.own_vocab_head else self._target_head[0]
+        logits: Tensor = project(states)
+        return logits
 
 
 class MedusaDrafter:
@@ -241,18 +243,19 @@ def loss(
     """
     if objective not in ("cross_entropy", "kl"):
         raise ValueError(f"objective is {objective!r} but must be 'cross_entropy' or 'kl'")
-    logits = heads(batch.hidden[heads.taps[0]]).float()  # [B, L, K, V]
-    total = logits.new_zeros(())
+    states = batch.hidden[heads.taps[0]]
+    total = states.new_zeros((), dtype=torch.float32)
     parts: dict[str, Tensor] = {}
     for k in range(heads.config.num_heads):
         mask = shifted(batch.loss_mask, k + 2)
+        logits = heads.guess(k, states[mask]).float()  # [places, V]
         if objective == "kl":
-            goal = shifted(batch.target_logits, k + 1).float().log_softmax(-1)
-            each = (goal.exp() * (goal - logits[:, :, k].log_softmax(-1))).sum(-1)
+            goal = shifted(batch.target_logits, k + 1)[mask].float().log_softmax(-1)
+            each = (goal.exp() * (goal - logits.log_softmax(-1))).sum(-1)
         else:
-            goal = shifted(batch.tokens, k + 2)
-            each = cross_entropy(logits[:, :, k].transpose(1, 2), goal, reduction="none")
-        part = masked_mean(each, mask)
+            goal = shifted(batch.tokens, k + 2)[mask]
+            each = cross_entropy(logits, goal, reduction="none")
+        part = each.sum() / max(len(each), 1)
         total = total + decay ** (k + 1) * part
         parts[f"{objective}_{k + 1}"] = part.detach()
     return LossOutput(total, parts)

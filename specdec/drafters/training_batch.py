@@ -44,6 +44,12 @@ def shifted(rows: Tensor, by: int) -> Tensor:
     return moved
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of [B, L] values where the mask holds; 0 where it holds nowhere."""
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+def soft_cross_entropy(logits: Tensor, target_logits: Tensor) -> Tensor:
+    """Mean cross-entropy of logits [M, V] to the target's distribution; 0 for no rows.
+
+    Callers pick the places that count first, so that nothing is spent on the others.
+    """
+    if not len(logits):
+        return logits.sum().float()
+    goal = target_logits.float().softmax(-1)
+    return -(goal * logits.float().log_softmax(-1)).sum(-1).mean()
