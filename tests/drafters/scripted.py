@@ -1,0 +1,186 @@
+"""Random heads for a small target, and decoding whose verdicts follow a script, not the target."""
+
+import random
+from dataclasses import dataclass, replace
+
+import torch
+from slow_heads import Continuation, MedusaGuesses, SlowEagle, SlowEagle3
+from tiny_heads import tiny_head
+from tiny_models import tiny_target
+
+from specdec.drafters.eagle import EagleDrafter
+from specdec.drafters.eagle3 import Eagle3Drafter
+from specdec.drafters.medusa import MedusaDrafter
+from specdec.sampling import Sampler, SamplingConfig
+from specdec.verify import Draft, Verdict
+
+# So few tokens that a random head is right now and then.
+VOCAB, TAPS = 17, [1, 2, 3]
+DRAFTERS = {"eagle": EagleDrafter, "eagle3": Eagle3Drafter, "medusa": MedusaDrafter}
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [8], [7, 7, 7], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8, 4, 5]]
+
+
+def small_target(vocab_size=VOCAB):
+    return tiny_target(vocab_size, num_layers=3)
+
+
+def lively_head(kind, target, seed=0, draft_tokens=None, **options):
+    """A random head in which no weight is a neutral one, so that leaving any out would show.
+
+    `draft_tokens` are the target ids of a reduced draft vocabulary.
+    """
+    if kind == "eagle3":
+        options = {"taps": TAPS, **options}
+    if draft_tokens is not None:
+        options["draft_vocab_size"] = len(draft_tokens)
+    head = tiny_head(kind, target, seed, **options)
+    if draft_tokens is not None:
+        head.set_draft_vocab(torch.tensor(draft_tokens))
+    with torch.no_grad():
+        for name, weight in head.named_parameters():
+            if weight.ndim == 1:
+                weight.add_(torch.randn_like(weight) / 4)
+            elif name.startswith("lm_head"):
+                weight.normal_(std=8 * weight.shape[1] ** -0.5)
+    return head
+
+
+def true_features(target, committed, taps):
+    """The target's hidden states [n, H] of all committed tokens but the root, by tap."""
+    with torch.no_grad():
+        ids = torch.tensor([committed[:-1]])
+        states = target.model(input_ids=ids, output_hidden_states=True).hidden_states
+    return {tap: states[tap][0] for tap in taps}
+
+
+def slow_guesses(kind, head, target, committed, window=None, **flags):
+    """The plain re-implementation of a head, behind a committed text; it follows the target's
+    rotary settings, whatever those of the head are."""
+    top = target.config.num_hidden_layers
+    hidden = true_features(target, committed, [*TAPS, top])
+    if kind == "medusa":
+        return MedusaGuesses(head, target.model, hidden[top][-1])
+    if kind == "eagle":
+        slow = SlowEagle(head, target.model)
+    else:
+        slow = SlowEagle3(head, target.model, TAPS, **flags)
+    return Continuation(slow, committed, slow.fuse(hidden), window)
+
+
+@dataclass
+class Step:
+    """One call of `propose`: what was known of each row, and what came back."""
+
+    committed: list[list[int]]
+    budget: list[int]
+    draft: Draft
+
+
+class ScriptedDecoding:
+    """Drafts, scores and commits as the loop does, but accepts any path of a draft, by chance.
+
+    Random heads are seldom right; here drafts are taken whole, in part and not at all.
+
+    Args:
+        target: what the drafts are scored by.
+        drafter: drafts them.
+        prompts: of the first rows.
+        sampling: settings, dealt to the rows in turn; each row has a seed of its own.
+        seed: of the script.
+
+    Attributes:
+        rows: committed tokens of every row, the last of each its root.
+        steps: all that was drafted.
+        num_accepted: draft tokens taken, of every row and step.
+    """
+
+    def __init__(self, target, drafter, prompts, sampling=None, seed=0):
+        self.target, self.drafter = target, drafter
+        self.rows: list[list[int]] = []
+        self.steps: list[Step] = []
+        self.num_accepted: list[int] = []
+        self._configs: list[SamplingConfig] = []
+        self._sampling = sampling or [SamplingConfig()]
+        self._draw = random.Random(seed)
+        self.join(prompts)
+
+    @property
+    def sampler(self):
+        """Of the rows as they are now."""
+        return Sampler(self._configs, self.target.vocab_size, None, self.rows, ())
+
+    @torch.inference_mode()
+    def join(self, prompts):
+        """Let rows join behind the others; their roots are drawn by chance."""
+        is_running = bool(self.rows)
+        output = self.target.prefill(prompts, self.drafter.taps, join=is_running)
+        begun = [[*prompt, self._token()] for prompt in prompts]
+        seeds = range(len(self._configs), len(self._configs) + len(begun))
+        configs = [replace(self._sampling[seed % len(self._sampling)], seed=seed) for seed in seeds]
+        sampler = Sampler(configs, self.target.vocab_size, None, begun, ())
+        self.drafter.begin([list(row) for row in begun], output, sampler, join=is_running)
+        self.rows += begun
+        self._configs += configs
+
+    def keep(self, rows):
+        """Let all rows but these leave."""
+        self.rows = [self.rows[row] for row in rows]
+        self._configs = [self._configs[row] for row in rows]
+        self.target.reorder(torch.tensor(rows))
+        self.drafter.reorder(torch.tensor(rows))
+
+    @torch.inference_mode()
+    def propose(self, budget=None):
+        """A draft for the rows as they are; nothing is noted."""
+        budget = [self.drafter.max_nodes] * len(self.rows) if budget is None else budget
+        root = torch.tensor([row[-1] for row in self.rows])
+        return self.drafter.propose(root, budget, self.sampler)
+
+    @torch.inference_mode()
+    def commit(self, draft):
+        """Score a draft, accept of it by chance, commit."""
+        root = torch.tensor([row[-1] for row in self.rows])
+        output = self.target.score(root, draft, self.drafter.taps)
+        paths = [self._path(draft, row) for row in range(len(self.rows))]
+        news = [
+            [*draft.tokens[row, path].tolist(), self._token()] for row, path in enumerate(paths)
+        ]
+        verdict = _verdict(draft, paths, news)
+        counts = [len(path) for path in paths]
+        self.target.commit(verdict, counts)
+        self.drafter.observe(verdict, news, output.hidden)
+        self.num_accepted += counts
+        self.rows = [row + new for row, new in zip(self.rows, news, strict=True)]
+
+    def step(self, budget=None):
+        """Draft, note the draft, and commit what is accepted of it."""
+        budget = [self.drafter.max_nodes] * len(self.rows) if budget is None else budget
+        committed = [list(row) for row in self.rows]
+        draft = self.propose(budget)
+        self.steps.append(Step(committed, list(budget), draft))
+        self.commit(draft)
+
+    def _token(self):
+        return self._draw.randrange(self.target.vocab_size)
+
+    def _path(self, draft, row):
+        """Node indices from the root down to some node, or none."""
+        node = self._draw.randrange(-1, int(draft.lengths[row]))
+        parents, path = draft.explicit_parents()[row].tolist(), []
+        while node >= 0:
+            path.insert(0, node)
+            node = parents[node]
+        return path
+
+
+def _verdict(draft, paths, news):
+    def padded(rows, width):
+        filled = [row + [-1] * (width - len(row)) for row in rows]
+        return torch.tensor(filled, dtype=torch.long).view(len(rows), width)
+
+    return Verdict(
+        padded(news, draft.depth + 1),
+        torch.tensor([len(path) for path in paths]),
+        padded(paths, draft.depth),
+        torch.zeros(draft.tokens.shape, dtype=torch.bool),
+    )

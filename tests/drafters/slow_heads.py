@@ -1,0 +1,254 @@
+"""Draft heads written out plainly from their papers: no cache, no batch, causal masks only.
+
+A head is run whole over a list of pairs each time, in float64. Pair i joins token t_{i+1} with a
+feature and stands at rotary position i; its output stands in for feature i + 1 and predicts token
+t_{i+2}. What is read of the tested code is the names of the published tensors.
+"""
+
+import math
+
+import torch
+from torch.nn.functional import silu
+
+
+def frequencies(parameters, head_dim):
+    """Angles per position [head_dim / 2] and the factor on sines and cosines."""
+    base, kind = parameters["rope_theta"], parameters["rope_type"]
+    plain = [base ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+    if kind == "default":
+        return plain, 1.0
+    factor = parameters["factor"]
+    if kind == "linear":
+        return [f / factor for f in plain], 1.0
+    trained = parameters["original_max_position_embeddings"]
+    if kind == "llama3":
+        return [_llama3(f, factor, trained, parameters) for f in plain], 1.0
+    assert kind == "yarn"
+    # Peng et al., arXiv 2309.00071: turns over the trained length decide what is interpolated.
+    first, last = (
+        head_dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(base))
+        for turns in (32, 1)
+    )
+    first, last = max(math.floor(first), 0), min(math.ceil(last), head_dim - 1)
+    ramp = [min(max((i - first) / (last - first), 0), 1) for i in range(head_dim // 2)]
+    mixed = [f / factor * r + f * (1 - r) for f, r in zip(plain, ramp, strict=True)]
+    return mixed, 0.1 * math.log(factor) + 1
+
+
+def _llama3(frequency, factor, trained, parameters):
+    turns = trained * frequency / (2 * math.pi)
+    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+    if turns > high:
+        return frequency
+    if turns < low:
+        return frequency / factor
+    share = (turns - low) / (high - low)
+    return (1 - share) * frequency / factor + share * frequency
+
+
+def rms_norm(states, weight, eps):
+    return states / (states.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+class SlowLayer:
+    """A Llama decoder layer's attention and MLP on one sequence [n, .]."""
+
+    def __init__(self, tensors, prefix, config, rope):
+        self._tensors, self._prefix = tensors, prefix
+        self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.eps = config.rms_norm_eps
+        self.rope = rope
+
+    def tensor(self, name):
+        return self._tensors[f"{self._prefix}.{name}"]
+
+    def linear(self, name, states):
+        bias = self._tensors.get(f"{self._prefix}.{name}.bias", 0)
+        return states @ self.tensor(f"{name}.weight").T + bias
+
+    def norm(self, name, states):
+        return rms_norm(states, self.tensor(f"{name}.weight"), self.eps)
+
+    def _rotated(self, states, positions):
+        """Rotate [n, heads, head_dim]: entry j of the first half pairs with j of the second."""
+        angles, factor = frequencies(self.rope, self.head_dim)
+        turned = torch.tensor(positions)[:, None].double() * torch.tensor(angles).double()
+        cos, sin = turned.cos()[:, None] * factor, turned.sin()[:, None] * factor
+        first, second = states.chunk(2, -1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+    def attention(self, states, positions, sees):
+        """Attention output [n, H]; sees(i, j) says whether entry i looks at entry j."""
+        size = len(states)
+        shapes = {"q": self._heads, "k": self._kv_heads, "v": self._kv_heads}
+        parts = {
+            name: self.linear(f"self_attn.{name}_proj", states).view(size, heads, self.head_dim)
+            for name, heads in shapes.items()
+        }
+        queries = self._rotated(parts["q"], positions)
+        keys = self._rotated(parts["k"], positions)
+        mask = torch.tensor([[sees(i, j) for j in range(size)] for i in range(size)])
+        outputs = []
+        for head in range(self._heads):
+            shared = head // (self._heads // self._kv_heads)
+            scores = queries[:, head] @ keys[:, shared].T / math.sqrt(self.head_dim)
+            weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
+            outputs.append(weights @ parts["v"][:, shared])
+        return self.linear("self_attn.o_proj", torch.cat(outputs, -1))
+
+    def mlp(self, states):
+        gate = silu(self.linear("mlp.gate_proj", states))
+        return self.linear("mlp.down_proj", gate * self.linear("mlp.up_proj", states))
+
+
+def _doubled(module):
+    return {name: tensor.double() for name, tensor in module.state_dict().items()}
+
+
+class SlowEagle:
+    """EAGLE-1: fc(embedding, feature), a layer without its first norm, the target's projection."""
+
+    ids = None
+
+    def __init__(self, head, target_model):
+        tensors = _doubled(head)
+        rope = target_model.config.rope_parameters
+        self._fc = tensors["fc.weight"], tensors.get("fc.bias", 0)
+        self._layer = SlowLayer(tensors, "layers.0", head.config, rope)
+        self._embedding = target_model.get_input_embeddings().weight.detach().double()
+        self._projection = target_model.get_output_embeddings().weight.detach().double()
+        self._tap = target_model.config.num_hidden_layers
+
+    def fuse(self, hidden):
+        return hidden[self._tap].double()
+
+    def run(self, tokens, features, positions, sees):
+        """Outputs [n, H] of all pairs."""
+        weight, bias = self._fc
+        states = torch.cat([self._embedding[tokens], features], -1) @ weight.T + bias
+        states = states + self._layer.attention(states, positions, sees)
+        return states + self._layer.mlp(self._layer.norm("post_attention_layernorm", states))
+
+    def logits(self, output):
+        return output @ self._projection.T
+
+    def carry(self, output):
+        return output
+
+
+class SlowEagle3:
+    """EAGLE-3: three fused taps, token and feature side by side in attention, own vocabulary."""
+
+    def __init__(
+        self,
+        head,
+        target_model,
+        taps,
+        norm_before_residual=False,
+        norm_before_fc=False,
+        norm_output=False,
+    ):
+        self._tensors = tensors = _doubled(head)
+        rope = target_model.config.rope_parameters
+        self._layer = SlowLayer(tensors, "midlayer", head.config, rope)
+        self._taps = taps
+        self._norm_before_residual = norm_before_residual
+        self._norm_before_fc, self._norm_output = norm_before_fc, norm_output
+        shared = target_model.get_input_embeddings().weight.detach().double()
+        self._embedding = tensors.get("embed_tokens.weight", shared)
+        self.ids = None
+        if "d2t" in tensors:
+            offsets = head.state_dict()["d2t"].tolist()
+            self.ids = [draft_id + offset for draft_id, offset in enumerate(offsets)]
+
+    def _norm(self, name, states):
+        return rms_norm(states, self._tensors[f"{name}.weight"], self._layer.eps)
+
+    def fuse(self, hidden):
+        joined = torch.cat([hidden[tap].double() for tap in self._taps], -1)
+        if self._norm_before_fc:
+            joined = self._norm("input_norm", joined)
+        return joined @ self._tensors["fc.weight"].T
+
+    def run(self, tokens, features, positions, sees):
+        """Outputs [n, H] of all pairs, before the final norm."""
+        layer = self._layer
+        normed = layer.norm("hidden_norm", features)
+        pairs = torch.cat([layer.norm("input_layernorm", self._embedding[tokens]), normed], -1)
+        residual = normed if self._norm_before_residual else features
+        states = residual + layer.attention(pairs, positions, sees)
+        return states + layer.mlp(layer.norm("post_attention_layernorm", states))
+
+    def logits(self, output):
+        return self._norm("norm", output) @ self._tensors["lm_head.weight"].T
+
+    def carry(self, output):
+        return self._norm("norm", output) if self._norm_output else output
+
+
+class Continuation:
+    """What a feature head says behind a committed text, one path at a time.
+
+    Args:
+        head: a slow head.
+        committed: tokens t_0 .. t_n; the last is the root.
+        features: [n, F] fused features of t_0 .. t_{n-1}.
+        window: committed pairs that each committed pair sees at most, itself included; drafted
+            ones see that many committed pairs and all of their path.
+    """
+
+    def __init__(self, head, committed, features, window=None):
+        self._head, self._window = head, window
+        self._tokens, self._features = list(committed[1:]), features
+        self._outputs = {}
+
+    def _sees(self, query, key):
+        size = len(self._features)
+        if key > query:
+            return False
+        if self._window is None or key >= size:
+            return True
+        return key > min(query, size - 1) - self._window
+
+    def output(self, path=()):
+        """The output [F] behind the root (empty path) or behind a path of drafted tokens."""
+        if path not in self._outputs:
+            tokens = [*self._tokens, *path]
+            drafted = [self._head.carry(self.output(path[:end])) for end in range(len(path))]
+            features = torch.cat([self._features, *[row[None] for row in drafted]])
+            outputs = self._head.run(tokens, features, range(len(tokens)), self._sees)
+            self._outputs[path] = outputs[-1]
+        return self._outputs[path]
+
+    def logits(self, path=()):
+        """Target id -> logit, of the tokens that the head can say."""
+        values = self._head.logits(self.output(path)).tolist()
+        return dict(zip(self._head.ids or range(len(values)), values, strict=True))
+
+
+class MedusaGuesses:
+    """What Medusa's heads say behind a text: it depends on the depth only.
+
+    Args:
+        heads: the tested module, for its tensors.
+        target_model: its projection is used by heads that have none of their own.
+        feature: [H] the target's last hidden state where the root was sampled.
+    """
+
+    def __init__(self, heads, target_model, feature):
+        self._tensors = _doubled(heads)
+        self._projection = target_model.get_output_embeddings().weight.detach().double()
+        self._feature = feature.double()
+
+    def logits(self, path=()):
+        """Target id -> logit of head len(path)."""
+        tensors, head, states = self._tensors, len(path), self._feature
+        block = 0
+        while f"blocks.{head}.{block}.linear.weight" in tensors:
+            name = f"blocks.{head}.{block}.linear"
+            states = states + silu(tensors[f"{name}.weight"] @ states + tensors[f"{name}.bias"])
+            block += 1
+        assert block
+        projection = tensors.get(f"vocab_heads.{head}.weight", self._projection)
+        return dict(enumerate((projection @ states).tolist()))
