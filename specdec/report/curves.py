@@ -69,8 +69,9 @@ def _steps(records: list[dict[str, Any]]) -> list[int]:
     return [each["step"] for each in records]
 
 
-def _smoothed(values: list[float], weight: float = 0.95) -> list[float]:
-    """Exponential mean without the pull of its start."""
+def _smoothed(values: list[float]) -> list[float]:
+    """Exponential mean over about a fiftieth of the run, without the pull of its start."""
+    weight = 1 - 1 / max(1.0, len(values) / 50)
     smoothed, mean, norm = [], 0.0, 0.0
     for value in values:
         mean, norm = weight * mean + (1 - weight) * value, weight * norm + 1 - weight

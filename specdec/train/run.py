@@ -3,6 +3,8 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,7 @@ def run_training(
     from specdec.train.trainer import Trainer, seeded
 
     torch.set_num_threads(config.threads)
+    _check_loss_options(config)
     on_cpu = config.target.device == "cpu" or not torch.cuda.is_available()
     target = _load_target(config, PartialState(cpu=on_cpu).device)
     split = load_split(config.data, target.vocab_size, _max_len(config, target))
@@ -98,6 +101,17 @@ def run_training(
 
 def _ignore(done: int, total: int, text: str) -> None:
     """Show no progress."""
+
+
+def _check_loss_options(config: TrainConfig) -> None:
+    loss = import_module(f"specdec.drafters.{config.head.kind}").loss
+    known = list(signature(loss).parameters)[2:]  # behind head and batch
+    unknown = next((name for name in config.loss if name not in known), None)
+    if unknown is not None:
+        raise ValueError(
+            f"config loss.{unknown} is no option of the {config.head.kind} loss; known: "
+            f"{', '.join(known)}"
+        )
 
 
 def _load_target(config: TrainConfig, device: torch.device) -> HFTarget:

@@ -1,0 +1,70 @@
+"""A tiny target in a folder, dialogues with its own answers, and runs that train on them."""
+
+import json
+
+import torch
+import yaml
+from tiny_models import tiny_llama
+
+from specdec.decode import generate_baseline
+from specdec.targets.hf import HFTarget
+from specdec.train.config import load_train_config
+
+
+def answer_rows(target, num_rows=20, prompt_len=4, answer_len=10, seed=0):
+    """Dialogues of two turns, both answers greedy; every third row has a shorter second one."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (num_rows, 2, prompt_len)
+    prompts = torch.randint(target.vocab_size, shape, generator=generator).tolist()
+    rows = []
+    for number, turns in enumerate(prompts):
+        tokens, answers = [], []
+        for turn, prompt in enumerate(turns):
+            tokens += prompt
+            length = answer_len - 3 * (turn == 1 and number % 3 == 0)
+            start = len(tokens)
+            tokens += generate_baseline(target, [tokens], max_new_tokens=length)[0].tokens
+            answers.append([start, len(tokens)])
+        rows.append({"tokens": tokens, "answers": answers})
+    return rows
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_run(folder, rows=None, **settings):
+    """A folder with target, data and config; the config's path."""
+    model = tiny_llama(num_layers=3)
+    model.save_pretrained(folder / "target")
+    rows = answer_rows(HFTarget(model)) if rows is None else rows
+    write_rows(folder / "answers.jsonl", rows)
+    config = {
+        "target": {"path": str(folder / "target"), "device": "cpu"},
+        "data": {"path": str(folder / "answers.jsonl"), "num_validation": len(rows) // 4},
+        "threads": 1,
+        "warmup_steps": 2,
+        "batch_size": 5,
+    }
+    for key, value in settings.items():
+        config[key] = {**config[key], **value} if isinstance(config.get(key), dict) else value
+    path = folder / "train.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def tiny_config(folder, rows=None, **settings):
+    return load_train_config(str(write_run(folder, rows, **settings)))
+
+
+def logged(folder, kind="step"):
+    """Lines of a run's log, without the wall clock."""
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    clock = "tokens_per_s"
+    return [
+        {name: value for name, value in record.items() if name != clock}
+        for record in records
+        if record["kind"] == kind
+    ]

@@ -1,0 +1,83 @@
+"""Offline acceptance is what a plain loop over positions finds, one chain at a time."""
+
+import pytest
+import torch
+from tiny_heads import tiny_head
+from tiny_models import tiny_target
+
+from specdec.train.acceptance import OfflineAcceptance, count_matches
+from specdec.train.batches import collate
+from specdec.train.data import AnswerRow
+from specdec.train.target_view import view
+
+DEPTH = 3
+
+
+def medusa_chain(head, target, tokens, hidden, root):
+    return head(hidden[head.taps[0]][:, root - 1])[0].argmax(-1).tolist()
+
+
+def feature_chain(head, target, tokens, hidden, root):
+    """Draft behind one root: true features up to it, the head's own outputs behind."""
+    features = head.fuse(hidden)[:, :root]
+    said = []
+    for depth in range(DEPTH):
+        if root + depth == len(tokens):
+            break
+        length = root + depth
+        mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+        fed = torch.tensor([tokens[1 : length + 1]])
+        outputs = head(fed, features, torch.arange(length)[None], mask, None)
+        best = head.logits(outputs[:, -1]).argmax().item()
+        said.append(best if head.token_map is None else head.token_map[best].item())
+        features = torch.cat([features, head.carry(outputs[:, -1:])], 1)
+    return said
+
+
+def plain_loop(head, target, rows, chain):
+    num_roots, tested, matched = 0, [0] * DEPTH, [0] * DEPTH
+    for row in rows:
+        seen = view(target, head.taps, collate([row]), torch.float32)
+        best = seen.target_logits[0].argmax(-1).tolist()
+        for start, end in row.answers:
+            for root in range(start, end - 1):
+                num_roots += 1
+                said = chain(head, target, row.tokens, seen.hidden, root)
+                for depth in range(min(DEPTH, end - 1 - root)):
+                    tested[depth] += 1
+                    if said[depth] != best[root + depth]:
+                        break
+                    matched[depth] += 1
+    return OfflineAcceptance(num_roots, tuple(tested), tuple(matched))
+
+
+@pytest.mark.parametrize(
+    ("kind", "chain", "options"),
+    [
+        ("medusa", medusa_chain, {"num_heads": DEPTH}),
+        ("eagle", feature_chain, {}),
+        ("eagle3", feature_chain, {}),
+        ("eagle3", feature_chain, {"draft_vocab_size": 2}),
+    ],
+)
+@torch.no_grad()
+def test_it_is_what_a_plain_loop_over_positions_counts(kind, chain, options):
+    # Of three tokens a random head is right often enough.
+    target = tiny_target(vocab_size=3)
+    head = tiny_head(kind, target, **options)
+    if "draft_vocab_size" in options:
+        head.set_draft_vocab(torch.tensor([0, 2]))
+    texts = torch.randint(3, (12, 20), generator=torch.Generator().manual_seed(0)).tolist()
+    spans = [((2, 9), (12, 20)), ((3, 4), (6, 17))]
+    rows = [AnswerRow(tuple(text), spans[i % 2]) for i, text in enumerate(texts)]
+    batch = view(target, head.taps, collate(rows), torch.float32)
+    counted = OfflineAcceptance.from_counts(count_matches(head, batch, DEPTH))
+    assert counted == plain_loop(head, target, rows, chain)
+    assert 0 < counted.matched[-1] < counted.tested[-1]
+
+
+def test_tau_and_acceptance_by_depth():
+    found = OfflineAcceptance(num_roots=10, tested=(10, 5, 0), matched=(6, 2, 0))
+    assert found.accepted_length == 1.8
+    assert found.by_depth == [0.6, 0.4, None]
+    assert OfflineAcceptance(0, (0,), (0,)).accepted_length == 1.0

@@ -1,0 +1,63 @@
+"""Every kind of head learns what there is to learn: the answers of twenty dialogues by heart."""
+
+import pytest
+from tiny_models import tiny_llama
+from tiny_training import answer_rows, tiny_config
+
+from specdec.drafters.heads import load_head
+from specdec.targets.hf import HFTarget
+from specdec.targets.load import load_target
+from specdec.train.acceptance import OfflineAcceptance, count_matches
+from specdec.train.batches import collate
+from specdec.train.data import AnswerRow
+from specdec.train.run import run_training
+from specdec.train.target_view import view
+
+# Without a training-time test EAGLE-1 drifts on its own features from the second depth on.
+KINDS = {
+    "medusa": (
+        {"head": {"kind": "medusa", "options": {"num_heads": 3}}, "max_steps": 250},
+        (0.95, 0.95, 0.95),
+    ),
+    "eagle": (
+        {
+            "head": {"kind": "eagle"},
+            "loss": {"noise": 0.01, "cross_entropy_weight": 1.0},
+            "max_steps": 600,
+            "lr": 2e-2,
+        },
+        (0.95, 0.85, 0.8),
+    ),
+    "eagle3": (
+        {
+            "head": {"kind": "eagle3", "options": {"taps": [1, 2, 3]}},
+            "loss": {"num_steps": 3},
+            "max_steps": 400,
+        },
+        (0.95, 0.95, 0.95),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_twenty_dialogues_are_learned_by_heart(kind, tmp_path):
+    settings, wanted = KINDS[kind]
+    rows = answer_rows(HFTarget(tiny_llama(num_layers=3)))
+    config = tiny_config(
+        tmp_path,
+        rows + rows,  # held-out rows that the head has seen
+        data={"num_validation": 20},
+        **{"batch_size": 20, "lr": 1e-2, "eval_every": 0, "save_every": 0, "eval_depth": 3}
+        | settings,
+    )
+    results = run_training(config, tmp_path / "out")
+    pairs = zip(results["offline_acceptance"], wanted, strict=True)
+    assert all(found > least for found, least in pairs), results["offline_acceptance"]
+
+    target = load_target(config.target.path, device="cpu")
+    head, checkpoint = load_head(kind, target, str(tmp_path / "out" / "head"))
+    batch = collate([AnswerRow(tuple(r["tokens"]), tuple(map(tuple, r["answers"]))) for r in rows])
+    counts = count_matches(head, view(target, head.taps, batch, target.model.dtype), 3)
+    loaded = OfflineAcceptance.from_counts(counts)
+    assert loaded.by_depth == results["offline_acceptance"]
+    assert checkpoint.training["offline_tau"] == loaded.accepted_length

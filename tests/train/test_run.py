@@ -1,0 +1,143 @@
+"""A training run: what it writes, what stops it, and that its steps do not depend on their cut."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from json_schema import violations
+from tiny_training import answer_rows, logged, tiny_config, write_run
+from typer.testing import CliRunner
+
+from specdec.cli import app
+from specdec.drafters.training_batch import LossOutput
+from specdec.targets.load import load_target
+from specdec.train import trainer
+from specdec.train.run import run_training
+
+SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "train.schema.json").read_text())
+RUN = {"max_steps": 4, "eval_every": 2, "save_every": 2}
+
+
+def test_the_command_leaves_head_results_and_curves(tmp_path):
+    path = write_run(
+        tmp_path, **RUN, head={"kind": "eagle3"}, draft_vocab_size=40, log_with="tensorboard"
+    )
+    out = tmp_path / "out"
+    done = CliRunner().invoke(app, ["train", str(path), "loss.num_steps=2", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["head"] == str(out / "head")
+    assert summary["steps"] == 4
+    assert "specdec generate --target" in done.stdout
+    results = json.loads((out / "results.json").read_text())
+    assert violations(results, SCHEMA) == []
+    assert results["provenance"]["config"]["loss"] == {"num_steps": 2}
+    assert 0 < results["draft_vocabulary"]["validation_coverage"] < 1
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((out / "tensorboard").glob("events*"))
+
+
+def test_a_run_without_validation_rows_has_no_validation(tmp_path):
+    config = tiny_config(tmp_path, **RUN, head={"kind": "medusa"}, data={"num_validation": None})
+    results = run_training(config, tmp_path / "out")
+    assert violations(results, SCHEMA) == []
+    assert results["offline_tau"] is None
+    assert results["validation_loss"] is None
+    assert results["draft_vocabulary"] is None
+
+
+def test_epochs_count_every_row(tmp_path):
+    config = tiny_config(tmp_path, head={"kind": "medusa"}, num_epochs=2)
+    results = run_training(config, tmp_path / "out")
+    rows = answer_rows(load_target(config.target.path, device="cpu"))[:15]
+    assert results["steps"] == 6
+    assert results["tokens"] == 2 * sum(len(row["tokens"]) for row in rows)
+    spans = [end - start for row in rows for start, end in row["answers"]]
+    assert results["answer_tokens"] == 2 * sum(spans)
+
+
+def test_accumulated_batches_are_one_large_batch(tmp_path):
+    losses = []
+    for name, cut in {"whole": (12, 1), "cut": (3, 4)}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        config = tiny_config(folder, **RUN, head={"kind": "medusa", "options": {"num_heads": 1}})
+        config.data.num_validation = 8
+        config.batch_size, config.gradient_accumulation = cut
+        run_training(config, folder / "out")
+        losses.append([record["loss"] for record in logged(folder / "out")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0][0] != losses[0][-1]
+
+
+def test_steps_follow_the_schedule(tmp_path):
+    config = tiny_config(tmp_path, **RUN, head={"kind": "eagle"}, lr=0.01, warmup_steps=2)
+    run_training(config, tmp_path / "out")
+    rates = [record["lr"] for record in logged(tmp_path / "out")]
+    assert rates == pytest.approx([0.005, 0.01, 0.01, 0.005])
+
+
+def test_the_target_is_left_as_it_was(tmp_path):
+    config = tiny_config(tmp_path, **RUN, head={"kind": "eagle"}, lr=0.1, weight_decay=0.5)
+    before = load_target(config.target.path, device="cpu").model.state_dict()
+    seen = {}
+
+    def remember(*args, **kw):
+        seen["target"] = load_target(*args, **kw)
+        return seen["target"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("specdec.train.run.load_target", remember)
+        run_training(config, tmp_path / "out")
+    after = seen["target"].model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+    tmp_path, monkeypatch, broken
+):
+    config = tiny_config(tmp_path, **RUN, head={"kind": "medusa"})
+    calls, real = [], trainer.head_loss
+
+    def poisoned(kind, head, batch, **options):
+        result = real(kind, head, batch, **options)
+        calls.append(torch.is_grad_enabled())
+        if sum(calls) < 4:
+            return result
+        # The square root's slope at 0 is infinite, and times 0 it is NaN.
+        weight = next(head.parameters()).sum() * 0
+        wrong = result.loss * math.nan if broken == "loss" else result.loss + weight.sqrt()
+        return LossOutput(wrong, result.parts)
+
+    monkeypatch.setattr(trainer, "head_loss", poisoned)
+    with pytest.raises(FloatingPointError, match=r"step 4: the loss is .* must be finite"):
+        run_training(config, tmp_path / "out")
+    monkeypatch.undo()
+    assert [record["step"] for record in logged(tmp_path / "out")] == [1, 2, 3]
+    results = run_training(config, tmp_path / "out")
+    assert results["steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss": {"num_step": 2}}, r"loss\.num_step is no option of the eagle3 loss; known: num_"),
+        ({"head": {"kind": "eagle3", "options": {"depth": 2}}}, "cannot use its options"),
+        ({"data": {"max_len": 257}}, "max_len is 257 but the target's context is only 256"),
+        ({"data": {"path": "none.jsonl"}}, r"none\.jsonl' is not a file"),
+    ],
+)
+def test_what_cannot_be_trained_is_named(tmp_path, settings, message):
+    config = tiny_config(tmp_path, **{**RUN, "head": {"kind": "eagle3"}} | settings)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run_training(config, tmp_path / "out")
+    assert not (tmp_path / "out" / "head").exists()
+
+
+def test_a_draft_vocabulary_for_a_head_without_one_is_refused(tmp_path):
+    config = tiny_config(tmp_path, **RUN, head={"kind": "medusa"}, draft_vocab_size=40)
+    with pytest.raises(ValueError, match="medusa head cannot use its options"):
+        run_training(config, tmp_path / "out")
