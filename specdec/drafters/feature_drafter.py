@@ -61,7 +61,6 @@ class FeatureDrafter:
     """
 
     kind = ""  # of `specdec.drafters.heads`
-    makes_trees = True
 
     @classmethod
     def load(
@@ -109,8 +108,9 @@ class FeatureDrafter:
         self.clock = ForwardClock(self.device)
         ids = head.token_map
         num_tokens = vocab_size if ids is None else len(ids)
-        self._static = shape.static_tree(num_tokens, self.device) if shape.is_static else None
-        self.max_nodes = len(self._static.parents) if self._static else shape.max_nodes
+        self._static = shape.static_plan(num_tokens, self.device) if shape.is_static else None
+        self.max_nodes = self._static.num_nodes if self._static else shape.max_nodes
+        self.makes_trees = not (self._static and self._static.is_chain)
         self._masks = Masks(_WindowConfig(window), self.device)
         self.cache = SlotCache(1, 1, 1, self.device)
         self._pending: tuple[Tensor, Tensor, list[int]] | None = None

@@ -106,8 +106,6 @@ class MedusaDrafter:
         shape: a static tree, at most as deep as there are heads.
     """
 
-    makes_trees = True
-
     @classmethod
     def load(
         cls,
@@ -153,13 +151,15 @@ class MedusaDrafter:
         self.taps = heads.taps
         self.device = next(heads.parameters()).device
         self.clock = ForwardClock(self.device)
-        self._tree = shape.static_tree(vocab_size, self.device)
-        if self._tree.depth > heads.config.num_heads:
+        self._plan = shape.static_plan(vocab_size, self.device)
+        self.makes_trees = not self._plan.is_chain
+        depth = self._plan.tree.depth
+        if depth > heads.config.num_heads:
             raise ValueError(
-                f"the tree has {self._tree.depth} levels but there are {heads.config.num_heads} "
-                "heads, one a level; choose a shallower tree"
+                f"the tree has {depth} levels but there are {heads.config.num_heads} heads, one a "
+                "level; choose a shallower tree"
             )
-        self.max_nodes = len(self._tree.parents)
+        self.max_nodes = self._plan.num_nodes
         self._feature = torch.empty(0, device=self.device)  # [B, H] where the root was sampled
         self._num_committed = torch.empty(0, dtype=torch.long, device=self.device)  # [B]
 
@@ -179,8 +179,8 @@ class MedusaDrafter:
             return Draft.empty(len(root), root.device)
         with self.clock.forward():
             logits = self.heads(self._feature)  # [B, K, V]
-        growth = StaticGrowth(self._tree, self.shape.children, sampler, self._num_committed)
-        for level in range(self._tree.depth):
+        growth = StaticGrowth(self._plan, self.shape.children, sampler, self._num_committed)
+        for level in range(self._plan.tree.depth):
             growth.add_level(self._scores(logits[:, level : level + 1], growth, level, sampler))
         return growth.draft(torch.tensor(budget, device=self.device))
 

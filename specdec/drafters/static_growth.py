@@ -4,6 +4,8 @@ Sampled children make the shape's fixedness essential: a tree that is pruned aft
 seen is no longer drawn from the q it reports.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -21,21 +23,20 @@ class StaticGrowth:
     """Fills a `StaticTree` with tokens, level by level.
 
     Args:
-        tree: the shape; its nodes are sorted by level.
+        plan: of the shape, see `plan_levels`.
         children: "top" takes each node's likeliest children, which is a point mass; the others
             sample them from the processed distribution and report its q.
         sampler: of the batch; turns scores into the distribution that is sampled.
         counters: [B] int64 committed tokens, the counter of the rows' randomness.
     """
 
-    def __init__(self, tree: StaticTree, children: str, sampler: Sampler, counters: Tensor) -> None:
-        if children not in CHILDREN:
-            raise ValueError(f"children is {children!r} but must be one of {', '.join(CHILDREN)}")
-        self._tree = tree
+    def __init__(
+        self, plan: "StaticPlan", children: str, sampler: Sampler, counters: Tensor
+    ) -> None:
+        self._tree, self._plan = plan.tree, plan.levels
         # At temperature 0 a distribution holds one token, and a sampled tree one path.
         self._children = "top" if sampler.is_greedy else children
         self._sampler, self._counters = sampler, counters
-        self._plan = _plan(tree)
         self._level = 0
         self._tokens: list[Tensor] = []
         self._probs: list[Tensor] = []
@@ -109,21 +110,25 @@ class StaticGrowth:
         return Draft.tree(tokens, self._tree.parents[:count], depth=self._level), rows
 
     def draft(self, row_budgets: Tensor) -> Draft:
-        """The finished tree; a row's budget keeps its first nodes."""
+        """The finished tree, or chain; a row's budget keeps its first nodes."""
         tokens = torch.cat(self._tokens, 1)
-        parents = self._tree.parents[: tokens.shape[1]]
-        steps = torch.arange(tokens.shape[1], device=tokens.device)
-        real = steps < row_budgets.unsqueeze(1)
-        if not self._probs:
-            return Draft.tree(
-                tokens.masked_fill(~real, -1),
-                parents.expand(tokens.shape).masked_fill(~real, -1),
-                real.sum(1),
-                self._level,
-                confidence=torch.cat(self._confidence, 1).exp(),
-            )
-        alive = real & self._reachable(torch.cat(self._alive, 1))
-        return _compact(tokens, parents, torch.cat(self._probs, 1), alive, self._level)
+        num_nodes = tokens.shape[1]
+        real = torch.arange(num_nodes, device=tokens.device) < row_budgets.unsqueeze(1)
+        probs = torch.cat(self._probs, 1) if self._probs else None
+        confidence = torch.cat(self._confidence, 1).exp() if self._confidence else None
+        if num_nodes == self._level:
+            return Draft.chain(tokens.masked_fill(~real, -1), real.sum(1), probs, confidence)
+        parents = self._tree.parents[:num_nodes]
+        if probs is not None:
+            alive = real & self._reachable(torch.cat(self._alive, 1))
+            return _compact(tokens, parents, probs, alive, self._level)
+        return Draft.tree(
+            tokens.masked_fill(~real, -1),
+            parents.masked_fill(~real, -1),
+            real.sum(1),
+            self._level,
+            confidence=confidence,
+        )
 
     def _reachable(self, alive: Tensor) -> Tensor:
         """Nodes whose whole path was drawn: where a law ran out of tokens, nothing hangs below.
@@ -149,8 +154,26 @@ class _Level:
     fed_levels: Tensor  # [fed so far]
 
 
-def _plan(tree: StaticTree) -> list[_Level]:
-    """Work out each level's indices once; `StaticTree` sorts nodes by level, then by ranks."""
+@dataclass(frozen=True, eq=False)
+class StaticPlan:
+    """A static tree and the indices of its levels, worked out once for all steps."""
+
+    tree: StaticTree
+    levels: list[_Level]
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of the tree."""
+        return len(self.tree.parents)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether no node has a sibling."""
+        return self.num_nodes == self.tree.depth
+
+
+def plan_levels(tree: StaticTree) -> StaticPlan:
+    """Work out each level's indices; `StaticTree` sorts nodes by level, then by ranks."""
     device = tree.parents.device
     parents, ranks, depths = (x.tolist() for x in (tree.parents, tree.ranks, tree.depths))
     has_children = set(parents)
@@ -174,7 +197,7 @@ def _plan(tree: StaticTree) -> list[_Level]:
         level.fed_levels = _index([depths[node] - 1 for node in fed], device)
         levels.append(level)
         beam_before, nodes_before = beam, nodes
-    return levels
+    return StaticPlan(tree, levels)
 
 
 def _index(values: list[int], device: torch.device) -> Tensor:

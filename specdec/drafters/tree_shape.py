@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.pool import CandidatePool
-from specdec.drafters.static_growth import CHILDREN, StaticGrowth
+from specdec.drafters.static_growth import CHILDREN, StaticGrowth, StaticPlan, plan_levels
 from specdec.sampling import Sampler
 from specdec.verify import Draft
-from specdec.verify.tree import StaticTree, best_static_tree, from_choices
+from specdec.verify.tree import best_static_tree, from_choices
 
 
 def guessed_acceptance(depth: int, width: int) -> list[list[float]]:
@@ -53,7 +53,7 @@ class TreeShape:
         """Whether the shape is fixed before any token is seen."""
         return self.choices is not None or self.children != "top" or self.width == 1
 
-    def static_tree(self, vocab_size: int, device: torch.device) -> StaticTree:
+    def static_plan(self, vocab_size: int, device: torch.device) -> StaticPlan:
         """The fixed shape: the given choices, or the best tree of a guessed acceptance.
 
         Raises:
@@ -66,11 +66,12 @@ class TreeShape:
                     f"choices hold the rank {highest} but the drafter has {vocab_size} tokens; "
                     f"use ranks below {vocab_size}"
                 )
-            return from_choices(self.choices, device)
+            return plan_levels(from_choices(self.choices, device))
         if self.width == 1:
-            return from_choices([(0,) * (level + 1) for level in range(self.depth)], device)
+            chain = [(0,) * (level + 1) for level in range(self.depth)]
+            return plan_levels(from_choices(chain, device))
         table = guessed_acceptance(self.depth, min(self.width, vocab_size))
-        return from_choices(best_static_tree(table, self.max_nodes), device)
+        return plan_levels(from_choices(best_static_tree(table, self.max_nodes), device))
 
 
 class DynamicGrowth:
@@ -116,7 +117,7 @@ Growth = DynamicGrowth | StaticGrowth
 
 def start_growth(
     shape: TreeShape,
-    static: StaticTree | None,
+    static: StaticPlan | None,
     budget: int,
     sampler: Sampler,
     counters: Tensor,
@@ -125,7 +126,7 @@ def start_growth(
 
     Args:
         shape: the options.
-        static: `shape.static_tree()` where the shape is static, worked out once.
+        static: `shape.static_plan()` where the shape is static, worked out once.
         budget: the largest of the rows' budgets; a dynamic tree needs no more levels.
         sampler: of the batch.
         counters: [B] committed tokens, for the rows' randomness.
