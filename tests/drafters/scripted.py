@@ -87,6 +87,7 @@ class ScriptedDecoding:
         prompts: of the first rows.
         sampling: settings, dealt to the rows in turn; each row has a seed of its own.
         seed: of the script.
+        num_tokens: the script draws tokens below this; None for any of the vocabulary.
 
     Attributes:
         rows: committed tokens of every row, the last of each its root.
@@ -94,7 +95,7 @@ class ScriptedDecoding:
         num_accepted: draft tokens taken, of every row and step.
     """
 
-    def __init__(self, target, drafter, prompts, sampling=None, seed=0):
+    def __init__(self, target, drafter, prompts, sampling=None, seed=0, num_tokens=None):
         self.target, self.drafter = target, drafter
         self.rows: list[list[int]] = []
         self.steps: list[Step] = []
@@ -102,6 +103,7 @@ class ScriptedDecoding:
         self._configs: list[SamplingConfig] = []
         self._sampling = sampling or [SamplingConfig()]
         self._draw = random.Random(seed)
+        self._num_tokens = num_tokens or target.vocab_size
         self.join(prompts)
 
     @property
@@ -122,6 +124,7 @@ class ScriptedDecoding:
         self.rows += begun
         self._configs += configs
 
+    @torch.inference_mode()
     def keep(self, rows):
         """Let all rows but these leave."""
         self.rows = [self.rows[row] for row in rows]
@@ -161,7 +164,7 @@ class ScriptedDecoding:
         self.commit(draft)
 
     def _token(self):
-        return self._draw.randrange(self.target.vocab_size)
+        return self._draw.randrange(self._num_tokens)
 
     def _path(self, draft, row):
         """Node indices from the root down to some node, or none."""
