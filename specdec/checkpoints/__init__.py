@@ -3,6 +3,7 @@
 from specdec.checkpoints.head import HeadCheckpoint, TargetIdentity
 from specdec.checkpoints.identity import check_target, identify_target
 from specdec.checkpoints.layouts import LAYOUTS, read_head, write_head
+from specdec.checkpoints.options import resolved_options
 
 __all__ = [
     "LAYOUTS",
@@ -11,5 +12,6 @@ __all__ = [
     "check_target",
     "identify_target",
     "read_head",
+    "resolved_options",
     "write_head",
 ]

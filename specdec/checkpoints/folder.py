@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 from collections.abc import Mapping
+from dataclasses import dataclass
+from errno import EINVAL
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,60 @@ WEIGHT_FILES = (
     *("model.safetensors", "pytorch_model.bin"),
     *("medusa_lm_head.safetensors", "medusa_lm_head.pt"),
 )
+
+_DAMAGE = (SafetensorError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError)
+
+
+@dataclass(frozen=True, eq=False)
+class RawFiles:
+    """What a layout other than our own is made of.
+
+    Attributes:
+        folder: for messages.
+        config: content of `config.json`; empty if there is none.
+        weights: name of the file with the tensors.
+        tensors: under the layout's names.
+    """
+
+    folder: str
+    config: dict[str, Any]
+    weights: str
+    tensors: dict[str, Tensor]
+
+    @property
+    def config_path(self) -> str:
+        """For messages."""
+        return f"{self.folder}/{CONFIG}"
+
+    @property
+    def weights_path(self) -> str:
+        """For messages."""
+        return f"{self.folder}/{self.weights}"
+
+
+def read_raw(folder: Path) -> RawFiles:
+    """Read the files of a layout other than our own.
+
+    Raises:
+        FileNotFoundError: no file that could hold a head's tensors.
+        ValueError: a file is corrupt, or two could be meant.
+    """
+    found = [name for name in WEIGHT_FILES if (folder / name).exists()]
+    config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    if not found:
+        raise FileNotFoundError(
+            f"{str(folder)!r} holds no draft head: none of {', '.join(WEIGHT_FILES)} is there"
+            f"{_seen(config)}"
+        )
+    # The same head is often published twice; a Medusa head may lie beside its target's weights.
+    weights = next((name for name in found if name.startswith("medusa")), found[0])
+    return RawFiles(str(folder), config, weights, read_tensors(folder / weights))
+
+
+def _seen(config: dict[str, Any]) -> str:
+    """What a folder holds in place of a head."""
+    layers = config.get("num_hidden_layers")
+    return f"; its config.json is that of a model of {layers} layers" if layers else ""
 
 
 def find_folder(path: str | Path, revision: str | None = None) -> Path:
@@ -57,11 +113,20 @@ def _download(name: str, revision: str | None) -> Path:
     folder = fetch(CONFIG, SIDECAR)
     config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
     layers = config.get("num_hidden_layers", 1)
-    if isinstance(layers, int) and layers > 1 and "medusa_num_heads" not in config:
+    # A published EAGLE-3 config counts its target's layers, and some Medusa heads their target's.
+    is_head = {"draft_vocab_size", "medusa_num_heads"} & config.keys()
+    if isinstance(layers, int) and layers > 1 and not is_head:
         raise ValueError(
-            f"{name!r} is a model of {layers} layers, not a draft head; nothing was downloaded"
+            f"{name!r} is a model of {layers} layers, not a draft head; its weights were not "
+            "downloaded"
         )
     return fetch(*WEIGHT_FILES)
+
+
+def size_on_disk(folder: Path) -> int:
+    """Bytes of the files that make a checkpoint, and no others of the folder."""
+    paths = (folder / name for name in (CONFIG, SIDECAR, *WEIGHT_FILES))
+    return sum(path.stat().st_size for path in paths if path.exists())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -95,16 +160,26 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             content: Any = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{str(path)!r} cannot be read ({reason}); it is corrupt or truncated, copy or "
-            "download it again"
-        ) from error
+    except _DAMAGE as error:
+        raise _unreadable(path, error) from error
+    except OSError as error:
+        if error.errno != EINVAL:  # torch's answer to a file that was cut off
+            raise
+        raise _unreadable(path, error) from error
     named = isinstance(content, Mapping) and all(isinstance(v, Tensor) for v in content.values())
     if not named:
         raise ValueError(f"{str(path)!r} must hold named tensors and nothing else")
-    return {str(name): tensor for name, tensor in content.items()}
+    # Tensors of a torch file may share memory, which safetensors cannot hold.
+    is_shared = path.suffix != ".safetensors"
+    return {str(name): t.detach().clone() if is_shared else t for name, t in content.items()}
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ValueError(
+        f"{str(path)!r} cannot be read ({reason}); it is corrupt or truncated, copy or download "
+        "it again"
+    )
 
 
 def json_bytes(content: Mapping[str, Any]) -> bytes:
@@ -120,8 +195,14 @@ def json_bytes(content: Mapping[str, Any]) -> bytes:
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """Tensors in the safetensors format, each in its dtype."""
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """Tensors in the safetensors format, each in its dtype and with memory of its own."""
+    seen: set[int] = set()
+    whole = {}
+    for name, tensor in tensors.items():
+        each = tensor.detach().cpu().contiguous()
+        place = each.untyped_storage().data_ptr()
+        whole[name] = each.clone() if place in seen else each
+        seen.add(place)
     return save(whole, {"format": "pt"})
 
 

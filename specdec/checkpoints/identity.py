@@ -44,13 +44,8 @@ def check_target(checkpoint: HeadCheckpoint, identity: TargetIdentity, force: bo
     Raises:
         ValueError: the first fact that differs.
     """
+    _check_taps(checkpoint, identity)
     known = checkpoint.target
-    for tap in checkpoint.options.get("taps") or ():
-        if identity.num_layers is not None and tap > identity.num_layers:
-            raise ValueError(
-                f"the head reads hidden_states[{tap}] but {_called(identity)} has only "
-                f"{identity.num_layers} layers; use the target that the head was trained for"
-            )
     if known is None:
         return
     for fact in ("hidden_size", "vocab_size", "num_layers"):
@@ -68,6 +63,23 @@ def check_target(checkpoint: HeadCheckpoint, identity: TargetIdentity, force: bo
                 f"the head was trained for {_called(known)}, whose {noun} differs from that of "
                 f"{_called(identity)} (hash {wanted[:8]}, not {given[:8]}); use that target, or "
                 "force=true to draft for this one all the same"
+            )
+
+
+def _check_taps(checkpoint: HeadCheckpoint, identity: TargetIdentity) -> None:
+    """Refuse taps that the target does not have, or that another engine meant otherwise."""
+    last = identity.num_layers
+    for tap in checkpoint.options.get("taps") or ():
+        if last is not None and tap > last:
+            raise ValueError(
+                f"the head reads hidden_states[{tap}] but {_called(identity)} has only {last} "
+                "layers; use the target that the head was trained for"
+            )
+        if tap == last and checkpoint.layout != "specdec":
+            raise ValueError(
+                f"the head reads hidden_states[{tap}] of {_called(identity)}, which engines "
+                "capture before the final norm and we behind it; only heads trained by specdec "
+                "can read the last layer"
             )
 
 

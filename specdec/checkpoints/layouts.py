@@ -3,12 +3,28 @@
 from pathlib import Path
 from typing import Any
 
-from specdec.checkpoints import native
-from specdec.checkpoints.folder import SIDECAR, find_folder, write_files
-from specdec.checkpoints.head import HeadCheckpoint
+from specdec.checkpoints import eagle, eagle3, medusa, native, speculators, vllm_medusa
+from specdec.checkpoints.folder import (
+    CONFIG,
+    SIDECAR,
+    WEIGHT_FILES,
+    RawFiles,
+    find_folder,
+    json_bytes,
+    read_raw,
+    tensor_bytes,
+    write_files,
+)
+from specdec.checkpoints.head import KINDS, HeadCheckpoint
+from specdec.checkpoints.sidecar import completed, described, read_description
+from specdec.checkpoints.tensors import check_checkpoint
+from specdec.checkpoints.tree import check_tree
 
-_MODULES: dict[str, Any] = {native.NAME: native}
-LAYOUTS = tuple(_MODULES)
+# In the order in which they are looked for: an earlier one is told by more.
+_OTHERS: dict[str, Any] = {
+    module.NAME: module for module in (speculators, medusa, vllm_medusa, eagle3, eagle)
+}
+LAYOUTS = (native.NAME, *_OTHERS)
 
 
 def read_head(path: str | Path, revision: str | None = None) -> HeadCheckpoint:
@@ -20,13 +36,27 @@ def read_head(path: str | Path, revision: str | None = None) -> HeadCheckpoint:
 
     Raises:
         FileNotFoundError: no such folder or hub id, or a file is missing.
-        ValueError: no head in any known layout, or one that contradicts itself.
+        ValueError: no head in any known layout, or one whose tensors or facts are not in order;
+            the message names the tensor or the fact.
     """
     folder = find_folder(path, revision)
-    if not (folder / SIDECAR).exists():
-        raise ValueError(f"{str(path)!r} holds no draft head in a known layout")
-    checkpoint: HeadCheckpoint = native.read(folder)
-    return checkpoint
+    sidecar = folder / SIDECAR
+    fields = read_description(sidecar) if sidecar.exists() else None
+    if fields is not None and fields["layout"] == native.NAME:
+        return native.read(folder, fields)
+    files = read_raw(folder)
+    checkpoint: HeadCheckpoint = _layout_of(files).read(files)
+    return checkpoint if fields is None else completed(checkpoint, fields, str(sidecar))
+
+
+def _layout_of(files: RawFiles) -> Any:
+    for module in _OTHERS.values():
+        if module.matches(files):
+            return module
+    raise ValueError(
+        f"{files.weights_path!r} holds no draft head in a known layout ({', '.join(LAYOUTS)}); "
+        f"its first tensors are {', '.join(sorted(files.tensors)[:3]) or 'none'}"
+    )
 
 
 def write_head(checkpoint: HeadCheckpoint, folder: str | Path, layout: str = "specdec") -> Path:
@@ -41,10 +71,40 @@ def write_head(checkpoint: HeadCheckpoint, folder: str | Path, layout: str = "sp
         The folder.
 
     Raises:
-        ValueError: no such layout, or something that it cannot hold, by name.
+        ValueError: no such layout, something that it cannot hold, or a tensor that is missing, left
+            over or wrong, by name; or the folder holds another checkpoint's tensors.
     """
-    if layout not in _MODULES:
+    if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r} but must be one of {', '.join(LAYOUTS)}")
+    if checkpoint.kind not in KINDS:
+        raise ValueError(f"kind is {checkpoint.kind!r} but must be one of {', '.join(KINDS)}")
+    check_checkpoint(checkpoint, "the head")
+    check_tree(checkpoint.tree, "the head")
     place = Path(folder).expanduser()
-    write_files(place, _MODULES[layout].write(checkpoint))
+    module = _OTHERS.get(layout, native)
+    others = [n for n in WEIGHT_FILES if n != module.WEIGHTS and (place / n).exists()]
+    if others:
+        raise ValueError(
+            f"{str(place)!r} holds {others[0]} of another checkpoint; give an empty folder"
+        )
+    write_files(place, _files(checkpoint, layout))
     return place
+
+
+def _files(checkpoint: HeadCheckpoint, layout: str) -> dict[str, bytes]:
+    """Name to content, the description last: it completes the checkpoint."""
+    description = json_bytes(described(checkpoint, layout))
+    if layout == native.NAME:
+        return {native.WEIGHTS: tensor_bytes(checkpoint.tensors), SIDECAR: description}
+    module = _OTHERS[layout]
+    if checkpoint.kind != module.KIND:
+        raise ValueError(
+            f"the layout {layout!r} holds heads of the kind {module.KIND!r}, not "
+            f"{checkpoint.kind!r}; use the layout 'specdec'"
+        )
+    config, tensors = module.write(checkpoint)
+    return {
+        module.WEIGHTS: tensor_bytes(tensors),
+        CONFIG: json_bytes(config),
+        SIDECAR: description,
+    }

@@ -1,0 +1,127 @@
+"""`specdec.json`: what a head is, in our own words, beside its tensors in any layout.
+
+In our own layout it is all there is to know; beside another one it keeps what that cannot hold.
+"""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from specdec.checkpoints.folder import read_json
+from specdec.checkpoints.head import KINDS, HeadCheckpoint, TargetIdentity
+from specdec.checkpoints.llama_config import rope_of
+from specdec.checkpoints.options import check_options, filled
+from specdec.checkpoints.taps import are_published
+from specdec.checkpoints.tree import check_tree
+
+FORMAT = 1
+
+
+def described(checkpoint: HeadCheckpoint, layout: str) -> dict[str, Any]:
+    """All of a checkpoint but its tensors, as `specdec.json` holds it."""
+    return {
+        "format": FORMAT,
+        "layout": layout,
+        "kind": checkpoint.kind,
+        "options": checkpoint.options,
+        "tree": checkpoint.tree,
+        "target": None if checkpoint.target is None else asdict(checkpoint.target),
+        "training": checkpoint.training,
+    }
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """Fields of `HeadCheckpoint` other than its tensors, and the layout they stand beside.
+
+    Raises:
+        ValueError: another format, or fields that are missing, left over or of a wrong type.
+    """
+    content = read_json(path)
+    version = content.pop("format", None)
+    if version != FORMAT:
+        raise ValueError(
+            f"{str(path)!r} has format {version!r} but this specdec reads format {FORMAT}; "
+            "upgrade specdec, or write the checkpoint again"
+        )
+    types: dict[str, tuple[type, ...]] = {
+        "layout": (str,),
+        "kind": (str,),
+        "options": (dict,),
+        "tree": (list, type(None)),
+        "target": (dict, type(None)),
+        "training": (dict,),
+    }
+    if set(content) != set(types):
+        odd = sorted(set(content) ^ set(types))
+        raise ValueError(f"{str(path)!r} must have the keys {', '.join(types)}; check {odd}")
+    for name, kinds in types.items():
+        if not isinstance(content[name], kinds):
+            raise ValueError(
+                f"{str(path)!r}: {name} is {content[name]!r}, which is no {kinds[0].__name__}"
+            )
+    if content["kind"] not in KINDS:
+        raise ValueError(
+            f"{str(path)!r}: kind is {content['kind']!r} but must be one of {', '.join(KINDS)}"
+        )
+    if content["target"] is not None:
+        try:
+            content["target"] = TargetIdentity(**content["target"])
+        except TypeError as error:
+            raise ValueError(f"{str(path)!r}: target cannot be read ({error})") from error
+    check_options(content["options"], str(path))
+    check_tree(content["tree"], str(path))
+    return content
+
+
+def completed(checkpoint: HeadCheckpoint, fields: dict[str, Any], where: str) -> HeadCheckpoint:
+    """A checkpoint in a layout of the field, with what stands beside it.
+
+    Args:
+        checkpoint: as its own files tell it.
+        fields: from `read_description`.
+        where: the description, for messages.
+
+    Raises:
+        ValueError: both tell a fact and differ.
+    """
+    for name in ("layout", "kind"):
+        _compare(name, fields[name], getattr(checkpoint, name), where)
+    if None not in (fields["tree"], checkpoint.tree):
+        _compare("tree", fields["tree"], checkpoint.tree, where)
+    ours, theirs = filled(fields["kind"], fields["options"]), checkpoint.options
+    for name, value in theirs.items():
+        if name == "backbone":
+            _compare_backbones(ours.get(name, {}), value, where)
+        elif name in ours or name == "taps":
+            _compare(name, ours.get(name), value, where)
+    known, found = fields["target"], checkpoint.target
+    taps = ours.get("taps")
+    if taps is not None and "taps" not in theirs and not are_published(taps, known):
+        _compare("taps", taps, None, where)
+    if known is not None and found is not None:
+        for fact in ("hidden_size", "vocab_size"):
+            if None not in (getattr(known, fact), getattr(found, fact)):
+                _compare(f"target.{fact}", getattr(known, fact), getattr(found, fact), where)
+    return replace(
+        checkpoint,
+        options=fields["options"],
+        tree=fields["tree"] if checkpoint.tree is None else checkpoint.tree,
+        target=known or found,
+        training=fields["training"],
+    )
+
+
+def _compare_backbones(ours: dict[str, Any], theirs: dict[str, Any], where: str) -> None:
+    for name, value in theirs.items():
+        known = ours.get(name, value)
+        if name == "rope_parameters" and isinstance(known, dict):
+            known = rope_of({"rope_parameters": known}, where)
+        _compare(f"backbone.{name}", known, value, where)
+
+
+def _compare(name: str, ours: Any, theirs: Any, where: str) -> None:
+    if ours != theirs:
+        raise ValueError(
+            f"{where!r} says {name} {ours!r}, but the files beside it say {theirs!r}; if they were "
+            "changed on purpose, delete specdec.json"
+        )

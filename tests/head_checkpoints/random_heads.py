@@ -1,0 +1,79 @@
+"""Random heads as checkpoints, built by the drafters themselves."""
+
+from functools import cache
+
+import torch
+from tiny_models import tiny_target
+
+from specdec.checkpoints import HeadCheckpoint, identify_target, resolved_options
+from specdec.drafters.heads import build_head
+
+NUM_LAYERS = 8
+ROPE = {"rope_type": "linear", "rope_theta": 500000.0, "factor": 2.0}
+# Every option away from its default in one of them.
+HEADS = {
+    "medusa": ("medusa", {"num_heads": 3, "num_layers": 2}),
+    "medusa-shared": ("medusa", {"num_heads": 2, "own_vocab_head": False}),
+    "eagle": ("eagle", {"bias": False, "qkv_bias": True, "backbone": {"rope_parameters": ROPE}}),
+    "eagle-biased": ("eagle", {}),
+    "eagle3": ("eagle3", {"draft_vocab_size": 40, "taps": [1, 4, 6]}),
+    "eagle3-whole": ("eagle3", {"own_embedding": True, "norm_output": True}),
+    "eagle3-normed": (
+        "eagle3",
+        {"norm_before_residual": True, "norm_before_fc": True, "draft_vocab_size": 40},
+    ),
+    "eagle3-narrow": (
+        "eagle3",
+        {"backbone": {"hidden_size": 16, "head_dim": 4}, "own_embedding": True},
+    ),
+}
+LAYOUTS_OF = {
+    "medusa": ("specdec", "medusa", "vllm-medusa"),
+    "medusa-shared": ("specdec", "medusa"),
+    "eagle": ("specdec", "eagle"),
+    "eagle-biased": ("specdec", "eagle"),
+    "eagle3": ("specdec", "eagle3", "speculators"),
+    "eagle3-whole": ("specdec", "eagle3", "speculators"),
+    "eagle3-normed": ("specdec", "speculators"),
+    "eagle3-narrow": ("specdec", "eagle3", "speculators"),
+}
+PAIRS = [(name, layout) for name, layouts in LAYOUTS_OF.items() for layout in layouts]
+
+
+@cache
+def target():
+    """A target on which the published taps are three layers, named as from the hub."""
+    made = tiny_target(vocab_size=61, num_layers=NUM_LAYERS)
+    made.model.config._name_or_path = "org/tiny"
+    return made
+
+
+def random_head(name, dtype=torch.float32, tree=None, training=None):
+    """The checkpoint of one of `HEADS`, its draft vocabulary spread over the target's."""
+    kind, options = HEADS[name]
+    torch.manual_seed(0)
+    head = build_head(kind, options, target())
+    with torch.no_grad():
+        for weight in head.parameters():
+            weight.normal_()
+        if "draft_vocab_size" in options:
+            head.set_draft_vocab(torch.randperm(61)[:40].sort().values)
+    return HeadCheckpoint(
+        kind,
+        resolved_options(head),
+        {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in head.state_dict().items()
+        },
+        tree=tree,
+        target=identify_target(target()),
+        training=training or {},
+    )
+
+
+def same_tensors(ours, theirs):
+    """Whether names, dtypes and all bits agree."""
+    return ours.keys() == theirs.keys() and all(
+        ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name])
+        for name in ours
+    )
