@@ -1,0 +1,153 @@
+"""`specdec convert` and `specdec inspect`."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from checkpoints import save_checkpoint
+from random_heads import LAYOUTS_OF, random_head, same_tensors
+from test_public_layouts import EAGLE3, eagle3_tensors, publish
+from tiny_models import tiny_llama
+from typer.testing import CliRunner
+
+from specdec.checkpoints import read_head, write_head
+from specdec.cli import app
+
+
+def run(*arguments):
+    done = CliRunner().invoke(app, [str(each) for each in arguments])
+    assert "Traceback" not in done.output
+    return done
+
+
+def refused(done, *words):
+    assert done.exit_code == 2, done.output
+    assert all(word in done.stderr for word in words), done.stderr
+    return True
+
+
+@pytest.mark.parametrize("name", LAYOUTS_OF)
+def test_convert_writes_every_layout_that_holds_the_head(tmp_path, name):
+    head = random_head(name, training={"loss": 1.5})
+    source = write_head(head, tmp_path / "specdec")
+    for layout in LAYOUTS_OF[name][1:]:
+        done = run("convert", source, tmp_path / layout, "--to", layout)
+        assert done.exit_code == 0, done.stderr
+        assert f"{head.kind} head: specdec -> {layout}, {tmp_path / layout}" in done.output
+        back = tmp_path / f"{layout} back"
+        assert run("convert", tmp_path / layout, back, "--to", "specdec").exit_code == 0
+        found = read_head(back)
+        assert same_tensors(found.tensors, head.tensors)
+        assert (found.options, found.target) == (head.options, head.target)
+        assert found.training == {"loss": 1.5}
+
+
+def test_convert_takes_from_the_target_what_the_source_leaves_to_it(tmp_path):
+    target = save_checkpoint(tmp_path / "tiny", tiny_llama(vocab_size=61, num_layers=8))
+    source = publish(tmp_path / "source", EAGLE3, eagle3_tensors())
+    refusal = run("convert", source, tmp_path / "one", "--to", "speculators")
+    assert refused(refusal, "names its target", "--target")
+    done = run("convert", source, tmp_path / "two", "--to", "speculators", "--target", target)
+    assert done.exit_code == 0, done.stderr
+    found = read_head(tmp_path / "two")
+    assert (found.target.name, found.target.num_layers) == ("tiny", 8)
+    assert found.options["taps"] == [2, 4, 5]
+    other = save_checkpoint(tmp_path / "other", tiny_llama(vocab_size=97, num_layers=8))
+    done = run("convert", source, tmp_path / "three", "--to", "specdec", "--target", other)
+    assert refused(done, "vocab_size 61", "vocab_size 97")
+
+
+def test_convert_completes_sparse_options_from_the_target(tmp_path):
+    model = tiny_llama(vocab_size=61, num_layers=8)
+    target = save_checkpoint(tmp_path / "tiny", model)
+    head = replace(random_head("eagle3"), target=None)
+    sparse = {"draft_vocab_size": 40, "taps": [1, 4, 6]}
+    source = write_head(replace(head, options=sparse), tmp_path / "source")
+    assert refused(run("convert", source, tmp_path / "one", "--to", "eagle3"), "--target")
+    done = run("convert", source, tmp_path / "two", "--to", "eagle3", "--target", target)
+    assert done.exit_code == 0, done.stderr
+    assert read_head(tmp_path / "two").options == head.options
+
+
+def test_convert_refuses_bad_input_and_leaves_nothing_behind(tmp_path):
+    source = write_head(random_head("eagle3-normed"), tmp_path / "head")
+    new = tmp_path / "new"
+    assert refused(run("convert", source, new, "--to", "eagle3"), "norm_before_residual=true")
+    assert refused(run("convert", source, new, "--to", "hydra"), "'hydra'", "speculators")
+    assert refused(run("convert", tmp_path / "none", new, "--to", "specdec"), "is not a folder")
+    assert not new.exists()
+    assert refused(run("convert", source, source, "--to", "specdec"), "is not empty")
+    assert refused(run("convert", source, source / "specdec.json", "--to", "specdec"))
+
+
+TRAINING = {"loss": 1.25, "tokens": 1000}
+
+
+def test_inspect_says_what_an_eagle3_head_is(tmp_path):
+    folder = write_head(random_head("eagle3", training=TRAINING), tmp_path, "eagle3")
+    done = run("inspect", folder)
+    assert done.exit_code == 0, done.stderr
+    for words in (
+        "EAGLE-3 head in the layout 'eagle3'",
+        "in float32",
+        "hidden_states 1, 4, 6 of the target",
+        "40 of 61 tokens",
+        "hidden_size 32",
+        "rope_theta 10000.0",
+        "org/tiny, hidden_size 32, vocab_size 61, num_layers 8",
+        "loss 1.25; tokens 1000",
+        "none of its own",
+    ):
+        assert words in done.output, words
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("medusa", ["Medusa heads", "3 heads", "of 2 residual blocks", "the last hidden state"]),
+        ("medusa-shared", ["2 heads, so as many levels"]),
+        ("eagle", ["EAGLE-1 head", "bias of queries, keys and values", "all 61 tokens"]),
+        ("eagle3-whole", ["its own embedding", "the normed state is fed back", "all 61 tokens"]),
+        ("eagle3-normed", ["the normed feature is the residual", "before they are fused"]),
+    ],
+)
+def test_inspect_says_how_heads_differ(tmp_path, name, words):
+    tree = [[0], [1], [0, 0]]
+    done = run("inspect", write_head(random_head(name, tree=tree), tmp_path))
+    assert done.exit_code == 0, done.stderr
+    for each in [*words, "3 nodes on 2 levels"]:
+        assert each in done.output, each
+
+
+def test_inspect_says_what_a_foreign_checkpoint_does_not_say(tmp_path):
+    done = run("inspect", publish(tmp_path, EAGLE3, eagle3_tensors()))
+    assert "2, L // 2 and L - 3" in done.output
+    assert "no name, hidden_size 32, vocab_size 61\n" in done.output
+    assert "training  not said" in done.output
+
+
+def test_inspect_prints_one_json_object_for_machines(tmp_path):
+    head = random_head("eagle3", training=TRAINING)
+    folder = write_head(head, tmp_path, "speculators")
+    (folder / "notes.txt").write_text("of another's")
+    facts = json.loads(run("inspect", folder, "--json").stdout)
+    files = ("model.safetensors", "config.json", "specdec.json")
+    assert facts["bytes"] == sum((folder / name).stat().st_size for name in files)
+    floats = [t for name, t in head.tensors.items() if name not in ("d2t", "t2d")]
+    assert facts["parameters"] == sum(tensor.numel() for tensor in floats)
+    assert (facts["schema"], facts["kind"], facts["layout"]) == (1, "eagle3", "speculators")
+    assert (facts["options"], facts["training"]) == (head.options, TRAINING)
+    assert facts["sizes"]["draft_vocab_size"] == 40
+    assert facts["target"]["weights"] == head.target.weights
+
+
+def test_inspect_says_the_dtype_of_the_weights(tmp_path):
+    import torch
+
+    folder = write_head(random_head("medusa", torch.bfloat16), tmp_path, "medusa")
+    assert json.loads(run("inspect", folder, "--json").stdout)["dtypes"] == ["bfloat16"]
+
+
+def test_inspect_refuses_what_is_no_head(tmp_path):
+    assert refused(run("inspect", tmp_path), "holds no draft head")
+    assert refused(run("inspect", tmp_path / "none"), "is not a folder")
