@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tiny_training import logged, write_run
 
@@ -12,7 +13,9 @@ from specdec.train.run import run_training
 
 RUN = {
     "head": {"kind": "eagle3"},
+    "draft_vocab_size": 40,
     "batch_size": 4,
+    "lr": 1e-2,
     "num_epochs": 2,
     "eval_every": 2,
     "save_every": 2,
@@ -41,6 +44,5 @@ def test_two_processes_share_the_steps_and_one_writes(tmp_path):
             assert ours == pytest.approx(theirs, rel=1e-3)
             assert len(set(theirs)) > 1
     heads = [load_file(tmp_path / name / "head" / "model.safetensors") for name in ("one", "two")]
-    for name, weight in heads[0].items():
-        assert (weight - heads[1][name]).abs().max() < 1e-4
+    torch.testing.assert_close(heads[0], heads[1], rtol=0, atol=1e-3)
     assert len(list((tmp_path / "two" / "tensorboard").glob("events*"))) == 1
