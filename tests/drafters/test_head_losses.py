@@ -1,0 +1,241 @@
+"""Losses of draft heads against sums written out place by place."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scripted import TAPS, VOCAB, lively_head, small_target
+from slow_heads import Continuation, MedusaGuesses, SlowEagle, SlowEagle3
+
+from specdec.drafters.heads import head_loss
+from specdec.drafters.training_batch import TrainingBatch
+
+LENGTH, TOP = 9, 3
+DRAFT_TOKENS = [0, 1, 2, 4, 5, 7, 8, 11, 12, 16]
+# The tokens to be predicted: an answer with a gap; a short one before padding; none at all.
+MASKS = np.array(
+    [
+        [0, 0, 0, 1, 1, 0, 1, 1, 1],
+        [0, 0, 1, 1, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0, 0, 0],
+    ],
+    dtype=bool,
+)
+
+
+def some_batch(seed=0, masks=MASKS):
+    draw = torch.Generator().manual_seed(seed)
+    rows = len(masks)
+    return TrainingBatch(
+        torch.randint(VOCAB, (rows, LENGTH), generator=draw),
+        torch.from_numpy(masks),
+        {tap: torch.randn(rows, LENGTH, 32, generator=draw) for tap in (*TAPS, TOP)},
+        3 * torch.randn(rows, LENGTH, VOCAB, generator=draw),
+    )
+
+
+def softmax(logits):
+    grown = np.exp(np.asarray(logits, dtype=np.float64) - np.max(logits))
+    return grown / grown.sum()
+
+
+def counted(batch, offset):
+    """Places (row, i) whose token i + offset is to be predicted."""
+    masks = batch.loss_mask.numpy()
+    rows, length = masks.shape
+    return [
+        (row, i) for row in range(rows) for i in range(length - offset) if masks[row, i + offset]
+    ]
+
+
+def mean(values):
+    return sum(values) / len(values) if values else 0.0
+
+
+def medusa_guesses(head, target, batch):
+    """(row, place, head) -> logits [V], place by place."""
+    states = batch.hidden[TOP]
+
+    def logits(row, place, k):
+        guesses = MedusaGuesses(head, target.model, states[row, place])
+        return np.array(list(guesses.logits((0,) * k).values()))
+
+    return logits
+
+
+@pytest.mark.parametrize("decay", [0.8, 0.5])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "own_vocab_head": False}])
+def test_medusas_cross_entropy_is_a_decayed_sum_of_each_heads_mean_over_its_own_places(
+    options, decay
+):
+    target = small_target()
+    head, batch = lively_head("medusa", target, num_heads=4, **options), some_batch()
+    logits = medusa_guesses(head, target, batch)
+    total = 0.0
+    output = head_loss("medusa", head, batch, decay=decay)
+    for k in range(4):
+        part = mean(
+            [
+                -math.log(softmax(logits(row, i, k))[batch.tokens[row, i + k + 2]])
+                for row, i in counted(batch, k + 2)
+            ]
+        )
+        assert float(output.parts[f"cross_entropy_{k + 1}"]) == pytest.approx(part, rel=1e-4)
+        total += decay ** (k + 1) * part
+    assert output.loss.item() == pytest.approx(total, rel=1e-4)
+
+
+def test_medusas_kl_is_that_of_the_targets_law_at_the_place_before_the_token():
+    target = small_target()
+    head, batch = lively_head("medusa", target, num_heads=3), some_batch(1)
+    logits = medusa_guesses(head, target, batch)
+    total = 0.0
+    for k in range(3):
+        parts = []
+        for row, i in counted(batch, k + 2):
+            goal = softmax(batch.target_logits[row, i + k + 1].numpy())
+            guess = softmax(logits(row, i, k))
+            parts.append((goal * (np.log(goal) - np.log(guess))).sum())
+        total += 0.8 ** (k + 1) * mean(parts)
+    output = head_loss("medusa", head, batch, objective="kl")
+    assert output.loss.item() == pytest.approx(total, rel=1e-4)
+    assert all(part >= 0 for part in output.parts.values())
+
+
+def eagle_parts(outputs, features, batch, projection):
+    """Smooth L1 and soft cross-entropy of EAGLE-1, from predicted features [B][L][H]."""
+    distances, crosses = [], []
+    for row, i in counted(batch, 2):
+        predicted = np.asarray(outputs[row][i], dtype=np.float64)
+        gap = np.abs(predicted - np.asarray(features[row][i + 1], dtype=np.float64))
+        distances.append(np.where(gap < 1, 0.5 * gap**2, gap - 0.5).mean())
+        goal = softmax(batch.target_logits[row, i + 1].numpy())
+        crosses.append(-(goal * np.log(softmax(projection @ predicted))).sum())
+    return mean(distances), mean(crosses)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False, "qkv_bias": True}])
+def test_eagles_loss_is_smooth_l1_to_the_next_feature_and_a_tenth_of_the_soft_cross_entropy(
+    options,
+):
+    target = small_target()
+    head, batch = lively_head("eagle", target, **options), some_batch(2)
+    slow = SlowEagle(head, target.model)
+    features = batch.hidden[TOP]
+    outputs = []
+    for row in range(len(MASKS)):
+        tokens = batch.tokens[row, 1:].tolist()
+        pairs = features[row, :-1].double()
+        outputs.append(slow.run(tokens, pairs, range(LENGTH - 1), lambda i, j: j <= i).numpy())
+    projection = target.model.lm_head.weight.detach().double().numpy()
+    distance, cross = eagle_parts(outputs, features, batch, projection)
+    output = head_loss("eagle", head, batch, noise=0.0)
+    assert float(output.parts["feature"]) == pytest.approx(distance, rel=1e-4)
+    assert float(output.parts["cross_entropy_1"]) == pytest.approx(cross, rel=1e-4)
+    assert output.loss.item() == pytest.approx(distance + 0.1 * cross, rel=1e-4)
+    louder = head_loss("eagle", head, batch, noise=0.0, cross_entropy_weight=0.7)
+    assert louder.loss.item() == pytest.approx(distance + 0.7 * cross, rel=1e-4)
+
+
+def test_eagles_noise_is_uniform_wider_for_short_texts_and_only_on_the_heads_input():
+    target = small_target()
+    head = lively_head("eagle", target)
+    masks = np.ones((64, LENGTH), dtype=bool)
+    batch = some_batch(3, masks)
+    heard = []
+
+    def listen(tokens, features, positions, mask, cache, run=head.forward):
+        outputs = run(tokens, features, positions, mask, cache)
+        heard.append((features.detach(), outputs.detach()))
+        return outputs
+
+    head.forward = listen
+    torch.manual_seed(0)
+    output = head_loss("eagle", head, batch, noise=0.2)
+    head_loss("eagle", head, batch, noise=0.2)
+    clean = batch.hidden[TOP]
+    width = 0.2 * 512 / LENGTH
+    noise = heard[0][0] - clean
+    assert noise.abs().max() <= width / 2 + 1e-4
+    assert noise.abs().max() > 0.99 * width / 2
+    size = math.sqrt(noise.numel())
+    assert abs(noise.mean()) < 4 * width / math.sqrt(12) / size
+    assert noise.var() == pytest.approx(width**2 / 12, rel=0.03)
+    assert not torch.equal(heard[0][0], heard[1][0])
+    projection = target.model.lm_head.weight.detach().double().numpy()
+    distance, cross = eagle_parts(heard[0][1].numpy(), clean.numpy(), batch, projection)
+    assert output.loss.item() == pytest.approx(distance + 0.1 * cross, rel=1e-4)
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 4])
+@pytest.mark.parametrize("draft_tokens", [None, DRAFT_TOKENS], ids=["whole", "reduced"])
+def test_eagle3s_loss_is_that_of_a_chain_drafted_behind_every_place(draft_tokens, num_steps):
+    target = small_target()
+    head, batch = lively_head("eagle3", target, draft_tokens=draft_tokens), some_batch(4)
+    slow = SlowEagle3(head, target.model, TAPS)
+    ids = draft_tokens or list(range(VOCAB))
+    parts = [[] for _ in range(num_steps)]
+    num_left_out = 0
+    for row in range(len(MASKS)):
+        text = batch.tokens[row].tolist()
+        features = slow.fuse({tap: batch.hidden[tap][row] for tap in TAPS})
+        for i in range(LENGTH - 2):
+            chain = Continuation(slow, text[: i + 2], features[: i + 1])
+            for step in range(num_steps):
+                if (row, i) not in counted(batch, 2 + step):
+                    continue
+                goal = batch.target_logits[row, i + 1 + step].numpy()
+                if goal.argmax() not in ids:
+                    num_left_out += 1
+                    continue
+                logits = chain.logits(tuple(text[i + 2 : i + 2 + step]))
+                guess = softmax([logits[token] for token in ids])
+                parts[step].append(-(softmax(goal[ids]) * np.log(guess)).sum())
+    output = head_loss("eagle3", head, batch, num_steps=num_steps, decay=0.7)
+    for step, part in enumerate(parts):
+        named = float(output.parts[f"cross_entropy_{step + 1}"])
+        assert named == pytest.approx(mean(part), rel=1e-4)
+    total = sum(0.7**step * mean(part) for step, part in enumerate(parts))
+    assert output.loss.item() == pytest.approx(total, rel=1e-4)
+    assert (num_left_out > 0) == (draft_tokens is not None)
+
+
+LOSSES = {"medusa": {}, "eagle": {"noise": 0.0}, "eagle3": {"num_steps": 3}}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_what_lies_behind_the_last_token_to_be_predicted_does_not_matter(kind):
+    target = small_target()
+    head, batch = lively_head(kind, target), some_batch(5, MASKS[:2])
+    ends = [9, 4]  # one past the last token to be predicted
+    other = some_batch(6, MASKS[:2])
+    for row, end in enumerate(ends):
+        other.tokens[row, :end] = batch.tokens[row, :end]
+        other.target_logits[row, : end - 1] = batch.target_logits[row, : end - 1]
+        for tap in batch.hidden:
+            other.hidden[tap][row, : end - 1] = batch.hidden[tap][row, : end - 1]
+    losses = [head_loss(kind, head, each, **LOSSES[kind]).loss.item() for each in (batch, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] != head_loss(kind, head, some_batch(7), **LOSSES[kind]).loss.item()
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_batch_without_a_token_to_predict_costs_nothing_and_teaches_nothing(kind):
+    head = lively_head(kind, small_target())
+    loss = head_loss(kind, head, some_batch(8, MASKS[2:]), **LOSSES[kind]).loss
+    assert loss.item() == 0
+    loss.backward()
+    grads = [weight.grad for weight in head.parameters() if weight.grad is not None]
+    assert all(grad.isfinite().all() and not grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_every_weight_of_a_head_is_trained_and_none_of_the_target(kind):
+    target = small_target()
+    head = lively_head(kind, target)
+    head_loss(kind, head, some_batch(9), **LOSSES[kind]).loss.backward()
+    untrained = [name for name, weight in head.named_parameters() if weight.grad is None]
+    assert untrained == []
+    ours = {id(weight) for weight in head.parameters()}
+    assert not ours & {id(weight) for weight in target.model.parameters()}
