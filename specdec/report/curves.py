@@ -58,7 +58,7 @@ def _acceptance(axes: Any, evaluations: list[dict[str, Any]]) -> None:
         shade = _SHADES[min(depth, len(_SHADES) - 1)]
         shown = [float("nan") if value is None else value for value in values]
         axes.plot(_steps(evaluations), shown, ".-", color=shade, label=f"depth {depth + 1}")
-    axes.legend(loc="upper left", ncols=2, fontsize=8)
+    axes.legend(loc="lower right", ncols=2, fontsize=8)
     beside = axes.twinx()
     beside.plot(_steps(evaluations), [e["tau"] for e in evaluations], "s--", color=_GREEN)
     beside.set_ylim(bottom=1)

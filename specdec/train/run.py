@@ -62,7 +62,7 @@ def run_training(
     tracker = None if config.log_with == "none" else config.log_with
     accelerator = Accelerator(
         cpu=on_cpu,
-        mixed_precision=config.mixed_precision or _precision(target.model.dtype),
+        mixed_precision=_precision(config, target.model.dtype),
         log_with=tracker,
         project_dir=out,
     )
@@ -135,8 +135,15 @@ def _max_len(config: TrainConfig, target: HFTarget) -> int:
     return max_len
 
 
-def _precision(dtype: torch.dtype) -> str:
-    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
+def _precision(config: TrainConfig, dtype: torch.dtype) -> str:
+    follows = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
+    if config.mixed_precision == "no" and follows != "no":
+        raise ValueError(
+            "config mixed_precision is 'no' but the target is in "
+            f"{str(dtype).removeprefix('torch.')}, and heads use its embedding and projection; "
+            f"set mixed_precision={follows} or target.dtype=float32"
+        )
+    return config.mixed_precision or follows
 
 
 def _head_options(config: TrainConfig) -> dict[str, Any]:

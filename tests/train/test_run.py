@@ -127,6 +127,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
         ({"loss": {"num_step": 2}}, r"loss\.num_step is no option of the eagle3 loss; known: num_"),
         ({"head": {"kind": "eagle3", "options": {"depth": 2}}}, "cannot use its options"),
         ({"data": {"max_len": 257}}, "max_len is 257 but the target's context is only 256"),
+        (
+            {"target": {"dtype": "bfloat16"}, "mixed_precision": "no"},
+            "mixed_precision is 'no' but the target is in bfloat16",
+        ),
         ({"data": {"path": "none.jsonl"}}, r"none\.jsonl' is not a file"),
     ],
 )

@@ -1,5 +1,7 @@
 """Wrong configurations of a training are named before anything is loaded."""
 
+from pathlib import Path
+
 import pytest
 
 from specdec.train.config import load_train_config
@@ -48,6 +50,16 @@ def test_overrides_reach_options_of_head_and_loss(tmp_path):
 def test_a_wrong_value_is_named(tmp_path, override, message):
     with pytest.raises(ValueError, match=message):
         load(tmp_path, override)
+
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "demo").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_for_the_demo_are_read(path):
+    config = load_train_config(str(path))
+    assert config.head.kind == path.stem
+    assert f"specdec train recipes/demo/{path.name} --out" in path.read_text()
 
 
 def test_epochs_and_steps_exclude_each_other(tmp_path):
