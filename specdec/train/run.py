@@ -70,13 +70,12 @@ def run_training(
     if accelerator.is_main_process:
         folder.prepare()
     accelerator.wait_for_everyone()
-    options = _head_options(config)
     with seeded(accelerator.device, config.seed):
-        head: Any = build_head(config.head.kind, options, target)
+        head: Any = build_head(config.head.kind, _head_options(config), target)
     vocabulary = _choose_vocabulary(config, head, target, split)
     if config.head.start_from_target:
         start_from_target(head, target.model.get_output_embeddings().weight)
-    trainer = Trainer(config, head, options, target, split, folder, accelerator)
+    trainer = Trainer(config, head, target, split, folder, accelerator)
     if tracker:
         purge = {"purge_step": trainer.progress.step + 1}
         accelerator.init_trackers(tracker, init_kwargs={tracker: purge})

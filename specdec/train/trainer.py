@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from specdec.checkpoints import HeadCheckpoint, identify_target
+from specdec.checkpoints import HeadCheckpoint, identify_target, resolved_options
 from specdec.drafters.heads import fill_head, head_loss
 from specdec.drafters.training_batch import TrainingBatch
 from specdec.targets.hf import HFTarget
@@ -67,7 +67,6 @@ class Trainer:
     Args:
         config: of the run.
         head: new, on the accelerator's device.
-        options: that `build_head` made it from.
         target: frozen.
         split: the rows.
         folder: where checkpoints go.
@@ -78,15 +77,13 @@ class Trainer:
         self,
         config: TrainConfig,
         head: Any,
-        options: dict[str, Any],
         target: HFTarget,
         split: Split,
         folder: RunFolder,
         accelerator: Accelerator,
     ) -> None:
-        self.config, self.head, self.options = config, head, options
-        self.target, self.split, self.folder = target, split, folder
-        self.accelerator = accelerator
+        self.config, self.head, self.target, self.split = config, head, target, split
+        self.folder, self.accelerator = folder, accelerator
         self.plan = StepPlan(
             [len(row.tokens) for row in split.training],
             config.batch_size,
@@ -121,7 +118,7 @@ class Trainer:
         tensors = {name: each.detach().cpu() for name, each in self.head.state_dict().items()}
         return HeadCheckpoint(
             kind=self.config.head.kind,
-            options=self.options,
+            options=resolved_options(self.head),
             tensors=tensors,
             target=self._identity,
             training=training or {},
