@@ -53,18 +53,28 @@ def true_features(target, committed, taps):
     return {tap: states[tap][0] for tap in taps}
 
 
-def slow_guesses(kind, head, target, committed, window=None, **flags):
-    """The plain re-implementation of a head, behind a committed text; it follows the target's
-    rotary settings, whatever those of the head are."""
+def slow_guesses(kind, head, target, committed, window=None, rope=None, **flags):
+    """The plain re-implementation of a head, behind a committed text.
+
+    Args:
+        kind: of the head.
+        head: the tested module.
+        target: its target.
+        committed: tokens, the root last.
+        window: pairs that it is shown, the last ones; None for all.
+        rope: rotary settings; None for those of the target, whatever the head's are.
+        flags: options of EAGLE-3.
+    """
     top = target.config.num_hidden_layers
     hidden = true_features(target, committed, [*TAPS, top])
     if kind == "medusa":
         return MedusaGuesses(head, target.model, hidden[top][-1])
     if kind == "eagle":
-        slow = SlowEagle(head, target.model)
+        slow = SlowEagle(head, target.model, rope)
     else:
-        slow = SlowEagle3(head, target.model, TAPS, **flags)
-    return Continuation(slow, committed, slow.fuse(hidden), window)
+        slow = SlowEagle3(head, target.model, TAPS, rope, **flags)
+    shown = min(window or len(committed), len(committed) - 1)
+    return Continuation(slow, committed[-shown - 1 :], slow.fuse(hidden)[-shown:])
 
 
 @dataclass

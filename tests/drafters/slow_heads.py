@@ -111,9 +111,9 @@ class SlowEagle:
 
     ids = None
 
-    def __init__(self, head, target_model):
+    def __init__(self, head, target_model, rope=None):
         tensors = _doubled(head)
-        rope = target_model.config.rope_parameters
+        rope = rope or target_model.config.rope_parameters
         self._fc = tensors["fc.weight"], tensors.get("fc.bias", 0)
         self._layer = SlowLayer(tensors, "layers.0", head.config, rope)
         self._embedding = target_model.get_input_embeddings().weight.detach().double()
@@ -145,12 +145,13 @@ class SlowEagle3:
         head,
         target_model,
         taps,
+        rope=None,
         norm_before_residual=False,
         norm_before_fc=False,
         norm_output=False,
     ):
         self._tensors = tensors = _doubled(head)
-        rope = target_model.config.rope_parameters
+        rope = rope or target_model.config.rope_parameters
         self._layer = SlowLayer(tensors, "midlayer", head.config, rope)
         self._taps = taps
         self._norm_before_residual = norm_before_residual
@@ -194,22 +195,12 @@ class Continuation:
         head: a slow head.
         committed: tokens t_0 .. t_n; the last is the root.
         features: [n, F] fused features of t_0 .. t_{n-1}.
-        window: committed pairs that each committed pair sees at most, itself included; drafted
-            ones see that many committed pairs and all of their path.
     """
 
-    def __init__(self, head, committed, features, window=None):
-        self._head, self._window = head, window
+    def __init__(self, head, committed, features):
+        self._head = head
         self._tokens, self._features = list(committed[1:]), features
         self._outputs = {}
-
-    def _sees(self, query, key):
-        size = len(self._features)
-        if key > query:
-            return False
-        if self._window is None or key >= size:
-            return True
-        return key > min(query, size - 1) - self._window
 
     def output(self, path=()):
         """The output [F] behind the root (empty path) or behind a path of drafted tokens."""
@@ -217,7 +208,7 @@ class Continuation:
             tokens = [*self._tokens, *path]
             drafted = [self._head.carry(self.output(path[:end])) for end in range(len(path))]
             features = torch.cat([self._features, *[row[None] for row in drafted]])
-            outputs = self._head.run(tokens, features, range(len(tokens)), self._sees)
+            outputs = self._head.run(tokens, features, range(len(tokens)), lambda i, j: j <= i)
             self._outputs[path] = outputs[-1]
         return self._outputs[path]
 

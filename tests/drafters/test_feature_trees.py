@@ -5,8 +5,6 @@ grown from sorted lists (`slow_trees.py`). Drafts are those of real decoding, af
 them were taken and refused.
 """
 
-import math
-
 import pytest
 import torch
 from scripted import (
@@ -20,7 +18,7 @@ from scripted import (
     true_features,
 )
 from slow_heads import Continuation, SlowEagle
-from slow_trees import drafted_nodes, dynamic_tree, penalised, static_tree
+from slow_trees import check_drafts, drafted_nodes, penalised
 
 from specdec import SamplingConfig
 from specdec.drafters import feature_drafter
@@ -85,34 +83,13 @@ def decoded(kind, head, target, shape, sampling=None, budget=None):
     return decoding
 
 
-def expected_nodes(shape, logits, budget):
-    if shape.choices is not None:
-        return static_tree(logits, shape.choices, budget)
-    if shape.width == 1:
-        return static_tree(logits, [[0] * (level + 1) for level in range(shape.depth)], budget)
-    return dynamic_tree(logits, shape.depth, shape.width, min(shape.max_nodes, budget))
-
-
-def check_drafts(decoding, shape, guesses_behind):
-    """Compare every row of every draft: nodes, order, parents and probabilities."""
-    for step in decoding.steps:
-        for row, committed in enumerate(step.committed):
-            logits = guesses_behind(committed)
-            expected = expected_nodes(shape, logits, step.budget[row])
-            drafted = drafted_nodes(step.draft, row)
-            assert [path for path, _ in drafted] == [path for path, _ in expected]
-            scores = [score for _, score in expected]
-            confidences = [confidence for _, confidence in drafted]
-            assert confidences == pytest.approx([math.exp(score) for score in scores], rel=1e-3)
-
-
 @pytest.mark.parametrize(("kind", "options", "flags", "shape"), CASES)
 def test_every_draft_of_a_decoded_text_is_the_published_tree(kind, options, flags, shape):
     target = small_target()
     head = lively_head(kind, target, **options)
     decoding = decoded(kind, head, target, shape)
     check_drafts(
-        decoding,
+        decoding.steps,
         shape,
         lambda committed: slow_guesses(kind, head, target, committed, **flags).logits,
     )
@@ -130,7 +107,7 @@ def test_rows_without_or_with_a_small_budget_draft_the_first_or_best_nodes(kind,
 
     decoding = decoded(kind, head, target, shape, budget=budget)
     check_drafts(
-        decoding, shape, lambda committed: slow_guesses(kind, head, target, committed).logits
+        decoding.steps, shape, lambda committed: slow_guesses(kind, head, target, committed).logits
     )
     assert max(decoding.num_accepted) > 1
 
@@ -149,7 +126,7 @@ def test_chosen_children_feel_penalties_along_their_path_but_no_temperature(
         slow = slow_guesses(kind, head, target, committed)
         return lambda path: penalised(slow.logits(path), {*committed, *path}, 1.8)
 
-    check_drafts(decoding, shape, guesses_behind)
+    check_drafts(decoding.steps, shape, guesses_behind)
 
 
 @pytest.mark.parametrize("kind", ["eagle", "eagle3"])
@@ -180,7 +157,7 @@ def test_the_comparison_notices_features_that_are_one_place_off():
         return Continuation(slow, committed, features.roll(1, 0)).logits
 
     with pytest.raises(AssertionError):
-        check_drafts(decoding, CHAIN, off_by_one)
+        check_drafts(decoding.steps, CHAIN, off_by_one)
 
 
 @pytest.mark.parametrize("kind", ["eagle", "eagle3"])
