@@ -213,8 +213,8 @@ class FeatureDrafter:
         self.cache.open(num_new, behind=num_open - num_new)
         newest = levels[num_open - num_new :]
         positions = self.cache.device_lengths.unsqueeze(1) + newest
-        # A window counts committed entries: the whole tree looks back from the last of them, so that
-        # deep nodes see no fewer than shallow ones, and always their own path.
+        # A window counts committed entries: the whole tree looks back from the last of them, so
+        # that deep nodes see no fewer than shallow ones, and always their own path.
         places = torch.full_like(levels, -1).expand(batch, -1)
         mask = self._masks.tree(self.cache, visible, places)
         return self.head(tokens, features, positions, mask, self.cache)
