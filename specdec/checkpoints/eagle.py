@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from specdec.checkpoints.config_fields import flag
 from specdec.checkpoints.eagle3 import dtype_name
 from specdec.checkpoints.folder import RawFiles
 from specdec.checkpoints.head import HeadCheckpoint, TargetIdentity
@@ -39,8 +40,8 @@ def read(files: RawFiles) -> HeadCheckpoint:
     backbone = backbone_of(files.config, files.config_path)
     options = {
         "backbone": backbone,
-        "bias": bool(files.config.get("bias", True)),
-        "qkv_bias": bool(files.config.get("qkv_bias", False)),
+        "bias": flag(files.config, "bias", True, files.config_path),
+        "qkv_bias": flag(files.config, "qkv_bias", False, files.config_path),
     }
     tensors = take_tensors(
         files.weights_path,

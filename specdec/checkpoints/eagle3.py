@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec.checkpoints.config_fields import count, flag, section
 from specdec.checkpoints.folder import RawFiles
 from specdec.checkpoints.head import HeadCheckpoint, TargetIdentity
 from specdec.checkpoints.llama_config import backbone_of, config_of
@@ -37,16 +38,16 @@ def read(files: RawFiles) -> HeadCheckpoint:
     Raises:
         ValueError: see `head_options` and `head_tensors`.
     """
-    config = files.config
+    config, where = files.config, files.config_path
     # SGLang and vLLM look for this flag in both places.
-    inner = config.get("eagle_config") or {}
-    flags = {name: bool(inner.get(name, config.get(name, False))) for name in FLAGS}
-    if not inner.get("use_aux_hidden_state", True):
+    inner = section(config, "eagle_config", where)
+    flags = {name: flag({**config, **inner}, name, False, where) for name in FLAGS}
+    if not flag(inner, "use_aux_hidden_state", True, where):
         raise ValueError(
-            f"{files.config_path!r} has use_aux_hidden_state false: a head on one tap, which "
-            "specdec does not have"
+            f"{where!r} has use_aux_hidden_state false: a head on one tap, which specdec does not "
+            "have"
         )
-    backbone = backbone_of(config, files.config_path)
+    backbone = backbone_of(config, where)
     options = head_options(config, backbone, flags, files)
     tensors = head_tensors(options, files)
     width, vocab_size = options["target_hidden_size"], backbone["vocab_size"]
@@ -63,21 +64,22 @@ def head_options(
     Raises:
         ValueError: a part that our head does not have, or taps that contradict each other.
     """
+    where = files.config_path
     for name in ("fc_norm", "use_aux_norm"):
-        if config.get(name):
+        if flag(config, name, False, where):
             raise ValueError(
-                f"{files.config_path!r} has {name} true: EAGLE-3.1's norm of each tap, which "
+                f"{where!r} has {name} true: EAGLE-3.1's norm of each tap, which "
                 "specdec's EAGLE-3 does not have"
             )
     options = {
         "backbone": backbone,
-        "target_hidden_size": config.get("target_hidden_size") or backbone["hidden_size"],
-        "draft_vocab_size": config.get("draft_vocab_size") or backbone["vocab_size"],
+        "target_hidden_size": count(config, "target_hidden_size", where) or backbone["hidden_size"],
+        "draft_vocab_size": count(config, "draft_vocab_size", where) or backbone["vocab_size"],
         **flags,
         # A copy of the target's is kept too: only its trainer knows that it is one.
         "own_embedding": "embed_tokens.weight" in files.tensors,
     }
-    taps = taps_of(config, files.config_path)
+    taps = taps_of(config, where)
     return options if taps is None else {**options, "taps": taps}
 
 

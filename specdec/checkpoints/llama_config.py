@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from specdec.checkpoints.config_fields import count, section, text
+
 _REQUIRED = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 _SIZES = (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings")
 # Facts that change what the layer computes, and the only value for which ours computes the same.
@@ -35,18 +37,15 @@ def backbone_of(config: dict[str, Any], where: str) -> dict[str, Any]:
                 f"{where!r} has {name} {config[name]!r}, which specdec's heads do not have; only "
                 f"{neutral!r} can be read"
             )
-    hidden_size, num_heads = config["hidden_size"], config["num_attention_heads"]
-    backbone = {name: config.get(name) for name in _SIZES}
-    backbone["num_key_value_heads"] = backbone["num_key_value_heads"] or num_heads
-    backbone["head_dim"] = backbone["head_dim"] or hidden_size // max(num_heads, 1)
-    backbone["max_position_embeddings"] = backbone["max_position_embeddings"] or 2048
-    for name, size in backbone.items():
-        if type(size) is not int or size < 1:
-            raise ValueError(f"{where!r} has {name} {size!r}, which must be a whole number above 0")
+    sizes = {name: count(config, name, where) for name in _SIZES}
+    num_heads = config["num_attention_heads"]
+    sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or num_heads
+    sizes["head_dim"] = sizes["head_dim"] or config["hidden_size"] // num_heads
+    sizes["max_position_embeddings"] = sizes["max_position_embeddings"] or 2048
     return {
-        **backbone,
-        "hidden_act": config.get("hidden_act") or "silu",
-        "rms_norm_eps": config.get("rms_norm_eps") or 1e-6,
+        **sizes,
+        "hidden_act": text(config, "hidden_act", where) or "silu",
+        "rms_norm_eps": _number(config, "rms_norm_eps", where) or 1e-6,
         "rope_parameters": rope_of(config, where),
     }
 
@@ -72,10 +71,12 @@ def rope_of(config: dict[str, Any], where: str) -> dict[str, Any]:
     Raises:
         ValueError: both spellings are there and differ, or a kind that our layer does not have.
     """
-    new, scaling = config.get("rope_parameters"), config.get("rope_scaling")
-    found = _plain(new if new is not None else scaling or {}, config.get("rope_theta"))
-    if new is not None and (scaling or config.get("rope_theta")):
-        old = _plain(scaling or {}, config.get("rope_theta") or found["rope_theta"])
+    new = section(config, "rope_parameters", where)
+    scaling, theta = section(config, "rope_scaling", where), _number(config, "rope_theta", where)
+    _number(new, "rope_theta", where)
+    found = _plain(new or scaling, theta)
+    if new and (scaling or theta):
+        old = _plain(scaling, theta or found["rope_theta"])
         if old != found:
             raise ValueError(
                 f"{where!r} contradicts itself: rope_parameters say {found}, rope_theta and "
@@ -86,6 +87,13 @@ def rope_of(config: dict[str, Any], where: str) -> dict[str, Any]:
             f"{where!r} has the rotary parameters {found}, which specdec's heads do not have; "
             f"rope_type must be one of {', '.join(_ROPE_TYPES)}, and all of a head is rotated"
         )
+    return found
+
+
+def _number(config: dict[str, Any], name: str, where: str) -> float | None:
+    found = config.get(name)
+    if found is not None and (type(found) not in (int, float) or not 0 < found < float("inf")):
+        raise ValueError(f"{where!r} has {name} {found!r}, which must be a number above 0")
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from specdec.checkpoints.config_fields import count, text
 from specdec.checkpoints.folder import RawFiles
 from specdec.checkpoints.head import HeadCheckpoint, TargetIdentity
 from specdec.checkpoints.options import filled
@@ -50,7 +51,7 @@ def read(files: RawFiles) -> HeadCheckpoint:
         lambda name: _name(name, num_layers),
     )
     options |= sizes
-    name = config.get("base_model_name_or_path")
+    name = text(config, "base_model_name_or_path", where)
     target = TargetIdentity(name, sizes["hidden_size"], sizes.get("vocab_size"))
     tree = config.get("medusa_choices")
     check_tree(tree, where)
@@ -68,13 +69,12 @@ def _counts(files: RawFiles) -> tuple[int, int]:
     there = [1 + max(int(m[group]) for m in found) for group in (1, 2)]
     counts = []
     for name, number in zip(("medusa_num_heads", "medusa_num_layers"), there, strict=True):
-        count = files.config.get(name, number)
+        said = count(files.config, name, files.config_path) or number
         # The configs published first count 2 heads where their files hold 5.
-        if name == "medusa_num_heads" and (count, number) == (2, 5):
-            count = number
-        if count != number:
+        is_known_mistake = name == "medusa_num_heads" and (said, number) == (2, 5)
+        if said != number and not is_known_mistake:
             raise ValueError(
-                f"{files.config_path!r} has {name} {count!r} but {files.weights!r} holds {number}; "
+                f"{files.config_path!r} has {name} {said} but {files.weights!r} holds {number}; "
                 "correct the config, or copy the tensors again"
             )
         counts.append(number)

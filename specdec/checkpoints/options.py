@@ -51,8 +51,12 @@ def check_options(options: dict[str, Any], where: str) -> None:
         ValueError: the option and its value.
     """
     backbone = options.get("backbone", {})
-    if not isinstance(backbone, dict):
-        raise ValueError(f"{where!r}: the option backbone is {backbone!r} but must be an object")
+    rope = backbone.get("rope_parameters", {}) if isinstance(backbone, dict) else {}
+    if not isinstance(backbone, dict) or not isinstance(rope, dict):
+        raise ValueError(
+            f"{where!r}: the option backbone is {backbone!r} but it and its rope_parameters must "
+            "be objects"
+        )
     named = options | {f"backbone.{name}": value for name, value in backbone.items()}
     for name, value in named.items():
         short = name.removeprefix("backbone.")
@@ -60,6 +64,11 @@ def check_options(options: dict[str, Any], where: str) -> None:
         if is_count and (type(value) is not int or value < 1):
             raise ValueError(
                 f"{where!r}: the option {name} is {value!r} but must be a whole number above 0"
+            )
+    for name in (n for values in _DEFAULTS.values() for n, v in values.items() if type(v) is bool):
+        if not isinstance(options.get(name, False), bool):
+            raise ValueError(
+                f"{where!r}: the option {name} is {options[name]!r} but must be true or false"
             )
     taps = options.get("taps")
     if "taps" in options and not (

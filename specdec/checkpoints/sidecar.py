@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from specdec.checkpoints.config_fields import count, text
 from specdec.checkpoints.folder import read_json
 from specdec.checkpoints.head import KINDS, HeadCheckpoint, TargetIdentity
 from specdec.checkpoints.llama_config import rope_of
@@ -64,13 +65,21 @@ def read_description(path: Path) -> dict[str, Any]:
             f"{str(path)!r}: kind is {content['kind']!r} but must be one of {', '.join(KINDS)}"
         )
     if content["target"] is not None:
-        try:
-            content["target"] = TargetIdentity(**content["target"])
-        except TypeError as error:
-            raise ValueError(f"{str(path)!r}: target cannot be read ({error})") from error
+        content["target"] = _identity(content["target"], str(path))
     check_options(content["options"], str(path))
     check_tree(content["tree"], str(path))
     return content
+
+
+def _identity(facts: dict[str, Any], where: str) -> TargetIdentity:
+    for name in ("name", "weights", "tokenizer"):
+        text(facts, name, where)
+    for name in ("hidden_size", "vocab_size", "num_layers"):
+        count(facts, name, where)
+    try:
+        return TargetIdentity(**facts)
+    except TypeError as error:
+        raise ValueError(f"{where!r}: target cannot be read ({error})") from error
 
 
 def completed(checkpoint: HeadCheckpoint, fields: dict[str, Any], where: str) -> HeadCheckpoint:

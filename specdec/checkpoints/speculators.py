@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from specdec.checkpoints.config_fields import count, flag, section, text
 from specdec.checkpoints.eagle3 import FLAGS, dtype_name, head_options, head_tensors, shared_config
 from specdec.checkpoints.folder import RawFiles
 from specdec.checkpoints.head import HeadCheckpoint, TargetIdentity
@@ -39,24 +40,23 @@ def read(files: RawFiles) -> HeadCheckpoint:
             f"{where!r} has speculators_model_type {config.get('speculators_model_type')!r}; only "
             "'eagle3' can be read"
         )
-    if "norm_before_residual" not in config:
+    if config.get("norm_before_residual") is None:
         raise ValueError(
             f"{where!r} lacks norm_before_residual, which vLLM then takes for true and speculators "
             "for false; add the one that the head was trained with"
         )
-    layer = config.get("transformer_layer_config")
-    if not isinstance(layer, dict):
-        raise ValueError(f"{where!r} lacks transformer_layer_config, an object")
-    flags = {name: bool(config.get(name, False)) for name in FLAGS}
+    layer = section(config, "transformer_layer_config", where)
+    if not layer:
+        raise ValueError(f"{where!r} lacks transformer_layer_config")
+    flags = {name: flag(config, name, False, where) for name in FLAGS}
     backbone = backbone_of(layer, f"{where}, transformer_layer_config")
     options = head_options(config, backbone, flags, files)
-    verifier = (config.get("speculators_config") or {}).get("verifier") or {}
-    identity = TargetIdentity(
-        verifier.get("name_or_path"), options["target_hidden_size"], backbone["vocab_size"]
-    )
+    verifier = section(section(config, "speculators_config", where), "verifier", where)
+    name = text(verifier, "name_or_path", where)
+    identity = TargetIdentity(name, options["target_hidden_size"], backbone["vocab_size"])
     training = {}
-    if "sliding_attention" in (layer.get("layer_types") or ()):
-        training["sliding_window"] = layer.get("sliding_window")
+    if layer.get("layer_types") == ["sliding_attention"]:
+        training["sliding_window"] = count(layer, "sliding_window", where)
     tensors = head_tensors(options, files)
     return HeadCheckpoint(KIND, options, tensors, target=identity, training=training, layout=NAME)
 

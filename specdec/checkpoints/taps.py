@@ -6,6 +6,7 @@ once, in ascending order, and before the target's final norm.
 
 from typing import Any
 
+from specdec.checkpoints.config_fields import section
 from specdec.checkpoints.head import TargetIdentity
 
 IDS = "eagle_aux_hidden_state_layer_ids"
@@ -20,7 +21,7 @@ def taps_of(config: dict[str, Any], where: str) -> list[int] | None:
     Raises:
         ValueError: no list of layers, or the two keys do not mean the same.
     """
-    inner = (config.get("eagle_config") or {}).get(IDS)
+    inner = section(config, "eagle_config", where).get(IDS)
     top = _checked(config.get(IDS), where)
     nested = _checked(inner, where)
     shifted = None if nested is None else [layer + 1 for layer in nested]

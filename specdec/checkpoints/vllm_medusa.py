@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec.checkpoints.config_fields import count, flag
 from specdec.checkpoints.folder import RawFiles
 from specdec.checkpoints.head import HeadCheckpoint, TargetIdentity
 from specdec.checkpoints.medusa import check_tap
@@ -34,20 +35,21 @@ def read(files: RawFiles) -> HeadCheckpoint:
         ValueError: a reduced vocabulary, or a tensor that is missing, left over or wrong.
     """
     config = files.config
-    sizes = {name: _size(config, files, name) for name in ("hidden_size", "vocab_size")}
-    reduced = config.get("truncated_vocab_size")
+    where = files.config_path
+    sizes = {name: _size(config, where, name) for name in ("hidden_size", "vocab_size")}
+    reduced = count(config, "truncated_vocab_size", where)
     if reduced not in (None, sizes["vocab_size"]):
         raise ValueError(
-            f"{files.config_path!r} has truncated_vocab_size {reduced}: Medusa heads with a "
+            f"{where!r} has truncated_vocab_size {reduced}: Medusa heads with a "
             "reduced vocabulary are not supported"
         )
     options: dict[str, Any] = {
-        "num_heads": _size(config, files, "num_heads", "medusa_num_heads"),
-        "num_layers": _size(config, files, "num_hidden_layers", "medusa_num_layers"),
-        "own_vocab_head": not config.get("original_lm_head", False),
+        "num_heads": _size(config, where, "num_heads", "medusa_num_heads"),
+        "num_layers": _size(config, where, "num_hidden_layers", "medusa_num_layers"),
+        "own_vocab_head": not flag(config, "original_lm_head", False, where),
     }
     given = {_vllm_name(name): tensor for name, tensor in files.tensors.items()}
-    if not config.get("medusa_fc_bias", False):
+    if not flag(config, "medusa_fc_bias", False, where):
         given = _with_zero_biases(given, files.weights_path)
     shapes = head_shapes(KIND, options)
     # vLLM leaves the map alone where the vocabulary is whole.
@@ -58,13 +60,12 @@ def read(files: RawFiles) -> HeadCheckpoint:
     return HeadCheckpoint(KIND, options, tensors, target=target, layout=NAME)
 
 
-def _size(config: dict[str, Any], files: RawFiles, *names: str) -> int:
-    size = next((config[name] for name in names if name in config), None)
-    if type(size) is not int or size < 1:
-        raise ValueError(
-            f"{files.config_path!r} has {names[0]} {size!r}, which must be a whole number above 0"
-        )
-    return size
+def _size(config: dict[str, Any], where: str, *names: str) -> int:
+    """A size under the first of the names that is there."""
+    found = [size for name in names if (size := count(config, name, where))]
+    if not found:
+        raise ValueError(f"{where!r} lacks {names[0]}; copy it from the run that made the heads")
+    return found[0]
 
 
 def _vllm_name(name: str) -> str:

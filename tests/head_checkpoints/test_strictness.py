@@ -189,6 +189,38 @@ def test_a_wrong_fact_in_our_own_description_is_named(tmp_path, change, said):
         read_head(folder)
 
 
+def keys_of(content, before=()):
+    """Paths of all keys, those of inner objects too."""
+    for key, value in content.items():
+        yield (*before, key)
+        if isinstance(value, dict):
+            yield from keys_of(value, (*before, key))
+
+
+@pytest.mark.parametrize(("name", "layout"), {layout: (n, layout) for n, layout in PAIRS}.values())
+@pytest.mark.parametrize("value", [[], {"a": 1}, "x", -1])
+def test_a_value_of_a_wrong_type_is_refused_in_words_or_means_nothing(
+    tmp_path, name, layout, value
+):
+    folder, _, _ = written(tmp_path, name, layout)
+    messages = []
+    for path in (folder / "config.json", folder / "specdec.json"):
+        whole = path.read_text() if path.exists() else "{}"
+        for keys in keys_of(json.loads(whole)):
+            content = inner = json.loads(whole)
+            for key in keys[:-1]:
+                inner = inner[key]
+            inner[keys[-1]] = value
+            path.write_text(json.dumps(content))
+            try:
+                read_head(folder)
+            except ValueError as error:
+                messages.append(str(error))
+            path.write_text(whole)
+    assert len(messages) > 5
+    assert all(str(folder) in message for message in messages)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
