@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from specdec.bench.provenance import machine
 from specdec.checkpoints import identify_target, write_head
 from specdec.checkpoints.folder import write_files
 from specdec.drafters.heads import build_head
@@ -18,6 +17,7 @@ from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
 from specdec.train.config import TrainConfig
 from specdec.train.data import Split, load_split
+from specdec.train.objective import seeded
 from specdec.train.state import RunFolder
 from specdec.train.vocabulary import coverage, most_frequent, start_from_target
 
@@ -52,18 +52,18 @@ def run_training(
         raise ValueError(
             "training needs accelerate; install it with: pip install 'specdec[train]'"
         ) from error
-    from specdec.train.trainer import Trainer, seeded
+    from specdec.train.results import remembered, training_results
+    from specdec.train.trainer import Trainer
 
     torch.set_num_threads(config.threads)
     _check_loss_options(config)
     on_cpu = config.target.device == "cpu" or not torch.cuda.is_available()
     target = _load_target(config, PartialState(cpu=on_cpu).device)
     split = load_split(config.data, target.vocab_size, _max_len(config, target))
-    tracker = None if config.log_with == "none" else config.log_with
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=_precision(config, target.model.dtype),
-        log_with=tracker,
+        log_with=None if config.log_with == "none" else config.log_with,
         project_dir=out,
     )
     folder = RunFolder(out, _identity(config, target, split, accelerator.num_processes))
@@ -76,23 +76,11 @@ def run_training(
     if config.head.start_from_target:
         start_from_target(head, target.model.get_output_embeddings().weight)
     trainer = Trainer(config, head, target, split, folder, accelerator)
-    if tracker:
-        purge = {"purge_step": trainer.progress.step + 1}
-        accelerator.init_trackers(tracker, init_kwargs={tracker: purge})
-    try:
-        trainer.run(callback if accelerator.is_main_process else _ignore)
-    finally:
-        trainer.log.close()
-        accelerator.end_training()
+    trainer.run(callback if accelerator.is_main_process else _ignore)
     if not accelerator.is_main_process:
         return None
-    results = {
-        "schema": "specdec-train-1",
-        "provenance": {"config": asdict(config), **machine(target)},
-        **_measured(trainer, split),
-        "draft_vocabulary": vocabulary,
-    }
-    write_head(trainer.checkpoint(_training(config, results)), out / "head")
+    results = training_results(trainer, vocabulary)
+    write_head(trainer.checkpoint(remembered(config, results)), out / "head")
     text = json.dumps(results, indent=1, allow_nan=False) + "\n"
     write_files(out, {"results.json": text.encode()})
     return results
@@ -182,32 +170,3 @@ def _identity(
         "target_weights": known.weights,
         "num_processes": num_processes,
     }
-
-
-def _measured(trainer: Any, split: Split) -> dict[str, Any]:
-    progress, step = trainer.progress, trainer.log.last("step")
-    evaluation = trainer.log.last("evaluation") or {}
-    return {
-        "steps": progress.step,
-        "steps_per_epoch": trainer.plan.steps_per_epoch,
-        "rows": len(split.training),
-        "validation_rows": len(split.validation),
-        "dropped_rows": split.num_dropped,
-        "tokens": progress.tokens,
-        "answer_tokens": progress.answer_tokens,
-        "seconds": progress.seconds,
-        "tokens_per_s": progress.tokens / progress.step_seconds,
-        "num_processes": trainer.accelerator.num_processes,
-        "parameters": sum(weight.numel() for weight in trainer.head.parameters()),
-        "loss": step["loss"],
-        "validation_loss": evaluation.get("validation_loss"),
-        "offline_tau": evaluation.get("tau"),
-        "offline_acceptance": evaluation.get("acceptance"),
-    }
-
-
-def _training(config: TrainConfig, results: dict[str, Any]) -> dict[str, Any]:
-    """What the head remembers of its training."""
-    keys = ("steps", "tokens", "seconds", "loss", "validation_loss", "offline_tau")
-    kept = {key: results[key] for key in (*keys, "offline_acceptance", "draft_vocabulary")}
-    return {"data": Path(config.data.path).name, **kept, "loss_options": config.loss}

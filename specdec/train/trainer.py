@@ -2,14 +2,14 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from specdec.checkpoints import HeadCheckpoint, identify_target, resolved_options
 from specdec.drafters.heads import fill_head, head_loss
@@ -20,45 +20,12 @@ from specdec.train.config import TrainConfig
 from specdec.train.data import AnswerRow, Split
 from specdec.train.evaluate import evaluate
 from specdec.train.log import TrainLog
+from specdec.train.objective import HeadWithLoss, parameter_groups, seeded
 from specdec.train.schedule import learning_rate
 from specdec.train.state import Progress, RunFolder
 from specdec.train.target_view import view
 
 Callback = Callable[[int, int, str], None]
-
-
-class HeadWithLoss(nn.Module):
-    """A head whose forward is its loss, so that wrappers around `forward` see all of it."""
-
-    def __init__(self, kind: str, head: nn.Module, options: dict[str, Any]) -> None:
-        super().__init__()
-        self.kind, self.head, self.options = kind, head, options
-
-    def forward(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss with its graph, and its detached parts."""
-        result = head_loss(self.kind, self.head, batch, **self.options)
-        return result.loss, result.parts
-
-
-@contextmanager
-def seeded(device: torch.device, *numbers: int) -> Iterator[None]:
-    """Noise as a function of these numbers alone, so that there is no generator to save."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        seed = 0
-        for number in numbers:
-            seed = (seed * 1_000_003 + number + 1) % 2**63
-        torch.manual_seed(seed)
-        yield
-
-
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with weight decay; norms and biases without."""
-    weights = [p for p in module.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in weights if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0},
-    ]
 
 
 class Trainer:
@@ -133,6 +100,17 @@ class Trainer:
         Raises:
             FloatingPointError: the loss or its gradients are not finite; checkpoints are kept.
         """
+        if self.config.log_with != "none":
+            purge = {"purge_step": self.progress.step + 1}
+            tracker = self.config.log_with
+            self.accelerator.init_trackers(tracker, init_kwargs={tracker: purge})
+        try:
+            self._run(callback)
+        finally:
+            self.log.close()
+            self.accelerator.end_training()
+
+    def _run(self, callback: Callback) -> None:
         before, started = self.progress.seconds, time.monotonic()
         while self.progress.step < self.num_steps:
             self._log(self._step())
@@ -146,40 +124,47 @@ class Trainer:
 
     def _step(self) -> dict[str, Any]:
         """One optimizer step; its line of the log."""
-        started, config, accelerator = time.monotonic(), self.config, self.accelerator
+        started, config = time.monotonic(), self.config
         index = self.progress.step
         batches = [[self.split.training[n] for n in b] for b in self.plan.batches(index)]
-        num_answer_tokens = [sum(row.num_answer_tokens for row in batch) for batch in batches]
-        total = sum(num_answer_tokens)
-        rank, world = accelerator.process_index, accelerator.num_processes
-        mine = list(zip(batches, num_answer_tokens, strict=True))[rank::world]
         rate = learning_rate(index, config.lr, config.warmup_steps, self.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        sums: dict[str, Tensor] = {}
-        for place, (rows, count) in enumerate(mine):
-            is_last = place == len(mine) - 1
-            gradients = nullcontext() if is_last else accelerator.no_sync(self.model)
-            with gradients, seeded(accelerator.device, config.seed, index, rank, place):
-                parts = self._backward(rows, count / total)
-            sums = {name: sums.get(name, 0) + part for name, part in parts.items()}
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
-        losses = self._reduced(sums)
-        self._require_finite(index + 1, losses["loss"], float(norm))
+        losses = self._accumulate(index, batches)
+        norm = float(
+            self.accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+        )
+        self._require_finite(index + 1, losses["loss"], norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        num_tokens = sum(len(row.tokens) for batch in batches for row in batch)
-        seconds = time.monotonic() - started
+        rows = [row for batch in batches for row in batch]
+        num_tokens, seconds = sum(len(row.tokens) for row in rows), time.monotonic() - started
+        before = self.progress
         self.progress = replace(
-            self.progress,
+            before,
             step=index + 1,
-            tokens=self.progress.tokens + num_tokens,
-            answer_tokens=self.progress.answer_tokens + total,
-            step_seconds=self.progress.step_seconds + seconds,
+            tokens=before.tokens + num_tokens,
+            answer_tokens=before.answer_tokens + sum(row.num_answer_tokens for row in rows),
+            step_seconds=before.step_seconds + seconds,
         )
         record = {"kind": "step", "step": index + 1, **losses, "lr": rate}
-        norm_or_none = float(norm) if math.isfinite(float(norm)) else None
-        return record | {"grad_norm": norm_or_none, "tokens_per_s": num_tokens / seconds}
+        known_norm = norm if math.isfinite(norm) else None
+        return record | {"grad_norm": known_norm, "tokens_per_s": num_tokens / seconds}
+
+    def _accumulate(self, index: int, batches: list[list[AnswerRow]]) -> dict[str, float]:
+        """Gradients of a step, each process from its own batches; the losses of all of them."""
+        accelerator = self.accelerator
+        rank, world = accelerator.process_index, accelerator.num_processes
+        counts = [sum(row.num_answer_tokens for row in rows) for rows in batches]
+        mine = range(rank, len(batches), world)
+        sums: dict[str, Tensor] = {}
+        for place in mine:
+            # Processes exchange gradients once a step, with their last batch.
+            gradients = nullcontext() if place == mine[-1] else accelerator.no_sync(self.model)
+            with gradients, seeded(accelerator.device, self.config.seed, index, place):
+                parts = self._backward(batches[place], counts[place] / sum(counts))
+            sums = {name: sums.get(name, 0) + part for name, part in parts.items()}
+        return self._reduced(sums)
 
     def _backward(self, rows: list[AnswerRow], weight: float) -> dict[str, Tensor]:
         """Add a batch's share of the step's gradients; its share of the losses.
