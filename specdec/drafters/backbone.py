@@ -25,7 +25,17 @@ def backbone_config(target_config: Any, **changes: Any) -> LlamaConfig:
     Args:
         target_config: the target's text config.
         changes: fields of `LlamaConfig` to set otherwise.
+
+    Raises:
+        ValueError: a change of no field.
     """
+    unknown = sorted(set(changes) - set(LlamaConfig().to_dict()))
+    if unknown:
+        # LlamaConfig takes any name; a theta beside the target's parameters would do nothing.
+        raise ValueError(
+            f"backbone has {unknown[0]!r}, which is no field of LlamaConfig; check the spelling "
+            "(rotary settings are one field, rope_parameters)"
+        )
     fields: dict[str, Any] = {name: getattr(target_config, name, None) for name in _SHARED}
     if fields["intermediate_size"] is None:
         fields["intermediate_size"] = 4 * fields["hidden_size"]
