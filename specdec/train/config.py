@@ -27,13 +27,9 @@ class TargetConfig:
 
 @dataclass
 class HeadConfig:
-    """The draft head: a kind, and the options of `specdec.drafters.{kind}.build`.
-
-    With `start_from_target` a head's own vocabulary projection starts as the target's rows.
-    """
+    """The draft head: a kind, and the options of `specdec.drafters.{kind}.build`."""
 
     kind: str = ""
-    start_from_target: bool = True
     options: dict[str, Any] = field(
         default_factory=dict, metadata={"rule": "a mapping of the head's options"}
     )

@@ -19,7 +19,7 @@ from specdec.train.config import TrainConfig
 from specdec.train.data import Split, load_split
 from specdec.train.objective import seeded
 from specdec.train.state import RunFolder
-from specdec.train.vocabulary import coverage, most_frequent, start_from_target
+from specdec.train.vocabulary import coverage, most_frequent
 
 # What may change between sessions of one run: it does not touch what is learned.
 _FREE_KEYS = ("threads", "save_every", "log_with")
@@ -73,8 +73,6 @@ def run_training(
     with seeded(accelerator.device, config.seed):
         head: Any = build_head(config.head.kind, _head_options(config), target)
     vocabulary = _choose_vocabulary(config, head, target, split)
-    if config.head.start_from_target:
-        start_from_target(head, target.model.get_output_embeddings().weight)
     trainer = Trainer(config, head, target, split, folder, accelerator)
     trainer.run(callback if accelerator.is_main_process else _ignore)
     if not accelerator.is_main_process:

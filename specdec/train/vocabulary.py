@@ -1,7 +1,6 @@
-"""A head's draft vocabulary: the tokens that the target writes most, and how they start."""
+"""A reduced draft vocabulary: the tokens that the target writes most."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,23 +19,6 @@ def coverage(rows: Sequence[AnswerRow], tokens: Tensor, vocab_size: int) -> floa
     """Share of the answers' tokens that are among these ids; None without rows."""
     counts = _counts(rows, vocab_size)
     return (counts[tokens].sum() / counts.sum()).item() if rows else None
-
-
-def start_from_target(head: Any, projection: Tensor) -> None:
-    """Start the head's own vocabulary projection, if it has one, as the target's rows.
-
-    A head that is wider or narrower than the target keeps its random start.
-
-    Args:
-        head: its draft vocabulary is chosen.
-        projection: [V, H] of the target.
-    """
-    own = getattr(head, "lm_head", None)
-    if own is None or own.in_features != projection.shape[1]:
-        return
-    ids = head.token_map
-    with torch.no_grad():
-        own.weight.copy_(projection if ids is None else projection[ids])
 
 
 def _counts(rows: Sequence[AnswerRow], vocab_size: int) -> Tensor:

@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from tiny_heads import tiny_head
-from tiny_models import tiny_target
 
 from specdec.train.data import AnswerRow
 from specdec.train.schedule import learning_rate
-from specdec.train.vocabulary import coverage, most_frequent, start_from_target
+from specdec.train.vocabulary import coverage, most_frequent
 
 
 def test_warm_up_is_linear_and_the_rest_is_half_a_cosine():
@@ -38,20 +36,3 @@ def test_the_draft_vocabulary_is_what_answers_hold_most_often():
     assert coverage(ROWS, torch.tensor([3]), 10) == 0.5
     assert coverage(ROWS, torch.arange(10), 10) == 1.0
     assert coverage([], torch.arange(10), 10) is None
-
-
-def test_a_reduced_projection_starts_as_the_rows_of_its_tokens():
-    target = tiny_target()
-    head = tiny_head("eagle3", target, draft_vocab_size=3)
-    head.set_draft_vocab(torch.tensor([4, 50, 96]))
-    projection = target.model.get_output_embeddings().weight
-    start_from_target(head, projection)
-    assert torch.equal(head.lm_head.weight, projection[[4, 50, 96]])
-
-
-def test_a_head_of_another_width_keeps_its_start():
-    target = tiny_target()
-    head = tiny_head("eagle3", target, backbone={"hidden_size": 16}, own_embedding=True)
-    before = head.lm_head.weight.clone()
-    start_from_target(head, target.model.get_output_embeddings().weight)
-    assert torch.equal(head.lm_head.weight, before)
