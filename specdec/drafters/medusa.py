@@ -140,10 +140,13 @@ class MedusaDrafter:
         if choices is None and max_nodes is None and acceptance is None:
             choices = checkpoint.tree
         if choices is None:
-            measured = acceptance or checkpoint.training.get("acceptance_by_rank")
-            table = measured or guessed_acceptance(heads.config.num_heads, _GUESSED_WIDTH)
+            table = acceptance
+            if table is None:
+                table = checkpoint.training.get("acceptance_by_rank")
+            if table is None:
+                table = guessed_acceptance(heads.config.num_heads, _GUESSED_WIDTH)
             ranks = [row[: target.vocab_size] for row in table]
-            choices = best_static_tree(ranks, max_nodes or _DEFAULT_NODES)
+            choices = best_static_tree(ranks, _DEFAULT_NODES if max_nodes is None else max_nodes)
         return cls(heads, target.vocab_size, TreeShape(choices=choices, children=children))
 
     def __init__(self, heads: MedusaHeads, vocab_size: int, shape: TreeShape) -> None:

@@ -41,12 +41,15 @@ class TreeShape:
 
     def __post_init__(self) -> None:
         for name in ("depth", "width", "max_nodes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)} but must be at least 1")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r} but must be a whole number of at least 1")
         if self.children not in CHILDREN:
             raise ValueError(
                 f"children is {self.children!r} but must be one of {', '.join(CHILDREN)}"
             )
+        if self.choices is not None and not self.choices:
+            raise ValueError("choices is [] but must hold at least one node, or be left out")
 
     @property
     def is_static(self) -> bool:
@@ -68,7 +71,8 @@ class TreeShape:
                 )
             return plan_levels(from_choices(self.choices, device))
         if self.width == 1:
-            chain = [(0,) * (level + 1) for level in range(self.depth)]
+            num_levels = min(self.depth, self.max_nodes)
+            chain = [(0,) * (level + 1) for level in range(num_levels)]
             return plan_levels(from_choices(chain, device))
         table = guessed_acceptance(self.depth, min(self.width, vocab_size))
         return plan_levels(from_choices(best_static_tree(table, self.max_nodes), device))
