@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib import import_module
+from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,11 @@ def run_training(
     from specdec.train.results import remembered, training_results
     from specdec.train.trainer import Trainer
 
+    if config.log_with == "tensorboard" and find_spec("tensorboard") is None:
+        raise ValueError(
+            "config log_with is 'tensorboard', which is not installed; install it with: "
+            "pip install 'specdec[train]', or set log_with=none"
+        )
     torch.set_num_threads(config.threads)
     _check_loss_options(config)
     on_cpu = config.target.device == "cpu" or not torch.cuda.is_available()

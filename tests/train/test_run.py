@@ -145,3 +145,10 @@ def test_a_draft_vocabulary_for_a_head_without_one_is_refused(tmp_path):
     config = tiny_config(tmp_path, **RUN, head={"kind": "medusa"}, draft_vocab_size=40)
     with pytest.raises(ValueError, match="medusa head cannot use its options"):
         run_training(config, tmp_path / "out")
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("specdec.train.run.find_spec", lambda name: None)
+    config = tiny_config(tmp_path, **RUN, head={"kind": "medusa"}, log_with="tensorboard")
+    with pytest.raises(ValueError, match="'tensorboard', which is not installed"):
+        run_training(config, tmp_path / "out")
