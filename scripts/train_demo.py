@@ -4,9 +4,10 @@
     torchrun --nproc-per-node 2 scripts/train_demo.py target --data-dir DATA --out runs/demo
 
 Stages: `tokenizer`, `target`, `draft` (distilled from the target), `export` (bf16 safetensors and
-model cards), or `all`; then `answers`, the text that draft heads are trained on. Each stage writes
-checkpoints and resumes from them when it is run again. Works on a CPU, on a GPU, and on several
-processes under torchrun.
+model cards), or `all`. Then the heads: `answers` writes the text that they are trained on, `specdec
+train recipes/demo/eagle3.yaml --out runs/heads/eagle3` and its like train them, and `heads` puts
+them into the package. Each stage writes checkpoints and resumes from them when it is run again.
+Works on a CPU, on a GPU, and on several processes under torchrun.
 """
 
 import json
@@ -14,7 +15,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specdec import SamplingConfig, generate_baseline, load_target
+from specdec.checkpoints import read_head, write_head
 from specdec.targets.hf import HFTarget
 
 DataDir = Annotated[Path, typer.Option(help="folder with gsm8k/, sgd/ and taskmaster4/")]
@@ -450,6 +452,47 @@ def export(out: Path = Path("runs/demo"), package: Path = Path("specdec/demo")) 
         tok.save_pretrained(package / kind)
         (package / kind / "README.md").write_text(model_card(kind, summary))
         (package / kind / "training.json").write_text(json.dumps(summary, indent=1))
+
+
+HEAD_NAMES = {"medusa": "Medusa heads", "eagle": "EAGLE-1 head", "eagle3": "EAGLE-3 head"}
+
+
+def head_card(kind: str, results: dict) -> str:
+    """What the head is, how it was trained and whose data it saw."""
+    acceptance = "".join(
+        f"| {depth} | {share:.3f} |\n"
+        for depth, share in enumerate(results["offline_acceptance"], 1)
+        if share is not None
+    )
+    where = results["provenance"]
+    return (
+        f"---\nlicense: cc-by-sa-4.0\nlanguage: en\n---\n# specdec demo {kind}\n\n"
+        f"{HEAD_NAMES[kind]} for the demo target, trained by `specdec train "
+        f"recipes/demo/{kind}.yaml` on the target's own answers to the training questions "
+        f"(`scripts/train_demo.py answers`).\n\n"
+        f"Tokens seen: {results['tokens']:,}. Steps: {results['steps']}. Seconds: "
+        f"{results['seconds']:.0f} on {where['device']} with {results['num_processes']} "
+        f"process. Trained in float32, stored in bfloat16.\n\n"
+        f"Offline acceptance on {results['validation_rows']} held-out dialogues: tau "
+        f"{results['offline_tau']:.2f}, by depth, given that the depth above was accepted:\n\n"
+        f"| depth | accepted |\n| --- | --- |\n{acceptance}"
+        f"\n## Data and licences\n\n{DATA_CREDITS}\n"
+        "The weights are shared under CC BY-SA 4.0, the strictest of these.\n"
+    )
+
+
+@app.command()
+def heads(runs: Path = Path("runs/heads"), package: Path = Path("specdec/demo")) -> None:
+    """Write the trained heads into the package, in bf16 and with their model cards."""
+    for kind in HEAD_NAMES:
+        results = json.loads((runs / kind / "results.json").read_text())
+        head = read_head(runs / kind / "head")
+        tensors = {
+            name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+            for name, tensor in head.tensors.items()
+        }
+        write_head(replace(head, tensors=tensors), package / kind)
+        (package / kind / "README.md").write_text(head_card(kind, results))
 
 
 @app.command(name="all")
