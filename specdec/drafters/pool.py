@@ -52,10 +52,13 @@ class CandidatePool:
         index = origin.unsqueeze(2).expand(-1, -1, self._visible.shape[2])
         return torch.cat([self._visible.gather(1, index), itself], 2)
 
-    def add_level(self, log_probs: Tensor, ids: Tensor | None = None) -> None:
+    def add_level(
+        self, log_probs: Tensor, ids: Tensor | None = None, *, is_last: bool = False
+    ) -> None:
         """Add the top children of the newest beam, from its log-probabilities [B, beam, V].
 
-        `ids` [V] names the tokens that the columns stand for, None if they are token ids.
+        `ids` [V] names the tokens that the columns stand for, None if they are token ids. The last
+        level has no beam.
         """
         top = log_probs.topk(min(self._width, log_probs.shape[-1]), -1)
         batch, beam, width = top.indices.shape
@@ -70,7 +73,8 @@ class CandidatePool:
         self._tokens.append(tokens)
         self._parents.append(parents)
         self._scores.append(scores)
-
+        if is_last:
+            return
         best = scores.topk(min(self._width, scores.shape[1]), 1)
         expanded_before = sum(part.shape[1] for part, _ in self._beams)
         beam_parents = torch.full_like(best.indices, -1)

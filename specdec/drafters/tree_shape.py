@@ -102,8 +102,8 @@ class DynamicGrowth:
 
     def add_level(self, scores: Tensor, ids: Tensor | None = None) -> None:
         """Add the best children of the newest beam from its scores [B, beam, V]."""
-        self._pool.add_level(scores.float().log_softmax(-1), ids)
         self._level += 1
+        self._pool.add_level(scores.float().log_softmax(-1), ids, is_last=self.is_done)
 
     def expanded(self) -> tuple[Draft, Tensor]:
         """All fed nodes as a draft, and the rows [beam] of the newest beam in its logits."""
