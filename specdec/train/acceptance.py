@@ -51,30 +51,31 @@ class OfflineAcceptance:
         return [matched / tested if tested else None for matched, tested in pairs]
 
 
-def guesses(head: Any, batch: TrainingBatch, depth: int) -> Tensor:
-    """Token ids [B, L, D] that a head says at place i for t_{i+2}, t_{i+3}, ...
+def candidates(head: Any, batch: TrainingBatch, depth: int, width: int) -> Tensor:
+    """A head's likeliest ids [B, L, D, width] at place i for t_{i+2}, t_{i+3}, ...
 
     Medusa has as many depths as heads, whatever `depth` is.
     """
     if isinstance(head, MedusaHeads):
-        return head(batch.hidden[head.taps[0]]).argmax(-1)
+        return _top(head(batch.hidden[head.taps[0]]), width)
     levels = []
     for outputs in rollout(head, batch.tokens, head.fuse(batch.hidden), depth):
-        best = head.logits(outputs).argmax(-1)
+        best = _top(head.logits(outputs), width)
         levels.append(best if head.token_map is None else head.token_map[best])
-    return torch.stack(levels, -1)
+    return torch.stack(levels, 2)
 
 
-def count_matches(head: Any, batch: TrainingBatch, depth: int) -> Tensor:
+def _top(logits: Tensor, width: int) -> Tensor:
+    return logits.topk(min(width, logits.shape[-1]), -1).indices
+
+
+def count_matches(drafted: Tensor, batch: TrainingBatch) -> Tensor:
     """Counts [1 + 2 D] int64: roots, then tested and matched chains of each depth.
 
     Args:
-        head: in eval mode.
+        drafted: [B, L, D] the first of the `candidates`.
         batch: see `TrainingBatch`.
-        depth: of the chains.
     """
-    with torch.no_grad():
-        drafted = guesses(head, batch, depth)
     best = batch.target_logits.argmax(-1)  # [B, L], place i says t_{i+1}
     # A root at i + 1 follows the feature at i.
     alive = shifted(batch.loss_mask, 1)
@@ -85,3 +86,31 @@ def count_matches(head: Any, batch: TrainingBatch, depth: int) -> Tensor:
         alive = alive & (drafted[..., level] == shifted(best, 1 + level))
         matched.append(alive.sum())
     return torch.stack([tested[0], *tested, *matched])
+
+
+def count_ranks(drafted: Tensor, batch: TrainingBatch) -> Tensor:
+    """Counts [D, 1 + width] int64: places tested, and those where the target takes each rank.
+
+    A depth is tested where the target took one of the candidates at every depth above: what
+    `best_static_tree` wants to know.
+
+    Args:
+        drafted: [B, L, D, width], see `candidates`.
+        batch: see `TrainingBatch`.
+    """
+    best = batch.target_logits.argmax(-1)
+    alive = shifted(batch.loss_mask, 1)
+    counts = []
+    for level in range(drafted.shape[2]):
+        alive = alive & shifted(batch.loss_mask, 2 + level)
+        taken = drafted[:, :, level] == shifted(best, 1 + level).unsqueeze(-1)
+        taken = taken & alive.unsqueeze(-1)  # [B, L, width]
+        counts.append(torch.cat([alive.sum().view(1), taken.sum((0, 1))]))
+        alive = taken.any(-1)
+    return torch.stack(counts)
+
+
+def acceptance_by_rank(counts: Tensor) -> list[list[float]]:
+    """The table [depth][rank] of `best_static_tree`, from sums of `count_ranks`."""
+    shares = counts[:, 1:] / counts[:, :1].clamp(min=1)
+    return [[round(share, 6) for share in row] for row in shares.tolist()]

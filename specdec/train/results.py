@@ -45,11 +45,13 @@ def _measured(trainer: Trainer) -> dict[str, Any]:
         "validation_loss": evaluation.get("validation_loss"),
         "offline_tau": evaluation.get("tau"),
         "offline_acceptance": evaluation.get("acceptance"),
+        "acceptance_by_rank": evaluation.get("acceptance_by_rank"),
     }
 
 
 def remembered(config: TrainConfig, results: dict[str, Any]) -> dict[str, Any]:
     """What the head's checkpoint says of its training."""
     keys = ("steps", "tokens", "seconds", "loss", "validation_loss", "offline_tau")
-    kept = {key: results[key] for key in (*keys, "offline_acceptance", "draft_vocabulary")}
+    lists = ("offline_acceptance", "acceptance_by_rank", "draft_vocabulary")
+    kept = {key: results[key] for key in (*keys, *lists)}
     return {"data": Path(config.data.path).name, **kept, "loss_options": config.loss}

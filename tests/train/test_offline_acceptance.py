@@ -5,7 +5,14 @@ import torch
 from tiny_heads import tiny_head
 from tiny_models import tiny_target
 
-from specdec.train.acceptance import OfflineAcceptance, count_matches
+from specdec.drafters.training_batch import TrainingBatch
+from specdec.train.acceptance import (
+    OfflineAcceptance,
+    acceptance_by_rank,
+    candidates,
+    count_matches,
+    count_ranks,
+)
 from specdec.train.batches import collate
 from specdec.train.data import AnswerRow
 from specdec.train.target_view import view
@@ -71,9 +78,27 @@ def test_it_is_what_a_plain_loop_over_positions_counts(kind, chain, options):
     spans = [((2, 9), (12, 20)), ((3, 4), (6, 17))]
     rows = [AnswerRow(tuple(text), spans[i % 2]) for i, text in enumerate(texts)]
     batch = view(target, head.taps, collate(rows), torch.float32)
-    counted = OfflineAcceptance.from_counts(count_matches(head, batch, DEPTH))
+    drafted = candidates(head, batch, DEPTH, 1)[..., 0]
+    counted = OfflineAcceptance.from_counts(count_matches(drafted, batch))
     assert counted == plain_loop(head, target, rows, chain)
     assert 0 < counted.matched[-1] < counted.tested[-1]
+
+
+def test_ranks_are_counted_where_the_target_took_a_candidate_at_every_depth_above():
+    # Two depths, two candidates each; the target's choices at t_2 .. t_5 are 7, 8, 9, 7.
+    logits = torch.zeros(1, 6, 10)
+    for place, token in enumerate([0, 7, 8, 9, 7, 0]):
+        logits[0, place, token] = 1
+    mask = torch.tensor([[False, True, True, True, True, True]])
+    batch = TrainingBatch(torch.zeros(1, 6, dtype=torch.long), mask, {}, logits)
+    drafted = torch.zeros(1, 6, 2, 2, dtype=torch.long)
+    drafted[0, 0] = torch.tensor([[7, 1], [1, 8]])  # first rank, then second rank
+    drafted[0, 1] = torch.tensor([[1, 8], [1, 2]])  # second rank, then none
+    drafted[0, 2] = torch.tensor([[1, 2], [7, 1]])  # none: the depth below is not tested
+    drafted[0, 3] = torch.tensor([[7, 1], [1, 1]])  # first rank, and the answer ends
+    counts = count_ranks(drafted, batch)
+    assert counts.tolist() == [[4, 2, 1], [2, 0, 1]]
+    assert acceptance_by_rank(counts) == [[0.5, 0.25], [0.0, 0.5]]
 
 
 def test_tau_and_acceptance_by_depth():

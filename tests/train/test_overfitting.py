@@ -7,7 +7,7 @@ from tiny_training import answer_rows, tiny_config
 from specdec.drafters.heads import load_head
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
-from specdec.train.acceptance import OfflineAcceptance, count_matches
+from specdec.train.acceptance import OfflineAcceptance, candidates, count_matches
 from specdec.train.batches import collate
 from specdec.train.data import AnswerRow
 from specdec.train.run import run_training
@@ -57,7 +57,8 @@ def test_twenty_dialogues_are_learned_by_heart(kind, tmp_path):
     target = load_target(config.target.path, device="cpu")
     head, checkpoint = load_head(kind, target, str(tmp_path / "out" / "head"))
     batch = collate([AnswerRow(tuple(r["tokens"]), tuple(map(tuple, r["answers"]))) for r in rows])
-    counts = count_matches(head, view(target, head.taps, batch, target.model.dtype), 3)
-    loaded = OfflineAcceptance.from_counts(counts)
+    seen = view(target, head.taps, batch, target.model.dtype)
+    drafted = candidates(head, seen, 3, 1)[..., 0]
+    loaded = OfflineAcceptance.from_counts(count_matches(drafted, seen))
     assert loaded.by_depth == results["offline_acceptance"]
     assert checkpoint.training["offline_tau"] == loaded.accepted_length
