@@ -33,7 +33,7 @@ VARIANTS: dict[str, list[dict]] = {
     ],
     "eagle3": [
         WIDE,
-        {"depth": 2, "width": 48, "max_nodes": 96, "window": 4},
+        {"depth": 2, "width": 64, "max_nodes": 120, "window": 6},
         {**WIDE, "children": "without_replacement"},
         {**WIDE, "children": "with_replacement"},
     ],

@@ -130,7 +130,8 @@ class FeatureDrafter:
         self.cache = SlotCache(1, len(prompts), max(2 * longest, 128), self.device)
         rows = [[*p[1:], *[0] * (longest - n)] for p, n in zip(prompts, lengths, strict=True)]
         tokens = torch.tensor(rows, device=self.device)
-        features = self.head.fuse(output.hidden)  # [B, longest, F]
+        with self.clock.forward():
+            features = self.head.fuse(output.hidden)  # [B, longest, F]
         self._outputs = features.new_zeros(len(prompts), self.head.config.hidden_size)
         self._num_committed = torch.tensor([len(p) for p in prompts], device=self.device)
         for start in range(0, longest, CHUNK):
@@ -173,7 +174,9 @@ class FeatureDrafter:
             for tap, states in hidden.items()
         }
         tokens = verdict.tokens[:, : places.shape[1]].clamp(min=0)
-        self._pending = (tokens, self.head.fuse(taps), [len(new) for new in committed])
+        with self.clock.forward():
+            features = self.head.fuse(taps)
+        self._pending = (tokens, features, [len(new) for new in committed])
         self._num_committed = self._num_committed + verdict.num_accepted + 1
 
     def reorder(self, rows: Tensor) -> None:

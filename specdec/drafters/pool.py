@@ -65,10 +65,10 @@ class CandidatePool:
         above = top.values.new_zeros(batch, 1) if self._beam_scores is None else self._beam_scores
         scores = (above.unsqueeze(2) + top.values).flatten(1)  # [B, beam * width]
         tokens = (top.indices if ids is None else ids[top.indices]).flatten(1)
-        origin = torch.arange(beam, device=tokens.device).repeat_interleave(width)
-        parents = torch.full_like(tokens, -1)
-        if self._beam_pool is not None:
-            parents = self._beam_pool[:, origin]
+        if self._beam_pool is None:
+            parents = torch.full_like(tokens, -1)
+        else:
+            parents = self._beam_pool.repeat_interleave(width, 1)
         first = sum(part.shape[1] for part in self._tokens)
         self._tokens.append(tokens)
         self._parents.append(parents)
@@ -78,7 +78,7 @@ class CandidatePool:
         best = scores.topk(min(self._width, scores.shape[1]), 1)
         expanded_before = sum(part.shape[1] for part, _ in self._beams)
         beam_parents = torch.full_like(best.indices, -1)
-        self.origin = origin[best.indices]
+        self.origin = best.indices // width
         if self._beams:
             beam_parents = expanded_before - beam + self.origin
         self._visible = self._extend_visible(self.origin)

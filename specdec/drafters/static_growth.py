@@ -56,28 +56,32 @@ class StaticGrowth:
         """
         level = self._plan[self._level]
         if self._children == "top":
-            ranked = self._choose(scores, ids, level)
+            chosen = self._choose(scores, ids, level)
         else:
-            ranked = self._sample(scores, level)
-        chosen = ranked[:, level.parent_places, level.ranks]  # [B, nodes of this level]
-        self._tokens.append(chosen)
-        self._alive.append(chosen >= 0)
+            chosen = self._sample(scores, level)
+            self._alive.append(chosen >= 0)
+        self._tokens.append(chosen)  # [B, nodes of this level]
         self._level += 1
         self.origin = level.origin.expand(len(chosen), -1)
 
     def _choose(self, scores: Tensor, ids: Tensor | None, level: "_Level") -> Tensor:
-        """Take every node's likeliest children [B, beam, k], and note how likely they are."""
-        top = scores.topk(min(level.num_children, scores.shape[-1]), -1)
+        """Take every node's likeliest children, and note how likely they are."""
         # In half precision a log-sum would be off by percents, and confidences are multiplied.
-        share = top.values.float() - scores.float().logsumexp(-1, keepdim=True)
-        share = share[:, level.parent_places, level.ranks]
+        total = scores.float().logsumexp(-1, keepdim=True)
+        if level.is_single:
+            best, chosen = scores[:, 0].max(-1, keepdim=True)
+            share = best.float() - total[:, 0]
+        else:
+            top = scores.topk(min(level.num_children, scores.shape[-1]), -1)
+            chosen = top.indices[:, level.parent_places, level.ranks]
+            share = (top.values.float() - total)[:, level.parent_places, level.ranks]
         if self._confidence:
             share = share + self._confidence[-1][:, level.parents_before]
         self._confidence.append(share)
-        return top.indices if ids is None else ids[top.indices]
+        return chosen if ids is None else ids[chosen]
 
     def _sample(self, scores: Tensor, level: "_Level") -> Tensor:
-        """Draw every node's children [B, beam, k], -1 where nothing is left, and keep their q."""
+        """Draw every node's children, -1 where nothing is left, and keep their q."""
         probs = self._sampler.probs(scores)  # [B, beam, V]
         batch, beam, vocab = probs.shape
         k, stream = level.num_children, FIRST_STREAM + self._level
@@ -91,7 +95,7 @@ class StaticGrowth:
             drawn = sample_without_replacement(probs, noise.view_as(probs), k)
             laws = _without_earlier(probs, drawn)
         self._probs.append(laws[:, level.parent_places, level.ranks])
-        return drawn
+        return drawn[:, level.parent_places, level.ranks]
 
     @property
     def newest(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,6 +152,7 @@ class _Level:
     parents_before: Tensor  # [nodes] places of their parents in the level before
     ranks: Tensor  # [nodes]
     num_children: int  # most children of any node of the beam before
+    is_single: bool  # one node, as in a chain
     expanded: Tensor  # [beam] places of the nodes with children, within this level
     origin: Tensor  # [beam] places of their parents in the beam before
     visible: Tensor  # [beam, fed so far]
@@ -189,6 +194,7 @@ def plan_levels(tree: StaticTree) -> StaticPlan:
         level.parents_before = _index([nodes_before.index(parents[n]) for n in nodes], device)
         level.ranks = _index([ranks[n] for n in nodes], device)
         level.num_children = max(ranks[n] for n in nodes) + 1
+        level.is_single = level.num_children == len(beam_before) == 1
         level.expanded = _index([nodes.index(n) for n in beam], device)
         level.origin = _index([beam_before.index(parents[n]) for n in beam], device)
         paths = [_path(node, parents) for node in beam]
