@@ -24,13 +24,19 @@ class HybridDrafter:
         drafters: what to merge; lookups first, then neural ones. Their tokens must be chosen, not
             sampled.
         max_nodes: node budget of the merged tree.
+        enough: accepted tokens that a lookup must expect in every row for the drafters behind it
+            not to be asked at all in this step; None asks all of them every time.
         calibrate: correct the confidences; False takes them as they are.
     """
 
     makes_trees = True
 
     def __init__(
-        self, drafters: Sequence[Drafter], max_nodes: int = 16, calibrate: bool = True
+        self,
+        drafters: Sequence[Drafter],
+        max_nodes: int = 16,
+        enough: float | None = 4.5,
+        calibrate: bool = True,
     ) -> None:
         if len(drafters) < 2:
             raise ValueError(f"drafters holds {len(drafters)} but a hybrid merges at least two")
@@ -39,11 +45,12 @@ class HybridDrafter:
         for drafter in drafters:
             _refuse_what_cannot_merge(drafter)
         self.drafters = list(drafters)
-        self.max_nodes, self.calibrate = max_nodes, calibrate
+        self.max_nodes, self.enough, self.calibrate = max_nodes, enough, calibrate
         self.taps = tuple(sorted({tap for drafter in drafters for tap in drafter.taps}))
         self.clock = _SumClock(drafters)
         self._calibration: Calibration | None = None
-        self._drafted: tuple[Tensor, Tensor] | None = None
+        # Conditional confidences [S, B, N] and parents [B, N] of a merged draft.
+        self._merged: tuple[Tensor, Tensor] | None = None
 
     def begin(
         self, prompts: Prompts, output: TargetOutput, sampler: Sampler, *, join: bool = False
@@ -54,15 +61,16 @@ class HybridDrafter:
 
     def propose(self, root: Tensor, budget: Sequence[int], sampler: Sampler) -> Draft:
         """Ask all of them, and keep the likeliest nodes."""
-        drafts = [
-            drafter.propose(root, [min(limit, drafter.max_nodes) for limit in budget], sampler)
-            for drafter in self.drafters
-        ]
-        self._drafted = None
-        if all(draft.num_nodes == 0 for draft in drafts):
+        drafts = self._ask(root, budget, sampler)
+        present = [source for source, draft in enumerate(drafts) if draft.num_nodes]
+        self._merged = None
+        if not present:
             return drafts[0]
+        only = drafts[present[0]]
+        if len(present) == 1 and only.num_nodes <= self.max_nodes:
+            return only
         if self._calibration is None:
-            self._calibration = Calibration(len(drafts), root.device)
+            self._calibration = Calibration(len(self.drafters), root.device)
         pool = merge_drafts(drafts)
         conditional = pool.confidence / pool.above(pool.confidence, 1.0).clamp(min=1e-9)
         kept = best_first(
@@ -72,10 +80,28 @@ class HybridDrafter:
             torch.tensor(budget, device=root.device),
         )
         nodes = kept.nodes.clamp(min=0)
-        shown = conditional.gather(2, nodes.expand(len(drafts), -1, -1))
-        self._drafted = (shown.masked_fill(kept.nodes < 0, 0.0), kept.parents)
+        shown = conditional.gather(2, nodes.expand(len(conditional), -1, -1))
+        self._merged = (shown.masked_fill(kept.nodes < 0, 0.0), kept.parents)
         tokens = pool.tokens.gather(1, nodes).masked_fill(kept.nodes < 0, -1)
         return Draft.tree(tokens, kept.parents, kept.lengths, pool.depth)
+
+    def _ask(self, root: Tensor, budget: Sequence[int], sampler: Sampler) -> list[Draft]:
+        """Every drafter's draft, an empty one where it was not asked."""
+        drafts: list[Draft] = []
+        for drafter in self.drafters:
+            limits = [min(limit, drafter.max_nodes) for limit in budget]
+            drafts.append(drafter.propose(root, limits, sampler))
+            expected = getattr(drafter, "expected", None)
+            if expected and self._is_enough(expected, budget):
+                break
+        missing = len(self.drafters) - len(drafts)
+        return [*drafts, *[Draft.empty(len(root), root.device)] * missing]
+
+    def _is_enough(self, expected: Sequence[float], budget: Sequence[int]) -> bool:
+        if self.enough is None:
+            return False
+        asked = [found for found, limit in zip(expected, budget, strict=True) if limit]
+        return bool(asked) and min(asked) >= self.enough
 
     def _scores(self, pool: Pool, conditional: Tensor) -> Tensor:
         """Logs of the estimated acceptance of every candidate's path [B, M], -inf for no one."""
@@ -94,9 +120,9 @@ class HybridDrafter:
         """Let all of them know, and learn what their confidence was worth."""
         for drafter in self.drafters:
             drafter.observe(verdict, committed, hidden)
-        if self._drafted is None or not self.calibrate or self._calibration is None:
+        if self._merged is None or not self.calibrate or self._calibration is None:
             return
-        conditional, parents = self._drafted
+        conditional, parents = self._merged
         num_nodes = parents.shape[1]
         # Column 0 is the root, which is always taken; the last one takes the padding's writes.
         taken = torch.zeros(len(parents), num_nodes + 2, dtype=torch.bool, device=parents.device)

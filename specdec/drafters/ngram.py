@@ -30,6 +30,7 @@ class NgramDrafter:
     """
 
     taps: tuple[int, ...] = ()
+    expected: Sequence[float] = ()  # accepted tokens expected of each row's last draft
 
     def __init__(
         self,
@@ -77,6 +78,7 @@ class NgramDrafter:
             length = min(self.num_draft_tokens, limit)
             found = row.continuations(length) if limit else []
             rows.append(merge(found, min(limit, self.max_nodes)))
+        self.expected = [sum(confidences) for _, confidences in rows]
         return pack_rows(
             [nodes for nodes, _ in rows],
             root.device,

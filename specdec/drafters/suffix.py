@@ -36,6 +36,7 @@ class SuffixDrafter:
     """
 
     taps: tuple[int, ...] = ()
+    expected: Sequence[float] = ()  # accepted tokens expected of each row's last draft
 
     def __init__(
         self,
@@ -93,6 +94,7 @@ class SuffixDrafter:
             row.grow(min(limit, self.max_nodes), *self._limits) if limit else ([], [])
             for row, limit in zip(self._rows, budget, strict=True)
         ]
+        self.expected = [sum(confidences) for _, confidences in grown]
         return pack_rows(
             [nodes for nodes, _ in grown],
             root.device,

@@ -188,3 +188,40 @@ def test_what_cannot_be_merged_is_refused():
     sampled = EagleDrafter(tiny_head("eagle", target), 97, shape)
     with pytest.raises(ValueError, match="children='without_replacement'"):
         HybridDrafter([lookup, sampled])
+
+
+class Asked(Scripted):
+    """A scripted drafter that counts how often it is asked."""
+
+    def __init__(self, rows, confidences, expected=None):
+        super().__init__(rows, confidences)
+        self.times = 0
+        if expected is not None:
+            self.expected = expected
+
+    def propose(self, root, budget, sampler):
+        self.times += 1
+        return super().propose(root, budget, sampler)
+
+
+def test_a_lookup_that_expects_enough_in_every_row_spares_the_drafters_behind_it():
+    lookup, neural = Asked([(-1, 1)], [0.9], [5.0, 4.0]), Asked([(-1, 2)], [0.9])
+    hybrid = HybridDrafter([lookup, neural], enough=4.5)
+    proposal(hybrid, [9, 9])
+    assert (lookup.times, neural.times) == (1, 1), "the second row does not expect enough"
+    draft = proposal(hybrid, [9, 0])
+    assert (lookup.times, neural.times) == (2, 1), "a row without a budget wants nothing"
+    assert paths(draft) == [[(1,)], []]
+    hybrid.enough = None
+    proposal(hybrid, [9, 0])
+    assert neural.times == 2
+
+
+def test_where_one_drafter_alone_has_nodes_its_draft_is_taken_as_it_is():
+    chain = NgramDrafter(min_ngram=1)
+    hybrid = HybridDrafter([Scripted([], []), chain], max_nodes=8)
+    hybrid.begin([[1, 2, 1]], None, None)
+    assert proposal(hybrid, [8]).is_chain
+    # Too many nodes for the budget are cut to the likeliest.
+    hybrid.max_nodes = 1
+    assert paths(proposal(hybrid, [8])) == [[(2,)]]
