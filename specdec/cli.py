@@ -10,12 +10,16 @@ from typing import Annotated, Any
 
 import typer
 
+from specdec.demo import demo_path
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Speculative decoding: generate text, and measure draft strategies.",
+    help="Speculative decoding: generate text, measure draft strategies, train and convert heads.",
 )
+
+_HEAD_HELP = "a draft head: a folder, a hub id, or demo/medusa, demo/eagle, demo/eagle3"
 
 BAD_INPUT = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError)
 FAILURES = (RuntimeError, MemoryError, FloatingPointError, OSError)
@@ -214,7 +218,7 @@ def generate(
 @app.command()
 @_exit_statuses()
 def convert(
-    source: Annotated[str, typer.Argument(help="a draft head: a folder or a hub id")],
+    source: Annotated[str, typer.Argument(help=_HEAD_HELP)],
     destination: Annotated[Path, typer.Argument(help="a folder that is new or empty")],
     to: Annotated[str, typer.Option(help="the layout to write; docs/checkpoints.md lists them")],
     target: Annotated[
@@ -227,6 +231,7 @@ def convert(
 
     if destination.expanduser().exists() and any(destination.expanduser().iterdir()):
         raise ValueError(f"{str(destination)!r} is not empty; give a new folder")
+    source = _head_source(source)
     checkpoint = read_head(source, revision)
     if target is not None:
         checkpoint = _completed(checkpoint, source, target)
@@ -254,7 +259,7 @@ def _completed(checkpoint: Any, source: str, target: str) -> Any:
 @app.command()
 @_exit_statuses()
 def inspect(
-    source: Annotated[str, typer.Argument(help="a draft head: a folder or a hub id")],
+    source: Annotated[str, typer.Argument(help=_HEAD_HELP)],
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object, for machines")] = False,
     revision: Annotated[str | None, typer.Option(help="of a hub id")] = None,
 ) -> None:
@@ -263,9 +268,15 @@ def inspect(
     from specdec.checkpoints.layouts import read_head
     from specdec.report.head import head_facts, head_text
 
-    folder = find_folder(source, revision)
+    folder = find_folder(_head_source(source), revision)
     facts = head_facts(read_head(folder), size_on_disk(folder))
     typer.echo(json.dumps(facts) if as_json else head_text(facts))
+
+
+def _head_source(source: str) -> str:
+    """A folder or hub id; "demo/NAME" stands for an embedded head."""
+    name = source.removeprefix("demo/")
+    return str(demo_path(name)) if source != name and not Path(source).exists() else source
 
 
 def _drafter_options(text: str) -> Any:
