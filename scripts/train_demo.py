@@ -30,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specdec import SamplingConfig, generate_baseline, load_target
 from specdec.checkpoints import read_head, write_head
+from specdec.demo import demo_path
 from specdec.targets.hf import HFTarget
 
 DataDir = Annotated[Path, typer.Option(help="folder with gsm8k/, sgd/ and taskmaster4/")]
@@ -405,6 +406,15 @@ def answers(
             file.write("".join(json.dumps(row) + "\n" for row in rows))
             file.flush()
             bar.update(task, completed=first + len(chunk))
+
+
+@app.command()
+def sample(path: Path = Path("recipes/demo/sample.jsonl")) -> None:
+    """Let the target answer the package's own prompts: rows to try the recipes on at once."""
+    prompts = [json.loads(line) for line in demo_path("prompts.jsonl").read_text().splitlines()]
+    dialogues = [[("user", prompt["messages"][0]["content"])] for prompt in prompts]
+    rows = answer_dialogues(dialogues, load_target("demo"), 0, 40, Settings().block_len)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 DATA_CREDITS = """| data | licence | source |
