@@ -12,7 +12,7 @@ from tiny_heads import save_tiny_head
 from tiny_models import perturbed, tiny_target
 
 from specdec import SamplingConfig, generate, generate_baseline, load_drafter
-from specdec.drafters.heads import KINDS
+from specdec.checkpoints import KINDS
 from specdec.registry import DRAFTERS
 from specdec.verify import RULES
 

@@ -6,10 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdec.checkpoints import HeadCheckpoint, check_target, identify_target, read_head
+from specdec.checkpoints import KINDS, HeadCheckpoint, check_target, identify_target, read_head
 from specdec.drafters.training_batch import LossOutput, TrainingBatch
-
-KINDS = ("medusa", "eagle", "eagle3")
 
 
 def build_head(kind: str, options: dict[str, Any], target: Any) -> nn.Module:
