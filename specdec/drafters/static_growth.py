@@ -82,13 +82,15 @@ class StaticGrowth:
 
     def _sample(self, scores: Tensor, level: "_Level") -> Tensor:
         """Draw every node's children, -1 where nothing is left, and keep their q."""
-        probs = self._sampler.probs(scores)  # [B, beam, V]
+        # Where the sampling settings ban all that the head can say, its law is empty, not NaN.
+        probs = self._sampler.probs(scores).nan_to_num(0.0)  # [B, beam, V]
         batch, beam, vocab = probs.shape
         k, stream = level.num_children, FIRST_STREAM + self._level
         seeds = self._sampler.seeds
         if self._children == "with_replacement":
             noise = row_exponentials(seeds, self._counters, stream, beam * k * vocab)
             drawn = sample(probs.unsqueeze(2), noise.view(batch, beam, k, vocab))
+            drawn = drawn.masked_fill(probs.sum(-1, keepdim=True) == 0, -1)
             laws = probs.unsqueeze(2).expand(-1, -1, k, -1)
         else:
             noise = row_exponentials(seeds, self._counters, stream, beam * vocab)
@@ -119,7 +121,9 @@ class StaticGrowth:
         num_nodes = tokens.shape[1]
         real = torch.arange(num_nodes, device=tokens.device) < row_budgets.unsqueeze(1)
         probs = torch.cat(self._probs, 1) if self._probs else None
-        confidence = torch.cat(self._confidence, 1).exp() if self._confidence else None
+        confidence = None
+        if self._confidence:
+            confidence = torch.cat(self._confidence, 1).exp().nan_to_num(0.0)
         if num_nodes == self._level:
             return Draft.chain(tokens.masked_fill(~real, -1), real.sum(1), probs, confidence)
         parents = self._tree.parents[:num_nodes]

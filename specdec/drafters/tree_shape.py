@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 import torch
 from torch import Tensor
@@ -103,7 +104,9 @@ class DynamicGrowth:
     def add_level(self, scores: Tensor, ids: Tensor | None = None) -> None:
         """Add the best children of the newest beam from its scores [B, beam, V]."""
         self._level += 1
-        self._pool.add_level(scores.float().log_softmax(-1), ids, is_last=self.is_done)
+        # Where all that the head can say is banned, no child is a candidate.
+        log_probs = scores.float().log_softmax(-1).nan_to_num(nan=-inf, neginf=-inf)
+        self._pool.add_level(log_probs, ids, is_last=self.is_done)
 
     def expanded(self) -> tuple[Draft, Tensor]:
         """All fed nodes as a draft, and the rows [beam] of the newest beam in its logits."""
