@@ -35,7 +35,7 @@ class HybridDrafter:
         self,
         drafters: Sequence[Drafter],
         max_nodes: int = 16,
-        enough: float | None = 4.5,
+        enough: float | None = 6.0,
         calibrate: bool = True,
     ) -> None:
         if len(drafters) < 2:
