@@ -57,7 +57,7 @@ def test_scripts_exist_and_parse(command):
 
 
 def test_the_measured_table_says_what_the_committed_results_say():
-    results = json.loads((ROOT / "experiments/01-core/batch1/results.json").read_text())
+    results = json.loads((ROOT / "experiments/02-heads/t0/results.json").read_text())
     section = README.split("## Measured")[1].split("\n## ")[0]
     table = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:1] == "|"]
     assert len(table) == 2 + len(results["arms"])
