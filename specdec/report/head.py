@@ -61,10 +61,31 @@ def head_text(facts: dict[str, Any]) -> str:
         if facts["tree_nodes"]
         else "none of its own",
         "target": _target(facts["target"]),
-        "training": "; ".join(f"{name} {value}" for name, value in facts["training"].items()),
+        "training": _training(facts["training"]),
     }
     title = f"{_TITLES[facts['kind']]} in the layout {facts['layout']!r}"
     return "\n".join([title, *(f"  {n:<9} {words or 'not said'}" for n, words in lines.items())])
+
+
+def _training(training: dict[str, Any]) -> str:
+    """What is known of it; tables are left to `--json`."""
+    said = {name: _short(value) for name, value in training.items()}
+    return "; ".join(f"{name.replace('_', ' ')} {words}" for name, words in said.items() if words)
+
+
+def _short(value: Any) -> str:
+    """A value for reading; empty for what is empty, or too long for a line."""
+    if isinstance(value, bool) or value is None:
+        return str(value) if value is not None else ""
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return "" if any(isinstance(v, list) for v in value) else " ".join(map(_short, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{name.replace('_', ' ')} {_short(v)}" for name, v in value.items())
+    return str(value)
 
 
 def _reads(facts: dict[str, Any]) -> str:

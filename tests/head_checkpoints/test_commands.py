@@ -95,7 +95,7 @@ def test_inspect_says_what_an_eagle3_head_is(tmp_path):
         "hidden_size 32",
         "rope_theta 10000.0",
         "org/tiny, hidden_size 32, vocab_size 61, num_layers 8",
-        "loss 1.25; tokens 1000",
+        "loss 1.25; tokens 1,000",
         "none of its own",
     ):
         assert words in done.output, words
@@ -151,3 +151,19 @@ def test_inspect_says_the_dtype_of_the_weights(tmp_path):
 def test_inspect_refuses_what_is_no_head(tmp_path):
     assert refused(run("inspect", tmp_path), "holds no draft head")
     assert refused(run("inspect", tmp_path / "none"), "is not a folder")
+
+
+def test_inspect_rounds_what_is_said_of_the_training_and_leaves_tables_to_json(tmp_path):
+    training = {
+        "tokens": 6592637,
+        "seconds": 2549.743053397,
+        "offline_acceptance": [0.8219240391, 0.5],
+        "acceptance_by_rank": [[0.5, 0.25], [0.5, 0.25]],
+        "draft_vocabulary": None,
+        "loss_options": {"num_steps": 4},
+    }
+    folder = write_head(random_head("eagle3", training=training), tmp_path)
+    said = run("inspect", str(folder)).output
+    assert "tokens 6,592,637; seconds 2550; offline acceptance 0.8219 0.5; loss options" in said
+    assert "rank" not in said
+    assert json.loads(run("inspect", str(folder), "--json").output)["training"] == training
