@@ -503,6 +503,7 @@ def heads(runs: Path = Path("runs/heads"), package: Path = Path("specdec/demo"))
         }
         write_head(replace(head, tensors=tensors), package / kind)
         (package / kind / "README.md").write_text(head_card(kind, results))
+        (package / kind / "training.json").write_text(json.dumps(results, indent=1))
 
 
 @app.command(name="all")

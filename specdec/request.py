@@ -64,11 +64,6 @@ class Result:
         return AcceptanceStats.from_records(self.records)
 
     @property
-    def total_s(self) -> float:
-        """Seconds from the start of its prefill to its last token."""
-        return self.ttft_s + self.decode_s
-
-    @property
     def decode_tokens_per_s(self) -> float:
         """(T - 1) / decode_s; nan if fewer than two tokens were emitted."""
         num_tokens = len(self.tokens) - 1

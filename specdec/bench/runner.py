@@ -59,6 +59,8 @@ def run_bench(
             device=config.target.device,
             quantization=config.target.quantization,
         )
+        # Of now: the code and the machine may be others when the run ends.
+        provenance = collect(config, mark, target)
         prompts = unfold_turns(prompts, target, config.max_new_tokens, progress)
         ids = [encode(render(p, target.tokenizer), target, i) for i, p in enumerate(prompts)]
         _run_missing(config, target, ids, store, progress)
@@ -66,7 +68,7 @@ def run_bench(
         store.close()
     results = {
         "schema": "specdec-bench-1",
-        "provenance": collect(config, mark, target),
+        "provenance": provenance,
         "memory": peak_memory(store.done.values()),
         "arms": _arms(config, target, ids, store.done),
     }

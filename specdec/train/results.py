@@ -4,21 +4,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from specdec.bench.provenance import machine
 from specdec.train.config import TrainConfig
 from specdec.train.trainer import Trainer
 
 
-def training_results(trainer: Trainer, vocabulary: dict[str, Any] | None) -> dict[str, Any]:
+def training_results(
+    trainer: Trainer, vocabulary: dict[str, Any] | None, where: dict[str, Any]
+) -> dict[str, Any]:
     """The content of `results.json`, see `docs/train.schema.json`.
 
     Args:
         trainer: at its last step.
         vocabulary: size and coverage of a reduced draft vocabulary.
+        where: the machine and the code, as they were when the run was started.
     """
     return {
         "schema": "specdec-train-1",
-        "provenance": {"config": asdict(trainer.config), **machine(trainer.target)},
+        "provenance": {"config": asdict(trainer.config), **where},
         **_measured(trainer),
         "draft_vocabulary": vocabulary,
     }

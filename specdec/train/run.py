@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from specdec.bench.provenance import machine
 from specdec.checkpoints import identify_target, write_head
 from specdec.checkpoints.folder import write_files
 from specdec.drafters.heads import build_head
@@ -65,6 +66,7 @@ def run_training(
     _check_loss_options(config)
     on_cpu = config.target.device == "cpu" or not torch.cuda.is_available()
     target = _load_target(config, PartialState(cpu=on_cpu).device)
+    where = machine(target)  # as it is now: the code may be another when the run ends
     split = load_split(config.data, target.vocab_size, _max_len(config, target))
     accelerator = Accelerator(
         cpu=on_cpu,
@@ -83,7 +85,7 @@ def run_training(
     trainer.run(callback if accelerator.is_main_process else _ignore)
     if not accelerator.is_main_process:
         return None
-    results = training_results(trainer, vocabulary)
+    results = training_results(trainer, vocabulary, where)
     write_head(trainer.checkpoint(remembered(config, results)), out / "head")
     text = json.dumps(results, indent=1, allow_nan=False) + "\n"
     write_files(out, {"results.json": text.encode()})

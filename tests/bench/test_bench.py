@@ -9,6 +9,7 @@ from json_schema import violations
 from tiny_models import perturbed, tiny_llama
 
 from specdec.bench.config import load_config
+from specdec.bench.provenance import collect
 from specdec.bench.runner import run_bench
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "results.schema.json"
@@ -91,6 +92,20 @@ def test_with_more_prompts_a_call_than_rows_the_batch_stays_full_and_no_token_ch
         assert a["batch_tokens_per_s"] == pytest.approx(5 * 24 / call["wall_s"])
         assert a["batch_decode_tokens_per_s"] > a["batch_tokens_per_s"] * 23 / 24
         assert call["wall_s"] > max(row["ttft_s"] + row["decode_s"] for row in call["rows"])
+
+
+def test_provenance_is_of_the_start_of_a_run_not_of_its_end(config, tmp_path, monkeypatch):
+    events = []
+
+    def note(*arguments):
+        events.append("provenance")
+        return collect(*arguments)
+
+    monkeypatch.setattr("specdec.bench.runner.collect", note)
+    settings = load_config(str(config), ["arms=[]", "repeats=1"])
+    run_bench(settings, tmp_path / "out", lambda done, total, text: events.append(text))
+    assert events[0] == "provenance"
+    assert events.count("provenance") == 1
 
 
 def test_the_schema_describes_every_key_and_refuses_others(config, tmp_path):
