@@ -10,6 +10,7 @@ from json_schema import violations
 from tiny_training import answer_rows, logged, tiny_config, write_run
 from typer.testing import CliRunner
 
+from specdec.bench.provenance import machine
 from specdec.cli import app
 from specdec.drafters.training_batch import LossOutput
 from specdec.targets.load import load_target
@@ -18,6 +19,19 @@ from specdec.train.run import run_training
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "train.schema.json").read_text())
 RUN = {"max_steps": 4, "eval_every": 2, "save_every": 2}
+
+
+def test_provenance_is_of_the_start_of_a_run_not_of_its_end(tmp_path, monkeypatch):
+    events = []
+
+    def note(target):
+        events.append("provenance")
+        return machine(target)
+
+    monkeypatch.setattr("specdec.train.run.machine", note)
+    config = tiny_config(tmp_path, max_steps=2, head={"kind": "medusa"})
+    run_training(config, tmp_path / "out", lambda done, total, text: events.append(done))
+    assert events == ["provenance", 1, 2]
 
 
 def test_the_command_leaves_head_results_and_curves(tmp_path):
