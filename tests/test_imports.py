@@ -21,6 +21,7 @@ FLOORS = [
     ["batch"],
     ["decode"],
     ["bench"],
+    ["data"],
     ["train"],
     ["report"],
     ["cli", "__main__"],

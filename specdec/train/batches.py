@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdec.train.data import AnswerRow
+from specdec.data.answers import AnswerRow
 
 # Rows of like length are sought within a chunk of so many batches: enough to pad little, few
 # enough that the batches of an epoch still differ from those of the next.

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from specdec.data.answers import AnswerRow
 from specdec.drafters.training_batch import TrainingBatch
 from specdec.targets.hf import HFTarget
 from specdec.train.acceptance import (
@@ -17,7 +18,6 @@ from specdec.train.acceptance import (
     count_ranks,
 )
 from specdec.train.batches import collate
-from specdec.train.data import AnswerRow
 from specdec.train.target_view import view
 
 NUM_RANKS = 10

@@ -12,12 +12,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from specdec.checkpoints import HeadCheckpoint, identify_target, resolved_options
+from specdec.data.answers import AnswerRow
 from specdec.drafters.heads import fill_head, head_loss
 from specdec.drafters.training_batch import TrainingBatch
 from specdec.targets.hf import HFTarget
 from specdec.train.batches import StepPlan, collate
 from specdec.train.config import TrainConfig
-from specdec.train.data import AnswerRow, Split
+from specdec.train.data import Split
 from specdec.train.evaluate import evaluate
 from specdec.train.log import TrainLog
 from specdec.train.objective import HeadWithLoss, parameter_groups, seeded

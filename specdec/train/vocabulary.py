@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specdec.train.data import AnswerRow
+from specdec.data.answers import AnswerRow
 
 
 def most_frequent(rows: Sequence[AnswerRow], size: int, vocab_size: int) -> Tensor:

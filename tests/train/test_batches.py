@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_models import tiny_target
 
+from specdec.data.answers import AnswerRow
 from specdec.train.batches import StepPlan, collate
-from specdec.train.data import AnswerRow
 from specdec.train.target_view import view
 
 LENGTHS = random.Random(0).choices(range(5, 300), k=103)

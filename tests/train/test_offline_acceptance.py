@@ -5,6 +5,7 @@ import torch
 from tiny_heads import tiny_head
 from tiny_models import tiny_target
 
+from specdec.data.answers import AnswerRow
 from specdec.drafters.training_batch import TrainingBatch
 from specdec.train.acceptance import (
     OfflineAcceptance,
@@ -14,7 +15,6 @@ from specdec.train.acceptance import (
     count_ranks,
 )
 from specdec.train.batches import collate
-from specdec.train.data import AnswerRow
 from specdec.train.target_view import view
 
 DEPTH = 3

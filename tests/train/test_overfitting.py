@@ -4,12 +4,12 @@ import pytest
 from tiny_models import tiny_llama
 from tiny_training import answer_rows, tiny_config
 
+from specdec.data.answers import AnswerRow
 from specdec.drafters.heads import load_head
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
 from specdec.train.acceptance import OfflineAcceptance, candidates, count_matches
 from specdec.train.batches import collate
-from specdec.train.data import AnswerRow
 from specdec.train.run import run_training
 from specdec.train.target_view import view
 

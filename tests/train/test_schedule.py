@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from specdec.train.data import AnswerRow
+from specdec.data.answers import AnswerRow
 from specdec.train.schedule import learning_rate
 from specdec.train.vocabulary import coverage, most_frequent
 

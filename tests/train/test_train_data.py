@@ -3,8 +3,9 @@
 import pytest
 from tiny_training import write_rows
 
+from specdec.data.answers import AnswerRow, read_rows
 from specdec.train.config import DataConfig
-from specdec.train.data import AnswerRow, load_split, read_rows
+from specdec.train.data import load_split
 
 
 def row(tokens=range(8), answers=((2, 4), (5, 8)), **more):
@@ -12,11 +13,12 @@ def row(tokens=range(8), answers=((2, 4), (5, 8)), **more):
 
 
 def test_rows_come_back_as_written(tmp_path):
-    path = write_rows(tmp_path / "a.jsonl", [row(), row(range(3), [(1, 3)], temperature=0.8)])
+    named = {"id": "q7", "domain": "maths", "temperature": 0.8, "finish_reason": "stop"}
+    path = write_rows(tmp_path / "a.jsonl", [row(), row(range(3), [(1, 3)], **named)])
     rows = list(read_rows(path, vocab_size=8))
     assert rows == [
-        AnswerRow(tuple(range(8)), ((2, 4), (5, 8))),
-        AnswerRow((0, 1, 2), ((1, 3),)),
+        AnswerRow(tuple(range(8)), ((2, 4), (5, 8)), "line 1"),
+        AnswerRow((0, 1, 2), ((1, 3),), "q7", "maths", 0.8),
     ]
     assert rows[0].num_answer_tokens == 5
 

@@ -1,0 +1,15 @@
+"""The command `specdec`. Bad input ends with status 2 and a message, a failed run with 1.
+
+A command is one file here and one line below.
+"""
+
+from specdec.cli import bench, generate, heads, train  # noqa: F401 (they register themselves)
+from specdec.cli.app import app
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()
+
+
+__all__ = ["app", "main"]

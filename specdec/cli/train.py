@@ -1,0 +1,49 @@
+"""`specdec train`."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from specdec.cli.app import app, exit_statuses, progress_bar, quiet_transformers
+
+
+@app.command()
+@exit_statuses()
+def train(
+    config: Annotated[str, typer.Argument(help="a YAML file, as in recipes/")],
+    out: Annotated[Path, typer.Option(help="folder for checkpoints, log, results and head")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
+) -> None:
+    """Train a draft head on a target's own answers; the same command resumes."""
+    from specdec.train.config import load_train_config
+
+    settings = load_train_config(config, overrides or [])
+    from specdec.train.run import run_training
+
+    quiet_transformers()
+    with progress_bar() as show:
+        results = run_training(settings, out, show)
+    if results is None:  # not the first process
+        return
+    picture = _curves(out)
+    typer.echo(
+        f"Head: {out / 'head'}\nCurves: {picture or 'none, they need specdec[plot]'}\n"
+        f"Use it: specdec generate --target {settings.target.path} --drafter "
+        f"'{json.dumps({'type': settings.head.kind, 'path': str(out / 'head')})}' --prompt 'Hello'"
+    )
+    keys = ("steps", "seconds", "loss", "validation_loss", "offline_tau", "offline_acceptance")
+    summary = {"head": str(out / "head"), **{key: results[key] for key in keys}}
+    typer.echo(json.dumps(summary))
+
+
+def _curves(out: Path) -> Path | None:
+    """Draw the log; None without matplotlib, as `_picture`."""
+    if find_spec("matplotlib") is None:
+        return None
+    from specdec.report.curves import plot_curves
+
+    plot_curves(out / "log.jsonl", out / "curves.png")
+    return out / "curves.png"

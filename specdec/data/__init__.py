@@ -1,0 +1,1 @@
+"""From collected queries to what drafters are trained on."""
