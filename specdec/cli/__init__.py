@@ -3,7 +3,7 @@
 A command is one file here and one line below.
 """
 
-from specdec.cli import bench, generate, heads, train  # noqa: F401 (they register themselves)
+from specdec.cli import bench, collect, generate, heads, train  # noqa: F401 (they register themselves)
 from specdec.cli.app import app
 
 
