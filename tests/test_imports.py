@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "specdec"
 # Ground floor first. A module may import from its own floor's earlier names and from floors below.
 FLOORS = [
     ["verify"],
-    ["randomness", "sampling_config", "penalties", "sampling", "metrics", "clock"],
+    ["randomness", "sampling_config", "penalties", "sampling", "metrics", "clock", "provenance"],
     ["interfaces"],
     ["demo", "text", "strict_config", "kv_cache", "checkpoints"],
     ["targets"],

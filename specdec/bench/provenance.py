@@ -4,12 +4,8 @@ import hashlib
 import json
 import os
 import platform
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,7 @@ import torch
 
 from specdec.bench.config import BenchConfig
 from specdec.bench.prompt import BenchPrompt
+from specdec.provenance import code
 from specdec.targets.hf import HFTarget
 
 _PACKAGES = ("specdec", "torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy")
@@ -41,10 +38,7 @@ def collect(config: BenchConfig, mark: str, target: HFTarget) -> dict[str, Any]:
 def machine(target: HFTarget) -> dict[str, Any]:
     """Command, commit, versions, machine and time of any measurement."""
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "versions": {"python": platform.python_version()} | _versions(),
+        **code(_PACKAGES),
         "device": _device_name(target.device),
         "cpu": _cpu_name(),
         "cpu_count": os.cpu_count(),
@@ -52,33 +46,7 @@ def machine(target: HFTarget) -> dict[str, Any]:
         "load_average": os.getloadavg()[0],
         "dtype": str(target.model.dtype).removeprefix("torch."),
         "quantized": bool(getattr(target.model, "is_quantized", False)),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def _git(*arguments: str) -> str | None:
-    """Of the checkout that holds the package; None for an installed wheel."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
 
 
 def _device_name(device: torch.device) -> str:
