@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from specdec.interfaces import Drafter, Target, TargetOutput
 from specdec.metrics import StepRecord
@@ -17,6 +18,8 @@ from specdec.verify.tree import node_depths
 
 # Streams of the per-row randomness; drafters take theirs from 16 upwards.
 UNIFORM_STREAM, NOISE_STREAM = 0, 1
+# The rule under which the loop samples every node itself.
+MATCH = "match"
 
 
 @dataclass(frozen=True)
@@ -134,10 +137,12 @@ class Batch:
         )
         if self.sampler.is_greedy:
             return match(sampled, draft), healthy.all(1)
+        probs = self.sampler.probs(scores)
+        if self.rule == MATCH:
+            return match(sample(probs, self._noise_by_node(draft)), draft), healthy.all(1)
         uniforms = row_uniforms(
             self.sampler.seeds, self.num_committed, UNIFORM_STREAM, draft.num_nodes
         )
-        probs = self.sampler.probs(scores)
         verdict = verify(
             probs,
             draft,
@@ -151,6 +156,19 @@ class Batch:
     def _noise(self, sampler: Sampler, num_committed: Tensor) -> Tensor:
         size = self.target.vocab_size
         return row_exponentials(sampler.seeds, num_committed, NOISE_STREAM, size)
+
+    def _noise_by_node(self, draft: Draft) -> Tensor:
+        """Noise [B, N + 1, V] by position, so that a token's draw knows nothing of the draft."""
+        if draft.parents is None:
+            depths = torch.arange(draft.num_nodes, device=self.root.device) + 1
+            depths = depths.expand(draft.batch_size, -1)
+        else:
+            depths = node_depths(draft.explicit_parents(), draft.depth)
+        positions = self.num_committed.unsqueeze(1) + pad(depths, (1, 0))  # [B, N + 1]
+        seeds = self.sampler.seeds.unsqueeze(1).expand_as(positions)
+        size = self.target.vocab_size
+        noise = row_exponentials(seeds.flatten(), positions.flatten(), NOISE_STREAM, size)
+        return noise.view(*positions.shape, size)
 
     def _fetch(self, verdict: Verdict, draft: Draft, healthy: Tensor) -> _HostStep:
         """Bring the step to the host: the one synchronisation."""

@@ -18,6 +18,7 @@ from specdec.text import TextStream
 from specdec.verify import get_rule
 
 Sampling = SamplingConfig | Sequence[SamplingConfig]
+Limits = int | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,18 @@ class _Call:
         drafter: Drafter | None,
         prompts: Sequence[Prompt],
         sampling: Sampling,
-        rules: StopRules,
+        rules: list[StopRules],
         batch_size: int | None,
         rule: str,
     ) -> None:
         self.target, self.drafter, self.rule = target, drafter, rule
-        self.deadline = time.perf_counter() + (rules.max_time_s or float("inf"))
         configs = _configs(sampling, len(prompts))
-        self.batch_size = _check(target, drafter, len(prompts), batch_size, rules, rule)
+        self.batch_size = _check(target, drafter, len(prompts), batch_size, rules[0], rule)
+        self.deadline = time.perf_counter() + (rules[0].max_time_s or float("inf"))
         ids = [encode(prompt, target, index) for index, prompt in enumerate(prompts)]
         self.requests = [
-            Request(i, prompt, config, rules, target)
-            for i, (prompt, config) in enumerate(zip(ids, configs, strict=True))
+            Request(i, prompt, config, limits, target)
+            for i, (prompt, config, limits) in enumerate(zip(ids, configs, rules, strict=True))
         ]
 
     @torch.inference_mode()
@@ -82,6 +83,20 @@ def _configs(sampling: Sampling, num_prompts: int) -> list[SamplingConfig]:
             "or one for each"
         )
     return list(sampling)
+
+
+def _rules(
+    max_new_tokens: Limits, stop: Sequence[str], max_time_s: float | None, num_prompts: int
+) -> list[StopRules]:
+    """The rules of every prompt; at least one, so that what they share can be read off it."""
+    if isinstance(max_new_tokens, int):
+        return [StopRules(max_new_tokens, tuple(stop), max_time_s)] * max(1, num_prompts)
+    if len(max_new_tokens) != num_prompts or not num_prompts:
+        raise ValueError(
+            f"max_new_tokens has {len(max_new_tokens)} entries for {num_prompts} prompts; give "
+            "one for all or one for each"
+        )
+    return [StopRules(limit, tuple(stop), max_time_s) for limit in max_new_tokens]
 
 
 def _check(
@@ -117,7 +132,7 @@ def generate(
     prompts: Sequence[Prompt],
     sampling: Sampling = SamplingConfig(),  # noqa: B008 (frozen)
     *,
-    max_new_tokens: int = 128,
+    max_new_tokens: Limits = 128,
     stop: Sequence[str] = (),
     max_time_s: float | None = None,
     batch_size: int | None = None,
@@ -133,13 +148,16 @@ def generate(
         drafter: proposes tokens; None decodes plainly.
         prompts: text, chat messages or token ids, one per prompt.
         sampling: one configuration per prompt, or one for all (prompt i then uses seed + i).
-        max_new_tokens: tokens to emit per prompt, at most; the context may end it earlier.
+        max_new_tokens: tokens to emit per prompt, at most, one number for all or one for each; the
+            context may end it earlier.
         stop: strings that end a text; they are cut off.
         max_time_s: seconds for the whole call.
         batch_size: rows decoded together, at most; a row that ends makes room for the next
             prompt. None for all prompts at once.
-        rule: a verification rule that takes probabilities: "token", "block", "traversal", or the
-            lossy "typical". At temperature 0 all of them accept what equals the target's argmax.
+        rule: "token", "block", "traversal", the lossy "typical", or "match", which keeps the draft
+            tokens that equal what the target would have drawn without a draft: it accepts less,
+            and what it emits depends on the prompt and the seed alone, whatever the drafter. At
+            temperature 0 all of them accept what equals the target's argmax.
 
     Returns:
         One result per prompt, in order.
@@ -150,7 +168,7 @@ def generate(
 
     Source: Leviathan et al. 2022, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318.
     """
-    rules = StopRules(max_new_tokens, tuple(stop), max_time_s)
+    rules = _rules(max_new_tokens, stop, max_time_s, len(prompts))
     call = _Call(target, drafter, prompts, sampling, rules, batch_size, rule)
     try:
         for _ in call.run():
@@ -185,22 +203,31 @@ class Stream:
         prompts: Sequence[Prompt],
         sampling: Sampling = SamplingConfig(),  # noqa: B008 (frozen)
         *,
-        max_new_tokens: int = 128,
+        max_new_tokens: Limits = 128,
         stop: Sequence[str] = (),
         max_time_s: float | None = None,
         batch_size: int | None = None,
         rule: str = "token",
     ) -> None:
-        rules = StopRules(max_new_tokens, tuple(stop), max_time_s)
+        rules = _rules(max_new_tokens, stop, max_time_s, len(prompts))
         self._call = _Call(target, drafter, prompts, sampling, rules, batch_size, rule)
-        self._texts = [TextStream(target.tokenizer, rules.stop) for _ in self._call.requests]
+        self._texts = [TextStream(target.tokenizer, stop) for _ in self._call.requests]
+
+    def steps(self) -> Iterator[list[Chunk]]:
+        """Decode a step at a time, all its prompts together, tokens only: `text` stays empty."""
+        for news in self._call.run():
+            yield [
+                Chunk(
+                    row.index, row.tokens[len(row.tokens) - count :], "", row.finish_reason or None
+                )
+                for row, count in news
+            ]
 
     def __iter__(self) -> Iterator[Chunk]:
-        for news in self._call.run():
-            for row, count in news:
-                new_tokens = row.tokens[len(row.tokens) - count :]
-                text = self._texts[row.index].push(new_tokens, bool(row.finish_reason))
-                yield Chunk(row.index, new_tokens, text, row.finish_reason or None)
+        for chunks in self.steps():
+            for chunk in chunks:
+                text = self._texts[chunk.index].push(chunk.tokens, bool(chunk.finish_reason))
+                yield replace(chunk, text=text)
 
     def results(self) -> list[Result]:
         """One result per prompt, in order; unfinished ones say "interrupted"."""

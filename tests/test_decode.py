@@ -46,6 +46,27 @@ def test_exactly_max_new_tokens_are_emitted(target, drafter, count):
     assert result.finish_reason == "length"
 
 
+def test_every_prompt_may_have_its_own_limit(target, drafter):
+    results = generate(target, drafter, [PROMPT] * 3, max_new_tokens=[2, 9, 5])
+    assert [len(result.tokens) for result in results] == [2, 9, 5]
+    assert all(result.tokens == plain_tokens(target, 9)[: len(result.tokens)] for result in results)
+
+
+def test_steps_give_all_tokens_and_the_last_says_why_it_ended(target, drafter):
+    prompts = [PROMPT, [9] * 30, [1]]
+    run = stream(target, drafter, prompts, max_new_tokens=12, batch_size=2)
+    tokens = {0: [], 1: [], 2: []}
+    ends = {}
+    for chunks in run.steps():
+        for chunk in chunks:
+            assert chunk.index not in ends
+            tokens[chunk.index] += chunk.tokens
+            if chunk.finish_reason:
+                ends[chunk.index] = chunk.finish_reason
+    assert list(tokens.values()) == [result.tokens for result in run.results()]
+    assert ends == {0: "length", 1: "length", 2: "length"}
+
+
 def test_output_ends_with_the_first_end_of_sequence_token(target, drafter):
     tokens = plain_tokens(target, 20)
     eos = tokens[6]
@@ -166,6 +187,7 @@ def test_nan_logits_are_an_error_that_names_the_prompt(drafter):
         ([PROMPT, [1] * 256], {}, "prompt 1 has 256 tokens"),
         ([[1, 97]], {}, "token 97"),
         ([PROMPT], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ([PROMPT], {"max_new_tokens": [3, 4]}, "max_new_tokens has 2 entries"),
         ([PROMPT], {"stop": [""]}, "empty string"),
         ([PROMPT], {"max_time_s": -1}, "max_time_s is -1"),
         ([PROMPT], {"batch_size": 0}, "batch_size is 0"),

@@ -219,7 +219,21 @@ def test_sampled_sequences_follow_the_targets_own_law(name, options, sampling, s
     assert p_value(counts, exact_law(target, prompt, sampling)) > 1e-4
 
 
-CHAIN_RULES = [name for name, rule in RULES.items() if rule.lossless and name != "match"]
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_under_the_match_rule_no_drafter_changes_a_sampled_token(name, options, draft_folder):
+    target = tiny_target()
+    drafter = build(name, options, target, draft_folder)
+    configs = [SamplingConfig(temperature=0.8 * (s > 0), seed=s) for s in range(4)]
+    drafted = generate(
+        target, drafter, PROMPTS, configs, max_new_tokens=24, batch_size=3, rule="match"
+    )
+    plain = generate_baseline(target, PROMPTS, configs, max_new_tokens=24)
+    assert [r.tokens for r in drafted] == [r.tokens for r in plain]
+    # Random Medusa heads never guess what is sampled.
+    assert name == "medusa" or any(r.stats.num_accepted for r in drafted), "nothing was accepted"
+
+
+CHAIN_RULES = [name for name, rule in RULES.items() if rule.lossless]
 
 
 @pytest.mark.parametrize("rule", CHAIN_RULES)
