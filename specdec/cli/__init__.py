@@ -3,7 +3,14 @@
 A command is one file here and one line below.
 """
 
-from specdec.cli import bench, collect, generate, heads, train  # noqa: F401 (they register themselves)
+from specdec.cli import (  # noqa: F401 (they register themselves)
+    bench,
+    collect,
+    generate,
+    heads,
+    regenerate,
+    train,
+)
 from specdec.cli.app import app
 
 

@@ -31,7 +31,7 @@ def generate(
 
     quiet_transformers()
     model = load_target(target, dtype=dtype, device=device)
-    strategy = None if drafter == "none" else load_drafter(_drafter_options(drafter), model)
+    strategy = None if drafter == "none" else load_drafter(drafter_options(drafter), model)
     text = sys.stdin.read() if prompt == "-" else prompt
     has_chat = model.tokenizer is not None and model.tokenizer.chat_template and not raw
     asked: Any = [{"role": "user", "content": text}] if has_chat and text else text
@@ -54,7 +54,8 @@ def generate(
     )
 
 
-def _drafter_options(text: str) -> Any:
+def drafter_options(text: str) -> Any:
+    """A drafter as it is given on the command line, for `load_drafter`."""
     if not text.startswith("{"):
         # The demo's draft model is the only one that can be meant without a path.
         return {"type": text, "path": "demo"} if text == "draft_model" else text

@@ -1,0 +1,74 @@
+"""What a target reads: conversations as its chat template writes them, in its own tokens."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from specdec.bench.prompt import Message
+
+# Stands for an answer in a rendered conversation; no template changes or holds it.
+_MARK = "specdec\u2060answer"
+
+
+class Chat:
+    """A tokenizer with its chat template.
+
+    Args:
+        tokenizer: of the target.
+        eos_token_ids: tokens that end an answer.
+    """
+
+    def __init__(self, tokenizer: Any, eos_token_ids: Sequence[int]) -> None:
+        self.tokenizer = tokenizer
+        self._eos = frozenset(eos_token_ids)
+
+    def text(self, messages: Sequence[Message]) -> str:
+        """The conversation up to where the answer begins.
+
+        Raises:
+            ValueError: the template refuses it.
+        """
+        return self._render(messages, add_generation_prompt=True)
+
+    def _render(self, messages: Sequence[Message], **options: bool) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses it: {error}") from error
+        return str(text)
+
+    def tokens(self, text: str) -> list[int]:
+        """Tokens of rendered text, which holds its special tokens already."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def follow_up(self, asked: Sequence[Sequence[Message]], last_token: int) -> list[int] | None:
+        """Tokens between an answer and the next one, the end of the turn left out.
+
+        Args:
+            asked: the messages in front of every answer, those of the next one last.
+            last_token: of the answer, with which the target ended its turn.
+
+        Returns:
+            What to put behind the answer; None where the template does not go on behind that
+            token, so that no conversation with this answer could look like that.
+
+        Raises:
+            ValueError: the template refuses the conversation.
+        """
+        mark: Message = {"role": "assistant", "content": _MARK}
+        messages = [message for turn in asked for message in (*turn, mark)][:-1]
+        _, found, tail = self.text(messages).rpartition(_MARK)
+        tokens = self.tokens(tail)
+        if not found or tokens[:1] != [last_token]:
+            return None
+        return tokens[1:]
+
+    def end_of_turn(self, messages: Sequence[Message]) -> int | None:
+        """The token that the template puts behind an answer; None where it puts none."""
+        mark: Message = {"role": "assistant", "content": _MARK}
+        tail = self._render([*messages, mark]).rpartition(_MARK)[2]
+        first = self.tokens(tail)[:1]
+        if first and first[0] in self._eos:
+            return first[0]
+        return None

@@ -1,0 +1,147 @@
+"""An append-only file of JSON lines, which a killed run leaves readable."""
+
+import errno
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Journal:
+    """What a run has finished so far; the first line says which run it is.
+
+    Every line is on its way to the disk when `append` returns: a killed process loses nothing, a
+    machine that loses its power at most what its own system had not written. A line that a killed
+    process left torn is cut off.
+
+    Args:
+        path: of the file; its folder is made.
+        identity: facts that make a run the same run, JSON values.
+
+    Attributes:
+        entries: what earlier runs appended, in order; whoever has read them may clear them.
+        num_damaged: lines in between that could not be read and are passed over.
+
+    Raises:
+        ValueError: the file belongs to another run, which is told by the first fact that differs,
+            or another process writes to it.
+        PermissionError: the folder cannot be written.
+        OSError: there is no space left.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self._path = path
+        self.entries: list[dict[str, Any]] = []
+        self.num_damaged = 0
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+b")
+        except OSError as error:
+            raise disk_trouble(path.parent, error) from error
+        try:
+            self._begin(identity)
+        except OSError as error:
+            self.close()
+            raise disk_trouble(path.parent, error) from error
+        except ValueError:
+            self.close()
+            raise
+
+    def _begin(self, identity: dict[str, Any]) -> None:
+        self._lock()
+        self._read(identity)
+        if not self.entries:
+            # Nothing is kept of a run that got nowhere: its folder serves any other.
+            self._file.truncate(0)
+            self._file.write(_line({"run": identity}))
+            self._file.flush()
+
+    def _lock(self) -> None:
+        import fcntl
+
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another run is writing to {str(self._path.parent)!r}; wait for it or choose "
+                "another --out folder"
+            ) from error
+
+    def _read(self, identity: dict[str, Any]) -> None:
+        self._file.seek(0)
+        header: dict[str, Any] | None = None
+        whole = 0
+        for number, line in enumerate(self._file):
+            if not line.endswith(b"\n"):
+                break
+            whole += len(line)
+            row = _parsed(line)
+            if row is None:
+                self.num_damaged += 1
+            elif number == 0:
+                header = row.get("run")
+            else:
+                self.entries.append(row)
+        self._file.truncate(whole)
+        if self.entries:
+            self._check_identity(header, identity)
+
+    def _check_identity(self, found: dict[str, Any] | None, identity: dict[str, Any]) -> None:
+        where = f"{str(self._path.parent)!r} holds answers of another run"
+        fix = "choose another --out folder or remove this one"
+        if found is None:
+            raise ValueError(f"{where}: the first line of {self._path.name} is damaged; {fix}")
+        for key in sorted(found.keys() | identity.keys()):
+            theirs, ours = found.get(key), identity.get(key)
+            if theirs != ours:
+                raise ValueError(f"{where}: {key} is {theirs!r} there, not {ours!r}; {fix}")
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a line.
+
+        Raises:
+            OSError: it could not be written; what was added before is kept.
+        """
+        try:
+            self._file.write(_line(row))
+            self._file.flush()
+        except OSError as error:
+            raise disk_trouble(self._path.parent, error) from error
+
+    def close(self) -> None:
+        """Close the file and let others write to it."""
+        # What a full disk refused is flushed once more here, and `append` has complained already.
+        with suppress(OSError):
+            os.fsync(self._file.fileno())
+        with suppress(OSError):
+            self._file.close()
+
+
+def disk_trouble(folder: Path, error: OSError) -> OSError:
+    """The error in words; one that has been put in words already stays."""
+    if error.errno is None:
+        return error
+    if error.errno in _NO_SPACE:
+        return OSError(
+            f"no space left in {str(folder)!r} ({error.strerror}); what was answered is kept: make "
+            "room and give the same command again"
+        )
+    return PermissionError(
+        f"the output folder {str(folder)!r} cannot be written ({error.strerror}); choose another "
+        "one with --out"
+    )
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return json.dumps(row, separators=(",", ":")).encode() + b"\n"
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
