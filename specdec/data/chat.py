@@ -42,6 +42,10 @@ class Chat:
         """Tokens of rendered text, which holds its special tokens already."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def raw_tokens(self, text: str) -> list[int]:
+        """Tokens of a text that is continued as it is, with the special tokens in front."""
+        return list(self.tokenizer(text)["input_ids"])
+
     def follow_up(self, asked: Sequence[Sequence[Message]], last_token: int) -> list[int] | None:
         """Tokens between an answer and the next one, the end of the turn left out.
 

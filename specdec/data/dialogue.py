@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from specdec.bench.prompt import Message
+from specdec.data.chat import Chat
 from specdec.data.query import Query
 
 TURNS = ("last", "all")
@@ -83,6 +84,22 @@ class Dialogue:
     def num_unanswered(self) -> int:
         """Turns of a dialogue that has not failed but have no answer of their own."""
         return 0 if self.failure else len(self.asked) - len(self.kept)
+
+    def next_prompt(self, chat: Chat) -> list[int] | None:
+        """Tokens in front of the next answer; None where the chat template cannot ask for one."""
+        turn = len(self.answers)
+        try:
+            if not self.query.messages:
+                return chat.raw_tokens(self.query.text)
+            if not turn:
+                return chat.tokens(chat.text(self.asked[0]))
+            before = self.answers[-1]
+            more = chat.follow_up(self.asked[: turn + 1], before.tokens[-1])
+        except ValueError as error:
+            if not turn:
+                self.failure = str(error)
+            return None
+        return None if more is None else before.prompt + before.tokens + more
 
     def open(self, prompt: list[int] | None, max_context_len: int) -> None:
         """Begin the next answer; None where the chat template cannot ask for one."""

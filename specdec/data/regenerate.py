@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,10 @@ from specdec.data.dialogue import TURNS, Dialogue, plan_dialogues
 from specdec.data.journal import Journal
 from specdec.data.local_answers import LocalAnswers
 from specdec.data.query import SPLITS, Query
+from specdec.data.session import Progress, Session
 from specdec.interfaces import Drafter
 from specdec.sampling_config import SamplingConfig
 from specdec.targets.hf import HFTarget
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,10 @@ def regenerate(
     where = machine(target)  # as it is now: the code may be another when the run ends
     known = asdict(identify_target(target))
     dialogues = plan_dialogues(queries, settings.temperatures, settings.seed, settings.turns)
-    answers = LocalAnswers(target, drafter, settings.top_p, settings.max_new_tokens, batch_size)
+    session = Session(progress)
+    answers = LocalAnswers(
+        target, drafter, settings.top_p, settings.max_new_tokens, batch_size, session
+    )
     facts = {key: known[key] for key in ("weights", "tokenizer")}
     identity = {
         **run_identity(queries, settings),
@@ -107,10 +109,9 @@ def regenerate(
     try:
         answers.replay(dialogues, journal.entries)
         journal.entries.clear()
-        answers.run(dialogues, journal, progress)
+        answers.run(dialogues, journal)
     finally:
         journal.close()
-    session = answers.session
     if not session.tokens and (known_manifest := _finished(out)):
         return known_manifest
     manifest = {
@@ -120,13 +121,7 @@ def regenerate(
         "identity": identity,
         "settings": settings.values(),
         **summary(dialogues),
-        "session": {
-            "tokens": session.tokens,
-            "seconds": session.seconds,
-            "tokens_per_s": session.tokens_per_s,
-            "batch_size": batch_size,
-            "tau": session.tau,
-        },
+        "session": {**session.values(), "batch_size": batch_size},
         "provenance": where,
     }
     return finish(out, dialogues, manifest, target.tokenizer)
