@@ -496,7 +496,7 @@ def heads(runs: Path = Path("runs/heads"), package: Path = Path("specdec/demo"))
     """Write the trained heads into the package, in bf16 and with their model cards."""
     for kind in HEAD_NAMES:
         results = json.loads((runs / kind / "results.json").read_text())
-        head = read_head(runs / kind / "head")
+        head = read_head(runs / kind / "drafter")
         tensors = {
             name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
             for name, tensor in head.tensors.items()

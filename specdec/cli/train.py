@@ -14,10 +14,10 @@ from specdec.cli.app import app, exit_statuses, progress_bar, quiet_transformers
 @exit_statuses()
 def train(
     config: Annotated[str, typer.Argument(help="a YAML file, as in recipes/")],
-    out: Annotated[Path, typer.Option(help="folder for checkpoints, log, results and head")],
+    out: Annotated[Path, typer.Option(help="folder for checkpoints, log, results and drafter")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
 ) -> None:
-    """Train a draft head on a target's own answers; the same command resumes."""
+    """Train a drafter on a target's own answers; the same command resumes."""
     from specdec.train.config import load_train_config
 
     settings = load_train_config(config, overrides or [])
@@ -29,14 +29,14 @@ def train(
     if results is None:  # not the first process
         return
     picture = _curves(out)
+    used = json.dumps(results["drafter"])
     typer.echo(
-        f"Head: {out / 'head'}\nCurves: {picture or 'none, they need specdec[plot]'}\n"
-        f"Use it: specdec generate --target {settings.target.path} --drafter "
-        f"'{json.dumps({'type': settings.head.kind, 'path': str(out / 'head')})}' --prompt 'Hello'"
+        f"Drafter: {out / 'drafter'}\nCurves: {picture or 'none, they need specdec[plot]'}\n"
+        f"Use it: specdec generate --target {settings.target.path} --drafter '{used}' "
+        "--prompt 'Hello'"
     )
-    keys = ("steps", "seconds", "loss", "validation_loss", "offline_tau", "offline_acceptance")
-    summary = {"head": str(out / "head"), **{key: results[key] for key in keys}}
-    typer.echo(json.dumps(summary))
+    keys = ("drafter", "steps", "seconds", "loss", "validation_loss", "offline_tau", "alpha")
+    typer.echo(json.dumps({key: results[key] for key in keys}))
 
 
 def _curves(out: Path) -> Path | None:

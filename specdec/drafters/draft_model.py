@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from specdec.demo import demo_path
+from specdec.drafters.adapters import load_adapter
 from specdec.drafters.pool import CandidatePool
 from specdec.interfaces import Prompts, Target, TargetOutput
 from specdec.randomness import row_exponentials
@@ -108,7 +109,7 @@ class DraftModel:
         )
         if adapter is not None:
             model = _with_adapter(model, adapter, is_quantized=quantization is not None)
-        _check_same_tokenizer(model.tokenizer, target.tokenizer, path)
+        check_same_tokenizer(model.tokenizer, target.tokenizer, path)
         return cls(
             model,
             target.vocab_size,
@@ -281,19 +282,13 @@ def _to(draft: Draft, device: torch.device) -> Draft:
 
 
 def _with_adapter(model: HFTarget, adapter: str, *, is_quantized: bool) -> HFTarget:
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ValueError(
-            "adapter needs the package peft; install it with: pip install 'specdec[train]'"
-        ) from error
-    adapted = PeftModel.from_pretrained(model.model, adapter)
+    adapted = load_adapter(model.model, adapter)
     # Merged into a few bits, much of a small adapter would be rounded away.
     merged = adapted.get_base_model() if is_quantized else adapted.merge_and_unload()
     return HFTarget(merged.eval(), model.tokenizer)
 
 
-def _check_same_tokenizer(draft: Any, target: Any, path: str) -> None:
+def check_same_tokenizer(draft: Any, target: Any, path: str) -> None:
     """Refuse a drafter whose ids mean other text; a padded vocabulary is fine."""
     if draft is None or target is None:
         return

@@ -14,12 +14,15 @@ class TrainingBatch:
         loss_mask: [B, L] bool, the tokens that are to be predicted: the target's own answers.
         hidden: tap -> [B, L, H].
         target_logits: [B, L, V]; row i predicts token i + 1.
+        positions: [B, L] int64, each token's place in its own text, where several texts share a
+            line; None where each has its own.
     """
 
     tokens: Tensor
     loss_mask: Tensor
     hidden: dict[int, Tensor]
     target_logits: Tensor
+    positions: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

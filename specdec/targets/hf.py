@@ -41,10 +41,8 @@ class HFTarget:
         self.device: torch.device = model.device
         self.clock = ForwardClock(self.device)
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
-        self.max_context_len = int(
-            getattr(self.config, "max_position_embeddings", None) or self.config.n_positions
-        )
-        self.eos_token_ids = _eos_token_ids(model)
+        self.max_context_len = max_context_len(self.config)
+        self.eos_token_ids = eos_token_ids(model)
         self._masks = Masks(self.config, self.device)
         self.cache = SlotCache(self.config.num_hidden_layers, 1, 1, self.device)
         self._scored_tree = False
@@ -228,7 +226,13 @@ def _root_and_ancestors(mask: Tensor) -> Tensor:
     return padded
 
 
-def _eos_token_ids(model: Any) -> tuple[int, ...]:
+def max_context_len(config: Any) -> int:
+    """Positions that a text config allows."""
+    return int(getattr(config, "max_position_embeddings", None) or config.n_positions)
+
+
+def eos_token_ids(model: Any) -> tuple[int, ...]:
+    """Ids that end an answer, as the model's generation config or its config says."""
     settings = getattr(model, "generation_config", None)
     eos = getattr(settings, "eos_token_id", None)
     if eos is None:

@@ -44,10 +44,10 @@ def load_target(
     import transformers
 
     where = str(demo_path("target")) if path == "demo" else path
-    _check_path(where)
-    chosen = _device(device)
+    check_path(where)
+    chosen = find_device(device)
     options: dict[str, Any] = {
-        "dtype": _dtype(dtype, chosen),
+        "dtype": find_dtype(dtype, chosen),
         "use_safetensors": True,
         "revision": revision,
         "trust_remote_code": trust_remote_code,
@@ -66,12 +66,15 @@ def load_target(
         _check_complete(where, info)
         if "device_map" not in options:
             model = model.to(chosen)
+        if chosen.type == "cpu":
+            _compute_in_float32(model)
     except Exception as error:
         raise _explained(where, error, chosen) from error
-    return HFTarget(model.eval(), _tokenizer(where, revision, trust_remote_code))
+    return HFTarget(model.eval(), load_tokenizer(where, revision, trust_remote_code))
 
 
-def _check_path(path: str) -> None:
+def check_path(path: str) -> None:
+    """Refuse what is neither a folder with a checkpoint nor a hub id."""
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -85,7 +88,8 @@ def _check_path(path: str) -> None:
         )
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def find_device(device: str | torch.device | None) -> torch.device:
+    """The device that is meant, if it is there."""
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
@@ -99,7 +103,8 @@ def _device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> Any:
+def find_dtype(dtype: str | torch.dtype | None, device: torch.device) -> Any:
+    """The dtype that is meant: a torch dtype, or "auto" for the checkpoint's own."""
     if dtype is None:
         return torch.float32 if device.type == "cpu" else "auto"
     if isinstance(dtype, torch.dtype) or dtype == "auto":
@@ -128,6 +133,17 @@ def _quantization(name: str, device: torch.device) -> Any:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
     )
+
+
+def _compute_in_float32(model: Any) -> None:
+    """Keep 4-bit layers off the bfloat16 kernels that some CPUs have.
+
+    bitsandbytes takes them in eval mode whatever the compute dtype says, packs the weights anew for
+    them, with rounded scales, and cannot pack rows that are shorter than a block.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _explained(path: str, error: Exception, device: torch.device) -> Exception:
@@ -175,7 +191,8 @@ def _check_complete(path: str, info: Any) -> None:
             )
 
 
-def _tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> Any:
+def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """The tokenizer of a checkpoint; None for a folder without one."""
     from transformers import AutoTokenizer
 
     if Path(path).is_dir() and not any(Path(path).glob("tokenizer*")):

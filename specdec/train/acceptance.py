@@ -1,13 +1,10 @@
 """Offline acceptance: how far a head's chain would be accepted, measured without decoding."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from specdec.drafters.medusa import MedusaHeads
-from specdec.drafters.rollout import rollout
 from specdec.drafters.training_batch import TrainingBatch, shifted
 
 
@@ -51,29 +48,11 @@ class OfflineAcceptance:
         return [matched / tested if tested else None for matched, tested in pairs]
 
 
-def candidates(head: Any, batch: TrainingBatch, depth: int, width: int) -> Tensor:
-    """A head's likeliest ids [B, L, D, width] at place i for t_{i+2}, t_{i+3}, ...
-
-    Medusa has as many depths as heads, whatever `depth` is.
-    """
-    if isinstance(head, MedusaHeads):
-        return _top(head(batch.hidden[head.taps[0]]), width)
-    levels = []
-    for outputs in rollout(head, batch.tokens, head.fuse(batch.hidden), depth):
-        best = _top(head.logits(outputs), width)
-        levels.append(best if head.token_map is None else head.token_map[best])
-    return torch.stack(levels, 2)
-
-
-def _top(logits: Tensor, width: int) -> Tensor:
-    return logits.topk(min(width, logits.shape[-1]), -1).indices
-
-
 def count_matches(drafted: Tensor, batch: TrainingBatch) -> Tensor:
     """Counts [1 + 2 D] int64: roots, then tested and matched chains of each depth.
 
     Args:
-        drafted: [B, L, D] the first of the `candidates`.
+        drafted: [B, L, D] the first of a trainee's `candidates`.
         batch: see `TrainingBatch`.
     """
     best = batch.target_logits.argmax(-1)  # [B, L], place i says t_{i+1}
@@ -95,7 +74,7 @@ def count_ranks(drafted: Tensor, batch: TrainingBatch) -> Tensor:
     `best_static_tree` wants to know.
 
     Args:
-        drafted: [B, L, D, width], see `candidates`.
+        drafted: [B, L, D, width] candidates, see `Trainee`.
         batch: see `TrainingBatch`.
     """
     best = batch.target_logits.argmax(-1)
@@ -114,3 +93,24 @@ def acceptance_by_rank(counts: Tensor) -> list[list[float]]:
     """The table [depth][rank] of `best_static_tree`, from sums of `count_ranks`."""
     shares = counts[:, 1:] / counts[:, :1].clamp(min=1)
     return [[round(share, 6) for share in row] for row in shares.tolist()]
+
+
+def drafted_places(batch: TrainingBatch) -> Tensor:
+    """Mask [B, L] of the places i where t_{i+1} may be a root and t_{i+2} is the target's too."""
+    return shifted(batch.loss_mask, 1) & shifted(batch.loss_mask, 2)
+
+
+def sum_of_overlaps(guesses: Tensor, target_logits: Tensor) -> Tensor:
+    """Alpha's sums [2] in float64, at temperature 0 and at 1, over the places.
+
+    At 0 a place counts 1 if both argmaxes agree; at 1 it counts sum_x min(p(x), q(x)).
+
+    Args:
+        guesses: [places, V] logits of the drafter.
+        target_logits: [places, V] of the same tokens.
+
+    Source: Leviathan et al. 2022, arXiv 2211.17192, theorem 3.5.
+    """
+    same = (guesses.argmax(-1) == target_logits.argmax(-1)).sum()
+    mine, its = guesses.float().softmax(-1), target_logits.float().softmax(-1)
+    return torch.stack([same.double(), torch.minimum(mine, its).sum(dtype=torch.float64)])

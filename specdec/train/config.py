@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from specdec.checkpoints.head import KINDS
+from specdec.checkpoints.head import KINDS as HEADS
 from specdec.strict_config import load_strict, require_at_least
 
+KINDS = (*HEADS, "draft_model")
 PRECISIONS = ("no", "bf16", "fp16")
 TRACKERS = ("none", "tensorboard")
 
@@ -26,21 +27,28 @@ class TargetConfig:
 
 
 @dataclass
-class HeadConfig:
-    """The draft head: a kind, and the options of `specdec.drafters.{kind}.build`."""
+class DrafterConfig:
+    """What is trained: a kind, and the options of a new drafter of that kind.
+
+    For heads these are the options of `specdec.drafters.{kind}.build`, for "draft_model" those of
+    `DraftModelOptions`. `init` names a head to go on from instead of a new one.
+    """
 
     kind: str = ""
     options: dict[str, Any] = field(
-        default_factory=dict, metadata={"rule": "a mapping of the head's options"}
+        default_factory=dict, metadata={"rule": "a mapping of the drafter's options"}
     )
+    init: str | None = None
 
 
 @dataclass
 class DataConfig:
-    """A JSONL file of dialogues, see `read_rows`; its last rows are for validation.
+    """What the target answered: a folder of `specdec regenerate`, or a JSONL file of rows.
 
-    Longer rows are cut to `max_len` tokens; None: the target's context. `max_rows` takes the
-    first rows only, before the validation rows are split off.
+    A folder has its own held-out rows, of which `num_validation` takes the first ones; of a file
+    the last `num_validation` rows, or `validation_fraction` of it, are held out. Longer rows are
+    cut to `max_len` tokens; None: the target's context. `max_rows` takes the first training rows
+    only. `pack_len` puts several rows into lines of so many tokens.
     """
 
     path: str = ""
@@ -48,6 +56,21 @@ class DataConfig:
     validation_fraction: float | None = None
     max_len: int | None = None
     max_rows: int | None = None
+    pack_len: int | None = None
+
+
+@dataclass
+class ParityConfig:
+    """The gate at the end: the loop must accept what offline acceptance predicts.
+
+    The trained drafter drafts greedy chains for `num_prompts` held-out prompts, `max_new_tokens`
+    each; 0 prompts: no gate. `max_difference` is relative.
+    """
+
+    num_prompts: int = 32
+    max_new_tokens: int = 64
+    batch_size: int = 8
+    max_difference: float = 0.05
 
 
 @dataclass
@@ -60,7 +83,7 @@ class TrainConfig:
     """
 
     target: TargetConfig = field(default_factory=TargetConfig)
-    head: HeadConfig = field(default_factory=HeadConfig)
+    drafter: DrafterConfig = field(default_factory=DrafterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: dict[str, Any] = field(
         default_factory=dict, metadata={"rule": "a mapping of the loss's options"}
@@ -82,6 +105,7 @@ class TrainConfig:
     eval_depth: int = 5
     log_with: str = "none"
     mixed_precision: str | None = None
+    parity: ParityConfig = field(default_factory=ParityConfig)
 
 
 def load_train_config(path: str, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -99,16 +123,28 @@ def load_train_config(path: str, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def _check_choices(config: TrainConfig) -> None:
-    _require_one_of("head.kind", config.head.kind, KINDS)
+    _require_one_of("drafter.kind", config.drafter.kind, KINDS)
     _require_one_of("log_with", config.log_with, TRACKERS)
     if config.mixed_precision is not None:
         _require_one_of("mixed_precision", config.mixed_precision, PRECISIONS)
     if config.target.device is not None:
         _require_one_of("target.device", config.target.device, ("cpu", "cuda"))
     if not config.data.path:
-        raise ValueError("config data.path is empty but must name a JSONL file of answers")
+        raise ValueError(
+            "config data.path is empty but must name answers: a folder that "
+            "specdec regenerate wrote, or a JSONL file"
+        )
     if config.num_epochs is not None and config.max_steps is not None:
         raise ValueError("config num_epochs and max_steps are both given; remove one")
+    if config.data.pack_len is not None and config.drafter.kind in HEADS:
+        raise ValueError(
+            f"config data.pack_len is for draft models; {config.drafter.kind} heads look ahead in "
+            "their text, which packing would lead into the next one; remove it"
+        )
+    if config.drafter.init is not None and config.drafter.kind not in HEADS:
+        raise ValueError(
+            "config drafter.init is for heads; a draft model starts from drafter.options.path"
+        )
     if config.data.num_validation is not None and config.data.validation_fraction is not None:
         raise ValueError(
             "config data.num_validation and data.validation_fraction are both given; remove one"
@@ -130,6 +166,15 @@ def _check_sizes(config: TrainConfig) -> None:
     for name in ("lr", "max_grad_norm"):
         if not getattr(config, name) > 0:
             raise ValueError(f"config {name} is {getattr(config, name)} but must be above 0")
+    require_at_least(config.data, 3, "pack_len", prefix="data.")
+    require_at_least(config.parity, 0, "num_prompts", prefix="parity.")
+    require_at_least(config.parity, 2, "max_new_tokens", prefix="parity.")
+    require_at_least(config.parity, 1, "batch_size", prefix="parity.")
+    if not config.parity.max_difference > 0:
+        raise ValueError(
+            f"config parity.max_difference is {config.parity.max_difference} but must be above 0; "
+            "parity.num_prompts=0 turns the gate off"
+        )
     share = config.data.validation_fraction
     if share is not None and not 0 < share < 1:
         raise ValueError(f"config data.validation_fraction is {share} but must be within (0, 1)")

@@ -1,4 +1,4 @@
-"""The rows of a data file: dialogues, and which of their tokens the target wrote."""
+"""Which rows are trained on, and which are held out."""
 
 import hashlib
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ class Split:
     """Rows to train on and rows to validate on.
 
     Attributes:
-        training: the first rows of the file.
-        validation: the last ones; may be empty.
+        training: rows to train on.
+        validation: held out; may be empty.
         num_dropped: rows left out because no answer of two tokens fits into `max_len`.
         fingerprint: a short hash of what is kept.
     """
@@ -30,27 +30,53 @@ class Split:
 
 
 def load_split(config: DataConfig, vocab_size: int, max_len: int) -> Split:
-    """Read the file, cut long rows, and split the last ones off for validation.
+    """Read the rows, cut long ones, and tell those apart that are for validation.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file or folder.
         ValueError: a line that is no row, or too few rows.
     """
     path = Path(config.path).expanduser()
-    read = [row.cut(max_len) for row in read_rows(path, vocab_size, config.max_rows)]
-    rows = [row for row in read if _can_train(row)]
-    num_validation = config.num_validation or round((config.validation_fraction or 0) * len(rows))
-    if not rows:
+    if path.is_dir():
+        training = read_rows(path / "train.jsonl", vocab_size, config.max_rows)
+        held_out = read_rows(path / "held_out.jsonl", vocab_size, config.num_validation)
+        return split_rows(config, list(training), list(held_out), max_len)
+    return split_rows(config, list(read_rows(path, vocab_size, config.max_rows)), None, max_len)
+
+
+def split_rows(
+    config: DataConfig, rows: list[AnswerRow], held_out: list[AnswerRow] | None, max_len: int
+) -> Split:
+    """Cut rows, drop those that hold nothing to draft, and hold some out.
+
+    Args:
+        config: says how many are held out where `held_out` is None.
+        rows: to train on.
+        held_out: for validation.
+        max_len: in tokens.
+
+    Raises:
+        ValueError: too few rows.
+    """
+    read = [row.cut(max_len) for row in rows]
+    training = [row for row in read if _can_train(row)]
+    num_dropped = len(read) - len(training)
+    if not training:
         reason = f"none of its {len(read)} rows has an answer of {MIN_ANSWER_LEN} tokens"
         hint = f"{reason} within max_len {max_len}; raise data.max_len" if read else "it is empty"
-        raise ValueError(f"{path} holds nothing to train on: {hint}")
-    if num_validation >= len(rows):
+        raise ValueError(f"{config.path} holds nothing to train on: {hint}")
+    if held_out is not None:
+        validation = [row for row in (row.cut(max_len) for row in held_out) if _can_train(row)]
+        num_dropped += len(held_out) - len(validation)
+        return Split(training, validation, num_dropped, _fingerprint([*training, *validation]))
+    num_held_out = config.num_validation or round((config.validation_fraction or 0) * len(training))
+    if num_held_out >= len(training):
         raise ValueError(
-            f"{path} holds {len(rows)} rows that can be used, and {num_validation} of them would "
-            "be for validation; lower data.num_validation or give more rows"
+            f"{config.path} holds {len(training)} rows that can be used, and {num_held_out} of "
+            "them would be for validation; lower data.num_validation or give more rows"
         )
-    first = len(rows) - num_validation
-    return Split(rows[:first], rows[first:], len(read) - len(rows), _fingerprint(rows))
+    first = len(training) - num_held_out
+    return Split(training[:first], training[first:], num_dropped, _fingerprint(training))
 
 
 def _can_train(row: AnswerRow) -> bool:

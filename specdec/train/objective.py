@@ -1,27 +1,11 @@
-"""What is minimised, with which weights and which noise."""
+"""Which weights are trained, and with which noise."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from specdec.drafters.heads import head_loss
-from specdec.drafters.training_batch import TrainingBatch
-
-
-class HeadWithLoss(nn.Module):
-    """A head whose forward is its loss, so that wrappers around `forward` see all of it."""
-
-    def __init__(self, kind: str, head: nn.Module, options: dict[str, Any]) -> None:
-        super().__init__()
-        self.kind, self.head, self.options = kind, head, options
-
-    def forward(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss with its graph, and its detached parts."""
-        result = head_loss(self.kind, self.head, batch, **self.options)
-        return result.loss, result.parts
+from torch import nn
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What is told of a finished run: `results.json`, and what the head remembers of it."""
+"""What is told of a finished run: `results.json`, and what the drafter remembers of it."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +9,10 @@ from specdec.train.trainer import Trainer
 
 
 def training_results(
-    trainer: Trainer, vocabulary: dict[str, Any] | None, where: dict[str, Any]
+    trainer: Trainer,
+    vocabulary: dict[str, Any] | None,
+    where: dict[str, Any],
+    drafter: dict[str, Any],
 ) -> dict[str, Any]:
     """The content of `results.json`, see `docs/train.schema.json`.
 
@@ -17,10 +20,12 @@ def training_results(
         trainer: at its last step.
         vocabulary: size and coverage of a reduced draft vocabulary.
         where: the machine and the code, as they were when the run was started.
+        drafter: options of `load_drafter` for what was trained.
     """
     return {
-        "schema": "specdec-train-1",
+        "schema": "specdec-train-2",
         "provenance": {"config": asdict(trainer.config), **where},
+        "drafter": drafter,
         **_measured(trainer),
         "draft_vocabulary": vocabulary,
     }
@@ -30,6 +35,8 @@ def _measured(trainer: Trainer) -> dict[str, Any]:
     split = trainer.split
     progress, step = trainer.progress, trainer.log.last("step")
     assert step is not None
+    weights = trainer.trainee.module.parameters()
+    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
     evaluation = trainer.log.last("evaluation") or {}
     return {
         "steps": progress.step,
@@ -42,18 +49,20 @@ def _measured(trainer: Trainer) -> dict[str, Any]:
         "seconds": progress.seconds,
         "tokens_per_s": progress.tokens / progress.step_seconds,
         "num_processes": trainer.accelerator.num_processes,
-        "parameters": sum(weight.numel() for weight in trainer.head.parameters()),
+        "parameters": trained,
         "loss": step["loss"],
         "validation_loss": evaluation.get("validation_loss"),
         "offline_tau": evaluation.get("tau"),
         "offline_acceptance": evaluation.get("acceptance"),
+        "alpha": evaluation.get("alpha"),
         "acceptance_by_rank": evaluation.get("acceptance_by_rank"),
+        "domains": evaluation.get("domains"),
     }
 
 
 def remembered(config: TrainConfig, results: dict[str, Any]) -> dict[str, Any]:
-    """What the head's checkpoint says of its training."""
-    keys = ("steps", "tokens", "seconds", "loss", "validation_loss", "offline_tau")
-    lists = ("offline_acceptance", "acceptance_by_rank", "draft_vocabulary")
+    """What the drafter says of its training."""
+    keys = ("steps", "tokens", "seconds", "loss", "validation_loss", "offline_tau", "alpha")
+    lists = ("offline_acceptance", "acceptance_by_rank", "domains", "draft_vocabulary")
     kept = {key: results[key] for key in (*keys, *lists)}
     return {"data": Path(config.data.path).name, **kept, "loss_options": config.loss}

@@ -1,30 +1,32 @@
-"""A whole training run: from a configuration to a folder with a head."""
+"""A whole training run: from a configuration to a folder with a drafter."""
 
 import json
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib import import_module
 from importlib.util import find_spec
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from specdec.bench.provenance import machine
-from specdec.checkpoints import identify_target, write_head
+from specdec.checkpoints import TargetIdentity, identify_target
 from specdec.checkpoints.folder import write_files
-from specdec.drafters.heads import build_head
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
 from specdec.train.config import TrainConfig
 from specdec.train.data import Split, load_split
+from specdec.train.draft_model_options import DraftModelOptions
+from specdec.train.draft_model_trainee import DraftModelTrainee
+from specdec.train.head_trainee import HeadTrainee, new_head
 from specdec.train.objective import seeded
+from specdec.train.source import OnlineSource
 from specdec.train.state import RunFolder
+from specdec.train.trainee import Trainee
 from specdec.train.vocabulary import coverage, most_frequent
 
 # What may change between sessions of one run: it does not touch what is learned.
-_FREE_KEYS = ("threads", "save_every", "log_with")
+_FREE_KEYS = ("threads", "save_every", "log_with", "parity")
 
 
 def run_training(
@@ -32,11 +34,11 @@ def run_training(
     out: Path,
     callback: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> dict[str, Any] | None:
-    """Train a head, or go on where a killed run of the same configuration stopped.
+    """Train a drafter, or go on where a killed run of the same configuration stopped.
 
     Args:
         config: see `load_train_config`.
-        out: for checkpoints, `log.jsonl`, `results.json` and the head itself.
+        out: for checkpoints, `log.jsonl`, `results.json` and the drafter itself.
         callback: called in the first process with steps done, steps in all, and measurements.
 
     Returns:
@@ -63,10 +65,10 @@ def run_training(
             "pip install 'specdec[train]', or set log_with=none"
         )
     torch.set_num_threads(config.threads)
-    _check_loss_options(config)
     on_cpu = config.target.device == "cpu" or not torch.cuda.is_available()
     target = _load_target(config, PartialState(cpu=on_cpu).device)
     where = machine(target)  # as it is now: the code may be another when the run ends
+    identity = identify_target(target)
     split = load_split(config.data, target.vocab_size, _max_len(config, target))
     accelerator = Accelerator(
         cpu=on_cpu,
@@ -74,37 +76,61 @@ def run_training(
         log_with=None if config.log_with == "none" else config.log_with,
         project_dir=out,
     )
-    folder = RunFolder(out, _identity(config, target, split, accelerator.num_processes))
+    folder = RunFolder(out, _identity(config, identity, split, accelerator.num_processes))
     if accelerator.is_main_process:
         folder.prepare()
     accelerator.wait_for_everyone()
     with seeded(accelerator.device, config.seed):
-        head: Any = build_head(config.head.kind, _head_options(config), target)
-    vocabulary = _choose_vocabulary(config, head, target, split)
-    trainer = Trainer(config, head, target, split, folder, accelerator)
+        trainee, vocabulary = make_trainee(config, target, identity, split)
+    source = OnlineSource(target, trainee.taps, _dtype_of(trainee))
+    trainer = Trainer(config, trainee, source, split, folder, accelerator)
     trainer.run(callback if accelerator.is_main_process else _ignore)
     if not accelerator.is_main_process:
         return None
-    results = training_results(trainer, vocabulary, where)
-    write_head(trainer.checkpoint(remembered(config, results)), out / "head")
+    results = training_results(trainer, vocabulary, where, trainee.drafter(out / "drafter"))
+    trainee.export(out / "drafter", remembered(config, results))
     text = json.dumps(results, indent=1, allow_nan=False) + "\n"
     write_files(out, {"results.json": text.encode()})
     return results
 
 
+def make_trainee(
+    config: TrainConfig, target: HFTarget, identity: TargetIdentity, split: Split
+) -> tuple[Trainee, dict[str, Any] | None]:
+    """What a configuration trains, and the size and coverage of its draft vocabulary.
+
+    Args:
+        config: of the run.
+        target: what it drafts for.
+        identity: of the target.
+        split: rows that a reduced draft vocabulary is chosen from.
+
+    Raises:
+        FileNotFoundError: no such model or head to start from.
+        ValueError: an option that does not exist or cannot be.
+    """
+    kind, options = config.drafter.kind, dict(config.drafter.options)
+    if kind == "draft_model":
+        if config.draft_vocab_size is not None:
+            raise ValueError("config draft_vocab_size is for eagle3 heads; remove it")
+        chosen = DraftModelOptions.from_dict(options)
+        return DraftModelTrainee(chosen, target, config.loss), None
+    if config.draft_vocab_size is not None:
+        options["draft_vocab_size"] = config.draft_vocab_size
+    head: Any = new_head(kind, options, config.drafter.init, target, identity)
+    vocabulary = None
+    if config.drafter.init is None:
+        vocabulary = _choose_vocabulary(config, head, target, split)
+    return HeadTrainee(kind, head, identity, config.loss), vocabulary
+
+
+def _dtype_of(trainee: Trainee) -> torch.dtype:
+    weights = trainee.module.parameters()
+    return next(weight.dtype for weight in weights if weight.requires_grad)
+
+
 def _ignore(done: int, total: int, text: str) -> None:
     """Show no progress."""
-
-
-def _check_loss_options(config: TrainConfig) -> None:
-    loss = import_module(f"specdec.drafters.{config.head.kind}").loss
-    known = list(signature(loss).parameters)[2:]  # behind head and batch
-    unknown = next((name for name in config.loss if name not in known), None)
-    if unknown is not None:
-        raise ValueError(
-            f"config loss.{unknown} is no option of the {config.head.kind} loss; known: "
-            f"{', '.join(known)}"
-        )
 
 
 def _load_target(config: TrainConfig, device: torch.device) -> HFTarget:
@@ -139,13 +165,6 @@ def _precision(config: TrainConfig, dtype: torch.dtype) -> str:
     return config.mixed_precision or follows
 
 
-def _head_options(config: TrainConfig) -> dict[str, Any]:
-    options = dict(config.head.options)
-    if config.draft_vocab_size is not None:
-        options["draft_vocab_size"] = config.draft_vocab_size
-    return options
-
-
 def _choose_vocabulary(
     config: TrainConfig, head: Any, target: HFTarget, split: Split
 ) -> dict[str, Any] | None:
@@ -163,16 +182,12 @@ def _choose_vocabulary(
 
 
 def _identity(
-    config: TrainConfig, target: HFTarget, split: Split, num_processes: int
+    config: TrainConfig, target: TargetIdentity, split: Split, num_processes: int
 ) -> dict[str, Any]:
     """What makes a run the same run: never a path, always what is found there."""
     settings = {key: value for key, value in asdict(config).items() if key not in _FREE_KEYS}
     settings["data"].pop("path")
     settings["target"].pop("path")
-    known = identify_target(target)
-    return {
-        **settings,
-        "rows": split.fingerprint,
-        "target_weights": known.weights,
-        "num_processes": num_processes,
-    }
+    # A step means the same however many processes share its batches.
+    settings["batches_per_step"] = settings.pop("gradient_accumulation") * num_processes
+    return {**settings, "rows": split.fingerprint, "target_weights": target.weights}

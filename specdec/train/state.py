@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from specdec.checkpoints import HeadCheckpoint, read_head, write_head
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 KEPT = 2
 
@@ -39,12 +39,12 @@ class Saved:
 
     Attributes:
         progress: at the checkpoint.
-        head: the head.
+        tensors: name -> trained tensor.
         states: name -> state dict of the optimizer and, for float16, the loss scaler.
     """
 
     progress: Progress
-    head: HeadCheckpoint
+    tensors: dict[str, Tensor]
     states: dict[str, Any]
 
 
@@ -88,12 +88,15 @@ class RunFolder:
         content = json.loads((newest / "progress.json").read_text())
         self._check_identity(content["identity"])
         states = torch.load(newest / "optimizer.pt", map_location="cpu", weights_only=True)
-        return Saved(Progress(**content["progress"]), read_head(newest / "head"), states)
+        return Saved(
+            Progress(**content["progress"]), load_file(newest / "model.safetensors"), states
+        )
 
-    def save(self, progress: Progress, head: HeadCheckpoint, states: dict[str, Any]) -> None:
+    def save(self, progress: Progress, tensors: dict[str, Tensor], states: dict[str, Any]) -> None:
         """Write `checkpoint-{step}`, then remove all but the newest ones."""
         partial = self.folder / f".checkpoint-{progress.step}.partial"
-        write_head(head, partial / "head")
+        partial.mkdir(parents=True)
+        save_file(tensors, partial / "model.safetensors")
         torch.save(states, partial / "optimizer.pt")
         content = {"identity": self._identity, "progress": asdict(progress)}
         (partial / "progress.json").write_text(json.dumps(content, indent=1))

@@ -1,30 +1,27 @@
-"""The training loop of draft heads: one process or several, killed and resumed at will."""
+"""The training loop of drafters: one process or several, killed and resumed at will."""
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from specdec.checkpoints import HeadCheckpoint, identify_target, resolved_options
 from specdec.data.answers import AnswerRow
-from specdec.drafters.heads import fill_head, head_loss
-from specdec.drafters.training_batch import TrainingBatch
-from specdec.targets.hf import HFTarget
-from specdec.train.batches import StepPlan, collate
+from specdec.train.batches import Layout, StepPlan, packed, padded
 from specdec.train.config import TrainConfig
 from specdec.train.data import Split
 from specdec.train.evaluate import evaluate
 from specdec.train.log import TrainLog
-from specdec.train.objective import HeadWithLoss, parameter_groups, seeded
+from specdec.train.objective import parameter_groups, seeded
 from specdec.train.schedule import learning_rate
+from specdec.train.source import Source
 from specdec.train.state import Progress, RunFolder
-from specdec.train.target_view import view
+from specdec.train.trainee import Trainee, WithLoss
 
 Callback = Callable[[int, int, str], None]
 
@@ -34,8 +31,8 @@ class Trainer:
 
     Args:
         config: of the run.
-        head: new, on the accelerator's device.
-        target: frozen.
+        trainee: on the accelerator's device.
+        source: of the batches.
         split: the rows.
         folder: where checkpoints go.
         accelerator: of this process.
@@ -44,24 +41,23 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        head: Any,
-        target: HFTarget,
+        trainee: Trainee,
+        source: Source,
         split: Split,
         folder: RunFolder,
         accelerator: Accelerator,
     ) -> None:
-        self.config, self.head, self.target, self.split = config, head, target, split
+        self.config, self.trainee, self.source, self.split = config, trainee, source, split
         self.folder, self.accelerator = folder, accelerator
         self.plan = StepPlan(
             [len(row.tokens) for row in split.training],
             config.batch_size,
-            config.gradient_accumulation,
-            accelerator.num_processes,
+            config.gradient_accumulation * accelerator.num_processes,
             config.seed,
         )
         epochs = config.num_epochs or 1
         self.num_steps = config.max_steps or epochs * self.plan.steps_per_epoch
-        model = HeadWithLoss(config.head.kind, head, config.loss)
+        model = WithLoss(trainee)
         self.model, self.optimizer = accelerator.prepare(
             model,
             torch.optim.AdamW(
@@ -72,25 +68,9 @@ class Trainer:
             ),
         )
         self.progress = Progress()
-        self._identity = identify_target(target)
         self._resume()
         is_writer = accelerator.is_main_process
         self.log = TrainLog(folder.folder / "log.jsonl", self.progress.step, is_writer)
-
-    def checkpoint(self, training: dict[str, Any] | None = None) -> HeadCheckpoint:
-        """The head as it is now.
-
-        Args:
-            training: how it was trained, JSON values.
-        """
-        tensors = {name: each.detach().cpu() for name, each in self.head.state_dict().items()}
-        return HeadCheckpoint(
-            kind=self.config.head.kind,
-            options=resolved_options(self.head),
-            tensors=tensors,
-            target=self._identity,
-            training=training or {},
-        )
 
     def run(self, callback: Callback) -> None:
         """Train to the last step, evaluating and saving on the way and at the end.
@@ -157,13 +137,17 @@ class Trainer:
         accelerator = self.accelerator
         rank, world = accelerator.process_index, accelerator.num_processes
         counts = [sum(row.num_answer_tokens for row in rows) for rows in batches]
-        mine = range(rank, len(batches), world)
+        # Processes work in step: one that has no batch left repeats the first, for nothing.
+        turns = range(rank, -(-len(batches) // world) * world, world)
         sums: dict[str, Tensor] = {}
-        for place in mine:
+        for turn in turns:
+            is_real = turn < len(batches)
+            place = turn if is_real else 0
+            weight = counts[place] / sum(counts) if is_real else 0.0
             # Processes exchange gradients once a step, with their last batch.
-            gradients = nullcontext() if place == mine[-1] else accelerator.no_sync(self.model)
+            gradients = nullcontext() if turn == turns[-1] else accelerator.no_sync(self.model)
             with gradients, seeded(accelerator.device, self.config.seed, index, place):
-                parts = self._backward(batches[place], counts[place] / sum(counts))
+                parts = self._backward(batches[place], weight)
             sums = {name: sums.get(name, 0) + part for name, part in parts.items()}
         return self._reduced(sums)
 
@@ -175,14 +159,13 @@ class Trainer:
             weight: its share of the step's answer tokens. Processes' gradients are averaged, so
                 each one counts as many times as there are processes.
         """
-        batch = collate(rows, self.accelerator.device)
-        loss, parts = self.model(view(self.target, self.head.taps, batch, self._dtype))
+        loss, parts = self.model(self.source.batch(rows, self._lay))
         self.accelerator.backward(loss * weight * self.accelerator.num_processes)
         return {name: part * weight for name, part in {"loss": loss.detach(), **parts}.items()}
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(self.head.parameters()).dtype
+    def _lay(self, lengths: Sequence[int]) -> Layout:
+        line_len = self.config.data.pack_len
+        return padded(lengths) if line_len is None else packed(lengths, line_len)
 
     def _reduced(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Sums over all processes."""
@@ -202,18 +185,14 @@ class Trainer:
         )
 
     def _evaluate(self) -> dict[str, Any]:
-        def loss(batch: TrainingBatch, place: int) -> Tensor:
-            with seeded(self.accelerator.device, self.config.seed, place):
-                return head_loss(self.config.head.kind, self.head, batch, **self.config.loss).loss
-
         config = self.config
         return evaluate(
-            self.head,
-            loss,
-            self.target,
+            self.trainee,
+            self.source,
             self.split.validation,
             batch_size=config.batch_size,
             depth=config.eval_depth,
+            seed=config.seed,
             accelerator=self.accelerator,
         )
 
@@ -222,15 +201,23 @@ class Trainer:
             states = {"optimizer": self.optimizer.state_dict()}
             if self.accelerator.scaler is not None:
                 states["scaler"] = self.accelerator.scaler.state_dict()
-            self.folder.save(self.progress, self.checkpoint(asdict(self.progress)), states)
+            tensors = {name: each.detach().cpu() for name, each in self._tensors().items()}
+            self.folder.save(self.progress, tensors, states)
         self.accelerator.wait_for_everyone()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What training changes."""
+        weights = self.trainee.module.named_parameters()
+        return {name: weight for name, weight in weights if weight.requires_grad}
 
     def _resume(self) -> None:
         saved = self.folder.load()
         if saved is None:
             return
         self.progress = saved.progress
-        fill_head(self.head, saved.head.tensors, str(self.folder.folder))
+        with torch.no_grad():
+            for name, tensor in self._tensors().items():
+                tensor.copy_(saved.tensors[name])
         self.optimizer.load_state_dict(saved.states["optimizer"])
         if self.accelerator.scaler is not None and "scaler" in saved.states:
             self.accelerator.scaler.load_state_dict(saved.states["scaler"])

@@ -2,13 +2,12 @@
 
 import random
 
-import pytest
 import torch
 from tiny_models import tiny_target
 
 from specdec.data.answers import AnswerRow
 from specdec.train.batches import StepPlan, collate
-from specdec.train.target_view import view
+from specdec.train.source import view
 
 LENGTHS = random.Random(0).choices(range(5, 300), k=103)
 
@@ -20,21 +19,16 @@ def epoch(plan, number=0):
 
 
 def test_every_epoch_holds_every_row_once():
-    plan = StepPlan(LENGTHS, batch_size=8, num_accumulated=3)
+    plan = StepPlan(LENGTHS, batch_size=8, batches_per_step=3)
     for number in range(2):
         rows = [row for step in epoch(plan, number) for batch in step for row in batch]
         assert sorted(rows) == list(range(103))
     assert epoch(plan, 0) != epoch(plan, 1)
 
 
-def test_processes_share_an_epoch_without_repeats():
-    plan = StepPlan(LENGTHS, batch_size=8, num_accumulated=2, num_processes=3)
-    steps = epoch(plan)
-    shares = [[row for step in steps for batch in step[p::3] for row in batch] for p in range(3)]
-    rows = [row for share in shares for row in share]
-    assert len(set(rows)) == len(rows) > 103 - 3 * 8
-    assert all(len(step) % 3 == 0 for step in steps)
-    assert [len(step) for step in steps[:-1]] == [6] * (len(steps) - 1)
+def test_a_step_takes_its_batches_and_the_last_one_what_is_left():
+    steps = epoch(StepPlan(LENGTHS, batch_size=8, batches_per_step=6))
+    assert [len(step) for step in steps] == [6, 6, 1]
 
 
 def test_a_step_depends_on_the_seed_and_its_number_alone():
@@ -52,11 +46,6 @@ def test_rows_of_a_batch_are_of_like_length():
     assert batches != sorted(batches, key=lambda batch: LENGTHS[batch[0]])
 
 
-def test_too_few_rows_for_all_processes_are_refused():
-    with pytest.raises(ValueError, match="5 rows make too few batches of 8 for 2 processes"):
-        StepPlan(LENGTHS[:5], 8, num_processes=2)
-
-
 ROWS = [AnswerRow((5, 6, 7, 8, 9), ((1, 3), (4, 5))), AnswerRow((9, 8, 7), ((2, 3),))]
 
 
@@ -64,7 +53,6 @@ def test_the_mask_is_the_answers_and_never_padding():
     batch = collate(ROWS)
     assert batch.tokens.tolist() == [[5, 6, 7, 8, 9], [9, 8, 7, 0, 0]]
     assert batch.loss_mask.int().tolist() == [[0, 1, 1, 0, 1], [0, 0, 1, 0, 0]]
-    assert batch.num_tokens == 8
 
 
 def test_the_last_tap_is_what_the_vocabulary_projection_reads():

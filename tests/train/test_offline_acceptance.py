@@ -5,17 +5,18 @@ import torch
 from tiny_heads import tiny_head
 from tiny_models import tiny_target
 
+from specdec.checkpoints import identify_target
 from specdec.data.answers import AnswerRow
 from specdec.drafters.training_batch import TrainingBatch
 from specdec.train.acceptance import (
     OfflineAcceptance,
     acceptance_by_rank,
-    candidates,
     count_matches,
     count_ranks,
 )
 from specdec.train.batches import collate
-from specdec.train.target_view import view
+from specdec.train.head_trainee import HeadTrainee
+from specdec.train.source import view
 
 DEPTH = 3
 
@@ -78,7 +79,8 @@ def test_it_is_what_a_plain_loop_over_positions_counts(kind, chain, options):
     spans = [((2, 9), (12, 20)), ((3, 4), (6, 17))]
     rows = [AnswerRow(tuple(text), spans[i % 2]) for i, text in enumerate(texts)]
     batch = view(target, head.taps, collate(rows), torch.float32)
-    drafted = candidates(head, batch, DEPTH, 1)[..., 0]
+    trainee = HeadTrainee(kind, head, identify_target(target), {})
+    drafted = trainee.candidates(batch, DEPTH, 1)[..., 0]
     counted = OfflineAcceptance.from_counts(count_matches(drafted, batch))
     assert counted == plain_loop(head, target, rows, chain)
     assert 0 < counted.matched[-1] < counted.tested[-1]

@@ -4,24 +4,26 @@ import pytest
 from tiny_models import tiny_llama
 from tiny_training import answer_rows, tiny_config
 
+from specdec.checkpoints import identify_target
 from specdec.data.answers import AnswerRow
 from specdec.drafters.heads import load_head
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
-from specdec.train.acceptance import OfflineAcceptance, candidates, count_matches
+from specdec.train.acceptance import OfflineAcceptance, count_matches
 from specdec.train.batches import collate
+from specdec.train.head_trainee import HeadTrainee
 from specdec.train.run import run_training
-from specdec.train.target_view import view
+from specdec.train.source import view
 
 # Without a training-time test EAGLE-1 drifts on its own features from the second depth on.
 KINDS = {
     "medusa": (
-        {"head": {"kind": "medusa", "options": {"num_heads": 3}}, "max_steps": 250},
+        {"drafter": {"kind": "medusa", "options": {"num_heads": 3}}, "max_steps": 250},
         (0.95, 0.95, 0.95),
     ),
     "eagle": (
         {
-            "head": {"kind": "eagle"},
+            "drafter": {"kind": "eagle"},
             "loss": {"noise": 0.01, "cross_entropy_weight": 1.0},
             "max_steps": 600,
             "lr": 2e-2,
@@ -30,7 +32,7 @@ KINDS = {
     ),
     "eagle3": (
         {
-            "head": {"kind": "eagle3", "options": {"taps": [1, 2, 3]}},
+            "drafter": {"kind": "eagle3", "options": {"taps": [1, 2, 3]}},
             "loss": {"num_steps": 3},
             "max_steps": 400,
         },
@@ -55,10 +57,11 @@ def test_twenty_dialogues_are_learned_by_heart(kind, tmp_path):
     assert all(found > least for found, least in pairs), results["offline_acceptance"]
 
     target = load_target(config.target.path, device="cpu")
-    head, checkpoint = load_head(kind, target, str(tmp_path / "out" / "head"))
+    head, checkpoint = load_head(kind, target, str(tmp_path / "out" / "drafter"))
     batch = collate([AnswerRow(tuple(r["tokens"]), tuple(map(tuple, r["answers"]))) for r in rows])
     seen = view(target, head.taps, batch, target.model.dtype)
-    drafted = candidates(head, seen, 3, 1)[..., 0]
+    trainee = HeadTrainee(kind, head, identify_target(target), {})
+    drafted = trainee.candidates(seen, 3, 1)[..., 0]
     loaded = OfflineAcceptance.from_counts(count_matches(drafted, seen))
     assert loaded.by_depth == results["offline_acceptance"]
     assert checkpoint.training["offline_tau"] == loaded.accepted_length

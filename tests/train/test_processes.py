@@ -12,7 +12,7 @@ from specdec.train.config import load_train_config
 from specdec.train.run import run_training
 
 RUN = {
-    "head": {"kind": "eagle3"},
+    "drafter": {"kind": "eagle3"},
     "draft_vocab_size": 40,
     "batch_size": 4,
     "lr": 1e-2,
@@ -43,6 +43,8 @@ def test_two_processes_share_the_steps_and_one_writes(tmp_path):
             ours, theirs = [each[key] for each in two], [each[key] for each in one]
             assert ours == pytest.approx(theirs, rel=1e-3)
             assert len(set(theirs)) > 1
-    heads = [load_file(tmp_path / name / "head" / "model.safetensors") for name in ("one", "two")]
+    heads = [
+        load_file(tmp_path / name / "drafter" / "model.safetensors") for name in ("one", "two")
+    ]
     torch.testing.assert_close(heads[0], heads[1], rtol=0, atol=1e-3)
     assert len(list((tmp_path / "two" / "tensorboard").glob("events*"))) == 1

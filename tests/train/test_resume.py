@@ -14,7 +14,7 @@ from specdec.train.run import run_training
 
 # The noise of EAGLE-1 shows whether random numbers are resumed too.
 SETTINGS = {
-    "head": {"kind": "eagle"},
+    "drafter": {"kind": "eagle"},
     "gradient_accumulation": 2,
     "batch_size": 3,
     "max_steps": 9,
@@ -34,7 +34,7 @@ def whole(tmp_path_factory):
 def assert_same_run(folder, other):
     for kind in ("step", "evaluation"):
         assert logged(folder, kind) == logged(other, kind)
-    for name in ("head/model.safetensors", "checkpoint-9/head/model.safetensors"):
+    for name in ("drafter/model.safetensors", "checkpoint-9/model.safetensors"):
         assert (folder / name).read_bytes() == (other / name).read_bytes()
 
 
@@ -114,7 +114,7 @@ def test_a_finished_run_only_writes_its_results_again(whole):
     ("override", "message"),
     [
         ("lr=0.5", r"another lr \(0.001, not 0.5\)"),
-        ("head.kind=eagle3", "another head.kind"),
+        ("drafter.kind=eagle3", "another drafter.kind"),
         ("data.num_validation=4", "another data.num_validation"),
     ],
 )

@@ -14,7 +14,7 @@ from specdec.bench.provenance import machine
 from specdec.cli import app
 from specdec.drafters.training_batch import LossOutput
 from specdec.targets.load import load_target
-from specdec.train import objective
+from specdec.train import head_trainee
 from specdec.train.run import run_training
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "train.schema.json").read_text())
@@ -29,20 +29,20 @@ def test_provenance_is_of_the_start_of_a_run_not_of_its_end(tmp_path, monkeypatc
         return machine(target)
 
     monkeypatch.setattr("specdec.train.run.machine", note)
-    config = tiny_config(tmp_path, max_steps=2, head={"kind": "medusa"})
+    config = tiny_config(tmp_path, max_steps=2, drafter={"kind": "medusa"})
     run_training(config, tmp_path / "out", lambda done, total, text: events.append(done))
     assert events == ["provenance", 1, 2]
 
 
 def test_the_command_leaves_head_results_and_curves(tmp_path):
     path = write_run(
-        tmp_path, **RUN, head={"kind": "eagle3"}, draft_vocab_size=40, log_with="tensorboard"
+        tmp_path, **RUN, drafter={"kind": "eagle3"}, draft_vocab_size=40, log_with="tensorboard"
     )
     out = tmp_path / "out"
     done = CliRunner().invoke(app, ["train", str(path), "loss.num_steps=2", "--out", str(out)])
     assert done.exit_code == 0, done.output
     summary = json.loads(done.stdout.splitlines()[-1])
-    assert summary["head"] == str(out / "head")
+    assert summary["drafter"] == {"type": "eagle3", "path": str(out / "drafter")}
     assert summary["steps"] == 4
     assert "specdec generate --target" in done.stdout
     results = json.loads((out / "results.json").read_text())
@@ -54,7 +54,7 @@ def test_the_command_leaves_head_results_and_curves(tmp_path):
 
 
 def test_a_run_without_validation_rows_has_no_validation(tmp_path):
-    config = tiny_config(tmp_path, **RUN, head={"kind": "medusa"}, data={"num_validation": None})
+    config = tiny_config(tmp_path, **RUN, drafter={"kind": "medusa"}, data={"num_validation": None})
     results = run_training(config, tmp_path / "out")
     assert violations(results, SCHEMA) == []
     assert results["offline_tau"] is None
@@ -63,7 +63,7 @@ def test_a_run_without_validation_rows_has_no_validation(tmp_path):
 
 
 def test_epochs_count_every_row(tmp_path):
-    config = tiny_config(tmp_path, head={"kind": "medusa"}, num_epochs=2)
+    config = tiny_config(tmp_path, drafter={"kind": "medusa"}, num_epochs=2)
     results = run_training(config, tmp_path / "out")
     rows = answer_rows(load_target(config.target.path, device="cpu"))[:15]
     assert results["steps"] == 6
@@ -77,7 +77,7 @@ def test_accumulated_batches_are_one_large_batch(tmp_path):
     for name, cut in {"whole": (12, 1), "cut": (3, 4)}.items():
         folder = tmp_path / name
         folder.mkdir()
-        config = tiny_config(folder, **RUN, head={"kind": "medusa", "options": {"num_heads": 1}})
+        config = tiny_config(folder, **RUN, drafter={"kind": "medusa", "options": {"num_heads": 1}})
         config.data.num_validation = 8
         config.batch_size, config.gradient_accumulation = cut
         run_training(config, folder / "out")
@@ -87,14 +87,14 @@ def test_accumulated_batches_are_one_large_batch(tmp_path):
 
 
 def test_steps_follow_the_schedule(tmp_path):
-    config = tiny_config(tmp_path, **RUN, head={"kind": "eagle"}, lr=0.01, warmup_steps=2)
+    config = tiny_config(tmp_path, **RUN, drafter={"kind": "eagle"}, lr=0.01, warmup_steps=2)
     run_training(config, tmp_path / "out")
     rates = [record["lr"] for record in logged(tmp_path / "out")]
     assert rates == pytest.approx([0.005, 0.01, 0.01, 0.005])
 
 
 def test_the_target_is_left_as_it_was(tmp_path):
-    config = tiny_config(tmp_path, **RUN, head={"kind": "eagle"}, lr=0.1, weight_decay=0.5)
+    config = tiny_config(tmp_path, **RUN, drafter={"kind": "eagle"}, lr=0.1, weight_decay=0.5)
     before = load_target(config.target.path, device="cpu").model.state_dict()
     seen = {}
 
@@ -113,12 +113,12 @@ def test_the_target_is_left_as_it_was(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     tmp_path, monkeypatch, broken
 ):
-    config = tiny_config(tmp_path, **RUN, head={"kind": "medusa"})
-    calls, real = [], objective.head_loss
+    config = tiny_config(tmp_path, **RUN, drafter={"kind": "medusa"})
+    calls, real = [], head_trainee.head_loss
 
     def poisoned(kind, head, batch, **options):
         result = real(kind, head, batch, **options)
-        calls.append(kind)
+        calls.extend([kind] * head.training)
         if len(calls) < 4:
             return result
         # The square root's slope at 0 is infinite, and times 0 it is NaN.
@@ -126,7 +126,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
         wrong = result.loss * math.nan if broken == "loss" else result.loss + weight.sqrt()
         return LossOutput(wrong, result.parts)
 
-    monkeypatch.setattr(objective, "head_loss", poisoned)
+    monkeypatch.setattr(head_trainee, "head_loss", poisoned)
     with pytest.raises(FloatingPointError, match=r"step 4: the loss is .* must be finite"):
         run_training(config, tmp_path / "out")
     monkeypatch.undo()
@@ -139,7 +139,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     ("settings", "message"),
     [
         ({"loss": {"num_step": 2}}, r"loss\.num_step is no option of the eagle3 loss; known: num_"),
-        ({"head": {"kind": "eagle3", "options": {"depth": 2}}}, "cannot use its options"),
+        ({"drafter": {"kind": "eagle3", "options": {"depth": 2}}}, "cannot use its options"),
         ({"data": {"max_len": 257}}, "max_len is 257 but the target's context is only 256"),
         (
             {"target": {"dtype": "bfloat16"}, "mixed_precision": "no"},
@@ -149,20 +149,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     ],
 )
 def test_what_cannot_be_trained_is_named(tmp_path, settings, message):
-    config = tiny_config(tmp_path, **{**RUN, "head": {"kind": "eagle3"}} | settings)
+    config = tiny_config(tmp_path, **{**RUN, "drafter": {"kind": "eagle3"}} | settings)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_training(config, tmp_path / "out")
-    assert not (tmp_path / "out" / "head").exists()
+    assert not (tmp_path / "out" / "drafter").exists()
 
 
 def test_a_draft_vocabulary_for_a_head_without_one_is_refused(tmp_path):
-    config = tiny_config(tmp_path, **RUN, head={"kind": "medusa"}, draft_vocab_size=40)
+    config = tiny_config(tmp_path, **RUN, drafter={"kind": "medusa"}, draft_vocab_size=40)
     with pytest.raises(ValueError, match="medusa head cannot use its options"):
         run_training(config, tmp_path / "out")
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("specdec.train.run.find_spec", lambda name: None)
-    config = tiny_config(tmp_path, **RUN, head={"kind": "medusa"}, log_with="tensorboard")
+    config = tiny_config(tmp_path, **RUN, drafter={"kind": "medusa"}, log_with="tensorboard")
     with pytest.raises(ValueError, match="'tensorboard', which is not installed"):
         run_training(config, tmp_path / "out")

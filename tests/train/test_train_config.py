@@ -6,7 +6,7 @@ import pytest
 
 from specdec.train.config import load_train_config
 
-GOOD = "head: {kind: eagle3}\ndata: {path: a.jsonl}\n"
+GOOD = "drafter: {kind: eagle3}\ndata: {path: a.jsonl}\n"
 
 
 def load(tmp_path, *overrides):
@@ -16,8 +16,8 @@ def load(tmp_path, *overrides):
 
 
 def test_overrides_reach_options_of_head_and_loss(tmp_path):
-    config = load(tmp_path, "head.options.taps=[1,2,3]", "loss.num_steps=2", "lr=3e-4")
-    assert config.head.options == {"taps": [1, 2, 3]}
+    config = load(tmp_path, "drafter.options.taps=[1,2,3]", "loss.num_steps=2", "lr=3e-4")
+    assert config.drafter.options == {"taps": [1, 2, 3]}
     assert config.loss == {"num_steps": 2}
     assert config.lr == 3e-4
 
@@ -27,8 +27,8 @@ def test_overrides_reach_options_of_head_and_loss(tmp_path):
     [
         ("batchsize=1", "batchsize does not exist; did you mean batch_size"),
         ("data.pth=x", "did you mean data.path"),
-        ("head.kind=eagel", "head.kind is 'eagel' but must be one of medusa, eagle, eagle3"),
-        ("head.options=3", "head.options is 3 but must be a mapping of the head's options"),
+        ("drafter.kind=eagel", "drafter.kind is 'eagel' but must be one of medusa, eagle, eagle3"),
+        ("drafter.options=3", "drafter.options is 3 but must be a mapping of the drafter's options"),
         ("loss=[1]", "loss is .* must be a mapping of the loss's options"),
         ("data.path=''", "data.path is empty"),
         ("lr=0", "lr is 0.0 but must be above 0"),
@@ -58,7 +58,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "demo").glob("*.yaml")
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_for_the_demo_are_read(path):
     config = load_train_config(str(path))
-    assert config.head.kind == path.stem
+    assert config.drafter.kind == path.stem
     assert f"specdec train recipes/demo/{path.name} --out" in path.read_text()
 
 

@@ -1,0 +1,98 @@
+"""LoRA adapters of draft models: saved beside a mark of their base, and loaded onto no other."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+_BASE_FILE = "base.json"
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """Write an adapter in peft's own layout, with a mark of the base that it was trained on.
+
+    Args:
+        model: a peft model.
+        folder: made if it is not there.
+    """
+    model.save_pretrained(folder)
+    mark = {"embedding": _mark(model.get_base_model())}
+    (folder / _BASE_FILE).write_text(json.dumps(mark, indent=1) + "\n")
+
+
+def load_adapter(model: Any, adapter: str) -> Any:
+    """Put an adapter on a model.
+
+    Args:
+        model: a transformers causal LM.
+        adapter: folder or hub id.
+
+    Returns:
+        The peft model.
+
+    Raises:
+        ValueError: peft is not installed, or the adapter was trained on another base.
+        FileNotFoundError: no such adapter.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ValueError(
+            "adapter needs the package peft; install it with: pip install 'specdec[train]'"
+        ) from error
+    folder = Path(adapter).expanduser()
+    if folder.is_dir():
+        _check_base(model, folder)
+    elif adapter.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"adapter {adapter!r} is not a folder; give one, or a hub id")
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder) if folder.is_dir() else adapter)
+    except (RuntimeError, ValueError) as error:
+        text = str(error).splitlines()[0]
+        raise ValueError(
+            f"adapter {adapter!r} does not fit its base ({text}); it was trained on another model"
+        ) from error
+    if folder.is_dir():
+        _check_names(adapted, folder)
+    return adapted
+
+
+def _check_base(model: Any, folder: Path) -> None:
+    if not (folder / "adapter_config.json").is_file():
+        raise FileNotFoundError(
+            f"adapter {str(folder)!r} has no adapter_config.json; give the folder of an adapter"
+        )
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"adapter {str(folder)!r} has no adapter_model.safetensors; other formats are not read"
+        )
+    path = folder / _BASE_FILE
+    if path.is_file() and json.loads(path.read_text())["embedding"] != _mark(model):
+        raise ValueError(
+            f"adapter {str(folder)!r} was trained on another base than this model: their "
+            "embeddings differ; load it with the path of its own base"
+        )
+
+
+def _check_names(adapted: Any, folder: Path) -> None:
+    """peft leaves out what it does not find; a part of an adapter is a wrong drafter."""
+    from peft import get_peft_model_state_dict
+
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        stored = set(file.keys())
+    odd = sorted(stored ^ set(get_peft_model_state_dict(adapted)))
+    if odd:
+        raise ValueError(
+            f"adapter {str(folder)!r} does not fit its base: {len(odd)} tensors differ, {odd[0]} "
+            "for one; it was trained on another model"
+        )
+
+
+def _mark(model: Any) -> str:
+    """Hash of the signs of the input embedding, which no quantisation touches."""
+    weight = model.get_input_embeddings().weight.detach()
+    stride = max(1, weight.numel() // 2**20)
+    signs = weight.reshape(-1)[::stride].signbit().cpu()
+    return hashlib.sha256(signs.numpy().tobytes()).hexdigest()

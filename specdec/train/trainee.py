@@ -1,0 +1,71 @@
+"""What the training loop trains: it asks for a loss and for guesses, and knows no algorithm."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from specdec.drafters.training_batch import LossOutput, TrainingBatch
+
+
+class Trainee(Protocol):
+    """A drafter in training.
+
+    Attributes:
+        kind: its name in `specdec.registry`.
+        module: what is trained; parameters that do not require gradients stay as they are.
+        taps: HF `hidden_states` indices that its batches must hold.
+        depth: of the chains that it can draft; None for any.
+        can_pack: several rows may share one line of a batch, told apart by `positions`.
+    """
+
+    kind: str
+    module: nn.Module
+    taps: tuple[int, ...]
+    depth: int | None
+    can_pack: bool
+
+    def loss(self, batch: TrainingBatch) -> LossOutput:
+        """What is minimised, on a batch."""
+
+    def candidates(self, batch: TrainingBatch, depth: int, width: int) -> Tensor:
+        """Likeliest ids [B, L, D, width]: at place i for t_{i+2}, t_{i+3}, ..., after the text.
+
+        D is `depth`, or what the drafter has where it is bound to a depth.
+        """
+
+    def guesses(self, batch: TrainingBatch, mask: Tensor) -> Tensor:
+        """Logits [places, V] for t_{i+2} at the places i of a mask [B, L].
+
+        Tokens outside a reduced draft vocabulary are -inf.
+        """
+
+    def units(self) -> list[nn.Module]:
+        """Modules that are sharded each by itself, the largest repeated ones; may be empty."""
+
+    def options(self) -> dict[str, Any]:
+        """What it was built from, JSON values."""
+
+    def export(self, folder: Path, training: dict[str, Any]) -> None:
+        """Write the drafter, with what is to be remembered of its training."""
+
+    def drafter(self, folder: Path) -> dict[str, Any]:
+        """Options of `load_drafter` for what `export` wrote."""
+
+    def chain(self, depth: int) -> dict[str, Any]:
+        """Options of `load_drafter`, beside those of `drafter`, that make it draft chains."""
+
+
+class WithLoss(nn.Module):
+    """A trainee's module whose forward is its loss, so that wrappers around it see all of it."""
+
+    def __init__(self, trainee: Trainee) -> None:
+        super().__init__()
+        self.module = trainee.module
+        # A tuple keeps it out of the module's children, which are the trainee's already.
+        self._trainee = (trainee,)
+
+    def forward(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss with its graph, and its detached parts."""
+        result = self._trainee[0].loss(batch)
+        return result.loss, result.parts

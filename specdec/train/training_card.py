@@ -1,0 +1,13 @@
+"""What a trained draft model remembers of its training, beside its weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from specdec.checkpoints.folder import write_files
+
+
+def write_training(folder: Path, training: dict[str, Any]) -> None:
+    """Write `training.json`."""
+    text = json.dumps(training, indent=1, allow_nan=False) + "\n"
+    write_files(folder, {"training.json": text.encode()})

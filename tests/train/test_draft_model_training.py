@@ -1,0 +1,186 @@
+"""Draft models: packed texts do not see each other, and what is trained is what is exported."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import tiny_llama, tiny_target
+from tiny_training import answer_rows, logged, tiny_config
+from transformers import AutoModelForCausalLM
+
+from specdec.data.answers import AnswerRow
+from specdec.drafters.objectives import OBJECTIVES, objective
+from specdec.drafters.training_batch import shifted
+from specdec.registry import load_drafter
+from specdec.targets.hf import HFTarget
+from specdec.targets.load import load_target
+from specdec.train.batches import packed, padded
+from specdec.train.run import run_training
+from specdec.train.source import OnlineSource
+
+RUN = {"max_steps": 3, "lr": 1e-2, "eval_depth": 3, "eval_every": 0, "batch_size": 8}
+ROWS = [
+    AnswerRow(tuple(range(3, 3 + n)), ((start, n),))
+    for n, start in ((9, 4), (4, 0), (12, 5), (3, 1), (7, 2))
+]
+
+
+def drafter(folder, num_layers=1, **options):
+    tiny_llama(num_layers=num_layers, seed=5).save_pretrained(folder / "draft")
+    return {"kind": "draft_model", "options": {"path": str(folder / "draft"), **options}}
+
+
+def test_packing_puts_every_text_whole_into_as_few_lines_as_fit():
+    layout = packed([9, 4, 12, 3, 7], 13)
+    assert layout.shape == (3, 13)
+    columns = [set() for _ in range(3)]
+    for (line, first), length in zip(layout.places, [9, 4, 12, 3, 7], strict=True):
+        taken = set(range(first, first + length))
+        assert not taken & columns[line]
+        columns[line] |= taken
+    with pytest.raises(ValueError, match="a text has 12 tokens but a packed line only 11"):
+        packed([9, 12], 11)
+
+
+def test_packed_texts_are_read_as_if_each_had_a_line_of_its_own():
+    source = OnlineSource(tiny_target(), (1, 2), torch.float32)
+    apart = source.batch(ROWS, padded)
+    layout = packed([len(row.tokens) for row in ROWS], 13)
+    together = source.batch(ROWS, lambda lengths: layout)
+    for number, (line, first) in enumerate(layout.places):
+        length = len(ROWS[number].tokens)
+        for ours, theirs in (
+            (together.target_logits, apart.target_logits),
+            (together.hidden[1], apart.hidden[1]),
+        ):
+            torch.testing.assert_close(
+                ours[line, first : first + length], theirs[number, :length], rtol=0, atol=1e-5
+            )
+    # What a text begins with is predicted by nothing, least of all by the text before it.
+    assert together.loss_mask.sum() == apart.loss_mask.sum() == 5 + 3 + 7 + 2 + 5
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_packing_changes_no_loss(tmp_path, method):
+    losses = {}
+    for pack_len in (None, 40):
+        folder = tmp_path / str(pack_len)
+        folder.mkdir()
+        torch.manual_seed(0)
+        config = tiny_config(
+            folder, **RUN, drafter=drafter(folder, method=method), data={"pack_len": pack_len}
+        )
+        run_training(config, folder / "out")
+        losses[pack_len] = [record["loss"] for record in logged(folder / "out")]
+    assert losses[40] == pytest.approx(losses[None], rel=1e-4)
+    assert losses[None][-1] < losses[None][0]
+
+
+@pytest.mark.parametrize(
+    ("method", "export"),
+    [
+        ("full", "merged"),
+        ("lora", "merged"),
+        ("lora", "adapter"),
+        ("qlora", "merged"),
+        ("qlora", "adapter"),
+    ],
+)
+def test_what_is_exported_says_what_was_trained(tmp_path, method, export):
+    rows = answer_rows(HFTarget(tiny_llama(num_layers=3)))
+    given = drafter(tmp_path, method=method, export=export)
+    config = tiny_config(tmp_path, rows, **{**RUN, "max_steps": 30}, drafter=given)
+    results = run_training(config, tmp_path / "out")
+    before = tiny_llama(num_layers=1, seed=5)
+    target = load_target(config.target.path, device="cpu")
+    loaded = load_drafter(results["drafter"], target)
+    tokens = torch.tensor([rows[-1]["tokens"]])
+    matches = loaded.model.model(tokens).logits.argmax(-1) == target.model(tokens).logits.argmax(-1)
+    guessed = before(tokens).logits.argmax(-1) == target.model(tokens).logits.argmax(-1)
+    assert matches.sum() > guessed.sum()
+    # The loss of the last evaluation, computed again from what is on the disk.
+    seen = OnlineSource(target, (), torch.float32)
+    total, count = 0.0, 0
+    for row in rows[-5:]:
+        spans = tuple(map(tuple, row["answers"]))
+        batch = seen.batch([AnswerRow(tuple(row["tokens"]), spans)])
+        mask = shifted(batch.loss_mask, 1)
+        logits = loaded.model.model(batch.tokens).logits[mask]
+        goal, said = batch.target_logits[mask], shifted(batch.tokens, 1)[mask]
+        total += objective("forward_kl", logits, goal, said).item() * len(said)
+        count += len(said)
+    assert total / count == pytest.approx(results["validation_loss"], rel=1e-3)
+
+
+def test_a_merged_model_is_a_plain_checkpoint_that_others_read(tmp_path):
+    config = tiny_config(tmp_path, **RUN, drafter=drafter(tmp_path, method="qlora"))
+    run_training(config, tmp_path / "out")
+    folder = tmp_path / "out" / "drafter"
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    assert model.dtype == torch.float32
+
+
+def test_an_adapter_for_another_base_is_refused(tmp_path):
+    config = tiny_config(
+        tmp_path, **RUN, drafter=drafter(tmp_path, 2, method="lora", export="adapter")
+    )
+    options = run_training(config, tmp_path / "out")["drafter"]
+    target = load_target(config.target.path, device="cpu")
+    tiny_llama(num_layers=2, seed=6).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="was trained on another base"):
+        load_drafter({**options, "path": str(tmp_path / "other")}, target)
+    (tmp_path / "out" / "drafter" / "base.json").unlink()
+    tiny_llama(num_layers=1, seed=5).save_pretrained(tmp_path / "shallower")
+    with pytest.raises(ValueError, match="does not fit its base"):
+        load_drafter({**options, "path": str(tmp_path / "shallower")}, target)
+
+
+def test_every_objective_is_zero_or_least_for_the_target_itself():
+    generator = torch.Generator().manual_seed(0)
+    goal, other = torch.randn(2, 6, 9, generator=generator)
+    tokens = goal.argmax(-1)
+    for name in OBJECTIVES:
+        mine = objective(name, goal, goal, tokens)
+        assert mine < objective(name, other, goal, tokens)
+        if name != "cross_entropy":
+            assert mine == pytest.approx(0, abs=1e-6)
+
+
+def test_total_variation_is_one_minus_the_acceptance_rate():
+    goal, mine = torch.randn(2, 50, 9, generator=torch.Generator().manual_seed(0))
+    accepted = torch.minimum(goal.softmax(-1), mine.softmax(-1)).sum(-1).mean()
+    assert objective("total_variation", mine, goal, goal.argmax(-1)) == pytest.approx(
+        1 - accepted.item()
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "loss", "message"),
+    [
+        ({"ranks": 2}, {}, r"drafter.options.ranks is no option of a draft model; known: path"),
+        ({"method": "dora"}, {}, "method is 'dora' but must be one of full, lora, qlora"),
+        ({"method": "full", "export": "adapter"}, {}, "method 'full' makes none"),
+        ({"rank": 0}, {}, "rank is 0 but must be at least 1"),
+        ({"method": "lora", "targets": ["nothing"]}, {}, r"targets \['nothing'\]"),
+        ({}, {"decay": 1}, r"loss.decay is no option of the draft_model loss; known: objective"),
+        ({}, {"objective": "mse"}, "objective is 'mse' but must be one of cross_entropy"),
+        ({}, {"temperature": 0}, "temperature is 0 but must be above 0"),
+    ],
+)
+def test_wrong_options_are_named(tmp_path, options, loss, message):
+    config = tiny_config(tmp_path, **RUN, drafter=drafter(tmp_path, **options), loss=loss)
+    with pytest.raises(ValueError, match=message):
+        run_training(config, tmp_path / "out")
+
+
+def test_gradient_checkpointing_changes_no_loss(tmp_path):
+    losses = []
+    for number, checkpointing in enumerate((False, True)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        given = drafter(folder, method="qlora", gradient_checkpointing=checkpointing)
+        run_training(tiny_config(folder, **RUN, drafter=given), folder / "out")
+        losses.append([record["loss"] for record in logged(folder / "out")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
