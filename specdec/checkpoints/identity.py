@@ -26,7 +26,7 @@ def identify_target(target: Any) -> TargetIdentity:
         vocab_size=target.vocab_size,
         num_layers=target.config.num_hidden_layers,
         weights=_hash_of_weights(target.model),
-        tokenizer=_hash_of_vocabulary(target.tokenizer),
+        tokenizer=hash_of_vocabulary(target.tokenizer),
     )
 
 
@@ -101,12 +101,28 @@ def _hash_of_weights(model: Any) -> str | None:
 
     Signs are the same in every floating dtype, so that a target keeps its hash whatever dtype it
     is loaded in; rounded values would not, since they round twice. None for quantised weights,
-    whose signs are another matter, and for weights that are not in memory.
+    whose signs are another matter, and for weights that are not in memory, all or some.
     """
     config = model.config
     if getattr(model, "is_quantized", False) or getattr(config, "quantization_config", None):
         return None
+    if getattr(model, "is_partial", False):
+        return None
     matrices = [weight for _, weight in sorted(model.named_parameters()) if weight.ndim > 1]
+    return _hash_of_signs(matrices)
+
+
+def hash_of_ends(model: Any) -> str | None:
+    """Hash of the signs of a model's input embedding and vocabulary projection.
+
+    Known where only these two are in memory, and in a quantised model that kept both as they were;
+    None where it did not.
+    """
+    parts = (model.get_input_embeddings(), model.get_output_embeddings())
+    return _hash_of_signs([part.weight for part in parts])
+
+
+def _hash_of_signs(matrices: list[Tensor]) -> str | None:
     if not all(m.is_floating_point() and m.itemsize > 1 and not m.is_meta for m in matrices):
         return None
     share = max(1, NUM_SAMPLES // max(1, len(matrices)))
@@ -120,7 +136,8 @@ def _signs(weight: Tensor, count: int) -> Tensor:
     return weight.reshape(-1)[::stride].signbit().cpu()
 
 
-def _hash_of_vocabulary(tokenizer: Any) -> str | None:
+def hash_of_vocabulary(tokenizer: Any) -> str | None:
+    """Hash of a tokenizer's tokens and their ids; None for no tokenizer."""
     if tokenizer is None:
         return None
     tokens = json.dumps(sorted(tokenizer.get_vocab().items()))

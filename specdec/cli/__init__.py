@@ -6,6 +6,7 @@ A command is one file here and one line below.
 from specdec.cli import (  # noqa: F401 (they register themselves)
     bench,
     collect,
+    features,
     generate,
     heads,
     regenerate,

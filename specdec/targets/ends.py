@@ -150,8 +150,8 @@ def _refuse_what_does_more(where: str, model: Any) -> None:
     for (noun, wanted), module in zip(plain.items(), found, strict=True):
         if type(module) is not wanted:
             raise ValueError(
-                f"the {noun} of {where!r} is a {type(module).__name__}, which does more than a "
-                f"{wanted.__name__}; train beside the whole target"
+                f"the {noun} of {where!r} is a {type(module).__name__}, which does more than "
+                f"nn.{wanted.__name__}; train beside the whole target"
             )
 
 

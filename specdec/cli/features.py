@@ -1,0 +1,95 @@
+"""`specdec features`."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from specdec.cli.app import app, exit_statuses, progress_bar, quiet_transformers
+
+
+@app.command()
+@exit_statuses()
+def features(
+    answers: Annotated[
+        Path, typer.Argument(help="a folder that regenerate wrote, or a JSONL file; see --check")
+    ],
+    target: Annotated[str | None, typer.Option(help="'demo', a folder or a hub id")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the store; a killed run resumes")] = (
+        None
+    ),
+    taps: Annotated[
+        str, typer.Option(help="eagle3, eagle, medusa, none, or hidden_states indices, with commas")
+    ] = "eagle3,eagle",
+    dtype: Annotated[str, typer.Option(help="of the taps: bf16, int8 or float32")] = "bf16",
+    group_size: Annotated[
+        int, typer.Option(help="channels that share a scale in int8; 0: all of a token")
+    ] = 128,
+    top_k: Annotated[
+        int, typer.Option(help="logits kept a token; 0: they are computed from the last tap")
+    ] = 64,
+    max_len: Annotated[
+        int | None, typer.Option(help="rows are cut to so many tokens; default: the context")
+    ] = None,
+    batch_tokens: Annotated[int, typer.Option(help="that the target reads at once")] = 4096,
+    shard_mib: Annotated[int, typer.Option(help="MiB of a file, which is held in memory")] = 512,
+    target_dtype: Annotated[str | None, typer.Option(help="as --dtype of generate")] = None,
+    device: Annotated[str | None, typer.Option()] = None,
+    quantization: Annotated[str | None, typer.Option(help="8bit or 4bit")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="only say what each choice would take on the disk")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="ANSWERS is a store: compare the hashes of its files")
+    ] = False,
+) -> None:
+    """Store what the target makes of its answers, for training without it."""
+    if check:
+        _check(answers)
+        return
+    if target is None or (out is None and not dry_run):
+        raise ValueError("--target and --out must be given (--dry-run needs no --out)")
+    from specdec.data.feature_options import FeatureOptions
+    from specdec.data.feature_plan import FeaturePlan
+
+    options = FeatureOptions(taps, dtype, group_size, top_k, max_len, batch_tokens, shard_mib)
+    quiet_transformers()
+    if dry_run:
+        from specdec.targets.ends import load_ends
+
+        ends = load_ends(target, dtype=target_dtype, device=device)
+        _print_choices(FeaturePlan(answers, ends, options), out or Path())
+        return
+    assert out is not None
+    from specdec.data.features import FeatureExtraction
+    from specdec.targets.load import load_target
+
+    model = load_target(target, dtype=target_dtype, device=device, quantization=quantization)
+    extraction = FeatureExtraction(FeaturePlan(answers, model, options), model)
+    with progress_bar() as show:
+        summary = extraction.run(out, show)
+    typer.echo(json.dumps({"store": str(out), **summary}))
+
+
+def _check(folder: Path) -> None:
+    from specdec.data.feature_store import FeatureStore
+
+    store = FeatureStore.open(folder)
+    store.verify()
+    sizes = {name: split.rows for name, split in store.index.splits.items()}
+    typer.echo(json.dumps({"store": str(folder), "rows": sizes, "ok": True}))
+
+
+def _print_choices(plan: Any, out: Path) -> None:
+    """A table, and as the last line the same for machines."""
+    from rich.console import Console
+
+    from specdec.report.choices import choices_table
+
+    chosen, found = plan.chosen(out), plan.choices(out)
+    Console(width=None if sys.stdout.isatty() else 140).print(choices_table(found, chosen))
+    counts = asdict(plan.total)
+    typer.echo(json.dumps({"chosen": chosen, "choices": found, "counts": counts}))

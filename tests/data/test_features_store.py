@@ -1,0 +1,224 @@
+"""Reading a store: any row, any process, and nothing damaged or of another target."""
+
+import json
+import multiprocessing
+
+import pytest
+import torch
+from checkpoints import save_tokenizer
+from tiny_features import make_store, random_rows
+from tiny_models import tiny_llama, tiny_target
+
+from specdec.checkpoints import identify_target
+from specdec.data import feature_plan
+from specdec.data.answers import read_rows
+from specdec.data.feature_layout import logit_places
+from specdec.data.feature_store import FeatureStore
+from specdec.data.group_scales import from_int8, to_int8
+from specdec.data.top_logits import TopLogits
+from specdec.targets.ends import load_ends
+
+
+@pytest.fixture(autouse=True)
+def small_files(monkeypatch):
+    """Files of a few rows."""
+    monkeypatch.setattr(feature_plan, "_MIB", 20_000)
+
+
+def equal(first, second):
+    assert first.tokens.equal(second.tokens)
+    assert first.places.equal(second.places)
+    assert first.hidden.keys() == second.hidden.keys()
+    assert all(first.hidden[tap].equal(second.hidden[tap]) for tap in first.hidden)
+    for name in ("values", "ids", "rest"):
+        assert getattr(first.logits, name).equal(getattr(second.logits, name))
+
+
+def test_rows_come_back_as_they_were(tmp_path):
+    store = make_store(tmp_path, tiny_target(), held_out=random_rows(2, seed=5))
+    for split in store.splits():
+        written = list(read_rows(tmp_path / "answers" / f"{split}.jsonl", 97))
+        stored = store.rows(split)
+        assert [(r.tokens, r.answers, r.domain, r.temperature) for r in stored] == [
+            (r.tokens, r.answers, r.domain, r.temperature) for r in written
+        ]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bf16", "int8"])
+def test_any_row_at_any_time_is_the_row_that_reading_in_order_gives(tmp_path, dtype):
+    store = make_store(tmp_path, tiny_target(), dtype=dtype)
+    names = [row.id for row in store.rows("train")]
+    in_order = {name: store.get(name) for name in names}
+    fresh = FeatureStore.open(tmp_path / "store")
+    for name in [*reversed(names), names[4], names[4]]:
+        equal(fresh.get(name), in_order[name])
+
+
+def test_a_row_that_was_cut_is_the_start_of_the_whole_row(tmp_path):
+    store = make_store(tmp_path, tiny_target())
+    for row in store.rows("train"):
+        whole, cut = store.get(row.id), store.get(row.id, taps=[1], max_len=11)
+        assert cut.tokens.equal(whole.tokens[:11])
+        assert list(cut.hidden) == [1]
+        assert cut.hidden[1].equal(whole.hidden[1][:11])
+        assert cut.places.tolist() == [place for place in whole.places.tolist() if place < 10]
+        assert cut.logits.values.equal(whole.logits.values[: len(cut.places)])
+
+
+def test_only_places_before_an_answers_token_have_logits(tmp_path):
+    store = make_store(tmp_path, tiny_target())
+    row = store.rows("train")[1]
+    assert row.answers == ((3, 9), (9, 14))
+    assert logit_places(row) == list(range(2, 13))
+    assert logit_places(store.rows("train")[0]) == list(range(5))  # nothing predicts token 0
+    assert len(store.get(row.id).logits.values) == 11
+
+
+def _sum_of_rows(store, names, results):
+    results.put([float(store.get(name).hidden[1].double().sum()) for name in names])
+
+
+def test_several_processes_read_one_store_at_once(tmp_path):
+    store = make_store(tmp_path, tiny_target())
+    names = [row.id for row in store.rows("train")]
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    processes = [
+        context.Process(target=_sum_of_rows, args=(opened, names, results))
+        for opened in (store, FeatureStore.open(tmp_path / "store"), store)
+    ]
+    for process in processes:
+        process.start()
+    found = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    expected = [float(store.get(name).hidden[1].double().sum()) for name in names]
+    assert found == [expected] * 3
+
+
+def test_a_missing_file_is_refused_when_the_store_is_opened(tmp_path):
+    make_store(tmp_path, tiny_target())
+    (tmp_path / "store" / "train-00001.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"train-00001.safetensors' is missing"):
+        FeatureStore.open(tmp_path / "store")
+
+
+def test_a_file_that_was_cut_off_is_refused_when_the_store_is_opened(tmp_path):
+    make_store(tmp_path, tiny_target())
+    file = tmp_path / "store" / "train-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"train-00001\.safetensors' is damaged"):
+        FeatureStore.open(tmp_path / "store")
+
+
+def test_a_changed_byte_is_found_by_its_hash(tmp_path):
+    store = make_store(tmp_path, tiny_target())
+    file = tmp_path / "store" / "train-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"train-00001.safetensors' is damaged .its content"):
+        FeatureStore.open(store.folder).verify()
+
+
+def test_a_damaged_header_is_refused_when_it_is_read(tmp_path):
+    store = make_store(tmp_path, tiny_target())
+    file = tmp_path / "store" / "train-00000.safetensors"
+    file.write_bytes(b"\xff" * 8 + file.read_bytes()[8:])
+    with pytest.raises(ValueError, match="is damaged"):
+        FeatureStore.open(store.folder).rows("train")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda index: index.update(tap_convention="layers from 0"), "tap convention"),
+        (lambda index: index.update(schema="specdec.features/0"), "schema"),
+        (lambda index: index.pop("layout"), "is damaged"),
+        (lambda index: index.update(more=1), "is damaged"),
+    ],
+)
+def test_an_index_of_another_kind_is_refused(tmp_path, change, message):
+    make_store(tmp_path, tiny_target())
+    path = tmp_path / "store" / "features.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=message):
+        FeatureStore.open(tmp_path / "store")
+
+
+def test_a_folder_that_is_no_store_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no features.json"):
+        FeatureStore.open(tmp_path)
+
+
+def test_taps_splits_and_rows_that_are_not_there_are_named(tmp_path):
+    store = make_store(tmp_path, tiny_target(num_layers=4), taps="0,4")
+    with pytest.raises(ValueError, match=r"holds the taps \[0, 4\] but not 2"):
+        store.get("row 0", taps=[0, 2])
+    with pytest.raises(ValueError, match="no split 'test', only train, held_out"):
+        store.rows("test")
+    with pytest.raises(KeyError, match="no row 'row 100'"):
+        store.get("row 100")
+
+
+def test_a_store_of_another_targets_weights_is_refused(tmp_path):
+    store = make_store(tmp_path, tiny_target())
+    store.check_target(identify_target(tiny_target()))
+    with pytest.raises(ValueError, match="another target: its weights is"):
+        store.check_target(identify_target(tiny_target(seed=1)))
+    with pytest.raises(ValueError, match="its vocab_size is 97, not 96"):
+        store.check_target(identify_target(tiny_target(vocab_size=96)))
+
+
+def test_a_store_of_another_targets_ends_or_tokenizer_is_refused(tmp_path):
+    from specdec.targets.load import load_target
+
+    for name, seed, first in (("mine", 0, 0), ("other", 1, 0), ("spoken", 0, 8)):
+        tiny_llama(seed=seed).save_pretrained(tmp_path / name)
+        save_tokenizer(tmp_path / name, first=first)
+    store = make_store(tmp_path, load_target(str(tmp_path / "mine"), device="cpu"))
+    store.check_ends(load_ends(str(tmp_path / "mine"), device="cpu"))
+    store.check_ends(load_ends(str(tmp_path / "mine"), device="cpu", dtype="bfloat16"))
+    with pytest.raises(ValueError, match="its embedding or projection is"):
+        store.check_ends(load_ends(str(tmp_path / "other"), device="cpu"))
+    with pytest.raises(ValueError, match="its tokenizer is"):
+        store.check_ends(load_ends(str(tmp_path / "spoken"), device="cpu"))
+
+
+@pytest.mark.parametrize("group_size", [0, 7, 32, 64])
+def test_int8_is_off_by_at_most_half_a_step(group_size):
+    states = torch.randn(50, 40, generator=torch.Generator().manual_seed(0))
+    states[:, 3] *= 300  # a channel that is far larger than the others
+    states[7] = 0
+    codes, scales = to_int8(states, group_size)
+    again = from_int8(codes, scales, group_size)
+    width = group_size or 40
+    steps = scales.float().repeat_interleave(width, -1)[:, :40]
+    assert ((states - again).abs() <= 0.5 * steps + 1e-6).all()
+    assert scales.shape == (50, -(-40 // width))
+    assert again[7].eq(0).all()
+
+
+def test_kept_logits_have_exact_probabilities_and_the_rest_its_exact_mass():
+    logits = 4 * torch.randn(30, 97, generator=torch.Generator().manual_seed(0))
+    logits[3] += 40 * torch.nn.functional.one_hot(torch.tensor(5), 97)  # the rest has 1e-18
+    wanted = logits.double().softmax(-1)
+    for top_k in (1, 8, 96):
+        top = TopLogits.of(logits, top_k)
+        again = top.dense(97, torch.float32)
+        mine = again.double().softmax(-1)
+        assert mine.gather(1, top.ids).sub(wanted.gather(1, top.ids)).abs().max() < 1e-6
+        rest = wanted.scatter(1, top.ids, 0).sum(-1)
+        assert (mine.scatter(1, top.ids, 0).sum(-1) / rest - 1).abs().max() < 1e-4
+        assert again.gather(1, top.ids).equal(logits.gather(1, top.ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_argmax_survives_ties_and_rounding(dtype):
+    logits = torch.randint(-3, 3, (200, 30), generator=torch.Generator().manual_seed(1)).to(dtype)
+    logits = torch.cat([logits, torch.full((1, 30), 2.5, dtype=dtype)])
+    for top_k in (1, 2, 5, 30):
+        again = TopLogits.of(logits, top_k).dense(30, dtype)
+        assert again.argmax(-1).equal(logits.argmax(-1))

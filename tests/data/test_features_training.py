@@ -1,0 +1,115 @@
+"""Training from a store: the batches and losses of the target itself, up to what is rounded."""
+
+import pytest
+import torch
+from tiny_features import make_store, random_rows
+from tiny_heads import tiny_head
+from tiny_models import tiny_target
+
+from specdec.drafters.heads import head_loss
+from specdec.drafters.training_batch import shifted
+from specdec.train.batches import packed
+from specdec.train.source import OnlineSource
+from specdec.train.stored import StoredSource
+
+KINDS = ("medusa", "eagle", "eagle3")
+
+
+def sources(folder, target, taps=(0, 1, 2), **options):
+    store = make_store(folder, target, **options)
+    projection = target.model.get_output_embeddings()
+    stored = StoredSource(store, taps, torch.float32, "cpu", projection)
+    return stored, OnlineSource(target, taps, torch.float32), store.rows("train")
+
+
+def losses(kind, head, batch, **options):
+    """Loss, and the gradient of everything in one vector."""
+    head.zero_grad()
+    torch.manual_seed(3)
+    loss = head_loss(kind, head, batch, **options).loss
+    loss.backward()
+    gradients = [p.grad.flatten() for p in head.parameters() if p.grad is not None]
+    return loss.detach(), torch.cat(gradients)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_float32_store_gives_the_losses_of_the_target_itself(tmp_path, kind):
+    target = tiny_target()
+    stored, online, rows = sources(tmp_path, target, dtype="float32", top_k=97)
+    head = tiny_head(kind, target).train()
+    options = {"objective": "kl"} if kind == "medusa" else {}
+    for batch in (rows[:5], rows[5:], [row.cut(20) for row in rows]):
+        loss, gradient = losses(kind, head, stored.batch(batch), **options)
+        wanted, direction = losses(kind, head, online.batch(batch), **options)
+        assert abs(loss - wanted) < 1e-6 * max(1, abs(wanted))
+        assert (gradient - direction).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({"dtype": "bf16", "top_k": 97}, 0.01),
+        ({"dtype": "int8", "top_k": 97}, 0.02),
+        ({"dtype": "int8", "top_k": 97, "group_size": 0}, 0.02),
+        ({"dtype": "int8", "top_k": 0}, 0.03),
+        ({"dtype": "float32", "top_k": 0}, 1e-5),
+        ({"dtype": "float32", "top_k": 32}, 0.05),
+    ],
+)
+def test_what_is_rounded_moves_the_loss_by_little(tmp_path, kind, options, tolerance):
+    target = tiny_target()
+    stored, online, rows = sources(tmp_path, target, **options)
+    head = tiny_head(kind, target).train()
+    loss, _ = losses(kind, head, stored.batch(rows))
+    wanted, _ = losses(kind, head, online.batch(rows))
+    assert abs(loss / wanted - 1) < tolerance
+
+
+def test_batches_have_the_tokens_masks_and_shapes_of_the_target_itself(tmp_path):
+    stored, online, rows = sources(tmp_path, tiny_target(), dtype="float32")
+    mine, its = stored.batch(rows), online.batch(rows)
+    assert mine.tokens.equal(its.tokens)
+    assert mine.loss_mask.equal(its.loss_mask)
+    assert mine.target_logits.shape == its.target_logits.shape
+    is_learned = shifted(mine.loss_mask, 1)
+    assert mine.target_logits[is_learned].argmax(-1).equal(its.target_logits[is_learned].argmax(-1))
+    assert mine.target_logits[~is_learned].eq(0).all()
+
+
+def test_packed_lines_hold_every_row_where_the_layout_puts_it(tmp_path):
+    stored, _, rows = sources(tmp_path, tiny_target(), dtype="float32", top_k=97)
+    alone = [stored.batch([row]) for row in rows]
+    lines = stored.batch(rows, lambda lengths: packed(lengths, 90))
+    layout = packed([len(row.tokens) for row in rows], 90)
+    assert lines.positions is not None
+    for row, single, (line, first) in zip(rows, alone, layout.places, strict=True):
+        span = slice(first, first + len(row.tokens))
+        assert lines.hidden[1][line, span].equal(single.hidden[1][0])
+        assert lines.target_logits[line, span].equal(single.target_logits[0])
+
+
+def test_batches_come_in_the_drafters_dtype(tmp_path):
+    stored, _, rows = sources(tmp_path, tiny_target(), dtype="int8", top_k=4)
+    stored.dtype = torch.bfloat16
+    batch = stored.batch(rows[:2])
+    assert batch.hidden[0].dtype == batch.target_logits.dtype == torch.bfloat16
+
+
+def test_a_store_without_logits_needs_a_projection(tmp_path):
+    store = make_store(tmp_path, tiny_target(), top_k=0)
+    with pytest.raises(ValueError, match="no projection is given"):
+        StoredSource(store, [0], torch.float32, "cpu")
+
+
+def test_taps_that_the_store_lacks_are_refused_at_once(tmp_path):
+    store = make_store(tmp_path, tiny_target(), taps="eagle")
+    with pytest.raises(ValueError, match=r"holds the taps \[2\] but not 1.*--taps 1,2"):
+        StoredSource(store, [1, 2], torch.float32, "cpu")
+
+
+def test_rows_of_another_file_are_refused(tmp_path):
+    stored, _, _ = sources(tmp_path, tiny_target())
+    other = make_store(tmp_path / "other", tiny_target(), rows=random_rows(seed=2))
+    with pytest.raises(ValueError, match="'row 0' has other tokens"):
+        stored.batch(other.rows("train"))
