@@ -21,7 +21,7 @@ FLOORS = [
     ["batch"],
     ["decode"],
     ["bench"],
-    ["data"],
+    ["data", "proxy"],
     ["train"],
     ["report"],
     ["cli", "__main__"],

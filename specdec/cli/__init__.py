@@ -9,6 +9,7 @@ from specdec.cli import (  # noqa: F401 (they register themselves)
     features,
     generate,
     heads,
+    proxy,
     regenerate,
     train,
 )

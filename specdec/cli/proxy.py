@@ -1,0 +1,58 @@
+"""`specdec collect proxy`."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from specdec.cli.app import exit_statuses
+from specdec.cli.collect import collect_app
+
+_NEEDED = ("starlette", "uvicorn", "httpx")
+
+
+@collect_app.command("proxy")
+@exit_statuses()
+def proxy(
+    upstream: Annotated[str, typer.Option(help="root of the server, as http://127.0.0.1:8000")],
+    out: Annotated[Path, typer.Option(help="folder for requests-00001.jsonl and so on")],
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen on; 0 takes a free one")] = 8800,
+    sample: Annotated[float, typer.Option(help="share of requests to record, 0 to 1")] = 1.0,
+    max_body: Annotated[
+        str, typer.Option(help="larger requests and answers are served, not recorded")
+    ] = "8M",
+    max_file: Annotated[str, typer.Option(help="size at which the next file begins")] = "256M",
+    max_total: Annotated[
+        str, typer.Option(help="size of all files at which recording stops; serving goes on")
+    ] = "10G",
+    connect_timeout: Annotated[
+        float, typer.Option(help="longest wait for a connection to the server, in seconds")
+    ] = 10.0,
+    drain: Annotated[
+        int, typer.Option(help="longest wait for running answers at the end, in seconds")
+    ] = 30,
+) -> None:
+    """Record requests and answers on their way to an OpenAI-compatible server."""
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"the proxy needs {', '.join(missing)}; install with: pip install 'specdec[collect]'"
+        )
+    from specdec.proxy.server import serve
+    from specdec.proxy.settings import Settings, parse_size
+    from specdec.proxy.upstream import Upstream
+
+    settings = Settings(
+        out=out,
+        sample=sample,
+        max_body_bytes=parse_size(max_body),
+        max_file_bytes=parse_size(max_file),
+        max_total_bytes=parse_size(max_total),
+    )
+    serve(Upstream(upstream, connect_timeout), settings, host, port, drain, _say)
+
+
+def _say(text: str) -> None:
+    typer.echo(f"specdec: {text}", err=True)

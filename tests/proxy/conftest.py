@@ -1,0 +1,81 @@
+"""A fake upstream server and the proxy before it, each in a thread on a free port."""
+
+import socket
+
+import pytest
+from fake_upstream import PATIENCE_S, FakeUpstream, Proxy, Served, answer
+from starlette.responses import JSONResponse
+
+from specdec.proxy.application import build_application
+from specdec.proxy.record_files import RecordFiles
+from specdec.proxy.recorder import Recorder
+from specdec.proxy.settings import Settings
+from specdec.proxy.upstream import Upstream
+
+
+@pytest.fixture(scope="module")
+def upstream_server():
+    app = FakeUpstream()
+    served = Served(app)
+    yield app, served
+    served.stop()
+    served.join()
+
+
+@pytest.fixture
+def upstream(upstream_server):
+    """The fake upstream; it answers "hi" unless the test sets `answer`."""
+    app, served = upstream_server
+    app.seen.clear()
+    app.left.clear()
+    app.url = served.url
+
+    async def hi(request):
+        return JSONResponse(answer("hi"))
+
+    app.answer = hi
+    return app
+
+
+@pytest.fixture(scope="module")
+def stopped():
+    """Proxies that were told to stop; they are waited for together, as each takes a moment."""
+    proxies = []
+    yield proxies
+    for served in proxies:
+        served.join()
+
+
+@pytest.fixture
+def start_proxy(tmp_path, stopped):
+    """Starts a proxy; its settings, chance and `write` may be given."""
+    running = []
+
+    def start(url, write=None, chance=None, **settings):
+        folder = tmp_path / "records"
+        given = Settings(out=folder, **settings)
+        limits = (given.max_file_bytes, given.max_total_bytes)
+        files = RecordFiles(folder, *limits, **({"write": write} if write else {}))
+        said = []
+        behind = Upstream(url, connect_timeout_s=PATIENCE_S)
+        recorder = Recorder(given, files, behind.secrets, said.append, chance)
+        served = Served(build_application(behind, recorder, said.append))
+        running.append(served)
+        return Proxy(served, folder, said, recorder)
+
+    yield start
+    for served in running:
+        served.stop()
+        stopped.append(served)
+
+
+@pytest.fixture
+def proxy(start_proxy, upstream):
+    return start_proxy(upstream.url)
+
+
+@pytest.fixture
+def free_port():
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]

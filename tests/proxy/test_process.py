@@ -1,0 +1,191 @@
+"""The command as a process of its own: killed, stopped, and started wrongly."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+
+import anyio
+import httpx
+import pytest
+from fake_upstream import PATIENCE_S, chat, delta, event
+from starlette.responses import StreamingResponse
+from typer.testing import CliRunner
+
+from specdec.cli import app
+
+
+@pytest.fixture
+def start_process(tmp_path, upstream):
+    running = []
+
+    def start(*options):
+        arguments = ["--upstream", upstream.url, "--out", str(tmp_path / "q"), "--port", "0"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "specdec", "collect", "proxy", *arguments, *options],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        running.append(process)
+        first = process.stderr.readline()
+        return process, re.search(r"recording (http://127\.0\.0\.1:\d+) -> ", first)[1]
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def recorded(folder):
+    lines = (folder / "q" / "requests-00001.jsonl").read_bytes().splitlines()
+    return [json.loads(line)["request"]["messages"][0]["content"] for line in lines]
+
+
+def test_a_killed_proxy_loses_no_finished_request(start_process, upstream, tmp_path):
+    hanging = threading.Event()
+
+    async def respond(request):
+        text = (await request.json())["messages"][0]["content"]
+
+        async def run():
+            yield delta(content=text)
+            if text == "hangs":
+                hanging.set()
+                await anyio.sleep(PATIENCE_S)
+            yield event("[DONE]")
+
+        return StreamingResponse(run(), media_type="text/event-stream")
+
+    upstream.answer = respond
+    process, url = start_process()
+    finished = []
+    with httpx.Client(base_url=url, timeout=PATIENCE_S, verify=False) as client:
+        for number in range(10):
+            body = chat(str(number), stream=True)
+            with client.stream("POST", "/v1/chat/completions", json=body) as response:
+                # A client stops reading at [DONE], before the connection's own end of the answer.
+                assert any(b"[DONE]" in piece for piece in response.iter_raw())
+            finished.append(str(number))
+        body = chat("hangs", stream=True)
+        with client.stream("POST", "/v1/chat/completions", json=body):
+            assert hanging.wait(PATIENCE_S)
+            process.send_signal(signal.SIGKILL)
+            process.wait(PATIENCE_S)
+    assert recorded(tmp_path) == finished
+    with (tmp_path / "q" / "requests-00001.jsonl").open("ab") as file:
+        file.write(b'{"id": "to')  # what a kill in the middle of a write leaves
+    _, url = start_process()
+    upstream_answer = httpx.post(f"{url}/v1/chat/completions", json=chat("again"), verify=False)
+    assert upstream_answer.status_code == 200
+    assert recorded(tmp_path) == [*finished, "again"]
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_proxy_finishes_running_answers(start_process, upstream, tmp_path, ending):
+    half, goes_on = threading.Event(), threading.Event()
+
+    async def run():
+        yield delta(content="one")
+        half.set()
+        await anyio.to_thread.run_sync(goes_on.wait, PATIENCE_S)
+        yield delta("stop", content=" two") + event("[DONE]")
+
+    async def respond(request):
+        return StreamingResponse(run(), media_type="text/event-stream")
+
+    upstream.answer = respond
+    process, url = start_process()
+    with (
+        httpx.Client(base_url=url, timeout=PATIENCE_S, verify=False) as client,
+        client.stream("POST", "/v1/chat/completions", json=chat("a")) as response,
+    ):
+        pieces = response.iter_raw()
+        next(pieces)
+        process.send_signal(ending)
+        goes_on.set()
+        assert b"".join(pieces).endswith(event("[DONE]"))
+    assert process.wait(PATIENCE_S) == (0 if ending == signal.SIGINT else -signal.SIGTERM)
+    assert "recorded 1 requests" in process.stderr.read()
+    assert recorded(tmp_path) == ["a"]
+
+
+def test_an_answer_that_outlasts_the_end_is_cut_and_recorded_so(start_process, upstream, tmp_path):
+    async def run():
+        yield delta(content="one")
+        await anyio.sleep(PATIENCE_S)
+
+    async def respond(request):
+        return StreamingResponse(run(), media_type="text/event-stream")
+
+    upstream.answer = respond
+    process, url = start_process("--drain", "0")
+    with (
+        httpx.Client(base_url=url, timeout=PATIENCE_S, verify=False) as client,
+        client.stream("POST", "/v1/chat/completions", json=chat("a")) as response,
+    ):
+        pieces = response.iter_raw()
+        next(pieces)
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(httpx.RemoteProtocolError):
+            list(pieces)
+    process.wait(PATIENCE_S)
+    (line,) = (tmp_path / "q" / "requests-00001.jsonl").read_bytes().splitlines()
+    record = json.loads(line)
+    assert record["complete"] is False
+    assert record["response"]["choices"][0]["message"]["content"] == "one"
+
+
+def invoke(tmp_path, *options):
+    arguments = ["collect", "proxy", "--out", str(tmp_path / "q"), "--port", "0", *options]
+    return CliRunner().invoke(app, arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--upstream", "localhost:8000"], "http://HOST:PORT"),
+        (["--upstream", "ftp://u:secret@h"], "http://HOST:PORT"),
+        (["--upstream", "http://h", "--sample", "1.5"], "--sample 1.5"),
+        (["--upstream", "http://h", "--max-body", "8 parsecs"], "'8 parsecs' is no size"),
+        (["--upstream", "http://h", "--max-file", "0"], "at least 1"),
+    ],
+)
+def test_wrong_options_are_told_in_a_line(tmp_path, options, said):
+    done = invoke(tmp_path, *options)
+    assert done.exit_code == 2
+    assert said in done.stderr
+    assert "secret" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_proxy_without_its_extra_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("specdec.cli.proxy.find_spec", lambda name: None)
+    done = invoke(tmp_path, "--upstream", "http://h")
+    assert done.exit_code == 2
+    assert "pip install 'specdec[collect]'" in done.stderr
+
+
+def test_a_port_that_is_taken_is_told(tmp_path, upstream):
+    port = upstream.url.rpartition(":")[2]
+    done = invoke(tmp_path, "--upstream", "http://h", "--port", port)
+    assert done.exit_code == 1
+    assert "Address already in use" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("4096", 4096),
+        ("512K", 512 * 1024),
+        ("8M", 8 << 20),
+        ("256MiB", 256 << 20),
+        ("1.5g", 3 << 29),
+    ],
+)
+def test_sizes_are_powers_of_1024(text, size):
+    from specdec.proxy.settings import parse_size
+
+    assert parse_size(text) == size
