@@ -1,6 +1,6 @@
 """A query that somebody asked, as it is collected, stored and answered."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ class Query:
         domain: a tag that splits and results are told apart by; may be empty.
         language: ISO 639-1 code; may be empty.
         source: the file and line, or the data set and row, that it came from.
+        conversation: hash of its first user turn; queries that share it are in the same split.
     """
 
     id: str
@@ -30,6 +31,12 @@ class Query:
     domain: str = ""
     language: str = ""
     source: str = ""
+    conversation: str = ""
+
+    @property
+    def last_turn(self) -> str:
+        """What is asked last; of a completion, all of it."""
+        return self.messages[-1]["content"] if self.messages else self.text
 
 
 def write_queries(queries: dict[str, list[Query]], folder: Path) -> None:
@@ -37,13 +44,17 @@ def write_queries(queries: dict[str, list[Query]], folder: Path) -> None:
     from datasets import Dataset, DatasetDict, Features, List, Value
 
     message = {"role": Value("string"), "content": Value("string")}
-    names = ("id", "text", "answer", "domain", "language", "source")
-    features = Features({"messages": List(message), **{name: Value("string") for name in names}})
+    names = [field.name for field in fields(Query)]
+    types = {name: List(message) if name == "messages" else Value("string") for name in names}
     splits = {
-        split: Dataset.from_list([asdict(query) for query in found], features=features)
+        split: Dataset.from_dict(
+            {name: [getattr(query, name) for query in found] for name in names}, Features(types)
+        )
         for split, found in queries.items()
     }
-    DatasetDict(splits).save_to_disk(folder)
+    # What is empty gets no file unless told to, and could then not be loaded (datasets 5.2).
+    shards = {split: None if found else 1 for split, found in queries.items()}
+    DatasetDict(splits).save_to_disk(folder, num_shards=shards)
 
 
 def read_queries(folder: Path, split: str) -> list[Query]:

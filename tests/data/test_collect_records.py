@@ -1,0 +1,234 @@
+"""Readers of files, and what their records ask."""
+
+import csv
+import gzip
+import json
+
+import pytest
+
+from specdec.data.conversation import NoQueryError, asked_in
+from specdec.data.records import FileRecords, Malformed, form_of
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def asked(record, turns="all"):
+    """(texts of the messages or of the completion, answer) of each query."""
+    return [
+        ([turn["content"] for turn in each.messages] or each.text, each.answer)
+        for each in asked_in(record, turns)
+    ]
+
+
+ANSWER = {"choices": [{"message": {"role": "assistant", "content": "Hi!"}}]}
+CHAT = {"model": "m", "messages": [{"role": "developer", "content": "Be kind."}, user("Hello")]}
+
+
+@pytest.mark.parametrize(
+    ("record", "answer"),
+    [
+        (CHAT, None),
+        ({"request": CHAT, "response": ANSWER}, "Hi!"),
+        ({"request": CHAT, "response": ANSWER, "status": 200, "complete": True}, "Hi!"),
+        ({"request": CHAT, "response": ANSWER, "status": 200, "complete": False}, None),
+        ({"request": CHAT, "response": None, "status": 503}, None),
+        ({"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": CHAT}, None),
+        ({"body": CHAT, "response": {"status_code": 200, "body": ANSWER}}, "Hi!"),
+    ],
+)
+def test_a_chat_request_is_one_query_in_every_log_format(record, answer):
+    assert asked(record) == [(["Be kind.", "Hello"], answer)]
+    assert [turn["role"] for turn in next(asked_in(record)).messages] == ["system", "user"]
+
+
+def test_a_request_asks_its_last_turn_only_whatever_the_turns_option():
+    request = {"model": "m", "messages": [user("a"), assistant("b"), user("c")]}
+    for turns in ("all", "last", "first"):
+        assert asked(request, turns) == [(["a", "b", "c"], None)]
+    prefilled = {"model": "m", "messages": [user("a"), assistant("b")]}
+    assert asked(prefilled) == [(["a"], "b")]
+
+
+def test_a_completion_keeps_its_prompt_as_text():
+    answered = {"choices": [{"text": " there"}]}
+    log = {"request": {"model": "m", "prompt": "Hello"}, "response": answered}
+    assert asked(log) == [("Hello", " there")]
+    assert asked({"model": "m", "prompt": ["One", "Two"]}) == [("One", None), ("Two", None)]
+    assert asked({"prompt": "Hello"}) == [(["Hello"], None)]  # no request: a user's question
+
+
+def test_parts_of_text_are_joined_and_other_parts_are_told():
+    parts = [{"type": "text", "text": "What is"}, {"type": "text", "text": "this?"}]
+    assert asked({"messages": [user(parts)]}) == [(["What is\nthis?"], None)]
+    image = {"type": "image_url", "image_url": {"url": "data:..."}}
+    with pytest.raises(NoQueryError, match="not_text"):
+        asked({"messages": [user([*parts, image])]})
+
+
+SHAREGPT = {
+    "id": "x",
+    "conversations": [
+        {"from": "gpt", "value": "a piece of an earlier answer"},
+        {"from": "human", "value": "a"},
+        {"from": "gpt", "value": "b"},
+        {"from": "human", "value": "c"},
+        {"from": "gpt", "value": "d"},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "record", [SHAREGPT, {"messages": [user("a"), assistant("b"), user("c"), assistant("d")]}]
+)
+def test_a_conversation_is_a_query_at_each_user_turn_that_is_chosen(record):
+    first, last = (["a"], "b"), (["a", "b", "c"], "d")
+    assert asked(record) == [first, last]
+    assert asked(record, "last") == [last]
+    assert asked(record, "first") == [first]
+
+
+def test_a_tool_call_ends_what_a_conversation_asks():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    record = {"messages": [user("a"), assistant("b"), user("c"), call, user("d"), assistant("e")]}
+    found = asked_in(record)
+    assert [len(next(found).messages), len(next(found).messages)] == [1, 3]
+    with pytest.raises(NoQueryError, match="tools"):
+        next(found)
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"messages": [assistant("b")]}, "no_user_turn"),
+        ({"model": "m", "prompt": [1, 2, 3]}, "not_text"),
+        ({"request": {"model": "e", "input": "embed me"}, "response": {}}, "other_request"),
+        ({"request": CHAT, "response": {"error": {}}, "status": 400}, "refused"),
+    ],
+)
+def test_a_sound_record_without_a_query_says_why(record, reason):
+    with pytest.raises(NoQueryError, match=reason):
+        asked(record)
+
+
+def test_questions_and_instructions_keep_their_reference_answers():
+    assert asked({"question": "1+1?", "answer": "2"}) == [(["1+1?"], "2")]
+    alpaca = {"instruction": "Add", "input": "1, 1", "output": "2"}
+    assert asked(alpaca) == [(["Add\n\n1, 1"], "2")]
+    assert asked({"instruction": "Add", "input": ""}) == [(["Add"], None)]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (7, "not int"),
+        ({"a": 1, "b": 2}, r"its keys are \['a', 'b'\]"),
+        ({"messages": "hello"}, "its messages is str"),
+        ({"messages": [{"role": "king", "content": "x"}]}, "the role 'king'"),
+        ({"messages": [{"role": "user"}]}, "its content is NoneType"),
+        ({"question": 3, "answer": "x"}, "question is int"),
+        ({"response": {"body": ANSWER}, "custom_id": "1"}, "a response without its request"),
+    ],
+)
+def test_a_record_of_no_known_form_is_an_error_that_names_it(record, message):
+    with pytest.raises(ValueError, match=message):
+        asked(record)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "form"),
+    [
+        ("a.jsonl", '{"text": "x"}\n', "jsonl"),
+        ("a.json", '[{"text": "x"}]', "json"),
+        ("a.json", '{"text": "x"}\n{"text": "y"}\n', "jsonl"),
+        ("a.jsonl", '\n [{"text": "x"}]', "json"),
+        ("a.log", '{"text": "x"}\n', "jsonl"),
+        ("a.log", "hello\n", "text"),
+        ("a.txt", '{"text": "x"}\n', "text"),
+        ("a.csv", "text\nx\n", "csv"),
+        ("a.tsv", "text\tb\n", "tsv"),
+    ],
+)
+def test_the_format_is_told_from_suffix_and_content(tmp_path, name, content, form):
+    (tmp_path / name).write_text(content)
+    assert form_of(tmp_path / name) == form
+    zipped = tmp_path / f"{name}.gz"
+    zipped.write_bytes(gzip.compress(content.encode()))
+    assert form_of(zipped) == form
+    assert form_of(tmp_path / name, "text") == "text"
+
+
+def test_files_that_would_be_read_wrongly_are_refused(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{\n"data": []\n}')
+    with pytest.raises(ValueError, match="one object over many lines"):
+        form_of(path)
+    path.write_bytes("hello".encode("utf-16"))
+    with pytest.raises(ValueError, match="iconv"):
+        form_of(path)
+
+
+ROWS = [{"text": "a"}, {"text": 'b, "b"\nb'}, {"text": "ü\u2028]"}]
+
+
+def written(path, form):
+    if form == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    elif form == "csv":
+        with path.open("w", encoding="utf-8-sig", newline="") as file:
+            csv.writer(file).writerows([["text"], *([row["text"]] for row in ROWS)])
+    elif form == "json":
+        path.write_text(json.dumps(ROWS, indent=1))
+    else:
+        path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS))
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", "csv", "parquet"])
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
+def test_every_format_gives_the_same_records(tmp_path, form, chunk, monkeypatch):
+    monkeypatch.setattr("specdec.data.records._CHUNK_BYTES", chunk)
+    path = tmp_path / f"rows.{form}"
+    written(path, form)
+    records = FileRecords(path)
+    assert [record.value for record in records] == ROWS
+    assert records.done_bytes == records.num_bytes
+
+
+def test_malformed_lines_are_told_with_their_place_and_the_rest_is_read(tmp_path):
+    lines = tmp_path / "a.jsonl"
+    lines.write_bytes(b'{"text": "a"}\n{"text": \n\xff\xfe\n{"text": "b"}\n{"te')
+    found = list(FileRecords(lines))
+    assert [(f.where.rpartition(":")[2], type(f) is Malformed) for f in found] == [
+        ("1", False),
+        ("2", True),
+        ("3", True),
+        ("4", False),
+        ("5", True),
+    ]
+    table = tmp_path / "a.csv"
+    table.write_bytes(b'text,b\nx,1\nonly one\n"a"b,1\n\xff,1\ny,2\n')
+    found = list(FileRecords(table))
+    assert [type(each) is Malformed for each in found] == [False, True, True, True, False]
+    assert [each.where.rpartition(":")[2] for each in found] == ["2", "3", "4", "5", "6"]
+
+
+def test_a_list_or_an_archive_that_breaks_off_gives_what_it_has(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "a"}, {"text": "b"')
+    first, second = FileRecords(path)
+    assert first.value == {"text": "a"}
+    assert "breaks off" in second.reason
+    zipped = tmp_path / "a.jsonl.gz"
+    content = gzip.compress(b"".join(b'{"text": "%d"}\n' % n for n in range(50_000)))
+    zipped.write_bytes(content[: len(content) // 2])
+    *some, last = FileRecords(zipped)
+    assert 0 < len(some) < 50_000
+    assert "damaged" in last.reason
