@@ -1,12 +1,17 @@
 """`specdec regenerate`."""
 
 import json
+import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from specdec.cli.app import app, exit_statuses, progress_bar, quiet_transformers
+from specdec.cli.generate import drafter_options
+
+_KEY_VARIABLE = "SPECDEC_API_KEY"
 
 
 @app.command()
@@ -19,37 +24,118 @@ def regenerate(
         str, typer.Option(help="'none', a name, or JSON with options; changes the speed alone")
     ] = "none",
     temperature: Annotated[
-        list[float] | None, typer.Option(help="give it several times for a mix; 0 if not given")
+        list[float] | None, typer.Option(help="several make a mix; 0 if none is given")
     ] = None,
     top_p: Annotated[float, typer.Option()] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="of an answer")] = 512,
     turns: Annotated[str, typer.Option(help="'last', or 'all' after the target's own")] = "last",
     seed: Annotated[int, typer.Option()] = 0,
-    batch_size: Annotated[int, typer.Option()] = 32,
+    batch_size: Annotated[int, typer.Option(help="rows decoded together")] = 32,
     dtype: Annotated[str | None, typer.Option()] = None,
     device: Annotated[str | None, typer.Option()] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(help="ask a server instead, such as http://localhost:8000/v1")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="the target, as the server calls it")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="the target's, for a server; --target will do as well")
+    ] = None,
+    api: Annotated[str, typer.Option(help="'chat' or 'completion' requests")] = "chat",
+    concurrency: Annotated[int, typer.Option(help="queries asked at once")] = 16,
+    attempts: Annotated[int, typer.Option(help="at a query, the first included")] = 6,
+    timeout: Annotated[float, typer.Option(help="seconds for an answer")] = 600.0,
+    api_key_variable: Annotated[
+        str, typer.Option(help="environment variable with the server's key")
+    ] = _KEY_VARIABLE,
 ) -> None:
     """Let the target answer the queries itself; the same command resumes and retries failures."""
+    from specdec.data.answer_settings import AnswerSettings
     from specdec.data.query_files import read_query_splits
-    from specdec.data.regenerate import AnswerSettings
-    from specdec.data.regenerate import regenerate as answer
 
-    settings = AnswerSettings(
-        tuple(temperature or [0.0]), top_p, max_new_tokens, turns, seed
-    )  # wrong ones are told before the slow imports
-    found = read_query_splits(queries)
-    if target is None:
-        raise ValueError("--target is missing; give 'demo', a folder or a hub id")
-    from specdec.cli.generate import drafter_options
+    settings = AnswerSettings(tuple(temperature or [0.0]), top_p, max_new_tokens, turns, seed)
+    _check_source(target, endpoint, model, tokenizer)
+    found = read_query_splits(queries)  # wrong ones are told before a target is loaded
+    quiet_transformers()
+    with progress_bar() as show:
+        if endpoint is None:
+            manifest = _locally(
+                found, out, str(target), drafter, settings, batch_size, dtype, device, show
+            )
+        else:
+            server = {
+                "url": endpoint,
+                "model": model,
+                "api_key": os.environ.get(api_key_variable, ""),
+                "attempts": attempts,
+                "timeout_s": timeout,
+                "concurrency": concurrency,
+            }
+            read_with = str(tokenizer or target)
+            manifest = _remotely(found, out, server, read_with, settings, api, show)
+    _report(manifest, out)
+
+
+def _check_source(
+    target: str | None, endpoint: str | None, model: str | None, tokenizer: str | None
+) -> None:
+    """Refuse options that do not say who answers."""
+    if endpoint is None:
+        if target is None:
+            raise ValueError("--target is missing; give 'demo', a folder or a hub id")
+        if model is not None or tokenizer is not None:
+            raise ValueError("--model and --tokenizer belong to --endpoint; give it, or drop them")
+        return
+    if model is None:
+        raise ValueError("--endpoint needs --model: the target, as the server calls it")
+    if target is None and tokenizer is None:
+        raise ValueError(
+            "--endpoint needs --tokenizer: a folder or hub id with the target's tokenizer and chat "
+            "template"
+        )
+    for package in ("httpx", "tenacity"):
+        if find_spec(package) is None:
+            raise ValueError(
+                f"--endpoint needs {package}; install it with: pip install 'specdec[collect]'"
+            )
+
+
+def _locally(
+    found: Any,
+    out: Path,
+    target: str,
+    drafter: str,
+    settings: Any,
+    batch_size: int,
+    dtype: str | None,
+    device: str | None,
+    show: Any,
+) -> dict[str, Any]:
+    from specdec.data.regenerate import regenerate as answer
     from specdec.registry import load_drafter
     from specdec.targets.load import load_target
 
-    quiet_transformers()
     model = load_target(target, dtype=dtype, device=device)
     strategy = None if drafter == "none" else load_drafter(drafter_options(drafter), model)
-    with progress_bar() as show:
-        manifest = answer(found, out, model, settings, strategy, batch_size, show)
-    _report(manifest, out)
+    return answer(found, out, model, settings, strategy, batch_size, show)
+
+
+def _remotely(
+    found: Any,
+    out: Path,
+    server: dict[str, Any],
+    tokenizer: str,
+    settings: Any,
+    api: str,
+    show: Any,
+) -> dict[str, Any]:
+    from specdec.data.chat import load_chat
+    from specdec.data.endpoint import Endpoint
+    from specdec.data.regenerate import regenerate_from_endpoint
+
+    endpoint, chat = Endpoint(**server), load_chat(tokenizer)
+    return regenerate_from_endpoint(
+        found, out, endpoint, chat, settings, api, server["concurrency"], show
+    )
 
 
 def _report(manifest: dict[str, Any], out: Path) -> None:

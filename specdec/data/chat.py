@@ -1,9 +1,12 @@
 """What a target reads: conversations as its chat template writes them, in its own tokens."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from specdec.bench.prompt import Message
+from specdec.demo import demo_path
+from specdec.targets.load import load_tokenizer
 
 # Stands for an answer in a rendered conversation; no template changes or holds it.
 _MARK = "specdec\u2060answer"
@@ -68,11 +71,48 @@ class Chat:
             return None
         return tokens[1:]
 
+    def is_end(self, tokens: Sequence[int]) -> bool:
+        """Whether this is a token that ends an answer."""
+        return len(tokens) == 1 and tokens[0] in self._eos
+
     def end_of_turn(self, messages: Sequence[Message]) -> int | None:
-        """The token that the template puts behind an answer; None where it puts none."""
-        mark: Message = {"role": "assistant", "content": _MARK}
-        tail = self._render([*messages, mark]).rpartition(_MARK)[2]
-        first = self.tokens(tail)[:1]
-        if first and first[0] in self._eos:
-            return first[0]
-        return None
+        """The token with which the target ends an answer to these messages; None for no such token.
+
+        It is what the template puts behind an answer, the tokenizer's own end of text if it puts
+        nothing there or if there are no messages.
+        """
+        if messages:
+            mark: Message = {"role": "assistant", "content": _MARK}
+            tail = self._render([*messages, mark]).rpartition(_MARK)[2]
+            first = self.tokens(tail)[:1]
+            if first and first[0] in self._eos:
+                return first[0]
+        own: int | None = self.tokenizer.eos_token_id
+        return own
+
+
+def load_chat(path: str) -> Chat:
+    """The chat of a target whose weights are elsewhere.
+
+    Args:
+        path: "demo", a folder or a hub id with the target's tokenizer and, if there is one, its
+            generation config.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: it holds no tokenizer.
+    """
+    from transformers import GenerationConfig
+
+    where = str(demo_path("target")) if path == "demo" else path
+    if not Path(where).expanduser().is_dir() and where.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{path!r} is not a folder; give one with the target's tokenizer")
+    tokenizer = load_tokenizer(where, None, False)
+    if tokenizer is None:
+        raise ValueError(f"{path!r} holds no tokenizer; give a folder with the target's")
+    try:
+        ends = GenerationConfig.from_pretrained(where).eos_token_id
+    except OSError:
+        ends = None
+    known = ends if isinstance(ends, list) else [ends]
+    return Chat(tokenizer, [end for end in (*known, tokenizer.eos_token_id) if end is not None])

@@ -46,7 +46,8 @@ class Dialogue:
         answers: in order; the last one may be unfinished.
         failure: why it has no answer; empty if it has or still may have one.
         ended_by: why turns that are left cannot be asked: "context" for lack of room, "template"
-            if the chat template does not go on behind the answer; empty otherwise.
+            if the chat template does not go on behind the answer as the target wrote it, "refused"
+            by an endpoint; empty otherwise.
     """
 
     index: int
@@ -99,23 +100,39 @@ class Dialogue:
             if not turn:
                 self.failure = str(error)
             return None
-        return None if more is None else before.prompt + before.tokens + more
+        return None if more is None else self.written + more
+
+    def next_messages(self) -> list[Message]:
+        """The conversation in front of the next answer, with the texts of the earlier ones."""
+        messages: list[Message] = []
+        for turn, answer in zip(self.asked, self.answers, strict=False):
+            messages += [*turn, {"role": "assistant", "content": answer.text or ""}]
+        return messages + self.asked[len(self.answers)]
+
+    @property
+    def written(self) -> list[int]:
+        """All tokens up to the end of the last answer; none before the first."""
+        return self.answers[-1].prompt + self.answers[-1].tokens if self.answers else []
 
     def open(self, prompt: list[int] | None, max_context_len: int) -> None:
         """Begin the next answer; None where the chat template cannot ask for one."""
-        if prompt is None:
-            self.ended_by = "template"
-        elif not prompt:
-            self.failure = "the prompt has no tokens"
-        elif len(prompt) < max_context_len:
-            self.answers.append(Answer(prompt))
-        elif self.answers:
-            self.ended_by = "context"
-        else:
-            self.failure = (
+        if not prompt:
+            self.stop("template", "the prompt has no tokens")
+        elif len(prompt) >= max_context_len:
+            self.stop(
+                "context",
                 f"the prompt has {len(prompt)} tokens but the target's context holds "
-                f"{max_context_len}, new tokens included"
+                f"{max_context_len}, new tokens included",
             )
+        else:
+            self.answers.append(Answer(prompt))
+
+    def stop(self, ended_by: str, reason: str) -> None:
+        """Ask nothing more; a query without any answer has failed, for this reason."""
+        if self.answers:
+            self.ended_by = ended_by
+        else:
+            self.failure = self.failure or reason
 
     def finish(self, reason: str) -> None:
         """End the open answer."""

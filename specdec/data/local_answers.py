@@ -30,6 +30,9 @@ class LocalAnswers:
         max_new_tokens: of an answer.
         batch_size: rows decoded together.
         session: counts what is done.
+
+    Raises:
+        ValueError: batch_size is less than 1.
     """
 
     def __init__(
@@ -41,6 +44,8 @@ class LocalAnswers:
         batch_size: int,
         session: Session,
     ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size} but must be at least 1")
         self._target, self._drafter = target, drafter
         self._chat = Chat(target.tokenizer, target.eos_token_ids)
         self._top_p, self._max_new_tokens = top_p, max_new_tokens
@@ -82,9 +87,7 @@ class LocalAnswers:
                 self._run(ready[first : first + size], journal)
 
     def _open(self, dialogue: Dialogue) -> None:
-        prompt = dialogue.next_prompt(self._chat)
-        if not dialogue.failure:
-            dialogue.open(prompt, self._target.max_context_len)
+        dialogue.open(dialogue.next_prompt(self._chat), self._target.max_context_len)
 
     def _run(self, dialogues: Sequence[Dialogue], journal: Journal) -> None:
         answers = [dialogue.answers[-1] for dialogue in dialogues]

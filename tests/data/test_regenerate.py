@@ -9,10 +9,11 @@ from tiny_chat import END, chatty_target
 
 from specdec import SamplingConfig, generate_baseline, load_drafter
 from specdec.checkpoints import identify_target
+from specdec.data.answer_settings import AnswerSettings
 from specdec.data.answers_folder import check_answers_target, load_answers
 from specdec.data.dialogue import plan_dialogues
 from specdec.data.query import Query
-from specdec.data.regenerate import AnswerSettings, regenerate
+from specdec.data.regenerate import regenerate
 
 MIX = AnswerSettings((0.0, 0.8), max_new_tokens=24, seed=5)
 FILES = ("train.jsonl", "held_out.jsonl", "failed.jsonl")

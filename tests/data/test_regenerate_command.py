@@ -1,0 +1,161 @@
+"""`specdec regenerate` as a command: a killed process goes on, and bad input is told."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from fake_endpoint import FakeEndpoint
+from tiny_chat import END, chatty_model, letter_tokenizer
+from typer.testing import CliRunner
+
+from specdec.cli import app
+from specdec.data.query import Query, write_queries
+
+OPTIONS = ["--temperature", "0", "--temperature", "0.8", "--max-new-tokens", "120", "--seed", "4"]
+FILES = ("train.jsonl", "held_out.jsonl", "failed.jsonl")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A target and a folder of collected queries."""
+    path = tmp_path_factory.mktemp("regenerate")
+    chatty_model().save_pretrained(path / "target")
+    letter_tokenizer().save_pretrained(path / "target")
+    queries = [Query(f"q{i}", ({"role": "user", "content": f"say {i}"},)) for i in range(40)]
+    write_queries({"train": queries[:30], "held_out": queries[30:]}, path / "queries")
+    return path
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["regenerate", *map(str, arguments)])
+
+
+def answered(folder, out, *more):
+    arguments = (folder / "queries", "--target", folder / "target", "--out", out, *OPTIONS, *more)
+    return invoke(*arguments)
+
+
+def contents(folder):
+    return {name: (folder / name).read_text() for name in FILES}
+
+
+def test_a_process_killed_outright_goes_on_token_for_token(folder, tmp_path):
+    whole = answered(folder, tmp_path / "whole")
+    assert whole.exit_code == 0, whole.stderr
+    summary = json.loads(whole.stdout.splitlines()[-1])
+    assert summary["counts"]["held_out"] == {"queries": 10, "rows": 10, "failed": 0}
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "specdec", "regenerate", folder / "queries", "--target"]
+    command += [folder / "target", "--out", out, *OPTIONS, "--batch-size", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    journal = out / "journal.jsonl"
+    while not journal.exists() or journal.stat().st_size < 3000:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "answers.json").exists()
+    written = journal.read_bytes()
+    assert answered(folder, out).exit_code == 0
+    assert contents(out) == contents(tmp_path / "whole")
+    assert journal.read_bytes().startswith(written[: written.rindex(b"\n")])
+    session = json.loads((out / "answers.json").read_text())["session"]
+    assert 0 < session["tokens"] < summary["answer_tokens"]
+
+
+def test_a_drafter_changes_nothing_that_is_written(folder, tmp_path):
+    drafter = json.dumps({"type": "suffix", "min_match": 1})
+    assert answered(folder, tmp_path / "plain").exit_code == 0
+    assert answered(folder, tmp_path / "drafted", "--drafter", drafter).exit_code == 0
+    assert contents(tmp_path / "plain") == contents(tmp_path / "drafted")
+    manifest = json.loads((tmp_path / "drafted/answers.json").read_text())
+    assert manifest["session"]["tau"] > 1
+
+
+def test_failed_queries_are_told_and_do_not_fail_the_run(folder, tmp_path):
+    lines = [
+        {"id": "long", "messages": [{"role": "user", "content": "x" * 300}], "split": "held_out"},
+        {"messages": [{"role": "user", "content": "hello"}], "domain": "greetings"},
+        {"text": "ab", "language": "en"},
+    ]
+    queries = tmp_path / "queries.jsonl"
+    queries.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = invoke(queries, "--target", folder / "target", "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    assert f"1 of 3 queries failed: {tmp_path / 'out' / 'failed.jsonl'}" in done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["counts"]["train"] == {"queries": 2, "rows": 2, "failed": 0}
+    rows = [json.loads(line) for line in (tmp_path / "out/train.jsonl").read_text().splitlines()]
+    assert [row["domain"] for row in rows] == ["greetings", ""]
+    assert [row["language"] for row in rows] == ["", "en"]
+
+
+def test_an_endpoint_answers_and_one_that_is_gone_fails_the_run(folder, tmp_path, monkeypatch):
+    from specdec.data import endpoint
+
+    monkeypatch.setattr(endpoint, "_FIRST_WAIT_S", 0.002)
+    monkeypatch.setenv("MY_KEY", "sk-secret")
+    server = FakeEndpoint()
+    arguments = [folder / "queries", "--endpoint", server.url, "--model", "m", "--tokenizer"]
+    arguments += [folder / "target", "--out", tmp_path, "--api-key-variable", "MY_KEY"]
+    server.is_down = True
+    done = invoke(*arguments)
+    assert done.exit_code == 1
+    assert "answers no more" in done.stderr
+    server.is_down = False
+    done = invoke(*arguments)
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["answers"] == 40
+    assert server.headers[0]["Authorization"] == "Bearer sk-secret"
+    row = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])
+    assert row["tokens"][-1] == END
+    server.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["q", "--out", "o"], "--target is missing"),
+        (["q", "--out", "o", "--target", "demo", "--model", "m"], "belong to --endpoint"),
+        (["q", "--out", "o", "--endpoint", "http://h/v1"], "needs --model"),
+        (["q", "--out", "o", "--endpoint", "http://h/v1", "--model", "m"], "needs --tokenizer"),
+        (["nowhere", "--out", "o", "--target", "demo"], "does not exist"),
+        (["q", "--out", "o", "--target", "demo", "--turns", "first"], "turns is 'first'"),
+        (["q", "--out", "o", "--target", "demo", "--temperature", "-1"], "temperature is -1.0"),
+    ],
+)
+def test_bad_options_end_with_status_two(arguments, message):
+    done = invoke(*arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1 is not JSON"),
+        ('{"id": "a"}', 'needs either "messages" or "text"'),
+        ('{"text": 5}', "text is 5"),
+        ('{"messages": [{"role": "user"}]}', "must be an object with the texts"),
+        ('{"text": "a", "split": "test"}', "split is 'test'"),
+        ('{"text": "a"}\n{"text": "a", "split": "held_out"}', "twice"),
+        ("", "holds no queries"),
+    ],
+)
+def test_queries_that_cannot_be_read_are_told(tmp_path, line, message):
+    (tmp_path / "queries.jsonl").write_text(line + "\n")
+    done = invoke(tmp_path / "queries.jsonl", "--target", "demo", "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_collect_did_not_write_is_told(tmp_path):
+    done = invoke(tmp_path, "--target", "demo", "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "holds no split 'train' of collected queries" in done.stderr

@@ -1,0 +1,366 @@
+"""Answers through an endpoint: retries, failures, resuming, and tokens that may not be its own."""
+
+import json
+import time
+from dataclasses import replace
+
+import pytest
+from fake_endpoint import FakeEndpoint, letters
+from json_schema import violations
+from tiny_chat import END, TEMPLATE, letter_tokenizer
+
+from specdec.data import endpoint as endpoint_module
+from specdec.data.answer_settings import AnswerSettings
+from specdec.data.answers_folder import load_answers
+from specdec.data.chat import Chat
+from specdec.data.endpoint import Endpoint
+from specdec.data.endpoint_answers import EndpointDownError
+from specdec.data.query import Query
+from specdec.data.regenerate import regenerate_from_endpoint
+
+SETTINGS = AnswerSettings((0.0, 0.7), top_p=0.9, max_new_tokens=32, seed=3)
+FILES = ("train.jsonl", "held_out.jsonl", "failed.jsonl")
+
+
+@pytest.fixture
+def server():
+    fake = FakeEndpoint()
+    yield fake
+    fake.close()
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(endpoint_module, "_FIRST_WAIT_S", 0.002)
+
+
+def queries(num=10):
+    members = [Query(f"q{i}", ({"role": "user", "content": f"query {i:03d}"},)) for i in range(num)]
+    return {"train": members[:-2], "held_out": members[-2:]}
+
+
+def ask(server, out, found=None, settings=SETTINGS, template=TEMPLATE, **options):
+    endpoint = Endpoint(
+        server.url,
+        "a-model",
+        **{k: options.pop(k) for k in ("api_key", "attempts") if k in options},
+    )
+    chat = Chat(letter_tokenizer(template), (END,))
+    return regenerate_from_endpoint(found or queries(), out, endpoint, chat, settings, **options)
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def contents(folder):
+    return {name: (folder / name).read_text() for name in FILES}
+
+
+def test_rows_hold_the_tokens_that_the_server_gives_in_the_order_of_the_queries(
+    server, tmp_path, request
+):
+    manifest = ask(server, tmp_path)
+    rows = read(tmp_path / "train.jsonl") + read(tmp_path / "held_out.jsonl")
+    assert [row["id"] for row in rows] == [f"q{i}" for i in range(10)]
+    for i, row in enumerate(rows):
+        prompt = [*letters(f"u:query {i:03d}"), END, *letters("a:")]
+        answer = [*letters(f"query {i:03d}"[::-1]), END]
+        assert row["tokens"] == prompt + answer
+        assert row["answers"] == [[len(prompt), len(row["tokens"])]]
+        assert "retokenized" not in row
+    schema = json.loads((request.config.rootpath / "docs/answers.schema.json").read_text())
+    assert violations(manifest, schema) == []
+    assert manifest["endpoint"] == {"url": server.url, "model": "a-model", "api": "chat"}
+    assert load_answers(tmp_path).num_rows("train") == 8
+    body = server.requests[0]
+    assert (body["model"], body["top_p"], body["max_tokens"]) == ("a-model", 0.9, 32)
+    assert {body["temperature"] for body in server.requests} == {0.0, 0.7}
+    assert len({body["seed"] for body in server.requests}) == 10
+
+
+def test_text_alone_is_read_with_the_targets_tokenizer_and_marked(server, tmp_path):
+    ask(server, tmp_path / "ids")
+    server.gives_ids = False
+    manifest = ask(server, tmp_path / "text")
+    assert manifest["retokenized_answers"] == 10
+    for ours, theirs in zip(
+        read(tmp_path / "text/train.jsonl"), read(tmp_path / "ids/train.jsonl"), strict=True
+    ):
+        assert ours.pop("retokenized") is True
+        assert ours == theirs
+
+
+def test_completions_are_asked_with_the_tokens_of_the_prompt(server, tmp_path):
+    ask(server, tmp_path / "chat")
+    server.requests.clear()
+    ask(server, tmp_path / "completion", api="completion")
+    assert contents(tmp_path / "completion") == contents(tmp_path / "chat")
+    assert all(isinstance(body["prompt"], list) for body in server.requests)
+    raw = {"train": [Query("t", text="abc")], "held_out": []}
+    ask(server, tmp_path / "raw", raw)
+    (row,) = read(tmp_path / "raw/train.jsonl")
+    assert row["tokens"] == [*letters("abccba"), END]
+
+
+@pytest.mark.parametrize("api", ["chat", "completion"])
+@pytest.mark.parametrize("gives_ids", [True, False])
+def test_all_turns_are_asked_after_the_servers_own_answers(server, tmp_path, api, gives_ids):
+    server.gives_ids = gives_ids
+    messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "recorded"}]
+    messages += [{"role": "user", "content": "two"}]
+    found = {"train": [Query("q", tuple(messages))], "held_out": []}
+    ask(server, tmp_path, found, replace(SETTINGS, turns="all"), api=api)
+    (row,) = read(tmp_path / "train.jsonl")
+    end = chr(32 + END)
+    assert row["tokens"] == letters(f"u:one{end}a:eno{end}u:two{end}a:owt{end}")
+    assert [row["tokens"][a:b] for a, b in row["answers"]] == [
+        letters(f"eno{end}"),
+        letters(f"owt{end}"),
+    ]
+
+
+@pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, "drop"])
+def test_what_may_pass_is_tried_again(server, tmp_path, status):
+    failing = "drop" if status == "drop" else (status, {}, {"error": "not now"})
+    server.respond = lambda number, body: failing if number % 2 else None
+    ask(server, tmp_path, concurrency=1)
+    assert len(read(tmp_path / "train.jsonl")) == 8
+    assert len(server.requests) == 20
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_other_client_errors_are_not_tried_again_and_are_listed(server, tmp_path, status):
+    def respond(number, body):
+        is_bad = body["messages"][0]["content"] == "query 003"
+        return (status, {}, {"error": "too long"}) if is_bad else None
+
+    server.respond = respond
+    manifest = ask(server, tmp_path)
+    assert len(server.requests) == 10
+    (failed,) = read(tmp_path / "failed.jsonl")
+    assert failed["id"] == "q3"
+    assert failed["reason"] == f'HTTP {status}: {{"error": "too long"}}'
+    assert manifest["counts"]["train"] == {"queries": 8, "rows": 7, "failed": 1}
+    server.respond = lambda number, body: None
+    assert ask(server, tmp_path)["counts"]["train"] == {"queries": 8, "rows": 8, "failed": 0}
+    assert len(server.requests) == 11, "only what had failed is asked again"
+    assert read(tmp_path / "failed.jsonl") == []
+
+
+def test_the_server_says_how_long_to_wait(server, tmp_path):
+    times = []
+
+    def respond(number, body):
+        times.append(time.monotonic())
+        return (429, {"retry-after": "0.3"}, "slow down") if number == 1 else None
+
+    server.respond = respond
+    found = {"train": queries()["train"][:1], "held_out": []}
+    ask(server, tmp_path, found)
+    assert times[1] - times[0] >= 0.3
+
+
+def test_a_date_in_retry_after_is_understood():
+    import httpx
+
+    reply = httpx.Response(503, headers={"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"})
+    assert endpoint_module._retry_after_s(reply) == 0.0
+    assert endpoint_module._retry_after_s(httpx.Response(503)) is None
+
+
+def test_waits_double_up_to_a_limit():
+    from tenacity import RetryCallState
+
+    def wait(attempt):
+        state = RetryCallState(None, None, (), {})
+        state.attempt_number = attempt
+        return endpoint_module._wait_s(state) / endpoint_module._FIRST_WAIT_S
+
+    assert all(0.5 <= wait(1) <= 1.5 for _ in range(20))
+    assert all(4 <= wait(4) <= 12 for _ in range(20))
+    assert wait(40) <= 1.5 * endpoint_module._LONGEST_WAIT_S / endpoint_module._FIRST_WAIT_S
+
+
+def test_an_endpoint_that_dies_keeps_what_it_answered_and_the_same_command_goes_on(
+    server, tmp_path
+):
+    ask(server, tmp_path / "whole", queries(30))
+    server.requests.clear()
+
+    def respond(number, body):
+        if number > 12:
+            server.is_down = True
+
+    server.respond = respond
+    with pytest.raises(EndpointDownError, match="answers no more"):
+        ask(server, tmp_path / "died", queries(30), concurrency=4, attempts=2)
+    assert not (tmp_path / "died/answers.json").exists()
+    failed = read(tmp_path / "died/failed.jsonl")
+    assert 18 <= len(failed) < 30
+    waiting = [row for row in failed if row["reason"].startswith("not answered yet")]
+    assert 0 < len(waiting) < len(failed), "what was asked last says what went wrong"
+    server.is_down, server.respond = False, lambda number, body: None
+    server.requests.clear()
+    ask(server, tmp_path / "died", queries(30), concurrency=4)
+    assert len(server.requests) == len(failed), "finished answers are not asked for again"
+    assert contents(tmp_path / "died") == contents(tmp_path / "whole")
+
+
+def test_a_server_that_answers_nothing_but_its_health_is_given_up(server, tmp_path):
+    server.respond = lambda number, body: (500, {}, "broken")
+    with pytest.raises(EndpointDownError, match="HTTP 500: broken"):
+        ask(server, tmp_path, queries(50), concurrency=4, attempts=2)
+    assert len(server.requests) < 30
+
+
+def test_a_query_that_breaks_a_living_server_is_listed_and_the_others_answered(server, tmp_path):
+    def respond(number, body):
+        is_bad = body["messages"][0]["content"] == "query 003"
+        return (500, {}, "crash") if is_bad else None
+
+    server.respond = respond
+    manifest = ask(server, tmp_path, attempts=3)
+    assert manifest["counts"]["train"]["failed"] == 1
+    assert read(tmp_path / "failed.jsonl")[0]["reason"] == "HTTP 500: crash"
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_server_that_refuses_every_query_stops_the_run(server, tmp_path, status):
+    server.respond = lambda number, body: (status, {}, "no")
+    with pytest.raises(ValueError, match=f"refuses model 'a-model' \\(HTTP {status}: no\\)"):
+        ask(server, tmp_path, concurrency=1)
+    assert len(server.requests) == 1
+
+
+def test_the_api_key_is_sent_and_never_written(server, tmp_path):
+    key = "sk-test-0123456789abcdef"
+    server.respond = lambda number, body: (
+        (400, {}, f"Incorrect API key provided: {key}") if number == 3 else None
+    )
+    ask(server, tmp_path, api_key=key, concurrency=1)
+    assert all(headers["Authorization"] == f"Bearer {key}" for headers in server.headers)
+    assert "provided: ***" in (tmp_path / "failed.jsonl").read_text()
+    for path in tmp_path.iterdir():
+        assert key not in path.read_text()
+
+
+def test_a_server_that_takes_no_unknown_field_is_asked_without_it(server, tmp_path):
+    def respond(number, body):
+        if "return_token_ids" in body:
+            return 400, {}, "Unrecognized request argument supplied: return_token_ids"
+        return None
+
+    server.respond = respond
+    manifest = ask(server, tmp_path, concurrency=1)
+    assert manifest["retokenized_answers"] == 10
+    assert len(server.requests) == 11
+
+
+def broken_answer(change):
+    def respond(number, body):
+        message = {"role": "assistant", "content": "abc"}
+        choice = {"finish_reason": "stop", "message": message}
+        change(choice, message)
+        return 200, {}, {"choices": [choice]}
+
+    return respond
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda c, m: m.update(reasoning_content="so"), "took reasoning or tool calls out"),
+        (lambda c, m: m.update(tool_calls=[{"id": 1}]), "took reasoning or tool calls out"),
+        (lambda c, m: c.update(finish_reason="content_filter"), "ended by 'content_filter'"),
+    ],
+)
+def test_an_answer_that_is_not_what_the_target_wrote_is_refused(server, tmp_path, change, reason):
+    server.respond = broken_answer(change)
+    with pytest.raises(RuntimeError, match=f"every query failed.*{reason}"):
+        ask(server, tmp_path)
+    assert len(read(tmp_path / "failed.jsonl")) == 10
+
+
+def test_an_answer_whose_text_joins_the_prompt_in_one_token_is_refused(server, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {chr(32 + i): i for i in range(97)}
+    inner = Tokenizer(models.BPE({**vocab, ":a": 97}, [(":", "a")], unk_token="~"))
+    inner.pre_tokenizer = pre_tokenizers.Split(chr(32 + END), "isolated")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="~", eos_token=chr(32 + END), chat_template=TEMPLATE
+    )
+    server.gives_ids = False
+    found = {
+        "train": [
+            Query("joins", ({"role": "user", "content": "cba"},)),
+            Query("fits", ({"role": "user", "content": "abc"},)),
+        ],
+        "held_out": [],
+    }
+    chat = Chat(tokenizer, (END,))
+    endpoint = Endpoint(server.url, "a-model")
+    regenerate_from_endpoint(found, tmp_path, endpoint, chat, SETTINGS)
+    (failed,) = read(tmp_path / "failed.jsonl")
+    assert failed["id"] == "joins"
+    assert "do not begin with the tokens of the prompt" in failed["reason"]
+    assert [row["id"] for row in read(tmp_path / "train.jsonl")] == ["fits"]
+
+
+def test_a_template_that_rewrites_earlier_answers_ends_the_dialogue(server, tmp_path):
+    template = TEMPLATE.replace("message['content']", "(message['content'] | upper)")
+    messages = [{"role": "user", "content": "1a"}, {"role": "assistant", "content": "x"}]
+    messages += [{"role": "user", "content": "2"}]
+    found = {"train": [Query("q", tuple(messages))], "held_out": []}
+    server.gives_ids = False
+    manifest = ask(server, tmp_path, found, replace(SETTINGS, turns="all"), template=template)
+    (row,) = read(tmp_path / "train.jsonl")
+    assert len(row["answers"]) == 1
+    assert row["finish_reason"] == "template"
+    assert manifest["unanswered_turns"] == 1
+
+
+def test_an_answer_cut_by_the_servers_context_is_a_failure_and_by_the_limit_a_row(server, tmp_path):
+    def respond(number, body):
+        content = body["messages"][0]["content"]
+        answer = server.answer("/chat/completions", body)
+        if content == "query 003":
+            answer["choices"][0]["finish_reason"] = "length"
+        return 200, {}, answer
+
+    server.respond = respond
+    ask(server, tmp_path)
+    (failed,) = read(tmp_path / "failed.jsonl")
+    assert "context was full" in failed["reason"]
+    found = {"train": [Query("long", ({"role": "user", "content": "x" * 40},))], "held_out": []}
+    ask(server, tmp_path / "long", found)
+    (row,) = read(tmp_path / "long/train.jsonl")
+    assert row["finish_reason"] == "length"
+    assert row["answers"][0][1] - row["answers"][0][0] == 32
+
+
+def test_a_folder_of_another_endpoint_or_model_is_refused(server, tmp_path):
+    ask(server, tmp_path)
+    other = FakeEndpoint()
+    with pytest.raises(ValueError, match="another run: endpoint is"):
+        ask(other, tmp_path)
+    other.close()
+    with pytest.raises(ValueError, match="another run: api is"):
+        ask(server, tmp_path, api="completion")
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("localhost:8000", "must be a URL"),
+        ("ftp://host/v1", "must be a URL"),
+        ("http://user:secret@host/v1", "a user name, a password"),
+        ("http://host/v1?key=secret", "a user name, a password"),
+    ],
+)
+def test_a_url_that_cannot_work_or_holds_a_secret_is_refused(url, message):
+    with pytest.raises(ValueError, match=message) as error:
+        Endpoint(url, "m")
+    assert "secret" not in str(error.value)
