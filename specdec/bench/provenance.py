@@ -35,8 +35,12 @@ def collect(config: BenchConfig, mark: str, target: HFTarget) -> dict[str, Any]:
     }
 
 
-def machine(target: HFTarget) -> dict[str, Any]:
-    """Command, commit, versions, machine and time of any measurement."""
+def machine(target: Any) -> dict[str, Any]:
+    """Command, commit, versions, machine and time of any measurement.
+
+    Args:
+        target: an `HFTarget`, or another with its `device` and `model`.
+    """
     return {
         **code(_PACKAGES),
         "device": _device_name(target.device),

@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 
-from specdec.bench.provenance import machine
-from specdec.checkpoints import TargetIdentity, identify_target
+from specdec.checkpoints import TargetIdentity
 from specdec.checkpoints.folder import write_files
-from specdec.targets.hf import HFTarget
-from specdec.targets.load import load_target
 from specdec.train.config import TrainConfig
-from specdec.train.data import Split, load_split
+from specdec.train.data import Split
 from specdec.train.draft_model_options import DraftModelOptions
 from specdec.train.draft_model_trainee import DraftModelTrainee
 from specdec.train.head_trainee import HeadTrainee, new_head
+from specdec.train.materials import Materials, load_materials
 from specdec.train.objective import seeded
+from specdec.train.parity import ParityGate, require_parity
+from specdec.train.prediction import DraftShape
 from specdec.train.source import OnlineSource
 from specdec.train.state import RunFolder
-from specdec.train.trainee import Trainee
+from specdec.train.trainee import Trainee, trained_dtype
 from specdec.train.vocabulary import coverage, most_frequent
 
 # What may change between sessions of one run: it does not touch what is learned.
@@ -49,6 +49,7 @@ def run_training(
         ValueError: bad configuration or data, or a folder of another run.
         PermissionError: the folder cannot be written.
         FloatingPointError: the loss or its gradients are not finite.
+        ParityError: the drafter is accepted otherwise than predicted; everything is written.
     """
     try:
         from accelerate import Accelerator, PartialState
@@ -66,42 +67,58 @@ def run_training(
         )
     torch.set_num_threads(config.threads)
     on_cpu = config.target.device == "cpu" or not torch.cuda.is_available()
-    target = _load_target(config, PartialState(cpu=on_cpu).device)
-    where = machine(target)  # as it is now: the code may be another when the run ends
-    identity = identify_target(target)
-    split = load_split(config.data, target.vocab_size, _max_len(config, target))
+    materials = load_materials(config, PartialState(cpu=on_cpu).device)
+    target, split = materials.target, materials.split
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=_precision(config, target.model.dtype),
         log_with=None if config.log_with == "none" else config.log_with,
         project_dir=out,
     )
-    folder = RunFolder(out, _identity(config, identity, split, accelerator.num_processes))
+    folder = RunFolder(out, _identity(config, materials.identity, split, accelerator.num_processes))
     if accelerator.is_main_process:
         folder.prepare()
     accelerator.wait_for_everyone()
     with seeded(accelerator.device, config.seed):
-        trainee, vocabulary = make_trainee(config, target, identity, split)
-    source = OnlineSource(target, trainee.taps, _dtype_of(trainee))
+        trainee, vocabulary = make_trainee(config, target, materials.identity, split)
+    source = materials.source(trainee)
     trainer = Trainer(config, trainee, source, split, folder, accelerator)
     trainer.run(callback if accelerator.is_main_process else _ignore)
     if not accelerator.is_main_process:
         return None
-    results = training_results(trainer, vocabulary, where, trainee.drafter(out / "drafter"))
+    gate = _parity_gate(config, materials, trainee)
+    results = training_results(
+        trainer, vocabulary, materials.where, trainee.drafter(out / "drafter")
+    )
+    expected = None if gate is None else gate.predict(trainee, accelerator.autocast)
     trainee.export(out / "drafter", remembered(config, results))
+    if gate is not None and expected is not None:
+        measured = gate.measure({**results["drafter"], **trainee.chain(config.eval_depth)})
+        results["parity"] = gate.compare(expected, measured)
     text = json.dumps(results, indent=1, allow_nan=False) + "\n"
     write_files(out, {"results.json": text.encode()})
+    require_parity(results)
     return results
 
 
+def _parity_gate(config: TrainConfig, materials: Materials, trainee: Trainee) -> ParityGate | None:
+    """For chains as deep as those of the evaluation; None where nothing is held out for it."""
+    rows = materials.split.validation
+    if not rows or not config.parity.num_prompts:
+        return None
+    source = OnlineSource(materials.whole_target(), trainee.taps, trained_dtype(trainee))
+    depth = min(config.eval_depth, trainee.depth or config.eval_depth)
+    return ParityGate(source, rows, config.parity, DraftShape.chain(depth))
+
+
 def make_trainee(
-    config: TrainConfig, target: HFTarget, identity: TargetIdentity, split: Split
+    config: TrainConfig, target: Any, identity: TargetIdentity, split: Split
 ) -> tuple[Trainee, dict[str, Any] | None]:
     """What a configuration trains, and the size and coverage of its draft vocabulary.
 
     Args:
         config: of the run.
-        target: what it drafts for.
+        target: what it drafts for, or its two ends.
         identity: of the target.
         split: rows that a reduced draft vocabulary is chosen from.
 
@@ -124,34 +141,8 @@ def make_trainee(
     return HeadTrainee(kind, head, identity, config.loss), vocabulary
 
 
-def _dtype_of(trainee: Trainee) -> torch.dtype:
-    weights = trainee.module.parameters()
-    return next(weight.dtype for weight in weights if weight.requires_grad)
-
-
 def _ignore(done: int, total: int, text: str) -> None:
     """Show no progress."""
-
-
-def _load_target(config: TrainConfig, device: torch.device) -> HFTarget:
-    target = load_target(
-        config.target.path,
-        dtype=config.target.dtype,
-        device=device,
-        quantization=config.target.quantization,
-    )
-    target.model.requires_grad_(False)
-    return target
-
-
-def _max_len(config: TrainConfig, target: HFTarget) -> int:
-    max_len = config.data.max_len or target.max_context_len
-    if max_len > target.max_context_len:
-        raise ValueError(
-            f"config data.max_len is {max_len} but the target's context is only "
-            f"{target.max_context_len}"
-        )
-    return max_len
 
 
 def _precision(config: TrainConfig, dtype: torch.dtype) -> str:
@@ -166,7 +157,7 @@ def _precision(config: TrainConfig, dtype: torch.dtype) -> str:
 
 
 def _choose_vocabulary(
-    config: TrainConfig, head: Any, target: HFTarget, split: Split
+    config: TrainConfig, head: Any, target: Any, split: Split
 ) -> dict[str, Any] | None:
     """Give the head its draft vocabulary, and say how much of the answers it covers."""
     size, vocab_size = config.draft_vocab_size, target.vocab_size

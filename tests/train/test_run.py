@@ -28,7 +28,7 @@ def test_provenance_is_of_the_start_of_a_run_not_of_its_end(tmp_path, monkeypatc
         events.append("provenance")
         return machine(target)
 
-    monkeypatch.setattr("specdec.train.run.machine", note)
+    monkeypatch.setattr("specdec.train.materials.machine", note)
     config = tiny_config(tmp_path, max_steps=2, drafter={"kind": "medusa"})
     run_training(config, tmp_path / "out", lambda done, total, text: events.append(done))
     assert events == ["provenance", 1, 2]
@@ -103,7 +103,7 @@ def test_the_target_is_left_as_it_was(tmp_path):
         return seen["target"]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("specdec.train.run.load_target", remember)
+        patch.setattr("specdec.train.materials.load_target", remember)
         run_training(config, tmp_path / "out")
     after = seen["target"].model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
