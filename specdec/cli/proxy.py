@@ -18,7 +18,9 @@ def proxy(
     upstream: Annotated[str, typer.Option(help="root of the server, as http://127.0.0.1:8000")],
     out: Annotated[Path, typer.Option(help="folder for requests-00001.jsonl and so on")],
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port to listen on; 0 takes a free one")] = 8800,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="port to listen on; 0 takes a free one")
+    ] = 8800,
     sample: Annotated[float, typer.Option(help="share of requests to record, 0 to 1")] = 1.0,
     max_body: Annotated[
         str, typer.Option(help="larger requests and answers are served, not recorded")
@@ -28,10 +30,11 @@ def proxy(
         str, typer.Option(help="size of all files at which recording stops; serving goes on")
     ] = "10G",
     connect_timeout: Annotated[
-        float, typer.Option(help="longest wait for a connection to the server, in seconds")
+        float,
+        typer.Option(min=0.001, help="longest wait for a connection to the server, in s"),
     ] = 10.0,
     drain: Annotated[
-        int, typer.Option(help="longest wait for running answers at the end, in seconds")
+        int, typer.Option(min=0, help="longest wait for running answers at the end, in seconds")
     ] = 30,
 ) -> None:
     """Record requests and answers on their way to an OpenAI-compatible server."""

@@ -52,6 +52,8 @@ def serve(
             date_header=False,
             proxy_headers=False,
             access_log=False,
+            # Longer than clients keep a quiet connection, so that they never use a closed one.
+            timeout_keep_alive=75,
             log_level="warning",
             ws="none",
             lifespan="on",

@@ -96,7 +96,8 @@ class Upstream:
 
     async def _check(self) -> dict[str, Any]:
         timeout = dict.fromkeys(("connect", "read", "write", "pool"), _CHECK_TIMEOUT_S)
-        extensions = {"timeout": timeout, "target": self._target(b"/health")}
+        target = self._prefix.removesuffix(b"/v1") + b"/health"
+        extensions = {"timeout": timeout, "target": target}
         headers = self._addressed([])
         request = httpx.Request("GET", self._origin, headers=headers, extensions=extensions)
         try:

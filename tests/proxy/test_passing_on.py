@@ -11,6 +11,7 @@ import pytest
 from fake_upstream import answer, chat, delta, event, raw_answer, streaming
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from specdec.proxy.headers import end_to_end
 from specdec.proxy.server import listen
 
 
@@ -103,6 +104,11 @@ def test_a_compressed_answer_stays_compressed_and_is_recorded_in_plain(proxy, up
     assert dict(upstream.seen[0][1]["headers"])[b"accept-encoding"] == b"gzip;q=0.8"
     (record,) = proxy.records()
     assert record["response"]["choices"][0]["message"]["content"] == "one two"
+
+
+def test_a_length_beside_a_transfer_coding_is_not_passed_on():
+    headers = [(b"Content-Length", b"5"), (b"Transfer-Encoding", b"chunked"), (b"A", b"1")]
+    assert end_to_end(headers) == [(b"a", b"1")]
 
 
 def test_codings_of_what_is_not_recorded_are_left_to_the_client(proxy, upstream):

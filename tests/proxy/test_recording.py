@@ -1,8 +1,11 @@
 """What is recorded of what passes, and what is not."""
 
 import asyncio
+import gzip
 import json
+import os
 import random
+import socket
 import threading
 from pathlib import Path
 
@@ -84,6 +87,38 @@ def test_a_stream_is_recorded_joined(proxy, upstream):
     }
     assert (record["complete"], record["stream"]) == (True, True)
     assert 0 <= record["ttft_s"] <= record["latency_s"]
+
+
+def test_events_with_other_line_ends_and_over_several_lines_are_read(proxy, upstream):
+    first, second = delta(content="a").decode(), delta("stop", content="b").decode()
+    second = second.replace('"choices"', '\ndata:"choices"')
+    stream = (first + ": ping\n\nevent: x\nid: 1\n" + second).replace("\n", "\r\n").encode()
+    upstream.answer = streaming([stream, b"data: [DONE]"])
+    proxy.ask(chat("a", stream=True))
+    record = only(proxy)
+    assert record["response"]["choices"][0]["message"]["content"] == "ab"
+    assert record["complete"] is True
+
+
+def test_a_compressed_stream_that_grows_much_is_read_to_its_end(proxy, upstream):
+    events = [delta(content="x" * 300_000), delta("stop", content="end"), event("[DONE]")]
+    packed = gzip.compress(b"".join(events))
+    upstream.answer = streaming([packed], headers={"content-encoding": "gzip"})
+    proxy.ask(chat("a", stream=True))
+    record = only(proxy)
+    assert record["response"]["choices"][0]["message"]["content"] == "x" * 300_000 + "end"
+    assert record["complete"] is True
+
+
+def test_damaged_compression_leaves_the_request_recorded(proxy, upstream):
+    upstream.answer = streaming([b"no gzip at all"], headers={"content-encoding": "gzip"})
+    with (
+        proxy.client() as client,
+        client.stream("POST", "/v1/chat/completions", json=chat("a")) as response,
+    ):
+        assert b"".join(response.iter_raw()) == b"no gzip at all"
+    record = only(proxy)
+    assert (record["response"], record["complete"]) == (None, False)
 
 
 def test_choices_of_a_streamed_completion_are_joined_apart(proxy, upstream):
@@ -186,6 +221,15 @@ def test_a_client_that_leaves_stops_the_upstream_and_is_recorded_as_far_as_it_ca
     proxy.eventually(lambda: proxy.health()["running"] == 0)
 
 
+def sent_by_hand(proxy, body, length):
+    """A connection that has sent this much of a request whose body has that length."""
+    address = proxy.url.removeprefix("http://").split(":")
+    connection = socket.create_connection((address[0], int(address[1])))
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n"
+    connection.sendall(head.encode() + body)
+    return connection
+
+
 def test_a_client_that_leaves_before_the_answer_begins_is_recorded_too(proxy, upstream):
     asked = threading.Event()
 
@@ -197,16 +241,62 @@ def test_a_client_that_leaves_before_the_answer_begins_is_recorded_too(proxy, up
         return Response()
 
     upstream.answer = respond
-    client = proxy.client()
-    leaving = threading.Thread(target=lambda: (asked.wait(PATIENCE_S), client.close()))
-    leaving.start()
-    with pytest.raises(Exception), client:  # noqa: B017 (closed under its hands)
-        client.post("/v1/chat/completions", json=chat("a"), timeout=0.5)
-    leaving.join()
+    body = json.dumps(chat("a")).encode()
+    with sent_by_hand(proxy, body, len(body)):
+        assert asked.wait(PATIENCE_S)
     assert upstream.left.wait(PATIENCE_S)
     proxy.eventually(proxy.records)
     record = only(proxy)
     assert (record["status"], record["response"], record["complete"]) == (None, None, False)
+
+
+def test_a_client_that_leaves_before_it_has_asked_leaves_nothing(proxy, upstream):
+    with sent_by_hand(proxy, b'{"messages"', 100):
+        proxy.eventually(lambda: proxy.recorder.budget.held_bytes)
+    proxy.eventually(lambda: proxy.health()["running"] == 0)
+    health = proxy.health()
+    assert health["skipped"] == {"client left before it had asked": 1}
+    assert (health["held_bytes"], proxy.lines()) == (0, [])
+
+
+def plain(*pieces, **headers):
+    async def respond(request):
+        return StreamingResponse(iter(pieces), headers=headers)
+
+    return respond
+
+
+@pytest.mark.parametrize(
+    "respond",
+    [
+        streaming([delta(content="a"), event("[DONE]")]),
+        plain(b'{"a": 1', b"}"),
+        plain(b'{"a": 1', b"}", **{"content-length": "8"}),
+        plain(**{"content-length": "0"}),
+    ],
+    ids=["[DONE]", "chunked", "with a length", "empty"],
+)
+def test_what_a_client_knows_to_be_finished_is_on_the_disk(start_proxy, upstream, respond):
+    finished, too_late = threading.Event(), []
+
+    def write(fd, line):
+        too_late.append(finished.wait(0.2))
+        return os.write(fd, line)
+
+    proxy = start_proxy(upstream.url, write=write, max_wait_s=PATIENCE_S)
+    upstream.answer = respond
+    with (
+        proxy.client() as client,
+        client.stream("POST", "/v1/chat/completions", json=chat("a")) as response,
+    ):
+        if response.headers.get("content-length") == "0":
+            finished.set()
+        for piece in response.iter_raw():
+            if b"[DONE]" in piece:
+                finished.set()
+        finished.set()
+        assert len(proxy.records()) == 1
+    assert too_late == [False]
 
 
 def test_a_share_of_the_requests_is_recorded(start_proxy, upstream):
