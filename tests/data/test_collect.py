@@ -206,20 +206,28 @@ def test_a_file_of_something_else_says_what_was_wrong_with_it(tmp_path):
     assert not (tmp_path / "q").exists()
 
 
+FULL_DISK = OSError(errno.ENOSPC, "No space left on device")
+
+
 @pytest.mark.parametrize("there", [False, True])
-def test_a_full_disk_leaves_the_folder_as_it_was(log, tmp_path, monkeypatch, there):
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [(FULL_DISK, 1, "the disk is full; nothing was written"), (KeyboardInterrupt(), 130, "same")],
+)
+def test_a_run_that_ends_while_writing_leaves_the_folder_as_it_was(
+    log, tmp_path, monkeypatch, there, error, status, message
+):
     out = tmp_path / "q"
     if there:
         summary(run(requests(tmp_path / "first.jsonl", QUESTIONS[:5]), "--out", out))
 
     def write(queries, folder):
         (folder / "half").write_text("written")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr("specdec.data.collect.write_queries", write)
     result = run(log, "--out", out, "--append")
-    assert result.exit_code == 1
-    assert "the disk is full; nothing was written" in result.stderr
+    assert (result.exit_code, message in result.stderr) == (status, True)
     assert out.exists() == there
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     if there:
