@@ -1,0 +1,96 @@
+"""Alpha of drafters on held-out queries, teacher-forced on what the target answered to them.
+
+    python experiments/03-domain/alpha.py runs/domain/a-sgd --out alpha-sgd.json \
+        generic=draft_model:runs/domain/generic-draft/drafter ...
+
+Intervals are 95 % percentile bootstraps over queries.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from scipy.stats import bootstrap
+
+from specdec import load_target
+from specdec.bench.provenance import machine
+from specdec.checkpoints import identify_target
+from specdec.data.answers import AnswerRow
+from specdec.data.answers_folder import check_answers_target, load_answers
+from specdec.drafters.training_batch import shifted
+from specdec.train.acceptance import drafted_places, sum_of_overlaps
+from specdec.train.draft_model_options import DraftModelOptions
+from specdec.train.draft_model_trainee import DraftModelTrainee
+from specdec.train.head_trainee import HeadTrainee, new_head
+from specdec.train.source import OnlineSource
+
+
+def load(kind: str, path: str, target: Any, identity: Any) -> Any:
+    if kind == "draft_model":
+        options = DraftModelOptions.from_dict({"path": path, "method": "full"})
+        trainee: Any = DraftModelTrainee(options, target, {})
+    else:
+        trainee = HeadTrainee(kind, new_head(kind, {}, path, target, identity), identity, {})
+    trainee.module.eval()
+    return trainee
+
+
+@torch.no_grad()
+def sums(trainee: Any, source: OnlineSource, rows: list[AnswerRow]) -> np.ndarray:
+    """Of every row: places, and the overlaps at temperatures 0 and 1."""
+    found = []
+    for row in rows:
+        batch = source.batch([row])
+        mask = drafted_places(batch)
+        guesses = trainee.guesses(batch, mask)
+        overlaps = sum_of_overlaps(guesses, shifted(batch.target_logits, 1)[mask])
+        found.append([int(mask.sum()), *overlaps.tolist()])
+    return np.array(found)
+
+
+def alpha(table: np.ndarray, column: int) -> dict[str, Any]:
+    def ratio(places: np.ndarray, overlaps: np.ndarray, axis: int = -1) -> np.ndarray:
+        return overlaps.sum(axis) / places.sum(axis)
+
+    columns = (table[:, 0], table[:, column])
+    interval = bootstrap(
+        columns, ratio, paired=True, vectorized=True, n_resamples=2000, rng=0, method="percentile"
+    ).confidence_interval
+    return {"value": float(ratio(*columns)), "interval": [interval.low, interval.high]}
+
+
+def main(
+    answers: Path,
+    drafters: Annotated[list[str], typer.Argument(help="name=kind:folder ...")],
+    out: Annotated[Path, typer.Option()],
+    num: int = 300,
+) -> None:
+    torch.set_num_threads(1)
+    target = load_target("demo", device="cpu")
+    identity = identify_target(target)
+    folder = load_answers(answers)
+    check_answers_target(folder.manifest, identity)
+    rows = [row.cut(512) for row in folder.rows("held_out", target.vocab_size)]
+    rows = [row for row in rows if row.num_answer_tokens > 1][:num]
+    results = {}
+    for given in drafters:
+        name, _, where = given.partition("=")
+        kind, _, path = where.partition(":")
+        trainee = load(kind, path, target, identity)
+        table = sums(trainee, OnlineSource(target, trainee.taps, torch.float32), rows)
+        table = table[table[:, 0] > 0]
+        results[name] = {
+            "kind": kind,
+            "places": int(table[:, 0].sum()),
+            "alpha": {"0": alpha(table, 1), "1": alpha(table, 2)},
+        }
+        print(name, results[name])
+    content = {"queries": len(rows), "drafters": results, "provenance": machine(target)}
+    out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
