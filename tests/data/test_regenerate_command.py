@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from specdec.cli import app
 from specdec.data.query import Query, write_queries
 
-OPTIONS = ["--temperature", "0", "--temperature", "0.8", "--max-new-tokens", "120", "--seed", "4"]
+OPTIONS = ["--temperature", "0", "--temperature", "0.8", "--max-new-tokens", "80", "--seed", "4"]
 FILES = ("train.jsonl", "held_out.jsonl", "failed.jsonl")
 
 
@@ -25,8 +25,8 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("regenerate")
     chatty_model().save_pretrained(path / "target")
     letter_tokenizer().save_pretrained(path / "target")
-    queries = [Query(f"q{i}", ({"role": "user", "content": f"say {i}"},)) for i in range(40)]
-    write_queries({"train": queries[:30], "held_out": queries[30:]}, path / "queries")
+    queries = [Query(f"q{i}", ({"role": "user", "content": f"say {i}"},)) for i in range(20)]
+    write_queries({"train": queries[:14], "held_out": queries[14:]}, path / "queries")
     return path
 
 
@@ -47,7 +47,7 @@ def test_a_process_killed_outright_goes_on_token_for_token(folder, tmp_path):
     whole = answered(folder, tmp_path / "whole")
     assert whole.exit_code == 0, whole.stderr
     summary = json.loads(whole.stdout.splitlines()[-1])
-    assert summary["counts"]["held_out"] == {"queries": 10, "rows": 10, "failed": 0}
+    assert summary["counts"]["held_out"] == {"queries": 6, "rows": 6, "failed": 0}
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "specdec", "regenerate", folder / "queries", "--target"]
     command += [folder / "target", "--out", out, *OPTIONS, "--batch-size", "2"]
@@ -110,7 +110,7 @@ def test_an_endpoint_answers_and_one_that_is_gone_fails_the_run(folder, tmp_path
     server.is_down = False
     done = invoke(*arguments)
     assert done.exit_code == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["answers"] == 40
+    assert json.loads(done.stdout.splitlines()[-1])["answers"] == 20
     assert server.headers[0]["Authorization"] == "Bearer sk-secret"
     row = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])
     assert row["tokens"][-1] == END
