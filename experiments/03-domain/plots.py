@@ -1,0 +1,81 @@
+"""The pictures of this experiment, from its committed results.
+
+    python experiments/03-domain/plots.py
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+SIZES = {"qlora-sgd-100": 100, "qlora-sgd-500": 500, "qlora-sgd": 2000, "qlora-sgd-8000": 8000}
+OBJECTIVES = {
+    "cross-entropy": "qlora-gsm8k-cross_entropy",
+    "forward KL": "qlora-gsm8k",
+    "reverse KL": "qlora-gsm8k-reverse_kl",
+    "total variation": "qlora-gsm8k-total_variation",
+}
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
+
+
+def read(domain: str) -> dict[str, Any]:
+    return json.loads((HERE / f"alpha-{domain}.json").read_text())["drafters"]
+
+
+def bars(values: list[dict[str, Any]]) -> tuple[list[float], list[list[float]]]:
+    heights = [each["value"] for each in values]
+    low = [each["value"] - each["interval"][0] for each in values]
+    return heights, [low, [each["interval"][1] - each["value"] for each in values]]
+
+
+def growth() -> None:
+    found = read("sgd")
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for temperature, colour, marker in (("0", BLUE, "o"), ("1", ORANGE, "s")):
+        values = [found[name]["alpha"][temperature] for name in SIZES]
+        heights, errors = bars(values)
+        label = f"T = {temperature}"
+        axes.errorbar(
+            list(SIZES.values()), heights, errors, color=colour, marker=marker, capsize=4, label=label
+        )
+        start = found["generic-draft"]["alpha"][temperature]["value"]
+        axes.axhline(start, color=colour, linestyle=":", linewidth=1)
+        axes.annotate("generic", (100, start), color=colour, va="bottom", fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xticks(list(SIZES.values()), [f"{size:,}" for size in SIZES.values()])
+    axes.set_xlabel("collected queries (sgd)")
+    axes.set_ylabel("alpha on held-out queries")
+    axes.set_title("QLoRA draft model, equal steps; 95 % intervals", fontsize=10)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(HERE / "growth.png", dpi=160)
+
+
+def objectives() -> None:
+    found = read("gsm8k")
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for offset, temperature, colour, hatch in ((-0.2, "0", BLUE, ""), (0.2, "1", ORANGE, "//")):
+        values = [found[name]["alpha"][temperature] for name in OBJECTIVES.values()]
+        heights, errors = bars(values)
+        places = [number + offset for number in range(len(OBJECTIVES))]
+        label = f"T = {temperature}"
+        axes.bar(places, heights, 0.38, yerr=errors, color=colour, hatch=hatch, capsize=3, label=label)
+        start = found["generic-draft"]["alpha"][temperature]["value"]
+        axes.axhline(start, color=colour, linestyle=":", linewidth=1)
+    axes.annotate("generic", (3.3, start), color=GREY, va="bottom", fontsize=8)
+    axes.set_xticks(range(len(OBJECTIVES)), list(OBJECTIVES))
+    axes.set_ylabel("alpha on held-out queries (gsm8k)")
+    axes.set_title("QLoRA draft model, equal budget; 95 % intervals", fontsize=10)
+    axes.legend(frameon=False, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(HERE / "objectives.png", dpi=160)
+
+
+if __name__ == "__main__":
+    growth()
+    objectives()
