@@ -84,9 +84,14 @@ def collect(
     check_kept(report, sources)
     with whole_folder(out) as partial:
         write_queries(splits, partial)
-        (partial / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        (partial / REPORT).write_bytes(_json(report))
         write_card(report, partial / "README.md")
     return report
+
+
+def _json(report: dict[str, Any]) -> bytes:
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    return text.encode(errors="replace")  # names of files may hold what is no Unicode
 
 
 def _opened(name: str, settings: CollectSettings, data_dir: Path | None) -> QuerySource:

@@ -32,7 +32,8 @@ def write_card(report: dict[str, Any], path: Path) -> None:
         tags=["specdec", "speculative-decoding", "queries"],
     )
     parts = [_opening(report), _kept(report), _sources(report), _dropped(report), _making(report)]
-    path.write_text(f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+    text = f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+    path.write_bytes(text.encode(errors="replace"))
 
 
 def _common(languages: dict[str, int]) -> list[str]:

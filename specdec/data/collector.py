@@ -14,7 +14,7 @@ from specdec.data.query import Query
 from specdec.data.query_source import QuerySource
 from specdec.data.records import Malformed, Record
 from specdec.data.split import conversation_id, query_id, sample_rank
-from specdec.data.tally import Tally
+from specdec.data.tally import Tally, whole_characters
 
 Show = Callable[[int, int, str], None]
 _SHOW_EVERY = 500
@@ -80,11 +80,15 @@ class Collector:
         except (ValueError, RecursionError) as error:
             self._refuse(Malformed(record.where, _shown(record.value), str(error)))
             return
-        domain, mask = _domain(record.value, settings, name), _Masks(self._masker)
+        domain, where = (
+            whole_characters(_domain(record.value, settings, name)),
+            whole_characters(record.where),
+        )
+        cleaning = _Cleaning(self._masker.mask if settings.mask else str)
         for each in asked:
-            self._add(each, domain, record.where, mask)
+            self._add(each, domain, where, cleaning)
 
-    def _add(self, asked: Asked, domain: str, where: str, masks: "_Masks") -> None:
+    def _add(self, asked: Asked, domain: str, where: str, cleaning: "_Cleaning") -> None:
         texts = [turn["content"] for turn in asked.messages] or [asked.text]
         if len(texts[-1].strip()) < self._settings.min_chars:
             self.tally.drop("too_short", where, texts[-1])
@@ -92,8 +96,7 @@ class Collector:
         if sum(map(len, texts)) > self._settings.max_chars:
             self.tally.drop("too_long", where, texts[-1], f"{sum(map(len, texts))} characters")
             return
-        if self._settings.mask:
-            asked = masks.apply(asked)
+        asked = cleaning.apply(asked)
         name = query_id(asked.messages, asked.text)
         if name in self._seen:
             self.tally.drop("duplicate", where, texts[-1])
@@ -134,11 +137,11 @@ class Collector:
         return [self._found[index] for index in sorted(kept)]
 
 
-class _Masks:
-    """Of one record; its queries repeat each other's turns, which are masked and kept once."""
+class _Cleaning:
+    """Of one record; its queries repeat each other's turns, which are cleaned and kept once."""
 
-    def __init__(self, masker: Masker):
-        self._masker = masker
+    def __init__(self, mask: Callable[[str], str]):
+        self._mask = mask
         self._texts: dict[str, str] = {}
         self._turns: dict[tuple[str, str], Message] = {}
 
@@ -148,7 +151,7 @@ class _Masks:
 
     def _text(self, text: str) -> str:
         if text not in self._texts:
-            self._texts[text] = self._masker.mask(text)
+            self._texts[text] = self._mask(whole_characters(text))
         return self._texts[text]
 
     def _turn(self, turn: Message) -> Message:

@@ -112,6 +112,8 @@ def _asked(body: dict[str, Any], response: Any, is_request: bool, turns: str) ->
 
 def _completions(prompt: Any, answer: str | None) -> Iterator[Asked]:
     prompts = prompt if isinstance(prompt, list) else [prompt]
+    if not prompts:
+        raise ValueError("its prompt is an empty list")
     if any(isinstance(each, int | list) for each in prompts):
         raise NoQueryError("not_text")  # token ids
     for each in prompts:
@@ -124,6 +126,8 @@ def _plain(row: dict[str, Any]) -> Asked:
     answer = next((row[key] for key in _ANSWER_KEYS if isinstance(row.get(key), str)), None)
     if "instruction" in row:
         parts = [row["instruction"], row.get("input") or ""]
+        if not all(isinstance(part, str) for part in parts):
+            raise ValueError("its instruction and input must be text")
         return _question("\n\n".join(part for part in parts if part), answer)
     for key in _QUESTION_KEYS:
         if key in row:
@@ -168,9 +172,9 @@ def _reply(turns: list[Any]) -> str | None:
 
 def _role(turn: Any) -> str:
     given = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
-    if given in _TOOL_ROLES:
+    if isinstance(given, str) and given in _TOOL_ROLES:
         return "tool"
-    if given not in _ROLES:
+    if not isinstance(given, str) or given not in _ROLES:
         raise ValueError(f"a turn has the role {given!r} but must be of {sorted(_ROLES)}")
     return _ROLES[given]
 

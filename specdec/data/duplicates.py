@@ -81,7 +81,7 @@ class NearDuplicates:
 
     def _minima(self, text: str) -> NDArray[np.uint32]:
         sketch = self._blank.copy()
-        sketch.update_batch([run.encode(errors="surrogatepass") for run in _shingles(text)])
+        sketch.update_batch([run.encode() for run in _shingles(text)])
         return sketch.hashvalues
 
     def _hashed(self, signature: NDArray[np.uint32]) -> Any:

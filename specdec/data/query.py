@@ -19,7 +19,7 @@ class Query:
         text: the raw prompt of a completion; empty for a chat.
         answer: that was recorded with it, for reference; drafters are never trained on it.
         domain: a tag that splits and results are told apart by; may be empty.
-        language: ISO 639-1 code; may be empty.
+        language: ISO 639 code; may be empty.
         source: the file and line, or the data set and row, that it came from.
         conversation: hash of its first user turn; queries that share it are in the same split.
     """

@@ -53,5 +53,4 @@ def sample_rank(query: str, seed: int) -> str:
 
 
 def _digest(text: str) -> str:
-    # Lone surrogates are legal in JSON strings.
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:_HEX_DIGITS]
+    return hashlib.sha256(text.encode()).hexdigest()[:_HEX_DIGITS]

@@ -23,6 +23,11 @@ _NUM_EXAMPLES = 5
 _QUOTE_CHARS, _REASON_CHARS, _READ_CHARS = 120, 300, 4000
 
 
+def whole_characters(text: str) -> str:
+    """The text without halves of characters, which logs that cut it hold and no file takes."""
+    return text.encode(errors="replace").decode()
+
+
 class Tally:
     """Counts of drops by reason, and the first few of each.
 
@@ -59,7 +64,7 @@ class Tally:
         return self._shown(text, _REASON_CHARS)
 
     def _shown(self, text: str, length: int) -> str:
-        shown = " ".join(self._masker.mask(text[:_READ_CHARS]).split())
+        shown = " ".join(self._masker.mask(whole_characters(text[:_READ_CHARS])).split())
         return shown if len(shown) <= length else f"{shown[: length - 1]}…"
 
     def report(self) -> dict[str, Any]:

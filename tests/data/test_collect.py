@@ -183,6 +183,14 @@ def test_masking_can_be_turned_off_but_quotes_stay_masked(tmp_path):
         assert "jane" not in (tmp_path / "r" / name).read_text()
 
 
+def test_halves_of_characters_are_replaced(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"text": "cut emoji \\ud83d", "answer": "\\ud83d"}\n{"messages": "\\ud83d"}')
+    summary(run(log, "--out", tmp_path / "q", "--held-out", 0, "--no-mask"))
+    query = read_queries(tmp_path / "q", "train")[0]
+    assert (query.last_turn, query.answer) == ("cut emoji ?", "?")
+
+
 def test_too_many_malformed_lines_stop_the_run_and_say_where(tmp_path):
     log = requests(tmp_path / "log.jsonl")
     with log.open("a") as file:

@@ -5,6 +5,8 @@ import gzip
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from specdec.data.conversation import NoQueryError, asked_in
 from specdec.data.records import FileRecords, Malformed, form_of
@@ -138,6 +140,31 @@ def test_questions_and_instructions_keep_their_reference_answers():
 def test_a_record_of_no_known_form_is_an_error_that_names_it(record, message):
     with pytest.raises(ValueError, match=message):
         asked(record)
+
+
+KEYS = ["request", "response", "body", "model", "messages", "conversations", "prompt", "status"]
+KEYS += ["instruction", "input", "text", "role", "from", "content", "value", "choices", "message"]
+LEAVES = st.none() | st.booleans() | st.integers(0, 500) | st.text(max_size=3)
+LEAVES |= st.sampled_from(["user", "assistant", "tool", "gpt", "human"])
+
+
+def nested(inner):
+    return st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4)
+
+
+@given(st.recursive(LEAVES, nested, max_leaves=12))
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+def test_any_json_is_asked_or_refused_with_a_reason(record):
+    try:
+        found = list(asked_in(record))
+    except (NoQueryError, ValueError):
+        return
+    assert found
+    for each in found:
+        assert not (each.messages and each.text)
+        assert all(type(turn["content"]) is str for turn in each.messages)
+        assert not each.messages or each.messages[-1]["role"] == "user"
+        assert each.answer is None or type(each.answer) is str
 
 
 @pytest.mark.parametrize(
