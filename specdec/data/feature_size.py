@@ -53,13 +53,20 @@ def choices(layout: FeatureLayout, counts: Counts) -> list[Choice]:
     return sorted(found, key=lambda choice: (choice.num_bytes, choice.label))
 
 
-def cheaper(layout: FeatureLayout, counts: Counts, limit: int = 4) -> list[Choice]:
-    """Smaller layouts with the same taps, largest first; after them one with fewer taps."""
+def cheaper(layout: FeatureLayout, counts: Counts, free: int) -> list[Choice]:
+    """Of every set of these taps the largest choice that fits, or the smallest if none does.
+
+    None of them keeps more logits than the given layout.
+    """
+    best: dict[tuple[int, ...], Choice] = {}
     chosen = Choice.of(layout, counts)
-    smaller = [each for each in choices(layout, counts) if each.num_bytes < chosen.num_bytes]
-    alike = [each for each in reversed(smaller) if each.layout.taps == layout.taps]
-    fewer = [each for each in smaller if set(each.layout.taps) < set(layout.taps)]
-    return [*alike[: limit - 1], *fewer[-1:]] if len(alike) >= limit else [*alike, *fewer[-1:]]
+    for choice in choices(layout, counts):  # smallest first
+        other = choice.layout
+        is_part = set(other.taps) <= set(layout.taps) and other.top_k <= layout.top_k
+        is_better = other.taps not in best or choice.num_bytes <= free
+        if is_part and is_better and choice.num_bytes < chosen.num_bytes:
+            best[other.taps] = choice
+    return sorted(best.values(), key=lambda choice: -choice.num_bytes)
 
 
 def refuse_what_does_not_fit(
@@ -82,22 +89,11 @@ def refuse_what_does_not_fit(
     chosen = Choice.of(layout, counts)
     others = "; ".join(
         f"{each.label}: {each.bytes_per_token:,.1f} bytes per token, {each.num_bytes:,} bytes"
-        for each in cheaper(layout, counts)
+        f"{'' if each.num_bytes <= free else ', still too many'}"
+        for each in cheaper(layout, counts, free)
     )
     raise ValueError(
         f"the store needs {needed:,} bytes ({chosen.bytes_per_token:,.1f} per token) but only "
         f"{free:,} are free at {where!r}; give another --out, or store less: "
         f"{others or 'fewer rows'}"
     )
-
-
-def per_token(layout: FeatureLayout, answer_share: float = 1.0) -> float:
-    """Bytes per token of long rows, where what is kept once a row does not count.
-
-    Args:
-        layout: what is kept.
-        answer_share: of the tokens, those that logits are kept for.
-    """
-    tokens = 10**6
-    counts = Counts(tokens=tokens, places=round(answer_share * tokens))
-    return layout.num_bytes(counts) / tokens

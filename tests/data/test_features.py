@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 
 from specdec.cli import app
 from specdec.data import feature_plan, features
+from specdec.data.feature_layout import Counts, FeatureLayout
+from specdec.data.feature_size import refuse_what_does_not_fit
 from specdec.data.feature_store import FeatureStore
 from specdec.targets.load import load_target
 
@@ -119,15 +121,30 @@ def test_a_disk_that_fills_up_midway_loses_nothing(tmp_path, small_files):
 def test_a_store_that_the_disk_cannot_hold_is_refused_before_it_starts(tmp_path, monkeypatch):
     path = write_folder(tmp_path / "answers", random_rows())
     run = extraction(path, tiny_target(), taps="eagle3,eagle", top_k=32)
-    usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ValueError, match="10,000 are free") as refused:
-        run.run(tmp_path / "store")
     needed = run.plan.chosen(tmp_path)["bytes"] + features._HEADER_BYTES
+    usage = shutil.disk_usage(tmp_path)._replace(free=needed - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ValueError, match=f"{needed - 1:,} are free") as refused:
+        run.run(tmp_path / "store")
     assert f"needs {needed:,} bytes" in str(refused.value)
-    assert "--dtype int8 --top-k 32" in str(refused.value)
-    assert "bytes per token" in str(refused.value)
     assert not (tmp_path / "store").exists()
+    usage = usage._replace(free=needed)
+    run.run(tmp_path / "store")
+
+
+def test_a_refusal_names_the_largest_choices_that_do_fit():
+    layout = FeatureLayout((2, 16, 29, 32), 4096, 128256, 32, "bf16", 128, 64, "bfloat16")
+    counts = Counts(rows=10, tokens=10_000, places=5_000)
+    with pytest.raises(ValueError, match="give another --out") as refused:
+        refuse_what_does_not_fit(layout.num_bytes(counts), 90_000_000, "store", layout, counts)
+    told = [each.split(":")[0] for each in str(refused.value).split("store less: ")[1].split("; ")]
+    assert told == [
+        "--taps 2,16,29,32 --dtype int8 --top-k 0",
+        "--taps 2,16,29 --dtype int8 --top-k 16",
+        "--taps 32 --dtype bf16 --top-k 64",
+        "--taps none --dtype bf16 --top-k 64",
+    ]
+    assert str(refused.value).count("still too many") == 2
 
 
 def test_rows_longer_than_the_context_are_cut_and_counted(tmp_path):

@@ -6,9 +6,13 @@ from tiny_features import make_store, random_rows
 from tiny_heads import tiny_head
 from tiny_models import tiny_target
 
+from specdec.checkpoints import identify_target
 from specdec.drafters.heads import head_loss
+from specdec.drafters.objectives import OBJECTIVES, objective
 from specdec.drafters.training_batch import shifted
+from specdec.train.acceptance import count_matches, count_ranks
 from specdec.train.batches import packed
+from specdec.train.head_trainee import HeadTrainee
 from specdec.train.source import OnlineSource
 from specdec.train.stored import StoredSource
 
@@ -16,7 +20,8 @@ KINDS = ("medusa", "eagle", "eagle3")
 
 
 def sources(folder, target, taps=(0, 1, 2), **options):
-    store = make_store(folder, target, **options)
+    names = ",".join(map(str, taps)) or "none"
+    store = make_store(folder, target, **{"taps": names, **options})
     projection = target.model.get_output_embeddings()
     stored = StoredSource(store, taps, torch.float32, "cpu", projection)
     return stored, OnlineSource(target, taps, torch.float32), store.rows("train")
@@ -64,6 +69,40 @@ def test_what_is_rounded_moves_the_loss_by_little(tmp_path, kind, options, toler
     loss, _ = losses(kind, head, stored.batch(rows))
     wanted, _ = losses(kind, head, online.batch(rows))
     assert abs(loss / wanted - 1) < tolerance
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_offline_acceptance_is_that_of_the_target_itself(tmp_path, kind):
+    target = tiny_target()
+    stored, online, rows = sources(tmp_path, target, dtype="float32", top_k=8)
+    head = tiny_head(kind, target)
+    trainee = HeadTrainee(kind, head, identify_target(target), {})
+    counts = []
+    for source in (stored, online):
+        batch = source.batch(rows)
+        drafted = trainee.candidates(batch, 4, 5)
+        counts.append((count_matches(drafted[..., 0], batch), count_ranks(drafted, batch)))
+    assert counts[0][0].equal(counts[1][0])
+    assert counts[0][1].equal(counts[1][1])
+    assert counts[0][1].sum() > 0
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("top_k", [97, 48])
+def test_a_store_of_logits_alone_teaches_draft_models(tmp_path, name, top_k):
+    # Reverse KL weighs the target's tail as the drafter does, so that losing its order tells most.
+    tolerance = 1e-6 if top_k == 97 else 0.1 if name == "reverse_kl" else 0.02
+    target = tiny_target()
+    stored, online, rows = sources(tmp_path, target, taps=(), top_k=top_k)
+    assert not stored.batch(rows[:1]).hidden
+    draft = tiny_target(num_layers=1, seed=4).model
+    found = []
+    for source in (stored, online):
+        batch = source.batch(rows)
+        mask = shifted(batch.loss_mask, 1)
+        mine, tokens = draft(input_ids=batch.tokens).logits[mask], shifted(batch.tokens, 1)[mask]
+        found.append(objective(name, mine.detach(), batch.target_logits[mask], tokens))
+    assert abs(found[0] / found[1] - 1) < tolerance
 
 
 def test_batches_have_the_tokens_masks_and_shapes_of_the_target_itself(tmp_path):
