@@ -1,0 +1,115 @@
+"""A run takes its rows from a file, a folder of answers or a feature store, to the same end."""
+
+import json
+
+import pytest
+from tiny_features import extraction, write_folder
+from tiny_models import tiny_llama
+from tiny_training import answer_rows, logged, tiny_config
+
+from specdec.checkpoints.folder import read_json, write_files
+from specdec.targets.hf import HFTarget
+from specdec.targets.load import load_target
+from specdec.train.materials import StoredMaterials
+from specdec.train.run import run_training
+
+RUN = {"max_steps": 3, "lr": 1e-2, "eval_depth": 3, "eval_every": 0, "batch_size": 5}
+KINDS = {
+    "eagle3": {"drafter": {"kind": "eagle3"}, "draft_vocab_size": 40},
+    "eagle": {"drafter": {"kind": "eagle"}},
+    "medusa": {
+        "drafter": {"kind": "medusa", "options": {"num_heads": 3}},
+        "loss": {"objective": "kl"},
+    },
+    "draft_model": {"drafter": {"kind": "draft_model", "options": {"method": "full"}}},
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Answers of a tiny target, and a store that holds everything of it."""
+    folder = tmp_path_factory.mktemp("made")
+    rows = [
+        {**row, "id": f"q{number}", "domain": "ab"[number % 2]}
+        for number, row in enumerate(answer_rows(HFTarget(tiny_llama(num_layers=3))))
+    ]
+    write_folder(folder / "answers", rows[:15], rows[15:])
+    tiny_llama(num_layers=3).save_pretrained(folder / "target")
+    tiny_llama(num_layers=1, seed=5).save_pretrained(folder / "draft")
+    target = load_target(str(folder / "target"), device="cpu")
+    whole = {"taps": "0,1,2,3", "dtype": "float32", "top_k": target.vocab_size}
+    extraction(folder / "answers", target, **whole).run(folder / "store")
+    return folder
+
+
+def config_of(made, folder, kind, path, **more):
+    settings = {**RUN, **KINDS[kind], **more}
+    if kind == "draft_model":
+        options = {"method": "full", "path": str(made / "draft")}
+        settings["drafter"] = {"kind": kind, "options": options}
+    data = {"path": str(path), "num_validation": None}
+    return tiny_config(folder, **settings, data=data, target={"path": str(made / "target")})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_store_trains_what_the_target_beside_it_trains(made, tmp_path, kind, monkeypatch):
+    online = run_training(config_of(made, tmp_path, kind, made / "answers"), tmp_path / "online")
+    loaded = []
+    whole = StoredMaterials.whole_target
+    monkeypatch.setattr(
+        StoredMaterials, "whole_target", lambda self: loaded.append(1) or whole(self)
+    )
+    stored = run_training(config_of(made, tmp_path, kind, made / "store"), tmp_path / "stored")
+    for ours, theirs in zip(logged(tmp_path / "stored"), logged(tmp_path / "online"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    assert stored["offline_tau"] == pytest.approx(online["offline_tau"])
+    assert stored["domains"].keys() == online["domains"].keys() == {"a", "b"}
+    assert stored["validation_rows"] == online["validation_rows"] == 5
+    assert stored["parity"]["passed"]
+    assert loaded == [1]  # for the gate alone
+
+
+def test_a_store_of_another_target_is_refused(made, tmp_path):
+    tiny_llama(num_layers=3, seed=3).save_pretrained(tmp_path / "other")
+    config = config_of(made, tmp_path, "medusa", made / "store")
+    config.target.path = str(tmp_path / "other")
+    with pytest.raises(ValueError, match="holds the features of another target"):
+        run_training(config, tmp_path / "out")
+
+
+def test_a_tap_that_the_store_lacks_is_refused(made, tmp_path):
+    target = load_target(str(made / "target"), device="cpu")
+    extraction(made / "answers", target, taps="3").run(tmp_path / "store")
+    config = config_of(made, tmp_path, "eagle3", tmp_path / "store")
+    with pytest.raises(ValueError, match=r"holds the taps \[3\] but not"):
+        run_training(config, tmp_path / "out")
+
+
+def test_answers_of_another_target_are_refused(made, tmp_path):
+    folder = tmp_path / "answers"
+    rows = answer_rows(HFTarget(tiny_llama(num_layers=3)), num_rows=8)
+    write_folder(folder, rows)
+    manifest = read_json(folder / "answers.json")
+    manifest["target"] = {"name": "theirs", "weights": "ab" * 32, "vocab_size": 97}
+    write_files(folder, {"answers.json": json.dumps(manifest).encode()})
+    config = config_of(made, tmp_path, "medusa", folder)
+    with pytest.raises(ValueError, match="were written by target 'theirs' with weights abababab"):
+        run_training(config, tmp_path / "out")
+
+
+def test_a_head_goes_on_from_another_one_with_its_own_vocabulary(made, tmp_path):
+    first = config_of(made, tmp_path, "eagle3", made / "answers")
+    before = run_training(first, tmp_path / "first")
+    init = str(tmp_path / "first" / "drafter")
+    more = {"drafter": {"kind": "eagle3", "init": init}, "draft_vocab_size": None}
+    config = config_of(made, tmp_path, "eagle3", made / "answers", **more)
+    after = run_training(config, tmp_path / "second")
+    assert after["validation_loss"] < before["validation_loss"]
+    assert after["draft_vocabulary"] is None
+    for change, message in (
+        ({"kind": "eagle", "init": init}, r"holds a head of the kind 'eagle3', not 'eagle'"),
+        ({"kind": "eagle3", "init": init, "options": {"taps": [1, 2, 3]}}, "are both given"),
+    ):
+        wrong = config_of(made, tmp_path, "eagle3", made / "answers", **{**more, "drafter": change})
+        with pytest.raises(ValueError, match=message):
+            run_training(wrong, tmp_path / "third")
