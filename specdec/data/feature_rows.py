@@ -87,7 +87,7 @@ def fingerprint(splits: dict[str, SplitRows]) -> str:
     for split, found in splits.items():
         whole.update(split.encode())
         for row in found.rows:
-            whole.update(repr((row.id, row.tokens, row.answers)).encode())
+            whole.update(repr(row).encode())
     return whole.hexdigest()
 
 

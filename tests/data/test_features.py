@@ -202,8 +202,17 @@ def test_a_folder_with_another_store_is_refused(tmp_path, change, message):
     make_store(tmp_path, tiny_target())
     with pytest.raises(ValueError, match=message):
         make_store(tmp_path, tiny_target(), **change)
+
+
+def test_a_folder_with_another_targets_or_other_rows_store_is_refused(tmp_path):
+    make_store(tmp_path, tiny_target())
     with pytest.raises(ValueError, match=r"target\.weights is"):
         make_store(tmp_path, tiny_target(seed=1))
+    shutil.rmtree(tmp_path / "answers")
+    rows = random_rows()
+    rows[3]["domain"] = "another"
+    with pytest.raises(ValueError, match="rows is"):
+        make_store(tmp_path, tiny_target(), rows=rows)
 
 
 def test_answers_of_another_target_are_refused(tmp_path):
