@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ _SUFFIXES = {
     ".tsv": "tsv",
     ".parquet": "parquet",
 }
-_CHUNK_BYTES = 1 << 20
+_CHUNK_CHARS = 1 << 20
+_GAP = re.compile(r"[\s,]*")
 _DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)
 
 
@@ -158,26 +160,31 @@ class FileRecords:
     def _json(self, file: IO[bytes]) -> Iterator[Record | Malformed]:
         """Items of a list, decoded one by one: such files are larger than memory."""
         text = io.TextIOWrapper(file, encoding="utf-8-sig")
-        decoder, number, rest = json.JSONDecoder(), 0, text.read(_CHUNK_BYTES).lstrip()[1:]
+        decoder, number = json.JSONDecoder(), 0
+        read = text.read(_CHUNK_CHARS)
+        while not read.strip() and (more := text.read(_CHUNK_CHARS)):
+            read += more
+        at = read.find("[") + 1
         while True:
-            rest = rest.lstrip().removeprefix(",").lstrip()
-            if rest.startswith("]"):
+            at = _GAP.match(read, at).end()  # type: ignore[union-attr]
+            if read.startswith("]", at):
                 return
+            reason = "it ends without ]"
             try:
-                value, end = decoder.raw_decode(rest)
-                whole = end < len(rest)  # a number may go on in the next chunk
+                value, end = decoder.raw_decode(read, at)
+                whole = end < len(read)  # a number may go on in the next chunk
             except (ValueError, RecursionError) as error:
-                whole, reason = False, error
+                whole, reason = False, str(error)
             if whole:
-                number, rest = number + 1, rest[end:]
+                number, at = number + 1, end
                 yield Record(f"{self.path}#{number}", value)
                 continue
-            more = text.read(max(_CHUNK_BYTES, len(rest)))  # twice as much: linear in all
+            more = text.read(max(_CHUNK_CHARS, len(read) - at))  # twice as much: linear in all
             if not more:
                 where = f"{self.path}#{number + 1}"
-                yield Malformed(where, rest, f"the list breaks off or is not JSON: {reason}")
+                yield Malformed(where, read[at:], f"the list breaks off or is not JSON: {reason}")
                 return
-            rest += more
+            read, at = read[at:] + more, 0
 
     def _csv(self, file: IO[bytes], delimiter: str = ",") -> Iterator[Record | Malformed]:
         csv.field_size_limit(1 << 30)

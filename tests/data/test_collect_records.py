@@ -221,7 +221,7 @@ def written(path, form):
 @pytest.mark.parametrize("form", ["jsonl", "json", "csv", "parquet"])
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
 def test_every_format_gives_the_same_records(tmp_path, form, chunk, monkeypatch):
-    monkeypatch.setattr("specdec.data.records._CHUNK_BYTES", chunk)
+    monkeypatch.setattr("specdec.data.records._CHUNK_CHARS", chunk)
     path = tmp_path / f"rows.{form}"
     written(path, form)
     records = FileRecords(path)
@@ -249,10 +249,11 @@ def test_malformed_lines_are_told_with_their_place_and_the_rest_is_read(tmp_path
 
 def test_a_list_or_an_archive_that_breaks_off_gives_what_it_has(tmp_path):
     path = tmp_path / "a.json"
-    path.write_text('[{"text": "a"}, {"text": "b"')
-    first, second = FileRecords(path)
-    assert first.value == {"text": "a"}
-    assert "breaks off" in second.reason
+    for rest in ('{"text": "b"', '{"text": "b"}, ', "", "oops]"):
+        path.write_text('[{"text": "a"}, ' + rest)
+        first, *_, last = FileRecords(path)
+        assert first.value == {"text": "a"}
+        assert "breaks off" in last.reason
     zipped = tmp_path / "a.jsonl.gz"
     content = gzip.compress(b"".join(b'{"text": "%d"}\n' % n for n in range(50_000)))
     zipped.write_bytes(content[: len(content) // 2])
