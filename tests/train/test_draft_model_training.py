@@ -15,6 +15,8 @@ from specdec.registry import load_drafter
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
 from specdec.train.batches import packed, padded
+from specdec.train.draft_model_options import DraftModelOptions
+from specdec.train.draft_model_trainee import DraftModelTrainee
 from specdec.train.run import run_training
 from specdec.train.source import OnlineSource
 
@@ -184,3 +186,9 @@ def test_gradient_checkpointing_changes_no_loss(tmp_path):
         run_training(tiny_config(folder, **RUN, drafter=given), folder / "out")
         losses.append([record["loss"] for record in logged(folder / "out")])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_demo_is_the_embedded_draft_model_not_the_target():
+    target = load_target("demo", device="cpu")
+    trainee = DraftModelTrainee(DraftModelOptions.from_dict({"method": "full"}), target, {})
+    assert trainee.module.config.num_hidden_layers < target.config.num_hidden_layers

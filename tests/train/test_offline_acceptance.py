@@ -13,6 +13,7 @@ from specdec.train.acceptance import (
     acceptance_by_rank,
     count_matches,
     count_ranks,
+    sum_of_overlaps,
 )
 from specdec.train.batches import collate
 from specdec.train.head_trainee import HeadTrainee
@@ -108,3 +109,16 @@ def test_tau_and_acceptance_by_depth():
     assert found.accepted_length == 1.8
     assert found.by_depth == [0.6, 0.4, None]
     assert OfflineAcceptance(0, (0,), (0,)).accepted_length == 1.0
+
+
+def test_alpha_is_the_overlap_of_both_distributions_and_never_above_one():
+    generator = torch.Generator().manual_seed(0)
+    mine, its = torch.randn(2, 40, 11, generator=generator)
+    greedy, sampled = sum_of_overlaps(mine, its).tolist()
+    assert greedy == sum(a.argmax() == b.argmax() for a, b in zip(mine, its, strict=True))
+    pairs = zip(mine.softmax(-1).tolist(), its.softmax(-1).tolist(), strict=True)
+    assert sampled == pytest.approx(
+        sum(min(p, q) for a, b in pairs for p, q in zip(a, b, strict=True)), rel=1e-5
+    )
+    assert sum_of_overlaps(its, its).tolist() == pytest.approx([40, 40])
+    assert sum_of_overlaps(its, its).max() <= 40
