@@ -19,6 +19,10 @@ collect_and_answer sgd 8900
 python $here/nested.py $runs/a-gsm8k 2000
 python $here/nested.py $runs/a-sgd 100 500 2000 8000
 
+specdec features $runs/a-gsm8k-2000 --target demo --out $runs/f-gsm8k-2000 --taps eagle3 \
+  --dry-run | tail -1 | python -m json.tool > $here/bytes.json
+specdec features $runs/a-gsm8k-2000 --target demo --out $runs/f-gsm8k-2000 --taps eagle3
+
 [ -f $runs/base/config.json ] || python $here/base.py $runs/base
 train generic-draft generic-draft
 train generic-eagle3 generic-eagle3
@@ -33,9 +37,13 @@ for objective in cross_entropy reverse_kl total_variation; do
   train qlora "qlora-gsm8k-$objective" data.path=$runs/a-gsm8k-2000 loss.objective=$objective
 done
 
-drafters=()
+# What a drafter that knows the domain already gains.
+train qlora qlora-demo-gsm8k data.path=$runs/a-gsm8k-2000 drafter.options.path=demo lr=1e-3
+
+drafters=(demo=draft_model:demo)
 for name in generic-draft qlora-gsm8k qlora-sgd qlora-sgd-100 qlora-sgd-500 qlora-sgd-8000 \
-  qlora-gsm8k-cross_entropy qlora-gsm8k-reverse_kl qlora-gsm8k-total_variation; do
+  qlora-gsm8k-cross_entropy qlora-gsm8k-reverse_kl qlora-gsm8k-total_variation \
+  qlora-demo-gsm8k; do
   drafters+=("$name=draft_model:$runs/$name/drafter")
 done
 for name in generic-eagle3 eagle3-gsm8k eagle3-sgd; do
