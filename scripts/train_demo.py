@@ -5,8 +5,8 @@
 
 Stages: `tokenizer`, `target`, `draft` (distilled from the target), `export` (bf16 safetensors and
 model cards), or `all`. Then the heads: `answers` writes the text that they are trained on, `specdec
-train recipes/demo/eagle3.yaml --out runs/heads/eagle3` and its like train them, and `heads` puts
-them into the package. Each stage writes checkpoints and resumes from them when it is run again.
+train recipes/embedded/eagle3.yaml --out runs/heads/eagle3` and its like train them, and `heads`
+puts them into the package. Each stage writes checkpoints and resumes from them when it is run again.
 Works on a CPU, on a GPU, and on several processes under torchrun.
 """
 
@@ -478,7 +478,7 @@ def head_card(kind: str, results: dict) -> str:
     return (
         f"---\nlicense: cc-by-sa-4.0\nlanguage: en\n---\n# specdec demo {kind}\n\n"
         f"{HEAD_NAMES[kind]} for the demo target, trained by `specdec train "
-        f"recipes/demo/{kind}.yaml` on the target's own answers to the training questions "
+        f"recipes/embedded/{kind}.yaml` on the target's own answers to the training questions "
         f"(`scripts/train_demo.py answers`).\n\n"
         f"Tokens seen: {results['tokens']:,}. Steps: {results['steps']}. Seconds: "
         f"{results['seconds']:.0f} on {where['device']} with {results['num_processes']} "

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from specdec.bench.collected import read_collected
 from specdec.bench.prompt import BenchPrompt, Message, shuffled
 from specdec.bench.prompt_files import read_file
 from specdec.bench.sources import DATA_DIR_VARIABLE, ORDERED, SOURCES, read_source
@@ -15,8 +16,10 @@ def load_prompts(
     """Take `num` prompts of a source; the same ones for the same seed.
 
     Args:
-        source: a name in `SOURCES`, or a JSONL, ShareGPT JSON or text file (a prompt a line).
-        num: prompts to take, at most; seed 0 keeps the order of "demo", "held_out" and of files.
+        source: a name in `SOURCES`; a JSONL, ShareGPT JSON or text file (a prompt a line); or a
+            folder that `specdec collect` wrote, whose held-out queries are taken.
+        num: prompts to take, at most; seed 0 keeps the order of "demo", "held_out", files and
+            folders.
         data_dir: folder of the named sources; default: the variable SPECDEC_DATA_DIR, then the
             hub where the source is there.
 
@@ -29,9 +32,12 @@ def load_prompts(
         prompts = read_source(source, Path(folder).expanduser() if folder else None)
     elif Path(source).is_file():
         prompts = read_file(Path(source))
+    elif Path(source).is_dir():
+        prompts = read_collected(Path(source))
     else:
         raise ValueError(
-            f"prompts.source is {source!r} but must be a file or one of {', '.join(SOURCES)}"
+            f"prompts.source is {source!r} but must be a file, a folder that specdec collect "
+            f"wrote, or one of {', '.join(SOURCES)}"
         )
     if not prompts:
         raise ValueError(f"prompts.source {source!r} holds no prompts; give a file with at least 1")

@@ -131,7 +131,7 @@ def test_a_drafter_that_is_not_there_or_of_another_tokenizer_is_bad_input(folder
     ("overrides", "words"),
     [
         (["target.path=./nothing"], ["'./nothing' is not a folder"]),
-        (["prompts.source=./nothing.jsonl"], ["'./nothing.jsonl' but must be a file or one of"]),
+        (["prompts.source=./nothing.jsonl"], ["'./nothing.jsonl' but must be a file, a folder"]),
         (["arms=[{type: ngrams}]"], ["'ngrams'", "did you mean 'ngram'"]),
         (["arms=[{type: ngram, options: {max_gram: 3}}]"], ["no option 'max_gram'", "max_ngram"]),
         (["arms=[{type: draft_model}]"], ["needs the option 'path'"]),

@@ -9,6 +9,7 @@ import pytest
 
 from specdec.bench.prompts import load_prompts
 from specdec.bench.sources import SOURCES
+from specdec.data.query import Query, write_queries
 
 
 def user(text):
@@ -148,8 +149,8 @@ def test_a_source_that_is_nowhere_says_where_it_comes_from(no_folder, monkeypatc
 
 
 def test_an_unknown_source_lists_the_known_ones(tmp_path):
-    for source in ("gsm9k", str(tmp_path), str(tmp_path / "no.jsonl")):
-        with pytest.raises(ValueError, match="must be a file or one of demo, held_out, gsm8k"):
+    for source in ("gsm9k", str(tmp_path / "no.jsonl")):
+        with pytest.raises(ValueError, match="or one of demo, held_out, gsm8k"):
             load_prompts(source, 1)
 
 
@@ -224,3 +225,20 @@ def test_demo_prompts_are_balanced_over_their_domains():
     prompts = load_prompts("demo", 12)
     assert [p.domain for p in prompts[:3]] == ["maths", "service", "coffee"]
     assert load_prompts("demo", 5, seed=1) != load_prompts("demo", 5)
+
+
+def test_of_a_folder_of_collected_queries_only_those_held_out_are_asked(tmp_path):
+    chat = Query("a", (user("hello"), {"role": "assistant", "content": "yes?"}, user("bye")))
+    completion = Query("b", text="Once upon", domain="tales")
+    split = {"train": [Query("c", (user("seen"),))], "held_out": [chat, completion]}
+    write_queries(split, tmp_path / "queries")
+    first, second = load_prompts(str(tmp_path / "queries"), 9)
+    assert (first.id, first.domain, first.messages) == ("a", "collected", chat.messages)
+    assert (second.domain, second.messages, second.text) == ("tales", (), "Once upon")
+
+
+def test_another_folder_is_no_source(tmp_path):
+    write_queries({"train": [Query("c", (user("seen"),))]}, tmp_path / "queries")
+    for folder in (tmp_path, tmp_path / "queries"):
+        with pytest.raises(ValueError, match="no split 'held_out' of collected queries"):
+            load_prompts(str(folder), 9)

@@ -1,7 +1,5 @@
 """Wrong configurations of a training are named before anything is loaded."""
 
-from pathlib import Path
-
 import pytest
 
 from specdec.train.config import load_train_config
@@ -28,7 +26,10 @@ def test_overrides_reach_options_of_head_and_loss(tmp_path):
         ("batchsize=1", "batchsize does not exist; did you mean batch_size"),
         ("data.pth=x", "did you mean data.path"),
         ("drafter.kind=eagel", "drafter.kind is 'eagel' but must be one of medusa, eagle, eagle3"),
-        ("drafter.options=3", "drafter.options is 3 but must be a mapping of the drafter's options"),
+        (
+            "drafter.options=3",
+            "drafter.options is 3 but must be a mapping of the drafter's options",
+        ),
         ("loss=[1]", "loss is .* must be a mapping of the loss's options"),
         ("data.path=''", "data.path is empty"),
         ("lr=0", "lr is 0.0 but must be above 0"),
@@ -50,16 +51,6 @@ def test_overrides_reach_options_of_head_and_loss(tmp_path):
 def test_a_wrong_value_is_named(tmp_path, override, message):
     with pytest.raises(ValueError, match=message):
         load(tmp_path, override)
-
-
-RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "demo").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipes_for_the_demo_are_read(path):
-    config = load_train_config(str(path))
-    assert config.drafter.kind == path.stem
-    assert f"specdec train recipes/demo/{path.name} --out" in path.read_text()
 
 
 def test_epochs_and_steps_exclude_each_other(tmp_path):
