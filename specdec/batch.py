@@ -86,7 +86,10 @@ class Batch:
         """The sampler of these rows, told what they have emitted so far."""
         target = self.target
         configs, prompts = [row.sampling for row in rows], [row.prompt for row in rows]
-        sampler = Sampler(configs, target.vocab_size, target.device, prompts, target.eos_token_ids)
+        shared = NOISE_STREAM if self.rule == MATCH else None
+        sampler = Sampler(
+            configs, target.vocab_size, target.device, prompts, target.eos_token_ids, shared
+        )
         longest = max(len(row.tokens) for row in rows)
         if longest and not sampler.is_plain:
             padded = [row.tokens + [-1] * (longest - len(row.tokens)) for row in rows]

@@ -156,8 +156,9 @@ def generate(
             prompt. None for all prompts at once.
         rule: "token", "block", "traversal", the lossy "typical", or "match", which keeps the draft
             tokens that equal what the target would have drawn without a draft: it accepts less,
-            and what it emits depends on the prompt and the seed alone, whatever the drafter. At
-            temperature 0 all of them accept what equals the target's argmax.
+            and what it emits depends on the prompt and the seed alone, whatever the drafter (Daliri
+            et al. 2024, arXiv 2408.07978). At temperature 0 all of them accept what equals the
+            target's argmax.
 
     Returns:
         One result per prompt, in order.

@@ -29,6 +29,10 @@ class Sampler:
         is_greedy: whether every row is at temperature 0.
         is_plain: whether no row has a bias, a penalty, a bad word or a minimum length.
         seeds: [B] int64.
+        shared_stream: the stream that the target draws each token from, at the token's position,
+            where it does (rule "match"); None elsewhere. A drafter that draws from it as well
+            agrees with the target as often as their distributions do, without a bias: what is
+            emitted is the target's own draw.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class Sampler:
         device: torch.device | str | None,
         prompts: Sequence[Sequence[int]],
         eos_token_ids: Sequence[int],
+        shared_stream: int | None = None,
     ) -> None:
         """Compile the settings.
 
@@ -47,6 +52,7 @@ class Sampler:
             device: where the logits live.
             prompts: token ids, one sequence per row.
             eos_token_ids: what `min_new_tokens` bans; ids past the vocabulary are ignored.
+            shared_stream: see above.
 
         Raises:
             ValueError: configs and prompts differ in number, there are none, or a token of
@@ -59,6 +65,7 @@ class Sampler:
             )
         self.vocab_size = vocab_size
         self.device = device
+        self.shared_stream = shared_stream
         self._penalties: Penalties | None = None
         self._compile(configs)
         if not self.is_plain:

@@ -46,6 +46,19 @@ def test_exactly_max_new_tokens_are_emitted(target, drafter, count):
     assert result.finish_reason == "length"
 
 
+def test_under_the_match_rule_a_draft_model_that_is_the_target_draws_what_the_target_draws(target):
+    twin = DraftModel(HFTarget(tiny_llama(), None), target.vocab_size, 4)
+    configs = [SamplingConfig(temperature=1.0, seed=seed) for seed in range(3)]
+    prompts = [PROMPT, [9] * 30, [1]]
+
+    def share_accepted(rule):
+        results = generate(target, twin, prompts, configs, max_new_tokens=41, rule=rule)
+        counts = [(r.stats.num_accepted, r.stats.num_drafted) for r in results]
+        return sum(count for count, _ in counts) / sum(count for _, count in counts)
+
+    assert share_accepted("match") == share_accepted("token") == 1.0
+
+
 def test_every_prompt_may_have_its_own_limit(target, drafter):
     results = generate(target, drafter, [PROMPT] * 3, max_new_tokens=[2, 9, 5])
     assert [len(result.tokens) for result in results] == [2, 9, 5]

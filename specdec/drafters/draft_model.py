@@ -210,14 +210,8 @@ class DraftModel:
                 chosen.append(scores.argmax(-1))
             else:
                 probs = sampler.probs(scores.unsqueeze(1)).squeeze(1)
-                noise = row_exponentials(
-                    sampler.seeds.to(logits.device),
-                    self._num_committed,
-                    FIRST_STREAM + level,
-                    self.vocab_size,
-                )
                 reported.append(probs)
-                chosen.append(sample(probs, noise))
+                chosen.append(sample(probs, self._noise(sampler, level)))
             if level + 1 < num_levels:
                 logits = self._fit(self.model.feed(chosen[-1].unsqueeze(1), counts))
         if not chosen:
@@ -234,6 +228,21 @@ class DraftModel:
         partial = Draft.chain(torch.stack(chosen, 1)) if chosen else None
         nodes = torch.full((len(logits), 1), len(chosen), device=logits.device)
         return sampler.scores(logits.unsqueeze(1), partial, nodes).squeeze(1)
+
+    def _noise(self, sampler: Sampler, level: int) -> Tensor:
+        """Noise [B, V] that draws a level of the chain.
+
+        Where the target draws by position, its own noise: two distributions p and q then choose
+        the same token with a probability of at least (1 - TV) / (1 + TV).
+
+        Source: Daliri, Musco and Suresh 2024, arXiv 2408.07978.
+        """
+        seeds = sampler.seeds.to(self._num_committed.device)
+        if sampler.shared_stream is None:
+            counters, stream = self._num_committed, FIRST_STREAM + level
+        else:
+            counters, stream = self._num_committed + level, sampler.shared_stream
+        return row_exponentials(seeds, counters, stream, self.vocab_size)
 
     def _grow_tree(
         self,
