@@ -59,7 +59,10 @@ def alpha(table: np.ndarray, column: int) -> dict[str, Any]:
     interval = bootstrap(
         columns, ratio, paired=True, vectorized=True, n_resamples=2000, rng=0, method="percentile"
     ).confidence_interval
-    return {"value": float(ratio(*columns)), "interval": [float(interval.low), float(interval.high)]}
+    return {
+        "value": float(ratio(*columns)),
+        "interval": [float(interval.low), float(interval.high)],
+    }
 
 
 def main(

@@ -1,6 +1,6 @@
 """A draft model that knows nothing yet: the demo target's embedding and two of its layers.
 
-    python experiments/03-domain/base.py runs/domain/base
+python experiments/03-domain/base.py runs/domain/base
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """The pictures of this experiment, from its committed results.
 
-    python experiments/03-domain/plots.py
+python experiments/03-domain/plots.py
 """
 
 import json
@@ -41,7 +41,13 @@ def growth() -> None:
         heights, errors = bars(values)
         label = f"T = {temperature}"
         axes.errorbar(
-            list(SIZES.values()), heights, errors, color=colour, marker=marker, capsize=4, label=label
+            list(SIZES.values()),
+            heights,
+            errors,
+            color=colour,
+            marker=marker,
+            capsize=4,
+            label=label,
         )
         start = found["generic-draft"]["alpha"][temperature]["value"]
         axes.axhline(start, color=colour, linestyle=":", linewidth=1)
@@ -64,7 +70,9 @@ def objectives() -> None:
         heights, errors = bars(values)
         places = [number + offset for number in range(len(OBJECTIVES))]
         label = f"T = {temperature}"
-        axes.bar(places, heights, 0.38, yerr=errors, color=colour, hatch=hatch, capsize=3, label=label)
+        axes.bar(
+            places, heights, 0.38, yerr=errors, color=colour, hatch=hatch, capsize=3, label=label
+        )
         start = found["generic-draft"]["alpha"][temperature]["value"]
         axes.axhline(start, color=colour, linestyle=":", linewidth=1)
     axes.annotate("generic", (3.3, start), color=GREY, va="bottom", fontsize=8)
