@@ -26,8 +26,9 @@ def exit_statuses() -> Iterator[None]:
         message, status = str(error), 2
     except FAILURES as error:
         message, status = f"the run failed: {_reason(error)}", 1
-    except KeyboardInterrupt:
-        message, status = "interrupted; the same command resumes it", 130
+    except KeyboardInterrupt as error:
+        message = str(error) or "interrupted; the same command resumes it"
+        status = getattr(error, "status", 130)
     else:
         return
     typer.echo(f"specdec: {message}", err=True)

@@ -6,20 +6,37 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from torch import Tensor
 
 _BASE_FILE = "base.json"
 
 
-def save_adapter(model: Any, folder: Path) -> None:
+def save_adapter(model: Any, folder: Path, weights: dict[str, Tensor], mark: str) -> None:
     """Write an adapter in peft's own layout, with a mark of the base that it was trained on.
 
     Args:
         model: a peft model.
         folder: made if it is not there.
+        weights: of the adapter, by their names in the model's state dict.
+        mark: see `base_mark`.
     """
-    model.save_pretrained(folder)
-    mark = {"embedding": _mark(model.get_base_model())}
-    (folder / _BASE_FILE).write_text(json.dumps(mark, indent=1) + "\n")
+    model.save_pretrained(folder, state_dict=weights)
+    (folder / _BASE_FILE).write_text(json.dumps({"embedding": mark}, indent=1) + "\n")
+
+
+def merged_adapter(model: Any, base: Any, weights: dict[str, Tensor]) -> Any:
+    """A plain model that says what an adapted one does.
+
+    Args:
+        model: the peft model; it stays as it is.
+        base: its base, once more and not quantised; it is changed.
+        weights: see `save_adapter`.
+    """
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    plain = get_peft_model(base, model.peft_config["default"])
+    set_peft_model_state_dict(plain, get_peft_model_state_dict(model, state_dict=weights))
+    return plain.merge_and_unload()
 
 
 def load_adapter(model: Any, adapter: str) -> Any:
@@ -69,7 +86,7 @@ def _check_base(model: Any, folder: Path) -> None:
             f"adapter {str(folder)!r} has no adapter_model.safetensors; other formats are not read"
         )
     path = folder / _BASE_FILE
-    if path.is_file() and json.loads(path.read_text())["embedding"] != _mark(model):
+    if path.is_file() and json.loads(path.read_text())["embedding"] != base_mark(model):
         raise ValueError(
             f"adapter {str(folder)!r} was trained on another base than this model: their "
             "embeddings differ; load it with the path of its own base"
@@ -90,7 +107,7 @@ def _check_names(adapted: Any, folder: Path) -> None:
         )
 
 
-def _mark(model: Any) -> str:
+def base_mark(model: Any) -> str:
     """Hash of the signs of the input embedding, which no quantisation touches."""
     weight = model.get_input_embeddings().weight.detach()
     stride = max(1, weight.numel() // 2**20)

@@ -10,6 +10,7 @@ from specdec.strict_config import load_strict, require_at_least
 
 KINDS = (*HEADS, "draft_model")
 PRECISIONS = ("no", "bf16", "fp16")
+SHARDINGS = ("none", "fsdp2")
 TRACKERS = ("none", "tensorboard")
 
 
@@ -79,7 +80,8 @@ class TrainConfig:
 
     A step takes `batch_size` rows times `gradient_accumulation` times the number of processes.
     `eval_every` and `save_every` count steps; 0 means at the end only. `mixed_precision` None
-    follows the target's dtype.
+    follows the target's dtype. `sharding` says how several processes hold what is trained: "none"
+    whole in each, "fsdp2" shared out among them; one process alone holds all of it either way.
     """
 
     target: TargetConfig = field(default_factory=TargetConfig)
@@ -105,6 +107,7 @@ class TrainConfig:
     eval_depth: int = 5
     log_with: str = "none"
     mixed_precision: str | None = None
+    sharding: str = "none"
     parity: ParityConfig = field(default_factory=ParityConfig)
 
 
@@ -125,6 +128,7 @@ def load_train_config(path: str, overrides: Sequence[str] = ()) -> TrainConfig:
 def _check_choices(config: TrainConfig) -> None:
     _require_one_of("drafter.kind", config.drafter.kind, KINDS)
     _require_one_of("log_with", config.log_with, TRACKERS)
+    _require_one_of("sharding", config.sharding, SHARDINGS)
     if config.mixed_precision is not None:
         _require_one_of("mixed_precision", config.mixed_precision, PRECISIONS)
     if config.target.device is not None:

@@ -1,8 +1,9 @@
 """How a draft model is trained: as a whole, or through a low-rank adapter."""
 
-import copy
 from dataclasses import dataclass, fields
 from typing import Any, Self
+
+from specdec.demo import demo_path
 
 METHODS = ("full", "lora", "qlora")
 EXPORTS = ("merged", "adapter")
@@ -81,6 +82,11 @@ class DraftModelOptions:
         return options
 
     @property
+    def model_path(self) -> str:
+        """Where the model to start from lies; "demo" is the embedded draft model."""
+        return str(demo_path("draft")) if self.path == "demo" else self.path
+
+    @property
     def keeps_adapter(self) -> bool:
         """Whether the adapter is written alone."""
         return self.export == "adapter"
@@ -124,16 +130,3 @@ class DraftModelOptions:
             return get_peft_model(model, config).train()
         except ValueError as error:
             raise ValueError(f"config drafter.options.targets {self.targets!r}: {error}") from error
-
-    def merged(self, module: Any) -> Any:
-        """A plain model with the same outputs; the module in training stays as it is."""
-        if self.method == "full":
-            return module
-        if self.method == "lora":
-            return copy.deepcopy(module).merge_and_unload()
-        from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-
-        base = copy.deepcopy(module).unload().dequantize()
-        plain = get_peft_model(base, module.peft_config["default"])
-        set_peft_model_state_dict(plain, get_peft_model_state_dict(module))
-        return plain.merge_and_unload()

@@ -1,5 +1,6 @@
 """Draft models in training: the whole model, or a LoRA adapter on a whole or an NF4 base."""
 
+import copy
 from dataclasses import asdict
 from inspect import signature
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from specdec.drafters.adapters import save_adapter
+from specdec.drafters.adapters import base_mark, merged_adapter, save_adapter
 from specdec.drafters.draft_model import check_same_tokenizer
 from specdec.drafters.objectives import OBJECTIVES, objective
 from specdec.drafters.training_batch import LossOutput, TrainingBatch, shifted
@@ -47,10 +48,11 @@ class DraftModelTrainee:
         self._objective, self._temperature = _checked(loss_options)
         quantization = "4bit" if options.method == "qlora" else None
         loaded = load_target(
-            options.path, dtype=options.dtype, device=target.device, quantization=quantization
+            options.model_path, dtype=options.dtype, device=target.device, quantization=quantization
         )
         check_same_tokenizer(loaded.tokenizer, target.tokenizer, options.path)
         self.tokenizer, self._target_vocab_size = loaded.tokenizer, target.vocab_size
+        self._base_mark, self._dtype = base_mark(loaded.model), loaded.model.dtype
         self.module: Any = options.prepared(loaded.model)
 
     def loss(self, batch: TrainingBatch) -> LossOutput:
@@ -88,15 +90,23 @@ class DraftModelTrainee:
         """See `Trainee`."""
         return asdict(self._options)
 
-    def export(self, folder: Path, training: dict[str, Any]) -> None:
+    def export(self, folder: Path, training: dict[str, Any], weights: dict[str, Tensor]) -> None:
         """A plain checkpoint, or an adapter beside the name of its base."""
         if self._options.keeps_adapter:
-            save_adapter(self.module, folder)
+            save_adapter(self.module, folder, weights, self._base_mark)
+        elif self._options.method == "full":
+            self.module.save_pretrained(folder, state_dict=weights)
         else:
-            self._options.merged(self.module).save_pretrained(folder)
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(folder)
+            merged_adapter(self.module, self._plain_base(), weights).save_pretrained(folder)
+        if self.tokenizer is not None and not self._options.keeps_adapter:
+            self.tokenizer.save_pretrained(folder)
         write_training(folder, training)
+
+    def _plain_base(self) -> Any:
+        """What an adapter is merged into: never four bits, and no module that may be sharded."""
+        if self._options.method == "qlora":
+            return copy.deepcopy(self.module).unload().dequantize()
+        return load_target(self._options.model_path, dtype=self._dtype, device="cpu").model
 
     def drafter(self, folder: Path) -> dict[str, Any]:
         """See `Trainee`."""

@@ -20,7 +20,7 @@ from specdec.train.acceptance import (
 )
 from specdec.train.objective import seeded
 from specdec.train.source import Source
-from specdec.train.trainee import Trainee
+from specdec.train.trainee import WithLoss
 
 NUM_RANKS = 10
 
@@ -44,7 +44,7 @@ class _Sums:
 
 
 def evaluate(
-    trainee: Trainee,
+    model: WithLoss,
     source: Source,
     rows: Sequence[AnswerRow],
     *,
@@ -56,7 +56,7 @@ def evaluate(
     """Mean loss over the answers' tokens, and offline acceptance; the rows are shared out.
 
     Args:
-        trainee: put into eval mode meanwhile.
+        model: not sharded, or whole in each process; put into eval mode meanwhile.
         source: of the batches.
         rows: at least one.
         batch_size: rows of a batch.
@@ -70,13 +70,13 @@ def evaluate(
         "domains", where rows have any: rows, tau and alpha of each.
     """
     # A trainee that is bound to a depth has its own number of levels.
-    depth = trainee.depth or depth
-    trainee.module.eval()
+    depth = model.trainee.depth or depth
+    model.eval()
     domains = {row.domain for row in rows}
     sums = {
         domain: _reduced(
             _sums(
-                trainee,
+                model,
                 source,
                 [row for row in rows if row.domain == domain],
                 batch_size,
@@ -88,7 +88,7 @@ def evaluate(
         )
         for domain in sorted(domains)
     }
-    trainee.module.train()
+    model.train()
     total = sum(sums.values(), start=_nothing(depth, accelerator.device))
     named = {
         name: {"rows": sum(row.domain == name for row in rows)} | _acceptance(sums[name])
@@ -114,7 +114,7 @@ def _nothing(depth: int, device: torch.device) -> _Sums:
 
 @torch.no_grad()
 def _sums(
-    trainee: Trainee,
+    model: WithLoss,
     source: Source,
     rows: Sequence[AnswerRow],
     batch_size: int,
@@ -123,17 +123,22 @@ def _sums(
     accelerator: Accelerator,
 ) -> _Sums:
     """Over this process's share of the rows."""
+    trainee, rank, world = model.trainee, accelerator.process_index, accelerator.num_processes
     ordered = sorted(rows, key=lambda row: len(row.tokens))
     batches = [ordered[at : at + batch_size] for at in range(0, len(ordered), batch_size)]
     sums = _nothing(depth, accelerator.device)
-    for place in range(accelerator.process_index, len(batches), accelerator.num_processes):
+    # Processes work in step, as sharded weights ask for: one without a batch repeats the first.
+    for turn in range(rank, -(-len(batches) // world) * world, world):
+        place = turn if turn < len(batches) else 0
         seen = source.batch(batches[place])
         with accelerator.autocast():
             with seeded(accelerator.device, seed, place):
-                loss = trainee.loss(seen).loss
+                loss, _ = model(seen)
             mask = drafted_places(seen)
             guessed = trainee.guesses(seen, mask)
             drafted = trainee.candidates(seen, depth, NUM_RANKS)
+        if place != turn:
+            continue
         num_tokens = seen.loss_mask.sum()
         overlaps = sum_of_overlaps(guessed, shifted(seen.target_logits, 1)[mask])
         ranks = count_ranks(drafted, seen)

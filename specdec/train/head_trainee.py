@@ -83,14 +83,13 @@ class HeadTrainee:
         """As the checkpoint holds them."""
         return resolved_options(self.module)
 
-    def export(self, folder: Path, training: dict[str, Any]) -> None:
+    def export(self, folder: Path, training: dict[str, Any], weights: dict[str, Tensor]) -> None:
         """Write the head in our own layout."""
-        tensors = {name: each.detach().cpu() for name, each in self.module.state_dict().items()}
         write_head(
             HeadCheckpoint(
                 kind=self.kind,
                 options=self.options(),
-                tensors=tensors,
+                tensors=weights,
                 target=self.identity,
                 training=training,
             ),

@@ -21,12 +21,11 @@ from specdec.train.objective import seeded
 from specdec.train.parity import ParityGate, require_parity
 from specdec.train.prediction import DraftShape
 from specdec.train.source import OnlineSource
-from specdec.train.state import RunFolder
 from specdec.train.trainee import Trainee, trained_dtype
 from specdec.train.vocabulary import coverage, most_frequent
 
 # What may change between sessions of one run: it does not touch what is learned.
-_FREE_KEYS = ("threads", "save_every", "log_with", "parity")
+_FREE_KEYS = ("threads", "save_every", "log_with", "parity", "sharding")
 
 
 def run_training(
@@ -49,6 +48,8 @@ def run_training(
         ValueError: bad configuration or data, or a folder of another run.
         PermissionError: the folder cannot be written.
         FloatingPointError: the loss or its gradients are not finite.
+        Interrupted: SIGTERM or Ctrl-C; the run goes on from a checkpoint.
+        OSError: a checkpoint could not be written.
         ParityError: the drafter is accepted otherwise than predicted; everything is written.
     """
     try:
@@ -58,6 +59,7 @@ def run_training(
             "training needs accelerate; install it with: pip install 'specdec[train]'"
         ) from error
     from specdec.train.results import remembered, training_results
+    from specdec.train.state import RunFolder
     from specdec.train.trainer import Trainer
 
     if config.log_with == "tensorboard" and find_spec("tensorboard") is None:
@@ -76,22 +78,22 @@ def run_training(
         project_dir=out,
     )
     folder = RunFolder(out, _identity(config, materials.identity, split, accelerator.num_processes))
-    if accelerator.is_main_process:
-        folder.prepare()
-    accelerator.wait_for_everyone()
+    folder.prepare()
     with seeded(accelerator.device, config.seed):
         trainee, vocabulary = make_trainee(config, target, materials.identity, split)
     source = materials.source(trainee)
     trainer = Trainer(config, trainee, source, split, folder, accelerator)
     trainer.run(callback if accelerator.is_main_process else _ignore)
-    if not accelerator.is_main_process:
-        return None
-    gate = _parity_gate(config, materials, trainee)
+    weights = trainer.learner.weights()
+    with trainer.learner.unsharded():
+        if not accelerator.is_main_process:
+            return None
+        gate = _parity_gate(config, materials, trainee)
+        expected = None if gate is None else gate.predict(trainee, accelerator.autocast)
     results = training_results(
         trainer, vocabulary, materials.where, trainee.drafter(out / "drafter")
     )
-    expected = None if gate is None else gate.predict(trainee, accelerator.autocast)
-    trainee.export(out / "drafter", remembered(config, results))
+    trainee.export(out / "drafter", remembered(config, results), weights)
     if gate is not None and expected is not None:
         measured = gate.measure({**results["drafter"], **trainee.chain(config.eval_depth)})
         results["parity"] = gate.compare(expected, measured)

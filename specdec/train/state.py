@@ -3,13 +3,16 @@
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from specdec.data.durable import NO_SPACE, write_durably
+from specdec.train.tensor_files import write_tensors
+from specdec.train.together import in_first_process
 
 KEPT = 2
 
@@ -35,17 +38,17 @@ class Progress:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that was read back.
+    """A checkpoint but for its tensors, which `read_tensors` reads.
 
     Attributes:
         progress: at the checkpoint.
-        tensors: name -> trained tensor.
-        states: name -> state dict of the optimizer and, for float16, the loss scaler.
+        folder: of the checkpoint.
+        scaler: state of the loss scaler; empty but for float16.
     """
 
     progress: Progress
-    tensors: dict[str, Tensor]
-    states: dict[str, Any]
+    folder: Path
+    scaler: dict[str, float] = field(default_factory=dict)
 
 
 class RunFolder:
@@ -60,11 +63,56 @@ class RunFolder:
         self.folder, self._identity = folder, identity
 
     def prepare(self) -> None:
-        """Make the folder and remove what a killed run did not finish.
+        """Make the folder and remove what a killed run did not finish; all processes call.
 
         Raises:
             PermissionError: the folder cannot be written.
         """
+        in_first_process(self._prepare)
+
+    def newest(self) -> Saved | None:
+        """The newest checkpoint, None if there is none yet.
+
+        Raises:
+            ValueError: it belongs to another run.
+        """
+        found = self._all()
+        if not found:
+            return None
+        content = json.loads((found[-1] / "progress.json").read_text())
+        self._check_identity(content["identity"])
+        return Saved(Progress(**content["progress"]), found[-1], content.get("scaler", {}))
+
+    def path(self, step: int) -> Path:
+        """Of the checkpoint behind so many steps."""
+        return self.folder / f"checkpoint-{step}"
+
+    def save(
+        self, progress: Progress, tensors: Mapping[str, Tensor], scaler: Mapping[str, float]
+    ) -> None:
+        """Write `checkpoint-{step}`, then remove all but the newest ones; all processes call.
+
+        Args:
+            progress: with the step.
+            tensors: see `write_tensors`.
+            scaler: state of the loss scaler.
+
+        Raises:
+            OSError: it could not be written, because the disk is full for one; older checkpoints
+                are as they were.
+        """
+        partial = self.folder / f".checkpoint-{progress.step}.partial"
+        content = {"identity": self._identity, "progress": asdict(progress)}
+        text = json.dumps({**content, "scaler": dict(scaler)} if scaler else content, indent=1)
+        try:
+            in_first_process(lambda: _begin(partial, text))
+            write_tensors(partial, tensors)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise self._failure(progress.step, error) from error
+        in_first_process(lambda: self._finish(partial, progress.step))
+
+    def _prepare(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for partial in self.folder.glob(".checkpoint-*.partial"):
@@ -75,37 +123,22 @@ class RunFolder:
                 "choose another one with --out"
             ) from error
 
-    def load(self) -> Saved | None:
-        """The newest checkpoint, None if there is none yet.
-
-        Raises:
-            ValueError: it belongs to another run, or is damaged.
-        """
-        found = self._all()
-        if not found:
-            return None
-        newest = found[-1]
-        content = json.loads((newest / "progress.json").read_text())
-        self._check_identity(content["identity"])
-        states = torch.load(newest / "optimizer.pt", map_location="cpu", weights_only=True)
-        return Saved(
-            Progress(**content["progress"]), load_file(newest / "model.safetensors"), states
-        )
-
-    def save(self, progress: Progress, tensors: dict[str, Tensor], states: dict[str, Any]) -> None:
-        """Write `checkpoint-{step}`, then remove all but the newest ones."""
-        partial = self.folder / f".checkpoint-{progress.step}.partial"
-        partial.mkdir(parents=True)
-        save_file(tensors, partial / "model.safetensors")
-        torch.save(states, partial / "optimizer.pt")
-        content = {"identity": self._identity, "progress": asdict(progress)}
-        (partial / "progress.json").write_text(json.dumps(content, indent=1))
-        os.replace(partial, self.folder / f"checkpoint-{progress.step}")
+    def _finish(self, partial: Path, step: int) -> None:
+        os.replace(partial, self.path(step))
         for old in self._all()[:-KEPT]:
             # Renamed first: a kill in between must not leave a half-removed checkpoint.
             doomed = old.with_name(f".{old.name}.partial")
             os.replace(old, doomed)
             shutil.rmtree(doomed)
+
+    def _failure(self, step: int, error: OSError) -> OSError:
+        reason = "the disk is full" if error.errno in NO_SPACE else str(error)
+        older = self._all()
+        kept = f"{older[-1].name} is intact" if older else "there is none before it"
+        return OSError(
+            f"the checkpoint of step {step} could not be written to {str(self.folder)!r}: "
+            f"{reason}; {kept}. Free space there and give the same command again"
+        )
 
     def _all(self) -> list[Path]:
         """Finished checkpoints, oldest first."""
@@ -124,6 +157,11 @@ class RunFolder:
                     f"{str(self.folder)!r} holds a run with another {key} ({theirs.get(key)!r}, "
                     f"not {ours.get(key)!r}); choose another --out folder or remove this one"
                 )
+
+
+def _begin(partial: Path, text: str) -> None:
+    partial.mkdir(parents=True)
+    write_durably(partial / "progress.json", text.encode())
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

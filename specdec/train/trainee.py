@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from specdec.drafters.training_batch import LossOutput, TrainingBatch
@@ -46,14 +47,27 @@ class Trainee(Protocol):
     def options(self) -> dict[str, Any]:
         """What it was built from, JSON values."""
 
-    def export(self, folder: Path, training: dict[str, Any]) -> None:
-        """Write the drafter, with what is to be remembered of its training."""
+    def export(self, folder: Path, training: dict[str, Any], weights: dict[str, Tensor]) -> None:
+        """Write the drafter.
+
+        Args:
+            folder: to write to.
+            training: what is to be remembered of it.
+            weights: trained ones and buffers, whole and on the CPU, where the module's own may be
+                spread over processes; names as in its state dict.
+        """
 
     def drafter(self, folder: Path) -> dict[str, Any]:
         """Options of `load_drafter` for what `export` wrote."""
 
     def chain(self, depth: int) -> dict[str, Any]:
         """Options of `load_drafter`, beside those of `drafter`, that make it draft chains."""
+
+
+def trained_dtype(trainee: Trainee) -> torch.dtype:
+    """Of the weights that are trained."""
+    weights = trainee.module.parameters()
+    return next(weight.dtype for weight in weights if weight.requires_grad)
 
 
 class WithLoss(nn.Module):
@@ -65,7 +79,12 @@ class WithLoss(nn.Module):
         # A tuple keeps it out of the module's children, which are the trainee's already.
         self._trainee = (trainee,)
 
+    @property
+    def trainee(self) -> Trainee:
+        """Whose loss it is."""
+        return self._trainee[0]
+
     def forward(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss with its graph, and its detached parts."""
-        result = self._trainee[0].loss(batch)
+        result = self.trainee.loss(batch)
         return result.loss, result.parts

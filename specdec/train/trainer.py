@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +15,16 @@ from specdec.train.batches import Layout, StepPlan, packed, padded
 from specdec.train.config import TrainConfig
 from specdec.train.data import Split
 from specdec.train.evaluate import evaluate
+from specdec.train.interruption import Interrupted, Interruption, signal_of
+from specdec.train.learner import Learner
 from specdec.train.log import TrainLog
-from specdec.train.objective import parameter_groups, seeded
+from specdec.train.not_finite import not_finite, rows_without_loss
+from specdec.train.objective import seeded
 from specdec.train.schedule import learning_rate
 from specdec.train.source import Source
 from specdec.train.state import Progress, RunFolder
-from specdec.train.trainee import Trainee, WithLoss
+from specdec.train.tensor_files import read_tensors
+from specdec.train.trainee import Trainee
 
 Callback = Callable[[int, int, str], None]
 
@@ -36,6 +39,10 @@ class Trainer:
         split: the rows.
         folder: where checkpoints go.
         accelerator: of this process.
+
+    Raises:
+        ValueError: weights that cannot be sharded; a checkpoint of another run or a damaged one;
+            processes that do not see the same folder.
     """
 
     def __init__(
@@ -57,20 +64,13 @@ class Trainer:
         )
         epochs = config.num_epochs or 1
         self.num_steps = config.max_steps or epochs * self.plan.steps_per_epoch
-        model = WithLoss(trainee)
-        self.model, self.optimizer = accelerator.prepare(
-            model,
-            torch.optim.AdamW(
-                parameter_groups(model, config.weight_decay),
-                lr=config.lr,
-                betas=(config.betas[0], config.betas[1]),
-                fused=True,
-            ),
-        )
+        self.learner = Learner(trainee, config, accelerator)
         self.progress = Progress()
         self._resume()
         is_writer = accelerator.is_main_process
         self.log = TrainLog(folder.folder / "log.jsonl", self.progress.step, is_writer)
+        self._interruption = Interruption()
+        self._shared_counts = self._interruption.counts  # over all processes
 
     def run(self, callback: Callback) -> None:
         """Train to the last step, evaluating and saving on the way and at the end.
@@ -80,45 +80,63 @@ class Trainer:
 
         Raises:
             FloatingPointError: the loss or its gradients are not finite; checkpoints are kept.
+            Interrupted: SIGTERM or Ctrl-C; a checkpoint was written.
+            OSError: a checkpoint could not be written.
         """
         if self.config.log_with != "none":
             purge = {"purge_step": self.progress.step + 1}
             tracker = self.config.log_with
             self.accelerator.init_trackers(tracker, init_kwargs={tracker: purge})
         try:
-            self._run(callback)
+            with self._interruption:
+                self._run(callback)
         finally:
             self.log.close()
             self.accelerator.end_training()
 
     def _run(self, callback: Callback) -> None:
         before, started = self.progress.seconds, time.monotonic()
+        if self._owes_evaluation():
+            self._evaluate()
         while self.progress.step < self.num_steps:
             self._log(self._step())
-            step, is_last = self.progress.step, self.progress.step == self.num_steps
-            if self.split.validation and (is_last or _is_due(step, self.config.eval_every)):
-                self._log({"kind": "evaluation", "step": step} | self._evaluate())
+            if self._signal() is None and self._owes_evaluation():
+                self._evaluate()
             self.progress.seconds = before + time.monotonic() - started
-            if is_last or _is_due(step, self.config.save_every):
+            signal = self._signal()
+            if signal is not None or self._is_due(self.config.save_every):
                 self._save()
-            callback(step, self.num_steps, self._summary())
+            callback(self.progress.step, self.num_steps, self._summary())
+            if signal is not None:
+                raise Interrupted(signal, self.folder.path(self.progress.step))
+
+    def _signal(self) -> int | None:
+        """The signal that stops the run; several processes must all have heard of it."""
+        is_alone = self.accelerator.num_processes == 1
+        return signal_of(self._interruption.counts if is_alone else self._shared_counts)
+
+    def _is_due(self, every: int) -> bool:
+        step = self.progress.step
+        return step == self.num_steps or (every > 0 and step % every == 0)
+
+    def _owes_evaluation(self) -> bool:
+        """A run that was stopped leaves its evaluation to the next session."""
+        step, newest = self.progress.step, self.log.last("evaluation")
+        is_done = newest is not None and newest["step"] == step
+        is_wanted = bool(self.split.validation) and step > 0 and not is_done
+        return is_wanted and self._is_due(self.config.eval_every)
 
     def _step(self) -> dict[str, Any]:
         """One optimizer step; its line of the log."""
         started, config = time.monotonic(), self.config
         index = self.progress.step
         batches = [[self.split.training[n] for n in b] for b in self.plan.batches(index)]
-        rate = learning_rate(index, config.lr, config.warmup_steps, self.num_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        losses = self._accumulate(index, batches)
-        norm = float(
-            self.accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
-        )
-        self._require_finite(index + 1, losses["loss"], norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         rows = [row for batch in batches for row in batch]
+        losses = self._accumulate(index, batches)
+        norm = self.learner.clip(config.max_grad_norm)
+        self._require_finite(losses["loss"], norm, rows)
+        rate = learning_rate(index, config.lr, config.warmup_steps, self.num_steps)
+        self.learner.step(rate)
         num_tokens, seconds = sum(len(row.tokens) for row in rows), time.monotonic() - started
         before = self.progress
         self.progress = replace(
@@ -144,83 +162,65 @@ class Trainer:
             is_real = turn < len(batches)
             place = turn if is_real else 0
             weight = counts[place] / sum(counts) if is_real else 0.0
-            # Processes exchange gradients once a step, with their last batch.
-            gradients = nullcontext() if turn == turns[-1] else accelerator.no_sync(self.model)
-            with gradients, seeded(accelerator.device, self.config.seed, index, place):
-                parts = self._backward(batches[place], weight)
+            batch = self.source.batch(batches[place], self._lay)
+            with seeded(accelerator.device, self.config.seed, index, place):
+                parts = self.learner.backward(batch, weight, is_last=turn == turns[-1])
             sums = {name: sums.get(name, 0) + part for name, part in parts.items()}
         return self._reduced(sums)
-
-    def _backward(self, rows: list[AnswerRow], weight: float) -> dict[str, Tensor]:
-        """Add a batch's share of the step's gradients; its share of the losses.
-
-        Args:
-            rows: of the batch.
-            weight: its share of the step's answer tokens. Processes' gradients are averaged, so
-                each one counts as many times as there are processes.
-        """
-        loss, parts = self.model(self.source.batch(rows, self._lay))
-        self.accelerator.backward(loss * weight * self.accelerator.num_processes)
-        return {name: part * weight for name, part in {"loss": loss.detach(), **parts}.items()}
 
     def _lay(self, lengths: Sequence[int]) -> Layout:
         line_len = self.config.data.pack_len
         return padded(lengths) if line_len is None else packed(lengths, line_len)
 
     def _reduced(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Sums over all processes."""
-        stacked = torch.stack([each.float() for each in sums.values()])
+        """Sums over all processes, which learn of each other's signals with them."""
+        counts = torch.tensor(self._interruption.counts, device=self.accelerator.device)
+        stacked = torch.cat([torch.stack([each.float() for each in sums.values()]), counts])
         values = self.accelerator.reduce(stacked, "sum").tolist()
-        return dict(zip(sums, values, strict=True))
+        self._shared_counts = values[len(sums) :]
+        return dict(zip(sums, values, strict=False))
 
-    def _require_finite(self, step: int, loss: float, norm: float) -> None:
+    def _require_finite(self, loss: float, norm: float, rows: Sequence[AnswerRow]) -> None:
         # Under float16 the loss scaler skips a step whose scaled gradients overflow.
         is_scaled = self.accelerator.scaler is not None
         if math.isfinite(loss) and (is_scaled or math.isfinite(norm)):
             return
-        raise FloatingPointError(
-            f"step {step}: the loss is {loss} and its gradients' norm {norm}; both must be finite. "
-            f"The newest checkpoint in {str(self.folder.folder)!r} is intact; lower lr or "
-            "max_grad_norm, or train in float32, into another --out folder"
-        )
+        index, culprits = self.progress.step, []
+        if not math.isfinite(loss):
+            seed = (self.config.seed, index)
+            culprits = rows_without_loss(self.learner, self.source, rows, self.accelerator, seed)
+        raise not_finite(index + 1, loss, norm, rows, culprits, self.folder.folder)
 
-    def _evaluate(self) -> dict[str, Any]:
+    def _evaluate(self) -> None:
         config = self.config
-        return evaluate(
-            self.trainee,
-            self.source,
-            self.split.validation,
-            batch_size=config.batch_size,
-            depth=config.eval_depth,
-            seed=config.seed,
-            accelerator=self.accelerator,
-        )
+        with self.learner.unsharded():
+            measured = evaluate(
+                self.learner.model,
+                self.source,
+                self.split.validation,
+                batch_size=config.batch_size,
+                depth=config.eval_depth,
+                seed=config.seed,
+                accelerator=self.accelerator,
+            )
+        self._log({"kind": "evaluation", "step": self.progress.step} | measured)
 
     def _save(self) -> None:
-        if self.accelerator.is_main_process:
-            states = {"optimizer": self.optimizer.state_dict()}
-            if self.accelerator.scaler is not None:
-                states["scaler"] = self.accelerator.scaler.state_dict()
-            tensors = {name: each.detach().cpu() for name, each in self._tensors().items()}
-            self.folder.save(self.progress, tensors, states)
-        self.accelerator.wait_for_everyone()
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """What training changes."""
-        weights = self.trainee.module.named_parameters()
-        return {name: weight for name, weight in weights if weight.requires_grad}
+        self.folder.save(self.progress, self.learner.tensors(), self.learner.scaler)
 
     def _resume(self) -> None:
-        saved = self.folder.load()
+        saved = self.folder.newest()
+        step = torch.tensor(0 if saved is None else saved.progress.step)
+        steps = self.accelerator.gather(step.view(1).to(self.accelerator.device)).tolist()
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"the processes find checkpoints of different steps {sorted(set(steps))} in "
+                f"{str(self.folder.folder)!r}; put --out where all machines see the same folder"
+            )
         if saved is None:
             return
-        self.progress = saved.progress
-        with torch.no_grad():
-            for name, tensor in self._tensors().items():
-                tensor.copy_(saved.tensors[name])
-        self.optimizer.load_state_dict(saved.states["optimizer"])
-        if self.accelerator.scaler is not None and "scaler" in saved.states:
-            self.accelerator.scaler.load_state_dict(saved.states["scaler"])
+        read_tensors(saved.folder, self.learner.empty_tensors())
+        self.progress, self.learner.scaler = saved.progress, saved.scaler
 
     def _log(self, record: dict[str, Any]) -> None:
         self.log.add(record)
@@ -238,7 +238,3 @@ class Trainer:
         speed = self.progress.tokens / max(self.progress.step_seconds, 1e-9)
         tau = f", offline tau {evaluation['tau']:.2f}" if evaluation else ""
         return f"loss {step['loss']:.3f}, {speed:.0f} tokens/s{tau}"
-
-
-def _is_due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
