@@ -46,6 +46,7 @@ def write_run(folder, rows=None, **settings):
         "threads": 1,
         "warmup_steps": 2,
         "batch_size": 5,
+        "parity": {"num_prompts": 4, "max_new_tokens": 12},
     }
     for key, value in settings.items():
         config[key] = {**config[key], **value} if isinstance(config.get(key), dict) else value

@@ -6,14 +6,12 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from scipy.stats import bootstrap
 
 from specdec.bench.config import BenchConfig
 from specdec.bench.differences import Table
+from specdec.bench.interval import Interval, bootstrap_interval, tau_interval
 from specdec.bench.outcome import Key, Memory, Outcome, Run
 from specdec.metrics import AcceptanceStats, StepRecord
-
-Interval = tuple[float, float] | None
 
 
 def summarise(
@@ -172,33 +170,14 @@ def _mean(values: list[float]) -> float | None:
 
 
 def _mean_interval(values: list[float]) -> Interval:
-    return _interval((np.array(values),), lambda x, axis: x.mean(axis=axis))
+    return bootstrap_interval((np.array(values),), lambda x, axis: x.mean(axis=axis))
 
 
 def _tau_interval(table: Table) -> Interval:
-    stats = [
+    return tau_interval(
         AcceptanceStats.from_records(r for run in row if run is not None for r in run.records)
         for row in table
-    ]
-    accepted = np.array([s.num_accepted for s in stats if s.num_steps])
-    steps = np.array([s.num_steps for s in stats if s.num_steps])
-    return _interval((accepted, steps), lambda a, s, axis: 1 + a.sum(axis=axis) / s.sum(axis=axis))
-
-
-def _interval(samples: tuple[np.ndarray, ...], statistic: Callable[..., Any]) -> Interval:
-    """95 % bootstrap percentile interval over prompts; None for fewer than two."""
-    if len(samples[0]) < 2:
-        return None
-    found = bootstrap(
-        samples,
-        statistic,
-        paired=True,
-        vectorized=True,
-        method="percentile",
-        n_resamples=2000,
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return float(found.low), float(found.high)
+    )
 
 
 def _percentiles(values: list[float]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,22 +21,41 @@ def train(
     from specdec.train.config import load_train_config
 
     settings = load_train_config(config, overrides or [])
+    from specdec.train.parity import ParityError
     from specdec.train.run import run_training
 
     quiet_transformers()
+    failure = None
     with progress_bar() as show:
-        results = run_training(settings, out, show)
+        try:
+            results = run_training(settings, out, show)
+        except ParityError as error:  # everything is there, and worth a look
+            failure, results = error, error.results
     if results is None:  # not the first process
         return
     picture = _curves(out)
+    if failure is not None:
+        raise failure
     used = json.dumps(results["drafter"])
     typer.echo(
         f"Drafter: {out / 'drafter'}\nCurves: {picture or 'none, they need specdec[plot]'}\n"
+        f"{_parity(results['parity'])}\n"
         f"Use it: specdec generate --target {settings.target.path} --drafter '{used}' "
         "--prompt 'Hello'"
     )
     keys = ("drafter", "steps", "seconds", "loss", "validation_loss", "offline_tau", "alpha")
     typer.echo(json.dumps({key: results[key] for key in keys}))
+
+
+def _parity(parity: dict[str, Any] | None) -> str:
+    """What the gate found, in a line."""
+    if parity is None:
+        return "Parity gate: not run, so nothing says that decoding accepts what training measured"
+    return (
+        f"Parity gate: passed, decoding measures tau {parity['measured_tau']:.3f} where offline "
+        f"acceptance predicts {parity['predicted_tau']:.3f} ({parity['shape']}, "
+        f"{parity['num_prompts']} held-out prompts)"
+    )
 
 
 def _curves(out: Path) -> Path | None:

@@ -14,7 +14,7 @@ def training_results(
     where: dict[str, Any],
     drafter: dict[str, Any],
 ) -> dict[str, Any]:
-    """The content of `results.json`, see `docs/train.schema.json`.
+    """The content of `results.json`, see `docs/train.schema.json`; "parity" is to be filled in.
 
     Args:
         trainer: at its last step.
@@ -28,6 +28,7 @@ def training_results(
         "drafter": drafter,
         **_measured(trainer),
         "draft_vocabulary": vocabulary,
+        "parity": None,
     }
 
 

@@ -1,0 +1,378 @@
+"""The gate: decoding measures what offline acceptance predicts, unless something is broken."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_heads import tiny_head
+from tiny_models import perturbed, tiny_llama, tiny_target
+from tiny_training import answer_rows, logged, write_run
+from typer.testing import CliRunner
+
+from specdec.checkpoints import identify_target
+from specdec.cli import app
+from specdec.data.answers import AnswerRow
+from specdec.drafters.feature_drafter import FeatureDrafter
+from specdec.drafters.static_growth import StaticGrowth
+from specdec.registry import load_drafter
+from specdec.targets.hf import HFTarget
+from specdec.targets.load import load_target
+from specdec.train.config import ParityConfig, load_train_config
+from specdec.train.draft_model_options import DraftModelOptions
+from specdec.train.draft_model_trainee import DraftModelTrainee
+from specdec.train.head_trainee import HeadTrainee
+from specdec.train.parity import ParityError, ParityGate, choose_prompts, require_parity
+from specdec.train.prediction import DraftShape, Text, matching_nodes, walk
+from specdec.train.run import run_training
+from specdec.train.sharding import whole_state
+from specdec.train.sharding import whole_state
+from specdec.train.source import OnlineSource
+
+DEPTH = 4
+TREE = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0, 0]]
+SHAPES = {"chain": DraftShape.chain(DEPTH), "tree": DraftShape.from_choices(TREE)}
+
+
+def rows_for(target, count=12, seed=0):
+    """Rows of which only the prompts are used, of unlike lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for number in range(count):
+        length = 4 + number % 5
+        tokens = torch.randint(target.vocab_size, (length + 6,), generator=generator).tolist()
+        rows.append(AnswerRow(tuple(tokens), ((length, length + 6),)))
+    return rows
+
+
+def few_tokens(eos=()):
+    """Of five tokens a random drafter is right often enough."""
+    target = tiny_target(vocab_size=5, num_layers=3, seed=4)
+    target.eos_token_ids = eos
+    return target
+
+
+def head_trainee(kind, target, **options):
+    head = tiny_head(kind, target, **options)
+    if "draft_vocab_size" in options:
+        head.set_draft_vocab(torch.tensor([0, 2]))
+    return HeadTrainee(kind, head, identify_target(target), {})
+
+
+def draft_model_trainee(folder, target, amount=0.3, method="full"):
+    perturbed(target.model, amount).save_pretrained(folder / "draft")
+    options = DraftModelOptions(path=str(folder / "draft"), method=method)
+    return DraftModelTrainee(options, target, {})
+
+
+def gate_for(target, trainee, shape, **config):
+    settings = ParityConfig(**{"num_prompts": 12, "max_new_tokens": 24, "batch_size": 5} | config)
+    source = OnlineSource(target, trainee.taps, torch.float32)
+    return ParityGate(source, rows_for(target), settings, shape)
+
+
+def exported(trainee, folder, shape):
+    """Options of the exported drafter, for drafts of this shape."""
+    trainee.export(folder / "drafter", {}, whole_state(trainee.module, is_kept=True))
+    is_chain = shape.num_nodes == shape.depth
+    drafts = trainee.chain(shape.depth) if is_chain else {"choices": TREE}
+    return {**trainee.drafter(folder / "drafter"), **drafts}
+
+
+@pytest.mark.parametrize("eos", [(), (1,)], ids=["length", "eos"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("medusa", {}), ("eagle", {}), ("eagle3", {}), ("eagle3", {"draft_vocab_size": 2})],
+)
+def test_heads_accept_in_decoding_exactly_what_is_predicted(tmp_path, kind, options, shape, eos):
+    target = few_tokens(eos)
+    shape = SHAPES[shape]
+    if "draft_vocab_size" in options and shape is SHAPES["tree"]:
+        pytest.skip("the tree asks for three candidates, of a vocabulary of two")
+    trainee = head_trainee(kind, target, **options)
+    gate = gate_for(target, trainee, shape)
+    predicted = gate.predict(trainee)
+    measured = gate.measure(exported(trainee, tmp_path, shape))
+    found = gate.compare(predicted, measured)
+    assert found["passed"], found
+    assert found["mismatches"] == 0
+    assert found["measured_tau"] == pytest.approx(found["predicted_tau"], abs=1e-9)
+    assert found["measured_acceptance"] == pytest.approx(found["predicted_acceptance"])
+    assert 1 < found["predicted_tau"] < 1 + DEPTH
+    ours = [[(s.num_drafted, s.num_accepted) for s in steps] for steps in predicted]
+    theirs = [[(s.num_drafted, s.num_accepted) for s in r.records] for r in measured]
+    assert ours == theirs
+    ends = {result.finish_reason for result in measured}
+    assert ends == ({"eos", "length"} if eos else {"length"})
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_draft_models_accept_in_decoding_exactly_what_is_predicted(tmp_path, method):
+    target = HFTarget(tiny_llama(vocab_size=64), None)
+    trainee = draft_model_trainee(tmp_path, target, method=method)
+    gate = gate_for(target, trainee, SHAPES["chain"])
+    expected = gate.predict(trainee)
+    options = exported(trainee, tmp_path, SHAPES["chain"])
+    found = gate.compare(expected, gate.measure(options))
+    assert found["passed"], found
+    assert found["relative_difference"] < (0.01 if method == "qlora" else 1e-9)
+    assert 1.3 < found["predicted_tau"] < 1 + DEPTH
+    assert gate.predict(trainee) == expected  # the drafter in memory is as it was
+
+
+def test_a_text_that_fills_the_context_is_walked_to_its_end(tmp_path):
+    target = few_tokens()
+    trainee = head_trainee("eagle", target)
+    gate = gate_for(target, trainee, SHAPES["chain"], num_prompts=3, max_new_tokens=1000)
+    measured = gate.measure(exported(trainee, tmp_path, SHAPES["chain"]))
+    assert [len(r.prompt_tokens) + len(r.tokens) for r in measured] == [256] * 3
+    found = gate.compare(gate.predict(trainee), measured)
+    assert found["measured_tau"] == pytest.approx(found["predicted_tau"], abs=1e-9)
+
+
+def test_a_drafter_that_is_never_right_is_compared_all_the_same(tmp_path):
+    target = tiny_target(vocab_size=97)
+    perturbed(tiny_llama(seed=7), 1.0).save_pretrained(tmp_path / "draft")
+    options = DraftModelOptions(path=str(tmp_path / "draft"), method="full")
+    trainee = DraftModelTrainee(options, target, {})
+    gate = gate_for(target, trainee, SHAPES["chain"], num_prompts=2, max_new_tokens=5)
+    found = gate.compare(
+        gate.predict(trainee), gate.measure(exported(trainee, tmp_path, SHAPES["chain"]))
+    )
+    assert found["predicted_tau"] == found["measured_tau"] == 1.0
+    assert found["predicted_acceptance"] == [0.0, None, None, None]
+    assert found["passed"]
+
+
+def test_the_walk_takes_the_first_nodes_of_a_tree_that_a_budget_keeps():
+    shape = DraftShape.from_choices([[0], [1], [1, 0], [1, 0, 0]])
+    # Behind the prompt 7 the target says 1, 2, 3, 4, 5; every draft has its path down the tree.
+    tokens = torch.tensor([[7, 1, 2, 3, 4, 5]])
+    drafted = torch.zeros(1, 6, 3, 2, dtype=torch.long)
+    drafted[0, 0] = torch.tensor([[9, 2], [3, 9], [4, 9]])
+    drafted[0, 1:] = 8
+    path = matching_nodes(drafted, tokens, shape)
+    assert path[0, 0].tolist() == [2, 3, 4]
+    assert path[0, 1:].eq(-1).all()
+
+    def steps(max_tokens, num_tokens=5):
+        text = Text([7], [1, 2, 3, 4, 5][:num_tokens], max_tokens)
+        walked = walk(0, text, path[0].tolist(), shape)
+        return [(s.num_drafted, s.num_accepted, s.depth_tested) for s in walked]
+
+    assert steps(100) == [(4, 3, 3)]
+    assert steps(5) == [(3, 2, 2), (0, 0, 0)]  # three nodes: one level less
+    # The text ends with its third token, found by the draft: it counts as the step's own.
+    assert steps(100, num_tokens=3) == [(4, 1, 2)]
+    assert steps(100, num_tokens=1) == []
+
+
+def test_prompts_come_from_all_domains_in_turn_and_end_before_the_longest_answer():
+    rows = [
+        AnswerRow((1, 2, 3, 4, 5, 6), ((1, 2), (3, 6)), domain="b"),
+        AnswerRow((7, 8, 9), ((0, 3),), domain="b"),
+        AnswerRow((4, 5, 6), ((1, 3),), domain="b"),
+        AnswerRow((2, 2, 2), ((2, 3),), domain="a"),
+    ]
+    assert choose_prompts(rows, 3) == [[2, 2], [1, 2, 3], [7]]
+    assert len(choose_prompts(rows, 9)) == 4
+
+
+def test_a_prompt_whose_output_differs_fails_in_float32_and_is_left_out_in_half_precision(
+    tmp_path,
+):
+    target = few_tokens()
+    trainee = head_trainee("medusa", target)
+    gate = gate_for(target, trainee, SHAPES["chain"])
+    predicted = gate.predict(trainee)
+    measured = gate.measure(exported(trainee, tmp_path, SHAPES["chain"]))
+    measured[3].tokens[5] += 1
+    found = gate.compare(predicted, measured)
+    assert not found["passed"]
+    assert found["mismatches"] == 1
+    with pytest.raises(ParityError, match=r"outputs for 1 of 12 .* not those of plain decoding"):
+        require_parity({"parity": found, "drafter": {"path": "x"}})
+    target.model.config.dtype = torch.bfloat16
+    target.model.to(torch.bfloat16)
+    found = gate.compare(predicted, measured)
+    assert found["passed"]
+    assert found["mismatches"] == 1
+    for result in measured:
+        result.tokens[0] += 1
+    found = gate.compare(predicted, measured)
+    assert not found["passed"]
+    with pytest.raises(ParityError, match="leaves nothing to compare"):
+        require_parity({"parity": found, "drafter": {"path": "x"}})
+
+
+TRAINED = {
+    "drafter": {"kind": "eagle3", "options": {"taps": [1, 2, 3]}},
+    "draft_vocab_size": 60,
+    "loss": {"num_steps": 3},
+    "max_steps": 250,
+    "lr": 1e-2,
+    "batch_size": 20,
+    "eval_every": 0,
+    "save_every": 0,
+    "eval_depth": 3,
+    "parity": {"num_prompts": 20, "max_new_tokens": 10},
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with config, and in `out` the run of a head that knows its held-out rows."""
+    folder = tmp_path_factory.mktemp("trained")
+    rows = answer_rows(HFTarget(tiny_llama(num_layers=3)))
+    path = write_run(folder, rows + rows, **TRAINED, data={"num_validation": 20})
+    results = run_training(load_train_config(str(path)), folder / "out")
+    assert results["parity"]["passed"]
+    assert results["parity"]["predicted_tau"] > 2.5
+    return folder
+
+
+def wrong_tap(folder):
+    path = folder / "specdec.json"
+    content = json.loads(path.read_text())
+    content["options"]["taps"] = [1, 2, 2]  # not the last one
+    path.write_text(json.dumps(content))
+
+
+def changed(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def shifted_map(folder):
+    def change(tensors):
+        places = torch.arange(60)
+        tensors["d2t"] = (tensors["d2t"] + places).roll(1) - places
+
+    changed(folder, change)
+
+
+def perturbed_weights(folder):
+    def change(tensors):
+        weight = tensors["fc.weight"]
+        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+        tensors["fc.weight"] = weight + weight.std() * noise
+
+    changed(folder, change)
+
+
+BREAKAGES = {"wrong tap": wrong_tap, "shifted map": shifted_map, "weights": perturbed_weights}
+
+
+def verdict(folder, drafter):
+    """What the gate says of a drafter in `drafter`, against the head in `folder`."""
+    config = load_train_config(str(folder / "train.yaml"))
+    target = load_target(config.target.path, device="cpu")
+    whole = load_drafter({"type": "eagle3", "path": str(folder / "out" / "drafter")}, target)
+    trainee = HeadTrainee("eagle3", whole.head, identify_target(target), {})
+    source = OnlineSource(target, trainee.taps, torch.float32)
+    rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    rows = [AnswerRow(tuple(r["tokens"]), tuple(map(tuple, r["answers"]))) for r in rows[:20]]
+    gate = ParityGate(source, rows, config.parity, DraftShape.chain(3))
+    options = {**trainee.drafter(drafter), **trainee.chain(3)}
+    return gate.compare(gate.predict(trainee), gate.measure(options))
+
+
+@pytest.mark.parametrize("name", BREAKAGES)
+def test_a_head_that_is_not_what_was_trained_does_not_pass(trained, tmp_path, name):
+    shutil.copytree(trained / "out" / "drafter", tmp_path / "drafter")
+    assert verdict(trained, tmp_path / "drafter")["passed"]
+    BREAKAGES[name](tmp_path / "drafter")
+    found = verdict(trained, tmp_path / "drafter")
+    assert not found["passed"]
+    with pytest.raises(ParityError, match=r"They part at depth 1 .*: look at what it reads"):
+        require_parity({"parity": found, "drafter": {"path": "x"}})
+
+
+def test_a_recurrent_state_that_is_not_fed_back_does_not_pass(trained, monkeypatch):
+    feed = FeatureDrafter._feed_beam
+
+    def stale(self, outputs, *rest):
+        return feed(self, outputs * 0, *rest)
+
+    monkeypatch.setattr(FeatureDrafter, "_feed_beam", stale)
+    found = verdict(trained, trained / "out" / "drafter")
+    assert not found["passed"]
+    message = "They part at depth 2 .* the depths above are right, so look at positions"
+    with pytest.raises(ParityError, match=message):
+        require_parity({"parity": found, "drafter": {"path": "x"}})
+
+
+def test_deeper_levels_at_positions_too_far_by_some_do_not_pass(trained, monkeypatch):
+    newest = StaticGrowth.newest.fget
+
+    def moved(self):
+        tokens, visible, levels = newest(self)
+        return tokens, visible, levels + 7
+
+    monkeypatch.setattr(StaticGrowth, "newest", property(moved))
+    assert not verdict(trained, trained / "out" / "drafter")["passed"]
+
+
+def test_a_draft_model_merged_into_four_bits_does_not_pass(tmp_path):
+    target = HFTarget(tiny_llama(vocab_size=64), None)
+    trainee = draft_model_trainee(tmp_path, target, amount=0.1)
+    gate = gate_for(target, trainee, SHAPES["chain"])
+    options = exported(trainee, tmp_path, SHAPES["chain"])
+
+    def to_four_bits(tensors):
+        for name, weight in tensors.items():
+            if weight.ndim == 2:
+                scale = weight.abs().amax(1, keepdim=True) / 7
+                tensors[name] = (weight / scale).round() * scale
+
+    changed(tmp_path / "drafter", to_four_bits)
+    found = gate.compare(gate.predict(trainee), gate.measure(options))
+    assert not found["passed"]
+    assert found["measured_tau"] < found["predicted_tau"]
+
+
+def test_the_command_fails_says_why_and_writes_everything_and_runs_the_gate_again(
+    tmp_path, monkeypatch
+):
+    path = write_run(tmp_path, **TRAINED | {"max_steps": 60})
+    out = tmp_path / "out"
+    command = ["train", str(path), "--out", str(out)]
+    export = HeadTrainee.export
+
+    def broken(self, folder, *rest):
+        export(self, folder, *rest)
+        perturbed_weights(folder)
+
+    monkeypatch.setattr(HeadTrainee, "export", broken)
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1, done.output
+    parity = json.loads((out / "results.json").read_text())["parity"]
+    assert not parity["passed"]
+    for said in (f"{parity['measured_tau']:.3f}", f"{parity['predicted_tau']:.3f}", "chain of 3"):
+        assert said in done.stderr
+    assert "the run failed: parity gate" in done.stderr
+    assert (out / "curves.png").exists()
+    steps = logged(out)
+    monkeypatch.undo()
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert logged(out) == steps
+    parity = json.loads((out / "results.json").read_text())["parity"]
+    assert parity["passed"]
+    assert f"tau {parity['measured_tau']:.3f}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"data": {"num_validation": None}}, {"parity": {"num_prompts": 0}}],
+    ids=["no held-out rows", "turned off"],
+)
+def test_without_a_gate_the_command_says_so(tmp_path, settings):
+    path = write_run(tmp_path, drafter={"kind": "medusa"}, max_steps=1, **settings)
+    done = CliRunner().invoke(app, ["train", str(path), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert "Parity gate: not run" in done.stdout
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["parity"] is None
