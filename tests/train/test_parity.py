@@ -27,7 +27,6 @@ from specdec.train.parity import ParityError, ParityGate, choose_prompts, requir
 from specdec.train.prediction import DraftShape, Text, matching_nodes, walk
 from specdec.train.run import run_training
 from specdec.train.sharding import whole_state
-from specdec.train.sharding import whole_state
 from specdec.train.source import OnlineSource
 
 DEPTH = 4
