@@ -56,12 +56,12 @@ def alpha(table: np.ndarray, column: int) -> dict[str, Any]:
         return overlaps.sum(axis) / places.sum(axis)
 
     columns = (table[:, 0], table[:, column])
-    interval = bootstrap(
+    low, high = bootstrap(
         columns, ratio, paired=True, vectorized=True, n_resamples=2000, rng=0, method="percentile"
     ).confidence_interval
     return {
         "value": float(ratio(*columns)),
-        "interval": [float(interval.low), float(interval.high)],
+        "interval": [float(low), float(high)],
     }
 
 

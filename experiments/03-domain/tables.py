@@ -85,11 +85,15 @@ def main() -> None:
     ]
     table(["target", "tokens/s", "of it in the target or the store"], rows)
     choices = read("bytes.json")["choices"]
-    wanted = [c for c in choices if c["top_k"] in (0, 64)]
     rows = [
-        [",".join(map(str, c["taps"])) or "none", c["dtype"], str(c["top_k"])]
-        + [f"{c['bytes_per_token']:,.0f}"]
-        for c in wanted
+        [
+            ",".join(map(str, choice["taps"])) or "none",
+            choice["dtype"],
+            str(choice["top_k"]),
+            f"{choice['bytes_per_token']:,.0f}",
+        ]
+        for choice in choices
+        if choice["top_k"] in (0, 64)
     ]
     table(["taps", "dtype", "top-k", "bytes per token"], rows)
 
