@@ -92,7 +92,9 @@ class Trainer:
                 self._run(callback)
         finally:
             self.log.close()
-            self.accelerator.end_training()
+            # Not `end_training`: weights are still to be gathered from all processes.
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
 
     def _run(self, callback: Callback) -> None:
         before, started = self.progress.seconds, time.monotonic()

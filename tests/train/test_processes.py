@@ -1,12 +1,15 @@
-"""Two processes train what one does with twice as many accumulated batches."""
+"""Several processes train what one does with as many more accumulated batches, sharded or not."""
 
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import tiny_llama
 from tiny_training import logged, write_run
+from transformers import AutoModelForCausalLM
 
 from specdec.train.config import load_train_config
 from specdec.train.run import run_training
@@ -16,35 +19,191 @@ RUN = {
     "draft_vocab_size": 40,
     "batch_size": 4,
     "lr": 1e-2,
-    "num_epochs": 2,
+    "num_epochs": 3,
     "eval_every": 2,
     "save_every": 2,
-    "log_with": "tensorboard",
 }
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def launched(*command):
+    return subprocess.run([*LAUNCH, *command], capture_output=True, text=True, check=False)
+
+
+def assert_close(folder, other, rel=1e-3):
+    """Fifteen rows are four batches, two a process; every step of both runs holds the same rows."""
+    for kind, keys in (("step", ["loss", "grad_norm"]), ("evaluation", ["validation_loss", "tau"])):
+        ours, theirs = logged(folder, kind), logged(other, kind)
+        for key in ["step", *keys]:
+            expected = [each[key] for each in theirs]
+            assert [each[key] for each in ours] == pytest.approx(expected, rel=rel)
+    losses = [each["loss"] for each in logged(folder)]
+    assert len(set(losses)) == len(losses) > 1
+
+
+def drafter(folder):
+    return load_file(folder / "drafter" / "model.safetensors")
+
+
+# torchrun, told to end, tells its processes; here the first of them tells torchrun.
+STOPPED = """
+import os, signal, sys
+from specdec.cli import app
+from specdec.train import run
+
+def stopping(config, out, show):
+    return real(config, out, lambda done, *_: done == 2 and os.kill(os.getppid(), signal.SIGTERM))
+
+real, run.run_training = run.run_training, stopping
+app(sys.argv[1:])
+"""
 
 
 @pytest.mark.distributed
-def test_two_processes_share_the_steps_and_one_writes(tmp_path):
-    path = write_run(tmp_path, **RUN)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [sys.executable, *launch, "-m", "specdec", "train", str(path)]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path / "two")], capture_output=True, text=True, check=False
+def test_two_processes_share_the_steps_and_a_sigterm_loses_none_of_them(tmp_path):
+    path = write_run(tmp_path, **RUN, log_with="tensorboard")
+    two, script = tmp_path / "two", tmp_path / "stopped.py"
+    script.write_text(STOPPED)
+    # Enough steps for the signal to come before the last one.
+    long = {**RUN, "num_epochs": 40, "eval_every": 0, "save_every": 0}
+    (tmp_path / "long").mkdir()
+    stopped = launched(
+        str(script), "train", str(write_run(tmp_path / "long", **long)), "--out", str(two)
     )
+    assert stopped.returncode != 0
+    assert "stopped by SIGTERM at" in stopped.stderr
+    (checkpoint,) = two.glob("*checkpoint-*")
+    assert f"checkpoint-{len(logged(two))}" == checkpoint.name
+    shutil.rmtree(two)
+
+    done = launched("-m", "specdec", "train", str(path), "--out", str(two))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('"offline_tau"') == 1
+    assert len(list((two / "tensorboard").glob("events*"))) == 1
+    run_training(load_train_config(str(path), ["gradient_accumulation=2"]), tmp_path / "one")
+    assert_close(two, tmp_path / "one")
+    torch.testing.assert_close(drafter(two), drafter(tmp_path / "one"), rtol=0, atol=2e-3)
 
-    alone = load_train_config(str(path), ["gradient_accumulation=2"])
-    run_training(alone, tmp_path / "one")
-    # Fifteen rows: four batches, two a process; every step of both runs holds the same rows.
-    for kind, keys in (("step", ["loss", "grad_norm"]), ("evaluation", ["validation_loss", "tau"])):
-        two, one = logged(tmp_path / "two", kind), logged(tmp_path / "one", kind)
-        for key in ["step", *keys]:
-            ours, theirs = [each[key] for each in two], [each[key] for each in one]
-            assert ours == pytest.approx(theirs, rel=1e-3)
-            assert len(set(theirs)) > 1
-    heads = [
-        load_file(tmp_path / name / "drafter" / "model.safetensors") for name in ("one", "two")
-    ]
-    torch.testing.assert_close(heads[0], heads[1], rtol=0, atol=1e-3)
-    assert len(list((tmp_path / "two" / "tensorboard").glob("events*"))) == 1
+
+SHARDED = """
+import math, os, shutil, signal, sys
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from torch.distributed.tensor import DTensor
+
+from specdec.drafters.training_batch import LossOutput
+from specdec.train import head_trainee
+from specdec.train.config import load_train_config
+from specdec.train.interruption import Interrupted
+from specdec.train.run import run_training
+from specdec.train.trainer import Trainer
+
+folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+
+def run(config, out, *overrides):
+    AcceleratorState._reset_state()
+    settings = load_train_config(str(folder / config), ["sharding=fsdp2", *overrides])
+    return run_training(settings, folder / out)
+
+def failure(kind, *arguments):
+    try:
+        run(*arguments)
+    except kind as error:
+        return str(error)
+    raise AssertionError(arguments)
+
+real_run, real_step = Trainer.run, Trainer._step
+
+def checked_run(self, callback):
+    trained = [weight for weight in self.learner.model.parameters() if weight.requires_grad]
+    assert trained and all(isinstance(weight, DTensor) for weight in trained)
+    real_run(self, callback)
+    tensors = self.learner.tensors()
+    kept = [name for name in tensors if name.startswith("optimizer") and tensors[name].ndim]
+    assert len(kept) == 2 * len(trained)
+    assert all(isinstance(tensors[name], DTensor) for name in kept)
+
+def stopping_step(self):
+    if rank == 1 and self.progress.step == 3 and self.folder.folder.name == "stopped":
+        os.kill(os.getpid(), signal.SIGTERM)  # the other process has to hear of it
+    return real_step(self)
+
+Trainer.run, Trainer._step = checked_run, stopping_step
+
+run("train.yaml", "two")
+assert "SIGTERM" in failure(Interrupted, "train.yaml", "stopped")
+Trainer._step = real_step
+assert (folder / "stopped" / "checkpoint-4").is_dir()
+if rank == 0:
+    shutil.copytree(folder / "stopped", folder / "moved")
+PartialState().wait_for_everyone()
+run("train.yaml", "stopped")
+run("train.yaml", "from-one")
+run("full/train.yaml", "full/two")
+run("lora/train.yaml", "lora/two", "mixed_precision=bf16")
+assert "is quantised" in failure(
+    ValueError, "lora/train.yaml", "qlora", "drafter.options.method=qlora"
+)
+apart = failure(ValueError, "train.yaml", "two" if rank else "apart")
+assert "processes find checkpoints of different steps [0, 6]" in apart
+
+def poisoned(kind, head, batch, **options):
+    result = real_loss(kind, head, batch, **options)
+    is_long = batch.tokens.shape[1] > 26 and head.training
+    return LossOutput(result.loss * math.nan if is_long else result.loss, result.parts)
+
+real_loss, head_trainee.head_loss = head_trainee.head_loss, poisoned
+assert "of rows 'line" in failure(FloatingPointError, "train.yaml", "poisoned")
+"""
+
+
+def stop_at_three(done, total, text):
+    if done == 3:
+        raise KeyboardInterrupt
+
+
+def draft_model_run(folder, method):
+    folder.mkdir()
+    model = tiny_llama(num_layers=2, seed=5)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(folder / "draft")
+    options = {"path": str(folder / "draft"), "method": method}
+    settings = {"batch_size": 4, "lr": 1e-3, "max_steps": 3, "eval_every": 2}
+    write_run(folder, **settings, drafter={"kind": "draft_model", "options": options})
+
+
+@pytest.mark.distributed
+def test_sharded_runs_are_those_of_one_process_and_move_between_numbers_of_processes(tmp_path):
+    config = load_train_config(str(write_run(tmp_path, **RUN)), ["gradient_accumulation=2"])
+    config.save_every = 1
+    with pytest.raises(KeyboardInterrupt):
+        run_training(config, tmp_path / "from-one", stop_at_three)
+    for method in ("full", "lora"):
+        draft_model_run(tmp_path / method, method)
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    done = launched(str(tmp_path / "sharded.py"), str(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+    one = tmp_path / "one"
+    run_training(config, one)
+    run_training(config, tmp_path / "moved")
+    for name in ("two", "moved", "from-one"):
+        assert_close(tmp_path / name, one)
+        torch.testing.assert_close(drafter(tmp_path / name), drafter(one), rtol=0, atol=2e-3)
+    assert len(list((tmp_path / "two" / "checkpoint-6").glob("*.safetensors"))) == 2
+    for kind in ("step", "evaluation"):
+        assert logged(tmp_path / "stopped", kind) == logged(tmp_path / "two", kind)
+    for method, tolerance in (("full", 1e-3), ("lora", 2e-2)):
+        folder = tmp_path / method
+        alone = load_train_config(str(folder / "train.yaml"), ["gradient_accumulation=2"])
+        run_training(alone, folder / "one")
+        assert_close(folder / "two", folder / "one", rel=tolerance)
+        models = [
+            AutoModelForCausalLM.from_pretrained(folder / name / "drafter")
+            for name in ("one", "two")
+        ]
+        assert all(model.lm_head.weight is model.model.embed_tokens.weight for model in models)
+        torch.testing.assert_close(*(m.state_dict() for m in models), rtol=0, atol=tolerance)

@@ -1,12 +1,16 @@
 """A killed run goes on as if nothing had happened, and keeps to its own folder."""
 
+import errno
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_training import logged, tiny_config, write_run
 
 from specdec.train.config import load_train_config
@@ -34,8 +38,11 @@ def whole(tmp_path_factory):
 def assert_same_run(folder, other):
     for kind in ("step", "evaluation"):
         assert logged(folder, kind) == logged(other, kind)
-    for name in ("drafter/model.safetensors", "checkpoint-9/model.safetensors"):
-        assert (folder / name).read_bytes() == (other / name).read_bytes()
+    for name in ("drafter", "checkpoint-9"):
+        (ours,), (theirs,) = ((each / name).glob("*.safetensors") for each in (folder, other))
+        ours, theirs = load_file(ours), load_file(theirs)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 KILLED = """
@@ -73,19 +80,24 @@ def test_a_killed_run_resumes_to_the_same_bits(whole, tmp_path):
     assert results["seconds"] > 1000
 
 
+def is_tensors_of(step, file):
+    path = os.readlink(f"/proc/self/fd/{file}")
+    return f"checkpoint-{step}." in path and path.endswith(".safetensors")
+
+
 def test_a_run_that_is_stopped_while_it_saves_resumes_from_the_checkpoint_before(
     whole, tmp_path, monkeypatch
 ):
     config = load_train_config(str(whole / "train.yaml"))
-    save, calls = torch.save, []
+    fsync, calls = os.fsync, []
 
-    def interrupted(content, path):
-        save(content, path)
-        calls.append(path)
-        if len(calls) == 2:
+    def interrupted(file):
+        fsync(file)
+        calls.extend([file] * is_tensors_of(8, file))
+        if calls:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch, "save", interrupted)
+    monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_training(config, tmp_path)
     monkeypatch.undo()
@@ -93,6 +105,73 @@ def test_a_run_that_is_stopped_while_it_saves_resumes_from_the_checkpoint_before
     assert names == {"checkpoint-4", ".checkpoint-8.partial"}
     run_training(config, tmp_path)
     assert_same_run(tmp_path, whole / "out")
+
+
+def test_a_full_disk_stops_the_run_and_leaves_the_older_checkpoint(whole, tmp_path, monkeypatch):
+    config = load_train_config(str(whole / "train.yaml"))
+    fsync = os.fsync
+
+    def full(file):
+        if is_tensors_of(8, file):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    message = r"step 8 could not be written to .*: the disk is full; checkpoint-4 is intact"
+    with pytest.raises(OSError, match=message):
+        run_training(config, tmp_path)
+    monkeypatch.undo()
+    assert {path.name for path in tmp_path.glob("*checkpoint-*")} == {"checkpoint-4"}
+    run_training(config, tmp_path)
+    assert_same_run(tmp_path, whole / "out")
+
+
+def broken(tensors, fault):
+    name = next(name for name in tensors if name.endswith("exp_avg") and tensors[name].ndim == 2)
+    if fault == "missing":
+        del tensors[name]
+    elif fault == "unknown":
+        tensors["weight.other"] = tensors[name].clone()
+    elif fault == "misshapen":
+        tensors[name] = tensors[name][1:].contiguous()
+    elif fault == "dtype":
+        tensors[name] = tensors[name].half()
+    else:
+        tensors[name][0, 0] = float("nan")
+    return name
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("missing", "it lacks 'NAME'"),
+        ("unknown", "'weight.other' is not of this run"),
+        ("misshapen", r"its 'NAME' is \[31, 64\] torch.float32 but must be \[32, 64\]"),
+        ("dtype", r"its 'NAME' is \[32, 64\] torch.float16 but must be \[32, 64\] torch.float32"),
+        ("nan", "its 'NAME' holds numbers that are not finite"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_by_the_tensor(whole, tmp_path, fault, message):
+    shutil.copytree(whole / "out", tmp_path / "out")
+    (path,) = (tmp_path / "out" / "checkpoint-9").glob("*.safetensors")
+    tensors = load_file(path)
+    name = broken(tensors, fault)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=message.replace("NAME", name) + ".*; remove it, and"):
+        run_training(load_train_config(str(whole / "train.yaml")), tmp_path / "out")
+
+
+def test_a_cut_checkpoint_is_refused(whole, tmp_path):
+    shutil.copytree(whole / "out", tmp_path / "out")
+    (path,) = (tmp_path / "out" / "checkpoint-9").glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"checkpoint-9' is damaged: a file of it cannot be read"):
+        run_training(load_train_config(str(whole / "train.yaml")), tmp_path / "out")
+
+
+def test_checkpoints_hold_no_pickle(whole):
+    names = {path.suffix for path in (whole / "out" / "checkpoint-9").iterdir()}
+    assert names == {".json", ".safetensors"}
 
 
 def test_the_newest_two_checkpoints_are_kept(whole):

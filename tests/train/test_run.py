@@ -127,12 +127,30 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
         return LossOutput(wrong, result.parts)
 
     monkeypatch.setattr(head_trainee, "head_loss", poisoned)
-    with pytest.raises(FloatingPointError, match=r"step 4: the loss is .* must be finite"):
+    named = "the loss of rows 'line" if broken == "loss" else "this step it read rows 'line"
+    message = rf"step 4: the loss is .* must be finite.*{named}"
+    with pytest.raises(FloatingPointError, match=message):
         run_training(config, tmp_path / "out")
     monkeypatch.undo()
     assert [record["step"] for record in logged(tmp_path / "out")] == [1, 2, 3]
     results = run_training(config, tmp_path / "out")
     assert results["steps"] == 4
+
+
+def test_the_row_whose_loss_is_not_finite_is_named(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path, **RUN, drafter={"kind": "medusa"})
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    start = torch.tensor(rows[6]["tokens"][:8])
+    real = head_trainee.head_loss
+
+    def poisoned(kind, head, batch, **options):
+        result = real(kind, head, batch, **options)
+        is_there = (batch.tokens[:, :8] == start).all(1).any()
+        return LossOutput(result.loss * math.nan if is_there else result.loss, result.parts)
+
+    monkeypatch.setattr(head_trainee, "head_loss", poisoned)
+    with pytest.raises(FloatingPointError, match="the loss of row 'line 7' alone is not finite"):
+        run_training(config, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
