@@ -34,6 +34,7 @@ def train(
     if results is None:  # not the first process
         return
     picture = _curves(out)
+    _card(results, out / "drafter", Path(settings.data.path))
     if failure is not None:
         raise failure
     used = json.dumps(results["drafter"])
@@ -56,6 +57,16 @@ def _parity(parity: dict[str, Any] | None) -> str:
         f"acceptance predicts {parity['predicted_tau']:.3f} ({parity['shape']}, "
         f"{parity['num_prompts']} held-out prompts)"
     )
+
+
+def _card(results: dict[str, Any], folder: Path, data: Path) -> None:
+    """Describe the drafter in its folder, with what is known of where its data come from."""
+    from specdec.data.answers_folder import MANIFEST
+    from specdec.report.drafter_card import write_drafter_card
+
+    manifest = data.expanduser() / MANIFEST
+    answers = json.loads(manifest.read_text()) if manifest.is_file() else None
+    write_drafter_card(results, folder, answers)
 
 
 def _curves(out: Path) -> Path | None:

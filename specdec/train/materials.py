@@ -18,7 +18,7 @@ from specdec.train.config import TrainConfig
 from specdec.train.data import Split, load_split, split_rows
 from specdec.train.source import OnlineSource, Source
 from specdec.train.stored import StoredSource
-from specdec.train.trainee import Trainee
+from specdec.train.trainee import Trainee, trained_dtype
 
 
 class Materials(Protocol):
@@ -58,7 +58,7 @@ class OnlineMaterials:
 
     def source(self, trainee: Trainee) -> Source:
         """See `Materials`."""
-        return OnlineSource(self.target, trainee.taps, _dtype_of(trainee))
+        return OnlineSource(self.target, trainee.taps, trained_dtype(trainee))
 
     def whole_target(self) -> HFTarget:
         """See `Materials`."""
@@ -80,7 +80,7 @@ class StoredMaterials:
         """See `Materials`."""
         ends = self.target
         projection = ends.model.get_output_embeddings()
-        return StoredSource(self.store, trainee.taps, _dtype_of(trainee), ends.device, projection)
+        return StoredSource(self.store, trainee.taps, trained_dtype(trainee), ends.device, projection)
 
     def whole_target(self) -> HFTarget:
         """See `Materials`; loaded when it is asked for."""
@@ -145,8 +145,3 @@ def _max_len(config: TrainConfig, target: Any) -> int:
         )
     # A packed line holds any row whole.
     return int(min(max_len, config.data.pack_len or max_len))
-
-
-def _dtype_of(trainee: Trainee) -> torch.dtype:
-    weights = trainee.module.parameters()
-    return next(weight.dtype for weight in weights if weight.requires_grad)

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from specdec.checkpoints import TargetIdentity
 from specdec.train.config import TrainConfig
 from specdec.train.trainer import Trainer
 
@@ -12,6 +13,7 @@ def training_results(
     trainer: Trainer,
     vocabulary: dict[str, Any] | None,
     where: dict[str, Any],
+    target: TargetIdentity,
     drafter: dict[str, Any],
 ) -> dict[str, Any]:
     """The content of `results.json`, see `docs/train.schema.json`; "parity" is to be filled in.
@@ -20,11 +22,13 @@ def training_results(
         trainer: at its last step.
         vocabulary: size and coverage of a reduced draft vocabulary.
         where: the machine and the code, as they were when the run was started.
+        target: whose answers were learned.
         drafter: options of `load_drafter` for what was trained.
     """
     return {
         "schema": "specdec-train-2",
         "provenance": {"config": asdict(trainer.config), **where},
+        "target": asdict(target),
         "drafter": drafter,
         **_measured(trainer),
         "draft_vocabulary": vocabulary,

@@ -90,9 +90,8 @@ def run_training(
             return None
         gate = _parity_gate(config, materials, trainee)
         expected = None if gate is None else gate.predict(trainee, accelerator.autocast)
-    results = training_results(
-        trainer, vocabulary, materials.where, trainee.drafter(out / "drafter")
-    )
+    options = trainee.drafter(out / "drafter")
+    results = training_results(trainer, vocabulary, materials.where, materials.identity, options)
     trainee.export(out / "drafter", remembered(config, results), weights)
     if gate is not None and expected is not None:
         measured = gate.measure({**results["drafter"], **trainee.chain(config.eval_depth)})

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch
 from torch import Tensor, nn
 
 from specdec.drafters.training_batch import LossOutput, TrainingBatch
@@ -63,12 +62,6 @@ class Trainee(Protocol):
 
     def chain(self, depth: int) -> dict[str, Any]:
         """Options of `load_drafter`, beside those of `drafter`, that make it draft chains."""
-
-
-def trained_dtype(trainee: Trainee) -> torch.dtype:
-    """Of the weights that are trained."""
-    weights = trainee.module.parameters()
-    return next(weight.dtype for weight in weights if weight.requires_grad)
 
 
 def trained_dtype(trainee: Trainee) -> torch.dtype:

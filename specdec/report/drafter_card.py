@@ -1,0 +1,243 @@
+"""The card of a trained drafter: what it is, how it is used, and what it was measured to do."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from specdec.checkpoints.folder import write_files
+
+_KINDS = {
+    "draft_model": "Draft model",
+    "medusa": "Medusa heads",
+    "eagle": "EAGLE-1 head",
+    "eagle3": "EAGLE-3 head",
+}
+_HERE = "PATH/OF/THIS/FOLDER"
+
+
+def write_drafter_card(
+    results: dict[str, Any], folder: Path, answers: dict[str, Any] | None = None
+) -> None:
+    """Write `README.md` into a drafter's folder, with a header as the hub reads it.
+
+    Args:
+        results: content of the run's `results.json`.
+        folder: of the drafter.
+        answers: content of the `answers.json` of the data; None where there is none.
+    """
+    write_files(folder, {"README.md": drafter_card(results, answers).encode()})
+
+
+def drafter_card(results: dict[str, Any], answers: dict[str, Any] | None = None) -> str:
+    """The text; see `write_drafter_card`."""
+    parts = [
+        _header(results),
+        _opening(results),
+        _usage(results),
+        _acceptance(results),
+        _parity(results["parity"]),
+        _training(results, answers),
+        _limits(results),
+        _provenance(results),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _header(results: dict[str, Any]) -> str:
+    from huggingface_hub import ModelCardData
+
+    config = results["provenance"]["config"]
+    is_model = _kind(results) == "draft_model"
+    base = config["drafter"]["options"].get("path") if is_model else results["target"]["name"]
+    is_adapter = "adapter" in results["drafter"]
+    data = ModelCardData(
+        base_model=base if _is_hub_id(base) else None,
+        library_name=("peft" if is_adapter else "transformers") if is_model else "specdec",
+        tags=["specdec", "speculative-decoding", _kind(results).replace("_", "-")],
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _opening(results: dict[str, Any]) -> str:
+    target = results["target"]
+    hashes = ", ".join(
+        f"{name} {target[name][:16]}" for name in ("weights", "tokenizer") if target[name]
+    )
+    said = f" (hashes: {hashes})" if hashes else ""
+    return (
+        f"# {_KINDS[_kind(results)]} for {_target(results)}\n\n"
+        "It drafts tokens for speculative decoding: the target verifies them, so what is generated "
+        "is the target's own, only sooner. It was trained by `specdec train` on answers of the "
+        f"target itself. It is for this target{said} and drafts badly for any other."
+    )
+
+
+def _usage(results: dict[str, Any]) -> str:
+    options = json.dumps(_options(results))
+    target = _target(results)
+    text = (
+        "## Use\n\n```sh\n"
+        f"specdec generate --target {target} --drafter '{options}' --prompt 'Hello'\n"
+        "```\n\nIn Python, or as the entry of `drafters` in a configuration of `specdec bench`:\n\n"
+        "```python\nfrom specdec import generate, load_drafter, load_target\n\n"
+        f'target = load_target("{target}")\n'
+        f"drafter = load_drafter({_options(results)!r}, target)\n"
+        'print(generate(target, drafter, ["Hello"])[0].text)\n```'
+    )
+    if _kind(results) != "draft_model":
+        return text + (
+            "\n\n`specdec convert` writes it in the layouts of other engines. The folder's path is "
+            f"in place of `{_HERE}`."
+        )
+    if "adapter" in results["drafter"]:
+        return text + "\n\nIt is a LoRA adapter; merge it into its base for other engines."
+    return text + (
+        "\n\nIt is a plain causal LM, for other engines too:\n\n```sh\n"
+        f"vllm serve {target} --speculative-config "
+        f'\'{{"method": "draft_model", "model": "{_HERE}", "num_speculative_tokens": 5}}\'\n'
+        f"python -m sglang.launch_server --model-path {target} --speculative-algorithm STANDALONE "
+        f"--speculative-draft-model-path {_HERE}\n```\n\n"
+        "and as `assistant_model` of transformers' `generate`. These lines were not run here."
+    )
+
+
+def _acceptance(results: dict[str, Any]) -> str:
+    rows = results["validation_rows"]
+    if not rows:
+        return "## Acceptance\n\nNot measured: no rows were held out."
+    whole = {
+        "rows": rows,
+        "tau": results["offline_tau"],
+        "alpha": results["alpha"],
+        "acceptance": results["offline_acceptance"],
+    }
+    domains = {**(results["domains"] or {}), "all": whole}
+    depths = [f"depth {n + 1}" for n in range(len(whole["acceptance"] or ()))]
+    names = ["domain", "rows", "tau", "alpha, T = 0", "alpha, T = 1", *depths]
+    lines = [names, ["---"] * len(names)]
+    lines += [[name, *_figures(measured)] for name, measured in domains.items()]
+    table = "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+    return (
+        f"## Acceptance\n\n{table}\n\n"
+        "Measured on held-out rows, teacher-forced. Tau: expected tokens per forward of the target "
+        "with a greedy chain, behind every token of an answer; depths: the share of drafts right "
+        "so far that are right there too; alpha: the share of single drafted tokens that is "
+        "accepted at a temperature."
+    )
+
+
+def _figures(measured: dict[str, Any]) -> list[str]:
+    alpha = measured["alpha"] or {}
+    values = [measured["tau"], alpha.get("0"), alpha.get("1"), *(measured["acceptance"] or ())]
+    return [str(measured["rows"]), *(_number(value) for value in values)]
+
+
+def _parity(parity: dict[str, Any] | None) -> str:
+    if parity is None:
+        return (
+            "## In decoding\n\nNot measured: the parity gate was not run, so that nothing says "
+            "whether decoding accepts what training measured."
+        )
+    verdict = "passed" if parity["passed"] else "**failed**: do not use it"
+    return (
+        f"## In decoding\n\nParity gate {verdict}. Decoding {parity['num_prompts']} held-out "
+        f"prompts at temperature 0 with a {parity['shape']} took a tau of "
+        f"{_number(parity['measured_tau'])}{_interval(parity['measured_tau_ci'])}, where the "
+        f"drafter in memory predicts {_number(parity['predicted_tau'])}"
+        f"{_interval(parity['predicted_tau_ci'])}; outputs that were not those of plain decoding: "
+        f"{parity['mismatches']}."
+    )
+
+
+def _training(results: dict[str, Any], answers: dict[str, Any] | None) -> str:
+    config = results["provenance"]["config"]
+    facts = {
+        "data": f"{results['rows']:,} rows, {results['answer_tokens']:,} answer tokens read in "
+        f"{results['steps']:,} steps{_answers(answers)}",
+        "drafter options": _settings(
+            {k: v for k, v in config["drafter"]["options"].items() if k != "path"}
+        ),
+        "loss": _settings(config["loss"]),
+        "optimizer": f"lr {config['lr']:g}, batch size {config['batch_size']}, "
+        f"weight decay {config['weight_decay']:g}, warm-up {config['warmup_steps']} steps",
+        "trained weights": f"{results['parameters']:,}",
+        "loss at the end": f"{_number(results['loss'])}, on held-out rows "
+        f"{_number(results['validation_loss'])}",
+    }
+    vocabulary = results["draft_vocabulary"]
+    if vocabulary is not None:
+        facts["draft vocabulary"] = (
+            f"{vocabulary['size']:,} tokens, {vocabulary['training_coverage']:.2%} of those in "
+            "the answers"
+        )
+    return "## Training\n\n" + "\n".join(f"- {name}: {said}" for name, said in facts.items())
+
+
+def _answers(answers: dict[str, Any] | None) -> str:
+    if answers is None:
+        return ""
+    temperatures = ", ".join(f"{each:g}" for each in answers["settings"]["temperatures"])
+    return f"; answers regenerated at temperature {temperatures}"
+
+
+def _limits(results: dict[str, Any]) -> str:
+    names = ", ".join(results["domains"] or ()) or "the domain of its rows"
+    return (
+        f"## Limits\n\nMeasured on {names} only; on other texts, longer contexts and at higher "
+        "temperatures it is accepted less. Tau is no speed: that depends on the machine, and "
+        "`specdec bench` measures it."
+    )
+
+
+def _provenance(results: dict[str, Any]) -> str:
+    where = results["provenance"]
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    dirty = " with changes" if where.get("git_dirty") else ""
+    return (
+        f"## Provenance\n\n{where['date']}, commit {where['git_commit'] or 'not known'}{dirty}, on "
+        f"{where['device']} ({where.get('cpu') or 'CPU not known'}), "
+        f"{results['num_processes']} process(es), {results['seconds']:.0f} s, "
+        f"{results['tokens_per_s']:.0f} tokens/s. {versions}. All settings are in `results.json` "
+        "of the run."
+    )
+
+
+def _kind(results: dict[str, Any]) -> str:
+    return str(results["drafter"]["type"])
+
+
+def _options(results: dict[str, Any]) -> dict[str, Any]:
+    """Of `load_drafter`, without paths that only this machine has."""
+    options = dict(results["drafter"])
+    place = "adapter" if "adapter" in options else "path"
+    if place == "adapter" and not _is_hub_id(options["path"]):
+        options["path"] = f"PATH/OF/{Path(options['path']).name}"
+    return {**options, place: _HERE}
+
+
+def _target(results: dict[str, Any]) -> str:
+    """As it is loaded, if that is the same for others; else its name."""
+    path = results["provenance"]["config"]["target"]["path"]
+    return str(path) if path == "demo" or _is_hub_id(path) else Path(path).name
+
+
+def _is_hub_id(path: Any) -> bool:
+    text = str(path or "")
+    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not Path(text).exists()
+
+
+def _settings(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items()) or "defaults"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _interval(bounds: list[float] | None) -> str:
+    return "" if bounds is None else f" [{bounds[0]:.3f}, {bounds[1]:.3f}]"
+
+
+def _cell(value: Any) -> str:
+    """Text that neither ends the cell nor is taken for a tag."""
+    return str(value).replace("|", "\\|").replace("<", "&lt;")

@@ -1,0 +1,97 @@
+"""The card in a drafter's folder says what was measured, and disturbs no reader of the folder."""
+
+import json
+
+import pytest
+import yaml
+from json_schema import violations
+from test_run import SCHEMA
+from tiny_models import tiny_llama
+from tiny_training import answer_rows, write_run
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from specdec.checkpoints import read_head
+from specdec.cli import app
+from specdec.registry import load_drafter
+from specdec.report.drafter_card import drafter_card
+from specdec.targets.hf import HFTarget
+from specdec.targets.load import load_target
+
+
+def trained(folder, **settings):
+    """Results and card of a run on rows of two domains."""
+    rows = answer_rows(HFTarget(tiny_llama(num_layers=3)))
+    rows = [{**row, "domain": "ab"[n % 2]} for n, row in enumerate(rows)]
+    path = write_run(folder, rows, max_steps=2, eval_depth=2, **settings)
+    done = CliRunner().invoke(app, ["train", str(path), "--out", str(folder / "out")])
+    assert done.exit_code == 0, done.output
+    results = json.loads((folder / "out" / "results.json").read_text())
+    assert violations(results, SCHEMA) == []
+    return results, (folder / "out" / "drafter" / "README.md").read_text()
+
+
+def header(card):
+    return yaml.safe_load(card.split("---")[1])
+
+
+def test_the_card_of_a_head_tells_its_target_and_what_it_measured(tmp_path):
+    results, card = trained(tmp_path, drafter={"kind": "eagle3"}, draft_vocab_size=40)
+    assert header(card) == {
+        "library_name": "specdec",
+        "tags": ["specdec", "speculative-decoding", "eagle3"],
+    }
+    assert card.count("\n# EAGLE-3 head for target\n") == 1
+    assert results["target"]["weights"][:16] in card
+    domains = {**results["domains"], "all": {"rows": 5, "tau": results["offline_tau"]}}
+    assert set(domains) == {"a", "b", "all"}
+    for name, measured in domains.items():
+        assert f"| {name} | {measured['rows']} | {measured['tau']:.3f} |" in card
+    assert f"{results['parity']['measured_tau']:.3f}" in card
+    assert "Parity gate passed" in card
+    assert str(tmp_path) not in card  # a path of this machine helps nobody
+    folder = str(tmp_path / "out" / "drafter")
+    assert read_head(folder).kind == "eagle3"
+    done = CliRunner().invoke(app, ["inspect", folder])
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize("export", ["merged", "adapter"])
+def test_the_card_of_a_draft_model_says_how_other_engines_load_it(tmp_path, export):
+    tiny_llama(num_layers=1, seed=5).save_pretrained(tmp_path / "draft")
+    options = {"path": str(tmp_path / "draft"), "method": "lora", "export": export}
+    results, card = trained(tmp_path, drafter={"kind": "draft_model", "options": options})
+    is_merged = export == "merged"
+    assert header(card)["library_name"] == ("transformers" if is_merged else "peft")
+    assert ("vllm serve target --speculative-config" in card) == is_merged
+    assert str(tmp_path) not in card
+    target = load_target(results["provenance"]["config"]["target"]["path"], device="cpu")
+    assert load_drafter(results["drafter"], target).num_draft_tokens == 5
+    if is_merged:
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "drafter")
+
+
+def test_the_card_says_what_was_not_measured_and_what_failed(tmp_path):
+    given = {"kind": "medusa"}
+    results, card = trained(tmp_path, drafter=given, data={"num_validation": None})
+    assert "no rows were held out" in card
+    assert "the parity gate was not run" in card
+    parity = {
+        "shape": "chain of 5 tokens",
+        "num_prompts": 3,
+        "predicted_tau": 2.5,
+        "predicted_tau_ci": [2.0, 3.0],
+        "measured_tau": None,
+        "measured_tau_ci": None,
+        "mismatches": 3,
+        "passed": False,
+    }
+    config = results["provenance"]["config"]
+    config["target"]["path"] = results["target"]["name"] = "owner/model"
+    answers = {"settings": {"temperatures": [0.0, 0.8]}}
+    card = drafter_card({**results, "parity": parity}, answers)
+    assert "Parity gate **failed**: do not use it" in card
+    assert "predicts 2.500 [2.000, 3.000]" in card
+    assert header(card)["base_model"] == "owner/model"
+    assert "--target owner/model" in card
+    assert "answers regenerated at temperature 0, 0.8" in card
