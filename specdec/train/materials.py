@@ -78,9 +78,9 @@ class StoredMaterials:
 
     def source(self, trainee: Trainee) -> Source:
         """See `Materials`."""
-        ends = self.target
+        ends, dtype = self.target, trained_dtype(trainee)
         projection = ends.model.get_output_embeddings()
-        return StoredSource(self.store, trainee.taps, trained_dtype(trainee), ends.device, projection)
+        return StoredSource(self.store, trainee.taps, dtype, ends.device, projection)
 
     def whole_target(self) -> HFTarget:
         """See `Materials`; loaded when it is asked for."""
