@@ -44,6 +44,7 @@ def test_overrides_reach_options_of_head_and_loss(tmp_path):
         ("betas=[0.9,1.0]", "betas"),
         ("log_with=wandb", "log_with is 'wandb' but must be one of none, tensorboard"),
         ("mixed_precision=int8", "mixed_precision is 'int8'"),
+        ("sharding=fsdp", "sharding is 'fsdp' but must be one of none, fsdp2"),
         ("target.device=cuda:1", "target.device is 'cuda:1' but must be one of cpu, cuda"),
         ("threads=many", "threads"),
     ],
