@@ -1,0 +1,144 @@
+"""Every recipe is read strictly, every command in a header parses, and the demo recipes run."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from specdec.bench.config import load_config
+from specdec.checkpoints import read_head
+from specdec.cli import app
+from specdec.train.config import load_train_config
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("**/*.yaml"), key=str)
+DEMO = sorted((ROOT / "recipes/demo").glob("*.yaml"))
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def header(path):
+    """The comment at the top, without its marks."""
+    lines = path.read_text().splitlines()
+    end = next(i for i, line in enumerate(lines) if not line.startswith("#"))
+    return "\n".join(line[1:].strip() for line in lines[:end])
+
+
+def commands(text):
+    """Lines that are commands, as words behind `specdec`; a backslash goes on in the next line."""
+    found = re.findall(r"^\s*specdec (.*)$", text.replace("\\\n", " "), re.M)
+    return [shlex.split(line) for line in found]
+
+
+def parse(words):
+    """Read a command line as the program does, and its configuration, but run nothing."""
+    command = typer.main.get_command(app)
+    context = command.make_context("specdec", list(words))
+    while hasattr(command, "commands"):
+        rest = [*context._protected_args, *context.args]
+        name, command, rest = command.resolve_command(context, rest)
+        context = command.make_context(name, rest, parent=context)
+    given = context.params
+    if name == "train":
+        load_train_config(str(ROOT / given["config"]), given["overrides"] or [])
+    if name == "bench":
+        load_config(given["config"], given["overrides"] or [])
+    return name
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_a_recipe_is_read_strictly_and_names_its_commands(path):
+    load_train_config(str(path))
+    found = commands(header(path))
+    assert ["train", name_of(path), "--out"] in [words[:3] for words in found]
+    for words in found:
+        parse(words)
+
+
+def test_a_wrong_command_in_a_header_would_be_noticed():
+    for words in (
+        ["collect", "a", "--output", "b"],
+        ["trian", "a"],
+        ["train", "recipes/eagle.yaml"],
+    ):
+        with pytest.raises(Exception, match=r"(?i)no such|missing"):
+            parse(words)
+    with pytest.raises(ValueError, match="did you mean"):
+        parse(["train", "recipes/eagle.yaml", "max_step=1", "--out", "x"])
+
+
+@pytest.mark.parametrize("recipe", [p for p in RECIPES if p.parent.name == "recipes"], ids=name_of)
+def test_a_recipe_for_a_large_target_adds_its_memory_up(recipe):
+    lines = header(recipe).split("in GB:\n")[1].split("\n")
+    total = next(i for i, line in enumerate(lines) if line.startswith("sum"))
+    figures = [re.search(r"\s{2,}(\d+\.\d)$", line) for line in lines[:total]]
+    assert sum(float(f[1]) for f in figures if f) == pytest.approx(float(lines[total].split()[1]))
+    assert "an estimate" in header(recipe)
+    assert "not measured yet" in header(recipe)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder that looks like the repository; what one recipe collects serves the others."""
+    folder = tmp_path_factory.mktemp("repository")
+    for name in ("recipes", "specdec"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+LESS = {
+    "from": ("--num", "24"),
+    "regenerate": ("--max-new-tokens", "12"),
+    "train": (
+        *("max_steps=2", "batch_size=2", "data.max_rows=8", "data.num_validation=2", "threads=1"),
+        *("parity.num_prompts=2", "parity.max_new_tokens=8"),
+    ),
+    "bench": ("prompts.num=2", "repeats=1", "max_new_tokens=8", "threads=1"),
+}
+
+
+@pytest.mark.parametrize("path", DEMO, ids=name_of)
+def test_a_demo_recipe_runs_as_its_header_says(place, path, monkeypatch):
+    monkeypatch.chdir(place)
+    for words in commands(header(path)):
+        command = [*words, *LESS.get(parse(words), ())]
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, f"{command}\n{done.output}\n{done.exception}"
+    name = path.stem.removesuffix("_draft_model").removesuffix("_heads")
+    trained, measured = (
+        json.loads((place / f"runs/recipes/{folder}/results.json").read_text())
+        for folder in (name, f"bench-{name}")
+    )
+    assert trained["steps"] == 2
+    assert trained["parity"]["passed"]
+    assert all(arm["prompts"] == 2 and not arm["failed"] for arm in measured["arms"])
+    if name != "qlora":
+        exported = next(words for words in commands(header(path)) if words[0] == "convert")
+        assert read_head(str(place / exported[2])).layout == exported[-1]
+
+
+def test_the_story_of_a_domain_ends_with_a_table_and_a_checkpoint(tmp_path):
+    overrides = [word for each in LESS["train"] for word in ("--override", each)]
+    sizes = ["--num", "24", "--max-new-tokens", "8", "--prompts", "2"]
+    done = subprocess.run(
+        [sys.executable, "recipes/domain_draft.py", *sizes, *overrides, "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    *_, heads, before, after, where = done.stdout.splitlines()
+    assert heads.split() == ["alpha", "tau", "speed", "/", "plain"]
+    for name, line in (("before", before), ("after", after)):
+        assert re.fullmatch(name + r" +\d\.\d{3}( +\d\.\d\d \[\d\.\d\d, \d\.\d\d\]){2}", line)
+    assert (tmp_path / "training/drafter/model.safetensors").is_file()
+    assert where.endswith(f"{tmp_path}/training/drafter")
