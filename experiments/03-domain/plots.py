@@ -13,14 +13,23 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
-SIZES = {"qlora-sgd-100": 100, "qlora-sgd-500": 500, "qlora-sgd": 2000, "qlora-sgd-8000": 8000}
+SIZES = {
+    "250 steps": {
+        100: "qlora-sgd-100",
+        500: "qlora-sgd-500",
+        2000: "qlora-sgd",
+        8000: "qlora-sgd-8000",
+    },
+    "800 steps": {2000: "qlora-sgd-2000-long", 8000: "qlora-sgd-8000-long"},
+}
 OBJECTIVES = {
+    "generic": "generic-draft",
     "cross-entropy": "qlora-gsm8k-cross_entropy",
     "forward KL": "qlora-gsm8k",
     "reverse KL": "qlora-gsm8k-reverse_kl",
     "total variation": "qlora-gsm8k-total_variation",
 }
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
+BLUE, ORANGE = "#0072B2", "#D55E00"
 
 
 def read(domain: str) -> dict[str, Any]:
@@ -35,51 +44,44 @@ def bars(values: list[dict[str, Any]]) -> tuple[list[float], list[list[float]]]:
 
 def growth() -> None:
     found = read("sgd")
-    figure, axes = plt.subplots(figsize=(6, 4))
+    figure, axes = plt.subplots(figsize=(6.4, 4.4))
     for temperature, colour, marker in (("0", BLUE, "o"), ("1", ORANGE, "s")):
-        values = [found[name]["alpha"][temperature] for name in SIZES]
-        heights, errors = bars(values)
-        label = f"T = {temperature}"
-        axes.errorbar(
-            list(SIZES.values()),
-            heights,
-            errors,
-            color=colour,
-            marker=marker,
-            capsize=4,
-            label=label,
-        )
+        for (budget, runs), line in zip(SIZES.items(), ("-", "--"), strict=True):
+            heights, errors = bars([found[name]["alpha"][temperature] for name in runs.values()])
+            style = {"color": colour, "marker": marker, "capsize": 4, "linestyle": line}
+            axes.errorbar(
+                list(runs), heights, errors, label=f"T = {temperature}, {budget}", **style
+            )
         start = found["generic-draft"]["alpha"][temperature]["value"]
         axes.axhline(start, color=colour, linestyle=":", linewidth=1)
-        axes.annotate("generic", (100, start), color=colour, va="bottom", fontsize=8)
+    axes.annotate("generic: no queries", (8000, start - 0.012), ha="right", va="top", fontsize=8)
+    sizes = list(SIZES["250 steps"])
     axes.set_xscale("log")
-    axes.set_xticks(list(SIZES.values()), [f"{size:,}" for size in SIZES.values()])
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.minorticks_off()
+    axes.set_ylim(0.25, 0.7)
     axes.set_xlabel("collected queries (sgd)")
     axes.set_ylabel("alpha on held-out queries")
-    axes.set_title("QLoRA draft model, equal steps; 95 % intervals", fontsize=10)
-    axes.legend(frameon=False)
+    axes.set_title("QLoRA draft model; 95 % intervals", fontsize=10)
+    axes.legend(frameon=False, loc="upper left", ncol=2, fontsize=8)
     figure.tight_layout()
     figure.savefig(HERE / "growth.png", dpi=160)
 
 
 def objectives() -> None:
     found = read("gsm8k")
-    figure, axes = plt.subplots(figsize=(6, 4))
+    figure, axes = plt.subplots(figsize=(6.4, 4.4))
     for offset, temperature, colour, hatch in ((-0.2, "0", BLUE, ""), (0.2, "1", ORANGE, "//")):
         values = [found[name]["alpha"][temperature] for name in OBJECTIVES.values()]
         heights, errors = bars(values)
         places = [number + offset for number in range(len(OBJECTIVES))]
-        label = f"T = {temperature}"
-        axes.bar(
-            places, heights, 0.38, yerr=errors, color=colour, hatch=hatch, capsize=3, label=label
-        )
-        start = found["generic-draft"]["alpha"][temperature]["value"]
-        axes.axhline(start, color=colour, linestyle=":", linewidth=1)
-    axes.annotate("generic", (3.3, start), color=GREY, va="bottom", fontsize=8)
-    axes.set_xticks(range(len(OBJECTIVES)), list(OBJECTIVES))
+        style = {"color": colour, "hatch": hatch, "capsize": 3, "label": f"T = {temperature}"}
+        axes.bar(places, heights, 0.38, yerr=errors, **style)
+    axes.set_xticks(range(len(OBJECTIVES)), list(OBJECTIVES), fontsize=9)
+    axes.set_ylim(0, 0.8)
     axes.set_ylabel("alpha on held-out queries (gsm8k)")
-    axes.set_title("QLoRA draft model, equal budget; 95 % intervals", fontsize=10)
-    axes.legend(frameon=False, loc="lower right")
+    axes.set_title("QLoRA draft model, 250 steps each; 95 % intervals", fontsize=10)
+    axes.legend(frameon=False, loc="upper left", ncol=2)
     figure.tight_layout()
     figure.savefig(HERE / "objectives.png", dpi=160)
 

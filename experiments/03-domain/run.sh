@@ -33,6 +33,10 @@ done
 for size in 100 500 8000; do
   train qlora "qlora-sgd-$size" data.path=$runs/a-sgd-$size
 done
+# Larger sets are not read once in 250 steps of 16 rows.
+for size in 2000 8000; do
+  train qlora "qlora-sgd-$size-long" data.path=$runs/a-sgd-$size max_steps=800 eval_every=200
+done
 for objective in cross_entropy reverse_kl total_variation; do
   train qlora "qlora-gsm8k-$objective" data.path=$runs/a-gsm8k-2000 loss.objective=$objective
 done
@@ -43,7 +47,7 @@ train qlora qlora-demo-gsm8k data.path=$runs/a-gsm8k-2000 drafter.options.path=d
 drafters=(demo=draft_model:demo)
 for name in generic-draft qlora-gsm8k qlora-sgd qlora-sgd-100 qlora-sgd-500 qlora-sgd-8000 \
   qlora-gsm8k-cross_entropy qlora-gsm8k-reverse_kl qlora-gsm8k-total_variation \
-  qlora-demo-gsm8k; do
+  qlora-demo-gsm8k qlora-sgd-2000-long qlora-sgd-8000-long; do
   drafters+=("$name=draft_model:$runs/$name/drafter")
 done
 for name in generic-eagle3 eagle3-gsm8k eagle3-sgd; do
@@ -58,4 +62,6 @@ for domain in gsm8k sgd; do
   cp "$runs/bench-$domain/results.json" "$runs/bench-$domain/results.png" "$here/bench-$domain/"
 done
 python $here/throughput.py --out $here/throughput.json
+python $here/gather.py $runs/*/results.json
 python $here/plots.py
+python $here/tables.py

@@ -19,6 +19,7 @@ DRAFTERS = {
 }
 SIZES = {"0": "generic-draft", "100": "qlora-sgd-100", "500": "qlora-sgd-500"}
 SIZES |= {"2,000": "qlora-sgd", "8,000": "qlora-sgd-8000"}
+SIZES |= {"2,000, 800 steps": "qlora-sgd-2000-long", "8,000, 800 steps": "qlora-sgd-8000-long"}
 OBJECTIVES = {
     "generic": "generic-draft",
     "cross-entropy": "qlora-gsm8k-cross_entropy",
@@ -78,6 +79,13 @@ def main() -> None:
             for label, key in names.items()
         ]
         table([title, f"alpha on {domain}, T = 0", "T = 1"], rows)
+    rows = []
+    for name, run in read("training.json").items():
+        parity = run["parity"]
+        figures = (f"{run[key]:,.0f}" for key in ("steps", "tokens", "seconds"))
+        gate = f"{parity['predicted_tau']:.3f} / {parity['measured_tau']:.3f}"
+        rows.append([name, *figures, gate])
+    table(["run", "steps", "tokens", "seconds", "tau predicted / measured"], rows)
     speeds = read("throughput.json")
     rows = [
         [name, f"{each['tokens_per_s']:,.0f}", f"{100 * each['share_of_source']:.1f} %"]
