@@ -12,9 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
-SHELL = [
-    line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()
-]
+BLOCKS = [block.splitlines() for block in re.findall(r"```sh\n(.*?)```", README, re.S)]
+SHELL = [line for block in BLOCKS for line in block]
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=range(len(PYTHON)))
@@ -36,18 +35,22 @@ def test_the_readme_drafter_fits_the_protocol_and_is_lossless():
     assert [r.tokens for r in ours] == [r.tokens for r in plain]
 
 
-@pytest.mark.parametrize("command", [line for line in SHELL if line.startswith("specdec")])
-def test_specdec_commands_run(command, tmp_path):
+COMMANDS = [[line for line in block if line.startswith("specdec")] for block in BLOCKS]
+
+
+@pytest.mark.parametrize("commands", [block for block in COMMANDS if block])
+def test_specdec_commands_run_one_after_the_other(commands, tmp_path):
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    done = subprocess.run(
-        [sys.executable, "-m", *shlex.split(command)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, "-m", *shlex.split(command)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            check=False,
+        )
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        assert done.stdout.strip()
 
 
 @pytest.mark.parametrize("command", [line for line in SHELL if line.startswith("bash")])
@@ -67,3 +70,23 @@ def test_the_measured_table_says_what_the_committed_results_say():
             given = [float(number) for number in re.findall(r"\d+\.\d+", shown)]
             wanted = [] if value is None else [value, *interval] if len(given) > 1 else [value]
             assert given == [round(number, 2) for number in wanted], arm["name"]
+
+
+def test_the_domain_table_says_what_the_committed_results_say():
+    folder = ROOT / "experiments/03-domain"
+    section = README.split("## From your queries")[1].split("\n## ")[0]
+    table = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:1] == "|"]
+    start = next(n for n, row in enumerate(table) if row[0] == "drafter")
+    runs = ["generic-draft", "qlora-gsm8k", "qlora-sgd"]
+    runs += ["generic-eagle3", "eagle3-gsm8k", "eagle3-sgd"]
+    arms = [f"draft {name}" for name in ("generic", "for gsm8k", "for sgd")]
+    arms += [f"eagle3 {name}" for name in ("generic", "for gsm8k", "for sgd")]
+    wanted = [[] for _ in runs]
+    for domain in ("gsm8k", "sgd"):
+        alphas = json.loads((folder / f"alpha-{domain}.json").read_text())["drafters"]
+        found = json.loads((folder / f"bench-{domain}/results.json").read_text())["arms"]
+        speeds = {arm["name"]: arm["speedup_vs_plain"] for arm in found}
+        for row, run, arm in zip(wanted, runs, arms, strict=True):
+            share = alphas[run]["alpha"]["0"]["value"]
+            row += [f"{100 * share:.1f} %", f"{speeds[arm]:.2f}"]
+    assert [row[1:] for row in table[start + 2 :]] == wanted
