@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from own_queries import write_queries
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -39,7 +40,8 @@ COMMANDS = [[line for line in block if line.startswith("specdec")] for block in 
 
 
 @pytest.mark.parametrize("commands", [block for block in COMMANDS if block])
-def test_specdec_commands_run_one_after_the_other(commands, tmp_path):
+def test_specdec_commands_run_one_after_the_other(commands, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPECDEC_DATA_DIR", str(write_queries(tmp_path / "data")))
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     for command in commands:
         done = subprocess.run(

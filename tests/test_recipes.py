@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from own_queries import write_queries
 from typer.testing import CliRunner
 
 from specdec.bench.config import load_config
@@ -91,11 +92,12 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("repository")
     for name in ("recipes", "specdec"):
         (folder / name).symlink_to(ROOT / name)
+    write_queries(folder / "data")
     return folder
 
 
 LESS = {
-    "from": ("--num", "24"),
+    "from": ("--num", "60"),
     "regenerate": ("--max-new-tokens", "12"),
     "train": (
         *("max_steps=2", "batch_size=2", "data.max_rows=8", "data.num_validation=2", "threads=1"),
@@ -108,6 +110,7 @@ LESS = {
 @pytest.mark.parametrize("path", DEMO, ids=name_of)
 def test_a_demo_recipe_runs_as_its_header_says(place, path, monkeypatch):
     monkeypatch.chdir(place)
+    monkeypatch.setenv("SPECDEC_DATA_DIR", str(place / "data"))
     for words in commands(header(path)):
         command = [*words, *LESS.get(parse(words), ())]
         done = CliRunner().invoke(app, command)
@@ -125,9 +128,10 @@ def test_a_demo_recipe_runs_as_its_header_says(place, path, monkeypatch):
         assert read_head(str(place / exported[2])).layout == exported[-1]
 
 
-def test_the_story_of_a_domain_ends_with_a_table_and_a_checkpoint(tmp_path):
+def test_the_story_of_a_domain_ends_with_a_table_and_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPECDEC_DATA_DIR", str(write_queries(tmp_path / "data")))
     overrides = [word for each in LESS["train"] for word in ("--override", each)]
-    sizes = ["--num", "24", "--max-new-tokens", "8", "--prompts", "2"]
+    sizes = ["--num", "60", "--max-new-tokens", "8", "--prompts", "2"]
     done = subprocess.run(
         [sys.executable, "recipes/domain_draft.py", *sizes, *overrides, "--out", str(tmp_path)],
         capture_output=True,
