@@ -6,7 +6,7 @@
 Stages: `tokenizer`, `target`, `draft` (distilled from the target), `export` (bf16 safetensors and
 model cards), or `all`. Then the heads: `answers` writes the text that they are trained on, `specdec
 train recipes/embedded/eagle3.yaml --out runs/heads/eagle3` and its like train them, and `heads`
-puts them into the package. Each stage writes checkpoints and resumes from them when it is run again.
+puts them into the package. Each stage writes checkpoints and resumes from them when run again.
 Works on a CPU, on a GPU, and on several processes under torchrun.
 """
 

@@ -48,11 +48,17 @@ def _reason(error: Exception) -> str:
 
 
 def quiet_transformers() -> None:
-    """Turn off what transformers says while it loads."""
-    from transformers.utils import logging
+    """Turn off what transformers and bitsandbytes say while they load."""
+    import logging
+    import warnings
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # peft asks transformers for what it calls otherwise now.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 @contextmanager

@@ -33,6 +33,7 @@ def regenerate(
     batch_size: Annotated[int, typer.Option(help="rows decoded together")] = 32,
     dtype: Annotated[str | None, typer.Option()] = None,
     device: Annotated[str | None, typer.Option()] = None,
+    quantization: Annotated[str | None, typer.Option(help="of the target: 8bit or 4bit")] = None,
     endpoint: Annotated[
         str | None, typer.Option(help="ask a server instead, such as http://localhost:8000/v1")
     ] = None,
@@ -58,9 +59,8 @@ def regenerate(
     quiet_transformers()
     with progress_bar() as show:
         if endpoint is None:
-            manifest = _locally(
-                found, out, str(target), drafter, settings, batch_size, dtype, device, show
-            )
+            how: dict[str, Any] = {"dtype": dtype, "device": device, "quantization": quantization}
+            manifest = _locally(found, out, str(target), how, drafter, settings, batch_size, show)
         else:
             server = {
                 "url": endpoint,
@@ -103,18 +103,17 @@ def _locally(
     found: Any,
     out: Path,
     target: str,
+    how: dict[str, Any],
     drafter: str,
     settings: Any,
     batch_size: int,
-    dtype: str | None,
-    device: str | None,
     show: Any,
 ) -> dict[str, Any]:
     from specdec.data.regenerate import regenerate as answer
     from specdec.registry import load_drafter
     from specdec.targets.load import load_target
 
-    model = load_target(target, dtype=dtype, device=device)
+    model = load_target(target, **how)
     strategy = None if drafter == "none" else load_drafter(drafter_options(drafter), model)
     return answer(found, out, model, settings, strategy, batch_size, show)
 

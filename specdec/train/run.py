@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 
 from specdec.checkpoints import TargetIdentity
 from specdec.checkpoints.folder import write_files
+from specdec.targets.load import find_device
 from specdec.train.config import TrainConfig
 from specdec.train.data import Split
 from specdec.train.draft_model_options import DraftModelOptions
@@ -68,7 +70,7 @@ def run_training(
             "pip install 'specdec[train]', or set log_with=none"
         )
     torch.set_num_threads(config.threads)
-    on_cpu = config.target.device == "cpu" or not torch.cuda.is_available()
+    on_cpu = find_device(config.target.device).type == "cpu"
     materials = load_materials(config, PartialState(cpu=on_cpu).device)
     target, split = materials.target, materials.split
     accelerator = Accelerator(
@@ -79,6 +81,8 @@ def run_training(
     )
     folder = RunFolder(out, _identity(config, materials.identity, split, accelerator.num_processes))
     folder.prepare()
+    if accelerator.is_main_process:
+        write_files(out, {"config.yaml": OmegaConf.to_yaml(OmegaConf.structured(config)).encode()})
     with seeded(accelerator.device, config.seed):
         trainee, vocabulary = make_trainee(config, target, materials.identity, split)
     source = materials.source(trainee)

@@ -15,6 +15,7 @@ from specdec.cli import app
 from specdec.drafters.training_batch import LossOutput
 from specdec.targets.load import load_target
 from specdec.train import head_trainee
+from specdec.train.config import load_train_config
 from specdec.train.run import run_training
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "train.schema.json").read_text())
@@ -183,4 +184,18 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("specdec.train.run.find_spec", lambda name: None)
     config = tiny_config(tmp_path, **RUN, drafter={"kind": "medusa"}, log_with="tensorboard")
     with pytest.raises(ValueError, match="'tensorboard', which is not installed"):
+        run_training(config, tmp_path / "out")
+
+
+def test_a_run_folder_holds_the_resolved_config_from_the_start(tmp_path):
+    config = tiny_config(tmp_path, **RUN, drafter={"kind": "medusa"}, lr=0.02)
+    run_training(config, tmp_path / "out")
+    assert load_train_config(str(tmp_path / "out" / "config.yaml")) == config
+
+
+def test_a_device_that_is_not_there_is_refused_not_replaced(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    config = tiny_config(tmp_path, **RUN, drafter={"kind": "medusa"}, target={"device": "cuda"})
+    with pytest.raises(ValueError, match="device is 'cuda' but torch finds 0 CUDA devices here"):
         run_training(config, tmp_path / "out")
