@@ -1,5 +1,6 @@
 """Draft heads in training: Medusa, EAGLE-1 and EAGLE-3."""
 
+from collections.abc import Sequence
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -32,7 +33,7 @@ class HeadTrainee:
         loss_options: of `specdec.drafters.{kind}.loss`.
 
     Raises:
-        ValueError: an option that the loss does not have.
+        ValueError: an option that the loss does not have, or a tap that the target does not have.
     """
 
     can_pack = False
@@ -41,6 +42,7 @@ class HeadTrainee:
         self, kind: str, head: Any, identity: TargetIdentity, loss_options: dict[str, Any]
     ) -> None:
         _check_loss_options(kind, loss_options)
+        _check_taps(head.taps, identity)
         self.kind, self.module, self.taps = kind, head, tuple(head.taps)
         self.identity, self.loss_options = identity, loss_options
         self.depth = head.config.num_heads if isinstance(head, MedusaHeads) else None
@@ -141,6 +143,16 @@ def new_head(
     head = build_head(kind, checkpoint.options, target)
     fill_head(head, checkpoint.tensors, init)
     return head
+
+
+def _check_taps(taps: Sequence[int], target: TargetIdentity) -> None:
+    last = target.num_layers
+    for tap in taps:
+        if tap < 0 or (last is not None and tap > last):
+            raise ValueError(
+                f"the head reads hidden_states[{tap}] but the target has only 0 to {last}; set "
+                "drafter.options.taps to some of these"
+            )
 
 
 def _check_loss_options(kind: str, options: dict[str, Any]) -> None:

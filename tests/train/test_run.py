@@ -159,6 +159,10 @@ def test_the_row_whose_loss_is_not_finite_is_named(tmp_path, monkeypatch):
     [
         ({"loss": {"num_step": 2}}, r"loss\.num_step is no option of the eagle3 loss; known: num_"),
         ({"drafter": {"kind": "eagle3", "options": {"depth": 2}}}, "cannot use its options"),
+        (
+            {"drafter": {"kind": "eagle3", "options": {"taps": [1, 2, 4]}}},
+            r"reads hidden_states\[4\] but the target has only 0 to 3",
+        ),
         ({"data": {"max_len": 257}}, "max_len is 257 but the target's context is only 256"),
         (
             {"target": {"dtype": "bfloat16"}, "mixed_precision": "no"},
