@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import (
@@ -27,7 +28,7 @@ def backbone_config(target_config: Any, **changes: Any) -> LlamaConfig:
         changes: fields of `LlamaConfig` to set otherwise.
 
     Raises:
-        ValueError: a change of no field.
+        ValueError: a change of no field, or one that contradicts the others.
     """
     unknown = sorted(set(changes) - set(LlamaConfig().to_dict()))
     if unknown:
@@ -46,7 +47,11 @@ def backbone_config(target_config: Any, **changes: Any) -> LlamaConfig:
     rope = _rope_parameters(target_config)
     if rope is not None:
         fields["rope_parameters"] = rope
-    return LlamaConfig(**{**fields, "num_hidden_layers": 1, "hidden_act": "silu", **changes})
+    try:
+        return LlamaConfig(**{**fields, "num_hidden_layers": 1, "hidden_act": "silu", **changes})
+    except StrictDataclassError as error:
+        reason = error.__cause__ or error
+        raise ValueError(f"the head cannot use its options, backbone: {reason}") from error
 
 
 def _rope_parameters(config: Any) -> dict[str, Any] | None:

@@ -201,7 +201,12 @@ def loss(
         batch: see `TrainingBatch`.
         num_steps: drafted depths that are trained.
         decay: weight of a step over that of the step before.
+
+    Raises:
+        ValueError: no steps.
     """
+    if num_steps < 1:
+        raise ValueError(f"loss.num_steps is {num_steps} but must be at least 1")
     total = batch.target_logits.new_zeros(())
     parts: dict[str, Tensor] = {}
     ids = head.token_map

@@ -148,7 +148,7 @@ def new_head(
 def _check_taps(taps: Sequence[int], target: TargetIdentity) -> None:
     last = target.num_layers
     for tap in taps:
-        if tap < 0 or (last is not None and tap > last):
+        if not isinstance(tap, int) or tap < 0 or (last is not None and tap > last):
             raise ValueError(
                 f"the head reads hidden_states[{tap}] but the target has only 0 to {last}; set "
                 "drafter.options.taps to some of these"

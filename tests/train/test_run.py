@@ -163,6 +163,15 @@ def test_the_row_whose_loss_is_not_finite_is_named(tmp_path, monkeypatch):
             {"drafter": {"kind": "eagle3", "options": {"taps": [1, 2, 4]}}},
             r"reads hidden_states\[4\] but the target has only 0 to 3",
         ),
+        (
+            {"drafter": {"kind": "eagle3", "options": {"taps": "x"}}},
+            r"reads hidden_states\[x\] but",
+        ),
+        (
+            {"drafter": {"kind": "eagle3", "options": {"backbone": {"num_attention_heads": 7}}}},
+            "cannot use its options",
+        ),
+        ({"loss": {"num_steps": 0}}, "num_steps is 0 but must be at least 1"),
         ({"data": {"max_len": 257}}, "max_len is 257 but the target's context is only 256"),
         (
             {"target": {"dtype": "bfloat16"}, "mixed_precision": "no"},
