@@ -15,7 +15,7 @@ class Journal:
 
     Every line is on its way to the disk when `append` returns: a killed process loses nothing, a
     machine that loses its power at most what its own system had not written. A line that a killed
-    process left torn is cut off.
+    process left torn is cut off, one in between that cannot be read is passed over.
 
     Args:
         path: of the file; its folder is made.
@@ -23,7 +23,6 @@ class Journal:
 
     Attributes:
         entries: what earlier runs appended, in order; whoever has read them may clear them.
-        num_damaged: lines in between that could not be read and are passed over.
 
     Raises:
         ValueError: the file belongs to another run, which is told by the first fact that differs,
@@ -35,7 +34,6 @@ class Journal:
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self._path = path
         self.entries: list[dict[str, Any]] = []
-        self.num_damaged = 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+b")
@@ -79,11 +77,9 @@ class Journal:
                 break
             whole += len(line)
             row = _parsed(line)
-            if row is None:
-                self.num_damaged += 1
-            elif number == 0:
+            if row is not None and number == 0:
                 header = row.get("run")
-            else:
+            elif row is not None:
                 self.entries.append(row)
         self._file.truncate(whole)
         if self.entries:

@@ -1,7 +1,6 @@
 """Draft models in training: the whole model, or a LoRA adapter on a whole or an NF4 base."""
 
 import copy
-from dataclasses import asdict
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,6 @@ class DraftModelTrainee:
     kind = "draft_model"
     taps: tuple[int, ...] = ()
     depth: int | None = None
-    can_pack = True
 
     def __init__(
         self, options: DraftModelOptions, target: Any, loss_options: dict[str, Any]
@@ -51,7 +49,7 @@ class DraftModelTrainee:
             options.model_path, dtype=options.dtype, device=target.device, quantization=quantization
         )
         check_same_tokenizer(loaded.tokenizer, target.tokenizer, options.path)
-        self.tokenizer, self._target_vocab_size = loaded.tokenizer, target.vocab_size
+        self.tokenizer = loaded.tokenizer
         self._base_mark, self._dtype = base_mark(loaded.model), loaded.model.dtype
         self.module: Any = options.prepared(loaded.model)
 
@@ -85,10 +83,6 @@ class DraftModelTrainee:
         """The decoder layers."""
         lists = [list(m) for m in self.module.modules() if isinstance(m, nn.ModuleList)]
         return max(lists, key=len)
-
-    def options(self) -> dict[str, Any]:
-        """See `Trainee`."""
-        return asdict(self._options)
 
     def export(self, folder: Path, training: dict[str, Any], weights: dict[str, Tensor]) -> None:
         """A plain checkpoint, or an adapter beside the name of its base."""

@@ -36,8 +36,6 @@ class HeadTrainee:
         ValueError: an option that the loss does not have, or a tap that the target does not have.
     """
 
-    can_pack = False
-
     def __init__(
         self, kind: str, head: Any, identity: TargetIdentity, loss_options: dict[str, Any]
     ) -> None:
@@ -81,16 +79,12 @@ class HeadTrainee:
         """None: a head is one layer."""
         return []
 
-    def options(self) -> dict[str, Any]:
-        """As the checkpoint holds them."""
-        return resolved_options(self.module)
-
     def export(self, folder: Path, training: dict[str, Any], weights: dict[str, Tensor]) -> None:
         """Write the head in our own layout."""
         write_head(
             HeadCheckpoint(
                 kind=self.kind,
-                options=self.options(),
+                options=resolved_options(self.module),
                 tensors=weights,
                 target=self.identity,
                 training=training,

@@ -17,14 +17,12 @@ class Trainee(Protocol):
         module: what is trained; parameters that do not require gradients stay as they are.
         taps: HF `hidden_states` indices that its batches must hold.
         depth: of the chains that it can draft; None for any.
-        can_pack: several rows may share one line of a batch, told apart by `positions`.
     """
 
     kind: str
     module: nn.Module
     taps: tuple[int, ...]
     depth: int | None
-    can_pack: bool
 
     def loss(self, batch: TrainingBatch) -> LossOutput:
         """What is minimised, on a batch."""
@@ -43,9 +41,6 @@ class Trainee(Protocol):
 
     def units(self) -> list[nn.Module]:
         """Modules that are sharded each by itself, the largest repeated ones; may be empty."""
-
-    def options(self) -> dict[str, Any]:
-        """What it was built from, JSON values."""
 
     def export(self, folder: Path, training: dict[str, Any], weights: dict[str, Tensor]) -> None:
         """Write the drafter.
