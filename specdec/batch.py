@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from specdec.clock import ForwardClock
 from specdec.interfaces import Drafter, Target, TargetOutput
 from specdec.metrics import StepRecord
 from specdec.randomness import row_exponentials, row_uniforms
@@ -39,6 +40,8 @@ class Batch:
         self.target, self.drafter, self.rule = target, drafter, rule
         self.taps = drafter.taps if drafter else ()
         self.rows: list[Request] = []
+        self._verifying = ForwardClock(target.device)
+        self._committing = ForwardClock(target.device)
 
     def admit(self, requests: list[Request]) -> list[tuple[Request, int]]:
         """Cache the prompts, sample their first tokens and let them join the running rows."""
@@ -102,12 +105,23 @@ class Batch:
         rows = self.rows
         draft = self._propose()
         output = self.target.score(self.root, draft, self.taps)
-        verdict, healthy = self._judge(output, draft)
-        host = self._fetch(verdict, draft, healthy)
-        self._commit(verdict, host, output)
+        with self._verifying.forward():
+            verdict, healthy = self._judge(output, draft)
+            packed = _pack(verdict, draft, healthy)
+        host = self._fetch(packed)
+        drafting_s = self._drafter_s()
+        with self._committing.forward():
+            self._commit(verdict, host, output)
         kept = [row.accept(new) for row, new in zip(rows, host.tokens, strict=True)]
-        draft_s = self.drafter.clock.take() if self.drafter else 0.0
-        times = (draft_s, self.target.clock.take(), time.perf_counter() - started)
+        observing_s = self._drafter_s()
+        times = {
+            "draft_s": drafting_s + observing_s,
+            "target_s": self.target.clock.take(),
+            "verify_s": self._verifying.take(),
+            # The drafter's forwards in `observe` are drafting.
+            "commit_s": max(0.0, self._committing.take_completed() - observing_s),
+            "wall_s": time.perf_counter() - started,
+        }
         for i, row in enumerate(rows):
             row.records.append(
                 StepRecord(
@@ -118,12 +132,13 @@ class Batch:
                     num_accepted=kept[i] - 1,
                     depth_tested=max(host.depth_tested[i], kept[i] - 1),
                     num_emitted=kept[i],
-                    draft_s=times[0],
-                    target_s=times[1],
-                    wall_s=times[2],
+                    **times,
                 )
             )
         return list(zip(rows, kept, strict=True))
+
+    def _drafter_s(self) -> float:
+        return self.drafter.clock.take() if self.drafter else 0.0
 
     def _propose(self) -> Draft:
         if self.drafter is None:
@@ -173,21 +188,15 @@ class Batch:
         noise = row_exponentials(seeds.flatten(), positions.flatten(), NOISE_STREAM, size)
         return noise.view(*positions.shape, size)
 
-    def _fetch(self, verdict: Verdict, draft: Draft, healthy: Tensor) -> _HostStep:
+    def _fetch(self, packed: Tensor) -> _HostStep:
         """Bring the step to the host: the one synchronisation."""
-        if draft.parents is None:
-            depth_tested = verdict.tested.sum(1)
-        else:
-            depths = node_depths(draft.parents, draft.depth)
-            depth_tested = (depths * verdict.tested).amax(1)
-        counts = [verdict.num_accepted, draft.lengths, depth_tested, healthy]
-        packed = torch.cat([torch.stack(counts, 1), verdict.tokens], 1).tolist()
-        _refuse_nan(self.rows, [row[3] for row in packed])
+        values = packed.tolist()
+        _refuse_nan(self.rows, [row[3] for row in values])
         return _HostStep(
-            tokens=[row[4 : 5 + row[0]] for row in packed],
-            num_accepted=[row[0] for row in packed],
-            num_drafted=[row[1] for row in packed],
-            depth_tested=[row[2] for row in packed],
+            tokens=[row[4 : 5 + row[0]] for row in values],
+            num_accepted=[row[0] for row in values],
+            num_drafted=[row[1] for row in values],
+            depth_tested=[row[2] for row in values],
         )
 
     def _commit(self, verdict: Verdict, host: _HostStep, output: TargetOutput) -> None:
@@ -214,6 +223,17 @@ class Batch:
         if self.drafter:
             self.drafter.reorder(rows)
         self.root, self.num_committed = self.root[rows], self.num_committed[rows]
+
+
+def _pack(verdict: Verdict, draft: Draft, healthy: Tensor) -> Tensor:
+    """What the host needs of a step, [B, 4 + D + 1]: three counts, health, and the tokens."""
+    if draft.parents is None:
+        depth_tested = verdict.tested.sum(1)
+    else:
+        depths = node_depths(draft.parents, draft.depth)
+        depth_tested = (depths * verdict.tested).amax(1)
+    counts = [verdict.num_accepted, draft.lengths, depth_tested, healthy]
+    return torch.cat([torch.stack(counts, 1), verdict.tokens], 1)
 
 
 def _refuse_nan(rows: list[Request], finite: Sequence[int]) -> None:

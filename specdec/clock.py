@@ -1,4 +1,4 @@
-"""Time spent inside model forwards, without adding a host synchronisation."""
+"""Time spent inside model forwards and other work, without adding a host synchronisation."""
 
 import time
 from collections.abc import Iterator
@@ -38,5 +38,16 @@ class ForwardClock:
         for start, end in self._events:
             end.synchronize()
             self._seconds += start.elapsed_time(end) / 1000
-        seconds, self._seconds, self._events = self._seconds, 0.0, []
+        self._events = []
+        return self._restart()
+
+    def take_completed(self) -> float:
+        """Seconds of what has completed, without waiting; the rest counts with the next call."""
+        while self._events and self._events[0][1].query():
+            start, end = self._events.pop(0)
+            self._seconds += start.elapsed_time(end) / 1000
+        return self._restart()
+
+    def _restart(self) -> float:
+        seconds, self._seconds = self._seconds, 0.0
         return seconds

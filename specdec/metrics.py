@@ -25,6 +25,9 @@ class StepRecord:
         draft_s: seconds in the drafter's forwards, for the whole batch.
         target_s: seconds in the target's forward, for the whole batch.
         wall_s: seconds of the whole step, for the whole batch.
+        verify_s: seconds of processing the logits and judging the draft, for the whole batch.
+        commit_s: seconds of moving the caches on, the drafter's forwards excluded, for the whole
+            batch. On CUDA what has not completed when a step ends counts with the next one.
     """
 
     prompt: int
@@ -37,6 +40,8 @@ class StepRecord:
     draft_s: float
     target_s: float
     wall_s: float
+    verify_s: float = 0.0
+    commit_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -232,3 +232,10 @@ def test_prompts_that_wait_when_the_time_is_up_return_empty(target, drafter):
     )
     assert [result.finish_reason for result in results] == ["time"] * 3
     assert [len(result.tokens) for result in results] == [1, 0, 0]
+
+
+def test_the_parts_of_a_step_do_not_overlap(target, drafter):
+    for record in generate(target, drafter, [PROMPT, [9] * 30], max_new_tokens=20)[0].records:
+        parts = (record.draft_s, record.target_s, record.verify_s, record.commit_s)
+        assert min(parts[1:]) > 0
+        assert sum(parts) <= record.wall_s
