@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
 from specdec.bench.config import ArmConfig, BenchConfig
+from specdec.bench.draft_length import load_draft_length
 from specdec.bench.outcome import Run
 from specdec.decode import generate
 from specdec.interfaces import Drafter
@@ -35,7 +36,7 @@ class Arm(Protocol):
 def build_arms(config: BenchConfig, target: HFTarget) -> dict[str, Arm]:
     """Build every arm afresh, so that nothing one repeat saw helps the next."""
     arms: dict[str, Arm] = {
-        "plain": _LoopArm(config, target, None),
+        "plain": _LoopArm(config, target),
         "hf_generate": _HFArm(config, target, {}),
     }
     for arm in config.arms:
@@ -49,7 +50,8 @@ def _build(config: BenchConfig, target: HFTarget, arm: ArmConfig) -> Arm:
         return _HFArm(config, target, {"prompt_lookup_num_tokens": 8, **options})
     if arm.type == "hf_assisted":
         return _HFArm(config, target, _assistant(options, target))
-    return _LoopArm(config, target, load_drafter({"type": arm.type, **options}, target))
+    drafter = load_drafter({"type": arm.type, **options}, target)
+    return _LoopArm(config, target, drafter, load_draft_length(arm.draft_length))
 
 
 def _assistant(options: dict[str, Any], target: HFTarget) -> dict[str, Any]:
@@ -76,8 +78,15 @@ class _LoopArm:
 
     cache_bytes: int | None = None
 
-    def __init__(self, config: BenchConfig, target: HFTarget, drafter: Drafter | None) -> None:
+    def __init__(
+        self,
+        config: BenchConfig,
+        target: HFTarget,
+        drafter: Drafter | None = None,
+        draft_length: Any = None,
+    ) -> None:
         self._config, self._target, self._drafter = config, target, drafter
+        self._limits = {} if draft_length is None else {"draft_length": draft_length}
 
     def __call__(self, prompts: Sequence[list[int]], indices: Sequence[int]) -> list[Run]:
         config, target = self._config, self._target
@@ -89,6 +98,7 @@ class _LoopArm:
             max_new_tokens=_room(config, target, prompts),
             batch_size=config.batch_size,
             rule=config.rule,
+            **self._limits,
         )
         if any(result.finish_reason == "interrupted" for result in results):
             raise KeyboardInterrupt

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from specdec.bench.draft_length import check_draft_length
 from specdec.demo import demo_path
 from specdec.sampling_config import SamplingConfig
 from specdec.strict_config import load_strict, require_at_least
@@ -34,13 +35,18 @@ class PromptConfig:
 
 @dataclass
 class ArmConfig:
-    """One strategy: a registered drafter, "hf_assisted" or "hf_prompt_lookup"; with options."""
+    """One strategy: a registered drafter, "hf_assisted" or "hf_prompt_lookup"; with options.
+
+    `draft_length` limits the nodes that a row may draft, by the size of the running batch:
+    `{1: 6, 8: 0}`, or `{plan: PATH}` for the controller of a plan.
+    """
 
     name: str = ""
     type: str = ""
     options: dict[str, Any] = field(
         default_factory=dict, metadata={"rule": "a mapping of an arm's options"}
     )
+    draft_length: dict[Any, Any] | None = None
 
 
 @dataclass
@@ -122,6 +128,12 @@ def _check_values(config: BenchConfig) -> None:
 def _check_arms(config: BenchConfig) -> None:
     for arm in config.arms:
         arm.name = arm.name or arm.type
+        arm.draft_length = check_draft_length(arm.name, arm.draft_length)
+        if arm.type in SINGLE_PROMPT_TYPES and arm.draft_length:
+            raise ValueError(
+                f"config arms: {arm.name!r} is transformers' assisted generation, which takes no "
+                "draft_length; drop it"
+            )
         if arm.type in SINGLE_PROMPT_TYPES and config.batch_size > 1:
             raise ValueError(
                 f"config arms: {arm.name!r} is transformers' assisted generation, which takes one "

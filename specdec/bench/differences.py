@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from specdec.bench.config import BenchConfig
-from specdec.bench.outcome import Run
+from specdec.bench.outcome import Run, Table
 from specdec.sampling import Sampler
 from specdec.sampling_config import SamplingConfig
 from specdec.targets.hf import HFTarget
 
 BASELINES = ("plain", "hf_generate")
-Table = list[list[Run | None]]  # [prompt][repeat]; None where it failed
 
 
 def find_differences(

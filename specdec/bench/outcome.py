@@ -26,6 +26,9 @@ class Run:
     records: list[StepRecord] = field(default_factory=list)
 
 
+Table = list[list[Run | None]]  # [prompt][repeat]; None where it failed
+
+
 @dataclass(frozen=True)
 class Memory:
     """Memory as a batch left it.

@@ -26,11 +26,19 @@ def fingerprint(config: BenchConfig, prompts: Sequence[BenchPrompt]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def collect(config: BenchConfig, mark: str, target: HFTarget) -> dict[str, Any]:
+def fingerprint_of_ids(ids: Sequence[int]) -> str:
+    """A short hash of a prompt as the target reads it."""
+    return hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest()[:16]
+
+
+def collect(
+    config: BenchConfig, mark: str, target: HFTarget, num_processes: int = 1
+) -> dict[str, Any]:
     """Configuration of a bench with its fingerprint, and where it ran."""
     return {
         "config": asdict(config),
         "config_fingerprint": mark,
+        "processes": num_processes,
         **machine(target),
     }
 

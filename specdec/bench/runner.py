@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from specdec.bench.calls import PROMPT_ERRORS, decode_call
 from specdec.bench.config import BenchConfig
 from specdec.bench.differences import find_differences
 from specdec.bench.outcome import Key, Outcome
+from specdec.bench.prompt import BenchPrompt
 from specdec.bench.prompts import load_prompts, render
-from specdec.bench.provenance import collect, fingerprint
+from specdec.bench.provenance import collect, fingerprint, fingerprint_of_ids
 from specdec.bench.store import RunStore, replace_file
 from specdec.bench.summary import failures, peak_memory, summarise, tabulate, throughput
 from specdec.bench.turns import unfold_turns
+from specdec.checkpoints.identity import identify_target
 from specdec.request import encode
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
@@ -67,21 +70,38 @@ def run_bench(
     finally:
         store.close()
     results = {
-        "schema": "specdec-bench-1",
+        "schema": "specdec-bench-2",
         "provenance": provenance,
+        "target": asdict(identify_target(target)),
+        "prompts": [_prompt(p, i) for p, i in zip(prompts, ids, strict=True)],
         "memory": peak_memory(store.done.values()),
-        "arms": _arms(config, target, ids, store.done),
+        "arms": _arms(config, target, prompts, ids, store.done),
     }
     text = json.dumps(results, indent=1, allow_nan=False) + "\n"
     replace_file(folder / "results.json", text.encode())
     return results
 
 
+def _prompt(prompt: BenchPrompt, ids: list[int]) -> dict[str, Any]:
+    return {
+        "id": prompt.id,
+        "domain": prompt.domain,
+        "num_tokens": len(ids),
+        "fingerprint": fingerprint_of_ids(ids),
+    }
+
+
 def _arms(
-    config: BenchConfig, target: HFTarget, ids: list[list[int]], done: dict[Key, Outcome]
+    config: BenchConfig,
+    target: HFTarget,
+    prompts: list[BenchPrompt],
+    ids: list[list[int]],
+    done: dict[Key, Outcome],
 ) -> list[dict[str, Any]]:
     tables = tabulate(config, done, _names(config), len(ids))
-    arms = summarise(config, tables, find_differences(config, tables, target, ids))
+    differences = find_differences(config, tables, target, ids)
+    domains = [prompt.domain for prompt in prompts]
+    arms = summarise(config, tables, differences, domains, target.eos_token_ids)
     for arm in arms:
         outcomes = [outcome for (_, _, name), outcome in done.items() if name == arm["name"]]
         memory = peak_memory(outcomes)

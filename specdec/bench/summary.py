@@ -1,32 +1,65 @@
 """From runs to the figures of `results.json`; definitions stand in `specdec.metrics`."""
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from statistics import median
 from typing import Any
 
 import numpy as np
 
-from specdec.bench.config import BenchConfig
-from specdec.bench.differences import Table
-from specdec.bench.interval import Interval, bootstrap_interval, tau_interval
-from specdec.bench.outcome import Key, Memory, Outcome, Run
+from specdec.bench.config import ArmConfig, BenchConfig
+from specdec.bench.differences import BASELINES
+from specdec.bench.interval import tau_interval
+from specdec.bench.outcome import Key, Memory, Outcome, Run, Table
+from specdec.bench.speed import (
+    decode_speed,
+    end_to_end_speed,
+    mean_with_interval,
+    medians,
+    paired_ratios,
+    present,
+)
+from specdec.bench.times import loop_efficiency, other_ms_per_step, time_s
 from specdec.metrics import AcceptanceStats, StepRecord
 
 
 def summarise(
-    config: BenchConfig, tables: dict[str, Table], differences: dict[str, list[dict[str, Any]]]
+    config: BenchConfig,
+    tables: dict[str, Table],
+    differences: dict[str, list[dict[str, Any]]],
+    domains: Sequence[str],
+    eos_token_ids: Sequence[int],
 ) -> list[dict[str, Any]]:
-    """One dictionary an arm, in the order of the tables."""
+    """One dictionary an arm, in the order of the tables.
+
+    Args:
+        config: of the bench.
+        tables: runs of every arm.
+        differences: see `find_differences`.
+        domains: of the prompts.
+        eos_token_ids: of the target; an answer that ends with none was cut at its length.
+    """
     greedy = config.sampling.temperature == 0
+    configs = {arm.name: arm for arm in (*map(_baseline, BASELINES), *config.arms)}
     return [
         {
-            **_arm(name, tables, config),
+            "name": name,
+            "type": configs[name].type,
+            "options": configs[name].options,
+            "draft_length": configs[name].draft_length,
+            **_figures(name, tables),
+            "domains": _domains(name, tables, domains),
+            "per_prompt": _per_prompt(tables[name], tables["plain"], eos_token_ids),
+            "finish": _finishes(tables[name], eos_token_ids),
             "mismatches": len(differences[name]) if greedy else None,
             "differences": differences[name],
         }
         for name in tables
     ]
+
+
+def _baseline(name: str) -> ArmConfig:
+    return ArmConfig(name, name)
 
 
 def tabulate(
@@ -88,122 +121,107 @@ def throughput(outcomes: Iterable[Outcome], batch_size: int) -> dict[str, float 
 
 def _decoding_s(runs: list[Run], batch_size: int) -> float:
     """Seconds of a call's decode steps; without records, of its batches' first to last chunks."""
-    records = [record for run in runs for record in run.records]
+    records = _records([runs])
     if records:
-        return _times(records)["wall"]
+        return time_s(records)["wall"]
     batches = [runs[first : first + batch_size] for first in range(0, len(runs), batch_size)]
     return sum(max(run.decode_s for run in batch) for batch in batches)
 
 
-def _arm(name: str, tables: dict[str, Table], config: BenchConfig) -> dict[str, Any]:
+def _figures(name: str, tables: dict[str, Table]) -> dict[str, Any]:
     table = tables[name]
-    runs = [run for row in table for run in row if run is not None]
-    records = [record for run in runs for record in run.records]
+    records = _records(table)
     stats = AcceptanceStats.from_records(records)
-    tau = stats.accepted_length
-    if abs(1 + sum(stats.acceptance_at_depth) - tau) > 1e-9:
+    if abs(1 + sum(stats.acceptance_at_depth) - stats.accepted_length) > 1e-9:
         raise AssertionError(f"arm {name}: 1 + the sum over depths is not tau")
-    speeds = _medians(table, _speed)
-    steps = records if records else None
+    speeds = present(medians(table, decode_speed))
+    ratios = paired_ratios(table, tables["plain"], end_to_end_speed)
     return {
-        "name": name,
-        "tau": tau if steps else None,
-        "tau_ci": _tau_interval(table) if steps else None,
-        "acceptance_rate": stats.acceptance_rate if steps else None,
+        **_headline(name, tables),
+        "acceptance_rate": stats.acceptance_rate if records else None,
         "per_depth": list(stats.acceptance_at_depth),
         "per_depth_conditional": list(stats.conditional_acceptance_at_depth),
-        "decode_tokens_per_s": _mean(speeds),
-        "decode_tokens_per_s_ci": _mean_interval(speeds),
-        **_speedup("speedup_vs_plain", table, tables["plain"], _speed),
-        **_speedup("speedup_vs_hf", table, tables["hf_generate"], _speed),
-        **_speedup("end_to_end_speedup_vs_plain", table, tables["plain"], _end_to_end_speed),
-        "ttft_s": _percentiles([run.ttft_s for run in runs]),
+        **mean_with_interval("end_to_end_speedup_vs_plain", ratios),
+        "ttft_s": _percentiles([run.ttft_s for row in table for run in row if run is not None]),
         "itl_s": _percentiles([1 / speed for speed in speeds]),
-        "loop_efficiency": _efficiency(records),
-        "time_s": _times(records),
-        "other_ms_per_step": _other_ms(records),
+        "loop_efficiency": loop_efficiency(records),
+        "time_s": time_s(records),
+        "other_ms_per_step": other_ms_per_step(records),
         "failed": sum(any(run is None for run in row) for row in table),
         "prompts": len(table),
         "tokens": sum(len(row[0].tokens) for row in table if row[0] is not None),
     }
 
 
-def _speed(run: Run) -> float:
-    """Decode speed, tokens/s: the first chunk is prefill's."""
-    later = len(run.tokens) - run.num_first
-    return later / run.decode_s if later > 0 and run.decode_s > 0 else float("nan")
+def _headline(name: str, tables: dict[str, Table]) -> dict[str, Any]:
+    """Tau and speeds with their intervals, of the arm `name`."""
+    table = tables[name]
+    records = _records(table)
+    return {
+        "tau": AcceptanceStats.from_records(records).accepted_length if records else None,
+        "tau_ci": tau_interval(_stats(row) for row in table) if records else None,
+        **mean_with_interval("decode_tokens_per_s", medians(table, decode_speed)),
+        **mean_with_interval(
+            "speedup_vs_plain", paired_ratios(table, tables["plain"], decode_speed)
+        ),
+        **mean_with_interval(
+            "speedup_vs_hf", paired_ratios(table, tables["hf_generate"], decode_speed)
+        ),
+    }
 
 
-def _end_to_end_speed(run: Run) -> float:
-    return len(run.tokens) / (run.ttft_s + run.decode_s)
+def _domains(name: str, tables: dict[str, Table], domains: Sequence[str]) -> dict[str, Any]:
+    """The headline of every domain, in the order in which they first appear."""
+    found = {}
+    for domain in dict.fromkeys(domains):
+        rows = [place for place, each in enumerate(domains) if each == domain]
+        kept = {arm: [tables[arm][row] for row in rows] for arm in (name, *BASELINES)}
+        found[domain] = {"prompts": len(rows), **_headline(name, kept)}
+    return found
 
 
-def _medians(table: Table, of: Callable[[Run], float]) -> list[float]:
-    """Each prompt's median over its repeats; prompts that failed or have no value are left out."""
-    rows = [[of(run) for run in row if run is not None] for row in table]
-    values = [median(row) for row in rows if row]
-    return [value for value in values if np.isfinite(value)]
+def _per_prompt(
+    table: Table, plain: Table, eos_token_ids: Sequence[int]
+) -> list[dict[str, Any] | None]:
+    """What each prompt gave, sums over its repeats; None for one that always failed."""
+    speeds, ratios = medians(table, decode_speed), paired_ratios(table, plain, decode_speed)
+    found: list[dict[str, Any] | None] = []
+    for row, speed, ratio in zip(table, speeds, ratios, strict=True):
+        runs = [run for run in row if run is not None]
+        stats = _stats(row)
+        figures = {
+            "steps": stats.num_steps,
+            "drafted": stats.num_drafted,
+            "accepted": stats.num_accepted,
+            "tokens": sum(len(run.tokens) for run in runs),
+            "tau": stats.accepted_length if stats.num_steps else None,
+            "decode_tokens_per_s": speed,
+            "speedup_vs_plain": ratio,
+            "finish": _finish(runs[0], eos_token_ids) if runs else None,
+        }
+        found.append(figures if runs else None)
+    return found
 
 
-def _speedup(
-    key: str,
-    table: Table,
-    baseline: Table,
-    of: Callable[[Run], float],
-) -> dict[str, Any]:
-    """Mean over prompts of the ratio of speeds, paired within each repeat."""
-    ratios = []
-    for ours, theirs in zip(table, baseline, strict=True):
-        pairs = [
-            of(a) / of(b)
-            for a, b in zip(ours, theirs, strict=True)
-            if a is not None and b is not None
-        ]
-        finite = [ratio for ratio in pairs if np.isfinite(ratio)]
-        if finite:
-            ratios.append(median(finite))
-    return {key: _mean(ratios), f"{key}_ci": _mean_interval(ratios)}
+def _finishes(table: Table, eos_token_ids: Sequence[int]) -> dict[str, int]:
+    runs = [run for row in table for run in row[:1] if run is not None]
+    counts = Counter(_finish(run, eos_token_ids) for run in runs)
+    return {reason: counts[reason] for reason in ("eos", "length")}
 
 
-def _mean(values: list[float]) -> float | None:
-    return float(np.mean(values)) if values else None
+def _finish(run: Run, eos_token_ids: Sequence[int]) -> str:
+    return "eos" if run.tokens[-1] in eos_token_ids else "length"
 
 
-def _mean_interval(values: list[float]) -> Interval:
-    return bootstrap_interval((np.array(values),), lambda x, axis: x.mean(axis=axis))
+def _records(table: Sequence[Sequence[Run | None]]) -> list[StepRecord]:
+    return [record for row in table for run in row if run is not None for record in run.records]
 
 
-def _tau_interval(table: Table) -> Interval:
-    return tau_interval(
-        AcceptanceStats.from_records(r for run in row if run is not None for r in run.records)
-        for row in table
-    )
+def _stats(row: Sequence[Run | None]) -> AcceptanceStats:
+    return AcceptanceStats.from_records(_records([row]))
 
 
 def _percentiles(values: list[float]) -> dict[str, float]:
     if not values:
         return {}
     return {f"p{p}": float(np.percentile(values, p)) for p in (50, 90, 99)}
-
-
-def _shared(record: StepRecord) -> float:
-    """A batch's time counts once, not once a row."""
-    return 1 / record.batch_size
-
-
-def _times(records: list[StepRecord]) -> dict[str, float]:
-    draft = sum(r.draft_s * _shared(r) for r in records)
-    target = sum(r.target_s * _shared(r) for r in records)
-    wall = sum(r.wall_s * _shared(r) for r in records)
-    return {"draft": draft, "target": target, "other": wall - draft - target, "wall": wall}
-
-
-def _efficiency(records: list[StepRecord]) -> float | None:
-    times = _times(records)
-    return (times["draft"] + times["target"]) / times["wall"] if times["wall"] else None
-
-
-def _other_ms(records: list[StepRecord]) -> float | None:
-    """Median time in neither model per target step, ms."""
-    gaps = [r.wall_s - r.draft_s - r.target_s for r in records]
-    return 1000 * median(gaps) if gaps else None

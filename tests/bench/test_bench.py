@@ -172,9 +172,80 @@ def test_a_folder_of_another_configuration_or_of_other_prompts_is_refused(config
         ("sampling.top_p=0", "sampling.top_p is 0.0 but must be in"),
         ("prompts_per_call=-1", "prompts_per_call is -1 but must be 0 or at least batch_size, 1"),
         ("sampling.min_new_tokens=13", "at most max_new_tokens, 12"),
+        ("arms=[{type: ngram, draft_length: 4}]", "draft_length"),
+        ("arms=[{type: ngram, draft_length: {}}]", "is empty but must hold"),
+        ("arms=[{type: ngram, draft_length: {0: 4}}]", "'ngram' holds 0: 4"),
+        ("arms=[{type: ngram, draft_length: {1: -1}}]", "'ngram' holds 1: -1"),
+        ("arms=[{type: ngram, draft_length: {plans: x}}]", "{plan: PATH}"),
+        ("arms=[{type: hf_prompt_lookup, draft_length: {1: 2}}]", "takes no draft_length"),
         ("batch_size=2", "'assisted' .* one prompt at a time, but batch_size is 2"),
     ],
 )
 def test_a_wrong_configuration_is_named(config, override, message):
     with pytest.raises(ValueError, match=message):
         load_config(str(config), [override])
+
+
+def test_results_say_which_target_and_prompts_they_are_of(config, tmp_path):
+    results = run_bench(load_config(str(config), ["arms=[]", "repeats=1"]), tmp_path / "out")
+    assert results["schema"] == "specdec-bench-2"
+    assert results["target"]["hidden_size"] == 32
+    assert results["target"]["weights"]
+    assert [p["num_tokens"] for p in results["prompts"]] == [11, 8, 1]
+    marks = [p["fingerprint"] for p in results["prompts"]]
+    (tmp_path / "prompts.txt").write_text("hello hello\nabcabcaa\nx\n")
+    other = run_bench(load_config(str(config), ["arms=[]", "repeats=1"]), tmp_path / "other")
+    changed = [p["fingerprint"] for p in other["prompts"]]
+    assert [a == b for a, b in zip(marks, changed, strict=True)] == [True, False, True]
+
+
+def test_figures_by_prompt_add_up_to_those_of_the_arm(config, tmp_path):
+    results = run_bench(load_config(str(config)), tmp_path / "out")
+    for a in results["arms"]:
+        rows = a["per_prompt"]
+        assert [row["tokens"] for row in rows] == [2 * 12] * 3
+        assert a["finish"] == {"eos": 0, "length": 3}
+        steps, accepted = (sum(row[key] for row in rows) for key in ("steps", "accepted"))
+        if a["tau"] is None:
+            assert steps == 0
+        else:
+            assert a["tau"] == pytest.approx(1 + accepted / steps)
+            # Prefill gave the first token of each repeat, every step its own beside the accepted.
+            assert accepted + steps == 2 * 3 * 11
+        ratios = [row["speedup_vs_plain"] for row in rows]
+        assert a["speedup_vs_plain"] == pytest.approx(sum(ratios) / 3)
+        times = a["time_s"]
+        assert sum(times.values()) == pytest.approx(2 * times["wall"])
+
+
+def test_domains_are_benches_of_their_own_prompts(config, tmp_path):
+    lines = [
+        {"id": f"{domain}-{i}", "domain": domain, "text": text}
+        for i, (domain, text) in enumerate([("sea", "abab"), ("land", "qrs"), ("sea", "see see")])
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ["arms=[{type: ngram, options: {min_ngram: 1}}]", f"prompts.source={path}"]
+    both = arm(run_bench(load_config(str(config), options), tmp_path / "both"), "ngram")
+    assert [*both["domains"]] == ["sea", "land"]
+    assert [each["prompts"] for each in both["domains"].values()] == [2, 1]
+    path.write_text(json.dumps(lines[1]) + "\n")
+    land = arm(run_bench(load_config(str(config), options), tmp_path / "land"), "ngram")
+    assert both["domains"]["land"]["tau"] == land["tau"] != both["tau"]
+    assert both["domains"]["land"]["tau_ci"] is None
+    low, high = both["domains"]["sea"]["speedup_vs_plain_ci"]
+    assert low <= both["domains"]["sea"]["speedup_vs_plain"] <= high
+
+
+def test_an_answer_that_ended_itself_is_told_from_one_that_was_cut():
+    from specdec.bench.config import ArmConfig, BenchConfig
+    from specdec.bench.outcome import Run
+    from specdec.bench.summary import summarise
+
+    runs = [[Run([5, 7], 1, 0.1, 0.1)], [Run([5, 6], 1, 0.1, 0.1)], [None]]
+    config = BenchConfig(arms=[ArmConfig("ngram", "ngram")])
+    names = ("plain", "hf_generate", "ngram")
+    tables = dict.fromkeys(names, runs)
+    (_, _, found) = summarise(config, tables, {name: [] for name in names}, ["a"] * 3, [7])
+    assert found["finish"] == {"eos": 1, "length": 1}
+    assert [row and row["finish"] for row in found["per_prompt"]] == ["eos", "length", None]
