@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from specdec.clock import ForwardClock
+from specdec.draft_length import DraftLength
 from specdec.interfaces import Drafter, Target, TargetOutput
 from specdec.metrics import StepRecord
 from specdec.randomness import row_exponentials, row_uniforms
@@ -36,8 +37,15 @@ class _HostStep:
 class Batch:
     """Rows that share every forward: they join when there is room and leave when they finish."""
 
-    def __init__(self, target: Target, drafter: Drafter | None, rule: str) -> None:
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter | None,
+        rule: str,
+        draft_length: DraftLength | None = None,
+    ) -> None:
         self.target, self.drafter, self.rule = target, drafter, rule
+        self.draft_length = draft_length
         self.taps = drafter.taps if drafter else ()
         self.rows: list[Request] = []
         self._verifying = ForwardClock(target.device)
@@ -135,6 +143,8 @@ class Batch:
                     **times,
                 )
             )
+        if self.draft_length:
+            self.draft_length.learn([row.records[-1] for row in rows])
         return list(zip(rows, kept, strict=True))
 
     def _drafter_s(self) -> float:
@@ -143,7 +153,11 @@ class Batch:
     def _propose(self) -> Draft:
         if self.drafter is None:
             return Draft.empty(len(self.rows), self.target.device)
-        budget = [min(row.budget, self.drafter.max_nodes) for row in self.rows]
+        limit = self.drafter.max_nodes
+        chosen = self.draft_length.choose(len(self.rows)) if self.draft_length else None
+        if chosen is not None:
+            limit = min(limit, chosen)
+        budget = [min(row.budget, limit) for row in self.rows]
         return self.drafter.propose(self.root, budget, self.sampler)
 
     def _judge(self, output: TargetOutput, draft: Draft) -> tuple[Verdict, Tensor]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from specdec.batch import Batch
+from specdec.draft_length import DraftLength
 from specdec.interfaces import Drafter, Target
 from specdec.request import Prompt, Request, Result, StopRules, encode
 from specdec.sampling_config import SamplingConfig
@@ -43,8 +44,10 @@ class _Call:
         rules: list[StopRules],
         batch_size: int | None,
         rule: str,
+        draft_length: DraftLength | None,
     ) -> None:
         self.target, self.drafter, self.rule = target, drafter, rule
+        self.draft_length = draft_length
         configs = _configs(sampling, len(prompts))
         self.batch_size = _check(target, drafter, len(prompts), batch_size, rules[0], rule)
         self.deadline = time.perf_counter() + (rules[0].max_time_s or float("inf"))
@@ -60,7 +63,7 @@ class _Call:
 
         A row that finishes makes room for the next prompt at once, so that the batch stays full.
         """
-        batch = Batch(self.target, self.drafter, self.rule)
+        batch = Batch(self.target, self.drafter, self.rule, self.draft_length)
         waiting = deque(self.requests)
         while waiting or batch.rows:
             room = min(self.batch_size - len(batch.rows), len(waiting))
@@ -137,6 +140,7 @@ def generate(
     max_time_s: float | None = None,
     batch_size: int | None = None,
     rule: str = "token",
+    draft_length: DraftLength | None = None,
 ) -> list[Result]:
     """Decode prompts speculatively; the output follows the target's own distribution.
 
@@ -159,6 +163,8 @@ def generate(
             and what it emits depends on the prompt and the seed alone, whatever the drafter (Daliri
             et al. 2024, arXiv 2408.07978). At temperature 0 all of them accept what equals the
             target's argmax.
+        draft_length: chooses before every step how many nodes the rows may draft; None leaves it
+            to the drafter. See `Schedule` and `OnlineController`.
 
     Returns:
         One result per prompt, in order.
@@ -170,7 +176,7 @@ def generate(
     Source: Leviathan et al. 2022, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318.
     """
     rules = _rules(max_new_tokens, stop, max_time_s, len(prompts))
-    call = _Call(target, drafter, prompts, sampling, rules, batch_size, rule)
+    call = _Call(target, drafter, prompts, sampling, rules, batch_size, rule, draft_length)
     try:
         for _ in call.run():
             pass
@@ -209,9 +215,12 @@ class Stream:
         max_time_s: float | None = None,
         batch_size: int | None = None,
         rule: str = "token",
+        draft_length: DraftLength | None = None,
     ) -> None:
         rules = _rules(max_new_tokens, stop, max_time_s, len(prompts))
-        self._call = _Call(target, drafter, prompts, sampling, rules, batch_size, rule)
+        self._call = _Call(
+            target, drafter, prompts, sampling, rules, batch_size, rule, draft_length
+        )
         self._texts = [TextStream(target.tokenizer, stop) for _ in self._call.requests]
 
     def steps(self) -> Iterator[list[Chunk]]:

@@ -126,6 +126,43 @@ def test_greedy_output_equals_plain_decoding_and_transformers_generate(name, opt
     assert steps < sum(result.stats.num_steps for result in plain), "nothing was ever accepted"
 
 
+class EveryStepAnother:
+    """Draft lengths that change with every step, off and on again."""
+
+    def __init__(self, lengths=(0, None, 60, None, None, 0, 0, 2, None, None)):
+        self.lengths = lengths
+        self.num_steps = 0
+
+    def choose(self, batch_size):
+        self.num_steps += 1
+        return self.lengths[self.num_steps % len(self.lengths)]
+
+    def learn(self, records):
+        pass
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_greedy_output_stays_whatever_the_draft_length_does(name, options, draft_folder):
+    target = tiny_target()
+    drafter = build(name, options, target, draft_folder)
+    prompts = [*PROMPTS, [5, 6, 7, 8] * (target.max_context_len // 4 - 4)]
+    plain = generate_baseline(target, prompts, max_new_tokens=40)
+    for batch_size in (1, 3):
+        lengths = EveryStepAnother()
+        drafted = generate(
+            target,
+            drafter,
+            prompts,
+            max_new_tokens=40,
+            batch_size=batch_size,
+            draft_length=lengths,
+        )
+        assert [r.tokens for r in drafted] == [r.tokens for r in plain]
+        assert any(r.stats.num_accepted for r in drafted), "nothing was ever accepted"
+        counts = {record.num_drafted for r in drafted for record in r.records}
+        assert 0 in counts
+
+
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_a_row_does_not_depend_on_its_batch(name, options, draft_folder):
     target = tiny_target()
@@ -205,14 +242,26 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("sampling", SETTINGS, ids=["plain", "penalties"])
+@pytest.mark.parametrize(
+    ("sampling", "draft_length"),
+    [(SETTINGS[0], None), (SETTINGS[1], None), (SETTINGS[0], EveryStepAnother((0, 4, 1)))],
+    ids=["plain", "penalties", "changing length"],
+)
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_sampled_sequences_follow_the_targets_own_law(name, options, sampling, small_vocab_folder):
+def test_sampled_sequences_follow_the_targets_own_law(
+    name, options, sampling, draft_length, small_vocab_folder
+):
     target = tiny_target(SMALL_VOCAB, 1)
     drafter = build(name, options, target, small_vocab_folder)
     prompt = [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
     results = generate(
-        target, drafter, [prompt] * NUM_SAMPLES, sampling, max_new_tokens=HORIZON, batch_size=500
+        target,
+        drafter,
+        [prompt] * NUM_SAMPLES,
+        sampling,
+        max_new_tokens=HORIZON,
+        batch_size=500,
+        draft_length=draft_length,
     )
     counts = Counter(tuple(result.tokens) for result in results)
     assert any(result.stats.num_accepted for result in results)

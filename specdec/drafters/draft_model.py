@@ -267,7 +267,7 @@ class DraftModel:
                 last = partial.num_nodes + 1
                 nodes = torch.arange(last - pool.beam_size, last, device=root.device)
                 nodes = nodes.expand(len(root), -1)
-        return pool.best(self.max_nodes, torch.tensor(budget, device=root.device))
+        return pool.best(self.max_nodes, budget)
 
 
 def _pad_after(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

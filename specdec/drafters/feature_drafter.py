@@ -15,6 +15,7 @@ from transformers import LlamaConfig
 from specdec.clock import ForwardClock
 from specdec.demo import demo_path
 from specdec.drafters.heads import load_head
+from specdec.drafters.pending import Pending
 from specdec.drafters.tree_shape import TreeShape, start_growth
 from specdec.interfaces import Prompts, TargetOutput
 from specdec.kv_cache import SlotCache
@@ -24,6 +25,8 @@ from specdec.verify import Draft, Verdict
 
 # Long prompts are fed in chunks, which bounds the memory of masks and activations.
 CHUNK = 1024
+# Entries of a row that may wait while no draft is asked for.
+MAX_PENDING = 256
 
 
 class FeatureHead(Protocol):
@@ -113,7 +116,7 @@ class FeatureDrafter:
         self.makes_trees = not (self._static and self._static.is_chain)
         self._masks = Masks(_WindowConfig(window), self.device)
         self.cache = SlotCache(1, 1, 1, self.device)
-        self._pending: tuple[Tensor, Tensor, list[int]] | None = None
+        self._pending = Pending()
         self._outputs = torch.empty(0, device=self.device)  # [B, F]
         self._num_committed = torch.empty(0, dtype=torch.long, device=self.device)  # [B]
 
@@ -122,7 +125,7 @@ class FeatureDrafter:
     ) -> None:
         """Feed every prompt's pairs of token and feature."""
         if not join:
-            self._pending = None
+            self._pending.clear()
         self._catch_up()
         running, outputs, num_committed = self.cache, self._outputs, self._num_committed
         lengths = [len(prompt) - 1 for prompt in prompts]
@@ -137,8 +140,7 @@ class FeatureDrafter:
         for start in range(0, longest, CHUNK):
             end = min(start + CHUNK, longest)
             counts = [min(max(n - start, 0), end - start) for n in lengths]
-            self._pending = (tokens[:, start:end], features[:, start:end], counts)
-            self._catch_up()
+            self._feed(tokens[:, start:end], features[:, start:end], counts)
         if join:
             running.append(self.cache)
             self.cache = running
@@ -160,40 +162,44 @@ class FeatureDrafter:
                 outputs = self._feed_beam(outputs, growth.origin, *growth.newest)
                 logits = self.head.logits(outputs)
             growth.add_level(*self._scores(logits, growth, sampler))
-        return growth.draft(torch.tensor(budget, device=self.device))
+        return growth.draft(budget)
 
     def observe(
         self, verdict: Verdict, committed: Sequence[Sequence[int]], hidden: dict[int, Tensor]
     ) -> None:
-        """Keep the true features of the root and the accepted path for the next step."""
-        self._catch_up()
-        places = torch.nn.functional.pad(verdict.path + 1, (1, 0)).clamp(min=0)  # [B, D + 1]
-        places = places[:, : max(map(len, committed))]
-        taps = {
-            tap: states.gather(1, places.unsqueeze(2).expand(-1, -1, states.shape[2]))
-            for tap, states in hidden.items()
-        }
-        tokens = verdict.tokens[:, : places.shape[1]].clamp(min=0)
-        with self.clock.forward():
-            features = self.head.fuse(taps)
-        self._pending = (tokens, features, [len(new) for new in committed])
+        """Keep the true features of the root and the accepted path until a draft is asked for."""
+        if self._pending.num_columns >= MAX_PENDING:
+            self._catch_up()
+        num_new = max(map(len, committed))
+        taps = {tap: hidden[tap] for tap in self.taps}
+        if verdict.path.shape[1]:
+            places = torch.nn.functional.pad(verdict.path + 1, (1, 0)).clamp(min=0)  # [B, D + 1]
+            places = places[:, :num_new].unsqueeze(2)
+            taps = {
+                tap: states.gather(1, places.expand(-1, -1, states.shape[2]))
+                for tap, states in taps.items()
+            }
+        tokens = verdict.tokens[:, :num_new].clamp(min=0)
+        self._pending.add(tokens, taps, [len(new) for new in committed])
         self._num_committed = self._num_committed + verdict.num_accepted + 1
 
     def reorder(self, rows: Tensor) -> None:
         """Keep these rows."""
         self.cache.reorder(rows)
         self._outputs, self._num_committed = self._outputs[rows], self._num_committed[rows]
-        if self._pending:
-            tokens, features, counts = self._pending
-            kept = [counts[row] for row in rows.tolist()]
-            self._pending = (tokens[rows], features[rows], kept)
+        self._pending.reorder(rows)
 
     def _catch_up(self) -> None:
-        """Feed what is committed but not cached, and keep the last entries' outputs [B, F]."""
-        if self._pending is None:
+        """Feed what is committed but not cached."""
+        if not self._pending.num_columns:
             return
-        tokens, features, counts = self._pending
-        self._pending = None
+        tokens, taps, counts = self._pending.take()
+        with self.clock.forward():
+            features = self.head.fuse(taps)
+        self._feed(tokens, features, counts)
+
+    def _feed(self, tokens: Tensor, features: Tensor, counts: Sequence[int]) -> None:
+        """Cache the first `counts[b]` of the pairs [B, n]; keep the last ones' outputs [B, F]."""
         width = tokens.shape[1]
         self.cache.open(width)
         offsets = torch.arange(width, device=self.device)

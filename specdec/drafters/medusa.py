@@ -83,9 +83,13 @@ class MedusaHeads(nn.Module):
         # A tuple keeps the target's projection out of the heads' parameters.
         self._target_head = (vocab_head,)
 
-    def forward(self, feature: Tensor) -> Tensor:
-        """Logits [..., K, V]: head k guesses the token k + 2 places after the feature [..., H]."""
-        return torch.stack([self.guess(k, feature) for k in range(self.config.num_heads)], -2)
+    def forward(self, feature: Tensor, num_heads: int | None = None) -> Tensor:
+        """Logits [..., K, V]: head k guesses the token k + 2 places after the feature [..., H].
+
+        `num_heads` asks the first heads only; None asks all K.
+        """
+        count = self.config.num_heads if num_heads is None else num_heads
+        return torch.stack([self.guess(k, feature) for k in range(count)], -2)
 
     def guess(self, head: int, feature: Tensor) -> Tensor:
         """Logits [..., V] of one head."""
@@ -180,12 +184,14 @@ class MedusaDrafter:
         """Fill the tree with the heads' candidates; a level's nodes share their head's guess."""
         if max(budget) < 1:
             return Draft.empty(len(root), root.device)
+        growth = StaticGrowth(
+            self._plan, self.shape.children, max(budget), sampler, self._num_committed
+        )
         with self.clock.forward():
-            logits = self.heads(self._feature)  # [B, K, V]
-        growth = StaticGrowth(self._plan, self.shape.children, sampler, self._num_committed)
-        for level in range(self._plan.tree.depth):
+            logits = self.heads(self._feature, growth.num_levels)  # [B, levels, V]
+        for level in range(growth.num_levels):
             growth.add_level(self._scores(logits[:, level : level + 1], growth, level, sampler))
-        return growth.draft(torch.tensor(budget, device=self.device))
+        return growth.draft(budget)
 
     def _scores(self, logits: Tensor, growth: StaticGrowth, level: int, sampler: Sampler) -> Tensor:
         """Scores [B, beam, V] of the candidates behind each node of the newest beam."""

@@ -1,5 +1,7 @@
 """Growing a deterministic draft tree level by level (EAGLE-2, arXiv 2406.16858)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -91,10 +93,11 @@ class CandidatePool:
         parents = torch.cat([part for _, part in self._beams], 1)
         return Draft.tree(tokens, parents, depth=len(self._beams))
 
-    def best(self, max_nodes: int, row_budgets: Tensor) -> Draft:
-        """Rerank the whole pool to the node budget."""
+    def best(self, max_nodes: int, budget: Sequence[int]) -> Draft:
+        """Rerank the whole pool to the node budget, and row b to `budget[b]` nodes."""
         parents, scores = torch.cat(self._parents, 1), torch.cat(self._scores, 1)
-        kept = best_first(scores, parents, max_nodes, row_budgets)
+        row_budgets = torch.tensor(budget, device=scores.device)
+        kept = best_first(scores, parents, min(max_nodes, max(budget)), row_budgets)
         tokens = torch.cat(self._tokens, 1).gather(1, kept.nodes.clamp(min=0))
         tokens = tokens.masked_fill(kept.nodes < 0, -1)
         confidence = scores.gather(1, kept.nodes.clamp(min=0)).exp()

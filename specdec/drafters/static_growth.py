@@ -4,6 +4,7 @@ Sampled children make the shape's fixedness essential: a tree that is pruned aft
 seen is no longer drawn from the q it reports.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,14 +27,21 @@ class StaticGrowth:
         plan: of the shape, see `plan_levels`.
         children: "top" takes each node's likeliest children, which is a point mass; the others
             sample them from the processed distribution and report its q.
+        budget: the largest of the rows' budgets, at least 1; levels behind it are left out.
         sampler: of the batch; turns scores into the distribution that is sampled.
         counters: [B] int64 committed tokens, the counter of the rows' randomness.
     """
 
     def __init__(
-        self, plan: "StaticPlan", children: str, sampler: Sampler, counters: Tensor
+        self,
+        plan: "StaticPlan",
+        children: str,
+        budget: int,
+        sampler: Sampler,
+        counters: Tensor,
     ) -> None:
-        self._tree, self._plan = plan.tree, plan.levels
+        self._tree, self._plan, self._plan_is_chain = plan.tree, plan.levels, plan.is_chain
+        self.num_levels = plan.num_levels(budget)
         # At temperature 0 a distribution holds one token, and a sampled tree one path.
         self._children = "top" if sampler.is_greedy else children
         self._sampler, self._counters = sampler, counters
@@ -47,7 +55,7 @@ class StaticGrowth:
     @property
     def is_done(self) -> bool:
         """Whether every level has its tokens."""
-        return self._level == self._tree.depth
+        return self._level == self.num_levels
 
     def add_level(self, scores: Tensor, ids: Tensor | None = None) -> None:
         """Choose the next level's tokens from the processed scores [B, beam, V] of the newest beam.
@@ -115,20 +123,22 @@ class StaticGrowth:
         rows = count - self._tokens[-1].shape[1] + 1 + level.expanded
         return Draft.tree(tokens, self._tree.parents[:count], depth=self._level), rows
 
-    def draft(self, row_budgets: Tensor) -> Draft:
+    def draft(self, budget: Sequence[int]) -> Draft:
         """The finished tree, or chain; a row's budget keeps its first nodes."""
-        tokens = torch.cat(self._tokens, 1)
+        row_budgets = torch.tensor(budget, device=self._tokens[0].device)
+        tokens = _first(self._tokens, max(budget))
         num_nodes = tokens.shape[1]
         real = torch.arange(num_nodes, device=tokens.device) < row_budgets.unsqueeze(1)
-        probs = torch.cat(self._probs, 1) if self._probs else None
+        probs = _first(self._probs, num_nodes) if self._probs else None
         confidence = None
         if self._confidence:
-            confidence = torch.cat(self._confidence, 1).exp().nan_to_num(0.0)
-        if num_nodes == self._level:
+            confidence = _first(self._confidence, num_nodes).exp().nan_to_num(0.0)
+        # A sampled tree cut down to a path stays a tree: its nodes may have run out of tokens.
+        if num_nodes == self._level and (self._plan_is_chain or probs is None):
             return Draft.chain(tokens.masked_fill(~real, -1), real.sum(1), probs, confidence)
         parents = self._tree.parents[:num_nodes]
         if probs is not None:
-            alive = real & self._reachable(torch.cat(self._alive, 1))
+            alive = real & self._reachable(_first(self._alive, num_nodes))
             return _compact(tokens, parents, probs, alive, self._level)
         return Draft.tree(
             tokens.masked_fill(~real, -1),
@@ -169,6 +179,7 @@ class StaticPlan:
 
     tree: StaticTree
     levels: list[_Level]
+    depths: list[int]  # of the nodes, on the host
 
     @property
     def num_nodes(self) -> int:
@@ -179,6 +190,10 @@ class StaticPlan:
     def is_chain(self) -> bool:
         """Whether no node has a sibling."""
         return self.num_nodes == self.tree.depth
+
+    def num_levels(self, budget: int) -> int:
+        """Levels that the first `budget` nodes reach, at least 1; nodes are sorted by level."""
+        return self.depths[min(budget, self.num_nodes) - 1]
 
 
 def plan_levels(tree: StaticTree) -> StaticPlan:
@@ -207,7 +222,12 @@ def plan_levels(tree: StaticTree) -> StaticPlan:
         level.fed_levels = _index([depths[node] - 1 for node in fed], device)
         levels.append(level)
         beam_before, nodes_before = beam, nodes
-    return StaticPlan(tree, levels)
+    return StaticPlan(tree, levels, depths)
+
+
+def _first(levels: list[Tensor], count: int) -> Tensor:
+    """The first nodes of all levels together."""
+    return torch.cat(levels, 1)[:, :count]
 
 
 def _index(values: list[int], device: torch.device) -> Tensor:

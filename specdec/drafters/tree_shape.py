@@ -114,9 +114,9 @@ class DynamicGrowth:
         last = draft.num_nodes + 1
         return draft, torch.arange(last - self._pool.beam_size, last, device=draft.tokens.device)
 
-    def draft(self, row_budgets: Tensor) -> Draft:
-        """Rerank the candidates to the node budget."""
-        return self._pool.best(self._max_nodes, row_budgets)
+    def draft(self, budget: Sequence[int]) -> Draft:
+        """Rerank the candidates to the node budget, and every row to its own."""
+        return self._pool.best(self._max_nodes, budget)
 
 
 Growth = DynamicGrowth | StaticGrowth
@@ -134,10 +134,10 @@ def start_growth(
     Args:
         shape: the options.
         static: `shape.static_plan()` where the shape is static, worked out once.
-        budget: the largest of the rows' budgets; a dynamic tree needs no more levels.
+        budget: the largest of the rows' budgets; no level is grown that it cannot pay for.
         sampler: of the batch.
         counters: [B] committed tokens, for the rows' randomness.
     """
     if static is not None:
-        return StaticGrowth(static, shape.children, sampler, counters)
+        return StaticGrowth(static, shape.children, budget, sampler, counters)
     return DynamicGrowth(shape, min(shape.depth, budget))

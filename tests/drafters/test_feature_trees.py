@@ -199,7 +199,7 @@ def test_a_confidence_is_the_product_of_the_heads_softmax_and_never_above_the_pa
         return logits
 
     if kind == "medusa":
-        head.forward = lambda feature, run=head.forward: hear(run(feature))
+        head.forward = lambda *inputs, run=head.forward: hear(run(*inputs))
     else:
         head.logits = lambda outputs, run=head.logits: hear(run(outputs))
     decoding = decoded(kind, head, target, shape)

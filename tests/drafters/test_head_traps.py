@@ -33,7 +33,7 @@ def heads_that_say(target, tokens):
     logits = torch.zeros(len(tokens), VOCAB)
     for k, token in enumerate(tokens):
         logits[k, token], logits[k, token + 1] = 9, 5
-    head.forward = lambda feature: logits.expand(*feature.shape[:-1], -1, -1)
+    head.forward = lambda feature, num_heads: logits.expand(*feature.shape[:-1], -1, -1)
     return head
 
 

@@ -60,7 +60,7 @@ def search(law, width, num_levels):
 def test_the_best_nodes_by_cumulative_probability_are_kept(width, num_levels, seed):
     laws = [Law(seed, row) for row in range(3)]
     pool, expanded = grow(laws, width, num_levels)
-    budgets = torch.tensor([0, 4, 100])
+    budgets = [0, 4, 100]
     drafts = {size: paths(pool.best(size, budgets)) for size in (1, 3, 7, 1000)}
     for row, law in enumerate(laws):
         candidates, beams = search(law, width, num_levels)
@@ -74,7 +74,7 @@ def test_the_best_nodes_by_cumulative_probability_are_kept(width, num_levels, se
 
 def test_a_node_has_at_most_width_children_and_a_level_at_most_width_parents():
     pool, _ = grow([Law(0, 0)], 3, 4)
-    nodes = paths(pool.best(1000, torch.tensor([1000])))[0]
+    nodes = paths(pool.best(1000, [1000]))[0]
     parents_of = {}
     for path in nodes:
         parents_of.setdefault(len(path), []).append(path[:-1])
@@ -112,7 +112,7 @@ def test_under_exact_ties_the_tree_is_still_connected_and_made_of_possible_token
 ):
     logs = [torch.tensor(level).log() for level in levels]
     pool, _ = grow([lambda path: logs[len(path)]] * 2, 3, len(levels))
-    draft = pool.best(max_nodes, torch.tensor([100, 2]))
+    draft = pool.best(max_nodes, [100, 2])
     for nodes, budget in zip(paths(draft), (max_nodes, min(max_nodes, 2)), strict=True):
         assert len(set(nodes)) == len(nodes), "a node that lost its parent became another's twin"
         chances = [[levels[depth][token] for depth, token in enumerate(path)] for path in nodes]
