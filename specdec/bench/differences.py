@@ -34,7 +34,7 @@ def find_differences(
     """
     if config.sampling.temperature > 0:
         return {name: [] for name in tables}
-    gaps = _Gaps(config, target)
+    gaps = LogitGaps(SamplingConfig(**vars(config.sampling)), target)
     found: dict[str, list[dict[str, Any]]] = {}
     for name, table in tables.items():
         found[name] = []
@@ -55,22 +55,27 @@ def _first_difference(
         for ours in runs:
             for theirs in tables[baseline][prompt]:
                 if ours and theirs and ours.tokens != theirs.tokens:
-                    pairs = zip(ours.tokens, theirs.tokens, strict=False)
-                    shorter = min(len(ours.tokens), len(theirs.tokens))
-                    position = next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
+                    position = parting(ours.tokens, theirs.tokens)
                     return baseline, position, tuple(ours.tokens[:position])
     return "", 0, ()
 
 
-class _Gaps:
+def parting(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """Position of the first token that differs; where one ends first, its length."""
+    pairs = zip(ours, theirs, strict=False)
+    shorter = min(len(ours), len(theirs))
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
+
+
+class LogitGaps:
     """Top-2 gaps of the target's processed logits; arms often part at the same place."""
 
-    def __init__(self, config: BenchConfig, target: HFTarget) -> None:
-        self._target = target
-        self._sampling = SamplingConfig(**vars(config.sampling))
+    def __init__(self, sampling: SamplingConfig, target: HFTarget) -> None:
+        self._target, self._sampling = target, sampling
         self._known: dict[tuple[int, ...], float | None] = {}
 
     def at(self, prompt: tuple[int, ...], prefix: tuple[int, ...]) -> float | None:
+        """The gap after a prompt and the output so far; None where one token alone is allowed."""
         context = prompt + prefix
         if context not in self._known:
             self._known[context] = self._measure(prompt, prefix)
