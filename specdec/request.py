@@ -83,7 +83,7 @@ def encode(prompt: Prompt, target: Target, index: int = 0) -> list[int]:
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
         if target.tokenizer is None:
             raise ValueError(f"prompt {index} is text but the target has no tokenizer; pass ids")
-        ids = _tokenize(prompt, target.tokenizer)
+        ids = tokenize(prompt, target.tokenizer)
         if isinstance(prompt, str) and not prompt:
             ids = []
     else:
@@ -104,7 +104,8 @@ def encode(prompt: Prompt, target: Target, index: int = 0) -> list[int]:
     return ids
 
 
-def _tokenize(prompt: Any, tokenizer: Any) -> list[int]:
+def tokenize(prompt: Any, tokenizer: Any) -> list[int]:
+    """Ids of text or of chat messages, however many they are."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
     text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
