@@ -1,7 +1,8 @@
 """Configurations as strict dataclasses behind YAML and `key=value` overrides."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -31,21 +32,39 @@ def load_strict(
         FileNotFoundError: no such file.
         ValueError: a key that does not exist (with the nearest one), or a value of a wrong type.
     """
+    return build_strict(schema, path, read_yaml(path, file, overrides, example))
+
+
+def read_yaml(path: str, file: Path, overrides: Sequence[str] = (), example: str = "a=1") -> Any:
+    """The content of a YAML file with overrides; arguments and errors as in `load_strict`."""
     if not file.is_file():
         raise FileNotFoundError(f"config {path!r} is not a file; give a YAML file")
-    try:
+    with _named(path):
         given = OmegaConf.load(file)
         for override in overrides:
             _override(given, override, example)
-        _check_keys(OmegaConf.to_container(given), schema, "")
-        merged = OmegaConf.merge(OmegaConf.structured(schema), given)
+        return OmegaConf.to_container(given)
+
+
+def build_strict(schema: type[Schema], path: str, given: Any) -> Schema:
+    """A dataclass from what `read_yaml` gave; arguments and errors as in `load_strict`."""
+    with _named(path):
+        _check_keys(given, schema, "")
+        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(given))
         config = OmegaConf.to_object(merged)
+    assert isinstance(config, schema)
+    return config
+
+
+@contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Say of which file, and of which key in it, an error is."""
+    try:
+        yield
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         key = getattr(error, "full_key", None)
         where = f"config {path!r}, {key}" if key else f"config {path!r}"
         raise ValueError(f"{where}: {str(error).splitlines()[0]}") from error
-    assert isinstance(config, schema)
-    return config
 
 
 def require_at_least(config: Any, least: float, *names: str, prefix: str = "") -> None:

@@ -25,9 +25,11 @@ class Arm(Protocol):
     Attributes:
         cache_bytes: keys and values of the last batch in the target's cache; None if it was not
             used.
+        makes_trees: its drafts may branch.
     """
 
     cache_bytes: int | None
+    makes_trees: bool
 
     def __call__(self, prompts: Sequence[list[int]], indices: Sequence[int]) -> list[Run]:
         """Decode prompts, given their numbers in the whole bench."""
@@ -40,11 +42,12 @@ def build_arms(config: BenchConfig, target: HFTarget) -> dict[str, Arm]:
         "hf_generate": _HFArm(config, target, {}),
     }
     for arm in config.arms:
-        arms[arm.name] = _build(config, target, arm)
+        arms[arm.name] = build_arm(config, target, arm)
     return arms
 
 
-def _build(config: BenchConfig, target: HFTarget, arm: ArmConfig) -> Arm:
+def build_arm(config: BenchConfig, target: HFTarget, arm: ArmConfig) -> Arm:
+    """Build one arm; errors as in `load_drafter`."""
     options = dict(arm.options)
     if arm.type == "hf_prompt_lookup":
         return _HFArm(config, target, {"prompt_lookup_num_tokens": 8, **options})
@@ -86,6 +89,7 @@ class _LoopArm:
         draft_length: Any = None,
     ) -> None:
         self._config, self._target, self._drafter = config, target, drafter
+        self.makes_trees = drafter is not None and drafter.makes_trees
         self._limits = {} if draft_length is None else {"draft_length": draft_length}
 
     def __call__(self, prompts: Sequence[list[int]], indices: Sequence[int]) -> list[Run]:
@@ -157,6 +161,7 @@ class _HFArm:
     """transformers `generate` on the same model object, prompts and sampling settings."""
 
     cache_bytes: int | None = None
+    makes_trees = False
 
     def __init__(self, config: BenchConfig, target: HFTarget, options: dict[str, Any]) -> None:
         self._config, self._target, self._options = config, target, options

@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from specdec.bench.arm_grid import expand_arms
 from specdec.bench.draft_length import check_draft_length
 from specdec.demo import demo_path
 from specdec.sampling_config import SamplingConfig
-from specdec.strict_config import load_strict, require_at_least
+from specdec.strict_config import build_strict, read_yaml, require_at_least
 
 SINGLE_PROMPT_TYPES = ("hf_assisted", "hf_prompt_lookup")
 
@@ -97,10 +98,29 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> BenchConfig:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a key that does not exist (with the nearest one), or a value of a wrong type.
+        ValueError: a key that does not exist (with the nearest one), a value of a wrong type, or
+            a grid over more than the options of an arm.
     """
+    given = read_config(path, overrides)
+    if isinstance(given, dict) and "grid" in given:
+        raise ValueError(
+            f"config {path!r} holds a grid, but one configuration is wanted here: give a file "
+            "without it; specdec bench runs grids"
+        )
+    return build_config(path, given)
+
+
+def read_config(path: str, overrides: Sequence[str] = ()) -> Any:
+    """The content of a bench's YAML with overrides; errors as in `load_config`."""
     file = demo_path("bench.yaml") if path == "demo" else Path(path)
-    config = load_strict(BenchConfig, path, file, overrides, example="repeats=1")
+    return read_yaml(path, file, overrides, example="repeats=1")
+
+
+def build_config(path: str, given: Any) -> BenchConfig:
+    """The configuration that `read_config` gave; errors as in `load_config`."""
+    if isinstance(given, dict) and "arms" in given:
+        given = {**given, "arms": expand_arms(given["arms"])}
+    config = build_strict(BenchConfig, path, given)
     _check_values(config)
     return config
 

@@ -43,6 +43,11 @@ def collect(
     }
 
 
+def joined(num_processes: int) -> dict[str, Any]:
+    """Where a joined file comes from; each of its runs tells of its own machine."""
+    return {"processes": num_processes, **code(_PACKAGES)}
+
+
 def machine(target: Any) -> dict[str, Any]:
     """Command, commit, versions, machine and time of any measurement.
 

@@ -1,7 +1,7 @@
 """Run a bench: arms in turn, repeated, paired by prompt, resumable."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,14 @@ import torch
 
 from specdec.bench.arms import Arm, build_arms
 from specdec.bench.calls import PROMPT_ERRORS, decode_call
-from specdec.bench.config import BenchConfig
+from specdec.bench.config import BenchConfig, TargetConfig
 from specdec.bench.differences import find_differences
 from specdec.bench.outcome import Key, Outcome
+from specdec.bench.processes import Processes
 from specdec.bench.prompt import BenchPrompt
 from specdec.bench.prompts import load_prompts, render
 from specdec.bench.provenance import collect, fingerprint, fingerprint_of_ids
+from specdec.bench.records import read_run
 from specdec.bench.store import RunStore, replace_file
 from specdec.bench.summary import failures, peak_memory, summarise, tabulate, throughput
 from specdec.bench.turns import unfold_turns
@@ -24,6 +26,9 @@ from specdec.request import encode
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
 from specdec.verify import get_rule
+
+SCHEMA = "specdec-bench-2"
+RESULTS = "results.json"
 
 
 class GreedyMismatchError(RuntimeError):
@@ -34,6 +39,9 @@ def run_bench(
     config: BenchConfig,
     folder: Path,
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
+    *,
+    target: HFTarget | None = None,
+    processes: Processes = Processes(),  # noqa: B008 (frozen)
 ) -> dict[str, Any]:
     """Run what is not in the folder yet and write `results.json` there.
 
@@ -41,45 +49,67 @@ def run_bench(
         config: see `load_config`.
         folder: for `records.jsonl` and `results.json`.
         progress: called with calls done, calls in all, and what runs next.
+        target: of the configuration, where it is loaded already.
+        processes: those that share the calls; all of them call this.
 
     Returns:
-        The content of `results.json`; `check_results` says whether it stands.
+        The content of `results.json`; `check_results` says whether it stands. The same in
+        all processes; the first one writes it.
 
     Raises:
         ValueError: bad configuration, prompts, or a folder of another configuration.
         OSError: the folder cannot be written, or is full; finished calls are kept.
+        RuntimeError: another process failed.
     """
     torch.set_num_threads(config.threads)
     get_rule(config.rule)
-    where = config.prompts
-    prompts = load_prompts(where.source, where.num, where.data_dir, where.seed)
-    mark = fingerprint(config, prompts)
-    store = RunStore(folder, mark)
-    try:
-        target = load_target(
-            config.target.path,
-            dtype=config.target.dtype,
-            device=config.target.device,
-            quantization=config.target.quantization,
-        )
-        # Of now: the code and the machine may be others when the run ends.
-        provenance = collect(config, mark, target)
-        prompts = unfold_turns(prompts, target, config.max_new_tokens, progress)
-        ids = [encode(render(p, target.tokenizer), target, i) for i, p in enumerate(prompts)]
-        _run_missing(config, target, ids, store, progress)
-    finally:
-        store.close()
+    with processes.together():
+        prompts = read_prompts(config)
+        mark = fingerprint(config, prompts)
+        store = RunStore(folder, mark, processes.shard)
+        try:
+            target = target or open_target(config.target, processes)
+            # Of now: the code and the machine may be others when the run ends.
+            provenance = collect(config, mark, target, processes.num)
+            prompts = unfold_turns(prompts, target, config.max_new_tokens, progress)
+            ids = encode_prompts(prompts, target)
+            _run_missing(config, target, ids, store, progress, processes)
+        finally:
+            store.close()
+    done = read_run(folder, mark)
     results = {
-        "schema": "specdec-bench-2",
+        "schema": SCHEMA,
         "provenance": provenance,
         "target": asdict(identify_target(target)),
         "prompts": [_prompt(p, i) for p, i in zip(prompts, ids, strict=True)],
-        "memory": peak_memory(store.done.values()),
-        "arms": _arms(config, target, prompts, ids, store.done),
+        "memory": peak_memory(done.values()),
+        "arms": _arms(config, target, prompts, ids, done),
     }
-    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
-    replace_file(folder / "results.json", text.encode())
+    if processes.is_first:
+        text = json.dumps(results, indent=1, allow_nan=False) + "\n"
+        replace_file(folder / RESULTS, text.encode())
     return results
+
+
+def read_prompts(config: BenchConfig) -> list[BenchPrompt]:
+    """The prompts of a configuration; errors as in `load_prompts`."""
+    where = config.prompts
+    return load_prompts(where.source, where.num, where.data_dir, where.seed)
+
+
+def encode_prompts(prompts: Sequence[BenchPrompt], target: HFTarget) -> list[list[int]]:
+    """Token ids of every prompt; errors as in `encode`."""
+    return [encode(render(p, target.tokenizer), target, i) for i, p in enumerate(prompts)]
+
+
+def open_target(config: TargetConfig, processes: Processes) -> HFTarget:
+    """Load the target that a configuration names; errors as in `load_target`."""
+    return load_target(
+        config.path,
+        dtype=config.dtype,
+        device=processes.device(config.device),
+        quantization=config.quantization,
+    )
 
 
 def _prompt(prompt: BenchPrompt, ids: list[int]) -> dict[str, Any]:
@@ -151,32 +181,38 @@ def _run_missing(
     ids: list[list[int]],
     store: RunStore,
     progress: Callable[[int, int, str], None],
+    processes: Processes,
 ) -> None:
     size = config.call_size
     calls = [ids[i : i + size] for i in range(0, len(ids), size)]
+    own = list(processes.share(calls))
     names = _names(config)
-    total = config.repeats * len(calls) * len(names)
-    done = len(store.done)
-    if done < total:
+    total = config.repeats * len(own) * len(names)
+    missing = {
+        (repeat, index, name)
+        for repeat in range(config.repeats)
+        for index, _ in own
+        for name in names
+    } - store.done.keys()
+    if missing:
         for name, arm in build_arms(config, target).items():
-            progress(done, total, f"warm-up {name}")
+            progress(total - len(missing), total, f"warm-up {name}")
             _warm_up(arm, calls[0][: config.batch_size])
-    for repeat in range(config.repeats):
-        if all((repeat, c, name) in store.done for c in range(len(calls)) for name in names):
-            continue
+    for repeat in sorted({repeat for repeat, _, _ in missing}):
         arms = build_arms(config, target)
-        for index, call in enumerate(calls):
+        for index, call in own:
             # Another arm goes first each time, so that none always meets a cold machine.
             turn = (repeat + index) % len(names)
             for name in names[turn:] + names[:turn]:
-                if (repeat, index, name) in store.done:
+                key = (repeat, index, name)
+                if key not in missing:
                     continue
+                done = total - len(missing)
                 progress(done, total, f"{name}, repeat {repeat + 1}, call {index + 1}")
                 indices = range(index * size, index * size + len(call))
-                outcome = decode_call(arms[name], call, indices, target.device)
-                store.add((repeat, index, name), outcome)
-                done += 1
-                progress(done, total, name)
+                store.add(key, decode_call(arms[name], call, indices, target.device))
+                missing.discard(key)
+                progress(done + 1, total, name)
 
 
 def _warm_up(arm: Arm, batch: list[list[int]]) -> None:

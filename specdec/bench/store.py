@@ -8,21 +8,26 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from specdec.bench.outcome import Key, Memory, Outcome, Run
-from specdec.metrics import StepRecord
+from specdec.bench.outcome import Key, Outcome
+from specdec.bench.records import RECORDS, SHARDS, read_records, read_run
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunStore:
-    """`records.jsonl`: a line a step ("kind": "step"), and one a finished call ("call").
+    """Where one process adds what its calls gave; see `records.py` for the lines.
 
-    A call counts when its line and those of all its steps are whole. What else a killed run or a
-    full disk left behind is dropped, and that call decoded again.
+    A call counts when it is whole. What else a killed run or a full disk left behind is dropped,
+    and that call decoded again.
 
     Args:
         folder: made if it is not there.
         fingerprint: of the configuration; a folder of another one is refused.
+        shard: number of this process among several, each of which writes a file of its own; None
+            for one process alone.
+
+    Attributes:
+        done: what the calls gave that are finished, those of all processes at the start included.
 
     Raises:
         ValueError: the folder holds results of another configuration.
@@ -30,13 +35,14 @@ class RunStore:
         OSError: there is no space left.
     """
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
-        self._path = folder / "records.jsonl"
-        self.done: dict[Key, Outcome] = {}
+    def __init__(self, folder: Path, fingerprint: str, shard: int | None = None) -> None:
+        name = RECORDS if shard is None else f"{SHARDS}/records-{shard}.jsonl"
+        self._folder, self._path = folder, folder / name
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self.done = read_run(folder, fingerprint)
             if self._path.exists():
-                self._read(fingerprint)
+                self._repair(fingerprint)
             self._file = self._path.open("a", encoding="utf-8")
             if not self._path.stat().st_size:
                 self._write({"kind": "run", "config_fingerprint": fingerprint})
@@ -44,39 +50,10 @@ class RunStore:
         except OSError as error:
             raise _trouble(folder, error) from error
 
-    def _read(self, fingerprint: str) -> None:
-        lines = self._path.read_bytes().splitlines(keepends=True)
-        found: dict[Key, list[tuple[bytes, StepRecord]]] = {}
-        kept: list[bytes] = []
-        written_by = None
-        for line in lines:
-            row = _parsed(line)
-            kind = row.pop("kind", None)
-            if kind == "run":
-                written_by = row["config_fingerprint"]
-                kept.append(line)
-            elif kind == "step":
-                found.setdefault(_take_key(row), []).append((line, StepRecord(**row)))
-            elif kind == "call":
-                self._check_origin(written_by, fingerprint)
-                key = _take_key(row)
-                steps = found.pop(key, [])
-                if len(steps) == row["num_steps"]:
-                    self.done[key] = _outcome(row, [record for _, record in steps])
-                    kept += [*(line for line, _ in steps), line]
-        # Nothing is kept of a run that finished no call: its folder serves any configuration.
-        if not self.done:
-            kept = []
-        if kept != lines:
-            replace_file(self._path, b"".join(kept))
-
-    def _check_origin(self, written_by: str | None, fingerprint: str) -> None:
-        if written_by != fingerprint:
-            raise ValueError(
-                f"{str(self._path.parent)!r} holds results of another configuration or of other "
-                f"prompts ({written_by or 'its first line is damaged'}, not {fingerprint}); choose "
-                "another --out folder or remove this one"
-            )
+    def _repair(self, fingerprint: str) -> None:
+        records = read_records(self._path, fingerprint, self._folder)
+        if not records.is_whole:
+            replace_file(self._path, b"".join(records.kept))
 
     def add(self, key: Key, outcome: Outcome) -> None:
         """Store a finished call of one arm.
@@ -104,7 +81,7 @@ class RunStore:
             self._write({"kind": "call", **where, **call})
             self._file.flush()
         except OSError as error:
-            raise _trouble(self._path.parent, error) from error
+            raise _trouble(self._folder, error) from error
         self.done[key] = outcome
 
     def close(self) -> None:
@@ -147,34 +124,3 @@ def _trouble(folder: Path, error: OSError) -> OSError:
         f"the output folder {str(folder)!r} cannot be written ({error.strerror}); choose another "
         "one with --out"
     )
-
-
-def _parsed(line: bytes) -> dict[str, Any]:
-    """The row of a line; nothing for one that is damaged or was never finished."""
-    try:
-        row = json.loads(line) if line.endswith(b"\n") else {}
-    except ValueError:
-        return {}
-    return row if isinstance(row, dict) else {}
-
-
-def _take_key(row: dict[str, Any]) -> Key:
-    return row.pop("repeat"), row.pop("call"), row.pop("arm")
-
-
-def _outcome(row: dict[str, Any], steps: list[StepRecord]) -> Outcome:
-    """Give the steps back to their prompts, which stand in the same order."""
-    groups: list[list[StepRecord]] = []
-    for record in steps:
-        if record.step == 0:
-            groups.append([])
-        groups[-1].append(record)
-    remaining = iter(groups)
-    rows: list[Run | str] = []
-    for brief in row["rows"]:
-        if "error" in brief:
-            rows.append(brief["error"])
-        else:
-            has_steps = bool(steps) and len(brief["tokens"]) > 1
-            rows.append(Run(**brief, records=next(remaining) if has_steps else []))
-    return Outcome(rows, row["wall_s"], Memory(**row["memory"]))

@@ -29,4 +29,4 @@ def other_ms_per_step(records: Sequence[StepRecord]) -> float | None:
 
 def _total(records: Sequence[StepRecord], part: str) -> float:
     """A batch's time counts once, not once a row."""
-    return sum(getattr(record, f"{part}_s", 0.0) / record.batch_size for record in records)
+    return sum(getattr(record, f"{part}_s") / record.batch_size for record in records)

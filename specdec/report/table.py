@@ -1,5 +1,6 @@
 """The results of a bench as a table."""
 
+from collections.abc import Callable
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -19,12 +20,22 @@ def results_table(results: dict[str, Any], width: int = 140) -> Table:
         results: the content of `results.json`.
         width: columns of the terminal.
     """
+    return fitting(lambda intervals: _table(results, intervals), width)
+
+
+def fitting(build: Callable[[tuple[str, ...]], Table], width: int) -> Table:
+    """The table with as many intervals as fit.
+
+    Args:
+        build: makes it, given the columns that show one.
+        width: columns of the terminal.
+    """
     console = Console(width=1000)
     for num_intervals in range(len(_INTERVALS), 0, -1):
-        table = _table(results, _INTERVALS[:num_intervals])
+        table = build(_INTERVALS[:num_intervals])
         if console.measure(table).maximum <= width:
             return table
-    return _table(results, ())
+    return build(())
 
 
 def _table(results: dict[str, Any], intervals: tuple[str, ...]) -> Table:
@@ -44,12 +55,12 @@ def _table(results: dict[str, Any], intervals: tuple[str, ...]) -> Table:
     for arm in results["arms"]:
         table.add_row(
             arm["name"],
-            _with_interval(arm, "tau", intervals),
+            with_interval(arm, "tau", intervals),
             "-" if not arm["acceptance_rate"] else f"{arm['acceptance_rate']:.0%}",
-            _number(arm["decode_tokens_per_s"], 0),
-            _with_interval(arm, "speedup_vs_plain", intervals),
-            _with_interval(arm, "speedup_vs_hf", intervals),
-            _number(arm["loop_efficiency"], 3),
+            number(arm["decode_tokens_per_s"], 0),
+            with_interval(arm, "speedup_vs_plain", intervals),
+            with_interval(arm, "speedup_vs_hf", intervals),
+            number(arm["loop_efficiency"], 3),
             "-" if arm["mismatches"] is None else str(arm["mismatches"]),
             str(arm["failed"]),
         )
@@ -67,13 +78,15 @@ def _caption(results: dict[str, Any], has_intervals: bool) -> str:
     return "\n".join(lines)
 
 
-def _number(value: float | None, digits: int) -> str:
+def number(value: float | None, digits: int) -> str:
+    """A figure in a table; a dash where there is none."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _with_interval(arm: dict[str, Any], key: str, intervals: tuple[str, ...]) -> str:
+def with_interval(arm: dict[str, Any], key: str, intervals: tuple[str, ...]) -> str:
+    """An arm's figure, with its interval where that is among those to show."""
     value, interval = arm[key], arm[f"{key}_ci"]
     if value is None or interval is None or key not in intervals:
-        return _number(value, 2)
+        return number(value, 2)
     low, high = interval
     return f"{value:.2f} [{low:.2f}, {high:.2f}]"

@@ -1,0 +1,185 @@
+"""Run the cells of a grid, each a bench in a folder of its own, and join what they gave."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from specdec.bench.arms import build_arm
+from specdec.bench.config import ArmConfig, BenchConfig, TargetConfig
+from specdec.bench.grid import Cell
+from specdec.bench.processes import Processes
+from specdec.bench.provenance import fingerprint, joined
+from specdec.bench.records import read_run
+from specdec.bench.runner import (
+    RESULTS,
+    SCHEMA,
+    check_results,
+    encode_prompts,
+    open_target,
+    read_prompts,
+    run_bench,
+)
+from specdec.bench.store import replace_file
+from specdec.targets.hf import HFTarget
+from specdec.verify import Rule, get_rule
+
+SWEEP = "sweep.json"
+Progress = Callable[[int, int, str], None]
+
+# What ends a cell but not the sweep.
+_CELL_ERRORS = (ValueError, RuntimeError, MemoryError, FloatingPointError, OSError)
+
+
+def run_sweep(
+    cells: Sequence[Cell],
+    folder: Path,
+    progress: Progress = lambda done, total, text: None,
+    processes: Processes = Processes(),  # noqa: B008 (frozen)
+) -> dict[str, Any]:
+    """Run the cells that are not finished yet and write `sweep.json`.
+
+    A target is loaded once for all cells that share it. What a cell cannot do is refused before
+    the first one runs; one that fails later is told of in its "error", and the others go on.
+
+    Args:
+        cells: see `load_cells`.
+        folder: for `sweep.json` and the cells' own folders, `cells/NAME`.
+        progress: called with calls of the cell done, its calls in all, and what runs next.
+        processes: those that share the calls of each cell; all of them call this.
+
+    Returns:
+        The content of `sweep.json`; `check_sweep` says whether it stands.
+
+    Raises:
+        ValueError: a cell that cannot run, or whose folder is of another configuration.
+        FileNotFoundError: a file that a cell names is not there.
+    """
+    targets = _Targets(processes)
+    # Nothing is asked of a cell's folder again, so that no process sees another's later results.
+    finished = {cell.name: _finished(cell, folder / "cells" / cell.name) for cell in cells}
+    _check(cells, folder, finished, targets)
+    rows = []
+    for number, cell in enumerate(cells, 1):
+        show = _prefixed(progress, f"cell {number} of {len(cells)}: ")
+        results, error = finished[cell.name], None
+        try:
+            if results is None:
+                where, target = folder / "cells" / cell.name, targets.of(cell.config)
+                results = run_bench(cell.config, where, show, target=target, processes=processes)
+            check_results(results)
+        except _CELL_ERRORS as failure:
+            error = f"{type(failure).__name__}: {failure}"
+        rows.append(_row(cell, results, error))
+    sweep = {"schema": "specdec-sweep-1", "provenance": joined(processes.num), "cells": rows}
+    if processes.is_first:
+        text = json.dumps(sweep, indent=1, allow_nan=False) + "\n"
+        replace_file(folder / SWEEP, text.encode())
+    return sweep
+
+
+def check_sweep(sweep: dict[str, Any]) -> None:
+    """Fail a sweep with a cell that failed.
+
+    Raises:
+        RuntimeError: the cells that did, and why the first one did.
+    """
+    failed = [cell for cell in sweep["cells"] if cell["error"]]
+    if failed:
+        names = ", ".join(cell["name"] for cell in failed)
+        raise RuntimeError(
+            f"{len(failed)} of {len(sweep['cells'])} cells failed: {names}; the first: "
+            f"{failed[0]['error']}"
+        )
+
+
+class _Targets:
+    """The target that was loaded last: cells mostly share one."""
+
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
+        self._config: TargetConfig | None = None
+        self._target: HFTarget | None = None
+
+    def of(self, config: BenchConfig) -> HFTarget:
+        if self._target is None or config.target != self._config:
+            self._target = None  # two of them may not fit
+            self._target = open_target(config.target, self._processes)
+            self._config = config.target
+        return self._target
+
+
+def _prefixed(progress: Progress, words: str) -> Progress:
+    return lambda done, total, text: progress(done, total, words + text)
+
+
+def _row(cell: Cell, results: dict[str, Any] | None, error: str | None) -> dict[str, Any]:
+    return {
+        "name": cell.name,
+        "settings": cell.settings,
+        "folder": f"cells/{cell.name}",
+        "error": error,
+        "arms": results["arms"] if results else [],
+    }
+
+
+def _finished(cell: Cell, folder: Path) -> dict[str, Any] | None:
+    """The results of a cell that an earlier command finished."""
+    path = folder / RESULTS
+    if not path.is_file():
+        return None
+    try:
+        results: dict[str, Any] = json.loads(path.read_text())
+        is_same = results["schema"] == SCHEMA and results["provenance"][
+            "config_fingerprint"
+        ] == fingerprint(cell.config, read_prompts(cell.config))
+    except (ValueError, KeyError, TypeError):
+        return None
+    return results if is_same else None
+
+
+def _check(
+    cells: Sequence[Cell],
+    folder: Path,
+    finished: dict[str, dict[str, Any] | None],
+    targets: _Targets,
+) -> None:
+    """Refuse every cell that cannot run, before one does."""
+    makes_trees: dict[str, bool] = {}
+    for cell in cells:
+        if finished[cell.name] is not None:
+            continue
+        try:
+            prompts = read_prompts(cell.config)
+            read_run(folder / "cells" / cell.name, fingerprint(cell.config, prompts))
+            rule = get_rule(cell.config.rule)
+            target = targets.of(cell.config)
+            encode_prompts(prompts, target)
+            for arm in cell.config.arms:
+                _check_arm(arm, cell.config, target, rule, makes_trees)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"cell {cell.name}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"cell {cell.name}: {error}") from error
+
+
+def _check_arm(
+    arm: ArmConfig, config: BenchConfig, target: HFTarget, rule: Rule, makes_trees: dict[str, bool]
+) -> None:
+    """Refuse options that no drafter takes, and trees under a rule for chains.
+
+    Args:
+        arm: of the cell.
+        config: of the cell.
+        target: of the cell.
+        rule: of the cell.
+        makes_trees: what is known of arms that were built already.
+    """
+    key = repr((config.target, arm.type, arm.options, arm.draft_length))
+    if key not in makes_trees:
+        makes_trees[key] = build_arm(config, target, arm).makes_trees
+    if makes_trees[key] and not rule.supports_trees:
+        raise ValueError(
+            f"rule {config.rule!r} judges chains only but the arm {arm.name!r} makes trees; give "
+            "the arm a chain, or the grid another rule"
+        )
