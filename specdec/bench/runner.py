@@ -85,10 +85,11 @@ def run_bench(
         "memory": peak_memory(done.values()),
         "arms": _arms(config, target, prompts, ids, done),
     }
+    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
     if processes.is_first:
-        text = json.dumps(results, indent=1, allow_nan=False) + "\n"
         replace_file(folder / RESULTS, text.encode())
-    return results
+    content: dict[str, Any] = json.loads(text)
+    return content
 
 
 def read_prompts(config: BenchConfig) -> list[BenchPrompt]:

@@ -72,10 +72,11 @@ def run_sweep(
             error = f"{type(failure).__name__}: {failure}"
         rows.append(_row(cell, results, error))
     sweep = {"schema": "specdec-sweep-1", "provenance": joined(processes.num), "cells": rows}
+    text = json.dumps(sweep, indent=1, allow_nan=False) + "\n"
     if processes.is_first:
-        text = json.dumps(sweep, indent=1, allow_nan=False) + "\n"
         replace_file(folder / SWEEP, text.encode())
-    return sweep
+    content: dict[str, Any] = json.loads(text)
+    return content
 
 
 def check_sweep(sweep: dict[str, Any]) -> None:
