@@ -23,6 +23,7 @@ FLOORS = [
     ["decode"],
     ["bench"],
     ["data", "proxy"],
+    ["analysis"],
     ["train"],
     ["report"],
     ["cli", "__main__"],

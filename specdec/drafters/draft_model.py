@@ -1,7 +1,7 @@
 """A small causal LM as drafter: sampled or greedy chains, and best-first trees."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -9,13 +9,16 @@ from torch.nn.functional import pad
 
 from specdec.demo import demo_path
 from specdec.drafters.adapters import load_adapter
+from specdec.drafters.forced import FixedShape
 from specdec.drafters.pool import CandidatePool
 from specdec.interfaces import Prompts, Target, TargetOutput
 from specdec.randomness import row_exponentials
 from specdec.sampling import Sampler, sample
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
+from specdec.targets.reading import read_text
 from specdec.verify import Draft, Verdict
+from specdec.verify.tree import from_choices
 
 # Level i of a chain draws from stream 16 + i of its row's randomness.
 FIRST_STREAM = 16
@@ -42,6 +45,9 @@ class DraftModel:
     """
 
     taps: tuple[int, ...] = ()
+    shape_options: ClassVar[frozenset[str]] = frozenset(
+        ("num_draft_tokens", "width", "max_nodes", "confidence_threshold")
+    )
 
     def __init__(
         self,
@@ -162,6 +168,31 @@ class DraftModel:
         self._committed = [self._committed[row] for row in rows.tolist()]
         self._num_committed = self._num_committed[rows]
         self.model.reorder(rows)
+
+    @property
+    def fixed_shape(self) -> FixedShape | None:
+        """A chain; a tree chooses its nodes."""
+        if self.makes_trees:
+            return None
+        chain = from_choices([(0,) * (level + 1) for level in range(self.num_draft_tokens)])
+        return FixedShape(chain, "with_replacement", self.confidence_threshold)
+
+    def forced(
+        self, tokens: Tensor, hidden: dict[int, Tensor], depth: int, first: int
+    ) -> Iterator[Tensor]:
+        """See `Forced`: all levels read off one pass over the text."""
+        limit, num_tokens = self.model.max_context_len, len(tokens)
+        size = (num_tokens - 1 - first, self.vocab_size)
+        logits = torch.full(size, float("-inf"), device=self.model.device)
+        known = self._known(tokens.tolist())[:limit]
+        if first + 1 < len(known):
+            seen = self._fit(read_text(self.model, known, first + 1).logits)
+            logits[: len(seen)] = seen
+        for level in range(min(depth, len(logits))):
+            drafted = logits[level:].clone()
+            # `propose` leaves room for the step's own token: the last place drafts nothing.
+            drafted[max(0, limit - 2 - level - first) :] = float("-inf")
+            yield drafted.to(tokens.device)
 
     def _catch_up(self) -> Tensor:
         """Feed what is committed but not cached, the root last; logits [B, V] after the root."""

@@ -5,8 +5,8 @@ position i; its output predicts token t_{i+2}. Committed entries hold true featu
 grows behind them on the head's own outputs and is written over by the next step.
 """
 
-from collections.abc import Sequence
-from typing import Any, Protocol, Self, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Protocol, Self, cast
 
 import torch
 from torch import Tensor
@@ -14,8 +14,10 @@ from transformers import LlamaConfig
 
 from specdec.clock import ForwardClock
 from specdec.demo import demo_path
+from specdec.drafters.forced import FixedShape
 from specdec.drafters.heads import load_head
 from specdec.drafters.pending import Pending
+from specdec.drafters.rollout import rollout
 from specdec.drafters.tree_shape import TreeShape, start_growth
 from specdec.interfaces import Prompts, TargetOutput
 from specdec.kv_cache import SlotCache
@@ -64,6 +66,9 @@ class FeatureDrafter:
     """
 
     kind = ""  # of `specdec.drafters.heads`
+    shape_options: ClassVar[frozenset[str]] = frozenset(
+        ("depth", "width", "max_nodes", "choices", "children")
+    )
 
     @classmethod
     def load(
@@ -105,7 +110,7 @@ class FeatureDrafter:
     ) -> None:
         if window is not None and window < 1:
             raise ValueError(f"window is {window} but must be at least 1, or None for no window")
-        self.head, self.vocab_size, self.shape = head, vocab_size, shape
+        self.head, self.vocab_size, self.shape, self.window = head, vocab_size, shape, window
         self.taps = head.taps
         self.device = next(head.parameters()).device  # type: ignore[attr-defined]
         self.clock = ForwardClock(self.device)
@@ -189,6 +194,22 @@ class FeatureDrafter:
         self._outputs, self._num_committed = self._outputs[rows], self._num_committed[rows]
         self._pending.reorder(rows)
 
+    @property
+    def fixed_shape(self) -> FixedShape | None:
+        """The static tree; a dynamic one chooses its nodes."""
+        return FixedShape(self._static.tree, self.shape.children) if self._static else None
+
+    def forced(
+        self, tokens: Tensor, hidden: dict[int, Tensor], depth: int, first: int
+    ) -> Iterator[Tensor]:
+        """See `Forced`: the head on its own outputs, at every place at once."""
+        row = {tap: states.unsqueeze(0) for tap, states in hidden.items()}
+        features = self.head.fuse(row)  # [1, L, F]
+        num_levels = min(depth, len(tokens) - 1 - first)
+        outputs = rollout(self.head, tokens.unsqueeze(0), features, num_levels, self.window)
+        for level, states in enumerate(outputs):
+            yield self._spread(self.head.logits(states[0, first : len(tokens) - 1 - level]))
+
     def _catch_up(self) -> None:
         """Feed what is committed but not cached."""
         if not self._pending.num_columns:
@@ -235,14 +256,20 @@ class FeatureDrafter:
         ids = self.head.token_map
         if sampler.is_plain and self.shape.children == "top":
             return logits, ids
-        if ids is not None:
-            spread = logits.new_full((*logits.shape[:-1], self.vocab_size), float("-inf"))
-            logits = spread.index_copy(-1, ids, logits)
+        logits = self._spread(logits)
         if sampler.is_plain:
             return logits, None
         draft, rows = (None, None) if growth is None else growth.expanded()
         nodes = None if rows is None else rows.expand(len(logits), -1)
         return sampler.scores(logits, draft, nodes), None
+
+    def _spread(self, logits: Tensor) -> Tensor:
+        """Logits [..., D] in the target's vocabulary: [..., V], -inf where the head has none."""
+        ids = self.head.token_map
+        if ids is None:
+            return logits
+        whole = logits.new_full((*logits.shape[:-1], self.vocab_size), float("-inf"))
+        return whole.index_copy(-1, ids, logits)
 
 
 class _WindowConfig:

@@ -3,9 +3,9 @@
 Source: Medusa, arXiv 2401.10774.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, silu
 
 from specdec.clock import ForwardClock
 from specdec.demo import demo_path
+from specdec.drafters.forced import FixedShape
 from specdec.drafters.heads import load_head
 from specdec.drafters.static_growth import StaticGrowth
 from specdec.drafters.training_batch import LossOutput, TrainingBatch, shifted
@@ -109,6 +110,10 @@ class MedusaDrafter:
         vocab_size: V of the target.
         shape: a static tree, at most as deep as there are heads.
     """
+
+    shape_options: ClassVar[frozenset[str]] = frozenset(
+        ("max_nodes", "choices", "acceptance", "children")
+    )
 
     @classmethod
     def load(
@@ -214,6 +219,19 @@ class MedusaDrafter:
     def reorder(self, rows: Tensor) -> None:
         """Keep these rows."""
         self._feature, self._num_committed = self._feature[rows], self._num_committed[rows]
+
+    @property
+    def fixed_shape(self) -> FixedShape:
+        """The tree."""
+        return FixedShape(self._plan.tree, self.shape.children)
+
+    def forced(
+        self, tokens: Tensor, hidden: dict[int, Tensor], depth: int, first: int
+    ) -> Iterator[Tensor]:
+        """See `Forced`: every head at every place."""
+        features = hidden[self.taps[0]][first : len(tokens) - 1]
+        for level in range(min(depth, self.heads.config.num_heads, len(features))):
+            yield self.heads.guess(level, features[: len(features) - level])
 
 
 def build(

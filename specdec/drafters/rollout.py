@@ -30,14 +30,21 @@ class StepCache:
         return torch.cat(self._keys, 2), torch.cat(self._values, 2)
 
 
-def step_mask(length: int, step: int, device: torch.device) -> Tensor:
-    """Who sees whom at a step: bool [1, 1, L, (step + 1) * L]."""
+def step_mask(length: int, step: int, device: torch.device, window: int | None = None) -> Tensor:
+    """Who sees whom at a step: bool [1, 1, L, (step + 1) * L].
+
+    A window bounds how many places of step 0 are seen, as in `FeatureDrafter`.
+    """
     causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    if window is not None:
+        causal = causal.triu(1 - window)
     itself = torch.eye(length, dtype=torch.bool, device=device)
     return torch.cat([causal, *[itself] * step], 1)[None, None]
 
 
-def rollout(head: Any, tokens: Tensor, features: Tensor, num_steps: int) -> Iterator[Tensor]:
+def rollout(
+    head: Any, tokens: Tensor, features: Tensor, num_steps: int, window: int | None = None
+) -> Iterator[Tensor]:
     """Yield the head's outputs [B, L, F] of each step; step k at place i predicts t_{i+2+k}.
 
     Args:
@@ -45,11 +52,12 @@ def rollout(head: Any, tokens: Tensor, features: Tensor, num_steps: int) -> Iter
         tokens: [B, L] int64.
         features: [B, L, F] of the target, fused.
         num_steps: at least 1.
+        window: places that the head may look back at; None for all of them.
     """
     length, cache = tokens.shape[1], StepCache()
     places = torch.arange(length, device=tokens.device).expand(tokens.shape)
     for step in range(num_steps):
-        mask = step_mask(length, step, tokens.device)
+        mask = step_mask(length, step, tokens.device, window)
         outputs = head(shifted(tokens, 1 + step), features, places + step, mask, cache)
         yield outputs
         features = head.carry(outputs)

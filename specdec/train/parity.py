@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from specdec.analysis.texts import Text
+from specdec.analysis.walk import DraftShape, matching_nodes, walk
 from specdec.bench.interval import tau_interval
 from specdec.data.answers import AnswerRow
 from specdec.decode import generate, generate_baseline
@@ -21,7 +23,6 @@ from specdec.metrics import AcceptanceStats, StepRecord
 from specdec.registry import load_drafter
 from specdec.request import Result
 from specdec.train.config import ParityConfig
-from specdec.train.prediction import DraftShape, Text, matching_nodes, walk
 from specdec.train.source import OnlineSource
 from specdec.train.trainee import Trainee
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from specdec.analysis.walk import DraftShape
 from specdec.checkpoints import TargetIdentity
 from specdec.checkpoints.folder import write_files
 from specdec.targets.load import find_device
@@ -21,7 +22,6 @@ from specdec.train.head_trainee import HeadTrainee, new_head
 from specdec.train.materials import Materials, load_materials
 from specdec.train.objective import seeded
 from specdec.train.parity import ParityGate, require_parity
-from specdec.train.prediction import DraftShape
 from specdec.train.source import OnlineSource
 from specdec.train.trainee import Trainee, trained_dtype
 from specdec.train.vocabulary import coverage, most_frequent

@@ -11,6 +11,8 @@ from tiny_models import perturbed, tiny_llama, tiny_target
 from tiny_training import answer_rows, logged, write_run
 from typer.testing import CliRunner
 
+from specdec.analysis.texts import Text
+from specdec.analysis.walk import DraftShape, matching_nodes, walk
 from specdec.checkpoints import identify_target
 from specdec.cli import app
 from specdec.data.answers import AnswerRow
@@ -24,7 +26,6 @@ from specdec.train.draft_model_options import DraftModelOptions
 from specdec.train.draft_model_trainee import DraftModelTrainee
 from specdec.train.head_trainee import HeadTrainee
 from specdec.train.parity import ParityError, ParityGate, choose_prompts, require_parity
-from specdec.train.prediction import DraftShape, Text, matching_nodes, walk
 from specdec.train.run import run_training
 from specdec.train.sharding import whole_state
 from specdec.train.source import OnlineSource

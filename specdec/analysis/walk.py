@@ -12,6 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from specdec.analysis.texts import Text
 from specdec.drafters.training_batch import shifted
 from specdec.metrics import StepRecord
 from specdec.verify.tree import StaticTree, from_choices
@@ -63,21 +64,6 @@ class DraftShape:
         if self.num_nodes == self.depth:
             return f"chain of {self.depth} tokens"
         return f"tree of {self.num_nodes} nodes on {self.depth} levels"
-
-
-@dataclass(frozen=True)
-class Text:
-    """What the target wrote greedily.
-
-    Attributes:
-        prompt: ids, at least one.
-        tokens: ids that it went on with, at least one.
-        max_tokens: that it was allowed, as the loop counts them.
-    """
-
-    prompt: list[int]
-    tokens: list[int]
-    max_tokens: int
 
 
 def matching_nodes(drafted: Tensor, tokens: Tensor, shape: DraftShape) -> Tensor:

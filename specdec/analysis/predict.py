@@ -1,0 +1,146 @@
+"""The steps that any drafter would take along texts, from one pass or from a replay."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from specdec.analysis.evidence import Evidence, gather_evidence
+from specdec.analysis.expected import Expected, expect
+from specdec.analysis.replay import replay
+from specdec.analysis.texts import Text, check_texts
+from specdec.drafters.forced import FixedShape, is_forced
+from specdec.interfaces import Target
+from specdec.registry import load_drafter
+from specdec.sampling_config import SamplingConfig
+from specdec.verify import get_rule
+
+# A pass looks at least this deep and wide, so that one serves many shapes.
+MIN_DEPTH, MIN_SIBLINGS = 10, 4
+
+
+class Predictor:
+    """Predicts acceptance along texts.
+
+    A drafter with what `Forced` asks for, and a draft of a fixed shape, is looked at once: other
+    shapes of it cost no model at all. Every other drafter is replayed.
+
+    Args:
+        target: whose texts these are.
+        texts: what it emits; its own answers at these settings, or others.
+        sampling: without penalties.
+        seed: text i is sampled with seed + i; matters to a replay of a drafter that looks at it.
+        rule: of the loop.
+
+    Raises:
+        ValueError: bad texts, settings that depend on the context, or a rule whose acceptance
+            cannot be worked out.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        texts: Sequence[Text],
+        sampling: SamplingConfig,
+        seed: int = 0,
+        rule: str = "token",
+    ) -> None:
+        check_texts(texts, target)
+        check_settings(sampling, rule)
+        self.target, self.texts = target, list(texts)
+        self.sampling, self.seed, self.rule = sampling, seed, rule
+        self._passes: dict[str, Evidence] = {}
+
+    def predict(self, options: Mapping[str, Any]) -> Expected:
+        """The expected steps of a drafter.
+
+        Args:
+            options: of `load_drafter`.
+
+        Raises:
+            ValueError: options that cannot be used, or a sampled draft that cannot be worked out.
+            FloatingPointError: NaN in anyone's logits.
+        """
+        drafter = load_drafter(options, self.target)
+        shape = fixed_shape(drafter)
+        if shape is None:
+            return Expected.from_records(
+                replay(self.target, drafter, self.texts, self.sampling, self.seed)
+            )
+        sampled = not self.sampling.is_greedy and shape.children != "top"
+        width = int(shape.tree.ranks.max()) + 1
+        self._check_sampled(shape, sampled, width)
+        evidence = self._evidence(options, drafter, shape.tree.depth, width if sampled else 1)
+        return expect(evidence, shape, sampled=sampled)
+
+    def evidence(self, options: Mapping[str, Any], depth: int = MIN_DEPTH) -> Evidence:
+        """The pass behind a drafter's predictions.
+
+        Raises:
+            ValueError: a drafter that can only be replayed.
+        """
+        drafter = load_drafter(options, self.target)
+        if not is_forced(drafter):
+            raise ValueError(
+                f"drafter {options.get('type')!r} cannot be given a whole text, so there is no "
+                "evidence of it but its replay; see specdec.drafters.forced"
+            )
+        return self._evidence(options, drafter, depth, 1)
+
+    def _evidence(
+        self, options: Mapping[str, Any], drafter: Any, depth: int, num_siblings: int
+    ) -> Evidence:
+        same = {k: v for k, v in options.items() if k not in drafter.shape_options}
+        key = json.dumps(same, sort_keys=True, default=str)
+        known = self._passes.get(key)
+        # A drafter that is bound to fewer levels answers with all it has.
+        looked = 0 if known is None else max(known.depth, MIN_DEPTH)
+        if known is None or depth > looked or num_siblings > known.num_siblings:
+            if not self.sampling.is_greedy and drafter.shape_options:
+                num_siblings = max(num_siblings, MIN_SIBLINGS)
+            self._passes[key] = gather_evidence(
+                self.target,
+                drafter,
+                self.texts,
+                self.sampling,
+                max(depth, looked, MIN_DEPTH),
+                num_siblings,
+            )
+        return self._passes[key]
+
+    def _check_sampled(self, shape: FixedShape, sampled: bool, width: int) -> None:
+        if sampled and self.rule != "token":
+            raise ValueError(
+                f"rule is {self.rule!r}: above temperature 0 the acceptance of sampled drafts is "
+                "worked out for rule 'token' only; use it, or drafts of chosen tokens"
+            )
+        if sampled and shape.children == "without_replacement" and width > 1:
+            raise ValueError(
+                "children is 'without_replacement': above temperature 0 the acceptance of such "
+                "siblings depends on what was drawn, so it is not worked out; use "
+                "children=with_replacement or top, or measure it with specdec bench"
+            )
+
+
+def fixed_shape(drafter: Any) -> FixedShape | None:
+    """The nodes that a drafter drafts, where a pass over the text can say what becomes of them."""
+    return drafter.fixed_shape if is_forced(drafter) else None
+
+
+def check_settings(sampling: SamplingConfig, rule: str) -> None:
+    """Refuse what the analysis does not cover.
+
+    Raises:
+        ValueError: penalties, biases, banned words or a minimum length; a lossy rule.
+    """
+    if not sampling.is_plain:
+        raise ValueError(
+            "sampling has penalties, a bias, bad words or min_new_tokens: with them the "
+            "distributions depend on what was emitted, and acceptance is not worked out; leave "
+            "them out, or measure with specdec bench"
+        )
+    chosen = get_rule(rule)
+    if not sampling.is_greedy and chosen.name not in ("token", "match"):
+        raise ValueError(
+            f"rule is {rule!r}: above temperature 0 acceptance is worked out for rule 'token' (and "
+            "'match' with drafts of chosen tokens); use it, or measure with specdec bench"
+        )

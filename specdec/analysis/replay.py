@@ -1,0 +1,149 @@
+"""Driving a real drafter along a text that is there already, without decoding it.
+
+For drafts whose nodes depend on tokens or on what came before: lookups, hybrids, dynamic trees,
+and any strategy of one's own. Chosen tokens are accepted where they are the text's, at any
+temperature, so the steps are certain.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.analysis.laws import refuse_not_finite
+from specdec.analysis.texts import Text, seeded
+from specdec.interfaces import Drafter, Target, TargetOutput
+from specdec.metrics import StepRecord
+from specdec.sampling import Sampler
+from specdec.sampling_config import SamplingConfig
+from specdec.targets.reading import read_text
+from specdec.verify import Draft, Verdict, match
+from specdec.verify.tree import node_depths
+
+
+def replay(
+    target: Target,
+    drafter: Drafter,
+    texts: Sequence[Text],
+    sampling: SamplingConfig,
+    seed: int = 0,
+) -> list[list[StepRecord]]:
+    """The steps of a loop with batch size 1 that emits these texts in turn; nothing is timed.
+
+    A drafter that remembers past outputs remembers these. Past the end of a text the loop may have
+    drafted and accepted more than it kept; that is not replayed.
+
+    Args:
+        target: gives the features; no step of the loop runs it.
+        drafter: fresh, for what it has seen changes what it drafts.
+        texts: see `check_texts`.
+        sampling: text i has seed + i.
+        seed: of the first.
+
+    Raises:
+        ValueError: the drafter samples its tokens.
+        FloatingPointError: NaN in the target's logits.
+    """
+    return [
+        _Row(target, drafter, text, index, seeded(sampling, seed, index)).steps()
+        for index, text in enumerate(texts)
+    ]
+
+
+class _Row:
+    """One text on its way."""
+
+    def __init__(
+        self, target: Target, drafter: Drafter, text: Text, index: int, sampling: SamplingConfig
+    ) -> None:
+        self.target, self.drafter, self.text, self.index = target, drafter, text, index
+        self.sampler = Sampler(
+            [sampling], target.vocab_size, target.device, [text.prompt], target.eos_token_ids
+        )
+        self.hidden: dict[int, Tensor] = {}  # tap -> [L, H]
+        if drafter.taps and len(text.tokens) > 1:
+            given = [*text.prompt, *text.tokens[:-1]]
+            reading = read_text(target, given, len(text.prompt), drafter.taps)
+            refuse_not_finite("target", reading.logits, index)
+            self.hidden = reading.hidden
+
+    @torch.inference_mode()
+    def steps(self) -> list[StepRecord]:
+        """Walk from the first new token to the last."""
+        text, records = self.text, list[StepRecord]()
+        if len(text.tokens) > 1:
+            self._begin()
+        num_done = 1  # the first token is prefill's
+        while num_done < len(text.tokens):
+            record = self._step(num_done)
+            records.append(replace(record, step=len(records)))
+            num_done += record.num_emitted
+        return records
+
+    def _begin(self) -> None:
+        prompt = self.text.prompt
+        logits = torch.zeros(1, 1, self.target.vocab_size, device=self.target.device)
+        hidden = {tap: states[: len(prompt)].unsqueeze(0) for tap, states in self.hidden.items()}
+        begun = [[*prompt, self.text.tokens[0]]]
+        self.drafter.begin(begun, TargetOutput(logits, hidden), self.sampler)
+
+    def _step(self, num_done: int) -> StepRecord:
+        text = self.text
+        left = len(text.tokens) - num_done
+        # As `Request.budget`: the nodes that can still be kept, beside the step's own token.
+        budget = min(max(0, text.max_tokens - num_done - 1), self.drafter.max_nodes)
+        root = torch.tensor([text.tokens[num_done - 1]], device=self.target.device)
+        draft = self.drafter.propose(root, [budget], self.sampler)
+        _refuse_sampled(draft, self.drafter)
+        depths = node_depths(draft.explicit_parents(), draft.depth)[0]  # [N]
+        verdict = self._verdict(draft, depths, num_done)
+        tested = int((depths * verdict.tested[0]).max()) if draft.num_nodes else 0
+        num_accepted = int(verdict.num_accepted)
+        new = text.tokens[num_done : num_done + num_accepted + 1]
+        self.drafter.observe(verdict, [new], self._features(depths, num_done))
+        return StepRecord(
+            prompt=self.index,
+            step=0,
+            batch_size=1,
+            num_drafted=int(draft.lengths),
+            num_accepted=num_accepted,
+            depth_tested=min(tested, left),
+            num_emitted=len(new),
+            draft_s=0.0,
+            target_s=0.0,
+            wall_s=0.0,
+        )
+
+    def _verdict(self, draft: Draft, depths: Tensor, num_done: int) -> Verdict:
+        """What matching with the text says; its last token counts as the step's own."""
+        left = torch.tensor(self.text.tokens[num_done:], device=depths.device)
+        places = torch.cat([depths.new_zeros(1), depths])  # of root and nodes
+        sampled = left[places.clamp(max=len(left) - 1)].unsqueeze(0)
+        verdict = match(sampled, draft)
+        if int(verdict.num_accepted) < len(left):
+            return verdict
+        path, tokens = verdict.path.clone(), verdict.tokens.clone()
+        path[:, len(left) - 1 :] = -1
+        tokens[:, len(left) :] = -1
+        accepted = torch.full_like(verdict.num_accepted, len(left) - 1)
+        return Verdict(tokens, accepted, path, verdict.tested)
+
+    def _features(self, depths: Tensor, num_done: int) -> dict[int, Tensor]:
+        """The target's features of root and nodes: those of the text, right on its own path."""
+        root = len(self.text.prompt) + num_done - 1
+        places = root + torch.cat([depths.new_zeros(1), depths])
+        return {
+            tap: states[places.clamp(max=len(states) - 1)].unsqueeze(0)
+            for tap, states in self.hidden.items()
+        }
+
+
+def _refuse_sampled(draft: Draft, drafter: Any) -> None:
+    if draft.probs is not None:
+        raise ValueError(
+            f"{type(drafter).__name__} samples its drafts and cannot be given a whole text: along "
+            "a given text its draws cannot be replayed; choose tokens (children=top), use "
+            "temperature 0, or give it what specdec.drafters.forced describes"
+        )
