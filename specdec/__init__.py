@@ -6,11 +6,14 @@ from typing import Any
 # Resolved on first use, so that `import specdec` stays as light as torch.
 _PUBLIC = {
     "AcceptanceStats": "specdec.metrics",
-    "Chunk": "specdec.decode",
+    "Chunk": "specdec.engine",
     "Draft": "specdec.verify",
     "Drafter": "specdec.interfaces",
+    "Engine": "specdec.engine",
+    "OnlineController": "specdec.draft_length",
     "Result": "specdec.request",
     "SamplingConfig": "specdec.sampling_config",
+    "Schedule": "specdec.draft_length",
     "StepRecord": "specdec.metrics",
     "Target": "specdec.interfaces",
     "TargetOutput": "specdec.interfaces",

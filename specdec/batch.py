@@ -67,7 +67,7 @@ class Batch:
             root = sample(probs, self._noise(sampler, num_committed))
         healthy = scores.amax(-1).isfinite()
         tokens, finite = torch.stack([root, healthy.long()]).tolist()
-        _refuse_nan(requests, finite)
+        _fail_what_is_nan(requests, finite)
         sampler.observe(root.unsqueeze(1))
         if self.drafter:
             begun = [[*prompt, token] for prompt, token in zip(prompts, tokens, strict=True)]
@@ -76,9 +76,10 @@ class Batch:
         self.target.clock.take()
         for row, token in zip(requests, tokens, strict=True):
             row.started = started
-            row.accept([token])
+            if not row.error:
+                row.accept([token])
         self._join(requests, sampler, root, num_committed + 1)
-        return [(row, 1) for row in requests]
+        return [(row, int(not row.error)) for row in requests]
 
     def _join(
         self, requests: list[Request], sampler: Sampler, root: Tensor, num_committed: Tensor
@@ -130,11 +131,12 @@ class Batch:
             "commit_s": max(0.0, self._committing.take_completed() - observing_s),
             "wall_s": time.perf_counter() - started,
         }
-        for i, row in enumerate(rows):
-            row.records.append(
+        healthy_rows = [i for i, row in enumerate(rows) if not row.error]
+        for i in healthy_rows:
+            rows[i].records.append(
                 StepRecord(
-                    prompt=row.index,
-                    step=len(row.records),
+                    prompt=rows[i].index,
+                    step=len(rows[i].records),
                     batch_size=len(rows),
                     num_drafted=host.num_drafted[i],
                     num_accepted=kept[i] - 1,
@@ -143,8 +145,8 @@ class Batch:
                     **times,
                 )
             )
-        if self.draft_length:
-            self.draft_length.learn([row.records[-1] for row in rows])
+        if self.draft_length and healthy_rows:
+            self.draft_length.learn([rows[i].records[-1] for i in healthy_rows])
         return list(zip(rows, kept, strict=True))
 
     def _drafter_s(self) -> float:
@@ -205,9 +207,9 @@ class Batch:
     def _fetch(self, packed: Tensor) -> _HostStep:
         """Bring the step to the host: the one synchronisation."""
         values = packed.tolist()
-        _refuse_nan(self.rows, [row[3] for row in values])
+        _fail_what_is_nan(self.rows, [row[3] for row in values])
         return _HostStep(
-            tokens=[row[4 : 5 + row[0]] for row in values],
+            tokens=[row[4 : 5 + row[0]] if row[3] else [] for row in values],
             num_accepted=[row[0] for row in values],
             num_drafted=[row[1] for row in values],
             depth_tested=[row[2] for row in values],
@@ -226,17 +228,26 @@ class Batch:
         stay = [i for i, row in enumerate(self.rows) if not row.finish_reason]
         if len(stay) == len(self.rows):
             return
+        failed = [i for i, row in enumerate(self.rows) if row.error]
         behind = [i for i in stay if i >= len(stay)]
         stay = [i if i in stay else behind.pop() for i in range(len(stay))]
         self.rows = [self.rows[i] for i in stay]
         if not stay:
             return
         rows = torch.tensor(stay, device=self.target.device)
+        self._wipe(failed)
         self.target.reorder(rows)
         self.sampler.keep(rows)
         if self.drafter:
             self.drafter.reorder(rows)
         self.root, self.num_committed = self.root[rows], self.num_committed[rows]
+
+    def _wipe(self, failed: list[int]) -> None:
+        """Zero the keys and values of failed rows: NaN times a masked place's zero is NaN."""
+        for owner in (self.target, self.drafter):
+            wipe = getattr(owner, "wipe", None)
+            if failed and wipe:
+                wipe(failed)
 
 
 def _pack(verdict: Verdict, draft: Draft, healthy: Tensor) -> Tensor:
@@ -250,10 +261,10 @@ def _pack(verdict: Verdict, draft: Draft, healthy: Tensor) -> Tensor:
     return torch.cat([torch.stack(counts, 1), verdict.tokens], 1)
 
 
-def _refuse_nan(rows: list[Request], finite: Sequence[int]) -> None:
+def _fail_what_is_nan(rows: list[Request], finite: Sequence[int]) -> None:
     for row, is_finite in zip(rows, finite, strict=True):
         if not is_finite:
-            raise FloatingPointError(
+            row.fail(
                 f"prompt {row.index}, token {len(row.tokens)}: the target's logits are NaN or "
                 "infinite, or the sampling settings ban every token; check the weights, or "
                 "load with dtype float32 or bfloat16"

@@ -1,79 +1,21 @@
-"""The only decoding loop: prefill, then draft, score, verify, commit until every row has ended.
+"""Decoding some prompts to their end, on the one loop of the engine.
 
 Plain decoding is the same loop with empty drafts, so both arms of a comparison share every line.
 """
 
-import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
-import torch
-
-from specdec.batch import Batch
 from specdec.draft_length import DraftLength
+from specdec.engine import Chunk, Engine
 from specdec.interfaces import Drafter, Target
-from specdec.request import Prompt, Request, Result, StopRules, encode
+from specdec.request import Prompt, Result
 from specdec.sampling_config import SamplingConfig
-from specdec.text import TextStream
-from specdec.verify import get_rule
+
+__all__ = ["Chunk", "Stream", "generate", "generate_baseline", "stream"]
 
 Sampling = SamplingConfig | Sequence[SamplingConfig]
 Limits = int | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """What one step added to one prompt; `finish_reason` is None until its last chunk."""
-
-    index: int
-    tokens: list[int]
-    text: str
-    finish_reason: str | None
-
-
-class _Call:
-    """One call of `generate` or `stream`: its requests, some running and some waiting."""
-
-    def __init__(
-        self,
-        target: Target,
-        drafter: Drafter | None,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        rules: list[StopRules],
-        batch_size: int | None,
-        rule: str,
-        draft_length: DraftLength | None,
-    ) -> None:
-        self.target, self.drafter, self.rule = target, drafter, rule
-        self.draft_length = draft_length
-        configs = _configs(sampling, len(prompts))
-        self.batch_size = _check(target, drafter, len(prompts), batch_size, rules[0], rule)
-        self.deadline = time.perf_counter() + (rules[0].max_time_s or float("inf"))
-        ids = [encode(prompt, target, index) for index, prompt in enumerate(prompts)]
-        self.requests = [
-            Request(i, prompt, config, limits, target)
-            for i, (prompt, config, limits) in enumerate(zip(ids, configs, rules, strict=True))
-        ]
-
-    @torch.inference_mode()
-    def run(self) -> Iterator[list[tuple[Request, int]]]:
-        """Decode everything, a step at a time: rows and their numbers of new tokens.
-
-        A row that finishes makes room for the next prompt at once, so that the batch stays full.
-        """
-        batch = Batch(self.target, self.drafter, self.rule, self.draft_length)
-        waiting = deque(self.requests)
-        while waiting or batch.rows:
-            room = min(self.batch_size - len(batch.rows), len(waiting))
-            news = batch.admit([waiting.popleft() for _ in range(room)]) if room else batch.step()
-            if time.perf_counter() > self.deadline:
-                waiting.clear()
-                for request in self.requests:
-                    request.finish_reason = request.finish_reason or "time"
-            yield news
-            batch.retire()
 
 
 def _configs(sampling: Sampling, num_prompts: int) -> list[SamplingConfig]:
@@ -88,29 +30,19 @@ def _configs(sampling: Sampling, num_prompts: int) -> list[SamplingConfig]:
     return list(sampling)
 
 
-def _rules(
-    max_new_tokens: Limits, stop: Sequence[str], max_time_s: float | None, num_prompts: int
-) -> list[StopRules]:
-    """The rules of every prompt; at least one, so that what they share can be read off it."""
+def _limits(max_new_tokens: Limits, num_prompts: int) -> list[int]:
     if isinstance(max_new_tokens, int):
-        return [StopRules(max_new_tokens, tuple(stop), max_time_s)] * max(1, num_prompts)
-    if len(max_new_tokens) != num_prompts or not num_prompts:
+        return [max_new_tokens] * num_prompts
+    if len(max_new_tokens) != num_prompts:
         raise ValueError(
             f"max_new_tokens has {len(max_new_tokens)} entries for {num_prompts} prompts; give "
             "one for all or one for each"
         )
-    return [StopRules(limit, tuple(stop), max_time_s) for limit in max_new_tokens]
+    return list(max_new_tokens)
 
 
-def _check(
-    target: Target,
-    drafter: Drafter | None,
-    num_prompts: int,
-    batch_size: int | None,
-    rules: StopRules,
-    rule: str,
-) -> int:
-    """Refuse what the target or the rule cannot do; returns the batch size."""
+def _num_rows(target: Target, num_prompts: int, batch_size: int | None) -> int:
+    """Rows that are decoded together."""
     if num_prompts == 0:
         raise ValueError("prompts is empty but must hold at least one prompt")
     if batch_size is not None and batch_size < 1:
@@ -118,14 +50,6 @@ def _check(
     size = min(batch_size or num_prompts, num_prompts)
     if size > 1 and not target.capabilities.batched:
         raise ValueError(f"batch_size is {size} but this target takes one row; pass batch_size=1")
-    if rules.stop and target.tokenizer is None:
-        raise ValueError("stop strings need a target with a tokenizer")
-    chosen_rule = get_rule(rule)
-    makes_trees = drafter is not None and drafter.makes_trees
-    if makes_trees and not chosen_rule.supports_trees:
-        raise ValueError(f"rule {rule!r} judges chains only but this drafter makes trees")
-    if makes_trees and not target.capabilities.trees:
-        raise ValueError("this target scores chains only but the drafter makes trees")
     return size
 
 
@@ -175,14 +99,24 @@ def generate(
 
     Source: Leviathan et al. 2022, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318.
     """
-    rules = _rules(max_new_tokens, stop, max_time_s, len(prompts))
-    call = _Call(target, drafter, prompts, sampling, rules, batch_size, rule, draft_length)
+    run = Stream(
+        target,
+        drafter,
+        prompts,
+        sampling,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        max_time_s=max_time_s,
+        batch_size=batch_size,
+        rule=rule,
+        draft_length=draft_length,
+    )
     try:
-        for _ in call.run():
+        for _ in run.steps():
             pass
     except KeyboardInterrupt:
         pass  # unfinished rows say "interrupted"
-    return [request.result() for request in call.requests]
+    return run.results()
 
 
 def generate_baseline(
@@ -217,31 +151,38 @@ class Stream:
         rule: str = "token",
         draft_length: DraftLength | None = None,
     ) -> None:
-        rules = _rules(max_new_tokens, stop, max_time_s, len(prompts))
-        self._call = _Call(
-            target, drafter, prompts, sampling, rules, batch_size, rule, draft_length
+        num_rows = _num_rows(target, len(prompts), batch_size)
+        configs = _configs(sampling, len(prompts))
+        limits = _limits(max_new_tokens, len(prompts))
+        self._engine = Engine(
+            target, drafter, max_rows=num_rows, rule=rule, draft_length=draft_length
         )
-        self._texts = [TextStream(target.tokenizer, stop) for _ in self._call.requests]
+        self._ids = [
+            self._engine.submit(
+                prompt, config, max_new_tokens=limit, stop=stop, max_time_s=max_time_s
+            )
+            for prompt, config, limit in zip(prompts, configs, limits, strict=True)
+        ]
 
     def steps(self) -> Iterator[list[Chunk]]:
         """Decode a step at a time, all its prompts together, tokens only: `text` stays empty."""
-        for news in self._call.run():
-            yield [
-                Chunk(
-                    row.index, row.tokens[len(row.tokens) - count :], "", row.finish_reason or None
-                )
-                for row, count in news
-            ]
+        return self._run(self._engine.advance)
 
     def __iter__(self) -> Iterator[Chunk]:
-        for chunks in self.steps():
+        for chunks in self._run(self._engine.step):
+            yield from chunks
+
+    def _run(self, step: Callable[[], list[Chunk]]) -> Iterator[list[Chunk]]:
+        while self._engine.num_waiting or self._engine.num_running:
+            chunks = step()
             for chunk in chunks:
-                text = self._texts[chunk.index].push(chunk.tokens, bool(chunk.finish_reason))
-                yield replace(chunk, text=text)
+                if chunk.finish_reason == "error":
+                    raise FloatingPointError(self._engine.peek(chunk.index).error)
+            yield chunks
 
     def results(self) -> list[Result]:
         """One result per prompt, in order; unfinished ones say "interrupted"."""
-        return [request.result() for request in self._call.requests]
+        return [self._engine.peek(index) for index in self._ids]
 
 
 stream = Stream

@@ -19,7 +19,7 @@ class StopRules:
     Attributes:
         max_new_tokens: tokens to emit at most, at least 1.
         stop: strings; the text ends before the first of them.
-        max_time_s: seconds for the whole call; None for no limit.
+        max_time_s: seconds from the request on; None for no limit.
     """
 
     max_new_tokens: int = 128
@@ -43,11 +43,13 @@ class Result:
         prompt_tokens: the prompt's ids.
         tokens: the emitted ids, an end-of-sequence token included.
         text: their text, special tokens skipped, cut before a stop string; "" without a tokenizer.
-        finish_reason: "eos", "stop", "length" (max_new_tokens or the context is full), "time" or
-            "interrupted".
+        finish_reason: "eos", "stop", "length" (max_new_tokens or the context is full), "time",
+            "cancelled", "error" or "interrupted".
         records: one per verify step.
         ttft_s: seconds from the start of its own prefill to the first token.
         decode_s: seconds from the first token to the last.
+        queue_s: seconds from the request to the start of its prefill; 0 if there was none.
+        error: why it failed; "" if it did not.
     """
 
     prompt_tokens: list[int]
@@ -57,6 +59,8 @@ class Result:
     records: list[StepRecord]
     ttft_s: float
     decode_s: float
+    queue_s: float = 0.0
+    error: str = ""
 
     @property
     def stats(self) -> AcceptanceStats:
@@ -124,6 +128,8 @@ class Request:
     tokens: list[int] = field(default_factory=list)
     records: list[StepRecord] = field(default_factory=list)
     finish_reason: str = ""
+    error: str = ""
+    submitted: float = field(default_factory=time.perf_counter)
     started: float = 0.0
     first_token: float = 0.0
     last_token: float = 0.0
@@ -131,6 +137,7 @@ class Request:
     def __post_init__(self) -> None:
         room = self.target.max_context_len - len(self.prompt)
         self.max_tokens = min(self.rules.max_new_tokens, room)
+        self.deadline = self.submitted + (self.rules.max_time_s or float("inf"))
         self._eos = frozenset(self.target.eos_token_ids)
 
     @property
@@ -157,6 +164,10 @@ class Request:
             self.first_token = self.last_token
         return kept
 
+    def fail(self, reason: str) -> None:
+        """End with an error."""
+        self.finish_reason, self.error = "error", reason
+
     def _stopped(self) -> bool:
         # A token is at least one byte, so a stop string spans at most this many tokens.
         window = max(len(stop.encode()) for stop in self.rules.stop) + 1
@@ -173,6 +184,8 @@ class Request:
             records=self.records,
             ttft_s=self.first_token - self.started,
             decode_s=self.last_token - self.first_token,
+            queue_s=self.started - self.submitted if self.started else 0.0,
+            error=self.error,
         )
 
     def _final_text(self) -> str:
