@@ -1,0 +1,204 @@
+"""The pictures of the experiments, from their committed results: plot.png in every folder.
+
+python experiments/plots.py 05-drafters 06-shapes
+"""
+
+import re
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import matplotlib
+import numpy as np
+import typer
+from results import HERE, Arms, arms_of, cells_of, read, speed
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# Okabe and Ito's colours, which stay apart for colour-blind readers too, and marks for print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKS = "osD^vP*"
+DOMAINS = ("gsm8k", "sgd", "taskmaster4")
+RULES = ("token", "block", "traversal")
+
+
+def errors(arms: list[dict[str, Any]]) -> list[list[float]]:
+    """Distances from the speeds down to and up to the ends of their intervals."""
+    ends = [arm["speedup_vs_plain_ci"] or 2 * [speed(arm)] for arm in arms]
+    low = [max(0.0, speed(arm) - end[0]) for arm, end in zip(arms, ends, strict=True)]
+    return [low, [max(0.0, end[1] - speed(arm)) for arm, end in zip(arms, ends, strict=True)]]
+
+
+def curve(axes: Any, number: int, at: list[float], arms: list[dict[str, Any]], label: str) -> None:
+    """Speeds with intervals against something, in the number's colour and mark."""
+    at = [place * (1 + 0.015 * (number - 2)) for place in at]  # so that intervals stay apart
+    style = {"color": COLOURS[number], "marker": MARKS[number], "capsize": 3, "linewidth": 1.4}
+    axes.errorbar(at, [speed(arm) for arm in arms], errors(arms), label=label, **style)
+
+
+def finish(axes: Any, x: str, title: str) -> None:
+    """Labels, and a line where plain decoding is."""
+    axes.axhline(1, color="#777777", linewidth=1, linestyle=":")
+    axes.set_xlabel(x)
+    axes.set_ylabel("speed / plain decoding")
+    axes.set_title(title, fontsize=10)
+
+
+def strategies(arms: Arms) -> list[str]:
+    return [name for name in arms if name not in ("plain", "hf_generate")]
+
+
+def drafters() -> Any:
+    cells = cells_of(read("05-drafters/sweep.json"), "sampling.temperature")
+    figure, parts = plt.subplots(1, 2, figsize=(10.5, 5), sharey=True, sharex=True)
+    for axes, (temperature, arms) in zip(parts, cells.items(), strict=True):
+        names = strategies(arms)
+        for number, domain in enumerate(DOMAINS):
+            found = [arms[name]["domains"][domain] for name in names]
+            places = [place + 0.22 * (number - 1) for place in range(len(names))]
+            style = {"color": COLOURS[number], "fmt": MARKS[number], "capsize": 2, "markersize": 5}
+            axes.errorbar(
+                [speed(each) for each in found], places, xerr=errors(found), label=domain, **style
+            )
+        axes.axvline(1, color="#777777", linewidth=1, linestyle=":")
+        axes.set_yticks(range(len(names)), names)
+        axes.set_xlabel("speed / plain decoding")
+        axes.set_title(f"T = {temperature:g}", fontsize=10)
+    parts[0].invert_yaxis()
+    parts[1].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def shapes() -> Any:
+    arms = arms_of(read("06-shapes/results.json"))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.4))
+    for number, family in enumerate(("draft model", "eagle3 chain", "medusa")):
+        found = {int(n.rsplit(" ", 1)[1]): arms[n] for n in arms if n.startswith(family)}
+        curve(left, number, list(found), list(found.values()), family)
+    left.set_xscale("log", base=2)
+    left.set_xticks([1, 2, 4, 8, 16, 32, 63], ["1", "2", "4", "8", "16", "32", "63"])
+    left.legend(frameon=False, fontsize=8)
+    finish(left, "drafted tokens", "Chains, and Medusa's tree")
+    _heat_map(figure, right, arms)
+    return figure
+
+
+def _heat_map(figure: Any, axes: Any, arms: Arms) -> None:
+    """EAGLE-3 trees: speed by levels and nodes."""
+    trees = {}
+    for name in arms:
+        if shape := re.fullmatch(r"eagle3 (\d+)-\d+-(\d+)", name):
+            trees[int(shape[1]), int(shape[2])] = arms[name]
+    depths, sizes = (sorted({shape[axis] for shape in trees}) for axis in (0, 1))
+    grid = np.full((len(depths), len(sizes)), np.nan)
+    for (depth, size), arm in trees.items():
+        row, column = depths.index(depth), sizes.index(size)
+        grid[row, column] = speed(arm)
+        text = f"{speed(arm):.2f}\ntau {arm['tau']:.2f}"
+        axes.annotate(
+            text, (column, row), ha="center", va="center", fontsize=8, bbox=WHITE, color="black"
+        )
+    image = axes.imshow(grid, cmap="cividis", aspect="auto")
+    axes.set_xticks(range(len(sizes)), sizes)
+    axes.set_yticks(range(len(depths)), depths)
+    axes.set_xlabel("nodes")
+    axes.set_ylabel("levels")
+    axes.set_title("EAGLE-3 trees", fontsize=10)
+    figure.colorbar(image, ax=axes, label="speed / plain decoding")
+
+
+WHITE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
+
+
+def draft_size() -> Any:
+    arms = arms_of(read("07-draft-size/results.json"))
+    figure, axes = plt.subplots(figsize=(6.4, 4.4))
+    for number, size in enumerate(("1 layer", "4 layers", "8 layers")):
+        found = {int(n.split(", ")[1]): arms[n] for n in arms if n.startswith(f"{size}, ")}
+        curve(axes, number, list(found), list(found.values()), size)
+    axes.legend(frameon=False, fontsize=8, title="draft model")
+    finish(axes, "drafted tokens", "Three sizes of draft model, trained alike; T = 0")
+    return figure
+
+
+def sampling() -> Any:
+    by_temperature = cells_of(read("08-sampling/temperature.json"), "sampling.temperature")
+    by_top_p = cells_of(read("08-sampling/top-p.json"), "sampling.top_p")
+    by_top_p[1] = by_temperature[1]
+    figure, parts = plt.subplots(1, 2, figsize=(10.5, 4.4), sharey=True)
+    both = (("temperature", by_temperature), ("top-p, at T = 1", by_top_p))
+    for axes, (setting, cells) in zip(parts, both, strict=True):
+        for number, name in enumerate(strategies(by_temperature[1])):
+            curve(axes, number, list(cells), [arms[name] for arms in cells.values()], name)
+        finish(axes, setting, "")
+    parts[1].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def rules() -> Any:
+    figure, parts = plt.subplots(1, 2, figsize=(10.5, 4.4))
+    for axes, kind in zip(parts, ("chains", "trees"), strict=True):
+        cells = cells_of(read(f"09-rules/{kind}.json"), "sampling.temperature", "rule")
+        names = strategies(next(iter(cells.values())))
+        groups = [(name, temperature) for name in names for temperature in _firsts(cells)]
+        kinds = list(dict.fromkeys(rule for _, rule in cells))
+        for number, rule in enumerate(RULES):
+            if rule not in kinds:
+                continue
+            found = [cells[temperature, rule][name] for name, temperature in groups]
+            places = [place + 0.2 * (number - 1) for place in range(len(groups))]
+            taus = [arm["tau"] for arm in found]
+            ends = [arm["tau_ci"] or 2 * [arm["tau"]] for arm in found]
+            low = [tau - end[0] for tau, end in zip(taus, ends, strict=True)]
+            high = [end[1] - tau for tau, end in zip(taus, ends, strict=True)]
+            style = {"color": COLOURS[number], "fmt": MARKS[number], "capsize": 2}
+            axes.errorbar(taus, places, xerr=[low, high], label=rule, **style)
+        axes.set_yticks(range(len(groups)), [f"{name}, T = {t:g}" for name, t in groups])
+        axes.invert_yaxis()
+        axes.set_xlabel("tau")
+        axes.set_title(kind, fontsize=10)
+    parts[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _firsts(cells: dict[Any, Arms]) -> list[Any]:
+    return list(dict.fromkeys(key[0] for key in cells))
+
+
+def batch() -> Any:
+    figure, parts = plt.subplots(1, 3, figsize=(13, 4.4), sharey=True)
+    titles = ("fixed", "held-out", "hostile")
+    for axes, kind in zip(parts, titles, strict=True):
+        cells = cells_of(read(f"10-batch/{kind}.json"), "batch_size")
+        for number, name in enumerate(strategies(next(iter(cells.values())))):
+            curve(axes, number, list(cells), [arms[name] for arms in cells.values()], name)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(list(cells), [str(size) for size in cells])
+        axes.legend(frameon=False, fontsize=8)
+        finish(axes, "batch", f"{kind} lengths" if kind == "fixed" else f"{kind} prompts")
+    return figure
+
+
+PLOTS: dict[str, Callable[[], Any]] = {
+    "05-drafters": drafters,
+    "06-shapes": shapes,
+    "07-draft-size": draft_size,
+    "08-sampling": sampling,
+    "09-rules": rules,
+    "10-batch": batch,
+}
+
+
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help="folders; all if none")] = None,
+) -> None:
+    for name in names or PLOTS:
+        figure = PLOTS[name]()
+        figure.tight_layout()
+        path = HERE / name / "plot.png"
+        figure.savefig(path, dpi=150)
+        print(path)
+
+
+if __name__ == "__main__":
+    typer.run(main)

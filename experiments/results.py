@@ -1,0 +1,55 @@
+"""The committed results of the experiments, and how their figures are written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+Arms = dict[str, dict[str, Any]]
+
+
+def read(name: str) -> dict[str, Any]:
+    """A results file, by its path below this folder."""
+    content: dict[str, Any] = json.loads((HERE / name).read_text())
+    return content
+
+
+def arms_of(run: dict[str, Any]) -> Arms:
+    """The arms of a run or of a sweep's cell, by name."""
+    return {arm["name"]: arm for arm in run["arms"]}
+
+
+def cells_of(sweep: dict[str, Any], *keys: str) -> dict[Any, Arms]:
+    """The arms of a sweep's cells, by the values of these settings: one value, or a tuple."""
+    found = {}
+    for cell in sweep["cells"]:
+        values = tuple(cell["settings"][key] for key in keys)
+        found[values if len(keys) > 1 else values[0]] = arms_of(cell)
+    return found
+
+
+def speed(arm: dict[str, Any]) -> float:
+    """Tokens a second while decoding, relative to plain decoding of the same prompts."""
+    ratio: float = arm["speedup_vs_plain"]
+    return ratio
+
+
+def figure(arm: dict[str, Any], key: str) -> str:
+    """A figure with its interval; "-" where there is none."""
+    if arm[key] is None:
+        return "-"
+    interval = arm.get(f"{key}_ci")
+    if interval is None or interval[0] == interval[1] == arm[key]:
+        return f"{arm[key]:.2f}"
+    return f"{arm[key]:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
+
+
+def brief(arm: dict[str, Any]) -> str:
+    """Speed and accepted length in little room."""
+    return f"{speed(arm):.2f} ({arm['tau']:.2f})"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

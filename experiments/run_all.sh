@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# Run the experiments again, from the data folder that SPECDEC_DATA_DIR names, and put their results here.
+#
+#   SPECDEC_DATA_DIR=DATA bash experiments/run_all.sh            # all: about an hour on two cores
+#   SPECDEC_DATA_DIR=DATA bash experiments/run_all.sh 09-rules   # or some, by name
+#
+# Whatever is stopped goes on with the same command: runs are kept in runs/experiments (remove a folder to measure it again).
+# `specdec` must be on the PATH: pip install -e '.[train]'. Nothing else should run on the machine meanwhile.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+here=experiments runs=runs/experiments
+all=(05-drafters 06-shapes 07-draft-size 08-sampling 09-rules 10-batch 11-prediction)
+names=("$@")
+[ $# -gt 0 ] || names=("${all[@]}")
+for name in "${names[@]}"; do
+  [[ " ${all[*]} " == *" $name "* ]] || { echo "run_all.sh: no experiment $name; there are ${all[*]}" >&2; exit 2; }
+done
+: "${SPECDEC_DATA_DIR:?must name the folder with the data sets; see README.md}"
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+mkdir -p $runs
+
+bench() { # bench NAME CONFIG [key=value...]
+  specdec bench "$here/$2" "${@:3}" --out "$runs/$1" | sed '$d' # without the line for machines
+}
+
+measure() {
+  case $1 in
+    05-drafters | 06-shapes) bench "$1" "$1/bench.yaml" ;;
+    07-draft-size)
+      bash $here/07-draft-size/train.sh
+      bench 07-draft-size 07-draft-size/bench.yaml
+      ;;
+    08-sampling)
+      bench 08-temperature 08-sampling/temperature.yaml
+      bench 08-top-p 08-sampling/top-p.yaml
+      ;;
+    09-rules)
+      bench 09-chains 09-rules/chains.yaml
+      bench 09-trees 09-rules/trees.yaml
+      ;;
+    10-batch)
+      bench 10-fixed 10-batch/fixed.yaml
+      [ -f $runs/10-plan/plan.json ] || specdec plan $here/10-batch/plan.yaml --out $runs/10-plan
+      mapfile -t planned < <(python $here/10-batch/planned.py $runs/10-plan/plan.json)
+      bench 10-held-out 10-batch/follow.yaml "${planned[@]}"
+      bench 10-hostile 10-batch/follow.yaml "${planned[@]}" \
+        prompts.source=$here/10-batch/hostile.txt sampling.temperature=1
+      ;;
+    11-prediction)
+      python $here/11-prediction/check.py --out $runs/11-prediction
+      ;;
+  esac
+}
+
+# Results are taken over at the end, so that every run sees the checkout as it was.
+publish() {
+  local to=$here/$1
+  case $1 in
+    05-drafters) cp $runs/05-drafters/sweep.json "$to/" ;;
+    06-shapes) cp $runs/06-shapes/results.json "$to/" ;;
+    07-draft-size)
+      cp $runs/07-draft-size/results.json "$to/"
+      python "$to/gather.py" runs/size "$to/training.json"
+      ;;
+    08-sampling)
+      cp $runs/08-temperature/sweep.json "$to/temperature.json"
+      cp $runs/08-top-p/sweep.json "$to/top-p.json"
+      ;;
+    09-rules)
+      cp $runs/09-chains/sweep.json "$to/chains.json"
+      cp $runs/09-trees/sweep.json "$to/trees.json"
+      ;;
+    10-batch)
+      for kind in fixed held-out hostile; do cp $runs/10-$kind/sweep.json "$to/$kind.json"; done
+      cp $runs/10-plan/plan.json "$to/"
+      ;;
+    11-prediction) cp $runs/11-prediction/*.json "$to/" ;;
+  esac
+}
+
+for name in "${names[@]}"; do
+  echo "== $name: $(head -n 1 "$here/$name/README.md" | tr -d '#')"
+  SECONDS=0
+  measure "$name"
+  echo "== $name took $SECONDS s"
+done
+for name in "${names[@]}"; do publish "$name"; done
+python $here/tables.py "${names[@]}"
+python $here/plots.py "${names[@]}"

@@ -1,0 +1,235 @@
+"""The tables of the experiments' READMEs, from their committed results.
+
+python experiments/tables.py 05-drafters 06-shapes
+
+A README holds them between `<!-- table NAME -->` and `<!-- end of table -->`.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from results import HERE, Arms, arms_of, brief, cells_of, figure, read, speed, table
+
+DOMAINS = ("gsm8k", "sgd", "taskmaster4")
+SIZES = ("1 layer", "4 layers", "8 layers")
+# What papers and programs take whatever the hardware, and the shape here that is nearest.
+CONSTANTS = {
+    "draft chain of 5": ("draft model 5", "draft model"),
+    "EAGLE-1: 25 nodes, 5 levels": ("eagle 5-8-25", "eagle "),
+    "EAGLE-2 and EAGLE-3: 59 nodes, 6 levels": ("eagle3 6-10-59", "eagle3"),
+    "EAGLE-2 and EAGLE-3: 59 nodes, 8 levels": ("eagle3 8-10-59", "eagle3"),
+    "Medusa: 63 nodes": ("medusa 63", "medusa"),
+}
+
+
+def drafters() -> dict[str, str]:
+    """Experiment 05: a table a temperature."""
+    head = ["arm", "tau", "vs plain", "vs `generate`", *(f"{each}: vs plain" for each in DOMAINS)]
+    return {
+        f"T={temperature:g}": table(head, [_drafter_row(arm) for arm in arms.values()])
+        for temperature, arms in cells_of(
+            read("05-drafters/sweep.json"), "sampling.temperature"
+        ).items()
+    }
+
+
+def _drafter_row(arm: dict[str, Any]) -> list[str]:
+    keys = ("tau", "speedup_vs_plain", "speedup_vs_hf")
+    speeds = (figure(arm["domains"][domain], "speedup_vs_plain") for domain in DOMAINS)
+    return [arm["name"], *(figure(arm, key) for key in keys), *speeds]
+
+
+def shapes() -> dict[str, str]:
+    """Experiment 06: chains by length, trees by depth and nodes, and the constants."""
+    arms = arms_of(read("06-shapes/results.json"))
+    return {
+        "chains": table(["drafter", "tokens", "tau", "vs plain"], _chain_rows(arms)),
+        "trees": _tree_table(arms),
+        "medusa": table(
+            ["nodes", "tau", "vs plain"],
+            [
+                [name.split()[1], figure(arm, "tau"), figure(arm, "speedup_vs_plain")]
+                for name, arm in arms.items()
+                if name.startswith("medusa")
+            ],
+        ),
+        "constants": table(
+            ["constant", "tau", "vs plain", "best of this drafter here", "tau", "vs plain"],
+            [_constant_row(arms, *row) for row in CONSTANTS.items()],
+        ),
+    }
+
+
+def _chain_rows(arms: Arms) -> list[list[str]]:
+    chains = [name for name in arms if name.startswith("draft model") or " chain " in name]
+    return [
+        [*name.rsplit(" ", 1), figure(arms[name], "tau"), figure(arms[name], "speedup_vs_plain")]
+        for name in chains
+    ]
+
+
+def _tree_table(arms: Arms) -> str:
+    trees = {}
+    for name, arm in arms.items():
+        if shape := re.fullmatch(r"eagle3 (\d+)-(\d+)-(\d+)", name):
+            trees[int(shape[1]), int(shape[3])] = arm
+    depths, sizes = (sorted({shape[axis] for shape in trees}) for axis in (0, 1))
+    rows = [
+        [str(depth), *(brief(trees[depth, n]) if (depth, n) in trees else "-" for n in sizes)]
+        for depth in depths
+    ]
+    return table(["levels", *(f"{n} nodes" for n in sizes)], rows)
+
+
+def _constant_row(arms: Arms, constant: str, names: tuple[str, str]) -> list[str]:
+    name, family = names
+    best = max((each for each in arms if each.startswith(family)), key=lambda n: speed(arms[n]))
+    keys = ("tau", "speedup_vs_plain")
+    theirs, ours = ([figure(arms[each], key) for key in keys] for each in (name, best))
+    return [constant, *theirs, best, *ours]
+
+
+def draft_size() -> dict[str, str]:
+    """Experiment 07: each size at its fastest length, all lengths, and the training."""
+    arms = arms_of(read("07-draft-size/results.json"))
+    training = read("07-draft-size/training.json")
+    lengths = sorted({int(name.split(", ")[1]) for name in arms if ", " in name})
+    fastest = [
+        max((arms[f"{size}, {n}"] for n in lengths), key=lambda arm: speed(arm)) for size in SIZES
+    ]
+    rows = [
+        [
+            size,
+            f"{training[size]['parameters']:,}",
+            f"{100 * arms[f'{size}, 1']['per_depth'][0]:.1f} %",
+            arm["name"].split(", ")[1],
+            figure(arm, "tau"),
+            figure(arm, "speedup_vs_plain"),
+            f"{100 * arm['time_s']['draft'] / arm['time_s']['wall']:.0f} %",
+        ]
+        for size, arm in zip(SIZES, fastest, strict=True)
+    ]
+    head = ["draft model", "parameters", "first token accepted", "fastest length", "tau"]
+    by_length = [[size, *(brief(arms[f"{size}, {n}"]) for n in lengths)] for size in SIZES]
+    trained = [
+        [
+            size,
+            *(f"{run[key]:,.0f}" for key in ("steps", "tokens", "seconds")),
+            *(f"{run[key]:.2f}" for key in ("loss", "validation_loss")),
+        ]
+        for size, run in training.items()
+    ]
+    return {
+        "sizes": table([*head, "vs plain", "of the time drafting"], rows),
+        "lengths": table(["draft model", *(f"length {n}" for n in lengths)], by_length),
+        "training": table(
+            ["draft model", "steps", "tokens", "seconds", "loss", "held-out loss"], trained
+        ),
+    }
+
+
+def sampling() -> dict[str, str]:
+    """Experiment 08: arms against temperature, and against top-p."""
+    by_temperature = cells_of(read("08-sampling/temperature.json"), "sampling.temperature")
+    by_top_p = cells_of(read("08-sampling/top-p.json"), "sampling.top_p")
+    return {
+        "temperature": _by_setting("T", by_temperature),
+        "top-p": _by_setting("top-p", {**by_top_p, 1: by_temperature[1]}),
+    }
+
+
+def _by_setting(name: str, cells: dict[Any, Arms]) -> str:
+    arms = [arm for arm in next(iter(cells.values())) if arm not in ("plain", "hf_generate")]
+    rows = [[arm, *(brief(found[arm]) for found in cells.values())] for arm in arms]
+    return table(["arm", *(f"{name} = {value:g}" for value in cells)], rows)
+
+
+def rules() -> dict[str, str]:
+    """Experiment 09: rules on chains and on trees."""
+    return {
+        kind: _rule_table(cells_of(read(f"09-rules/{kind}.json"), "sampling.temperature", "rule"))
+        for kind in ("chains", "trees")
+    }
+
+
+def _rule_table(cells: dict[Any, Arms]) -> str:
+    rows = []
+    for arm in [
+        name for name in next(iter(cells.values())) if name not in ("plain", "hf_generate")
+    ]:
+        for (temperature, rule), arms in cells.items():
+            keys = ("tau", "speedup_vs_plain")
+            shown = (figure(arms[arm], key) for key in keys)
+            rows.append([arm, f"{temperature:g}", rule, *shown, f"{_judging_ms(arms[arm]):.2f}"])
+    return table(["draft", "T", "rule", "tau", "vs plain", "verify, ms a step"], rows)
+
+
+def _judging_ms(arm: dict[str, Any]) -> float:
+    steps = sum(each["steps"] for each in arm["per_prompt"] if each)
+    return 1000 * arm["time_s"]["verify"] / (steps or 1)
+
+
+def batch() -> dict[str, str]:
+    """Experiment 10: fixed lengths over batch sizes, the schedule, and what follows it."""
+    fixed = cells_of(read("10-batch/fixed.json"), "batch_size")
+    names = [name for name in fixed[1] if name not in ("plain", "hf_generate")]
+    plain = [
+        "plain, tokens/s",
+        *(f"{arms['plain']['batch_decode_tokens_per_s']:.0f}" for arms in fixed.values()),
+    ]
+    head = ["arm", *(f"batch {size}" for size in fixed)]
+    rows = [[name, *(brief(arms[name]) for arms in fixed.values())] for name in names]
+    schedule = read("10-batch/plan.json")["schedule"]
+    found = {"fixed": table(head, [plain, *rows])}
+    found["schedule"] = table(
+        ["batch", *schedule], [["drafted tokens", *(str(n) for n in schedule.values())]]
+    )
+    for kind in ("held-out", "hostile"):
+        cells = cells_of(read(f"10-batch/{kind}.json"), "batch_size")
+        found[kind] = table(
+            ["arm", *(f"batch {size}" for size in cells)],
+            [
+                [name, *(figure(arms[name], "speedup_vs_plain") for arms in cells.values())]
+                for name in ("always", "schedule", "controller")
+            ],
+        )
+    return found
+
+
+TABLES: dict[str, Callable[[], dict[str, str]]] = {
+    "05-drafters": drafters,
+    "06-shapes": shapes,
+    "07-draft-size": draft_size,
+    "08-sampling": sampling,
+    "09-rules": rules,
+    "10-batch": batch,
+}
+
+
+def filled(readme: str, tables: dict[str, str]) -> str:
+    """The text of a README with every table between its marks made anew.
+
+    Raises:
+        KeyError: the README names a table that there is not.
+    """
+    return re.sub(
+        r"<!-- table (\S+) -->\n.*?<!-- end of table -->",
+        lambda mark: f"<!-- table {mark[1]} -->\n{tables[mark[1]]}\n<!-- end of table -->",
+        readme,
+        flags=re.S,
+    )
+
+
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help="folders; all if none")] = None,
+) -> None:
+    for name in names or TABLES:
+        path = HERE / name / "README.md"
+        path.write_text(filled(path.read_text(), TABLES[name]()))
+        print(path)
+
+
+if __name__ == "__main__":
+    typer.run(main)
