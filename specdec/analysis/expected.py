@@ -122,6 +122,18 @@ def expect(evidence: Evidence, shape: FixedShape, *, sampled: bool) -> Expected:
     )
 
 
+def first_acceptance(evidence: Evidence, shape: FixedShape, *, sampled: bool) -> Array:
+    """Probability [B, S] that a step that starts there accepts a token; 0 behind a text's end.
+
+    As though the text went on: what a budget leaves at its end is not counted.
+    """
+    size = evidence.rank.shape[:2]
+    budget = np.full(size, len(shape.tree.parents))
+    at_least, _ = _reach(evidence, shape, budget, _levels_drafted(evidence, shape), sampled)
+    accepted: Array = np.where(evidence.valid[:, :, 0], at_least[..., 1], 0.0)
+    return accepted
+
+
 def _levels_drafted(evidence: Evidence, shape: FixedShape) -> Array | None:
     """Levels [B, S] that a threshold leaves of a chain; None without one."""
     if not shape.threshold:

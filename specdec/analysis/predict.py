@@ -6,10 +6,11 @@ from typing import Any
 
 from specdec.analysis.evidence import Evidence, gather_evidence
 from specdec.analysis.expected import Expected, expect
-from specdec.analysis.replay import replay
+from specdec.analysis.replay import Watch, replay
 from specdec.analysis.texts import Text, check_texts
 from specdec.drafters.forced import FixedShape, is_forced
 from specdec.interfaces import Target
+from specdec.metrics import StepRecord
 from specdec.registry import load_drafter
 from specdec.sampling_config import SamplingConfig
 from specdec.verify import get_rule
@@ -63,39 +64,56 @@ class Predictor:
         drafter = load_drafter(options, self.target)
         shape = fixed_shape(drafter)
         if shape is None:
-            return Expected.from_records(
-                replay(self.target, drafter, self.texts, self.sampling, self.seed)
-            )
-        sampled = not self.sampling.is_greedy and shape.children != "top"
-        width = int(shape.tree.ranks.max()) + 1
-        self._check_sampled(shape, sampled, width)
-        evidence = self._evidence(options, drafter, shape.tree.depth, width if sampled else 1)
-        return expect(evidence, shape, sampled=sampled)
+            return Expected.from_records(self.replay(drafter))
+        return self.expect(options, drafter, shape)
 
-    def evidence(self, options: Mapping[str, Any], depth: int = MIN_DEPTH) -> Evidence:
-        """The pass behind a drafter's predictions.
+    def expect(self, options: Mapping[str, Any], drafter: Any, shape: FixedShape) -> Expected:
+        """The expected steps of a drafter with what `Forced` asks for, in any fixed shape.
+
+        Args:
+            options: that the drafter was loaded with.
+            drafter: the drafter.
+            shape: any; of what the drafter does not draft, nothing is accepted.
 
         Raises:
-            ValueError: a drafter that can only be replayed.
+            ValueError: a sampled draft that cannot be worked out.
         """
-        drafter = load_drafter(options, self.target)
-        if not is_forced(drafter):
-            raise ValueError(
-                f"drafter {options.get('type')!r} cannot be given a whole text, so there is no "
-                "evidence of it but its replay; see specdec.drafters.forced"
-            )
-        return self._evidence(options, drafter, depth, 1)
+        sampled = self.is_sampled(shape)
+        width = int(shape.tree.ranks.max()) + 1
+        self._check_sampled(shape, sampled, width)
+        evidence = self.evidence(options, drafter, shape.tree.depth, width if sampled else 1)
+        return expect(evidence, shape, sampled=sampled)
 
-    def _evidence(
-        self, options: Mapping[str, Any], drafter: Any, depth: int, num_siblings: int
+    def replay(self, drafter: Any, **watch: Watch) -> list[list[StepRecord]]:
+        """The steps of a fresh drafter along the texts."""
+        return replay(self.target, drafter, self.texts, self.sampling, self.seed, **watch)
+
+    def is_sampled(self, shape: FixedShape) -> bool:
+        """Whether a draft's tokens are drawn from a law, at these settings."""
+        return not self.sampling.is_greedy and shape.children != "top"
+
+    def evidence(
+        self,
+        options: Mapping[str, Any],
+        drafter: Any,
+        depth: int = MIN_DEPTH,
+        num_siblings: int = 1,
     ) -> Evidence:
+        """The pass behind the predictions of a drafter and of all its shapes.
+
+        Args:
+            options: that the drafter was loaded with.
+            drafter: with what `Forced` asks for.
+            depth: levels, at least; fewer come back of a drafter that has fewer.
+            num_siblings: see `Evidence`.
+        """
         same = {k: v for k, v in options.items() if k not in drafter.shape_options}
         key = json.dumps(same, sort_keys=True, default=str)
         known = self._passes.get(key)
         # A drafter that is bound to fewer levels answers with all it has.
         looked = 0 if known is None else max(known.depth, MIN_DEPTH)
         if known is None or depth > looked or num_siblings > known.num_siblings:
-            if not self.sampling.is_greedy and drafter.shape_options:
+            if not self.sampling.is_greedy:
                 num_siblings = max(num_siblings, MIN_SIBLINGS)
             self._passes[key] = gather_evidence(
                 self.target,

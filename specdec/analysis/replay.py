@@ -5,7 +5,7 @@ and any strategy of one's own. Chosen tokens are accepted where they are the tex
 temperature, so the steps are certain.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,9 @@ from specdec.targets.reading import read_text
 from specdec.verify import Draft, Verdict, match
 from specdec.verify.tree import node_depths
 
+# Told of every step: its text, the tokens done before it, the draft, and what became of it.
+Watch = Callable[[int, int, Draft, Verdict], None]
+
 
 def replay(
     target: Target,
@@ -29,6 +32,7 @@ def replay(
     texts: Sequence[Text],
     sampling: SamplingConfig,
     seed: int = 0,
+    watch: Watch = lambda text, num_done, draft, verdict: None,
 ) -> list[list[StepRecord]]:
     """The steps of a loop with batch size 1 that emits these texts in turn; nothing is timed.
 
@@ -41,13 +45,14 @@ def replay(
         texts: see `check_texts`.
         sampling: text i has seed + i.
         seed: of the first.
+        watch: called with every step.
 
     Raises:
         ValueError: the drafter samples its tokens.
         FloatingPointError: NaN in the target's logits.
     """
     return [
-        _Row(target, drafter, text, index, seeded(sampling, seed, index)).steps()
+        _Row(target, drafter, text, index, seeded(sampling, seed, index)).steps(watch)
         for index, text in enumerate(texts)
     ]
 
@@ -70,14 +75,14 @@ class _Row:
             self.hidden = reading.hidden
 
     @torch.inference_mode()
-    def steps(self) -> list[StepRecord]:
+    def steps(self, watch: Watch) -> list[StepRecord]:
         """Walk from the first new token to the last."""
         text, records = self.text, list[StepRecord]()
         if len(text.tokens) > 1:
             self._begin()
         num_done = 1  # the first token is prefill's
         while num_done < len(text.tokens):
-            record = self._step(num_done)
+            record = self._step(num_done, watch)
             records.append(replace(record, step=len(records)))
             num_done += record.num_emitted
         return records
@@ -89,7 +94,7 @@ class _Row:
         begun = [[*prompt, self.text.tokens[0]]]
         self.drafter.begin(begun, TargetOutput(logits, hidden), self.sampler)
 
-    def _step(self, num_done: int) -> StepRecord:
+    def _step(self, num_done: int, watch: Watch) -> StepRecord:
         text = self.text
         left = len(text.tokens) - num_done
         # As `Request.budget`: the nodes that can still be kept, beside the step's own token.
@@ -99,6 +104,7 @@ class _Row:
         _refuse_sampled(draft, self.drafter)
         depths = node_depths(draft.explicit_parents(), draft.depth)[0]  # [N]
         verdict = self._verdict(draft, depths, num_done)
+        watch(self.index, num_done, draft, verdict)
         tested = int((depths * verdict.tested[0]).max()) if draft.num_nodes else 0
         num_accepted = int(verdict.num_accepted)
         new = text.tokens[num_done : num_done + num_accepted + 1]

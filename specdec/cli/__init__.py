@@ -4,6 +4,7 @@ A command is one file here and one line below.
 """
 
 from specdec.cli import (  # noqa: F401 (they register themselves)
+    analyze,
     bench,
     collect,
     features,

@@ -48,6 +48,7 @@ class DraftModel:
     shape_options: ClassVar[frozenset[str]] = frozenset(
         ("num_draft_tokens", "width", "max_nodes", "confidence_threshold")
     )
+    children = "with_replacement"  # of a chain, above temperature 0
 
     def __init__(
         self,
@@ -175,7 +176,7 @@ class DraftModel:
         if self.makes_trees:
             return None
         chain = from_choices([(0,) * (level + 1) for level in range(self.num_draft_tokens)])
-        return FixedShape(chain, "with_replacement", self.confidence_threshold)
+        return FixedShape(chain, self.children, self.confidence_threshold)
 
     def forced(
         self, tokens: Tensor, hidden: dict[int, Tensor], depth: int, first: int

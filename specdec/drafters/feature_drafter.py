@@ -195,9 +195,14 @@ class FeatureDrafter:
         self._pending.reorder(rows)
 
     @property
+    def children(self) -> str:
+        """See `TreeShape`."""
+        return self.shape.children
+
+    @property
     def fixed_shape(self) -> FixedShape | None:
         """The static tree; a dynamic one chooses its nodes."""
-        return FixedShape(self._static.tree, self.shape.children) if self._static else None
+        return FixedShape(self._static.tree, self.children) if self._static else None
 
     def forced(
         self, tokens: Tensor, hidden: dict[int, Tensor], depth: int, first: int

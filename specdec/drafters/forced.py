@@ -40,6 +40,10 @@ class Forced(Protocol):
     shape_options: ClassVar[frozenset[str]]
 
     @property
+    def children(self) -> str:
+        """How its fixed shapes take tokens above temperature 0, see `FixedShape`."""
+
+    @property
     def fixed_shape(self) -> FixedShape | None:
         """The nodes it drafts; None where that depends on the tokens."""
 

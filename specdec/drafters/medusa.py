@@ -221,9 +221,14 @@ class MedusaDrafter:
         self._feature, self._num_committed = self._feature[rows], self._num_committed[rows]
 
     @property
+    def children(self) -> str:
+        """See `TreeShape`."""
+        return self.shape.children
+
+    @property
     def fixed_shape(self) -> FixedShape:
         """The tree."""
-        return FixedShape(self._plan.tree, self.shape.children)
+        return FixedShape(self._plan.tree, self.children)
 
     def forced(
         self, tokens: Tensor, hidden: dict[int, Tensor], depth: int, first: int

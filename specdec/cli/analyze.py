@@ -1,0 +1,60 @@
+"""`specdec analyze`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from specdec.cli.app import app, exit_statuses, progress_bar, quiet_transformers
+
+
+@app.command()
+@exit_statuses()
+def analyze(
+    config: Annotated[str, typer.Argument(help="a bench's YAML file, or 'demo'")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="texts in place of the target's answers: a folder of specdec regenerate, a JSONL "
+            "file, or plain text"
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="folder for analysis and evidence")] = Path(
+        "runs/analyze"
+    ),
+) -> None:
+    """Work out draft strategies' acceptance along texts, without decoding with them."""
+    from specdec.bench.config import load_config
+
+    settings = load_config(config, overrides or [])  # wrong ones are told before the slow imports
+    from rich.console import Console
+
+    from specdec.analysis.run import run_analysis
+    from specdec.report.analysis_table import analysis_table
+
+    quiet_transformers()
+    with progress_bar() as show:
+        analysis = run_analysis(settings, out, text, show)
+    terminal = Console(width=None if sys.stdout.isatty() else 140)
+    terminal.print(analysis_table(analysis))
+    typer.echo(f"Analysis and evidence: {out}")
+    for each in analysis["drafters"]:
+        if each["not_configured_because"]:
+            typer.echo(f"specdec: {each['name']}: {each['not_configured_because']}", err=True)
+    typer.echo(json.dumps(_summary(analysis)))
+
+
+def _summary(analysis: dict[str, Any]) -> dict[str, Any]:
+    """The last line of output, for machines."""
+    drafters = [
+        {
+            "name": each["name"],
+            "alpha": each["alpha"],
+            "tau": each["configured"] and each["configured"]["tau"],
+        }
+        for each in analysis["drafters"]
+    ]
+    return {"schema": analysis["schema"], "drafters": drafters}
