@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -94,7 +94,15 @@ def failures(config: BenchConfig, done: dict[Key, Outcome], name: str) -> list[d
     ]
 
 
-def peak_memory(outcomes: Iterable[Outcome]) -> dict[str, int | None]:
+class Measured(Protocol):
+    """Anything that knows its memory: a call of a bench or of a suite."""
+
+    @property
+    def memory(self) -> Memory:
+        """As the call left it."""
+
+
+def peak_memory(outcomes: Iterable[Measured]) -> dict[str, int | None]:
     """The largest figure of each kind; None where none was taken."""
     memories = [outcome.memory for outcome in outcomes]
     peaks: dict[str, int | None] = {}

@@ -1,0 +1,1 @@
+"""Suites of `specdec bench`: one turn, many turns, long contexts, many users."""
