@@ -1,9 +1,20 @@
 """How many nodes the next step may draft: by a schedule, or learned as decoding goes."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil
 from typing import Protocol
 
+from specdec.acceptance_estimate import ChainAcceptance, TreeAcceptance
 from specdec.metrics import StepRecord
+
+# Steps without a draft once drafting no longer pays; then they double from probe to probe.
+FIRST_PAUSE = 4
+# Plain steps that may be lost before anything is known.
+FIRST_CREDIT = 0.8
+# Times the probe share that the credit is filled with while drafting is on.
+TRUSTED = 4
 
 
 class DraftLength(Protocol):
@@ -46,3 +57,166 @@ class Schedule:
 
     def learn(self, records: Sequence[StepRecord]) -> None:
         """Nothing: the schedule is fixed."""
+
+
+@dataclass
+class _Switch:
+    """Whether drafting pays at a batch size, and how long it has been off."""
+
+    is_on: bool = False
+    pause: int = 1  # steps until the next probe
+    waited: int = 0
+
+
+class OnlineController:
+    """Drafts as many nodes as have paid best so far, and none where drafting does not pay.
+
+    It knows what a step costs and learns from every step what a draft is worth, for all rows and
+    calls together. Drafting is paid from a credit that what it saves fills up, besides a small
+    share of all decoding: so it starts with short drafts, and on a text that cannot be guessed it
+    costs that share and about one plain step. Where drafting is off, a short draft probes after
+    pauses that double.
+
+    It never reads a clock: it takes its time from `step_s`, so that what it does follows from the
+    records alone. An object learns from one loop at a time.
+
+    Args:
+        step_s: seconds of a whole step by batch size and by nodes a row, 0 nodes (plain decoding)
+            included; nodes in between are interpolated, the nearest batch size counts. It must not
+            hold more nodes than the drafter drafts.
+        acceptance: conditional acceptance by depth, measured before, to begin with.
+        trees: whether the drafter makes trees. Chains are judged by depth; of trees it learns how
+            many tokens each budget in `step_s` gave.
+        margin: share by which drafting must be expected to be faster for it to be turned on.
+        half_life: steps after which an observation counts half.
+        probe_share: share of the decoding time that may be lost on drafts that do not pay.
+
+    Raises:
+        ValueError: a table that cannot be, or an option out of its range.
+    """
+
+    def __init__(
+        self,
+        step_s: Mapping[int, Mapping[int, float]],
+        acceptance: Sequence[float] | None = None,
+        *,
+        trees: bool = False,
+        margin: float = 0.03,
+        half_life: float = 30.0,
+        probe_share: float = 0.01,
+    ) -> None:
+        _check_costs(step_s)
+        _check_options(acceptance, margin, half_life, probe_share)
+        # In units of a plain step of the same batch size: batch sizes then share one account.
+        self._ratios = {size: _ratios(costs) for size, costs in step_s.items()}
+        self._budgets = {
+            size: sorted(set(costs) - {0}) if trees else list(range(1, max(costs) + 1))
+            for size, costs in step_s.items()
+        }
+        self._margin, self._probe_share = margin, probe_share
+        every = sorted({nodes for budgets in self._budgets.values() for nodes in budgets})
+        self._acceptance: ChainAcceptance | TreeAcceptance
+        if trees:
+            self._acceptance = TreeAcceptance(every, half_life, acceptance)
+        else:
+            self._acceptance = ChainAcceptance(max(every), half_life, acceptance)
+        self._switches = {size: _Switch() for size in step_s}
+        self._credit = FIRST_CREDIT
+        self._most_credit = 2 * max(max(ratios) for ratios in self._ratios.values())
+        self._size, self._chosen, self._is_probe = min(step_s), 0, False
+        self._found_some = False  # the last draft that was asked for held a node
+
+    def choose(self, batch_size: int) -> int:
+        """See `DraftLength`."""
+        # Of two equally near sizes the larger one, at which drafting pays less.
+        self._size = min(self._ratios, key=lambda size: (abs(size - batch_size), -size))
+        self._is_probe = False
+        self._chosen = self._best()
+        if not self._switches[self._size].is_on:
+            self._chosen = self._probe()
+        return self._chosen
+
+    def _best(self) -> int:
+        """The nodes with the most tokens per second that the credit can pay for, or 0."""
+        ratios, switch = self._ratios[self._size], self._switches[self._size]
+        expected = self._acceptance.expected()
+        speeds = {n: (1 + expected[n]) / ratios[n] for n in self._budgets[self._size]}
+        was_on = switch.is_on
+        switch.is_on = max(speeds.values()) > (1.0 if was_on else 1 + self._margin)
+        if was_on and not switch.is_on:
+            switch.pause, switch.waited = FIRST_PAUSE, 0
+        affordable = {n: speed for n, speed in speeds.items() if self._can_pay(n) and speed > 1}
+        if not switch.is_on or not affordable:
+            return 0
+        return max(affordable, key=lambda nodes: affordable[nodes])
+
+    def _probe(self) -> int:
+        """A short draft where one is due, or 0."""
+        ratios, switch = self._ratios[self._size], self._switches[self._size]
+        could_pay = any(1 + n > (1 + self._margin) * ratios[n] for n in self._budgets[self._size])
+        shortest = self._budgets[self._size][0]
+        switch.waited += 1
+        if not could_pay or switch.waited < switch.pause or not self._can_pay(shortest):
+            return 0
+        longest_pause = (ratios[shortest] - 1) / self._probe_share
+        switch.waited = 0
+        switch.pause = max(FIRST_PAUSE, min(2 * switch.pause, ceil(longest_pause)))
+        self._is_probe = True
+        return shortest
+
+    def _can_pay(self, nodes: int) -> bool:
+        """Whether the credit covers a draft of which nothing is accepted."""
+        return self._ratios[self._size][nodes] - 1 <= self._credit
+
+    def learn(self, records: Sequence[StepRecord]) -> None:
+        """See `DraftLength`."""
+        self._acceptance.learn(records, self._chosen)
+        # While drafting is believed to pay, bad luck must not keep it off for long.
+        is_trusted = self._switches[self._size].is_on and self._found_some
+        earned = self._probe_share * (TRUSTED if is_trusted else 1)
+        if self._chosen:
+            # A drafter that found nothing may have searched for it as long as for one node.
+            most = max(record.num_drafted for record in records)
+            drafted, self._found_some = max(1, min(self._chosen, most)), most > 0
+            num_tokens = sum(record.num_emitted for record in records) / len(records)
+            earned += num_tokens - self._ratios[self._size][drafted]
+            if self._is_probe and num_tokens > 1:
+                self._switches[self._size].pause = 1  # look again at once
+        self._credit = min(self._most_credit, self._credit + earned)
+
+
+def _ratios(costs: Mapping[int, float]) -> list[float]:
+    """The cost of a step of 0, 1, ... nodes over that of a plain step, interpolated."""
+    known = sorted(costs)
+    ratios = [1.0]
+    for low, high in pairwise(known):
+        slope = (costs[high] - costs[low]) / (high - low)
+        ratios += [(costs[low] + slope * (n - low)) / costs[0] for n in range(low + 1, high + 1)]
+    return ratios
+
+
+def _check_costs(step_s: Mapping[int, Mapping[int, float]]) -> None:
+    if not step_s:
+        raise ValueError("step_s is empty but needs the costs of at least one batch size")
+    for size, costs in step_s.items():
+        if size < 1 or 0 not in costs or len(costs) < 2 or min(costs) < 0:
+            raise ValueError(
+                f"step_s[{size}] has the nodes {sorted(costs)} but must hold 0 (plain decoding) and"
+                " at least one draft, for a batch size of at least 1"
+            )
+        if min(costs.values()) <= 0:
+            raise ValueError(f"step_s[{size}] is {dict(costs)} but seconds must be positive")
+
+
+def _check_options(
+    acceptance: Sequence[float] | None, margin: float, half_life: float, probe_share: float
+) -> None:
+    if acceptance is not None and not (acceptance and all(0 <= x <= 1 for x in acceptance)):
+        raise ValueError(
+            f"acceptance is {list(acceptance)} but must be one share in [0, 1] a depth, or None"
+        )
+    if margin < 0 or half_life <= 0 or not 0 < probe_share < 1:
+        raise ValueError(
+            f"margin is {margin}, half_life {half_life} and probe_share {probe_share}: margin must "
+            "be at least 0, half_life positive and probe_share in (0, 1)"
+        )
