@@ -13,6 +13,7 @@ from specdec.bench.config import ArmConfig, BenchConfig
 from specdec.bench.draft_length import load_draft_length
 from specdec.bench.outcome import Run
 from specdec.decode import generate
+from specdec.draft_length import DraftLength
 from specdec.interfaces import Drafter
 from specdec.registry import load_drafter
 from specdec.sampling_config import SamplingConfig
@@ -54,7 +55,8 @@ def build_arm(config: BenchConfig, target: HFTarget, arm: ArmConfig) -> Arm:
     if arm.type == "hf_assisted":
         return _HFArm(config, target, _assistant(options, target))
     drafter = load_drafter({"type": arm.type, **options}, target)
-    return _LoopArm(config, target, drafter, load_draft_length(arm.draft_length))
+    draft_length = load_draft_length(arm.draft_length, drafter.makes_trees)
+    return _LoopArm(config, target, drafter, draft_length)
 
 
 def _assistant(options: dict[str, Any], target: HFTarget) -> dict[str, Any]:
@@ -86,11 +88,11 @@ class _LoopArm:
         config: BenchConfig,
         target: HFTarget,
         drafter: Drafter | None = None,
-        draft_length: Any = None,
+        draft_length: DraftLength | None = None,
     ) -> None:
         self._config, self._target, self._drafter = config, target, drafter
         self.makes_trees = drafter is not None and drafter.makes_trees
-        self._limits = {} if draft_length is None else {"draft_length": draft_length}
+        self._draft_length = draft_length
 
     def __call__(self, prompts: Sequence[list[int]], indices: Sequence[int]) -> list[Run]:
         config, target = self._config, self._target
@@ -102,7 +104,7 @@ class _LoopArm:
             max_new_tokens=_room(config, target, prompts),
             batch_size=config.batch_size,
             rule=config.rule,
-            **self._limits,
+            draft_length=self._draft_length,
         )
         if any(result.finish_reason == "interrupted" for result in results):
             raise KeyboardInterrupt

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from specdec.draft_length import DraftLength, OnlineController, Schedule
+
 Option = dict[Any, Any] | None
 
 
@@ -22,23 +24,22 @@ def check_draft_length(arm: str, option: Option) -> Option:
     """
     if option is None or (set(option) == {"plan"} and isinstance(option["plan"], str)):
         return option
-    for size, nodes in option.items():
-        if not (_is_int(size) and size >= 1 and _is_int(nodes) and nodes >= 0):
-            raise ValueError(
-                f"config arms: draft_length of {arm!r} holds {size!r}: {nodes!r}, but must map "
-                "batch sizes from 1 to numbers of nodes from 0, as in {1: 6, 8: 0}, or be "
-                "{plan: PATH} of a plan.json"
-            )
-    if not option:
+    try:
+        Schedule(option)
+    except ValueError as error:
         raise ValueError(
-            f"config arms: draft_length of {arm!r} is empty but must hold at least one batch size, "
-            "as in {1: 6, 8: 0}; or leave it out"
-        )
+            f"config arms: draft_length of {arm!r}: {error}; it must map batch sizes to numbers of "
+            "nodes, as in {1: 6, 8: 0}, or be {plan: PATH} of a plan.json"
+        ) from error
     return dict(sorted(option.items()))
 
 
-def load_draft_length(option: Option) -> Any:
+def load_draft_length(option: Option, makes_trees: bool = False) -> DraftLength | None:
     """What `generate` takes as `draft_length`, built afresh; None for no limit.
+
+    Args:
+        option: the arm's `draft_length`.
+        makes_trees: whether its drafter does.
 
     Raises:
         FileNotFoundError: the plan is not there.
@@ -46,10 +47,9 @@ def load_draft_length(option: Option) -> Any:
     """
     if option is None:
         return None
-    from specdec.draft_length import OnlineController, Schedule
-
     if "plan" in option:
-        return OnlineController(_step_s(Path(option["plan"]).expanduser()))
+        path = Path(option["plan"]).expanduser()
+        return OnlineController(_step_s(path), trees=makes_trees)
     return Schedule(option)
 
 
@@ -70,7 +70,3 @@ def _step_s(path: Path) -> dict[int, dict[int, float]]:
             f"draft_length.plan {str(path)!r} holds no controller.step_s; give a plan.json that "
             "specdec plan wrote"
         ) from error
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -173,9 +173,9 @@ def test_a_folder_of_another_configuration_or_of_other_prompts_is_refused(config
         ("prompts_per_call=-1", "prompts_per_call is -1 but must be 0 or at least batch_size, 1"),
         ("sampling.min_new_tokens=13", "at most max_new_tokens, 12"),
         ("arms=[{type: ngram, draft_length: 4}]", "draft_length"),
-        ("arms=[{type: ngram, draft_length: {}}]", "is empty but must hold"),
-        ("arms=[{type: ngram, draft_length: {0: 4}}]", "'ngram' holds 0: 4"),
-        ("arms=[{type: ngram, draft_length: {1: -1}}]", "'ngram' holds 1: -1"),
+        ("arms=[{type: ngram, draft_length: {}}]", "'ngram': .*needs an entry for batch size 1"),
+        ("arms=[{type: ngram, draft_length: {1: 2, 0: 4}}]", "'ngram': batch size 0 must be"),
+        ("arms=[{type: ngram, draft_length: {1: -1}}]", "nodes for batch size 1 is -1"),
         ("arms=[{type: ngram, draft_length: {plans: x}}]", "{plan: PATH}"),
         ("arms=[{type: hf_prompt_lookup, draft_length: {1: 2}}]", "takes no draft_length"),
         ("batch_size=2", "'assisted' .* one prompt at a time, but batch_size is 2"),
@@ -249,3 +249,38 @@ def test_an_answer_that_ended_itself_is_told_from_one_that_was_cut():
     (_, _, found) = summarise(config, tables, {name: [] for name in names}, ["a"] * 3, [7])
     assert found["finish"] == {"eos": 1, "length": 1}
     assert [row and row["finish"] for row in found["per_prompt"]] == ["eos", "length", None]
+
+
+def test_a_schedule_limits_what_an_arm_drafts_and_a_plan_controls_it(config, models, tmp_path):
+    model = f"type: draft_model, options: {{path: {models / 'draft'}, num_draft_tokens: 4}}"
+    plan = tmp_path / "plan.json"
+    plan.write_text('{"controller": {"step_s": {"1": {"0": 1.0, "2": 9.0}}}}')
+    arms = {
+        "free": "",
+        "two": ", draft_length: {1: 2}",
+        "none": ", draft_length: {1: 0}",
+        # A draft that is said to cost nine plain steps is hardly ever made.
+        "planned": f", draft_length: {{plan: {plan}}}",
+    }
+    listed = ", ".join(f"{{name: {name}, {model}{more}}}" for name, more in arms.items())
+    results = run_bench(load_config(str(config), [f"arms=[{listed}]"]), tmp_path / "out")
+    assert len(arm(results, "free")["per_depth"]) == 4
+    assert len(arm(results, "two")["per_depth"]) == 2
+    assert arm(results, "two")["draft_length"] == {"1": 2}
+    assert arm(results, "none")["per_depth"] == []
+    assert arm(results, "none")["tau"] == 1.0
+    drafted = {
+        name: sum(row["drafted"] for row in arm(results, name)["per_prompt"]) for name in arms
+    }
+    assert drafted["planned"] < drafted["two"] < drafted["free"]
+    assert violations(results, json.loads(SCHEMA.read_text())) == []
+
+
+@pytest.mark.parametrize("content", [None, "{}", "[]", "text", '{"controller": {"step_s": 3}}'])
+def test_a_plan_without_a_controller_is_named(config, tmp_path, content):
+    plan = tmp_path / "plan.json"
+    if content is not None:
+        plan.write_text(content)
+    settings = load_config(str(config), [f"arms=[{{type: ngram, draft_length: {{plan: {plan}}}}}]"])
+    with pytest.raises((ValueError, FileNotFoundError), match=r"draft_length.plan .*specdec plan"):
+        run_bench(settings, tmp_path / "out")

@@ -162,7 +162,7 @@ def _build_arms(config: SuiteConfig, target: HFTarget) -> dict[str, _Arm]:
     arms = {"plain": _Arm()}
     for arm in config.arms:
         drafter = load_drafter({"type": arm.type, **arm.options}, target)
-        arms[arm.name] = _Arm(drafter, load_draft_length(arm.draft_length))
+        arms[arm.name] = _Arm(drafter, load_draft_length(arm.draft_length, drafter.makes_trees))
     return arms
 
 
