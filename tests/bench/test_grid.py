@@ -1,8 +1,12 @@
 """Grids: every combination once, by a name of its own; what cannot be is named."""
 
+import re
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
 
-from specdec.bench.config import load_config
+from specdec.bench.config import BenchConfig, load_config
 from specdec.bench.grid import load_cells, short_names
 
 
@@ -132,3 +136,17 @@ def test_a_grid_that_maps_nothing_is_named(tmp_path, grid):
         ValueError, match=r"config grid is .* but must map keys of the configuration"
     ):
         load_cells(str(tmp_path / "bench.yaml"))
+
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "bench.md").read_text()
+
+
+def test_the_documented_grid_can_be_run_and_every_key_is_documented(tmp_path):
+    (block,) = re.findall(r"```yaml\n(.*?)```", DOCUMENT, re.S)
+    (tmp_path / "bench.yaml").write_text(block)
+    cells = load_cells(str(tmp_path / "bench.yaml"))
+    assert len(cells) == 8
+    names = [arm.name for arm in cells[0].config.arms]
+    assert names == ["suffix", "eagle3 3x1", "eagle3 3x3", "eagle3 6x1", "eagle3 6x3"]
+    for field in fields(BenchConfig):
+        assert f"`{field.name}" in DOCUMENT, field.name
