@@ -10,6 +10,7 @@ from specdec.cli import (  # noqa: F401 (they register themselves)
     features,
     generate,
     heads,
+    plan,
     proxy,
     regenerate,
     train,

@@ -1,0 +1,80 @@
+"""`specdec plan`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from specdec.cli.app import app, exit_statuses, progress_bar, quiet_transformers
+
+
+@app.command()
+@exit_statuses()
+def plan(
+    config: Annotated[
+        str, typer.Argument(help="a bench's YAML, 'demo', or stated parameters with --roofline")
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
+    out: Annotated[Path, typer.Option(help="folder for what is measured, and the plan")] = Path(
+        "runs/plan"
+    ),
+    quick: Annotated[bool, typer.Option(help="measure few points, to try things out")] = False,
+    roofline: Annotated[
+        bool, typer.Option(help="estimate hardware that is not here; measures nothing")
+    ] = False,
+) -> None:
+    """Measure costs, combine them with acceptance, and choose drafter and draft length."""
+    if roofline:
+        _estimate(config, overrides or [], out)
+    else:
+        _plan(config, overrides or [], out, quick)
+
+
+def _plan(config: str, overrides: list[str], out: Path, quick: bool) -> None:
+    from specdec.bench.config import load_config
+
+    settings = load_config(config, overrides)  # wrong ones are told before the slow imports
+    from specdec.planning.plan import run_plan
+    from specdec.report.plan_table import costs_table, plan_table, schedule_table
+
+    quiet_transformers()
+    with progress_bar() as show:
+        found = run_plan(settings, out, show, quick=quick)
+    _print(costs_table(found), schedule_table(found), plan_table(found))
+    for reason in found["costs"]["skipped"]:
+        typer.echo(f"specdec: {reason}; it is left out", err=True)
+    typer.echo(f"Plan: {out / 'plan.json'}\nRuns the choice: specdec bench {out / 'bench.yaml'}")
+    keys = ("name", "type", "options", "predicted_speedup", "predicted_speedup_ci")
+    summary = {"schema": found["schema"], "choice": {k: found["choice"][k] for k in keys}}
+    typer.echo(json.dumps({**summary, "schedule": found["schedule"]}))
+
+
+def _estimate(path: str, overrides: list[str], out: Path) -> None:
+    from specdec.planning.hardware import load_hardware
+    from specdec.planning.roofline import estimate
+
+    hardware = load_hardware(path, overrides)
+    from specdec.bench.store import replace_file
+    from specdec.report.plan_table import estimate_table
+
+    found = estimate(hardware)
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "estimate.json"
+    replace_file(file, (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
+    _print(estimate_table(found))
+    typer.echo("This is an estimate. It assumes:")
+    for assumption in found["assumptions"]:
+        typer.echo(f"- {assumption}")
+    typer.echo(f"Estimate: {file}")
+    best = [{k: row[k] for k in ("name", "batch_size", "best")} for row in found["drafters"]]
+    typer.echo(json.dumps({"schema": found["schema"], "label": found["label"], "best": best}))
+
+
+def _print(*tables: object) -> None:
+    from rich.console import Console
+
+    terminal = Console(width=None if sys.stdout.isatty() else 140)
+    for table in tables:
+        terminal.print(table)

@@ -1,0 +1,174 @@
+"""The configurations that are compared: those given, and the other shapes of their drafters."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from specdec.bench.config import SINGLE_PROMPT_TYPES, ArmConfig
+from specdec.interfaces import Drafter
+from specdec.planning.shape import (
+    Candidate,
+    Shape,
+    base_options,
+    is_searched,
+    rule_of,
+    to_options,
+)
+from specdec.registry import load_drafter
+
+CHAIN_DEPTHS = range(1, 13)
+TREE_DEPTHS, TREE_WIDTHS = (2, 3, 4, 6, 8), (2, 3, 4)
+TREE_NODES = (4, 6, 8, 12, 16, 24)
+NODES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
+THRESHOLD_DEPTHS, THRESHOLDS = (6, 12), (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
+# A drafter of which one shape is timed alone has as many decodings as others have shapes.
+TIMES_GIVEN = 3
+# What is timed; the fit says the rest.
+TIMED_CHAINS = (1, 2, 4, 8, 12)
+TIMED_TREES = ((2, 2, 4), (4, 2, 8), (4, 4, 12), (8, 2, 12), (6, 3, 16), (8, 4, 24))
+TIMED_NODES = (1, 3, 6, 12, 20, 32)
+
+
+class Family:
+    """One drafter of the configuration: its arms, and the shapes it can take.
+
+    Args:
+        name: of the drafter.
+        kind: its type.
+        base: its options without the shape.
+        shape_limits: most levels of a tree, where the drafter has an upper bound.
+    """
+
+    def __init__(self, name: str, kind: str, base: Mapping[str, Any]) -> None:
+        self.name, self.kind, self.base = name, kind, dict(base)
+        self.rule = rule_of(kind)
+        self.given: list[Candidate] = []
+
+    def candidate(self, shape: Shape) -> Candidate:
+        """This drafter in a shape, named after it."""
+        return Candidate(
+            f"{self.name} {label(self.rule.names, shape)}",
+            self.kind,
+            to_options(self.kind, self.base, shape),
+            self.name,
+            shape,
+        )
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether other shapes than the given are tried."""
+        return is_searched(self.kind, self.base)
+
+    def searched(self) -> list[Candidate]:
+        """The given configurations first, then every other shape."""
+        given = {_key(c.options) for c in self.given}
+        found = [self.candidate(shape) for shape in self._shapes()] if self.is_searched else []
+        return [*self.given, *(c for c in found if _key(c.options) not in given)]
+
+    def _shapes(self) -> Iterator[Shape]:
+        kinds = self.rule.searched
+        if "chain" in kinds:
+            yield from (chain(depth) for depth in CHAIN_DEPTHS)
+        if "tree" in kinds:
+            yield from _trees()
+        if "nodes" in kinds:
+            is_tree = self.given[0].shape.is_tree
+            yield from (budget(nodes, is_tree and nodes > 1) for nodes in NODES)
+        if "threshold" in kinds:
+            for depth in THRESHOLD_DEPTHS:
+                yield from (Shape(depth, 1, depth, False, t) for t in THRESHOLDS)
+
+    def timed(self) -> list[Candidate]:
+        """The shapes whose steps are timed, from which the others follow."""
+        if not self.is_searched:
+            return self.given * TIMES_GIVEN
+        kinds = self.rule.searched
+        shapes: list[Shape] = []
+        if "chain" in kinds:
+            shapes += [chain(depth) for depth in TIMED_CHAINS]
+        if "tree" in kinds:
+            shapes += [Shape(d, w, n, True) for d, w, n in TIMED_TREES]
+        if "nodes" in kinds:
+            is_tree = self.given[0].shape.is_tree
+            shapes += [budget(nodes, is_tree and nodes > 1) for nodes in TIMED_NODES]
+        return [self.candidate(shape) for shape in shapes]
+
+
+def chain(depth: int) -> Shape:
+    """A chain of `depth` tokens."""
+    return Shape(depth, 1, depth, False)
+
+
+def budget(nodes: int, is_tree: bool) -> Shape:
+    """A draft of which only the number of nodes is chosen."""
+    return Shape(0, 1, nodes, is_tree)
+
+
+def _trees() -> Iterator[Shape]:
+    for depth in TREE_DEPTHS:
+        for width in TREE_WIDTHS:
+            # What can be drafted at all: the first level's children and each beam's after it.
+            most = width + (depth - 1) * width * width
+            for nodes in TREE_NODES:
+                if depth < nodes <= most:
+                    yield Shape(depth, width, nodes, True)
+
+
+def label(names: Mapping[str, str], shape: Shape) -> str:
+    """A shape in words, as in "chain 5" or "tree 5x2 of 7"."""
+    if "depth" not in names:
+        return f"{shape.nodes} nodes"
+    if shape.is_tree:
+        return f"tree {shape.depth}x{shape.width} of {shape.nodes}"
+    ending = f" above {shape.threshold:g}" if shape.threshold else ""
+    return f"chain {shape.depth}{ending}"
+
+
+def families(arms: Sequence[ArmConfig], target: Any) -> list[Family]:
+    """The drafters of a configuration; arms that differ in their shape alone are one.
+
+    Args:
+        arms: of the bench; those of transformers are passed over.
+        target: an `HFTarget`.
+
+    Raises:
+        ValueError: no arm with a drafter, or one whose options do not hold.
+    """
+    found: dict[str, Family] = {}
+    for arm in arms:
+        if arm.type in SINGLE_PROMPT_TYPES:
+            continue
+        base = base_options(arm.type, arm.options)
+        key = _key({"type": arm.type, **base})
+        if key not in found:
+            taken = {family.name for family in found.values()}
+            name = arm.type if arm.type not in taken else arm.name
+            found[key] = Family(name, arm.type, base)
+        family = found[key]
+        drafter = load_drafter({"type": arm.type, **arm.options}, target)
+        shape = shape_of(arm.type, arm.options, drafter)
+        family.given.append(
+            Candidate(arm.name, arm.type, dict(arm.options), family.name, shape, True)
+        )
+    if not found:
+        raise ValueError(
+            "config arms holds no drafter to plan with; add at least one, for instance "
+            "{type: ngram}"
+        )
+    return list(found.values())
+
+
+def shape_of(kind: str, options: Mapping[str, Any], drafter: Drafter) -> Shape:
+    """The shape of a drafter that is built."""
+    names = rule_of(kind).names
+    nodes, is_tree = drafter.max_nodes, drafter.makes_trees
+    if "depth" not in names:
+        return budget(nodes, is_tree)
+    holder: Any = getattr(drafter, "shape", drafter)
+    depth = min(getattr(holder, names["depth"]), nodes)
+    width = holder.width if is_tree else 1
+    threshold = getattr(drafter, names["threshold"]) if "threshold" in names else 0.0
+    return Shape(depth, width, nodes, is_tree, threshold)
+
+
+def _key(options: Mapping[str, Any]) -> str:
+    return repr(sorted(options.items()))

@@ -1,0 +1,147 @@
+"""Everything that is timed for a plan, point by point, kept in a journal as it comes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from specdec.data.journal import Journal
+from specdec.planning.costs import ForwardCost, ForwardPoint, forward_points
+from specdec.planning.forward_times import Grid, time_cell
+from specdec.planning.loop_times import (
+    Drafters,
+    TimedRun,
+    Workload,
+    from_row,
+    sequence,
+    time_run,
+    timed_runs,
+    to_row,
+)
+from specdec.planning.shape import Candidate
+from specdec.targets.memory import is_out_of_memory
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured.
+
+    Attributes:
+        grid: of isolated forwards.
+        rounds: decodings of every timed shape at the planned batch size.
+        batch_rounds: the same at each other batch size.
+    """
+
+    grid: Grid
+    rounds: int
+    batch_rounds: int
+
+
+FULL = Effort(Grid(), rounds=8, batch_rounds=3)
+QUICK = Effort(Grid((1, 2, 4, 8, 16), (1, 2), (16, 64), repeats=1), rounds=2, batch_rounds=1)
+
+
+class Measurements:
+    """Measures what the journal does not hold yet.
+
+    Args:
+        target: an `HFTarget`.
+        work: what the timed decodings decode.
+        effort: how much is measured.
+        journal: of the plan's folder.
+        progress: called with points done, points in all, and what runs next.
+    """
+
+    def __init__(
+        self, target: Any, work: Workload, effort: Effort, journal: Journal, progress: Progress
+    ) -> None:
+        self._target, self._work, self._effort = target, work, effort
+        self._journal, self._progress = journal, progress
+        self._known = {_key(row): row for row in journal.entries}
+        self._drafters = Drafters(target)
+
+    def forwards(self, batch_size: int) -> tuple[ForwardCost, list[ForwardPoint], list[str]]:
+        """The target's forwards, the given batch size among them: fit, points, what did not fit."""
+        grid = self._effort.grid.within(self._target.max_context_len)
+        if batch_size not in grid.batches:
+            sizes = tuple(sorted({*grid.batches, batch_size}))
+            grid = Grid(grid.new_tokens, sizes, grid.contexts, grid.repeats)
+        cells = list(grid.cells())
+        rows = []
+        for done, (repeat, batch, context) in enumerate(cells):
+            self._progress(done, len(cells), f"forwards of {batch} rows behind {context} tokens")
+            name = {"phase": "forward", "repeat": repeat, "batch": batch, "context": context}
+            rows.append(self._row(name, partial(time_cell, self._target, grid, batch, context)))
+        self._progress(len(cells), len(cells), "forwards")
+        points = forward_points(rows)
+        skipped = sorted({row["skipped"] for row in rows if "skipped" in row})
+        return ForwardCost(points), points, skipped
+
+    def decodings(
+        self, candidates: Sequence[Candidate], batch_size: int, rounds: int
+    ) -> list[TimedRun]:
+        """Short decodings with every candidate, and plainly in between.
+
+        Raises:
+            RuntimeError: a batch of this size does not fit into memory.
+        """
+        runs = sequence(candidates)
+        found: list[TimedRun] = []
+        self._warm_up(candidates, batch_size)
+        for index in range(rounds):
+            steps = []
+            for slot, run in enumerate(runs):
+                name = run.name if run else "plain"
+                done = index * len(runs) + slot
+                self._progress(done, rounds * len(runs), f"steps of {batch_size} rows: {name}")
+                row = self._row(
+                    _run_name(batch_size, index, slot, name),
+                    partial(self._decode, run, batch_size, index),
+                )
+                steps.append(from_row(row["steps"]))
+            found += timed_runs(runs, steps)
+        self._progress(rounds * len(runs), rounds * len(runs), "steps")
+        return found
+
+    def _warm_up(self, candidates: Sequence[Candidate], batch_size: int) -> None:
+        """Decode once with each drafter, unless all is measured: first steps are slow."""
+        for slot, candidate in enumerate(sequence(candidates)):
+            name = candidate.name if candidate else "plain"
+            if _key(_run_name(batch_size, 0, slot, name)) not in self._known:
+                # Another prompt than the first round's: a drafter may remember its outputs.
+                self._decode(candidate, batch_size, -1)
+
+    def _decode(self, run: Candidate | None, batch_size: int, index: int) -> dict[str, Any]:
+        drafter = self._drafters.get(run) if run else None
+        first = index * batch_size
+        return {"steps": to_row(time_run(self._target, drafter, self._work, batch_size, first))}
+
+    def _row(self, name: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The journal's row of this name, measured now if it is not there."""
+        key = _key(name)
+        if key not in self._known:
+            row = {**name, **measure()}
+            self._journal.append(row)
+            self._known[key] = row
+        return self._known[key]
+
+
+def _run_name(batch_size: int, index: int, slot: int, name: str) -> dict[str, Any]:
+    return {"phase": "loop", "batch": batch_size, "round": index, "slot": slot, "name": name}
+
+
+def _key(row: dict[str, Any]) -> str:
+    names = ("phase", "repeat", "batch", "context", "round", "slot", "name")
+    return repr([row.get(name) for name in names])
+
+
+def fits(measure: Callable[[], list[TimedRun]]) -> list[TimedRun] | None:
+    """What was timed, or None where memory ran out."""
+    try:
+        return measure()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    return None

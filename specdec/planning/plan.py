@@ -1,0 +1,245 @@
+"""`specdec plan`: measure costs, combine them with acceptance, choose, and write the plan."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from specdec.analysis.predict import Predictor
+from specdec.analysis.texts import Text, target_answers
+from specdec.bench.config import ArmConfig, BenchConfig
+from specdec.bench.prompts import load_prompts, render
+from specdec.bench.provenance import collect, fingerprint
+from specdec.bench.store import replace_file
+from specdec.bench.turns import unfold_turns
+from specdec.checkpoints.identity import identify_target
+from specdec.data.journal import Journal
+from specdec.planning.candidates import Family, families
+from specdec.planning.costs import Costs, ForwardCost
+from specdec.planning.loop_times import TimedRun, Workload
+from specdec.planning.measure import FULL, QUICK, Effort, Measurements, Progress, fits
+from specdec.planning.prediction import Forecast, Predict, Prediction
+from specdec.planning.schedule import MARGIN, Schedule, schedule
+from specdec.planning.search import search
+from specdec.request import encode
+from specdec.sampling_config import SamplingConfig
+from specdec.targets.load import load_target
+
+RUNNERS_UP = 5
+
+
+def run_plan(
+    config: BenchConfig,
+    folder: Path,
+    progress: Progress = lambda done, total, text: None,
+    *,
+    quick: bool = False,
+) -> dict[str, Any]:
+    """Plan a bench's drafters on this machine; writes `plan.json` and `bench.yaml`.
+
+    Args:
+        config: target, prompts, sampling, and arms, which say which drafters there are.
+        folder: what was measured is kept there in `costs.jsonl`, and not measured again.
+        progress: called with points done, points in all, and what runs next.
+        quick: measure few points once, to try things out.
+
+    Returns:
+        The content of `plan.json`.
+
+    Raises:
+        ValueError: no arm with a drafter, options or settings whose acceptance cannot be worked
+            out, or a folder of another plan.
+        OSError: the folder cannot be written, or is full; finished points are kept.
+    """
+    torch.set_num_threads(config.threads)
+    planner = _Planner(config, QUICK if quick else FULL, progress)
+    identity = planner.identity(quick)
+    journal = Journal(folder / "costs.jsonl", identity)
+    try:
+        found = planner.plan(journal)
+    finally:
+        journal.close()
+    replace_file(folder / "bench.yaml", _yaml(found["config"], found["choice"]).encode())
+    text = json.dumps(found, indent=1, allow_nan=False) + "\n"
+    replace_file(folder / "plan.json", text.encode())
+    return found
+
+
+class _Planner:
+    """What a plan works with: target, workload, drafters."""
+
+    def __init__(self, config: BenchConfig, effort: Effort, progress: Progress) -> None:
+        self.config, self.effort, self.progress = config, effort, progress
+        where = config.prompts
+        prompts = load_prompts(where.source, where.num, where.data_dir, where.seed)
+        self.mark = fingerprint(config, prompts)
+        self.target = load_target(**vars(config.target))
+        self.provenance = collect(config, self.mark, self.target)
+        prompts = unfold_turns(prompts, self.target, config.max_new_tokens, progress)
+        tokenizer = self.target.tokenizer
+        ids = [encode(render(p, tokenizer), self.target, i) for i, p in enumerate(prompts)]
+        self.sampling = SamplingConfig(**vars(config.sampling), seed=config.seed)
+        self.work = Workload(ids, self.sampling, config.max_new_tokens, config.rule)
+        self.families = families(config.arms, self.target)
+
+    def identity(self, quick: bool) -> dict[str, Any]:
+        """Facts that make measured points belong to this plan."""
+        kept = ("device", "cpu", "threads", "dtype", "quantized")
+        return {
+            "plan": self.mark,
+            "quick": quick,
+            **{key: self.provenance[key] for key in kept},
+        }
+
+    def plan(self, journal: Journal) -> dict[str, Any]:
+        """Measure, predict, choose."""
+        size = self.config.batch_size
+        measured = Measurements(self.target, self.work, self.effort, journal, self.progress)
+        forward, points, skipped = measured.forwards(size)
+        timed = [candidate for family in self.families for candidate in family.timed()]
+        runs = {size: measured.decodings(timed, size, self.effort.rounds)}
+        texts = self._texts()
+        predict = self._predictor(texts)
+        context = _mean_context(texts)
+        forecast = Forecast(Costs(forward, runs), predict, context, self.config.seed)
+        ranked = self._search(forecast)
+        family = next(f for f in self.families if f.name == ranked[0].candidate.drafter)
+        runs |= self._other_batches(measured, forward, family)
+        costs = Costs(forward, runs)
+        everywhere = Forecast(costs, predict, context, self.config.seed)
+        lengths = schedule(everywhere, ranked[0].candidate, sorted(runs))
+        return {
+            "schema": "specdec-plan-1",
+            "provenance": self.provenance,
+            "target": asdict(identify_target(self.target)),
+            "workload": {
+                "prompts": len(texts),
+                "tokens": sum(len(text.tokens) for text in texts),
+                "mean_context": context,
+            },
+            "costs": {
+                "points": [vars(point) for point in points],
+                "skipped": skipped,
+                **costs.to_json(),
+            },
+            **self._decision(ranked, lengths),
+        }
+
+    def _texts(self) -> list[Text]:
+        self.progress(0, 1, "the target's own answers")
+        config = self.config
+        return target_answers(
+            self.target, list(self.work.prompts), self.sampling, config.max_new_tokens
+        )
+
+    def _predictor(self, texts: list[Text]) -> Predict:
+        config = self.config
+        return Predictor(self.target, texts, self.sampling, config.seed, config.rule).predict
+
+    def _search(self, forecast: Forecast) -> list[Prediction]:
+        size = self.config.batch_size
+        candidates = [c for family in self.families for c in family.searched()]
+        return search(
+            candidates,
+            lambda candidate: forecast(candidate, size),
+            lambda candidate, larger: forecast.bound(candidate, size, larger),
+            self.progress,
+        )
+
+    def _other_batches(
+        self, measured: Measurements, forward: ForwardCost, family: Family
+    ) -> dict[int, list[TimedRun]]:
+        """The chosen drafter's decodings at the batch sizes that fit into memory."""
+        runs = {}
+        for size in forward.batch_sizes:
+            if size != self.config.batch_size:
+                found = fits(_decodings(measured, family, size, self.effort.batch_rounds))
+                if found is None:
+                    break
+                runs[size] = found
+        return runs
+
+    def _decision(self, ranked: Sequence[Prediction], lengths: Schedule) -> dict[str, Any]:
+        best = ranked[0]
+        pays = best.speedup > 1 + MARGIN
+        arm = ArmConfig(best.candidate.name, best.candidate.type, best.candidate.options)
+        chosen = asdict(self.config) | {"arms": [asdict(arm)] if pays else []}
+        return {
+            "configurations": [prediction.to_json() for prediction in ranked],
+            "choice": best.to_json() if pays else _plain(best),
+            "runners_up": [p.to_json() for p in ranked[pays:][:RUNNERS_UP]],
+            "schedule": {str(size): nodes for size, nodes in lengths.nodes.items()},
+            "schedule_predictions": lengths.to_json()["predictions"],
+            "controller": {
+                "drafter": best.candidate.drafter,
+                "step_s": {
+                    str(size): {str(nodes): seconds for nodes, seconds in row.items()}
+                    for size, row in lengths.step_s.items()
+                },
+            },
+            "config": _not_default(chosen, BenchConfig()),
+        }
+
+
+def _decodings(
+    measured: Measurements, family: Family, size: int, rounds: int
+) -> Callable[[], list[TimedRun]]:
+    return lambda: measured.decodings(family.timed(), size, rounds)
+
+
+def _mean_context(texts: Sequence[Text]) -> float:
+    """Tokens in the cache at the mean step."""
+    return sum(len(text.prompt) + len(text.tokens) / 2 for text in texts) / len(texts)
+
+
+def _plain(beside: Prediction) -> dict[str, Any]:
+    """Plain decoding as the choice, where no drafter is worth it."""
+    plain = beside.plain
+    return {
+        "name": "plain",
+        "type": "plain",
+        "options": {},
+        "is_given": False,
+        "batch_size": beside.batch_size,
+        "predicted_tau": 1.0,
+        "predicted_tau_ci": None,
+        "predicted_speedup": 1.0,
+        "predicted_speedup_ci": None,
+        "step_ms": {
+            "draft": 0.0,
+            "target": 1000 * plain.target_s,
+            "other": 1000 * plain.other_s,
+            "wall": 1000 * plain.wall_s,
+        },
+        "plain_step_ms": 1000 * plain.wall_s,
+    }
+
+
+def _not_default(given: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """What differs from a dataclass's defaults; nested dataclasses likewise."""
+    kept: dict[str, Any] = {}
+    for field in fields(default):
+        value, usual = given[field.name], getattr(default, field.name)
+        if is_dataclass(usual):
+            value = _not_default(value, usual)
+            usual = {}
+        if value != usual:
+            kept[field.name] = value
+    for arm in kept.get("arms", []):
+        for key in [key for key, value in arm.items() if value in (None, {})]:
+            del arm[key]
+    return kept
+
+
+def _yaml(config: Mapping[str, Any], choice: Mapping[str, Any]) -> str:
+    """The configuration that runs the choice."""
+    header = (
+        f"# The choice of specdec plan: {choice['name']}, predicted to be "
+        f"{choice['predicted_speedup']:.2f} times as fast as plain decoding.\n"
+        "#\n#   specdec bench bench.yaml --out runs/choice\n"
+    )
+    return header + OmegaConf.to_yaml(OmegaConf.create(dict(config)))

@@ -1,0 +1,207 @@
+"""Acceptance times cost: the speed that a configuration is predicted to have."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any, Protocol
+
+import numpy as np
+
+from specdec.planning.costs import Costs, Sizes, StepTime
+from specdec.planning.shape import Candidate, rule_of
+
+NUM_RESAMPLES = 2000
+
+
+class Expectation(Protocol):
+    """What acceptance says of a configuration, by prompt; see `specdec.analysis.expected`."""
+
+    @property
+    def tokens(self) -> Sequence[float]:
+        """Emitted tokens, prefill's own one included."""
+
+    @property
+    def steps(self) -> Sequence[float]:
+        """Verify steps."""
+
+    @property
+    def drafted(self) -> Sequence[float]:
+        """Nodes drafted in all steps."""
+
+    @property
+    def tested_at(self) -> Sequence[Sequence[float]]:
+        """Steps that judge a token at depth 1, 2, ..., by prompt."""
+
+    @property
+    def tau(self) -> float:
+        """Tokens a step, over all prompts."""
+
+    def tau_interval(self) -> tuple[float, float] | None:
+        """95 % of it."""
+
+
+Predict = Callable[[Mapping[str, Any]], Expectation]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A configuration's predicted speed.
+
+    Attributes:
+        candidate: the configuration.
+        batch_size: rows.
+        tau: tokens a step.
+        tau_ci: 95 % interval over prompts; None for one prompt.
+        speedup: over plain decoding, the mean over prompts.
+        speedup_ci: 95 % interval over prompts, with the error of the costs.
+        step: seconds of the mean step.
+        plain: seconds of a step of plain decoding.
+    """
+
+    candidate: Candidate
+    batch_size: int
+    tau: float
+    tau_ci: tuple[float, float] | None
+    speedup: float
+    speedup_ci: tuple[float, float] | None
+    step: StepTime
+    plain: StepTime
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of one row."""
+        return self.speedup / self.plain.wall_s
+
+    def to_json(self) -> dict[str, Any]:
+        """Fields as JSON."""
+        return {
+            "name": self.candidate.name,
+            "type": self.candidate.type,
+            "options": self.candidate.options,
+            "is_given": self.candidate.is_given,
+            "batch_size": self.batch_size,
+            "predicted_tau": self.tau,
+            "predicted_tau_ci": self.tau_ci,
+            "predicted_speedup": self.speedup,
+            "predicted_speedup_ci": self.speedup_ci,
+            "step_ms": {
+                "draft": 1000 * self.step.draft_s,
+                "target": 1000 * self.step.target_s,
+                "other": 1000 * self.step.other_s,
+                "wall": 1000 * self.step.wall_s,
+            },
+            "plain_step_ms": 1000 * self.plain.wall_s,
+        }
+
+
+class Forecast:
+    """Predicts configurations from costs and acceptance; acceptance is asked once for each.
+
+    Args:
+        costs: of this machine.
+        predict: acceptance of a drafter's options.
+        context: tokens in the cache, the mean over the workload.
+        seed: of the bootstrap.
+    """
+
+    def __init__(self, costs: Costs, predict: Predict, context: float, seed: int = 0) -> None:
+        self.costs, self.context, self._predict, self._seed = costs, context, predict, seed
+        self._known: dict[str, Expectation] = {}
+
+    def expected(self, candidate: Candidate) -> Expectation:
+        """Acceptance of a candidate."""
+        key = repr((candidate.type, sorted(candidate.options.items())))
+        if key not in self._known:
+            self._known[key] = self._predict({"type": candidate.type, **candidate.options})
+        return self._known[key]
+
+    def __call__(self, candidate: Candidate, batch_size: int) -> Prediction:
+        """The prediction of a candidate."""
+        return self._of(candidate, batch_size, self.expected(candidate))
+
+    def bound(self, candidate: Candidate, batch_size: int, larger: Candidate) -> float:
+        """Speed that a candidate cannot pass: a larger draft's acceptance at its own cost."""
+        if _varies(candidate):
+            return inf  # its cost depends on how much it drafts, which only a prediction tells
+        expected = self.expected(larger)
+        tau = _taus(expected)
+        # Near the end of a text drafts are cut, those of a small shape less than those of a large.
+        share = min(1.0, _mean_nodes(expected) / larger.shape.nodes)
+        sizes = _between(share * candidate.shape.nodes, 0.0)
+        step = self.costs.step(candidate, batch_size, sizes, self.context)
+        return float(tau.mean()) * self.plain(batch_size).wall_s / step.wall_s
+
+    def plain(self, batch_size: int) -> StepTime:
+        """A step of plain decoding."""
+        return self.costs.plain[batch_size].time
+
+    def _of(self, candidate: Candidate, batch_size: int, expected: Expectation) -> Prediction:
+        sizes = _sizes(candidate, expected)
+        step = self.costs.step(candidate, batch_size, sizes, self.context)
+        plain = self.plain(batch_size)
+        taus = _taus(expected)
+        ratio = plain.wall_s / step.wall_s
+        error = self.costs.uncertainty(candidate, batch_size)
+        return Prediction(
+            candidate,
+            batch_size,
+            expected.tau,
+            expected.tau_interval(),
+            float(taus.mean()) * ratio,
+            _interval(taus * ratio, error, self._seed),
+            step,
+            plain,
+        )
+
+
+def _sizes(candidate: Candidate, expected: Expectation) -> Sizes:
+    """How many nodes the steps draft: as many as the shape has, or fewer, or none."""
+    mean = min(_mean_nodes(expected), candidate.shape.nodes)
+    return _between(mean, min(_empty_share(expected), 1 - mean / candidate.shape.nodes))
+
+
+def _empty_share(expected: Expectation) -> float:
+    """Share of the steps that judge no token, because nothing was drafted."""
+    judged = sum(row[0] for row in expected.tested_at if row)
+    return max(0.0, 1 - judged / max(sum(expected.steps), 1e-9))
+
+
+def _mean_nodes(expected: Expectation) -> float:
+    return sum(expected.drafted) / max(sum(expected.steps), 1e-9)
+
+
+def _between(mean: float, empty: float) -> Sizes:
+    """Sizes with this mean: none in a share `empty` of the steps, in the others as equal as can be.
+
+    A step's cost is close to linear in the nodes, all but the first.
+    """
+    if mean <= 0 or empty >= 1:
+        return {0: 1.0}
+    low, part = divmod(mean / (1 - empty), 1.0)
+    sizes = {0: empty, int(low): (1 - empty) * (1 - part), int(low) + 1: (1 - empty) * part}
+    return {nodes: share for nodes, share in sizes.items() if share > 0}
+
+
+def _varies(candidate: Candidate) -> bool:
+    return bool(candidate.shape.threshold) or rule_of(candidate.type).varies
+
+
+def _taus(expected: Expectation) -> np.ndarray:
+    """Tokens a step of every prompt that takes a step; the first token is prefill's."""
+    tokens, steps = np.array(expected.tokens, float), np.array(expected.steps, float)
+    return (tokens[steps > 0] - 1) / steps[steps > 0]
+
+
+def _draws(count: int, seed: int) -> np.ndarray:
+    """Prompts drawn with replacement, [resamples, count]."""
+    return np.random.default_rng(seed).integers(0, count, (NUM_RESAMPLES, count))
+
+
+def _interval(speedups: np.ndarray, error: float, seed: int) -> tuple[float, float] | None:
+    """Of the mean over prompts, each resample at a cost that is off by `error`."""
+    if len(speedups) < 2:
+        return None
+    means = speedups[_draws(len(speedups), seed)].mean(1)
+    off = np.random.default_rng(seed + 1).normal(0.0, error, NUM_RESAMPLES)
+    low, high = np.quantile(means * np.exp(off), [0.025, 0.975])
+    return float(low), float(high)
