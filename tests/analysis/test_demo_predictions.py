@@ -1,0 +1,177 @@
+"""Predictions hold against the loop: every drafter of the demo, six draft shapes of each."""
+
+import pytest
+
+from specdec import SamplingConfig, generate, load_drafter, load_target
+from specdec.analysis.predict import Predictor
+from specdec.analysis.texts import Text, target_answers
+from specdec.bench.config import load_config
+from specdec.bench.interval import tau_interval
+from specdec.bench.prompts import load_prompts, render
+from specdec.metrics import AcceptanceStats
+from specdec.request import encode
+
+NUM_PROMPTS, NUM_NEW = 4, 16
+GREEDY = SamplingConfig()
+SETTINGS = [SamplingConfig(temperature=1), SamplingConfig(temperature=0.8, top_p=0.9)]
+TREE = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0]]
+
+LOOKUPS = {
+    "ngram": [
+        {"num_draft_tokens": 2},
+        {"num_draft_tokens": 4},
+        {"num_draft_tokens": 8},
+        {"num_draft_tokens": 8, "min_ngram": 1},
+        {"num_continuations": 2},
+        {"num_continuations": 3, "min_ngram": 1, "max_nodes": 6},
+    ],
+    "suffix": [
+        {"max_nodes": 2},
+        {"max_nodes": 4},
+        {"max_nodes": 8},
+        {"max_nodes": 8, "min_match": 1},
+        {"width": 2},
+        {"width": 3, "min_match": 1, "max_nodes": 6},
+    ],
+}
+HEAD = [
+    {"depth": 2, "width": 1},
+    {"depth": 6, "width": 1},
+    {"choices": TREE},
+    {"depth": 5, "width": 2, "max_nodes": 7},
+    {"depth": 4, "width": 1, "children": "with_replacement"},
+    {"depth": 3, "width": 3, "max_nodes": 9, "children": "with_replacement"},
+]
+SHAPES = {
+    **LOOKUPS,
+    "draft_model": [
+        {"num_draft_tokens": 1},
+        {"num_draft_tokens": 3},
+        {"num_draft_tokens": 6},
+        {"num_draft_tokens": 8, "confidence_threshold": 0.4},
+        {"num_draft_tokens": 4, "width": 2},
+        {"num_draft_tokens": 3, "width": 3, "max_nodes": 6},
+    ],
+    "medusa": [
+        {"max_nodes": 1},
+        {"max_nodes": 6},
+        {"max_nodes": 12},
+        {"choices": [[0], [0, 0], [0, 0, 0]]},
+        {"choices": TREE},
+        {"max_nodes": 8, "children": "with_replacement"},
+    ],
+    "eagle": HEAD,
+    "eagle3": HEAD,
+    "hybrid": [
+        {"drafters": [{"type": lookup}, {"type": "eagle3", **head}], "max_nodes": nodes}
+        for lookup in LOOKUPS
+        for head, nodes in [(HEAD[0], 4), (HEAD[1], 10), (HEAD[3], 8)]
+    ],
+}
+CASES = [
+    pytest.param({"type": name, **_path} | shape, id=f"{name}-{index}")
+    for name, shapes in SHAPES.items()
+    for _path in [{"path": "demo"} if name == "draft_model" else {}]
+    for index, shape in enumerate(shapes)
+]
+
+
+def is_sampled(options):
+    if options["type"] == "draft_model":
+        return options.get("width", 1) == 1
+    return options.get("children", "top") != "top"
+
+
+@pytest.fixture(scope="module")
+def target():
+    return load_target("demo")
+
+
+@pytest.fixture(scope="module")
+def prompts(target):
+    found = load_prompts("demo", NUM_PROMPTS, None, 0)
+    return [encode(render(p, target.tokenizer), target, i) for i, p in enumerate(found)]
+
+
+@pytest.fixture(scope="module")
+def greedy(target, prompts):
+    """The predictor along the target's greedy answers."""
+    return Predictor(target, target_answers(target, prompts, GREEDY, NUM_NEW), GREEDY)
+
+
+def measured(target, prompts, options, sampling):
+    """The loop's acceptance by prompt, and its texts."""
+    results = generate(
+        target,
+        load_drafter(options, target),
+        prompts,
+        sampling,
+        max_new_tokens=NUM_NEW,
+        batch_size=1,
+    )
+    texts = [Text(result.prompt_tokens, result.tokens, NUM_NEW) for result in results]
+    return [result.stats for result in results], texts
+
+
+def tau(stats):
+    return 1 + sum(each.num_accepted for each in stats) / sum(each.num_steps for each in stats)
+
+
+def test_every_drafter_of_the_demo_is_here():
+    assert {arm.type for arm in load_config("demo").arms} == set(SHAPES)
+    assert all(len(shapes) == 6 for shapes in SHAPES.values())
+
+
+@pytest.mark.parametrize("options", CASES)
+def test_at_temperature_0_the_predicted_steps_are_the_measured_ones(
+    options, target, prompts, greedy
+):
+    stats, _ = measured(target, prompts, options, GREEDY)
+    found = greedy.predict(options)
+    assert found.steps == pytest.approx([each.num_steps for each in stats])
+    assert found.tau == pytest.approx(tau(stats))
+
+
+@pytest.mark.parametrize("sampling", SETTINGS, ids=["T=1", "top-p"])
+@pytest.mark.parametrize("options", [case for case in CASES if is_sampled(case.values[0])])
+def test_sampled_drafts_take_the_expected_steps_along_the_loops_texts(
+    options, sampling, target, prompts
+):
+    stats, texts = measured(target, prompts, options, sampling)
+    found = Predictor(target, texts, sampling).predict(options)
+    low, high = tau_interval(stats)
+    is_near = abs(found.tau / tau(stats) - 1) <= 0.02
+    assert is_near or low <= found.tau <= high
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_chosen_drafts_take_certain_steps_along_the_loops_texts(name, target, prompts):
+    options = next(
+        case.values[0]
+        for case in reversed(CASES)
+        if case.values[0]["type"] == name and not is_sampled(case.values[0])
+    )
+    stats, texts = measured(target, prompts, options, SETTINGS[1])
+    found = Predictor(target, texts, SETTINGS[1]).predict(options)
+    assert found.steps == pytest.approx([each.num_steps for each in stats])
+
+
+def test_predictions_along_plain_texts_are_the_measured_ones_on_average(target, prompts):
+    """Other texts than the loop's, the same law: only means can agree."""
+    sampling = SETTINGS[0]
+    many = [prompt for prompt in prompts for _ in range(12)]
+    options = {"type": "draft_model", "path": "demo", "num_draft_tokens": 3}
+    results = generate(
+        target,
+        load_drafter(options, target),
+        many,
+        SamplingConfig(temperature=1, seed=1000),
+        max_new_tokens=NUM_NEW,
+    )
+    stats = AcceptanceStats.from_records(record for each in results for record in each.records)
+    texts = target_answers(target, many, sampling, NUM_NEW)
+    found = Predictor(target, texts, sampling).predict(options)
+    low, high = found.tau_interval()
+    margin = (high - low) / 2
+    assert stats.accepted_length == pytest.approx(found.tau, abs=2 * margin)
+    assert margin < 0.3

@@ -1,0 +1,134 @@
+"""Replays and passes against the loop itself, on tiny models: the same steps, one by one."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_lossless import CASES, resolved, save_drafts
+from test_lossless import PROMPTS as ALL_PROMPTS
+from tiny_models import tiny_target
+
+from specdec import SamplingConfig, generate, load_drafter
+from specdec.analysis.predict import Predictor
+from specdec.analysis.replay import replay
+from specdec.analysis.texts import Text, target_answers
+from specdec.verify import Draft
+
+PROMPTS, NUM_NEW = ALL_PROMPTS[:3], 14
+GREEDY = SamplingConfig()
+SAMPLED = SamplingConfig(temperature=0.9, top_p=0.95)
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, target):
+    return save_drafts(tmp_path_factory.mktemp("drafts"), target, 0.15)
+
+
+def decoded(target, options, sampling=GREEDY):
+    """The loop's results and what it emitted, one prompt after the other."""
+    drafter = load_drafter(options, target)
+    results = generate(target, drafter, PROMPTS, sampling, max_new_tokens=NUM_NEW, batch_size=1)
+    return results, [Text(r.prompt_tokens, r.tokens, NUM_NEW) for r in results]
+
+
+def bare(record):
+    """A record without its times."""
+    return replace(record, draft_s=0.0, target_s=0.0, wall_s=0.0, verify_s=0.0, commit_s=0.0)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_replay_and_prediction_take_the_loops_own_steps_at_temperature_0(
+    name, options, target, folder
+):
+    options = resolved(name, options, folder)
+    results, texts = decoded(target, options)
+    assert target_answers(target, PROMPTS, GREEDY, NUM_NEW) == texts
+    replayed = replay(target, load_drafter(options, target), texts, GREEDY)
+    assert replayed == [[bare(record) for record in result.records] for result in results]
+    found = Predictor(target, texts, GREEDY).predict(options)
+    stats = [result.stats for result in results]
+    assert found.steps == pytest.approx([each.num_steps for each in stats])
+    if found.drafted_is_exact:
+        assert found.drafted == pytest.approx([each.num_drafted for each in stats])
+    depths = len(found.accepted_at[0])
+    for index, each in enumerate(stats):
+        padding = (0,) * (depths - len(each.accepted_at))
+        assert found.accepted_at[index] == pytest.approx((*each.accepted_at, *padding))
+        assert found.tested_at[index] == pytest.approx((*each.tested_at, *padding))
+
+
+CHOSEN = [
+    case
+    for case in CASES
+    if case.values[1].get("children", "top") == "top"
+    and (case.values[0] != "draft_model" or case.values[1].get("width", 1) > 1)
+]
+
+
+@pytest.mark.parametrize(("name", "options"), CHOSEN)
+def test_chosen_drafts_are_certain_along_a_sampled_text(name, options, target, folder):
+    options = resolved(name, options, folder)
+    results, texts = decoded(target, options, SAMPLED)
+    found = Predictor(target, texts, SAMPLED).predict(options)
+    assert found.steps == pytest.approx([result.stats.num_steps for result in results])
+    assert found.drafted == pytest.approx([result.stats.num_drafted for result in results])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [case.values for case in CASES if "hybrid" in case.id]
+)
+def test_drafters_with_a_memory_see_the_texts_in_turn(name, options, target, folder):
+    options = resolved(name, options, folder)
+    _, texts = decoded(target, options)
+    twice = [*texts, *texts]
+    found = replay(target, load_drafter(options, target), twice, GREEDY)
+    results = generate(
+        target, load_drafter(options, target), PROMPTS * 2, max_new_tokens=NUM_NEW, batch_size=1
+    )
+    assert found == [[bare(record) for record in result.records] for result in results]
+
+
+class SampledByItself:
+    """A strategy of one's own that samples, and says nothing about whole texts."""
+
+    taps, max_nodes, makes_trees = (), 1, False
+
+    def begin(self, prompts, output, sampler, *, join=False):
+        pass
+
+    def propose(self, root, budget, sampler):
+        law = torch.full((1, 1, 97), 1 / 97)
+        return Draft.chain(torch.tensor([[5]]), probs=law)
+
+
+def test_a_sampled_draft_is_refused_by_a_replay(target):
+    with pytest.raises(ValueError, match="samples its drafts and cannot be given a whole text"):
+        replay(target, SampledByItself(), [Text([1], [2, 3, 4], 5)], SAMPLED)
+
+
+def test_one_pass_serves_all_shapes_of_a_drafter(target, folder, monkeypatch):
+    from specdec.analysis import predict
+
+    passes = []
+    real = predict.gather_evidence
+    monkeypatch.setattr(
+        predict, "gather_evidence", lambda *given: passes.append(given) or real(*given)
+    )
+    texts = target_answers(target, PROMPTS, SAMPLED, NUM_NEW)
+    predictor = Predictor(target, texts, SAMPLED)
+    chains = [
+        predictor.predict({"type": "eagle", "path": str(folder / "eagle"), "width": 1, "depth": d})
+        for d in range(1, 9)
+    ]
+    taus = [chain.tau for chain in chains]
+    assert taus == sorted(taus)
+    sampled = {"width": 1, "depth": 3, "children": "with_replacement"}
+    predictor.predict({"type": "eagle", "path": str(folder / "eagle"), **sampled})
+    assert len(passes) == 1
+    predictor.predict({"type": "eagle", "path": str(folder / "eagle"), "width": 1, "depth": 12})
+    assert len(passes) == 2
