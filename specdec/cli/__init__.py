@@ -13,6 +13,7 @@ from specdec.cli import (  # noqa: F401 (they register themselves)
     plan,
     proxy,
     regenerate,
+    report,
     train,
 )
 from specdec.cli.app import app

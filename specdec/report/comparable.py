@@ -1,0 +1,154 @@
+"""Which runs may be set side by side: everything but the drafters has to be the same."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from specdec.report.runs import Run
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Something in which two runs differ.
+
+    Attributes:
+        field: what `--allow` takes.
+        key: the setting, which is part of the field.
+        values: of the first and of the other run, as text.
+        fix: what makes them equal.
+    """
+
+    field: str
+    key: str
+    values: tuple[str, str]
+    fix: str
+
+
+_Reader = Callable[[Run], dict[str, Any]]
+
+
+def _config(*keys: str) -> _Reader:
+    return lambda run: {key: run.config.get(key) for key in keys}
+
+
+def _provenance(*keys: str) -> _Reader:
+    return lambda run: {key: run.provenance.get(key) for key in keys}
+
+
+def _schema(run: Run) -> dict[str, Any]:
+    return {"schema": run.data["schema"]}
+
+
+def _sampling(run: Run) -> dict[str, Any]:
+    return {f"sampling.{key}": v for key, v in (run.config.get("sampling") or {}).items()}
+
+
+def _seed(run: Run) -> dict[str, Any]:
+    """At temperature 0 nothing is drawn."""
+    drawn = (run.config.get("sampling") or {}).get("temperature")
+    return {"seed": run.config.get("seed")} if drawn else {}
+
+
+def _target(run: Run) -> dict[str, Any]:
+    """The model itself where the run knows it; else where it was loaded from."""
+    identity = run.data.get("target")
+    if identity is None:
+        path = (run.config.get("target") or {}).get("path")
+        return {"target.path": path}
+    names = ["weights", "tokenizer"]
+    if None in (identity["weights"], identity["tokenizer"]):
+        names += ["name", "hidden_size", "vocab_size", "num_layers"]
+    return {f"target.{name}": identity[name] for name in names}
+
+
+def _prompts(run: Run) -> dict[str, Any]:
+    prompts = run.data.get("prompts")
+    if prompts is None:
+        chosen = run.config.get("prompts") or {}
+        return {f"prompts.{key}": chosen.get(key) for key in ("source", "num", "seed")}
+    marks = " ".join(sorted(each["fingerprint"] for each in prompts))
+    short = hashlib.sha256(marks.encode()).hexdigest()[:12]
+    return {"prompts": f"{len(prompts)} prompts with the fingerprint {short}"}
+
+
+# Field -> how it is read, and what makes two runs agree.
+FIELDS: dict[str, tuple[_Reader, str]] = {
+    "schema": (_schema, "run the older one again"),
+    "target": (_target, "run both with the same target.path"),
+    "prompts": (_prompts, "run both with the same prompts.source, prompts.num and prompts.seed"),
+    "sampling": (_sampling, "run both with the same sampling"),
+    "seed": (_seed, "run both with the same seed"),
+    "max_new_tokens": (_config("max_new_tokens"), "run both with the same max_new_tokens"),
+    "batch_size": (
+        _config("batch_size", "prompts_per_call"),
+        "run both with the same batch_size and prompts_per_call",
+    ),
+    "rule": (_config("rule"), "run both with the same rule"),
+    "dtype": (_provenance("dtype", "quantized"), "run both with the same target.dtype"),
+    "device": (_provenance("device", "cpu", "cpu_count"), "run both on the same machine"),
+    "threads": (_provenance("threads"), "run both with the same threads"),
+    "processes": (_provenance("processes"), "run both on the same number of processes"),
+}
+
+
+def find_differences(
+    first: Run, other: Run, fields: Sequence[str] = tuple(FIELDS)
+) -> list[Difference]:
+    """Every difference that makes figures of two runs incomparable.
+
+    What only one of them knows is not compared: an older version did not write it down.
+    """
+    found = []
+    for field in fields:
+        read, fix = FIELDS[field]
+        ours, theirs = read(first), read(other)
+        found += [
+            Difference(field, key, (str(ours[key]), str(theirs[key])), fix)
+            for key in ours
+            if key in theirs and _differ(ours[key], theirs[key])
+        ]
+    return found
+
+
+def _differ(ours: Any, theirs: Any) -> bool:
+    return None not in (ours, theirs) and bool(ours != theirs)
+
+
+def check_comparable(
+    runs: Sequence[Run], allowed: Sequence[str] = ()
+) -> dict[str, list[Difference]]:
+    """Refuse runs that may not be set side by side.
+
+    Args:
+        runs: benches; each is compared with the first.
+        allowed: fields that may differ all the same.
+
+    Returns:
+        The differences that were allowed, by label of the run.
+
+    Raises:
+        ValueError: no such field, or runs differ in a field that was not allowed.
+    """
+    unknown = [field for field in allowed if field not in FIELDS]
+    if unknown:
+        raise ValueError(f"--allow is {unknown[0]!r} but must be one of {', '.join(FIELDS)}")
+    kept: dict[str, list[Difference]] = {}
+    for other in runs[1:]:
+        found = find_differences(runs[0], other)
+        refused = [each for each in found if each.field not in allowed]
+        if refused:
+            raise ValueError(_refusal(runs[0].label, other.label, refused))
+        if found:
+            kept[other.label] = found
+    return kept
+
+
+def _refusal(first: str, other: str, refused: Sequence[Difference]) -> str:
+    said = "; ".join(
+        f"{each.key} is {each.values[0]!r} in {first!r} and {each.values[1]!r} in {other!r}"
+        for each in refused
+    )
+    fixes = "; ".join(dict.fromkeys(each.fix for each in refused))
+    allow = " ".join(f"--allow {field}" for field in dict.fromkeys(e.field for e in refused))
+    return f"runs that are not comparable: {said}. To compare them, {fixes}; or pass {allow}"

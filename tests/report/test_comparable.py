@@ -1,0 +1,160 @@
+"""Runs that are not comparable are refused, each difference by name, and let pass by name."""
+
+import copy
+from pathlib import Path
+
+import made_runs
+import pytest
+
+from specdec.report.comparable import FIELDS, check_comparable
+from specdec.report.compare import comparison, paired_ratios
+from specdec.report.runs import Run
+
+RESULTS = made_runs.bench()
+
+
+def run(results, label="a"):
+    return Run("bench", label, Path(label), results)
+
+
+def changed(*path_and_value):
+    *path, last, value = path_and_value
+    results = copy.deepcopy(RESULTS)
+    place = results
+    for key in path:
+        place = place[key]
+    place[last] = value
+    return results
+
+
+CONFIG = ("provenance", "config")
+# Field, where it stands, another value, and the two values as the message gives them.
+CHANGES = [
+    ("schema", ("schema", "specdec-bench-1"), "specdec-bench-2", "specdec-bench-1"),
+    ("target", ("target", "weights", "c" * 64), "a" * 64, "c" * 64),
+    ("target", ("target", "tokenizer", "c" * 64), "b" * 64, "c" * 64),
+    ("prompts", ("prompts", 3, "fingerprint", "other"), "9 prompts", "9 prompts"),
+    ("sampling", (*CONFIG, "sampling", "temperature", 1.0), "0.0", "1.0"),
+    ("sampling", (*CONFIG, "sampling", "top_p", 0.9), "1.0", "0.9"),
+    ("max_new_tokens", (*CONFIG, "max_new_tokens", 99), "25", "99"),
+    ("batch_size", (*CONFIG, "batch_size", 8), "1", "8"),
+    ("batch_size", (*CONFIG, "prompts_per_call", 4), "0", "4"),
+    ("rule", (*CONFIG, "rule", "block"), "token", "block"),
+    ("dtype", ("provenance", "dtype", "bfloat16"), "float32", "bfloat16"),
+    ("dtype", ("provenance", "quantized", True), "False", "True"),
+    ("device", ("provenance", "device", "A GPU"), "cpu", "A GPU"),
+    ("device", ("provenance", "cpu", "Another"), "A processor", "Another"),
+    ("device", ("provenance", "cpu_count", 64), "2", "64"),
+    ("threads", ("provenance", "threads", 2), "1", "2"),
+    ("processes", ("provenance", "processes", 2), "1", "2"),
+]
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "ours", "theirs"), CHANGES, ids=[f"{c[0]}: {c[1][-2]}" for c in CHANGES]
+)
+def test_a_difference_is_refused_with_both_values_and_passes_when_it_is_named(
+    field, change, ours, theirs
+):
+    runs = [run(RESULTS), run(changed(*change), "b")]
+    with pytest.raises(ValueError) as caught:
+        check_comparable(runs)
+    message = str(caught.value)
+    assert "not comparable" in message
+    assert f"{ours}" in message.split(" in 'a' and ")[0]
+    assert f"{theirs}" in message.split(" in 'a' and ")[1].split(" in 'b'")[0]
+    assert FIELDS[field][1] in message
+    assert f"--allow {field}" in message
+    allowed = check_comparable(runs, [field])
+    assert [each.field for each in allowed["b"]] == [field]
+    other = next(name for name in FIELDS if name != field)
+    with pytest.raises(ValueError, match=f"--allow {field}"):
+        check_comparable(runs, [other])
+
+
+def test_every_field_that_can_be_allowed_is_refused_in_a_test():
+    assert {change[0] for change in CHANGES} | {"seed"} == set(FIELDS)
+
+
+def test_the_seed_matters_only_where_something_is_drawn():
+    greedy = changed(*CONFIG, "seed", 7)
+    assert check_comparable([run(RESULTS), run(greedy, "b")]) == {}
+    sampled = [copy.deepcopy(RESULTS), copy.deepcopy(greedy)]
+    for each in sampled:
+        each["provenance"]["config"]["sampling"]["temperature"] = 0.7
+    with pytest.raises(ValueError, match="seed is '0' in 'a' and '7' in 'b'"):
+        check_comparable([run(sampled[0]), run(sampled[1], "b")])
+
+
+def test_every_run_is_compared_with_the_first_and_every_difference_is_told():
+    third = changed(*CONFIG, "rule", "block")
+    third["provenance"]["threads"] = 8
+    with pytest.raises(ValueError, match=r"rule is .* in 'c'; threads is .* in 'c'"):
+        check_comparable([run(RESULTS), run(copy.deepcopy(RESULTS), "b"), run(third, "c")])
+
+
+def test_what_may_differ_passes():
+    other = changed("provenance", "git_commit", "2" * 40)
+    other["provenance"]["config"]["repeats"] = 5
+    other["prompts"] = other["prompts"][::-1]
+    assert check_comparable([run(RESULTS), run(other, "b")]) == {}
+
+
+def test_a_quantised_target_without_a_hash_is_compared_by_name_and_size():
+    ours, theirs = changed("target", "weights", None), changed("target", "weights", None)
+    assert check_comparable([run(ours), run(theirs, "b")]) == {}
+    theirs["target"]["hidden_size"] = 320
+    with pytest.raises(ValueError, match="hidden_size is '160' in 'a' and '320'"):
+        check_comparable([run(ours), run(theirs, "b")])
+
+
+def test_old_runs_are_compared_by_where_target_and_prompts_came_from():
+    old = changed("schema", "specdec-bench-1")
+    del old["target"], old["prompts"]
+    other = copy.deepcopy(old)
+    assert check_comparable([run(old), run(other, "b")]) == {}
+    other["provenance"]["config"]["target"]["path"] = "elsewhere"
+    other["provenance"]["config"]["prompts"]["num"] = 4
+    with pytest.raises(ValueError, match=r"target\.path is .*prompts\.num is '9' in 'a' and '4'"):
+        check_comparable([run(old), run(other, "b")])
+
+
+def test_an_unknown_field_is_refused():
+    with pytest.raises(ValueError, match="'weather' but must be one of schema, target"):
+        check_comparable([run(RESULTS)], ["weather"])
+
+
+def test_ratios_are_paired_by_prompt_in_whatever_order_the_prompts_stand():
+    first, other = run(RESULTS), run(copy.deepcopy(RESULTS), "b")
+    arm = next(a for a in other.data["arms"] if a["name"] == "eagle3 tree")
+    for factor, figures in enumerate(arm["per_prompt"], start=1):
+        figures["decode_tokens_per_s"] *= factor
+    arm["per_prompt"].reverse()
+    other.data["prompts"].reverse()
+    ratios = paired_ratios(first, other, "eagle3 tree", "decode_tokens_per_s")
+    assert ratios == pytest.approx(range(1, 10))
+
+
+def test_a_comparison_gives_the_ratio_with_an_interval_over_prompts():
+    faster = run(made_runs.bench(speed=2.0), "b")
+    section = comparison([run(RESULTS), faster], {})
+    rows = {row["arm"]: row for row in section.tables[1].rows}
+    assert rows["plain"]["decode_tokens_per_s"] == pytest.approx(1.0)
+    row = rows["eagle3 chain"]
+    low, high = row["decode_tokens_per_s_ci"]
+    assert low < row["decode_tokens_per_s"] < high
+    assert row["decode_tokens_per_s"] == pytest.approx(2.0, rel=0.03)
+    assert row["prompts"] == 9
+
+
+def test_a_comparison_tells_what_it_cannot_pair():
+    other = copy.deepcopy(RESULTS)
+    other["arms"] = [arm for arm in other["arms"] if arm["name"] != "eagle3 tree"]
+    for prompt in other["prompts"]:
+        prompt["fingerprint"] += "?"
+    runs = [run(RESULTS), run(other, "b")]
+    section = comparison(runs, check_comparable(runs, ["prompts"]))
+    said = " ".join(section.missing)
+    assert "Arms that only a has: eagle3 tree." in said
+    assert "a and b share none" in said
+    assert any(row["note"] == "allowed: --allow prompts" for row in section.tables[0].rows)
