@@ -226,6 +226,8 @@ def load_suite(path: str, overrides: Sequence[str] = ()) -> SuiteConfig:
         ValueError: a suite or a key that does not exist, or a value that cannot be.
     """
     file = _file(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"config {path!r} is not a file; give a YAML file")
     name = _suite_of(str(file))
     if name not in SUITES:
         raise ValueError(f"config suite is {name!r} but must be one of {', '.join(SUITES)}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from specdec.bench.outcome import Memory, Run
 from specdec.metrics import StepRecord
@@ -35,7 +36,7 @@ class Served:
     @property
     def gaps_s(self) -> list[float]:
         """Seconds between one chunk and the next."""
-        return [b - a for a, b in zip(self.chunk_s, self.chunk_s[1:], strict=False)]
+        return [b - a for a, b in pairwise(self.chunk_s)]
 
     @property
     def run(self) -> Run:

@@ -1,0 +1,118 @@
+"""Serving: who sends when, what waits, and that nothing is lost."""
+
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+from tiny_models import tiny_target
+
+from specdec import SamplingConfig, generate_baseline
+from specdec.bench.suites.ask import Ask
+from specdec.bench.suites.serving import serve
+from specdec.engine import Chunk, Engine
+
+GREEDY = SamplingConfig()
+
+
+def ask(user, number, num_tokens=5, arrival_s=None):
+    prompt = [3 + user, 4 + number, 5][: 2 + number]
+    return Ask(f"{user}-{number}", "maths", prompt, num_tokens, 0, user, arrival_s)
+
+
+def test_every_request_is_answered_as_if_it_were_alone():
+    target = tiny_target()
+    asks = [ask(user, number, 3 + user) for number in range(2) for user in range(3)]
+    rows = serve(Engine(target, max_rows=2), asks, GREEDY)
+    assert len(rows) == 6
+    for one, row in zip(asks, rows, strict=True):
+        alone = generate_baseline(target, [one.prompt], max_new_tokens=one.max_new_tokens)[0]
+        assert row.tokens == alone.tokens
+        assert sum(row.chunk_tokens) == len(row.tokens) == one.max_new_tokens
+        assert len(row.chunk_s) == len(row.chunk_tokens)
+        assert len(row.records) == len(row.chunk_s) - 1
+
+
+def test_a_user_sends_the_next_request_when_the_one_before_is_answered():
+    asks = [ask(0, 0, 2), ask(1, 0, 12), ask(0, 1, 2), ask(1, 1, 2)]
+    rows = serve(Engine(tiny_target(), max_rows=4), asks, GREEDY)
+    assert rows[2].sent_s >= rows[0].end_s
+    assert rows[3].sent_s >= rows[1].end_s
+    # The quick user did not wait for the slow one.
+    assert rows[2].sent_s < rows[1].end_s
+
+
+def test_what_does_not_fit_waits_in_its_order_and_its_wait_is_told():
+    asks = [ask(user, 0, 6) for user in range(3)]
+    rows = serve(Engine(tiny_target(), max_rows=1), asks, GREEDY)
+    for earlier, later in pairwise(rows):
+        assert later.chunk_s[0] > earlier.end_s
+        assert later.queue_s > earlier.queue_s
+        assert later.run.ttft_s > later.queue_s
+    assert rows[2].queue_s >= rows[1].end_s - rows[1].chunk_s[0]
+
+
+def test_a_request_with_a_time_of_arrival_is_sent_then_answered_or_not_the_one_before():
+    asks = [ask(0, 0, 40, 0.0), ask(0, 1, 3, 1e-4), ask(1, 0, 3, 0.05)]
+    rows = serve(Engine(tiny_target(), max_rows=4), asks, GREEDY)
+    assert [row.sent_s for row in rows] == [0.0, 1e-4, 0.05]
+    assert rows[1].sent_s < rows[0].end_s
+    assert rows[2].chunk_s[0] > 0.05
+    assert all(row.queue_s >= 0 for row in rows)
+
+
+class BusyEngine:
+    """Takes a long step, by its clock, before the second request can be submitted."""
+
+    def __init__(self, clock):
+        self.clock, self.sent = clock, []
+
+    def submit(self, prompt, sampling, *, max_new_tokens):
+        self.sent.append(self.clock.now)
+        return len(self.sent) - 1
+
+    def advance(self):
+        self.clock.now += 5.0
+        last = len(self.sent) - 1
+        return [Chunk(last, [1], "", "length")]
+
+    def result(self, index):
+        reason = "error" if index == 1 else "length"
+        return SimpleNamespace(
+            tokens=[1], queue_s=0.5, records=[], finish_reason=reason, error="no memory"
+        )
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = SimpleNamespace(now=100.0)
+    clock.perf_counter = lambda: clock.now
+    clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
+    monkeypatch.setattr("specdec.bench.suites.serving.time", clock)
+    return clock
+
+
+def test_a_request_that_fails_leaves_its_reason_and_the_others_go_on(clock):
+    asks = [ask(0, 0, arrival_s=0.0), ask(1, 0, arrival_s=2.0), ask(2, 0, arrival_s=6.0)]
+    rows = serve(BusyEngine(clock), asks, GREEDY)
+    assert [row if isinstance(row, str) else row.tokens for row in rows] == [[1], "no memory", [1]]
+
+
+def test_an_idle_engine_sleeps_until_the_next_arrival(clock):
+    engine = BusyEngine(clock)
+    rows = serve(engine, [ask(0, 0, arrival_s=3.0)], GREEDY)
+    assert engine.sent == [103.0]
+    assert rows[0].sent_s == 3.0
+    assert rows[0].chunk_s == [8.0]
+
+
+def test_time_spent_late_counts_as_queue(clock):
+    class Late(BusyEngine):
+        def result(self, index):
+            return SimpleNamespace(
+                tokens=[1], queue_s=0.5, records=[], finish_reason="length", error=""
+            )
+
+    rows = serve(Late(clock), [ask(0, 0, arrival_s=0.0), ask(1, 0, arrival_s=2.0)], GREEDY)
+    assert rows[1].sent_s == 2.0
+    assert rows[1].queue_s == pytest.approx(3.0 + 0.5)
+    assert rows[1].run.ttft_s == pytest.approx(10.0 - 2.0)
