@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import matplotlib
 import numpy as np
+import prediction
 import typer
 from results import HERE, Arms, arms_of, cells_of, read, speed
 
@@ -179,6 +180,31 @@ def batch() -> Any:
     return figure
 
 
+def predicted() -> Any:
+    figure, parts = plt.subplots(1, 2, figsize=(10.5, 5.2), sharex=True, sharey=True)
+    for axes, kind in zip(parts, ("same", "fresh"), strict=True):
+        found = prediction.pairs(kind)
+        for number, family in enumerate(("eagle3", "eagle", "draft_model", "medusa", "lookup")):
+            some = [pair for pair in found if _family(pair[1]) == family]
+            places = [pair[0]["predicted_speedup"] for pair in some]
+            arms = [pair[1] for pair in some]
+            style = {"color": COLOURS[number], "fmt": MARKS[number], "capsize": 2, "markersize": 5}
+            axes.errorbar(places, list(map(speed, arms)), errors(arms), label=family, **style)
+        ends = np.array(axes.get_xlim())
+        axes.plot(ends, ends, color="#777777", linewidth=1)
+        axes.fill_between(ends, 0.93 * ends, 1.07 * ends, color="#777777", alpha=0.15, linewidth=0)
+        axes.set_xlabel("planned speed / plain decoding")
+        axes.set_ylabel("measured")
+        axes.set_title(f"{kind} prompts; grey: within 7 %", fontsize=10)
+    parts[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _family(arm: dict[str, Any]) -> str:
+    kind: str = arm["type"]
+    return {"ngram": "lookup", "suffix": "lookup", "hybrid": "eagle3"}.get(kind, kind)
+
+
 PLOTS: dict[str, Callable[[], Any]] = {
     "05-drafters": drafters,
     "06-shapes": shapes,
@@ -186,6 +212,7 @@ PLOTS: dict[str, Callable[[], Any]] = {
     "08-sampling": sampling,
     "09-rules": rules,
     "10-batch": batch,
+    "11-prediction": predicted,
 }
 
 

@@ -20,34 +20,39 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 mkdir -p $runs
 
 bench() { # bench NAME CONFIG [key=value...]
-  specdec bench "$here/$2" "${@:3}" --out "$runs/$1" | sed '$d' # without the line for machines
+  specdec bench "$2" "${@:3}" --out "$runs/$1" | sed '$d' # without the line for machines
 }
 
 measure() {
   case $1 in
-    05-drafters | 06-shapes) bench "$1" "$1/bench.yaml" ;;
+    05-drafters | 06-shapes) bench "$1" "$here/$1/bench.yaml" ;;
     07-draft-size)
       bash $here/07-draft-size/train.sh
-      bench 07-draft-size 07-draft-size/bench.yaml
+      bench 07-draft-size $here/07-draft-size/bench.yaml
       ;;
     08-sampling)
-      bench 08-temperature 08-sampling/temperature.yaml
-      bench 08-top-p 08-sampling/top-p.yaml
+      bench 08-temperature $here/08-sampling/temperature.yaml
+      bench 08-top-p $here/08-sampling/top-p.yaml
       ;;
     09-rules)
-      bench 09-chains 09-rules/chains.yaml
-      bench 09-trees 09-rules/trees.yaml
+      bench 09-chains $here/09-rules/chains.yaml
+      bench 09-trees $here/09-rules/trees.yaml
       ;;
     10-batch)
-      bench 10-fixed 10-batch/fixed.yaml
+      bench 10-fixed $here/10-batch/fixed.yaml
       [ -f $runs/10-plan/plan.json ] || specdec plan $here/10-batch/plan.yaml --out $runs/10-plan
-      mapfile -t planned < <(python $here/10-batch/planned.py $runs/10-plan/plan.json)
-      bench 10-held-out 10-batch/follow.yaml "${planned[@]}"
-      bench 10-hostile 10-batch/follow.yaml "${planned[@]}" \
+      python $here/10-batch/planned.py $runs/10-plan/plan.json > $runs/10-planned.txt
+      mapfile -t planned < $runs/10-planned.txt
+      bench 10-held-out $here/10-batch/follow.yaml "${planned[@]}"
+      bench 10-hostile $here/10-batch/follow.yaml "${planned[@]}" \
         prompts.source=$here/10-batch/hostile.txt sampling.temperature=1
       ;;
     11-prediction)
-      python $here/11-prediction/check.py --out $runs/11-prediction
+      [ -f $runs/11-plan/plan.json ] ||
+        specdec plan $here/11-prediction/configurations.yaml --out $runs/11-plan
+      python $here/11-prediction/measured.py $runs/11-plan/plan.json $runs/11-measured.yaml
+      bench 11-same $runs/11-measured.yaml
+      bench 11-fresh $runs/11-measured.yaml prompts.seed=1 repeats=1
       ;;
   esac
 }
@@ -74,7 +79,10 @@ publish() {
       for kind in fixed held-out hostile; do cp $runs/10-$kind/sweep.json "$to/$kind.json"; done
       cp $runs/10-plan/plan.json "$to/"
       ;;
-    11-prediction) cp $runs/11-prediction/*.json "$to/" ;;
+    11-prediction)
+      cp $runs/11-plan/plan.json "$to/"
+      for kind in same fresh; do cp $runs/11-$kind/results.json "$to/$kind.json"; done
+      ;;
   esac
 }
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
+import prediction
 import typer
 from results import HERE, Arms, arms_of, brief, cells_of, figure, read, speed, table
 
@@ -198,6 +199,44 @@ def batch() -> dict[str, str]:
     return found
 
 
+def predicted() -> dict[str, str]:
+    """Experiment 11: every configuration, and how well the plan did as a whole."""
+    found = {kind: prediction.pairs(kind) for kind in ("same", "fresh")}
+    fresh = {planned["name"]: (planned, arm) for planned, arm in found["fresh"]}
+    rows = [
+        [
+            planned["name"],
+            f"{planned['predicted_tau']:.2f}",
+            f"{arm['tau']:.2f}",
+            figure(planned, "predicted_speedup"),
+            figure(arm, "speedup_vs_plain"),
+            f"{100 * prediction.error((planned, arm)):+.1f} %",
+            f"{100 * prediction.error(fresh[planned['name']]):+.1f} %",
+        ]
+        for planned, arm in found["same"]
+    ]
+    head = ["configuration", "tau planned", "measured", "vs plain planned", "measured", "error"]
+    totals = {kind: prediction.summary(each) for kind, each in found.items()}
+    return {
+        "configurations": table([*head, "fresh prompts"], rows),
+        "summary": table(["over all configurations", "same prompts", "fresh"], _totals(totals)),
+    }
+
+
+def _totals(totals: dict[str, dict[str, float]]) -> list[list[str]]:
+    shown = {
+        "configurations": ("configurations", "{:.0f}"),
+        "median error of the speed": ("median_error", "{:.1%}"),
+        "rank correlation (Spearman)": ("rank_correlation", "{:.3f}"),
+        "measured speeds inside the planned interval": ("covered", "{:.0%}"),
+        "the plan's choice is slower than the fastest by": ("choice_behind_best", "{:.1%}"),
+    }
+    return [
+        [name, *(form.format(totals[kind][key]) for kind in ("same", "fresh"))]
+        for name, (key, form) in shown.items()
+    ]
+
+
 TABLES: dict[str, Callable[[], dict[str, str]]] = {
     "05-drafters": drafters,
     "06-shapes": shapes,
@@ -205,6 +244,7 @@ TABLES: dict[str, Callable[[], dict[str, str]]] = {
     "08-sampling": sampling,
     "09-rules": rules,
     "10-batch": batch,
+    "11-prediction": predicted,
 }
 
 
