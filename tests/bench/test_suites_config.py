@@ -84,6 +84,17 @@ def test_a_wrong_configuration_is_named(suite, name, override, message):
         load_suite(suite(name), [override])
 
 
+def test_a_grid_over_an_arm_s_options_makes_an_arm_of_each_combination(suite):
+    path = suite("multi_turn")
+    config = load_suite(
+        path, ["arms=[{type: ngram, name: 'n{max_nodes}', grid: {max_nodes: [2, 4]}}]"]
+    )
+    assert [(arm.name, arm.options) for arm in config.arms] == [
+        ("n2", {"max_nodes": 2}),
+        ("n4", {"max_nodes": 4}),
+    ]
+
+
 def test_a_file_that_is_not_there_is_said_to_be_missing():
     with pytest.raises(FileNotFoundError, match=r"'none\.yaml' is not a file"):
         load_suite("none.yaml")

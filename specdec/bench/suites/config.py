@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from specdec.bench.arm_grid import expand_arms
 from specdec.bench.config import (
     SINGLE_PROMPT_TYPES,
     ArmConfig,
@@ -18,7 +19,7 @@ from specdec.bench.config import (
 from specdec.bench.draft_length import check_draft_length
 from specdec.demo import demo_path
 from specdec.sampling_config import SamplingConfig
-from specdec.strict_config import load_strict, require_at_least
+from specdec.strict_config import build_strict, read_yaml, require_at_least
 from specdec.verify import get_rule
 
 _DEMO = "demo/"
@@ -231,7 +232,10 @@ def load_suite(path: str, overrides: Sequence[str] = ()) -> SuiteConfig:
     name = _suite_of(str(file))
     if name not in SUITES:
         raise ValueError(f"config suite is {name!r} but must be one of {', '.join(SUITES)}")
-    config = load_strict(SUITES[name], path, file, overrides, example="repeats=1")
+    given = read_yaml(path, file, overrides, example="repeats=1")
+    if isinstance(given, dict) and "arms" in given:
+        given = {**given, "arms": expand_arms(given["arms"])}
+    config = build_strict(SUITES[name], path, given)
     if config.suite != name:
         raise ValueError(
             f"override suite={config.suite} changes the suite of a {name} configuration, which has "
