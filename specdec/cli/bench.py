@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,7 @@ import typer
 from specdec.cli.app import app, exit_statuses, progress_bar, quiet_transformers
 
 if TYPE_CHECKING:
+    from specdec.bench.config import BenchConfig
     from specdec.bench.grid import Cell
     from specdec.bench.processes import Processes
 
@@ -25,8 +27,8 @@ def bench(
     config: Annotated[
         str,
         typer.Argument(
-            help="a YAML file of one bench, or of many with a grid: or a suite: in it; 'demo' for "
-            "the packaged one"
+            help="a YAML file: one bench, many with a grid: in it, or a suite:; 'demo' for the "
+            "packaged bench, demo/single_turn and so on for the packaged suites"
         ),
     ],
     overrides: Annotated[
@@ -39,15 +41,32 @@ def bench(
     only_list: Annotated[
         bool, typer.Option("--list", help="show the cells and their arms, and run nothing")
     ] = False,
+    auto: Annotated[
+        bool,
+        typer.Option(
+            "--auto", help="let a plan choose a configuration, and measure it beside the arms"
+        ),
+    ] = False,
 ) -> None:
     """Measure draft strategies against plain decoding and transformers' generate.
 
-    With torchrun or accelerate launch, the prompts are split over the processes and the results
-    joined: torchrun --nproc-per-node 2 -m specdec bench CONFIG --out DIR. See docs/bench.md.
+    torchrun --nproc-per-node 2 -m specdec bench CONFIG --out DIR splits the prompts over
+    processes, as accelerate launch does, and joins the results.
     """
+    from specdec.bench.suites.config import is_suite
+    from specdec.cli.suite import bench_suite
+
+    if is_suite(config):
+        _refuse_for_suites({"--list": only_list, "--auto": auto})
+        bench_suite(config, overrides or [], out)
+        return
     from specdec.bench.grid import load_cells
 
     cells = load_cells(config, overrides or [])  # wrong ones are told before the slow imports
+    if auto and cells[0].settings:
+        raise ValueError(
+            f"config {config!r} holds a grid, and --auto plans one bench; drop one of them"
+        )
     if only_list:
         _list(cells)
         return
@@ -55,10 +74,12 @@ def bench(
 
     quiet_transformers()
     with joined_processes() as processes:
-        if cells[0].settings:
+        if auto:
+            _planned(cells[0].config, out, processes)
+        elif cells[0].settings:
             _sweep(cells, out, processes)
         else:
-            _single(cells[0], out, processes)
+            _single(cells[0].config, out, processes)
 
 
 def _list(cells: Sequence["Cell"]) -> None:
@@ -69,21 +90,42 @@ def _list(cells: Sequence["Cell"]) -> None:
     typer.echo(f"cells: {len(cells)}; in each of them every arm decodes the prompts in turn")
 
 
-def _single(cell: "Cell", out: Path, processes: "Processes") -> None:
+def _single(
+    config: "BenchConfig", out: Path, processes: "Processes", plan: dict[str, Any] | None = None
+) -> None:
     from specdec.bench.runner import check_results, run_bench
+    from specdec.report.planned_table import planned_table
     from specdec.report.table import results_table
 
     with _progress(processes) as show:
-        results = run_bench(cell.config, out, show, processes=processes)
+        results = run_bench(config, out, show, processes=processes)
     if processes.is_first:
-        _print(results_table, results)
+        _print(lambda width: results_table(results, width))
+        if plan:
+            _print(lambda width: planned_table(plan, results))
         picture = _picture(results, out / "results.png")
         said = picture or "none, it needs specdec[plot]"
         typer.echo(f"Records and results: {out}\nPicture: {said}")
         _tell_failures(results["arms"])
         summary = {"schema": results["schema"], "picture": picture and str(picture)}
+        if plan:
+            summary["choice"] = plan["choice"]["name"]
         typer.echo(json.dumps({**summary, "arms": _summary(results["arms"])}))
     check_results(results)
+
+
+def _planned(config: "BenchConfig", out: Path, processes: "Processes") -> None:
+    """Measure what a plan chooses, and the arms that were given."""
+    if processes.num > 1:
+        raise ValueError("--auto measures the costs of one process; start it without a launcher")
+    from specdec.planning.auto import choose
+
+    with _progress(processes) as show:
+        chosen = choose(config, out / "plan", show)
+    names = {arm.name for arm in config.arms}
+    arms = [*(arm for arm in chosen.arms if arm.name not in names), *config.arms]
+    plan = json.loads((out / "plan" / "plan.json").read_text())
+    _single(replace(config, arms=arms), out, processes, plan)
 
 
 def _sweep(cells: Sequence["Cell"], out: Path, processes: "Processes") -> None:
@@ -93,7 +135,7 @@ def _sweep(cells: Sequence["Cell"], out: Path, processes: "Processes") -> None:
     with _progress(processes) as show:
         sweep = run_sweep(cells, out, show, processes)
     if processes.is_first:
-        _print(sweep_table, sweep)
+        _print(lambda width: sweep_table(sweep, width))
         typer.echo(f"Joined results: {out / SWEEP}")
         for cell in sweep["cells"]:
             if cell["error"]:
@@ -102,6 +144,12 @@ def _sweep(cells: Sequence["Cell"], out: Path, processes: "Processes") -> None:
         rows = [{**cell, "arms": _summary(cell["arms"])} for cell in sweep["cells"]]
         typer.echo(json.dumps({"schema": sweep["schema"], "cells": rows}))
     check_sweep(sweep)
+
+
+def _refuse_for_suites(flags: dict[str, bool]) -> None:
+    for flag, is_given in flags.items():
+        if is_given:
+            raise ValueError(f"{flag} is of benches and grids, and this is a suite; drop it")
 
 
 @contextmanager
@@ -114,11 +162,12 @@ def _progress(processes: "Processes") -> Iterator[Progress]:
         yield show
 
 
-def _print(table: Callable[[dict[str, Any], int], Any], content: dict[str, Any]) -> None:
+def _print(table: Callable[[int], Any]) -> None:
+    """Show a table that is made for the width of the terminal."""
     from rich.console import Console
 
     terminal = Console(width=None if sys.stdout.isatty() else 140)
-    terminal.print(table(content, terminal.width))
+    terminal.print(table(terminal.width))
 
 
 def _tell_failures(arms: list[dict[str, Any]], where: str = "") -> None:

@@ -1,6 +1,6 @@
 """The results of a bench as a table."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -30,12 +30,26 @@ def fitting(build: Callable[[tuple[str, ...]], Table], width: int) -> Table:
         build: makes it, given the columns that show one.
         width: columns of the terminal.
     """
+    return first_that_fits((build(intervals) for intervals in interval_choices()), width)
+
+
+def interval_choices() -> list[tuple[str, ...]]:
+    """Which columns show their interval: all that have one, then fewer and fewer."""
+    return [_INTERVALS[:count] for count in range(len(_INTERVALS), -1, -1)]
+
+
+def first_that_fits(tables: Iterable[Table], width: int) -> Table:
+    """The first table that fits, or the last one.
+
+    Args:
+        tables: the one that shows most first.
+        width: columns of the terminal.
+    """
     console = Console(width=1000)
-    for num_intervals in range(len(_INTERVALS), 0, -1):
-        table = build(_INTERVALS[:num_intervals])
+    for table in tables:
         if console.measure(table).maximum <= width:
-            return table
-    return build(())
+            break
+    return table
 
 
 def _table(results: dict[str, Any], intervals: tuple[str, ...]) -> Table:

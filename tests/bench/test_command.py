@@ -1,0 +1,111 @@
+"""`specdec bench` and what it hands on: suites, and a plan's choice measured beside the arms."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from checkpoints import save_checkpoint
+from typer.testing import CliRunner
+
+from specdec.bench.config import ArmConfig
+from specdec.cli import app
+
+
+@pytest.fixture
+def path(tmp_path):
+    save_checkpoint(tmp_path / "target")
+    (tmp_path / "prompts.txt").write_text("abcabc\nhello hello\n")
+    (tmp_path / "bench.yaml").write_text(
+        f"target: {{path: {tmp_path / 'target'}}}\n"
+        f"prompts: {{source: {tmp_path / 'prompts.txt'}}}\n"
+        "max_new_tokens: 8\nrepeats: 1\nthreads: 1\n"
+        "arms: [{type: ngram}, {name: two, type: ngram, draft_length: {1: 2}}]\n"
+    )
+    return tmp_path / "bench.yaml"
+
+
+def command(path, *more):
+    return CliRunner().invoke(app, ["bench", str(path), *more, "--out", str(path.parent / "out")])
+
+
+def predicted(name, speedup):
+    return {
+        "name": name,
+        "predicted_tau": 1.25,
+        "predicted_tau_ci": [1.0, 1.5],
+        "predicted_speedup": speedup,
+        "predicted_speedup_ci": None,
+    }
+
+
+@pytest.fixture
+def plan(monkeypatch):
+    """What a plan would choose, without its measurements: a name, or "plain"."""
+    asked = []
+
+    def install(name):
+        def choose(config, folder, progress):
+            asked.append(config)
+            folder.mkdir(parents=True)
+            known = [predicted("ngram 3", 1.5), predicted("ngram", 1.4), predicted("two", 1.3)]
+            content = {"choice": {"name": name}, "configurations": known}
+            (folder / "plan.json").write_text(json.dumps(content))
+            options = {"num_draft_tokens": 3} if name == "ngram 3" else {}
+            chosen = [ArmConfig(name, "ngram", options)]
+            return replace(config, arms=[] if name == "plain" else chosen)
+
+        monkeypatch.setattr("specdec.planning.auto.choose", choose)
+        return asked
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("choice", "arms"),
+    [
+        ("ngram 3", ["ngram 3", "ngram", "two"]),
+        ("ngram", ["ngram", "two"]),
+        ("plain", ["ngram", "two"]),
+    ],
+)
+def test_auto_measures_the_choice_and_the_arms_beside_what_was_predicted(path, plan, choice, arms):
+    asked = plan(choice)
+    done = command(path, "--auto")
+    assert done.exit_code == 0, done.stderr
+    assert [arm.name for arm in asked[0].arms] == ["ngram", "two"]
+    results = json.loads((path.parent / "out" / "results.json").read_text())
+    assert [arm["name"] for arm in results["arms"]] == ["plain", "hf_generate", *arms]
+    lines = done.stdout.splitlines()
+    assert json.loads(lines[-1])["choice"] == choice
+    shown = lines[next(i for i, line in enumerate(lines) if f"The plan chose: {choice}" in line) :]
+    # Predicted tau and speed; "two" has a schedule, of which the plan says nothing.
+    assert any(line.startswith("ngram ") and {"1.25", "1.40"} <= {*line.split()} for line in shown)
+    assert [line.split(" *")[0] for line in shown if " * " in line] == [choice] * (
+        choice != "plain"
+    )
+    assert not any(line.startswith("two") for line in shown)
+
+
+def test_auto_and_a_grid_are_refused_together(path, plan):
+    asked = plan("ngram")
+    done = command(path, "--auto", "grid.batch_size=[1,2]")
+    assert done.exit_code == 2
+    assert "--auto plans one bench" in done.stderr
+    assert asked == []
+
+
+def test_a_file_with_a_suite_in_it_is_run_as_one(path, monkeypatch):
+    ran = []
+    monkeypatch.setattr("specdec.cli.suite.bench_suite", lambda *given: ran.append(given))
+    path.write_text("suite: concurrent\n")
+    done = command(path, "repeats=1")
+    assert done.exit_code == 0, done.stderr
+    assert ran == [(str(path), ["repeats=1"], path.parent / "out")]
+
+
+@pytest.mark.parametrize("flag", ["--list", "--auto"])
+def test_flags_of_benches_are_refused_for_suites(path, flag):
+    path.write_text("suite: concurrent\n")
+    done = command(path, flag)
+    assert done.exit_code == 2
+    assert f"{flag} is of benches and grids" in done.stderr
