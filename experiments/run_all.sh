@@ -45,7 +45,8 @@ measure() {
       mapfile -t planned < $runs/10-planned.txt
       bench 10-held-out $here/10-batch/follow.yaml "${planned[@]}"
       bench 10-hostile $here/10-batch/follow.yaml "${planned[@]}" \
-        prompts.source=$here/10-batch/hostile.txt sampling.temperature=1
+        prompts.source=$here/10-batch/hostile.txt prompts.num=24 sampling.temperature=1 \
+        repeats=3 'grid.batch_size=[1,4,16]'
       ;;
     11-prediction)
       [ -f $runs/11-plan/plan.json ] ||
@@ -86,12 +87,20 @@ publish() {
   esac
 }
 
+measured=() failed=()
 for name in "${names[@]}"; do
-  echo "== $name: $(head -n 1 "$here/$name/README.md" | tr -d '#')"
+  echo "== $name: $(head -n 1 "$here/$name/README.md" | sed 's|^# ||')"
   SECONDS=0
-  measure "$name"
-  echo "== $name took $SECONDS s"
+  set +e
+  (set -e; measure "$name") # a failure must not stop the other experiments
+  status=$?
+  set -e
+  if [ $status -eq 0 ]; then measured+=("$name"); else failed+=("$name"); fi
+  echo "== $name took $SECONDS s, status $status"
 done
-for name in "${names[@]}"; do publish "$name"; done
-python $here/tables.py "${names[@]}"
-python $here/plots.py "${names[@]}"
+for name in "${measured[@]}"; do publish "$name"; done
+if [ ${#measured[@]} -gt 0 ]; then
+  python $here/tables.py "${measured[@]}"
+  python $here/plots.py "${measured[@]}"
+fi
+[ ${#failed[@]} -eq 0 ] || { echo "run_all.sh: failed: ${failed[*]}" >&2; exit 1; }
