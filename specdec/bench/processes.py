@@ -79,20 +79,25 @@ class Processes:
         return problems
 
 
-@contextmanager
-def joined_processes(environment: Mapping[str, str] = os.environ) -> Iterator[Processes]:
-    """Meet the processes that the launcher's variables RANK, WORLD_SIZE and LOCAL_RANK name.
-
-    Without them, or for one process, nothing is opened.
-    """
+def launched_processes(environment: Mapping[str, str] = os.environ) -> Processes:
+    """What the launcher's variables RANK, WORLD_SIZE and LOCAL_RANK say; without them, one."""
     num = int(environment.get("WORLD_SIZE", 1))
     if num < 2 or "RANK" not in environment:
-        yield Processes()
-        return
+        return Processes()
     rank = int(environment["RANK"])
+    return Processes(rank, num, int(environment.get("LOCAL_RANK", rank)))
+
+
+@contextmanager
+def joined_processes(environment: Mapping[str, str] = os.environ) -> Iterator[Processes]:
+    """Meet the processes that a launcher started; for one alone, nothing is opened."""
+    processes = launched_processes(environment)
+    if processes.num == 1:
+        yield processes
+        return
     # Of processors too: what is exchanged is text, and devices are left to the arms.
     distributed.init_process_group("gloo", timeout=_PATIENCE)
     try:
-        yield Processes(rank, num, int(environment.get("LOCAL_RANK", rank)))
+        yield processes
     finally:
         distributed.destroy_process_group()

@@ -57,7 +57,7 @@ def bench(
     from specdec.cli.suite import bench_suite
 
     if is_suite(config):
-        _refuse_for_suites({"--list": only_list, "--auto": auto})
+        _check_suite_flags({"--list": only_list, "--auto": auto})
         bench_suite(config, overrides or [], out)
         return
     from specdec.bench.grid import load_cells
@@ -146,10 +146,14 @@ def _sweep(cells: Sequence["Cell"], out: Path, processes: "Processes") -> None:
     check_sweep(sweep)
 
 
-def _refuse_for_suites(flags: dict[str, bool]) -> None:
+def _check_suite_flags(flags: dict[str, bool]) -> None:
+    from specdec.bench.processes import launched_processes
+
     for flag, is_given in flags.items():
         if is_given:
             raise ValueError(f"{flag} is of benches and grids, and this is a suite; drop it")
+    if launched_processes().num > 1:
+        raise ValueError("a suite is served by one process; start it without a launcher")
 
 
 @contextmanager

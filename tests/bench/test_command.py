@@ -109,3 +109,20 @@ def test_flags_of_benches_are_refused_for_suites(path, flag):
     done = command(path, flag)
     assert done.exit_code == 2
     assert f"{flag} is of benches and grids" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [([], "a suite is served by one process"), (["--auto"], "costs of one process")],
+)
+def test_what_is_of_one_process_is_refused_under_a_launcher(path, monkeypatch, flags, message):
+    # The processes need not meet for that.
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
+    if not flags:
+        path.write_text("suite: concurrent\n")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    done = command(path, *flags)
+    assert done.exit_code == 2
+    assert message in done.stderr
