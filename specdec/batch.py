@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from specdec.clock import ForwardClock
 from specdec.draft_length import DraftLength
-from specdec.interfaces import Drafter, Target, TargetOutput
+from specdec.interfaces import Drafter, HoldsCache, Target, TargetOutput
 from specdec.metrics import StepRecord
 from specdec.randomness import row_exponentials, row_uniforms
 from specdec.request import Request
@@ -245,9 +245,8 @@ class Batch:
     def _wipe(self, failed: list[int]) -> None:
         """Zero the keys and values of failed rows: NaN times a masked place's zero is NaN."""
         for owner in (self.target, self.drafter):
-            wipe = getattr(owner, "wipe", None)
-            if failed and wipe:
-                wipe(failed)
+            if failed and isinstance(owner, HoldsCache):
+                owner.wipe(failed)
 
 
 def _pack(verdict: Verdict, draft: Draft, healthy: Tensor) -> Tensor:

@@ -7,12 +7,14 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 
 from specdec.batch import Batch
+from specdec.cache_limit import CacheLimit
 from specdec.draft_length import DraftLength
-from specdec.interfaces import Drafter, Target
+from specdec.interfaces import Drafter, HoldsCache, Target
 from specdec.request import Prompt, Request, Result, StopRules, encode
 from specdec.sampling_config import SamplingConfig
 from specdec.text import TextStream
@@ -39,6 +41,9 @@ class Engine:
         target: the model whose distribution is kept.
         drafter: proposes tokens; None decodes plainly.
         max_rows: requests decoded together, at most.
+        max_cache_bytes: of keys and values between two steps, the target's and the drafter's; what
+            does not fit waits. While rows join, the new rows and half of the old cache stand there
+            twice. None for no limit.
         rule: see `generate`.
         draft_length: see `generate`.
 
@@ -52,12 +57,19 @@ class Engine:
         drafter: Drafter | None = None,
         *,
         max_rows: int = 16,
+        max_cache_bytes: int | None = None,
         rule: str = "token",
         draft_length: DraftLength | None = None,
     ) -> None:
         _check(target, drafter, max_rows, rule)
         self.target, self.drafter, self.max_rows = target, drafter, max_rows
         self._batch = Batch(target, drafter, rule, draft_length)
+        self._limit: CacheLimit | None = None
+        if max_cache_bytes is not None:
+            self._limit = CacheLimit(target, drafter, max_cache_bytes)
+        owners: tuple[object, ...] = (target, drafter)
+        self._caching = [owner for owner in owners if isinstance(owner, HoldsCache)]
+        self.peak_cache_bytes = 0
         self._requests: dict[int, Request] = {}
         self._texts: dict[int, TextStream] = {}
         self._waiting: deque[Request] = deque()
@@ -72,6 +84,11 @@ class Engine:
     def num_running(self) -> int:
         """Rows of the running batch."""
         return len(self._batch.rows)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values that are allocated now, as far as target and drafter tell."""
+        return sum(owner.cache_bytes for owner in self._caching)
 
     def submit(
         self,
@@ -92,7 +109,8 @@ class Engine:
             max_time_s: seconds from now, after which it ends with what there is.
 
         Raises:
-            ValueError: a prompt or an option that cannot work, by name.
+            ValueError: a prompt or an option that cannot work, or a request that can never fit
+                into the cache's limit.
         """
         index = self._num_submitted
         if stop and self.target.tokenizer is None:
@@ -100,6 +118,8 @@ class Engine:
         rules = StopRules(max_new_tokens, tuple(stop), max_time_s)
         ids = encode(prompt, self.target, index)
         request = Request(index, ids, sampling, rules, self.target)
+        if self._limit:
+            self._limit.check(request)
         self._requests[index] = request
         self._texts[index] = TextStream(self.target.tokenizer, stop)
         self._waiting.append(request)
@@ -129,6 +149,7 @@ class Engine:
             return []
         news = self._batch.admit(joining) if joining else self._batch.step()
         ended = self._end_what_is_late()
+        self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache_bytes)
         self._batch.retire()
         told = {row.index for row, _ in news}
         news += [(row, 0) for row in ended if row.index not in told]
@@ -136,8 +157,16 @@ class Engine:
 
     def _next(self) -> list[Request]:
         """The requests that join now, in order."""
-        room = min(self.max_rows - len(self._batch.rows), len(self._waiting))
-        return [self._waiting.popleft() for _ in range(room)]
+        rows, joining = self._batch.rows, list[Request]()
+        for request in islice(self._waiting, self.max_rows - len(rows)):
+            if self._limit and not self._limit.fits([*rows, *joining, request]):
+                break
+            joining.append(request)
+        for _ in joining:
+            self._waiting.popleft()
+        if joining and self._limit:
+            self._limit.reserve([*rows, *joining], join=bool(rows))
+        return joining
 
     def _end_what_is_late(self) -> list[Request]:
         now = time.perf_counter()

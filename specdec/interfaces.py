@@ -115,3 +115,28 @@ class Drafter(Protocol):
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Keep only `rows` (int64, each at most once) of the batch, in that order."""
+
+
+@runtime_checkable
+class HoldsCache(Protocol):
+    """A target or a drafter whose cache an engine can keep under a limit, and clean."""
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values that are allocated now."""
+
+    def bytes_for(self, num_rows: int, num_slots: int) -> int:
+        """Bytes for so many rows with so many tokens each.
+
+        Of a target they are all that a forward sees, the draft included; a drafter is told of the
+        committed tokens, and adds what it feeds behind them.
+        """
+
+    def reserve(self, num_rows: int, num_slots: int, *, join: bool) -> None:
+        """Allocate exactly this, with `join` for the running batch and else for the next one.
+
+        Without `join` the cache of the batch before is freed at once.
+        """
+
+    def wipe(self, rows: Sequence[int]) -> None:
+        """Zero rows that may hold NaN."""

@@ -55,8 +55,20 @@ class _Bank:
 
     def grow(self) -> None:
         """Make room for the rows and slots there are now."""
-        num_rows = max(self.num_rows, self._slots.num_rows)
-        self._bind([_enlarge(part, num_rows, self._slots.capacity) for part in self.states])
+        self.resize(max(self.num_rows, self._slots.num_rows))
+
+    def resize(self, num_rows: int) -> None:
+        """Allocate this many rows of the slots there are now; only one part stands twice."""
+        for part in range(len(self.states)):
+            changed = list(self.states)
+            changed[part] = _resized(self.states[part], num_rows, self._slots.capacity)
+            self._bind(changed)
+            del changed
+
+    def wipe(self, rows: Sequence[int]) -> None:
+        """Zero these rows."""
+        for states in self.states:
+            states[:, list(rows)] = 0
 
     def move(self, sources: Tensor, first: Tensor, start: int) -> None:
         """Copy slots [B, D] to the D slots from `first` [B] on in every layer, reading first.
@@ -273,6 +285,21 @@ class SlotCache(Cache):
         self._slots.num_rows = len(kept)
         self._set_lengths([self.lengths[row] for row in kept])
 
+    def resize(self, num_rows: int, num_slots: int) -> None:
+        """Allocate exactly this many rows and slots a row; what is committed must fit.
+
+        The next rows and tokens then find their room, and nothing grows before it is used up.
+        """
+        self._slots.capacity = num_slots
+        for bank in self._banks:
+            if bank.states:
+                bank.resize(num_rows)
+
+    def wipe(self, rows: Sequence[int]) -> None:
+        """Zero these rows: a masked place still takes part in 0 * value, and 0 * NaN is NaN."""
+        for bank in self._banks:
+            bank.wipe(rows)
+
     def _grow(self, num_slots: int) -> None:
         """Double the slots of every row until they suffice."""
         slots = self._slots
@@ -314,7 +341,8 @@ def _explain(like: Tensor, shape: tuple[int, ...]) -> str:
     return f"{message}; {free:,} bytes are free, enough for these at batch_size {fits}"
 
 
-def _enlarge(states: Tensor, num_rows: int, capacity: int) -> Tensor:
-    larger = _allocate(states, states.shape[0], num_rows, capacity)
-    larger[:, : states.shape[1], :, : states.shape[3]] = states
-    return larger
+def _resized(states: Tensor, num_rows: int, capacity: int) -> Tensor:
+    changed = _allocate(states, states.shape[0], num_rows, capacity)
+    rows, slots = min(num_rows, states.shape[1]), min(capacity, states.shape[3])
+    changed[:, :rows, :, :slots] = states[:, :rows, :, :slots]
+    return changed

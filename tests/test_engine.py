@@ -1,10 +1,19 @@
 """The engine: requests that come at any time, order, memory, failures, cancelling."""
 
+import random
+
 import pytest
+import torch
+from tiny_heads import tiny_head
 from tiny_models import perturbed, tiny_llama, tiny_target
 
-from specdec import Engine, SamplingConfig, generate_baseline
+from specdec import Engine, SamplingConfig, generate, generate_baseline
+from specdec.cache_limit import CacheLimit
 from specdec.drafters.draft_model import DraftModel
+from specdec.drafters.eagle3 import Eagle3Drafter
+from specdec.drafters.hybrid import HybridDrafter
+from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.tree_shape import TreeShape
 from specdec.targets.hf import HFTarget
 
 PROMPTS = [[5, 6, 7, 8], [9] * 30, [1], list(range(20, 60)), [3] * 12]
@@ -107,3 +116,166 @@ def test_a_result_can_be_taken_once_and_only_when_there_is_one(target):
 def test_options_that_cannot_work_are_named(target, options, message):
     with pytest.raises(ValueError, match=message):
         Engine(target, **options)
+
+
+class Cases:
+    """Drafters with caches of every kind, and one without."""
+
+    NAMES = ("none", "draft_model", "tree of a draft model", "eagle3", "eagle3 chain", "hybrid")
+
+    @staticmethod
+    def build(name, target):
+        draft = HFTarget(perturbed(tiny_llama(), 0.15), None)
+        top = target.config.num_hidden_layers
+        shape = TreeShape(depth=3, width=1 if name.endswith("chain") else 4, max_nodes=6)
+
+        def head():
+            return Eagle3Drafter(
+                tiny_head("eagle3", target, taps=[0, top // 2, top]), target.vocab_size, shape
+            )
+
+        if name == "none":
+            return None
+        if name == "draft_model":
+            return DraftModel(draft, target.vocab_size, 4)
+        if name == "tree of a draft model":
+            return DraftModel(draft, target.vocab_size, 3, width=3, max_nodes=4)
+        if name == "hybrid":
+            return HybridDrafter([NgramDrafter(), head()], max_nodes=5)
+        return head()
+
+
+def random_requests(rng, count):
+    """Prompts, limits and the steps at which they come."""
+    prompts = [[rng.randrange(97) for _ in range(rng.choice([1, 3, 20, 90]))] for _ in range(count)]
+    limits = [rng.choice([1, 5, 16, 40]) for _ in range(count)]
+    return prompts, limits, sorted(rng.randrange(40) for _ in range(count))
+
+
+@pytest.mark.parametrize("name", Cases.NAMES)
+@pytest.mark.parametrize("seed", range(3))
+def test_under_a_memory_limit_all_finish_in_order_within_it_and_equal_to_alone(name, seed):
+    rng = random.Random(seed)
+    target = tiny_target()
+    drafter = Cases.build(name, target)
+    prompts, limits, arrivals = random_requests(rng, 7)
+    configs = [SamplingConfig(temperature=rng.choice([0.0, 0.8]), seed=i) for i in range(7)]
+    alone = [
+        generate(target, drafter, [prompt], config, max_new_tokens=limit)[0].tokens
+        for prompt, limit, config in zip(prompts, limits, configs, strict=True)
+    ]
+    fits = CacheLimit(target, drafter, 1)._bytes
+    longest = max(len(p) + n for p, n in zip(prompts, limits, strict=True))
+    max_bytes = int(fits((1, longest)) * rng.choice([1.0, 1.3, 2.2, 3.5]))
+    engine = Engine(target, drafter, max_rows=4, max_cache_bytes=max_bytes)
+    ids, begun, num_steps, most = [], [], 0, 0
+    while len(ids) < len(prompts) or engine.num_waiting or engine.num_running:
+        while len(ids) < len(prompts) and arrivals[len(ids)] <= num_steps:
+            place = len(ids)
+            ids.append(engine.submit(prompts[place], configs[place], max_new_tokens=limits[place]))
+        chunks = engine.step()
+        begun += [chunk.index for chunk in chunks if chunk.index not in begun]
+        most = max(most, engine.num_running)
+        assert engine.cache_bytes <= max_bytes
+        num_steps += 1
+    assert begun == ids == sorted(ids)
+    assert engine.peak_cache_bytes <= max_bytes
+    assert most <= 4
+    results = [engine.result(index) for index in ids]
+    assert [result.tokens for result in results] == alone
+    assert {result.finish_reason for result in results} == {"length"}
+
+
+def test_a_short_request_never_overtakes_a_long_one_that_waits_for_memory(target):
+    fits = CacheLimit(target, None, 1)._bytes
+    engine = Engine(target, max_cache_bytes=fits((2, 60)))
+    first = engine.submit([1] * 30, max_new_tokens=30)
+    engine.step()
+    long = engine.submit([2] * 60, max_new_tokens=40)
+    short = engine.submit([3], max_new_tokens=2)
+    begun = [chunk.index for chunk in run(engine)]
+    assert begun.index(long) < begun.index(short)
+    results = [engine.result(index) for index in (first, long)]
+    assert results[1].records[0].batch_size == 1
+    assert results[0].queue_s < results[1].queue_s
+
+
+def test_rows_that_left_make_room_for_longer_ones_beside_those_that_stay(target):
+    fits = CacheLimit(target, None, 1)._bytes
+    engine = Engine(target, max_cache_bytes=fits((4, 50)))
+    stays = engine.submit([1], max_new_tokens=49)
+    for _ in range(3):
+        engine.submit([2], max_new_tokens=5)
+    while engine.num_running != 1:
+        engine.step()
+    long = engine.submit([3] * 60, max_new_tokens=40)
+    engine.step()
+    assert engine.num_running == 2
+    assert engine.cache_bytes == fits((2, 100))
+    run(engine)
+    assert engine.result(stays).tokens == plain_tokens(target, [1], 49)
+    assert engine.result(long).tokens == plain_tokens(target, [3] * 60, 40)
+
+
+def test_what_can_never_fit_is_refused_when_it_is_submitted(target):
+    fits = CacheLimit(target, None, 1)._bytes
+    engine = Engine(target, max_cache_bytes=fits((1, 50)))
+    engine.submit([1] * 30, max_new_tokens=20)
+    with pytest.raises(ValueError, match=r"prompt 1 needs .* bytes .* lower max_new_tokens"):
+        engine.submit([1] * 30, max_new_tokens=21)
+    assert engine.submit([1], max_new_tokens=1) == 1
+
+
+def test_a_limit_of_one_engine_does_not_bind_the_next_call(target):
+    engine = Engine(target, max_cache_bytes=10**9)
+    engine.submit([1] * 30, max_new_tokens=20)
+    run(engine)
+    generate_baseline(target, [[1, 2]], max_new_tokens=2)
+    assert target.cache.capacity == 128
+
+
+def test_a_target_that_hides_its_cache_cannot_be_limited(target):
+    class Hidden:
+        tokenizer, capabilities, device = None, target.capabilities, target.device
+
+    with pytest.raises(ValueError, match="Hidden does not tell the size of its cache"):
+        Engine(Hidden(), max_cache_bytes=10**9)
+
+
+def nan_behind_a_pair_of_96(module, inputs, output):
+    tokens = inputs[0]
+    is_second = torch.zeros_like(tokens, dtype=torch.bool)
+    is_second[:, 1:] = (tokens[:, 1:] == 96) & (tokens[:, :-1] == 96)
+    return output.masked_fill(is_second.unsqueeze(-1), float("nan"))
+
+
+@pytest.mark.parametrize("name", Cases.NAMES)
+@pytest.mark.parametrize("when", [0, 2])
+def test_a_row_whose_logits_are_nan_ends_alone_and_leaves_nothing_behind(name, when):
+    target = tiny_target()
+    drafter = Cases.build(name, target)
+    # Only the broken prompt has this pair: its features, keys and values are NaN from there on.
+    target.model.model.embed_tokens.register_forward_hook(nan_behind_a_pair_of_96)
+    prompts = [[1, 2, 3], [10] * 40, [9] * 20, [4, 5, 6, 7, 8]]
+    alone = [plain_tokens(target, prompt, 20) for prompt in prompts]
+    engine = Engine(target, drafter, max_rows=3)
+    ids = [engine.submit(prompt, max_new_tokens=20) for prompt in prompts[:when]]
+    broken = engine.submit([5] * 30 + [96, 96], max_new_tokens=20)
+    ids += [engine.submit(prompt, max_new_tokens=20) for prompt in prompts[when:]]
+    chunks = run(engine)
+    assert [chunk.finish_reason for chunk in chunks if chunk.index == broken] == ["error"]
+    result = engine.result(broken)
+    assert (result.tokens, result.finish_reason) == ([], "error")
+    assert "logits are NaN" in result.error
+    assert [engine.result(index).tokens for index in ids] == alone
+
+
+def test_a_request_past_its_time_ends_with_what_there_is_and_others_go_on(target):
+    engine = Engine(target, max_rows=1)
+    late = engine.submit([1], max_new_tokens=50, max_time_s=1e-9)
+    waits = engine.submit([1], max_new_tokens=50, max_time_s=1e-9)
+    other = engine.submit([1], max_new_tokens=5)
+    run(engine)
+    results = [engine.result(index) for index in (late, waits, other)]
+    assert [result.finish_reason for result in results] == ["time", "time", "length"]
+    assert [len(result.tokens) for result in results] == [1, 0, 5]

@@ -18,7 +18,7 @@ FLOORS = [
     ["targets"],
     ["drafters"],
     ["registry", "request", "acceptance_estimate", "draft_length"],
-    ["batch"],
+    ["batch", "cache_limit"],
     ["engine"],
     ["decode"],
     ["bench"],

@@ -22,6 +22,8 @@ from specdec.verify.tree import from_choices
 
 # Level i of a chain draws from stream 16 + i of its row's randomness.
 FIRST_STREAM = 16
+# What piled up while nothing was drafted is fed in parts, which bounds the cache of ragged rows.
+CATCH_UP = 64
 
 
 class DraftModel:
@@ -195,6 +197,28 @@ class DraftModel:
             drafted[max(0, limit - 2 - level - first) :] = float("-inf")
             yield drafted.to(tokens.device)
 
+    @property
+    def cache_bytes(self) -> int:
+        """See `HoldsCache`."""
+        return self.model.cache_bytes
+
+    def bytes_for(self, num_rows: int, num_slots: int) -> int:
+        """See `HoldsCache`."""
+        return self.model.bytes_for(num_rows, num_slots + self._num_fed)
+
+    def reserve(self, num_rows: int, num_slots: int, *, join: bool) -> None:
+        """See `HoldsCache`."""
+        self.model.reserve(num_rows, num_slots + self._num_fed, join=join)
+
+    def wipe(self, rows: Sequence[int]) -> None:
+        """See `HoldsCache`."""
+        self.model.wipe(rows)
+
+    @property
+    def _num_fed(self) -> int:
+        """Tokens that stand behind the committed ones at most."""
+        return max(CATCH_UP, self.num_draft_tokens * self.width)
+
     def _catch_up(self) -> Tensor:
         """Feed what is committed but not cached, the root last; logits [B, V] after the root."""
         limit = self.model.max_context_len
@@ -206,7 +230,13 @@ class DraftModel:
         width = max(counts)
         padded = [row + [0] * (width - len(row)) for row in pending]
         tokens = torch.tensor(padded, device=self.model.device)
-        return self._fit(self.model.feed(tokens, counts))
+        logits = self.model.feed(tokens[:, :CATCH_UP], [min(n, CATCH_UP) for n in counts])
+        for start in range(CATCH_UP, width, CATCH_UP):
+            left = [min(max(n - start, 0), CATCH_UP) for n in counts]
+            newest = self.model.feed(tokens[:, start : start + CATCH_UP], left)
+            has_more = torch.tensor(left, device=self.model.device) > 0
+            logits = torch.where(has_more.unsqueeze(1), newest, logits)
+        return self._fit(logits)
 
     def _known(self, tokens: Sequence[int]) -> list[int]:
         """Tokens behind a smaller vocabulary read as its last one: any will do, none is right."""

@@ -29,6 +29,8 @@ from specdec.verify import Draft, Verdict
 CHUNK = 1024
 # Entries of a row that may wait while no draft is asked for.
 MAX_PENDING = 256
+# They are fed in parts, which bounds the cache of ragged rows.
+CATCH_UP = 64
 
 
 class FeatureHead(Protocol):
@@ -122,6 +124,7 @@ class FeatureDrafter:
         self._masks = Masks(_WindowConfig(window), self.device)
         self.cache = SlotCache(1, 1, 1, self.device)
         self._pending = Pending()
+        self._reserved: int | None = None  # slots of the next batch's rows
         self._outputs = torch.empty(0, device=self.device)  # [B, F]
         self._num_committed = torch.empty(0, dtype=torch.long, device=self.device)  # [B]
 
@@ -132,21 +135,21 @@ class FeatureDrafter:
         if not join:
             self._pending.clear()
         self._catch_up()
-        running, outputs, num_committed = self.cache, self._outputs, self._num_committed
+        running = self.cache if join else None  # or else it must not stay beside the new one
+        outputs, num_committed = self._outputs, self._num_committed
         lengths = [len(prompt) - 1 for prompt in prompts]
         longest = max(lengths)
-        self.cache = SlotCache(1, len(prompts), max(2 * longest, 128), self.device)
+        capacity = max(2 * longest, 128) if self._reserved is None else self._reserved
+        self.cache = SlotCache(1, len(prompts), max(longest, capacity), self.device)
+        self._reserved = None
         rows = [[*p[1:], *[0] * (longest - n)] for p, n in zip(prompts, lengths, strict=True)]
         tokens = torch.tensor(rows, device=self.device)
         with self.clock.forward():
             features = self.head.fuse(output.hidden)  # [B, longest, F]
         self._outputs = features.new_zeros(len(prompts), self.head.config.hidden_size)
         self._num_committed = torch.tensor([len(p) for p in prompts], device=self.device)
-        for start in range(0, longest, CHUNK):
-            end = min(start + CHUNK, longest)
-            counts = [min(max(n - start, 0), end - start) for n in lengths]
-            self._feed(tokens[:, start:end], features[:, start:end], counts)
-        if join:
+        self._feed_in_parts(tokens, features, lengths, CHUNK)
+        if running:
             running.append(self.cache)
             self.cache = running
             self._outputs = torch.cat([outputs, self._outputs])
@@ -215,6 +218,39 @@ class FeatureDrafter:
         for level, states in enumerate(outputs):
             yield self._spread(self.head.logits(states[0, first : len(tokens) - 1 - level]))
 
+    @property
+    def cache_bytes(self) -> int:
+        """See `HoldsCache`."""
+        return self.cache.num_bytes
+
+    def bytes_for(self, num_rows: int, num_slots: int) -> int:
+        """See `HoldsCache`."""
+        config = self.head.config
+        dtype = next(self.head.parameters()).dtype  # type: ignore[attr-defined]
+        heads = config.num_key_value_heads or config.num_attention_heads
+        size = config.head_dim or config.hidden_size // config.num_attention_heads
+        return num_rows * (num_slots + self._num_fed) * 2 * heads * size * dtype.itemsize
+
+    def reserve(self, num_rows: int, num_slots: int, *, join: bool) -> None:
+        """See `HoldsCache`."""
+        # What joins is cached apart at first, as tightly as it can be.
+        self._reserved = 0 if join else num_slots + self._num_fed
+        if join:
+            self._catch_up()
+            self.cache.resize(num_rows, num_slots + self._num_fed)
+        else:
+            self.cache = SlotCache(1, 1, 1, self.device)
+
+    def wipe(self, rows: Sequence[int]) -> None:
+        """See `HoldsCache`."""
+        self.cache.wipe(rows)
+
+    @property
+    def _num_fed(self) -> int:
+        """Entries that stand behind the committed ones at most."""
+        tree = self._static.num_nodes if self._static else self.shape.width * self.shape.depth
+        return max(CATCH_UP, tree)
+
     def _catch_up(self) -> None:
         """Feed what is committed but not cached."""
         if not self._pending.num_columns:
@@ -222,7 +258,15 @@ class FeatureDrafter:
         tokens, taps, counts = self._pending.take()
         with self.clock.forward():
             features = self.head.fuse(taps)
-        self._feed(tokens, features, counts)
+        self._feed_in_parts(tokens, features, counts, CATCH_UP)
+
+    def _feed_in_parts(
+        self, tokens: Tensor, features: Tensor, counts: Sequence[int], size: int
+    ) -> None:
+        for start in range(0, max(counts), size):
+            end = min(start + size, max(counts))
+            left = [min(max(n - start, 0), end - start) for n in counts]
+            self._feed(tokens[:, start:end], features[:, start:end], left)
 
     def _feed(self, tokens: Tensor, features: Tensor, counts: Sequence[int]) -> None:
         """Cache the first `counts[b]` of the pairs [B, n]; keep the last ones' outputs [B, F]."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from specdec.drafters.calibration import Calibration
 from specdec.drafters.merging import Pool, merge_drafts
-from specdec.interfaces import Drafter, Prompts, TargetOutput
+from specdec.interfaces import Drafter, HoldsCache, Prompts, TargetOutput
 from specdec.sampling import Sampler
 from specdec.verify import Draft, Verdict, best_first
 
@@ -136,6 +136,29 @@ class HybridDrafter:
         """Let all of them keep these rows."""
         for drafter in self.drafters:
             drafter.reorder(rows)
+
+    @property
+    def _caching(self) -> list[HoldsCache]:
+        return [drafter for drafter in self.drafters if isinstance(drafter, HoldsCache)]
+
+    @property
+    def cache_bytes(self) -> int:
+        """See `HoldsCache`."""
+        return sum(drafter.cache_bytes for drafter in self._caching)
+
+    def bytes_for(self, num_rows: int, num_slots: int) -> int:
+        """See `HoldsCache`."""
+        return sum(drafter.bytes_for(num_rows, num_slots) for drafter in self._caching)
+
+    def reserve(self, num_rows: int, num_slots: int, *, join: bool) -> None:
+        """See `HoldsCache`."""
+        for drafter in self._caching:
+            drafter.reserve(num_rows, num_slots, join=join)
+
+    def wipe(self, rows: Sequence[int]) -> None:
+        """See `HoldsCache`."""
+        for drafter in self._caching:
+            drafter.wipe(rows)
 
 
 def _refuse_what_cannot_merge(drafter: Drafter) -> None:

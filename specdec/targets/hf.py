@@ -47,6 +47,7 @@ class HFTarget:
         self.cache = SlotCache(self.config.num_hidden_layers, 1, 1, self.device)
         self._scored_tree = False
         self._cache_plan: list[Hashable] | None = None
+        self._reserved: int | None = None  # slots of the next prefill's rows
         # Padding of a row that is nearly full must not look past the position table.
         line = torch.arange(2 * self.max_context_len, device=self.device)
         self._positions = line.clamp(max=self.max_context_len - 1)
@@ -65,9 +66,9 @@ class HFTarget:
         A prompt may be empty (a draft model has nothing to cache before the root); its logits then
         mean nothing. With `join` the prompts become the last rows of the running batch.
         """
-        running = self.cache
+        running = self.cache if join else None  # or else it must not stay beside the new one
         output = self._start(prompts, taps)
-        if join:
+        if running:
             running.append(self.cache)
             self.cache = running
         return output
@@ -76,7 +77,8 @@ class HFTarget:
         """Cache the prompts as a batch of their own."""
         lengths = [len(prompt) for prompt in prompts]
         longest = max(lengths)
-        self.cache = self._new_cache(len(prompts), max(2 * longest, 128))
+        capacity = max(2 * longest, 128) if self._reserved is None else self._reserved
+        self.cache, self._reserved = self._new_cache(len(prompts), max(longest, capacity)), None
         if longest == 0:
             return TargetOutput(torch.zeros(len(prompts), 1, self.vocab_size, device=self.device))
         rows = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
@@ -99,13 +101,41 @@ class HFTarget:
 
     def _new_cache(self, batch_size: int, capacity: int) -> SlotCache:
         num_layers = self.config.num_hidden_layers
+        return SlotCache(num_layers, batch_size, capacity, self.device, self._plan_cache())
+
+    def _plan_cache(self) -> list[Hashable]:
         if self._cache_plan is None:
             # One token tells what no config does: each layer's heads, their size and their device.
-            self.cache = SlotCache(num_layers, 1, 1, self.device)
+            running = self.cache
+            self.cache = SlotCache(self.config.num_hidden_layers, 1, 1, self.device)
             self._forward_chunk(torch.zeros(1, 1, dtype=torch.long, device=self.device), [0], ())
-            self._cache_plan = self.cache.plan
+            self._cache_plan, self._slot_bytes = self.cache.plan, self.cache.num_bytes
+            self.cache = running
             self.clock.take()
-        return SlotCache(num_layers, batch_size, capacity, self.device, self._cache_plan)
+        return self._cache_plan
+
+    @property
+    def cache_bytes(self) -> int:
+        """See `HoldsCache`."""
+        return self.cache.num_bytes
+
+    def bytes_for(self, num_rows: int, num_slots: int) -> int:
+        """See `HoldsCache`."""
+        self._plan_cache()
+        return num_rows * num_slots * self._slot_bytes
+
+    def reserve(self, num_rows: int, num_slots: int, *, join: bool) -> None:
+        """See `HoldsCache`."""
+        # What joins is cached apart at first, as tightly as it can be.
+        self._reserved = 0 if join else num_slots
+        if join:
+            self.cache.resize(num_rows, num_slots)
+        else:
+            self.cache = SlotCache(self.config.num_hidden_layers, 1, 1, self.device)
+
+    def wipe(self, rows: Sequence[int]) -> None:
+        """See `HoldsCache`."""
+        self.cache.wipe(rows)
 
     def _forward_chunk(
         self, tokens: Tensor, wanted: list[int], taps: Sequence[int]
