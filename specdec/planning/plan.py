@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from specdec.analysis.predict import Predictor
+from specdec.analysis.predict import Predictor, check_settings
 from specdec.analysis.texts import Text, target_answers
 from specdec.bench.config import ArmConfig, BenchConfig
 from specdec.bench.prompts import load_prompts, render
@@ -22,7 +22,7 @@ from specdec.planning.candidates import Family, families
 from specdec.planning.costs import Costs, ForwardCost
 from specdec.planning.loop_times import TimedRun, Workload
 from specdec.planning.measure import FULL, QUICK, Effort, Measurements, Progress, fits
-from specdec.planning.prediction import Forecast, Predict, Prediction
+from specdec.planning.prediction import Acceptance, Forecast, Prediction
 from specdec.planning.schedule import MARGIN, Schedule, schedule
 from specdec.planning.search import search
 from specdec.request import encode
@@ -74,6 +74,8 @@ class _Planner:
 
     def __init__(self, config: BenchConfig, effort: Effort, progress: Progress) -> None:
         self.config, self.effort, self.progress = config, effort, progress
+        self.sampling = SamplingConfig(**vars(config.sampling), seed=config.seed)
+        check_settings(self.sampling, config.rule)
         where = config.prompts
         prompts = load_prompts(where.source, where.num, where.data_dir, where.seed)
         self.mark = fingerprint(config, prompts)
@@ -82,7 +84,6 @@ class _Planner:
         prompts = unfold_turns(prompts, self.target, config.max_new_tokens, progress)
         tokenizer = self.target.tokenizer
         ids = [encode(render(p, tokenizer), self.target, i) for i, p in enumerate(prompts)]
-        self.sampling = SamplingConfig(**vars(config.sampling), seed=config.seed)
         self.work = Workload(ids, self.sampling, config.max_new_tokens, config.rule)
         self.families = families(config.arms, self.target)
 
@@ -98,19 +99,19 @@ class _Planner:
     def plan(self, journal: Journal) -> dict[str, Any]:
         """Measure, predict, choose."""
         size = self.config.batch_size
+        texts = self._texts()
+        acceptance = self._acceptance(texts)
         measured = Measurements(self.target, self.work, self.effort, journal, self.progress)
         forward, points, skipped = measured.forwards(size)
         timed = [candidate for family in self.families for candidate in family.timed()]
         runs = {size: measured.decodings(timed, size, self.effort.rounds)}
-        texts = self._texts()
-        predict = self._predictor(texts)
         context = _mean_context(texts)
-        forecast = Forecast(Costs(forward, runs), predict, context, self.config.seed)
+        forecast = Forecast(Costs(forward, runs), acceptance, context, self.config.seed)
         ranked = self._search(forecast)
         family = next(f for f in self.families if f.name == ranked[0].candidate.drafter)
         runs |= self._other_batches(measured, forward, family)
         costs = Costs(forward, runs)
-        everywhere = Forecast(costs, predict, context, self.config.seed)
+        everywhere = Forecast(costs, acceptance, context, self.config.seed)
         lengths = schedule(everywhere, ranked[0].candidate, sorted(runs))
         return {
             "schema": "specdec-plan-1",
@@ -136,9 +137,16 @@ class _Planner:
             self.target, list(self.work.prompts), self.sampling, config.max_new_tokens
         )
 
-    def _predictor(self, texts: list[Text]) -> Predict:
+    def _acceptance(self, texts: list[Text]) -> Acceptance:
+        """Acceptance along the texts; what none can be worked out for is told first of all."""
         config = self.config
-        return Predictor(self.target, texts, self.sampling, config.seed, config.rule).predict
+        predictor = Predictor(self.target, texts, self.sampling, config.seed, config.rule)
+        acceptance = Acceptance(predictor.predict)
+        given = [candidate for family in self.families for candidate in family.given]
+        for done, candidate in enumerate(given):
+            self.progress(done, len(given), f"acceptance of {candidate.name}")
+            acceptance(candidate)
+        return acceptance
 
     def _search(self, forecast: Forecast) -> list[Prediction]:
         size = self.config.batch_size

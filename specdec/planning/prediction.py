@@ -94,26 +94,43 @@ class Prediction:
         }
 
 
-class Forecast:
-    """Predicts configurations from costs and acceptance; acceptance is asked once for each.
+class Acceptance:
+    """Acceptance of candidates, asked once for each.
 
     Args:
-        costs: of this machine.
-        predict: acceptance of a drafter's options.
-        context: tokens in the cache, the mean over the workload.
-        seed: of the bootstrap.
+        predict: of a drafter's options; dear.
     """
 
-    def __init__(self, costs: Costs, predict: Predict, context: float, seed: int = 0) -> None:
-        self.costs, self.context, self._predict, self._seed = costs, context, predict, seed
+    def __init__(self, predict: Predict) -> None:
+        self._predict = predict
         self._known: dict[str, Expectation] = {}
 
-    def expected(self, candidate: Candidate) -> Expectation:
-        """Acceptance of a candidate."""
+    def __call__(self, candidate: Candidate) -> Expectation:
+        """What is expected of a candidate."""
         key = repr((candidate.type, sorted(candidate.options.items())))
         if key not in self._known:
             self._known[key] = self._predict({"type": candidate.type, **candidate.options})
         return self._known[key]
+
+
+class Forecast:
+    """Predicts configurations from costs and acceptance.
+
+    Args:
+        costs: of this machine.
+        expected: acceptance of a candidate.
+        context: tokens in the cache, the mean over the workload.
+        seed: of the bootstrap.
+    """
+
+    def __init__(
+        self,
+        costs: Costs,
+        expected: Callable[[Candidate], Expectation],
+        context: float,
+        seed: int = 0,
+    ) -> None:
+        self.costs, self.expected, self.context, self._seed = costs, expected, context, seed
 
     def __call__(self, candidate: Candidate, batch_size: int) -> Prediction:
         """The prediction of a candidate."""
@@ -178,7 +195,8 @@ def _between(mean: float, empty: float) -> Sizes:
     if mean <= 0 or empty >= 1:
         return {0: 1.0}
     low, part = divmod(mean / (1 - empty), 1.0)
-    sizes = {0: empty, int(low): (1 - empty) * (1 - part), int(low) + 1: (1 - empty) * part}
+    sizes = {0: empty, int(low) + 1: (1 - empty) * part}
+    sizes[int(low)] = sizes.get(int(low), 0.0) + (1 - empty) * (1 - part)
     return {nodes: share for nodes, share in sizes.items() if share > 0}
 
 

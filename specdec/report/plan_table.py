@@ -37,8 +37,8 @@ def plan_table(plan: dict[str, Any]) -> Table:
 def schedule_table(plan: dict[str, Any]) -> Table:
     """The draft length of every batch size."""
     table = _table(
-        f"nodes to draft by batch size, with {plan['controller']['drafter']}",
-        "0: plain decoding is faster",
+        f"nodes to draft, {plan['controller']['drafter']}",
+        "0: plain decoding",
     )
     table.add_column("rows", justify="right")
     table.add_column("nodes", justify="right")

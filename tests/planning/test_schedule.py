@@ -1,7 +1,7 @@
 import pytest
 
 from specdec.draft_length import Schedule as LoopSchedule
-from specdec.planning.prediction import Forecast
+from specdec.planning.prediction import Acceptance, Forecast
 from specdec.planning.schedule import MARGIN, cuts, schedule
 from specdec.planning.shape import Candidate, Shape
 from tests.planning.toys import CONTEXT, Machine, candidate, chain_tau, expected
@@ -16,7 +16,9 @@ def predict(options):
 
 
 def lengths(machine):
-    return schedule(Forecast(machine.costs(TIMED, SIZES), predict, CONTEXT), CHAIN, SIZES)
+    return schedule(
+        Forecast(machine.costs(TIMED, SIZES), Acceptance(predict), CONTEXT), CHAIN, SIZES
+    )
 
 
 def test_the_draft_shrinks_with_the_batch_down_to_none_where_verifying_is_dear():
@@ -35,7 +37,7 @@ def test_a_gain_within_the_margin_is_no_reason_to_draft():
     step_s = chain_tau(0.7, 1) / gain * 4e-3
     machine = Machine(4e-3, 0.0, step_s - 4e-3, 0.0, 0.0)
     one = candidate(Shape(1, 1, 1, False))
-    found = schedule(Forecast(machine.costs([one]), predict, CONTEXT), one, (1,))
+    found = schedule(Forecast(machine.costs([one]), Acceptance(predict), CONTEXT), one, (1,))
     assert found.predictions[1][0].speedup == pytest.approx(gain, rel=1e-4)
     assert found.nodes == {1: 0}
 

@@ -1,11 +1,12 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from specdec.planning.prediction import Forecast
+from specdec.planning.prediction import Acceptance, Forecast
 from specdec.planning.search import SLACK, search
-from specdec.planning.shape import Shape
+from specdec.planning.shape import Candidate, Shape
 from tests.planning.toys import (
     CONTEXT,
     Machine,
@@ -38,7 +39,7 @@ def forecast(machine, alpha, asked=None):
             asked.append(options)
         return expected(tau_of(options, alpha), options["max_nodes"])
 
-    return Forecast(machine.costs(ALL), predict, CONTEXT)
+    return Forecast(machine.costs(ALL), Acceptance(predict), CONTEXT)
 
 
 def run(found, candidates=ALL):
@@ -99,15 +100,17 @@ def test_a_reranked_tree_may_lose_a_little_by_growing():
     taus = {8: 2.0, 4: 2.0 * (1 + SLACK * 0.9)}
     machine = Machine(per_token_s=0.0, node_s=0.0)
     costs = machine.costs([large, small])
-    found = Forecast(costs, lambda o: expected(taus[o["max_nodes"]], o["max_nodes"]), CONTEXT)
+    found = Forecast(
+        costs, Acceptance(lambda o: expected(taus[o["max_nodes"]], o["max_nodes"])), CONTEXT
+    )
     assert run(found, [large, small])[0].candidate == small
 
 
 def test_speed_is_the_mean_over_prompts_of_tokens_a_step_at_the_ratio_of_step_times():
     one = candidate(Shape(2, 1, 2, False))
     machine = Machine()
-    acceptance = ToyExpected(tokens=[21, 31], steps=[10, 10], drafted=[20, 20])
-    found = Forecast(machine.costs([one]), lambda options: acceptance, CONTEXT)(one, 1)
+    acceptance = ToyExpected([21, 31], [10, 10], [20, 20], [[10], [10]])
+    found = Forecast(machine.costs([one]), Acceptance(lambda options: acceptance), CONTEXT)(one, 1)
     plain = machine.step(Shape(0, 1, 0, False), 0, 1).wall_s
     step = machine.step(one.shape, 2, 1).wall_s
     assert found.speedup == pytest.approx((2.0 + 3.0) / 2 * plain / step, rel=1e-3)
@@ -115,12 +118,26 @@ def test_speed_is_the_mean_over_prompts_of_tokens_a_step_at_the_ratio_of_step_ti
     assert low < found.speedup < high
 
 
+@pytest.mark.parametrize(("drafted", "judging"), [(27, 27), (30, 27), (81, 27), (0, 0), (20, 100)])
+def test_steps_without_a_draft_cost_what_plain_decoding_costs(drafted, judging):
+    """Shares of step sizes sum to one, whatever share of the steps drafts."""
+    one = Candidate("lookup", "ngram", {}, "lookup", Shape(0, 1, 3, False))
+    machine = Machine()
+    timed = [replace(one, shape=Shape(0, 1, n, False)) for n in (1, 2, 3)]
+    costs = machine.costs([*timed, replace(one, shape=Shape(0, 1, 0, False))])
+    acceptance = ToyExpected([121], [100], [drafted], [[judging]])
+    found = Forecast(costs, Acceptance(lambda options: acceptance), CONTEXT)(one, 1)
+    plain, full = (machine.step(one.shape, nodes, 1).wall_s for nodes in (0, 3))
+    assert plain * 0.99 <= found.step.wall_s <= full * 1.01
+    assert found.step.wall_s == pytest.approx(plain + drafted / 100 * (full - plain) / 3, rel=0.02)
+
+
 def test_drafts_that_are_cut_near_the_end_cost_less():
     one = candidate(Shape(8, 1, 8, False))
     machine = Machine()
     costs = machine.costs([candidate(shape) for shape in CHAINS])
-    whole = Forecast(costs, lambda o: expected(3.0, 8), CONTEXT)(one, 1)
-    short = Forecast(costs, lambda o: expected(3.0, 6.5), CONTEXT)(one, 1)
+    whole = Forecast(costs, Acceptance(lambda o: expected(3.0, 8)), CONTEXT)(one, 1)
+    short = Forecast(costs, Acceptance(lambda o: expected(3.0, 6.5)), CONTEXT)(one, 1)
     assert short.step.wall_s < whole.step.wall_s
     halfway = [machine.step(one.shape, nodes, 1).wall_s for nodes in (6, 7)]
     assert short.step.wall_s == pytest.approx(sum(halfway) / 2, rel=1e-2)

@@ -16,10 +16,7 @@ class ToyExpected:
     tokens: list
     steps: list
     drafted: list
-
-    @property
-    def tested_at(self):
-        return [[steps] for steps in self.steps]
+    tested_at: list
 
     @property
     def tau(self):
@@ -32,7 +29,10 @@ class ToyExpected:
 def expected(tau, nodes, num_steps=100.0, num_prompts=3):
     """The same tau for every prompt, with every draft as large as it may be."""
     tokens, drafted = 1 + tau * num_steps, nodes * num_steps
-    return ToyExpected([tokens] * num_prompts, [num_steps] * num_prompts, [drafted] * num_prompts)
+    steps = [num_steps] * num_prompts
+    return ToyExpected(
+        [tokens] * num_prompts, steps, [drafted] * num_prompts, [[num_steps]] * num_prompts
+    )
 
 
 def chain_tau(alpha, length):
