@@ -33,6 +33,8 @@ def run_analysis(
     folder: Path,
     text: Path | None = None,
     progress: Progress = lambda done, total, text: None,
+    *,
+    answers: int = 1,
 ) -> dict[str, Any]:
     """Analyse what is not in the folder yet, and write `analysis.json` and the evidence there.
 
@@ -42,6 +44,7 @@ def run_analysis(
         text: texts to walk along in place of the target's answers to the prompts, see
             `read_texts`.
         progress: called with drafters done, drafters in all, and what runs next.
+        answers: of the target to every prompt, each with a seed of its own; 1 at temperature 0.
 
     Returns:
         The content of `analysis.json`.
@@ -51,6 +54,8 @@ def run_analysis(
         FloatingPointError: NaN in a model's logits.
         OSError: the folder cannot be written, or is full; finished drafters are kept.
     """
+    if answers < 1:
+        raise ValueError(f"--answers is {answers} but must be at least 1")
     torch.set_num_threads(config.threads)
     sampling = SamplingConfig(**vars(config.sampling), seed=config.seed)
     check_settings(sampling, config.rule)
@@ -64,7 +69,8 @@ def run_analysis(
         device=config.target.device,
         quantization=config.target.quantization,
     )
-    texts, prompts = _texts(config, target, sampling, text, progress)
+    repeats = 1 if sampling.is_greedy else answers
+    texts, prompts = _texts(config, target, sampling, text, repeats, progress)
     mark = _fingerprint(config, texts)
     store = AnalysisStore(folder, mark)
     provenance = {
@@ -107,6 +113,7 @@ def _texts(
     target: HFTarget,
     sampling: SamplingConfig,
     path: Path | None,
+    repeats: int,
     progress: Progress,
 ) -> tuple[list[Text], list[dict[str, Any]]]:
     """The texts, and what the result says of each."""
@@ -116,9 +123,9 @@ def _texts(
     else:
         prompts = read_prompts(config)
         prompts = unfold_turns(prompts, target, config.max_new_tokens, progress)
-        ids = encode_prompts(prompts, target)
+        ids = encode_prompts(prompts, target) * repeats
         texts = target_answers(target, ids, sampling, config.max_new_tokens)
-        names = [{"id": prompt.id, "domain": prompt.domain} for prompt in prompts]
+        names = [{"id": prompt.id, "domain": prompt.domain} for prompt in prompts] * repeats
     return texts, [
         {
             **name,

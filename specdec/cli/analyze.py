@@ -22,6 +22,9 @@ def analyze(
             "file, or plain text"
         ),
     ] = None,
+    answers: Annotated[
+        int, typer.Option(help="answers to every prompt; above temperature 0 more are steadier")
+    ] = 1,
     out: Annotated[Path, typer.Option(help="folder for analysis and evidence")] = Path(
         "runs/analyze"
     ),
@@ -37,7 +40,7 @@ def analyze(
 
     quiet_transformers()
     with progress_bar() as show:
-        analysis = run_analysis(settings, out, text, show)
+        analysis = run_analysis(settings, out, text, show, answers=answers)
     terminal = Console(width=None if sys.stdout.isatty() else 140)
     terminal.print(analysis_table(analysis))
     typer.echo(f"Analysis and evidence: {out}")
