@@ -86,7 +86,7 @@ def _list(cells: Sequence["Cell"]) -> None:
     for cell in cells:
         config = cell.config
         names = ["plain", "hf_generate", *(arm.name for arm in config.arms)]
-        typer.echo(f"{cell.name or 'one bench'}: {', '.join(names)}")
+        typer.echo(f"{cell.name or 'one bench'}: {' | '.join(names)}")
     typer.echo(f"cells: {len(cells)}; in each of them every arm decodes the prompts in turn")
 
 

@@ -195,7 +195,7 @@ def test_list_shows_cells_and_arms_and_runs_nothing(path, tmp_path):
     done = command(path, "--list", "--out", str(tmp_path / "out"))
     assert done.exit_code == 0
     lines = done.stdout.splitlines()
-    assert lines[1] == "temperature=0,batch_size=2: plain, hf_generate, draft 1, draft 3"
+    assert lines[1] == "temperature=0,batch_size=2: plain | hf_generate | draft 1 | draft 3"
     assert lines[-1].startswith("cells: 4;")
     assert not (tmp_path / "out").exists()
 
