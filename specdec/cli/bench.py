@@ -50,8 +50,8 @@ def bench(
 ) -> None:
     """Measure draft strategies against plain decoding and transformers' generate.
 
-    torchrun --nproc-per-node 2 -m specdec bench CONFIG --out DIR splits the prompts over
-    processes, as accelerate launch does, and joins the results.
+    Under torchrun or accelerate launch, the processes share the prompts, and
+    the results are joined.
     """
     from specdec.bench.suites.config import is_suite
     from specdec.cli.suite import bench_suite
