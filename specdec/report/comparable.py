@@ -52,7 +52,7 @@ def _seed(run: Run) -> dict[str, Any]:
 
 def _target(run: Run) -> dict[str, Any]:
     """The model itself where the run knows it; else where it was loaded from."""
-    identity = run.data.get("target")
+    identity = run.identity
     if identity is None:
         path = (run.config.get("target") or {}).get("path")
         return {"target.path": path}

@@ -44,6 +44,12 @@ class Run:
         return dict(self.provenance.get("config") or {})
 
     @property
+    def identity(self) -> dict[str, Any] | None:
+        """Which model the target was; None where the file does not say."""
+        found = self.data.get("target")
+        return found if isinstance(found, dict) else None  # an estimate lists its forwards there
+
+    @property
     def arms(self) -> list[dict[str, Any]]:
         """Of a bench; version 1 says what they are in its configuration alone."""
         given = {arm["name"]: arm for arm in self.config.get("arms") or ()}

@@ -1,7 +1,7 @@
 """Draft shapes and their speed, taken from arms that were measured or planned."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,19 @@ def by_group(found: Iterable[Point]) -> dict[str, list[Point]]:
         for name, members in groups.items()
         if len({(p.depth, p.width, p.nodes) for p in members}) > 1
     }
+
+
+def is_map(members: Sequence[Point]) -> bool:
+    """Whether more than half of the grid of depths and nodes (or widths) was tried."""
+    part = vertical(members)
+    cells = {(point.depth, getattr(point, part)) for point in members}
+    columns, rows = (len(set(values)) for values in zip(*cells, strict=True))
+    return 2 * len(cells) > columns * rows
+
+
+def vertical(members: Sequence[Point]) -> str:
+    """What varies besides the depth: "nodes", or "width" where the nodes are all the same."""
+    return "nodes" if len({point.nodes for point in members}) > 1 else "width"
 
 
 def _point(arm: Mapping[str, Any], speedup: float) -> Point | None:

@@ -82,7 +82,7 @@ _CONCURRENT = (
     _Panel("mean ITL, 95th percentile, ms", _ms("itl_s", "p95")),
     _Panel("fairness, Jain's index", lambda arm: arm["load"]["jain_index"], line_at=1.0),
     _Panel(
-        "cache of the target, MiB",
+        "caches of target and drafter, MiB",
         lambda arm: (
             None if arm["memory"]["cache_bytes"] is None else arm["memory"]["cache_bytes"] / _MIB
         ),

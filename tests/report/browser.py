@@ -58,12 +58,12 @@ def open_browser(profile):
         driver.quit()
 
 
-def show(driver, path, width, *, dark=False):
+def show(driver, path, width, *, dark=False, media="screen"):
     """Open a file in a window of this width; returns the addresses that it asked for."""
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": [scheme]})
     driver.get("about:blank")
     driver.get_log("performance")  # of whatever was open before
     driver.get(Path(path).resolve().as_uri())

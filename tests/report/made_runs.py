@@ -216,7 +216,7 @@ def analysis(results):
         "expected": {
             "chains": [{"length": n, **each} for n, each in zip((1, 2, 4), drafts, strict=True)],
             "trees": [{"nodes": n, "depth": 2, **drafts[1]} for n in (4, 8)],
-            "thresholds": [{"threshold": 0.5, **drafts[0]}],
+            "thresholds": [{"threshold": 0.5, "tau": 1.5, "tau_ci": None, "nodes_per_step": 0.7}],
         },
     }
     ngram = {
@@ -291,7 +291,7 @@ def suite(results):
     return {
         "schema": "specdec-suite-1",
         "suite": "concurrent",
-        "provenance": results["provenance"],
+        "provenance": {k: results["provenance"][k] for k in ("device", "dtype", "threads")},
         "groups": groups,
     }
 
@@ -314,6 +314,7 @@ def estimate():
         "label": "estimate: nothing here was measured",
         "provenance": {"command": "specdec plan", "versions": {}},
         "assumptions": ["Weights are read once a forward."],
+        "target": [{"batch_size": 1, "estimated_forward_ms": 40.0}],
         "drafters": [
             {"name": name, "estimated_draft_forward_ms": 1.5, **drafter} for name in ("1B", "8B")
         ],

@@ -62,6 +62,16 @@ def test_every_picture_is_there_nothing_is_asked_for_and_nothing_sticks_out(driv
     assert page == [width, width]
 
 
+def test_no_table_is_cut_off_on_paper(driver, out):
+    width = 718  # A4 with the usual margins
+    show(driver, out / "index.html", width, media="print")
+    ends = driver.execute_script(
+        "return [...document.querySelectorAll('table, img')]"
+        ".map(e => [e.id || e.alt, e.getBoundingClientRect().right])"
+    )
+    assert [name for name, end in ends if end > width] == []
+
+
 def test_all_sections_and_arms_are_there_and_every_link_leads_somewhere(driver, out):
     show(driver, out / "index.html", 1280)
     headings = driver.execute_script(

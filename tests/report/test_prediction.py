@@ -8,7 +8,7 @@ import pytest
 
 from specdec.report.prediction import match, match_all, median_error, rank_correlation
 from specdec.report.runs import Run
-from specdec.report.shapes import by_group, points
+from specdec.report.shapes import by_group, is_map, points, vertical
 
 RESULTS = made_runs.bench()
 
@@ -88,3 +88,20 @@ def test_shapes_are_read_from_options_with_their_defaults():
     assert (c.depth, c.is_chain, c.length) == (None, True, 6)
     assert a.group == b.group != d.group
     assert list(by_group(found)) == [a.group]
+
+
+def test_a_heat_map_needs_more_than_half_of_its_grid():
+    shapes = [(2, 8), (4, 16), (2, 16), (6, 8), (6, 16)]
+    arms = [
+        {
+            "name": f"{depth} {nodes}",
+            "type": "eagle3",
+            "options": {"depth": depth, "max_nodes": nodes},
+            "speed": 1.0,
+        }
+        for depth, nodes in shapes
+    ]
+    found = points(arms, "speed")
+    assert [is_map(found[:count]) for count in (2, 3, 4, 5)] == [False, True, True, True]
+    assert vertical(found) == "nodes"
+    assert vertical([found[0], found[3]]) == "width"

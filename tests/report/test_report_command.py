@@ -42,6 +42,19 @@ def test_the_runs_of_these_tests_are_as_the_commands_write_them(tmp_path, name, 
     assert violations(json.loads(json.dumps(found)), schema) == []
 
 
+@pytest.mark.parametrize("name", ["plan", "analyze", "suites", "estimate"])
+def test_what_these_tests_invent_of_a_run_is_in_its_schema(name):
+    made = {
+        "plan": made_runs.plan(RESULTS),
+        "analyze": made_runs.analysis(RESULTS),
+        "suites": made_runs.suite(RESULTS),
+        "estimate": made_runs.estimate(),
+    }
+    schema = json.loads((ROOT / "docs" / f"{name}.schema.json").read_text())
+    found = violations(json.loads(json.dumps(made[name])), schema)
+    assert [each for each in found if not each.endswith("is missing")] == []
+
+
 def test_the_command_writes_page_markdown_and_data_and_ends_with_a_line_for_machines(
     bench, tmp_path
 ):

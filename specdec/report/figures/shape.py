@@ -14,7 +14,7 @@ from specdec.report.figures.style import (
     new_figure,
     to_png,
 )
-from specdec.report.shapes import Point
+from specdec.report.shapes import Point, vertical
 
 
 def tree_heat_map(points: Sequence[Point]) -> bytes:
@@ -41,11 +41,6 @@ def tree_heat_map(points: Sequence[Point]) -> bytes:
     axes.set_title(label(points[0].label, 48), fontsize=10)
     figure.colorbar(image, label="speed / plain")
     return to_png(figure)
-
-
-def vertical(points: Sequence[Point]) -> str:
-    """What varies besides the depth: "nodes", or "width" where the nodes are all the same."""
-    return "nodes" if len({point.nodes for point in points}) > 1 else "width"
 
 
 def _write_values(axes: object, grid: np.ndarray) -> None:

@@ -38,15 +38,20 @@ def speed_against_tau(arms: Sequence[dict[str, Any]]) -> bytes:
             capsize=2,
             label=label(arm["name"], 34),
         )
-    reach = 1.08 * max(arm["tau"] for arm in arms)
-    top = 1.1 * max(arm["speedup_vs_plain"] for arm in arms)
-    end = min(reach, max(top, 1.2))
+    left, right = _reach(arms, "tau")
+    low, high = _reach(arms, "speedup_vs_plain")
     free = "speed = tau: all else free"
-    axes.plot([1, reach], [1, reach], color=GREY, linestyle="--", linewidth=1, label=free)
+    axes.plot([1, right], [1, right], color=GREY, linestyle="--", linewidth=1, label=free)
     axes.axhline(1, color=GREY, linewidth=0.8)
-    low = min(arm["speedup_vs_plain"] for arm in arms)
-    axes.set(xlim=(min(0.95, 1 - 0.02 * reach), reach), ylim=(min(0.9, 0.9 * low), end * 1.02))
+    axes.set(xlim=(left, right), ylim=(low, high))
     axes.set(xlabel="tau, tokens per target forward", ylabel="decode speed / plain decoding")
     axes.grid(alpha=0.3)
     legend_below(figure, axes)
     return to_png(figure)
+
+
+def _reach(arms: Sequence[dict[str, Any]], key: str) -> tuple[float, float]:
+    """Limits that hold 1, every value and its interval."""
+    values = [1.0, *(value for arm in arms for value in (arm[key], *(arm[f"{key}_ci"] or ())))]
+    margin = 0.04 * (max(values) - min(values)) + 0.02
+    return min(values) - margin, max(values) + margin

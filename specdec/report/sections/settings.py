@@ -44,7 +44,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "dtype": _dtype(where),
         "device": _device(where),
         "threads": where.get("threads"),
-        "load at the start": where.get("load_average"),
+        "load at the start": _load(where.get("load_average")),
         **_configured(run.config),
         "versions": ", ".join(f"{k} {v}" for k, v in (where.get("versions") or {}).items()) or None,
     }
@@ -76,7 +76,7 @@ def _commit(where: dict[str, Any]) -> str | None:
 
 
 def _target(run: Run) -> str | None:
-    identity = run.data.get("target") or {}
+    identity = run.identity or {}
     name = identity.get("name") or (run.config.get("target") or {}).get("path")
     marks = [f"{k} {identity[k][:8]}" for k in ("weights", "tokenizer") if identity.get(k)]
     return name and _last(name) + (f" ({', '.join(marks)})" if marks else "")
@@ -91,6 +91,10 @@ def _device(where: dict[str, Any]) -> str | None:
     device, cpu = where.get("device"), where.get("cpu")
     said = f" ({cpu}, {where.get('cpu_count')} cores)" if cpu else ""
     return device and device + said
+
+
+def _load(average: float | None) -> str | None:
+    return None if average is None else f"{average:.1f}"
 
 
 def _last(path: str) -> str:

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from specdec.report.blocks import Figure, Section
-from specdec.report.figures.shape import chain_lines, tree_heat_map, vertical
+from specdec.report.figures.shape import chain_lines, tree_heat_map
 from specdec.report.runs import Run
 from specdec.report.sections.bench import measured
-from specdec.report.shapes import Point, by_group, points
+from specdec.report.shapes import Point, by_group, is_map, points, vertical
 
 
 def shapes(runs: Sequence[Run]) -> Section:
@@ -31,7 +31,7 @@ def shapes(runs: Sequence[Run]) -> Section:
 def _draw(section: Section, found: Sequence[Point], label: str, origin: str) -> None:
     trees = by_group(point for point in found if not point.is_chain)
     chains = by_group(point for point in found if point.is_chain)
-    for members in trees.values():
+    for members in filter(is_map, trees.values()):
         section.figures.append(_heat_map(members, label, origin, len(section.figures) + 1))
     if chains:
         groups = list(chains.values())

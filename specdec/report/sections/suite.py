@@ -42,7 +42,9 @@ def suite(runs: Sequence[Run]) -> Section:
     section = Section("suite", "Suites")
     suites = [run for run in runs if run.kind == "suite"]
     if not suites:
-        section.missing.append("No suite among the runs: give the --out folder of specdec suite.")
+        section.missing.append(
+            "No suite among the runs: give the --out folder of specdec bench for a suite."
+        )
     for place, run in enumerate(suites, start=1):
         rows = [_row(group, arm) for group in run.data["groups"] for arm in group["arms"]]
         _add_figure(section, run, place)
