@@ -16,7 +16,7 @@ from specdec.planning.shape import (
 from specdec.registry import load_drafter
 
 CHAIN_DEPTHS = range(1, 13)
-TREE_DEPTHS, TREE_WIDTHS = (2, 3, 4, 6, 8), (2, 3, 4)
+TREE_DEPTHS, TREE_WIDTHS = (2, 3, 4, 6, 8), (2, 3)
 TREE_NODES = (4, 6, 8, 12, 16, 24)
 NODES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 THRESHOLD_DEPTHS, THRESHOLDS = (6, 12), (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)

@@ -39,7 +39,7 @@ class Effort:
     batch_rounds: int
 
 
-FULL = Effort(Grid(), rounds=8, batch_rounds=3)
+FULL = Effort(Grid(), rounds=6, batch_rounds=3)
 QUICK = Effort(Grid((1, 2, 4, 8, 16), (1, 2), (16, 64), repeats=1), rounds=2, batch_rounds=1)
 
 

@@ -143,7 +143,9 @@ class Forecast:
         expected = self.expected(larger)
         tau = _taus(expected)
         # Near the end of a text drafts are cut, those of a small shape less than those of a large.
-        share = min(1.0, _mean_nodes(expected) / larger.shape.nodes)
+        share = 1.0
+        if batch_size == 1:
+            share = min(1.0, _mean_nodes(expected) / larger.shape.nodes)
         sizes = _between(share * candidate.shape.nodes, 0.0)
         step = self.costs.step(candidate, batch_size, sizes, self.context)
         return float(tau.mean()) * self.plain(batch_size).wall_s / step.wall_s
@@ -153,7 +155,7 @@ class Forecast:
         return self.costs.plain[batch_size].time
 
     def _of(self, candidate: Candidate, batch_size: int, expected: Expectation) -> Prediction:
-        sizes = _sizes(candidate, expected)
+        sizes = _sizes(candidate, expected, batch_size)
         step = self.costs.step(candidate, batch_size, sizes, self.context)
         plain = self.plain(batch_size)
         taus = _taus(expected)
@@ -171,10 +173,20 @@ class Forecast:
         )
 
 
-def _sizes(candidate: Candidate, expected: Expectation) -> Sizes:
-    """How many nodes the steps draft: as many as the shape has, or fewer, or none."""
-    mean = min(_mean_nodes(expected), candidate.shape.nodes)
-    return _between(mean, min(_empty_share(expected), 1 - mean / candidate.shape.nodes))
+def _sizes(candidate: Candidate, expected: Expectation, batch_size: int) -> Sizes:
+    """How many nodes the steps draft: as many as the shape has, or fewer, or none.
+
+    A batch is padded to the largest draft of its rows, and drafts nothing where none of them does.
+    """
+    nodes = candidate.shape.nodes
+    if batch_size > 1 and not _varies(candidate):
+        return {nodes: 1.0}
+    mean = min(_mean_nodes(expected), nodes)
+    empty = min(_empty_share(expected), 1 - mean / nodes)
+    if empty >= 1:
+        return {0: 1.0}
+    empty_batch = empty**batch_size
+    return _between(mean * (1 - empty_batch) / (1 - empty), empty_batch)
 
 
 def _empty_share(expected: Expectation) -> float:

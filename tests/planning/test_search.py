@@ -141,3 +141,14 @@ def test_drafts_that_are_cut_near_the_end_cost_less():
     assert short.step.wall_s < whole.step.wall_s
     halfway = [machine.step(one.shape, nodes, 1).wall_s for nodes in (6, 7)]
     assert short.step.wall_s == pytest.approx(sum(halfway) / 2, rel=1e-2)
+
+
+def test_a_batch_drafts_where_any_of_its_rows_does():
+    one = Candidate("lookup", "ngram", {}, "lookup", Shape(0, 1, 3, False))
+    machine = Machine()
+    costs = machine.costs([replace(one, shape=Shape(0, 1, n, False)) for n in (0, 1, 2, 3)], (4,))
+    acceptance = ToyExpected([121], [100], [150], [[50]])  # three nodes in every other step
+    found = Forecast(costs, Acceptance(lambda options: acceptance), CONTEXT)(one, 4)
+    plain, full = (machine.step(one.shape, nodes, 4).wall_s for nodes in (0, 3))
+    wanted = 0.5**4 * plain + (1 - 0.5**4) * full
+    assert found.step.wall_s == pytest.approx(wanted, rel=1e-2)
