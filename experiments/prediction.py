@@ -29,7 +29,7 @@ def error(pair: Pair) -> float:
 
 def covers(pair: Pair) -> bool:
     """Whether the predicted interval holds the measured speed."""
-    low, high = pair[0]["predicted_speedup_ci"]
+    low, high = pair[0]["predicted_speedup_ci"] or 2 * [pair[0]["predicted_speedup"]]
     return bool(low <= speed(pair[1]) <= high)
 
 

@@ -54,6 +54,8 @@ measure() {
       python $here/11-prediction/measured.py $runs/11-plan/plan.json $runs/11-measured.yaml
       bench 11-same $runs/11-measured.yaml
       bench 11-fresh $runs/11-measured.yaml prompts.seed=1 repeats=1
+      # Goals that are missed are a result.
+      python $here/11-prediction/check.py $runs/11-plan $runs/11-same/results.json || true
       ;;
   esac
 }
