@@ -35,7 +35,6 @@ class Family:
         name: of the drafter.
         kind: its type.
         base: its options without the shape.
-        shape_limits: most levels of a tree, where the drafter has an upper bound.
     """
 
     def __init__(self, name: str, kind: str, base: Mapping[str, Any]) -> None:

@@ -196,22 +196,13 @@ class DrafterCost:
     ) -> None:
         self._forward, self._batch_size = forward, batch_size
         groups = _groups(runs, plain_s)
-        walls = [g.time.wall_s / g.count**0.5 for g in groups]
         expected = [forward(batch_size, g.nodes + 1, g.context, _is_tree(g)) for g in groups]
-        self._target = fit_linear(
-            ("forward", "step"),
-            [(t, 1.0) for t in expected],
-            [g.time.target_s for g in groups],
-            walls,
-        )
+        target_rows = [(seconds, 1.0) for seconds in expected]
+        self._target = _fit_part("target_s", ("forward", "step"), target_rows, groups)
         draft_rows = [_draft_row(g.shape, g.nodes) for g in groups]
-        self._draft = fit_linear(
-            DRAFT_FEATURES, draft_rows, [g.time.draft_s for g in groups], walls
-        )
+        self._draft = _fit_part("draft_s", DRAFT_FEATURES, draft_rows, groups)
         other_rows = [_other_row(g.shape, g.nodes) for g in groups]
-        self._other = fit_linear(
-            OTHER_FEATURES, other_rows, [g.time.other_s for g in groups], walls
-        )
+        self._other = _fit_part("other_s", OTHER_FEATURES, other_rows, groups)
         fitted = [self._of(g.shape, g.nodes, g.context) for g in groups]
         measured = np.array([g.time.target_s for g in groups])
         self._bias = float(np.median(measured / np.array(expected)))
@@ -250,6 +241,18 @@ class DrafterCost:
             "other": self._other.to_json(),
             "residuals": self.residuals.to_json(),
         }
+
+
+def _fit_part(
+    part: str,
+    names: Sequence[str],
+    rows: Sequence[Sequence[float]],
+    groups: Sequence[_Group],
+) -> LinearCost:
+    """One part of the steps by its features; errors count against the whole step."""
+    seconds = [getattr(group.time, part) for group in groups]
+    walls = [group.time.wall_s for group in groups]
+    return fit_linear(names, rows, seconds, walls, [group.count for group in groups])
 
 
 def _is_tree(group: _Group) -> bool:

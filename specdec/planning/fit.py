@@ -159,6 +159,7 @@ def fit_linear(
     features: Sequence[Sequence[float]],
     seconds: Sequence[float],
     scale: Sequence[float],
+    counts: Sequence[float] | None = None,
 ) -> LinearCost:
     """Fit seconds by features, none of which may make a step cheaper.
 
@@ -168,17 +169,19 @@ def fit_linear(
         seconds: [points].
         scale: [points] what an error is measured against, above zero: the seconds of the whole
             step, so that a part that hardly matters does not decide.
+        counts: [points] how many measurements each is the mean of; None for as many.
     """
     rows, times = np.array(features, float), np.array(seconds, float)
-    weights = 1 / np.array(scale, float)
+    whole = np.array(scale, float)
+    number = np.ones_like(whole) if counts is None else np.array(counts, float)
+    weights = number**0.5 / whole
     # Columns of very different size would stop the solver early.
     size = np.maximum(np.abs(rows).max(0), 1e-12)
     found, _ = nnls(rows / size * weights[:, None], times * weights)
     coefficients = found / size
     fitted = rows @ coefficients
-    whole = 1 / weights
     return LinearCost(
         tuple(names),
         tuple(float(c) for c in coefficients),
-        Residuals.of(whole, whole + fitted - times),
+        Residuals.of(whole, whole + fitted - times, number),
     )

@@ -135,6 +135,7 @@ class Candidate:
         options: of the arm.
         drafter: name of the drafter without its shape; candidates that share it share weights.
         shape: what it costs by.
+        is_given: an arm of the configuration, not one that a search thought of.
     """
 
     name: str

@@ -65,3 +65,11 @@ def test_no_part_makes_a_step_cheaper():
     fit = fit_linear(("step", "level"), [(1, 0), (1, 10)], [2e-3, 1e-3], [1e-3, 1e-3])
     assert min(fit.coefficients) >= 0
     assert fit.residuals.largest > 0.1
+
+
+def test_means_of_many_measurements_weigh_more():
+    rows, times = [(1,), (1,)], [1e-3, 2e-3]
+    fit = fit_linear(("step",), rows, times, [1e-3, 1e-3], [99, 1])
+    assert fit.coefficients[0] == pytest.approx(1.01e-3)
+    # Errors are told against the whole step, however often it was measured.
+    assert fit.residuals.largest == pytest.approx(0.99)
