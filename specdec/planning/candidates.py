@@ -1,6 +1,7 @@
 """The configurations that are compared: those given, and the other shapes of their drafters."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from specdec.bench.config import SINGLE_PROMPT_TYPES, ArmConfig
@@ -89,7 +90,16 @@ class Family:
         if "nodes" in kinds:
             is_tree = self.given[0].shape.is_tree
             shapes += [budget(nodes, is_tree and nodes > 1) for nodes in TIMED_NODES]
+        # A fit is not believed beyond what was timed: the largest given shapes are timed as well.
+        for shape in sorted((c.shape for c in self.given), key=_size, reverse=True):
+            plain = replace(shape, threshold=0.0)
+            if not any(timed.covers(plain) for timed in shapes):
+                shapes.append(plain)
         return [self.candidate(shape) for shape in shapes]
+
+
+def _size(shape: Shape) -> tuple[int, int, int]:
+    return shape.nodes, shape.depth, shape.width
 
 
 def chain(depth: int) -> Shape:

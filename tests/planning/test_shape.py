@@ -68,6 +68,18 @@ def test_every_searched_shape_can_be_built_and_is_what_it_says(target, head):
         assert drafter.makes_trees == candidate.shape.is_tree
 
 
+def test_a_given_shape_beyond_those_timed_is_timed_as_well(target, head):
+    arms = [
+        arm("large", head, depth=5, width=8, max_nodes=59),
+        arm("part of it", head, depth=5, width=8, max_nodes=40),
+        arm("small", head, depth=2, width=1),
+    ]
+    (family,) = families(arms, target)
+    (small,) = families(arms[2:], target)
+    more = [c.shape for c in family.timed()][len(small.timed()) :]
+    assert more == [Shape(5, 8, 59, True)]
+
+
 def test_sampled_or_given_trees_and_unknown_strategies_are_planned_as_configured():
     assert is_searched("eagle3", {"depth": 3})
     assert not is_searched("eagle3", {"choices": [[0]]})
