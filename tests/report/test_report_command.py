@@ -65,10 +65,7 @@ def test_the_command_writes_page_markdown_and_data_and_ends_with_a_line_for_mach
     last = json.loads(done.stdout.splitlines()[-1])
     assert last["schema"] == "specdec-report-1"
     assert last["figures"] == 4
-
-
-def test_a_section_without_its_kind_of_run_says_what_it_would_need(bench, tmp_path):
-    command(bench, "--out", tmp_path / "out")
+    # A section without its kind of run says what it would need.
     _, found = sections(tmp_path / "out")
     assert "calibration" not in found
     said = " ".join(found["absent"]["missing"])
