@@ -1,7 +1,6 @@
 """`specdec bench` where the configuration is a suite's."""
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -14,13 +13,7 @@ from specdec.cli.app import progress_bar, quiet_transformers
 
 
 def bench_suite(config: str, overrides: Sequence[str], out: Path) -> None:
-    """Run a suite, show its tables and draw its picture.
-
-    Raises:
-        ValueError: bad configuration, or several processes: a suite's users share one batch.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("a suite runs in one process; start it without torchrun or accelerate")
+    """Run a suite, show its tables and draw its picture."""
     from rich.console import Console
 
     from specdec.bench.suites.config import load_suite

@@ -5,15 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import tiny_target
 
-from specdec import generate_baseline
+from specdec.bench.outcome import Memory
 from specdec.bench.suites import memory
 from specdec.bench.suites.memory import MemoryWatch
 from specdec.bench.suites.power import PowerMeter
 from specdec.bench.suites.served import Power
+from specdec.targets.memory import peak_rss_bytes
 
-CUDA = torch.device("cuda")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 class NVMLError(Exception):
@@ -72,14 +72,14 @@ def test_energy_is_the_difference_of_the_counter_in_joules(monkeypatch, clock):
 
 
 def test_without_a_counter_power_is_summed_up_between_looks(monkeypatch, clock):
-    fake_nvml(monkeypatch, power_mw=[0, 100_000, 200_000, 0])
+    fake_nvml(monkeypatch, power_mw=[0, 100_000, 200_000, 50_000])
     meter = PowerMeter(CUDA)
     meter.start()
     clock.now += 2
     meter.look()
     clock.now += 1
-    # (100 + 200) / 2 W for 2 s, then (200 + 0) / 2 W for 1 s.
-    assert meter.stop() == Power(energy_j=400.0, power_w=pytest.approx(400 / 3))
+    # (100 + 200) / 2 W for 2 s, then (200 + 50) / 2 W for 1 s.
+    assert meter.stop() == Power(energy_j=425.0, power_w=pytest.approx(425 / 3))
 
 
 @pytest.mark.parametrize("has_device", [True, False])
@@ -95,33 +95,19 @@ def test_a_device_that_tells_nothing_is_not_measured(monkeypatch, clock, has_dev
 def test_without_nvml_or_without_a_gpu_nothing_is_measured(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)  # importing it fails
     assert PowerMeter(CUDA).stop() == Power(None, None)
-    assert PowerMeter(torch.device("cpu")).stop() == Power(None, None)
-
-
-def test_the_largest_cache_of_a_call_is_kept():
-    target = tiny_target()
-    watch = MemoryWatch(target)
-    generate_baseline(target, [[3, 5], [4]], max_new_tokens=2)
-    watch.look()
-    generate_baseline(target, [[3]], max_new_tokens=2)
-    watch.look()
-    found = watch.memory()
-    # 2 layers x keys and values x 2 rows x 128 slots x 2 heads x 8 numbers x 4 bytes
-    assert found.cache_bytes == 2 * 2 * 2 * 128 * 2 * 8 * 4
-    assert found.peak_device_bytes is None
+    assert PowerMeter(CPU).stop() == Power(None, None)
 
 
 @pytest.mark.skipif(not memory._RESET.exists(), reason="only Linux lets a peak be set back")
 def test_the_process_s_peak_is_the_call_s_own():
-    target = tiny_target()
-    before = MemoryWatch(target)
+    before = MemoryWatch(CPU)
     torch.ones(50_000_000)  # 200 MB, gone at once
-    large = before.memory().peak_rss_bytes
-    small = MemoryWatch(target).memory().peak_rss_bytes
+    large = before.memory(0).peak_rss_bytes
+    small = MemoryWatch(CPU).memory(0).peak_rss_bytes
     assert small < large - 100e6
 
 
 def test_where_the_kernel_tells_no_peak_the_process_s_own_counts(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "_RESET", tmp_path / "none" / "clear_refs")
     monkeypatch.setattr(memory, "_STATUS", tmp_path / "none" / "status")
-    assert MemoryWatch(tiny_target()).memory().peak_rss_bytes > 100e6  # torch alone takes more
+    assert MemoryWatch(CPU).memory(7) == Memory(peak_rss_bytes(), None, 7)

@@ -143,4 +143,4 @@ def test_several_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     done = CliRunner().invoke(app, ["bench", "demo/concurrent", "--out", str(tmp_path)])
     assert done.exit_code == 2
-    assert "a suite runs in one process" in done.stderr
+    assert "a suite is served by one process" in done.stderr

@@ -97,6 +97,34 @@ def test_users_share_a_batch_and_what_has_no_row_waits(suite, tmp_path):
     assert queues[1] > queues[0]
 
 
+def test_the_largest_caches_of_target_and_drafter_are_told(suite, tmp_path):
+    results = run_suite(suite("concurrent"), ["repeats=1"], tmp_path / "out")
+    alone, three = (group["arms"] for group in results["groups"])
+    # 2 layers x keys and values x 128 slots x 2 heads x 8 numbers x 4 bytes
+    row = 2 * 2 * 128 * 2 * 8 * 4
+    assert [arm["memory"]["cache_bytes"] for arm in alone] == [row, row, 2 * row]
+    assert [arm["memory"]["cache_bytes"] for arm in three] == [2 * row, 2 * row, 4 * row]
+
+
+def test_requests_that_can_never_fit_the_cache_are_bad_input(suite, tmp_path):
+    with pytest.raises(ValueError, match="cache"):
+        run_suite(suite("concurrent"), ["max_cache_bytes=1000"], tmp_path / "out")
+
+
+def test_with_a_limit_on_the_cache_requests_wait_and_none_is_dropped(suite, tmp_path):
+    options = ["repeats=1", "users=[3]", "max_rows=8", "arms=[]"]
+    free = run_suite(suite("concurrent"), options, tmp_path / "free")
+    row = 2 * 2 * 128 * 2 * 8 * 4
+    options.append(f"max_cache_bytes={2 * row}")
+    tight = run_suite(suite("concurrent"), options, tmp_path / "tight")
+    check_suite(tight)
+    wide, narrow = (each["groups"][0]["arms"][0] for each in (free, tight))
+    assert narrow["failed"] == 0
+    assert narrow["tokens"] == wide["tokens"]
+    assert narrow["memory"]["cache_bytes"] <= 2 * row < wide["memory"]["cache_bytes"]
+    assert narrow["queue_s"]["p99"] > 0
+
+
 def test_sampled_outputs_are_drawn_with_the_requests_own_seeds_and_not_compared(suite, tmp_path):
     path = suite("concurrent")
     results = run_suite(path, ["sampling.temperature=1", "users=[3]"], tmp_path / "out")
@@ -135,6 +163,21 @@ def test_a_killed_suite_resumes_and_serves_only_what_is_missing(suite, tmp_path,
     assert json.loads(json.dumps(again["groups"])) == json.loads(json.dumps(results["groups"]))
 
 
+def test_a_line_that_lacks_its_end_alone_is_served_again(suite, tmp_path):
+    path, folder = suite("single_turn"), tmp_path / "out"
+
+    def kill(done, total, text):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_suite(path, ["arms=[]", "repeats=1"], folder, kill)
+    records = folder / "suite-records.jsonl"
+    records.write_bytes(records.read_bytes()[:-1])
+    run_suite(path, ["arms=[]", "repeats=1"], folder)
+    assert [row["call"] for row in lines_of(folder)] == [0, 1, 2, 3]
+
+
 def test_a_folder_of_another_configuration_or_of_other_requests_is_refused(suite, tmp_path):
     path, folder = suite("single_turn"), tmp_path / "out"
     run_suite(path, ["arms=[]", "repeats=1"], folder)
@@ -151,7 +194,7 @@ def test_an_arm_with_other_tokens_than_plain_fails_the_run_and_is_told_where(
 ):
     real = runner.serve
 
-    def swap_a_token(engine, asks, sampling, after_step):
+    def swap_a_token(engine, asks, sampling, after_step=lambda: None):
         rows = real(engine, asks, sampling, after_step)
         if engine.drafter is not None:
             rows[0].tokens[2] = (rows[0].tokens[2] + 1) % 97
@@ -193,6 +236,23 @@ def test_requests_that_fail_are_counted_and_an_arm_without_any_left_fails_the_ru
     assert violations(json.loads((tmp_path / "out/suite.json").read_text()), SCHEMA) == []
     with pytest.raises(RuntimeError, match="'ngram', 2 users, failed: RuntimeError: no luck"):
         check_suite(results)
+
+
+def test_a_call_of_which_one_request_failed_has_no_throughput(suite, tmp_path, monkeypatch):
+    real = runner.serve
+
+    def fail_the_last(engine, asks, sampling, after_step):
+        return [*real(engine, asks, sampling, after_step)[:-1], "no room"]
+
+    path = suite("concurrent")
+    monkeypatch.setattr(runner, "_warm_up", lambda *arguments: None)
+    monkeypatch.setattr(runner, "serve", fail_the_last)
+    results = run_suite(path, ["repeats=1", "users=[2]", "arms=[]"], tmp_path / "out")
+    check_suite(results)
+    (plain,) = results["groups"][0]["arms"]
+    assert plain["failures"] == [{"request": "user1-1", "repeat": 0, "reason": "no room"}]
+    assert plain["load"]["tokens_per_s"] is None
+    assert plain["latency_s"]["p50"] > 0
 
 
 def test_options_that_an_arm_does_not_have_are_bad_input(suite, tmp_path):

@@ -125,7 +125,7 @@ class MultiTurnConfig(SuiteConfig):
     """Conversations of several turns, each asked after the target's own answers."""
 
     turns: int = 10
-    conversations: int = 4
+    conversations: int = 6
 
     def check(self) -> None:
         """See `SuiteConfig`."""

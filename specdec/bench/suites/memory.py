@@ -1,8 +1,7 @@
-"""Memory of one call: of the process, of the device and of the target's cache."""
+"""Memory of one call: of the process and of the device."""
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,35 +13,27 @@ _RESET_PEAK = "5"
 
 
 class MemoryWatch:
-    """Watches from its creation on; call `look` after every step.
+    """Watches from its creation on.
 
     Linux lets a process set its peak back, so that the peak is the call's own; elsewhere it is
     the process's so far.
 
     Args:
-        target: whose cache is watched, and on whose device.
+        device: of the target.
     """
 
-    def __init__(self, target: Any) -> None:
-        self._target = target
-        self._cache_bytes: int | None = None
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         with suppress(OSError):
             _RESET.write_text(_RESET_PEAK)
-        if target.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(target.device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
 
-    def look(self) -> None:
-        """Take in how large the cache is now."""
-        cache = getattr(self._target, "cache", None)
-        if cache is not None:
-            self._cache_bytes = max(self._cache_bytes or 0, cache.num_bytes)
-
-    def memory(self) -> Memory:
-        """The peaks since the start."""
-        device = self._target.device
-        on_cuda = device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated(device) if on_cuda else None
-        return Memory(_peak_rss_bytes(), peak, self._cache_bytes)
+    def memory(self, cache_bytes: int) -> Memory:
+        """The peaks since the start, with what the engine says of its caches."""
+        on_cuda = self._device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self._device) if on_cuda else None
+        return Memory(_peak_rss_bytes(), peak, cache_bytes)
 
 
 def _peak_rss_bytes() -> int:

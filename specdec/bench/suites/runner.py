@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -220,7 +220,7 @@ def _warm_up(config: SuiteConfig, target: HFTarget, arm: _Arm, groups: list[Grou
         for ask in firsts
     ]
     try:
-        _serve(config, target, arm, short)
+        serve(_engine(config, target, arm), short, _sampling(config))
     except ValueError:
         raise  # the requests are sound, so the options are not
     except PROMPT_ERRORS:
@@ -231,50 +231,43 @@ def _call(
     config: SuiteConfig, target: HFTarget, arm: _Arm, asks: list[Ask], meter: PowerMeter
 ) -> Call:
     """Serve requests and measure; a failure is kept as its reason."""
-    watch = MemoryWatch(target)
-
-    def look() -> None:
-        watch.look()
-        meter.look()
-
+    engine = _engine(config, target, arm)
+    watch = MemoryWatch(target.device)
     meter.start()
     rows: list[Served | str]
     try:
-        rows = _serve(config, target, arm, asks, look)
+        rows = serve(engine, asks, _sampling(config), meter.look)
     except PROMPT_ERRORS as error:
         reason = f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
         rows = [reason] * len(asks)
     power = meter.stop()
     ends = [row.end_s for row in rows if isinstance(row, Served)]
     wall_s = max(ends) if len(ends) == len(rows) else None
-    return Call(rows, wall_s, watch.memory(), power)
+    return Call(rows, wall_s, watch.memory(engine.peak_cache_bytes), power)
 
 
-def _serve(
-    config: SuiteConfig,
-    target: HFTarget,
-    arm: _Arm,
-    asks: list[Ask],
-    after_step: Callable[[], None] = lambda: None,
-) -> list[Served | str]:
+def _engine(config: SuiteConfig, target: HFTarget, arm: _Arm) -> Engine:
     max_rows, max_cache_bytes = 1, None
     if isinstance(config, ConcurrentConfig):
         max_rows, max_cache_bytes = config.max_rows, config.max_cache_bytes
-    engine = Engine(
+    return Engine(
         target,
         arm.drafter,
         max_rows=max_rows,
-        **({"max_cache_bytes": max_cache_bytes} if max_cache_bytes else {}),
+        max_cache_bytes=max_cache_bytes,
         rule=config.rule,
         draft_length=arm.draft_length,
     )
-    return serve(engine, asks, SamplingConfig(**vars(config.sampling)), after_step)
+
+
+def _sampling(config: SuiteConfig) -> SamplingConfig:
+    return SamplingConfig(**vars(config.sampling))
 
 
 def _summaries(
     config: SuiteConfig, target: HFTarget, groups: list[Group], done: dict[Key, Call]
 ) -> list[dict[str, Any]]:
-    gaps = LogitGaps(SamplingConfig(**vars(config.sampling)), target)
+    gaps = LogitGaps(_sampling(config), target)
     found = []
     for first, group in _numbered(groups):
         plain = calls_of(group, first, "plain", done, config.repeats)
