@@ -161,6 +161,7 @@ def plan(results, error=0.03):
             "type": arm["type"],
             "options": arm["options"],
             "is_given": True,
+            "is_timed": False,
             "batch_size": size,
             "predicted_tau": arm["tau"],
             "predicted_tau_ci": arm["tau_ci"],
