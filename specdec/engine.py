@@ -74,6 +74,7 @@ class Engine:
         self._texts: dict[int, TextStream] = {}
         self._waiting: deque[Request] = deque()
         self._num_submitted = 0
+        self._have_joined = False  # in the step before
 
     @property
     def num_waiting(self) -> int:
@@ -129,6 +130,8 @@ class Engine:
     def step(self) -> list[Chunk]:
         """Let requests join if there is room, or else decode one step of all rows.
 
+        After some have joined, the rows that run have a step before others may join.
+
         Text that may still become a stop string or half a character is held back until it is
         settled.
 
@@ -144,7 +147,9 @@ class Engine:
     @torch.inference_mode()
     def advance(self) -> list[Chunk]:
         """`step` for callers that need no text, which then costs nothing; `text` stays empty."""
-        joining = self._next()
+        waits = self._have_joined and self._batch.rows
+        joining = [] if waits else self._next()
+        self._have_joined = bool(joining)
         if not joining and not self._batch.rows:
             return []
         news = self._batch.admit(joining) if joining else self._batch.step()

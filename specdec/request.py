@@ -46,7 +46,7 @@ class Result:
         finish_reason: "eos", "stop", "length" (max_new_tokens or the context is full), "time",
             "cancelled", "error" or "interrupted".
         records: one per verify step.
-        ttft_s: seconds from the start of its own prefill to the first token.
+        ttft_s: seconds from the start of its own prefill to the first token; 0 if there was none.
         decode_s: seconds from the first token to the last.
         queue_s: seconds from the request to the start of its prefill; 0 if there was none.
         error: why it failed; "" if it did not.
@@ -182,7 +182,7 @@ class Request:
             text=self._final_text(),
             finish_reason=self.finish_reason or "interrupted",
             records=self.records,
-            ttft_s=self.first_token - self.started,
+            ttft_s=self.first_token - self.started if self.first_token else 0.0,
             decode_s=self.last_token - self.first_token,
             queue_s=self.started - self.submitted if self.started else 0.0,
             error=self.error,

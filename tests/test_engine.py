@@ -74,6 +74,24 @@ def test_what_waits_says_how_long(target):
     assert results[0].queue_s < results[1].queue_s
 
 
+def test_a_stream_of_short_requests_does_not_hold_up_those_that_run(target):
+    engine = Engine(target, max_rows=2)
+    long = engine.submit(PROMPTS[0], max_new_tokens=6)
+    engine.step()
+    for _ in range(10):  # two steps a token: one for those that end as they join, one for it
+        engine.submit([1], max_new_tokens=1)
+        engine.step()
+    assert engine.result(long).tokens == plain_tokens(target, PROMPTS[0], 6)
+
+
+def test_what_waits_joins_where_all_that_have_just_joined_were_cancelled(target):
+    engine = Engine(target, max_rows=1)
+    first, second = (engine.submit([1], max_new_tokens=3) for _ in range(2))
+    engine.step()
+    engine.cancel(first)
+    assert [chunk.index for chunk in engine.step()] == [second]
+
+
 def test_a_cancelled_request_frees_its_row_at_once_and_harms_nobody(target, drafter):
     engine = Engine(target, drafter, max_rows=2)
     ids = [engine.submit(prompt, max_new_tokens=20) for prompt in PROMPTS[:3]]
@@ -268,6 +286,7 @@ def test_a_row_whose_logits_are_nan_ends_alone_and_leaves_nothing_behind(name, w
     result = engine.result(broken)
     assert (result.tokens, result.finish_reason) == ([], "error")
     assert "logits are NaN" in result.error
+    assert (result.ttft_s, result.decode_s) == (0.0, 0.0)  # never timed
     assert [engine.result(index).tokens for index in ids] == alone
 
 
