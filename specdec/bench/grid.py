@@ -49,6 +49,7 @@ def load_cells(path: str, overrides: Sequence[str] = ()) -> list[Cell]:
     if not isinstance(given, dict) or "grid" not in given:
         return [Cell("", {}, build_config(path, given))]
     axes = _axes(given.pop("grid"))
+    _check_set_once(given, axes)
     return [_cell(path, given, settings) for settings in cross_product(axes)]
 
 
@@ -105,6 +106,17 @@ def _check_key(key: str, known: list[str]) -> None:
     raise ValueError(
         f"config grid.{key} is no key of the configuration{hint} known: {', '.join(known)}"
     )
+
+
+def _check_set_once(given: dict[str, Any], axes: dict[str, list[Any]]) -> None:
+    for key in axes:
+        section, dot, last = key.rpartition(".")
+        place = given.get(section) if dot else given
+        if isinstance(place, dict) and last in place:
+            raise ValueError(
+                f"config sets both {key} and grid.{key}; drop one of them, or give the one value "
+                f"as grid.{key}=[{place[last]}]"
+            )
 
 
 def _cell(path: str, given: dict[str, Any], settings: dict[str, Any]) -> Cell:

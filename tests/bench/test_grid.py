@@ -65,6 +65,13 @@ def test_an_arm_s_grid_needs_no_sweep_but_a_grid_over_keys_is_one(path, tmp_path
         load_config(path)
 
 
+@pytest.mark.parametrize("override", ["batch_size=4", "sampling.temperature=0"])
+def test_a_key_that_is_an_axis_and_a_setting_as_well_is_refused(path, override):
+    key = override.partition("=")[0]
+    with pytest.raises(ValueError, match=rf"sets both {key} and grid\.{key}; drop one of them"):
+        load_cells(path, [override])
+
+
 def test_an_override_sets_an_axis_that_the_file_spells_with_dots(path):
     cells = load_cells(path, ["grid.sampling.temperature=[1]", "grid.prompts.num=[2,3]"])
     assert [cell.settings for cell in cells] == [
