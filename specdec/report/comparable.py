@@ -62,6 +62,11 @@ def _target(run: Run) -> dict[str, Any]:
     return {f"target.{name}": identity[name] for name in names}
 
 
+def _number_format(run: Run) -> dict[str, Any]:
+    where = run.config.get("target") or {}
+    return {**_provenance("dtype", "quantized")(run), "quantization": where.get("quantization")}
+
+
 def _prompts(run: Run) -> dict[str, Any]:
     prompts = run.data.get("prompts")
     if prompts is None:
@@ -85,7 +90,7 @@ FIELDS: dict[str, tuple[_Reader, str]] = {
         "run both with the same batch_size and prompts_per_call",
     ),
     "rule": (_config("rule"), "run both with the same rule"),
-    "dtype": (_provenance("dtype", "quantized"), "run both with the same target.dtype"),
+    "dtype": (_number_format, "run both with the same target.dtype and target.quantization"),
     "device": (_provenance("device", "cpu", "cpu_count"), "run both on the same machine"),
     "threads": (_provenance("threads"), "run both with the same threads"),
     "processes": (_provenance("processes"), "run both on the same number of processes"),

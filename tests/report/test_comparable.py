@@ -86,6 +86,15 @@ def test_the_seed_matters_only_where_something_is_drawn():
         check_comparable([run(sampled[0]), run(sampled[1], "b")])
 
 
+def test_targets_that_were_quantised_otherwise_are_refused():
+    both = [changed("provenance", "quantized", True) for _ in range(2)]
+    for each, bits in zip(both, ("4bit", "8bit"), strict=True):
+        each["target"]["weights"] = None  # of quantised weights there is no hash
+        each["provenance"]["config"]["target"]["quantization"] = bits
+    with pytest.raises(ValueError, match=r"quantization is '4bit' in 'a' and '8bit' in 'b'"):
+        check_comparable([run(both[0]), run(both[1], "b")])
+
+
 def test_every_run_is_compared_with_the_first_and_every_difference_is_told():
     third = changed(*CONFIG, "rule", "block")
     third["provenance"]["threads"] = 8
