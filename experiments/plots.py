@@ -21,6 +21,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKS = "osD^vP*"
 DOMAINS = ("gsm8k", "sgd", "taskmaster4")
 RULES = ("token", "block", "traversal")
+FAMILIES = ("eagle3", "eagle", "draft model", "medusa", "lookup", "hybrid")
 
 
 def errors(arms: list[dict[str, Any]]) -> list[list[float]]:
@@ -32,7 +33,10 @@ def errors(arms: list[dict[str, Any]]) -> list[list[float]]:
 
 def curve(axes: Any, number: int, at: list[float], arms: list[dict[str, Any]], label: str) -> None:
     """Speeds with intervals against something, in the number's colour and mark."""
-    at = [place * (1 + 0.015 * (number - 2)) for place in at]  # so that intervals stay apart
+    is_log = axes.get_xscale() == "log"
+    places = np.log2(at) if is_log else np.array(at)
+    places = places + 0.012 * (number - 2) * np.ptp(places)  # so that intervals stay apart
+    at = list(2**places if is_log else places)
     style = {"color": COLOURS[number], "marker": MARKS[number], "capsize": 3, "linewidth": 1.4}
     axes.errorbar(at, [speed(arm) for arm in arms], errors(arms), label=label, **style)
 
@@ -73,10 +77,10 @@ def drafters() -> Any:
 def shapes() -> Any:
     arms = arms_of(read("06-shapes/results.json"))
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.4))
+    left.set_xscale("log", base=2)
     for number, family in enumerate(("draft model", "eagle3 chain", "medusa")):
         found = {int(n.rsplit(" ", 1)[1]): arms[n] for n in arms if n.startswith(family)}
         curve(left, number, list(found), list(found.values()), family)
-    left.set_xscale("log", base=2)
     left.set_xticks([1, 2, 4, 8, 16, 32, 63], ["1", "2", "4", "8", "16", "32", "63"])
     left.legend(frameon=False, fontsize=8)
     finish(left, "drafted tokens", "Chains, and Medusa's tree")
@@ -171,9 +175,9 @@ def batch() -> Any:
     titles = ("fixed", "held-out", "hostile")
     for axes, kind in zip(parts, titles, strict=True):
         cells = cells_of(read(f"10-batch/{kind}.json"), "batch_size")
+        axes.set_xscale("log", base=2)
         for number, name in enumerate(strategies(next(iter(cells.values())))):
             curve(axes, number, list(cells), [arms[name] for arms in cells.values()], name)
-        axes.set_xscale("log", base=2)
         axes.set_xticks(list(cells), [str(size) for size in cells])
         axes.legend(frameon=False, fontsize=8)
         finish(axes, "batch", f"{kind} lengths" if kind == "fixed" else f"{kind} prompts")
@@ -184,7 +188,7 @@ def predicted() -> Any:
     figure, parts = plt.subplots(1, 2, figsize=(10.5, 5.2), sharex=True, sharey=True)
     for axes, kind in zip(parts, ("same", "fresh"), strict=True):
         found = prediction.pairs(kind)
-        for number, family in enumerate(("eagle3", "eagle", "draft_model", "medusa", "lookup")):
+        for number, family in enumerate(FAMILIES):
             some = [pair for pair in found if _family(pair[1]) == family]
             places = [pair[0]["predicted_speedup"] for pair in some]
             arms = [pair[1] for pair in some]
@@ -202,7 +206,7 @@ def predicted() -> Any:
 
 def _family(arm: dict[str, Any]) -> str:
     kind: str = arm["type"]
-    return {"ngram": "lookup", "suffix": "lookup", "hybrid": "eagle3"}.get(kind, kind)
+    return {"ngram": "lookup", "suffix": "lookup", "draft_model": "draft model"}.get(kind, kind)
 
 
 PLOTS: dict[str, Callable[[], Any]] = {
