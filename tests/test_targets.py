@@ -104,6 +104,39 @@ def test_prefill_of_ragged_prompts_equals_single_forwards(target):
     assert target.cache.lengths == [len(prompt) for prompt in PROMPTS]
 
 
+def test_taps_by_hooks_equal_the_models_own_record(target):
+    taps = (0, 1, LAYERS)
+    target.prefill(PROMPTS, taps)  # the first one proves the hooks
+    asked = []
+    handle = target.model.register_forward_pre_hook(
+        lambda module, args, kwargs: asked.append(kwargs["output_hidden_states"]), with_kwargs=True
+    )
+    output = target.prefill(PROMPTS, taps)
+    handle.remove()
+    assert asked == [False]
+    for row, prompt in enumerate(PROMPTS):
+        hidden = alone(target, prompt, taps)[1]
+        for tap in taps:
+            close(output.hidden[tap][row, : len(prompt)], hidden[tap])
+
+
+@pytest.mark.parametrize("breakage", ["no decoder", "other tensors"])
+def test_a_model_that_hooks_read_wrongly_is_read_its_own_way(breakage, monkeypatch):
+    model = build("Llama")
+    if breakage == "no decoder":
+        monkeypatch.setattr(model, "get_decoder", lambda: None)
+    target = HFTarget(model)
+    if breakage == "other tensors":
+        add_one = lambda module, args: (args[0] + 1, *args[1:])  # noqa: E731
+        target._taps._layers[1].register_forward_pre_hook(
+            lambda module, args, kwargs: (add_one(module, args), kwargs), with_kwargs=True
+        )
+    for _ in range(2):
+        output = target.prefill(PROMPTS, (1,))
+        for row, prompt in enumerate(PROMPTS):
+            close(output.hidden[1][row, : len(prompt)], alone(target, prompt, (1,))[1][1])
+
+
 def test_tree_forward_equals_every_path_run_alone(target):
     target.prefill(PROMPTS)
     draft = Draft.tree(TOKENS, PARENTS, LENGTHS, depth=3)

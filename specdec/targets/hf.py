@@ -11,6 +11,7 @@ from specdec.interfaces import Capabilities, Prompts, TargetOutput
 from specdec.kv_cache import SlotCache
 from specdec.targets.attention import use_grouped_attention
 from specdec.targets.masks import Masks
+from specdec.targets.taps import TapReader
 from specdec.verify import Draft, Verdict
 from specdec.verify.tree import ancestor_mask, node_depths
 
@@ -44,6 +45,7 @@ class HFTarget:
         self.max_context_len = max_context_len(self.config)
         self.eos_token_ids = eos_token_ids(model)
         self._masks = Masks(self.config, self.device)
+        self._taps = TapReader(model, self.config.num_hidden_layers)
         self.cache = SlotCache(self.config.num_hidden_layers, 1, 1, self.device)
         self._scored_tree = False
         self._cache_plan: list[Hashable] | None = None
@@ -231,17 +233,20 @@ class HFTarget:
         taps: Sequence[int],
         logits_to_keep: int | Tensor,
     ) -> TargetOutput:
-        with torch.no_grad(), self.clock.forward():
-            out = self.model(
+        def forward(output_hidden_states: bool) -> Any:
+            return self.model(
                 input_ids=tokens,
                 attention_mask=mask,
                 position_ids=positions,
                 past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=logits_to_keep,
-                output_hidden_states=bool(taps),
+                output_hidden_states=output_hidden_states,
             )
-        return TargetOutput(out.logits, {tap: out.hidden_states[tap] for tap in taps})
+
+        with torch.no_grad(), self.clock.forward():
+            out, hidden = self._taps.run(forward, taps)
+        return TargetOutput(out.logits, hidden)
 
 
 def _with_root(depths: Tensor) -> Tensor:
