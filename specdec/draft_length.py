@@ -66,6 +66,7 @@ class _Switch:
     is_on: bool = False
     pause: int = 1  # steps until the next probe
     waited: int = 0
+    judged: int = -1  # drafts there had been when it was last thought over
 
 
 class OnlineController:
@@ -103,7 +104,7 @@ class OnlineController:
         trees: bool = False,
         margin: float = 0.03,
         half_life: float = 30.0,
-        probe_share: float = 0.01,
+        probe_share: float = 0.0075,
     ) -> None:
         _check_costs(step_s)
         _check_options(acceptance, margin, half_life, probe_share)
@@ -124,6 +125,7 @@ class OnlineController:
         self._credit = FIRST_CREDIT
         self._most_credit = 2 * max(max(ratios) for ratios in self._ratios.values())
         self._size, self._chosen, self._is_probe = min(step_s), 0, False
+        self._num_drafts = 0
         self._found_some = False  # the last draft that was asked for held a node
 
     def choose(self, batch_size: int) -> int:
@@ -131,8 +133,11 @@ class OnlineController:
         # Of two equally near sizes the larger one, at which drafting pays less.
         self._size = min(self._ratios, key=lambda size: (abs(size - batch_size), -size))
         self._is_probe = False
-        self._chosen = self._best()
-        if not self._switches[self._size].is_on:
+        switch = self._switches[self._size]
+        # Without a draft nothing was learned since: a step that is off costs next to nothing.
+        is_settled = not switch.is_on and switch.judged == self._num_drafts
+        self._chosen = 0 if is_settled else self._best()
+        if not switch.is_on:
             self._chosen = self._probe()
         return self._chosen
 
@@ -141,7 +146,7 @@ class OnlineController:
         ratios, switch = self._ratios[self._size], self._switches[self._size]
         expected = self._acceptance.expected()
         speeds = {n: (1 + expected[n]) / ratios[n] for n in self._budgets[self._size]}
-        was_on = switch.is_on
+        was_on, switch.judged = switch.is_on, self._num_drafts
         switch.is_on = max(speeds.values()) > (1.0 if was_on else 1 + self._margin)
         if was_on and not switch.is_on:
             switch.pause, switch.waited = FIRST_PAUSE, 0
@@ -179,9 +184,11 @@ class OnlineController:
             most = max(record.num_drafted for record in records)
             drafted, self._found_some = max(1, min(self._chosen, most)), most > 0
             num_tokens = sum(record.num_emitted for record in records) / len(records)
-            earned += num_tokens - self._ratios[self._size][drafted]
-            if self._is_probe and num_tokens > 1:
-                self._switches[self._size].pause = 1  # look again at once
+            ratio = self._ratios[self._size][drafted]
+            earned += num_tokens - ratio
+            self._num_drafts += 1
+            if self._is_probe and num_tokens > (1 + self._margin) * ratio:
+                self._switches[self._size].pause = 1  # it paid: look again at once
         self._credit = min(self._most_credit, self._credit + earned)
 
 
