@@ -147,12 +147,19 @@ class StepTime:
 
 
 DRAFT_FEATURES = ("step", "level", "fed_node", "drafted", "node", "root_of_nodes")
+# Where the drafter has run in between, the first nodes cost more than in isolated forwards.
+FIRST_NODES = 4
+TARGET_FEATURES = ("forward", "step", "first_node")
 OTHER_FEATURES = ("step", "drafted", "level", "candidate", "node", "tree")
 
 
 def _levels(shape: Shape, nodes: int) -> int:
     """Forwards of the drafter: a chain that a threshold ends has looked one token further."""
     return min(nodes + 1 if shape.threshold else nodes, shape.depth)
+
+
+def _target_row(forward_s: float, nodes: int) -> tuple[float, ...]:
+    return (forward_s, 1.0, min(nodes, FIRST_NODES))
 
 
 def _draft_row(shape: Shape, nodes: int) -> tuple[float, ...]:
@@ -197,12 +204,13 @@ class DrafterCost:
         self._forward, self._batch_size = forward, batch_size
         groups = _groups(runs, plain_s)
         expected = [forward(batch_size, g.nodes + 1, g.context, _is_tree(g)) for g in groups]
-        target_rows = [(seconds, 1.0) for seconds in expected]
-        self._target = _fit_part("target_s", ("forward", "step"), target_rows, groups)
+        target_rows = [_target_row(s, g.nodes) for s, g in zip(expected, groups, strict=True)]
+        self._target = _fit_part("target_s", TARGET_FEATURES, target_rows, groups)
         draft_rows = [_draft_row(g.shape, g.nodes) for g in groups]
         self._draft = _fit_part("draft_s", DRAFT_FEATURES, draft_rows, groups)
         other_rows = [_other_row(g.shape, g.nodes) for g in groups]
         self._other = _fit_part("other_s", OTHER_FEATURES, other_rows, groups)
+        self._timed_as_given = _timed_as_given(runs, groups)
         fitted = [self._of(g.shape, g.nodes, g.context) for g in groups]
         measured = np.array([g.time.target_s for g in groups])
         self._bias = float(np.median(measured / np.array(expected)))
@@ -218,12 +226,17 @@ class DrafterCost:
         forward = self._forward(self._batch_size, nodes + 1, context, is_tree)
         return StepTime(
             self._draft(_draft_row(shape, nodes)),
-            self._target((forward, 1.0)),
+            self._target(_target_row(forward, nodes)),
             self._other(_other_row(shape, nodes)),
         )
 
     def __call__(self, shape: Shape, sizes: Sizes, context: float) -> StepTime:
-        """The mean step of a shape whose drafts have these sizes."""
+        """The mean step of a shape whose drafts have these sizes.
+
+        A drafter whose shapes are not searched has been timed as it is, and that time is taken.
+        """
+        if shape in self._timed_as_given:
+            return self._timed_as_given[shape]
         parts = [(share, self._of(shape, nodes, context)) for nodes, share in sizes.items()]
         return StepTime(
             sum(share * step.draft_s for share, step in parts),
@@ -241,6 +254,19 @@ class DrafterCost:
             "other": self._other.to_json(),
             "residuals": self.residuals.to_json(),
         }
+
+
+def _timed_as_given(runs: Sequence[TimedRun], groups: Sequence[_Group]) -> dict[Shape, StepTime]:
+    """Mean steps of the given configurations, whatever they drafted in each."""
+    shapes = {run.candidate.shape for run in runs if run.candidate and run.candidate.is_given}
+    found = {}
+    for shape in shapes:
+        own = [group for group in groups if group.shape == shape]
+        total = sum(group.count for group in own)
+        parts = ("draft_s", "target_s", "other_s")
+        sums = [sum(g.count * getattr(g.time, part) for g in own) / total for part in parts]
+        found[shape] = StepTime(*sums)
+    return found
 
 
 def _fit_part(

@@ -68,9 +68,13 @@ class Drafters:
         self._built: dict[str, Drafter] = {}
         self._first: dict[str, Drafter] = {}
 
-    def get(self, candidate: Candidate) -> Drafter:
-        """The drafter of a candidate, built at the first call."""
-        key = repr((candidate.type, sorted(candidate.options.items())))
+    def get(self, candidate: Candidate, generation: int = 0) -> Drafter:
+        """The drafter of a candidate, built at the first call of each generation.
+
+        A drafter that remembers what it saw drafts better there than on a new prompt: ask for
+        another generation before it sees a prompt again.
+        """
+        key = repr((candidate.type, sorted(candidate.options.items()), generation))
         if key not in self._built:
             built = load_drafter({"type": candidate.type, **candidate.options}, self._target)
             _share_weights(built, self._first.setdefault(candidate.drafter, built))

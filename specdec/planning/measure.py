@@ -18,7 +18,7 @@ from specdec.planning.loop_times import (
     timed_runs,
     to_row,
 )
-from specdec.planning.shape import Candidate
+from specdec.planning.shape import Candidate, rule_of
 from specdec.targets.memory import is_out_of_memory
 
 Progress = Callable[[int, int, str], None]
@@ -69,7 +69,7 @@ class Measurements:
             sizes = tuple(sorted({*grid.batches, batch_size}))
             grid = Grid(grid.new_tokens, sizes, grid.contexts, grid.repeats)
         cells = list(grid.cells())
-        rows = []
+        rows: list[dict[str, Any]] = []
         for done, (repeat, batch, context) in enumerate(cells):
             self._progress(done, len(cells), f"forwards of {batch} rows behind {context} tokens")
             name = {"phase": "forward", "repeat": repeat, "batch": batch, "context": context}
@@ -93,12 +93,14 @@ class Measurements:
         for index in range(rounds):
             steps = []
             for slot, run in enumerate(runs):
+                # A configuration that is timed more than once a round meets other prompts.
+                turn = index + rounds * runs[:slot].count(run) if run else index
                 name = run.name if run else "plain"
                 done = index * len(runs) + slot
                 self._progress(done, rounds * len(runs), f"steps of {batch_size} rows: {name}")
                 row = self._row(
                     _run_name(batch_size, index, slot, name),
-                    partial(self._decode, run, batch_size, index),
+                    partial(self._decode, run, batch_size, turn),
                 )
                 steps.append(from_row(row["steps"]))
             found += timed_runs(runs, steps)
@@ -110,12 +112,15 @@ class Measurements:
         for slot, candidate in enumerate(sequence(candidates)):
             name = candidate.name if candidate else "plain"
             if _key(_run_name(batch_size, 0, slot, name)) not in self._known:
-                # Another prompt than the first round's: a drafter may remember its outputs.
                 self._decode(candidate, batch_size, -1)
 
-    def _decode(self, run: Candidate | None, batch_size: int, index: int) -> dict[str, Any]:
-        drafter = self._drafters.get(run) if run else None
-        first = index * batch_size
+    def _decode(self, run: Candidate | None, batch_size: int, turn: int) -> dict[str, Any]:
+        """Decode the prompts of a turn; each drafter sees a prompt once, as in a bench."""
+        first = turn * batch_size
+        generation = 0
+        if run and rule_of(run.type).varies:
+            generation = (first + batch_size - 1) // len(self._work.prompts)
+        drafter = self._drafters.get(run, generation) if run else None
         return {"steps": to_row(time_run(self._target, drafter, self._work, batch_size, first))}
 
     def _row(self, name: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
