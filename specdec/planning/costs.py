@@ -147,19 +147,12 @@ class StepTime:
 
 
 DRAFT_FEATURES = ("step", "level", "fed_node", "drafted", "node", "root_of_nodes")
-# Where the drafter has run in between, the first nodes cost more than in isolated forwards.
-FIRST_NODES = 4
-TARGET_FEATURES = ("forward", "step", "first_node")
 OTHER_FEATURES = ("step", "drafted", "level", "candidate", "node", "tree")
 
 
 def _levels(shape: Shape, nodes: int) -> int:
     """Forwards of the drafter: a chain that a threshold ends has looked one token further."""
     return min(nodes + 1 if shape.threshold else nodes, shape.depth)
-
-
-def _target_row(forward_s: float, nodes: int) -> tuple[float, ...]:
-    return (forward_s, 1.0, min(nodes, FIRST_NODES))
 
 
 def _draft_row(shape: Shape, nodes: int) -> tuple[float, ...]:
@@ -204,8 +197,8 @@ class DrafterCost:
         self._forward, self._batch_size = forward, batch_size
         groups = _groups(runs, plain_s)
         expected = [forward(batch_size, g.nodes + 1, g.context, _is_tree(g)) for g in groups]
-        target_rows = [_target_row(s, g.nodes) for s, g in zip(expected, groups, strict=True)]
-        self._target = _fit_part("target_s", TARGET_FEATURES, target_rows, groups)
+        target_rows = [(seconds, 1.0) for seconds in expected]
+        self._target = _fit_part("target_s", ("forward", "step"), target_rows, groups)
         draft_rows = [_draft_row(g.shape, g.nodes) for g in groups]
         self._draft = _fit_part("draft_s", DRAFT_FEATURES, draft_rows, groups)
         other_rows = [_other_row(g.shape, g.nodes) for g in groups]
@@ -226,7 +219,7 @@ class DrafterCost:
         forward = self._forward(self._batch_size, nodes + 1, context, is_tree)
         return StepTime(
             self._draft(_draft_row(shape, nodes)),
-            self._target(_target_row(forward, nodes)),
+            self._target((forward, 1.0)),
             self._other(_other_row(shape, nodes)),
         )
 

@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import pytest
 
 from specdec.planning.costs import Costs, ForwardCost
@@ -9,24 +7,6 @@ from specdec.planning.shape import Candidate, Shape
 from tests.planning.toys import CONTEXT, Machine, candidate
 
 SHAPES = [Shape(n, 1, n, False) for n in (1, 2, 3, 4, 6, 8, 12)]
-
-
-def test_first_nodes_that_cost_more_in_the_loop_than_alone_are_fitted():
-    """A jump of one millisecond within the first four nodes, which isolated forwards lack."""
-    machine = Machine()
-
-    def loop_step(shape):
-        step = machine.step(shape, shape.nodes, 1)
-        return replace(step, target_s=step.target_s + 2.5e-4 * min(shape.nodes, 4))
-
-    plain = machine.step(Shape(0, 1, 0, False), 0, 1)
-    runs = [TimedRun(None, [plain], plain.wall_s)]
-    runs += [TimedRun(candidate(s), [loop_step(s)] * 3, plain.wall_s) for s in SHAPES]
-    costs = Costs(ForwardCost(machine.points((1,))), {1: runs})
-    for nodes in (2, 5, 10):
-        shape = Shape(nodes, 1, nodes, False)
-        found = costs.step(candidate(shape), 1, {nodes: 1.0}, CONTEXT)
-        assert found.target_s == pytest.approx(loop_step(shape).target_s, rel=1e-3)
 
 
 def test_a_configuration_that_is_timed_as_given_costs_the_mean_of_its_steps():
