@@ -1,5 +1,6 @@
 """Run a bench: arms in turn, repeated, paired by prompt, resumable."""
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -12,6 +13,7 @@ from specdec.bench.arms import Arm, build_arms
 from specdec.bench.calls import PROMPT_ERRORS, decode_call
 from specdec.bench.config import BenchConfig, TargetConfig
 from specdec.bench.differences import find_differences
+from specdec.bench.origin import settle_origin
 from specdec.bench.outcome import Key, Outcome
 from specdec.bench.processes import Processes
 from specdec.bench.prompt import BenchPrompt
@@ -57,7 +59,8 @@ def run_bench(
         all processes; the first one writes it.
 
     Raises:
-        ValueError: bad configuration, prompts, or a folder of another configuration.
+        ValueError: bad configuration, prompts, or a folder of another configuration, machine or
+            target.
         OSError: the folder cannot be written, or is full; finished calls are kept.
         RuntimeError: another process failed.
     """
@@ -73,6 +76,11 @@ def run_bench(
             provenance = collect(config, mark, target, processes.num)
             prompts = unfold_turns(prompts, target, config.max_new_tokens, progress)
             ids = encode_prompts(prompts, target)
+            if processes.is_first:
+                num_calls = len(_keys(config, range(-(-len(ids) // config.call_size))))
+                provenance = settle_origin(
+                    folder, provenance, target, config.arms, len(store.done), num_calls
+                )
             _run_missing(config, target, ids, store, progress, processes)
         finally:
             store.close()
@@ -188,13 +196,8 @@ def _run_missing(
     calls = [ids[i : i + size] for i in range(0, len(ids), size)]
     own = list(processes.share(calls))
     names = _names(config)
-    total = config.repeats * len(own) * len(names)
-    missing = {
-        (repeat, index, name)
-        for repeat in range(config.repeats)
-        for index, _ in own
-        for name in names
-    } - store.done.keys()
+    keys = _keys(config, [index for index, _ in own])
+    total, missing = len(keys), keys - store.done.keys()
     if missing:
         for name, arm in build_arms(config, target).items():
             progress(total - len(missing), total, f"warm-up {name}")
@@ -214,6 +217,11 @@ def _run_missing(
                 store.add(key, decode_call(arms[name], call, indices, target.device))
                 missing.discard(key)
                 progress(done + 1, total, name)
+
+
+def _keys(config: BenchConfig, calls: Sequence[int]) -> set[Key]:
+    """Every arm's call of every repeat, for these numbers of calls."""
+    return set(itertools.product(range(config.repeats), calls, _names(config)))
 
 
 def _warm_up(arm: Arm, batch: list[list[int]]) -> None:

@@ -147,6 +147,46 @@ def test_a_killed_run_resumes_and_keeps_what_it_had(config, tmp_path, monkeypatc
     assert again == finished["arms"]
 
 
+def test_a_finished_run_keeps_the_provenance_of_its_measurement(config, tmp_path, monkeypatch):
+    settings, folder = load_config(str(config), ["arms=[]", "repeats=1"]), tmp_path / "out"
+    measured = run_bench(settings, folder)["provenance"]
+    later = {"git_commit": "2" * 40, "date": "2100-01-01"}
+    monkeypatch.setattr("specdec.bench.runner.collect", lambda *given: collect(*given) | later)
+    assert run_bench(settings, folder)["provenance"] == measured
+
+
+@pytest.mark.parametrize("change", ["device", "weights", "plan"])
+def test_a_run_goes_on_only_with_the_machine_target_and_plan_it_began_with(
+    change, config, tmp_path, monkeypatch
+):
+    save_checkpoint(tmp_path / "target")
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"controller": {"step_s": {"1": {"0": 0.01, "1": 0.02}}}}))
+    arm = f"{{type: ngram, draft_length: {{plan: {plan}}}}}"
+    options = [f"target.path={tmp_path / 'target'}", f"arms=[{arm}]", "repeats=1"]
+    settings, folder = load_config(str(config), options), tmp_path / "out"
+
+    def kill(done, total, text):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(settings, folder, kill)
+    before = (folder / "records.jsonl").read_text()
+    if change == "device":
+        other = {"device": "A GPU"}
+        monkeypatch.setattr("specdec.bench.runner.collect", lambda *given: collect(*given) | other)
+    elif change == "weights":
+        save_checkpoint(tmp_path / "target", perturbed(tiny_llama(), 0.1))
+    else:
+        plan.write_text(json.dumps({"controller": {"step_s": {"1": {"0": 0.01, "1": 0.03}}}}))
+    with pytest.raises(
+        ValueError, match=rf"another origin: .*{change}.* now; choose another --out"
+    ):
+        run_bench(settings, folder)
+    assert (folder / "records.jsonl").read_text() == before
+
+
 def test_a_folder_of_another_configuration_or_of_other_prompts_is_refused(config, tmp_path):
     folder = tmp_path / "out"
     once = load_config(str(config), ["arms=[]", "repeats=1"])
