@@ -353,15 +353,38 @@ class PlainCost:
         }
 
 
+class TimedCost:
+    """A step of a configuration that was timed as it is, over the workload.
+
+    Args:
+        runs: timed decodings with it, at least one.
+        plain_s: as in `DrafterCost`.
+    """
+
+    def __init__(self, runs: Sequence[TimedRun], plain_s: float) -> None:
+        scaled = [[(plain_s / run.plain_s, step) for step in run.steps] for run in runs]
+        self.time = _mean([step for steps in scaled for step in steps])
+        means = [np.mean([scale * step.wall_s for scale, step in steps]) for steps in scaled]
+        self.error = float(np.std(means) / np.mean(means) / len(means) ** 0.5)
+
+
 class Costs:
     """All that was measured, as one function of drafter, shape, batch and context.
 
     Args:
         forward: the target's forwards.
-        runs: timed decodings by batch size.
+        runs: timed decodings by batch size, of the shapes that the fits are made from.
+        finals: timed decodings of configurations whose own times are taken instead of the fits'.
+        final_size: batch size of `finals`.
     """
 
-    def __init__(self, forward: ForwardCost, runs: Mapping[int, Sequence[TimedRun]]) -> None:
+    def __init__(
+        self,
+        forward: ForwardCost,
+        runs: Mapping[int, Sequence[TimedRun]],
+        finals: Sequence[TimedRun] = (),
+        final_size: int = 1,
+    ) -> None:
         self.forward = forward
         self.plain: dict[int, PlainCost] = {}
         self.drafters: dict[tuple[str, int], DrafterCost] = {}
@@ -375,14 +398,32 @@ class Costs:
                 middle = self.plain[batch_size].middle_s
                 self.drafters[name, batch_size] = DrafterCost(own, middle, batch_size, forward)
 
+        by_key: dict[str, list[TimedRun]] = {}
+        for run in finals:
+            if run.candidate is not None:
+                by_key.setdefault(run.candidate.key, []).append(run)
+        self._timed = {
+            (key, final_size): TimedCost(own, self.plain[final_size].middle_s)
+            for key, own in by_key.items()
+        }
+
+    def is_timed(self, candidate: Candidate, batch_size: int) -> bool:
+        """Whether its own steps were timed."""
+        return (candidate.key, batch_size) in self._timed
+
     def step(self, candidate: Candidate, batch_size: int, sizes: Sizes, context: float) -> StepTime:
-        """The mean step of a candidate."""
+        """The mean step of a candidate: its own, if it was timed."""
+        if self.is_timed(candidate, batch_size):
+            return self._timed[candidate.key, batch_size].time
         return self.drafters[candidate.drafter, batch_size](candidate.shape, sizes, context)
 
     def uncertainty(self, candidate: Candidate, batch_size: int) -> float:
         """Relative error of a step's time against plain's, one standard deviation."""
+        plain = self.plain[batch_size].error
+        if self.is_timed(candidate, batch_size):
+            return float(np.hypot(self._timed[candidate.key, batch_size].error, plain))
         drafter = self.drafters[candidate.drafter, batch_size]
-        return float(np.hypot(drafter.residuals.rms, self.plain[batch_size].error))
+        return float(np.hypot(drafter.residuals.rms, plain))
 
     def to_json(self) -> dict[str, Any]:
         """Fits and their points."""

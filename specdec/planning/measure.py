@@ -32,15 +32,19 @@ class Effort:
         grid: of isolated forwards.
         rounds: decodings of every timed shape at the planned batch size.
         batch_rounds: the same at each other batch size.
+        final_rounds: the same of each of the fastest configurations, as they are.
     """
 
     grid: Grid
     rounds: int
     batch_rounds: int
+    final_rounds: int
 
 
-FULL = Effort(Grid(), rounds=6, batch_rounds=3)
-QUICK = Effort(Grid((1, 2, 4, 8, 16), (1, 2), (16, 64), repeats=1), rounds=2, batch_rounds=1)
+FULL = Effort(Grid(), rounds=6, batch_rounds=3, final_rounds=18)
+QUICK = Effort(
+    Grid((1, 2, 4, 8, 16), (1, 2), (16, 64), repeats=1), rounds=2, batch_rounds=1, final_rounds=1
+)
 
 
 class Measurements:
@@ -60,7 +64,6 @@ class Measurements:
         self._target, self._work, self._effort = target, work, effort
         self._journal, self._progress = journal, progress
         self._known = {_key(row): row for row in journal.entries}
-        self._drafters = Drafters(target)
 
     def forwards(self, batch_size: int) -> tuple[ForwardCost, list[ForwardPoint], list[str]]:
         """The target's forwards, the given batch size among them: fit, points, what did not fit."""
@@ -80,16 +83,24 @@ class Measurements:
         return ForwardCost(points), points, skipped
 
     def decodings(
-        self, candidates: Sequence[Candidate], batch_size: int, rounds: int
+        self, candidates: Sequence[Candidate], batch_size: int, rounds: int, phase: str = "loop"
     ) -> list[TimedRun]:
         """Short decodings with every candidate, and plainly in between.
+
+        Args:
+            candidates: what drafts.
+            batch_size: rows.
+            rounds: decodings of each; every round has its own prompts.
+            phase: name in the journal, another one for other candidates.
 
         Raises:
             RuntimeError: a batch of this size does not fit into memory.
         """
         runs = sequence(candidates)
         found: list[TimedRun] = []
-        self._warm_up(candidates, batch_size)
+        # Afresh: a drafter may remember what it saw when other shapes were timed.
+        self._drafters = Drafters(self._target)
+        self._warm_up(candidates, batch_size, phase)
         for index in range(rounds):
             steps = []
             for slot, run in enumerate(runs):
@@ -99,7 +110,7 @@ class Measurements:
                 done = index * len(runs) + slot
                 self._progress(done, rounds * len(runs), f"steps of {batch_size} rows: {name}")
                 row = self._row(
-                    _run_name(batch_size, index, slot, name),
+                    _run_name(phase, batch_size, index, slot, name),
                     partial(self._decode, run, batch_size, turn),
                 )
                 steps.append(from_row(row["steps"]))
@@ -107,11 +118,11 @@ class Measurements:
         self._progress(rounds * len(runs), rounds * len(runs), "steps")
         return found
 
-    def _warm_up(self, candidates: Sequence[Candidate], batch_size: int) -> None:
+    def _warm_up(self, candidates: Sequence[Candidate], batch_size: int, phase: str) -> None:
         """Decode once with each drafter, unless all is measured: first steps are slow."""
         for slot, candidate in enumerate(sequence(candidates)):
             name = candidate.name if candidate else "plain"
-            if _key(_run_name(batch_size, 0, slot, name)) not in self._known:
+            if _key(_run_name(phase, batch_size, 0, slot, name)) not in self._known:
                 self._decode(candidate, batch_size, -1)
 
     def _decode(self, run: Candidate | None, batch_size: int, turn: int) -> dict[str, Any]:
@@ -133,8 +144,8 @@ class Measurements:
         return self._known[key]
 
 
-def _run_name(batch_size: int, index: int, slot: int, name: str) -> dict[str, Any]:
-    return {"phase": "loop", "batch": batch_size, "round": index, "slot": slot, "name": name}
+def _run_name(phase: str, batch_size: int, index: int, slot: int, name: str) -> dict[str, Any]:
+    return {"phase": phase, "batch": batch_size, "round": index, "slot": slot, "name": name}
 
 
 def _key(row: dict[str, Any]) -> str:

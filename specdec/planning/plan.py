@@ -20,11 +20,13 @@ from specdec.checkpoints.identity import identify_target
 from specdec.data.journal import Journal
 from specdec.planning.candidates import Family, families
 from specdec.planning.costs import Costs, ForwardCost
+from specdec.planning.finals import confirm
 from specdec.planning.loop_times import TimedRun, Workload
 from specdec.planning.measure import FULL, QUICK, Effort, Measurements, Progress, fits
 from specdec.planning.prediction import Acceptance, Forecast, Prediction
 from specdec.planning.schedule import MARGIN, Schedule, schedule
 from specdec.planning.search import search
+from specdec.planning.shape import Candidate
 from specdec.request import encode
 from specdec.sampling_config import SamplingConfig
 from specdec.targets.load import load_target
@@ -107,10 +109,10 @@ class _Planner:
         runs = {size: measured.decodings(timed, size, self.effort.rounds)}
         context = _mean_context(texts)
         forecast = Forecast(Costs(forward, runs), acceptance, context, self.config.seed)
-        ranked = self._search(forecast)
+        ranked, finals = self._confirm(measured, forecast, self._search(forecast), runs)
         family = next(f for f in self.families if f.name == ranked[0].candidate.drafter)
         runs |= self._other_batches(measured, forward, family)
-        costs = Costs(forward, runs)
+        costs = Costs(forward, runs, finals, size)
         everywhere = Forecast(costs, acceptance, context, self.config.seed)
         lengths = schedule(everywhere, ranked[0].candidate, sorted(runs))
         return {
@@ -156,6 +158,28 @@ class _Planner:
             lambda candidate: forecast(candidate, size),
             lambda candidate, larger: forecast.bound(candidate, size, larger),
             self.progress,
+        )
+
+    def _confirm(
+        self,
+        measured: Measurements,
+        forecast: Forecast,
+        ranked: Sequence[Prediction],
+        runs: Mapping[int, Sequence[TimedRun]],
+    ) -> tuple[list[Prediction], list[TimedRun]]:
+        size = self.config.batch_size
+        # No prompt twice: a drafter that remembers would be flattered.
+        rounds = max(1, min(self.effort.final_rounds, len(self.work.prompts) // size))
+
+        def predict(candidate: Candidate, finals: Sequence[TimedRun]) -> Prediction:
+            costs = Costs(forecast.costs.forward, runs, finals, size)
+            again = Forecast(costs, forecast.expected, forecast.context, self.config.seed)
+            return again(candidate, size)
+
+        return confirm(
+            ranked,
+            lambda candidates, turn: measured.decodings(candidates, size, rounds, f"final {turn}"),
+            predict,
         )
 
     def _other_batches(
@@ -212,6 +236,7 @@ def _plain(beside: Prediction) -> dict[str, Any]:
         "type": "plain",
         "options": {},
         "is_given": False,
+        "is_timed": True,
         "batch_size": beside.batch_size,
         "predicted_tau": 1.0,
         "predicted_tau_ci": None,

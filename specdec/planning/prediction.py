@@ -56,6 +56,7 @@ class Prediction:
         speedup_ci: 95 % interval over prompts, with the error of the costs.
         step: seconds of the mean step.
         plain: seconds of a step of plain decoding.
+        is_timed: its steps were timed as they are, not worked out from those of other shapes.
     """
 
     candidate: Candidate
@@ -66,6 +67,7 @@ class Prediction:
     speedup_ci: tuple[float, float] | None
     step: StepTime
     plain: StepTime
+    is_timed: bool = False
 
     @property
     def tokens_per_s(self) -> float:
@@ -79,6 +81,7 @@ class Prediction:
             "type": self.candidate.type,
             "options": self.candidate.options,
             "is_given": self.candidate.is_given,
+            "is_timed": self.is_timed,
             "batch_size": self.batch_size,
             "predicted_tau": self.tau,
             "predicted_tau_ci": self.tau_ci,
@@ -107,10 +110,10 @@ class Acceptance:
 
     def __call__(self, candidate: Candidate) -> Expectation:
         """What is expected of a candidate."""
-        key = repr((candidate.type, sorted(candidate.options.items())))
-        if key not in self._known:
-            self._known[key] = self._predict({"type": candidate.type, **candidate.options})
-        return self._known[key]
+        if candidate.key not in self._known:
+            options = {"type": candidate.type, **candidate.options}
+            self._known[candidate.key] = self._predict(options)
+        return self._known[candidate.key]
 
 
 class Forecast:
@@ -170,6 +173,7 @@ class Forecast:
             _interval(taus * ratio, error, self._seed),
             step,
             plain,
+            self.costs.is_timed(candidate, batch_size),
         )
 
 

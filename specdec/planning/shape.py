@@ -144,3 +144,8 @@ class Candidate:
     drafter: str
     shape: Shape
     is_given: bool = field(default=False, compare=False)
+
+    @property
+    def key(self) -> str:
+        """The same for the same strategy with the same options."""
+        return repr((self.type, sorted(self.options.items())))
