@@ -1,0 +1,114 @@
+"""Experiments are whole, their configurations load, and tables say what the results say."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from specdec.bench.grid import load_cells
+
+ROOT = Path(__file__).parents[1]
+HERE = ROOT / "experiments"
+NAMES = sorted(path.name for path in HERE.glob("[01][0-9]-*") if path.name[:2] >= "05")
+MEASURED = [name for name in NAMES if list((HERE / name).glob("*.json"))]
+TRAINING = {"07-draft-size/train.yaml"}
+CONFIGS = sorted(
+    str(path.relative_to(HERE))
+    for name in NAMES
+    for path in (HERE / name).glob("*.yaml")
+    if str(path.relative_to(HERE)) not in TRAINING
+)
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE))
+    import tables
+
+    return tables
+
+
+def readme(name):
+    return (HERE / name / "README.md").read_text()
+
+
+def test_there_are_seven_experiments_that_one_script_runs():
+    assert [name[:2] for name in NAMES] == ["05", "06", "07", "08", "09", "10", "11"]
+
+
+def test_the_index_lists_every_experiment_once_and_by_its_question():
+    index = (HERE / "README.md").read_text()
+    rows = re.findall(
+        r"^\| \[(\S+)\]\((\S+)/README\.md\) \| (.+?) \| (.+?) \| (.+?) \|$", index, re.M
+    )
+    folders = sorted(path.parent.name for path in HERE.glob("*/README.md"))
+    assert [row[0] for row in rows] == [row[1] for row in rows] == folders
+    for name, _, question, *_ in rows:
+        assert readme(name).splitlines()[0] == f"# {question}"
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_an_experiment_has_all_its_parts(name):
+    text = readme(name)
+    assert text.splitlines()[0].startswith("# ")
+    assert text.splitlines()[0].endswith("?")
+    for section in ("Command", "Results", "Conclusions", "Limits"):
+        assert len(text.split(f"\n## {section}\n")) == 2, section
+    assert f"bash experiments/run_all.sh {name}\n" in text
+    assert "![" in text
+    assert "(plot.png)" in text
+    assert "DRAFT" not in text
+    assert "Not measured yet" not in text
+    assert (HERE / name / "plot.png").stat().st_size > 10_000
+    assert list((HERE / name).glob("*.yaml"))
+
+
+def test_an_experiment_without_results_concludes_nothing():
+    for name in set(NAMES) - set(MEASURED):
+        assert "\n## Conclusions\n\nNot measured yet" in readme(name)
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_what_a_readme_links_to_is_there(name):
+    for link in re.findall(r"\]\(([^)#]+)\)", readme(name)):
+        assert link.startswith("https://") or (HERE / name / link).exists(), link
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_tables_say_what_the_committed_results_say(name, tables):
+    text = readme(name)
+    assert tables.filled(text, tables.TABLES[name]()) == text
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_readme_shows_every_table_that_is_made(name, tables):
+    shown = re.findall(r"<!-- table (\S+) -->", readme(name))
+    assert sorted(shown) == sorted(tables.TABLES[name]())
+
+
+def test_a_table_that_was_edited_is_noticed(tables):
+    text = "<!-- table a -->\n| 1 |\n<!-- end of table -->\n"
+    assert tables.filled(text, {"a": "| 2 |"}) != text
+    assert tables.filled(text, {"a": "| 1 |"}) == text
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_configurations_load(path):
+    for cell in load_cells(str(HERE / path)):
+        assert cell.config.arms
+
+
+def test_the_script_runs_every_experiment():
+    script = (HERE / "run_all.sh").read_text()
+    (names,) = re.findall(r"^all=\((.*)\)$", script, re.M)
+    assert names.split() == NAMES
+    subprocess.run(["bash", "-n", str(HERE / "run_all.sh")], check=True)
+
+
+def test_the_script_refuses_a_name_that_is_none():
+    done = subprocess.run(
+        ["bash", str(HERE / "run_all.sh"), "12-none"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "no experiment 12-none" in done.stderr
