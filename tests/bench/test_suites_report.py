@@ -141,6 +141,7 @@ def test_a_wrong_suite_ends_with_status_2_and_leaves_nothing(tmp_path):
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     done = CliRunner().invoke(app, ["bench", "demo/concurrent", "--out", str(tmp_path)])
     assert done.exit_code == 2
     assert "a suite is served by one process" in done.stderr
