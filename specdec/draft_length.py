@@ -64,8 +64,6 @@ class _Switch:
     """Whether drafting pays at a batch size, and how long it has been off."""
 
     is_on: bool = False
-    pause: int = 1  # steps until the next probe
-    waited: int = 0
     judged: int = -1  # drafts there had been when it was last thought over
 
 
@@ -104,7 +102,7 @@ class OnlineController:
         trees: bool = False,
         margin: float = 0.03,
         half_life: float = 30.0,
-        probe_share: float = 0.0075,
+        probe_share: float = 0.005,
     ) -> None:
         _check_costs(step_s)
         _check_options(acceptance, margin, half_life, probe_share)
@@ -124,6 +122,9 @@ class OnlineController:
         self._switches = {size: _Switch() for size in step_s}
         self._credit = FIRST_CREDIT
         self._most_credit = 2 * max(max(ratios) for ratios in self._ratios.values())
+        # Of all batch sizes together: what a probe learns is how texts are accepted.
+        self._pause = 1  # steps until the next probe
+        self._waited = 0
         self._size, self._chosen, self._is_probe = min(step_s), 0, False
         self._num_drafts = 0
         self._found_some = False  # the last draft that was asked for held a node
@@ -149,7 +150,7 @@ class OnlineController:
         was_on, switch.judged = switch.is_on, self._num_drafts
         switch.is_on = max(speeds.values()) > (1.0 if was_on else 1 + self._margin)
         if was_on and not switch.is_on:
-            switch.pause, switch.waited = FIRST_PAUSE, 0
+            self._pause, self._waited = FIRST_PAUSE, 0
         affordable = {n: speed for n, speed in speeds.items() if self._can_pay(n) and speed > 1}
         if not switch.is_on or not affordable:
             return 0
@@ -157,15 +158,15 @@ class OnlineController:
 
     def _probe(self) -> int:
         """A short draft where one is due, or 0."""
-        ratios, switch = self._ratios[self._size], self._switches[self._size]
+        ratios = self._ratios[self._size]
         could_pay = any(1 + n > (1 + self._margin) * ratios[n] for n in self._budgets[self._size])
         shortest = self._budgets[self._size][0]
-        switch.waited += 1
-        if not could_pay or switch.waited < switch.pause or not self._can_pay(shortest):
+        self._waited += 1
+        if not could_pay or self._waited < self._pause or not self._can_pay(shortest):
             return 0
         longest_pause = (ratios[shortest] - 1) / self._probe_share
-        switch.waited = 0
-        switch.pause = max(FIRST_PAUSE, min(2 * switch.pause, ceil(longest_pause)))
+        self._waited = 0
+        self._pause = max(FIRST_PAUSE, min(2 * self._pause, ceil(longest_pause)))
         self._is_probe = True
         return shortest
 
@@ -188,7 +189,7 @@ class OnlineController:
             earned += num_tokens - ratio
             self._num_drafts += 1
             if self._is_probe and num_tokens > (1 + self._margin) * ratio:
-                self._switches[self._size].pause = 1  # it paid: look again at once
+                self._pause = 1  # it paid: look again at once
         self._credit = min(self._most_credit, self._credit + earned)
 
 

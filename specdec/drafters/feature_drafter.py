@@ -132,9 +132,10 @@ class FeatureDrafter:
         self, prompts: Prompts, output: TargetOutput, sampler: Sampler, *, join: bool = False
     ) -> None:
         """Feed every prompt's pairs of token and feature."""
-        if not join:
+        if join:
+            self._pending.join(len(prompts))
+        else:
             self._pending.clear()
-        self._catch_up()
         running = self.cache if join else None  # or else it must not stay beside the new one
         outputs, num_committed = self._outputs, self._num_committed
         lengths = [len(prompt) - 1 for prompt in prompts]
@@ -236,7 +237,6 @@ class FeatureDrafter:
         # What joins is cached apart at first, as tightly as it can be.
         self._reserved = 0 if join else num_slots + self._num_fed
         if join:
-            self._catch_up()
             self.cache.resize(num_rows, num_slots + self._num_fed)
         else:
             self.cache = SlotCache(1, 1, 1, self.device)

@@ -27,6 +27,14 @@ class Pending:
         """Forget everything."""
         self._parts, self.num_columns = [], 0
 
+    def join(self, num_rows: int) -> None:
+        """Rows without an entry come behind the others."""
+        if not self._parts:
+            return
+        tokens, taps, counts = self.take()
+        taps = {tap: _with_rows(states, num_rows) for tap, states in taps.items()}
+        self.add(_with_rows(tokens, num_rows), taps, [*counts, *[0] * num_rows])
+
     def reorder(self, rows: Tensor) -> None:
         """Keep these rows."""
         if not self._parts:
@@ -50,6 +58,11 @@ class Pending:
         tokens = tokens.gather(1, index)
         taps = {tap: _gather(states, index) for tap, states in taps.items()}
         return tokens, taps, counts
+
+
+def _with_rows(values: Tensor, num_rows: int) -> Tensor:
+    """Rows of zeros behind those of [B, ...]."""
+    return torch.cat([values, values.new_zeros(num_rows, *values.shape[1:])])
 
 
 def _places(parts: list[Part], width: int) -> Tensor:

@@ -141,7 +141,58 @@ def test_what_waits_is_given_in_order_however_ragged_its_parts_are(seed):
     assert pending.num_columns == 0
 
 
-def test_rows_that_join_while_others_have_waited_keep_their_drafts():
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_that_join_have_nothing_waiting(seed):
+    torch.manual_seed(seed)
+    pending, tokens = Pending(), torch.randint(9, (2, 4))
+    pending.join(3)
+    assert pending.num_columns == 0
+    pending.add(tokens, {3: tokens.unsqueeze(2).float()}, [4, 1 + seed])
+    pending.join(2)
+    taken, taps, counts = pending.take()
+    assert counts == [4, 1 + seed, 0, 0]
+    assert torch.equal(taken[:2], tokens)
+    assert taps[3].shape == (4, 4, 1)
+
+
+def test_a_prompt_that_joins_is_fed_alone_while_no_draft_is_asked_for():
+    target = tiny_target()
+    drafter = eagle3(target)
+    fed = []
+    drafter.head.register_forward_hook(lambda _, inputs, __: fed.append(list(inputs[0].shape)))
+    prompts = [[5, 6, 7], [8, 9, 10, 11], [4] * 9]
+    generate(
+        target, drafter, prompts, max_new_tokens=[6, 30, 20], batch_size=2, draft_length=OffFor(99)
+    )
+    assert fed == [[2, 4], [1, 9]]  # rows, and tokens of the longest prompt
+
+
+@pytest.mark.parametrize("build", [eagle3, draft_model])
+def test_rows_draft_after_another_has_joined_as_if_each_were_alone(build):
+    target = tiny_target()
+    drafter = build(target)
+    prompts, proposed = [[9, 8], [5, 6, 7, 8, 5, 6], [3] * 12], []
+    propose = drafter.propose
+
+    def listen(root, budget, sampler):
+        draft = propose(root, budget, sampler)
+        if max(budget):
+            proposed.append(list(zip(root.tolist(), draft.tokens.tolist(), strict=True)))
+        return draft
+
+    drafter.propose = listen
+    together = generate(
+        target, drafter, prompts, max_new_tokens=[12, 80, 80], batch_size=2, draft_length=OffFor(20)
+    )
+    seen = proposed[:5]
+    for place, (prompt, row) in enumerate(zip(prompts[1:], together[1:], strict=True)):
+        proposed.clear()
+        pause = sum(record.num_drafted == 0 for record in row.records[:20])
+        generate(target, drafter, [prompt], max_new_tokens=80, draft_length=OffFor(pause))
+        assert [drafts[place] for drafts in seen] == [drafts[0] for drafts in proposed[:5]]
+
+
+def test_rows_that_join_while_others_have_waited_keep_their_texts():
     target = tiny_target()
     drafter = draft_model(target)
     long = [list(torch.arange(100).remainder(90)), [7, 8, 9]]
