@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 import prediction
 import typer
-from results import HERE, Arms, arms_of, cells_of, read, speed
+from results import HERE, Arms, arms_of, cells_of, groups_of, read, speed
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -209,6 +209,34 @@ def _family(arm: dict[str, Any]) -> str:
     return {"ngram": "lookup", "suffix": "lookup", "draft_model": "draft model"}.get(kind, kind)
 
 
+def serving() -> Any:
+    figure, grid = plt.subplots(2, 2, figsize=(10.5, 8), sharey=True)
+    names = ("single-turn", "multi-turn", "long-context", "concurrent")
+    titles = ("prompt", "turn", "tokens of context, at most", "users at the same time")
+    for axes, name, title in zip(grid.flat, names, titles, strict=True):
+        groups = groups_of(name)
+        if name == "concurrent":
+            groups = {users: _as_users_see(arms) for users, arms in groups.items()}
+        places = [float(number) for number in range(len(groups))]
+        for number, arm in enumerate(strategies(next(iter(groups.values())))):
+            curve(axes, number, places, [arms[arm] for arms in groups.values()], arm)
+        axes.set_xticks(places, list(groups))
+        axes.legend(frameon=False, fontsize=8)
+        finish(axes, title, name)
+    return figure
+
+
+def _as_users_see(arms: Arms) -> Arms:
+    """The arms with the speed that a user sees, waiting included."""
+    return {
+        name: {
+            "speedup_vs_plain": arm["load"]["user_speed_vs_plain"],
+            "speedup_vs_plain_ci": arm["load"]["user_speed_vs_plain_ci"],
+        }
+        for name, arm in arms.items()
+    }
+
+
 PLOTS: dict[str, Callable[[], Any]] = {
     "05-drafters": drafters,
     "06-shapes": shapes,
@@ -217,6 +245,7 @@ PLOTS: dict[str, Callable[[], Any]] = {
     "09-rules": rules,
     "10-batch": batch,
     "11-prediction": predicted,
+    "12-serving": serving,
 }
 
 

@@ -28,6 +28,11 @@ def cells_of(sweep: dict[str, Any], *keys: str) -> dict[Any, Arms]:
     return found
 
 
+def groups_of(suite: str) -> dict[str, Arms]:
+    """The arms of a suite's groups, by the groups' names."""
+    return {group["name"]: arms_of(group) for group in read(f"12-serving/{suite}.json")["groups"]}
+
+
 def speed(arm: dict[str, Any]) -> float:
     """Tokens a second while decoding, relative to plain decoding of the same prompts."""
     ratio: float = arm["speedup_vs_plain"]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the experiments again, from the data folder that SPECDEC_DATA_DIR names, and put their results here.
 #
-#   SPECDEC_DATA_DIR=DATA bash experiments/run_all.sh            # all: about an hour on two cores
+#   SPECDEC_DATA_DIR=DATA bash experiments/run_all.sh            # all: about 75 minutes on two cores
 #   SPECDEC_DATA_DIR=DATA bash experiments/run_all.sh 09-rules   # or some, by name
 #
 # Whatever is stopped goes on with the same command: runs are kept in runs/experiments (remove a folder to measure it again).
@@ -9,7 +9,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 here=experiments runs=runs/experiments
-all=(05-drafters 06-shapes 07-draft-size 08-sampling 09-rules 10-batch 11-prediction)
+all=(05-drafters 06-shapes 07-draft-size 08-sampling 09-rules 10-batch 11-prediction 12-serving)
+suites="single-turn multi-turn long-context concurrent"
 names=("$@")
 [ $# -gt 0 ] || names=("${all[@]}")
 for name in "${names[@]}"; do
@@ -57,6 +58,9 @@ measure() {
       # Goals that are missed are a result.
       python $here/11-prediction/check.py $runs/11-plan $runs/11-same/results.json || true
       ;;
+    12-serving)
+      for suite in $suites; do bench 12-$suite demo/$suite; done
+      ;;
   esac
 }
 
@@ -85,6 +89,9 @@ publish() {
     11-prediction)
       cp $runs/11-plan/plan.json "$to/"
       for kind in same fresh; do cp $runs/11-$kind/results.json "$to/$kind.json"; done
+      ;;
+    12-serving)
+      for suite in $suites; do cp $runs/12-$suite/suite.json "$to/$suite.json"; done
       ;;
   esac
 }

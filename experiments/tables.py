@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import prediction
 import typer
-from results import HERE, Arms, arms_of, brief, cells_of, figure, read, speed, table
+from results import HERE, Arms, arms_of, brief, cells_of, figure, groups_of, read, speed, table
 
 DOMAINS = ("gsm8k", "sgd", "taskmaster4")
 SIZES = ("1 layer", "4 layers", "8 layers")
@@ -237,6 +237,44 @@ def _totals(totals: dict[str, dict[str, float]]) -> list[list[str]]:
     ]
 
 
+def serving() -> dict[str, str]:
+    """Experiment 12: each suite's groups side by side, and what users at the same time get."""
+    found = {name: _by_group(groups_of(name)) for name in ("single-turn", "long-context")}
+    turns = groups_of("multi-turn")
+    shown = {name: turns[name] for name in list(turns)[:: max(1, len(turns) // 5)]}
+    found["multi-turn"] = _by_group(shown)
+    found["latency"] = table(
+        ["seconds to the whole answer, median", *shown],
+        [
+            [name, *(f"{arms[name]['latency_s']['p50']:.2f}" for arms in shown.values())]
+            for name in next(iter(shown.values()))
+        ],
+    )
+    users = groups_of("concurrent")
+    head = ["users", "arm", "tokens/s of all", "a user's speed vs plain"]
+    head += ["first token p50, p95", "gap between chunks p50, p95, p99", "Jain"]
+    rows = [[size, *_load_row(arm)] for size, arms in users.items() for arm in arms.values()]
+    found["concurrent"] = table(head, rows)
+    return found
+
+
+def _by_group(groups: dict[str, Arms]) -> str:
+    names = [name for name in next(iter(groups.values())) if name != "plain"]
+    plain = (f"{arms['plain']['decode_tokens_per_s']:.0f}" for arms in groups.values())
+    rows = [[name, *(brief(arms[name]) for arms in groups.values())] for name in names]
+    return table(["arm", *groups], [["plain, tokens/s", *plain], *rows])
+
+
+def _load_row(arm: dict[str, Any]) -> list[str]:
+    load = arm["load"]
+    waits = [
+        ", ".join(f"{1000 * value:.0f}" for value in list(arm[key].values())[:count]) + " ms"
+        for key, count in (("ttft_s", 2), ("chunk_gap_s", 3))
+    ]
+    speeds = [f"{load['tokens_per_s']:.0f}", figure(load, "user_speed_vs_plain")]
+    return [arm["name"], *speeds, *waits, f"{load['jain_index']:.2f}"]
+
+
 TABLES: dict[str, Callable[[], dict[str, str]]] = {
     "05-drafters": drafters,
     "06-shapes": shapes,
@@ -245,6 +283,7 @@ TABLES: dict[str, Callable[[], dict[str, str]]] = {
     "09-rules": rules,
     "10-batch": batch,
     "11-prediction": predicted,
+    "12-serving": serving,
 }
 
 
