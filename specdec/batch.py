@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch.nn.functional import pad
 
 from specdec.clock import ForwardClock
 from specdec.draft_length import DraftLength
+from specdec.host_step import HostStep, pack
 from specdec.interfaces import Drafter, HoldsCache, Target, TargetOutput
 from specdec.metrics import StepRecord
 from specdec.randomness import row_exponentials, row_uniforms
@@ -22,16 +22,6 @@ from specdec.verify.tree import node_depths
 UNIFORM_STREAM, NOISE_STREAM = 0, 1
 # The rule under which the loop samples every node itself.
 MATCH = "match"
-
-
-@dataclass(frozen=True)
-class _HostStep:
-    """The values of a step that the host needs, fetched in one synchronisation."""
-
-    tokens: list[list[int]]
-    num_accepted: list[int]
-    num_drafted: list[int]
-    depth_tested: list[int]
 
 
 class Batch:
@@ -51,35 +41,42 @@ class Batch:
         self._verifying = ForwardClock(target.device)
         self._committing = ForwardClock(target.device)
 
-    def admit(self, requests: list[Request]) -> list[tuple[Request, int]]:
-        """Cache the prompts, sample their first tokens and let them join the running rows."""
+    def admit(self, requests: list[Request]) -> None:
+        """Cache the prompts, sample their first tokens and let them join the running rows.
+
+        A request that begins again is cached with its tokens; the last of them is its root.
+        """
         started = time.perf_counter()
-        prompts = [row.prompt for row in requests]
+        cached = [[*row.prompt, *row.tokens[:-1]] for row in requests]
         is_running = bool(self.rows)
         sampler = self._make_sampler(requests)
-        output = self.target.prefill(prompts, self.taps, join=is_running)
+        output = self.target.prefill(cached, self.taps, join=is_running)
+        num_committed = torch.tensor([len(tokens) for tokens in cached], device=self.target.device)
         scores = sampler.scores(output.logits)[:, 0]
-        num_committed = torch.tensor([len(p) for p in prompts], device=self.target.device)
-        if sampler.is_greedy:
-            root = scores.argmax(-1)
-        else:
-            probs = sampler.probs(scores.unsqueeze(1))[:, 0]
-            root = sample(probs, self._noise(sampler, num_committed))
-        healthy = scores.amax(-1).isfinite()
-        tokens, finite = torch.stack([root, healthy.long()]).tolist()
+        last = [row.tokens[-1] if row.tokens else -1 for row in requests]
+        known = torch.tensor(last, device=self.target.device)
+        new = self._draw(sampler, scores, num_committed).masked_fill(known >= 0, -1)
+        root = torch.maximum(new, known)
+        tokens, finite = torch.stack([root, scores.amax(-1).isfinite().long()]).tolist()
         _fail_what_is_nan(requests, finite)
-        sampler.observe(root.unsqueeze(1))
+        sampler.observe(new.unsqueeze(1))
         if self.drafter:
-            begun = [[*prompt, token] for prompt, token in zip(prompts, tokens, strict=True)]
+            begun = [[*before, token] for before, token in zip(cached, tokens, strict=True)]
             self.drafter.begin(begun, output, sampler, join=is_running)
             self.drafter.clock.take()
         self.target.clock.take()
         for row, token in zip(requests, tokens, strict=True):
-            row.started = started
-            if not row.error:
+            row.started = row.started or started
+            if not row.error and not row.tokens:
                 row.accept([token])
         self._join(requests, sampler, root, num_committed + 1)
-        return [(row, int(not row.error)) for row in requests]
+
+    def _draw(self, sampler: Sampler, scores: Tensor, num_committed: Tensor) -> Tensor:
+        """A token [B] behind every row, from scores [B, V]."""
+        if sampler.is_greedy:
+            return scores.argmax(-1)
+        probs = sampler.probs(scores.unsqueeze(1))[:, 0]
+        return sample(probs, self._noise(sampler, num_committed))
 
     def _join(
         self, requests: list[Request], sampler: Sampler, root: Tensor, num_committed: Tensor
@@ -108,16 +105,17 @@ class Batch:
             sampler.observe(torch.tensor(padded, device=target.device))
         return sampler
 
-    def step(self) -> list[tuple[Request, int]]:
-        """One draft, one target forward, one verdict; returns each row's number of new tokens."""
+    def step(self) -> None:
+        """One draft, one target forward, one verdict."""
         started = time.perf_counter()
         rows = self.rows
         draft = self._propose()
         output = self.target.score(self.root, draft, self.taps)
         with self._verifying.forward():
             verdict, healthy = self._judge(output, draft)
-            packed = _pack(verdict, draft, healthy)
-        host = self._fetch(packed)
+            packed = pack(verdict, draft, healthy)
+        host = HostStep.fetch(packed)
+        _fail_what_is_nan(rows, host.is_finite)
         drafting_s = self._drafter_s()
         with self._committing.forward():
             self._commit(verdict, host, output)
@@ -147,7 +145,6 @@ class Batch:
             )
         if self.draft_length and healthy_rows:
             self.draft_length.learn([rows[i].records[-1] for i in healthy_rows])
-        return list(zip(rows, kept, strict=True))
 
     def _drafter_s(self) -> float:
         return self.drafter.clock.take() if self.drafter else 0.0
@@ -204,24 +201,17 @@ class Batch:
         noise = row_exponentials(seeds.flatten(), positions.flatten(), NOISE_STREAM, size)
         return noise.view(*positions.shape, size)
 
-    def _fetch(self, packed: Tensor) -> _HostStep:
-        """Bring the step to the host: the one synchronisation."""
-        values = packed.tolist()
-        _fail_what_is_nan(self.rows, [row[3] for row in values])
-        return _HostStep(
-            tokens=[row[4 : 5 + row[0]] if row[3] else [] for row in values],
-            num_accepted=[row[0] for row in values],
-            num_drafted=[row[1] for row in values],
-            depth_tested=[row[2] for row in values],
-        )
-
-    def _commit(self, verdict: Verdict, host: _HostStep, output: TargetOutput) -> None:
+    def _commit(self, verdict: Verdict, host: HostStep, output: TargetOutput) -> None:
         self.target.commit(verdict, host.num_accepted)
         self.sampler.observe(verdict.tokens)
         if self.drafter:
             self.drafter.observe(verdict, host.tokens, output.hidden)
         self.root = verdict.tokens.gather(1, verdict.num_accepted.unsqueeze(1)).squeeze(1)
         self.num_committed = self.num_committed + verdict.num_accepted + 1
+
+    def forget(self) -> None:
+        """Drop all rows; those admitted next begin a new batch, whatever state caches are in."""
+        self.rows = []
 
     def retire(self) -> None:
         """Let finished rows leave the batch; the last rows move into their places."""
@@ -247,17 +237,6 @@ class Batch:
         for owner in (self.target, self.drafter):
             if failed and isinstance(owner, HoldsCache):
                 owner.wipe(failed)
-
-
-def _pack(verdict: Verdict, draft: Draft, healthy: Tensor) -> Tensor:
-    """What the host needs of a step, [B, 4 + D + 1]: three counts, health, and the tokens."""
-    if draft.parents is None:
-        depth_tested = verdict.tested.sum(1)
-    else:
-        depths = node_depths(draft.parents, draft.depth)
-        depth_tested = (depths * verdict.tested).amax(1)
-    counts = [verdict.num_accepted, draft.lengths, depth_tested, healthy]
-    return torch.cat([torch.stack(counts, 1), verdict.tokens], 1)
 
 
 def _fail_what_is_nan(rows: list[Request], finite: Sequence[int]) -> None:

@@ -4,10 +4,9 @@ First come first served: a request joins as soon as there is room for it, and no
 """
 
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import torch
 
@@ -19,6 +18,7 @@ from specdec.request import Prompt, Request, Result, StopRules, encode
 from specdec.sampling_config import SamplingConfig
 from specdec.text import TextStream
 from specdec.verify import get_rule
+from specdec.waiting import WaitingLine
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Engine:
         draft_length: DraftLength | None = None,
     ) -> None:
         _check(target, drafter, max_rows, rule)
-        self.target, self.drafter, self.max_rows = target, drafter, max_rows
+        self.target, self.drafter = target, drafter
         self._batch = Batch(target, drafter, rule, draft_length)
         self._limit: CacheLimit | None = None
         if max_cache_bytes is not None:
@@ -72,13 +72,14 @@ class Engine:
         self.peak_cache_bytes = 0
         self._requests: dict[int, Request] = {}
         self._texts: dict[int, TextStream] = {}
-        self._waiting: deque[Request] = deque()
+        self._waiting = WaitingLine(max_rows, self._limit)
+        self._untold = list[Request]()  # ended, and the caller has not been told
         self._num_submitted = 0
         self._have_joined = False  # in the step before
 
     @property
     def num_waiting(self) -> int:
-        """Requests that have not begun."""
+        """Requests that have no row: they have not begun, or have to begin again."""
         return len(self._waiting)
 
     @property
@@ -123,7 +124,7 @@ class Engine:
             self._limit.check(request)
         self._requests[index] = request
         self._texts[index] = TextStream(self.target.tokenizer, stop)
-        self._waiting.append(request)
+        self._waiting.add(request)
         self._num_submitted += 1
         return index
 
@@ -137,6 +138,14 @@ class Engine:
 
         Returns:
             What is new: a chunk for every row that emitted tokens or ended; `index` is the id.
+
+        Raises:
+            Exception: what target or drafter raise. The next step may be taken all the same: no
+                request and no token is lost. All rows go back to the head of the queue and begin
+                again, which caches what they have anew. Where memory ran out, fewer run together
+                until those that had no room have ended; one that has none even alone ends with an
+                error. Any other error ends those that were joining, or all rows if none was. What
+                has ended like this is told by the next step.
         """
         return [self._with_text(chunk) for chunk in self.advance()]
 
@@ -148,39 +157,47 @@ class Engine:
     def advance(self) -> list[Chunk]:
         """`step` for callers that need no text, which then costs nothing; `text` stays empty."""
         waits = self._have_joined and self._batch.rows
-        joining = [] if waits else self._next()
+        joining = [] if waits else self._waiting.take(self._batch.rows)
         self._have_joined = bool(joining)
-        if not joining and not self._batch.rows:
-            return []
-        news = self._batch.admit(joining) if joining else self._batch.step()
-        ended = self._end_what_is_late()
-        self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache_bytes)
-        self._batch.retire()
-        told = {row.index for row, _ in news}
-        news += [(row, 0) for row in ended if row.index not in told]
-        return [_chunk(row, count) for row, count in news]
+        rows = [*self._batch.rows, *joining]
+        with self._beginning_again(rows, joining):
+            if joining:
+                self._admit(joining)
+            elif rows:
+                self._batch.step()
+            self._end_what_is_late()
+            self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache_bytes)
+            self._batch.retire()
+        return self._tell(rows)
 
-    def _next(self) -> list[Request]:
-        """The requests that join now, in order."""
-        rows, joining = self._batch.rows, list[Request]()
-        for request in islice(self._waiting, self.max_rows - len(rows)):
-            if self._limit and not self._limit.fits([*rows, *joining, request]):
-                break
-            joining.append(request)
-        for _ in joining:
-            self._waiting.popleft()
-        if joining and self._limit:
-            self._limit.reserve([*rows, *joining], join=bool(rows))
-        return joining
+    def _admit(self, joining: list[Request]) -> None:
+        running = self._batch.rows
+        if self._limit:
+            self._limit.reserve([*running, *joining], join=bool(running))
+        self._batch.admit(joining)
 
-    def _end_what_is_late(self) -> list[Request]:
+    @contextmanager
+    def _beginning_again(self, rows: list[Request], joining: list[Request]) -> Iterator[None]:
+        """If this fails, all rows wait again: a prefill as a new batch mends what is half done."""
+        try:
+            yield
+        except BaseException as error:
+            self._batch.forget()
+            self._untold += self._waiting.take_back(rows, joining, error)
+            raise
+
+    def _end_what_is_late(self) -> None:
         now = time.perf_counter()
-        late = [r for r in [*self._batch.rows, *self._waiting] if r.deadline < now]
-        for request in late:
-            request.finish_reason = request.finish_reason or "time"
-        if late:
-            self._waiting = deque(r for r in self._waiting if not r.finish_reason)
-        return late
+        for request in [*self._batch.rows, *self._waiting]:
+            if request.deadline < now:
+                request.finish_reason = request.finish_reason or "time"
+        self._untold += self._waiting.drop_ended()
+
+    def _tell(self, rows: list[Request]) -> list[Chunk]:
+        """What these rows have that the caller does not know, and what ended besides."""
+        due, self._untold = [*rows, *self._untold], []
+        news = [row for row in due if row.finish_reason or len(row.tokens) > row.num_told]
+        return [_chunk(row) for row in news if row.index in self._requests]
 
     @torch.inference_mode()
     def cancel(self, index: int) -> None:
@@ -188,13 +205,15 @@ class Engine:
 
         Raises:
             KeyError: no such request.
+            Exception: see `step`; the request has ended all the same.
         """
         request = self._find(index)
         if request.finish_reason:
             return
         request.finish_reason = "cancelled"
-        self._waiting = deque(r for r in self._waiting if r is not request)
-        self._batch.retire()
+        self._waiting.drop_ended()
+        with self._beginning_again(self._batch.rows, []):
+            self._batch.retire()
 
     def peek(self, index: int) -> Result:
         """What there is of a request; an unfinished one says "interrupted".
@@ -223,8 +242,8 @@ class Engine:
         return self._requests[index]
 
 
-def _chunk(row: Request, count: int) -> Chunk:
-    new = row.tokens[len(row.tokens) - count :]
+def _chunk(row: Request) -> Chunk:
+    new, row.num_told = row.tokens[row.num_told :], len(row.tokens)
     return Chunk(row.index, new, "", row.finish_reason or None)
 
 

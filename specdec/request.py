@@ -133,6 +133,7 @@ class Request:
     started: float = 0.0
     first_token: float = 0.0
     last_token: float = 0.0
+    num_told: int = 0  # tokens that the caller has been given
 
     def __post_init__(self) -> None:
         room = self.target.max_context_len - len(self.prompt)

@@ -5,19 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_heads import tiny_head
+from engine_cases import PROMPTS, Cases, plain_tokens, run
 from tiny_models import perturbed, tiny_llama, tiny_target
 
 from specdec import Engine, SamplingConfig, generate, generate_baseline
 from specdec.cache_limit import CacheLimit
 from specdec.drafters.draft_model import DraftModel
-from specdec.drafters.eagle3 import Eagle3Drafter
-from specdec.drafters.hybrid import HybridDrafter
-from specdec.drafters.ngram import NgramDrafter
-from specdec.drafters.tree_shape import TreeShape
 from specdec.targets.hf import HFTarget
-
-PROMPTS = [[5, 6, 7, 8], [9] * 30, [1], list(range(20, 60)), [3] * 12]
 
 
 @pytest.fixture(scope="module")
@@ -28,18 +22,6 @@ def target():
 @pytest.fixture(scope="module")
 def drafter(target):
     return DraftModel(HFTarget(perturbed(tiny_llama(), 0.15), None), target.vocab_size, 4)
-
-
-def plain_tokens(target, prompt, count, sampling=SamplingConfig()):  # noqa: B008 (frozen)
-    return generate_baseline(target, [prompt], sampling, max_new_tokens=count)[0].tokens
-
-
-def run(engine):
-    """Step until nothing is left; the chunks, in order."""
-    chunks = []
-    while engine.num_waiting or engine.num_running:
-        chunks += engine.step()
-    return chunks
 
 
 def test_requests_that_join_a_running_batch_decode_as_if_alone(target, drafter):
@@ -135,33 +117,6 @@ def test_a_result_can_be_taken_once_and_only_when_there_is_one(target):
 def test_options_that_cannot_work_are_named(target, options, message):
     with pytest.raises(ValueError, match=message):
         Engine(target, **options)
-
-
-class Cases:
-    """Drafters with caches of every kind, and one without."""
-
-    NAMES = ("none", "draft_model", "tree of a draft model", "eagle3", "eagle3 chain", "hybrid")
-
-    @staticmethod
-    def build(name, target):
-        draft = HFTarget(perturbed(tiny_llama(), 0.15), None)
-        top = target.config.num_hidden_layers
-        shape = TreeShape(depth=3, width=1 if name.endswith("chain") else 4, max_nodes=6)
-
-        def head():
-            return Eagle3Drafter(
-                tiny_head("eagle3", target, taps=[0, top // 2, top]), target.vocab_size, shape
-            )
-
-        if name == "none":
-            return None
-        if name == "draft_model":
-            return DraftModel(draft, target.vocab_size, 4)
-        if name == "tree of a draft model":
-            return DraftModel(draft, target.vocab_size, 3, width=3, max_nodes=4)
-        if name == "hybrid":
-            return HybridDrafter([NgramDrafter(), head()], max_nodes=5)
-        return head()
 
 
 def random_requests(rng, count):

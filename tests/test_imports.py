@@ -18,7 +18,7 @@ FLOORS = [
     ["targets"],
     ["drafters"],
     ["registry", "request", "acceptance_estimate", "draft_length"],
-    ["batch", "cache_limit"],
+    ["host_step", "batch", "cache_limit", "waiting"],
     ["engine"],
     ["decode"],
     ["bench"],
