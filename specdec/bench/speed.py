@@ -1,14 +1,15 @@
 """Speeds of runs and their ratios, by prompt; definitions stand in `specdec.metrics`."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from specdec.bench.interval import Interval, bootstrap_interval
 from specdec.bench.outcome import Run, Table
 
+Item = TypeVar("Item")
 Values = list[float | None]  # one a prompt; None where it failed or has no value
 
 
@@ -18,13 +19,18 @@ def decode_speed(run: Run) -> float:
     return later / run.decode_s if later > 0 and run.decode_s > 0 else float("nan")
 
 
+def seconds_per_token(run: Run) -> float:
+    """Mean time between tokens after the first chunk; nan without a later token."""
+    return 1 / decode_speed(run)
+
+
 def end_to_end_speed(run: Run) -> float:
     """Tokens/s, prefill included."""
     return len(run.tokens) / (run.ttft_s + run.decode_s)
 
 
-def medians(table: Table, of: Callable[[Run], float]) -> Values:
-    """Each prompt's median over its repeats."""
+def medians(table: Sequence[Sequence[Item | None]], of: Callable[[Item], float]) -> Values:
+    """Each prompt's median over its repeats; failed ones and those without a value are left out."""
     return [_median(of(run) for run in row if run is not None) for row in table]
 
 

@@ -5,19 +5,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any, Protocol
 
-import numpy as np
-
 from specdec.bench.config import ArmConfig, BenchConfig
 from specdec.bench.differences import BASELINES
 from specdec.bench.interval import tau_interval
 from specdec.bench.outcome import Key, Memory, Outcome, Run, Table
+from specdec.bench.percentiles import percentiles
 from specdec.bench.speed import (
+    Values,
     decode_speed,
     end_to_end_speed,
     mean_with_interval,
     medians,
     paired_ratios,
     present,
+    seconds_per_token,
 )
 from specdec.bench.times import loop_efficiency, other_ms_per_step, time_s
 from specdec.metrics import AcceptanceStats, StepRecord
@@ -142,7 +143,6 @@ def _figures(name: str, tables: dict[str, Table]) -> dict[str, Any]:
     stats = AcceptanceStats.from_records(records)
     if abs(1 + sum(stats.acceptance_at_depth) - stats.accepted_length) > 1e-9:
         raise AssertionError(f"arm {name}: 1 + the sum over depths is not tau")
-    speeds = present(medians(table, decode_speed))
     ratios = paired_ratios(table, tables["plain"], end_to_end_speed)
     return {
         **_headline(name, tables),
@@ -150,8 +150,8 @@ def _figures(name: str, tables: dict[str, Table]) -> dict[str, Any]:
         "per_depth": list(stats.acceptance_at_depth),
         "per_depth_conditional": list(stats.conditional_acceptance_at_depth),
         **mean_with_interval("end_to_end_speedup_vs_plain", ratios),
-        "ttft_s": _percentiles([run.ttft_s for row in table for run in row if run is not None]),
-        "itl_s": _percentiles([1 / speed for speed in speeds]),
+        "ttft_s": _percentiles(medians(table, lambda run: run.ttft_s)),
+        "itl_s": _percentiles(medians(table, seconds_per_token)),
         "loop_efficiency": loop_efficiency(records),
         "time_s": time_s(records),
         "other_ms_per_step": other_ms_per_step(records),
@@ -229,7 +229,6 @@ def _stats(row: Sequence[Run | None]) -> AcceptanceStats:
     return AcceptanceStats.from_records(_records([row]))
 
 
-def _percentiles(values: list[float]) -> dict[str, float]:
-    if not values:
-        return {}
-    return {f"p{p}": float(np.percentile(values, p)) for p in (50, 90, 99)}
+def _percentiles(values: Values) -> dict[str, float]:
+    """Over prompts; empty where none has a value."""
+    return percentiles(present(values), (50, 90, 99))

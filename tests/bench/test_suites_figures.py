@@ -3,8 +3,9 @@
 import pytest
 
 from specdec.bench.outcome import Memory
+from specdec.bench.percentiles import percentiles
 from specdec.bench.suites.ask import Ask, Group
-from specdec.bench.suites.latency import jain_index, percentiles, worst_over_mean
+from specdec.bench.suites.fairness import jain_index, worst_over_mean
 from specdec.bench.suites.load import load_figures
 from specdec.bench.suites.served import Call, Power, Served
 from specdec.bench.suites.summary import summarise
@@ -31,11 +32,12 @@ def failed(*rows):
 
 
 def test_percentiles_lie_linearly_between_two_values():
-    found = percentiles([4.0, 1.0, 3.0, 2.0, 5.0])
+    wanted = (50, 95, 99)
+    found = percentiles([4.0, 1.0, 3.0, 2.0, 5.0], wanted)
     # Five values: the p-th percentile is at place 4 p / 100, counted from 0.
     assert found == pytest.approx({"p50": 3.0, "p95": 4.8, "p99": 4.96})
-    assert percentiles([7.0]) == {"p50": 7.0, "p95": 7.0, "p99": 7.0}
-    assert percentiles([]) == {}
+    assert percentiles([7.0], wanted) == {"p50": 7.0, "p95": 7.0, "p99": 7.0}
+    assert percentiles([], wanted) == {}
 
 
 def test_jain_s_index_is_one_for_equal_speeds_and_one_over_n_where_one_gets_all():
@@ -63,6 +65,43 @@ def test_a_request_s_waits_are_counted_from_its_sending():
     assert figures["queue_s"]["p99"] == pytest.approx(0.25)
     assert figures["latency_s"]["p50"] == pytest.approx(2.5)
     assert figures["decode_tokens_per_s"] == pytest.approx(5 / 1.5)
+
+
+def test_waits_are_percentiles_over_requests_of_the_median_of_their_repeats():
+    group = Group("two", 1, [[ask("a")], [ask("b")]])
+
+    def one(first_s, last_s, queue_s):
+        return call(served([first_s, last_s], [1, 2], queue_s=queue_s))
+
+    calls = [
+        [one(1.0, 2.0, 0.1), one(9.0, 19.0, 0.9), one(2.0, 4.0, 0.2)],
+        [one(4.0, 8.0, 0.4), one(4.0, 8.0, 0.4), one(4.0, 8.0, 0.4)],
+    ]
+    figures = summarise("arm", group, calls, calls, [], has_load=False)
+    # Medians of the first request and of the second; the slow repeat is none of its own request.
+    for key, (low, high) in {
+        "ttft_s": (2.0, 4.0),
+        "itl_s": (1.0, 2.0),
+        "queue_s": (0.2, 0.4),
+        "latency_s": (4.0, 8.0),
+    }.items():
+        shares = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+        wanted = {name: low + share * (high - low) for name, share in shares.items()}
+        assert figures[key] == pytest.approx(wanted), key
+    # A request has many gaps, so all count: 1, 10, 2, and three times 4 s.
+    assert figures["chunk_gap_s"]["p50"] == pytest.approx(4.0)
+    assert figures["chunk_gap_s"]["p99"] == pytest.approx(10 - 0.05 * 6)
+
+
+def test_a_request_that_failed_once_keeps_the_waits_of_its_other_repeats():
+    good, slow = call(served([1.0, 2.0], [1, 3])), call(served([3.0, 6.0], [1, 3]))
+    group = Group("one", 1, [[ask("a")]])
+    calls = [[good, failed("RuntimeError: no"), slow]]
+    figures = summarise("arm", group, calls, calls, [], has_load=False)
+    assert figures["ttft_s"] == {"p50": 2.0, "p95": 2.0, "p99": 2.0}
+    calls = [[failed("RuntimeError: no")]]
+    figures = summarise("arm", group, calls, calls, [], has_load=False)
+    assert figures["ttft_s"] == figures["chunk_gap_s"] == {}
 
 
 def test_speeds_are_paired_by_request_and_the_median_of_the_repeats_counts():

@@ -8,7 +8,7 @@ import numpy as np
 
 from specdec.bench.interval import Interval, bootstrap_interval
 from specdec.bench.suites.ask import Ask
-from specdec.bench.suites.latency import jain_index, worst_over_mean
+from specdec.bench.suites.fairness import jain_index, worst_over_mean
 from specdec.bench.suites.served import Call, Served
 
 Rows = Sequence[Served]

@@ -1,12 +1,11 @@
 """From calls to the figures of `suite.json`; definitions stand in docs/suites.md."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
-
-import numpy as np
 
 from specdec.bench.interval import tau_interval
 from specdec.bench.outcome import Key, Run
+from specdec.bench.percentiles import percentiles
 from specdec.bench.provenance import fingerprint_of_ids
 from specdec.bench.speed import (
     decode_speed,
@@ -14,15 +13,17 @@ from specdec.bench.speed import (
     mean_with_interval,
     medians,
     paired_ratios,
+    present,
+    seconds_per_token,
 )
 from specdec.bench.suites.ask import Ask, Group
-from specdec.bench.suites.latency import percentiles
 from specdec.bench.suites.load import load_figures
 from specdec.bench.suites.served import Call, Served
 from specdec.bench.summary import peak_memory
 from specdec.bench.times import loop_efficiency, time_s
 from specdec.metrics import AcceptanceStats
 
+_WANTED = (50, 95, 99)
 Rows = list[list[Served | None]]  # [request][repeat]; None where the call failed
 Calls = list[list[Call]]  # [call][repeat]
 
@@ -100,11 +101,7 @@ def summarise(
         "name": name,
         **_acceptance(rows, served),
         **_speeds(rows, rows_of(group, plain)),
-        "ttft_s": percentiles([row.run.ttft_s for row in served]),
-        "itl_s": percentiles([1 / speed for speed in map(_speed, served) if np.isfinite(speed)]),
-        "chunk_gap_s": percentiles([gap for row in served for gap in row.gaps_s]),
-        "queue_s": percentiles([row.queue_s for row in served]),
-        "latency_s": percentiles([row.end_s - row.sent_s for row in served]),
+        **_waits(rows, served),
         "requests": len(rows),
         "tokens": sum(len(each[0].tokens) for each in rows if each[0] is not None),
         "failed": sum(any(row is None for row in each) for each in rows),
@@ -114,6 +111,21 @@ def summarise(
         "memory": peak_memory(flat),
         "power": _power(flat),
         "load": load_figures(group.asks, calls[0], plain[0]) if has_load else None,
+    }
+
+
+def _waits(rows: Rows, served: list[Served]) -> dict[str, dict[str, float]]:
+    """Percentiles over requests of the median of their repeats; of gaps, over all there were."""
+    by_request: dict[str, Callable[[Served], float]] = {
+        "ttft_s": lambda row: row.run.ttft_s,
+        "itl_s": lambda row: seconds_per_token(row.run),
+        "queue_s": lambda row: row.queue_s,
+        "latency_s": lambda row: row.end_s - row.sent_s,
+    }
+    gaps = [gap for row in served for gap in row.gaps_s]
+    return {
+        **{key: percentiles(present(medians(rows, of)), _WANTED) for key, of in by_request.items()},
+        "chunk_gap_s": percentiles(gaps, _WANTED),
     }
 
 
@@ -148,10 +160,6 @@ def _speeds(rows: Rows, plain: Rows) -> dict[str, Any]:
 
 def _runs(rows: Rows) -> list[list[Run | None]]:
     return [[None if row is None else row.run for row in each] for each in rows]
-
-
-def _speed(row: Served) -> float:
-    return decode_speed(row.run)
 
 
 def _failures(group: Group, calls: Calls) -> list[dict[str, Any]]:

@@ -1,18 +1,6 @@
-"""Percentiles of waiting times, and how evenly users are served."""
+"""How evenly users are served."""
 
 from collections.abc import Sequence
-
-import numpy as np
-
-PERCENTILES = (50, 95, 99)
-
-
-def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """The median, 95th and 99th percentile, linear between two values; empty for none."""
-    if not values:
-        return {}
-    found = np.percentile(np.array(values), PERCENTILES)
-    return {f"p{p}": float(value) for p, value in zip(PERCENTILES, found, strict=True)}
 
 
 def jain_index(speeds: Sequence[float]) -> float | None:
