@@ -118,13 +118,19 @@ def _planned(config: "BenchConfig", out: Path, processes: "Processes") -> None:
     """Measure what a plan chooses, and the arms that were given."""
     if processes.num > 1:
         raise ValueError("--auto measures the costs of one process; start it without a launcher")
+    from specdec.bench.planned_arms import add_choice
     from specdec.planning.auto import choose
 
     with _progress(processes) as show:
         chosen = choose(config, out / "plan", show)
-    names = {arm.name for arm in config.arms}
-    arms = [*(arm for arm in chosen.arms if arm.name not in names), *config.arms]
-    plan = json.loads((out / "plan" / "plan.json").read_text())
+    found = json.loads((out / "plan" / "plan.json").read_text())
+    plan, arms = add_choice(found, chosen.arms, config.arms)
+    before, now = found["choice"]["name"], plan["choice"]["name"]
+    if now != before:
+        typer.echo(
+            f"The plan's choice {before!r} is not the arm of that name in the file; it is measured "
+            f"beside it, as {now!r}"
+        )
     _single(replace(config, arms=arms), out, processes, plan)
 
 

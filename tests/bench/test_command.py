@@ -28,9 +28,11 @@ def command(path, *more):
     return CliRunner().invoke(app, ["bench", str(path), *more, "--out", str(path.parent / "out")])
 
 
-def predicted(name, speedup):
+def predicted(name, speedup, **options):
     return {
         "name": name,
+        "type": "plain" if name == "plain" else "ngram",
+        "options": options,
         "predicted_tau": 1.25,
         "predicted_tau_ci": [1.0, 1.5],
         "predicted_speedup": speedup,
@@ -47,11 +49,12 @@ def plan(monkeypatch):
         def choose(config, folder, progress):
             asked.append(config)
             folder.mkdir(parents=True)
-            known = [predicted("ngram 3", 1.5), predicted("ngram", 1.4), predicted("two", 1.3)]
-            content = {"choice": {"name": name}, "configurations": known}
+            known = [predicted("ngram 3", 1.5, num_draft_tokens=3)]
+            known += [predicted("ngram", 1.4), predicted("two", 1.3), predicted("plain", 1.0)]
+            found = next(each for each in known if each["name"] == name)
+            content = {"choice": found, "configurations": known[:3]}
             (folder / "plan.json").write_text(json.dumps(content))
-            options = {"num_draft_tokens": 3} if name == "ngram 3" else {}
-            chosen = [ArmConfig(name, "ngram", options)]
+            chosen = [ArmConfig(name, "ngram", dict(found["options"]))]
             return replace(config, arms=[] if name == "plain" else chosen)
 
         monkeypatch.setattr("specdec.planning.auto.choose", choose)
@@ -84,6 +87,34 @@ def test_auto_measures_the_choice_and_the_arms_beside_what_was_predicted(path, p
         choice != "plain"
     )
     assert not any(line.startswith("two") for line in shown)
+
+
+@pytest.mark.parametrize(
+    ("choice", "arm"),
+    [
+        ("two", "{name: two, type: ngram, draft_length: {1: 2}}"),
+        ("ngram 3", "{name: ngram 3, type: ngram, options: {num_draft_tokens: 5}}"),
+    ],
+)
+def test_a_choice_with_the_name_of_another_arm_is_measured_beside_it(path, plan, choice, arm):
+    plan(choice)
+    done = command(path, "--auto", f"arms=[{arm}]")
+    assert done.exit_code == 0, done.stderr
+    results = json.loads((path.parent / "out" / "results.json").read_text())
+    now = f"{choice} (planned)"
+    assert [each["name"] for each in results["arms"][2:]] == [now, choice]
+    planned, given = results["arms"][2:]
+    assert (planned["options"], planned["draft_length"]) != (
+        given["options"],
+        given["draft_length"],
+    )
+    lines = done.stdout.splitlines()
+    assert json.loads(lines[-1])["choice"] == now
+    assert f"The plan's choice {choice!r} is not the arm of that name" in done.stdout
+    # The prediction stands beside the arm that it is of, not beside the other.
+    shown = lines[next(i for i, line in enumerate(lines) if f"The plan chose: {now}" in line) :]
+    assert [line.split(" *")[0] for line in shown if " * " in line] == [now]
+    assert not any(line.startswith(f"{choice}  ") for line in shown)
 
 
 def test_auto_and_a_grid_are_refused_together(path, plan):
