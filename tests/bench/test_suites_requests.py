@@ -12,12 +12,11 @@ from specdec.bench.prompts import load_prompts
 from specdec.bench.suites.concurrent import concurrent_groups
 from specdec.bench.suites.config import (
     ConcurrentConfig,
-    LengthBucket,
-    LengthRange,
     LongContextConfig,
     MultiTurnConfig,
     SingleTurnConfig,
 )
+from specdec.bench.suites.lengths import LengthBucket, LengthRange
 from specdec.bench.suites.long_context import long_context_groups
 from specdec.bench.suites.multi_turn import multi_turn_groups
 from specdec.bench.suites.single_turn import single_turn_groups

@@ -17,6 +17,7 @@ from specdec.bench.config import (
     TargetConfig,
 )
 from specdec.bench.draft_length import check_draft_length
+from specdec.bench.suites.lengths import LengthBucket, LengthRange, usual_buckets
 from specdec.demo import demo_path
 from specdec.sampling_config import SamplingConfig
 from specdec.strict_config import build_strict, read_yaml, require_at_least
@@ -83,29 +84,11 @@ class SuiteConfig:
 
 
 @dataclass
-class LengthBucket:
-    """Prompts of `low` to `high` tokens, both included, and how many of them."""
-
-    name: str = ""
-    low: int = 1
-    high: int = 64
-    num: int = 6
-
-
-def _buckets() -> list[LengthBucket]:
-    return [
-        LengthBucket("short", 1, 48),
-        LengthBucket("medium", 128, 256),
-        LengthBucket("long", 512, 1024),
-    ]
-
-
-@dataclass
 class SingleTurnConfig(SuiteConfig):
     """Prompts of several lengths, one turn each."""
 
     buckets: list[LengthBucket] = field(
-        default_factory=_buckets,
+        default_factory=usual_buckets,
         metadata={"rule": "a list, each like {name: short, low: 1, high: 48}"},
     )
 
@@ -148,14 +131,6 @@ class LongContextConfig(SuiteConfig):
         """See `SuiteConfig`."""
         super().check()
         require_at_least(self, 1, "bins", "num", "context_len")
-
-
-@dataclass
-class LengthRange:
-    """Lengths drawn evenly from `low` to `high` tokens, both included."""
-
-    low: int = 16
-    high: int = 256
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """Prompts of one turn, by how long they are."""
 
 from specdec.bench.suites.ask import Ask, Group
-from specdec.bench.suites.config import LengthBucket, SingleTurnConfig
+from specdec.bench.suites.config import SingleTurnConfig
+from specdec.bench.suites.lengths import LengthBucket
 from specdec.bench.suites.texts import TextPool
 
 
