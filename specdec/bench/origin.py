@@ -1,11 +1,11 @@
-"""Of which machine and target the calls in a folder are: of one, which a finished run keeps."""
+"""Of which machine, target and drafters the calls in a folder are: of one each."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from specdec.bench.arm_marks import checkpoint_mark, plan_mark
 from specdec.bench.config import ArmConfig
 from specdec.bench.store import replace_file
 from specdec.checkpoints.identity import identify_target
@@ -22,10 +22,11 @@ def settle_origin(
     num_done: int,
     num_calls: int,
 ) -> dict[str, Any]:
-    """Refuse to add calls of another machine, target or plan; write down what those here are of.
+    """Refuse to add calls of another origin; write down of which one those here are.
 
-    A configuration does not say these: `target.path` and `draft_length.plan` may hold something
-    else by now, and a device or dtype that is left out follows the machine.
+    A configuration does not say these: `target.path`, `draft_length.plan` and the folders in an
+    arm's options may hold something else by now, and a device or dtype that is left out follows
+    the machine. Another commit is not refused: the provenance tells which one measured last.
 
     Args:
         folder: of the run.
@@ -40,16 +41,14 @@ def settle_origin(
         measured anything.
 
     Raises:
-        ValueError: finished calls in the folder are of another machine, target or plan.
+        ValueError: finished calls in the folder are of another machine, target, plan or
+            checkpoint of an arm.
     """
-    conditions = {
-        **{name: provenance[name] for name in _MACHINE},
-        "the target's weights": identify_target(target).weights,
-        **{f"the plan of {arm.name!r}": _plan_mark(arm) for arm in arms},
-    }
+    conditions = _conditions(provenance, target, arms)
     earlier = _read(folder / ORIGIN) if num_done else None
     if earlier is not None:
-        _check(folder, earlier["conditions"], conditions)
+        _compare(folder, earlier["conditions"], conditions)
+        conditions = earlier["conditions"] | conditions
     if num_done == num_calls:
         return provenance if earlier is None else dict(earlier["provenance"])
     text = json.dumps({"conditions": conditions, "provenance": provenance}, indent=1)
@@ -57,13 +56,26 @@ def settle_origin(
     return provenance
 
 
-def _plan_mark(arm: ArmConfig) -> str | None:
-    """A short hash of the plan that an arm follows; None without one, or where it is not there."""
-    option = arm.draft_length or {}
-    path = Path(str(option["plan"])).expanduser() if "plan" in option else None
-    if path is None or not path.is_file():
-        return None
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+def check_origin(
+    folder: Path, provenance: dict[str, Any], target: Any, arms: Sequence[ArmConfig]
+) -> None:
+    """Refuse a folder with finished calls as `settle_origin` does, and write nothing."""
+    earlier = _read(folder / ORIGIN)
+    if earlier is not None:
+        _compare(folder, earlier["conditions"], _conditions(provenance, target, arms))
+
+
+def _conditions(
+    provenance: dict[str, Any], target: Any, arms: Sequence[ArmConfig]
+) -> dict[str, Any]:
+    checkpoints = {f"the checkpoint of {arm.name!r}": checkpoint_mark(arm) for arm in arms}
+    return {
+        **{name: provenance[name] for name in _MACHINE},
+        "the target's weights": identify_target(target).weights,
+        **{f"the plan of {arm.name!r}": plan_mark(arm) for arm in arms},
+        # A checkpoint that is gone is not another one.
+        **{name: mark for name, mark in checkpoints.items() if mark is not None},
+    }
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -75,7 +87,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _check(folder: Path, earlier: dict[str, Any], now: dict[str, Any]) -> None:
+def _compare(folder: Path, earlier: dict[str, Any], now: dict[str, Any]) -> None:
     for name, value in now.items():
         if name in earlier and earlier[name] != value:
             raise ValueError(

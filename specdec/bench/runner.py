@@ -59,8 +59,8 @@ def run_bench(
         all processes; the first one writes it.
 
     Raises:
-        ValueError: bad configuration, prompts, or a folder of another configuration, machine or
-            target.
+        ValueError: bad configuration, prompts, or a folder of another configuration or origin, see
+            `settle_origin`.
         OSError: the folder cannot be written, or is full; finished calls are kept.
         RuntimeError: another process failed.
     """

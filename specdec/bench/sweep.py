@@ -8,8 +8,9 @@ from typing import Any
 from specdec.bench.arms import build_arm
 from specdec.bench.config import ArmConfig, BenchConfig, TargetConfig
 from specdec.bench.grid import Cell
+from specdec.bench.origin import check_origin
 from specdec.bench.processes import Processes
-from specdec.bench.provenance import fingerprint, joined
+from specdec.bench.provenance import fingerprint, joined, machine
 from specdec.bench.records import read_run
 from specdec.bench.runner import (
     RESULTS,
@@ -39,8 +40,10 @@ def run_sweep(
 ) -> dict[str, Any]:
     """Run the cells that are not finished yet and write `sweep.json`.
 
-    A target is loaded once for all cells that share it. What a cell cannot do is refused before
-    the first one runs; one that fails later is told of in its "error", and the others go on.
+    A target is loaded once for all cells that share it, the finished ones too: their results stand
+    beside the others', so they must be of the same machine, target and drafters. What a cell cannot
+    do is refused before the first one runs; one that fails later is told of in its "error", and the
+    others go on.
 
     Args:
         cells: see `load_cells`.
@@ -52,13 +55,16 @@ def run_sweep(
         The content of `sweep.json`; `check_sweep` says whether it stands.
 
     Raises:
-        ValueError: a cell that cannot run, or whose folder is of another configuration.
+        ValueError: a cell that cannot run, or whose folder is of another configuration or origin,
+            see `settle_origin`.
         FileNotFoundError: a file that a cell names is not there.
+        RuntimeError: another process failed.
     """
     targets = _Targets(processes)
     # Nothing is asked of a cell's folder again, so that no process sees another's later results.
     finished = {cell.name: _finished(cell, folder / "cells" / cell.name) for cell in cells}
-    _check(cells, folder, finished, targets)
+    with processes.together():
+        _check(cells, folder, finished, targets, processes)
     rows = []
     for number, cell in enumerate(cells, 1):
         show = _prefixed(progress, f"cell {number} of {len(cells)}: ")
@@ -144,20 +150,24 @@ def _check(
     folder: Path,
     finished: dict[str, dict[str, Any] | None],
     targets: _Targets,
+    processes: Processes,
 ) -> None:
-    """Refuse every cell that cannot run, before one does."""
+    """Refuse every cell that cannot run, or cannot stay, before one runs."""
     makes_trees: dict[str, bool] = {}
     for cell in cells:
-        if finished[cell.name] is not None:
-            continue
+        where, is_finished = folder / "cells" / cell.name, finished[cell.name] is not None
         try:
             prompts = read_prompts(cell.config)
-            read_run(folder / "cells" / cell.name, fingerprint(cell.config, prompts))
+            has_calls = is_finished or read_run(where, fingerprint(cell.config, prompts))
             rule = get_rule(cell.config.rule)
             target = targets.of(cell.config)
-            encode_prompts(prompts, target)
-            for arm in cell.config.arms:
-                _check_arm(arm, cell.config, target, rule, makes_trees)
+            # The first process alone writes down the origin, so it is of its own machine.
+            if has_calls and processes.is_first:
+                check_origin(where, machine(target), target, cell.config.arms)
+            if not is_finished:
+                encode_prompts(prompts, target)
+                for arm in cell.config.arms:
+                    _check_arm(arm, cell.config, target, rule, makes_trees)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"cell {cell.name}: {error}") from error
         except ValueError as error:

@@ -1,6 +1,7 @@
 """Benches: strict configuration, resuming, and figures that add up."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,11 @@ from checkpoints import save_checkpoint
 from json_schema import violations
 from tiny_models import perturbed, tiny_llama
 
-from specdec.bench.config import load_config
+from specdec.bench.config import ArmConfig, BenchConfig, load_config
+from specdec.bench.outcome import Run
 from specdec.bench.provenance import collect
 from specdec.bench.runner import run_bench
+from specdec.bench.summary import summarise
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "results.schema.json"
 
@@ -155,16 +158,38 @@ def test_a_finished_run_keeps_the_provenance_of_its_measurement(config, tmp_path
     assert run_bench(settings, folder)["provenance"] == measured
 
 
-@pytest.mark.parametrize("change", ["device", "weights", "plan"])
-def test_a_run_goes_on_only_with_the_machine_target_and_plan_it_began_with(
-    change, config, tmp_path, monkeypatch
-):
+@pytest.fixture
+def changeable(config, tmp_path, monkeypatch):
+    """A configuration whose words stay while what they mean changes, and how to change it."""
     save_checkpoint(tmp_path / "target")
+    save_checkpoint(tmp_path / "draft", perturbed(tiny_llama(), 0.1))
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps({"controller": {"step_s": {"1": {"0": 0.01, "1": 0.02}}}}))
-    arm = f"{{type: ngram, draft_length: {{plan: {plan}}}}}"
-    options = [f"target.path={tmp_path / 'target'}", f"arms=[{arm}]", "repeats=1"]
-    settings, folder = load_config(str(config), options), tmp_path / "out"
+    options = f"options: {{path: {tmp_path / 'draft'}}}, draft_length: {{plan: {plan}}}"
+    arms = f"arms=[{{type: draft_model, {options}}}]"
+    settings = load_config(str(config), [f"target.path={tmp_path / 'target'}", arms, "repeats=1"])
+
+    def change(what):
+        if what == "device":
+            other = {"device": "A GPU"}
+            monkeypatch.setattr(
+                "specdec.bench.runner.collect", lambda *given: collect(*given) | other
+            )
+        elif what == "plan":
+            plan.write_text(json.dumps({"controller": {"step_s": {"1": {"0": 0.01, "1": 0.03}}}}))
+        else:
+            folder = tmp_path / ("target" if what == "weights" else "draft")
+            save_checkpoint(folder, perturbed(tiny_llama(), 0.2))
+
+    return settings, change
+
+
+CHANGES = ("device", "weights", "plan", "checkpoint")
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_run_goes_on_only_with_what_it_began_with(what, changeable, tmp_path):
+    (settings, change), folder = changeable, tmp_path / "out"
 
     def kill(done, total, text):
         if done == 3:
@@ -173,18 +198,36 @@ def test_a_run_goes_on_only_with_the_machine_target_and_plan_it_began_with(
     with pytest.raises(KeyboardInterrupt):
         run_bench(settings, folder, kill)
     before = (folder / "records.jsonl").read_text()
-    if change == "device":
-        other = {"device": "A GPU"}
-        monkeypatch.setattr("specdec.bench.runner.collect", lambda *given: collect(*given) | other)
-    elif change == "weights":
-        save_checkpoint(tmp_path / "target", perturbed(tiny_llama(), 0.1))
-    else:
-        plan.write_text(json.dumps({"controller": {"step_s": {"1": {"0": 0.01, "1": 0.03}}}}))
-    with pytest.raises(
-        ValueError, match=rf"another origin: .*{change}.* now; choose another --out"
-    ):
+    change(what)
+    with pytest.raises(ValueError, match=rf"another origin: .*{what}.* now; choose another --out"):
         run_bench(settings, folder)
     assert (folder / "records.jsonl").read_text() == before
+
+
+def test_a_checkpoint_that_is_gone_is_not_another_one(changeable, tmp_path):
+    settings, _ = changeable
+    done = run_bench(settings, tmp_path / "out")
+    shutil.rmtree(tmp_path / "draft")
+    assert run_bench(settings, tmp_path / "out")["arms"] == json.loads(json.dumps(done["arms"]))
+
+
+def test_a_checkpoint_that_is_gone_for_a_while_is_still_compared_when_it_is_back(
+    changeable, tmp_path
+):
+    (settings, change), folder = changeable, tmp_path / "out"
+
+    def kill(done, total, text):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(settings, folder, kill)
+    shutil.rmtree(tmp_path / "draft")
+    with pytest.raises(FileNotFoundError, match="draft"):
+        run_bench(settings, folder)
+    change("checkpoint")
+    with pytest.raises(ValueError, match="another origin: the checkpoint"):
+        run_bench(settings, folder)
 
 
 def test_a_folder_of_another_configuration_or_of_other_prompts_is_refused(config, tmp_path):
@@ -277,18 +320,36 @@ def test_domains_are_benches_of_their_own_prompts(config, tmp_path):
     assert low <= both["domains"]["sea"]["speedup_vs_plain"] <= high
 
 
-def test_an_answer_that_ended_itself_is_told_from_one_that_was_cut():
-    from specdec.bench.config import ArmConfig, BenchConfig
-    from specdec.bench.outcome import Run
-    from specdec.bench.summary import summarise
-
-    runs = [[Run([5, 7], 1, 0.1, 0.1)], [Run([5, 6], 1, 0.1, 0.1)], [None]]
+def summary_of(runs, domains, eos=()):
+    """The figures of an arm with these runs; the baselines have the same."""
     config = BenchConfig(arms=[ArmConfig("ngram", "ngram")])
     names = ("plain", "hf_generate", "ngram")
     tables = dict.fromkeys(names, runs)
-    (_, _, found) = summarise(config, tables, {name: [] for name in names}, ["a"] * 3, [7])
+    (_, _, found) = summarise(config, tables, {name: [] for name in names}, domains, eos)
+    return found
+
+
+def test_an_answer_that_ended_itself_is_told_from_one_that_was_cut():
+    runs = [[Run([5, 7], 1, 0.1, 0.1)], [Run([5, 6], 1, 0.1, 0.1)], [None]]
+    found = summary_of(runs, ["a"] * 3, [7])
     assert found["finish"] == {"eos": 1, "length": 1}
     assert [row and row["finish"] for row in found["per_prompt"]] == ["eos", "length", None]
+
+
+def test_waits_are_percentiles_over_prompts_of_the_median_of_their_repeats():
+    def run(ttft_s, decode_s):
+        return Run([5, 6, 7], 1, ttft_s, decode_s)
+
+    runs = [
+        [run(1.0, 0.2), run(9.0, 0.2), run(2.0, 0.8)],
+        [run(3.0, 0.4), None, run(5.0, 1.2)],
+        [None, None, None],
+    ]
+    found = summary_of(runs, ["a"] * 3)
+    # Medians: 2 and 4 s to the first token, 0.1 and 0.4 s a token; a failed run has no time.
+    assert found["ttft_s"] == pytest.approx({"p50": 3.0, "p90": 3.8, "p99": 3.98})
+    assert found["itl_s"] == pytest.approx({"p50": 0.25, "p90": 0.37, "p99": 0.397})
+    assert summary_of([[None]], ["a"])["ttft_s"] == {}
 
 
 def test_a_schedule_limits_what_an_arm_drafts_and_a_plan_controls_it(config, models, tmp_path):

@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+from checkpoints import save_checkpoint
 from json_schema import violations
+from tiny_models import perturbed, tiny_llama
 from tiny_suites import save_models, save_suite
 from typer.testing import CliRunner
 
+from specdec.bench.provenance import machine
 from specdec.bench.runner import GreedyMismatchError
-from specdec.bench.suites import runner
+from specdec.bench.suites import calls, runner
 from specdec.bench.suites.runner import check_suite, run_suite
 from specdec.cli import app
 from specdec.engine import Engine
@@ -150,8 +153,8 @@ def test_a_killed_suite_resumes_and_serves_only_what_is_missing(suite, tmp_path,
     assert before.count('"kind": "call"') == 5
     records.write_text(before + '{"kind": "call", "half a li')
     served = []
-    real = runner._call
-    monkeypatch.setattr(runner, "_call", lambda *a: served.append(1) or real(*a))
+    real = runner.measure_call
+    monkeypatch.setattr(runner, "measure_call", lambda *a: served.append(1) or real(*a))
     results = run_suite(path, [], folder)
     assert records.read_text().startswith(before)
     assert len(served) == 2 * 4 * 3 - 5
@@ -189,10 +192,59 @@ def test_a_folder_of_another_configuration_or_of_other_requests_is_refused(suite
         run_suite(path, ["arms=[]", "repeats=1"], folder)
 
 
+@pytest.fixture
+def changeable(tmp_path, monkeypatch):
+    """A suite whose words stay while what they mean changes, and how to change it."""
+    models, plan = save_models(tmp_path), tmp_path / "plan.json"
+    plan.write_text(json.dumps({"controller": {"step_s": {"1": {"0": 0.01, "1": 0.02}}}}))
+    options = f"options: {{path: {models / 'draft'}}}, draft_length: {{plan: {plan}}}"
+    path = save_suite(tmp_path, models, "single_turn", KEYS["single_turn"])
+    overrides = ["repeats=1", f"arms=[{{name: model, type: draft_model, {options}}}]"]
+
+    def change(what):
+        if what == "plan":
+            plan.write_text(json.dumps({"controller": {"step_s": {"1": {"0": 0.01, "1": 0.03}}}}))
+        elif what in ("weights", "checkpoint"):
+            folder = models / ("target" if what == "weights" else "draft")
+            save_checkpoint(folder, perturbed(tiny_llama(), 0.2))
+        else:
+            key, value = {"device": ("device", "A GPU"), "commit": ("git_commit", "2" * 40)}[what]
+            monkeypatch.setattr(runner, "machine", lambda target: machine(target) | {key: value})
+
+    return path, overrides, change
+
+
+@pytest.mark.parametrize("what", ["device", "weights", "plan", "checkpoint"])
+def test_a_suite_goes_on_only_with_what_it_began_with(what, changeable, tmp_path):
+    (path, overrides, change), folder = changeable, tmp_path / "out"
+
+    def kill(done, total, text):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_suite(path, overrides, folder, kill)
+    before = (folder / "suite-records.jsonl").read_bytes()
+    change(what)
+    with pytest.raises(ValueError, match=rf"another origin: .*{what}.* now; choose another --out"):
+        run_suite(path, overrides, folder)
+    assert (folder / "suite-records.jsonl").read_bytes() == before
+
+
+def test_a_finished_suite_keeps_its_provenance_and_refuses_another_target(changeable, tmp_path):
+    (path, overrides, change), folder = changeable, tmp_path / "out"
+    measured = run_suite(path, overrides, folder)["provenance"]
+    change("commit")
+    assert run_suite(path, overrides, folder)["provenance"] == measured
+    change("weights")
+    with pytest.raises(ValueError, match="another origin: the target's weights"):
+        run_suite(path, overrides, folder)
+
+
 def test_an_arm_with_other_tokens_than_plain_fails_the_run_and_is_told_where(
     suite, tmp_path, monkeypatch
 ):
-    real = runner.serve
+    real = calls.serve
 
     def swap_a_token(engine, asks, sampling, after_step=lambda: None):
         rows = real(engine, asks, sampling, after_step)
@@ -200,7 +252,7 @@ def test_an_arm_with_other_tokens_than_plain_fails_the_run_and_is_told_where(
             rows[0].tokens[2] = (rows[0].tokens[2] + 1) % 97
         return rows
 
-    monkeypatch.setattr(runner, "serve", swap_a_token)
+    monkeypatch.setattr(calls, "serve", swap_a_token)
     path = suite("single_turn")
     done = CliRunner().invoke(app, ["bench", path, "repeats=1", "--out", str(tmp_path / "out")])
     assert done.exit_code == 1
@@ -239,14 +291,14 @@ def test_requests_that_fail_are_counted_and_an_arm_without_any_left_fails_the_ru
 
 
 def test_a_call_of_which_one_request_failed_has_no_throughput(suite, tmp_path, monkeypatch):
-    real = runner.serve
+    real = calls.serve
 
     def fail_the_last(engine, asks, sampling, after_step):
         return [*real(engine, asks, sampling, after_step)[:-1], "no room"]
 
     path = suite("concurrent")
-    monkeypatch.setattr(runner, "_warm_up", lambda *arguments: None)
-    monkeypatch.setattr(runner, "serve", fail_the_last)
+    monkeypatch.setattr(runner, "warm_up", lambda *arguments: None)
+    monkeypatch.setattr(calls, "serve", fail_the_last)
     results = run_suite(path, ["repeats=1", "users=[2]", "arms=[]"], tmp_path / "out")
     check_suite(results)
     (plain,) = results["groups"][0]["arms"]

@@ -1,6 +1,7 @@
 """Sweeps: cells are benches, finished ones stay, bad ones are refused, failing ones are told of."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,72 @@ def test_a_sweep_may_grow_but_a_cell_s_folder_keeps_its_configuration(path, tmp_
     with pytest.raises(ValueError, match=r"cell temperature=0,batch_size=1: .*another configurat"):
         run_sweep(other, out)
     assert sorted(file.name for file in out.rglob("*")) == before
+
+
+@pytest.fixture
+def changeable(tmp_path):
+    """Two cells whose words stay while target and draft model change, and how to change one."""
+    for name, amount in (("target", 0.0), ("draft", 0.1)):
+        save_checkpoint(tmp_path / name, perturbed(tiny_llama(), amount))
+    path = write(tmp_path, tmp_path, "grid: {batch_size: [1, 2]}")
+
+    def change(what):
+        save_checkpoint(tmp_path / what, perturbed(tiny_llama(), 0.2))
+
+    return load_cells(str(path), ["arms.0.grid.num_draft_tokens=[3]"]), change
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("what", "named"),
+    [("target", "the target's weights was"), ("draft", "the checkpoint of 'draft 3' was")],
+)
+def test_a_finished_cell_of_another_target_or_drafter_is_refused(changeable, tmp_path, what, named):
+    (cells, change), out = changeable, tmp_path / "out"
+    run_sweep(cells[:1], out)
+    before = files_of(out)
+    change(what)
+    with pytest.raises(
+        ValueError,
+        match=rf"cell batch_size=1: .*cells/batch_size=1. holds .* another origin: {named} .* now; "
+        r"choose another --out folder or remove this one",
+    ):
+        run_sweep(cells, out)
+    assert files_of(out) == before
+    shutil.rmtree(out / "cells" / "batch_size=1")
+    check_sweep(run_sweep(cells, out))
+
+
+def test_an_unfinished_cell_of_another_drafter_is_refused_before_any_runs(changeable, tmp_path):
+    (cells, change), out = changeable, tmp_path / "out"
+
+    def kill(done, total, text):
+        if text.startswith("cell 1 of 1") and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(cells[1:], out, kill)
+    before = files_of(out)
+    change("draft")
+    with pytest.raises(ValueError, match=r"cell batch_size=2: .*another origin: the checkpoint"):
+        run_sweep(cells, out)
+    assert files_of(out) == before
+
+
+def test_finished_cells_stay_with_another_commit_but_not_on_another_machine(
+    changeable, tmp_path, monkeypatch
+):
+    (cells, _), out = changeable, tmp_path / "out"
+    measured = run_sweep(cells, out)
+    real = sweep.machine
+    monkeypatch.setattr(sweep, "machine", lambda target: real(target) | {"git_commit": "2" * 40})
+    assert run_sweep(cells, out)["cells"] == measured["cells"]
+    monkeypatch.setattr(sweep, "machine", lambda target: real(target) | {"cpu": "Another"})
+    with pytest.raises(ValueError, match=r"cell batch_size=1: .*another origin: cpu was .* now"):
+        run_sweep(cells, out)
 
 
 @pytest.mark.parametrize(
