@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ def read_texts(path: Path, target: Target, num: int, max_new_tokens: int) -> lis
 
     Args:
         path: a folder of `specdec regenerate` (its held-out rows, or all rows where none are);
-            a `.jsonl` of {"tokens", "answers"} or {"prompt", "answer"}; or a file of plain text,
-            which is cut into pieces that follow each other.
+            a `.jsonl` of {"tokens", "answers"}, or of {"prompt", "answer"} as plain text; or a
+            file of plain text, which is cut into pieces that follow each other.
         target: whose tokenizer reads text.
         num: texts, at most.
         max_new_tokens: that the loop is thought to be allowed.
@@ -55,24 +56,40 @@ def _from_folder(path: Path, target: Target, num: int, max_new_tokens: int) -> l
 
 
 def _from_lines(path: Path, target: Target, num: int, max_new_tokens: int) -> list[Text]:
-    with path.open(encoding="utf-8") as lines:
-        first = json.loads(next((line for line in lines if line.strip()), "{}"))
-    if "tokens" in first:
+    objects = _objects(path)
+    first = next(objects, None)
+    if first is None:
+        return []
+    if "tokens" in first[1]:
         return _from_rows(read_rows(path, target.vocab_size, num), target, num, max_new_tokens)
     texts: list[Text] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, given in chain([first], objects):
+        prompt, answer = given.get("prompt"), given.get("answer")
+        if not isinstance(prompt, str) or not isinstance(answer, str):
+            raise ValueError(
+                f'{path}, line {number}: a row must be an object with "prompt" and "answer", both '
+                'text, or with "tokens" and "answers"'
+            )
+        said = _ids(answer, target, special=False)
+        texts += _cut(_ids(prompt, target), said, target, max_new_tokens)
         if len(texts) == num:
             break
-        given = json.loads(line)
-        if not isinstance(given, dict) or not {"prompt", "answer"} <= given.keys():
-            raise ValueError(
-                f'{path}, line {number}: a row must be an object with "prompt" and "answer", or '
-                'with "tokens" and "answers"'
-            )
-        prompt = _ids(str(given["prompt"]), target)
-        answer = _ids(str(given["answer"]), target, special=False)
-        texts += _cut(prompt, answer, target, max_new_tokens)
     return texts
+
+
+def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a JSONL file with their numbers; empty lines are passed over."""
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                given = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: this is no JSON ({error})") from error
+            if not isinstance(given, dict):
+                raise ValueError(f"{path}, line {number}: a row must be a JSON object")
+            yield number, given
 
 
 def _from_rows(
@@ -92,12 +109,14 @@ def _from_rows(
 def _from_prose(path: Path, target: Target, num: int, max_new_tokens: int) -> list[Text]:
     ids = _ids(path.read_text(encoding="utf-8"), target)
     texts: list[Text] = []
-    for start in range(1, len(ids), max_new_tokens):
+    # Of a piece as long as the context no prompt would be left.
+    size = min(max_new_tokens, target.max_context_len - 1)
+    for start in range(1, len(ids), size):
         if len(texts) == num:
             break
-        end = min(start + max_new_tokens, len(ids))
+        end = min(start + size, len(ids))
         first = max(0, end - target.max_context_len)
-        texts.append(Text(ids[first:start], ids[start:end], max_new_tokens))
+        texts.append(Text(ids[first:start], ids[start:end], size))
     return texts
 
 
