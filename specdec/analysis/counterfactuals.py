@@ -30,17 +30,27 @@ class Counterfactuals:
         self._depth = min(self._evidence.depth, max(CHAINS))
 
     def all(self) -> dict[str, list[dict[str, Any]]]:
-        """{chains, trees, thresholds}; a list is empty where the drafter has no such shape."""
+        """{chains, trees, thresholds}; a list is empty where the drafter has no such shape.
+
+        So it is where the acceptance of its chains is not worked out.
+        """
         known = self._drafter.shape_options
+        drawn = FixedShape(from_choices(_chain(1)), self._drafter.children)
+        has_chains = self._predictor.why_unknown(drawn) is None
         return {
-            "chains": [self._chain(length) for length in range(1, self._depth + 1)],
+            "chains": self._chains() if has_chains else [],
             "trees": self._trees() if "choices" in known else [],
-            "thresholds": self._thresholds() if "confidence_threshold" in known else [],
+            "thresholds": self._thresholds()
+            if has_chains and "confidence_threshold" in known
+            else [],
         }
 
-    def _chain(self, length: int) -> dict[str, Any]:
-        found = self._expect(_chain(length), self._drafter.children)
-        return {"length": length, "children": self._children, **figures(found)}
+    def _chains(self) -> list[dict[str, Any]]:
+        rows = []
+        for length in range(1, self._depth + 1):
+            found = self._expect(_chain(length), self._drafter.children)
+            rows.append({"length": length, "children": self._children, **figures(found)})
+        return rows
 
     @property
     def _children(self) -> str:

@@ -1,6 +1,6 @@
 """Everything that is said of one drafter."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ from specdec.analysis.calibration import chain_confidence, reliability
 from specdec.analysis.counterfactuals import Counterfactuals, figures
 from specdec.analysis.coverage import coverage
 from specdec.analysis.evidence import Evidence
-from specdec.analysis.expected import Expected, first_acceptance
+from specdec.analysis.expected import Expected, by_prompt, first_acceptance
 from specdec.analysis.facts import TextFacts
 from specdec.analysis.first_tokens import FirstTokens
 from specdec.analysis.hardest import hardest_contexts
@@ -41,9 +41,17 @@ def describe(
     head = {"name": name, "type": options["type"], "options": inner}
     if not is_forced(drafter):
         return {**head, **_replayed(predictor, facts, drafter)}, None
-    evidence = predictor.evidence(options, drafter)
+    evidence = _evidence(predictor, options, drafter)
     found = {**head, **_forced(predictor, facts, drafter, options, evidence)}
     return found, evidence
+
+
+def _evidence(predictor: Predictor, options: Mapping[str, Any], drafter: Any) -> Evidence:
+    """One pass that is wide and deep enough for the configured draft, and for all others."""
+    shape = fixed_shape(drafter)
+    if shape is None or predictor.why_unknown(shape) is not None:
+        return predictor.evidence(options, drafter)
+    return predictor.evidence(options, drafter, shape.tree.depth, predictor.num_siblings(shape))
 
 
 def _forced(
@@ -60,7 +68,7 @@ def _forced(
     known = evidence.valid[:, :, 0]
     return {
         "method": "evidence",
-        **_alpha(evidence),
+        **_alpha(evidence, predictor.prompt_of),
         "configured": configured and _configured_figures(configured),
         "not_configured_because": reason,
         "per_depth_conditional": list(configured.conditional_acceptance_at_depth)
@@ -77,7 +85,7 @@ def _forced(
 
 def _replayed(predictor: Predictor, facts: TextFacts, drafter: Any) -> dict[str, Any]:
     notes = ReplayNotes()
-    configured = Expected.from_records(predictor.replay(drafter, watch=notes.note))
+    configured = predictor.replayed(drafter, watch=notes.note)
     return {
         "method": "replay",
         "alpha": None,
@@ -114,11 +122,12 @@ def _configured_figures(expected: Expected) -> dict[str, Any]:
     }
 
 
-def _alpha(evidence: Evidence) -> dict[str, Any]:
+def _alpha(evidence: Evidence, prompt_of: Sequence[int]) -> dict[str, Any]:
     """The mean overlap over all places, with its interval over prompts."""
     valid = evidence.valid[:, :, 0]
-    sums = np.where(valid, evidence.overlap[:, :, 0], 0).sum(1, dtype=np.float64)
-    counts = valid.sum(1).astype(np.float64)
+    overlaps = np.where(valid, evidence.overlap[:, :, 0], 0).sum(1, dtype=np.float64)
+    sums = by_prompt(overlaps, prompt_of)
+    counts = by_prompt(valid.sum(1).astype(np.float64), prompt_of)
     has_place = counts > 0
     interval = bootstrap_interval(
         (sums[has_place], counts[has_place]), lambda s, c, axis: s.sum(axis=axis) / c.sum(axis=axis)
@@ -134,13 +143,13 @@ def _first_tokens(
 ) -> FirstTokens:
     """Every place; a draft whose shape is not fixed is looked at as a chain of likeliest tokens."""
     shape = shape or FixedShape(from_choices([(0,)]), "top")
-    sampled = predictor.is_sampled(shape)
-    if sampled and int(shape.tree.ranks.max()) >= evidence.num_siblings:
-        shape = FixedShape(from_choices([(0,)]), shape.children)
-    accepted = first_acceptance(evidence, shape, sampled=sampled)
     rows, steps = np.nonzero(evidence.valid[:, :, 0])
+    accepted = None
+    if predictor.why_unknown(shape) is None:
+        found = first_acceptance(evidence, shape, sampled=predictor.is_sampled(shape))
+        accepted = found[rows, steps]
     overlap = evidence.overlap[rows, steps, 0].astype(np.float64)
-    return FirstTokens(rows, steps, accepted[rows, steps], overlap)
+    return FirstTokens(rows, steps, accepted, overlap)
 
 
 def _by_place(first: FirstTokens, facts: TextFacts) -> dict[str, Any]:

@@ -29,6 +29,8 @@ class Expected:
         tested_at: steps that judge a token at depth 1, 2, ...
         drafted_is_exact: False where sampled chains end by a threshold: behind a rejection they
             are counted as though the text had gone on as drafted.
+        prompt_of: number of each text's prompt; answers to one prompt are no independent texts.
+            Empty where each has its own.
     """
 
     tokens: list[float]
@@ -37,6 +39,7 @@ class Expected:
     accepted_at: list[list[float]]
     tested_at: list[list[float]]
     drafted_is_exact: bool = True
+    prompt_of: Sequence[int] = ()
 
     @property
     def tau(self) -> float:
@@ -45,11 +48,12 @@ class Expected:
         return 1 + self._accepted().sum() / steps if steps else 1.0
 
     def tau_interval(self) -> Interval:
-        """95 % of tau by bootstrap over the texts that have a step; None for fewer than two."""
-        steps = np.array(self.steps)
+        """95 % of tau by bootstrap over the prompts that have a step; None for fewer than two."""
+        accepted = by_prompt(self._accepted(), self.prompt_of)
+        steps = by_prompt(np.array(self.steps), self.prompt_of)
         has_step = steps > 0
         return bootstrap_interval(
-            (self._accepted()[has_step], steps[has_step]),
+            (accepted[has_step], steps[has_step]),
             lambda a, s, axis: 1 + a.sum(axis=axis) / s.sum(axis=axis),
         )
 
@@ -83,6 +87,11 @@ class Expected:
             accepted_at=[_padded(each.accepted_at, depth) for each in stats],
             tested_at=[_padded(each.tested_at, depth) for each in stats],
         )
+
+
+def by_prompt(values: Array, prompt_of: Sequence[int]) -> Array:
+    """Sums over the texts of each prompt, for intervals over prompts; see `Expected`."""
+    return np.bincount(prompt_of, weights=values) if len(prompt_of) else values
 
 
 def _padded(counts: Sequence[int], depth: int) -> list[float]:

@@ -19,13 +19,13 @@ class FirstTokens:
     Attributes:
         text: [n] int64, which text.
         step: [n] int64, tokens done before it, less one.
-        accepted: [n] float64 probability that it accepts a token.
+        accepted: [n] float64 probability that it accepts a token; None where it is not worked out.
         overlap: [n] float64 sum_x min(p(x), q(x)); None of a drafter without a law.
     """
 
     text: Array
     step: Array
-    accepted: Array
+    accepted: Array | None
     overlap: Array | None
 
     def entropy_bins(self, facts: TextFacts) -> list[dict[str, Any]]:
@@ -58,12 +58,15 @@ class FirstTokens:
         ]
 
     def _figures(self, mask: Array) -> dict[str, Any]:
-        count = int(mask.sum())
-        alpha = None
-        if count and self.overlap is not None:
-            alpha = float(self.overlap[mask].mean())
-        accepted = float(self.accepted[mask].mean()) if count else None
-        return {"count": count, "alpha": alpha, "acceptance": accepted}
+        return {
+            "count": int(mask.sum()),
+            "alpha": _mean(self.overlap, mask),
+            "acceptance": _mean(self.accepted, mask),
+        }
+
+
+def _mean(values: Array | None, mask: Array) -> float | None:
+    return float(values[mask].mean()) if values is not None and mask.any() else None
 
 
 def _within(values: Array, low: float | None, high: float | None) -> Array:

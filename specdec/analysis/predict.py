@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from specdec.analysis.evidence import Evidence, gather_evidence
@@ -48,6 +49,8 @@ class Predictor:
         check_texts(texts, target)
         check_settings(sampling, rule)
         self.target, self.texts = target, list(texts)
+        prompts: dict[tuple[int, ...], int] = {}
+        self.prompt_of = [prompts.setdefault(tuple(t.prompt), len(prompts)) for t in texts]
         self.sampling, self.seed, self.rule = sampling, seed, rule
         self._passes: dict[str, Evidence] = {}
 
@@ -64,7 +67,7 @@ class Predictor:
         drafter = load_drafter(options, self.target)
         shape = fixed_shape(drafter)
         if shape is None:
-            return Expected.from_records(self.replay(drafter))
+            return self.replayed(drafter)
         return self.expect(options, drafter, shape)
 
     def expect(self, options: Mapping[str, Any], drafter: Any, shape: FixedShape) -> Expected:
@@ -78,11 +81,17 @@ class Predictor:
         Raises:
             ValueError: a sampled draft that cannot be worked out.
         """
-        sampled = self.is_sampled(shape)
-        width = int(shape.tree.ranks.max()) + 1
-        self._check_sampled(shape, sampled, width)
-        evidence = self.evidence(options, drafter, shape.tree.depth, width if sampled else 1)
-        return expect(evidence, shape, sampled=sampled)
+        reason = self.why_unknown(shape)
+        if reason is not None:
+            raise ValueError(reason)
+        evidence = self.evidence(options, drafter, shape.tree.depth, self.num_siblings(shape))
+        found = expect(evidence, shape, sampled=self.is_sampled(shape))
+        return replace(found, prompt_of=self.prompt_of)
+
+    def replayed(self, drafter: Any, **watch: Watch) -> Expected:
+        """The certain steps of a fresh drafter along the texts; see `replay`."""
+        found = Expected.from_records(self.replay(drafter, **watch))
+        return replace(found, prompt_of=self.prompt_of)
 
     def replay(self, drafter: Any, **watch: Watch) -> list[list[StepRecord]]:
         """The steps of a fresh drafter along the texts."""
@@ -91,6 +100,27 @@ class Predictor:
     def is_sampled(self, shape: FixedShape) -> bool:
         """Whether a draft's tokens are drawn from a law, at these settings."""
         return not self.sampling.is_greedy and shape.children != "top"
+
+    def num_siblings(self, shape: FixedShape) -> int:
+        """Draws at a place that a shape needs, see `Evidence`; 1 where none is drawn."""
+        return int(shape.tree.ranks.max()) + 1 if self.is_sampled(shape) else 1
+
+    def why_unknown(self, shape: FixedShape) -> str | None:
+        """Why the acceptance of a shape is not worked out at these settings; None where it is."""
+        if not self.is_sampled(shape):
+            return None
+        if self.rule != "token":
+            return (
+                f"rule is {self.rule!r}: above temperature 0 the acceptance of sampled drafts is "
+                "worked out for rule 'token' only; use it, or drafts of chosen tokens"
+            )
+        if shape.children == "without_replacement" and self.num_siblings(shape) > 1:
+            return (
+                "children is 'without_replacement': above temperature 0 the acceptance of such "
+                "siblings depends on what was drawn, so it is not worked out; use "
+                "children=with_replacement or top, or measure it with specdec bench"
+            )
+        return None
 
     def evidence(
         self,
@@ -124,19 +154,6 @@ class Predictor:
                 num_siblings,
             )
         return self._passes[key]
-
-    def _check_sampled(self, shape: FixedShape, sampled: bool, width: int) -> None:
-        if sampled and self.rule != "token":
-            raise ValueError(
-                f"rule is {self.rule!r}: above temperature 0 the acceptance of sampled drafts is "
-                "worked out for rule 'token' only; use it, or drafts of chosen tokens"
-            )
-        if sampled and shape.children == "without_replacement" and width > 1:
-            raise ValueError(
-                "children is 'without_replacement': above temperature 0 the acceptance of such "
-                "siblings depends on what was drawn, so it is not worked out; use "
-                "children=with_replacement or top, or measure it with specdec bench"
-            )
 
 
 def fixed_shape(drafter: Any) -> FixedShape | None:
