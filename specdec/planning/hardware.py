@@ -158,6 +158,7 @@ def _check_models(hardware: Hardware) -> None:
             model, 0, "kv_bytes_per_token", "hidden_size", "overhead_us", prefix=prefix
         )
         require_at_least(model, 1, "num_layers", prefix=prefix)
+    _check_transfers(hardware)
     known = [device.name for device in hardware.devices]
     for index, drafter in enumerate(hardware.drafters):
         if drafter.device not in known:
@@ -171,6 +172,14 @@ def _check_models(hardware: Hardware) -> None:
                     f"config drafters.{index}.alpha is {drafter.alpha!r} but must be a number in "
                     "[0, 1], or a list of them, one a depth"
                 )
+
+
+def _check_transfers(hardware: Hardware) -> None:
+    """Between devices states travel: what is left out would cost nothing."""
+    if len(hardware.devices) > 1:
+        _check_positive(hardware.target, "target.", "hidden_size")
+        if hardware.split == "tensor":
+            require_at_least(hardware.target, 2, "num_layers", prefix="target.")
 
 
 def _check_devices(hardware: Hardware) -> None:

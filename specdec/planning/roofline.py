@@ -147,22 +147,36 @@ def assumptions(hardware: Hardware) -> list[str]:
         "a draft model reads one token a forward; verifying, sampling and the loop's own work cost "
         "no more than the stated overhead_us",
     ]
-    return found + _what_does_not_fit(hardware)
+    return [*found, *_what_is_left_out(hardware), *_what_does_not_fit(hardware)]
+
+
+def _what_is_left_out(hardware: Hardware) -> list[str]:
+    models = (hardware.target, *hardware.drafters)
+    names = [model.name for model in models if hardware.context and not model.kv_bytes_per_token]
+    if not names:
+        return []
+    return [f"keys and values of {', '.join(names)} are left out: kv_bytes_per_token is 0"]
 
 
 def _what_does_not_fit(hardware: Hardware) -> list[str]:
     found = []
-    target = hardware.target
-    rows = max(hardware.batch_sizes) * hardware.context
-    whole = target.parameters_b * target.bits / 8 + rows * target.kv_bytes_per_token / 1e9
     for device, share in zip(hardware.devices, hardware.shares, strict=True):
+        part = share * _memory_gb(hardware, hardware.target)
+        needed = {"": part}
         for drafter in hardware.drafters:
-            own = drafter.parameters_b * drafter.bits / 8 + rows * drafter.kv_bytes_per_token / 1e9
-            needed = share * whole + (own if drafter.device == device.name else 0.0)
-            if device.memory_gb is not None and needed > device.memory_gb:
-                found.append(
-                    f"DOES NOT FIT: {device.name} holds {device.memory_gb:g} GB but its share of "
-                    f"the target with the drafter {drafter.name} takes {needed:.1f} GB at batch "
-                    f"{max(hardware.batch_sizes)}; the estimate stands for a device that holds it"
-                )
+            if drafter.device == device.name:
+                needed[f" with the drafter {drafter.name}"] = part + _memory_gb(hardware, drafter)
+        found += [
+            f"DOES NOT FIT: {device.name} holds {device.memory_gb:g} GB but its share of the "
+            f"target{company} takes {size:.1f} GB at batch {max(hardware.batch_sizes)}; the "
+            "estimate stands for a device that holds it"
+            for company, size in needed.items()
+            if device.memory_gb is not None and size > device.memory_gb
+        ]
     return found
+
+
+def _memory_gb(hardware: Hardware, model: Model) -> float:
+    """Of weights, keys and values at the largest batch."""
+    rows = max(hardware.batch_sizes) * hardware.context
+    return model.parameters_b * model.bits / 8 + rows * model.kv_bytes_per_token / 1e9

@@ -93,8 +93,25 @@ def test_a_drafter_that_is_never_right_is_best_left_out():
 def test_what_does_not_fit_is_said():
     small = [Device("a", 2.0, 100.0, memory_gb=4.0), Device("b", 1.0, 50.0, memory_gb=24.0)]
     found = estimate(hardware(devices=small))["assumptions"]
-    assert any(line.startswith("DOES NOT FIT: a holds 4 GB") for line in found)
+    (line,) = [line for line in found if line.startswith("DOES NOT FIT")]
+    assert line.startswith("DOES NOT FIT: a holds 4 GB but its share of the target takes 6.")
     assert not any("DOES NOT FIT" in line for line in estimate(hardware())["assumptions"])
+
+
+def test_a_drafter_that_does_not_fit_beside_the_target_is_named():
+    tight = [Device("a", 2.0, 100.0, memory_gb=24.0), Device("b", 1.0, 50.0, memory_gb=4.0)]
+    found = estimate(hardware(devices=tight))["assumptions"]
+    (line,) = [line for line in found if line.startswith("DOES NOT FIT")]
+    assert "its share of the target with the drafter D takes 4.4 GB" in line
+
+
+def test_caches_that_were_not_stated_are_said_to_be_left_out():
+    bare = [DraftModel("D", 1.0, 8.0, device="b", alpha=0.5)]
+    assert any(
+        line.startswith("keys and values of D are left out")
+        for line in estimate(hardware(drafters=bare))["assumptions"]
+    )
+    assert not any("are left out" in line for line in estimate(hardware())["assumptions"])
 
 
 def test_every_figure_is_labelled_an_estimate():
@@ -133,6 +150,7 @@ def test_the_command_estimates_and_says_what_it_assumes(tmp_path):
         ("split=rows", "split is 'rows'"),
         ("efficiency.bandwidth=1.5", r"efficiency\.bandwidth is 1\.5"),
         ("batch_sizes=[0]", "batch_sizes"),
+        ("target.hidden_size=0", r"target\.hidden_size is 0 but must be above 0"),
         ("target.bits=0", r"target\.bits is 0\.0 but must be above 0"),
     ],
 )
@@ -145,3 +163,8 @@ def test_a_file_that_is_not_there_is_bad_input(tmp_path):
     done = CliRunner().invoke(app, ["plan", "nowhere.yaml", "--roofline", "--out", str(tmp_path)])
     assert done.exit_code == 2
     assert "nowhere.yaml" in done.stderr
+
+
+def test_layers_of_a_split_target_must_be_stated():
+    with pytest.raises(ValueError, match=r"target\.num_layers is 1 but must be at least 2"):
+        load_hardware(RECIPE, ["split=tensor", "target.num_layers=1"])
