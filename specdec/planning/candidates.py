@@ -60,9 +60,10 @@ class Family:
 
     def searched(self) -> list[Candidate]:
         """The given configurations first, then every other shape."""
-        given = {_key(c.options) for c in self.given}
+        # By shape and not by options: an arm may leave out what is the default.
+        given = {c.shape for c in self.given}
         found = [self.candidate(shape) for shape in self._shapes()] if self.is_searched else []
-        return [*self.given, *(c for c in found if _key(c.options) not in given)]
+        return [*self.given, *(c for c in found if c.shape not in given)]
 
     def _shapes(self) -> Iterator[Shape]:
         kinds = self.rule.searched
@@ -150,8 +151,7 @@ def families(arms: Sequence[ArmConfig], target: Any) -> list[Family]:
         key = _key({"type": arm.type, **base})
         if key not in found:
             taken = {family.name for family in found.values()}
-            name = arm.type if arm.type not in taken else arm.name
-            found[key] = Family(name, arm.type, base)
+            found[key] = Family(_unused_name(arm, taken), arm.type, base)
         family = found[key]
         drafter = load_drafter({"type": arm.type, **arm.options}, target)
         shape = shape_of(arm.type, arm.options, drafter)
@@ -164,6 +164,12 @@ def families(arms: Sequence[ArmConfig], target: Any) -> list[Family]:
             "{type: ngram}"
         )
     return list(found.values())
+
+
+def _unused_name(arm: ArmConfig, taken: set[str]) -> str:
+    """The drafter's type; where another is called so, the arm's name, numbered if it must be."""
+    names = [arm.type, arm.name, *(f"{arm.name} {n}" for n in range(2, len(taken) + 2))]
+    return next(name for name in names if name not in taken)
 
 
 def shape_of(kind: str, options: Mapping[str, Any], drafter: Drafter) -> Shape:

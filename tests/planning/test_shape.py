@@ -68,6 +68,23 @@ def test_every_searched_shape_can_be_built_and_is_what_it_says(target, head):
         assert drafter.makes_trees == candidate.shape.is_tree
 
 
+def test_a_given_shape_is_not_tried_again_in_other_words(target, head):
+    """Options that were left out have defaults, so that one draft can be written in many ways."""
+    for options in ({"width": 1}, {"depth": 9, "width": 1, "max_nodes": 4}):
+        (family,) = families([arm("mine", head, **options)], target)
+        shapes = [c.shape for c in family.searched()]
+        assert len(set(shapes)) == len(shapes)
+
+
+def test_drafters_of_one_type_are_told_apart_whatever_their_arms_are_called(target, head):
+    arms = [
+        arm("a", head, width=1),
+        arm("eagle3", head, width=1, window=16),
+        arm("eagle3 2", head, width=1, window=32),
+    ]
+    assert len({family.name for family in families(arms, target)}) == 3
+
+
 def test_a_given_shape_beyond_those_timed_is_timed_as_well(target, head):
     arms = [
         arm("large", head, depth=5, width=8, max_nodes=59),
