@@ -42,8 +42,10 @@ def forecast(machine, alpha, asked=None):
     return Forecast(machine.costs(ALL), Acceptance(predict), CONTEXT)
 
 
-def run(found, candidates=ALL):
-    return search(candidates, lambda c: found(c, 1), lambda c, larger: found.bound(c, 1, larger))
+def run(found, candidates=ALL, wanted=1):
+    return search(
+        candidates, lambda c: found(c, 1), lambda c, larger: found.bound(c, 1, larger), wanted
+    )
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -92,6 +94,22 @@ def test_what_is_left_out_is_slower_than_the_best():
     left_out = [found(each, 1) for each in ALL if each.name not in looked_at]
     assert left_out
     assert max(each.speedup for each in left_out) <= ranked[0].speedup
+
+
+def wider_is_better(options):
+    """Acceptance that no larger draft has less of, as the bounds assume."""
+    width = min(options["width"], 1 + options["max_nodes"] / 12)
+    return expected(chain_tau(1 - 0.3**width, options["depth"]), options["max_nodes"])
+
+
+@pytest.mark.parametrize("level_s", [1e-4, 1e-3, 3e-3])
+def test_the_runners_up_are_those_of_an_exhaustive_search(level_s):
+    costs = Machine(level_s=level_s).costs(ALL)
+    found = Forecast(costs, Acceptance(wider_is_better), CONTEXT)
+    ranked = run(found, wanted=6)
+    every = sorted((found(each, 1).speedup for each in ALL), reverse=True)
+    assert [each.speedup for each in ranked[:6]] == every[:6]
+    assert len(ranked) < len(ALL)
 
 
 def test_a_reranked_tree_may_lose_a_little_by_growing():
