@@ -185,19 +185,24 @@ class TimedRun:
         candidate: what drafted; None for plain decoding.
         steps: of the full batch.
         plain_s: median seconds of the plain steps around it.
+        round: number of the round; what is of one round was decoded within seconds.
     """
 
     candidate: Candidate | None
     steps: list[Step]
     plain_s: float
+    round: int = 0
 
 
-def timed_runs(runs: Sequence[Candidate | None], found: Sequence[list[Step]]) -> list[TimedRun]:
+def timed_runs(
+    runs: Sequence[Candidate | None], found: Sequence[list[Step]], number: int = 0
+) -> list[TimedRun]:
     """Put a round's decodings beside the plain ones around them; those without a step are left out.
 
     Args:
         runs: as `sequence` gave them.
         found: steps of each.
+        number: of the round.
     """
     plain = {
         index: median(step.wall_s for step in steps)
@@ -212,5 +217,5 @@ def timed_runs(runs: Sequence[Candidate | None], found: Sequence[list[Step]]) ->
             continue
         before = max((i for i in plain if i <= index), default=min(plain))
         after = min((i for i in plain if i >= index), default=max(plain))
-        timed.append(TimedRun(run, steps, (plain[before] + plain[after]) / 2))
+        timed.append(TimedRun(run, steps, (plain[before] + plain[after]) / 2, number))
     return timed

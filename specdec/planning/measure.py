@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from specdec.data.journal import Journal
-from specdec.planning.costs import ForwardCost, ForwardPoint, forward_points
+from specdec.planning.forward_cost import ForwardCost, ForwardPoint, forward_points
 from specdec.planning.forward_times import Grid, time_cell
 from specdec.planning.loop_times import (
     Drafters,
@@ -32,18 +32,24 @@ class Effort:
         grid: of isolated forwards.
         rounds: decodings of every timed shape at the planned batch size.
         batch_rounds: the same at each other batch size.
-        final_rounds: the same of each of the fastest configurations, as they are.
+        finalists: the fastest configurations by the fits, which are timed as they are.
+        final_rounds: decodings of each of them.
     """
 
     grid: Grid
     rounds: int
     batch_rounds: int
+    finalists: int
     final_rounds: int
 
 
-FULL = Effort(Grid(), rounds=6, batch_rounds=3, final_rounds=18)
+FULL = Effort(Grid(), rounds=6, batch_rounds=3, finalists=12, final_rounds=24)
 QUICK = Effort(
-    Grid((1, 2, 4, 8, 16), (1, 2), (16, 64), repeats=1), rounds=2, batch_rounds=1, final_rounds=1
+    Grid((1, 2, 4, 8, 16), (1, 2), (16, 64), repeats=1),
+    rounds=2,
+    batch_rounds=1,
+    finalists=4,
+    final_rounds=2,
 )
 
 
@@ -96,12 +102,14 @@ class Measurements:
         Raises:
             RuntimeError: a batch of this size does not fit into memory.
         """
-        runs = sequence(candidates)
         found: list[TimedRun] = []
         # Afresh: a drafter may remember what it saw when other shapes were timed.
         self._drafters = Drafters(self._target)
         self._warm_up(candidates, batch_size, phase)
         for index in range(rounds):
+            # Each round begins with another one, so that none always follows plain decoding.
+            first = index * len(candidates) // rounds
+            runs = sequence([*candidates[first:], *candidates[:first]])
             steps = []
             for slot, run in enumerate(runs):
                 # A configuration that is timed more than once a round meets other prompts.
@@ -114,7 +122,7 @@ class Measurements:
                     partial(self._decode, run, batch_size, turn),
                 )
                 steps.append(from_row(row["steps"]))
-            found += timed_runs(runs, steps)
+            found += timed_runs(runs, steps, index)
         self._progress(rounds * len(runs), rounds * len(runs), "steps")
         return found
 

@@ -19,8 +19,9 @@ from specdec.bench.turns import unfold_turns
 from specdec.checkpoints.identity import identify_target
 from specdec.data.journal import Journal
 from specdec.planning.candidates import Family, families
-from specdec.planning.costs import Costs, ForwardCost
+from specdec.planning.costs import Costs
 from specdec.planning.finals import confirm
+from specdec.planning.forward_cost import ForwardCost
 from specdec.planning.loop_times import TimedRun, Workload
 from specdec.planning.measure import FULL, QUICK, Effort, Measurements, Progress, fits
 from specdec.planning.prediction import Acceptance, Forecast, Prediction
@@ -111,7 +112,8 @@ class _Planner:
         forecast = Forecast(Costs(forward, runs), acceptance, context, self.config.seed)
         ranked, finals = self._confirm(measured, forecast, self._search(forecast), runs)
         family = next(f for f in self.families if f.name == ranked[0].candidate.drafter)
-        runs |= self._other_batches(measured, forward, family)
+        others, left_out = self._other_batches(measured, forward, family)
+        runs |= others
         costs = Costs(forward, runs, finals, size)
         everywhere = Forecast(costs, acceptance, context, self.config.seed)
         lengths = schedule(everywhere, ranked[0].candidate, sorted(runs))
@@ -126,7 +128,7 @@ class _Planner:
             },
             "costs": {
                 "points": [vars(point) for point in points],
-                "skipped": skipped,
+                "skipped": [*skipped, *left_out],
                 **costs.to_json(),
             },
             **self._decision(ranked, lengths),
@@ -157,6 +159,7 @@ class _Planner:
             candidates,
             lambda candidate: forecast(candidate, size),
             lambda candidate, larger: forecast.bound(candidate, size, larger),
+            self.effort.finalists,
             self.progress,
         )
 
@@ -178,22 +181,24 @@ class _Planner:
 
         return confirm(
             ranked,
-            lambda candidates, turn: measured.decodings(candidates, size, rounds, f"final {turn}"),
+            self.effort.finalists,
+            lambda candidates: measured.decodings(candidates, size, rounds, "final"),
             predict,
         )
 
     def _other_batches(
         self, measured: Measurements, forward: ForwardCost, family: Family
-    ) -> dict[int, list[TimedRun]]:
-        """The chosen drafter's decodings at the batch sizes that fit into memory."""
-        runs = {}
+    ) -> tuple[dict[int, list[TimedRun]], list[str]]:
+        """The chosen drafter's decodings at the other batch sizes, and what does not fit."""
+        runs: dict[int, list[TimedRun]] = {}
         for size in forward.batch_sizes:
             if size != self.config.batch_size:
                 found = fits(_decodings(measured, family, size, self.effort.batch_rounds))
                 if found is None:
-                    break
+                    what = f"decoding {size} or more rows with {family.name}"
+                    return runs, [f"{what} does not fit into memory"]
                 runs[size] = found
-        return runs
+        return runs, []
 
     def _decision(self, ranked: Sequence[Prediction], lengths: Schedule) -> dict[str, Any]:
         best = ranked[0]

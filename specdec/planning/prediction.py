@@ -7,8 +7,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from specdec.planning.costs import Costs, Sizes, StepTime
-from specdec.planning.shape import Candidate, rule_of
+from specdec.planning.costs import Costs
+from specdec.planning.drafter_cost import Sizes
+from specdec.planning.shape import Candidate
+from specdec.planning.step_time import StepTime
 
 NUM_RESAMPLES = 2000
 
@@ -141,7 +143,7 @@ class Forecast:
 
     def bound(self, candidate: Candidate, batch_size: int, larger: Candidate) -> float:
         """Speed that a candidate cannot pass: a larger draft's acceptance at its own cost."""
-        if _varies(candidate):
+        if candidate.varies:
             return inf  # its cost depends on how much it drafts, which only a prediction tells
         expected = self.expected(larger)
         tau = _taus(expected)
@@ -152,6 +154,10 @@ class Forecast:
         sizes = _between(share * candidate.shape.nodes, 0.0)
         step = self.costs.step(candidate, batch_size, sizes, self.context)
         return float(tau.mean()) * self.plain(batch_size).wall_s / step.wall_s
+
+    def full_step(self, candidate: Candidate, batch_size: int) -> StepTime:
+        """A step that drafts all the nodes of a candidate."""
+        return self.costs.full_step(candidate, batch_size, self.context)
 
     def plain(self, batch_size: int) -> StepTime:
         """A step of plain decoding."""
@@ -183,7 +189,7 @@ def _sizes(candidate: Candidate, expected: Expectation, batch_size: int) -> Size
     A batch is padded to the largest draft of its rows, and drafts nothing where none of them does.
     """
     nodes = candidate.shape.nodes
-    if batch_size > 1 and not _varies(candidate):
+    if batch_size > 1 and not candidate.varies:
         return {nodes: 1.0}
     mean = min(_mean_nodes(expected), nodes)
     empty = min(_empty_share(expected), 1 - mean / nodes)
@@ -214,10 +220,6 @@ def _between(mean: float, empty: float) -> Sizes:
     sizes = {0: empty, int(low) + 1: (1 - empty) * part}
     sizes[int(low)] = sizes.get(int(low), 0.0) + (1 - empty) * (1 - part)
     return {nodes: share for nodes, share in sizes.items() if share > 0}
-
-
-def _varies(candidate: Candidate) -> bool:
-    return bool(candidate.shape.threshold) or rule_of(candidate.type).varies
 
 
 def _taus(expected: Expectation) -> np.ndarray:

@@ -19,7 +19,8 @@ class Schedule:
     Attributes:
         nodes: most nodes a row by batch size; 0 is plain decoding.
         predictions: of every length that was compared, by batch size.
-        step_s: seconds of a whole step by batch size and nodes; 0 nodes is plain decoding.
+        step_s: seconds of a whole step by batch size and by nodes that it drafts; 0 is plain
+            decoding.
     """
 
     nodes: dict[int, int]
@@ -70,8 +71,8 @@ def schedule(forecast: Forecast, candidate: Candidate, batch_sizes: Sequence[int
     step_s = {
         size: {
             0: forecast.plain(size).wall_s,
-            **{p.candidate.shape.nodes: p.step.wall_s for p in row},
+            **{each.shape.nodes: forecast.full_step(each, size).wall_s for each in lengths},
         }
-        for size, row in predictions.items()
+        for size in batch_sizes
     }
     return Schedule(nodes, predictions, step_s)

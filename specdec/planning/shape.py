@@ -149,3 +149,8 @@ class Candidate:
     def key(self) -> str:
         """The same for the same strategy with the same options."""
         return repr((self.type, sorted(self.options.items())))
+
+    @property
+    def varies(self) -> bool:
+        """Whether its drafts are often shorter than its shape, or empty."""
+        return bool(self.shape.threshold) or rule_of(self.type).varies

@@ -1,6 +1,7 @@
 import pytest
 
-from specdec.planning.costs import Costs, ForwardCost
+from specdec.planning.costs import Costs
+from specdec.planning.forward_cost import ForwardCost
 from specdec.planning.loop_times import Step, TimedRun
 from specdec.planning.measure import FULL, Measurements
 from specdec.planning.shape import Candidate, Shape

@@ -8,6 +8,7 @@ from specdec.bench.config import load_config
 from specdec.bench.draft_length import load_draft_length
 from specdec.cli import app
 from specdec.planning.auto import choose
+from specdec.planning.measure import Measurements
 from tests.json_schema import violations
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "plan.schema.json").read_text())
@@ -43,8 +44,9 @@ def test_every_given_arm_is_predicted_under_its_name(planned):
 
 def test_the_choice_is_the_fastest_prediction_and_the_others_follow(planned):
     plan = planned[2]
-    speeds = [row["predicted_speedup"] for row in plan["configurations"]]
-    assert speeds == sorted(speeds, reverse=True)
+    rows = [(row["is_timed"], row["predicted_speedup"]) for row in plan["configurations"]]
+    assert rows == sorted(rows, reverse=True)
+    assert rows[0][0]
     if plan["choice"]["type"] != "plain":
         assert plan["choice"] == plan["configurations"][0]
         assert plan["runners_up"] == plan["configurations"][1:6]
@@ -124,3 +126,21 @@ def test_what_cannot_be_planned_is_refused_before_anything_is_measured(tmp_path,
     assert not (tmp_path / "plan.json").exists()
     costs = tmp_path / "costs.jsonl"
     assert not costs.exists() or costs.read_bytes() == b""
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_left_out_and_named(
+    planned, tmp_path, monkeypatch
+):
+    decodings = Measurements.decodings
+
+    def small_machine(self, candidates, batch_size, *rest):
+        if batch_size == 2:
+            raise MemoryError
+        return decodings(self, candidates, batch_size, *rest)
+
+    monkeypatch.setattr(Measurements, "decodings", small_machine)
+    (tmp_path / "costs.jsonl").write_bytes((planned[0] / "costs.jsonl").read_bytes())
+    done = run(tmp_path)
+    assert done.exit_code == 0, done.output
+    assert "decoding 2 or more rows with" in done.stderr
+    assert set(json.loads((tmp_path / "plan.json").read_text())["schedule"]) == {"1"}

@@ -4,7 +4,14 @@ from specdec.draft_length import Schedule as LoopSchedule
 from specdec.planning.prediction import Acceptance, Forecast
 from specdec.planning.schedule import MARGIN, cuts, schedule
 from specdec.planning.shape import Candidate, Shape
-from tests.planning.toys import CONTEXT, Machine, candidate, chain_tau, expected
+from tests.planning.toys import (
+    CONTEXT,
+    Machine,
+    ToyExpected,
+    candidate,
+    chain_tau,
+    expected,
+)
 
 CHAIN = candidate(Shape(8, 1, 8, False))
 TIMED = [candidate(Shape(depth, 1, depth, False)) for depth in (1, 2, 4, 8)]
@@ -78,3 +85,16 @@ def test_cutting_a_tree_bounds_its_levels_by_its_nodes():
     found = {c.shape.nodes: c for c in cuts(tree)}
     assert found[3].options == {"depth": 3, "width": 2, "max_nodes": 3}
     assert found[7].options == tree.options
+
+
+def test_the_controller_is_charged_for_what_a_step_drafts_and_not_for_the_mean_step():
+    """A lookup that finds something in two steps of five is cheap on the mean, not when it does."""
+    machine = Machine(level_s=0.0)
+    budgets = [candidate(Shape(0, 1, n, False), "suffix", "suffix") for n in (1, 3, 6, 8)]
+    seldom = ToyExpected([121, 121], [100, 100], [300, 300], [[40], [40]])
+    forecast = Forecast(machine.costs(budgets), Acceptance(lambda options: seldom), CONTEXT)
+    found = schedule(forecast, budgets[-1], (1,))
+    assert found.step_s[1][8] == pytest.approx(
+        machine.step(budgets[-1].shape, 8, 1).wall_s, rel=0.02
+    )
+    assert found.predictions[1][-1].step.wall_s < 0.95 * found.step_s[1][8]
