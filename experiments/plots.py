@@ -214,7 +214,7 @@ def serving() -> Any:
     names = ("single-turn", "multi-turn", "long-context", "concurrent")
     titles = ("prompt", "turn", "tokens of context, at most", "users at the same time")
     for axes, name, title in zip(grid.flat, names, titles, strict=True):
-        groups = groups_of(name)
+        groups = groups_of(f"12-serving/{name}.json")
         if name == "concurrent":
             groups = {users: _as_users_see(arms) for users, arms in groups.items()}
         places = [float(number) for number in range(len(groups))]

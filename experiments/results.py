@@ -29,8 +29,8 @@ def cells_of(sweep: dict[str, Any], *keys: str) -> dict[Any, Arms]:
 
 
 def groups_of(suite: str) -> dict[str, Arms]:
-    """The arms of a suite's groups, by the groups' names."""
-    return {group["name"]: arms_of(group) for group in read(f"12-serving/{suite}.json")["groups"]}
+    """The arms of a suite's groups, by the groups' names; the suite by its path."""
+    return {group["name"]: arms_of(group) for group in read(suite)["groups"]}
 
 
 def speed(arm: dict[str, Any]) -> float:

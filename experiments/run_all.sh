@@ -48,6 +48,7 @@ measure() {
       bench 10-hostile $here/10-batch/follow.yaml "${planned[@]}" \
         prompts.source=$here/10-batch/hostile.txt prompts.num=24 sampling.temperature=1 \
         repeats=6 'grid.batch_size=[1,4,16]'
+      bench 10-users $here/10-batch/users.yaml "${planned[@]:0:2}"
       ;;
     11-prediction)
       [ -f $runs/11-plan/plan.json ] ||
@@ -84,6 +85,7 @@ publish() {
       ;;
     10-batch)
       for kind in fixed held-out hostile; do cp $runs/10-$kind/sweep.json "$to/$kind.json"; done
+      cp $runs/10-users/suite.json "$to/users.json"
       cp $runs/10-plan/plan.json "$to/"
       ;;
     11-prediction)

@@ -196,7 +196,21 @@ def batch() -> dict[str, str]:
                 for name in ("always", "schedule", "controller")
             ],
         )
+    users = groups_of("10-batch/users.json")
+    found["users"] = table(
+        ["arm", *(f"{group}, {what}" for group in users for what in ("a user", "all"))],
+        [
+            [name, *(text for arms in users.values() for text in _user_speeds(arms[name]["load"]))]
+            for name in ("always", "controller")
+        ],
+    )
     return found
+
+
+def _user_speeds(load: dict[str, Any]) -> list[str]:
+    low, high = load["tokens_per_s_vs_plain_range"]
+    every = f"{load['tokens_per_s_vs_plain']:.2f} ({low:.2f} to {high:.2f})"
+    return [figure(load, "user_speed_vs_plain"), every]
 
 
 def predicted() -> dict[str, str]:
@@ -239,18 +253,19 @@ def _totals(totals: dict[str, dict[str, float]]) -> list[list[str]]:
 
 def serving() -> dict[str, str]:
     """Experiment 12: each suite's groups side by side, and what users at the same time get."""
-    found = {name: _by_group(groups_of(name)) for name in ("single-turn", "long-context")}
-    turns = groups_of("multi-turn")
-    shown = {name: turns[name] for name in list(turns)[:: max(1, len(turns) // 5)]}
-    found["multi-turn"] = _by_group(shown)
+    shown = ("single-turn", "long-context")
+    found = {name: _by_group(groups_of(f"12-serving/{name}.json")) for name in shown}
+    turns = groups_of("12-serving/multi-turn.json")
+    some = {name: turns[name] for name in list(turns)[:: max(1, len(turns) // 5)]}
+    found["multi-turn"] = _by_group(some)
     found["latency"] = table(
-        ["seconds to the whole answer, median", *shown],
+        ["seconds to the whole answer, median", *some],
         [
-            [name, *(f"{arms[name]['latency_s']['p50']:.2f}" for arms in shown.values())]
-            for name in next(iter(shown.values()))
+            [name, *(f"{arms[name]['latency_s']['p50']:.2f}" for arms in some.values())]
+            for name in next(iter(some.values()))
         ],
     )
-    users = groups_of("concurrent")
+    users = groups_of("12-serving/concurrent.json")
     head = ["users", "arm", "tokens/s of all", "a user's speed vs plain"]
     head += ["first token p50, p95", "gap between chunks p50, p95, p99", "Jain"]
     rows = [[size, *_load_row(arm)] for size, arms in users.items() for arm in arms.values()]

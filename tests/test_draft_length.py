@@ -169,7 +169,7 @@ def test_the_nearest_batch_size_says_what_a_step_costs():
 
 
 def test_a_pause_outlasts_a_change_of_the_batch_size():
-    sizes = {size: STEP_S[1] for size in (1, 2, 4, 8)}
+    sizes = dict.fromkeys((1, 2, 4, 8), STEP_S[1])
     controller = OnlineController(sizes)
     decode(controller, Text([0.0]), 500, sizes)
     asked = [controller.choose(size) for size in (2, 4, 8, 1)]
