@@ -1,10 +1,13 @@
 """What a report reads: folders of measurements, recognised by the schema of their files."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from specdec.report.content import part, read_content
 
 # File -> schemas that are read, and the kind of run.
 FILES = {
@@ -36,12 +39,12 @@ class Run:
     @property
     def provenance(self) -> dict[str, Any]:
         """Where the figures come from; empty where the file does not say."""
-        return dict(self.data.get("provenance") or {})
+        return part(self.data, "provenance")
 
     @property
     def config(self) -> dict[str, Any]:
         """The bench configuration that was run; empty where the file does not hold it."""
-        return dict(self.provenance.get("config") or {})
+        return part(self.provenance, "config")
 
     @property
     def identity(self) -> dict[str, Any] | None:
@@ -53,7 +56,7 @@ class Run:
     def arms(self) -> list[dict[str, Any]]:
         """Of a bench; version 1 says what they are in its configuration alone."""
         given = {arm["name"]: arm for arm in self.config.get("arms") or ()}
-        return [{**given.get(arm["name"], {}), **arm} for arm in self.data["arms"]]
+        return [_completed(arm, given.get(arm["name"], {})) for arm in self.data["arms"]]
 
     def is_bench(self, version: int) -> bool:
         """Whether it is a bench of at least this version."""
@@ -87,7 +90,8 @@ def cells(sweep: Run) -> list[Run]:
         data = _content(file) if file.is_file() else {"schema": "specdec-bench-2"}
         words = ", ".join(f"{key.rpartition('.')[2]} {v}" for key, v in cell["settings"].items())
         label = f"{sweep.label}: {words or 'the only cell'}"
-        found.append(Run("bench", label, file.parent, {**data, "arms": cell["arms"]}))
+        data["arms"] = cell["arms"]
+        found.append(Run("bench", label, file.parent, data))
     return found
 
 
@@ -123,7 +127,16 @@ def _content(file: Path) -> dict[str, Any]:
         raise ValueError(f"{str(file)!r} is no JSON ({error}); run it again") from error
     if not isinstance(data, dict):
         raise ValueError(f"{str(file)!r} must hold a JSON object; run it again")
-    return data
+    found: dict[str, Any] = read_content(data, file)
+    return found
+
+
+def _completed(arm: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """An arm with what its configuration says of it besides."""
+    whole = copy(arm)
+    for key, value in given.items():
+        whole.setdefault(key, value)
+    return whole
 
 
 def _labels(places: Sequence[Path]) -> list[str]:

@@ -163,6 +163,38 @@ def test_what_is_no_run_is_refused_in_words(tmp_path, make, words):
     assert words in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("kind", "file", "holder", "key", "place"),
+    [
+        ("bench", "results.json", lambda d: d, "arms", "arms"),
+        ("bench", "results.json", lambda d: d["arms"][3], "tau", "arms[3].tau"),
+        ("bench", "results.json", lambda d: d["arms"][2]["time_s"], "wall", "arms[2].time_s.wall"),
+        ("bench", "results.json", lambda d: d["provenance"], "config", "provenance.config.repeats"),
+        ("sweep", "sweep.json", lambda d: d["cells"][1], "settings", "cells[1].settings"),
+        ("plan", "plan.json", lambda d: d["choice"], "options", "choice.options"),
+        ("plan", "analysis.json", lambda d: d["drafters"][0], "expected", "drafters[0].expected"),
+        ("suite", "suite.json", lambda d: d["groups"][1], "arms", "groups[1].arms"),
+        ("estimate", "estimate.json", lambda d: d["drafters"][0], "best", "drafters[0].best"),
+    ],
+)
+def test_a_file_that_lacks_something_is_named_with_the_place_and_nothing_is_written(
+    tmp_path, kind, file, holder, key, place
+):
+    folder = {each.name: each for each in made_runs.every_kind(tmp_path)}[kind]
+    content = json.loads((folder / file).read_text())
+    del holder(content)[key]
+    made_runs.write(folder, file, content)
+    done = command(folder, "--out", tmp_path / "out")
+    assert done.exit_code == 2, done.output
+    for words in (
+        str(folder / file),
+        f"has no {place}, which",
+        "restore the file, or run it again",
+    ):
+        assert words in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_given_twice_is_refused(bench, tmp_path):
     done = command(bench, bench.parent / "." / "bench", "--out", tmp_path / "out")
     assert done.exit_code == 2

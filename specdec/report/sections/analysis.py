@@ -94,7 +94,7 @@ def _add_expected(
 ) -> None:
     """Tau of other drafts than the configured one, without another run."""
     rows = [
-        {"name": drafter["name"], "draft": draft, **each}
+        {"name": drafter["name"], "draft": draft, **each, "tau": each["tau"]}
         for drafter in drafters
         for draft, each in _drafts(drafter["expected"])
     ]
