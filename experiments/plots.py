@@ -211,16 +211,20 @@ def _family(arm: dict[str, Any]) -> str:
 
 def serving() -> Any:
     figure, grid = plt.subplots(2, 2, figsize=(10.5, 8), sharey=True)
-    names = ("single-turn", "multi-turn", "long-context", "concurrent")
-    titles = ("prompt", "turn", "tokens of context, at most", "users at the same time")
-    for axes, name, title in zip(grid.flat, names, titles, strict=True):
+    words = {"single-turn": "prompt", "multi-turn": "turn"}
+    words |= {"long-context": "tokens of context, at most", "concurrent": "users at the same time"}
+    seen: list[str] = []  # an arm has the same colour in all parts
+    for axes, (name, title) in zip(grid.flat, words.items(), strict=True):
         groups = groups_of(f"12-serving/{name}.json")
         if name == "concurrent":
             groups = {users: _as_users_see(arms) for users, arms in groups.items()}
         places = [float(number) for number in range(len(groups))]
-        for number, arm in enumerate(strategies(next(iter(groups.values())))):
-            curve(axes, number, places, [arms[arm] for arms in groups.values()], arm)
-        axes.set_xticks(places, list(groups))
+        shown = strategies(next(iter(groups.values())))
+        seen += [arm for arm in shown if arm not in seen]
+        for arm in shown:
+            curve(axes, seen.index(arm), places, [arms[arm] for arms in groups.values()], arm)
+        numbers = [re.findall(r"\d+", group) for group in groups]
+        axes.set_xticks(places, groups if name == "single-turn" else [n[-1] for n in numbers])
         axes.legend(frameon=False, fontsize=8)
         finish(axes, title, name)
     return figure
