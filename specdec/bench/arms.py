@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
 from specdec.bench.config import ArmConfig, BenchConfig
-from specdec.bench.draft_length import load_draft_length
+from specdec.bench.load_draft_length import load_draft_length
 from specdec.bench.outcome import Run
 from specdec.decode import generate
 from specdec.draft_length import DraftLength
@@ -55,7 +55,7 @@ def build_arm(config: BenchConfig, target: HFTarget, arm: ArmConfig) -> Arm:
     if arm.type == "hf_assisted":
         return _HFArm(config, target, _assistant(options, target))
     drafter = load_drafter({"type": arm.type, **options}, target)
-    draft_length = load_draft_length(arm.draft_length, drafter.makes_trees)
+    draft_length = load_draft_length(arm, drafter, target)
     return _LoopArm(config, target, drafter, draft_length)
 
 

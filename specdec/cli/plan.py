@@ -26,6 +26,8 @@ def plan(
     ] = False,
 ) -> None:
     """Measure costs, combine them with acceptance, and choose drafter and draft length."""
+    if roofline and quick:
+        raise typer.BadParameter("--quick measures few points, --roofline none: drop one of them")
     if roofline:
         _estimate(config, overrides or [], out)
     else:

@@ -1,14 +1,17 @@
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
-from specdec.bench.config import load_config
-from specdec.bench.draft_length import load_draft_length
+from specdec.bench.config import ArmConfig, load_config
+from specdec.bench.load_draft_length import load_draft_length
 from specdec.cli import app
 from specdec.planning.auto import choose
 from specdec.planning.measure import Measurements
+from specdec.targets.load import load_target
 from tests.json_schema import violations
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "plan.schema.json").read_text())
@@ -77,10 +80,19 @@ def test_the_written_configuration_runs_the_choice(planned):
 
 def test_the_controller_of_the_loop_reads_the_plan(planned):
     folder, _, plan = planned
-    controller = load_draft_length({"plan": str(folder / "plan.json")})
+    arm = ArmConfig("a", plan["configurations"][0]["type"], {}, {"plan": str(folder / "plan.json")})
+    target = load_target(plan["config"].get("target", {}).get("path", "demo"))
+    drafter = SimpleNamespace(makes_trees=False)
+    controller = load_draft_length(arm, drafter, target)
     limit = controller.choose(1)
     assert limit is None or limit >= 0
     assert {"1", "2"} <= set(plan["controller"]["step_s"])
+    other = replace(arm, type="medusa")
+    with pytest.raises(ValueError, match=r"'a' was made for a drafter of type \w+, not medusa"):
+        load_draft_length(other, drafter, target)
+    target.vocab_size = 7
+    with pytest.raises(ValueError, match="made for a target of vocab_size 3072, not 7"):
+        load_draft_length(arm, drafter, target)
 
 
 def test_the_same_command_measures_nothing_again(planned):

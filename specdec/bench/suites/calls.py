@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from specdec.bench.calls import PROMPT_ERRORS
-from specdec.bench.draft_length import load_draft_length
+from specdec.bench.load_draft_length import load_draft_length
 from specdec.bench.suites.ask import Ask, Group
 from specdec.bench.suites.config import ConcurrentConfig, SuiteConfig
 from specdec.bench.suites.memory import MemoryWatch
@@ -38,7 +38,7 @@ def build_arms(config: SuiteConfig, target: HFTarget) -> dict[str, SuiteArm]:
     arms = {"plain": SuiteArm()}
     for arm in config.arms:
         drafter = load_drafter({"type": arm.type, **arm.options}, target)
-        arms[arm.name] = SuiteArm(drafter, load_draft_length(arm.draft_length, drafter.makes_trees))
+        arms[arm.name] = SuiteArm(drafter, load_draft_length(arm, drafter, target))
     return arms
 
 
