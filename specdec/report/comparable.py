@@ -149,6 +149,36 @@ def check_comparable(
     return kept
 
 
+# Runs of these kinds are shown one after the other, never as a ratio: a reader compares them.
+_SHOWN_TOGETHER = {
+    "analysis": ("target", "prompts", "sampling", "seed", "max_new_tokens", "dtype"),
+    "sweep": tuple(FIELDS),
+    "suite": tuple(FIELDS),
+}
+
+
+def not_alike(runs: Sequence[Run]) -> list[str]:
+    """What readers must know of runs of one kind, other than benches, before they compare them.
+
+    Args:
+        runs: all of a report.
+    """
+    found = []
+    firsts: dict[tuple[str, str], Run] = {}
+    for run in runs:
+        fields = _SHOWN_TOGETHER.get(run.kind)
+        first = firsts.setdefault((run.kind, str(run.data.get("suite"))), run)
+        if fields is None or first is run:
+            continue
+        said = "; ".join(
+            f"{each.key} is {each.values[0]} and {each.values[1]}"
+            for each in find_differences(first, run, fields)
+        )
+        if said:
+            found.append(f"Do not compare {first.label} with {run.label}: {said}.")
+    return found
+
+
 def _refusal(first: str, other: str, refused: Sequence[Difference]) -> str:
     said = "; ".join(
         f"{each.key} is {each.values[0]!r} in {first!r} and {each.values[1]!r} in {other!r}"

@@ -138,8 +138,14 @@ def _known(run: Run) -> dict[str, Any]:
         **{name: where.get(name) for name in names},
         **{f"version of {name}": v for name, v in (where.get("versions") or {}).items()},
         "repeats": run.config.get("repeats"),
-        **{f"arm {arm['name']}": f"{arm['type']} {arm['options'] or ''}".strip() for arm in arms},
+        **{f"arm {arm['name']}": _arm_text(arm) for arm in arms},
     }
+
+
+def _arm_text(arm: dict[str, Any]) -> str:
+    limit = arm.get("draft_length")
+    parts = [arm["type"], arm["options"], limit and f"draft_length {limit}"]
+    return " ".join(str(part) for part in parts if part)
 
 
 def _missing(first: Run, other: Run) -> list[str]:

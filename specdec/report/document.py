@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from specdec.report.blocks import Section
-from specdec.report.comparable import Difference, check_comparable
+from specdec.report.comparable import Difference, check_comparable, not_alike
 from specdec.report.compare import comparison
 from specdec.report.runs import Run
 from specdec.report.sections.analysis import calibration, evidence, hardest
@@ -100,6 +100,7 @@ def _warnings(
         for arm in run.arms
         if arm["mismatches"]
     ]
+    found += not_alike(runs)
     if any(run.kind == "estimate" for run in runs):
         found.append("Figures of an estimate are computed from stated hardware, not measured.")
     return found

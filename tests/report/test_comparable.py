@@ -6,8 +6,9 @@ from pathlib import Path
 import made_runs
 import pytest
 
-from specdec.report.comparable import FIELDS, check_comparable
+from specdec.report.comparable import FIELDS, check_comparable, not_alike
 from specdec.report.compare import comparison, paired_ratios
+from specdec.report.document import build_document
 from specdec.report.runs import Run
 
 RESULTS = made_runs.bench()
@@ -167,3 +168,31 @@ def test_a_comparison_tells_what_it_cannot_pair():
     assert "Arms that only a has: eagle3 tree." in said
     assert "a and b share none" in said
     assert any(row["note"] == "allowed: --allow prompts" for row in section.tables[0].rows)
+
+
+def test_an_arm_that_was_limited_otherwise_is_told():
+    other = copy.deepcopy(RESULTS)
+    other["provenance"]["config"]["arms"][0]["draft_length"] = {1: 2}
+    runs = [run(RESULTS), run(other, "b")]
+    rows = comparison(runs, check_comparable(runs)).tables[0].rows
+    told = next(row for row in rows if row["key"] == "arm eagle3 chain")
+    assert told["other"] == f"{told['first']} draft_length {{1: 2}}"
+
+
+@pytest.mark.parametrize("kind", ["analysis", "suite"])
+def test_runs_of_another_kind_that_are_not_alike_come_with_a_warning(kind):
+    content = getattr(made_runs, kind)(RESULTS)
+    other = copy.deepcopy(content)
+    runs = [Run(kind, label, Path(label), each) for label, each in (("a", content), ("b", other))]
+    assert not_alike(runs) == []
+    other["provenance"]["dtype"] = "bfloat16"
+    (said,) = not_alike(runs)
+    assert said.startswith("Do not compare a with b: dtype is float32 and bfloat16")
+    assert said in build_document(runs).warnings
+
+
+def test_two_suites_that_ask_different_questions_need_no_warning():
+    content = made_runs.suite(RESULTS)
+    other = copy.deepcopy(content) | {"suite": "multi_turn"}
+    other["provenance"]["dtype"] = "bfloat16"
+    assert not_alike([Run("suite", n, Path(n), c) for n, c in (("a", content), ("b", other))]) == []
