@@ -54,7 +54,7 @@ def covers(pair: Pair) -> bool:
 
 def chosen(found: list[Pair]) -> Pair:
     """What the plan holds for the fastest: its choice, where that was measured."""
-    return max(found, key=lambda pair: pair[0]["predicted_speedup"])
+    return max(found, key=lambda pair: (pair[0]["is_timed"], pair[0]["predicted_speedup"]))
 
 
 def summary(found: list[Pair]) -> dict[str, float]:
