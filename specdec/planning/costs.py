@@ -91,13 +91,16 @@ class Costs:
         return self.drafters[candidate.drafter, batch_size](candidate.shape, sizes, context)
 
     def full_step(self, candidate: Candidate, batch_size: int, context: float) -> StepTime:
-        """A step that drafts all the nodes of a candidate."""
+        """A step that drafts all the nodes of a candidate, by the fits wherever there are some.
+
+        A finalist and its cuts are then timed by one ruler; and where drafts vary, what was timed
+        is a mean over steps that mostly drafted fewer.
+        """
         sizes = {candidate.shape.nodes: 1.0}
-        if not candidate.varies:
-            return self.step(candidate, batch_size, sizes, context)
-        # What was timed is a mean over steps that mostly drafted fewer.
         drafter = self.drafters[candidate.drafter, batch_size]
-        return drafter.fitted(candidate.shape, sizes, context)
+        if candidate.varies or self.is_timed(candidate, batch_size):
+            return drafter.fitted(candidate.shape, sizes, context)
+        return drafter(candidate.shape, sizes, context)
 
     def uncertainty(self, candidate: Candidate, batch_size: int) -> float:
         """Relative error of a step's time against plain's, one standard deviation."""

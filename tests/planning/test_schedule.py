@@ -1,6 +1,9 @@
+from dataclasses import replace
+
 import pytest
 
 from specdec.draft_length import Schedule as LoopSchedule
+from specdec.planning.loop_times import TimedRun
 from specdec.planning.prediction import Acceptance, Forecast
 from specdec.planning.schedule import MARGIN, cuts, schedule
 from specdec.planning.shape import Candidate, Shape
@@ -85,6 +88,23 @@ def test_cutting_a_tree_bounds_its_levels_by_its_nodes():
     found = {c.shape.nodes: c for c in cuts(tree)}
     assert found[3].options == {"depth": 3, "width": 2, "max_nodes": 3}
     assert found[7].options == tree.options
+
+
+def test_a_choice_that_was_timed_keeps_its_length_and_the_table_has_one_ruler():
+    """Its own time is worse than the fits', which would make a cut the faster one."""
+    machine = Machine(forward_s=4e-3, per_token_s=4e-4)
+    runs = [
+        TimedRun(each, [replace(machine.step(shape, shape.nodes, 1), target_s=slow)] * 5, 1.0)
+        for each, shape, slow in ((None, Shape(0, 1, 0, False), 4e-3), (CHAIN, CHAIN.shape, 9e-3))
+    ]
+    fitted, costs = machine.costs(TIMED), machine.costs(TIMED, finals=runs)
+    forecast = Forecast(costs, Acceptance(predict), CONTEXT)
+    found = schedule(forecast, CHAIN, (1,))
+    assert found.nodes == {1: 8}
+    assert found.predictions[1][-1].is_timed
+    wanted = schedule(Forecast(fitted, Acceptance(predict), CONTEXT), CHAIN, (1,))
+    assert found.step_s == wanted.step_s
+    assert wanted.nodes[1] < 8
 
 
 def test_the_controller_is_charged_for_what_a_step_drafts_and_not_for_the_mean_step():

@@ -81,7 +81,7 @@ class Machine:
             for is_tree in (False, True)
         ]
 
-    def costs(self, timed, batch_sizes=(1,)):
+    def costs(self, timed, batch_sizes=(1,), finals=()):
         """Costs fitted to decodings of these candidates, all steps alike."""
         runs = {}
         for size in batch_sizes:
@@ -91,7 +91,7 @@ class Machine:
                 TimedRun(c, [self.step(c.shape, c.shape.nodes, size)] * 5, plain.wall_s)
                 for c in timed
             ]
-        return Costs(ForwardCost(self.points(batch_sizes)), runs)
+        return Costs(ForwardCost(self.points(batch_sizes)), runs, finals)
 
 
 def candidate(shape, kind="eagle", drafter="eagle"):
