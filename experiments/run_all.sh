@@ -86,6 +86,7 @@ publish() {
     10-batch)
       for kind in fixed held-out hostile; do cp $runs/10-$kind/sweep.json "$to/$kind.json"; done
       cp $runs/10-users/suite.json "$to/users.json"
+      python "$to/waiting.py" $runs/10-hostile "$to/waiting.json"
       cp $runs/10-plan/plan.json "$to/"
       ;;
     11-prediction)

@@ -196,6 +196,8 @@ def batch() -> dict[str, str]:
                 for name in ("always", "schedule", "controller")
             ],
         )
+    head = ["batch", "arm", "ms a token in steps", "waiting", "a row waits in all, median ms"]
+    found["waiting"] = table(head, _waiting_rows())
     users = groups_of("10-batch/users.json")
     found["users"] = table(
         ["arm", *(f"{group}, {what}" for group in users for what in ("a user", "all"))],
@@ -205,6 +207,16 @@ def batch() -> dict[str, str]:
         ],
     )
     return found
+
+
+def _waiting_rows() -> list[list[str]]:
+    keys = ("in_steps_ms_per_token", "waiting_ms_per_token", "waiting_ms_median")
+    sizes = read("10-batch/waiting.json")["batch"]
+    return [
+        [size, name, *(f"{row[key]:.2f}" for key in keys)]
+        for size, arms in sizes.items()
+        for name, row in arms.items()
+    ]
 
 
 def _user_speeds(load: dict[str, Any]) -> list[str]:
@@ -234,7 +246,19 @@ def predicted() -> dict[str, str]:
     return {
         "configurations": table([*head, "fresh prompts"], rows),
         "summary": table(["over all configurations", "same prompts", "fresh"], _totals(totals)),
+        "earlier": table(
+            ["finalists", "choice", "median error", "rank correlation", "behind the best"],
+            [_earlier_row(each) for each in read("11-prediction/earlier.json")],
+        ),
     }
+
+
+def _earlier_row(planner: dict[str, Any]) -> list[str]:
+    figures = (planner["median_error"], planner["rank_correlation"], planner["choice_behind_best"])
+    shown = (
+        form.format(x) for form, x in zip(("{:.1%}", "{:.3f}", "{:.1%}"), figures, strict=True)
+    )
+    return [planner["finalists"], planner["choice"], *shown]
 
 
 def _totals(totals: dict[str, dict[str, float]]) -> list[list[str]]:
