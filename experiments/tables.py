@@ -254,10 +254,8 @@ def predicted() -> dict[str, str]:
 
 
 def _earlier_row(planner: dict[str, Any]) -> list[str]:
-    figures = (planner["median_error"], planner["rank_correlation"], planner["choice_behind_best"])
-    shown = (
-        form.format(x) for form, x in zip(("{:.1%}", "{:.3f}", "{:.1%}"), figures, strict=True)
-    )
+    forms = {"median_error": "{:.1%}", "rank_correlation": "{:.3f}", "choice_behind_best": "{:.1%}"}
+    shown = (form.format(planner[key]) for key, form in forms.items())
     return [planner["finalists"], planner["choice"], *shown]
 
 
