@@ -32,18 +32,25 @@ def load_draft_length(arm: ArmConfig, drafter: Drafter, target: HFTarget) -> Dra
         raise FileNotFoundError(
             f"draft_length.plan is {str(path)!r} but must be a plan.json that specdec plan wrote"
         )
-    step_s = _step_s(path)
-    _check_made_for(json.loads(path.read_text()), path, arm, target)
+    try:
+        plan = json.loads(path.read_text())
+        step_s = _step_s(plan)
+        planned = {**plan.get("target", {})}
+        planned["type"] = plan["configurations"][0]["type"] if "configurations" in plan else None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"draft_length.plan {str(path)!r} holds no controller.step_s; give a plan.json that "
+            "specdec plan wrote"
+        ) from error
+    _check_made_for(planned, path, arm, target)
     return OnlineController(step_s, trees=drafter.makes_trees)
 
 
-def _check_made_for(plan: dict[str, Any], path: Path, arm: ArmConfig, target: HFTarget) -> None:
+def _check_made_for(planned: dict[str, Any], path: Path, arm: ArmConfig, target: HFTarget) -> None:
     """Refuse what another drafter or target costs; a plan written by hand may leave both out."""
-    ranked = plan.get("configurations") or [{"type": arm.type}]
-    planned = plan.get("target", {})
     sizes = {"vocab_size": target.vocab_size, "num_layers": target.config.num_hidden_layers}
     sizes["hidden_size"] = target.config.hidden_size
-    pairs = [("a drafter of type", ranked[0]["type"], arm.type)]
+    pairs = [("a drafter of type", planned["type"] or arm.type, arm.type)]
     pairs += [(f"a target of {key}", planned.get(key, size), size) for key, size in sizes.items()]
     for what, made_for, given in pairs:
         if made_for != given:
@@ -54,16 +61,9 @@ def _check_made_for(plan: dict[str, Any], path: Path, arm: ArmConfig, target: HF
             )
 
 
-def _step_s(path: Path) -> dict[int, dict[int, float]]:
+def _step_s(plan: dict[str, Any]) -> dict[int, dict[int, float]]:
     """Seconds of a step by batch size and nodes, which JSON keeps under text keys."""
-    try:
-        table = json.loads(path.read_text())["controller"]["step_s"]
-        return {
-            int(size): {int(nodes): float(seconds) for nodes, seconds in row.items()}
-            for size, row in table.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"draft_length.plan {str(path)!r} holds no controller.step_s; give a plan.json that "
-            "specdec plan wrote"
-        ) from error
+    return {
+        int(size): {int(nodes): float(seconds) for nodes, seconds in row.items()}
+        for size, row in plan["controller"]["step_s"].items()
+    }

@@ -127,15 +127,21 @@ def test_the_schema_describes_every_key_and_refuses_others(config, tmp_path):
     ]
 
 
-def test_a_killed_run_resumes_and_keeps_what_it_had(config, tmp_path, monkeypatch):
-    settings, folder = load_config(str(config)), tmp_path / "out"
+def kill_after(num_calls, settings, folder):
+    """Begin a run and end it there, as Ctrl-C would."""
 
     def kill(done, total, text):
-        if done == 7:
+        if done == num_calls:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run_bench(settings, folder, kill)
+
+
+def test_a_killed_run_resumes_and_keeps_what_it_had(config, tmp_path, monkeypatch):
+    settings, folder = load_config(str(config)), tmp_path / "out"
+
+    kill_after(7, settings, folder)
     records = folder / "records.jsonl"
     before = records.read_text()
     records.write_text(before + '{"kind": "step", "half a li')
@@ -191,12 +197,7 @@ CHANGES = ("device", "weights", "plan", "checkpoint")
 def test_a_run_goes_on_only_with_what_it_began_with(what, changeable, tmp_path):
     (settings, change), folder = changeable, tmp_path / "out"
 
-    def kill(done, total, text):
-        if done == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_bench(settings, folder, kill)
+    kill_after(3, settings, folder)
     before = (folder / "records.jsonl").read_text()
     change(what)
     with pytest.raises(ValueError, match=rf"another origin: .*{what}.* now; choose another --out"):
@@ -216,12 +217,7 @@ def test_a_checkpoint_that_is_gone_for_a_while_is_still_compared_when_it_is_back
 ):
     (settings, change), folder = changeable, tmp_path / "out"
 
-    def kill(done, total, text):
-        if done == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_bench(settings, folder, kill)
+    kill_after(3, settings, folder)
     shutil.rmtree(tmp_path / "draft")
     with pytest.raises(FileNotFoundError, match="draft"):
         run_bench(settings, folder)
