@@ -11,7 +11,7 @@ def confirm(
     ranked: Sequence[Prediction],
     finalists: int,
     time: Callable[[Sequence[Candidate]], list[TimedRun]],
-    predict: Callable[[Candidate, Sequence[TimedRun]], Prediction],
+    predict: Callable[[Sequence[Candidate], Sequence[TimedRun]], list[Prediction]],
 ) -> tuple[list[Prediction], list[TimedRun]]:
     """Rank again, with the fastest ones' own times in place of those that follow from the fits.
 
@@ -23,13 +23,12 @@ def confirm(
         ranked: predictions, the fastest first.
         finalists: how many are timed.
         time: decodes with configurations.
-        predict: a configuration, from decodings that hold it.
+        predict: configurations, from decodings that hold them.
 
     Returns:
         The finalists, the fastest first, then the others as they were; and what was timed.
     """
-    chosen = ranked[:finalists]
-    finals = time([prediction.candidate for prediction in chosen])
-    again = [predict(prediction.candidate, finals) for prediction in chosen]
-    again.sort(key=lambda prediction: -prediction.speedup)
+    chosen = [prediction.candidate for prediction in ranked[:finalists]]
+    finals = time(chosen)
+    again = sorted(predict(chosen, finals), key=lambda prediction: -prediction.speedup)
     return [*again, *ranked[finalists:]], finals

@@ -11,6 +11,7 @@ from specdec.decode import generate
 from specdec.interfaces import Drafter
 from specdec.metrics import StepRecord
 from specdec.planning.shape import Candidate
+from specdec.planning.step_time import StepTime
 from specdec.registry import load_drafter
 from specdec.request import Result
 from specdec.sampling_config import SamplingConfig
@@ -19,28 +20,17 @@ from specdec.sampling_config import SamplingConfig
 RUNS_PER_PLAIN = 4
 
 
-@dataclass(frozen=True)
-class Step:
+@dataclass(frozen=True, kw_only=True)
+class Step(StepTime):
     """One step of a timed decoding.
 
     Attributes:
         context: tokens in the cache, the mean of the rows.
         nodes: drafted, the most of any row: what the forward was padded to.
-        draft_s: seconds in the drafter's forwards.
-        target_s: seconds in the target's forward.
-        other_s: everything else of the step.
     """
 
     context: float
     nodes: int
-    draft_s: float
-    target_s: float
-    other_s: float
-
-    @property
-    def wall_s(self) -> float:
-        """Seconds of the whole step."""
-        return self.draft_s + self.target_s + self.other_s
 
 
 @dataclass(frozen=True)
@@ -161,7 +151,8 @@ def _step(records: Sequence[StepRecord], context: float, between: float) -> Step
     record = records[0]
     nodes = max(each.num_drafted for each in records)
     other = record.wall_s - record.draft_s - record.target_s + between
-    return Step(context, nodes, record.draft_s, record.target_s, max(0.0, other))
+    parts = (record.draft_s, record.target_s, max(0.0, other))
+    return Step(*parts, context=context, nodes=nodes)
 
 
 def to_row(steps: Sequence[Step]) -> list[list[float]]:
@@ -174,7 +165,7 @@ def to_row(steps: Sequence[Step]) -> list[list[float]]:
 
 def from_row(rows: Sequence[Sequence[float]]) -> list[Step]:
     """Steps of JSON."""
-    return [Step(row[0], int(row[1]), *row[2:]) for row in rows]
+    return [Step(*row[2:], context=row[0], nodes=int(row[1])) for row in rows]
 
 
 @dataclass(frozen=True)

@@ -174,10 +174,12 @@ class _Planner:
         # No prompt twice: a drafter that remembers would be flattered.
         rounds = max(1, min(self.effort.final_rounds, len(self.work.prompts) // size))
 
-        def predict(candidate: Candidate, finals: Sequence[TimedRun]) -> Prediction:
+        def predict(
+            candidates: Sequence[Candidate], finals: Sequence[TimedRun]
+        ) -> list[Prediction]:
             costs = Costs(forecast.costs.forward, runs, finals, size)
             again = Forecast(costs, forecast.expected, forecast.context, self.config.seed)
-            return again(candidate, size)
+            return [again(candidate, size) for candidate in candidates]
 
         return confirm(
             ranked,

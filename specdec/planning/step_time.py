@@ -6,15 +6,19 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import trim_mean
 
-from specdec.planning.loop_times import Step
-
 # Share of the slowest and of the fastest steps that a mean leaves out: other programs' noise.
 TRIMMED = 0.1
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step by part."""
+    """Seconds of a step by part.
+
+    Attributes:
+        draft_s: in the drafter's forwards.
+        target_s: in the target's forward.
+        other_s: everything else.
+    """
 
     draft_s: float
     target_s: float
@@ -30,7 +34,7 @@ class StepTime:
         return StepTime(factor * self.draft_s, factor * self.target_s, factor * self.other_s)
 
 
-def mean_step(steps: Sequence[tuple[float, Step]]) -> StepTime:
+def mean_step(steps: Sequence[tuple[float, StepTime]]) -> StepTime:
     """The trimmed mean of steps, each at its scale."""
     scale = np.array([scale for scale, _ in steps])
     parts = ("draft_s", "target_s", "other_s")

@@ -14,7 +14,10 @@ def test_a_configuration_that_is_timed_as_given_costs_the_mean_of_its_steps():
     """Long drafts from a lookup are cheap and short ones of a model dear: no line says both."""
     machine = Machine()
     plain = machine.step(Shape(0, 1, 0, False), 0, 1)
-    cheap, dear = Step(CONTEXT, 10, 1e-4, 5e-3, 1e-3), Step(CONTEXT, 6, 4e-3, 5e-3, 2e-3)
+    cheap, dear = (
+        Step(1e-4, 5e-3, 1e-3, context=CONTEXT, nodes=10),
+        Step(4e-3, 5e-3, 2e-3, context=CONTEXT, nodes=6),
+    )
     mixed = Candidate("mixed", "hybrid", {}, "hybrid", Shape(0, 1, 10, True), True)
     runs = [
         TimedRun(None, [plain], plain.wall_s),
@@ -28,10 +31,10 @@ def test_a_configuration_that_is_timed_as_given_costs_the_mean_of_its_steps():
 def test_times_are_brought_to_the_speed_of_the_plain_runs_beside_them():
     machine = Machine()
     plain = machine.step(Shape(0, 1, 0, False), 0, 1)
-    slow = Step(CONTEXT, 0, 0.0, 2 * plain.target_s, 2 * plain.other_s)
+    slow = Step(0.0, 2 * plain.target_s, 2 * plain.other_s, context=CONTEXT, nodes=0)
     one = candidate(SHAPES[3])
     step = machine.step(one.shape, 4, 1)
-    twice = Step(CONTEXT, 4, 2 * step.draft_s, 2 * step.target_s, 2 * step.other_s)
+    twice = Step(2 * step.draft_s, 2 * step.target_s, 2 * step.other_s, context=CONTEXT, nodes=4)
     runs = [
         TimedRun(None, [plain], plain.wall_s),
         TimedRun(one, [step], plain.wall_s),
@@ -58,7 +61,7 @@ def test_a_drafter_that_remembers_is_timed_on_every_prompt_once(monkeypatch):
 
     def time_run(target, drafter, work, batch_size, first):
         seen.append((drafter, first % len(work.prompts)))
-        return [Step(CONTEXT, 0, 0.0, 1e-3, 1e-4)]
+        return [Step(0.0, 1e-3, 1e-4, context=CONTEXT, nodes=0)]
 
     class Journal:
         entries = ()

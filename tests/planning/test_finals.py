@@ -63,8 +63,13 @@ def ranked():
     return sorted((found(c, 1) for c in CHAINS), key=lambda p: -p.speedup)
 
 
+def predict(candidates, finals):
+    found = predictions(finals)
+    return [found(each, 1) for each in candidates]
+
+
 def confirmed(truth):
-    return confirm(ranked(), FINALISTS, truth.time, lambda c, finals: predictions(finals)(c, 1))
+    return confirm(ranked(), FINALISTS, truth.time, predict)
 
 
 def test_a_flattered_configuration_is_found_out():
@@ -115,9 +120,7 @@ def test_parts_of_a_timed_step_add_up_to_its_time():
 
 
 def test_a_plan_stands_where_nothing_could_be_timed():
-    order, finals = confirm(
-        ranked(), FINALISTS, lambda candidates: [], lambda c, timed: predictions(timed)(c, 1)
-    )
+    order, finals = confirm(ranked(), FINALISTS, lambda candidates: [], predict)
     assert finals == []
     assert [p.candidate for p in order] == [p.candidate for p in ranked()]
     assert not order[0].is_timed

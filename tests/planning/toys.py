@@ -65,11 +65,11 @@ class Machine:
     def step(self, shape, nodes, batch_size):
         levels = min(shape.depth or nodes, nodes)
         return Step(
-            CONTEXT,
-            nodes,
             self.level_s * levels,
             self.forward(batch_size, nodes + 1),
             self.rest_s + self.node_s * nodes,
+            context=CONTEXT,
+            nodes=nodes,
         )
 
     def points(self, batch_sizes):
