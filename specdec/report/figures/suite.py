@@ -13,20 +13,35 @@ from specdec.report.figures.style import (
     to_png,
 )
 
+Interval = Sequence[float] | None
 
-def speed_by_group(names: Sequence[str], lines: Mapping[str, Sequence[float | None]]) -> bytes:
-    """A line an arm over the groups in their order.
+
+_DODGE = 0.06  # between the bars of two arms, in groups
+
+
+def speed_by_group(
+    names: Sequence[str],
+    lines: Mapping[str, Sequence[float | None]],
+    intervals: Mapping[str, Sequence[Interval]],
+) -> bytes:
+    """A line an arm over the groups in their order, with bars for its intervals.
 
     Args:
         names: of the groups.
         lines: arm -> speed over plain decoding in each group; None where it has none.
+        intervals: arm -> the lowest and highest it may be; None where it is not known.
     """
     figure = new_figure(3.8 + 0.13 * len(lines))
     axes = figure.subplots()
     for place, (name, values) in enumerate(lines.items()):
-        axes.plot(
-            range(len(values)),
-            [float("nan") if value is None else value for value in values],
+        shift = _DODGE * (place - (len(lines) - 1) / 2)
+        speeds = [float("nan") if value is None else value for value in values]
+        axes.errorbar(
+            [group + shift for group in range(len(values))],
+            speeds,
+            yerr=_reach(speeds, intervals[name]),
+            capsize=2,
+            elinewidth=1,
             marker=marker(place),
             color=color(place),
             linestyle=line(place),
@@ -45,3 +60,11 @@ def speed_by_group(names: Sequence[str], lines: Mapping[str, Sequence[float | No
     axes.grid(alpha=0.3)
     legend_below(figure, axes)
     return to_png(figure)
+
+
+def _reach(speeds: Sequence[float], intervals: Sequence[Interval]) -> list[list[float]]:
+    """From each speed down to and up to the ends of its interval."""
+    ends = [interval or (x, x) for x, interval in zip(speeds, intervals, strict=True)]
+    pairs = list(zip(speeds, ends, strict=True))
+    below = [max(0.0, x - low) for x, (low, _) in pairs]
+    return [below, [max(0.0, high - x) for x, (_, high) in pairs]]
