@@ -1,5 +1,6 @@
 """`specdec collect proxy`."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +18,13 @@ _NEEDED = ("starlette", "uvicorn", "httpx")
 def proxy(
     upstream: Annotated[str, typer.Option(help="root of the server, as http://127.0.0.1:8000")],
     out: Annotated[Path, typer.Option(help="folder for requests-00001.jsonl and so on")],
+    upstream_key_env: Annotated[
+        str | None,
+        typer.Option(
+            help="environment variable with the server's key, or user:password, that is sent where "
+            "the client sends none"
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="port to listen on; 0 takes a free one")
@@ -54,7 +62,14 @@ def proxy(
         max_file_bytes=parse_size(max_file),
         max_total_bytes=parse_size(max_total),
     )
-    serve(Upstream(upstream, connect_timeout), settings, host, port, drain, _say)
+    login = os.environ.get(upstream_key_env, "").strip() if upstream_key_env else ""
+    if upstream_key_env and not login:
+        raise ValueError(
+            "the environment variable that --upstream-key-env names is empty or not set; export "
+            "the server's key under a name and give that name"
+        )
+    server = Upstream(upstream, connect_timeout, login=login)
+    serve(server, settings, host, port, drain, _say)
 
 
 def _say(text: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from specdec.checkpoints import TargetIdentity
 from specdec.checkpoints.folder import read_json
 from specdec.data.answers import AnswerRow, read_rows
+from specdec.data.durable import private_opener
 from specdec.data.journal import disk_trouble
 from specdec.data.query import SPLITS
 
@@ -120,9 +121,10 @@ def write_answers(
     partial = {name: folder / f".{name}.partial" for name in (*files, MANIFEST)}
     try:
         for name, lines in files.items():
-            with partial[name].open("w", encoding="utf-8") as file:
+            with open(partial[name], "w", encoding="utf-8", opener=private_opener) as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
-        partial[MANIFEST].write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n")
+        with open(partial[MANIFEST], "w", encoding="utf-8", opener=private_opener) as file:
+            file.write(json.dumps(manifest, indent=1, allow_nan=False) + "\n")
         (folder / MANIFEST).unlink(missing_ok=True)
         for name, path in partial.items():
             os.replace(path, folder / name)
@@ -141,7 +143,8 @@ def write_failed(folder: Path, failed: Iterable[Mapping[str, Any]]) -> None:
     """
     partial = folder / f".{FAILED}.partial"
     try:
-        partial.write_text("".join(json.dumps(line) + "\n" for line in failed), encoding="utf-8")
+        with open(partial, "w", encoding="utf-8", opener=private_opener) as file:
+            file.writelines(json.dumps(line) + "\n" for line in failed)
         os.replace(partial, folder / FAILED)
     except OSError as error:
         with suppress(OSError):

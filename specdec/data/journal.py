@@ -7,6 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from specdec.data.durable import make_private, private_opener
+
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -35,8 +37,8 @@ class Journal:
         self._path = path
         self.entries: list[dict[str, Any]] = []
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+b")
+            make_private(path.parent)
+            self._file = open(path, "a+b", opener=private_opener)  # noqa: SIM115
         except OSError as error:
             raise disk_trouble(path.parent, error) from error
         try:

@@ -1,48 +1,41 @@
-"""Masks for what must not leave a log: addresses, numbers that name people, and keys."""
+"""Masks for what must not leave a log: addresses, numbers that name people, and secrets."""
 
 import re
 from collections import Counter
-from collections.abc import Callable
-from itertools import pairwise
 
-EMAIL, PHONE, CARD, API_KEY, PRIVATE_KEY = (
-    "<EMAIL>",
-    "<PHONE>",
-    "<CARD>",
-    "<API_KEY>",
-    "<KEY_BLOCK>",
-)
+from specdec.data.secrets import API_KEY, PRIVATE_KEY, Text, take_secrets
 
-MASKS = (EMAIL, PHONE, CARD, API_KEY, PRIVATE_KEY)
+EMAIL, PHONE, CARD, IBAN, SSN = ("<EMAIL>", "<PHONE>", "<CARD>", "<IBAN>", "<SSN>")
 
-# One block without an end (a cut log line) is masked as far as its base64 goes.
-_PEM = re.compile(
-    r"-----BEGIN [A-Z0-9 ]{0,20}PRIVATE KEY-----"
-    r"(?:.{0,8000}?-----END [A-Z0-9 ]{0,20}PRIVATE KEY-----|[A-Za-z0-9+/=\s\\]*)",
-    re.DOTALL,
+MASKS = (EMAIL, PHONE, CARD, IBAN, SSN, API_KEY, PRIVATE_KEY)
+
+# Letters that words are set apart by: an address may stand between others without a space.
+_L = r"A-Za-zÀ-ÖØ-öø-ʯͰ-ԯ"
+_DOMAIN = rf"(?:[{_L}0-9-]{{1,63}}[.。]){{1,8}}[{_L}]{{2,24}}(?![{_L}0-9])"
+_AT = r"(?:\s?[(\[{<]\s?(?:at|@|arroba|ät)\s?[)\]}>]\s?|\s+@\s+|\s+(?:AT|arroba)\s+)"
+_EMAILS = (
+    re.compile(
+        rf"(?<![{_L}0-9.%+-])(?!git@[\w.-]+:)[{_L}0-9_.%+'-]{{1,64}}@(?:{_DOMAIN}|xn--[a-z0-9-]+)"
+    ),
+    # "jane (at) mail (dot) org", and " at " where a dot is spelled out too or a name is no word.
+    re.compile(
+        rf"(?<![{_L}0-9.%+-])(?:[{_L}0-9_.%+-]{{1,64}}{_AT}|[{_L}0-9_.+-]{{1,64}}\s+at\s+(?=[\w-]+\s+dot\s))"
+        rf"(?:[{_L}0-9-]{{1,63}}(?:[.。]|\s?[(\[{{<]\s?(?:dot|punkt|punto|point|\.)\s?[)\]}}>]\s?|\s+(?:dot|DOT|punto)\s+)){{1,6}}"
+        rf"[{_L}]{{2,24}}(?![{_L}0-9])"
+    ),
+    re.compile(
+        rf"(?<![{_L}0-9.%+-])[{_L}]+(?:[._][{_L}]+\d*|\d+)(?<!\.(?:txt|csv|pdf|log|xml|yml|zip|png|jpg))"
+        rf"(?<!\.(?:html|json|yaml))(?<!\.(?:py|js|md|sh))\s+at\s+(?:[{_L}0-9-]{{1,63}}\.){{1,6}}"
+        r"(?:com|org|net|edu|gov|de|fr|es|it|nl|pl|br|pt|uk|ru|jp|cn|kr|in|ch|at|se|io|me)(?![\w-])"
+    ),
+    re.compile(
+        r"(?<![\w.%+-])(?!git@[\w.-]+:)[\w.%+-]{1,64}@(?:[\w-]{1,63}[.。]){1,8}[^\W\d_]{2,24}"
+    ),
 )
-# What leads a secret is kept, so that the query still reads as it did.
-_LED_SECRET = re.compile(
-    r"(?P<lead>\b(?:bearer|basic)\s+)(?=[\w.~+/=-]*\d)[\w.~+/=-]{16,}"
-    r"|(?P<scheme>\b[a-z][a-z0-9+.-]{1,15}://)[^\s/:@]{1,64}:[^\s/@]{1,128}(?=@)"
-    r"|(?P<name>(?:api[_-]?key|secret|token|passw(?:or)?d)[\"']?\s{0,2}[:=]\s{0,2}[\"']?)"
-    r"(?=[\w.~+/=-]*\d)(?=[\w.~+/=-]*[a-z])[\w.~+/=-]{16,}",
-    re.IGNORECASE,
+_CARD = re.compile(
+    r"(?<![\d,-])(?<!\d\.)(?:\d(?:[ -]?\d){12,18}|\d{4}(?P<gap>\s?[./_·-]\s?|\s{1,3})"
+    r"(?:\d{4}(?P=gap)\d{4}(?P=gap)\d{1,7}|\d{6}(?P=gap)\d{4,5}))(?![\d-]|[.,]\d)"
 )
-_PREFIXED_KEYS = re.compile(
-    r"(?<![\w-])(?:"
-    r"eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*"  # JSON web tokens
-    r"|(?:sk|pk|rk)[-_](?=[\w-]*\d)[\w-]{20,}"  # OpenAI, Anthropic, Stripe
-    r"|gh[opusr]_[A-Za-z0-9]{30,}|github_pat_\w{22,}|glpat-[\w-]{20,}"
-    r"|(?:AKIA|ASIA)[0-9A-Z]{16}(?![0-9A-Z])"
-    r"|hf_[A-Za-z0-9]{30,}|npm_[A-Za-z0-9]{36}|pypi-[\w-]{50,}"
-    r"|xox[abeoprs]-[\w-]{10,}|xapp-[\w-]{10,}"
-    r"|AIza[\w-]{35}|ya29\.[\w-]{20,}"
-    r"|SG\.[\w-]{16,}\.[\w-]{16,}"
-    r")"
-)
-_EMAIL = re.compile(r"(?<![\w.%+-])[\w.%+-]{1,64}@(?:[\w-]{1,63}\.){1,8}[^\W\d_]{2,24}\b")
-_CARD = re.compile(r"(?<![\d.,-])\d(?:[ -]?\d){12,18}(?![\d-]|[.,]\d)")
 # By their first digits: lengths that the issuer gives out.
 _ISSUERS = (
     (re.compile(r"4"), {13, 16, 19}),
@@ -51,15 +44,27 @@ _ISSUERS = (
     (re.compile(r"3(?:0[0-5]|[68])"), {14}),
     (re.compile(r"6011|64[4-9]|65|62|35(?:2[89]|[3-8])"), {16, 17, 18, 19}),
 )
+_IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{2}\d{2}(?:[ -]?[A-Za-z0-9]){11,30}", re.ASCII)
+_SSN = re.compile(
+    r"(?<![\w-])(?!000|666|9)\d{3}(?P<gap>[- ])(?!00)\d\d(?P=gap)(?!0000)\d{4}(?![\w-])"
+    r"|(?:\bssn|social security(?: number)?)\W{0,3}(?:is|no\.?|number|#)?\W{0,3}"
+    r"(?P<secret>\d{9})(?!\d)",
+    re.IGNORECASE,
+)
 _SEVEN_DIGITS = re.compile(r"\d(?:\D{0,3}\d){6}")
+_ABROAD = re.compile(r"(?<![\d.,+-])00(?=[1-9][\d ()/.-]{7,})")
+_CUED_NUMBER = re.compile(r"[+(]{0,2}\d(?:[ ()/.-]{0,3}\d){6,15}(?!\d)")
 # Up to the number; other things than telephones have numbers too.
 _PHONE_CUE = re.compile(
-    r"\b(?:phone|call|text|tel|mobile|cell|whatsapp|sms|fax|dial)\b"
+    r"(?:\b(?:phone|call|text|tel|mobile|cell|whatsapp|sms|fax|dial|ring)\b|telef[oó]no?|t[eé]l[eé]phone|téléfono"
+    r"|\b(?:handy(?:nummer)?|rufnummer|mobil|m[oó]vil|celular|cellulare|portable|telefoon|puhelin|komórka)\b"
+    r"|телефон|电话|手机|電話|携帯|전화|휴대폰)"
     r"(?:(?!order|invoice|ticket|account|reference|booking|case|tracking|\bid\b|#)\D){0,24}$",
     re.IGNORECASE,
 )
 _CUE_REACH = 40
-_MIN_CUED_DIGITS = 10
+_MIN_CUED_DIGITS = 9
+_DATE = re.compile(r"(?:19|20)\d\d[-/.]\d\d?[-/.]\d\d?|\d\d?[-/.]\d\d?[-/.](?:19|20)?\d\d")
 
 PHONE_REGION = "US"
 
@@ -95,59 +100,51 @@ class Masker:
 
     def mask(self, text: str) -> str:
         """The text with a placeholder for every find."""
-        text = self._replaced(_PEM, text, lambda _: PRIVATE_KEY)
-        text = self._replaced(_PREFIXED_KEYS, text, lambda _: API_KEY)
-        text = self._replaced(_LED_SECRET, text, _after_lead)
-        text = self._replaced(_EMAIL, text, lambda _: EMAIL)
-        text = self._replaced(_CARD, text, _without_card)
-        return self._phones_masked(text)
-
-    def _replaced(
-        self, pattern: re.Pattern[str], text: str, put: Callable[[re.Match[str]], str]
-    ) -> str:
-        def count_and_put(match: re.Match[str]) -> str:
-            new = put(match)
-            if new != match[0]:
-                self.counts[next(mask for mask in MASKS if mask in new)] += 1
-            return new
-
-        return pattern.sub(count_and_put, text)
-
-    def _phones_masked(self, text: str) -> str:
-        if not _SEVEN_DIGITS.search(text):  # the matcher is slow
-            return text
-        spans = self._phone_spans(text)
-        self.counts[PHONE] += len(spans)
-        ends = [(0, 0), *spans, (len(text), len(text))]
-        return PHONE.join(text[before[1] : after[0]] for before, after in pairwise(ends))
+        read = Text(text)
+        take_secrets(read)
+        for pattern in _EMAILS:
+            read.take(pattern, EMAIL)
+        read.take(_IBAN, IBAN, _iban)
+        read.take(_CARD, CARD, _card)
+        read.take(_SSN, SSN, _ssn)
+        read.take(_CUED_NUMBER, PHONE, _cued)
+        if _SEVEN_DIGITS.search(read.seen):  # the matcher is slow
+            for start, end in self._phone_spans(read.seen):
+                read.note(start, end, PHONE)
+        self.counts.update(mask for _, _, mask in read.found)
+        return read.masked()
 
     def _phone_spans(self, text: str) -> list[tuple[int, int]]:
         from phonenumbers import Leniency, PhoneNumberMatcher, is_valid_number
 
         spans = []
-        for match in PhoneNumberMatcher(text, self._region, leniency=Leniency.POSSIBLE):
-            digits = sum(character.isdigit() for character in match.raw_string)
-            before = text[max(0, match.start - _CUE_REACH) : match.start]
-            if _PHONE_CUE.search(before):
-                found = digits >= _MIN_CUED_DIGITS or is_valid_number(match.number)
-            else:
-                found = not match.raw_string.isdigit() and is_valid_number(match.number)
-            if found:
+        # "0044 ..." is how "+44 ..." is dialed.
+        dialed = _ABROAD.sub(" +", text)
+        for match in PhoneNumberMatcher(dialed, self._region, leniency=Leniency.POSSIBLE):
+            is_cued = not match.raw_string.isdigit() or _cue_before(text, match.start)
+            if is_cued and is_valid_number(match.number):
                 spans.append((match.start, match.end))
         return spans
 
 
-def _after_lead(match: re.Match[str]) -> str:
-    return (match["lead"] or match["scheme"] or match["name"]) + API_KEY
+def _cued(match: re.Match[str]) -> tuple[int, int] | None:
+    """A number behind a word such as "call", in whatever country it is written so."""
+    digits = sum(map(str.isdigit, match[0]))
+    is_phone = digits >= _MIN_CUED_DIGITS and not _DATE.match(match[0])
+    return match.span() if is_phone and _cue_before(match.string, match.start()) else None
 
 
-def _without_card(match: re.Match[str]) -> str:
-    """Masked up to the last gap that leaves a card number; a security code may follow one."""
-    ends = [len(match[0]), *(gap.start() for gap in re.finditer(r"[ -]", match[0]))]
+def _cue_before(text: str, start: int) -> bool:
+    return bool(_PHONE_CUE.search(text[max(0, start - _CUE_REACH) : start]))
+
+
+def _card(match: re.Match[str]) -> tuple[int, int] | None:
+    """Up to the last gap that leaves a card number; a security code may follow one."""
+    ends = [len(match[0]), *(gap.start() for gap in re.finditer(r"\D+", match[0]))]
     for end in sorted(ends, reverse=True):
         if _is_card(match[0][:end]):
-            return CARD + match[0][end:]
-    return match[0]
+            return match.start(), match.start() + end
+    return None
 
 
 def _is_card(text: str) -> bool:
@@ -156,3 +153,17 @@ def _is_card(text: str) -> bool:
     digits = re.sub(r"\D", "", text)
     issued = any(start.match(digits) and len(digits) in sizes for start, sizes in _ISSUERS)
     return issued and luhn.is_valid(digits)
+
+
+def _iban(match: re.Match[str]) -> tuple[int, int] | None:
+    """The longest beginning with right check digits; a word may follow a number."""
+    from stdnum import iban
+
+    for end in range(len(match[0]), 14, -1):
+        if match[0][end - 1].isalnum() and iban.is_valid(match[0][:end]):
+            return match.start(), match.start() + end
+    return None
+
+
+def _ssn(match: re.Match[str]) -> tuple[int, int]:
+    return match.span("secret") if match["secret"] else match.span()

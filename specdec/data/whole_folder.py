@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from specdec.data.durable import NO_SPACE
+from specdec.data.durable import NO_SPACE, make_all_private, make_private
 
 
 @contextmanager
@@ -21,8 +21,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     partial, before = _beside(folder, "partial"), _beside(folder, "before")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of a killed run
-        partial.mkdir(parents=True)
+        make_private(partial)
         yield partial
+        make_all_private(partial)
         if folder.exists():
             shutil.rmtree(before, ignore_errors=True)
             folder.rename(before)

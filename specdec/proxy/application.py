@@ -7,6 +7,7 @@ import anyio
 from starlette.routing import Route, Router
 
 from specdec.proxy.forwarder import Forwarder
+from specdec.proxy.guard import Guard
 from specdec.proxy.health import Health
 from specdec.proxy.recorder import Recorder
 from specdec.proxy.upstream import Upstream
@@ -14,8 +15,20 @@ from specdec.proxy.upstream import Upstream
 _LAST_RECORDS_S = 5.0
 
 
-def build_application(upstream: Upstream, recorder: Recorder, say: Callable[[str], None]) -> Router:
-    """`/health`, and every other path passed on; when it shuts down it closes what it was given."""
+def build_application(
+    upstream: Upstream,
+    recorder: Recorder,
+    say: Callable[[str], None],
+    hosts: frozenset[str] | None = None,
+) -> Guard:
+    """`/health`, and every other path passed on; when it shuts down it closes what it was given.
+
+    Args:
+        upstream: the server behind the proxy.
+        recorder: of what passes.
+        say: takes what the operator has to know, a line at a time.
+        hosts: values of the header Host that are answered; None for any.
+    """
     forwarder = Forwarder(upstream, recorder, say)
     health = Health(upstream, recorder, forwarder)
 
@@ -31,7 +44,8 @@ def build_application(upstream: Upstream, recorder: Recorder, say: Callable[[str
         say(f"recorded {recorder.recorded} requests, {_skipped(recorder)}")
 
     routes = [Route("/health", health.answer, methods=["GET"])]
-    return Router(routes, redirect_slashes=False, default=forwarder, lifespan=lifespan)
+    router = Router(routes, redirect_slashes=False, default=forwarder, lifespan=lifespan)
+    return Guard(router, hosts)
 
 
 def _skipped(recorder: Recorder) -> str:

@@ -70,7 +70,7 @@ class Exchange:
         self.status = status
         if not self.is_open:
             return
-        self.secrets |= secrets_outside(headers, b"")
+        self.secrets |= secrets_outside(headers, b"", named_only=True)
         self.is_stream = header(headers, b"content-type").startswith("text/event-stream")
         self.answer = JoinedAnswer() if self.is_stream else PlainAnswer()
         length = header(headers, b"content-length")

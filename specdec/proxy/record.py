@@ -1,8 +1,10 @@
 """The line that is written for an exchange; docs/recording.schema.json describes it."""
 
 import json
+import re
 from typing import Any
 
+from specdec.proxy.allowed import REQUEST, RESPONSE, kept
 from specdec.proxy.exchange import Exchange
 from specdec.proxy.redaction import redact, secrets_inside
 
@@ -18,14 +20,16 @@ def encode(exchange: Exchange, secrets: frozenset[str]) -> bytes | None:
     if request is None:
         return None
     response, is_whole = exchange.answer.response() if exchange.answer else (None, False)
-    hidden = secrets | exchange.secrets | secrets_inside(request)
+    # Of what is not kept, too: the answer may repeat it.
+    model = _model(request, response)
+    hidden = (secrets | exchange.secrets | secrets_inside(request)) - {model or ""}
     record = {
         "id": exchange.id,
         "time": exchange.time,
-        "path": exchange.path,
-        "model": _model(request, response),
-        "request": request,
-        "response": response,
+        "path": _endpoint(exchange.path),
+        "model": model,
+        "request": kept(request, REQUEST),
+        "response": None if response is None else kept(response, RESPONSE),
         "status": exchange.status,
         "complete": is_whole and (exchange.ended or exchange.has_answer),
         "stream": exchange.is_stream,
@@ -35,6 +39,12 @@ def encode(exchange: Exchange, secrets: frozenset[str]) -> bytes | None:
     # NaN is no JSON, and readers of the file would stumble over it.
     line = json.dumps(redact(record, hidden), allow_nan=False, separators=(",", ":"))
     return line.encode("ascii") + b"\n"
+
+
+def _endpoint(path: str) -> str:
+    """The path without its prefix, which may name a team or hold a key."""
+    found = re.search(r"(/v1)?(/chat)?/completions/?$", path)
+    return found[0] if found else ""
 
 
 def _request(body: bytearray) -> dict[str, Any] | None:

@@ -5,9 +5,12 @@ import fcntl
 import json
 import os
 import re
+import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+from specdec.data.durable import make_private
 
 _NAME = re.compile(r"requests-(\d{5,})\.jsonl")
 _BLOCK = 65536
@@ -46,10 +49,10 @@ class RecordFiles:
         self._write = write
         self._fd: int | None = None
         self._size = 0
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(folder)
         self._lock_fd = _locked(folder)
         self._number = max(self._numbers(), default=1)
-        if self.path.exists():
+        if os.path.lexists(self.path):
             _heal(self.path)
         self.total_bytes = self._count_total()
 
@@ -109,7 +112,7 @@ class RecordFiles:
     def _is_in_place(self, fd: int) -> bool:
         """Whether the open file is still what its path names; else lines would go with it."""
         try:
-            return os.path.samestat(os.stat(self.path), os.fstat(fd))
+            return os.path.samestat(os.lstat(self.path), os.fstat(fd))
         except FileNotFoundError:
             return False
 
@@ -118,10 +121,9 @@ class RecordFiles:
         self._number = max([self._number, *self._numbers()]) + 1
 
     def _open(self) -> None:
-        if self.path.exists():
+        if os.path.lexists(self.path):
             _heal(self.path)
-        fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        os.fchmod(fd, 0o600)
+        fd = _opened_file(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         self._fd, self._size = fd, os.fstat(fd).st_size
         _sync_folder(self._folder)
 
@@ -136,7 +138,7 @@ class RecordFiles:
 
     def _count_total(self) -> int:
         return sum(
-            entry.stat().st_size
+            entry.stat(follow_symlinks=False).st_size
             for entry in os.scandir(self._folder)
             if _NAME.fullmatch(entry.name)
         )
@@ -144,7 +146,7 @@ class RecordFiles:
 
 def _locked(folder: Path) -> int:
     """A lock that ends with this process, however it ends."""
-    fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    fd = _opened_file(folder / ".lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -155,9 +157,32 @@ def _locked(folder: Path) -> int:
     return fd
 
 
+def _opened_file(path: Path, flags: int) -> int:
+    """A file of ours for its owner alone, never what somebody put in its place.
+
+    Raises:
+        OSError: it cannot be opened, or a link, a pipe or a device stands there.
+    """
+    try:
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EMLINK, errno.ENXIO):
+            raise
+        fd = None
+    if fd is None or not stat.S_ISREG(os.fstat(fd).st_mode):
+        if fd is not None:
+            os.close(fd)
+        raise OSError(
+            f"{str(path)!r} is a link or no regular file, and records would go elsewhere; remove "
+            "it or give another --out"
+        )
+    os.fchmod(fd, 0o600)
+    return fd
+
+
 def _heal(path: Path) -> None:
     """Make the file end with a whole line: end the last one if it lacks only that, else drop it."""
-    with path.open("rb+") as file:
+    with open(_opened_file(path, os.O_RDWR), "rb+") as file:
         end = file.seek(0, os.SEEK_END)
         start = _last_line(file.fileno(), end)
         if start == end:

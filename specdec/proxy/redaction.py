@@ -4,11 +4,15 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import parse_qsl, quote, unquote
+
+from specdec.data.secrets import Text, take_secrets
+from specdec.proxy.allowed import SCHEMA
 
 REDACTED = "[redacted]"
+_SCHEMA_TYPES = ("string", "number", "integer", "boolean", "array", "object", "null")
 
 # What a name ends with, in lower case and without "-", "_" and a plural's "s".
 _ENDINGS = (
@@ -26,6 +30,19 @@ _ENDINGS = (
     "credential",
     "authorization",
     "cookie",
+    "passcode",
+    "passwort",
+    "kennwort",
+    "contraseña",
+    "motdepasse",
+    "senha",
+    "hasło",
+    "wachtwoord",
+    "пароль",
+    "密码",
+    "パスワード",
+    "비밀번호",
+    "pwd",
     "accesstoken",
     "apitoken",
     "authtoken",
@@ -40,94 +57,134 @@ _ENDINGS = (
 _ENDINGS_OUTSIDE = (*_ENDINGS, "key", "token", "auth", "sig", "signature")
 # Shorter ones are placeholders ("EMPTY", "none"), and common words would be torn out of the texts.
 _SHORTEST = 8
+_SHORT = re.compile(r"(?=.*\d)(?=.*[A-Za-z]).{6,7}")
 _SHORTEST_COOKIE = 16
 _SCHEMES = ("basic", "bearer", "token", "apikey", "key")
-_IN_URL = re.compile(r"(?<=://)[^\s/@:]*:[^\s/@]+(?=@)")
+# Of other headers a value that looks like a key is taken for one.
+_PUBLIC_HEADERS = {
+    *(
+        "accept",
+        "accept-charset",
+        "accept-encoding",
+        "accept-language",
+        "cache-control",
+        "connection",
+    ),
+    *("content-encoding", "content-length", "content-type", "date", "expect", "host", "origin"),
+    *("pragma", "te", "transfer-encoding", "upgrade", "user-agent", "via"),
+}
+_KEY_LIKE = re.compile(r"(?=[^0-9]*[0-9])(?=[^A-Za-z]*[A-Za-z])[^\s,;=\"']{12,}")
 
 
-def secrets_outside(headers: Iterable[tuple[bytes, bytes]], query: bytes) -> frozenset[str]:
-    """Credentials in the headers and the query string of a request or an answer."""
+def secrets_outside(
+    headers: Iterable[tuple[bytes, bytes]], query: bytes, named_only: bool = False
+) -> frozenset[str]:
+    """Credentials in the headers and the query string of a request or an answer.
+
+    Args:
+        headers: names and values.
+        query: percent-encoded.
+        named_only: whether a value that only looks like a key stays, such as an answer's id.
+    """
     found: list[str] = []
     for raw_name, raw_value in headers:
-        name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1").strip()
+        name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1").strip()
         if _is_named(name, _ENDINGS_OUTSIDE):
             found += _cookies(value) if _plain(name).endswith("cookie") else _parts(value)
-    for name, value in parse_qsl(query.decode("latin-1")):
-        if _is_named(name, _ENDINGS_OUTSIDE):
-            found.append(value)
-    for pair in query.decode("latin-1").split("&"):
+        if not named_only and name not in _PUBLIC_HEADERS and not name.startswith("sec-"):
+            found += _KEY_LIKE.findall(value)
+    text = query.decode("latin-1")
+    found += [value for name, value in parse_qsl(text) if _is_named(name, _ENDINGS_OUTSIDE)]
+    for pair in re.split("[&;]", text):
         name, _, value = pair.partition("=")
-        if _is_named(unquote(name), _ENDINGS_OUTSIDE):
-            found.append(value)
+        if _is_named(unquote(name), _ENDINGS_OUTSIDE) or _KEY_LIKE.fullmatch(value):
+            found += [value, unquote(value)]
     return long_enough(found)
 
 
 def secrets_inside(body: Any) -> frozenset[str]:
     """Credentials in a JSON body, so that an answer that repeats them is redacted as well."""
-    return long_enough(_hidden(body, False))
+    found = _Redaction(())
+    found.apply(body)
+    return long_enough(part for secret in found.secrets for part in _parts(secret))
 
 
 def long_enough(texts: Iterable[str]) -> frozenset[str]:
     """Those texts that can be looked for in other texts without tearing words out of them."""
-    return frozenset(text for text in texts if len(text) >= _SHORTEST)
+    return frozenset(text for text in texts if len(text) >= _SHORTEST or _SHORT.fullmatch(text))
 
 
 def redact(value: Any, secrets: Iterable[str]) -> Any:
     """A JSON value without credentials.
 
-    What goes under a credential's name is replaced, as are the `secrets` in any other text and
-    what stands before the `@` of a URL.
+    What goes under a credential's name is replaced, as are keys of known forms and named passwords
+    in any text, and the `secrets` and whatever was found, wherever they are repeated.
     """
-    # The longest first: one secret may be a part of another.
-    return _Redaction(sorted(secrets, key=len, reverse=True)).apply(value, hide=False)
+    found = _Redaction(secrets)
+    clean = found.apply(value)
+    return _Redaction(found.secrets, only_repeated=True).apply(clean)
 
 
 class _Redaction:
-    def __init__(self, secrets: list[str]) -> None:
-        self._secrets = secrets
+    """Replaces credentials in a JSON value.
 
-    def apply(self, value: Any, hide: bool) -> Any:
+    Attributes:
+        secrets: those that were given, and those that were found.
+    """
+
+    def __init__(self, secrets: Iterable[str], only_repeated: bool = False) -> None:
+        self.secrets = {*secrets, *(quote(secret, safe="") for secret in secrets)}
+        # The longest first: one secret may be a part of another.
+        self._known = sorted(long_enough(self.secrets), key=len, reverse=True)
+        self._only_repeated = only_repeated
+
+    def apply(self, value: Any, hide: bool = False) -> Any:
+        """The value with `[redacted]` for credentials, or for all of it if it is to be hidden."""
         if isinstance(value, dict):
             hide = hide and not _is_schema(value)
-            return {self._text(key): self._member(key, each, hide) for key, each in value.items()}
+            # {"name": "password", "value": "..."} names its value too.
+            names = [
+                each for key in ("name", "key", "header") if isinstance(each := value.get(key), str)
+            ]
+            says = any(_is_named(name, _ENDINGS) for name in names)
+            return {
+                self._text(key): self._member(key, each, hide or (says and key == "value"))
+                for key, each in value.items()
+            }
         if isinstance(value, list):
             return [self.apply(each, hide) for each in value]
         if isinstance(value, str):
-            return REDACTED if hide and value else self._text(value)
+            return self._hidden(value) if hide and value else self._json(value)
         return REDACTED if hide and _is_number(value) else value
 
     def _member(self, key: str, value: Any, hide: bool) -> Any:
-        hide = hide or _is_named(key, _ENDINGS)
-        if key == "arguments" and isinstance(value, str) and not hide:
-            return self._arguments(value)
+        if not self._only_repeated:
+            is_key = isinstance(value, str) and _KEY_LIKE.fullmatch(value)
+            hide = hide or _is_named(key, _ENDINGS_OUTSIDE if is_key else _ENDINGS)
         return self.apply(value, hide)
 
-    def _arguments(self, text: str) -> str:
-        """Arguments of a tool call: JSON in a string, left as it was written if it is clean."""
+    def _hidden(self, text: str) -> str:
+        self.secrets.add(text)
+        return REDACTED
+
+    def _json(self, text: str) -> str:
+        """JSON in a string, as tool calls have it, is left as it was written if it is clean."""
         try:
-            given = json.loads(text)
+            given = json.loads(text) if text.lstrip()[:1] in ("{", "[") else None
         except (ValueError, RecursionError):
-            return self._text(text)
-        clean = self.apply(given, hide=False)
-        return text if clean == given else json.dumps(clean, ensure_ascii=False)
+            given = None
+        clean = self.apply(given)
+        return self._text(text if clean == given else json.dumps(clean, ensure_ascii=False))
 
     def _text(self, text: str) -> str:
-        for secret in self._secrets:
+        for secret in self._known:
             text = text.replace(secret, REDACTED)
-        return _IN_URL.sub(REDACTED, text) if "://" in text else text
-
-
-def _hidden(value: Any, hide: bool) -> Iterator[str]:
-    """Strings under the names of credentials."""
-    if isinstance(value, dict):
-        hide = hide and not _is_schema(value)
-        for key, each in value.items():
-            yield from _hidden(each, hide or _is_named(key, _ENDINGS))
-    elif isinstance(value, list):
-        for each in value:
-            yield from _hidden(each, hide)
-    elif hide and isinstance(value, str):
-        yield from _parts(value)
+        if self._only_repeated:
+            return text
+        read = Text(text)
+        take_secrets(read)
+        self.secrets.update(text[start:end] for start, end, _ in read.found)
+        return read.masked(REDACTED)
 
 
 def _cookies(value: str) -> list[str]:
@@ -159,8 +216,9 @@ def _plain(name: str) -> str:
 
 
 def _is_schema(value: dict[str, Any]) -> bool:
-    """A tool's description of a parameter that is called, say, "password"."""
-    return isinstance(value.get("type"), str) or "$ref" in value
+    """A tool's description of a parameter that is called, say, "password", without its values."""
+    is_typed = value.get("type") in _SCHEMA_TYPES or "$ref" in value
+    return is_typed and value.keys() <= SCHEMA.keys() - {"enum"}
 
 
 def _is_number(value: Any) -> bool:

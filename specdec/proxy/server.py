@@ -8,6 +8,7 @@ from contextlib import suppress
 import uvicorn
 
 from specdec.proxy.application import build_application
+from specdec.proxy.guard import hosts_of
 from specdec.proxy.record_files import RecordFiles
 from specdec.proxy.recorder import Recorder
 from specdec.proxy.settings import Settings
@@ -40,12 +41,18 @@ def serve(
     recorder = Recorder(settings, files, upstream.secrets, say)
     with listen(host, port) as listener:
         shown = f"[{host}]" if ":" in host else host
-        address = f"http://{shown}:{listener.getsockname()[1]}"
+        taken = listener.getsockname()[1]
+        address = f"http://{shown}:{taken}"
         say(f"recording {address} -> {upstream.url} into {settings.out}")
+        if settings.out.stat().st_mode & 0o077:
+            say(f"others may look into {settings.out}; close it with: chmod 700")
         if not _is_loopback(host):
             say(f"{host} is no loopback address: whoever reaches it can use the upstream server")
         config = uvicorn.Config(
-            build_application(upstream, recorder, say),
+            build_application(
+                upstream, recorder, say, hosts_of(host, taken) if _is_loopback(host) else None
+            ),
+            http="h11",  # it bounds the size of a request's head
             timeout_graceful_shutdown=drain_s,
             # The answers' headers are the upstream's own.
             server_header=False,

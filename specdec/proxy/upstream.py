@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 from specdec.proxy.headers import Headers
-from specdec.proxy.redaction import long_enough
+from specdec.proxy.redaction import long_enough, redact
 
 _CHECK_TIMEOUT_S = 2.0
 _CHECK_EVERY_S = 5.0
@@ -22,18 +22,18 @@ class Upstream:
     """An OpenAI-compatible server, reached without cookies, redirects or timeouts of its own.
 
     Args:
-        url: of the server's root; a path is put before every request's path. A user and password
-            in it are sent to the server where the client sends no authorization.
+        url: of the server's root; a path is put before every request's path.
         connect_timeout_s: longest wait for a connection; reading has no limit, as long answers
             take long.
         transport: what a test puts in the network's place.
+        login: a key, or `user:password`, that is sent where the client sends no authorization.
 
     Attributes:
-        url: without user and password.
-        secrets: what no record may hold of the URL.
+        url: as it may be shown.
+        secrets: what no record may hold of the login.
 
     Raises:
-        ValueError: no URL of a server.
+        ValueError: no URL of a server, or one with a login in it.
     """
 
     def __init__(
@@ -41,13 +41,14 @@ class Upstream:
         url: str,
         connect_timeout_s: float,
         transport: httpx.AsyncBaseTransport | None = None,
+        login: str = "",
     ) -> None:
         base = _parsed(url)
-        self.url = str(base.copy_with(username=None, password=None))
-        self.secrets = long_enough([base.password])
-        self._origin = base.copy_with(username=None, password=None, raw_path=b"/")
+        self.url = redact(str(base), [])
+        self._origin = base.copy_with(raw_path=b"/")
         self._prefix = base.raw_path.rstrip(b"/")
-        self._login = f"{base.username}:{base.password}" if base.userinfo else ""
+        self._login = _authorization(login)
+        self.secrets = long_enough([login, login.partition(":")[2], self._login.partition(" ")[2]])
         self._connect_timeout_s = connect_timeout_s
         self._transport = transport or httpx.AsyncHTTPTransport(
             verify=httpx.create_ssl_context() if base.scheme == "https" else False,
@@ -118,7 +119,7 @@ class Upstream:
     def _addressed(self, headers: Headers) -> Headers:
         kept = [(name, value) for name, value in headers if name not in (b"host", b"expect")]
         if self._login and not any(name == b"authorization" for name, _ in kept):
-            kept.append((b"authorization", b"Basic " + base64.b64encode(self._login.encode())))
+            kept.append((b"authorization", self._login.encode()))
         return kept
 
 
@@ -127,14 +128,27 @@ def reason(error: httpx.TransportError) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
+def _authorization(login: str) -> str:
+    if not login.isprintable() or not login.isascii():
+        raise ValueError("the login of --upstream-key-env must be printable ASCII on one line")
+    if ":" in login:
+        return "Basic " + base64.b64encode(login.encode()).decode()
+    return f"Bearer {login}" if login else ""
+
+
 def _parsed(url: str) -> httpx.URL:
+    if "@" in url:
+        raise ValueError(
+            "--upstream holds a login, which every user of this machine could read in the list of "
+            "processes; put it in an environment variable and give --upstream-key-env NAME"
+        )
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as error:
         raise ValueError(f"--upstream is no URL ({error}); give http://HOST:PORT") from error
     if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query:
         raise ValueError(
-            f"--upstream {str(parsed.copy_with(username=None, password=None))!r} is no address of "
-            "a server; give http://HOST:PORT, with a path if the server has one"
+            f"--upstream {redact(url, [])!r} is no address of a server; give http://HOST:PORT, "
+            "with a path if the server has one"
         )
     return parsed

@@ -51,15 +51,15 @@ def start_proxy(tmp_path, stopped):
     """Starts a proxy; its settings, chance and `write` may be given."""
     running = []
 
-    def start(url, write=None, chance=None, **settings):
+    def start(url, write=None, chance=None, login="", hosts=None, **settings):
         folder = tmp_path / "records"
         given = Settings(out=folder, **settings)
         limits = (given.max_file_bytes, given.max_total_bytes)
         files = RecordFiles(folder, *limits, **({"write": write} if write else {}))
         said = []
-        behind = Upstream(url, connect_timeout_s=PATIENCE_S)
+        behind = Upstream(url, connect_timeout_s=PATIENCE_S, login=login)
         recorder = Recorder(given, files, behind.secrets, said.append, chance)
-        served = Served(build_application(behind, recorder, said.append))
+        served = Served(build_application(behind, recorder, said.append, hosts))
         running.append(served)
         return Proxy(served, folder, said, recorder)
 

@@ -55,13 +55,13 @@ def test_a_credential_is_nowhere_in_the_folder_even_if_the_answer_repeats_it(
 
 def test_a_new_cookie_that_the_answer_repeats_is_hidden_and_its_attributes_are_not(proxy, upstream):
     async def respond(request):
-        body = {"text": f"{SECRET} from example.com"}
+        body = {"error": f"{SECRET} from example.com"}
         cookie = f"id={SECRET}; Domain=example.com; Path=/"
         return JSONResponse(body, headers={"set-cookie": cookie})
 
     upstream.answer = respond
     proxy.ask()
-    assert proxy.records()[0]["response"] == {"text": f"{REDACTED} from example.com"}
+    assert proxy.records()[0]["response"] == {"error": f"{REDACTED} from example.com"}
 
 
 def test_what_is_no_credential_stays():

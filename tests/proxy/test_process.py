@@ -147,7 +147,10 @@ def invoke(tmp_path, *options):
     ("options", "said"),
     [
         (["--upstream", "localhost:8000"], "http://HOST:PORT"),
-        (["--upstream", "ftp://u:secret@h"], "http://HOST:PORT"),
+        (["--upstream", "ftp://h"], "http://HOST:PORT"),
+        (["--upstream", "http://u:secret@h"], "--upstream-key-env NAME"),
+        (["--upstream", "http://u:sec@ret@h:x"], "--upstream-key-env NAME"),
+        (["--upstream", "http://h", "--upstream-key-env", "NO_SUCH"], "is empty or not set"),
         (["--upstream", "http://h", "--sample", "1.5"], "--sample 1.5"),
         (["--upstream", "http://h", "--max-body", "8 parsecs"], "'8 parsecs' is no size"),
         (["--upstream", "http://h", "--max-file", "0"], "at least 1"),

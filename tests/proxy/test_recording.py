@@ -25,7 +25,7 @@ def only(proxy):
 
 
 def test_a_plain_answer_is_recorded_as_it_is(proxy, upstream):
-    body = answer("hi", usage={"total_tokens": 3}, extra=[1, None])
+    body = answer("hi", usage={"total_tokens": 3})
 
     async def respond(request):
         return JSONResponse(body)
