@@ -29,6 +29,7 @@ class Served:
             timeout_graceful_shutdown=1,
             server_header=False,
             date_header=False,
+            ws="none",
         )
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, args=([listener],), daemon=True)

@@ -29,7 +29,7 @@ class Collector:
 
     def __init__(self, settings: CollectSettings, earlier: dict[str, list[Query]]):
         """Know the queries that are there already."""
-        self.tally = Tally()
+        self.tally = Tally(settings.phone_region)
         self._settings, self._masker = settings, Masker(settings.phone_region)
         self._earlier = [query for queries in earlier.values() for query in queries]
         self._seen = {query.id for query in self._earlier}
@@ -80,11 +80,11 @@ class Collector:
         except (ValueError, RecursionError) as error:
             self._refuse(Malformed(record.where, _shown(record.value), str(error)))
             return
-        domain, where = (
-            whole_characters(_domain(record.value, settings, name)),
-            whole_characters(record.where),
-        )
+        where = whole_characters(record.where)
         cleaning = _Cleaning(self._masker.mask if settings.mask else str)
+        domain = whole_characters(_domain(record.value, settings, name))
+        if settings.domain is None:  # a record's own may be a customer's address
+            domain = cleaning.text(domain)
         for each in asked:
             self._add(each, domain, where, cleaning)
 
@@ -146,10 +146,10 @@ class _Cleaning:
         self._turns: dict[tuple[str, str], Message] = {}
 
     def apply(self, asked: Asked) -> Asked:
-        answer = None if asked.answer is None else self._text(asked.answer)
-        return Asked(tuple(map(self._turn, asked.messages)), self._text(asked.text), answer)
+        answer = None if asked.answer is None else self.text(asked.answer)
+        return Asked(tuple(map(self._turn, asked.messages)), self.text(asked.text), answer)
 
-    def _text(self, text: str) -> str:
+    def text(self, text: str) -> str:
         if text not in self._texts:
             self._texts[text] = self._mask(whole_characters(text))
         return self._texts[text]
@@ -157,7 +157,7 @@ class _Cleaning:
     def _turn(self, turn: Message) -> Message:
         key = turn["role"], turn["content"]
         if key not in self._turns:
-            self._turns[key] = {"role": turn["role"], "content": self._text(turn["content"])}
+            self._turns[key] = {"role": turn["role"], "content": self.text(turn["content"])}
         return self._turns[key]
 
 

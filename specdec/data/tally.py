@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any
 
-from specdec.data.masking import Masker
+from specdec.data.masking import PHONE_REGION, Masker
 
 # In the order in which a record meets them.
 REASONS = {
@@ -36,10 +36,10 @@ class Tally:
         examples: by reason, {"where", "quote", "why"}; quotes are masked and cut short.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, phone_region: str = PHONE_REGION) -> None:
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, list[dict[str, str]]] = {}
-        self._masker = Masker()
+        self._masker = Masker(phone_region)
 
     def drop(self, reason: str, where: str, text: str, why: str = "") -> None:
         """Count one, and keep it if it is among the first.

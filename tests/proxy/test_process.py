@@ -78,13 +78,19 @@ def test_a_killed_proxy_loses_no_finished_request(start_process, upstream, tmp_p
     with (tmp_path / "q" / "requests-00001.jsonl").open("ab") as file:
         file.write(b'{"id": "to')  # what a kill in the middle of a write leaves
     _, url = start_process()
+    web_page = {"host": "evil.example:" + url.rpartition(":")[2]}
+    assert httpx.get(f"{url}/health", headers=web_page, verify=False).status_code == 421
     upstream_answer = httpx.post(f"{url}/v1/chat/completions", json=chat("again"), verify=False)
     assert upstream_answer.status_code == 200
     assert recorded(tmp_path) == [*finished, "again"]
 
 
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_proxy_finishes_running_answers(start_process, upstream, tmp_path, ending):
+def test_a_stopped_proxy_finishes_running_answers(
+    start_process, upstream, tmp_path, ending, monkeypatch
+):
+    monkeypatch.setenv("KEY_OF_UPSTREAM", "not-on-the-command-line")
+    (tmp_path / "q").mkdir(mode=0o755)
     half, goes_on = threading.Event(), threading.Event()
 
     async def run():
@@ -97,7 +103,7 @@ def test_a_stopped_proxy_finishes_running_answers(start_process, upstream, tmp_p
         return StreamingResponse(run(), media_type="text/event-stream")
 
     upstream.answer = respond
-    process, url = start_process()
+    process, url = start_process("--upstream-key-env", "KEY_OF_UPSTREAM")
     with (
         httpx.Client(base_url=url, timeout=PATIENCE_S, verify=False) as client,
         client.stream("POST", "/v1/chat/completions", json=chat("a")) as response,
@@ -108,7 +114,11 @@ def test_a_stopped_proxy_finishes_running_answers(start_process, upstream, tmp_p
         goes_on.set()
         assert b"".join(pieces).endswith(event("[DONE]"))
     assert process.wait(PATIENCE_S) == (0 if ending == signal.SIGINT else -signal.SIGTERM)
-    assert "recorded 1 requests" in process.stderr.read()
+    said = process.stderr.read()
+    assert "recorded 1 requests" in said
+    assert f"others may look into {tmp_path / 'q'}" in said
+    sent = dict(upstream.seen[0][1]["headers"])
+    assert sent[b"authorization"] == b"Bearer not-on-the-command-line"
     assert recorded(tmp_path) == ["a"]
 
 
