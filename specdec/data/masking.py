@@ -11,30 +11,36 @@ MASKS = (EMAIL, PHONE, CARD, IBAN, SSN, API_KEY, PRIVATE_KEY)
 
 # Letters that words are set apart by: an address may stand between others without a space.
 _L = r"A-Za-zÀ-ÖØ-öø-ʯͰ-ԯ"
-_DOMAIN = rf"(?:[{_L}0-9-]{{1,63}}[.。]){{1,8}}[{_L}]{{2,24}}(?![{_L}0-9])"
-_AT = r"(?:\s?[(\[{<]\s?(?:at|@|arroba|ät)\s?[)\]}>]\s?|\s+@\s+|\s+(?:AT|arroba)\s+)"
+_START = rf"(?<![{_L}0-9.%+-])(?!git@[\w.-]+:)"
+_LABEL, _TLD = rf"[{_L}0-9-]{{1,63}}", rf"[{_L}]{{2,24}}(?![{_L}0-9])"
+_NAME = rf"[{_L}0-9_.%+'-]{{1,64}}"
+_AT = (
+    r"(?:\s?[(\[{<]\s?(?:at|@|arroba|ät)\s?[)\]}>]\s?|\s?-at-\s?|\s+(?:@|AT|arroba)\s+"
+    r"|\s+at\s+(?=[\w-]+\s+dot\s)|@(?=[^\s@]{1,63}?(?:\s+dot\s|\s?[(\[{])))"
+)
+_DOT = r"(?:[.。]|\s?[(\[{<]\s?(?:dot|punkt|punto|\.)\s?[)\]}>]\s?|\s?-dot-\s?|\s+(?:dot|DOT)\s+)"
+_NO_FILE = (
+    r"(?<!\.(?:txt|csv|pdf|log|xml|yml|zip|png|jpg))(?<!\.(?:html|json|yaml))(?<!\.(?:py|js|md))"
+)
 _EMAILS = (
+    re.compile(rf"{_START}{_NAME}@(?:(?:{_LABEL}[.。]){{1,8}}{_TLD}|xn--[a-z0-9-]+)"),
+    # "jane (at) mail (dot) org"; " at " alone where the name is no word, or a word tells of mail.
+    re.compile(rf"{_START}{_NAME}{_AT}(?:{_LABEL}{_DOT}){{1,6}}{_TLD}"),
     re.compile(
-        rf"(?<![{_L}0-9.%+-])(?!git@[\w.-]+:)[{_L}0-9_.%+'-]{{1,64}}@(?:{_DOMAIN}|xn--[a-z0-9-]+)"
-    ),
-    # "jane (at) mail (dot) org", and " at " where a dot is spelled out too or a name is no word.
-    re.compile(
-        rf"(?<![{_L}0-9.%+-])(?:[{_L}0-9_.%+-]{{1,64}}{_AT}|[{_L}0-9_.+-]{{1,64}}\s+at\s+(?=[\w-]+\s+dot\s))"
-        rf"(?:[{_L}0-9-]{{1,63}}(?:[.。]|\s?[(\[{{<]\s?(?:dot|punkt|punto|point|\.)\s?[)\]}}>]\s?|\s+(?:dot|DOT|punto)\s+)){{1,6}}"
-        rf"[{_L}]{{2,24}}(?![{_L}0-9])"
-    ),
-    re.compile(
-        rf"(?<![{_L}0-9.%+-])[{_L}]+(?:[._][{_L}]+\d*|\d+)(?<!\.(?:txt|csv|pdf|log|xml|yml|zip|png|jpg))"
-        rf"(?<!\.(?:html|json|yaml))(?<!\.(?:py|js|md|sh))\s+at\s+(?:[{_L}0-9-]{{1,63}}\.){{1,6}}"
+        rf"{_START}[{_L}]+(?:[._][{_L}]+\d*|\d+){_NO_FILE}\s+at\s+(?:{_LABEL}\.){{1,6}}"
         r"(?:com|org|net|edu|gov|de|fr|es|it|nl|pl|br|pt|uk|ru|jp|cn|kr|in|ch|at|se|io|me)(?![\w-])"
     ),
     re.compile(
-        r"(?<![\w.%+-])(?!git@[\w.-]+:)[\w.%+-]{1,64}@(?:[\w-]{1,63}[.。]){1,8}[^\W\d_]{2,24}"
+        r"\b(?:e-?mail|contact|reach|write(?:\s+to)?)\b[:\s]{1,3}(?:(?:is|me|us)\b:?\s+)?"
+        rf"(?!(?:me|us|you|him|her|them|it|is)\b)(?P<secret>{_NAME}\s+at\s+(?:{_LABEL}\.){{1,6}}{_TLD})",
+        re.IGNORECASE,
     ),
+    # Of other scripts, whose words have no spaces between them.
+    re.compile(r"(?<![\w.%+-])(?!git@)[\w.%+-]{1,64}@(?:[\w-]{1,63}[.。]){1,8}[^\W\d_]{2,24}"),
 )
 _CARD = re.compile(
-    r"(?<![\d,-])(?<!\d\.)(?:\d(?:[ -]?\d){12,18}|\d{4}(?P<gap>\s?[./_·-]\s?|\s{1,3})"
-    r"(?:\d{4}(?P=gap)\d{4}(?P=gap)\d{1,7}|\d{6}(?P=gap)\d{4,5}))(?![\d-]|[.,]\d)"
+    r"(?<![\d,-])(?<!\d\.)(?:\d(?:[ -]?\d){12,18}|\d{4}(?P<gap>\s?[.,/_·-]\s?|\s{1,3})"
+    r"(?:\d{4}(?P=gap)\d{4}(?P=gap)\d{1,7}|\d{6}(?P=gap)\d{4,5}))(?!\d|[-.,]\d)"
 )
 # By their first digits: lengths that the issuer gives out.
 _ISSUERS = (

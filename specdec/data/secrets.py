@@ -12,7 +12,7 @@ API_KEY, PRIVATE_KEY = "<API_KEY>", "<KEY_BLOCK>"
 _RULES = Path(__file__).with_name("gitleaks_rules.txt")
 # One character in other clothes: as URLs, JSON and HTML write it.
 _ESCAPED = re.compile(
-    r"%(?P<url>[2-7][0-9A-Fa-f])|\\(?:u00|x)(?P<json>[2-7][0-9A-Fa-f])|&#x(?P<html>[2-7][0-9A-Fa-f]);"
+    r"%(?P<url>2[1-9A-Fa-f]|[3-7][0-9A-Fa-f])|\\(?:u00|x)(?P<json>[2-7][0-9A-Fa-f])|&#x(?P<html>[2-7][0-9A-Fa-f]);"
     r"|&#(?P<decimal>3[2-9]|[4-9]\d|1[01]\d|12[0-6]);|&commat;()"
 )
 _DASHES = dict.fromkeys(map(ord, "‐‑‒–—―−﹣－"), "-")
@@ -27,8 +27,13 @@ _KEY_BLOCK = re.compile(
     r"|PuTTY-User-Key-File-\d:(?:.{0,12000}?Private-MAC: *[0-9a-fA-F]+|[^\0]{0,12000})",
     re.DOTALL,
 )
-# Keys by how they begin. A digit or a change of case tells a key from a hyphenated word; rows of
-# gitleaks' rules are stricter and more.
+_SURE_KEY = re.compile(
+    r"(?<![A-Za-z0-9])(?:sk-(?:ant|proj|or|svcacct|admin)-|gh[opusr]_|github_pat_|glpat-|gsk_|nvapi-"
+    r"|dckr_pat_|r8_|hvs\.|xox[a-z]-)[\w-]{8,}",
+    re.ASCII,
+)
+# Keys by how they begin. Digits among letters tell a key from a hyphenated word; gitleaks' rules
+# are stricter and more.
 _KEY = re.compile(
     r"""(?<![A-Za-z0-9])(?:
     eyJ[\w-]{8,}(?:\.[\w-]*){2,4} | eyJ[\w+/-]{40,}={0,2}  # JSON web tokens, signed or encrypted
@@ -38,7 +43,9 @@ _KEY = re.compile(
       |ntn|PMAK|shp[a-z]{2}|sq0[a-z]{3}|HRKU|NR[A-Z]{2}|sntry[su]|sb[ap]|sb_(?:secret|publishable)
       |tskey|whsec|key|figd|apify_api|pul|pscale|bkua|vcp|nfp|rnd|CFPAT|pnu|rdme|xkeysib|xsmtpsib
       |dt0c01|ico|duffel|waka|ops|sgp|fo1|fm2|EAA[A-Z]|ls|api|tok|AQ)
-      [-_.] (?=[\w.-]{0,99}(?:\d|[a-z][A-Z]|[A-Z][a-z])) [\w.=-]{18,}
+      [-_.] [\w.=-]{18,}
+    | (?:sk|xai|hf|hv[sbr]|pplx|tgp|npm|whsec|tskey|PMAK|shp[a-z]{2}|sq0[a-z]{3}|glsa|glc)
+      [-_.] [\w.=-]{10,}
     | [a-z]{2,12}[-_](?:live|test|prod|proj|pat|key|secret|token|v\d)[-_]
       (?=[\w-]{0,99}\d) [A-Za-z0-9_-]{24,}
     | (?:sk|pk|rk)_(?:live|test|prod)_[A-Za-z0-9]{10,}
@@ -79,7 +86,7 @@ _NO_VALUE = (
     r"|[xX*.•_-]+(?![\w])|[$%{<\[])"
 )
 _AUTHORIZATION = re.compile(
-    r"(?:(?<![A-Za-z0-9])(?:bearer|ssws)[ ]+" + _NO_VALUE + r"(?P<bearer>[\w.~+/=-]{16,})"
+    r"(?:(?<![A-Za-z0-9])(?:bearer|ssws)[: ]{1,3}" + _NO_VALUE + r"(?P<bearer>[\w.~+/=-]{8,})"
     r"|authorization\\?[\"']?\s{0,2}[:=]\s{0,2}\\?[\"']?(?:bearer|basic|token|api-?key|key"
     r"|digest|negotiate|ntlm|aws4-hmac-sha256|hmac|oauth|splunk|genie-?key|bot)[ ]+"
     + _NO_VALUE
@@ -93,16 +100,19 @@ _COOKIE = re.compile(
 # What follows is kept apart from what leads to it, so that a query still reads as it did.
 _PASSWORD = (
     r"(?:pass(?:word|wd|phrase|code|wort)s?|pswd|psw|pwd|kennwort|losungswort"
-    r"|contrase[nñ]a|clave(?:\s+de\s+\w+)?|mots?[\s_-]de[\s_-]passe|mdp|senha"
-    r"|palavra[\s-]passe|parol[aăe](?:\sd['’]ordine)?|has[lł]o|wachtwoord|[sş]ifre"
+    r"|contrase(?:[nñ]|ny)a|clave(?:\s+de\s+\w+)?|mots?[\s_-]de[\s_-]passe|mdp|senha"
+    r"|palavra[\s-]passe|parol[aăe](?:\sd['’]ordine)?|has[lł]o|wachtwoord|[sş]ifre(?:m|niz)?"
     r"|l[öo]senord|passord|adgangskode|salasana|heslo|jelsz[óo]"
     r"|пароль|пароля|κωδικός|كلمة\s(?:المرور|السر)|סיסמה|पासवर्ड|mật\s*khẩu"
-    r"|密[码碼]|口令|パスワード|暗証番号|비밀번호|암호|รหัสผ่าน)"
+    r"|密[码碼]|口令|パスワード|暗証番号|비밀번호|비번|암호|รหัสผ่าน)"
 )
 _IS = (
-    r"(?:[\"'\s\\]{0,4}(?:[:=→⇒]|:=|=>|->)|['’]s\s|\s{0,2}(?:は|が|是|为|為|는|은|이)\s{0,2}[:=]?"
+    r"(?:[\"'`*\s\\]{0,4}(?:[:=→⇒]|:=|=>|->)[*]{0,2}|>(?=[^<\s]{3,80}</)|\s[-|]\s"
+    r"|\s[(\[]|\((?=[\"'])|['’]s\s"
+    r"|\s{0,2}(?:は|が|是|为|為|는|은|이)\s{0,2}[:=]?"
     r"|(?:\s+[^\s.:=;!?]{1,20}){0,4}?\s+(?:is|was|ist|lautet|es|est|è|é|jest|to|är|er|on|je"
-    r"|este|olarak|это|है|ist\snun|is\s+now|is\s+set\s+to|to\s+be)\s*:?"
+    r"|este|olarak|это|,?\s?c['’]est|है|ist\snun|is\s+now|is\s+set\s+to|to\s+be|to)\s*:?"
+    r"|(?:\s+[^\s.:=;!?]{1,20}){1,3}\s?[:=]"
     r"|\s+(?=[\"'`„“«「]?[^\s:=]{0,80}[A-Za-z])(?=[\"'`„“«「]?[^\s:=]{0,80}\d)"
     r"(?=[^\s:=]{6,}(?![^\s.!?])|[\"'`„“«「]))"
 )
@@ -117,18 +127,28 @@ _NAMED_KEY = re.compile(
     r"|signing|encryption|master|service|client|storage|license|app|bot|deploy|functions)?"
     r"[_\s.-]?(?<![a-z])(?:key|token|secret|credentials?|pat|auth)(?![a-z])"
     r"|(?:api|access|secret|private|auth|account|client|shared[_-]?access|app|session|bearer"
-    r"|refresh)(?:key|token|secret|signature)|(?<=[?&])(?:sig|code|auth|[\w-]*signature|x-amz-credential))"
-    r"(?:[\"'\s\\]{0,4}(?:[:=]|:=|=>)|\s+is:?(?=\s))\s{0,2}\\?[\"'`]?"
+    r"|refresh)(?:key|token|secret|signature)|authorization|(?<=[?&])(?:sig|code|auth|[\w-]*signature|x-amz-credential))"
+    r"(?:[\"'\s\\]{0,4}(?:[:=>]|:=|=>)|\s+is:?(?=\s))\s{0,2}\\?[\"'`]?"
     + _NO_VALUE
-    + r"(?P<secret>(?=[\w.~+/=%-]{0,99}\d)(?=[\w.~+/=%-]{0,99}[a-z])[\w.~+/=%-]{8,})",
+    + r"(?P<secret>[\w.~+/=%-]{8,}+)(?!\()",
     re.IGNORECASE | re.ASCII,
 )
 # NAME=value lines and Name=value; lists: what they call a secret needs no digit.
 _SETTING = re.compile(
-    r"(?:(?<![A-Za-z0-9])[A-Z][A-Z0-9_]{0,60}_(?:KEY|TOKEN|SECRET|PASS|PASSWORD|PASSWD|PWD"
-    r"|PASSPHRASE|CREDENTIALS?|PAT|DSN)|(?<=;)\s?(?:Password|Pwd|AccountKey|SharedAccessKey)"
-    r"|(?<![A-Za-z0-9])(?:PASSWORD|SECRET|TOKEN|PGPASSWORD))"
+    r"(?:(?<![A-Za-z0-9])[A-Z][A-Z0-9_]{0,60}_(?:(?:KEY|TOKEN|PAT|AUTH)(?==)|SECRET(?:_KEY)?"
+    r"|PASS|PASSWORD|PASSWD|PWD|PASSPHRASE|CREDENTIALS?|DSN)|(?<=[;?&])\s?(?i:password|passwd|pwd|accountkey|sharedaccesskey)"
+    r"|(?<![A-Za-z0-9])(?:PASSWORD|SECRET(?:_KEY)?|TOKEN|PGPASSWORD))"
     r"[ ]?[:=][ ]?\\?[\"']?" + _NO_VALUE + r"(?P<secret>[^\s\"'\\;\0$()<>\[\]{},]{6,})"
+)
+_COMMAND = re.compile(
+    r"(?:(?<![\w-])--?(?:[a-z-]{0,30}-)?(?:password|passwd|token|secret|api-?key)"
+    r"(?:=|[ ](?=\S{0,80}[\d!@#$%^&*]))|\bsshpass\s+-p\s?"
+    r"|\bcurl\b[^\n\0]{0,200}?\s(?:-u|--user)[= ]?[\"']?[^\s:\"']{1,64}:"
+    r"|\bmysql(?:dump|admin)?\b[^\n\0]{0,100}?\s-p|\blogin\s+\S{1,64}\s+password\s"
+    r"|\b(?:identified\s+by|with\s+password|encrypted\s+password)\s(?=[\"']))\s?[\"']?"
+    + _NO_VALUE
+    + r"(?P<secret>[^\s\"'`$<>{}\\\0]{3,})",
+    re.IGNORECASE,
 )
 # Words that stand where a value would: types, defaults, and what code calls its own variables.
 _PLACEHOLDER = re.compile(
@@ -201,7 +221,9 @@ def take_secrets(text: Text) -> None:
     for words, rule in _rules():
         if any(word in lower for word in words):
             text.take(rule, API_KEY)
+    text.take(_SURE_KEY, API_KEY)
     text.take(_KEY, API_KEY, _random)
+    text.take(_COMMAND, API_KEY, _named)
     text.take(_BASIC, API_KEY, _basic)
     text.take(_NAMED_PASSWORD, API_KEY, _named)
     text.take(_SETTING, API_KEY, _named)
@@ -259,7 +281,9 @@ def _authorization(match: re.Match[str]) -> tuple[int, int] | None:
         return match.span("secret")
     # After "bearer" alone a hyphenated word is prose.
     token = match["bearer"]
-    is_word = re.fullmatch(r"[a-z]+(?:-[a-z]+)*", token) and ("-" in token or len(token) < 20)
+    is_word = re.fullmatch(r"[A-Za-z]?[a-z]+(?:[-.][a-z]+)*[.:]?", token) and (
+        "-" in token or len(token) < 20
+    )
     return None if is_word else match.span("bearer")
 
 
@@ -273,13 +297,18 @@ def _basic(match: re.Match[str]) -> tuple[int, int] | None:
 
 
 def _random(match: re.Match[str], shortest: int = 10) -> tuple[int, int] | None:
-    """Letters and digits mixed, or a run longer than words are; names of things are hyphenated."""
+    """A key, and no name made of words."""
     span = _span(match)
     runs = re.split(r"[^A-Za-z0-9]+", match.string[slice(*span)])
-    mixed = (
-        re.search(r"[A-Za-z]\d|\d[A-Za-z]|[a-z][A-Z]", run) for run in runs if len(run) >= shortest
+    return span if any(_is_random(run, shortest) for run in runs) else None
+
+
+def _is_random(run: str, shortest: int) -> bool:
+    changes = len(re.findall(r"(?<=[a-z])[A-Z]|(?<=[A-Z])[a-z]", run))
+    is_mixed = re.search(r"[A-Za-z]\d|\d[A-Za-z]", run) or changes > max(3, len(run) / 3)
+    return bool(is_mixed and len(run) >= shortest) or (
+        len(run) >= 16 and run.isalpha() and not changes
     )
-    return span if any(mixed) or any(len(run) >= 18 for run in runs) else None
 
 
 def _named_key(match: re.Match[str]) -> tuple[int, int] | None:
@@ -288,7 +317,7 @@ def _named_key(match: re.Match[str]) -> tuple[int, int] | None:
 
 def _named(match: re.Match[str]) -> tuple[int, int] | None:
     name = "bare" if match.groupdict().get("bare") else "secret"
-    value = match[name].rstrip(".,:?")
+    value = match[name].rstrip(" .,:?")
     if not value or _PLACEHOLDER.fullmatch(value) or len(set(value)) < 3:
         return None
     return match.start(name), match.start(name) + len(value)

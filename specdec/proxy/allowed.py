@@ -1,34 +1,44 @@
 """What a record holds of a request and of its answer: what readers of recordings need, no more."""
 
+import re
 from typing import Any
 
 _DROPPED = object()
 
 
 class _Leaf:
-    """A value of some plain types; null is one of each."""
+    """A value of some plain types, texts of it in a pattern; null is one of each."""
 
-    def __init__(self, *types: type) -> None:
-        self.types = (*types, type(None))
+    def __init__(self, *types: type, pattern: str = ".*") -> None:
+        self._types = (*types, type(None))
+        self._pattern = re.compile(pattern, re.DOTALL)
+
+    def fits(self, value: Any) -> bool:
+        if isinstance(value, str) and not self._pattern.fullmatch(value):
+            return False
+        return isinstance(value, self._types)
 
 
-def _numbers(*names: str) -> dict[str, Any]:
+def _numbers(*names: str) -> dict[Any, Any]:
     return dict.fromkeys(names, _NUMBER)
 
 
 _TEXT, _NUMBER, _PLAIN = _Leaf(str), _Leaf(int, float, bool), _Leaf(str, int, float, bool)
-# A form is a leaf, {name: form} with "*" for any name, [form], or a tuple of which one fits.
-_ANYTHING: dict[str, Any] = {}
-_ANYTHING["*"] = (_PLAIN, _ANYTHING, [(_PLAIN, _ANYTHING)])
-_COUNTS: dict[str, Any] = {}
-_COUNTS["*"] = (_NUMBER, _COUNTS)
-SCHEMA: dict[str, Any] = dict.fromkeys(("title", "description", "$ref", "format"), _TEXT)
+_WORD = _Leaf(str, pattern="[A-Za-z_.-]{1,40}")  # of a protocol, such as a role
+_ANY_NAME, _NAME_OF_COUNT, _TOKEN_ID = map(re.compile, ("(?s).*", "[a-z_]{1,40}", r"\d{1,9}"))
+# A form is a leaf, {name: form} with patterns for names, [form], or a tuple of which one fits.
+_ANYTHING: dict[Any, Any] = {}
+_ANYTHING[_ANY_NAME] = (_PLAIN, _ANYTHING, [(_PLAIN, _ANYTHING)])
+_COUNTS: dict[Any, Any] = {}
+_COUNTS[_NAME_OF_COUNT] = (_NUMBER, _COUNTS)
+SCHEMA: dict[Any, Any] = dict.fromkeys(("title", "description", "$ref"), _TEXT)
 SCHEMA |= {
     **_numbers("minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems"),
-    **{name: {"*": SCHEMA} for name in ("properties", "$defs", "definitions")},
+    **{name: {_ANY_NAME: SCHEMA} for name in ("properties", "$defs", "definitions")},
     **{name: [SCHEMA] for name in ("anyOf", "oneOf", "allOf", "prefixItems")},
     **dict.fromkeys(("items", "additionalProperties"), (SCHEMA, _NUMBER)),
-    "type": (_TEXT, [_TEXT]),
+    "type": (_WORD, [_WORD]),
+    "format": _WORD,
     "required": [_TEXT],
     "enum": [_PLAIN],
 }
@@ -39,42 +49,47 @@ _FUNCTION = {
     "arguments": (_TEXT, _ANYTHING),
     "strict": _NUMBER,
 }
-_CALL = {"id": _TEXT, "type": _TEXT, "index": _NUMBER, "function": _FUNCTION}
+_CALL = {"id": _TEXT, "type": _WORD, "index": _NUMBER, "function": _FUNCTION}
 _MESSAGE = {
     # Images, sound and files stay out; the types of such parts show that they were there.
-    "content": (_TEXT, [(_TEXT, {"type": _TEXT, "text": _TEXT})]),
+    "content": (_TEXT, [(_TEXT, {"type": _WORD, "text": _TEXT})]),
     "tool_calls": [_CALL],
     "function_call": _FUNCTION,
-    **dict.fromkeys(("role", "tool_call_id", "reasoning", "reasoning_content", "refusal"), _TEXT),
+    **dict.fromkeys(("tool_call_id", "reasoning", "reasoning_content", "refusal"), _TEXT),
+    "role": _WORD,
 }
 REQUEST: dict[str, Any] = {
-    **dict.fromkeys(("model", "suffix", "reasoning_effort"), _TEXT),
+    **dict.fromkeys(("model", "suffix"), _TEXT),
+    "reasoning_effort": _WORD,
     **_numbers("temperature", "top_p", "top_k", "min_p", "typical_p", "presence_penalty"),
     **_numbers("frequency_penalty", "repetition_penalty", "length_penalty", "seed", "n", "best_of"),
     **_numbers("max_tokens", "max_completion_tokens", "min_tokens", "ignore_eos", "logprobs"),
     **_numbers("top_logprobs", "echo", "stream", "parallel_tool_calls", "skip_special_tokens"),
     **_numbers("add_generation_prompt", "continue_final_message"),
-    **{name: {"*": _NUMBER} for name in ("stream_options", "logit_bias")},
-    **dict.fromkeys(("tool_choice", "function_call"), (_TEXT, _CALL | _FUNCTION)),
+    "logit_bias": {_TOKEN_ID: _NUMBER},
+    "stream_options": _numbers("include_usage", "continuous_usage_stats"),
+    **dict.fromkeys(("tool_choice", "function_call"), (_WORD, _CALL | _FUNCTION)),
     "messages": [_MESSAGE],
     "prompt": (_TEXT, [_TEXT]),  # token ids would hide from every pattern what they spell
     "stop": (_TEXT, [_TEXT]),
     "tools": [_CALL],
     "functions": [_FUNCTION],
     "response_format": {
-        "type": _TEXT,
+        "type": _WORD,
         "json_schema": {"name": _TEXT, "description": _TEXT, "strict": _NUMBER, "schema": SCHEMA},
     },
 }
 RESPONSE: dict[str, Any] = {
-    **dict.fromkeys(("id", "object", "model"), _TEXT),
+    **dict.fromkeys(("id", "model"), _TEXT),
+    "object": _WORD,
     "created": _NUMBER,
     "choices": [
         {
             "index": _NUMBER,
             "text": _TEXT,
             "message": _MESSAGE,
-            **dict.fromkeys(("finish_reason", "stop_reason"), _PLAIN),
+            "finish_reason": _WORD,
+            "stop_reason": _PLAIN,
         }
     ],
     **dict.fromkeys(("usage", "timings"), _COUNTS),
@@ -93,12 +108,20 @@ def _kept(value: Any, form: Any) -> Any:
         tried = (_kept(value, each) for each in form)
         return next((found for found in tried if found is not _DROPPED), _DROPPED)
     if isinstance(form, _Leaf):
-        return value if isinstance(value, form.types) else _DROPPED
+        return value if form.fits(value) else _DROPPED
     if isinstance(form, dict) and isinstance(value, dict):
-        parts = {key: _kept(each, form.get(key, form.get("*", ()))) for key, each in value.items()}
+        parts = {key: _kept(each, _form_of(key, form)) for key, each in value.items()}
         return {key: part for key, part in parts.items() if part is not _DROPPED}
     if isinstance(form, list) and isinstance(value, list):
         items = (_kept(each, form[0]) for each in value)
         found = [item for item in items if item is not _DROPPED]
         return found if found or not value else _DROPPED
     return None if value is None and form else _DROPPED
+
+
+def _form_of(name: str, form: dict[Any, Any]) -> Any:
+    """The form of what goes under a name; one that nothing fits if the name is unknown."""
+    if name in form:
+        return form[name]
+    patterns = (key for key in form if isinstance(key, re.Pattern) and key.fullmatch(name))
+    return next((form[key] for key in patterns), ())

@@ -88,7 +88,7 @@ def secrets_outside(
     """
     found: list[str] = []
     for raw_name, raw_value in headers:
-        name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1").strip()
+        name, value = raw_name.decode("latin-1").lower(), _decoded(raw_value).strip()
         if _is_named(name, _ENDINGS_OUTSIDE):
             found += _cookies(value) if _plain(name).endswith("cookie") else _parts(value)
         if not named_only and name not in _PUBLIC_HEADERS and not name.startswith("sec-"):
@@ -185,6 +185,13 @@ class _Redaction:
         take_secrets(read)
         self.secrets.update(text[start:end] for start, end, _ in read.found)
         return read.masked(REDACTED)
+
+
+def _decoded(raw: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
 
 
 def _cookies(value: str) -> list[str]:

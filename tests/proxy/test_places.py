@@ -45,7 +45,10 @@ BODIES = {
     "a nested key": {"extra_body": {"x": {PLAIN: [1]}}},
     "the name of an argument": call(json.dumps({KEY: 1})),
     "content": turn(f"use {KEY}, please"),
-    "a role": {"messages": [{"role": KEY, "content": "x"}]},
+    "a role": {"messages": [{"role": PLAIN, "content": "x"}]},
+    "a token's id": {"logit_bias": {PLAIN: 1}},
+    "a name of an option": {"stream_options": {PLAIN: True}},
+    "a type": turn([{"type": PLAIN, "text": "x"}]),
     "a name": turn("x", name=PLAIN),
     "an unknown field of a turn": turn("x", cache={"id": PLAIN}),
     "a part": turn([{"type": "text", "text": KEY}]),
@@ -144,7 +147,8 @@ ANSWERS = {
         ]
     },
     "sound": {"choices": [{"message": {"audio": {"data": PLAIN}, "annotations": [PLAIN]}}]},
-    "usage": answer("x", usage={"prompt_tokens": 1, "cost": PLAIN}),
+    "usage": answer("x", usage={"prompt_tokens": 1, "cost": PLAIN, PLAIN: 1}),
+    "a reason": {"choices": [{"text": "x", "finish_reason": PLAIN}]},
     "text": {"choices": [{"index": 0, "text": KEY, "prompt_logprobs": [PLAIN]}]},
 }
 
