@@ -122,6 +122,11 @@ _NAMED_PASSWORD = re.compile(
     rf"|{_NO_VALUE}(?P<bare>(?={_VALUE}{{0,80}}[\d!@#$%^&*+~]){_VALUE}{{4,80}}))",
     re.IGNORECASE,
 )
+_PASSWORD_BEFORE = re.compile(
+    rf"(?<![^\s\"'`(])(?P<secret>(?={_VALUE}{{0,80}}[\d!@#$%^&*+~]){_VALUE}{{4,80}})[\"'`]?\s+(?:as|is|was)\s+"
+    r"(?:my|the|our|your|his|her|a)\s+(?:\w+\s+){0,2}(?:password|passphrase|passcode)\b",
+    re.IGNORECASE,
+)
 _NAMED_KEY = re.compile(
     r"(?:(?:api|access|secret|private|auth|admin|account|shared[_-]?access|subscription"
     r"|signing|encryption|master|service|client|storage|license|app|bot|deploy|functions)?"
@@ -226,6 +231,7 @@ def take_secrets(text: Text) -> None:
     text.take(_COMMAND, API_KEY, _named)
     text.take(_BASIC, API_KEY, _basic)
     text.take(_NAMED_PASSWORD, API_KEY, _named)
+    text.take(_PASSWORD_BEFORE, API_KEY, _named)
     text.take(_SETTING, API_KEY, _named)
     text.take(_NAMED_KEY, API_KEY, _named_key)
     if _AWS_NEAR.search(text.original):

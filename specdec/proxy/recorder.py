@@ -108,7 +108,8 @@ class Recorder:
         elif error is not None:
             # Whatever a request may hold, it is served; a fault in recording it is counted.
             self.budget.skipped[Skip.FAULT] += 1
-            self._note(f"a request could not be recorded: {type(error).__name__}: {error}")
+            # Without its text, which may quote the request.
+            self._note(f"a request could not be recorded: {type(error).__name__}")
         elif (skip := done.result()) is not None:
             self.budget.skipped[skip] += 1
         else:

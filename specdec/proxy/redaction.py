@@ -73,7 +73,7 @@ _PUBLIC_HEADERS = {
     *("content-encoding", "content-length", "content-type", "date", "expect", "host", "origin"),
     *("pragma", "te", "transfer-encoding", "upgrade", "user-agent", "via"),
 }
-_KEY_LIKE = re.compile(r"(?=[^0-9]*[0-9])(?=[^A-Za-z]*[A-Za-z])[^\s,;=\"']{12,}")
+_KEY_LIKE = re.compile(r"(?=[^0-9]*[0-9])(?=[^A-Za-z]*[A-Za-z])[^\s,;=\"']{12,}|[^\s,;=\"'/:]{20,}")
 
 
 def secrets_outside(
