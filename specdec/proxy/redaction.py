@@ -91,7 +91,11 @@ def secrets_outside(
         name, value = raw_name.decode("latin-1").lower(), _decoded(raw_value).strip()
         if _is_named(name, _ENDINGS_OUTSIDE):
             found += _cookies(value) if _plain(name).endswith("cookie") else _parts(value)
-        if not named_only and name not in _PUBLIC_HEADERS and not name.startswith("sec-"):
+        if (
+            not named_only
+            and name not in _PUBLIC_HEADERS
+            and not name.startswith(("sec-ch-", "sec-fetch-"))
+        ):
             found += _KEY_LIKE.findall(value)
     text = query.decode("latin-1")
     found += [value for name, value in parse_qsl(text) if _is_named(name, _ENDINGS_OUTSIDE)]
@@ -183,7 +187,9 @@ class _Redaction:
             return text
         read = Text(text)
         take_secrets(read)
-        self.secrets.update(text[start:end] for start, end, _ in read.found)
+        found = [text[start:end] for start, end, _ in read.found]
+        # Of a login in a URL, the password alone as well.
+        self.secrets.update(found, (each.partition(":")[2] for each in found))
         return read.masked(REDACTED)
 
 

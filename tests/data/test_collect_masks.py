@@ -149,7 +149,7 @@ NAMED = [
     ("my api key is ", made(32), ""),
     ("my password is ", "hunter2", ", ok?"),
     ("login admin / password ", "hunter2x", ""),
-    ("is ", "hunter2", " my old password?"),
+    ("so ", "hunter2", " was my old password"),
     ("mysql -uroot -p", "hunter2", " shop"),
     ("curl -u admin:", "opensesame", " http://h"),
     ("deploy --password=", "opensesame", ""),

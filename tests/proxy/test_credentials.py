@@ -45,11 +45,8 @@ def test_a_credential_is_nowhere_in_the_folder_even_if_the_answer_repeats_it(
         response = client.post("/v1/chat/completions", **sent)
     assert SECRET in response.text
     assert len(proxy.records()) == 1
-    repeated = "https://" not in str(options)  # a login in a text is hidden there, not everywhere
     for path in proxy.folder.iterdir():
-        if repeated:
-            assert SECRET.encode() not in path.read_bytes()
-        assert f":{SECRET}@".encode() not in path.read_bytes()
+        assert SECRET.encode() not in path.read_bytes()
         assert b"bWU6c2stbGl2ZS0" not in path.read_bytes()
 
 
