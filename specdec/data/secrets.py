@@ -98,10 +98,10 @@ _COOKIE = re.compile(
     re.IGNORECASE,
 )
 # What follows is kept apart from what leads to it, so that a query still reads as it did.
-_PASSWORD = (
+PASSWORD = (
     r"(?:pass(?:word|wd|phrase|code|wort)s?|pswd|psw|pwd|kennwort|losungswort"
-    r"|contrase(?:[nñ]|ny)a|clave(?:\s+de\s+\w+)?|mots?[\s_-]de[\s_-]passe|mdp|senha"
-    r"|palavra[\s-]passe|parol[aăe](?:\sd['’]ordine)?|has[lł]o|wachtwoord|[sş]ifre(?:m|niz)?"
+    r"|contrase(?:[nñ]|ny)a|clave(?:\s+de\s+\w+)?|mots?[\s_-]?de[\s_-]?passe|mdp|senha"
+    r"|palavra[\s_-]?passe|parol[aăe](?:\sd['’]ordine)?|has[lł]o|wachtwoord|[sş]ifre(?:m|niz)?"
     r"|l[öo]senord|passord|adgangskode|salasana|heslo|jelsz[óo]"
     r"|пароль|пароля|κωδικός|كلمة\s(?:المرور|السر)|סיסמה|पासवर्ड|mật\s*khẩu"
     r"|密[码碼]|口令|パスワード|暗証番号|비밀번호|비번|암호|รหัสผ่าน)"
@@ -117,7 +117,7 @@ _IS = (
     r"(?=[^\s:=]{6,}(?![^\s.!?])|[\"'`„“«「]))"
 )
 _NAMED_PASSWORD = re.compile(
-    rf"(?:{_PASSWORD}{_IS}|(?<![a-z])(?:pass|pw|pin(?:\s?code)?)(?:[\"'\s]{{0,3}}[:=]|\sis\s))"
+    rf"(?:{PASSWORD}{_IS}|(?<![a-z])(?:pass|pw|pin(?:\s?code)?)(?:[\"'\s]{{0,3}}[:=]|\sis\s))"
     r"\s{0,2}(?:\\?[\"'`“„«「『]\s?(?P<secret>[^\n\"'`“”»」』\\\0]{3,80})[\"'`“”»」』\\]"
     rf"|{_NO_VALUE}(?P<bare>(?={_VALUE}{{0,80}}[\d!@#$%^&*+~]){_VALUE}{{4,80}}))",
     re.IGNORECASE,

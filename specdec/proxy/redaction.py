@@ -8,71 +8,29 @@ from collections.abc import Iterable
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote
 
-from specdec.data.secrets import Text, take_secrets
+from specdec.data.secrets import PASSWORD, Text, take_secrets
 from specdec.proxy.allowed import SCHEMA
 
 REDACTED = "[redacted]"
 _SCHEMA_TYPES = ("string", "number", "integer", "boolean", "array", "object", "null")
 
 # What a name ends with, in lower case and without "-", "_" and a plural's "s".
-_ENDINGS = (
-    "apikey",
-    "adminkey",
-    "accesskey",
-    "secretkey",
-    "privatekey",
-    "subscriptionkey",
-    "authkey",
-    "password",
-    "passwd",
-    "passphrase",
-    "secret",
-    "credential",
-    "authorization",
-    "cookie",
-    "passcode",
-    "passwort",
-    "kennwort",
-    "contraseña",
-    "motdepasse",
-    "senha",
-    "hasło",
-    "wachtwoord",
-    "пароль",
-    "密码",
-    "パスワード",
-    "비밀번호",
-    "pwd",
-    "accesstoken",
-    "apitoken",
-    "authtoken",
-    "authorizationtoken",
-    "bearertoken",
-    "idtoken",
-    "refreshtoken",
-    "securitytoken",
-    "sessiontoken",
+_CREDENTIAL = re.compile(
+    rf"(?:{PASSWORD}|(?:api|admin|access|secret|private|subscription|auth)key|secret|credential"
+    r"|authorization|cookie|(?:access|api|auth|authorization|bearer|id|refresh|security|session)token)$"
 )
 # In headers and queries these are credentials too; in a body they are log probabilities and tools.
-_ENDINGS_OUTSIDE = (*_ENDINGS, "key", "token", "auth", "sig", "signature")
+_CREDENTIAL_OUTSIDE = re.compile(rf"{_CREDENTIAL.pattern}|(?:key|token|auth|sig|signature)$")
 # Shorter ones are placeholders ("EMPTY", "none"), and common words would be torn out of the texts.
 _SHORTEST = 8
 _SHORT = re.compile(r"(?=.*\d)(?=.*[A-Za-z]).{6,7}")
 _SHORTEST_COOKIE = 16
 _SCHEMES = ("basic", "bearer", "token", "apikey", "key")
 # Of other headers a value that looks like a key is taken for one.
-_PUBLIC_HEADERS = {
-    *(
-        "accept",
-        "accept-charset",
-        "accept-encoding",
-        "accept-language",
-        "cache-control",
-        "connection",
-    ),
-    *("content-encoding", "content-length", "content-type", "date", "expect", "host", "origin"),
-    *("pragma", "te", "transfer-encoding", "upgrade", "user-agent", "via"),
-}
+_PUBLIC_HEADER = re.compile(
+    r"accept(?:-.*)?|cache-control|connection|content-(?:encoding|length|type)|date|expect|host|origin"
+    r"|pragma|te|transfer-encoding|upgrade|user-agent|via|sec-(?:ch|fetch)-.*"
+)
 _KEY_LIKE = re.compile(r"(?=[^0-9]*[0-9])(?=[^A-Za-z]*[A-Za-z])[^\s,;=\"']{12,}|[^\s,;=\"'/:]{20,}")
 
 
@@ -89,19 +47,15 @@ def secrets_outside(
     found: list[str] = []
     for raw_name, raw_value in headers:
         name, value = raw_name.decode("latin-1").lower(), _decoded(raw_value).strip()
-        if _is_named(name, _ENDINGS_OUTSIDE):
+        if _is_named(name, _CREDENTIAL_OUTSIDE):
             found += _cookies(value) if _plain(name).endswith("cookie") else _parts(value)
-        if (
-            not named_only
-            and name not in _PUBLIC_HEADERS
-            and not name.startswith(("sec-ch-", "sec-fetch-"))
-        ):
+        if not named_only and not _PUBLIC_HEADER.fullmatch(name):
             found += _KEY_LIKE.findall(value)
     text = query.decode("latin-1")
-    found += [value for name, value in parse_qsl(text) if _is_named(name, _ENDINGS_OUTSIDE)]
+    found += [value for name, value in parse_qsl(text) if _is_named(name, _CREDENTIAL_OUTSIDE)]
     for pair in re.split("[&;]", text):
         name, _, value = pair.partition("=")
-        if _is_named(unquote(name), _ENDINGS_OUTSIDE) or _KEY_LIKE.fullmatch(value):
+        if _is_named(unquote(name), _CREDENTIAL_OUTSIDE) or _KEY_LIKE.fullmatch(value):
             found += [value, unquote(value)]
     return long_enough(found)
 
@@ -150,7 +104,7 @@ class _Redaction:
             names = [
                 each for key in ("name", "key", "header") if isinstance(each := value.get(key), str)
             ]
-            says = any(_is_named(name, _ENDINGS) for name in names)
+            says = any(_is_named(name, _CREDENTIAL) for name in names)
             return {
                 self._text(key): self._member(key, each, hide or (says and key == "value"))
                 for key, each in value.items()
@@ -164,7 +118,7 @@ class _Redaction:
     def _member(self, key: str, value: Any, hide: bool) -> Any:
         if not self._only_repeated:
             is_key = isinstance(value, str) and _KEY_LIKE.fullmatch(value)
-            hide = hide or _is_named(key, _ENDINGS_OUTSIDE if is_key else _ENDINGS)
+            hide = hide or _is_named(key, _CREDENTIAL_OUTSIDE if is_key else _CREDENTIAL)
         return self.apply(value, hide)
 
     def _hidden(self, text: str) -> str:
@@ -220,8 +174,8 @@ def _parts(value: str) -> list[str]:
     return [token.strip(), login, login.partition(":")[2]]
 
 
-def _is_named(name: str, endings: tuple[str, ...]) -> bool:
-    return _plain(name).endswith(endings)
+def _is_named(name: str, pattern: re.Pattern[str]) -> bool:
+    return bool(pattern.search(_plain(name)))
 
 
 def _plain(name: str) -> str:
