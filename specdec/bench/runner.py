@@ -20,6 +20,7 @@ from specdec.bench.prompt import BenchPrompt
 from specdec.bench.prompts import load_prompts, render
 from specdec.bench.provenance import collect, fingerprint, fingerprint_of_ids
 from specdec.bench.records import read_run
+from specdec.bench.speed import faster_than_tau
 from specdec.bench.store import RunStore, replace_file
 from specdec.bench.summary import failures, peak_memory, summarise, tabulate, throughput
 from specdec.bench.turns import unfold_turns
@@ -29,7 +30,7 @@ from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
 from specdec.verify import get_rule
 
-SCHEMA = "specdec-bench-2"
+SCHEMA = "specdec-bench-3"
 RESULTS = "results.json"
 
 
@@ -166,7 +167,8 @@ def check_results(results: dict[str, Any]) -> None:
 
     Raises:
         GreedyMismatchError: tokens differ at temperature 0 in float32.
-        RuntimeError: every prompt of an arm failed.
+        RuntimeError: every prompt of an arm failed, or one is faster than its tau; see
+            `faster_than_tau`.
     """
     for arm in results["arms"]:
         if arm["failed"] == arm["prompts"]:
@@ -182,6 +184,8 @@ def check_results(results: dict[str, Any]) -> None:
             f"{first['prompt']} from output token {first['position']} on (top-2 logit gap "
             f"{first['top2_gap']}); see differences in results.json"
         )
+    if provenance["config"]["batch_size"] == 1 and (impossible := faster_than_tau(results["arms"])):
+        raise RuntimeError("; ".join(impossible))
 
 
 def _run_missing(

@@ -13,12 +13,14 @@ from specdec.bench.percentiles import percentiles
 from specdec.bench.speed import (
     Values,
     decode_speed,
-    end_to_end_speed,
-    mean_with_interval,
+    decode_work,
+    end_to_end_work,
+    mean_ratio,
     medians,
     paired_ratios,
     present,
     seconds_per_token,
+    total_speed,
 )
 from specdec.bench.times import loop_efficiency, other_ms_per_step, time_s
 from specdec.metrics import AcceptanceStats, StepRecord
@@ -143,13 +145,14 @@ def _figures(name: str, tables: dict[str, Table]) -> dict[str, Any]:
     stats = AcceptanceStats.from_records(records)
     if abs(1 + sum(stats.acceptance_at_depth) - stats.accepted_length) > 1e-9:
         raise AssertionError(f"arm {name}: 1 + the sum over depths is not tau")
-    ratios = paired_ratios(table, tables["plain"], end_to_end_speed)
+    both = end_to_end_work(table), end_to_end_work(tables["plain"])
     return {
         **_headline(name, tables),
+        "mean_speedup_vs_plain": mean_ratio(table, tables["plain"]),
         "acceptance_rate": stats.acceptance_rate if records else None,
         "per_depth": list(stats.acceptance_at_depth),
         "per_depth_conditional": list(stats.conditional_acceptance_at_depth),
-        **mean_with_interval("end_to_end_speedup_vs_plain", ratios),
+        **total_speed("end_to_end_speedup_vs_plain", both[:1], both[1:]),
         "ttft_s": _percentiles(medians(table, lambda run: run.ttft_s)),
         "itl_s": _percentiles(medians(table, seconds_per_token)),
         "loop_efficiency": loop_efficiency(records),
@@ -164,17 +167,13 @@ def _figures(name: str, tables: dict[str, Table]) -> dict[str, Any]:
 def _headline(name: str, tables: dict[str, Table]) -> dict[str, Any]:
     """Tau and speeds with their intervals, of the arm `name`."""
     table = tables[name]
-    records = _records(table)
+    records, own = _records(table), decode_work(table)
     return {
         "tau": AcceptanceStats.from_records(records).accepted_length if records else None,
         "tau_ci": tau_interval(_stats(row) for row in table) if records else None,
-        **mean_with_interval("decode_tokens_per_s", medians(table, decode_speed)),
-        **mean_with_interval(
-            "speedup_vs_plain", paired_ratios(table, tables["plain"], decode_speed)
-        ),
-        **mean_with_interval(
-            "speedup_vs_hf", paired_ratios(table, tables["hf_generate"], decode_speed)
-        ),
+        **total_speed("decode_tokens_per_s", [own]),
+        **total_speed("speedup_vs_plain", [own], [decode_work(tables["plain"])]),
+        **total_speed("speedup_vs_hf", [own], [decode_work(tables["hf_generate"])]),
     }
 
 
@@ -192,9 +191,9 @@ def _per_prompt(
     table: Table, plain: Table, eos_token_ids: Sequence[int]
 ) -> list[dict[str, Any] | None]:
     """What each prompt gave, sums over its repeats; None for one that always failed."""
-    speeds, ratios = medians(table, decode_speed), paired_ratios(table, plain, decode_speed)
+    works, ratios = decode_work(table), paired_ratios(table, plain, decode_speed)
     found: list[dict[str, Any] | None] = []
-    for row, speed, ratio in zip(table, speeds, ratios, strict=True):
+    for row, work, ratio in zip(table, works, ratios, strict=True):
         runs = [run for run in row if run is not None]
         stats = _stats(row)
         figures = {
@@ -203,7 +202,9 @@ def _per_prompt(
             "accepted": stats.num_accepted,
             "tokens": sum(len(run.tokens) for run in runs),
             "tau": stats.accepted_length if stats.num_steps else None,
-            "decode_tokens_per_s": speed,
+            "decode_tokens": work and work.tokens,
+            "decode_s": work and work.seconds,
+            "decode_tokens_per_s": work and work.tokens / work.seconds,
             "speedup_vs_plain": ratio,
             "finish": _finish(runs[0], eos_token_ids) if runs else None,
         }

@@ -77,7 +77,7 @@ def run_sweep(
         except _CELL_ERRORS as failure:
             error = f"{type(failure).__name__}: {failure}"
         rows.append(_row(cell, results, error))
-    sweep = {"schema": "specdec-sweep-1", "provenance": joined(processes.num), "cells": rows}
+    sweep = {"schema": "specdec-sweep-2", "provenance": joined(processes.num), "cells": rows}
     text = json.dumps(sweep, indent=1, allow_nan=False) + "\n"
     if processes.is_first:
         replace_file(folder / SWEEP, text.encode())

@@ -205,6 +205,7 @@ def _summary(arms: list[dict[str, Any]]) -> list[dict[str, Any]]:
         "decode_tokens_per_s",
         "speedup_vs_plain",
         "speedup_vs_hf",
+        "end_to_end_speedup_vs_plain",
         "mismatches",
         "failed",
     )

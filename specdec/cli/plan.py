@@ -39,7 +39,7 @@ def _plan(config: str, overrides: list[str], out: Path, quick: bool) -> None:
 
     settings = load_config(config, overrides)  # wrong ones are told before the slow imports
     from specdec.planning.plan import run_plan
-    from specdec.report.plan_table import costs_table, plan_table, schedule_table
+    from specdec.report.plan_table import costs_table, not_trusted, plan_table, schedule_table
 
     quiet_transformers()
     with progress_bar() as show:
@@ -47,10 +47,13 @@ def _plan(config: str, overrides: list[str], out: Path, quick: bool) -> None:
     _print(costs_table(found), schedule_table(found), plan_table(found))
     for reason in found["costs"]["skipped"]:
         typer.echo(f"specdec: {reason}; it is left out", err=True)
+    for warning in not_trusted(found):
+        typer.echo(f"specdec: {out / 'plan.json'}: {warning}", err=True)
     typer.echo(f"Plan: {out / 'plan.json'}\nRuns the choice: specdec bench {out / 'bench.yaml'}")
     keys = ("name", "type", "options", "predicted_speedup", "predicted_speedup_ci")
     summary = {"schema": found["schema"], "choice": {k: found["choice"][k] for k in keys}}
-    typer.echo(json.dumps({**summary, "schedule": found["schedule"]}))
+    trusted = {"is_trusted": found["trust"]["is_trusted"]}
+    typer.echo(json.dumps({**summary, "schedule": found["schedule"], **trusted}))
 
 
 def _estimate(path: str, overrides: list[str], out: Path) -> None:

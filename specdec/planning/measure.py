@@ -1,9 +1,13 @@
 """Everything that is timed for a plan, point by point, kept in a journal as it comes."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 from typing import Any
+
+import numpy as np
 
 from specdec.data.journal import Journal
 from specdec.planning.forward_cost import ForwardCost, ForwardPoint, forward_points
@@ -20,6 +24,9 @@ from specdec.planning.loop_times import (
 )
 from specdec.planning.shape import Candidate, rule_of
 from specdec.targets.memory import is_out_of_memory
+
+# More than a quiet machine has: between the same steps, and of load for each core.
+MAX_SPREAD, MAX_LOAD = 0.4, 1.25
 
 Progress = Callable[[int, int, str], None]
 
@@ -126,6 +133,29 @@ class Measurements:
         self._progress(rounds * len(runs), rounds * len(runs), "steps")
         return found
 
+    def trust(self, runs: Sequence[TimedRun]) -> dict[str, Any]:
+        """Whether the machine was quiet: how far the same step differs, and the load meanwhile.
+
+        Args:
+            runs: timed decodings of one batch size, plain ones among them.
+        """
+        plain = [run for run in runs if run.candidate is None]
+        steps_ms = [1000 * median(step.wall_s for step in run.steps) for run in plain]
+        low, middle, high = (float(x) for x in np.quantile(steps_ms, [0.1, 0.5, 0.9]))
+        load = median(row.get("load", 0.0) for row in self._known.values())
+        cores = os.cpu_count() or 1
+        reasons = []
+        if high - low > MAX_SPREAD * middle:
+            reasons.append(f"the same step of plain decoding took {low:.1f} to {high:.1f} ms")
+        if load > MAX_LOAD * cores:
+            reasons.append(f"the load average was {load:.1f} on {cores} cores")
+        return {
+            "is_trusted": not reasons,
+            "reasons": reasons,
+            "plain_step_ms_range": [low, high],
+            "load_average": load,
+        }
+
     def _warm_up(self, candidates: Sequence[Candidate], batch_size: int, phase: str) -> None:
         """Decode once with each drafter, unless all is measured: first steps are slow."""
         for slot, candidate in enumerate(sequence(candidates)):
@@ -146,7 +176,7 @@ class Measurements:
         """The journal's row of this name, measured now if it is not there."""
         key = _key(name)
         if key not in self._known:
-            row = {**name, **measure()}
+            row = {**name, **measure(), "load": os.getloadavg()[0]}
             self._journal.append(row)
             self._known[key] = row
         return self._known[key]

@@ -118,7 +118,7 @@ class _Planner:
         everywhere = Forecast(costs, acceptance, context, self.config.seed)
         lengths = schedule(everywhere, ranked[0].candidate, sorted(runs))
         return {
-            "schema": "specdec-plan-1",
+            "schema": "specdec-plan-2",
             "provenance": self.provenance,
             "target": asdict(identify_target(self.target)),
             "workload": {
@@ -131,6 +131,7 @@ class _Planner:
                 "skipped": [*skipped, *left_out],
                 **costs.to_json(),
             },
+            "trust": measured.trust([*runs[size], *finals]),
             **self._decision(ranked, lengths),
         }
 

@@ -54,7 +54,7 @@ class Prediction:
         batch_size: rows.
         tau: tokens a step.
         tau_ci: 95 % interval over prompts; None for one prompt.
-        speedup: over plain decoding, the mean over prompts.
+        speedup: expected seconds of plain decoding over its own, all prompts together.
         speedup_ci: 95 % interval over prompts, with the error of the costs.
         step: seconds of the mean step.
         plain: seconds of a step of plain decoding.
@@ -146,14 +146,13 @@ class Forecast:
         if candidate.varies:
             return inf  # its cost depends on how much it drafts, which only a prediction tells
         expected = self.expected(larger)
-        tau = _taus(expected)
         # Near the end of a text drafts are cut, those of a small shape less than those of a large.
         share = 1.0
         if batch_size == 1:
             share = min(1.0, _mean_nodes(expected) / larger.shape.nodes)
         sizes = _between(share * candidate.shape.nodes, 0.0)
         step = self.costs.step(candidate, batch_size, sizes, self.context)
-        return float(tau.mean()) * self.plain(batch_size).wall_s / step.wall_s
+        return float(expected.tau) * self.plain(batch_size).wall_s / step.wall_s
 
     def full_step(self, candidate: Candidate, batch_size: int) -> StepTime:
         """A step that drafts all the nodes of a candidate."""
@@ -167,7 +166,6 @@ class Forecast:
         sizes = _sizes(candidate, expected, batch_size)
         step = self.costs.step(candidate, batch_size, sizes, self.context)
         plain = self.plain(batch_size)
-        taus = _taus(expected)
         ratio = plain.wall_s / step.wall_s
         error = self.costs.uncertainty(candidate, batch_size)
         return Prediction(
@@ -175,8 +173,8 @@ class Forecast:
             batch_size,
             expected.tau,
             expected.tau_interval(),
-            float(taus.mean()) * ratio,
-            _interval(taus * ratio, error, self._seed),
+            float(expected.tau * ratio),
+            _interval(expected, ratio, error, self._seed),
             step,
             plain,
             self.costs.is_timed(candidate, batch_size),
@@ -222,22 +220,16 @@ def _between(mean: float, empty: float) -> Sizes:
     return {nodes: share for nodes, share in sizes.items() if share > 0}
 
 
-def _taus(expected: Expectation) -> np.ndarray:
-    """Tokens a step of every prompt that takes a step; the first token is prefill's."""
+def _interval(
+    expected: Expectation, ratio: float, error: float, seed: int
+) -> tuple[float, float] | None:
+    """Of the speedup, each resample of the prompts at a cost that is off by `error`."""
     tokens, steps = np.array(expected.tokens, float), np.array(expected.steps, float)
-    return (tokens[steps > 0] - 1) / steps[steps > 0]
-
-
-def _draws(count: int, seed: int) -> np.ndarray:
-    """Prompts drawn with replacement, [resamples, count]."""
-    return np.random.default_rng(seed).integers(0, count, (NUM_RESAMPLES, count))
-
-
-def _interval(speedups: np.ndarray, error: float, seed: int) -> tuple[float, float] | None:
-    """Of the mean over prompts, each resample at a cost that is off by `error`."""
-    if len(speedups) < 2:
+    tokens, steps = tokens[steps > 0] - 1, steps[steps > 0]  # the first token is prefill's
+    if len(steps) < 2:
         return None
-    means = speedups[_draws(len(speedups), seed)].mean(1)
+    draws = np.random.default_rng(seed).integers(0, len(steps), (NUM_RESAMPLES, len(steps)))
+    taus = tokens[draws].sum(1) / steps[draws].sum(1)
     off = np.random.default_rng(seed + 1).normal(0.0, error, NUM_RESAMPLES)
-    low, high = np.quantile(means * np.exp(off), [0.025, 0.975])
+    low, high = np.quantile(taus * ratio * np.exp(off), [0.025, 0.975])
     return float(low), float(high)

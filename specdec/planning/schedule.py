@@ -38,6 +38,7 @@ class Schedule:
                     "predicted_tau": each.tau,
                     "predicted_speedup": each.speedup,
                     "predicted_speedup_ci": each.speedup_ci,
+                    "is_timed": each.is_timed,
                 }
                 for size, row in self.predictions.items()
                 for each in row

@@ -21,7 +21,7 @@ LOSSES = {
     "commit": "commit",
     "other": "rest of the loop",
 }
-AVERAGING = "averaging over prompts"
+OUTSIDE = "outside of steps"
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ def waterfall(arm: dict[str, Any], ours: Breakdown, plain: Breakdown) -> Waterfa
     """Split an arm's speedup into factors; None where it has no speedup.
 
     Each part is added to the cost of a plain step in turn, and its factor is the cost before over
-    the cost after. What the last one leaves is the mean of ratios against the ratio of means: the
-    speedup is a mean over prompts of ratios, the times are sums over all of them.
+    the cost after. The last one holds what is outside of steps: the time between them, in a batch
+    the wait for other rows, and that a prompt counts by the median of its repeats.
     """
     measured = arm["speedup_vs_plain"]
     if measured is None:
@@ -107,5 +107,5 @@ def waterfall(arm: dict[str, Any], ours: Breakdown, plain: Breakdown) -> Waterfa
             factors.append((LOSSES[part], cost / more))
             cost = more
     so_far = ours.tau * prod(factor for _, factor in factors)
-    factors.append((AVERAGING, measured / so_far))
+    factors.append((OUTSIDE, measured / so_far))
     return Waterfall(arm["name"], ours.tau, factors, measured)

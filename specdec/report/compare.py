@@ -3,14 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from specdec.bench.interval import bootstrap_interval
+from specdec.bench.speed import Work, Works, total_speed
 from specdec.report.blocks import Column, Section, Table
 from specdec.report.comparable import Difference
 from specdec.report.runs import Run
-
-_PAIRED = ("decode_tokens_per_s", "speedup_vs_plain")
 
 
 def comparison(runs: Sequence[Run], allowed: dict[str, list[Difference]]) -> Section:
@@ -23,10 +19,10 @@ def comparison(runs: Sequence[Run], allowed: dict[str, list[Difference]]) -> Sec
     section = Section("comparison", "Comparison of runs")
     first, *others = runs
     section.text.append(
-        f"Each run against {first.label}. Ratios are of the same arm on the same prompt, then "
-        "averaged over prompts; above 1 the other run is faster. Speed is compared twice: in "
-        "tokens per second, which feels whatever else the machine did, and as speedup over the "
-        "plain decoding of the same run."
+        f"Each run against {first.label}. Ratios are of total times of the same arm on the prompts "
+        "that both have; above 1 the other run is faster. Speed is compared twice: in tokens per "
+        "second, which feels whatever else the machine did, and as speedup over the plain decoding "
+        "of the same run."
     )
     section.tables.append(_differences(first, others, allowed))
     for place, other in enumerate(others):
@@ -35,24 +31,25 @@ def comparison(runs: Sequence[Run], allowed: dict[str, list[Difference]]) -> Sec
     return section
 
 
-def paired_ratios(first: Run, other: Run, arm: str, key: str) -> list[float]:
-    """Other over first, of one figure of one arm, for every prompt that both have."""
-    ours, theirs = (_by_prompt(run, arm, key) for run in (first, other))
-    return [theirs[mark] / ours[mark] for mark in ours if mark in theirs]
+def paired_works(runs: Sequence[Run], arms: Sequence[str]) -> list[Works]:
+    """Decoding of each arm in each run, on the prompts that every run has decoded with them all."""
+    found = [_by_prompt(run, arm) for run in runs for arm in arms]
+    shared = [mark for mark in found[0] if all(mark in each for each in found)]
+    return [[each[mark] for mark in shared] for each in found]
 
 
-def _by_prompt(run: Run, name: str, key: str) -> dict[Any, float]:
-    """Figure by prompt; the same prompt twice is told apart by its turn."""
+def _by_prompt(run: Run, name: str) -> dict[Any, Work]:
+    """Decoding by prompt; the same prompt twice is told apart by its turn."""
     arm = _arms(run)[name]
     if "per_prompt" not in arm or "prompts" not in run.data:
         return {}
-    found: dict[Any, float] = {}
+    found: dict[Any, Work] = {}
     seen: dict[str, int] = {}
     for prompt, figures in zip(run.data["prompts"], arm["per_prompt"], strict=True):
         mark = prompt["fingerprint"]
         seen[mark] = seen.get(mark, 0) + 1
-        if figures is not None and figures[key]:
-            found[mark, seen[mark]] = figures[key]
+        if figures is not None and figures["decode_s"]:
+            found[mark, seen[mark]] = Work(figures["decode_tokens"], figures["decode_s"])
     return found
 
 
@@ -77,7 +74,8 @@ def _pairs(first: Run, other: Run, place: int) -> Table:
 
 
 def _pair(first: Run, other: Run, ours: dict, theirs: dict, name: str) -> dict[str, Any]:
-    row = {
+    old, old_plain, new, new_plain = paired_works((first, other), (name, "plain"))
+    return {
         "arm": name,
         "tau": ours["tau"],
         "tau_ci": ours["tau_ci"],
@@ -87,14 +85,10 @@ def _pair(first: Run, other: Run, ours: dict, theirs: dict, name: str) -> dict[s
         "speedup_ci": ours["speedup_vs_plain_ci"],
         "other_speedup": theirs["speedup_vs_plain"],
         "other_speedup_ci": theirs["speedup_vs_plain_ci"],
+        "prompts": len(old) or None,
+        **total_speed("decode_tokens_per_s", [new], [old]),
+        **total_speed("speedup_vs_plain", [new, old_plain], [new_plain, old]),
     }
-    for key in _PAIRED:
-        ratios = np.array(paired_ratios(first, other, name, key))
-        row["prompts"] = len(ratios) or None
-        row[key] = float(ratios.mean()) if len(ratios) else None
-        interval = bootstrap_interval((ratios,), lambda x, axis: x.mean(axis=axis))
-        row[f"{key}_ci"] = interval and list(interval)
-    return row
 
 
 def _differences(first: Run, others: Sequence[Run], allowed: dict[str, list]) -> Table:
@@ -160,6 +154,6 @@ def _missing(first: Run, other: Run) -> list[str]:
             f"No ratios paired by prompt: {' and '.join(older)} of the first version of results "
             "has no figures by prompt; run it again."
         )
-    elif not any(paired_ratios(first, other, name, _PAIRED[0]) for name in ours if name in theirs):
+    elif not any(paired_works((first, other), [name])[0] for name in ours if name in theirs):
         found.append(f"No ratios paired by prompt: {first.label} and {other.label} share none.")
     return found

@@ -27,13 +27,18 @@ DEFINITIONS: dict[str, tuple[str, str]] = {
     ),
     "speed": (
         "tokens/s",
-        "tokens after the first chunk over the time from first chunk to last, per row; prefill is "
-        "left out",
+        "tokens after the first chunk over the seconds from first chunk to last, both summed over "
+        "prompts, per row; prefill is left out",
     ),
     "speedup": (
         "speed / plain",
-        "decode speed over that of plain decoding in the same loop, paired by prompt within each "
-        "repeat, then averaged over prompts",
+        "total seconds of plain decoding in the same loop over the arm's, for the same prompts, "
+        "prefill left out; where the texts differ, total tokens over total seconds in both",
+    ),
+    "whole": ("with prefill / plain", "the same with the seconds of the prefill"),
+    "mean_ratio": (
+        "mean ratio",
+        "mean over prompts of the ratio of decode speeds, which short, easy answers dominate",
     ),
     "hf": ("speed / HF", "the same against the generate method of transformers"),
     "efficiency": (

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from specdec.bench.speed import faster_than_tau
 from specdec.report.blocks import Section
 from specdec.report.comparable import Difference, check_comparable, not_alike
 from specdec.report.compare import comparison
+from specdec.report.plan_table import not_trusted
 from specdec.report.runs import Run
 from specdec.report.sections.analysis import calibration, evidence, hardest
 from specdec.report.sections.bench import acceptance, domains, results, speed
@@ -62,8 +64,11 @@ def build_document(runs: Sequence[Run], allowed: Sequence[str] = ()) -> Document
         allowed: fields in which benches may differ and be compared all the same.
 
     Raises:
-        ValueError: benches that are not comparable, or matplotlib is not installed.
+        ValueError: benches that are not comparable, an arm that is faster than its tau, or
+            matplotlib is not installed.
     """
+    for run in runs:
+        _check_speeds(run)
     benches = [run for run in runs if run.kind == "bench"]
     differ = check_comparable(benches, allowed)
     made = [make(runs) for make in _SECTIONS]
@@ -75,6 +80,18 @@ def build_document(runs: Sequence[Run], allowed: Sequence[str] = ()) -> Document
         sections.append(_absent(absent))
     title = f"Speculative decoding: {', '.join(dict.fromkeys(run.label for run in runs))}"
     return Document(title, runs, _warnings(benches, differ, runs), sections)
+
+
+def _check_speeds(run: Run) -> None:
+    """Refuse figures that cannot be; a sweep's cells have said so themselves."""
+    parts = []
+    if run.kind == "bench" and run.config.get("batch_size") == 1:
+        parts = [run.arms]
+    elif run.kind == "suite" and run.data["suite"] != "concurrent":
+        parts = [group["arms"] for group in run.data["groups"]]
+    for arms in parts:
+        if impossible := faster_than_tau(arms):
+            raise ValueError(f"{run.label}: {'; '.join(impossible)}")
 
 
 def _absent(sections: Sequence[Section]) -> Section:
@@ -99,6 +116,12 @@ def _warnings(
         for run in benches
         for arm in run.arms
         if arm["mismatches"]
+    ]
+    found += [
+        f"{run.label}: {said}"
+        for run in runs
+        if run.kind == "plan"
+        for said in not_trusted(run.data)
     ]
     found += not_alike(runs)
     if any(run.kind == "estimate" for run in runs):

@@ -16,11 +16,13 @@ def plan_table(plan: dict[str, Any]) -> Table:
     table = _table(
         f"plan for batch size {size}: predictions from measured costs and the acceptance of "
         f"{tokens} tokens",
-        "in brackets: 95 % intervals; step: milliseconds of draft, target and everything else",
+        "in brackets: 95 % intervals; tau: from acceptance; step: milliseconds of draft, target "
+        "and everything else, timed as it is or fitted to other shapes"
+        + "".join(f"\n{x}" for x in not_trusted(plan)),
     )
     for header in ("", "configuration"):
         table.add_column(header, overflow="fold")
-    for header in ("tau", "vs plain", "step", "draft", "target", "other"):
+    for header in ("tau", "vs plain", "step is", "step", "draft", "target", "other"):
         table.add_column(header, justify="right", no_wrap=True)
     for place, row in enumerate([plan["choice"], *plan["runners_up"]]):
         step = row["step_ms"]
@@ -29,9 +31,26 @@ def plan_table(plan: dict[str, Any]) -> Table:
             row["name"],
             _with_interval(row, "predicted_tau"),
             _with_interval(row, "predicted_speedup"),
+            timed_or_fitted(row),
             *(f"{step[part]:.2f}" for part in ("wall", "draft", "target", "other")),
         )
     return table
+
+
+def timed_or_fitted(configuration: dict[str, Any]) -> str:
+    """Where the times of its steps come from."""
+    return "timed" if configuration["is_timed"] else "fitted"
+
+
+def not_trusted(plan: dict[str, Any]) -> list[str]:
+    """What to say of a plan whose times a busy machine made; nothing of others, or of old ones."""
+    trust = plan.get("trust")
+    if not trust or trust["is_trusted"]:
+        return []
+    return [
+        f"its times are not to be trusted: {'; '.join(trust['reasons'])}; plan again, in a new "
+        "folder, with nothing else running"
+    ]
 
 
 def schedule_table(plan: dict[str, Any]) -> Table:
@@ -43,11 +62,12 @@ def schedule_table(plan: dict[str, Any]) -> Table:
     table.add_column("rows", justify="right")
     table.add_column("nodes", justify="right")
     table.add_column("vs plain", justify="right")
+    table.add_column("step is")
     for size, nodes in plan["schedule"].items():
         here = [row for row in plan["schedule_predictions"] if row["batch_size"] == int(size)]
         best = next((row for row in here if row["nodes"] == nodes), None)
         gain = f"{best['predicted_speedup']:.2f}" if best else "1.00"
-        table.add_row(size, str(nodes), gain)
+        table.add_row(size, str(nodes), gain, timed_or_fitted(best) if best else "timed")
     return table
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from specdec.report.plan_table import not_trusted, timed_or_fitted
 from specdec.report.table import number
 
 
@@ -18,14 +19,22 @@ def planned_table(plan: dict[str, Any], results: dict[str, Any]) -> Table:
     choice = plan["choice"]["name"]
     table = Table(
         title=f"The plan chose: {choice}",
-        caption="speed / plain decoding; in brackets: 95 % intervals over prompts",
+        caption="\n".join(
+            ["speed / plain decoding; in brackets: 95 % intervals over prompts", *not_trusted(plan)]
+        ),
         box=SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
     table.add_column("arm", overflow="fold")
-    headers = ("tau\npredicted", "tau\nmeasured", "speed\npredicted", "speed\nmeasured")
+    headers = (
+        "tau\npredicted",
+        "tau\nmeasured",
+        "steps\nare",
+        "speed\npredicted",
+        "speed\nmeasured",
+    )
     for header in (*headers, "measured /\npredicted"):
         table.add_column(header, justify="right", no_wrap=True)
     predictions = {each["name"]: each for each in plan["configurations"]}
@@ -39,6 +48,7 @@ def planned_table(plan: dict[str, Any], results: dict[str, Any]) -> Table:
             arm["name"] + (" *" if arm["name"] == choice else ""),
             number(known["predicted_tau"], 2),
             number(arm["tau"], 2),
+            timed_or_fitted(known),
             _speed(known["predicted_speedup"], known["predicted_speedup_ci"]),
             _speed(measured, arm["speedup_vs_plain_ci"]),
             number(measured / known["predicted_speedup"], 2),

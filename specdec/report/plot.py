@@ -76,7 +76,7 @@ def _speed(axes: Any, arms: list[dict[str, Any]]) -> None:
     axes.set_yticks(places, [_label(arm) for arm in shown], fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.4 * reach)
-    axes.set_xlabel("decode speed / plain decoding (95 % interval over prompts)")
+    axes.set_xlabel("decode time of plain / own, all prompts (95 % interval over prompts)")
     axes.set_title("Speed")
 
 

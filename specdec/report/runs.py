@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from specdec.report.content import part, read_content
+from specdec.report.older import renew
 
 # File -> schemas that are read, and the kind of run.
 FILES = {
-    "results.json": (("specdec-bench-1", "specdec-bench-2"), "bench"),
-    "sweep.json": (("specdec-sweep-1",), "sweep"),
+    "results.json": (("specdec-bench-1", "specdec-bench-2", "specdec-bench-3"), "bench"),
+    "sweep.json": (("specdec-sweep-1", "specdec-sweep-2"), "sweep"),
     "analysis.json": (("specdec-analysis-1",), "analysis"),
-    "plan.json": (("specdec-plan-1",), "plan"),
+    "plan.json": (("specdec-plan-1", "specdec-plan-2"), "plan"),
     "estimate.json": (("specdec-estimate-1",), "estimate"),
-    "suite.json": (("specdec-suite-1",), "suite"),
+    "suite.json": (("specdec-suite-1", "specdec-suite-2"), "suite"),
 }
 
 
@@ -87,7 +88,7 @@ def cells(sweep: Run) -> list[Run]:
     found = []
     for cell in sweep.data["cells"]:
         file = sweep.folder / cell["folder"] / "results.json"
-        data = _content(file) if file.is_file() else {"schema": "specdec-bench-2"}
+        data = _content(file) if file.is_file() else {"schema": "specdec-bench-3"}
         words = ", ".join(f"{key.rpartition('.')[2]} {v}" for key, v in cell["settings"].items())
         label = f"{sweep.label}: {words or 'the only cell'}"
         data["arms"] = cell["arms"]
@@ -117,6 +118,7 @@ def _run(folder: Path, name: str, label: str) -> Run:
             f"{str(folder / name)!r} has the schema {data.get('schema')!r} but must have "
             f"{' or '.join(schemas)}; run it again with this version"
         )
+    renew(data)
     return Run(kind, label, folder, data)
 
 

@@ -63,7 +63,16 @@ def _table(results: dict[str, Any], intervals: tuple[str, ...]) -> Table:
     )
     # Where a terminal is too narrow for everything, an arm's name goes on in the next line.
     table.add_column("arm", overflow="fold")
-    headers = ("tau", "accepted", "tokens\n/s", "vs\nplain", "vs\nHF", "loop\neff.", "differ")
+    headers = (
+        "tau",
+        "acc.",
+        "tokens\n/s",
+        "vs\nplain",
+        "vs\nHF",
+        "e2e",
+        "loop\neff.",
+        "differ",
+    )
     for header in (*headers, "failed"):
         table.add_column(header, justify="right", no_wrap=True)
     for arm in results["arms"]:
@@ -74,6 +83,7 @@ def _table(results: dict[str, Any], intervals: tuple[str, ...]) -> Table:
             number(arm["decode_tokens_per_s"], 0),
             with_interval(arm, "speedup_vs_plain", intervals),
             with_interval(arm, "speedup_vs_hf", intervals),
+            number(arm["end_to_end_speedup_vs_plain"], 2),
             number(arm["loop_efficiency"], 3),
             "-" if arm["mismatches"] is None else str(arm["mismatches"]),
             str(arm["failed"]),
@@ -82,7 +92,10 @@ def _table(results: dict[str, Any], intervals: tuple[str, ...]) -> Table:
 
 
 def _caption(results: dict[str, Any], has_intervals: bool) -> str:
-    lines = ["HF: transformers' generate; differ: prompts whose greedy tokens differ"]
+    lines = [
+        "acc.: accepted / drafted; speeds: of total times; e2e: with prefill",
+        "HF: transformers' generate; differ: prompts whose greedy tokens differ",
+    ]
     if has_intervals:
         lines.append("in brackets: 95 % intervals over prompts")
     differences = [each for arm in results["arms"] for each in arm["differences"]]

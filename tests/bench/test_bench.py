@@ -267,7 +267,7 @@ def test_a_wrong_configuration_is_named(config, override, message):
 
 def test_results_say_which_target_and_prompts_they_are_of(config, tmp_path):
     results = run_bench(load_config(str(config), ["arms=[]", "repeats=1"]), tmp_path / "out")
-    assert results["schema"] == "specdec-bench-2"
+    assert results["schema"] == "specdec-bench-3"
     assert results["target"]["hidden_size"] == 32
     assert results["target"]["weights"]
     assert [p["num_tokens"] for p in results["prompts"]] == [11, 8, 1]
@@ -292,7 +292,13 @@ def test_figures_by_prompt_add_up_to_those_of_the_arm(config, tmp_path):
             # Prefill gave the first token of each repeat, every step its own beside the accepted.
             assert accepted + steps == 2 * 3 * 11
         ratios = [row["speedup_vs_plain"] for row in rows]
-        assert a["speedup_vs_plain"] == pytest.approx(sum(ratios) / 3)
+        assert a["mean_speedup_vs_plain"] == pytest.approx(sum(ratios) / 3)
+        seconds, plain = (
+            sum(row["decode_s"] for row in arm(results, name)["per_prompt"])
+            for name in (a["name"], "plain")
+        )
+        assert a["speedup_vs_plain"] == pytest.approx(plain / seconds)
+        assert a["decode_tokens_per_s"] == pytest.approx(3 * 11 / seconds)
         times = a["time_s"]
         assert sum(times.values()) == pytest.approx(2 * times["wall"])
 

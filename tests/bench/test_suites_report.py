@@ -125,7 +125,7 @@ def test_the_command_runs_a_packaged_suite_and_ends_with_a_line_for_machines(tmp
     done = CliRunner().invoke(app, ["bench", "demo/concurrent", *small, "--out", str(tmp_path)])
     assert done.exit_code == 0, done.stderr
     last = json.loads(done.stdout.splitlines()[-1])
-    assert last["schema"] == "specdec-suite-1"
+    assert last["schema"] == "specdec-suite-2"
     assert [group["name"] for group in last["groups"]] == ["2 users"]
     assert all(arm["mismatches"] == 0 for arm in last["groups"][0]["arms"])
     assert (tmp_path / "suite.png").stat().st_size > 20_000

@@ -124,14 +124,14 @@ def test_a_reranked_tree_may_lose_a_little_by_growing():
     assert run(found, [large, small])[0].candidate == small
 
 
-def test_speed_is_the_mean_over_prompts_of_tokens_a_step_at_the_ratio_of_step_times():
+def test_speed_is_the_ratio_of_expected_total_times():
     one = candidate(Shape(2, 1, 2, False))
     machine = Machine()
-    acceptance = ToyExpected([21, 31], [10, 10], [20, 20], [[10], [10]])
+    acceptance = ToyExpected([11, 151], [2, 100], [4, 200], [[2], [100]])
     found = Forecast(machine.costs([one]), Acceptance(lambda options: acceptance), CONTEXT)(one, 1)
     plain = machine.step(Shape(0, 1, 0, False), 0, 1).wall_s
     step = machine.step(one.shape, 2, 1).wall_s
-    assert found.speedup == pytest.approx((2.0 + 3.0) / 2 * plain / step, rel=1e-3)
+    assert found.speedup == pytest.approx((10 + 150) * plain / ((2 + 100) * step), rel=1e-3)
     low, high = found.speedup_ci
     assert low < found.speedup < high
 

@@ -48,7 +48,7 @@ def bench(arms=ARMS, *, speed=1.0, seed=0, batch_size=1, repeats=3):
         arm.update(throughput(outcomes, batch_size))
         arm["failures"] = failures(config, done, arm["name"])
     return {
-        "schema": "specdec-bench-2",
+        "schema": "specdec-bench-3",
         "provenance": provenance(config),
         "target": target(),
         "prompts": [
@@ -149,7 +149,7 @@ def sweep(folder):
         )
     known = ("processes", "command", "git_commit", "git_dirty", "versions", "date")
     where = {key: results["provenance"][key] for key in known}
-    return {"schema": "specdec-sweep-1", "provenance": where, "cells": cells}
+    return {"schema": "specdec-sweep-2", "provenance": where, "cells": cells}
 
 
 def plan(results, error=0.03):
@@ -168,12 +168,13 @@ def plan(results, error=0.03):
             "predicted_speedup": arm["speedup_vs_plain"] * (1 + error),
             "predicted_speedup_ci": [x * (1 + error) for x in arm["speedup_vs_plain_ci"]],
             "step_ms": {"draft": 1.6, "target": 4.8, "other": 0.9, "wall": 7.3},
+            "plain_step_ms": 4.5,
         }
         for arm in results["arms"][2:]
     ]
     configurations.sort(key=lambda each: -each["predicted_speedup"])
     return {
-        "schema": "specdec-plan-1",
+        "schema": "specdec-plan-2",
         "provenance": results["provenance"],
         "target": results["target"],
         "configurations": configurations,
@@ -290,7 +291,7 @@ def suite(results):
                 )
         groups.append({"name": f"{users} users", "value": users, "arms": arms})
     return {
-        "schema": "specdec-suite-1",
+        "schema": "specdec-suite-2",
         "suite": "concurrent",
         "provenance": {k: results["provenance"][k] for k in ("device", "dtype", "threads")},
         "groups": groups,

@@ -7,7 +7,7 @@ import made_runs
 import pytest
 
 from specdec.report.comparable import FIELDS, check_comparable, not_alike
-from specdec.report.compare import comparison, paired_ratios
+from specdec.report.compare import comparison
 from specdec.report.document import build_document
 from specdec.report.runs import Run
 
@@ -31,7 +31,7 @@ def changed(*path_and_value):
 CONFIG = ("provenance", "config")
 # Field, where it stands, another value, and the two values as the message gives them.
 CHANGES = [
-    ("schema", ("schema", "specdec-bench-1"), "specdec-bench-2", "specdec-bench-1"),
+    ("schema", ("schema", "specdec-bench-1"), "specdec-bench-3", "specdec-bench-1"),
     ("target", ("target", "weights", "c" * 64), "a" * 64, "c" * 64),
     ("target", ("target", "tokenizer", "c" * 64), "b" * 64, "c" * 64),
     ("prompts", ("prompts", 3, "fingerprint", "other"), "9 prompts", "9 prompts"),
@@ -134,15 +134,20 @@ def test_an_unknown_field_is_refused():
         check_comparable([run(RESULTS)], ["weather"])
 
 
-def test_ratios_are_paired_by_prompt_in_whatever_order_the_prompts_stand():
+def test_ratios_are_of_total_times_of_the_prompts_in_whatever_order_they_stand():
     first, other = run(RESULTS), run(copy.deepcopy(RESULTS), "b")
     arm = next(a for a in other.data["arms"] if a["name"] == "eagle3 tree")
+    before = [figures["decode_s"] for figures in arm["per_prompt"]]
     for factor, figures in enumerate(arm["per_prompt"], start=1):
-        figures["decode_tokens_per_s"] *= factor
-    arm["per_prompt"].reverse()
+        figures["decode_s"] *= factor
+    after = [figures["decode_s"] for figures in arm["per_prompt"]]
+    for each in other.data["arms"]:
+        each["per_prompt"].reverse()
     other.data["prompts"].reverse()
-    ratios = paired_ratios(first, other, "eagle3 tree", "decode_tokens_per_s")
-    assert ratios == pytest.approx(range(1, 10))
+    rows = {row["arm"]: row for row in comparison([first, other], {}).tables[1].rows}
+    for key in ("decode_tokens_per_s", "speedup_vs_plain"):
+        assert rows["eagle3 tree"][key] == pytest.approx(sum(before) / sum(after))
+        assert rows["plain"][key] == pytest.approx(1.0)
 
 
 def test_a_comparison_gives_the_ratio_with_an_interval_over_prompts():

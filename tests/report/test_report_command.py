@@ -85,7 +85,7 @@ def test_committed_results_of_the_first_version_are_read_and_what_they_lack_is_t
 
 
 def test_two_comparable_benches_are_compared_first_of_all(bench, tmp_path):
-    other = made_runs.write(tmp_path / "faster", "results.json", made_runs.bench(speed=2.0))
+    other = made_runs.write(tmp_path / "faster", "results.json", made_runs.bench(speed=1.2))
     done = command(bench, other, "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
     data, _ = sections(tmp_path / "out")

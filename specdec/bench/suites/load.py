@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from specdec.bench.interval import Interval, bootstrap_interval
+from specdec.bench.speed import Work, total_speed
 from specdec.bench.suites.ask import Ask
 from specdec.bench.suites.fairness import jain_index, worst_over_mean
 from specdec.bench.suites.served import Call, Served
@@ -85,28 +86,16 @@ def _waited(row: Served) -> float:
 
 def _user_speed_vs_plain(pairs: Sequence[tuple[Call, Call]]) -> dict[str, Any]:
     """Tokens a second of waiting over the same of plain decoding; interval over requests."""
-    key = "user_speed_vs_plain"
-    if not pairs:
-        return {key: None, f"{key}_ci": None}
-    sums = np.array(
-        [
-            [_sums(a, b) for a, b in zip(ours.served, theirs.served, strict=True)]
-            for ours, theirs in pairs
-        ]
-    ).sum(0)  # [requests, 4], over the repeats
-    return {
-        key: float(_ratio(*sums.T, axis=0)),  # type: ignore[misc]
-        f"{key}_ci": bootstrap_interval(tuple(sums.T), _ratio),
-    }
+    works = [
+        [_waited_for(row) for row in zip(*(pair[arm].served for pair in pairs), strict=True)]
+        for arm in (0, 1)
+    ]
+    return total_speed("user_speed_vs_plain", works[:1], works[1:])
 
 
-def _sums(ours: Served, theirs: Served) -> tuple[float, float, float, float]:
-    return len(ours.tokens), _waited(ours), len(theirs.tokens), _waited(theirs)
-
-
-def _ratio(tokens: Any, waited: Any, plain_tokens: Any, plain_waited: Any, axis: int) -> Any:
-    ours = tokens.sum(axis=axis) / waited.sum(axis=axis)
-    return ours / (plain_tokens.sum(axis=axis) / plain_waited.sum(axis=axis))
+def _waited_for(repeats: Rows) -> Work:
+    """A request's tokens and the seconds waited for them, over its repeats."""
+    return Work(sum(len(row.tokens) for row in repeats), sum(map(_waited, repeats)))
 
 
 def _median(values: Sequence[float]) -> float | None:

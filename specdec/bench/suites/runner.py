@@ -15,6 +15,7 @@ from specdec.bench.outcome import Key
 from specdec.bench.prompts import load_prompts
 from specdec.bench.provenance import machine
 from specdec.bench.runner import GreedyMismatchError
+from specdec.bench.speed import faster_than_tau
 from specdec.bench.store import replace_file
 from specdec.bench.suites.ask import Group
 from specdec.bench.suites.calls import build_arms, measure_call, sampling_of, warm_up
@@ -40,7 +41,7 @@ from specdec.bench.summary import peak_memory
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
 
-SCHEMA = "specdec-suite-1"
+SCHEMA = "specdec-suite-2"
 RESULTS = "suite.json"
 
 
@@ -104,7 +105,8 @@ def check_suite(results: dict[str, Any]) -> None:
 
     Raises:
         GreedyMismatchError: tokens differ at temperature 0 in float32.
-        RuntimeError: every request of an arm failed in a group.
+        RuntimeError: every request of an arm failed in a group, or one is faster than its tau; see
+            `faster_than_tau`.
     """
     exact = results["provenance"]["dtype"] == "float32" and not results["provenance"]["quantized"]
     for group in results["groups"]:
@@ -120,6 +122,10 @@ def check_suite(results: dict[str, Any]) -> None:
                     f"{where}, request {first['request']} from output token {first['position']} on "
                     f"(top-2 logit gap {first['top2_gap']}); see differences in {RESULTS}"
                 )
+    if results["suite"] != "concurrent":
+        for group in results["groups"]:
+            if impossible := faster_than_tau(group["arms"]):
+                raise RuntimeError(f"{group['name']}: {'; '.join(impossible)}")
 
 
 def _groups(

@@ -10,12 +10,21 @@ from specdec.report.runs import Run, cells
 
 NO_BENCH = "No bench among the runs: give the --out folder of specdec bench."
 
+_OLD = (
+    "{} is of the first version of results, which has no figures by prompt: intervals of speeds, "
+    "and in a batch the speeds but for the mean of ratios, take another run."
+)
+
 _ARM = Column("name", "arm")
 _HEADLINE = (
     Column("tau", "tau", 2, term="tau"),
     Column("decode_tokens_per_s", "tokens/s", 0, term="speed"),
     Column("speedup_vs_plain", "speed / plain", 2, "x", term="speedup"),
     Column("speedup_vs_hf", "speed / HF", 2, "x", term="hf"),
+)
+_BESIDE = (
+    Column("end_to_end_speedup_vs_plain", "with prefill / plain", 2, "x", term="whole"),
+    Column("mean_speedup_vs_plain", "mean ratio", 2, "x", term="mean_ratio"),
 )
 _COUNTS = (
     Column("accepted_percent", "accepted", 0, " %", term="accepted"),
@@ -35,9 +44,11 @@ def results(runs: Sequence[Run]) -> Section:
         section.missing.append(NO_BENCH)
     for place, run in enumerate(benches, start=1):
         rows = [_row(arm) for arm in run.arms]
-        columns = (_ARM, *_HEADLINE, *_COUNTS)
+        columns = (_ARM, *_HEADLINE, *_BESIDE, *_COUNTS)
         section.tables.append(Table(f"arms-{place}", f"{run.label}: all prompts", columns, rows))
         section.text += _failures(run)
+        if not run.is_bench(2):
+            section.missing.append(_OLD.format(run.label))
     for place, run in enumerate(sweeps, start=1):
         section.tables.append(_sweep(run, place))
         section.missing += [
@@ -70,7 +81,7 @@ def _sweep(run: Run, place: int) -> Table:
         for arm in cell["arms"]
     ]
     set_here = [Column(f"set {key}", key.rpartition(".")[2]) for key in keys]
-    columns = (*set_here, _ARM, *_HEADLINE)
+    columns = (*set_here, _ARM, *_HEADLINE, *_BESIDE)
     return Table(f"sweep-{place}", f"{run.label}: every cell", columns, rows)
 
 

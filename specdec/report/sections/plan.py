@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from specdec.report.blocks import Column, Section, Table
+from specdec.report.plan_table import timed_or_fitted
 from specdec.report.runs import Run
 
 _CONFIGURATION = (
@@ -14,6 +15,7 @@ _CONFIGURATION = (
     Column("batch_size", "batch", 0),
     Column("predicted_tau", "tau, predicted", 2, term="tau"),
     Column("predicted_speedup", "speed / plain, predicted", 2, "x", term="speedup"),
+    Column("step_is", "its steps are"),
     Column("target", "target, ms a step", 2),
     Column("draft", "draft, ms a step", 2),
     Column("other", "rest, ms a step", 2),
@@ -37,7 +39,13 @@ def plan(runs: Sequence[Run]) -> Section:
 
 def _row(configuration: dict[str, Any]) -> dict[str, Any]:
     options = json.dumps(configuration["options"]) if configuration["options"] else None
-    return {**configuration, "options": options, **(configuration.get("step_ms") or {})}
+    step_is = timed_or_fitted(configuration)
+    return {
+        **configuration,
+        "options": options,
+        "step_is": step_is,
+        **(configuration.get("step_ms") or {}),
+    }
 
 
 def _schedule(run: Run, place: int) -> Table:

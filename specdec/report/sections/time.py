@@ -64,9 +64,9 @@ def speedup(runs: Sequence[Run]) -> Section:
     section.text.append(
         "If a step cost what a step of plain decoding costs, and nothing else, the speedup would "
         "be tau. Each part of the step is then added to that cost in the order shown; its factor "
-        "is the cost before over the cost after. The last factor is no cost: the measured speedup "
-        "is a mean over prompts of ratios, the times are sums over all prompts. Tau times all "
-        "factors is the measured speedup."
+        "is the cost before over the cost after. The last factor is what lies outside of steps: "
+        "the time between them, in a batch the wait for other rows, and that the speedup takes "
+        "each prompt's median over repeats. Tau times all factors is the measured speedup."
     )
     for place, (run, found) in enumerate(_timed(runs, section), start=1):
         falls = _waterfalls(run, found)
