@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the experiments again, from the data folder that SPECDEC_DATA_DIR names, and put their results here.
 #
-#   SPECDEC_DATA_DIR=DATA bash experiments/run_all.sh            # all: about 75 minutes on two cores
+#   SPECDEC_DATA_DIR=DATA bash experiments/run_all.sh            # all but 03-domain: about 95 minutes on two cores
 #   SPECDEC_DATA_DIR=DATA bash experiments/run_all.sh 09-rules   # or some, by name
 #
 # Whatever is stopped goes on with the same command: runs are kept in runs/experiments (remove a folder to measure it again).
@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 here=experiments runs=runs/experiments
-all=(05-drafters 06-shapes 07-draft-size 08-sampling 09-rules 10-batch 11-prediction 12-serving)
+all=(01-core 02-heads 04-recipes 05-drafters 06-shapes 07-draft-size 08-sampling 09-rules 10-batch 11-prediction 12-serving)
 suites="single-turn multi-turn long-context concurrent"
 names=("$@")
 [ $# -gt 0 ] || names=("${all[@]}")
@@ -26,6 +26,21 @@ bench() { # bench NAME CONFIG [key=value...]
 
 measure() {
   case $1 in
+    01-core)
+      bench 01-batch1 $here/01-core/bench.yaml
+      bench 01-batch8 $here/01-core/bench-batch8.yaml
+      ;;
+    02-heads)
+      for kind in t0 t1; do bench 02-$kind $here/02-heads/bench-$kind.yaml; done
+      bench 02-tune $here/02-heads/tune.yaml
+      ;;
+    04-recipes)
+      [ -d $runs/04-queries ] || specdec collect banking77 --num 2000 --out $runs/04-queries
+      specdec regenerate $runs/04-queries --target demo --max-new-tokens 128 --out $runs/04-answers
+      specdec train recipes/demo/qlora_draft_model.yaml data.path=$runs/04-answers --out $runs/04-qlora
+      bench 04-qlora-bench demo prompts.source=$runs/04-queries \
+        "arms=[{name: before, type: draft_model, options: {path: demo}}, {name: after, type: draft_model, options: {path: $runs/04-qlora/drafter}}]"
+      ;;
     05-drafters | 06-shapes) bench "$1" "$here/$1/bench.yaml" ;;
     07-draft-size)
       bash $here/07-draft-size/train.sh
@@ -69,6 +84,9 @@ measure() {
 publish() {
   local to=$here/$1
   case $1 in
+    01-core) for kind in batch1 batch8; do cp $runs/01-$kind/results.json "$to/$kind/"; done ;;
+    02-heads) for kind in t0 t1 tune; do cp $runs/02-$kind/results.json "$to/$kind/"; done ;;
+    04-recipes) cp $runs/04-qlora-bench/results.json "$to/bench-qlora/" ;;
     05-drafters) cp $runs/05-drafters/sweep.json "$to/" ;;
     06-shapes) cp $runs/06-shapes/results.json "$to/" ;;
     07-draft-size)
@@ -112,7 +130,7 @@ for name in "${names[@]}"; do
 done
 for name in "${measured[@]}"; do publish "$name"; done
 if [ ${#measured[@]} -gt 0 ]; then
-  python $here/tables.py "${measured[@]}"
+  python $here/tables.py "${measured[@]}" .. # and that of the README of the repository
   python $here/plots.py "${measured[@]}"
 fi
 [ ${#failed[@]} -eq 0 ] || { echo "run_all.sh: failed: ${failed[*]}" >&2; exit 1; }

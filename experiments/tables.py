@@ -25,6 +25,131 @@ CONSTANTS = {
 }
 
 
+# How the arms are called in the README of the repository, and of 01.
+WORDS = {
+    "hf_generate": "transformers `generate`",
+    "hf_assisted": "transformers assisted, 4 tokens",
+    "draft model": "draft model, 4 tokens",
+    "medusa": "Medusa, computed tree",
+    "eagle tree": "EAGLE-1, tree",
+    "eagle chain": "EAGLE-1, chain",
+    "eagle3 tree": "EAGLE-3, tree",
+    "eagle3 chain": "EAGLE-3, chain",
+    "hybrid tree": "hybrid: suffix and EAGLE-3 tree",
+    "hybrid chain": "hybrid: suffix and EAGLE-3 chain",
+}
+SPEEDS = ("tau", "speedup_vs_plain", "end_to_end_speedup_vs_plain", "speedup_vs_hf")
+HEAD = ["arm", "tau", "vs plain", "with prefill", "vs transformers `generate`"]
+# Of 03-domain: the run that made it, and its arm in the benches.
+TRAINED = {
+    "draft model, generic": ("generic-draft", "draft generic"),
+    "draft model, QLoRA on gsm8k": ("qlora-gsm8k", "draft for gsm8k"),
+    "draft model, QLoRA on sgd": ("qlora-sgd", "draft for sgd"),
+    "EAGLE-3, generic": ("generic-eagle3", "eagle3 generic"),
+    "EAGLE-3, trained on for gsm8k": ("eagle3-gsm8k", "eagle3 for gsm8k"),
+    "EAGLE-3, trained on for sgd": ("eagle3-sgd", "eagle3 for sgd"),
+}
+
+
+def measured() -> dict[str, str]:
+    """The README of the repository."""
+    arms = arms_of(read("02-heads/t0/results.json"))
+    rows = [[WORDS.get(name, name), *_figures(arm)] for name, arm in arms.items()]
+    return {"measured": table(HEAD, rows), "domains": _trained(with_alpha=True)}
+
+
+def _figures(arm: dict[str, Any]) -> list[str]:
+    return [figure(arm, key) for key in SPEEDS]
+
+
+def core() -> dict[str, str]:
+    """Experiment 01: one prompt at a time, and eight."""
+    one, eight = (arms_of(read(f"01-core/batch{size}/results.json")) for size in (1, 8))
+    rows = [
+        [
+            WORDS.get(name, name),
+            *_figures(arm),
+            *_loop(arm, ("other_ms_per_step", "loop_efficiency")),
+        ]
+        for name, arm in one.items()
+    ]
+    head = ["arm", "tau", "tokens/s, decoding", "/ at batch 1", "tokens/s, whole call"]
+    return {
+        "batch1": table([*HEAD, "in neither model, ms", "loop efficiency"], rows),
+        "batch8": table(
+            [*head, "/ at batch 1", "loop efficiency"],
+            [
+                [
+                    WORDS.get(name, name),
+                    figure(arm, "tau"),
+                    *_throughput(arm, one[name], "batch_decode_tokens_per_s"),
+                    *_throughput(arm, one[name], "batch_tokens_per_s"),
+                    *_loop(arm, ("loop_efficiency",)),
+                ]
+                for name, arm in eight.items()
+            ],
+        ),
+    }
+
+
+def _loop(arm: dict[str, Any], keys: tuple[str, ...]) -> list[str]:
+    digits = {"other_ms_per_step": 2, "loop_efficiency": 3}
+    return ["-" if arm[key] is None else f"{arm[key]:.{digits[key]}f}" for key in keys]
+
+
+def _throughput(arm: dict[str, Any], alone: dict[str, Any], key: str) -> list[str]:
+    return [f"{arm[key]:.0f}", f"{arm[key] / alone[key]:.2f}"]
+
+
+def heads() -> dict[str, str]:
+    """Experiment 02: trees to choose from, then the chosen ones at both temperatures."""
+    found = {name: arms_of(read(f"02-heads/{name}/results.json")) for name in ("tune", "t0", "t1")}
+    tables = {
+        name: table(
+            [*HEAD, "accepted / drafted", "loop efficiency"],
+            [
+                [
+                    each,
+                    *_figures(arm),
+                    f"{arm['acceptance_rate']:.0%}" if arm["acceptance_rate"] else "-",
+                    *_loop(arm, ("loop_efficiency",)),
+                ]
+                for each, arm in found[name].items()
+            ],
+        )
+        for name in ("t0", "t1")
+    }
+    rows = [[name, *_figures(arm)[:2]] for name, arm in found["tune"].items()]
+    return {"tune": table(["arm", "tau", "vs plain"], rows), **tables}
+
+
+def domain() -> dict[str, str]:
+    """Experiment 03, what its own tables.py does not print: speeds."""
+    return {"speeds": _trained(with_alpha=False)}
+
+
+def _trained(*, with_alpha: bool) -> str:
+    """Alpha or tau, and speed, of the drafters that were trained on two domains."""
+    first = "alpha" if with_alpha else "tau"
+    rows = [[name] for name in TRAINED]
+    for domain in DOMAINS[:2]:
+        alphas = read(f"03-domain/alpha-{domain}.json")["drafters"]
+        arms = arms_of(read(f"03-domain/bench-{domain}/results.json"))
+        for row, (run, name) in zip(rows, TRAINED.values(), strict=True):
+            alpha = f"{100 * alphas[run]['alpha']['0']['value']:.1f} %"
+            row += [alpha if with_alpha else figure(arms[name], "tau")]
+            row += [figure(arms[name], "speedup_vs_plain")]
+    heads = [f"{domain}: {what}" for domain in DOMAINS[:2] for what in (first, "speed")]
+    return table(["drafter", *heads], rows)
+
+
+def recipes() -> dict[str, str]:
+    """Experiment 04: a draft model before and after."""
+    arms = arms_of(read("04-recipes/bench-qlora/results.json"))
+    rows = [[name, *_figures(arms[name])[:3]] for name in ("before", "after")]
+    return {"qlora": table(["draft model", *HEAD[1:4]], rows)}
+
+
 def drafters() -> dict[str, str]:
     """Experiment 05: a table a temperature."""
     head = ["arm", "tau", "vs plain", "vs `generate`", *(f"{each}: vs plain" for each in DOMAINS)]
@@ -312,7 +437,13 @@ def _load_row(arm: dict[str, Any]) -> list[str]:
     return [arm["name"], *speeds, *waits, f"{load['jain_index']:.2f}"]
 
 
+# By the folder of the README; that of the repository is "..".
 TABLES: dict[str, Callable[[], dict[str, str]]] = {
+    "..": measured,
+    "01-core": core,
+    "02-heads": heads,
+    "03-domain": domain,
+    "04-recipes": recipes,
     "05-drafters": drafters,
     "06-shapes": shapes,
     "07-draft-size": draft_size,

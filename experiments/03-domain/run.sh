@@ -65,3 +65,5 @@ python $here/throughput.py --out $here/throughput.json
 python $here/gather.py $runs/*/results.json
 python $here/plots.py
 python $here/tables.py
+python experiments/tables.py 03-domain ..
+python experiments/plots.py 03-domain

@@ -1,4 +1,4 @@
-"""The tables of this experiment's README, from its committed results.
+"""The tables of this experiment's README, from its committed results; ../tables.py has the speeds.
 
 python experiments/03-domain/tables.py
 """
@@ -10,12 +10,12 @@ from typing import Any
 HERE = Path(__file__).parent
 DOMAINS = ("gsm8k", "sgd", "taskmaster4")
 DRAFTERS = {
-    "draft model, generic": ("generic-draft", "draft generic"),
-    "draft model, QLoRA on gsm8k": ("qlora-gsm8k", "draft for gsm8k"),
-    "draft model, QLoRA on sgd": ("qlora-sgd", "draft for sgd"),
-    "EAGLE-3, generic": ("generic-eagle3", "eagle3 generic"),
-    "EAGLE-3, trained on for gsm8k": ("eagle3-gsm8k", "eagle3 for gsm8k"),
-    "EAGLE-3, trained on for sgd": ("eagle3-sgd", "eagle3 for sgd"),
+    "draft model, generic": "generic-draft",
+    "draft model, QLoRA on gsm8k": "qlora-gsm8k",
+    "draft model, QLoRA on sgd": "qlora-sgd",
+    "EAGLE-3, generic": "generic-eagle3",
+    "EAGLE-3, trained on for gsm8k": "eagle3-gsm8k",
+    "EAGLE-3, trained on for sgd": "eagle3-sgd",
 }
 SIZES = {"0": "generic-draft", "100": "qlora-sgd-100", "500": "qlora-sgd-500"}
 SIZES |= {"2,000": "qlora-sgd", "8,000": "qlora-sgd-8000"}
@@ -40,11 +40,6 @@ def percent(figure: dict[str, Any]) -> str:
     return f"{100 * figure['value']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def ratio(arm: dict[str, Any], name: str) -> str:
-    low, high = arm[f"{name}_ci"]
-    return f"{arm[name]:.2f} [{low:.2f}, {high:.2f}]"
-
-
 def table(head: list[str], rows: list[list[str]]) -> None:
     print("| " + " | ".join(head) + " |\n|" + " --- |" * len(head))
     for row in rows:
@@ -58,21 +53,9 @@ def main() -> None:
         print(f"alpha in per cent, T = {temperature}\n")
         rows = [
             [name, *(percent(alphas[d][key]["alpha"][temperature]) for d in DOMAINS)]
-            for name, (key, _) in DRAFTERS.items()
+            for name, key in DRAFTERS.items()
         ]
         table(["drafter", *DOMAINS], rows)
-    arms = {
-        domain: {arm["name"]: arm for arm in read(f"bench-{domain}/results.json")["arms"]}
-        for domain in DOMAINS[:2]
-    }
-    rows = []
-    for name, (_, arm) in DRAFTERS.items():
-        row = [name]
-        for domain in DOMAINS[:2]:
-            found = arms[domain][arm]
-            row += [ratio(found, "tau"), ratio(found, "speedup_vs_plain")]
-        rows.append(row)
-    table(["drafter", "gsm8k tau", "gsm8k speed", "sgd tau", "sgd speed"], rows)
     for title, names, domain in (("queries", SIZES, "sgd"), ("objective", OBJECTIVES, "gsm8k")):
         rows = [
             [label, *(percent(alphas[domain][key]["alpha"][t]) for t in ("0", "1"))]
