@@ -37,6 +37,7 @@ def predicted(name, speedup, **options):
         "predicted_tau_ci": [1.0, 1.5],
         "predicted_speedup": speedup,
         "predicted_speedup_ci": None,
+        "is_timed": True,
     }
 
 
