@@ -4,6 +4,11 @@ S verify steps, D draft nodes verified, A draft tokens accepted, T tokens emitte
 stop rule. Each step emits its accepted tokens and one more, the step's own (the bonus or corrected
 token). Where a stop rule cuts a step short, its last kept token counts as its own, so that
 T - 1 = A + S always holds (the first token is prefill's).
+
+A speedup is the total decode time of plain decoding over the arm's, for the same prompts; where
+texts differ, total tokens over total time in both. A mean of per-prompt ratios, which short, easy
+answers dominate, stands beside it under its own name. What a drafter remembers of earlier prompts
+is empty at the start of every repeat.
 """
 
 from collections.abc import Iterable
@@ -96,10 +101,3 @@ class AcceptanceStats:
         """Steps that accepted at depth 1, 2, ... over the steps that tested that depth."""
         pairs = zip(self.accepted_at, self.tested_at, strict=True)
         return tuple(accepted / tested for accepted, tested in pairs)
-
-
-def loop_efficiency(records: Iterable[StepRecord]) -> float:
-    """Share of the decoding time that was spent inside model forwards, at most 1.0."""
-    rows = list(records)
-    wall_s = sum(row.wall_s for row in rows)
-    return sum(row.draft_s + row.target_s for row in rows) / wall_s if wall_s else 0.0

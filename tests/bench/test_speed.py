@@ -3,6 +3,7 @@
 import pytest
 
 from specdec.bench.outcome import Run
+from specdec.bench.runner import check_results
 from specdec.bench.speed import (
     decode_work,
     end_to_end_work,
@@ -10,6 +11,7 @@ from specdec.bench.speed import (
     mean_ratio,
     total_speed,
 )
+from specdec.bench.suites.runner import check_suite
 
 
 def runs(*repeats):
@@ -81,3 +83,18 @@ def test_no_arm_is_faster_than_its_tau_by_more_than_noise(given, message):
     said = faster_than_tau([given])
     assert len(said) == bool(message)
     assert (message or "") in "".join(said)
+
+
+def test_a_bench_or_suite_of_single_rows_with_such_an_arm_fails():
+    known = {"failed": 0, "mismatches": 0, "requests": 5}
+    arms = [arm(3.0, 2.3, 2.0, 2.0) | known]
+    where = {"dtype": "float32", "quantized": False}
+    for size, suite, fails in ((1, "single_turn", True), (4, "concurrent", False)):
+        bench = {"arms": arms, "provenance": {**where, "config": {"batch_size": size}}}
+        groups = {"groups": [{"name": "g", "arms": arms}], "suite": suite, "provenance": where}
+        for check, results in ((check_results, bench), (check_suite, groups)):
+            if fails:
+                with pytest.raises(RuntimeError, match="which no speed can pass"):
+                    check(results)
+            else:
+                check(results)

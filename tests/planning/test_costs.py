@@ -1,5 +1,8 @@
+from types import SimpleNamespace
+
 import pytest
 
+from specdec.planning import measure
 from specdec.planning.costs import Costs
 from specdec.planning.forward_cost import ForwardCost
 from specdec.planning.loop_times import Step, TimedRun
@@ -48,7 +51,6 @@ def test_times_are_brought_to_the_speed_of_the_plain_runs_beside_them():
 
 def test_a_drafter_that_remembers_is_timed_on_every_prompt_once(monkeypatch):
     """Timed three times a round, it meets the prompts of three rounds, and is built anew after."""
-    import specdec.planning.measure as measure
 
     seen = []
 
@@ -79,3 +81,23 @@ def test_a_drafter_that_remembers_is_timed_on_every_prompt_once(monkeypatch):
     measured.decodings([mixed] * 3, 1, 2)
     drafted = [each for each in seen if each[0] is not None and each[0] >= 0]
     assert len(drafted) == len(set(drafted)) == 6
+
+
+@pytest.mark.parametrize(
+    ("steps_ms", "load", "reason"),
+    [
+        ((5.0, 5.2, 5.1, 5.3), 1.0, ""),
+        ((5.0, 5.2, 9.1, 8.7), 1.0, "the same step of plain decoding took 5.1 to 9.0 ms"),
+        ((5.0, 5.2, 5.1, 5.3), 7.0, "the load average was 7.0 on 2 cores"),
+    ],
+)
+def test_a_plan_of_a_busy_machine_is_not_trusted(monkeypatch, steps_ms, load, reason):
+    monkeypatch.setattr(measure.os, "cpu_count", lambda: 2)
+    runs = [
+        TimedRun(None, [Step(0.0, ms / 1000, 0.0, context=CONTEXT, nodes=0)] * 3, ms / 1000)
+        for ms in steps_ms
+    ]
+    journal = SimpleNamespace(entries=[{"phase": "forward", "load": load}])
+    found = Measurements(None, None, FULL, journal, lambda done, total, text: None).trust(runs)
+    assert found["is_trusted"] == (not reason)
+    assert found["reasons"] == ([reason] if reason else [])

@@ -95,6 +95,23 @@ def test_two_comparable_benches_are_compared_first_of_all(bench, tmp_path):
     assert "faster" in data["sections"][0]["tables"][1]["caption"]
 
 
+def test_a_run_with_an_arm_that_is_faster_than_its_tau_is_refused(tmp_path):
+    wrong = made_runs.write(tmp_path / "wrong", "results.json", made_runs.bench(speed=9.0))
+    done = command(wrong, "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "wrong: the arm 'eagle3 chain' is" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_of_a_busy_machine_is_told_before_any_figure(tmp_path):
+    trust = {"is_trusted": False, "reasons": ["the load average was 9.0 on 2 cores"]}
+    content = made_runs.plan(RESULTS) | {"trust": trust}
+    done = command(made_runs.write(tmp_path / "p", "plan.json", content), "--out", tmp_path / "out")
+    (said,) = sections(tmp_path / "out")[0]["warnings"]
+    assert said.startswith("p: its times are not to be trusted: the load average was 9.0")
+    assert done.exit_code == 0
+
+
 def test_incomparable_benches_are_refused_with_status_2_and_nothing_is_written(bench, tmp_path):
     results = copy.deepcopy(RESULTS)
     results["provenance"]["config"]["sampling"]["temperature"] = 1.0
