@@ -117,7 +117,7 @@ def medians(table: Sequence[Sequence[Item | None]], of: Callable[[Item], float])
     return [_median(of(run) for run in row if run is not None) for row in table]
 
 
-def faster_than_tau(arms: Sequence[Mapping[str, Any]]) -> list[str]:
+def faster_than_tau(results: Mapping[str, Any]) -> list[str]:
     """What is wrong with arms that were faster than their tau, which no drafter can be.
 
     A step costs at least what a step of plain decoding costs, so the speedup of rows that are
@@ -125,14 +125,19 @@ def faster_than_tau(arms: Sequence[Mapping[str, Any]]) -> list[str]:
     cheaper one.) Intervals over prompts and a tenth of the speedup are put down to noise.
 
     Args:
-        arms: of results or of a suite's group, decoded one row at a time.
+        results: of a bench or a suite.
     """
+    config = (results.get("provenance") or {}).get("config") or {}
+    if results.get("suite") == "concurrent" or config.get("batch_size", 1) > 1:
+        return []
     return [
-        f"the arm {arm['name']!r} is {arm['speedup_vs_plain']:.2f} times as fast as plain decoding "
-        f"(at least {low:.2f}) but accepts only {arm['tau']:.2f} tokens a step (at most "
-        f"{arm['tau_ci'][1]:.2f}), which no speed can pass: the machine was busy while plain "
-        "decoding ran; measure again in a new folder with nothing else running"
-        for arm in arms
+        f"the arm {arm['name']!r}{part.get('name', '') and ' in ' + part['name']} is "
+        f"{arm['speedup_vs_plain']:.2f} times as fast as plain decoding (at least {low:.2f}) but "
+        f"accepts only {arm['tau']:.2f} tokens a step (at most {arm['tau_ci'][1]:.2f}), which no "
+        "speed can pass: the machine was busy while plain decoding ran; measure again in a new "
+        "folder with nothing else running"
+        for part in results.get("groups", [results])
+        for arm in part["arms"]
         if arm["tau_ci"]
         and arm["speedup_vs_plain_ci"]
         and arm.get("prompts", arm.get("requests")) >= MIN_PROMPTS

@@ -67,8 +67,9 @@ def build_document(runs: Sequence[Run], allowed: Sequence[str] = ()) -> Document
         ValueError: benches that are not comparable, an arm that is faster than its tau, or
             matplotlib is not installed.
     """
-    for run in runs:
-        _check_speeds(run)
+    for run in runs:  # a sweep's cells have said so themselves
+        if run.kind in ("bench", "suite") and (impossible := faster_than_tau(run.data)):
+            raise ValueError(f"{run.label}: {'; '.join(impossible)}")
     benches = [run for run in runs if run.kind == "bench"]
     differ = check_comparable(benches, allowed)
     made = [make(runs) for make in _SECTIONS]
@@ -80,18 +81,6 @@ def build_document(runs: Sequence[Run], allowed: Sequence[str] = ()) -> Document
         sections.append(_absent(absent))
     title = f"Speculative decoding: {', '.join(dict.fromkeys(run.label for run in runs))}"
     return Document(title, runs, _warnings(benches, differ, runs), sections)
-
-
-def _check_speeds(run: Run) -> None:
-    """Refuse figures that cannot be; a sweep's cells have said so themselves."""
-    parts = []
-    if run.kind == "bench" and run.config.get("batch_size") == 1:
-        parts = [run.arms]
-    elif run.kind == "suite" and run.data["suite"] != "concurrent":
-        parts = [group["arms"] for group in run.data["groups"]]
-    for arms in parts:
-        if impossible := faster_than_tau(arms):
-            raise ValueError(f"{run.label}: {'; '.join(impossible)}")
 
 
 def _absent(sections: Sequence[Section]) -> Section:

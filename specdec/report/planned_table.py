@@ -19,23 +19,15 @@ def planned_table(plan: dict[str, Any], results: dict[str, Any]) -> Table:
     choice = plan["choice"]["name"]
     table = Table(
         title=f"The plan chose: {choice}",
-        caption="\n".join(
-            ["speed / plain decoding; in brackets: 95 % intervals over prompts", *not_trusted(plan)]
-        ),
+        caption="\n".join(["speed / plain; in brackets: 95 % intervals", *not_trusted(plan)]),
         box=SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
     table.add_column("arm", overflow="fold")
-    headers = (
-        "tau\npredicted",
-        "tau\nmeasured",
-        "steps\nare",
-        "speed\npredicted",
-        "speed\nmeasured",
-    )
-    for header in (*headers, "measured /\npredicted"):
+    headers = ("tau\npredicted", "tau\nmeasured", "steps\nare", "speed\npredicted")
+    for header in (*headers, "speed\nmeasured", "measured /\npredicted"):
         table.add_column(header, justify="right", no_wrap=True)
     predictions = {each["name"]: each for each in plan["configurations"]}
     for arm in results["arms"]:

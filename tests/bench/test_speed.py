@@ -80,7 +80,7 @@ def arm(speed, low, tau, high, prompts=5):
     ],
 )
 def test_no_arm_is_faster_than_its_tau_by_more_than_noise(given, message):
-    said = faster_than_tau([given])
+    said = faster_than_tau({"arms": [given]})
     assert len(said) == bool(message)
     assert (message or "") in "".join(said)
 

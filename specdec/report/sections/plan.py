@@ -39,13 +39,8 @@ def plan(runs: Sequence[Run]) -> Section:
 
 def _row(configuration: dict[str, Any]) -> dict[str, Any]:
     options = json.dumps(configuration["options"]) if configuration["options"] else None
-    step_is = timed_or_fitted(configuration)
-    return {
-        **configuration,
-        "options": options,
-        "step_is": step_is,
-        **(configuration.get("step_ms") or {}),
-    }
+    step = {"step_is": timed_or_fitted(configuration), **(configuration.get("step_ms") or {})}
+    return {**configuration, "options": options, **step}
 
 
 def _schedule(run: Run, place: int) -> Table:
