@@ -19,17 +19,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # of what all experiments sh
 from prediction import Pair, Row, chosen, covers, drafting, error, join, key_of, summary
 from results import speed
 
+from specdec.report.older import renew
+
 HEADER = ("configuration", "tau", "planned", "speed", "planned", "error", "inside", "draft", "pl.")
 
 
 def arms_in(path: Path) -> list[Row]:
     """Measured arms of our loop; of a sweep, those of all its cells."""
     content = json.loads(path.read_text())
+    renew(content)
     return drafting(arm for part in content.get("cells", [content]) for arm in part["arms"])
 
 
 def main(plan: Path, results: Annotated[list[Path], typer.Argument()]) -> None:
     content = json.loads((plan / "plan.json" if plan.is_dir() else plan).read_text())
+    renew(content)
     arms = [arm for path in results for arm in arms_in(path)]
     pairs = join(content["configurations"], arms)
     if len(pairs) < 2:
