@@ -71,8 +71,8 @@ def run_analysis(
     )
     repeats = 1 if sampling.is_greedy else answers
     texts, prompts = _texts(config, target, sampling, text, repeats, progress)
-    mark = _fingerprint(config, texts)
-    store = AnalysisStore(folder, mark)
+    mark, known = _fingerprint(config, texts), identify_target(target)
+    store = AnalysisStore(folder, mark, known)
     provenance = {
         "config": asdict(config),
         "config_fingerprint": mark,
@@ -83,7 +83,7 @@ def run_analysis(
     result = {
         "schema": SCHEMA,
         "provenance": provenance,
-        "target": asdict(identify_target(target)),
+        "target": asdict(known),
         "prompts": prompts,
         "drafters": _drafters(arms, predictor, store, progress),
         "left_out": [arm.name for arm in config.arms if arm.type in SINGLE_PROMPT_TYPES],

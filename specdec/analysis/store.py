@@ -10,6 +10,8 @@ from safetensors.numpy import load_file, save
 
 from specdec.analysis.evidence import Array, Evidence
 from specdec.bench.store import replace_file
+from specdec.checkpoints import TargetIdentity
+from specdec.checkpoints.identity import as_json, check_resumed
 
 RESULT, EVIDENCE = "analysis.json", "evidence.safetensors"
 _FIELDS = tuple(Evidence.__dataclass_fields__)
@@ -21,14 +23,15 @@ class AnalysisStore:
     Args:
         folder: made if it is not there.
         fingerprint: of configuration and texts; a folder of another one is refused.
+        target: identity of the target, likewise.
 
     Raises:
-        ValueError: the folder holds an analysis of another configuration.
+        ValueError: the folder holds an analysis of another configuration or target.
         PermissionError: it cannot be written.
         OSError: there is no space left.
     """
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
+    def __init__(self, folder: Path, fingerprint: str, target: TargetIdentity) -> None:
         self._folder, self._parts = folder, folder / "drafters"
         try:
             self._parts.mkdir(parents=True, exist_ok=True)
@@ -41,12 +44,17 @@ class AnalysisStore:
         written_by = mark.read_text() if mark.is_file() else "its fingerprint is gone"
         # A run that finished no drafter leaves a folder that serves any configuration.
         if not any(self._parts.glob("*.json")):
+            replace_file(self._parts / "target", json.dumps(as_json(target)).encode())
             replace_file(mark, fingerprint.encode())
         elif written_by != fingerprint:
             raise ValueError(
                 f"{str(folder)!r} holds an analysis of another configuration or of other texts "
                 f"({written_by}, not {fingerprint}); choose another --out folder or remove this one"
             )
+        else:
+            known = self._parts / "target"
+            written = json.loads(known.read_text()) if known.is_file() else None
+            check_resumed(repr(str(folder)), written, target)
 
     def read(self, index: int) -> dict[str, Any] | None:
         """What is said of drafter `index`; None where it is not finished."""

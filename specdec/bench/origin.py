@@ -8,7 +8,13 @@ from typing import Any
 from specdec.bench.arm_marks import checkpoint_mark, plan_mark
 from specdec.bench.config import ArmConfig
 from specdec.bench.store import replace_file
-from specdec.checkpoints.identity import identify_target
+from specdec.checkpoints.identity import (
+    TARGET,
+    as_json,
+    check_resumed,
+    identify_target,
+    identity_of,
+)
 
 ORIGIN = "origin.json"
 _MACHINE = ("device", "cpu", "cpu_count", "dtype", "quantized")
@@ -68,10 +74,12 @@ def check_origin(
 def _conditions(
     provenance: dict[str, Any], target: Any, arms: Sequence[ArmConfig]
 ) -> dict[str, Any]:
+    known = identify_target(target)
     checkpoints = {f"the checkpoint of {arm.name!r}": checkpoint_mark(arm) for arm in arms}
     return {
         **{name: provenance[name] for name in _MACHINE},
-        "the target's weights": identify_target(target).weights,
+        "the target's weights": known.weights,
+        TARGET: as_json(known),
         **{f"the plan of {arm.name!r}": plan_mark(arm) for arm in arms},
         # A checkpoint that is gone is not another one.
         **{name: mark for name, mark in checkpoints.items() if mark is not None},
@@ -89,7 +97,9 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _compare(folder: Path, earlier: dict[str, Any], now: dict[str, Any]) -> None:
     for name, value in now.items():
-        if name in earlier and earlier[name] != value:
+        if name == TARGET:
+            check_resumed(repr(str(folder)), earlier.get(name), identity_of(value))
+        elif name in earlier and earlier[name] != value:
             raise ValueError(
                 f"{str(folder)!r} holds calls with another origin: {name} was {earlier[name]!r} "
                 f"and is {value!r} now; choose another --out folder or remove this one"

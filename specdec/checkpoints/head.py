@@ -8,7 +8,7 @@ from torch import Tensor
 KINDS = ("medusa", "eagle", "eagle3")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TargetIdentity:
     """What a head remembers of the target that it was trained for.
 
@@ -17,10 +17,15 @@ class TargetIdentity:
         hidden_size: H of the target.
         vocab_size: V of the target; None where the layout does not hold it.
         num_layers: decoder layers of the target; None where the layout does not hold it.
-        weights: hash of a few of its weights; None where the layout does not hold one, and for
-            targets that are quantised.
+        weights: hash of the signs of a few of its weights; None where the layout does not hold
+            one, and for targets that are quantised.
         tokenizer: hash of its vocabulary; None where the layout does not hold one, and for
             targets without a tokenizer.
+        facts: its text config as far as it changes what is computed, its stop ids
+            ("eos_token_ids") and how it is quantised ("quantization"); None where an older specdec
+            wrote the identity.
+        magnitudes: tensor -> two figures of sampled weights, see `identity.magnitude`; None as for
+            `facts`.
     """
 
     name: str | None
@@ -29,6 +34,25 @@ class TargetIdentity:
     num_layers: int | None = None
     weights: str | None = None
     tokenizer: str | None = None
+    facts: dict[str, Any] | None = None
+    magnitudes: dict[str, list[float]] | None = None
+
+    def __eq__(self, other: object) -> bool:
+        """Equal but for magnitudes that the dtype of the weights has rounded."""
+        if not isinstance(other, TargetIdentity):
+            return NotImplemented
+        ours, theirs = vars(self).copy(), vars(other).copy()
+        sizes = ours.pop("magnitudes") or {}, theirs.pop("magnitudes") or {}
+        return ours == theirs and sizes[0].keys() == sizes[1].keys() and not odd_tensor(*sizes)
+
+
+def odd_tensor(ours: dict[str, list[float]], theirs: dict[str, list[float]]) -> str | None:
+    """The first tensor of both whose magnitudes differ by more than any dtype rounds them."""
+    for name in (name for name in ours if name in theirs):
+        near = 1e-2 * max(ours[name][0], theirs[name][0]) + 1e-7
+        if any(abs(a - b) > near for a, b in zip(ours[name], theirs[name], strict=True)):
+            return name
+    return None
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,16 +2,34 @@
 
 import hashlib
 import json
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from specdec.checkpoints.head import HeadCheckpoint, TargetIdentity
+from specdec.checkpoints.head import HeadCheckpoint, TargetIdentity, odd_tensor
 
 # Weights that the hash looks at, spread over every matrix of the model.
 NUM_SAMPLES = 2**20
+# Its key where a run says what makes it the same run.
+TARGET = "the target"
+# Weights of every tensor whose magnitudes are kept.
+NUM_MEASURED = 2**12
+SIZES = ("hidden_size", "vocab_size", "num_layers")
+# Keys of a config that change nothing of what a model computes from tokens. All others count, for
+# a key that we do not know may matter; what only one of two versions of transformers knows is not
+# compared.
+_IDLE = {
+    *("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"),
+    *("id2label", "label2id", "num_labels", "problem_type", "task_specific_params", "return_dict"),
+    *("output_hidden_states", "output_attentions", "output_router_logits", "pretraining_tp"),
+    *("initializer_range", "router_aux_loss_coef", "gradient_checkpointing", "tokenizer_class"),
+    *("chunk_size_feed_forward", "pad_token_id", "bos_token_id", "quantization_config"),
+}
 
 
 def identify_target(target: Any) -> TargetIdentity:
@@ -27,6 +45,12 @@ def identify_target(target: Any) -> TargetIdentity:
         num_layers=target.config.num_hidden_layers,
         weights=_hash_of_weights(target.model),
         tokenizer=hash_of_vocabulary(target.tokenizer),
+        facts=_facts(target),
+        magnitudes={
+            _name_of(name, weight, target.model): magnitude(weight)
+            for name, weight in target.model.named_parameters()
+            if weight.numel() and not weight.is_meta
+        },
     )
 
 
@@ -48,22 +72,107 @@ def check_target(checkpoint: HeadCheckpoint, identity: TargetIdentity, force: bo
     known = checkpoint.target
     if known is None:
         return
-    for fact in ("hidden_size", "vocab_size", "num_layers"):
-        wanted, given = getattr(known, fact), getattr(identity, fact)
-        if None not in (wanted, given) and wanted != given:
+    renew = "specdec convert HEAD NEW_FOLDER --to specdec --target TARGET"
+    for fact, wanted, given in differences(known, identity, "the head", renew):
+        if fact in SIZES:
             raise ValueError(
                 f"the head was trained for {_called(known)} with {fact} {wanted}, but "
                 f"{_called(identity)} has {fact} {given}; use the target that it was trained for, "
                 "or train a head for this one"
             )
-    for fact, noun in (("tokenizer", "vocabulary"), ("weights", "set of weights")):
-        wanted, given = getattr(known, fact), getattr(identity, fact)
-        if not force and None not in (wanted, given) and wanted != given:
+        if not force:
+            noun = _NOUNS.get(fact.split(" ")[0], "configuration")
             raise ValueError(
                 f"the head was trained for {_called(known)}, whose {noun} differs from that of "
-                f"{_called(identity)} (hash {wanted[:8]}, not {given[:8]}); use that target, or "
+                f"{_called(identity)} ({fact} {wanted}, not {given}); use that target, or "
                 "force=true to draft for this one all the same"
             )
+
+
+_NOUNS = {"tokenizer": "vocabulary", "weights": "set of weights", "magnitude": "set of weights"}
+
+
+def differences(
+    known: TargetIdentity, given: TargetIdentity, where: str, renew: str, is_resume: bool = False
+) -> Iterator[tuple[str, Any, Any]]:
+    """Facts that differ, with both values; one that an identity does not know is not compared.
+
+    A quantised version of a target is the same one to a head, which drafts well for it: how it is
+    quantised, and weights that are rounded otherwise, count only where a run is to go on.
+
+    Args:
+        known: as it was written down.
+        given: of the target that is there.
+        where: what holds the known one, for a warning if an older version wrote it.
+        renew: the command that writes it anew.
+        is_resume: a run is to go on with it.
+    """
+    if known.facts is None and (known.weights or is_resume):
+        warnings.warn(
+            f"{where} knows its target by the signs of sampled weights at most, as older versions "
+            "wrote it: another configuration, norm or scale of weights goes unseen. To renew it: "
+            f"{renew}",
+            stacklevel=4,
+        )
+    for fact in (*SIZES, "tokenizer"):
+        ours, theirs = getattr(known, fact), getattr(given, fact)
+        if None not in (ours, theirs) and ours != theirs:
+            yield fact, _short(ours), _short(theirs)
+    facts = [dict(each.facts or {}) for each in (known, given)]
+    quantized = [each.get("quantization") for each in facts]
+    if not is_resume:
+        for each in facts:
+            each.pop("quantization", None)
+    yield from _different_facts(*facts)
+    if quantized[0] != quantized[1] and known.facts and given.facts:
+        return
+    if None not in (known.weights, given.weights) and known.weights != given.weights:
+        yield "weights", _short(known.weights), _short(given.weights)
+    if odd := odd_tensor(known.magnitudes or {}, given.magnitudes or {}):
+        sizes = [(each.magnitudes or {})[odd] for each in (known, given)]
+        yield f"magnitude of {odd}", *sizes
+
+
+def _different_facts(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    for name in (name for name in ours if name in theirs):
+        mine, other = ours[name], theirs[name]
+        if isinstance(mine, dict) and isinstance(other, dict):
+            yield from _different_facts(mine, other)
+        elif mine != other:
+            yield name, mine, other
+
+
+def check_resumed(where: str, written: Any, identity: TargetIdentity) -> None:
+    """Refuse to go on with a run of another target.
+
+    Args:
+        where: what holds the run, for messages.
+        written: its target's identity, see `as_json`; None in a run of an older specdec.
+        identity: of the target that is there.
+
+    Raises:
+        ValueError: the first fact that differs.
+    """
+    known, renew = identity_of(written or {}), "give the command with an empty --out folder"
+    for fact, was, now in differences(known, identity, where, renew, is_resume=True):
+        raise ValueError(
+            f"{where} is of another target: {fact} was {was} and is {now} now; choose another "
+            "--out folder or remove this one"
+        )
+
+
+def as_json(identity: TargetIdentity) -> dict[str, Any]:
+    """An identity as JSON values, without the name, which changes with a folder."""
+    return {name: value for name, value in asdict(identity).items() if name != "name"}
+
+
+def identity_of(written: Mapping[str, Any]) -> TargetIdentity:
+    """An identity from JSON values, whatever of it they hold."""
+    return TargetIdentity(
+        **{field.name: written.get(field.name) for field in fields(TargetIdentity)}
+    )
 
 
 def _check_taps(checkpoint: HeadCheckpoint, identity: TargetIdentity) -> None:
@@ -94,6 +203,41 @@ def _name(path: str) -> str | None:
         return hub[0].removeprefix("models--").replace("--", "/")
     is_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).is_dir()
     return (Path(path).name if is_local else path) or None
+
+
+def _facts(target: Any) -> dict[str, Any]:
+    """What of a target's configuration changes what it says."""
+    facts = {
+        name: value
+        for name, value in target.config.to_dict().items()
+        if name[0] != "_" and name not in _IDLE and not name.endswith(("dropout", "pdrop"))
+    }
+    how = getattr(target.model.config, "quantization_config", None)
+    facts["quantization"] = how.to_dict() if hasattr(how, "to_dict") else how
+    facts.pop("eos_token_id", None)  # a generation config may say otherwise
+    facts["eos_token_ids"] = sorted(target.eos_token_ids)
+    found: dict[str, Any] = json.loads(json.dumps(facts, default=str))  # tuples are lists there
+    return found
+
+
+def _name_of(name: str, weight: Tensor, model: Any) -> str:
+    """A tensor's name; packed weights are not to be taken for plain ones."""
+    name = getattr(model, "names", {}).get(name, name)
+    is_plain = weight.is_floating_point() and weight.itemsize > 1
+    return name if is_plain else f"{name} ({str(weight.dtype).removeprefix('torch.')})"
+
+
+def magnitude(weight: Tensor) -> list[float]:
+    """Root mean square of sampled weights, and their product with a fixed wave.
+
+    The second sees signs and order, which the first does not. Rounding to any floating dtype of
+    two bytes moves both by less than a hundredth of the first.
+    """
+    stride = -(-weight.numel() // NUM_MEASURED)
+    samples = weight.detach().reshape(-1)[::stride].cpu().double().nan_to_num(0, 0, 0)
+    wave = torch.arange(len(samples)).double().square().mul(0.7).cos()
+    both = samples.square().mean().sqrt(), wave @ samples / len(samples) ** 0.5
+    return [float(f"{float(figure):.4g}") for figure in both]
 
 
 def _hash_of_weights(model: Any) -> str | None:
@@ -134,6 +278,10 @@ def _signs(weight: Tensor, count: int) -> Tensor:
     """Sign bits [n] of at most `count` weights, on the CPU."""
     stride = -(-weight.numel() // count)
     return weight.reshape(-1)[::stride].signbit().cpu()
+
+
+def _short(value: Any) -> Any:
+    return f"{value[:8]}..." if isinstance(value, str) else value
 
 
 def hash_of_vocabulary(tokenizer: Any) -> str | None:

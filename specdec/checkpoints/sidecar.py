@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from specdec.checkpoints.config_fields import count, text
+from specdec.checkpoints.config_fields import count, section, text
 from specdec.checkpoints.folder import read_json
 from specdec.checkpoints.head import KINDS, HeadCheckpoint, TargetIdentity
 from specdec.checkpoints.llama_config import rope_of
@@ -76,6 +76,10 @@ def _identity(facts: dict[str, Any], where: str) -> TargetIdentity:
         text(facts, name, where)
     for name in ("hidden_size", "vocab_size", "num_layers"):
         count(facts, name, where)
+    section(facts, "facts", where)
+    for name, pair in section(facts, "magnitudes", where).items():
+        if not isinstance(pair, list) or [type(each) for each in pair] != [float, float]:
+            raise ValueError(f"{where!r}: magnitude {name} is {pair!r} but must be two numbers")
     try:
         return TargetIdentity(**facts)
     except TypeError as error:

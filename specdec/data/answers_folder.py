@@ -10,6 +10,7 @@ from typing import Any
 
 from specdec.checkpoints import TargetIdentity
 from specdec.checkpoints.folder import read_json
+from specdec.checkpoints.identity import differences, identity_of
 from specdec.data.answers import AnswerRow, read_rows
 from specdec.data.durable import private_opener
 from specdec.data.journal import disk_trouble
@@ -85,19 +86,13 @@ def check_answers_target(manifest: Mapping[str, Any], identity: TargetIdentity) 
     Raises:
         ValueError: the first fact that differs.
     """
-    known = manifest["target"]
-    for fact in ("vocab_size", "hidden_size", "num_layers", "tokenizer", "weights"):
-        wrote, given = known.get(fact), getattr(identity, fact)
-        if None not in (wrote, given) and wrote != given:
-            raise ValueError(
-                f"the answers were written by target {known.get('name')!r} with {fact} "
-                f"{_short(wrote)}, but {identity.name!r} has {fact} {_short(given)}; use the "
-                "target that wrote them, or regenerate them with this one"
-            )
-
-
-def _short(value: Any) -> str:
-    return f"{value[:8]}..." if isinstance(value, str) else str(value)
+    known, renew = identity_of(manifest["target"]), "specdec regenerate"
+    for fact, wrote, given in differences(known, identity, "answers.json", renew):
+        raise ValueError(
+            f"the answers were written by target {known.name!r} with {fact} {wrote}, but "
+            f"{identity.name!r} has {fact} {given}; use the target that wrote them, or regenerate "
+            "them with this one"
+        )
 
 
 def write_answers(

@@ -86,7 +86,8 @@ class FeatureIndex:
     def identity(self) -> dict[str, Any]:
         """What a run must have in common with the one it goes on from."""
         whole = asdict(self)
-        del whole["target"]["name"]  # it changes with a folder
+        for name in ("name", "facts", "magnitudes"):  # a folder's, and what is compared by itself
+            del whole["target"][name]
         same = {key: whole[key] for key in ("layout", "target", "ends", "settings")}
         return {**same, "rows": self.source["rows"]}
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from specdec.checkpoints.head import TargetIdentity
-from specdec.checkpoints.identity import hash_of_ends, hash_of_vocabulary
+from specdec.checkpoints.identity import differences, hash_of_ends, identify_target
 from specdec.data.answers import AnswerRow
 from specdec.data.feature_index import FeatureIndex, Shard, read_index
 from specdec.data.feature_layout import logit_places
@@ -86,11 +86,9 @@ class FeatureStore:
         Raises:
             ValueError: the first fact that differs.
         """
-        known = self.index.target
-        for fact in ("hidden_size", "vocab_size", "num_layers", "tokenizer", "weights"):
-            ours, theirs = getattr(known, fact), getattr(identity, fact)
-            if None not in (ours, theirs) and ours != theirs:
-                raise _other_target(self.folder, known, fact, ours, theirs)
+        known, where = self.index.target, repr(str(self.folder))
+        for fact, ours, theirs in differences(known, identity, where, "specdec features"):
+            raise _other_target(self.folder, known, fact, ours, theirs)
 
     def check_ends(self, ends: TargetEnds) -> None:
         """Refuse the ends of another target than the one whose features these are.
@@ -98,17 +96,11 @@ class FeatureStore:
         Raises:
             ValueError: the first fact that differs.
         """
-        known = self.index.target
-        found = {
-            "hidden_size": (known.hidden_size, ends.config.hidden_size),
-            "vocab_size": (known.vocab_size, ends.vocab_size),
-            "num_layers": (known.num_layers, ends.config.num_hidden_layers),
-            "tokenizer": (known.tokenizer, hash_of_vocabulary(ends.tokenizer)),
-            "embedding or projection": (self.index.ends, hash_of_ends(ends.model)),
-        }
-        for fact, (ours, theirs) in found.items():
-            if None not in (ours, theirs) and ours != theirs:
-                raise _other_target(self.folder, known, fact, ours, theirs)
+        ours, theirs = self.index.ends, hash_of_ends(ends.model)
+        if None not in (ours, theirs) and ours != theirs:
+            fact = "embedding or projection"
+            raise _other_target(self.folder, self.index.target, fact, ours, theirs)
+        self.check_target(identify_target(ends))
 
     def check_taps(self, taps: Sequence[int]) -> None:
         """Refuse taps that are not stored.

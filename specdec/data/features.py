@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.bench.provenance import machine
-from specdec.checkpoints.identity import hash_of_ends
+from specdec.checkpoints.identity import as_json, check_resumed, hash_of_ends
 from specdec.data.answers import AnswerRow
 from specdec.data.durable import NO_SPACE, write_durably
 from specdec.data.feature_forward import fill_shard
@@ -113,6 +113,7 @@ class FeatureExtraction:
                     f"{str(out)!r} holds another store ({fact}); choose another --out folder or "
                     "remove this one"
                 )
+        check_resumed(repr(str(out)), as_json(index.target), self._index.target)
         return index
 
     def _unfinished(self, out: Path, index: FeatureIndex) -> list[File]:

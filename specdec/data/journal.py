@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from specdec.checkpoints.identity import TARGET, check_resumed, identity_of
 from specdec.data.durable import make_private, private_opener
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -94,7 +95,9 @@ class Journal:
             raise ValueError(f"{where}: the first line of {self._path.name} is damaged; {fix}")
         for key in sorted(found.keys() | identity.keys()):
             theirs, ours = found.get(key), identity.get(key)
-            if theirs != ours:
+            if key == TARGET:
+                check_resumed(repr(str(self._path.parent)), theirs, identity_of(ours or {}))
+            elif theirs != ours:
                 raise ValueError(f"{where}: {key} is {theirs!r} there, not {ours!r}; {fix}")
 
     def append(self, row: dict[str, Any]) -> None:

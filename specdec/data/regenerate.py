@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from specdec.bench.provenance import machine
 from specdec.checkpoints import identify_target
 from specdec.checkpoints.head import TargetIdentity
-from specdec.checkpoints.identity import hash_of_vocabulary
+from specdec.checkpoints.identity import TARGET, as_json, hash_of_vocabulary
 from specdec.data.answer_settings import AnswerSettings, run_identity, template_hash
 from specdec.data.answers_folder import SCHEMA, write_failed
 from specdec.data.answers_summary import failures, finish, finished_manifest, summary
@@ -71,6 +71,7 @@ def regenerate(
         **run_identity(queries, settings),
         "target_weights": known.weights,
         "target_tokenizer": known.tokenizer,
+        TARGET: as_json(known),
         "chat_template": template_hash(target.tokenizer),
         "dtype": where["dtype"],
         "quantized": where["quantized"],

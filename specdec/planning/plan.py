@@ -16,7 +16,7 @@ from specdec.bench.prompts import load_prompts, render
 from specdec.bench.provenance import collect, fingerprint
 from specdec.bench.store import replace_file
 from specdec.bench.turns import unfold_turns
-from specdec.checkpoints.identity import identify_target
+from specdec.checkpoints.identity import TARGET, as_json, identify_target
 from specdec.data.journal import Journal
 from specdec.planning.candidates import Family, families
 from specdec.planning.costs import Costs
@@ -97,6 +97,7 @@ class _Planner:
             "plan": self.mark,
             "quick": quick,
             **{key: self.provenance[key] for key in kept},
+            TARGET: as_json(identify_target(self.target)),
         }
 
     def plan(self, journal: Journal) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from specdec.checkpoints.identity import SIZES, differences, identity_of
 from specdec.report.runs import Run
 
 
@@ -62,6 +63,15 @@ def _target(run: Run) -> dict[str, Any]:
     return {f"target.{name}": identity[name] for name in names}
 
 
+def _facts(first: Run, other: Run) -> list[tuple[str, Any, Any]]:
+    """What two targets differ in beside their hashes and sizes."""
+    ours, theirs = (identity_of(run.identity or {}) for run in (first, other))
+    if ours.facts is None or theirs.facts is None:
+        return []
+    found = differences(ours, theirs, "", "")
+    return [each for each in found if each[0] not in (*SIZES, "weights", "tokenizer")]
+
+
 def _number_format(run: Run) -> dict[str, Any]:
     where = run.config.get("target") or {}
     return {**_provenance("dtype", "quantized")(run), "quantization": where.get("quantization")}
@@ -113,6 +123,11 @@ def find_differences(
             for key in ours
             if key in theirs and _differ(ours[key], theirs[key])
         ]
+        if field == "target":
+            found += [
+                Difference(field, f"target.{key}", (str(a), str(b)), fix)
+                for key, a, b in _facts(first, other)
+            ]
     return found
 
 

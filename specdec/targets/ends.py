@@ -30,6 +30,7 @@ class EndsModel(nn.Module):
     """
 
     is_partial = True  # a hash of these weights is not the hash of the target's
+    names: dict[str, str]  # of the parameters here, in the whole model
 
     def __init__(
         self, config: Any, generation_config: Any, embedding: nn.Embedding, projection: nn.Linear
@@ -108,8 +109,13 @@ def load_ends(
     wanted = find_dtype(dtype, chosen)
     if wanted == "auto":
         wanted = config.get_text_config().dtype or torch.float32
-    embedding, projection = _filled(where, revision, _skeleton(config), wanted)
+    whole = _skeleton(config)
+    embedding, projection = _filled(where, revision, whole, wanted)
     model = EndsModel(config, _generation_config(where, revision), embedding, projection)
+    places = {id(module): name for name, module in whole.named_modules()}
+    model.names = {
+        f"{name}.weight": f"{places[id(module)]}.weight" for name, module in model.named_children()
+    }
     model.to(chosen).eval().requires_grad_(False)
     return TargetEnds(model, load_tokenizer(where, revision, trust_remote_code=False))
 

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from specdec.analysis.walk import DraftShape
 from specdec.checkpoints import TargetIdentity
 from specdec.checkpoints.folder import write_files
+from specdec.checkpoints.identity import TARGET, as_json
 from specdec.targets.load import find_device
 from specdec.train.config import TrainConfig
 from specdec.train.data import Split
@@ -186,4 +187,6 @@ def _identity(
     settings["target"].pop("path")
     # A step means the same however many processes share its batches.
     settings["batches_per_step"] = settings.pop("gradient_accumulation") * num_processes
-    return {**settings, "rows": split.fingerprint, "target_weights": target.weights}
+    return {**settings, "rows": split.fingerprint, "target_weights": target.weights} | {
+        TARGET: as_json(target)
+    }

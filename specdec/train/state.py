@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from specdec.checkpoints.identity import TARGET, check_resumed, identity_of
 from specdec.data.durable import NO_SPACE, write_durably
 from specdec.train.tensor_files import write_tensors
 from specdec.train.together import in_first_process
@@ -150,13 +151,15 @@ class RunFolder:
         return [found[step] for step in sorted(found)]
 
     def _check_identity(self, found: dict[str, Any]) -> None:
-        ours, theirs = _flat(self._identity), _flat(found)
+        ours, theirs = _flat(self._identity | {TARGET: None}), _flat(found | {TARGET: None})
         for key in sorted(ours.keys() | theirs.keys()):
             if ours.get(key) != theirs.get(key):
                 raise ValueError(
                     f"{str(self.folder)!r} holds a run with another {key} ({theirs.get(key)!r}, "
                     f"not {ours.get(key)!r}); choose another --out folder or remove this one"
                 )
+        target = identity_of(self._identity.get(TARGET, {}))
+        check_resumed(repr(str(self.folder)), found.get(TARGET), target)
 
 
 def _begin(partial: Path, text: str) -> None:

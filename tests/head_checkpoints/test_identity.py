@@ -9,6 +9,8 @@ from tiny_models import perturbed, tiny_llama, tiny_target
 
 from specdec import load_target
 from specdec.checkpoints import HeadCheckpoint, check_target, identify_target
+from specdec.checkpoints.identity import TARGET, as_json, check_resumed
+from specdec.data.journal import Journal
 from specdec.targets.hf import HFTarget
 
 
@@ -72,6 +74,86 @@ def test_another_model_of_the_same_shape_is_refused_unless_forced():
     with pytest.raises(ValueError, match=r"whose set of weights differs .* force=true"):
         check_target(head_for(known), other)
     check_target(head_for(known), other, force=True)
+
+
+def set_rope(target):
+    target.config.rope_parameters = {"rope_type": "default", "rope_theta": 500000.0}
+
+
+def set_config(**values):
+    return lambda target: target.config.update(values)
+
+
+def scale(*names, by):
+    def change(target):
+        for name, weight in target.model.named_parameters():
+            if not names or name in names:
+                weight.data.mul_(by)
+
+    return change
+
+
+OTHERS = {
+    "rope": (set_rope, r"rope_theta 10000.0, not 500000.0"),
+    "eps": (set_config(rms_norm_eps=1e-5), r"rms_norm_eps 1e-06, not 1e-05"),
+    "activation": (set_config(hidden_act="gelu"), "hidden_act silu, not gelu"),
+    "window": (set_config(sliding_window=64), "sliding_window None, not 64"),
+    "stop ids": (lambda target: setattr(target, "eos_token_ids", (7, 5)), r"\[\], not \[5, 7\]"),
+    "norm": (scale("model.layers.1.input_layernorm.weight", by=1.05), "input_layernorm"),
+    "scale": (scale(by=1.05), "magnitude of model.embed_tokens.weight"),
+    "bias sign": (scale("model.norm.weight", by=-1), "magnitude of model.norm.weight"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_signs_do_not_tell_is_seen_and_named(name, tmp_path):
+    target = tiny_target()
+    target.config.sliding_window = None
+    known = identify_target(target)
+    journal = Journal(tmp_path / "j", {TARGET: as_json(known)})
+    journal.append({"a": 1})
+    journal.close()
+    change, said = OTHERS[name]
+    change(target)
+    other = identify_target(target)
+    assert other.weights == known.weights or name == "bias sign"
+    assert other != known
+    with pytest.raises(ValueError, match=said):
+        check_target(head_for(known), other)
+    check_target(head_for(known), other, force=True)
+    with pytest.raises(ValueError, match=f"another target: .*{said.split(',')[0].split()[-1]}"):
+        Journal(tmp_path / "j", {TARGET: as_json(other)})
+
+
+def test_facts_that_only_one_version_knows_and_names_are_not_compared():
+    known = identify_target(tiny_target())
+    newer = replace(known, facts={**known.facts, "new_default": 3})
+    target = tiny_target()
+    target.config.update({"id2label": {0: "x"}, "use_cache": False, "transformers_version": "9"})
+    for other in (newer, identify_target(target)):
+        check_target(head_for(known), other)
+        check_target(head_for(other), known)
+
+
+def test_a_quantised_version_keeps_its_heads_and_resumes_no_run():
+    known, target = identify_target(tiny_target()), tiny_target()
+    target.model.config.quantization_config = {"quant_method": "awq", "bits": 4}
+    scale("model.norm.weight", by=1.1)(target)  # as methods do that move scales into norms
+    other = identify_target(target)
+    check_target(head_for(known), other)
+    with pytest.raises(ValueError, match="another target: quantization was None"):
+        check_resumed("'run'", as_json(known), other)
+
+
+def test_an_older_identity_is_compared_as_far_as_it_goes_with_a_warning():
+    known = identify_target(tiny_target())
+    old = replace(known, facts=None, magnitudes=None)
+    with pytest.warns(UserWarning, match=r"older versions wrote it.* specdec convert"):
+        check_target(head_for(old), known)
+    with pytest.warns(UserWarning, match="older"):
+        check_resumed("'run'", None, known)
+    with pytest.warns(UserWarning, match="older"), pytest.raises(ValueError, match="weights"):
+        check_target(head_for(old), replace(known, weights="0"))
 
 
 def test_one_changed_matrix_of_any_layer_is_seen():
