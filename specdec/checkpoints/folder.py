@@ -140,7 +140,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{str(path.parent)!r} has no {path.name}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{str(path)!r} is not JSON ({error}); it is corrupt or truncated, copy it again"
         ) from error

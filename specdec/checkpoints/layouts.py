@@ -16,7 +16,7 @@ from specdec.checkpoints.folder import (
     write_files,
 )
 from specdec.checkpoints.head import KINDS, HeadCheckpoint
-from specdec.checkpoints.sidecar import completed, described, read_description
+from specdec.checkpoints.sidecar import check_checksum, completed, described, read_description
 from specdec.checkpoints.tensors import check_checkpoint
 from specdec.checkpoints.tree import check_tree
 
@@ -43,10 +43,15 @@ def read_head(path: str | Path, revision: str | None = None) -> HeadCheckpoint:
     sidecar = folder / SIDECAR
     fields = read_description(sidecar) if sidecar.exists() else None
     if fields is not None and fields["layout"] == native.NAME:
-        return native.read(folder, fields)
-    files = read_raw(folder)
-    checkpoint: HeadCheckpoint = _layout_of(files).read(files)
-    return checkpoint if fields is None else completed(checkpoint, fields, str(sidecar))
+        checkpoint = native.read(folder, fields)
+    else:
+        files = read_raw(folder)
+        checkpoint = _layout_of(files).read(files)
+        if fields is None:
+            return checkpoint
+        checkpoint = completed(checkpoint, fields, str(sidecar))
+    check_checksum(sidecar, checkpoint.tensors)
+    return checkpoint
 
 
 def _layout_of(files: RawFiles) -> Any:

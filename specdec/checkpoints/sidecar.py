@@ -3,12 +3,17 @@
 In our own layout it is all there is to know; beside another one it keeps what that cannot hold.
 """
 
+import hashlib
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from specdec.checkpoints.config_fields import count, section, text
-from specdec.checkpoints.folder import read_json
+from specdec.checkpoints.folder import json_bytes, read_json
 from specdec.checkpoints.head import KINDS, HeadCheckpoint, TargetIdentity
 from specdec.checkpoints.llama_config import rope_of
 from specdec.checkpoints.options import check_options, filled
@@ -20,7 +25,7 @@ FORMAT = 1
 
 def described(checkpoint: HeadCheckpoint, layout: str) -> dict[str, Any]:
     """All of a checkpoint but its tensors, as `specdec.json` holds it."""
-    return {
+    content = {
         "format": FORMAT,
         "layout": layout,
         "kind": checkpoint.kind,
@@ -29,6 +34,38 @@ def described(checkpoint: HeadCheckpoint, layout: str) -> dict[str, Any]:
         "target": None if checkpoint.target is None else asdict(checkpoint.target),
         "training": checkpoint.training,
     }
+    json_bytes(content)  # what no file can hold is refused here
+    return {**content, "sha256": _checksum(content, checkpoint.tensors)}
+
+
+def _checksum(content: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of a description without it, and of the tensors under our names."""
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        # Layouts keep the maps of a draft vocabulary in integers of their own.
+        plain = tensor.detach().cpu() if tensor.is_floating_point() else tensor.cpu().long()
+        digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
+        digest.update(plain.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_checksum(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Refuse a description or tensors that are not those that were written together.
+
+    Args:
+        path: of the description; one of an older version has no checksum.
+        tensors: of the checkpoint, under our names.
+
+    Raises:
+        ValueError: the checksum is another one.
+    """
+    content = read_json(path)
+    if "sha256" in content and content.pop("sha256") != _checksum(content, tensors):
+        raise ValueError(
+            f"{str(path)!r} or the tensors beside it have changed since they were written (the "
+            "SHA-256 is another one); copy both again or, if they were changed on purpose, delete "
+            "sha256 there"
+        )
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -38,6 +75,7 @@ def read_description(path: Path) -> dict[str, Any]:
         ValueError: another format, or fields that are missing, left over or of a wrong type.
     """
     content = read_json(path)
+    content.pop("sha256", None)  # see `check_checksum`
     version = content.pop("format", None)
     if version != FORMAT:
         raise ValueError(

@@ -14,6 +14,7 @@ Shapes = dict[str, tuple[str, ...]]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DTYPES = {"d2t": (torch.int64, torch.int32), "t2d": (torch.bool,)}
+_MOST_BLOCKS = 1000  # of Medusa heads; a number in a config takes no memory
 # Why a tensor that is left over is there.
 _REASONS = (
     ("fc_norm", "EAGLE-3.1's norm of each tap is not supported"),
@@ -88,6 +89,11 @@ def _eagle3_shapes(options: dict[str, Any], is_reduced: bool) -> Shapes:
 
 def _medusa_shapes(options: dict[str, Any]) -> Shapes:
     shapes: Shapes = {}
+    if options["num_heads"] * options["num_layers"] > _MOST_BLOCKS:
+        raise ValueError(
+            f"num_heads {options['num_heads']} times num_layers {options['num_layers']} of Medusa "
+            f"heads is more than {_MOST_BLOCKS}; is the config damaged?"
+        )
     for head in range(options["num_heads"]):
         for layer in range(options["num_layers"]):
             shapes[f"blocks.{head}.{layer}.linear.weight"] = ("hidden_size", "hidden_size")

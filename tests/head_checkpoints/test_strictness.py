@@ -189,6 +189,58 @@ def test_a_wrong_fact_in_our_own_description_is_named(tmp_path, change, said):
         read_head(folder)
 
 
+def changed_json(*keys, value):
+    def change(folder, tensors):
+        content = inner = json.loads((folder / "specdec.json").read_text())
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = value
+        (folder / "specdec.json").write_text(json.dumps(content))
+
+    return change
+
+
+def swapped(folder, tensors):
+    one, other = (f"midlayer.self_attn.{name}_proj.weight" for name in "kv")
+    tensors[one], tensors[other] = tensors[other], tensors[one]
+
+
+def with_a_bit_flipped(folder, tensors):
+    tensors["fc.weight"].view(torch.int32).view(-1)[3] ^= 1
+
+
+CHANGED = {
+    "a number": changed_json("options", "backbone", "rms_norm_eps", value=1e-3),
+    "a tap": changed_json("options", "taps", value=[0, 1, 1]),
+    "a flag": changed_json("options", "norm_output", value=True),
+    "the target": changed_json("target", value=None),
+    "the checksum": changed_json("sha256", value=None),
+    "two tensors": swapped,
+    "a bit": with_a_bit_flipped,
+}
+
+
+@pytest.mark.parametrize("layout", ["specdec", "eagle3"])
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_changed_since_it_was_written_is_refused_until_the_checksum_is_deleted(
+    tmp_path, layout, name
+):
+    folder = write_head(random_head("eagle3"), tmp_path, layout)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    names = {n: n.replace("layers.0.", "midlayer.") for n in tensors}
+    renamed = {names[n]: t for n, t in tensors.items()}
+    CHANGED[name](folder, renamed)
+    save_file({n: renamed[names[n]] for n in tensors}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{folder}.*(have changed since|delete specdec.json)"):
+        read_head(folder)
+    content = json.loads((folder / "specdec.json").read_text())
+    del content["sha256"]
+    (folder / "specdec.json").write_text(json.dumps(content))
+    if layout == "specdec":
+        read_head(folder)
+
+
 def keys_of(content, before=()):
     """Paths of all keys, those of inner objects too."""
     for key, value in content.items():

@@ -237,10 +237,16 @@ def wrong_tap(folder):
     path = folder / "specdec.json"
     content = json.loads(path.read_text())
     content["options"]["taps"] = [1, 2, 2]  # not the last one
+    del content["sha256"]
     path.write_text(json.dumps(content))
 
 
 def changed(folder, change):
+    """Change tensors as somebody who covers his tracks."""
+    path = folder / "specdec.json"
+    if path.exists():
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps({key: content[key] for key in content if key != "sha256"}))
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
