@@ -110,12 +110,18 @@ class DraftModel:
             quantization: "8bit", "4bit" or None.
 
         Raises:
-            ValueError: another tokenizer than the target's.
+            ValueError: another tokenizer than the target's, or weights that are not finite.
         """
         name = str(demo_path("draft")) if path == "demo" else path
         model = load_target(
             name, dtype=dtype, device=device or target.device, quantization=quantization
         )
+        for each, weight in model.model.named_parameters():
+            if weight.is_floating_point() and not weight.isfinite().all():
+                raise ValueError(
+                    f"draft model {path!r}: {each} holds NaN or infinite values; copy or download "
+                    "it again"
+                )
         if adapter is not None:
             model = _with_adapter(model, adapter, is_quantized=quantization is not None)
         check_same_tokenizer(model.tokenizer, target.tokenizer, path)

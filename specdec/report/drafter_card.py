@@ -34,8 +34,8 @@ def drafter_card(results: dict[str, Any], answers: dict[str, Any] | None = None)
         _header(results),
         _opening(results),
         _usage(results),
-        _acceptance(results),
         _parity(results["parity"]),
+        _acceptance(results),
         _training(results, answers),
         _limits(results),
         _provenance(results),
@@ -104,7 +104,7 @@ def _usage(results: dict[str, Any]) -> str:
 def _acceptance(results: dict[str, Any]) -> str:
     rows = results["validation_rows"]
     if not rows:
-        return "## Acceptance\n\nNot measured: no rows were held out."
+        return "## Offline acceptance\n\nNot measured: no rows were held out."
     whole = {
         "rows": rows,
         "tau": results["offline_tau"],
@@ -118,11 +118,11 @@ def _acceptance(results: dict[str, Any]) -> str:
     lines += [[name, *_figures(measured)] for name, measured in domains.items()]
     table = "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
     return (
-        f"## Acceptance\n\n{table}\n\n"
+        f"## Offline acceptance\n\n{table}\n\n"
         "Measured on held-out rows, teacher-forced. Tau: expected tokens per forward of the target "
         "with a greedy chain, behind every token of an answer; depths: the share of drafts right "
         "so far that are right there too; alpha: the share of single drafted tokens that is "
-        "accepted at a temperature."
+        "accepted at a temperature. Tau is lower in decoding, whose chains start where one failed."
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from specdec.checkpoints.folder import CONFIG, read_json
 from specdec.demo import demo_path
 from specdec.targets.hf import HFTarget
 from specdec.targets.memory import free_bytes, is_out_of_memory
@@ -64,6 +65,7 @@ def load_target(
         loaded = transformers.AutoModelForCausalLM.from_pretrained(where, **options)
         model, info = loaded
         _check_complete(where, info)
+        _check_files(where, revision, model)
         if "device_map" not in options:
             model = model.to(chosen)
         if chosen.type == "cpu":
@@ -189,6 +191,34 @@ def _check_complete(path: str, info: Any) -> None:
                 f"{path!r} does not fit its config: {kind} tensors ({len(names)}), "
                 f"{names[0]} for one; the checkpoint is incomplete or of another model"
             )
+
+
+def _check_files(path: str, revision: str | None, model: Any) -> None:
+    """Refuse what transformers takes without a word: whole numbers as weights, no stop ids."""
+    from huggingface_hub import try_to_load_from_cache
+    from safetensors import safe_open
+
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        folder = Path(try_to_load_from_cache(path, CONFIG, revision=revision) or path).parent
+    settings = folder / "generation_config.json"
+    eos = read_json(settings).get("eos_token_id") if settings.exists() else None
+    if not all(type(each) is int for each in (eos if isinstance(eos, list) else [eos or 0])):
+        raise IncompleteCheckpointError(
+            f"{str(settings)!r} has eos_token_id {eos!r}, which must be token ids"
+        )
+    if getattr(model, "is_quantized", False):
+        return
+    weights = {name for name, weight in model.named_parameters() if weight.is_floating_point()}
+    weights |= {name.removeprefix(f"{model.base_model_prefix}.") for name in weights}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as stored:
+            for name in weights.intersection(stored.keys()):
+                if (dtype := stored.get_slice(name).get_dtype())[0] in "IUB" and dtype != "BF16":
+                    raise IncompleteCheckpointError(
+                        f"{str(file)!r} holds {name} as {dtype}, but its config says nothing of a "
+                        "quantisation; the file is damaged or config.json is of another model"
+                    )
 
 
 def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> Any:

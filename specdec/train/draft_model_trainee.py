@@ -96,6 +96,10 @@ class DraftModelTrainee:
             self.tokenizer.save_pretrained(folder)
         write_training(folder, training)
 
+    def remember(self, folder: Path, training: dict[str, Any]) -> None:
+        """See `Trainee`."""
+        write_training(folder, training)
+
     def _plain_base(self) -> Any:
         """What an adapter is merged into: never four bits, and no module that may be sharded."""
         if self._options.method == "qlora":

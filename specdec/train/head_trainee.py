@@ -1,6 +1,7 @@
 """Draft heads in training: Medusa, EAGLE-1 and EAGLE-3."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -91,6 +92,10 @@ class HeadTrainee:
             ),
             folder,
         )
+
+    def remember(self, folder: Path, training: dict[str, Any]) -> None:
+        """See `Trainee`."""
+        write_head(replace(read_head(folder), training=training), folder)
 
     def drafter(self, folder: Path) -> dict[str, Any]:
         """See `Trainee`."""

@@ -13,19 +13,24 @@ from itertools import chain, zip_longest
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from specdec.analysis.texts import Text
 from specdec.analysis.walk import DraftShape, matching_nodes, walk
 from specdec.bench.interval import tau_interval
 from specdec.data.answers import AnswerRow
 from specdec.decode import generate, generate_baseline
+from specdec.drafters.training_batch import shifted
 from specdec.metrics import AcceptanceStats, StepRecord
 from specdec.registry import load_drafter
 from specdec.request import Result
 from specdec.train.config import ParityConfig
-from specdec.train.source import OnlineSource
+from specdec.train.source import OnlineSource, Source
 from specdec.train.trainee import Trainee
 
+# Stored bf16 or int8, and a target in half precision, stay below a hundredth; the next layer's
+# states are a seventh off or more.
+MAX_FEATURE_DIFFERENCE = 0.05
 Steps = list[list[StepRecord]]  # of each prompt
 
 
@@ -116,8 +121,54 @@ class ParityGate:
             raise KeyboardInterrupt
         return results
 
-    def compare(self, predicted: Steps, measured: list[Result]) -> dict[str, Any]:
-        """The verdict, as `docs/train.schema.json` describes it."""
+    def compare_features(self, stored: Source, rows: Sequence[AnswerRow]) -> dict[str, Any]:
+        """How far what a store holds is from what the target gives for the same texts.
+
+        A drafter that learned from the wrong states decodes as badly as it then predicts.
+
+        Args:
+            stored: what the drafter was trained from.
+            rows: of the store.
+
+        Returns:
+            Medians over tokens of the relative difference, by tap and of the largest logits.
+        """
+        found: dict[str, list[Tensor]] = {}
+        for row in rows:
+            ours, theirs = stored.batch([row]), self.source.batch([row])
+            mask = shifted(ours.loss_mask, 1)  # places that a store has logits for
+            kept = ours.target_logits[mask]
+            best = kept.topk(min(8, kept.shape[-1]), -1).indices  # a store keeps no more, often
+            pairs = {
+                f"tap {tap}": (ours.hidden[tap][0], theirs.hidden[tap][0]) for tap in ours.hidden
+            }
+            pairs["logits"] = kept.gather(-1, best), theirs.target_logits[mask].gather(-1, best)
+            for name, (mine, other) in pairs.items():
+                apart = (mine.float() - other.float()).norm(dim=-1) / other.float().norm(
+                    dim=-1
+                ).clamp_min(1e-9)
+                found.setdefault(name, []).append(apart)
+        medians = {name: torch.cat(each).median().item() for name, each in found.items()}
+        return {
+            "num_rows": len(rows),
+            "differences": medians,
+            "max_difference": MAX_FEATURE_DIFFERENCE,
+            "passed": max(medians.values()) <= MAX_FEATURE_DIFFERENCE,
+        }
+
+    def compare(
+        self,
+        predicted: Steps,
+        measured: list[Result],
+        features: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The verdict, as `docs/train.schema.json` describes it.
+
+        Args:
+            predicted: from `predict`.
+            measured: from `measure`.
+            features: from `compare_features`; None where the target ran beside the drafter.
+        """
         same = [
             result.tokens == text.tokens for result, text in zip(measured, self.texts, strict=True)
         ]
@@ -140,7 +191,10 @@ class ParityGate:
             "relative_difference": difference,
             "max_difference": self.config.max_difference,
             "mismatches": mismatches,
-            "passed": is_near and not (mismatches and self._is_exact),
+            "features": features,
+            "passed": is_near
+            and not (mismatches and self._is_exact)
+            and (features is None or features["passed"]),
         }
 
     @property
@@ -206,6 +260,15 @@ def require_parity(results: dict[str, Any]) -> None:
 
 
 def _finding(parity: dict[str, Any]) -> str:
+    features = parity.get("features")
+    if features is not None and not features["passed"]:
+        name, apart = max(features["differences"].items(), key=lambda item: item[1])
+        return (
+            f"the store that it was trained from is not what the target gives: its {name} differ"
+            f"{'s' if name != 'logits' else ''} by {apart:.1%} on {features['num_rows']} rows, but "
+            f"at most {features['max_difference']:.1%} may be. Extract the features again, with "
+            "this target, and train again"
+        )
     prompts = f"{parity['num_prompts']} held-out prompts"
     differing = (
         f"the outputs for {parity['mismatches']} of {prompts} are not those of plain decoding"

@@ -70,4 +70,7 @@ def remembered(config: TrainConfig, results: dict[str, Any]) -> dict[str, Any]:
     keys = ("steps", "tokens", "seconds", "loss", "validation_loss", "offline_tau", "alpha")
     lists = ("offline_acceptance", "acceptance_by_rank", "domains", "draft_vocabulary")
     kept = {key: results[key] for key in (*keys, *lists)}
+    if (parity := results["parity"]) is not None:
+        figures = ("shape", "num_prompts", "measured_tau", "measured_tau_ci", "passed")
+        kept["parity"] = {key: parity[key] for key in figures}
     return {"data": Path(config.data.path).name, **kept, "loss_options": config.loss}

@@ -100,7 +100,12 @@ def run_training(
     trainee.export(out / "drafter", remembered(config, results), weights)
     if gate is not None and expected is not None:
         measured = gate.measure({**results["drafter"], **trainee.chain(config.eval_depth)})
-        results["parity"] = gate.compare(expected, measured)
+        features = None
+        if not isinstance(source, OnlineSource):
+            ends = [rows[at] for rows in (split.training, split.validation) for at in (0, -1)]
+            features = gate.compare_features(source, ends)
+        results["parity"] = gate.compare(expected, measured, features)
+        trainee.remember(out / "drafter", remembered(config, results))
     text = json.dumps(results, indent=1, allow_nan=False) + "\n"
     write_files(out, {"results.json": text.encode()})
     require_parity(results)

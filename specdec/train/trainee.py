@@ -52,6 +52,9 @@ class Trainee(Protocol):
                 spread over processes; names as in its state dict.
         """
 
+    def remember(self, folder: Path, training: dict[str, Any]) -> None:
+        """Let what `export` wrote remember this of its training instead."""
+
     def drafter(self, folder: Path) -> dict[str, Any]:
         """Options of `load_drafter` for what `export` wrote."""
 

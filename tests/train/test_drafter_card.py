@@ -49,6 +49,9 @@ def test_the_card_of_a_head_tells_its_target_and_what_it_measured(tmp_path):
         assert f"| {name} | {measured['rows']} | {measured['tau']:.3f} |" in card
     assert f"{results['parity']['measured_tau']:.3f}" in card
     assert "Parity gate passed" in card
+    assert card.index("Parity gate passed") < card.index("## Offline acceptance")
+    known = read_head(str(tmp_path / "out" / "drafter")).training["parity"]
+    assert known["measured_tau"] == results["parity"]["measured_tau"]
     assert str(tmp_path) not in card  # a path of this machine helps nobody
     folder = str(tmp_path / "out" / "drafter")
     assert read_head(folder).kind == "eagle3"

@@ -1,6 +1,7 @@
 """A run takes its rows from a file, a folder of answers or a feature store, to the same end."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from tiny_features import extraction, write_folder
@@ -8,9 +9,11 @@ from tiny_models import tiny_llama
 from tiny_training import answer_rows, logged, tiny_config
 
 from specdec.checkpoints.folder import read_json, write_files
+from specdec.data.feature_store import FeatureStore
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
 from specdec.train.materials import StoredMaterials
+from specdec.train.parity import ParityError
 from specdec.train.run import run_training
 
 RUN = {"max_steps": 3, "lr": 1e-2, "eval_depth": 3, "eval_every": 0, "batch_size": 5}
@@ -66,7 +69,31 @@ def test_a_whole_store_trains_what_the_target_beside_it_trains(made, tmp_path, k
     assert stored["domains"].keys() == online["domains"].keys() == {"a", "b"}
     assert stored["validation_rows"] == online["validation_rows"] == 5
     assert stored["parity"]["passed"]
+    assert max(stored["parity"]["features"]["differences"].values()) < 1e-5
+    assert online["parity"]["features"] is None
     assert loaded == [1]  # for the gate alone
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("eagle3", "its tap [12] differs by"), ("draft_model", "its logits differ by")],
+)
+def test_a_store_that_lies_fails_the_gate(made, tmp_path, kind, said, monkeypatch):
+    get = FeatureStore.get
+
+    def lying(self, row_id, taps=None, max_len=None):
+        row = get(self, row_id, None, max_len)
+        hidden = {tap: row.hidden[max(tap - 1, 0)] for tap in taps}
+        moved = replace(row.logits, values=row.logits.values.roll(1, 0))
+        return replace(row, hidden=hidden, logits=row.logits if taps else moved)
+
+    monkeypatch.setattr(FeatureStore, "get", lying)
+    more = {"drafter": {"kind": kind, "options": {"taps": [1, 2]}}} if kind == "eagle3" else {}
+    with pytest.raises(ParityError, match=said) as caught:
+        run_training(config_of(made, tmp_path, kind, made / "store", **more), tmp_path / "out")
+    parity = caught.value.results["parity"]
+    assert parity["measured_tau"] == parity["predicted_tau"]
+    assert not parity["passed"]
 
 
 def test_a_store_of_another_target_is_refused(made, tmp_path):
