@@ -1,5 +1,7 @@
 """What is wrong with a checkpoint is said in words, and ends the command with status 2."""
 
+import json
+
 import pytest
 import torch
 from checkpoints import WEIGHTS, edit_weights, save_checkpoint, save_tokenizer
@@ -78,6 +80,47 @@ def test_a_missing_shard_is_named(tmp_path):
     shard = sorted((tmp_path / "model").glob("*-of-*.safetensors"))[1]
     shard.unlink()
     assert refused(generate(tmp_path / "model"), shard.name)
+
+
+def with_json(name, **values):
+    def change(folder):
+        path = folder / name
+        known = json.loads(path.read_text())
+        path.write_text(json.dumps(known | values))
+
+    return change
+
+
+def with_int8(folder):
+    edit_weights(folder, lambda w: w.update({NAME: w[NAME].to(torch.int8)}))
+
+
+def without_end(folder):
+    (folder / "generation_config.json").write_text("{")
+
+
+NAME = "model.layers.0.mlp.up_proj.weight"
+DAMAGES = [
+    (with_int8, f"{NAME} as I8"),
+    (without_end, "generation_config.json"),
+    (with_json("generation_config.json", eos_token_id="x"), "eos_token_id 'x'"),
+    (with_json("config.json", max_position_embeddings=0), "could not be loaded"),
+    (with_json("config.json", vocab_size=10**12), "a size in it wrong"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), DAMAGES, ids=[said for _, said in DAMAGES])
+def test_what_transformers_takes_without_a_word_is_refused(checkpoint, change, said):
+    change(checkpoint)
+    with pytest.raises(ValueError, match=said):
+        load_target(str(checkpoint), device="cpu")
+
+
+def test_a_draft_model_with_weights_that_are_not_finite_is_refused(checkpoint):
+    edit_weights(checkpoint, lambda w: w[NAME][0].fill_(float("inf")))
+    target = load_target(str(checkpoint), device="cpu")
+    with pytest.raises(ValueError, match=f"{NAME} holds NaN or infinite"):
+        load_drafter({"type": "draft_model", "path": str(checkpoint)}, target)
 
 
 @pytest.mark.parametrize("path", ["./nothing", "/no/such/folder", "~/no/such/folder"])

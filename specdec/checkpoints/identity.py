@@ -129,8 +129,7 @@ def differences(
     if None not in (known.weights, given.weights) and known.weights != given.weights:
         yield "weights", _short(known.weights), _short(given.weights)
     if odd := odd_tensor(known.magnitudes or {}, given.magnitudes or {}):
-        sizes = [(each.magnitudes or {})[odd] for each in (known, given)]
-        yield f"magnitude of {odd}", *sizes
+        yield f"magnitude of {odd}", (known.magnitudes or {})[odd], (given.magnitudes or {})[odd]
 
 
 def _different_facts(
@@ -170,9 +169,8 @@ def as_json(identity: TargetIdentity) -> dict[str, Any]:
 
 def identity_of(written: Mapping[str, Any]) -> TargetIdentity:
     """An identity from JSON values, whatever of it they hold."""
-    return TargetIdentity(
-        **{field.name: written.get(field.name) for field in fields(TargetIdentity)}
-    )
+    known: dict[str, Any] = {each.name: written.get(each.name) for each in fields(TargetIdentity)}
+    return TargetIdentity(**known)
 
 
 def _check_taps(checkpoint: HeadCheckpoint, identity: TargetIdentity) -> None:
@@ -212,7 +210,7 @@ def _facts(target: Any) -> dict[str, Any]:
         for name, value in target.config.to_dict().items()
         if name[0] != "_" and name not in _IDLE and not name.endswith(("dropout", "pdrop"))
     }
-    how = getattr(target.model.config, "quantization_config", None)
+    how: Any = getattr(target.model.config, "quantization_config", None)
     facts["quantization"] = how.to_dict() if hasattr(how, "to_dict") else how
     facts.pop("eos_token_id", None)  # a generation config may say otherwise
     facts["eos_token_ids"] = sorted(target.eos_token_ids)

@@ -45,7 +45,7 @@ def _checksum(content: dict[str, Any], tensors: dict[str, Tensor]) -> str:
         # Layouts keep the maps of a draft vocabulary in integers of their own.
         plain = tensor.detach().cpu() if tensor.is_floating_point() else tensor.cpu().long()
         digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
-        digest.update(plain.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(plain.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -27,7 +27,7 @@ def build_head(kind: str, options: dict[str, Any], target: Any) -> nn.Module:
     projection = target.model.get_output_embeddings()
     try:
         head: nn.Module = _module(kind).build(options, target.config, embedding, projection)
-    except TypeError as error:
+    except (TypeError, KeyError) as error:
         raise ValueError(f"{kind} head cannot use its options ({error})") from error
     return head.to(target.device)
 

@@ -1,5 +1,6 @@
 """Load a target from a folder, the hub, or the package itself."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,11 @@ def load_target(
             _compute_in_float32(model)
     except Exception as error:
         raise _explained(where, error, chosen) from error
-    return HFTarget(model.eval(), load_tokenizer(where, revision, trust_remote_code))
+    tokenizer = load_tokenizer(where, revision, trust_remote_code)
+    try:
+        return HFTarget(model.eval(), tokenizer)
+    except (AttributeError, TypeError, KeyError, RuntimeError) as error:  # a config's wrong value
+        raise _explained(where, error, chosen) from error
 
 
 def check_path(path: str) -> None:
@@ -153,6 +158,8 @@ def _explained(path: str, error: Exception, device: torch.device) -> Exception:
     if isinstance(error, IncompleteCheckpointError):
         return error
     if is_out_of_memory(error):
+        if is_wrong := _asks_for_other_sizes(path):
+            return ValueError(is_wrong)
         return MemoryError(_does_not_fit(path, device))
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     if "afetensor" in type(error).__name__ or "header" in text.lower():
@@ -165,9 +172,29 @@ def _explained(path: str, error: Exception, device: torch.device) -> Exception:
     return ValueError(f"{path!r} could not be loaded: {text}")
 
 
+def _stored_bytes(path: str) -> int:
+    return sum(file.stat().st_size for file in Path(path).expanduser().glob("*.safetensors"))
+
+
+def _asks_for_other_sizes(path: str) -> str | None:
+    """Says so where a config asks for far more weights than its files can hold."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    stored, asked = _stored_bytes(path), 0
+    with suppress(ValueError, OSError), torch.device("meta"):  # a hub id, or code of its own
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+        asked = sum(weight.numel() for weight in model.parameters())
+    if not 0 < 8 * stored < asked:  # no format packs more than four weights into a byte
+        return None
+    return (
+        f"{path!r} could not be loaded: its config.json asks for {asked:,} weights, but its files "
+        f"hold only {stored:,} bytes; is a size in it wrong?"
+    )
+
+
 def _does_not_fit(path: str, device: torch.device) -> str:
     message = f"no memory for the weights of {path!r} on {device}"
-    stored = sum(file.stat().st_size for file in Path(path).expanduser().glob("*.safetensors"))
+    stored = _stored_bytes(path)
     free = free_bytes(device)
     if stored and free is not None:
         message += f": its files hold {stored:,} bytes, and {free:,} are free"
