@@ -8,6 +8,7 @@ from checkpoints import save_checkpoint, save_tokenizer
 from tiny_models import perturbed, tiny_llama, tiny_target
 
 from specdec import load_target
+from specdec.analysis.store import AnalysisStore
 from specdec.checkpoints import HeadCheckpoint, check_target, identify_target
 from specdec.checkpoints.identity import TARGET, as_json, check_resumed
 from specdec.data.journal import Journal
@@ -121,8 +122,14 @@ def test_what_signs_do_not_tell_is_seen_and_named(name, tmp_path):
     with pytest.raises(ValueError, match=said):
         check_target(head_for(known), other)
     check_target(head_for(known), other, force=True)
-    with pytest.raises(ValueError, match=f"another target: .*{said.split(',')[0].split()[-1]}"):
+    store = AnalysisStore(tmp_path / "a", "same", known)
+    store.write(0, {"method": "replay"}, None)
+    AnalysisStore(tmp_path / "a", "same", known)
+    fact = f"another target: .*{said.split(',')[0].split()[-1]}"
+    with pytest.raises(ValueError, match=fact):
         Journal(tmp_path / "j", {TARGET: as_json(other)})
+    with pytest.raises(ValueError, match=fact):
+        AnalysisStore(tmp_path / "a", "same", other)
 
 
 def test_facts_that_only_one_version_knows_and_names_are_not_compared():

@@ -96,6 +96,16 @@ def test_targets_that_were_quantised_otherwise_are_refused():
         check_comparable([run(both[0]), run(both[1], "b")])
 
 
+def test_targets_of_another_configuration_are_refused():
+    both = [copy.deepcopy(RESULTS) for _ in range(2)]
+    for each, theta in zip(both, (1e4, 5e5), strict=True):
+        each["target"]["facts"] = {"rope_parameters": {"rope_theta": theta}}
+    with pytest.raises(
+        ValueError, match=r"target\.rope_theta is '10000\.0' in 'a' and '500000\.0'"
+    ):
+        check_comparable([run(both[0]), run(both[1], "b")])
+
+
 def test_every_run_is_compared_with_the_first_and_every_difference_is_told():
     third = changed(*CONFIG, "rule", "block")
     third["provenance"]["threads"] = 8
