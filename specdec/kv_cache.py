@@ -143,7 +143,7 @@ class _SlotLayer(CacheLayerMixin):
         return self._slots.end, 0
 
     def get_seq_length(self, *args: Any) -> int:
-        return self._slots.end
+        return self._slots.start  # asked for before the new tokens are written
 
     def get_max_length(self) -> int:
         return -1

@@ -9,8 +9,8 @@ from torch import Tensor
 from specdec.clock import ForwardClock
 from specdec.interfaces import Capabilities, Prompts, TargetOutput
 from specdec.kv_cache import SlotCache
-from specdec.targets.attention import use_grouped_attention
 from specdec.targets.masks import Masks
+from specdec.targets.probe import check_target
 from specdec.targets.taps import TapReader
 from specdec.verify import Draft, Verdict
 from specdec.verify.tree import ancestor_mask, node_depths
@@ -44,7 +44,7 @@ class HFTarget:
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         self.max_context_len = max_context_len(self.config)
         self.eos_token_ids = eos_token_ids(model)
-        self._masks = Masks(self.config, self.device)
+        self._masks = Masks(self.config, self.device, _added_mask_dtype(model))
         self._taps = TapReader(model, self.config.num_hidden_layers)
         self.cache = SlotCache(self.config.num_hidden_layers, 1, 1, self.device)
         self._scored_tree = False
@@ -53,7 +53,9 @@ class HFTarget:
         # Padding of a row that is nearly full must not look past the position table.
         line = torch.arange(2 * self.max_context_len, device=self.device)
         self._positions = line.clamp(max=self.max_context_len - 1)
-        use_grouped_attention(model)
+        check_target(self)
+        self.clock.take()
+        self.cache = SlotCache(self.config.num_hidden_layers, 1, 1, self.device)
 
     @property
     def lengths(self) -> list[int]:
@@ -261,9 +263,38 @@ def _root_and_ancestors(mask: Tensor) -> Tensor:
     return padded
 
 
+def _added_mask_dtype(model: Any) -> torch.dtype | None:
+    """What masks must be made of: "eager" attention adds them to its scores."""
+    attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
+    return model.get_input_embeddings().weight.dtype if attention == "eager" else None
+
+
 def max_context_len(config: Any) -> int:
-    """Positions that a text config allows."""
-    return int(getattr(config, "max_position_embeddings", None) or config.n_positions)
+    """Positions that a text config allows, and that the same frequencies serve.
+
+    LongRoPE turns all keys by other factors as soon as one position of a forward lies past
+    `original_max_position_embeddings`; keys that are cached keep the old ones, and a draft that
+    reaches over the edge would change its own root.
+
+    Raises:
+        ValueError: the config names no length.
+    """
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+    lengths = [getattr(config, name, None) for name in names]
+    longest = next((int(length) for length in lengths if length), 0)
+    if not longest:
+        raise ValueError(
+            f"{type(config).__name__} names no context length ({', '.join(names)}), so positions "
+            "have no end; use a model whose config names one"
+        )
+    ropes = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for rope in (ropes, *ropes.values()):  # one for all layers, or one for each type of layer
+        if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) in ("longrope", "su"):
+            short = rope.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", longest
+            )
+            longest = min(longest, int(short))
+    return longest
 
 
 def eos_token_ids(model: Any) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Who may look at whom: 4D boolean masks for chains and trees behind ragged prefixes."""
+"""Who may look at whom: 4D masks for chains and trees behind ragged prefixes."""
 
 from typing import Any
 
@@ -14,33 +14,37 @@ class Masks:
     Args:
         config: the text config; says which layers slide and how far they look.
         device: of the masks.
+        dtype: None for boolean masks, which "sdpa" takes; "eager" attention adds its mask to the
+            scores, and needs a mask of this floating dtype.
     """
 
-    def __init__(self, config: Any, device: torch.device) -> None:
-        self._device = device
-        # 0: no layer slides
-        self._window = int(getattr(config, "sliding_window", None) or 0)
+    def __init__(self, config: Any, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        self._device, self._dtype = device, dtype
+        # Tokens that a sliding layer sees, the new one included; 0: no layer slides.
+        self.window = int(getattr(config, "sliding_window", None) or 0)
         layer_types = getattr(config, "layer_types", None)
         # Families with layer_types take one mask a type, the others one mask for all layers.
         self._layer_types = set(layer_types) if layer_types else None
         if self._layer_types and "sliding_attention" not in self._layer_types:
-            self._window = 0
+            self.window = 0
         self._causal = torch.ones(0, 0, dtype=torch.bool, device=device)
 
     def chain(self, cache: SlotCache, num_new: int) -> Any:
         """Mask for `num_new` tokens a row, each behind the one before."""
         end = max(cache.lengths) + num_new
-        is_windowed = 0 < self._window < end
+        # At the edge itself nothing is out of sight yet, but transformers would make its own mask.
+        is_windowed = 0 < self.window <= end
         if cache.is_uniform and not is_windowed:
             if num_new == 1:
                 return None  # sees everything there is
             start = end - num_new
-            return self._give(self._tril(end)[None, None, start:end, :end], None)
+            shared = self._tril(end)[start:end, :end]
+            return self._give(shared.expand(len(cache.lengths), 1, -1, -1), None)
         slots = torch.arange(end, device=self._device)
         queries = cache.device_lengths.unsqueeze(1) + torch.arange(num_new, device=self._device)
         ahead = queries.unsqueeze(2) - slots  # [B, n, K] how far the key lies back
         full = ahead >= 0
-        sliding = full & (ahead < self._window) if is_windowed else None
+        sliding = full & (ahead < self.window) if is_windowed else None
         return self._give(full.unsqueeze(1), None if sliding is None else sliding.unsqueeze(1))
 
     def tree(self, cache: SlotCache, own: Tensor, depths: Tensor) -> Any:
@@ -58,20 +62,27 @@ class Masks:
         inside = offset.clamp(0, num_open - 1)
         seen = own.gather(2, inside.unsqueeze(1).expand(batch, num_new, end))
         full = (seen & (offset < num_open).unsqueeze(1)) | (offset < 0).unsqueeze(1)
-        if not 0 < self._window < end:
+        if not 0 < self.window < end:
             return self._give(full.unsqueeze(1), None)
         # Relative to the first uncommitted position: prefix slots lie at `offset`.
         position = torch.where(offset < 0, offset, depths.gather(1, inside))
         queries = depths[:, num_open - num_new :]
-        near = queries.unsqueeze(2) - position.unsqueeze(1) < self._window
+        near = queries.unsqueeze(2) - position.unsqueeze(1) < self.window
         return self._give(full.unsqueeze(1), (full & near).unsqueeze(1))
 
     def _give(self, full: Tensor, sliding: Tensor | None) -> Any:
-        narrow = full if sliding is None else sliding
+        full = self._additive(full)
+        narrow = full if sliding is None else self._additive(sliding)
         if self._layer_types is None:
             return narrow
         masks = {"full_attention": full, "sliding_attention": narrow}
         return {name: masks[name] for name in self._layer_types}
+
+    def _additive(self, mask: Tensor) -> Tensor:
+        if self._dtype is None:
+            return mask
+        hidden = torch.finfo(self._dtype).min  # and not -inf, which softmax may turn into NaN
+        return torch.zeros_like(mask, dtype=self._dtype).masked_fill_(~mask, hidden)
 
     def _tril(self, size: int) -> Tensor:
         """A causal mask of at least this size, built once and sliced."""
