@@ -207,10 +207,14 @@ class SlotCache(Cache):
     def plan(self) -> list[Hashable]:
         """Shape, dtype and device of every layer, which is all that tells their storage apart.
 
-        Known once a token has been written.
+        Known once a token has been written. A layer that reads another's keys stores nothing.
         """
         return [
-            tuple((part.shape[1], part.shape[3], part.dtype, part.device) for part in pair)
+            tuple(
+                (part.shape[1], part.shape[3], part.dtype, part.device)
+                for part in pair
+                if part is not None
+            )
             for pair in ((layer.keys, layer.values) for layer in self._slot_layers)
         ]
 

@@ -1,5 +1,6 @@
 """Any transformers causal LM as target or draft model, its modeling file untouched."""
 
+import warnings
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -270,31 +271,35 @@ def _added_mask_dtype(model: Any) -> torch.dtype | None:
 
 
 def max_context_len(config: Any) -> int:
-    """Positions that a text config allows, and that the same frequencies serve.
+    """Positions that a text config allows.
 
-    LongRoPE turns all keys by other factors as soon as one position of a forward lies past
-    `original_max_position_embeddings`; keys that are cached keep the old ones, and a draft that
-    reaches over the edge would change its own root.
+    LongRoPE has other frequencies as soon as a forward reaches past its original length; cached
+    keys would keep the old ones, and a draft over the edge would change its own root. A context
+    ends there, with a warning.
 
     Raises:
         ValueError: the config names no length.
     """
-    names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
-    lengths = [getattr(config, name, None) for name in names]
-    longest = next((int(length) for length in lengths if length), 0)
-    if not longest:
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    stated = max(int(getattr(config, name, None) or 0) for name in names)
+    if stated <= 0:
         raise ValueError(
-            f"{type(config).__name__} names no context length ({', '.join(names)}), so positions "
-            "have no end; use a model whose config names one"
+            f"{type(config).__name__} names no context length ({', '.join(names)}); a target must "
+            "look at positions, and know how many there are"
         )
     ropes = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    safe = stated
     for rope in (ropes, *ropes.values()):  # one for all layers, or one for each type of layer
         if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) in ("longrope", "su"):
-            short = rope.get("original_max_position_embeddings") or getattr(
-                config, "original_max_position_embeddings", longest
-            )
-            longest = min(longest, int(short))
-    return longest
+            original = getattr(config, "original_max_position_embeddings", None)
+            safe = min(safe, rope.get("original_max_position_embeddings") or original or stated)
+    if safe < stated:
+        warnings.warn(
+            f"{type(config).__name__} has LongRoPE, whose frequencies change behind {safe} tokens; "
+            f"its context is {safe} tokens here and not {stated}",
+            stacklevel=2,
+        )
+    return safe
 
 
 def eos_token_ids(model: Any) -> tuple[int, ...]:

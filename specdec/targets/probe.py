@@ -18,21 +18,20 @@ from specdec.verify import Draft, Verdict
 
 # A window is narrowed to so many tokens, or else no short text would reach it: the first prompt
 # begins behind its edge, the second one's text crosses it.
-_WINDOW = 4
-_PROMPT_LENS = (6, 2)
-# Behind every root: enough siblings that slots lie far from positions, and a chain, accepted later.
-_PARENTS = [-1, -1, -1, -1, -1, 4, 5]
-_PATH = [4, 5, 6]
-_NUM_LATER = 3  # tokens behind the path
-_LONGEST = max(_PROMPT_LENS) + 1 + len(_PATH) + _NUM_LATER
-# Largest error of a logit row, relative to the row's spread.
+_WINDOW, _PROMPT_LENS = 4, (6, 2)
+# Behind every root, so many siblings that slots lie far from positions, and then the accepted path.
+_NUM_SIBLINGS, _PATH_LEN = 4, 3
+_TEXT_LEN = max(_PROMPT_LENS) + _PATH_LEN + 4  # the root, the path, and three tokens behind it
+# Windows of modeling code's own, counted in slots and too wide for a short text to tell.
+_OWN_WINDOWS = ("window_size", "keep_window_size", "attention_window", "index_topk")
+# The largest error of a row of logits, relative to its spread.
 _EXACT, _ROUNDED = 1e-3, 0.1
 
 
 def check_target(target: Any) -> None:
     """Refuse a model whose logits through the target's cache are not its own.
 
-    Also switches the model's attention, see `use_grouped_attention`.
+    It also calls `use_grouped_attention`, after the model's own forward.
 
     Args:
         target: an `HFTarget` that has just been built; its batch is forgotten.
@@ -41,14 +40,22 @@ def check_target(target: Any) -> None:
         ValueError: the model's class, what was asked of it, and how far off its answer is.
     """
     model = target.model
-    if target.max_context_len < _LONGEST:
+    attention = getattr(target.config, "_attn_implementation", None)
+    name = f"{type(model).__name__} with {attention} attention"
+    for field in _OWN_WINDOWS:
+        reach = getattr(target.config, field, None)
+        if isinstance(reach, int) and 0 < reach < target.max_context_len:
+            raise ValueError(
+                f"{name} makes masks of its own behind {reach} tokens ({field}), which would be "
+                "wrong for a draft tree or rows of several lengths; use another model"
+            )
+    if target.max_context_len < _TEXT_LEN:
         use_grouped_attention(model)
         return
-    name = type(model).__name__
     try:
         with torch.no_grad(), _narrow_window(target):
             stages = _compare(target)
-    except Exception as error:  # anything that modeling code raises
+    except Exception as error:  # whatever modeling code raises
         if is_out_of_memory(error):
             raise
         text = str(error).splitlines()[0] if str(error) else ""
@@ -59,10 +66,12 @@ def check_target(target: Any) -> None:
     is_exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
     is_exact = is_exact and torch.get_float32_matmul_precision() == "highest"
     for stage, ours, own in stages:
-        error = (ours - own).square().mean(-1).sqrt() / own.std(-1)
+        real = own.isfinite()  # some models bar ids by -inf; of NaN the loop will tell
+        ours, own = (logits.float().where(real, 0) for logits in (ours, own))
+        errors = (ours - own).square().mean(-1).sqrt() / own.std(-1).clamp(min=1e-9)
         # Rounding may change the experts of single tokens, but not of most.
-        off = float(error.max() if is_exact else error.median())
-        if off > (_EXACT if is_exact else _ROUNDED):  # no NaN is: the loop will say it
+        off = float(errors.max() if is_exact else errors.median())
+        if not off <= (_EXACT if is_exact else _ROUNDED):
             raise ValueError(
                 f"{name} gives other logits {stage} than in its own forward, off by {off:.2g} of "
                 "their spread: its attention does not keep to the masks and positions it is given "
@@ -72,75 +81,72 @@ def check_target(target: Any) -> None:
 
 
 def _compare(target: Any) -> list[tuple[str, Tensor, Tensor]]:
-    """What is asked, the target's logits [..., V] for it, and the model's own."""
+    """What is asked, the target's logits [B, n, V] for it, and the model's own."""
     model, device = target.model, target.device
-    batch, num_nodes = len(_PROMPT_LENS), len(_PARENTS)
+    num_rows = len(_PROMPT_LENS)
     num_ids = min(target.vocab_size, model.get_input_embeddings().weight.shape[0])
     # From the middle of the vocabulary, because special ids stand at its ends.
-    ids = (torch.arange(batch * (_LONGEST + num_nodes), device=device) * 7 + num_ids // 2) % num_ids
-    texts, nodes = ids.view(batch, -1).split([_LONGEST, num_nodes], 1)
-    texts = texts.clone()
-    siblings = texts.clone()
-    for row, length in enumerate(_PROMPT_LENS):
-        texts[row, length + 1 : length + 1 + len(_PATH)] = nodes[row, _PATH]
-        siblings[row, length + 1] = nodes[row, 0]
-    both = torch.cat([texts, siblings])
-    positions = torch.arange(_LONGEST, device=device).expand(len(both), -1)
+    ids = torch.arange(num_rows * _TEXT_LEN, device=device) * 7 + num_ids // 2
+    texts = (ids % num_ids).view(num_rows, -1)
+    # Called as `generate` calls it.
+    every = torch.arange(_TEXT_LEN, device=device).expand(num_rows, -1)
     own = model(
-        input_ids=both,
-        attention_mask=torch.ones_like(both),  # as `generate` calls it
-        position_ids=positions,
+        input_ids=texts,
+        attention_mask=torch.ones_like(texts),
+        position_ids=every,
         use_cache=False,
     ).logits.float()
     use_grouped_attention(model)
+    rows = torch.arange(num_rows, device=device).unsqueeze(1)
+    roots = torch.tensor(_PROMPT_LENS, device=device).unsqueeze(1)
 
-    rows = torch.arange(batch, device=device)
-    ends = torch.tensor(_PROMPT_LENS, device=device)  # the roots' places
-    path_len = len(_PATH)
+    def behind(states: Tensor, first: int, end: int) -> Tensor:
+        """Places [first, end) of every row, counted from its root."""
+        return states[rows, roots + torch.arange(first, end, device=device)]
 
-    def behind(first: int, count: int) -> Tensor:
-        """The model's own logits [B, count, V] at so many places from `first` behind the root."""
-        return own[rows[:, None], ends[:, None] + first + torch.arange(count, device=device)]
-
-    def token(place: int) -> Tensor:
-        return texts[rows, ends + place]
-
-    prompts = [texts[row, :length].tolist() for row, length in enumerate(_PROMPT_LENS)]
-    stages = [("after ragged prompts", target.prefill(prompts).logits, behind(-1, 1))]
-    parents = torch.tensor([_PARENTS] * batch, device=device)
-    lengths = torch.full((batch,), num_nodes, device=device)
-    tree = target.score(token(0), Draft.tree(nodes, parents, lengths, depth=path_len)).logits
-    sibling = own[batch + rows, ends + 1]
-    wanted = torch.cat([behind(0, 1), sibling[:, None], behind(1, path_len)], 1)
-    stages.append(("in a tree", tree[:, [0, 1, *(node + 1 for node in _PATH)]], wanted))
-    path = torch.tensor([_PATH] * batch, device=device)
-    target.commit(Verdict(path, lengths, path, parents == parents), [path_len] * batch)
-    chain = Draft.chain(token(path_len + 2)[:, None])
-    chained = target.score(token(path_len + 1), chain).logits
-    stages.append(("behind an accepted path", chained, behind(path_len + 1, 2)))
-    target.commit(Verdict(path, lengths, path, parents == parents), [1] * batch)
-    target.reorder(rows[:1])
-    single = target.score(token(path_len + 3)[:1], Draft.empty(1, device)).logits
-    stages.append(("for a single token", single, behind(path_len + 3, 1)[:1]))
-    return [(stage, ours.float(), theirs) for stage, ours, theirs in stages]
+    later = _PATH_LEN + 1
+    prompts = [text[:n].tolist() for text, n in zip(texts, _PROMPT_LENS, strict=True)]
+    stages = [("after ragged prompts", target.prefill(prompts).logits, behind(own, -1, 0))]
+    siblings = behind(texts, later, later + 1).expand(-1, _NUM_SIBLINGS)
+    nodes = torch.cat([siblings, behind(texts, 1, later)], 1)
+    chain = range(_NUM_SIBLINGS, nodes.shape[1])
+    parents = torch.tensor([[-1] * (_NUM_SIBLINGS + 1) + [*chain][:-1]] * num_rows, device=device)
+    path = torch.tensor([[*chain]] * num_rows, device=device)
+    lengths = torch.full((num_rows,), nodes.shape[1], device=device)
+    tree = Draft.tree(nodes, parents, lengths, depth=_PATH_LEN)
+    logits = target.score(behind(texts, 0, 1)[:, 0], tree).logits
+    stages.append(("in a tree", logits[:, [0, *(i + 1 for i in chain)]], behind(own, 0, later)))
+    accepted = Verdict(nodes[:, chain], lengths, path, torch.ones_like(nodes, dtype=torch.bool))
+    target.commit(accepted, [_PATH_LEN] * num_rows)
+    two = Draft.chain(behind(texts, later + 1, later + 2))
+    logits = target.score(behind(texts, later, later + 1)[:, 0], two).logits
+    stages.append(("behind an accepted path", logits, behind(own, later, later + 2)))
+    target.commit(accepted, [1] * num_rows)
+    target.reorder(rows[0])
+    logits = target.score(behind(texts, later + 2, later + 3)[0], Draft.empty(1, device)).logits
+    stages.append(("for a single token", logits, behind(own, later + 2, later + 3)[:1]))
+    return stages
 
 
 @contextmanager
 def _narrow_window(target: Any) -> Iterator[None]:
     """Make sliding layers slide within the first tokens: transformers asks the config each time."""
-    window = target._masks.window
-    modules = (getattr(module, "config", None) for module in target.model.modules())
-    configs = {id(config): config for config in (target.config, *modules)}
+    masks, window = target._masks, target._masks.window
     if not window:
-        configs.clear()
-    narrowed = [each for each in configs.values() if getattr(each, "sliding_window", 0) == window]
-    narrowed = narrowed if window else []
+        yield
+        return
+    found = (getattr(module, "config", None) for module in target.model.modules())
+    configs = {id(config): config for config in found if _window(config) == window}
     try:
-        for config in narrowed:
+        for config in configs.values():
             config.sliding_window = _WINDOW
-        target._masks.window = _WINDOW if window else 0
+        masks.window = _WINDOW
         yield
     finally:
-        for config in narrowed:
+        for config in configs.values():
             config.sliding_window = window
-        target._masks.window = window
+        masks.window = window
+
+
+def _window(config: Any) -> Any:
+    return getattr(config, "sliding_window", None)
