@@ -212,10 +212,9 @@ class SlotCache(Cache):
         return [
             tuple(
                 (part.shape[1], part.shape[3], part.dtype, part.device)
-                for part in pair
-                if part is not None
+                for part in ((layer.keys, layer.values) if layer.is_initialized else ())
             )
-            for pair in ((layer.keys, layer.values) for layer in self._slot_layers)
+            for layer in self._slot_layers
         ]
 
     @property

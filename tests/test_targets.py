@@ -1,6 +1,7 @@
 """Families of transformers models: trees, ragged batches, rollback, taps, loading."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from tiny_models import perturbed, tiny_llama
 
 from specdec import generate, load_target
 from specdec.drafters.draft_model import DraftModel
-from specdec.targets.hf import HFTarget
+from specdec.targets.hf import HFTarget, max_context_len
 from specdec.verify import Draft, match
 
 VOCAB, LAYERS = 61, 3
@@ -149,6 +150,14 @@ def test_tree_forward_equals_every_path_run_alone(target):
             close(output.hidden[1][row, node + 1], hidden[1][-1])
 
 
+def test_single_tokens_over_the_edge_of_a_window_equal_one_forward(target):
+    text = [3, 4, 3]
+    target.prefill([text])
+    for token in (9, 2, 7, 7, 5):
+        text.append(token)
+        close(target.feed(torch.tensor([[token]]), [1])[0], alone(target, text)[0][-1])
+
+
 def test_after_a_tree_commit_the_cache_equals_a_fresh_prefill(target):
     target.prefill(PROMPTS)
     draft = Draft.tree(TOKENS, PARENTS, LENGTHS, depth=3)
@@ -218,6 +227,57 @@ def test_the_cache_doubles_when_full_and_states_its_bytes():
     assert target.cache.capacity == 2 * capacity
     assert target.cache.num_bytes == 2 * 2 * 2 * 8 * 4 * 2 * capacity
     close(target.feed(torch.tensor([[4]]), [1])[0], alone(target, [1, 2, 3, 4])[0][-1])
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("position_ids", "gives other logits in a tree"),
+        ("attention_mask", "gives other logits in a tree"),
+        ("logits_to_keep", "gives other logits after ragged prompts"),
+        ("past_key_values", "does not run"),
+    ],
+)
+def test_a_model_that_drops_an_argument_is_refused(lost, message):
+    model = tiny_llama()
+    forward = model.forward
+    model.forward = lambda **kwargs: forward(**{k: v for k, v in kwargs.items() if k != lost})
+    with pytest.raises(ValueError, match=f"LlamaForCausalLM with sdpa attention {message}"):
+        HFTarget(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_eager_attention_in_half_precision_gives_no_nan(dtype):
+    model = build("Gemma3Text").to(dtype)
+    model.set_attn_implementation("eager")
+    target = HFTarget(model)
+    output = target.prefill(PROMPTS)
+    for row, prompt in enumerate(PROMPTS):
+        own = alone(target, prompt)[0][-1]
+        assert (output.logits[row, 0] - own).std() < 0.1 * own.std()
+
+
+SHORT = {"rope_type": "longrope", "original_max_position_embeddings": 16}
+PLAIN = {"rope_type": "default"}
+
+
+@pytest.mark.parametrize(
+    ("ropes", "original", "length"),
+    [
+        (PLAIN, None, 64),
+        (SHORT, None, 16),
+        ({"type": "su"}, 16, 16),
+        ({"full_attention": SHORT, "sliding_attention": PLAIN}, None, 16),
+    ],
+)
+def test_a_context_ends_where_longrope_changes(ropes, original, length, recwarn):
+    config = SimpleNamespace(
+        max_position_embeddings=64, rope_parameters=ropes, original_max_position_embeddings=original
+    )
+    assert max_context_len(config) == length
+    assert [f"its context is {length} tokens" in str(each.message) for each in recwarn] == [
+        True
+    ] * (length < 64)
 
 
 def test_models_with_recurrent_layers_are_refused_by_name():

@@ -1,5 +1,6 @@
 """Any transformers causal LM as target or draft model, its modeling file untouched."""
 
+import inspect
 import warnings
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -48,6 +49,8 @@ class HFTarget:
         self._masks = Masks(self.config, self.device, _added_mask_dtype(model))
         self._taps = TapReader(model, self.config.num_hidden_layers)
         self.cache = SlotCache(self.config.num_hidden_layers, 1, 1, self.device)
+        arguments = inspect.signature(model.forward).parameters
+        self._cache_name = "cache" if "cache" in arguments else "past_key_values"  # older versions
         self._scored_tree = False
         self._cache_plan: list[Hashable] | None = None
         self._reserved: int | None = None  # slots of the next prefill's rows
@@ -241,10 +244,10 @@ class HFTarget:
                 input_ids=tokens,
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=logits_to_keep,
                 output_hidden_states=output_hidden_states,
+                **{self._cache_name: self.cache},
             )
 
         with torch.no_grad(), self.clock.forward():
@@ -271,11 +274,10 @@ def _added_mask_dtype(model: Any) -> torch.dtype | None:
 
 
 def max_context_len(config: Any) -> int:
-    """Positions that a text config allows.
+    """Positions that a text config allows; with LongRoPE its original length, with a warning.
 
-    LongRoPE has other frequencies as soon as a forward reaches past its original length; cached
-    keys would keep the old ones, and a draft over the edge would change its own root. A context
-    ends there, with a warning.
+    Behind that length all frequencies are others, also those that cached keys were turned by, and a
+    draft that reaches over the edge would change its own root.
 
     Raises:
         ValueError: the config names no length.
@@ -288,14 +290,14 @@ def max_context_len(config: Any) -> int:
             "look at positions, and know how many there are"
         )
     ropes = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    original = getattr(config, "original_max_position_embeddings", None) or stated
     safe = stated
     for rope in (ropes, *ropes.values()):  # one for all layers, or one for each type of layer
         if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) in ("longrope", "su"):
-            original = getattr(config, "original_max_position_embeddings", None)
-            safe = min(safe, rope.get("original_max_position_embeddings") or original or stated)
+            safe = min(safe, rope.get("original_max_position_embeddings") or original)
     if safe < stated:
         warnings.warn(
-            f"{type(config).__name__} has LongRoPE, whose frequencies change behind {safe} tokens; "
+            f"{type(config).__name__} has LongRoPE, whose frequencies change behind {safe} tokens: "
             f"its context is {safe} tokens here and not {stated}",
             stacklevel=2,
         )

@@ -1,8 +1,8 @@
 """A few short forwards at load that show whether a model can be a target at all.
 
-Modeling code may look at a key's slot instead of its position (ALiBi), share keys between layers,
-make masks of its own or drop an argument without a word. Only its logits tell, so they are compared
-with those of the model's own forward, for all that the loop asks of it.
+Modeling code may look at a key's slot instead of its position (ALiBi), make masks of its own or
+drop an argument without a word. Only its logits tell, so they are compared with those of the
+model's own forward, for all that the loop asks of it.
 """
 
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from specdec.targets.attention import use_grouped_attention
 from specdec.targets.memory import is_out_of_memory
-from specdec.verify import Draft, Verdict
+from specdec.verify import Draft
 
 # A window is narrowed to so many tokens, or else no short text would reach it: the first prompt
-# begins behind its edge, the second one's text crosses it.
+# ends behind its edge, the second one's text crosses it.
 _WINDOW, _PROMPT_LENS = 4, (6, 2)
-# Behind every root, so many siblings that slots lie far from positions, and then the accepted path.
+# Behind every root, so many siblings that slots lie far from positions, and then the right path.
 _NUM_SIBLINGS, _PATH_LEN = 4, 3
 _TEXT_LEN = max(_PROMPT_LENS) + _PATH_LEN + 4  # the root, the path, and three tokens behind it
 # Windows of modeling code's own, counted in slots and too wide for a short text to tell.
@@ -39,11 +39,10 @@ def check_target(target: Any) -> None:
     Raises:
         ValueError: the model's class, what was asked of it, and how far off its answer is.
     """
-    model = target.model
-    attention = getattr(target.config, "_attn_implementation", None)
-    name = f"{type(model).__name__} with {attention} attention"
+    model, config = target.model, target.config
+    name = f"{type(model).__name__} with {getattr(config, '_attn_implementation', None)} attention"
     for field in _OWN_WINDOWS:
-        reach = getattr(target.config, field, None)
+        reach = getattr(config, field, None)
         if isinstance(reach, int) and 0 < reach < target.max_context_len:
             raise ValueError(
                 f"{name} makes masks of its own behind {reach} tokens ({field}), which would be "
@@ -75,56 +74,52 @@ def check_target(target: Any) -> None:
             raise ValueError(
                 f"{name} gives other logits {stage} than in its own forward, off by {off:.2g} of "
                 "their spread: its attention does not keep to the masks and positions it is given "
-                "(ALiBi, layers that share keys, masks of its own), or it is not in eval mode; use "
-                "another model"
+                "(ALiBi, masks of its own), or it is not in eval mode; use another model"
             )
 
 
 def _compare(target: Any) -> list[tuple[str, Tensor, Tensor]]:
-    """What is asked, the target's logits [B, n, V] for it, and the model's own."""
-    model, device = target.model, target.device
-    num_rows = len(_PROMPT_LENS)
+    """What is asked, the target's logits [..., V] for it, and the model's own."""
+    model, device, num_rows = target.model, target.device, len(_PROMPT_LENS)
     num_ids = min(target.vocab_size, model.get_input_embeddings().weight.shape[0])
     # From the middle of the vocabulary, because special ids stand at its ends.
     ids = torch.arange(num_rows * _TEXT_LEN, device=device) * 7 + num_ids // 2
     texts = (ids % num_ids).view(num_rows, -1)
-    # Called as `generate` calls it.
-    every = torch.arange(_TEXT_LEN, device=device).expand(num_rows, -1)
-    own = model(
+    places = torch.arange(_TEXT_LEN, device=device)
+    own = model(  # as `generate` calls it
         input_ids=texts,
         attention_mask=torch.ones_like(texts),
-        position_ids=every,
+        position_ids=places.expand(num_rows, -1),
         use_cache=False,
-    ).logits.float()
+    ).logits
     use_grouped_attention(model)
     rows = torch.arange(num_rows, device=device).unsqueeze(1)
     roots = torch.tensor(_PROMPT_LENS, device=device).unsqueeze(1)
 
-    def behind(states: Tensor, first: int, end: int) -> Tensor:
+    def at(states: Tensor, first: int, end: int) -> Tensor:
         """Places [first, end) of every row, counted from its root."""
         return states[rows, roots + torch.arange(first, end, device=device)]
 
-    later = _PATH_LEN + 1
     prompts = [text[:n].tolist() for text, n in zip(texts, _PROMPT_LENS, strict=True)]
-    stages = [("after ragged prompts", target.prefill(prompts).logits, behind(own, -1, 0))]
-    siblings = behind(texts, later, later + 1).expand(-1, _NUM_SIBLINGS)
-    nodes = torch.cat([siblings, behind(texts, 1, later)], 1)
-    chain = range(_NUM_SIBLINGS, nodes.shape[1])
-    parents = torch.tensor([[-1] * (_NUM_SIBLINGS + 1) + [*chain][:-1]] * num_rows, device=device)
-    path = torch.tensor([[*chain]] * num_rows, device=device)
-    lengths = torch.full((num_rows,), nodes.shape[1], device=device)
-    tree = Draft.tree(nodes, parents, lengths, depth=_PATH_LEN)
-    logits = target.score(behind(texts, 0, 1)[:, 0], tree).logits
-    stages.append(("in a tree", logits[:, [0, *(i + 1 for i in chain)]], behind(own, 0, later)))
-    accepted = Verdict(nodes[:, chain], lengths, path, torch.ones_like(nodes, dtype=torch.bool))
-    target.commit(accepted, [_PATH_LEN] * num_rows)
-    two = Draft.chain(behind(texts, later + 1, later + 2))
-    logits = target.score(behind(texts, later, later + 1)[:, 0], two).logits
-    stages.append(("behind an accepted path", logits, behind(own, later, later + 2)))
-    target.commit(accepted, [1] * num_rows)
+    stages = [("after ragged prompts", target.prefill(prompts).logits, at(own, -1, 0))]
+    later = _PATH_LEN + 1
+    siblings = at(texts, later, later + 1).expand(-1, _NUM_SIBLINGS)
+    nodes = torch.cat([siblings, at(texts, 1, later)], 1)
+    path = torch.arange(_NUM_SIBLINGS, nodes.shape[1], device=device).expand(num_rows, -1)
+    parents = torch.cat([torch.full_like(siblings, -1), path - 1], 1)
+    parents[:, _NUM_SIBLINGS] = -1
+    lengths = torch.full_like(roots[:, 0], nodes.shape[1])
+    draft = Draft.tree(nodes, parents, lengths, depth=_PATH_LEN)
+    logits = target.score(at(texts, 0, 1)[:, 0], draft).logits
+    wanted = torch.cat([logits[:, :1], logits[:, 1 + _NUM_SIBLINGS :]], 1)
+    stages.append(("in a tree", wanted, at(own, 0, later)))
+    target.cache.gather_path(path)
+    target.cache.extend([later] * num_rows)
+    logits = target.feed(at(texts, later, later + 2), [2] * num_rows)
+    stages.append(("behind an accepted path", logits, at(own, later + 1, later + 2)[:, 0]))
     target.reorder(rows[0])
-    logits = target.score(behind(texts, later + 2, later + 3)[0], Draft.empty(1, device)).logits
-    stages.append(("for a single token", logits, behind(own, later + 2, later + 3)[:1]))
+    logits = target.feed(at(texts, later + 2, later + 3)[:1], [1])
+    stages.append(("for a single token", logits, at(own, later + 2, later + 3)[:1, 0]))
     return stages
 
 
@@ -132,21 +127,16 @@ def _compare(target: Any) -> list[tuple[str, Tensor, Tensor]]:
 def _narrow_window(target: Any) -> Iterator[None]:
     """Make sliding layers slide within the first tokens: transformers asks the config each time."""
     masks, window = target._masks, target._masks.window
-    if not window:
-        yield
-        return
-    found = (getattr(module, "config", None) for module in target.model.modules())
-    configs = {id(config): config for config in found if _window(config) == window}
-    try:
+    found = (getattr(module, "config", None) for module in target.model.modules() if window)
+    configs = {id(each): each for each in found if getattr(each, "sliding_window", 0) == window}
+
+    def resize(size: int) -> None:
+        masks.window = size
         for config in configs.values():
-            config.sliding_window = _WINDOW
-        masks.window = _WINDOW
+            config.sliding_window = size
+
+    try:
+        resize(min(window, _WINDOW))
         yield
     finally:
-        for config in configs.values():
-            config.sliding_window = window
-        masks.window = window
-
-
-def _window(config: Any) -> Any:
-    return getattr(config, "sliding_window", None)
+        resize(window)
