@@ -127,8 +127,10 @@ def _compare(target: Any) -> list[tuple[str, Tensor, Tensor]]:
 def _narrow_window(target: Any) -> Iterator[None]:
     """Make sliding layers slide within the first tokens: transformers asks the config each time."""
     masks, window = target._masks, target._masks.window
-    found = (getattr(module, "config", None) for module in target.model.modules() if window)
-    configs = {id(each): each for each in found if getattr(each, "sliding_window", 0) == window}
+    found = [getattr(module, "config", None) for module in target.model.modules() if window]
+    configs: dict[int, Any] = {
+        id(each): each for each in found if getattr(each, "sliding_window", 0) == window
+    }
 
     def resize(size: int) -> None:
         masks.window = size
