@@ -1,7 +1,10 @@
 """A running batch: the loop owns the tokens, the target and the drafter their caches."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import Lock
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -23,6 +26,52 @@ UNIFORM_STREAM, NOISE_STREAM = 0, 1
 # The rule under which the loop samples every node itself.
 MATCH = "match"
 
+# Holders of the targets and drafters that decode now. By identity, because one of the user's own
+# need not be hashable. A holder keeps its ids valid, and leaves by itself where it is dropped.
+_HOLDERS: WeakValueDictionary[int, object] = WeakValueDictionary()
+_HOLDING = Lock()
+
+
+def claim(owners: Sequence[object], holder: object) -> None:
+    """Reserve targets and drafters for one loop, or raise RuntimeError and reserve none."""
+    with _HOLDING:
+        for owner in owners:
+            if _HOLDERS.get(id(owner), holder) is not holder:
+                raise RuntimeError(
+                    f"this {type(owner).__name__} is in use by another loop, whose cache would be "
+                    "overwritten; let that stream or engine end, or pause() or drop it, or load "
+                    "the target or drafter once more for a second loop"
+                )
+        _HOLDERS.update((id(owner), holder) for owner in owners)
+
+
+def release(owners: Sequence[object], holder: object) -> None:
+    """Leave what this holder has claimed to others."""
+    with _HOLDING:
+        for owner in owners:
+            if _HOLDERS.get(id(owner)) is holder:
+                del _HOLDERS[id(owner)]
+
+
+@contextmanager
+def claimed(*owners: object) -> Iterator[None]:
+    """Reserve targets and drafters for a call that writes over their caches."""
+    holder = Lock()
+    claim(owners, holder)
+    try:
+        yield
+    finally:
+        release(owners, holder)
+
+
+def cache_owners(*owners: object) -> list[object]:
+    """List targets and drafters with those inside of them: merged ones, and a draft model's own."""
+    found = [owner for owner in owners if owner is not None]
+    for owner in found:  # grows on the way
+        found += getattr(owner, "drafters", ())
+        found += [m for m in [getattr(owner, "model", None)] if isinstance(m, Target)]
+    return found
+
 
 class Batch:
     """Rows that share every forward: they join when there is room and leave when they finish."""
@@ -37,6 +86,13 @@ class Batch:
         self.target, self.drafter, self.rule = target, drafter, rule
         self.draft_length = draft_length
         self.taps = drafter.taps if drafter else ()
+        self.owners = cache_owners(target, drafter)
+        for i, owner in enumerate(self.owners):
+            if any(owner is other for other in self.owners[:i]):
+                raise ValueError(
+                    f"this {type(owner).__name__} is there twice, as target, drafter or inside of "
+                    "one, but has one cache; load it once more for the second place"
+                )
         self.rows: list[Request] = []
         self._verifying = ForwardClock(target.device)
         self._committing = ForwardClock(target.device)
@@ -212,18 +268,19 @@ class Batch:
     def forget(self) -> None:
         """Drop all rows; those admitted next begin a new batch, whatever state caches are in."""
         self.rows = []
+        release(self.owners, self)
 
     def retire(self) -> None:
         """Let finished rows leave the batch; the last rows move into their places."""
         stay = [i for i, row in enumerate(self.rows) if not row.finish_reason]
+        if not stay:
+            self.forget()
         if len(stay) == len(self.rows):
             return
         failed = [i for i, row in enumerate(self.rows) if row.error]
         behind = [i for i in stay if i >= len(stay)]
         stay = [i if i in stay else behind.pop() for i in range(len(stay))]
         self.rows = [self.rows[i] for i in stay]
-        if not stay:
-            return
         rows = torch.tensor(stay, device=self.target.device)
         self._wipe(failed)
         self.target.reorder(rows)

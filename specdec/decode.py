@@ -96,6 +96,7 @@ def generate(
     Raises:
         ValueError: a prompt, an option or a combination that cannot work, by name.
         FloatingPointError: the target's logits are not finite.
+        RuntimeError: another loop has rows on this target or drafter.
 
     Source: Leviathan et al. 2022, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318.
     """
@@ -173,12 +174,15 @@ class Stream:
             yield from chunks
 
     def _run(self, step: Callable[[], list[Chunk]]) -> Iterator[list[Chunk]]:
-        while self._engine.num_waiting or self._engine.num_running:
-            chunks = step()
-            for chunk in chunks:
-                if chunk.finish_reason == "error":
-                    raise FloatingPointError(self._engine.peek(chunk.index).error)
-            yield chunks
+        try:
+            while self._engine.num_waiting or self._engine.num_running:
+                chunks = step()
+                for chunk in chunks:
+                    if chunk.finish_reason == "error":
+                        raise FloatingPointError(self._engine.peek(chunk.index).error)
+                yield chunks
+        finally:
+            self._engine.pause()  # who leaves early leaves the target to others
 
     def results(self) -> list[Result]:
         """One result per prompt, in order; unfinished ones say "interrupted"."""

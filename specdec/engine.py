@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from specdec.batch import Batch
+from specdec.batch import Batch, claim, claimed
 from specdec.cache_limit import CacheLimit
 from specdec.draft_length import DraftLength
 from specdec.interfaces import Drafter, HoldsCache, Target
@@ -49,6 +49,7 @@ class Engine:
 
     Raises:
         ValueError: an option or a combination that cannot work, by name.
+        RuntimeError: of `step`, while another loop has rows on this target or drafter.
     """
 
     def __init__(
@@ -66,7 +67,8 @@ class Engine:
         self._batch = Batch(target, drafter, rule, draft_length)
         self._limit: CacheLimit | None = None
         if max_cache_bytes is not None:
-            self._limit = CacheLimit(target, drafter, max_cache_bytes)
+            with claimed(*self._batch.owners):  # it frees what they have cached
+                self._limit = CacheLimit(target, drafter, max_cache_bytes)
         owners: tuple[object, ...] = (target, drafter)
         self._caching = [owner for owner in owners if isinstance(owner, HoldsCache)]
         self.peak_cache_bytes = 0
@@ -156,6 +158,8 @@ class Engine:
     @torch.inference_mode()
     def advance(self) -> list[Chunk]:
         """`step` for callers that need no text, which then costs nothing; `text` stays empty."""
+        if self.num_running or self.num_waiting:
+            claim(self._batch.owners, self._batch)
         waits = self._have_joined and self._batch.rows
         joining = [] if waits else self._waiting.take(self._batch.rows)
         self._have_joined = bool(joining)
@@ -214,6 +218,12 @@ class Engine:
         self._waiting.drop_ended()
         with self._beginning_again(self._batch.rows, []):
             self._batch.retire()
+
+    def pause(self) -> None:
+        """Leave target and drafter to others; all rows begin again at the next step."""
+        rows = self._batch.rows
+        self._batch.forget()
+        self._untold += self._waiting.take_back(rows, [], GeneratorExit())
 
     def peek(self, index: int) -> Result:
         """What there is of a request; an unfinished one says "interrupted".

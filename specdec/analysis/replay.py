@@ -14,6 +14,7 @@ from torch import Tensor
 
 from specdec.analysis.laws import refuse_not_finite
 from specdec.analysis.texts import Text, seeded
+from specdec.batch import cache_owners, claimed
 from specdec.interfaces import Drafter, Target, TargetOutput
 from specdec.metrics import StepRecord
 from specdec.sampling import Sampler
@@ -78,13 +79,14 @@ class _Row:
     def steps(self, watch: Watch) -> list[StepRecord]:
         """Walk from the first new token to the last."""
         text, records = self.text, list[StepRecord]()
-        if len(text.tokens) > 1:
-            self._begin()
-        num_done = 1  # the first token is prefill's
-        while num_done < len(text.tokens):
-            record = self._step(num_done, watch)
-            records.append(replace(record, step=len(records)))
-            num_done += record.num_emitted
+        with claimed(*cache_owners(self.drafter)):
+            if len(text.tokens) > 1:
+                self._begin()
+            num_done = 1  # the first token is prefill's
+            while num_done < len(text.tokens):
+                record = self._step(num_done, watch)
+                records.append(replace(record, step=len(records)))
+                num_done += record.num_emitted
         return records
 
     def _begin(self) -> None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from specdec.batch import claimed
 from specdec.bench.config import BenchConfig
 from specdec.bench.outcome import Run, Table
 from specdec.sampling import Sampler
@@ -86,7 +87,8 @@ class LogitGaps:
         sampler = Sampler(
             [self._sampling], target.vocab_size, target.device, [prompt], target.eos_token_ids
         )
-        logits = target.prefill([prompt + prefix]).logits
+        with claimed(target):
+            logits = target.prefill([prompt + prefix]).logits
         if prefix:
             sampler.observe(logits.new_tensor([prefix]).long())
         best = sampler.scores(logits)[0, 0].float().topk(2).values

@@ -8,6 +8,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from specdec.targets.load import LOADING
+
 _BASE_FILE = "base.json"
 
 
@@ -65,7 +67,8 @@ def load_adapter(model: Any, adapter: str) -> Any:
     elif adapter.startswith((".", "/", "~")):
         raise FileNotFoundError(f"adapter {adapter!r} is not a folder; give one, or a hub id")
     try:
-        adapted = PeftModel.from_pretrained(model, str(folder) if folder.is_dir() else adapter)
+        with LOADING:
+            adapted = PeftModel.from_pretrained(model, str(folder) if folder.is_dir() else adapter)
     except (RuntimeError, ValueError) as error:
         text = str(error).splitlines()[0]
         raise ValueError(

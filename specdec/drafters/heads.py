@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from specdec.checkpoints import KINDS, HeadCheckpoint, check_target, identify_target, read_head
 from specdec.drafters.training_batch import LossOutput, TrainingBatch
+from specdec.targets.load import LOADING
 
 
 def build_head(kind: str, options: dict[str, Any], target: Any) -> nn.Module:
@@ -63,7 +64,8 @@ def load_head(
             f"type={checkpoint.kind}"
         )
     check_target(checkpoint, identify_target(target), force=force)
-    head = build_head(kind, checkpoint.options, target)
+    with LOADING:
+        head = build_head(kind, checkpoint.options, target)
     fill_head(head, checkpoint.tensors, path)
     return head.to(dtype or target.model.dtype).eval(), checkpoint
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from specdec.batch import claimed
 from specdec.targets.memory import is_out_of_memory
 from specdec.verify import Draft
 
@@ -60,7 +61,8 @@ def time_cell(target: Any, grid: Grid, batch: int, context: int) -> dict[str, An
         into memory.
     """
     try:
-        return _time_cell(target, grid, batch, context)
+        with claimed(target):
+            return _time_cell(target, grid, batch, context)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

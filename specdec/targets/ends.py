@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from specdec.checkpoints.folder import read_json
 from specdec.demo import demo_path
 from specdec.targets.hf import eos_token_ids, max_context_len
-from specdec.targets.load import check_path, find_device, find_dtype, load_tokenizer
+from specdec.targets.load import LOADING, check_path, find_device, find_dtype, load_tokenizer
 
 _WEIGHTS = "model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
@@ -124,7 +124,7 @@ def _skeleton(config: Any) -> Any:
     """The whole model, without memory for its weights."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
+    with LOADING, torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 

@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from specdec.targets.hf import HFTarget
 from specdec.targets.memory import free_bytes, is_out_of_memory
 
 QUANTIZATIONS = ("8bit", "4bit")
+# While transformers builds a model it patches torch for the whole process: one at a time.
+LOADING = RLock()
 
 
 def load_target(
@@ -63,7 +66,8 @@ def load_target(
         options["device_map"] = device_map or {"": str(chosen)}
     loaded: Any
     try:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(where, **options)
+        with LOADING:
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(where, **options)
         model, info = loaded
         _check_complete(where, info)
         _check_files(where, revision, model)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specdec.batch import claimed
 from specdec.interfaces import Target
 from specdec.verify import Draft, match
 
@@ -37,7 +38,15 @@ def read_text(
         tokens: L ids, at most its context.
         first: logits are wanted from this token on, in [1, L).
         taps: hidden states to return.
+
+    Raises:
+        RuntimeError: a loop has rows on the target.
     """
+    with claimed(target):
+        return _read(target, tokens, first, taps)
+
+
+def _read(target: Target, tokens: Sequence[int], first: int, taps: Sequence[int]) -> Reading:
     output = target.prefill([tokens[:first]], taps)
     logits, hidden = [], [output.hidden]
     for start in range(first, len(tokens), CHUNK):
