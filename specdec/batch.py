@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from threading import Lock
 from weakref import WeakValueDictionary
 
@@ -16,15 +17,18 @@ from specdec.host_step import HostStep, pack
 from specdec.interfaces import Drafter, HoldsCache, Target, TargetOutput
 from specdec.metrics import StepRecord
 from specdec.randomness import row_exponentials, row_uniforms
+from specdec.registry import is_registered
 from specdec.request import Request
 from specdec.sampling import Sampler, sample
 from specdec.verify import Draft, Verdict, match, verify
+from specdec.verify.checks import Fault, check_draft, draft_faults, refuse
 from specdec.verify.tree import node_depths
 
 # Streams of the per-row randomness; drafters take theirs from 16 upwards.
 UNIFORM_STREAM, NOISE_STREAM = 0, 1
 # The rule under which the loop samples every node itself.
 MATCH = "match"
+BUDGET = "no more nodes may be drafted than the row's budget"
 
 # Holders of the targets and drafters that decode now. By identity, because one of the user's own
 # need not be hashable. A holder keeps its ids valid, and leaves by itself where it is dropped.
@@ -82,10 +86,12 @@ class Batch:
         drafter: Drafter | None,
         rule: str,
         draft_length: DraftLength | None = None,
+        check: bool = False,
     ) -> None:
         self.target, self.drafter, self.rule = target, drafter, rule
         self.draft_length = draft_length
         self.taps = drafter.taps if drafter else ()
+        self._checks = drafter is not None and (check or not is_registered(drafter))
         self.owners = cache_owners(target, drafter)
         for i, owner in enumerate(self.owners):
             if any(owner is other for other in self.owners[:i]):
@@ -165,12 +171,15 @@ class Batch:
         """One draft, one target forward, one verdict."""
         started = time.perf_counter()
         rows = self.rows
-        draft = self._propose()
+        draft, faults, can_be = self._propose()
         output = self.target.score(self.root, draft, self.taps)
         with self._verifying.forward():
             verdict, healthy = self._judge(output, draft)
-            packed = pack(verdict, draft, healthy)
+            packed = pack(verdict, draft, healthy & can_be if faults else healthy)
         host = HostStep.fetch(packed)
+        if faults and not all(host.is_finite):
+            with self._blaming_the_drafter():
+                refuse(faults, self.rule)
         _fail_what_is_nan(rows, host.is_finite)
         drafting_s = self._drafter_s()
         with self._committing.forward():
@@ -205,15 +214,55 @@ class Batch:
     def _drafter_s(self) -> float:
         return self.drafter.clock.take() if self.drafter else 0.0
 
-    def _propose(self) -> Draft:
+    def _propose(self) -> tuple[Draft, list[Fault], Tensor]:
+        """A draft and, where drafts are checked, all faults that it may have, and rows without."""
+        no_faults = self.root >= 0
         if self.drafter is None:
-            return Draft.empty(len(self.rows), self.target.device)
+            return Draft.empty(len(self.rows), self.target.device), [], no_faults
         limit = self.drafter.max_nodes
         chosen = self.draft_length.choose(len(self.rows)) if self.draft_length else None
         if chosen is not None:
             limit = min(limit, chosen)
         budget = [min(row.budget, limit) for row in self.rows]
-        return self.drafter.propose(self.root, budget, self.sampler)
+        draft = self.drafter.propose(self.root, budget, self.sampler)
+        if not self._checks:
+            return draft, [], no_faults
+        with self._blaming_the_drafter():
+            return self._checked(draft, budget)
+
+    def _checked(self, draft: Draft, budget: list[int]) -> tuple[Draft, list[Fault], Tensor]:
+        """Empty the rows that cannot be, so that no forward meets them; waits for no device.
+
+        What was wrong is told once the step's one synchronisation has shown that something was.
+        """
+        assert self.drafter is not None
+        vocab_size, device = self.target.vocab_size, self.target.device
+        check_draft(draft, len(self.rows), vocab_size, device, self.rule)
+        if draft.num_nodes > self.drafter.max_nodes:
+            most = self.drafter.max_nodes
+            raise ValueError(
+                f"it has {draft.num_nodes} nodes but the drafter's max_nodes is {most}"
+            )
+        if draft.parents is not None and not self.drafter.makes_trees:
+            raise ValueError("it has parents but the drafter's makes_trees is False")
+        draft = replace(draft, depth=min(draft.depth, draft.num_nodes))
+        over = draft.lengths > torch.tensor(budget, device=device)
+        faults = [*draft_faults(draft, vocab_size), ("lengths", over, draft.lengths, BUDGET)]
+        masks = [mask.unsqueeze(-1).flatten(1).any(1) for _, mask, _, _ in faults]
+        can_be = ~torch.stack(masks).any(0)  # [B]
+        draft = replace(draft, lengths=draft.lengths.masked_fill(~can_be, 0))
+        padding = ~draft.real_nodes()
+        parents = None if draft.parents is None else draft.parents.masked_fill(padding, -1)
+        tokens = draft.tokens.masked_fill(padding, -1)
+        return replace(draft, tokens=tokens, parents=parents), faults, can_be
+
+    @contextmanager
+    def _blaming_the_drafter(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, TypeError) as error:
+            name = type(self.drafter).__name__
+            raise type(error)(f"{name} proposed what is no draft: {error}") from error
 
     def _judge(self, output: TargetOutput, draft: Draft) -> tuple[Verdict, Tensor]:
         scores = self.sampler.scores(output.logits, draft)

@@ -65,6 +65,7 @@ def generate(
     batch_size: int | None = None,
     rule: str = "token",
     draft_length: DraftLength | None = None,
+    check: bool = False,
 ) -> list[Result]:
     """Decode prompts speculatively; the output follows the target's own distribution.
 
@@ -89,6 +90,7 @@ def generate(
             target's argmax.
         draft_length: chooses before every step how many nodes the rows may draft; None leaves it
             to the drafter. See `Schedule` and `OnlineController`.
+        check: also check every draft of a registered drafter; those of others always are.
 
     Returns:
         One result per prompt, in order.
@@ -111,6 +113,7 @@ def generate(
         batch_size=batch_size,
         rule=rule,
         draft_length=draft_length,
+        check=check,
     )
     try:
         for _ in run.steps():
@@ -151,12 +154,13 @@ class Stream:
         batch_size: int | None = None,
         rule: str = "token",
         draft_length: DraftLength | None = None,
+        check: bool = False,
     ) -> None:
         num_rows = _num_rows(target, len(prompts), batch_size)
         configs = _configs(sampling, len(prompts))
         limits = _limits(max_new_tokens, len(prompts))
         self._engine = Engine(
-            target, drafter, max_rows=num_rows, rule=rule, draft_length=draft_length
+            target, drafter, max_rows=num_rows, rule=rule, draft_length=draft_length, check=check
         )
         self._ids = [
             self._engine.submit(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from specdec.batch import Batch, claim, claimed
+from specdec.batch import Batch, cache_owners, claim, claimed
 from specdec.cache_limit import CacheLimit
 from specdec.draft_length import DraftLength
 from specdec.interfaces import Drafter, HoldsCache, Target
@@ -46,6 +46,7 @@ class Engine:
             twice. None for no limit.
         rule: see `generate`.
         draft_length: see `generate`.
+        check: see `generate`.
 
     Raises:
         ValueError: an option or a combination that cannot work, by name.
@@ -61,10 +62,11 @@ class Engine:
         max_cache_bytes: int | None = None,
         rule: str = "token",
         draft_length: DraftLength | None = None,
+        check: bool = False,
     ) -> None:
         _check(target, drafter, max_rows, rule)
         self.target, self.drafter = target, drafter
-        self._batch = Batch(target, drafter, rule, draft_length)
+        self._batch = Batch(target, drafter, rule, draft_length, check)
         self._limit: CacheLimit | None = None
         if max_cache_bytes is not None:
             with claimed(*self._batch.owners):  # it frees what they have cached
@@ -269,3 +271,23 @@ def _check(target: Target, drafter: Drafter | None, max_rows: int, rule: str) ->
         raise ValueError(f"rule {rule!r} judges chains only but this drafter makes trees")
     if makes_trees and not target.capabilities.trees:
         raise ValueError("this target scores chains only but the drafter makes trees")
+    for each in cache_owners(drafter):
+        _check_made_for(each, target)
+
+
+def _check_made_for(drafter: object, target: Target) -> None:
+    """Refuse a drafter of another vocabulary, or one that reads what this target does not show."""
+    vocab_size = getattr(drafter, "vocab_size", target.vocab_size)
+    num_layers = getattr(getattr(target, "config", None), "num_hidden_layers", float("inf"))
+    if vocab_size != target.vocab_size and isinstance(drafter, Drafter):
+        raise ValueError(
+            f"vocab_size of this {type(drafter).__name__} is {vocab_size} but the target's is "
+            f"{target.vocab_size}; load a drafter for this target"
+        )
+    taps = getattr(drafter, "taps", ())
+    wrong = [tap for tap in taps if not 0 <= tap <= num_layers or not target.capabilities.taps]
+    if wrong:
+        raise ValueError(
+            f"taps of this {type(drafter).__name__} are {tuple(taps)} but the target has no hidden "
+            f"states {wrong}; load a drafter for this target"
+        )

@@ -42,7 +42,7 @@ class HostStep:
 
 def pack(verdict: Verdict, draft: Draft, healthy: Tensor) -> Tensor:
     """What the host needs of a step, [B, 4 + D + 1]: three counts, health [B], and the tokens."""
-    if draft.parents is None:
+    if draft.parents is None or not draft.num_nodes:
         depth_tested = verdict.tested.sum(1)
     else:
         depths = node_depths(draft.parents, draft.depth)

@@ -26,6 +26,12 @@ def closest(name: str, known: Mapping[str, Any] | list[str]) -> str:
     return f"known: {', '.join(sorted(known))}{hint}"
 
 
+def is_registered(drafter: Any) -> bool:
+    """Whether a drafter is of a registered class, and so are those inside of it."""
+    name = f"{type(drafter).__module__}:{type(drafter).__qualname__}"
+    return name in DRAFTERS.values() and all(map(is_registered, getattr(drafter, "drafters", ())))
+
+
 def load_drafter(options: Mapping[str, Any] | str, target: Target) -> Drafter:
     """Build a drafter for a target.
 

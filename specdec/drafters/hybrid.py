@@ -91,6 +91,11 @@ class HybridDrafter:
         for drafter in self.drafters:
             limits = [min(limit, drafter.max_nodes) for limit in budget]
             drafts.append(drafter.propose(root, limits, sampler))
+            if drafts[-1].probs is not None:
+                raise ValueError(
+                    f"a hybrid cannot hold {type(drafter).__name__}, whose draft has probs: a "
+                    "sampled tree may not be pruned; let it choose tokens and report probs=None"
+                )
             expected = getattr(drafter, "expected", None)
             if expected and self._is_enough(expected, budget):
                 break

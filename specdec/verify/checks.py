@@ -4,11 +4,16 @@ Source of the contract: a `ValueError` names the argument, the row, the value an
 `TypeError` is raised for nothing but a wrong dtype.
 """
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
 from specdec.verify.draft import Draft
 from specdec.verify.tree import ancestors
+
+# What is wrong where: the argument, a mask whose first dimension is the row, the values, the rule.
+Fault = tuple[str, Tensor, Tensor, str]
 
 # How far a row's sum may be from one. Rounding the entries to 16 bits moves the sums of flat rows
 # over 128,000 tokens by up to 0.5 %; float64 rows are often float32 softmaxes cast up.
@@ -40,6 +45,7 @@ def check_shapes(
         ("lengths", draft.lengths, (batch_size,), ids),
         ("parents", draft.parents, (batch_size, num_nodes), ids),
         ("probs", draft.probs, (batch_size, num_nodes, vocab_size), floats),
+        ("confidence", draft.confidence, (batch_size, num_nodes), floats),
         ("uniforms", uniforms, (batch_size, num_nodes), floats),
         ("noise", noise, (batch_size, vocab_size), floats),
     ]
@@ -62,6 +68,25 @@ def check_shapes(
         raise ValueError(f"depth is {draft.depth} but must be at least 0 (rule {rule!r})")
 
 
+def check_draft(
+    draft: object, batch_size: int, vocab_size: int, device: torch.device, rule: str
+) -> None:
+    """Check all that a draft for so many rows can be asked without a host synchronisation."""
+    if not isinstance(draft, Draft):
+        raise TypeError(f"it is a {type(draft).__name__} but must be a Draft")
+    for name in ("tokens", "lengths", "parents", "probs", "confidence"):
+        value = getattr(draft, name)
+        if not isinstance(value, Tensor) and (value is not None or name in ("tokens", "lengths")):
+            raise TypeError(f"{name} is a {type(value).__name__} but must be a tensor")
+    if draft.tokens.dim() != 2 or len(draft.tokens) != batch_size:
+        shape = tuple(draft.tokens.shape)
+        raise ValueError(f"tokens has shape {shape} but must be [{batch_size}, N]")
+    if type(draft.depth) is not int:
+        raise TypeError(f"depth is {draft.depth!r} but must be an int")
+    shape = (batch_size, draft.num_nodes + 1, vocab_size)
+    check_shapes(torch.empty(1, device=device).expand(shape), draft, rule, None, None)
+
+
 def check_values(
     target_probs: Tensor,
     draft: Draft,
@@ -71,30 +96,36 @@ def check_values(
     needs_uniforms: bool = True,
 ) -> None:
     """Check every value that a rule reads; costs host synchronisations."""
-    num_nodes = draft.num_nodes
-    _refuse(
+    refuse(draft_faults(draft, target_probs.shape[2]), rule)
+    real = draft.real_nodes()
+    real_rows = torch.nn.functional.pad(real, (1, 0), value=True)
+    refuse(_distribution_faults("target_probs", target_probs, real_rows), rule)
+    _check_randomness(target_probs, real, rule, uniforms, noise, needs_uniforms)
+
+
+def draft_faults(draft: Draft, vocab_size: int) -> Iterator[Fault]:
+    """List every way in which a draft can be wrong, without a host synchronisation.
+
+    No mask needs an earlier one to be clear: none of them indexes with what may be out of range.
+    """
+    num_nodes, tokens, lengths = draft.num_nodes, draft.tokens, draft.lengths
+    yield (
         "lengths",
-        (draft.lengths < 0) | (draft.lengths > num_nodes),
-        draft.lengths,
+        (lengths < 0) | (lengths > num_nodes),
+        lengths,
         f"a row has 0 to {num_nodes} nodes",
-        rule,
     )
     real = draft.real_nodes()
-    _refuse(
-        "tokens",
-        real & ((draft.tokens < 0) | (draft.tokens >= target_probs.shape[2])),
-        draft.tokens,
-        f"token ids are 0 to {target_probs.shape[2] - 1}",
-        rule,
-    )
-    _check_tree(draft, real, rule)
-    real_rows = torch.nn.functional.pad(real, (1, 0), value=True)
-    _check_distributions("target_probs", target_probs, real_rows, rule)
+    odd = real & ((tokens < 0) | (tokens >= vocab_size))
+    yield "tokens", odd, tokens, f"token ids are 0 to {vocab_size - 1}"
+    if draft.parents is None:
+        yield "lengths", lengths > draft.depth, lengths, f"depth is only {draft.depth}"
+    else:
+        yield from _tree_faults(draft.parents, real, draft.depth)
     if draft.probs is not None and num_nodes:
-        _check_distributions("probs", draft.probs, real, rule)
-        own = draft.probs.gather(2, draft.tokens.masked_fill(~real, 0).unsqueeze(2)).squeeze(2)
-        _refuse("probs", real & (own <= 0), own, "a drawn token has a positive probability", rule)
-    _check_randomness(target_probs, real, rule, uniforms, noise, needs_uniforms)
+        yield from _distribution_faults("probs", draft.probs, real)
+        own = draft.probs.gather(2, tokens.masked_fill(~real | odd, 0).unsqueeze(2)).squeeze(2)
+        yield "probs", real & ~(own > 0), own, "a drawn token has a positive probability"
 
 
 def check_unbranched(draft: Draft, rule: str) -> None:
@@ -103,35 +134,25 @@ def check_unbranched(draft: Draft, rule: str) -> None:
         return
     steps = torch.arange(draft.num_nodes, device=draft.parents.device) - 1
     branching = draft.real_nodes() & (draft.parents != steps)
-    _refuse("parents", branching, draft.parents, "the rule judges chains only", rule)
+    refuse([("parents", branching, draft.parents, "the rule judges chains only")], rule)
 
 
-def _check_tree(draft: Draft, real: Tensor, rule: str) -> None:
-    if draft.parents is None:
-        too_deep = draft.lengths > draft.depth
-        _refuse("lengths", too_deep, draft.lengths, f"depth is only {draft.depth}", rule)
-        return
-    nodes = torch.arange(draft.num_nodes, device=real.device)
-    _refuse(
-        "parents",
-        real & ((draft.parents < -1) | (draft.parents >= nodes)),
-        draft.parents,
-        "a parent is -1 or the index of an earlier node",
-        rule,
-    )
-    climbed = ancestors(draft.parents.masked_fill(~real, -1), draft.depth + 1)[:, :, draft.depth]
-    too_deep = real & (climbed >= 0)
-    _refuse("parents", too_deep, draft.parents, f"depth is only {draft.depth}", rule)
+def _tree_faults(parents: Tensor, real: Tensor, depth: int) -> Iterator[Fault]:
+    nodes = torch.arange(parents.shape[1], device=real.device)
+    odd = real & ((parents < -1) | (parents >= nodes))
+    yield "parents", odd, parents, "a parent is -1 or the index of an earlier node"
+    climbed = ancestors(parents.masked_fill(~real | odd, -1), depth + 1)[:, :, depth]
+    yield "parents", real & (climbed >= 0), parents, f"depth is only {depth}"
 
 
-def _check_distributions(name: str, probs: Tensor, real: Tensor, rule: str) -> None:
-    """Check that the `real` rows of [B, R, V] are distributions; NaN fails the comparisons."""
+def _distribution_faults(name: str, probs: Tensor, real: Tensor) -> Iterator[Fault]:
+    """Where the `real` rows of [B, R, V] are no distributions; NaN fails the comparisons."""
     lowest = probs.amin(2)
-    _refuse(name, real & ~(lowest >= 0), lowest, "probabilities are not negative or NaN", rule)
+    yield name, real & ~(lowest >= 0), lowest, "probabilities are not negative or NaN"
     total = probs.sum(2, dtype=torch.promote_types(probs.dtype, torch.float32))
     tolerance = SUM_TOLERANCE[probs.dtype]
     off = ~((total - 1).abs() <= tolerance)
-    _refuse(name, real & off, total, f"rows sum to one within {tolerance:g}", rule)
+    yield name, real & off, total, f"rows sum to one within {tolerance:g}"
 
 
 def _check_randomness(
@@ -149,24 +170,20 @@ def _check_randomness(
     if missing:
         support = (target_probs > 0).sum(2)
         real_rows = torch.nn.functional.pad(real, (1, 0), value=True)
-        _refuse(
-            missing[0],
-            real_rows & (support != 1),
-            support,
-            "may be None only where every target row has one possible token",
-            rule,
-        )
+        must = "may be None only where every target row has one possible token"
+        refuse([(missing[0], real_rows & (support != 1), support, must)], rule)
     if uniforms is not None:
         outside = real & ~((uniforms >= 0) & (uniforms < 1))
-        _refuse("uniforms", outside, uniforms, "numbers are in [0, 1)", rule)
+        refuse([("uniforms", outside, uniforms, "numbers are in [0, 1)")], rule)
     if noise is not None:
-        _refuse("noise", ~(noise >= 0), noise, "numbers are not negative or NaN", rule)
+        refuse([("noise", ~(noise >= 0), noise, "numbers are not negative or NaN")], rule)
 
 
-def _refuse(name: str, bad: Tensor, values: Tensor, must: str, rule: str) -> None:
-    """Raise for the first true entry of `bad`, whose first dimension is the batch row."""
-    if not bad.any():
-        return
-    index = tuple(bad.nonzero()[0].tolist())
-    where = f"row {index[0]}" + (f", entry {index[1]}" if len(index) > 1 else "")
-    raise ValueError(f"{name}: {where} has {values[index].item():g}, but {must} (rule {rule!r})")
+def refuse(faults: Iterable[Fault], rule: str) -> None:
+    """Raise for the first true entry of the first mask that has one; costs synchronisations."""
+    for name, bad, values, must in faults:
+        if bad.any():
+            index = tuple(bad.nonzero()[0].tolist())
+            where = f"row {index[0]}" + (f", entry {index[1]}" if len(index) > 1 else "")
+            value = f"{values[index].item():g}"
+            raise ValueError(f"{name}: {where} has {value}, but {must} (rule {rule!r})")
