@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from specdec.arguments import fit
 from specdec.clock import ForwardClock
 from specdec.draft_length import DraftLength
 from specdec.host_step import HostStep, pack
@@ -20,7 +21,7 @@ from specdec.randomness import row_exponentials, row_uniforms
 from specdec.registry import is_registered
 from specdec.request import Request
 from specdec.sampling import Sampler, sample
-from specdec.verify import Draft, Verdict, match, verify
+from specdec.verify import Draft, Rule, Verdict, get_rule, match, verify
 from specdec.verify.checks import Fault, check_draft, draft_faults, refuse
 from specdec.verify.tree import node_depths
 
@@ -84,11 +85,12 @@ class Batch:
         self,
         target: Target,
         drafter: Drafter | None,
-        rule: str,
+        rule: str | Rule,
         draft_length: DraftLength | None = None,
         check: bool = False,
     ) -> None:
-        self.target, self.drafter, self.rule = target, drafter, rule
+        self.target, self.drafter = target, drafter
+        self.rule = MATCH if get_rule(rule).judge is None else rule
         self.draft_length = draft_length
         self.taps = drafter.taps if drafter else ()
         self._checks = drafter is not None and (check or not is_registered(drafter))
@@ -179,7 +181,7 @@ class Batch:
         host = HostStep.fetch(packed)
         if faults and not all(host.is_finite):
             with self._blaming_the_drafter():
-                refuse(faults, self.rule)
+                refuse(faults, get_rule(self.rule).name)
         _fail_what_is_nan(rows, host.is_finite)
         drafting_s = self._drafter_s()
         with self._committing.forward():
@@ -221,7 +223,9 @@ class Batch:
             return Draft.empty(len(self.rows), self.target.device), [], no_faults
         limit = self.drafter.max_nodes
         chosen = self.draft_length.choose(len(self.rows)) if self.draft_length else None
-        if chosen is not None:
+        if fit("what draft_length chose", chosen, int | None) is not None:
+            if chosen < 0:
+                raise ValueError(f"draft_length chose {chosen} nodes but must choose 0 or more")
             limit = min(limit, chosen)
         budget = [min(row.budget, limit) for row in self.rows]
         draft = self.drafter.propose(self.root, budget, self.sampler)
@@ -237,7 +241,7 @@ class Batch:
         """
         assert self.drafter is not None
         vocab_size, device = self.target.vocab_size, self.target.device
-        check_draft(draft, len(self.rows), vocab_size, device, self.rule)
+        check_draft(draft, len(self.rows), vocab_size, device, get_rule(self.rule).name)
         if draft.num_nodes > self.drafter.max_nodes:
             most = self.drafter.max_nodes
             raise ValueError(

@@ -3,48 +3,48 @@
 Plain decoding is the same loop with empty drafts, so both arms of a comparison share every line.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
+from specdec.arguments import checked
 from specdec.draft_length import DraftLength
-from specdec.engine import Chunk, Engine
+from specdec.engine import Chunk, Engine, target_of
 from specdec.interfaces import Drafter, Target
-from specdec.request import Prompt, Result
+from specdec.request import Prompt, Result, prompts_of, sampling_of
 from specdec.sampling_config import SamplingConfig
+from specdec.verify import Rule
 
 __all__ = ["Chunk", "Stream", "generate", "generate_baseline", "stream"]
 
-Sampling = SamplingConfig | Sequence[SamplingConfig]
+Sampling = (
+    SamplingConfig | Mapping[str, Any] | Sequence[SamplingConfig | Mapping[str, Any] | None] | None
+)
 Limits = int | Sequence[int]
+Stop = str | Sequence[str] | None
+Lengths = DraftLength | Mapping[int, int | None] | int | None
 
 
-def _configs(sampling: Sampling, num_prompts: int) -> list[SamplingConfig]:
-    if isinstance(sampling, SamplingConfig):
-        # Prompts that share one configuration still draw their own numbers.
-        return [replace(sampling, seed=sampling.seed + i) for i in range(num_prompts)]
-    if len(sampling) != num_prompts:
+def _each(name: str, given: Any, num_prompts: int) -> list[Any]:
+    """One entry a prompt."""
+    if len(given) != num_prompts:
         raise ValueError(
-            f"sampling has {len(sampling)} entries for {num_prompts} prompts; give one for all "
-            "or one for each"
+            f"{name} has {len(given)} entries for {num_prompts} prompts; give one for all or one "
+            "for each"
         )
-    return list(sampling)
+    return list(given)
 
 
-def _limits(max_new_tokens: Limits, num_prompts: int) -> list[int]:
-    if isinstance(max_new_tokens, int):
-        return [max_new_tokens] * num_prompts
-    if len(max_new_tokens) != num_prompts:
-        raise ValueError(
-            f"max_new_tokens has {len(max_new_tokens)} entries for {num_prompts} prompts; give "
-            "one for all or one for each"
-        )
-    return list(max_new_tokens)
+def _configs(sampling: Any, num_prompts: int) -> list[SamplingConfig]:
+    if isinstance(sampling, Sequence) and not isinstance(sampling, str):
+        return [sampling_of(each) for each in _each("sampling", sampling, num_prompts)]
+    shared = sampling_of(sampling)
+    # Prompts that share one configuration still draw their own numbers.
+    return [replace(shared, seed=(int(shared.seed) + i) % 2**63) for i in range(num_prompts)]
 
 
 def _num_rows(target: Target, num_prompts: int, batch_size: int | None) -> int:
     """Rows that are decoded together."""
-    if num_prompts == 0:
-        raise ValueError("prompts is empty but must hold at least one prompt")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size} but must be at least 1")
     size = min(batch_size or num_prompts, num_prompts)
@@ -54,17 +54,17 @@ def _num_rows(target: Target, num_prompts: int, batch_size: int | None) -> int:
 
 
 def generate(
-    target: Target,
-    drafter: Drafter | None,
-    prompts: Sequence[Prompt],
-    sampling: Sampling = SamplingConfig(),  # noqa: B008 (frozen)
+    target: Target | str,
+    drafter: Drafter | Mapping[str, Any] | str | None,
+    prompts: Prompt | Sequence[Prompt],
+    sampling: Sampling = None,
     *,
     max_new_tokens: Limits = 128,
-    stop: Sequence[str] = (),
+    stop: Stop = None,
     max_time_s: float | None = None,
     batch_size: int | None = None,
-    rule: str = "token",
-    draft_length: DraftLength | None = None,
+    rule: str | Rule = "token",
+    draft_length: Lengths = None,
     check: bool = False,
 ) -> list[Result]:
     """Decode prompts speculatively; the output follows the target's own distribution.
@@ -73,13 +73,16 @@ def generate(
     KeyboardInterrupt ends the call early and returns what there is.
 
     Args:
-        target: the model whose distribution is kept.
-        drafter: proposes tokens; None decodes plainly.
-        prompts: text, chat messages or token ids, one per prompt.
-        sampling: one configuration per prompt, or one for all (prompt i then uses seed + i).
+        target: the model whose distribution is kept; a string is loaded by `load_target`.
+        drafter: proposes tokens; a name or options are loaded by `load_drafter`, None decodes
+            plainly.
+        prompts: text, chat messages or token ids (lists, arrays, or what a tokenizer returns), one
+            per prompt; one such alone is one prompt.
+        sampling: one configuration per prompt, or one for all (prompt i then uses seed + i), each
+            a `SamplingConfig` or its fields; None is greedy.
         max_new_tokens: tokens to emit per prompt, at most, one number for all or one for each; the
             context may end it earlier.
-        stop: strings that end a text; they are cut off.
+        stop: a string or several that end a text; they are cut off.
         max_time_s: seconds for the whole call.
         batch_size: rows decoded together, at most; a row that ends makes room for the next
             prompt. None for all prompts at once.
@@ -89,7 +92,8 @@ def generate(
             et al. 2024, arXiv 2408.07978). At temperature 0 all of them accept what equals the
             target's argmax.
         draft_length: chooses before every step how many nodes the rows may draft; None leaves it
-            to the drafter. See `Schedule` and `OnlineController`.
+            to the drafter, a number holds for all batch sizes and a mapping is a `Schedule`. See
+            `Schedule` and `OnlineController`.
         check: also check every draft of a registered drafter; those of others always are.
 
     Returns:
@@ -97,6 +101,7 @@ def generate(
 
     Raises:
         ValueError: a prompt, an option or a combination that cannot work, by name.
+        TypeError: an argument of a wrong kind, by name.
         FloatingPointError: the target's logits are not finite.
         RuntimeError: another loop has rows on this target or drafter.
 
@@ -124,9 +129,9 @@ def generate(
 
 
 def generate_baseline(
-    target: Target,
-    prompts: Sequence[Prompt],
-    sampling: Sampling = SamplingConfig(),  # noqa: B008 (frozen)
+    target: Target | str,
+    prompts: Prompt | Sequence[Prompt],
+    sampling: Sampling = None,
     **options: object,
 ) -> list[Result]:
     """Decode plainly, one token per forward, in the same loop; options as in `generate`."""
@@ -141,24 +146,28 @@ class Stream:
     and errors are those of `generate`.
     """
 
+    @checked
     def __init__(
         self,
-        target: Target,
-        drafter: Drafter | None,
-        prompts: Sequence[Prompt],
-        sampling: Sampling = SamplingConfig(),  # noqa: B008 (frozen)
+        target: Target | str,
+        drafter: Drafter | Mapping[str, Any] | str | None,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: Sampling = None,
         *,
         max_new_tokens: Limits = 128,
-        stop: Sequence[str] = (),
+        stop: Stop = None,
         max_time_s: float | None = None,
         batch_size: int | None = None,
-        rule: str = "token",
-        draft_length: DraftLength | None = None,
+        rule: str | Rule = "token",
+        draft_length: Lengths = None,
         check: bool = False,
     ) -> None:
-        num_rows = _num_rows(target, len(prompts), batch_size)
-        configs = _configs(sampling, len(prompts))
-        limits = _limits(max_new_tokens, len(prompts))
+        target, rows = target_of(target), prompts_of(prompts)
+        num_rows = _num_rows(target, len(rows), batch_size)
+        configs = _configs(sampling, len(rows))
+        if isinstance(max_new_tokens, int):
+            max_new_tokens = [max_new_tokens] * len(rows)
+        limits = _each("max_new_tokens", max_new_tokens, len(rows))
         self._engine = Engine(
             target, drafter, max_rows=num_rows, rule=rule, draft_length=draft_length, check=check
         )
@@ -166,7 +175,7 @@ class Stream:
             self._engine.submit(
                 prompt, config, max_new_tokens=limit, stop=stop, max_time_s=max_time_s
             )
-            for prompt, config, limit in zip(prompts, configs, limits, strict=True)
+            for prompt, config, limit in zip(rows, configs, limits, strict=True)
         ]
 
     def steps(self) -> Iterator[list[Chunk]]:

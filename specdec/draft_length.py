@@ -4,11 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
-from typing import Protocol
+from typing import Any, Protocol
 
 from specdec.acceptance_estimate import ChainAcceptance, TreeAcceptance
+from specdec.arguments import checked, fit
 from specdec.metrics import StepRecord
 
+# A table of costs holds an entry for every number of nodes.
+MOST_NODES = 4096
 # Steps without a draft once drafting no longer pays; then they double from probe to probe.
 FIRST_PAUSE = 4
 # Plain steps that may be lost before anything is known.
@@ -39,12 +42,13 @@ class Schedule:
     """
 
     def __init__(self, nodes: Mapping[int, int | None]) -> None:
+        nodes = fit("nodes", nodes, Mapping[Any, Any])
         if 1 not in nodes:
             raise ValueError(f"nodes is {dict(nodes)} but needs an entry for batch size 1; add it")
         for batch_size, count in nodes.items():
-            if not isinstance(batch_size, int) or batch_size < 1:
+            if fit("batch size", batch_size, int) < 1:
                 raise ValueError(f"batch size {batch_size!r} must be a whole number of at least 1")
-            if count is not None and (not isinstance(count, int) or count < 0):
+            if (fit(f"nodes for batch size {batch_size}", count, int | None) or 0) < 0:
                 raise ValueError(
                     f"nodes for batch size {batch_size} is {count!r} but must be a whole number of "
                     "at least 0, or None for no limit"
@@ -94,6 +98,7 @@ class OnlineController:
         ValueError: a table that cannot be, or an option out of its range.
     """
 
+    @checked
     def __init__(
         self,
         step_s: Mapping[int, Mapping[int, float]],
@@ -212,6 +217,8 @@ def _check_costs(step_s: Mapping[int, Mapping[int, float]]) -> None:
                 f"step_s[{size}] has the nodes {sorted(costs)} but must hold 0 (plain decoding) and"
                 " at least one draft, for a batch size of at least 1"
             )
+        if max(costs) > MOST_NODES:
+            raise ValueError(f"step_s[{size}] has {max(costs)} nodes but {MOST_NODES} are the most")
         if min(costs.values()) <= 0:
             raise ValueError(f"step_s[{size}] is {dict(costs)} but seconds must be positive")
 

@@ -3,21 +3,26 @@
 First come first served: a request joins as soon as there is room for it, and none overtakes.
 """
 
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
+from specdec.arguments import checked, fit, plain
 from specdec.batch import Batch, cache_owners, claim, claimed
 from specdec.cache_limit import CacheLimit
-from specdec.draft_length import DraftLength
+from specdec.draft_length import DraftLength, Schedule
 from specdec.interfaces import Drafter, HoldsCache, Target
-from specdec.request import Prompt, Request, Result, StopRules, encode
+from specdec.registry import load_drafter
+from specdec.request import Prompt, Request, Result, StopRules, encode, sampling_of
+from specdec.sampling import Sampler
 from specdec.sampling_config import SamplingConfig
 from specdec.text import TextStream
-from specdec.verify import get_rule
+from specdec.verify import Rule, get_rule
 from specdec.waiting import WaitingLine
 
 
@@ -53,17 +58,21 @@ class Engine:
         RuntimeError: of `step`, while another loop has rows on this target or drafter.
     """
 
+    @checked
     def __init__(
         self,
-        target: Target,
-        drafter: Drafter | None = None,
+        target: Target | str,
+        drafter: Drafter | Mapping[str, Any] | str | None = None,
         *,
         max_rows: int = 16,
         max_cache_bytes: int | None = None,
-        rule: str = "token",
-        draft_length: DraftLength | None = None,
+        rule: str | Rule = "token",
+        draft_length: DraftLength | Mapping[int, int | None] | int | None = None,
         check: bool = False,
     ) -> None:
+        target = target_of(target)
+        drafter = drafter_of(drafter, target)
+        draft_length = draft_length_of(draft_length)
         _check(target, drafter, max_rows, rule)
         self.target, self.drafter = target, drafter
         self._batch = Batch(target, drafter, rule, draft_length, check)
@@ -96,20 +105,21 @@ class Engine:
         """Bytes of keys and values that are allocated now, as far as target and drafter tell."""
         return sum(owner.cache_bytes for owner in self._caching)
 
+    @checked
     def submit(
         self,
         prompt: Prompt,
-        sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
+        sampling: SamplingConfig | Mapping[str, Any] | None = None,
         *,
         max_new_tokens: int = 128,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         max_time_s: float | None = None,
     ) -> int:
         """Put a request at the end of the queue; returns its id: 0, 1, ... in this order.
 
         Args:
             prompt: text, chat messages or token ids.
-            sampling: its settings and its seed.
+            sampling: its settings and its seed, as a configuration or its fields; None is greedy.
             max_new_tokens: tokens to emit at most; the context may end it earlier.
             stop: strings that end the text; they are cut off.
             max_time_s: seconds from now, after which it ends with what there is.
@@ -118,11 +128,13 @@ class Engine:
             ValueError: a prompt or an option that cannot work, or a request that can never fit
                 into the cache's limit.
         """
-        index = self._num_submitted
+        index, sampling = self._num_submitted, sampling_of(sampling)
+        stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
         if stop and self.target.tokenizer is None:
             raise ValueError("stop strings need a target with a tokenizer")
-        rules = StopRules(max_new_tokens, tuple(stop), max_time_s)
+        rules = StopRules(max_new_tokens, stop, max_time_s)
         ids = encode(prompt, self.target, index)
+        Sampler([sampling], self.target.vocab_size, "cpu", [ids], ())  # refuses ids out of range
         request = Request(index, ids, sampling, rules, self.target)
         if self._limit:
             self._limit.check(request)
@@ -249,9 +261,69 @@ class Engine:
         return request.result()
 
     def _find(self, index: int) -> Request:
+        index = fit("index", index, int)
         if index not in self._requests:
             raise KeyError(f"no request {index}: it was never submitted or its result was taken")
         return self._requests[index]
+
+
+def target_of(given: Any) -> Target:
+    """A target, or the one that a name loads.
+
+    Raises:
+        TypeError: neither.
+    """
+    if isinstance(given, str | os.PathLike):
+        from specdec.targets.load import load_target
+
+        return load_target(os.fspath(given))
+    hint = "wrap it: HFTarget(model, tokenizer)" if hasattr(given, "generate") else "load_target"
+    _require_members("target", given, Target, hint)
+    found: Target = given
+    return found
+
+
+def drafter_of(given: Any, target: Target) -> Drafter | None:
+    """A drafter, or the one that options of `load_drafter` build; None decodes plainly.
+
+    Raises:
+        TypeError: neither.
+    """
+    if isinstance(given, str | Mapping):
+        return load_drafter(given, target)
+    if given is not None:
+        _require_members("drafter", given, Drafter, "load_drafter, or None for plain decoding")
+    found: Drafter | None = given
+    return found
+
+
+def _require_members(name: str, given: Any, protocol: Any, hint: str) -> None:
+    members = [*protocol.__annotations__, *(each for each in vars(protocol) if each[0] != "_")]
+    missing = [member for member in members if not hasattr(given, member)]
+    if missing or isinstance(given, type):
+        what = f"the class {given.__name__}" if isinstance(given, type) else repr(given)[:80]
+        raise TypeError(
+            f"{name} is {what} but must be an object with the members of "
+            f"specdec.interfaces.{protocol.__name__}; it lacks {', '.join(missing) or 'none'}; "
+            f"use {hint}"
+        )
+
+
+def draft_length_of(given: Any) -> DraftLength | None:
+    """A draft length; a number is one for all batch sizes, a mapping a `Schedule`."""
+    given = plain(given)
+    if isinstance(given, Mapping):
+        return Schedule(given)
+    if isinstance(given, int) and not isinstance(given, bool):
+        return Schedule({1: given})
+    is_one = hasattr(given, "choose") and hasattr(given, "learn") and not isinstance(given, type)
+    if given is not None and not is_one:
+        raise TypeError(
+            f"draft_length is {given!r} but must be a whole number, a mapping from batch sizes to "
+            "numbers, a Schedule, an OnlineController or None"
+        )
+    found: DraftLength | None = given
+    return found
 
 
 def _chunk(row: Request) -> Chunk:
@@ -259,7 +331,7 @@ def _chunk(row: Request) -> Chunk:
     return Chunk(row.index, new, "", row.finish_reason or None)
 
 
-def _check(target: Target, drafter: Drafter | None, max_rows: int, rule: str) -> None:
+def _check(target: Target, drafter: Drafter | None, max_rows: int, rule: str | Rule) -> None:
     """Refuse what the target or the rule cannot do."""
     if max_rows < 1:
         raise ValueError(f"max_rows is {max_rows} but must be at least 1")

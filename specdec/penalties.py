@@ -205,7 +205,7 @@ def _bias(
     for row, (config, row_words) in enumerate(zip(configs, words, strict=True)):
         _check_in_vocab("logit_bias", row, config.logit_bias, vocab_size)
         for token, value in config.logit_bias.items():
-            bias[row, token] = value
+            bias[row, token] = float(value)
         for word in row_words:
             _check_in_vocab("bad_words", row, word, vocab_size)
             if len(word) == 1:

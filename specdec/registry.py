@@ -4,8 +4,9 @@ import difflib
 import inspect
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, get_type_hints
 
+from specdec.arguments import fit
 from specdec.interfaces import Drafter, Target
 
 DRAFTERS = {
@@ -44,6 +45,8 @@ def load_drafter(options: Mapping[str, Any] | str, target: Target) -> Drafter:
     Raises:
         ValueError: no such strategy, or an option that it does not have, needs, or cannot use.
     """
+    if not isinstance(options, str | Mapping):
+        raise ValueError(f"drafter is {options!r:.80} but must be a name, or a mapping with a type")
     settings: dict[str, Any] = {"type": options} if isinstance(options, str) else dict(options)
     name = settings.pop("type", None)
     if not isinstance(name, str) or name not in DRAFTERS:
@@ -55,17 +58,25 @@ def load_drafter(options: Mapping[str, Any] | str, target: Target) -> Drafter:
     build = getattr(drafter_class, "load", drafter_class)
     parameters = inspect.signature(build).parameters
     accepted = [p for p in parameters if p != "target"]
-    for option in settings:
+    hints = get_type_hints(build.__init__ if isinstance(build, type) else build)
+    for option, value in settings.items():
         if option not in accepted:
             raise ValueError(
-                f"drafter {name!r} has no option {option!r}; {closest(option, accepted)}"
+                f"drafter {name!r} has no option {option!r}; {closest(str(option), accepted)}"
             )
+        settings[option] = fit(f"drafter {name!r}: {option}", value, hints.get(option, Any))
     for option in accepted:
         if option not in settings and parameters[option].default is inspect.Parameter.empty:
             raise ValueError(f"drafter {name!r} needs the option {option!r}; {_given(settings)}")
     if "drafters" in settings:
+        if not isinstance(settings["drafters"], list | tuple):
+            raise ValueError(f"drafters is {settings['drafters']!r:.80} but must be a list")
         settings["drafters"] = [load_drafter(inner, target) for inner in settings["drafters"]]
     if hasattr(drafter_class, "load"):
+        if not hasattr(target, "vocab_size"):
+            raise TypeError(
+                f"target is {target!r:.80} but must be what the drafter is to draft for"
+            )
         settings["target"] = target
     try:
         return build(**settings)

@@ -5,11 +5,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
+from specdec.arguments import plain
 from specdec.interfaces import Target
 from specdec.metrics import AcceptanceStats, StepRecord
 from specdec.sampling_config import SamplingConfig
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+# Numbers may stand in any array, and a mapping is what a tokenizer returns, or a message.
+Prompt = str | Sequence[int] | Tensor | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,91 @@ class Result:
         return num_tokens / self.decode_s if num_tokens > 0 and self.decode_s > 0 else float("nan")
 
 
+def sampling_of(given: Any) -> SamplingConfig:
+    """A configuration; None is the default, and a mapping holds its fields."""
+    if isinstance(given, SamplingConfig):
+        return given
+    if given is not None and not isinstance(given, Mapping):
+        raise TypeError(f"sampling is {given!r} but must be a SamplingConfig, a mapping or None")
+    try:
+        return SamplingConfig(**(given or {}))
+    except TypeError as error:
+        raise TypeError(f"sampling is {given!r} but must hold its fields: {error}") from error
+
+
+def prompts_of(given: Any) -> list[Any]:
+    """Prompts in a list, one for a single text, chat or row of ids; each may be what it likes.
+
+    What a tokenizer returns counts as ids, without its padding.
+
+    Raises:
+        TypeError: nothing that holds prompts in an order.
+        ValueError: no prompt at all.
+    """
+    rows = _unpacked(given)
+    if isinstance(rows, str) or (isinstance(rows, Sequence) and not isinstance(rows, bytes)):
+        if not rows and not isinstance(rows, str):
+            raise ValueError("prompts is empty but must hold at least one prompt")
+        one = isinstance(rows, str) or all(_is_id(each) or _is_message(each) for each in rows)
+        return [rows] if one else list(rows)
+    if _is_message(rows):
+        return [[rows]]
+    raise TypeError(
+        f"prompts is {type(given).__name__} {given!r:.60} but must be a list of prompts, each text,"
+        " chat messages or token ids, or one of these"
+    )
+
+
+def _prompt_of(given: Any, index: int) -> Any:
+    """One prompt: a string, a list of ids or a list of messages.
+
+    Raises:
+        TypeError: anything else, or entries that are not all ids or all messages.
+    """
+    row = _unpacked(given)
+    row = [row] if _is_message(row) else row
+    if isinstance(row, Sequence) and len(row) == 1 and isinstance(plain(row[0]), list):
+        row = plain(row[0])  # a batch of one
+    if isinstance(row, str):
+        return row
+    if not isinstance(row, Sequence) or isinstance(row, bytes):
+        raise TypeError(
+            f"prompt {index} is {given!r:.60} but must be text, chat messages or token ids"
+        )
+    is_chat = bool(row) and isinstance(row[0], Mapping)
+    for each in row:
+        if not (_is_message(each) if is_chat else _is_id(each)):
+            must = "{'role': ..., 'content': ...}" if is_chat else "a whole number"
+            raise TypeError(f"prompt {index} holds {each!r:.60} but each entry must be {must}")
+    return list(row) if is_chat else [int(each) for each in row]
+
+
+def _unpacked(given: Any) -> Any:
+    """Without a tokenizer's wrapping and padding, and arrays as lists."""
+    if not isinstance(given, Mapping) or "input_ids" not in given:
+        return plain(given)
+    ids, mask = plain(given["input_ids"]), plain(given.get("attention_mask"))
+    if mask is None or not ids:
+        return ids
+    is_batch = isinstance(ids[0], list)
+    pairs = list(zip(ids, mask, strict=False)) if is_batch else [(ids, mask)]
+    if (is_batch and len(ids) != len(mask)) or any(len(row) != len(real) for row, real in pairs):
+        raise ValueError("attention_mask must have the shape of input_ids, as tokenizers return it")
+    rows = [[token for token, is_real in zip(*pair, strict=True) if is_real] for pair in pairs]
+    return rows if is_batch else rows[0]
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int or (
+        isinstance(plain(value), int) and not isinstance(plain(value), bool)
+    )
+
+
+def _is_message(value: Any) -> bool:
+    is_mapping = isinstance(value, Mapping) and isinstance(value.get("role"), str)
+    return is_mapping and ("tool_calls" in value or isinstance(value.get("content"), str | list))
+
+
 def encode(prompt: Prompt, target: Target, index: int = 0) -> list[int]:
     """Turn text, chat messages or token ids into the ids of a prompt that fits the target.
 
@@ -84,14 +173,14 @@ def encode(prompt: Prompt, target: Target, index: int = 0) -> list[int]:
         ValueError: an empty prompt, one that leaves no room in the context, an id outside the
             vocabulary, or text without a tokenizer.
     """
-    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
+    ids = _prompt_of(prompt, index)
+    if isinstance(ids, str) or (ids and isinstance(ids[0], Mapping)):
         if target.tokenizer is None:
             raise ValueError(f"prompt {index} is text but the target has no tokenizer; pass ids")
-        ids = tokenize(prompt, target.tokenizer)
-        if isinstance(prompt, str) and not prompt:
-            ids = []
-    else:
-        ids = [int(token) for token in prompt]  # type: ignore[arg-type]
+        try:
+            ids = ids and tokenize(ids, target.tokenizer)
+        except Exception as error:  # of any template or tokenizer
+            raise ValueError(f"prompt {index} cannot be tokenized: {error}") from error
     if not ids:
         raise ValueError(f"prompt {index} is empty but needs at least one token to continue from")
     if len(ids) >= target.max_context_len:
@@ -171,7 +260,7 @@ class Request:
 
     def _stopped(self) -> bool:
         # A token is at least one byte, so a stop string spans at most this many tokens.
-        window = max(len(stop.encode()) for stop in self.rules.stop) + 1
+        window = max(len(stop.encode(errors="surrogatepass")) for stop in self.rules.stop) + 1
         tail = self.target.tokenizer.decode(self.tokens[-window:], skip_special_tokens=True)
         return any(stop in tail for stop in self.rules.stop)
 

@@ -7,6 +7,7 @@ from numbers import Integral, Real
 
 # Below this, logits / temperature overflows float32 for logits of ordinary size.
 MIN_TEMPERATURE = 1e-5
+_LARGEST = 3.4e38
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ class SamplingConfig:
         self._check_filters()
         self._check_penalties()
         self._check_tokens()
-        count = "a whole number >= 0; use 0 for none"
-        self._require("min_new_tokens", _is_count(self.min_new_tokens), count)
+        count = "a whole number in [0, 2**63); use 0 for none"
+        fits = _is_count(self.min_new_tokens) and self.min_new_tokens < 2**63
+        self._require("min_new_tokens", fits, count)
         fits = _is_count(self.seed) and self.seed < 2**63
         self._require("seed", fits, "a whole number in [0, 2**63); use the seed modulo 2**63")
 
@@ -71,10 +73,12 @@ class SamplingConfig:
         )
 
     def _check_penalties(self) -> None:
-        positive = _is_finite(self.repetition_penalty) and self.repetition_penalty > 0
-        self._require("repetition_penalty", positive, "finite and > 0; use 1 for none")
+        positive = _is_finite(self.repetition_penalty) and self.repetition_penalty > 1 / _LARGEST
+        self._require("repetition_penalty", positive, "finite and > 0 in float32; use 1 for none")
         for name in ("presence_penalty", "frequency_penalty"):
-            self._require(name, _is_finite(getattr(self, name)), "finite; use 0 for none")
+            self._require(
+                name, _is_finite(getattr(self, name)), "finite in float32; use 0 for none"
+            )
 
     def _check_tokens(self) -> None:
         mapping = isinstance(self.logit_bias, Mapping)
@@ -86,7 +90,7 @@ class SamplingConfig:
         self._require(
             "logit_bias",
             all(_is_finite(bias) or bias == -math.inf for bias in self.logit_bias.values()),
-            "finite or -inf for every token; use -inf to ban a token",
+            "finite or -inf for every token, in float32; use -inf to ban a token",
         )
         self._require(
             "bad_words",
@@ -119,7 +123,8 @@ class SamplingConfig:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    """In float32, which logits are processed in; NaN fails the comparison."""
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def _is_count(value: object) -> bool:

@@ -38,7 +38,7 @@ class WaitingLine:
         self._crowd = [request for request in self._crowd if not request.finish_reason]
         room = self._room if self._crowd else self.max_rows
         joining = list[Request]()
-        for request in islice(self._requests, room - len(rows)):
+        for request in islice(self._requests, min(room - len(rows), len(self))):
             if self.limit and not self.limit.fits([*rows, *joining, request]):
                 break
             joining.append(request)

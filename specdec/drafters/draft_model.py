@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from specdec.arguments import require_counts
 from specdec.demo import demo_path
 from specdec.drafters.adapters import load_adapter
 from specdec.drafters.forced import FixedShape
@@ -61,15 +62,9 @@ class DraftModel:
         max_nodes: int | None = None,
         confidence_threshold: float = 0.0,
     ) -> None:
+        require_counts(num_draft_tokens=num_draft_tokens, width=width, max_nodes=max_nodes)
         if max_nodes is None:
             max_nodes = num_draft_tokens * width
-        for name, value in (
-            ("num_draft_tokens", num_draft_tokens),
-            ("width", width),
-            ("max_nodes", max_nodes),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} is {value} but must be at least 1")
         if not 0 <= confidence_threshold < 1:
             raise ValueError(
                 f"confidence_threshold is {confidence_threshold} but must be in [0, 1); 0 is off"
@@ -114,7 +109,10 @@ class DraftModel:
         """
         name = str(demo_path("draft")) if path == "demo" else path
         model = load_target(
-            name, dtype=dtype, device=device or target.device, quantization=quantization
+            name,
+            dtype=dtype,
+            device=target.device if device is None else device,
+            quantization=quantization,
         )
         for each, weight in model.model.named_parameters():
             if weight.is_floating_point() and not weight.isfinite().all():

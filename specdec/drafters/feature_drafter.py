@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
+from specdec.arguments import require_counts
 from specdec.clock import ForwardClock
 from specdec.demo import demo_path
 from specdec.drafters.forced import FixedShape
@@ -110,8 +111,7 @@ class FeatureDrafter:
     def __init__(
         self, head: FeatureHead, vocab_size: int, shape: TreeShape, window: int | None = None
     ) -> None:
-        if window is not None and window < 1:
-            raise ValueError(f"window is {window} but must be at least 1, or None for no window")
+        require_counts(2**30, window=window)
         self.head, self.vocab_size, self.shape, self.window = head, vocab_size, shape, window
         self.taps = head.taps
         self.device = next(head.parameters()).device  # type: ignore[attr-defined]

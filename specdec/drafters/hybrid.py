@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from specdec.arguments import require_counts
 from specdec.drafters.calibration import Calibration
 from specdec.drafters.merging import Pool, merge_drafts
 from specdec.interfaces import Drafter, HoldsCache, Prompts, TargetOutput
@@ -40,8 +41,7 @@ class HybridDrafter:
     ) -> None:
         if len(drafters) < 2:
             raise ValueError(f"drafters holds {len(drafters)} but a hybrid merges at least two")
-        if max_nodes < 1:
-            raise ValueError(f"max_nodes is {max_nodes} but must be at least 1")
+        require_counts(max_nodes=max_nodes)
         for drafter in drafters:
             _refuse_what_cannot_merge(drafter)
         self.drafters = list(drafters)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from specdec.arguments import require_counts
 from specdec.clock import ForwardClock
 from specdec.drafters.packing import merge, pack_rows
 from specdec.interfaces import Prompts, TargetOutput
@@ -40,18 +41,17 @@ class NgramDrafter:
         num_continuations: int = 1,
         max_nodes: int | None = None,
     ) -> None:
-        if not 1 <= min_ngram <= max_ngram:
+        require_counts(
+            num_draft_tokens=num_draft_tokens,
+            num_continuations=num_continuations,
+            max_nodes=max_nodes,
+        )
+        require_counts(64, min_ngram=min_ngram, max_ngram=max_ngram)  # all sizes are indexed
+        if min_ngram > max_ngram:
             raise ValueError(
                 f"min_ngram is {min_ngram} and max_ngram {max_ngram}: "
                 "choose 1 <= min_ngram <= max_ngram"
             )
-        for name, value in (
-            ("num_draft_tokens", num_draft_tokens),
-            ("num_continuations", num_continuations),
-            ("max_nodes", max_nodes),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value} but must be at least 1")
         self.num_draft_tokens = num_draft_tokens
         self.num_continuations = num_continuations
         self.makes_trees = num_continuations > 1

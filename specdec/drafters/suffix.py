@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from specdec.arguments import require_counts
 from specdec.clock import ForwardClock
 from specdec.drafters.packing import Node, match_confidence, pack_rows
 from specdec.drafters.suffix_automaton import SuffixAutomaton
@@ -48,14 +49,8 @@ class SuffixDrafter:
         num_remembered: int = 64,
         width: int = 1,
     ) -> None:
-        for name, value in (
-            ("max_nodes", max_nodes),
-            ("max_match", max_match),
-            ("min_match", min_match),
-            ("width", width),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} is {value} but must be at least 1")
+        require_counts(max_nodes=max_nodes, width=width)
+        require_counts(2**20, max_match=max_match, min_match=min_match)
         if min_match > max_match:
             raise ValueError(
                 f"min_match is {min_match} and max_match {max_match}: "
@@ -63,10 +58,10 @@ class SuffixDrafter:
             )
         if not 0 <= min_probability <= 1:
             raise ValueError(f"min_probability is {min_probability} but must be in [0, 1]")
-        if factor <= 0 or num_remembered < 0:
+        if factor <= 0 or not 0 <= num_remembered <= 2**20:
             raise ValueError(
                 f"factor is {factor} and num_remembered {num_remembered}: factor must be "
-                "positive, num_remembered at least 0"
+                f"positive, num_remembered in [0, {2**20}]"
             )
         self.max_nodes = max_nodes
         self.makes_trees = width > 1

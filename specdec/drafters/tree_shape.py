@@ -7,6 +7,7 @@ from math import inf
 import torch
 from torch import Tensor
 
+from specdec.arguments import require_counts
 from specdec.drafters.pool import CandidatePool
 from specdec.drafters.static_growth import CHILDREN, StaticGrowth, StaticPlan, plan_levels
 from specdec.sampling import Sampler
@@ -41,10 +42,7 @@ class TreeShape:
     children: str = "top"
 
     def __post_init__(self) -> None:
-        for name in ("depth", "width", "max_nodes"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r} but must be a whole number of at least 1")
+        require_counts(depth=self.depth, width=self.width, max_nodes=self.max_nodes)
         if self.children not in CHILDREN:
             raise ValueError(
                 f"children is {self.children!r} but must be one of {', '.join(CHILDREN)}"

@@ -37,6 +37,11 @@ class HFTarget:
     capabilities = Capabilities()
 
     def __init__(self, model: Any, tokenizer: Any = None) -> None:
+        head = getattr(model, "get_output_embeddings", None)
+        if isinstance(model, type) or head is None or head() is None:
+            raise TypeError(
+                f"model is a {type(model).__name__} but must be a transformers causal LM"
+            )
         self.config = model.config.get_text_config()
         _refuse_what_cannot_roll_back(model, self.config)
         self.model = model

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from specdec.arguments import checked
 from specdec.checkpoints.folder import CONFIG, read_json
 from specdec.demo import demo_path
 from specdec.targets.hf import HFTarget
@@ -17,6 +18,7 @@ QUANTIZATIONS = ("8bit", "4bit")
 LOADING = RLock()
 
 
+@checked
 def load_target(
     path: str,
     *,
@@ -102,9 +104,12 @@ def check_path(path: str) -> None:
 def find_device(device: str | torch.device | None) -> torch.device:
     """The device that is meant, if it is there."""
     try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        chosen = torch.device(default if device is None else device)
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"device is {device!r} but must be cpu, cuda or cuda:N") from error
+    if chosen.type == "meta":
+        raise ValueError("device is 'meta', where nothing can be computed; use cpu, cuda or cuda:N")
     num_devices = torch.cuda.device_count()
     if chosen.type == "cuda" and (chosen.index or 0) >= num_devices:
         raise ValueError(
@@ -118,9 +123,9 @@ def find_dtype(dtype: str | torch.dtype | None, device: torch.device) -> Any:
     """The dtype that is meant: a torch dtype, or "auto" for the checkpoint's own."""
     if dtype is None:
         return torch.float32 if device.type == "cpu" else "auto"
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
+    if dtype == "auto":
         return dtype
-    found = getattr(torch, dtype, None)
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"dtype is {dtype!r} but must be float32, bfloat16, float16 or auto")
     return found

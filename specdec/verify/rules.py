@@ -32,7 +32,7 @@ def get_rule(rule: str | Rule) -> Rule:
     """
     if isinstance(rule, Rule):
         return rule
-    if rule not in RULES:
+    if not isinstance(rule, str) or rule not in RULES:
         close = get_close_matches(str(rule), RULES, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"rule is {rule!r}: {hint}the rules are {', '.join(RULES)}")
