@@ -223,10 +223,10 @@ class Batch:
             return Draft.empty(len(self.rows), self.target.device), [], no_faults
         limit = self.drafter.max_nodes
         chosen = self.draft_length.choose(len(self.rows)) if self.draft_length else None
-        if fit("what draft_length chose", chosen, int | None) is not None:
-            if chosen < 0:
-                raise ValueError(f"draft_length chose {chosen} nodes but must choose 0 or more")
-            limit = min(limit, chosen)
+        chosen = fit("what draft_length chose", chosen, int | None)
+        if chosen is not None and chosen < 0:
+            raise ValueError(f"draft_length chose {chosen} nodes but must choose 0 or more")
+        limit = limit if chosen is None else min(limit, chosen)
         budget = [min(row.budget, limit) for row in self.rows]
         draft = self.drafter.propose(self.root, budget, self.sampler)
         if not self._checks:

@@ -58,7 +58,7 @@ def load_drafter(options: Mapping[str, Any] | str, target: Target) -> Drafter:
     build = getattr(drafter_class, "load", drafter_class)
     parameters = inspect.signature(build).parameters
     accepted = [p for p in parameters if p != "target"]
-    hints = get_type_hints(build.__init__ if isinstance(build, type) else build)
+    hints = get_type_hints(getattr(drafter_class, "load", drafter_class.__init__))
     for option, value in settings.items():
         if option not in accepted:
             raise ValueError(

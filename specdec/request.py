@@ -103,8 +103,11 @@ def prompts_of(given: Any) -> list[Any]:
     if isinstance(rows, str) or (isinstance(rows, Sequence) and not isinstance(rows, bytes)):
         if not rows and not isinstance(rows, str):
             raise ValueError("prompts is empty but must hold at least one prompt")
-        one = isinstance(rows, str) or all(_is_id(each) or _is_message(each) for each in rows)
-        return [rows] if one else list(rows)
+        if isinstance(rows, str) or all(_is_id(each) or _is_message(each) for each in rows):
+            return [rows]
+        if any(_is_message(each) for each in rows):
+            raise TypeError("prompts mixes messages with prompts; give every chat as its own list")
+        return list(rows)
     if _is_message(rows):
         return [[rows]]
     raise TypeError(

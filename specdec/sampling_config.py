@@ -124,7 +124,8 @@ class SamplingConfig:
 
 def _is_finite(value: object) -> bool:
     """In float32, which logits are processed in; NaN fails the comparison."""
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= _LARGEST
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    return is_number and abs(value) <= _LARGEST  # type: ignore[arg-type,operator]
 
 
 def _is_count(value: object) -> bool:

@@ -1,0 +1,192 @@
+"""What callers give is taken as what it obviously is, or refused by name at the edge."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import tiny_target
+
+from specdec import (
+    Engine,
+    OnlineController,
+    SamplingConfig,
+    Schedule,
+    generate,
+    load_drafter,
+    load_target,
+)
+from specdec.drafters.ngram import NgramDrafter
+from specdec.targets.hf import HFTarget
+
+NAN, INF = float("nan"), float("inf")
+CHAT = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture(scope="module")
+def target():
+    return load_target("demo")
+
+
+def ids(target, text):
+    return target.tokenizer(text)["input_ids"]
+
+
+# What is given as prompts, and the prompts that it is.
+PROMPTS = [
+    (lambda t: "Hi", lambda t: [ids(t, "Hi")]),
+    (lambda t: ("Hi", [3, 4]), lambda t: [ids(t, "Hi"), [3, 4]]),
+    (lambda t: [3, np.int64(4), torch.tensor(5)], lambda t: [[3, 4, 5]]),
+    (lambda t: np.array([3, 4]), lambda t: [[3, 4]]),
+    (lambda t: torch.tensor([[3, 4], [5, 6]]), lambda t: [[3, 4], [5, 6]]),
+    (lambda t: [torch.tensor([3, 4]), np.array([5])], lambda t: [[3, 4], [5]]),
+    (lambda t: t.tokenizer("Hi"), lambda t: [ids(t, "Hi")]),
+    (lambda t: [t.tokenizer("Hi", return_tensors="pt")], lambda t: [ids(t, "Hi")]),
+    (
+        lambda t: t.tokenizer(["Hi you", "Hi"], padding=True, return_tensors="pt"),
+        lambda t: [ids(t, "Hi you"), ids(t, "Hi")],
+    ),
+    (lambda t: CHAT, lambda t: [t.tokenizer.apply_chat_template(CHAT, return_dict=False)]),
+]
+
+
+@pytest.mark.parametrize(("given", "expected"), PROMPTS)
+def test_prompts_are_what_they_obviously_are(target, given, expected):
+    results = generate(target, None, given(target), max_new_tokens=1)
+    # A chat's prompt ends with the opening of the answer.
+    for result, prompt in zip(results, expected(target), strict=True):
+        assert result.prompt_tokens[: len(prompt)] == prompt
+
+
+def test_short_forms_mean_what_the_long_ones_do(target):
+    expected = generate(target, NgramDrafter(), ["Hi, hi, hi, hi,"], max_new_tokens=9)[0]
+    for options in (
+        {"target": "demo", "drafter": "ngram", "sampling": None},
+        {"drafter": {"type": "ngram"}, "sampling": {"temperature": 0}, "stop": "\0"},
+        {"drafter": "ngram", "max_new_tokens": np.int64(9), "draft_length": 8, "batch_size": 99},
+        {"drafter": NgramDrafter(), "draft_length": {1: 8}, "max_new_tokens": torch.tensor([9])},
+    ):
+        given = {"target": target, "prompts": ["Hi, hi, hi, hi,"], "max_new_tokens": 9, **options}
+        assert generate(**given)[0].tokens == expected.tokens
+    drafter = {"type": "draft_model", "path": "demo"}
+    limited = generate(target, drafter, "Hi", max_new_tokens=9, draft_length=1)[0]
+    assert max(record.num_drafted for record in limited.records) == 1
+    seeded = SamplingConfig(temperature=1, seed=np.int64(2**63 - 1))
+    assert len(generate(target, None, [[3], [4]], seeded, max_new_tokens=2)) == 2
+
+
+# Options of `generate`, what they are given, and what the refusal says.
+REFUSED = [
+    ("target", [None, 5, HFTarget, NgramDrafter()], "target is"),
+    ("target", [lambda t: t.model], "HFTarget"),
+    ("drafter", [5, False, ["ngram"], NgramDrafter, lambda t: t], "drafter is"),
+    ("drafter", ["ngramm", {}, {"type": None}], "drafter type is"),
+    ("prompts", [None, 5, b"a", {"Hi"}, {"a": 1}, (x for x in "a"), np.array(3)], "prompts is"),
+    ("prompts", [[None], [5.0], [b"a"], np.array([True]), torch.rand(2)], "prompt 0 is"),
+    ("prompts", [[[1.0]], [[True]], [["a"]], [[3, "a"]], [[{"role": "user"}]]], "prompt 0 holds"),
+    ("prompts", [[*CHAT, "a"], [CHAT, *CHAT]], "prompts mixes"),
+    ("prompts", [{"input_ids": [3, 4], "attention_mask": [1]}], "attention_mask"),
+    ("prompts", ["\ud800"], "prompt 0 cannot be tokenized"),
+    ("sampling", [5, "greedy", True, SamplingConfig, [5], {"temprature": 1}], "sampling is"),
+    ("sampling", [{"temperature": True}], "temperature is"),
+    ("max_new_tokens", [0, -1, True, "5", 2.0, NAN, None, ["2"], [True]], "max_new_tokens is"),
+    ("stop", [[""], "", [1], 5, b"a", {"a"}], "stop is"),
+    ("max_time_s", [NAN, INF, "1", 0, True, 10**400], "max_time_s is"),
+    ("batch_size", [0, True, "1", 1.0], "batch_size is"),
+    ("rule", [None, "Token", [], 5], "rule is"),
+    ("draft_length", [True, 2.5, "auto", object(), [3], Schedule], "draft_length is"),
+    ("draft_length", [-1, {2: 3}, {1: 2.5}, {True: 3}], "batch size|nodes is"),
+    ("check", [1, "yes", None], "check is"),
+]
+
+
+@pytest.mark.parametrize(("name", "values", "message"), REFUSED)
+def test_what_cannot_be_is_refused_by_name(target, name, values, message):
+    for value in values:
+        value = value(target) if getattr(value, "__name__", "") == "<lambda>" else value
+        given = {"target": target, "drafter": None, "prompts": "Hi", "max_new_tokens": 2}
+        with pytest.raises((ValueError, TypeError), match=message):
+            generate(**{**given, name: value})
+
+
+CALLS = [
+    (lambda t: Engine(t, max_rows=1.5), "max_rows is 1.5"),
+    (lambda t: Engine(t, max_cache_bytes="1"), "max_cache_bytes is '1'"),
+    (lambda t: Engine(t).submit("Hi", {"logit_bias": {9999: 1.0}}), "token 9999"),
+    (lambda t: Engine(t).submit("Hi", {"bad_words": [[9999]]}), "token 9999"),
+    (lambda t: Engine(t).submit([[3], [4]]), r"prompt 0 holds \[3\]"),
+    (lambda t: Engine(t).result(True), "index is True"),
+    (lambda t: SamplingConfig(presence_penalty=1e300), r"presence_penalty is 1e\+300"),
+    (lambda t: SamplingConfig(min_new_tokens=10**30), "min_new_tokens is 1"),
+    (lambda t: OnlineController({1: {0: 1.0, 1: NAN}}), "step_s is"),
+    (lambda t: OnlineController({1: {0: 1.0, 10**9: 2.0}}), "1000000000 nodes"),
+    (lambda t: Schedule(None), "nodes is None"),
+    (lambda t: load_target(None), "path is None"),
+    (lambda t: load_target("demo", dtype=5), "dtype is 5"),
+    (lambda t: load_target("demo", device=[]), r"device is \[\]"),
+    (lambda t: load_target("demo", trust_remote_code="no"), "trust_remote_code is 'no'"),
+    (lambda t: HFTarget("demo"), "model is a str"),
+    (lambda t: load_drafter(5, t), "drafter is 5"),
+    (lambda t: load_drafter("eagle", None), "target is None"),
+    (lambda t: load_drafter({"type": "hybrid", "drafters": "ngram"}, t), "drafters is 'ngram'"),
+    (lambda t: generate(t, NgramWithVocab(5), "Hi"), "vocab_size"),
+]
+# Options of drafters that no value below fits.
+CALLS += [
+    (lambda t, o=option, v=value: load_drafter({**o[0], o[1]: v}, t), option[1])
+    for option in (
+        ({"type": "ngram"}, "max_ngram"),
+        ({"type": "suffix"}, "factor"),
+        ({"type": "hybrid", "drafters": ["ngram", "suffix"]}, "max_nodes"),
+        ({"type": "draft_model", "path": "demo"}, "num_draft_tokens"),
+        ({"type": "medusa"}, "choices"),
+        ({"type": "eagle"}, "depth"),
+        ({"type": "eagle3"}, "force"),
+    )
+    for value in ("x", NAN, -1, {}, [0.5], 10**9 if option[1] != "factor" else INF)
+]
+CALLS += [
+    (
+        lambda t, v=value: load_drafter(
+            {"type": "hybrid", "drafters": ["ngram", "suffix"], **v}, t
+        ),
+        m,
+    )
+    for value, m in [
+        ({"max_nodes": 1.5}, "max_nodes is 1.5"),
+        ({"enough": "x"}, "enough is 'x'"),
+        ({"calibrate": 1}, "calibrate is 1"),
+    ]
+]
+
+
+class NgramWithVocab(NgramDrafter):
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.vocab_size = vocab_size
+
+
+def test_every_other_entrance_refuses_by_name_too(target):
+    for call, message in CALLS:
+        with pytest.raises((ValueError, TypeError), match=message):
+            call(target)
+
+
+def test_a_target_without_tokenizer_refuses_text_and_chats():
+    for prompt in ("Hi", CHAT):
+        with pytest.raises(ValueError, match="no tokenizer"):
+            generate(tiny_target(), None, prompt)
+
+
+def test_a_draft_length_that_answers_wrongly_is_refused(target):
+    class Answers:
+        def __init__(self, answer):
+            self.answer = answer
+
+        def choose(self, batch_size):
+            return self.answer
+
+        def learn(self, records):
+            pass
+
+    for answer in (-1, True, 2.5, "3"):
+        with pytest.raises(ValueError, match="draft_length chose"):
+            generate(target, "ngram", "Hi", draft_length=Answers(answer))
