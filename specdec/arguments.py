@@ -71,7 +71,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint in (int, float):
         kind = Integral if hint is int else Real
         is_number = isinstance(value, kind) and not isinstance(value, bool)
-        return is_number and bool(abs(value) <= float_info.max)
+        return is_number and bool(abs(value) <= float_info.max)  # type: ignore[operator]
     return hint is Any or isinstance(value, hint)
 
 

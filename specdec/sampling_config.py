@@ -125,7 +125,7 @@ class SamplingConfig:
 def _is_finite(value: object) -> bool:
     """In float32, which logits are processed in; NaN fails the comparison."""
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    return is_number and abs(value) <= _LARGEST  # type: ignore[arg-type,operator]
+    return is_number and abs(value) <= _LARGEST  # type: ignore[arg-type]
 
 
 def _is_count(value: object) -> bool:

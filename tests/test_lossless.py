@@ -2,6 +2,7 @@
 
 import inspect
 from collections import Counter
+from dataclasses import replace
 from importlib import import_module
 from itertools import product
 
@@ -11,13 +12,13 @@ import torch
 from tiny_heads import save_tiny_head
 from tiny_models import perturbed, tiny_target
 
-from specdec import SamplingConfig, generate, generate_baseline, load_drafter
+from specdec import SamplingConfig, generate, generate_baseline, load_drafter, stream
 from specdec.checkpoints import KINDS
 from specdec.registry import DRAFTERS
 from specdec.verify import RULES
 
 PROMPTS = [[5, 6, 7, 8, 5, 6, 7], [3] * 12, [11, 12, 13, 11, 12], [60]]
-HORIZON, SMALL_VOCAB, NUM_SAMPLES = 4, 5, 3000
+HORIZON, SMALL_VOCAB, NUM_SAMPLES = 4, 5, 2000
 
 # Random heads guess badly, so their trees are wide: something must be accepted.
 WIDE = {"depth": 3, "width": 24, "max_nodes": 60}
@@ -236,6 +237,36 @@ def p_value(counts, law):
     return scipy.stats.power_divergence(observed, expected, lambda_="log-likelihood").pvalue
 
 
+# Trees that a small vocabulary fills, three levels deep within the nodes that a row may draft.
+NARROW = {"depth": 3, "width": 3, "max_nodes": 12}
+ROOM = 12
+
+
+def narrow(options):
+    """The options with trees that are no wider than needed for three levels."""
+    options = {key: NARROW.get(key, value) for key, value in options.items()}
+    if "drafters" in options:
+        options["drafters"] = [narrow(inner) for inner in options["drafters"]]
+    return options
+
+
+def sampled(target, drafter, prompt, sampling, **options):
+    """The first HORIZON tokens of many rows with room for whole drafts, and the depth judged."""
+    counts, depth = Counter(), 0
+    for first in range(0, NUM_SAMPLES, 500):
+        configs = [replace(sampling, seed=first + i) for i in range(500)]
+        run = stream(
+            target, drafter, [prompt] * 500, configs, max_new_tokens=HORIZON + ROOM, **options
+        )
+        for _ in run.steps():
+            if min(len(result.tokens) for result in run.results()) >= HORIZON:
+                break
+        counts.update(tuple(result.tokens[:HORIZON]) for result in run.results())
+        judged = (record.depth_tested for result in run.results() for record in result.records)
+        depth = max(depth, *judged)
+    return counts, depth
+
+
 SETTINGS = [
     SamplingConfig(temperature=1.0),
     SamplingConfig(temperature=0.7, top_p=0.9, repetition_penalty=1.3, frequency_penalty=0.2),
@@ -244,7 +275,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize(
     ("sampling", "draft_length"),
-    [(SETTINGS[0], None), (SETTINGS[1], None), (SETTINGS[0], EveryStepAnother((0, 4, 1)))],
+    [(SETTINGS[0], None), (SETTINGS[1], None), (SETTINGS[0], EveryStepAnother((0, 9, 1)))],
     ids=["plain", "penalties", "changing length"],
 )
 @pytest.mark.parametrize(("name", "options"), CASES)
@@ -252,19 +283,10 @@ def test_sampled_sequences_follow_the_targets_own_law(
     name, options, sampling, draft_length, small_vocab_folder
 ):
     target = tiny_target(SMALL_VOCAB, 1)
-    drafter = build(name, options, target, small_vocab_folder)
+    drafter = build(name, narrow(options), target, small_vocab_folder)
     prompt = [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
-    results = generate(
-        target,
-        drafter,
-        [prompt] * NUM_SAMPLES,
-        sampling,
-        max_new_tokens=HORIZON,
-        batch_size=500,
-        draft_length=draft_length,
-    )
-    counts = Counter(tuple(result.tokens) for result in results)
-    assert any(result.stats.num_accepted for result in results)
+    counts, depth = sampled(target, drafter, prompt, sampling, draft_length=draft_length)
+    assert depth >= 3, "no draft was judged three levels deep"
     assert p_value(counts, exact_law(target, prompt, sampling)) > 1e-4
 
 
@@ -289,17 +311,9 @@ CHAIN_RULES = [name for name, rule in RULES.items() if rule.lossless]
 def test_every_lossless_rule_keeps_the_law_in_the_loop(rule, small_vocab_folder):
     target = tiny_target(SMALL_VOCAB, 1)
     drafter = build("draft_model", {}, target, small_vocab_folder)
-    prompt, sampling = [0, 1, 2], SamplingConfig(temperature=0.9, seed=7)
-    results = generate(
-        target,
-        drafter,
-        [prompt] * NUM_SAMPLES,
-        sampling,
-        max_new_tokens=HORIZON,
-        batch_size=500,
-        rule=rule,
-    )
-    counts = Counter(tuple(result.tokens) for result in results)
+    prompt, sampling = [0, 1, 2], SamplingConfig(temperature=0.9)
+    counts, depth = sampled(target, drafter, prompt, sampling, rule=rule)
+    assert depth >= 3
     assert p_value(counts, exact_law(target, prompt, sampling)) > 1e-4
 
 
