@@ -4,23 +4,28 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from threading import Lock
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from specdec.arguments import fit
 from specdec.clock import ForwardClock
 from specdec.draft_length import DraftLength
 from specdec.host_step import HostStep, pack
-from specdec.interfaces import Drafter, HoldsCache, Target, TargetOutput
+from specdec.interfaces import (
+    Drafter,
+    HoldsCache,
+    Target,
+    TargetOutput,
+    cache_owners,
+    release,
+)
 from specdec.metrics import StepRecord
 from specdec.randomness import row_exponentials, row_uniforms
 from specdec.registry import is_registered
 from specdec.request import Request
 from specdec.sampling import Sampler, sample
+from specdec.sampling_config import fit
 from specdec.verify import Draft, Rule, Verdict, get_rule, match, verify
 from specdec.verify.checks import Fault, check_draft, draft_faults, refuse
 from specdec.verify.tree import node_depths
@@ -30,52 +35,6 @@ UNIFORM_STREAM, NOISE_STREAM = 0, 1
 # The rule under which the loop samples every node itself.
 MATCH = "match"
 BUDGET = "no more nodes may be drafted than the row's budget"
-
-# Holders of the targets and drafters that decode now. By identity, because one of the user's own
-# need not be hashable. A holder keeps its ids valid, and leaves by itself where it is dropped.
-_HOLDERS: WeakValueDictionary[int, object] = WeakValueDictionary()
-_HOLDING = Lock()
-
-
-def claim(owners: Sequence[object], holder: object) -> None:
-    """Reserve targets and drafters for one loop, or raise RuntimeError and reserve none."""
-    with _HOLDING:
-        for owner in owners:
-            if _HOLDERS.get(id(owner), holder) is not holder:
-                raise RuntimeError(
-                    f"this {type(owner).__name__} is in use by another loop, whose cache would be "
-                    "overwritten; let that stream or engine end, or pause() or drop it, or load "
-                    "the target or drafter once more for a second loop"
-                )
-        _HOLDERS.update((id(owner), holder) for owner in owners)
-
-
-def release(owners: Sequence[object], holder: object) -> None:
-    """Leave what this holder has claimed to others."""
-    with _HOLDING:
-        for owner in owners:
-            if _HOLDERS.get(id(owner)) is holder:
-                del _HOLDERS[id(owner)]
-
-
-@contextmanager
-def claimed(*owners: object) -> Iterator[None]:
-    """Reserve targets and drafters for a call that writes over their caches."""
-    holder = Lock()
-    claim(owners, holder)
-    try:
-        yield
-    finally:
-        release(owners, holder)
-
-
-def cache_owners(*owners: object) -> list[object]:
-    """List targets and drafters with those inside of them: merged ones, and a draft model's own."""
-    found = [owner for owner in owners if owner is not None]
-    for owner in found:  # grows on the way
-        found += getattr(owner, "drafters", ())
-        found += [m for m in [getattr(owner, "model", None)] if isinstance(m, Target)]
-    return found
 
 
 class Batch:
@@ -177,7 +136,7 @@ class Batch:
         output = self.target.score(self.root, draft, self.taps)
         with self._verifying.forward():
             verdict, healthy = self._judge(output, draft)
-            packed = pack(verdict, draft, healthy & can_be if faults else healthy)
+            packed = pack(verdict, draft, healthy if can_be is None else healthy & can_be)
         host = HostStep.fetch(packed)
         if faults and not all(host.is_finite):
             with self._blaming_the_drafter():
@@ -216,11 +175,10 @@ class Batch:
     def _drafter_s(self) -> float:
         return self.drafter.clock.take() if self.drafter else 0.0
 
-    def _propose(self) -> tuple[Draft, list[Fault], Tensor]:
+    def _propose(self) -> tuple[Draft, list[Fault], Tensor | None]:
         """A draft and, where drafts are checked, all faults that it may have, and rows without."""
-        no_faults = self.root >= 0
         if self.drafter is None:
-            return Draft.empty(len(self.rows), self.target.device), [], no_faults
+            return Draft.empty(len(self.rows), self.target.device), [], None
         limit = self.drafter.max_nodes
         chosen = self.draft_length.choose(len(self.rows)) if self.draft_length else None
         chosen = fit("what draft_length chose", chosen, int | None)
@@ -230,7 +188,7 @@ class Batch:
         budget = [min(row.budget, limit) for row in self.rows]
         draft = self.drafter.propose(self.root, budget, self.sampler)
         if not self._checks:
-            return draft, [], no_faults
+            return draft, [], None
         with self._blaming_the_drafter():
             return self._checked(draft, budget)
 

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from specdec.arguments import checked
 from specdec.draft_length import DraftLength
 from specdec.engine import Chunk, Engine, target_of
 from specdec.interfaces import Drafter, Target
 from specdec.request import Prompt, Result, prompts_of, sampling_of
-from specdec.sampling_config import SamplingConfig
+from specdec.sampling_config import SamplingConfig, checked
 from specdec.verify import Rule
 
 __all__ = ["Chunk", "Stream", "generate", "generate_baseline", "stream"]
@@ -69,7 +68,10 @@ def generate(
 ) -> list[Result]:
     """Decode prompts speculatively; the output follows the target's own distribution.
 
-    A row's output depends on its prompt, its sampling settings and its seed, not on its batch.
+    A row's output depends on its prompt, its sampling settings and its seed, not on its batch;
+    with a `draft_length` that follows the batch (`Schedule`) or other rows (`OnlineController`)
+    this holds at temperature 0 and for the rule "match" alone: elsewhere the tokens drawn depend
+    on the batch too, and only their distribution does not.
     KeyboardInterrupt ends the call early and returns what there is.
 
     Args:

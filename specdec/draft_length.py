@@ -7,8 +7,8 @@ from math import ceil
 from typing import Any, Protocol
 
 from specdec.acceptance_estimate import ChainAcceptance, TreeAcceptance
-from specdec.arguments import checked, fit
 from specdec.metrics import StepRecord
+from specdec.sampling_config import checked, fit
 
 # A table of costs holds an entry for every number of nodes.
 MOST_NODES = 4096
@@ -32,6 +32,9 @@ class DraftLength(Protocol):
 
 class Schedule:
     """A fixed number of nodes for each batch size.
+
+    Above temperature 0, which tokens are drawn then depends on the batch size, except under the
+    rule "match"; their distribution does not.
 
     Args:
         nodes: most nodes a row by batch size; the entry of the largest key that is not above the
@@ -81,7 +84,8 @@ class OnlineController:
     pauses that double.
 
     It never reads a clock: it takes its time from `step_s`, so that what it does follows from the
-    records alone. An object learns from one loop at a time.
+    records alone. An object learns from one loop at a time. What is drawn above temperature 0
+    depends on the other rows then, as with `Schedule`.
 
     Args:
         step_s: seconds of a whole step by batch size and by nodes a row, 0 nodes (plain decoding)

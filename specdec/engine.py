@@ -12,15 +12,14 @@ from typing import Any
 
 import torch
 
-from specdec.arguments import checked, fit, plain
-from specdec.batch import Batch, cache_owners, claim, claimed
+from specdec.batch import Batch
 from specdec.cache_limit import CacheLimit
 from specdec.draft_length import DraftLength, Schedule
-from specdec.interfaces import Drafter, HoldsCache, Target
+from specdec.interfaces import Drafter, HoldsCache, Target, cache_owners, claim, claimed
 from specdec.registry import load_drafter
 from specdec.request import Prompt, Request, Result, StopRules, encode, sampling_of
 from specdec.sampling import Sampler
-from specdec.sampling_config import SamplingConfig
+from specdec.sampling_config import SamplingConfig, checked, fit, plain
 from specdec.text import TextStream
 from specdec.verify import Rule, get_rule
 from specdec.waiting import WaitingLine
@@ -40,7 +39,7 @@ class Engine:
     """Decodes requests that come at any time, together.
 
     A request's output depends on its prompt, its sampling settings and its seed, not on what runs
-    beside it.
+    beside it; see `generate` for draft lengths that follow the batch.
 
     Args:
         target: the model whose distribution is kept.

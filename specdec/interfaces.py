@@ -5,9 +5,12 @@ Invariant: the cache of a target holds all committed tokens but the last, the *r
 next `score` feeds together with the draft.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any, Protocol, runtime_checkable
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -140,3 +143,50 @@ class HoldsCache(Protocol):
 
     def wipe(self, rows: Sequence[int]) -> None:
         """Zero rows that may hold NaN."""
+
+
+# Holders of the targets and drafters that decode now. By identity, because one of the user's own
+# need not be hashable. A holder keeps its ids valid, and leaves by itself where it is dropped.
+_HOLDERS: WeakValueDictionary[int, object] = WeakValueDictionary()
+_HOLDING = Lock()
+
+
+def claim(owners: Sequence[object], holder: object) -> None:
+    """Reserve targets and drafters for one loop, or raise RuntimeError and reserve none."""
+    with _HOLDING:
+        for owner in owners:
+            if _HOLDERS.get(id(owner), holder) is not holder:
+                raise RuntimeError(
+                    f"this {type(owner).__name__} is in use by another loop, whose cache would be "
+                    "overwritten; let that stream or engine end, or pause() or drop it, or load "
+                    "the target or drafter once more for a second loop"
+                )
+        _HOLDERS.update((id(owner), holder) for owner in owners)
+
+
+def release(owners: Sequence[object], holder: object) -> None:
+    """Leave what this holder has claimed to others."""
+    with _HOLDING:
+        for owner in owners:
+            if _HOLDERS.get(id(owner)) is holder:
+                del _HOLDERS[id(owner)]
+
+
+@contextmanager
+def claimed(*owners: object) -> Iterator[None]:
+    """Reserve targets and drafters for a call that writes over their caches."""
+    holder = Lock()
+    claim(owners, holder)
+    try:
+        yield
+    finally:
+        release(owners, holder)
+
+
+def cache_owners(*owners: object) -> list[object]:
+    """List targets and drafters with those inside of them: merged ones, and a draft model's own."""
+    found = [owner for owner in owners if owner is not None]
+    for owner in found:  # grows on the way
+        found += getattr(owner, "drafters", ())
+        found += [m for m in [getattr(owner, "model", None)] if isinstance(m, Target)]
+    return found

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, get_type_hints
 
-from specdec.arguments import fit
 from specdec.interfaces import Drafter, Target
+from specdec.sampling_config import fit
 
 DRAFTERS = {
     "draft_model": "specdec.drafters.draft_model:DraftModel",
@@ -64,7 +64,10 @@ def load_drafter(options: Mapping[str, Any] | str, target: Target) -> Drafter:
             raise ValueError(
                 f"drafter {name!r} has no option {option!r}; {closest(str(option), accepted)}"
             )
-        settings[option] = fit(f"drafter {name!r}: {option}", value, hints.get(option, Any))
+        try:
+            settings[option] = fit(option, value, hints.get(option, Any))
+        except ValueError as error:
+            raise ValueError(f"drafter {name!r}: {error}; {_given(settings)}") from error
     for option in accepted:
         if option not in settings and parameters[option].default is inspect.Parameter.empty:
             raise ValueError(f"drafter {name!r} needs the option {option!r}; {_given(settings)}")

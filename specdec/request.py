@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from specdec.arguments import plain
 from specdec.interfaces import Target
 from specdec.metrics import AcceptanceStats, StepRecord
-from specdec.sampling_config import SamplingConfig
+from specdec.sampling_config import SamplingConfig, plain
 
 # Numbers may stand in any array, and a mapping is what a tokenizer returns, or a message.
 Prompt = str | Sequence[int] | Tensor | Mapping[str, Any] | Sequence[Mapping[str, Any]]

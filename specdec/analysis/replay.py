@@ -14,8 +14,7 @@ from torch import Tensor
 
 from specdec.analysis.laws import refuse_not_finite
 from specdec.analysis.texts import Text, seeded
-from specdec.batch import cache_owners, claimed
-from specdec.interfaces import Drafter, Target, TargetOutput
+from specdec.interfaces import Drafter, Target, TargetOutput, cache_owners, claimed
 from specdec.metrics import StepRecord
 from specdec.sampling import Sampler
 from specdec.sampling_config import SamplingConfig

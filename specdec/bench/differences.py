@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from specdec.batch import claimed
 from specdec.bench.config import BenchConfig
 from specdec.bench.outcome import Run, Table
+from specdec.interfaces import claimed
 from specdec.sampling import Sampler
 from specdec.sampling_config import SamplingConfig
 from specdec.targets.hf import HFTarget

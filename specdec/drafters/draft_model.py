@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from specdec.arguments import require_counts
 from specdec.demo import demo_path
 from specdec.drafters.adapters import load_adapter
 from specdec.drafters.forced import FixedShape
@@ -15,6 +14,7 @@ from specdec.drafters.pool import CandidatePool
 from specdec.interfaces import Prompts, Target, TargetOutput
 from specdec.randomness import row_exponentials
 from specdec.sampling import Sampler, sample
+from specdec.sampling_config import require_counts
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
 from specdec.targets.reading import read_text

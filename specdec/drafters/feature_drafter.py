@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from specdec.arguments import require_counts
 from specdec.clock import ForwardClock
 from specdec.demo import demo_path
 from specdec.drafters.forced import FixedShape
@@ -23,6 +22,7 @@ from specdec.drafters.tree_shape import TreeShape, start_growth
 from specdec.interfaces import Prompts, TargetOutput
 from specdec.kv_cache import SlotCache
 from specdec.sampling import Sampler
+from specdec.sampling_config import require_counts
 from specdec.targets.masks import Masks
 from specdec.verify import Draft, Verdict
 

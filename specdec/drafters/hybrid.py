@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specdec.arguments import require_counts
 from specdec.drafters.calibration import Calibration
 from specdec.drafters.merging import Pool, merge_drafts
 from specdec.interfaces import Drafter, HoldsCache, Prompts, TargetOutput
 from specdec.sampling import Sampler
+from specdec.sampling_config import require_counts
 from specdec.verify import Draft, Verdict, best_first
 
 

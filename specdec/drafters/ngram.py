@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specdec.arguments import require_counts
 from specdec.clock import ForwardClock
 from specdec.drafters.packing import merge, pack_rows
 from specdec.interfaces import Prompts, TargetOutput
 from specdec.sampling import Sampler
+from specdec.sampling_config import require_counts
 from specdec.verify import Draft, Verdict
 
 

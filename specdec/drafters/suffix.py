@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specdec.arguments import require_counts
 from specdec.clock import ForwardClock
 from specdec.drafters.packing import Node, match_confidence, pack_rows
 from specdec.drafters.suffix_automaton import SuffixAutomaton
 from specdec.interfaces import Prompts, TargetOutput
 from specdec.sampling import Sampler
+from specdec.sampling_config import require_counts
 from specdec.verify import Draft, Verdict
 
 

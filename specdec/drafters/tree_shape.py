@@ -7,10 +7,10 @@ from math import inf
 import torch
 from torch import Tensor
 
-from specdec.arguments import require_counts
 from specdec.drafters.pool import CandidatePool
 from specdec.drafters.static_growth import CHILDREN, StaticGrowth, StaticPlan, plan_levels
 from specdec.sampling import Sampler
+from specdec.sampling_config import require_counts
 from specdec.verify import Draft
 from specdec.verify.tree import best_static_tree, from_choices
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from specdec.batch import claimed
+from specdec.interfaces import claimed
 from specdec.targets.memory import is_out_of_memory
 from specdec.verify import Draft
 

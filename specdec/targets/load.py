@@ -10,6 +10,7 @@ import torch
 from specdec.arguments import checked
 from specdec.checkpoints.folder import CONFIG, read_json
 from specdec.demo import demo_path
+from specdec.sampling_config import checked
 from specdec.targets.hf import HFTarget
 from specdec.targets.memory import free_bytes, is_out_of_memory
 

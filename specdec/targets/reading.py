@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdec.batch import claimed
-from specdec.interfaces import Target
+from specdec.interfaces import Target, claimed
 from specdec.verify import Draft, match
 
 # Long texts are scored in chunks, which bounds the memory of masks and activations.
