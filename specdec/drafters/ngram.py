@@ -46,11 +46,10 @@ class NgramDrafter:
             num_continuations=num_continuations,
             max_nodes=max_nodes,
         )
-        require_counts(64, min_ngram=min_ngram, max_ngram=max_ngram)  # all sizes are indexed
-        if min_ngram > max_ngram:
+        if not 1 <= min_ngram <= max_ngram <= 64:  # all sizes are indexed
             raise ValueError(
                 f"min_ngram is {min_ngram} and max_ngram {max_ngram}: "
-                "choose 1 <= min_ngram <= max_ngram"
+                "choose 1 <= min_ngram <= max_ngram <= 64"
             )
         self.num_draft_tokens = num_draft_tokens
         self.num_continuations = num_continuations

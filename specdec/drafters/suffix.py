@@ -61,7 +61,7 @@ class SuffixDrafter:
         if factor <= 0 or not 0 <= num_remembered <= 2**20:
             raise ValueError(
                 f"factor is {factor} and num_remembered {num_remembered}: factor must be "
-                f"positive, num_remembered in [0, {2**20}]"
+                f"positive, num_remembered at least 0 and at most {2**20}"
             )
         self.max_nodes = max_nodes
         self.makes_trees = width > 1
