@@ -202,7 +202,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint in (int, float):
         kind = Integral if hint is int else Real
         is_number = isinstance(value, kind) and not isinstance(value, bool)
-        return is_number and bool(abs(value) <= float_info.max)  # type: ignore[operator]
+        return is_number and bool(abs(value) <= float_info.max)
     return hint is Any or isinstance(value, hint)
 
 
