@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from specdec.arguments import checked
 from specdec.checkpoints.folder import CONFIG, read_json
 from specdec.demo import demo_path
 from specdec.sampling_config import checked
