@@ -155,6 +155,14 @@ def test_weights_that_do_not_fit_into_memory_say_what_there_is(checkpoint, monke
     assert "quantization=4bit" in done.stderr
 
 
+@pytest.mark.parametrize("positions", [10**13, 10**30])
+def test_memory_is_not_taken_for_a_number_in_the_config(checkpoint, positions):
+    config = json.loads((checkpoint / "config.json").read_text())
+    text = json.dumps({**config, "max_position_embeddings": positions})
+    (checkpoint / "config.json").write_text(text)
+    assert generate(checkpoint, "--drafter", "ngram").exit_code == 0
+
+
 def test_a_prompt_longer_than_the_context_is_measured(checkpoint):
     arguments = ["generate", "--prompt", "a" * 300, "--target", str(checkpoint)]
     done = CliRunner().invoke(app, arguments)

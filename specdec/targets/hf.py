@@ -59,9 +59,6 @@ class HFTarget:
         self._scored_tree = False
         self._cache_plan: list[Hashable] | None = None
         self._reserved: int | None = None  # slots of the next prefill's rows
-        # Padding of a row that is nearly full must not look past the position table.
-        line = torch.arange(2 * self.max_context_len, device=self.device)
-        self._positions = line.clamp(max=self.max_context_len - 1)
         check_target(self)
         self.clock.take()
         self.cache = SlotCache(self.config.num_hidden_layers, 1, 1, self.device)
@@ -176,7 +173,7 @@ class HFTarget:
             mask = self._masks.chain(self.cache, num_new)
         else:
             depths = _with_root(node_depths(draft.parents, draft.depth))
-            positions = self._positions[self.cache.device_lengths.unsqueeze(1) + depths]
+            positions = self._positions(self.cache.device_lengths.unsqueeze(1) + depths)
             own = _root_and_ancestors(ancestor_mask(draft.parents, draft.depth))
             mask = self._masks.tree(self.cache, own, depths)
         return self._forward(tokens, positions, mask, taps, 0)
@@ -210,7 +207,7 @@ class HFTarget:
         batch, num_new, num_open = visible.shape
         self.cache.open(num_new, behind=num_open - num_new)
         newest = depths[num_open - num_new :]
-        positions = self._positions[self.cache.device_lengths.unsqueeze(1) + newest]
+        positions = self._positions(self.cache.device_lengths.unsqueeze(1) + newest)
         mask = self._masks.tree(self.cache, visible, depths.expand(batch, -1))
         return self._forward(tokens, positions, mask, (), 0).logits
 
@@ -231,10 +228,14 @@ class HFTarget:
     def _next_positions(self, num_new: int) -> Tensor:
         """Positions [B, num_new] behind every row's committed tokens."""
         lengths = self.cache.lengths
-        if self.cache.is_uniform:
-            return self._positions[lengths[0] : lengths[0] + num_new].expand(len(lengths), -1)
         offsets = torch.arange(num_new, device=self.device)
-        return self._positions[self.cache.device_lengths.unsqueeze(1) + offsets]
+        if self.cache.is_uniform:
+            return self._positions(lengths[0] + offsets).expand(len(lengths), -1)
+        return self._positions(self.cache.device_lengths.unsqueeze(1) + offsets)
+
+    def _positions(self, places: Tensor) -> Tensor:
+        """Padding of a row that is nearly full must not look past the model's position table."""
+        return places.clamp(max=self.max_context_len - 1)
 
     def _forward(
         self,
@@ -306,7 +307,7 @@ def max_context_len(config: Any) -> int:
             f"its context is {safe} tokens here and not {stated}",
             stacklevel=2,
         )
-    return safe
+    return min(safe, torch.iinfo(torch.int64).max)
 
 
 def eos_token_ids(model: Any) -> tuple[int, ...]:
