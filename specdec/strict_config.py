@@ -1,17 +1,27 @@
 """Configurations as strict dataclasses behind YAML and `key=value` overrides."""
 
 import difflib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 Schema = TypeVar("Schema")
+
+# Far more than a configuration holds, and little enough to be read at once.
+_MAX_CHARS, _MAX_VALUES, _MAX_DEPTH = 2**20, 50_000, 50
+_WORDS = {
+    int: "a whole number of at most 63 bits",
+    float: "a finite number",
+    bool: "true or false",
+    str: "text, in quotes where YAML reads something else",
+}
 
 
 def load_strict(
@@ -30,30 +40,30 @@ def load_strict(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a key that does not exist (with the nearest one), or a value of a wrong type.
+        ValueError: a key that does not exist (with the nearest one), a value of a wrong type, a
+            number that is not finite or too large, or `${...}`, which nothing here fills in.
     """
-    return build_strict(schema, path, read_yaml(path, file, overrides, example))
+    return build_strict(schema, read_yaml(path, file, overrides, example))
 
 
 def read_yaml(path: str, file: Path, overrides: Sequence[str] = (), example: str = "a=1") -> Any:
     """The content of a YAML file with overrides; arguments and errors as in `load_strict`."""
     if not file.is_file():
         raise FileNotFoundError(f"config {path!r} is not a file; give a YAML file")
-    with _named(path):
-        given = OmegaConf.load(file)
+    with _named(path), file.open(encoding="utf-8-sig") as opened:
+        text = opened.read(_MAX_CHARS + 1)
+        _check_size(text)
+        given = OmegaConf.create(text)
         for override in overrides:
             _override(given, override, example)
-        return OmegaConf.to_container(given)
+        plain = OmegaConf.to_container(given)
+    _check_numbers(plain, "")
+    return plain
 
 
-def build_strict(schema: type[Schema], path: str, given: Any) -> Schema:
+def build_strict(schema: type[Schema], given: Any) -> Schema:
     """A dataclass from what `read_yaml` gave; arguments and errors as in `load_strict`."""
-    with _named(path):
-        _check_keys(given, schema, "")
-        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(given))
-        config = OmegaConf.to_object(merged)
-    assert isinstance(config, schema)
-    return config
+    return _filled(schema(), given, "")
 
 
 @contextmanager
@@ -61,10 +71,11 @@ def _named(path: str) -> Iterator[None]:
     """Say of which file, and of which key in it, an error is."""
     try:
         yield
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        key = getattr(error, "full_key", None)
-        where = f"config {path!r}, {key}" if key else f"config {path!r}"
-        raise ValueError(f"{where}: {str(error).splitlines()[0]}") from error
+    except RecursionError as error:
+        raise ValueError(f"config {path!r} is nested too deeply; write it flat") from error
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, OverflowError) as error:
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ValueError(f"config {path!r}: {problem}") from error
 
 
 def require_at_least(config: Any, least: float, *names: str, prefix: str = "") -> None:
@@ -75,27 +86,68 @@ def require_at_least(config: Any, least: float, *names: str, prefix: str = "") -
             raise ValueError(f"config {prefix}{name} is {value} but must be at least {least}")
 
 
+def require_at_most(config: Any, most: float, *names: str) -> None:
+    """Refuse a field that is above what can be meant."""
+    for name in names:
+        if getattr(config, name) > most:
+            raise ValueError(f"config {name} is {getattr(config, name)} but must be at most {most}")
+
+
+def _check_size(text: str) -> None:
+    """Refuse YAML that would grow without bound, or that asks for something to be filled in."""
+    sizes: dict[int, int] = {}
+
+    def size(node: Any, depth: int) -> int:
+        if not isinstance(node, yaml.CollectionNode):
+            if node is not None and "${" in node.value:
+                raise yaml.YAMLError(f"{node.value[:80]!r} is not filled in; write the value")
+            return 1
+        if depth > _MAX_DEPTH:
+            raise yaml.YAMLError(f"nested more than {_MAX_DEPTH} deep, or in itself; write it flat")
+        if id(node) not in sizes:
+            inner = [x for item in node.value for x in (item if type(item) is tuple else (item,))]
+            sizes[id(node)] = 1 + sum(size(each, depth + 1) for each in inner)
+        return sizes[id(node)]
+
+    if len(text) > _MAX_CHARS or size(yaml.compose(text), 0) > _MAX_VALUES:
+        raise yaml.YAMLError(f"more than {_MAX_VALUES:,} values are no configuration")
+
+
 def _override(given: Any, override: str, example: str) -> None:
     """Set one `key=value`; the key may go into a list by its index, as in `arms.0.name=x`."""
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise ValueError(f"override {override!r} must be key=value, for instance {example}")
+    _check_size(value)
     # OmegaConf's own parser, so that a value means what it means in the YAML file.
     parsed = OmegaConf.from_dotlist([f"value={value}"])["value"]
     try:
         OmegaConf.update(given, key, parsed, merge=True, force_add=True)
-    except (TypeError, IndexError, AssertionError) as error:
+    except (TypeError, IndexError, AssertionError, AttributeError, ValueError) as error:
         raise ValueError(
             f"override {override!r} leads nowhere: {key!r} does not exist, or is of another kind"
         ) from error
 
 
-def _check_keys(given: Any, schema: Any, prefix: str) -> None:
+def _check_numbers(value: Any, key: str) -> None:
+    """Refuse numbers that cannot be meant, wherever they stand."""
+    if isinstance(value, dict | list):
+        for name, each in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_numbers(each, f"{key}.{name}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"config {key[1:]} is {value} but must be {_WORDS[float]}")
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"config {key[1:]} is above 2**63 but must be {_WORDS[int]}")
+
+
+def _filled(config: Schema, given: Any, prefix: str) -> Schema:
+    """A dataclass with what is given in place of its own values."""
     if not isinstance(given, dict):
         where = f"key {prefix[:-1]}" if prefix else "file"
         raise ValueError(f"config {where} is {given!r} but must be a mapping of key: value")
-    known = {field.name: field for field in fields(schema)}
-    kinds = get_type_hints(schema)
+    known = {field.name: field for field in fields(config)}  # type: ignore[arg-type]
+    kinds = get_type_hints(type(config))
+    values = {}
     for key, value in given.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
@@ -103,18 +155,36 @@ def _check_keys(given: Any, schema: Any, prefix: str) -> None:
             raise ValueError(
                 f"config key {prefix}{key} does not exist{hint} known: {', '.join(sorted(known))}"
             )
-        _check_value(value, kinds[key], f"{prefix}{key}", known[key].metadata.get("rule"))
+        if is_dataclass(kinds[key]):
+            values[key] = _filled(getattr(config, key), value, f"{prefix}{key}.")
+        else:
+            rule = known[key].metadata.get("rule")
+            values[key] = _value(value, kinds[key], f"{prefix}{key}", rule)
+    return replace(config, **values)  # type: ignore[type-var]
 
 
-def _check_value(value: Any, kind: Any, key: str, rule: str | None) -> None:
+def _value(value: Any, kind: Any, key: str, rule: str | None) -> Any:
+    """A value of the kind, which may be `... | None`."""
+    kinds = [each for each in get_args(kind) if each is not type(None)]
+    if type(None) in get_args(kind):
+        if value is None:
+            return None
+        (kind,) = kinds
     if is_dataclass(kind):
-        _check_keys(value, kind, f"{key}.")
-    elif get_origin(kind) is dict and not isinstance(value, dict):
-        raise ValueError(f"config {key} is {value!r} but must be {rule or 'a mapping'}")
-    elif get_origin(kind) is list:
+        return _filled(kind(), value, f"{key}.")  # type: ignore[operator]
+    if get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"config {key} is {value!r} but must be {rule or 'a mapping'}")
+        if odd := [each for each in value if get_args(kind)[0] is str and type(each) is not str]:
+            raise ValueError(f"config {key}.{odd[0]} is a key that must be {_WORDS[str]}")
+        return value
+    if get_origin(kind) is list:
         if not isinstance(value, list):
             raise ValueError(f"config {key} is {value!r} but must be {rule or 'a list'}")
         (item,) = get_args(kind)
-        for index, each in enumerate(value):
-            if is_dataclass(item):
-                _check_keys(each, item, f"{key}.{index}.")
+        return [_value(each, item, f"{key}.{index}", None) for index, each in enumerate(value)]
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind in _WORDS and type(value) is not kind:
+        raise ValueError(f"config {key} is {value!r} but must be {_WORDS[kind]}")
+    return value

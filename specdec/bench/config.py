@@ -9,7 +9,7 @@ from specdec.bench.arm_grid import expand_arms
 from specdec.bench.draft_length import check_draft_length
 from specdec.demo import demo_path
 from specdec.sampling_config import SamplingConfig
-from specdec.strict_config import build_strict, read_yaml, require_at_least
+from specdec.strict_config import build_strict, read_yaml, require_at_least, require_at_most
 
 SINGLE_PROMPT_TYPES = ("hf_assisted", "hf_prompt_lookup")
 
@@ -107,7 +107,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> BenchConfig:
             f"config {path!r} holds a grid, but one configuration is wanted here: give a file "
             "without it; specdec bench runs grids"
         )
-    return build_config(path, given)
+    return build_config(given)
 
 
 def read_config(path: str, overrides: Sequence[str] = ()) -> Any:
@@ -116,17 +116,18 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> Any:
     return read_yaml(path, file, overrides, example="repeats=1")
 
 
-def build_config(path: str, given: Any) -> BenchConfig:
+def build_config(given: Any) -> BenchConfig:
     """The configuration that `read_config` gave; errors as in `load_config`."""
     if isinstance(given, dict) and "arms" in given:
         given = {**given, "arms": expand_arms(given["arms"])}
-    config = build_strict(BenchConfig, path, given)
+    config = build_strict(BenchConfig, given)
     _check_values(config)
     return config
 
 
 def _check_values(config: BenchConfig) -> None:
     require_at_least(config, 1, "max_new_tokens", "batch_size", "repeats", "threads")
+    require_at_most(config, 4096, "repeats", "threads")
     if config.prompts_per_call and config.prompts_per_call < config.batch_size:
         raise ValueError(
             f"config prompts_per_call is {config.prompts_per_call} but must be 0 or at least "

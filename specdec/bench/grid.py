@@ -47,10 +47,10 @@ def load_cells(path: str, overrides: Sequence[str] = ()) -> list[Cell]:
     """
     given = read_config(path, overrides)
     if not isinstance(given, dict) or "grid" not in given:
-        return [Cell("", {}, build_config(path, given))]
+        return [Cell("", {}, build_config(given))]
     axes = _axes(given.pop("grid"))
     _check_set_once(given, axes)
-    return [_cell(path, given, settings) for settings in cross_product(axes)]
+    return [_cell(given, settings) for settings in cross_product(axes)]
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
@@ -119,7 +119,7 @@ def _check_set_once(given: dict[str, Any], axes: dict[str, list[Any]]) -> None:
             )
 
 
-def _cell(path: str, given: dict[str, Any], settings: dict[str, Any]) -> Cell:
+def _cell(given: dict[str, Any], settings: dict[str, Any]) -> Cell:
     whole = copy.deepcopy(given)
     for key, value in settings.items():
         section, dot, last = key.rpartition(".")
@@ -129,7 +129,7 @@ def _cell(path: str, given: dict[str, Any], settings: dict[str, Any]) -> Cell:
             whole |= {section: place | {last: value}} if dot else {last: value}
     name = _folder_name(settings)
     try:
-        return Cell(name, settings, build_config(path, whole))
+        return Cell(name, settings, build_config(whole))
     except ValueError as error:
         raise ValueError(f"cell {name}: {error}") from error
 

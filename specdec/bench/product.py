@@ -1,11 +1,20 @@
 """The cross product of lists of values under keys, as they stand in a YAML file."""
 
 import itertools
+from math import prod
 from typing import Any
+
+_MOST = 10_000
 
 
 def cross_product(axes: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    """Every combination of one value a key; the last key changes fastest."""
+    """Every combination of one value a key; the last key changes fastest.
+
+    Raises:
+        ValueError: there are more of them than anyone can run.
+    """
+    if (num := prod(map(len, axes.values()))) > _MOST:
+        raise ValueError(f"config grid has {num:,} combinations but must have at most {_MOST:,}")
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -205,10 +204,8 @@ def _check_devices(hardware: Hardware) -> None:
 def _check_positive(holder: Any, prefix: str, *names: str) -> None:
     for name in names:
         value = getattr(holder, name)
-        if not 0 < value < inf:
-            raise ValueError(
-                f"config {prefix}{name} is {value} but must be above 0 and finite; state it"
-            )
+        if not value > 0:
+            raise ValueError(f"config {prefix}{name} is {value} but must be above 0; state it")
 
 
 def _check_share(name: str, value: float) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.checkpoints.head import KINDS as HEADS
-from specdec.strict_config import load_strict, require_at_least
+from specdec.strict_config import load_strict, require_at_least, require_at_most
 
 KINDS = (*HEADS, "draft_model")
 PRECISIONS = ("no", "bf16", "fp16")
@@ -163,6 +163,7 @@ def _require_one_of(key: str, value: str, choices: Sequence[str]) -> None:
 def _check_sizes(config: TrainConfig) -> None:
     counts = ("batch_size", "gradient_accumulation", "num_epochs", "max_steps", "threads")
     require_at_least(config, 1, *counts, "eval_depth", "draft_vocab_size")
+    require_at_most(config, 4096, "threads")
     require_at_least(config, 0, "warmup_steps", "weight_decay", "save_every", "eval_every", "seed")
     require_at_least(config.data, 1, "num_validation", "max_rows", prefix="data.")
     # Shorter texts hold no token behind a first answer token and its prompt.

@@ -143,7 +143,7 @@ def test_the_command_estimates_and_says_what_it_assumes(tmp_path):
         ("drafters.0.device=third", "'third' but must be one of fast, slow"),
         ("devices.0.bandwidth=2", r"devices\.0\.bandwidth does not exist; did you mean"),
         ("devices.0.bandwidth_tb_s=0", "bandwidth_tb_s is 0.0 but must be above 0"),
-        ("devices.0.bandwidth_tb_s=.inf", "bandwidth_tb_s is inf but must be above 0 and finite"),
+        ("devices.0.bandwidth_tb_s=.inf", "bandwidth_tb_s is inf but must be a finite number"),
         ("devices.0.share=0.5", "must sum to 1"),
         ("devices.1.name=fast", "must differ"),
         ("devices=[]", "devices is empty"),

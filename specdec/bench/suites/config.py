@@ -4,10 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from specdec.bench.arm_grid import expand_arms
 from specdec.bench.config import (
     SINGLE_PROMPT_TYPES,
@@ -20,7 +16,7 @@ from specdec.bench.draft_length import check_draft_length
 from specdec.bench.suites.lengths import LengthBucket, LengthRange, usual_buckets
 from specdec.demo import demo_path
 from specdec.sampling_config import SamplingConfig
-from specdec.strict_config import build_strict, read_yaml, require_at_least
+from specdec.strict_config import build_strict, read_yaml, require_at_least, require_at_most
 from specdec.verify import get_rule
 
 _DEMO = "demo/"
@@ -59,6 +55,7 @@ class SuiteConfig:
             ValueError: by key, with the rule and the fix.
         """
         require_at_least(self, 1, "max_new_tokens", "repeats", "threads")
+        require_at_most(self, 4096, "repeats", "threads")
         require_at_least(self.prompts, 1, "num", prefix="prompts.")
         get_rule(self.rule)
         try:
@@ -210,7 +207,7 @@ def load_suite(path: str, overrides: Sequence[str] = ()) -> SuiteConfig:
     given = read_yaml(path, file, overrides, example="repeats=1")
     if isinstance(given, dict) and "arms" in given:
         given = {**given, "arms": expand_arms(given["arms"])}
-    config = build_strict(SUITES[name], path, given)
+    config = build_strict(SUITES[name], given)
     if config.suite != name:
         raise ValueError(
             f"override suite={config.suite} changes the suite of a {name} configuration, which has "
@@ -237,7 +234,7 @@ def _suite_of(path: str) -> str | None:
     if not Path(path).is_file():
         return None
     try:
-        given = OmegaConf.to_container(OmegaConf.load(path))
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError):
+        given = read_yaml(path, Path(path))
+    except ValueError:
         return None  # who reads it as a bench says what is wrong
     return str(given["suite"]) if isinstance(given, dict) and "suite" in given else None
