@@ -51,7 +51,9 @@ def read_yaml(path: str, file: Path, overrides: Sequence[str] = (), example: str
     if not file.is_file():
         raise FileNotFoundError(f"config {path!r} is not a file; give a YAML file")
     with _named(path), file.open(encoding="utf-8-sig") as opened:
-        text = opened.read(_MAX_CHARS + 1)
+        text = opened.read(_MAX_CHARS)
+        if opened.read(1):
+            raise yaml.YAMLError(f"more than {_MAX_CHARS:,} characters are no configuration")
         _check_size(text)
         given = OmegaConf.create(text)
         for override in overrides:
@@ -72,8 +74,12 @@ def _named(path: str) -> Iterator[None]:
     try:
         yield
     except RecursionError as error:
-        raise ValueError(f"config {path!r} is nested too deeply; write it flat") from error
-    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, OverflowError) as error:
+        raise ValueError(f"config {path!r} is nested in itself; write it flat") from error
+    # The last three are of explicit tags that do not fit, as in `!!bool x`.
+    except (
+        *(OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError),
+        *(OverflowError, KeyError, AttributeError),
+    ) as error:
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ValueError(f"config {path!r}: {problem}") from error
 
@@ -95,22 +101,25 @@ def require_at_most(config: Any, most: float, *names: str) -> None:
 
 def _check_size(text: str) -> None:
     """Refuse YAML that would grow without bound, or that asks for something to be filled in."""
-    sizes: dict[int, int] = {}
-
-    def size(node: Any, depth: int) -> int:
-        if not isinstance(node, yaml.CollectionNode):
-            if node is not None and "${" in node.value:
-                raise yaml.YAMLError(f"{node.value[:80]!r} is not filled in; write the value")
-            return 1
-        if depth > _MAX_DEPTH:
-            raise yaml.YAMLError(f"nested more than {_MAX_DEPTH} deep, or in itself; write it flat")
-        if id(node) not in sizes:
-            inner = [x for item in node.value for x in (item if type(item) is tuple else (item,))]
-            sizes[id(node)] = 1 + sum(size(each, depth + 1) for each in inner)
-        return sizes[id(node)]
-
-    if len(text) > _MAX_CHARS or size(yaml.compose(text), 0) > _MAX_VALUES:
-        raise yaml.YAMLError(f"more than {_MAX_VALUES:,} values are no configuration")
+    sizes, anchors, known = [0], [], {None: 1}
+    for event in yaml.parse(text):
+        if isinstance(event, yaml.CollectionStartEvent):
+            sizes.append(1)
+            anchors.append(event.anchor)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            known[anchors.pop()] = size = sizes.pop()
+            sizes[-1] += size
+        elif isinstance(event, yaml.AliasEvent):
+            sizes[-1] += known.get(event.anchor, 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            if "${" in event.value:
+                raise yaml.YAMLError(f"{event.value[:80]!r} is not filled in; write the value")
+            known[event.anchor] = 1
+            sizes[-1] += 1
+        if len(sizes) > _MAX_DEPTH:
+            raise yaml.YAMLError(f"nested more than {_MAX_DEPTH} deep; write it flat")
+        if sizes[-1] > _MAX_VALUES:
+            raise yaml.YAMLError(f"more than {_MAX_VALUES:,} values are no configuration")
 
 
 def _override(given: Any, override: str, example: str) -> None:
