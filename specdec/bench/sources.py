@@ -9,6 +9,7 @@ from typing import Any
 from specdec.bench.prompt import BenchPrompt, Message, shuffled
 from specdec.bench.prompt_files import read_lines
 from specdec.demo import demo_path
+from specdec.hub import HUB, find_path
 
 Rows = list[dict[str, Any]]
 DATA_DIR_VARIABLE = "SPECDEC_DATA_DIR"
@@ -153,10 +154,12 @@ def read_source(name: str, folder: Path | None) -> list[BenchPrompt]:
 def _rows(name: str, source: Source, folder: Path | None) -> Rows:
     if folder is not None and (folder / source.file).is_file():
         return list(read_lines(folder / source.file))
+    require_data_dir(folder)
     missing = f"prompts.source {name!r}: {source.file} is not in {folder or 'any data folder'}"
     fix = f"set {DATA_DIR_VARIABLE} or prompts.data_dir to a folder that holds it"
     if source.hub is None:
         raise FileNotFoundError(f"{missing}, and {source.published}; {fix}")
+    find_path(HUB + source.hub["path"], "")  # says so
     try:
         from datasets import load_dataset
 
@@ -171,3 +174,12 @@ def _rows(name: str, source: Source, folder: Path | None) -> Rows:
             f"{missing}, and {source.hub['path']} could not be read from the hub "
             f"({type(error).__name__}); {fix}"
         ) from error
+
+
+def require_data_dir(folder: Path | None) -> None:
+    """Refuse a data folder that is not there, rather than ask the hub in its place."""
+    if folder is not None and not folder.is_dir():
+        raise FileNotFoundError(
+            f"the data folder {str(folder)!r} is not a folder; mend {DATA_DIR_VARIABLE}, or the "
+            "option that names it, or give neither to ask the hub"
+        )

@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from specdec.hub import find_checkpoint
+
 CONFIG, SIDECAR = "config.json", "specdec.json"
 WEIGHT_FILES = (
     *("model.safetensors", "pytorch_model.bin"),
@@ -85,16 +87,8 @@ def find_folder(path: str | Path, revision: str | None = None) -> Path:
     Raises:
         FileNotFoundError: neither a folder nor a repository that can be reached.
     """
-    text = str(path)
-    folder = Path(text).expanduser()
-    if folder.is_dir():
-        return folder
-    if text.startswith((".", "/", "~")) or text.count("/") != 1 or folder.exists():
-        raise FileNotFoundError(
-            f"{text!r} is not a folder; give a folder with a head's checkpoint, or a hub id "
-            "'owner/name'"
-        )
-    return _download(text, revision)
+    found = find_checkpoint(str(path), "a folder with a head's checkpoint")
+    return Path(found) if Path(found).is_dir() else _download(found, revision)
 
 
 def _download(name: str, revision: str | None) -> Path:

@@ -1,11 +1,11 @@
 """What a target reads: conversations as its chat template writes them, in its own tokens."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from specdec.bench.prompt import Message
 from specdec.demo import demo_path
+from specdec.hub import find_checkpoint
 from specdec.targets.load import load_tokenizer
 
 # Stands for an answer in a rendered conversation; no template changes or holds it.
@@ -104,9 +104,8 @@ def load_chat(path: str) -> Chat:
     """
     from transformers import GenerationConfig
 
-    where = str(demo_path("target")) if path == "demo" else path
-    if not Path(where).expanduser().is_dir() and where.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{path!r} is not a folder; give one with the target's tokenizer")
+    wanted = "a folder with the target's tokenizer"
+    where = str(demo_path("target")) if path == "demo" else find_checkpoint(path, wanted)
     tokenizer = load_tokenizer(where, None, False)
     if tokenizer is None:
         raise ValueError(f"{path!r} holds no tokenizer; give a folder with the target's")

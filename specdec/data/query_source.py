@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from specdec.bench.sources import DATA_DIR_VARIABLE
+from specdec.bench.sources import DATA_DIR_VARIABLE, require_data_dir
 from specdec.data.named_sources import NAMED_SOURCES, NamedSource
 from specdec.data.records import FileRecords, Malformed, Record
+from specdec.hub import HUB, find_path
 
 _SAVED_TO_DISK = ("dataset_dict.json", "state.json")
-_PATH_MARKS = ("/", ".", "~")
 
 
 class Records(Protocol):
@@ -112,26 +112,28 @@ def open_source(
     """
     if name in NAMED_SOURCES:
         return _named(name, data_dir)
-    path = Path(name).expanduser()
-    if path.is_file():
-        return QuerySource(name, [FileRecords(path, form)])
+    path = find_path(name, f"a file, a folder or one of {', '.join(NAMED_SOURCES)}")
+    if isinstance(path, str):
+        return QuerySource(name, [_from_hub(name, {"path": path, "name": subset, "split": split})])
     if path.is_dir():
         return QuerySource(name, _folder(path, form, split))
-    if name.startswith(_PATH_MARKS) or path.suffix or name.count("/") > 1:
-        raise FileNotFoundError(f"{name!r} does not exist; give a file, a folder or a data set")
-    return QuerySource(name, [_from_hub(name, {"path": name, "name": subset, "split": split})])
+    if not path.is_file():
+        raise ValueError(f"{name!r} is neither a file nor a folder; write it to a file first")
+    return QuerySource(name, [FileRecords(path, form)])
 
 
 def _named(name: str, data_dir: Path | None) -> QuerySource:
     source = NAMED_SOURCES[name]
     if data_dir is not None and (data_dir / source.file).is_file():
         return QuerySource(name, [FileRecords(data_dir / source.file)], source)
+    require_data_dir(data_dir)
     if source.hub is None:
         raise FileNotFoundError(
             f"source {name!r}: {source.file} is not in {data_dir or 'any data folder'}, nor is it "
             f"on the hub; set {DATA_DIR_VARIABLE} to a folder that holds it (the original is "
             f"{source.published})"
         )
+    find_path(HUB + source.hub["path"], "")  # says so
     return QuerySource(name, [_from_hub(name, source.hub)], source)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from specdec.hub import find_checkpoint
 from specdec.targets.load import LOADING
 
 _BASE_FILE = "base.json"
@@ -61,14 +62,13 @@ def load_adapter(model: Any, adapter: str) -> Any:
         raise ValueError(
             "adapter needs the package peft; install it with: pip install 'specdec[train]'"
         ) from error
-    folder = Path(adapter).expanduser()
+    where = find_checkpoint(adapter, "a folder with an adapter")
+    folder = Path(where)
     if folder.is_dir():
         _check_base(model, folder)
-    elif adapter.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"adapter {adapter!r} is not a folder; give one, or a hub id")
     try:
         with LOADING:
-            adapted = PeftModel.from_pretrained(model, str(folder) if folder.is_dir() else adapter)
+            adapted = PeftModel.from_pretrained(model, where)
     except (RuntimeError, ValueError) as error:
         text = str(error).splitlines()[0]
         raise ValueError(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.checkpoints.folder import write_files
+from specdec.hub import HUB
 
 _KINDS = {
     "draft_model": "Draft model",
@@ -51,7 +52,7 @@ def _header(results: dict[str, Any]) -> str:
     base = config["drafter"]["options"].get("path") if is_model else results["target"]["name"]
     is_adapter = "adapter" in results["drafter"]
     data = ModelCardData(
-        base_model=base if _is_hub_id(base) else None,
+        base_model=base.removeprefix(HUB) if _is_hub_id(base) else None,
         library_name=("peft" if is_adapter else "transformers") if is_model else "specdec",
         tags=["specdec", "speculative-decoding", _kind(results).replace("_", "-")],
     )

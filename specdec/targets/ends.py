@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from specdec.checkpoints.folder import read_json
-from specdec.demo import demo_path
 from specdec.targets.hf import eos_token_ids, max_context_len
 from specdec.targets.load import LOADING, check_path, find_device, find_dtype, load_tokenizer
 
@@ -99,8 +98,7 @@ def load_ends(
     """
     from transformers import AutoConfig
 
-    where = str(demo_path("target")) if path == "demo" else path
-    check_path(where)
+    where = check_path(path)
     chosen = find_device(device)
     try:
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
@@ -202,8 +200,8 @@ class _Stored:
 
     def _file(self, name: str) -> Path | None:
         """Where a file of the checkpoint lies, downloaded if it must be; None if there is none."""
-        if Path(self._where).expanduser().is_dir():
-            path = Path(self._where).expanduser() / name
+        if Path(self._where).is_dir():
+            path = Path(self._where) / name
             return path if path.exists() else None
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError

@@ -9,6 +9,7 @@ import torch
 
 from specdec.checkpoints.folder import CONFIG, read_json
 from specdec.demo import demo_path
+from specdec.hub import find_checkpoint
 from specdec.sampling_config import checked
 from specdec.targets.hf import HFTarget
 from specdec.targets.memory import free_bytes, is_out_of_memory
@@ -32,7 +33,7 @@ def load_target(
     """Load any transformers causal LM, from safetensors only.
 
     Args:
-        path: "demo" (the embedded model), a folder, or a hub id.
+        path: "demo" (the embedded model), a folder, or a hub id; `hub:owner/name` is always one.
         dtype: "float32", "bfloat16", "float16", "auto" or a torch dtype. None: float32 on a CPU,
             the checkpoint's own elsewhere.
         device: where to put it; None: CUDA if there is one, else the CPU.
@@ -50,8 +51,7 @@ def load_target(
     """
     import transformers
 
-    where = str(demo_path("target")) if path == "demo" else path
-    check_path(where)
+    where = check_path(path)
     chosen = find_device(device)
     options: dict[str, Any] = {
         "dtype": find_dtype(dtype, chosen),
@@ -86,19 +86,18 @@ def load_target(
         raise _explained(where, error, chosen) from error
 
 
-def check_path(path: str) -> None:
-    """Refuse what is neither a folder with a checkpoint nor a hub id."""
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").exists():
-            raise FileNotFoundError(
-                f"{path!r} has no config.json; is it a transformers checkpoint?"
-            )
-    elif looks_local or folder.exists():
-        raise FileNotFoundError(
-            f"{path!r} is not a folder; give 'demo', a folder with a checkpoint, or a hub id"
-        )
+def check_path(path: str) -> str:
+    """The folder of a checkpoint, or its id on the hub; "demo" is the embedded model.
+
+    Raises:
+        FileNotFoundError: it is neither.
+    """
+    if path == "demo":
+        return str(demo_path("target"))
+    where = find_checkpoint(path, "'demo', a folder with a checkpoint")
+    if Path(where).is_dir() and not (Path(where) / "config.json").is_file():
+        raise FileNotFoundError(f"{path!r} has no config.json; is it a transformers checkpoint?")
+    return where
 
 
 def find_device(device: str | torch.device | None) -> torch.device:

@@ -328,7 +328,10 @@ def test_named_sources_leave_out_what_the_bench_measures(tmp_path):
 
 def test_a_source_that_is_not_there_is_told_from_one_of_the_hub(tmp_path, monkeypatch):
     result = run(tmp_path / "nothing.jsonl", "--out", tmp_path / "q")
-    assert (result.exit_code, "nothing.jsonl' does not exist" in result.stderr) == (2, True)
+    assert (result.exit_code, "nothing.jsonl' is not a folder or file here" in result.stderr) == (
+        2,
+        True,
+    )
 
     def load_dataset(path, name=None, split=None):
         if path != "someone/questions":
