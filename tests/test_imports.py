@@ -14,7 +14,7 @@ FLOORS = [
     ["verify"],
     ["randomness", "sampling_config", "penalties", "sampling", "metrics", "clock", "provenance"],
     ["interfaces"],
-    ["demo", "text", "hub", "strict_config", "kv_cache", "checkpoints"],
+    ["demo", "text", "files", "hub", "strict_config", "kv_cache", "checkpoints"],
     ["targets"],
     ["drafters"],
     ["registry", "request", "acceptance_estimate", "draft_length"],

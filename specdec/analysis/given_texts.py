@@ -1,6 +1,5 @@
 """Texts that are there already: answers of `specdec regenerate`, a JSONL file, or plain text."""
 
-import json
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -10,6 +9,7 @@ from specdec.analysis.texts import Text
 from specdec.checkpoints import identify_target
 from specdec.data.answers import AnswerRow, read_rows
 from specdec.data.answers_folder import MANIFEST, check_answers_target, load_answers
+from specdec.files import parse_json
 from specdec.interfaces import Target
 
 
@@ -79,12 +79,12 @@ def _from_lines(path: Path, target: Target, num: int, max_new_tokens: int) -> li
 
 def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a JSONL file with their numbers; empty lines are passed over."""
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                given = json.loads(line)
+                given = parse_json(line)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: this is no JSON ({error})") from error
             if not isinstance(given, dict):
@@ -107,7 +107,7 @@ def _from_rows(
 
 
 def _from_prose(path: Path, target: Target, num: int, max_new_tokens: int) -> list[Text]:
-    ids = _ids(path.read_text(encoding="utf-8"), target)
+    ids = _ids(path.read_text(encoding="utf-8-sig"), target)
     texts: list[Text] = []
     # Of a piece as long as the context no prompt would be left.
     size = min(max_new_tokens, target.max_context_len - 1)

@@ -9,9 +9,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from specdec.analysis.evidence import Array, Evidence
-from specdec.bench.store import replace_file
 from specdec.checkpoints import TargetIdentity
 from specdec.checkpoints.identity import as_json, check_resumed
+from specdec.files import parse_json, replace_file
 
 RESULT, EVIDENCE = "analysis.json", "evidence.safetensors"
 _FIELDS = tuple(Evidence.__dataclass_fields__)
@@ -60,7 +60,7 @@ class AnalysisStore:
         """What is said of drafter `index`; None where it is not finished."""
         path = self._parts / f"{index}.json"
         try:
-            found: dict[str, Any] = json.loads(path.read_text())
+            found: dict[str, Any] = parse_json(path.read_text())
             if found["method"] == "evidence":
                 load_file(self._parts / f"{index}.safetensors")
         except (OSError, ValueError, KeyError, SafetensorError):

@@ -1,11 +1,11 @@
 """Building what an arm's `draft_length` says."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from specdec.bench.config import ArmConfig
 from specdec.draft_length import DraftLength, OnlineController, Schedule
+from specdec.files import parse_json
 from specdec.interfaces import Drafter
 from specdec.targets.hf import HFTarget
 
@@ -33,7 +33,7 @@ def load_draft_length(arm: ArmConfig, drafter: Drafter, target: HFTarget) -> Dra
             f"draft_length.plan is {str(path)!r} but must be a plan.json that specdec plan wrote"
         )
     try:
-        plan = json.loads(path.read_text())
+        plan = parse_json(path.read_text(encoding="utf-8-sig"))
         step_s = _step_s(plan)
         planned = {**plan.get("target", {})}
         planned["type"] = plan["configurations"][0]["type"] if "configurations" in plan else None

@@ -7,7 +7,6 @@ from typing import Any
 
 from specdec.bench.arm_marks import checkpoint_mark, plan_mark
 from specdec.bench.config import ArmConfig
-from specdec.bench.store import replace_file
 from specdec.checkpoints.identity import (
     TARGET,
     as_json,
@@ -15,6 +14,7 @@ from specdec.checkpoints.identity import (
     identify_target,
     identity_of,
 )
+from specdec.files import parse_json, replace_file
 
 ORIGIN = "origin.json"
 _MACHINE = ("device", "cpu", "cpu_count", "dtype", "quantized")
@@ -89,7 +89,7 @@ def _conditions(
 def _read(path: Path) -> dict[str, Any] | None:
     """None for a folder of an older version, or a file that is damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
         return {key: dict(found[key]) for key in ("conditions", "provenance")}
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None

@@ -1,12 +1,13 @@
 """Prompts in files: JSONL records, ShareGPT conversations, or text."""
 
 import gzip
-import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from specdec.bench.prompt import BenchPrompt, Message
+from specdec.files import parse_json
 
 _TEXT_KEYS = ("prompt", "text", "question", "instruction")
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "system": "system"}
@@ -48,8 +49,8 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(_decoded(path).split("\n"), 1):
         if line.strip():
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                row = parse_json(line)
+            except ValueError as error:
                 raise ValueError(
                     f"{path} line {number} is not JSON ({error}); text files must end in .txt"
                 ) from error
@@ -61,16 +62,20 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 def _decoded(path: Path) -> str:
     open_text = gzip.open if path.suffix == ".gz" else open
     try:
-        with open_text(path, "rt", encoding="utf-8") as file:
-            return str(file.read())
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        with open_text(path, "rt", encoding="utf-8-sig") as file:
+            text = str(file.read())
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is not UTF-8 text, or damaged: {error}") from error
+    if "\0" in text:
+        raise ValueError(f"{path} holds NUL characters; it is not UTF-8 text")
+    return text
 
 
 def _json(path: Path) -> list[Any]:
+    text = _decoded(path)
     try:
-        rows = json.loads(_decoded(path))
-    except json.JSONDecodeError as error:
+        rows = parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error})") from error
     if not isinstance(rows, list):
         raise ValueError(f"{path} holds one {type(rows).__name__} but must hold a list of records")

@@ -3,12 +3,13 @@
 A call counts when its line and those of all its steps are whole.
 """
 
-import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from specdec.bench.outcome import Key, Memory, Outcome, Run
+from specdec.files import parse_json
 from specdec.metrics import StepRecord
 
 RECORDS = "records.jsonl"
@@ -61,19 +62,21 @@ def read_records(path: Path, fingerprint: str, folder: Path) -> Records:
     written_by = None
     for line in lines:
         row = _parsed(line)
-        kind = row.pop("kind", None)
-        if kind == "run":
-            written_by = row["config_fingerprint"]
-            kept.append(line)
-        elif kind == "step":
-            found.setdefault(_take_key(row), []).append((line, StepRecord(**row)))
-        elif kind == "call":
-            _check_origin(written_by, fingerprint, folder)
-            key = _take_key(row)
-            steps = found.pop(key, [])
-            if len(steps) == row["num_steps"]:
-                done[key] = _outcome(row, [record for _, record in steps])
-                kept += [*(line for line, _ in steps), line]
+        # A line that is whole and says something else is one more that is damaged.
+        with suppress(KeyError, TypeError, AttributeError, IndexError, StopIteration):
+            kind = row.pop("kind")
+            if kind == "run":
+                written_by = row["config_fingerprint"]
+                kept.append(line)
+            elif kind == "step":
+                found.setdefault(_take_key(row), []).append((line, StepRecord(**row)))
+            elif kind == "call":
+                _check_origin(written_by, fingerprint, folder)
+                key = _take_key(row)
+                steps = found.pop(key, [])
+                if len(steps) == row["num_steps"]:
+                    done[key] = _outcome(row, [record for _, record in steps])
+                    kept += [*(line for line, _ in steps), line]
     # Nothing is kept of a run that finished no call: its folder serves any configuration.
     kept = kept if done else []
     return Records(done, kept, kept == lines)
@@ -91,7 +94,7 @@ def _check_origin(written_by: str | None, fingerprint: str, folder: Path) -> Non
 def _parsed(line: bytes) -> dict[str, Any]:
     """The row of a line; nothing for one that is damaged or was never finished."""
     try:
-        row = json.loads(line) if line.endswith(b"\n") else {}
+        row = parse_json(line) if line.endswith(b"\n") else {}
     except ValueError:
         return {}
     return row if isinstance(row, dict) else {}

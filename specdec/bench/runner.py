@@ -21,10 +21,11 @@ from specdec.bench.prompts import load_prompts, render
 from specdec.bench.provenance import collect, fingerprint, fingerprint_of_ids
 from specdec.bench.records import read_run
 from specdec.bench.speed import faster_than_tau
-from specdec.bench.store import RunStore, replace_file
+from specdec.bench.store import RunStore
 from specdec.bench.summary import failures, peak_memory, summarise, tabulate, throughput
 from specdec.bench.turns import unfold_turns
 from specdec.checkpoints.identity import identify_target
+from specdec.files import replace_file
 from specdec.request import encode
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target

@@ -1,6 +1,5 @@
 """The folder of a run: records are appended as they come, so that a killed run resumes."""
 
-import errno
 import json
 import os
 from contextlib import suppress
@@ -10,8 +9,7 @@ from typing import Any
 
 from specdec.bench.outcome import Key, Outcome
 from specdec.bench.records import RECORDS, SHARDS, read_records, read_run
-
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from specdec.files import disk_trouble, replace_file, require_linked
 
 
 class RunStore:
@@ -48,7 +46,7 @@ class RunStore:
                 self._write({"kind": "run", "config_fingerprint": fingerprint})
                 self._file.flush()
         except OSError as error:
-            raise _trouble(folder, error) from error
+            raise disk_trouble(folder, error) from error
 
     def _repair(self, fingerprint: str) -> None:
         records = read_records(self._path, fingerprint, self._folder)
@@ -80,47 +78,18 @@ class RunStore:
                 self._write({"kind": "step", **where, **asdict(record)})
             self._write({"kind": "call", **where, **call})
             self._file.flush()
+            require_linked(self._file)
         except OSError as error:
-            raise _trouble(self._folder, error) from error
+            raise disk_trouble(self._folder, error) from error
         self.done[key] = outcome
 
     def close(self) -> None:
-        """Close the file; what was added is on disk already."""
+        """Close the file, and wait until what was added is on the disk."""
         # What a full disk refused is flushed once more here, and `add` has complained already.
+        with suppress(OSError):
+            os.fsync(self._file.fileno())
         with suppress(OSError):
             self._file.close()
 
     def _write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: what was there stays until the new one is complete.
-
-    Raises:
-        PermissionError: the folder cannot be written.
-        OSError: there is no space left.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise _trouble(path.parent, error) from error
-
-
-def _trouble(folder: Path, error: OSError) -> OSError:
-    """The error in words; one that has been put in words already stays."""
-    if error.errno is None:
-        return error
-    if error.errno in _NO_SPACE:
-        return OSError(
-            f"no space left in {str(folder)!r} ({error.strerror}); finished calls are kept in "
-            "records.jsonl: make room and give the same command again"
-        )
-    return PermissionError(
-        f"the output folder {str(folder)!r} cannot be written ({error.strerror}); choose another "
-        "one with --out"
-    )

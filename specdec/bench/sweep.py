@@ -21,7 +21,7 @@ from specdec.bench.runner import (
     read_prompts,
     run_bench,
 )
-from specdec.bench.store import replace_file
+from specdec.files import parse_json, replace_file
 from specdec.targets.hf import HFTarget
 from specdec.verify import Rule, get_rule
 
@@ -136,7 +136,7 @@ def _finished(cell: Cell, folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        results: dict[str, Any] = json.loads(path.read_text())
+        results: dict[str, Any] = parse_json(path.read_text())
         is_same = results["schema"] == SCHEMA and results["provenance"][
             "config_fingerprint"
         ] == fingerprint(cell.config, read_prompts(cell.config))

@@ -1,7 +1,6 @@
 """The files of a checkpoint: where they are, how they are read, and how they get there whole."""
 
 import json
-import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from specdec.files import parse_json
 from specdec.hub import find_checkpoint
 
 CONFIG, SIDECAR = "config.json", "specdec.json"
@@ -22,6 +22,7 @@ WEIGHT_FILES = (
     *("medusa_lm_head.safetensors", "medusa_lm_head.pt"),
 )
 
+_MAX_JSON = 2**28
 _DAMAGE = (SafetensorError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError)
 
 
@@ -130,11 +131,13 @@ def read_json(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it holds no JSON object.
     """
-    if not path.exists():
+    if not path.is_file():  # a pipe would be waited for
         raise FileNotFoundError(f"{str(path.parent)!r} has no {path.name}")
+    if path.stat().st_size > _MAX_JSON:
+        raise ValueError(f"{str(path)!r} has more than {_MAX_JSON:,} bytes; it is no description")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        content = parse_json(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
         raise ValueError(
             f"{str(path)!r} is not JSON ({error}); it is corrupt or truncated, copy it again"
         ) from error
@@ -198,22 +201,3 @@ def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
         whole[name] = each.clone() if place in seen else each
         seen.add(place)
     return save(whole, {"format": "pt"})
-
-
-def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write the files under other names first, so that a crash leaves old ones or new ones whole.
-
-    Args:
-        folder: made if it is not there.
-        files: name -> content, in the order in which they appear.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = {name: folder / f".{name}.partial" for name in files}
-    try:
-        for name, content in files.items():
-            partial[name].write_bytes(content)
-        for name, path in partial.items():
-            os.replace(path, folder / name)
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)

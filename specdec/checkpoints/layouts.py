@@ -13,12 +13,12 @@ from specdec.checkpoints.folder import (
     json_bytes,
     read_raw,
     tensor_bytes,
-    write_files,
 )
 from specdec.checkpoints.head import KINDS, HeadCheckpoint
 from specdec.checkpoints.sidecar import check_checksum, completed, described, read_description
 from specdec.checkpoints.tensors import check_checkpoint
 from specdec.checkpoints.tree import check_tree
+from specdec.files import whole_folder
 
 # In the order in which they are looked for: an earlier one is told by more.
 _OTHERS: dict[str, Any] = {
@@ -65,7 +65,7 @@ def _layout_of(files: RawFiles) -> Any:
 
 
 def write_head(checkpoint: HeadCheckpoint, folder: str | Path, layout: str = "specdec") -> Path:
-    """Write a head into a folder; a file is there whole or not at all.
+    """Write a head into a folder, whose other files stay; it is replaced at once, or not at all.
 
     Args:
         checkpoint: the head, its tensors in the dtype in which they are to be stored.
@@ -78,6 +78,7 @@ def write_head(checkpoint: HeadCheckpoint, folder: str | Path, layout: str = "sp
     Raises:
         ValueError: no such layout, something that it cannot hold, or a tensor that is missing, left
             over or wrong, by name; or the folder holds another checkpoint's tensors.
+        OSError: it cannot be written; what stood there is as it was.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r} but must be one of {', '.join(LAYOUTS)}")
@@ -92,7 +93,10 @@ def write_head(checkpoint: HeadCheckpoint, folder: str | Path, layout: str = "sp
         raise ValueError(
             f"{str(place)!r} holds {others[0]} of another checkpoint; give an empty folder"
         )
-    write_files(place, _files(checkpoint, layout))
+    files = _files(checkpoint, layout)
+    with whole_folder(place) as partial:
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
     return place
 
 

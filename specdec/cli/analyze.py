@@ -36,10 +36,11 @@ def analyze(
     from rich.console import Console
 
     from specdec.analysis.run import run_analysis
+    from specdec.files import locked
     from specdec.report.analysis_table import analysis_table
 
     quiet_transformers()
-    with progress_bar() as show:
+    with locked(out), progress_bar() as show:
         analysis = run_analysis(settings, out, text, show, answers=answers)
     terminal = Console(width=None if sys.stdout.isatty() else 140)
     terminal.print(analysis_table(analysis))

@@ -55,10 +55,12 @@ def bench(
     """
     from specdec.bench.suites.config import is_suite
     from specdec.cli.suite import bench_suite
+    from specdec.files import locked
 
     if is_suite(config):
         _check_suite_flags({"--list": only_list, "--auto": auto})
-        bench_suite(config, overrides or [], out)
+        with locked(out):
+            bench_suite(config, overrides or [], out)
         return
     from specdec.bench.grid import load_cells
 
@@ -70,10 +72,10 @@ def bench(
     if only_list:
         _list(cells)
         return
-    from specdec.bench.processes import joined_processes
+    from specdec.bench.processes import joined_processes, launched_processes
 
     quiet_transformers()
-    with joined_processes() as processes:
+    with locked(out, is_writer=launched_processes().is_first), joined_processes() as processes:
         if auto:
             _planned(cells[0].config, out, processes)
         elif cells[0].settings:

@@ -99,11 +99,14 @@ def collect(
 
     from specdec.bench.sources import DATA_DIR_VARIABLE
     from specdec.data.collect import collect as collect_queries
+    from specdec.files import locked
 
     disable_progress_bar()
     given = os.environ.get(DATA_DIR_VARIABLE)
     data_dir = Path(given) if given else None
-    with progress_bar() as show:
+    where = out.resolve()
+    lock = where.with_name(f".{where.name}.lock")  # the folder itself is replaced
+    with locked(out, lock), progress_bar() as show:
         report = collect_queries(
             sources, out, settings, append=append, data_dir=data_dir, show=show
         )

@@ -65,12 +65,14 @@ def features(
         return
     assert out is not None
     from specdec.data.features import FeatureExtraction
+    from specdec.files import locked
     from specdec.targets.load import load_target
 
-    model = load_target(target, dtype=target_dtype, device=device, quantization=quantization)
-    extraction = FeatureExtraction(FeaturePlan(answers, model, options), model)
-    with progress_bar() as show:
-        summary = extraction.run(out, show)
+    with locked(out):
+        model = load_target(target, dtype=target_dtype, device=device, quantization=quantization)
+        extraction = FeatureExtraction(FeaturePlan(answers, model, options), model)
+        with progress_bar() as show:
+            summary = extraction.run(out, show)
     typer.echo(json.dumps({"store": str(out), **summary}))
 
 

@@ -1,12 +1,12 @@
 """`specdec generate`."""
 
-import json
 import sys
 from typing import Annotated, Any
 
 import typer
 
 from specdec.cli.app import app, exit_statuses, quiet_transformers
+from specdec.files import parse_json
 
 
 @app.command()
@@ -60,6 +60,8 @@ def drafter_options(text: str) -> Any:
         # The demo's draft model is the only one that can be meant without a path.
         return {"type": text, "path": "demo"} if text == "draft_model" else text
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"drafter is {text!r} but must be a name or a JSON object") from error
+        return parse_json(text)
+    except ValueError as error:
+        raise ValueError(
+            f"drafter is {text!r} but must be a name or a JSON object ({error})"
+        ) from error

@@ -38,11 +38,12 @@ def _plan(config: str, overrides: list[str], out: Path, quick: bool) -> None:
     from specdec.bench.config import load_config
 
     settings = load_config(config, overrides)  # wrong ones are told before the slow imports
+    from specdec.files import locked
     from specdec.planning.plan import run_plan
     from specdec.report.plan_table import costs_table, not_trusted, plan_table, schedule_table
 
     quiet_transformers()
-    with progress_bar() as show:
+    with locked(out), progress_bar() as show:
         found = run_plan(settings, out, show, quick=quick)
     _print(costs_table(found), schedule_table(found), plan_table(found))
     for reason in found["costs"]["skipped"]:
@@ -61,13 +62,13 @@ def _estimate(path: str, overrides: list[str], out: Path) -> None:
     from specdec.planning.roofline import estimate
 
     hardware = load_hardware(path, overrides)
-    from specdec.bench.store import replace_file
+    from specdec.files import locked, replace_file
     from specdec.report.plan_table import estimate_table
 
     found = estimate(hardware)
-    out.mkdir(parents=True, exist_ok=True)
     file = out / "estimate.json"
-    replace_file(file, (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
+    with locked(out):
+        replace_file(file, (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
     _print(estimate_table(found))
     typer.echo("This is an estimate. It assumes:")
     for assumption in found["assumptions"]:

@@ -21,20 +21,23 @@ def train(
     from specdec.train.config import load_train_config
 
     settings = load_train_config(config, overrides or [])
+    from specdec.bench.processes import launched_processes
+    from specdec.files import locked
     from specdec.train.parity import ParityError
     from specdec.train.run import run_training
 
     quiet_transformers()
     failure = None
-    with progress_bar() as show:
-        try:
-            results = run_training(settings, out, show)
-        except ParityError as error:  # everything is there, and worth a look
-            failure, results = error, error.results
-    if results is None:  # not the first process
-        return
-    picture = _curves(out)
-    _card(results, out / "drafter", Path(settings.data.path))
+    with locked(out, is_writer=launched_processes().is_first):
+        with progress_bar() as show:
+            try:
+                results = run_training(settings, out, show)
+            except ParityError as error:  # everything is there, and worth a look
+                failure, results = error, error.results
+        if results is None:  # not the first process
+            return
+        picture = _curves(out)
+        _card(results, out / "drafter", Path(settings.data.path))
     if failure is not None:
         raise failure
     used = json.dumps(results["drafter"])
@@ -61,11 +64,12 @@ def _parity(parity: dict[str, Any] | None) -> str:
 
 def _card(results: dict[str, Any], folder: Path, data: Path) -> None:
     """Describe the drafter in its folder, with what is known of where its data come from."""
+    from specdec.checkpoints.folder import read_json
     from specdec.data.answers_folder import MANIFEST
     from specdec.report.drafter_card import write_drafter_card
 
     manifest = data.expanduser() / MANIFEST
-    answers = json.loads(manifest.read_text()) if manifest.is_file() else None
+    answers = read_json(manifest) if manifest.is_file() else None
     write_drafter_card(results, folder, answers)
 
 

@@ -1,10 +1,11 @@
 """Dialogues as token ids, and which of the tokens the target wrote."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from specdec.files import parse_json
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def read_rows(path: Path, vocab_size: int, max_rows: int | None = None) -> Itera
             if max_rows is not None and number > max_rows:
                 return
             try:
-                yield _row(json.loads(line), vocab_size, f"line {number}")
+                yield _row(parse_json(line), vocab_size, f"line {number}")
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
 

@@ -12,9 +12,8 @@ from specdec.checkpoints import TargetIdentity
 from specdec.checkpoints.folder import read_json
 from specdec.checkpoints.identity import differences, identity_of
 from specdec.data.answers import AnswerRow, read_rows
-from specdec.data.durable import private_opener
-from specdec.data.journal import disk_trouble
 from specdec.data.query import SPLITS
+from specdec.files import disk_trouble, private_opener
 
 MANIFEST, FAILED = "answers.json", "failed.jsonl"
 SCHEMA = "specdec-answers-1"
@@ -63,13 +62,24 @@ def load_answers(folder: Path) -> AnswersFolder:
             f"{SCHEMA!r}; was it written by another version?"
         )
     answers = AnswersFolder(folder, manifest)
-    for split in SPLITS:
-        with answers.path(split).open("rb") as lines:
+    try:
+        counts = {split: answers.num_rows(split) for split in SPLITS}
+        dict(manifest["target"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{str(folder / MANIFEST)!r} is damaged: it lacks counts or target; give the command "
+            "that made it again"
+        ) from error
+    for split, count in counts.items():
+        path = answers.path(split)
+        if not path.is_file():
+            raise FileNotFoundError(f"{str(path)!r} is missing; copy the folder again")
+        with path.open("rb") as lines:
             found = sum(1 for _ in lines)
-        if found != answers.num_rows(split):
+        if found != count:
             raise ValueError(
-                f"{str(answers.path(split))!r} has {found} rows but {MANIFEST} counts "
-                f"{answers.num_rows(split)}; give the command that made it again"
+                f"{str(path)!r} has {found} rows but {MANIFEST} counts {count}; give the command "
+                "that made it again"
             )
     return answers
 

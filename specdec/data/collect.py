@@ -16,7 +16,7 @@ from specdec.data.masking import MASKS
 from specdec.data.query import SPLITS, Query, read_queries, write_queries
 from specdec.data.query_source import QuerySource, open_source
 from specdec.data.split import split_of
-from specdec.data.whole_folder import restore, whole_folder
+from specdec.files import restore, whole_folder
 from specdec.provenance import code
 
 SCHEMA = "specdec-collect-1"
@@ -82,7 +82,7 @@ def collect(
         "seconds": round(time.monotonic() - begun, 1),
     }
     check_kept(report, sources)
-    with whole_folder(out) as partial:
+    with whole_folder(out, private=True) as partial:
         write_queries(splits, partial)
         (partial / REPORT).write_bytes(_json(report))
         write_card(report, partial / "README.md")

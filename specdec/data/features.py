@@ -11,7 +11,6 @@ from typing import Any
 from specdec.bench.provenance import machine
 from specdec.checkpoints.identity import as_json, check_resumed, hash_of_ends
 from specdec.data.answers import AnswerRow
-from specdec.data.durable import NO_SPACE, write_durably
 from specdec.data.feature_forward import fill_shard
 from specdec.data.feature_index import INDEX, FeatureIndex, Shard, SplitRecord, read_index
 from specdec.data.feature_layout import Counts
@@ -20,6 +19,7 @@ from specdec.data.feature_rows import SplitRows, fingerprint
 from specdec.data.feature_shard import ShardContent
 from specdec.data.feature_size import refuse_what_does_not_fit
 from specdec.data.shard_file import file_hash
+from specdec.files import disk_trouble, write_durably
 from specdec.targets.hf import HFTarget
 
 # A header names a handful of tensors; this is more than it ever has.
@@ -81,7 +81,7 @@ class FeatureExtraction:
             index.is_complete = True
             write_durably(out / INDEX, index.to_bytes())
         except OSError as error:
-            raise _trouble(out, error) from error
+            raise disk_trouble(out, error) from error
         return _summary(index, counts, left / max(time.monotonic() - started, 1e-9))
 
     def _write_files(
@@ -172,21 +172,6 @@ def _first_difference(key: str, ours: Any, theirs: Any) -> str:
         name = next(each for each in ours if ours[each] != theirs.get(each))
         return _first_difference(f"{key}.{name}", ours[name], theirs.get(name))
     return f"{key} is {str(theirs)[:40]}, not {str(ours)[:40]}"
-
-
-def _trouble(out: Path, error: OSError) -> OSError:
-    """The error in words."""
-    if error.errno in NO_SPACE:
-        return OSError(
-            f"no space left in {str(out)!r} ({error.strerror}); finished files are kept: make room "
-            "and give the same command again"
-        )
-    if error.errno is None:
-        return error
-    return PermissionError(
-        f"the output folder {str(out)!r} cannot be written ({error.strerror}); choose another one "
-        "with --out"
-    )
 
 
 def _summary(index: FeatureIndex, counts: Counts, speed: float) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """An append-only file of JSON lines, which a killed run leaves readable."""
 
-import errno
 import json
 import os
 from contextlib import suppress
@@ -8,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from specdec.checkpoints.identity import TARGET, check_resumed, identity_of
-from specdec.data.durable import make_private, private_opener
-
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from specdec.files import (
+    another_run,
+    disk_trouble,
+    make_private,
+    parse_json,
+    private_opener,
+    require_linked,
+)
 
 
 class Journal:
@@ -25,6 +29,7 @@ class Journal:
         identity: facts that make a run the same run, JSON values.
 
     Attributes:
+        path: of the file.
         entries: what earlier runs appended, in order; whoever has read them may clear them.
 
     Raises:
@@ -35,7 +40,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
-        self._path = path
+        self.path = path
         self.entries: list[dict[str, Any]] = []
         try:
             make_private(path.parent)
@@ -66,10 +71,7 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(
-                f"another run is writing to {str(self._path.parent)!r}; wait for it or choose "
-                "another --out folder"
-            ) from error
+            raise another_run(self.path.parent) from error
 
     def _read(self, identity: dict[str, Any]) -> None:
         self._file.seek(0)
@@ -89,14 +91,14 @@ class Journal:
             self._check_identity(header, identity)
 
     def _check_identity(self, found: dict[str, Any] | None, identity: dict[str, Any]) -> None:
-        where = f"{str(self._path.parent)!r} holds answers of another run"
+        where = f"{str(self.path.parent)!r} holds answers of another run"
         fix = "choose another --out folder or remove this one"
         if found is None:
-            raise ValueError(f"{where}: the first line of {self._path.name} is damaged; {fix}")
+            raise ValueError(f"{where}: the first line of {self.path.name} is damaged; {fix}")
         for key in sorted(found.keys() | identity.keys()):
             theirs, ours = found.get(key), identity.get(key)
             if key == TARGET:
-                check_resumed(repr(str(self._path.parent)), theirs, identity_of(ours or {}))
+                check_resumed(repr(str(self.path.parent)), theirs, identity_of(ours or {}))
             elif theirs != ours:
                 raise ValueError(f"{where}: {key} is {theirs!r} there, not {ours!r}; {fix}")
 
@@ -109,8 +111,9 @@ class Journal:
         try:
             self._file.write(_line(row))
             self._file.flush()
+            require_linked(self._file)
         except OSError as error:
-            raise disk_trouble(self._path.parent, error) from error
+            raise disk_trouble(self.path.parent, error) from error
 
     def close(self) -> None:
         """Close the file and let others write to it."""
@@ -121,28 +124,13 @@ class Journal:
             self._file.close()
 
 
-def disk_trouble(folder: Path, error: OSError) -> OSError:
-    """The error in words; one that has been put in words already stays."""
-    if error.errno is None:
-        return error
-    if error.errno in _NO_SPACE:
-        return OSError(
-            f"no space left in {str(folder)!r} ({error.strerror}); what was answered is kept: make "
-            "room and give the same command again"
-        )
-    return PermissionError(
-        f"the output folder {str(folder)!r} cannot be written ({error.strerror}); choose another "
-        "one with --out"
-    )
-
-
 def _line(row: dict[str, Any]) -> bytes:
     return json.dumps(row, separators=(",", ":")).encode() + b"\n"
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError:
         return None
     return row if isinstance(row, dict) else None

@@ -59,6 +59,8 @@ def _query(row: dict[str, Any]) -> Query:
         raise ValueError(f'it has the keys {sorted(row)} but needs either "messages" or "text"')
     if text is not None and not isinstance(text, str):
         raise ValueError(f"text is {text!r} but must be text")
+    if messages is not None and not isinstance(messages, list):
+        raise ValueError(f"messages is {messages!r} but must be a list of messages")
     whole = json.dumps([messages, text], sort_keys=True)
     name = row.get("id") or hashlib.sha256(whole.encode()).hexdigest()[:16]
     return Query(

@@ -82,8 +82,7 @@ def regenerate(
     dialogues = plan_dialogues(queries, settings.temperatures, settings.seed, settings.turns)
     journal = Journal(out / JOURNAL, identity)
     try:
-        answers.replay(dialogues, journal.entries)
-        journal.entries.clear()
+        _replay(answers, dialogues, journal)
         answers.run(dialogues, journal)
     finally:
         journal.close()
@@ -150,8 +149,7 @@ def regenerate_from_endpoint(
     dialogues = plan_dialogues(queries, settings.temperatures, settings.seed, settings.turns)
     journal = Journal(out / JOURNAL, identity)
     try:
-        answers.replay(dialogues, journal.entries)
-        journal.entries.clear()
+        _replay(answers, dialogues, journal)
         asyncio.run(answers.run(dialogues, journal))
     except EndpointDownError:
         for dialogue in dialogues:
@@ -170,6 +168,17 @@ def regenerate_from_endpoint(
         "provenance": where,
     }
     return _written(out, dialogues, facts, chat.tokenizer)
+
+
+def _replay(answers: Any, dialogues: Sequence[Dialogue], journal: Journal) -> None:
+    try:
+        answers.replay(dialogues, journal.entries)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"a line of {str(journal.path)!r} holds no answer of this run ({error}); remove the "
+            "line, or the folder"
+        ) from error
+    journal.entries.clear()
 
 
 def _written(

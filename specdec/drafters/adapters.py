@@ -8,6 +8,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from specdec.checkpoints.folder import read_json
 from specdec.hub import find_checkpoint
 from specdec.targets.load import LOADING
 
@@ -89,7 +90,7 @@ def _check_base(model: Any, folder: Path) -> None:
             f"adapter {str(folder)!r} has no adapter_model.safetensors; other formats are not read"
         )
     path = folder / _BASE_FILE
-    if path.is_file() and json.loads(path.read_text())["embedding"] != base_mark(model):
+    if path.is_file() and read_json(path).get("embedding") != base_mark(model):
         raise ValueError(
             f"adapter {str(folder)!r} was trained on another base than this model: their "
             "embeddings differ; load it with the path of its own base"

@@ -14,10 +14,10 @@ from specdec.analysis.texts import Text, target_answers
 from specdec.bench.config import ArmConfig, BenchConfig
 from specdec.bench.prompts import load_prompts, render
 from specdec.bench.provenance import collect, fingerprint
-from specdec.bench.store import replace_file
 from specdec.bench.turns import unfold_turns
 from specdec.checkpoints.identity import TARGET, as_json, identify_target
 from specdec.data.journal import Journal
+from specdec.files import replace_file
 from specdec.planning.candidates import Family, families
 from specdec.planning.costs import Costs
 from specdec.planning.finals import confirm

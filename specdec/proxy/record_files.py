@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from specdec.data.durable import make_private
+from specdec.files import make_private
 
 _NAME = re.compile(r"requests-(\d{5,})\.jsonl")
 _BLOCK = 65536

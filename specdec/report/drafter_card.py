@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from specdec.checkpoints.folder import write_files
+from specdec.files import replace_file
 from specdec.hub import HUB
 
 _KINDS = {
@@ -26,7 +26,7 @@ def write_drafter_card(
         folder: of the drafter.
         answers: content of the `answers.json` of the data; None where there is none.
     """
-    write_files(folder, {"README.md": drafter_card(results, answers).encode()})
+    replace_file(folder / "README.md", drafter_card(results, answers).encode())
 
 
 def drafter_card(results: dict[str, Any], answers: dict[str, Any] | None = None) -> str:

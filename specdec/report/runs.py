@@ -1,12 +1,12 @@
 """What a report reads: folders of measurements, recognised by the schema of their files."""
 
-import json
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from specdec.files import parse_json
 from specdec.report.content import part, read_content
 from specdec.report.older import renew
 
@@ -124,7 +124,7 @@ def _run(folder: Path, name: str, label: str) -> Run:
 
 def _content(file: Path) -> dict[str, Any]:
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = parse_json(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{str(file)!r} is no JSON ({error}); run it again") from error
     if not isinstance(data, dict):

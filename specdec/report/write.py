@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from specdec.bench.store import replace_file
+from specdec.files import replace_file
 from specdec.provenance import code
 from specdec.report.blocks import Section
 from specdec.report.document import Document, build_document
@@ -33,16 +33,24 @@ def write_report(folders: Sequence[Path], out: Path, allowed: Sequence[str] = ()
         FileNotFoundError, ValueError: see `read_runs` and `build_document`.
         OSError: the folder cannot be written.
     """
-    document = build_document(read_runs(folders), allowed)
-    found = report_json(document)
+    try:
+        document = build_document(read_runs(folders), allowed)
+        found = report_json(document)
+        page, text = html_page(document), markdown(document)
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        names = ", ".join(repr(str(folder)) for folder in folders)
+        raise ValueError(
+            f"a file of {names} does not hold what a run writes ({type(error).__name__}: {error}); "
+            "restore it, or run it again"
+        ) from error
     out.mkdir(parents=True, exist_ok=True)
     for section in document.sections:
         for figure in section.figures:
             replace_file(out / f"{figure.id}.png", figure.png)
-    replace_file(out / "index.html", html_page(document).encode())
-    replace_file(out / "report.md", markdown(document).encode())
-    text = json.dumps(found, indent=1, allow_nan=False) + "\n"
-    replace_file(out / "report.json", text.encode())
+    replace_file(out / "index.html", page.encode())
+    replace_file(out / "report.md", text.encode())
+    whole = json.dumps(found, indent=1, allow_nan=False) + "\n"
+    replace_file(out / "report.json", whole.encode())
     return found
 
 

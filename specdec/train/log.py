@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from specdec.checkpoints.folder import write_files
+from specdec.files import disk_trouble, parse_json, replace_file, require_linked
 
 
 class TrainLog:
@@ -19,18 +19,26 @@ class TrainLog:
     def __init__(self, path: Path, step: int, is_writer: bool = True) -> None:
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         self.records = [record for record in map(_parsed, lines) if 0 < record["step"] <= step]
-        self._file = None
+        self._file, self._folder = None, path.parent
         if is_writer:
             kept = "".join(json.dumps(record) + "\n" for record in self.records)
-            write_files(path.parent, {path.name: kept.encode()})
+            replace_file(path, kept.encode())
             self._file = path.open("a", encoding="utf-8")
 
     def add(self, record: dict[str, Any]) -> None:
-        """Append a record, which has "kind" and "step"; it outlives the process at once."""
+        """Append a record, which has "kind" and "step"; it outlives the process at once.
+
+        Raises:
+            OSError: it could not be written, in words.
+        """
         self.records.append(record)
         if self._file:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps(record) + "\n")
+                self._file.flush()
+                require_linked(self._file)
+            except OSError as error:
+                raise disk_trouble(self._folder, error) from error
 
     def last(self, kind: str) -> dict[str, Any] | None:
         """The newest record of a kind."""
@@ -45,7 +53,7 @@ class TrainLog:
 def _parsed(line: bytes) -> dict[str, Any]:
     """The record of a line; step 0 for one that was never finished."""
     try:
-        record = json.loads(line) if line.endswith(b"\n") else None
+        record = parse_json(line) if line.endswith(b"\n") else None
     except ValueError:
         record = None
     return record if isinstance(record, dict) and "step" in record else {"step": 0}

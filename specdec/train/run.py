@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 
 from specdec.analysis.walk import DraftShape
 from specdec.checkpoints import TargetIdentity
-from specdec.checkpoints.folder import write_files
 from specdec.checkpoints.identity import TARGET, as_json
+from specdec.files import replace_file, whole_folder
 from specdec.targets.load import find_device
 from specdec.train.config import TrainConfig
 from specdec.train.data import Split
@@ -83,7 +83,7 @@ def run_training(
     folder = RunFolder(out, _identity(config, materials.identity, split, accelerator.num_processes))
     folder.prepare()
     if accelerator.is_main_process:
-        write_files(out, {"config.yaml": OmegaConf.to_yaml(OmegaConf.structured(config)).encode()})
+        replace_file(out / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
     with seeded(accelerator.device, config.seed):
         trainee, vocabulary = make_trainee(config, target, materials.identity, split)
     source = materials.source(trainee)
@@ -97,7 +97,8 @@ def run_training(
         expected = None if gate is None else gate.predict(trainee, accelerator.autocast)
     options = trainee.drafter(out / "drafter")
     results = training_results(trainer, vocabulary, materials.where, materials.identity, options)
-    trainee.export(out / "drafter", remembered(config, results), weights)
+    with whole_folder(out / "drafter") as partial:
+        trainee.export(partial, remembered(config, results), weights)
     if gate is not None and expected is not None:
         measured = gate.measure({**results["drafter"], **trainee.chain(config.eval_depth)})
         features = None
@@ -107,7 +108,7 @@ def run_training(
         results["parity"] = gate.compare(expected, measured, features)
         trainee.remember(out / "drafter", remembered(config, results))
     text = json.dumps(results, indent=1, allow_nan=False) + "\n"
-    write_files(out, {"results.json": text.encode()})
+    replace_file(out / "results.json", text.encode())
     require_parity(results)
     return results
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from specdec.checkpoints.folder import read_json
 from specdec.checkpoints.identity import TARGET, check_resumed, identity_of
-from specdec.data.durable import NO_SPACE, write_durably
+from specdec.files import NO_SPACE, disk_trouble, sync, write_durably
 from specdec.train.tensor_files import write_tensors
 from specdec.train.together import in_first_process
 
@@ -80,9 +81,16 @@ class RunFolder:
         found = self._all()
         if not found:
             return None
-        content = json.loads((found[-1] / "progress.json").read_text())
-        self._check_identity(content["identity"])
-        return Saved(Progress(**content["progress"]), found[-1], content.get("scaler", {}))
+        content = read_json(found[-1] / "progress.json")
+        try:
+            identity, progress = dict(content["identity"]), Progress(**content["progress"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"the checkpoint {str(found[-1])!r} is damaged: progress.json does not say how far "
+                "it is; remove it, and the same command resumes from the one before"
+            ) from error
+        self._check_identity(identity)
+        return Saved(progress, found[-1], content.get("scaler", {}))
 
     def path(self, step: int) -> Path:
         """Of the checkpoint behind so many steps."""
@@ -118,14 +126,12 @@ class RunFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
             for partial in self.folder.glob(".checkpoint-*.partial"):
                 shutil.rmtree(partial)
-        except (PermissionError, FileExistsError, NotADirectoryError) as error:
-            raise PermissionError(
-                f"the output folder {str(self.folder)!r} cannot be written ({error.strerror}); "
-                "choose another one with --out"
-            ) from error
+        except OSError as error:
+            raise disk_trouble(self.folder, error) from error
 
     def _finish(self, partial: Path, step: int) -> None:
         os.replace(partial, self.path(step))
+        sync(self.folder)
         for old in self._all()[:-KEPT]:
             # Renamed first: a kill in between must not leave a half-removed checkpoint.
             doomed = old.with_name(f".{old.name}.partial")
@@ -163,7 +169,7 @@ class RunFolder:
 
 
 def _begin(partial: Path, text: str) -> None:
-    partial.mkdir(parents=True)
+    partial.mkdir()
     write_durably(partial / "progress.json", text.encode())
 
 

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from specdec.checkpoints.folder import write_files
+from specdec.files import replace_file
 
 
 def write_training(folder: Path, training: dict[str, Any]) -> None:
     """Write `training.json`."""
     text = json.dumps(training, indent=1, allow_nan=False) + "\n"
-    write_files(folder, {"training.json": text.encode()})
+    replace_file(folder / "training.json", text.encode())

@@ -6,7 +6,8 @@ import resource
 import pytest
 
 from specdec.bench.outcome import Memory, Outcome, Run
-from specdec.bench.store import RunStore, replace_file
+from specdec.bench.store import RunStore
+from specdec.files import replace_file
 from specdec.metrics import StepRecord
 
 
@@ -109,7 +110,7 @@ def test_a_full_disk_keeps_the_batches_before_it(tmp_path, small_disk):
     store = RunStore(tmp_path, "a")
     first = outcome(run(2))
     store.add((0, 0, "model"), first)
-    with pytest.raises(OSError, match=r"no space left.*are kept.*same command again") as raised:
+    with pytest.raises(OSError, match=r"no space left.*is kept.*same command again") as raised:
         store.add((0, 1, "model"), outcome(run(50)))
     assert not isinstance(raised.value, PermissionError)
     store.close()

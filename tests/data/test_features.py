@@ -108,7 +108,7 @@ def test_a_disk_that_fills_up_midway_loses_nothing(tmp_path, small_files):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[0] + 16, hard))
     try:
-        with pytest.raises(OSError, match=r"no space left.*finished files are kept"):
+        with pytest.raises(OSError, match=r"no space left.*what was finished is kept"):
             extraction(path, target).run(out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -9,7 +9,7 @@ import pytest
 from fake_upstream import PATIENCE_S, answer, chat
 
 from specdec.data.journal import Journal
-from specdec.data.whole_folder import whole_folder
+from specdec.files import whole_folder
 from specdec.proxy.guard import hosts_of
 from specdec.proxy.record_files import RecordFiles
 

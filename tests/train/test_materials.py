@@ -8,7 +8,7 @@ from tiny_features import extraction, write_folder
 from tiny_models import tiny_llama
 from tiny_training import answer_rows, logged, tiny_config
 
-from specdec.checkpoints.folder import read_json, write_files
+from specdec.checkpoints.folder import read_json
 from specdec.data.feature_store import FeatureStore
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
@@ -118,7 +118,7 @@ def test_answers_of_another_target_are_refused(made, tmp_path):
     write_folder(folder, rows)
     manifest = read_json(folder / "answers.json")
     manifest["target"] = {"name": "theirs", "weights": "ab" * 32, "vocab_size": 97}
-    write_files(folder, {"answers.json": json.dumps(manifest).encode()})
+    (folder / "answers.json").write_text(json.dumps(manifest))
     config = config_of(made, tmp_path, "medusa", folder)
     with pytest.raises(ValueError, match="were written by target 'theirs' with weights abababab"):
         run_training(config, tmp_path / "out")

@@ -16,7 +16,6 @@ from specdec.bench.prompts import load_prompts
 from specdec.bench.provenance import machine
 from specdec.bench.runner import GreedyMismatchError
 from specdec.bench.speed import faster_than_tau
-from specdec.bench.store import replace_file
 from specdec.bench.suites.ask import Group
 from specdec.bench.suites.calls import build_arms, measure_call, sampling_of, warm_up
 from specdec.bench.suites.concurrent import concurrent_groups
@@ -38,6 +37,7 @@ from specdec.bench.suites.store import SuiteStore
 from specdec.bench.suites.summary import calls_of, describe, summarise
 from specdec.bench.suites.texts import TextPool
 from specdec.bench.summary import peak_memory
+from specdec.files import replace_file
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
 

@@ -1,14 +1,15 @@
 """The folder of a suite: a line a finished call, so that a killed run resumes."""
 
 import json
+import os
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from specdec.bench.outcome import Key, Memory
-from specdec.bench.store import replace_file
 from specdec.bench.suites.served import Call, Power, Served
+from specdec.files import disk_trouble, parse_json, replace_file, require_linked
 from specdec.metrics import StepRecord
 
 RECORDS = "suite-records.jsonl"
@@ -49,7 +50,8 @@ class SuiteStore:
         kept = [first]
         for line in rows:
             row = _parsed(line)
-            if row:
+            # A line that is whole and says something else is one more that is damaged.
+            with suppress(KeyError, TypeError, AttributeError, ValueError):
                 self.done[(row["repeat"], row["call"], row["arm"])] = _call(row)
                 kept.append(line)
         if self.done and head != first:
@@ -79,16 +81,16 @@ class SuiteStore:
         try:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
+            require_linked(self._file)
         except OSError as error:
-            raise OSError(
-                f"{str(self._path)!r} could not be written ({error.strerror}); finished calls are "
-                "kept: make room and give the same command again"
-            ) from error
+            raise disk_trouble(self._folder, error) from error
         self.done[key] = call
 
     def close(self) -> None:
-        """Close the file; what was added is on disk already."""
+        """Close the file, and wait until what was added is on the disk."""
         # What a full disk refused is flushed once more here, and `add` has complained already.
+        with suppress(OSError):
+            os.fsync(self._file.fileno())
         with suppress(OSError):
             self._file.close()
 
@@ -96,7 +98,7 @@ class SuiteStore:
 def _parsed(line: bytes) -> dict[str, Any]:
     """The row of a line; nothing for one that was never finished."""
     try:
-        row = json.loads(line) if line.endswith(b"\n") else {}
+        row = parse_json(line) if line.endswith(b"\n") else {}
     except ValueError:
         return {}
     return row if isinstance(row, dict) else {}

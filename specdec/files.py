@@ -1,0 +1,247 @@
+"""Files and folders that are there whole or not at all, and folders that one run has to itself."""
+
+import ctypes
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LOCK = ".lock"
+_AT_CWD, _SWAP = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fs.h
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text whose objects hold no key twice.
+
+    Raises:
+        ValueError: it is no such text.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} is there twice")
+    return found
+
+
+def disk_trouble(folder: Path, error: OSError) -> OSError:
+    """The error in words; one that has been put in words already stays."""
+    if error.errno is None:
+        return error
+    if error.errno in NO_SPACE:
+        return OSError(
+            f"no space left in {str(folder)!r} ({error.strerror}): the disk is full; what was "
+            "finished is kept: make room and give the same command again"
+        )
+    if error.errno == errno.ENOENT:
+        return FileNotFoundError(
+            f"the output folder {str(folder)!r}, or a file in it, was removed during the run; give "
+            "the same command again, or choose another one with --out"
+        )
+    return PermissionError(
+        f"the output folder {str(folder)!r} cannot be written ({error.strerror}); choose another "
+        "one with --out"
+    )
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, for their owner alone."""
+    for each in [*reversed(folder.parents), folder]:
+        if not each.is_dir():
+            each.mkdir(mode=0o700, exist_ok=True)
+
+
+def private_opener(path: str, flags: int) -> int:
+    """Open a file for its owner alone; an `opener` of `open`."""
+    opened = os.open(path, flags | os.O_NOFOLLOW, 0o600)
+    os.fchmod(opened, 0o600)  # it may have been there before
+    return opened
+
+
+def make_all_private(folder: Path) -> None:
+    """Take from others what they may do with a folder and all that is in it."""
+    for path in [folder, *folder.rglob("*")]:
+        if not path.is_symlink():
+            path.chmod(0o700 if path.is_dir() else 0o600)
+
+
+@contextmanager
+def locked(folder: Path, file: Path | None = None, *, is_writer: bool = True) -> Iterator[None]:
+    """Have a folder to oneself; it is made if it is not there.
+
+    Args:
+        folder: that is written to.
+        file: to lock in place of one in the folder, for a folder that is replaced.
+        is_writer: of several processes of one run only one takes the lock.
+
+    Raises:
+        ValueError: another run has it.
+        OSError: it cannot be written.
+    """
+    if not is_writer:
+        yield
+        return
+    import fcntl
+
+    path = file or folder.expanduser() / _LOCK
+    try:
+        if file is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        else:  # a collection's, which is its owner's alone
+            make_private(path.parent)
+        opened = path.open("a")
+    except OSError as error:
+        raise disk_trouble(path.parent, error) from error
+    with opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise another_run(folder) from error
+        yield
+
+
+def require_linked(file: IO[Any]) -> None:
+    """Refuse to go on writing to a file that was removed, which would tell nothing.
+
+    Raises:
+        OSError: it has no name any more.
+    """
+    if os.fstat(file.fileno()).st_nlink == 0:
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+
+def another_run(folder: Path) -> ValueError:
+    """The error of a folder that is taken."""
+    return ValueError(
+        f"another run is writing to {str(folder)!r}; wait for it or choose another --out folder"
+    )
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file under another name, wait until it is on the disk, then name it.
+
+    Raises:
+        OSError: it could not be written; nothing is left of it.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync(path.parent)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file as `write_durably`, with errors in words."""
+    try:
+        write_durably(path, content)
+    except OSError as error:
+        raise disk_trouble(path.parent, error) from error
+
+
+@contextmanager
+def whole_folder(folder: Path, *, private: bool = False) -> Iterator[Path]:
+    """A new folder to write into; it takes the place of `folder` when the block ends well.
+
+    Until then, and after a crash, what stood there before stays. Files and folders in it that the
+    new one does not have are carried over. A link stays a link: the folder behind it is replaced.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of what was.
+    """
+    folder = folder.resolve()
+    partial, before = _beside(folder, "partial"), _beside(folder, "before")
+    try:
+        if folder.exists() and (folder.is_mount() or not folder.is_dir()):
+            what = "mount point" if folder.is_mount() else "file"
+            raise OSError(errno.EBUSY, f"it is a {what}; give a folder in its place, or in it")
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed run
+        if private:
+            make_private(partial)
+        else:
+            partial.mkdir(parents=True)
+        yield partial
+        if private:
+            make_all_private(partial)
+        for path in [partial, *partial.rglob("*")]:
+            sync(path)
+        if folder.exists():
+            _carry_over(folder, partial)
+            if not private:
+                shutil.copymode(folder, partial)
+            _swap(folder, partial, before)
+        else:
+            partial.rename(folder)
+        sync(folder.parent)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        restore(folder)
+        if isinstance(error, OSError):
+            raise disk_trouble(folder if folder.exists() else folder.parent, error) from error
+        raise
+    for old in (partial, before):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def restore(folder: Path) -> None:
+    """Undo what a run did that was killed while it exchanged the folder for the new one."""
+    before = _beside(folder, "before")
+    if before.exists() and not folder.exists():
+        before.rename(folder)
+
+
+def _carry_over(old: Path, new: Path) -> None:
+    for path in old.iterdir():
+        if path.is_symlink() or path.is_file():
+            if not os.path.lexists(new / path.name):
+                _link(path, new / path.name)
+        elif path.is_dir() and not (new / path.name).exists():
+            shutil.copytree(path, new / path.name, symlinks=True, copy_function=_link)
+
+
+def _link(source: str | Path, destination: str | Path) -> None:
+    try:
+        os.link(source, destination, follow_symlinks=False)
+    except OSError:  # a file system without links
+        shutil.copy2(source, destination, follow_symlinks=False)
+
+
+def _swap(folder: Path, partial: Path, before: Path) -> None:
+    """Exchange them in one step where the system can, else in two, which `restore` can undo."""
+    exchange = getattr(ctypes.CDLL(None), "renameat2", None)
+    names = os.fsencode(folder), os.fsencode(partial)
+    if exchange is None or exchange(_AT_CWD, names[0], _AT_CWD, names[1], _SWAP) != 0:
+        shutil.rmtree(before, ignore_errors=True)
+        folder.rename(before)
+        partial.rename(folder)
+
+
+def _beside(folder: Path, what: str) -> Path:
+    return folder.with_name(f".{folder.name}.{what}")
+
+
+def sync(path: Path) -> None:
+    """Make a file, or the names in a folder, last; only Linux and macOS can and need to."""
+    if os.name == "posix":
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
