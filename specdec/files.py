@@ -106,9 +106,15 @@ def locked(folder: Path, file: Path | None = None, *, is_writer: bool = True) ->
     with opened:
         try:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            require_linked(opened)  # or a run that ends just now has removed it
+        except (BlockingIOError, FileNotFoundError) as error:
             raise another_run(folder) from error
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if os.path.samestat(path.stat(), os.fstat(opened.fileno())):
+                    path.unlink()
 
 
 def require_linked(file: IO[Any]) -> None:

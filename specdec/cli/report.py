@@ -20,11 +20,9 @@ def report(
     ] = None,
 ) -> None:
     """Put measurements into one page: tables, pictures, comparisons."""
-    from specdec.files import locked
     from specdec.report.write import write_report
 
-    with locked(out):
-        found = write_report(runs, out, allow or [])
+    found = write_report(runs, out, allow or [])
     for warning in found["warnings"]:
         typer.echo(f"specdec: {warning}", err=True)
     typer.echo(f"Page: {out / 'index.html'}\nMarkdown: {out / 'report.md'}")

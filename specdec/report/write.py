@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from specdec.files import replace_file
+from specdec.files import locked, replace_file
 from specdec.provenance import code
 from specdec.report.blocks import Section
 from specdec.report.document import Document, build_document
@@ -43,14 +43,14 @@ def write_report(folders: Sequence[Path], out: Path, allowed: Sequence[str] = ()
             f"a file of {names} does not hold what a run writes ({type(error).__name__}: {error}); "
             "restore it, or run it again"
         ) from error
-    out.mkdir(parents=True, exist_ok=True)
-    for section in document.sections:
-        for figure in section.figures:
-            replace_file(out / f"{figure.id}.png", figure.png)
-    replace_file(out / "index.html", page.encode())
-    replace_file(out / "report.md", text.encode())
     whole = json.dumps(found, indent=1, allow_nan=False) + "\n"
-    replace_file(out / "report.json", whole.encode())
+    with locked(out):
+        for section in document.sections:
+            for figure in section.figures:
+                replace_file(out / f"{figure.id}.png", figure.png)
+        replace_file(out / "index.html", page.encode())
+        replace_file(out / "report.md", text.encode())
+        replace_file(out / "report.json", whole.encode())
     return found
 
 

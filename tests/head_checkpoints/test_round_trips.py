@@ -1,7 +1,6 @@
 """What is written comes back, bit for bit and option for option, from every layout."""
 
 import json
-import os
 from dataclasses import replace
 
 import pytest
@@ -118,10 +117,10 @@ def test_a_crash_while_writing_leaves_the_old_files_whole(tmp_path, monkeypatch)
     write_head(written, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def crash(source, destination):
+    def crash(*folders):
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(os, "replace", crash)
+    monkeypatch.setattr("specdec.files._swap", crash)
     with pytest.raises(OSError, match="the disk is gone"):
         write_head(replace(written, training={"step": 2}), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
