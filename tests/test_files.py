@@ -1,6 +1,7 @@
 """Folders that are replaced whole, and folders that one run has to itself."""
 
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
@@ -9,7 +10,11 @@ import pytest
 from typer.testing import CliRunner
 
 from specdec import files
+from specdec.bench.prompts import load_prompts
+from specdec.bench.records import read_records
+from specdec.checkpoints.folder import read_json
 from specdec.cli import app
+from specdec.data.query_files import read_query_splits
 from specdec.files import disk_trouble, locked, replace_file, restore, whole_folder
 
 
@@ -146,3 +151,49 @@ def test_a_command_refuses_a_folder_that_another_run_writes_to(tmp_path, monkeyp
         done = CliRunner().invoke(app, [name, *rest, "--out", "out"])
     assert done.exit_code == 2, done.output
     assert "another run is writing to 'out'; wait for it or choose another --out" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{" + b'"a": {' * 100_000, "nested too deeply"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' is there twice"),
+        (b'{"a": "\0"}', "control character"),
+        (b"\xff", "codec can't decode"),
+        (b"1" * 5000, "limit"),
+        (b"[]", "holds list"),
+        (None, r"has no it\.json"),
+    ],
+)
+def test_a_file_that_is_no_json_object_is_told_in_words(tmp_path, content, message):
+    path = tmp_path / "it.json"
+    if content is None:
+        os.mkfifo(path)  # which nobody writes to
+    else:
+        path.write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        read_json(path)
+    with pytest.raises((ValueError, FileNotFoundError), match=r"it\.json"):
+        load_prompts(str(path), 1)
+    with pytest.raises((ValueError, FileNotFoundError), match=r"it\.json"):
+        read_query_splits(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_what_is_read(tmp_path):
+    (tmp_path / "it.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    (tmp_path / "it.txt").write_bytes(b"\xef\xbb\xbfhello\n")
+    assert read_json(tmp_path / "it.json") == {"a": 1}
+    assert load_prompts(str(tmp_path / "it.txt"), 1)[0].text == "hello"
+
+
+def test_lines_of_records_that_say_something_else_are_passed_over(tmp_path):
+    lines = [
+        {"kind": "run", "config_fingerprint": "mark"},
+        {"kind": "step", "repeat": 0},
+        {"kind": "call"},
+        {"kind": []},
+        {},
+    ]
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, 3, [1]]))
+    assert read_records(path, "mark", tmp_path).done == {}
