@@ -137,7 +137,6 @@ def test_only_one_run_has_a_folder(tmp_path):
         "plan --roofline recipes/roofline-70b.yaml",
         "features nothing --target demo",
         "train recipes/demo/eagle.yaml data.path=nothing",
-        "regenerate queries.jsonl --target demo",
         "collect queries.jsonl",
     ],
 )

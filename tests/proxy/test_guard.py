@@ -144,7 +144,7 @@ def modes(folder):
 
 
 def test_collections_are_their_owners_alone_whatever_the_umask(tmp_path, open_umask):
-    with whole_folder(tmp_path / "a" / "b" / "collected") as partial:
+    with whole_folder(tmp_path / "a" / "b" / "collected", private=True) as partial:
         (partial / "part").mkdir()
         (partial / "part" / "data").write_text("x")
     Journal(tmp_path / "c" / "answers" / "journal.jsonl", {}).close()
