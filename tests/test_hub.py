@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+from tiny_models import tiny_target
 
 from specdec import load_drafter, load_target
 from specdec.bench.prompts import load_prompts
@@ -12,6 +13,7 @@ from specdec.data.query_source import open_source
 from specdec.hub import find_path
 from specdec.targets.ends import load_ends
 
+TARGET = tiny_target()
 PATHS = """
 runs/target logs/prod Models/x target ./x ../x ~/x /x/y a/b/c a\\b x.jsonl owner/x.JSON a/ a//b
 x/model.safetensors mine/target ~nobody/x .hidden a:b -x
@@ -44,8 +46,8 @@ def test_a_name_that_looks_like_a_path_is_never_a_hub_id(here, name):
     "load",
     [
         *(load_target, load_ends, read_head, load_chat, open_source),
-        lambda name: load_drafter({"type": "eagle3", "path": name}, None),
-        lambda name: load_drafter({"type": "draft_model", "path": name, "device": "cpu"}, None),
+        lambda name: load_drafter({"type": "eagle3", "path": name}, TARGET),
+        lambda name: load_drafter({"type": "draft_model", "path": name, "device": "cpu"}, TARGET),
         lambda name: load_prompts("gsm8k", 1, name),
     ],
 )
