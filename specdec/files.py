@@ -27,6 +27,15 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
+def parse_line(line: bytes) -> dict[str, Any]:
+    """The object of a JSON line; nothing for one that is damaged or was never finished."""
+    try:
+        row = parse_json(line) if line.endswith(b"\n") else {}
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -106,7 +115,7 @@ def locked(folder: Path, file: Path | None = None, *, is_writer: bool = True) ->
     with opened:
         try:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            require_linked(opened)  # or a run that ends just now has removed it
+            _require_linked(opened)  # or a run that ends just now has removed it
         except (BlockingIOError, FileNotFoundError) as error:
             raise another_run(folder) from error
         try:
@@ -117,14 +126,29 @@ def locked(folder: Path, file: Path | None = None, *, is_writer: bool = True) ->
                     path.unlink()
 
 
-def require_linked(file: IO[Any]) -> None:
-    """Refuse to go on writing to a file that was removed, which would tell nothing.
+def append(file: IO[Any], content: str | bytes, folder: Path) -> None:
+    """Add to a file of `folder`; a killed process loses nothing of it. Errors are in words."""
+    try:
+        file.write(content)
+        file.flush()
+        _require_linked(file)
+    except OSError as error:
+        raise disk_trouble(folder, error) from error
 
-    Raises:
-        OSError: it has no name any more.
-    """
+
+def close_durably(file: IO[Any]) -> None:
+    """Close a file, and wait until what was added is on the disk."""
+    # What a full disk refused is flushed once more here, and `append` has complained already.
+    with suppress(OSError):
+        os.fsync(file.fileno())
+    with suppress(OSError):
+        file.close()
+
+
+def _require_linked(file: IO[Any]) -> None:
+    """Refuse to go on with a file that was removed: writing to it would tell nothing."""
     if os.fstat(file.fileno()).st_nlink == 0:
-        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
 
 def another_run(folder: Path) -> ValueError:
@@ -134,7 +158,7 @@ def another_run(folder: Path) -> ValueError:
     )
 
 
-def write_durably(path: Path, content: bytes) -> None:
+def write_durably(path: Path, content: bytes, private: bool = False) -> None:
     """Write a file under another name, wait until it is on the disk, then name it.
 
     Raises:
@@ -142,7 +166,7 @@ def write_durably(path: Path, content: bytes) -> None:
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("wb") as file:
+        with open(partial, "wb", opener=private_opener if private else None) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -154,10 +178,10 @@ def write_durably(path: Path, content: bytes) -> None:
         raise
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes, private: bool = False) -> None:
     """Write a file as `write_durably`, with errors in words."""
     try:
-        write_durably(path, content)
+        write_durably(path, content, private)
     except OSError as error:
         raise disk_trouble(path.parent, error) from error
 
@@ -175,6 +199,7 @@ def whole_folder(folder: Path, *, private: bool = False) -> Iterator[Path]:
     folder = folder.resolve()
     partial, before = _beside(folder, "partial"), _beside(folder, "before")
     try:
+        restore(folder)
         if folder.exists() and (folder.is_mount() or not folder.is_dir()):
             what = "mount point" if folder.is_mount() else "file"
             raise OSError(errno.EBUSY, f"it is a {what}; give a folder in its place, or in it")

@@ -10,8 +10,9 @@ from safetensors.numpy import load_file, save
 
 from specdec.analysis.evidence import Array, Evidence
 from specdec.checkpoints import TargetIdentity
+from specdec.checkpoints.folder import read_json
 from specdec.checkpoints.identity import as_json, check_resumed
-from specdec.files import parse_json, replace_file
+from specdec.files import disk_trouble, parse_json, replace_file
 
 RESULT, EVIDENCE = "analysis.json", "evidence.safetensors"
 _FIELDS = tuple(Evidence.__dataclass_fields__)
@@ -36,15 +37,12 @@ class AnalysisStore:
         try:
             self._parts.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise PermissionError(
-                f"the output folder {str(folder)!r} cannot be written ({error.strerror}); choose "
-                "another one with --out"
-            ) from error
-        mark = self._parts / "fingerprint"
+            raise disk_trouble(folder, error) from error
+        known, mark = self._parts / "target", self._parts / "fingerprint"
         written_by = mark.read_text() if mark.is_file() else "its fingerprint is gone"
         # A run that finished no drafter leaves a folder that serves any configuration.
         if not any(self._parts.glob("*.json")):
-            replace_file(self._parts / "target", json.dumps(as_json(target)).encode())
+            replace_file(known, json.dumps(as_json(target)).encode())
             replace_file(mark, fingerprint.encode())
         elif written_by != fingerprint:
             raise ValueError(
@@ -52,9 +50,7 @@ class AnalysisStore:
                 f"({written_by}, not {fingerprint}); choose another --out folder or remove this one"
             )
         else:
-            known = self._parts / "target"
-            written = json.loads(known.read_text()) if known.is_file() else None
-            check_resumed(repr(str(folder)), written, target)
+            check_resumed(folder, read_json(known) if known.is_file() else None, as_json(target))
 
     def read(self, index: int) -> dict[str, Any] | None:
         """What is said of drafter `index`; None where it is not finished."""

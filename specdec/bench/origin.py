@@ -7,13 +7,7 @@ from typing import Any
 
 from specdec.bench.arm_marks import checkpoint_mark, plan_mark
 from specdec.bench.config import ArmConfig
-from specdec.checkpoints.identity import (
-    TARGET,
-    as_json,
-    check_resumed,
-    identify_target,
-    identity_of,
-)
+from specdec.checkpoints.identity import TARGET, as_json, check_resumed, identify_target
 from specdec.files import parse_json, replace_file
 
 ORIGIN = "origin.json"
@@ -98,7 +92,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _compare(folder: Path, earlier: dict[str, Any], now: dict[str, Any]) -> None:
     for name, value in now.items():
         if name == TARGET:
-            check_resumed(repr(str(folder)), earlier.get(name), identity_of(value))
+            check_resumed(folder, earlier.get(name), value)
         elif name in earlier and earlier[name] != value:
             raise ValueError(
                 f"{str(folder)!r} holds calls with another origin: {name} was {earlier[name]!r} "

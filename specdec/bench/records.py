@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.bench.outcome import Key, Memory, Outcome, Run
-from specdec.files import parse_json
+from specdec.files import parse_line
 from specdec.metrics import StepRecord
 
 RECORDS = "records.jsonl"
@@ -61,7 +61,7 @@ def read_records(path: Path, fingerprint: str, folder: Path) -> Records:
     kept: list[bytes] = []
     written_by = None
     for line in lines:
-        row = _parsed(line)
+        row = parse_line(line)
         # A line that is whole and says something else is one more that is damaged.
         with suppress(KeyError, TypeError, AttributeError, IndexError, StopIteration):
             kind = row.pop("kind")
@@ -89,15 +89,6 @@ def _check_origin(written_by: str | None, fingerprint: str, folder: Path) -> Non
             f"prompts ({written_by or 'its first line is damaged'}, not {fingerprint}); choose "
             "another --out folder or remove this one"
         )
-
-
-def _parsed(line: bytes) -> dict[str, Any]:
-    """The row of a line; nothing for one that is damaged or was never finished."""
-    try:
-        row = parse_json(line) if line.endswith(b"\n") else {}
-    except ValueError:
-        return {}
-    return row if isinstance(row, dict) else {}
 
 
 def _take_key(row: dict[str, Any]) -> Key:

@@ -1,15 +1,13 @@
 """The folder of a run: records are appended as they come, so that a killed run resumes."""
 
 import json
-import os
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from specdec.bench.outcome import Key, Outcome
 from specdec.bench.records import RECORDS, SHARDS, read_records, read_run
-from specdec.files import disk_trouble, replace_file, require_linked
+from specdec.files import append, close_durably, disk_trouble, replace_file
 
 
 class RunStore:
@@ -43,8 +41,7 @@ class RunStore:
                 self._repair(fingerprint)
             self._file = self._path.open("a", encoding="utf-8")
             if not self._path.stat().st_size:
-                self._write({"kind": "run", "config_fingerprint": fingerprint})
-                self._file.flush()
+                append(self._file, _line("run", config_fingerprint=fingerprint), folder)
         except OSError as error:
             raise disk_trouble(folder, error) from error
 
@@ -73,23 +70,14 @@ class RunStore:
             "wall_s": outcome.wall_s,
             "memory": asdict(outcome.memory),
         }
-        try:
-            for record in records:
-                self._write({"kind": "step", **where, **asdict(record)})
-            self._write({"kind": "call", **where, **call})
-            self._file.flush()
-            require_linked(self._file)
-        except OSError as error:
-            raise disk_trouble(self._folder, error) from error
+        lines = [_line("step", **where, **asdict(record)) for record in records]
+        append(self._file, "".join(lines) + _line("call", **where, **call), self._folder)
         self.done[key] = outcome
 
     def close(self) -> None:
         """Close the file, and wait until what was added is on the disk."""
-        # What a full disk refused is flushed once more here, and `add` has complained already.
-        with suppress(OSError):
-            os.fsync(self._file.fileno())
-        with suppress(OSError):
-            self._file.close()
+        close_durably(self._file)
 
-    def _write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+
+def _line(kind: str, **row: Any) -> str:
+    return json.dumps({"kind": kind, **row}) + "\n"

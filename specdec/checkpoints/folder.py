@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from errno import EINVAL
@@ -180,15 +181,18 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
 
 
 def json_bytes(content: Mapping[str, Any]) -> bytes:
-    """A JSON object as the text of a file.
+    """A JSON object as the text of a file, a list of numbers on one line.
 
     Raises:
         ValueError: a value that JSON cannot hold, such as NaN.
     """
     try:
-        return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
+        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise ValueError(f"options and training must be JSON values: {error}") from error
+    # A text in JSON holds no line break, so that none is touched.
+    flat = re.sub(r"\[\n[^][{}\"]*\]", lambda found: json.dumps(json.loads(found[0])), text)
+    return flat.encode()
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:

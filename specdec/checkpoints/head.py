@@ -8,7 +8,7 @@ from torch import Tensor
 KINDS = ("medusa", "eagle", "eagle3")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class TargetIdentity:
     """What a head remembers of the target that it was trained for.
 
@@ -36,23 +36,6 @@ class TargetIdentity:
     tokenizer: str | None = None
     facts: dict[str, Any] | None = None
     magnitudes: dict[str, list[float]] | None = None
-
-    def __eq__(self, other: object) -> bool:
-        """Equal but for magnitudes that the dtype of the weights has rounded."""
-        if not isinstance(other, TargetIdentity):
-            return NotImplemented
-        ours, theirs = vars(self).copy(), vars(other).copy()
-        sizes = ours.pop("magnitudes") or {}, theirs.pop("magnitudes") or {}
-        return ours == theirs and sizes[0].keys() == sizes[1].keys() and not odd_tensor(*sizes)
-
-
-def odd_tensor(ours: dict[str, list[float]], theirs: dict[str, list[float]]) -> str | None:
-    """The first tensor of both whose magnitudes differ by more than any dtype rounds them."""
-    for name in (name for name in ours if name in theirs):
-        near = 1e-2 * max(ours[name][0], theirs[name][0]) + 1e-7
-        if any(abs(a - b) > near for a, b in zip(ours[name], theirs[name], strict=True)):
-            return name
-    return None
 
 
 @dataclass(frozen=True, eq=False)

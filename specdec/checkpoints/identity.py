@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.checkpoints.head import HeadCheckpoint, TargetIdentity, odd_tensor
+from specdec.checkpoints.head import HeadCheckpoint, TargetIdentity
 
 # Weights that the hash looks at, spread over every matrix of the model.
 NUM_SAMPLES = 2**20
@@ -128,8 +128,12 @@ def differences(
         return
     if None not in (known.weights, given.weights) and known.weights != given.weights:
         yield "weights", _short(known.weights), _short(given.weights)
-    if odd := odd_tensor(known.magnitudes or {}, given.magnitudes or {}):
-        yield f"magnitude of {odd}", (known.magnitudes or {})[odd], (given.magnitudes or {})[odd]
+    before, now = known.magnitudes or {}, given.magnitudes or {}
+    for name in (name for name in before if name in now):
+        near = 1e-2 * max(before[name][0], now[name][0]) + 1e-7  # no dtype rounds them by more
+        if any(abs(a - b) > near for a, b in zip(before[name], now[name], strict=True)):
+            yield f"magnitude of {name}", before[name], now[name]
+            return
 
 
 def _different_facts(
@@ -143,18 +147,19 @@ def _different_facts(
             yield name, mine, other
 
 
-def check_resumed(where: str, written: Any, identity: TargetIdentity) -> None:
+def check_resumed(folder: Path, written: Any, given: Any) -> None:
     """Refuse to go on with a run of another target.
 
     Args:
-        where: what holds the run, for messages.
+        folder: of the run.
         written: its target's identity, see `as_json`; None in a run of an older specdec.
-        identity: of the target that is there.
+        given: that of the target that is there.
 
     Raises:
         ValueError: the first fact that differs.
     """
-    known, renew = identity_of(written or {}), "give the command with an empty --out folder"
+    known, identity = (identity_of(each or {}) for each in (written, given))
+    where, renew = repr(str(folder)), "give the command with an empty --out folder"
     for fact, was, now in differences(known, identity, where, renew, is_resume=True):
         raise ValueError(
             f"{where} is of another target: {fact} was {was} and is {now} now; choose another "

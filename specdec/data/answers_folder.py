@@ -13,7 +13,7 @@ from specdec.checkpoints.folder import read_json
 from specdec.checkpoints.identity import differences, identity_of
 from specdec.data.answers import AnswerRow, read_rows
 from specdec.data.query import SPLITS
-from specdec.files import disk_trouble, private_opener
+from specdec.files import disk_trouble, private_opener, replace_file
 
 MANIFEST, FAILED = "answers.json", "failed.jsonl"
 SCHEMA = "specdec-answers-1"
@@ -146,12 +146,5 @@ def write_failed(folder: Path, failed: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         OSError: as `write_answers`.
     """
-    partial = folder / f".{FAILED}.partial"
-    try:
-        with open(partial, "w", encoding="utf-8", opener=private_opener) as file:
-            file.writelines(json.dumps(line) + "\n" for line in failed)
-        os.replace(partial, folder / FAILED)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise disk_trouble(folder, error) from error
+    text = "".join(json.dumps(line) + "\n" for line in failed)
+    replace_file(folder / FAILED, text.encode(), private=True)

@@ -113,7 +113,7 @@ class FeatureExtraction:
                     f"{str(out)!r} holds another store ({fact}); choose another --out folder or "
                     "remove this one"
                 )
-        check_resumed(repr(str(out)), as_json(index.target), self._index.target)
+        check_resumed(out, as_json(index.target), as_json(self._index.target))
         return index
 
     def _unfinished(self, out: Path, index: FeatureIndex) -> list[File]:

@@ -1,19 +1,18 @@
 """An append-only file of JSON lines, which a killed run leaves readable."""
 
 import json
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from specdec.checkpoints.identity import TARGET, check_resumed, identity_of
+from specdec.checkpoints.identity import TARGET, check_resumed
 from specdec.files import (
     another_run,
+    append,
+    close_durably,
     disk_trouble,
     make_private,
-    parse_json,
+    parse_line,
     private_opener,
-    require_linked,
 )
 
 
@@ -81,10 +80,10 @@ class Journal:
             if not line.endswith(b"\n"):
                 break
             whole += len(line)
-            row = _parsed(line)
-            if row is not None and number == 0:
+            row = parse_line(line)
+            if number == 0:
                 header = row.get("run")
-            elif row is not None:
+            elif row:
                 self.entries.append(row)
         self._file.truncate(whole)
         if self.entries:
@@ -98,7 +97,7 @@ class Journal:
         for key in sorted(found.keys() | identity.keys()):
             theirs, ours = found.get(key), identity.get(key)
             if key == TARGET:
-                check_resumed(repr(str(self.path.parent)), theirs, identity_of(ours or {}))
+                check_resumed(self.path.parent, theirs, ours)
             elif theirs != ours:
                 raise ValueError(f"{where}: {key} is {theirs!r} there, not {ours!r}; {fix}")
 
@@ -108,29 +107,12 @@ class Journal:
         Raises:
             OSError: it could not be written; what was added before is kept.
         """
-        try:
-            self._file.write(_line(row))
-            self._file.flush()
-            require_linked(self._file)
-        except OSError as error:
-            raise disk_trouble(self.path.parent, error) from error
+        append(self._file, _line(row), self.path.parent)
 
     def close(self) -> None:
         """Close the file and let others write to it."""
-        # What a full disk refused is flushed once more here, and `append` has complained already.
-        with suppress(OSError):
-            os.fsync(self._file.fileno())
-        with suppress(OSError):
-            self._file.close()
+        close_durably(self._file)
 
 
 def _line(row: dict[str, Any]) -> bytes:
     return json.dumps(row, separators=(",", ":")).encode() + b"\n"
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = parse_json(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) else None

@@ -166,9 +166,7 @@ def _explained(path: str, error: Exception, device: torch.device) -> Exception:
     if isinstance(error, IncompleteCheckpointError):
         return error
     if is_out_of_memory(error):
-        if is_wrong := _asks_for_other_sizes(path):
-            return ValueError(is_wrong)
-        return MemoryError(_does_not_fit(path, device))
+        return _does_not_fit(path, device)
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     if "afetensor" in type(error).__name__ or "header" in text.lower():
         return ValueError(
@@ -180,33 +178,24 @@ def _explained(path: str, error: Exception, device: torch.device) -> Exception:
     return ValueError(f"{path!r} could not be loaded: {text}")
 
 
-def _stored_bytes(path: str) -> int:
-    return sum(file.stat().st_size for file in Path(path).expanduser().glob("*.safetensors"))
-
-
-def _asks_for_other_sizes(path: str) -> str | None:
-    """Says so where a config asks for far more weights than its files can hold."""
+def _does_not_fit(path: str, device: torch.device) -> Exception:
+    """The error of too little memory, or of a config that asks for more than its files hold."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    stored, asked = _stored_bytes(path), 0
+    stored = sum(file.stat().st_size for file in Path(path).expanduser().glob("*.safetensors"))
+    asked, free = 0, free_bytes(device)
     with suppress(ValueError, OSError), torch.device("meta"):  # a hub id, or code of its own
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
         asked = sum(weight.numel() for weight in model.parameters())
-    if not 0 < 8 * stored < asked:  # no format packs more than four weights into a byte
-        return None
-    return (
-        f"{path!r} could not be loaded: its config.json asks for {asked:,} weights, but its files "
-        f"hold only {stored:,} bytes; is a size in it wrong?"
-    )
-
-
-def _does_not_fit(path: str, device: torch.device) -> str:
+    if 0 < 8 * stored < asked:  # no format packs more than four weights into a byte
+        return ValueError(
+            f"{path!r} could not be loaded: its config.json asks for {asked:,} weights, but its "
+            f"files hold only {stored:,} bytes; is a size in it wrong?"
+        )
     message = f"no memory for the weights of {path!r} on {device}"
-    stored = _stored_bytes(path)
-    free = free_bytes(device)
     if stored and free is not None:
         message += f": its files hold {stored:,} bytes, and {free:,} are free"
-    return f"{message}; use a smaller dtype, quantization=4bit or another device"
+    return MemoryError(f"{message}; use a smaller dtype, quantization=4bit or another device")
 
 
 class IncompleteCheckpointError(ValueError):

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from specdec.files import disk_trouble, parse_json, replace_file, require_linked
+from specdec.files import append, close_durably, parse_line, replace_file
 
 
 class TrainLog:
@@ -18,7 +18,8 @@ class TrainLog:
 
     def __init__(self, path: Path, step: int, is_writer: bool = True) -> None:
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        self.records = [record for record in map(_parsed, lines) if 0 < record["step"] <= step]
+        found = map(parse_line, lines)
+        self.records = [record for record in found if 0 < record.get("step", 0) <= step]
         self._file, self._folder = None, path.parent
         if is_writer:
             kept = "".join(json.dumps(record) + "\n" for record in self.records)
@@ -33,12 +34,7 @@ class TrainLog:
         """
         self.records.append(record)
         if self._file:
-            try:
-                self._file.write(json.dumps(record) + "\n")
-                self._file.flush()
-                require_linked(self._file)
-            except OSError as error:
-                raise disk_trouble(self._folder, error) from error
+            append(self._file, json.dumps(record) + "\n", self._folder)
 
     def last(self, kind: str) -> dict[str, Any] | None:
         """The newest record of a kind."""
@@ -47,13 +43,4 @@ class TrainLog:
     def close(self) -> None:
         """Close the file."""
         if self._file:
-            self._file.close()
-
-
-def _parsed(line: bytes) -> dict[str, Any]:
-    """The record of a line; step 0 for one that was never finished."""
-    try:
-        record = parse_json(line) if line.endswith(b"\n") else None
-    except ValueError:
-        record = None
-    return record if isinstance(record, dict) and "step" in record else {"step": 0}
+            close_durably(self._file)

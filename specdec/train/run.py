@@ -193,6 +193,5 @@ def _identity(
     settings["target"].pop("path")
     # A step means the same however many processes share its batches.
     settings["batches_per_step"] = settings.pop("gradient_accumulation") * num_processes
-    return {**settings, "rows": split.fingerprint, "target_weights": target.weights} | {
-        TARGET: as_json(target)
-    }
+    known = {"target_weights": target.weights, TARGET: as_json(target)}
+    return {**settings, "rows": split.fingerprint, **known}

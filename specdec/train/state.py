@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from specdec.checkpoints.folder import read_json
-from specdec.checkpoints.identity import TARGET, check_resumed, identity_of
+from specdec.checkpoints.identity import TARGET, check_resumed
 from specdec.files import NO_SPACE, disk_trouble, sync, write_durably
 from specdec.train.tensor_files import write_tensors
 from specdec.train.together import in_first_process
@@ -164,8 +164,7 @@ class RunFolder:
                     f"{str(self.folder)!r} holds a run with another {key} ({theirs.get(key)!r}, "
                     f"not {ours.get(key)!r}); choose another --out folder or remove this one"
                 )
-        target = identity_of(self._identity.get(TARGET, {}))
-        check_resumed(repr(str(self.folder)), found.get(TARGET), target)
+        check_resumed(self.folder, found.get(TARGET), self._identity.get(TARGET))
 
 
 def _begin(partial: Path, text: str) -> None:

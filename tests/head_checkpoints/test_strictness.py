@@ -211,8 +211,6 @@ def with_a_bit_flipped(folder, tensors):
 
 CHANGED = {
     "a number": changed_json("options", "backbone", "rms_norm_eps", value=1e-3),
-    "a tap": changed_json("options", "taps", value=[0, 1, 1]),
-    "a flag": changed_json("options", "norm_output", value=True),
     "the target": changed_json("target", value=None),
     "the checksum": changed_json("sha256", value=None),
     "two tensors": swapped,

@@ -1,7 +1,6 @@
 """The folder of a suite: a line a finished call, so that a killed run resumes."""
 
 import json
-import os
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from specdec.bench.outcome import Key, Memory
 from specdec.bench.suites.served import Call, Power, Served
-from specdec.files import disk_trouble, parse_json, replace_file, require_linked
+from specdec.files import append, close_durably, parse_line, replace_file
 from specdec.metrics import StepRecord
 
 RECORDS = "suite-records.jsonl"
@@ -49,7 +48,7 @@ class SuiteStore:
         head, *rows = self._path.read_bytes().splitlines(keepends=True) or [b""]
         kept = [first]
         for line in rows:
-            row = _parsed(line)
+            row = parse_line(line)
             # A line that is whole and says something else is one more that is damaged.
             with suppress(KeyError, TypeError, AttributeError, ValueError):
                 self.done[(row["repeat"], row["call"], row["arm"])] = _call(row)
@@ -78,30 +77,12 @@ class SuiteStore:
             "power": asdict(call.power),
             "rows": [_brief(row) for row in call.rows],
         }
-        try:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
-            require_linked(self._file)
-        except OSError as error:
-            raise disk_trouble(self._folder, error) from error
+        append(self._file, json.dumps(line) + "\n", self._folder)
         self.done[key] = call
 
     def close(self) -> None:
         """Close the file, and wait until what was added is on the disk."""
-        # What a full disk refused is flushed once more here, and `add` has complained already.
-        with suppress(OSError):
-            os.fsync(self._file.fileno())
-        with suppress(OSError):
-            self._file.close()
-
-
-def _parsed(line: bytes) -> dict[str, Any]:
-    """The row of a line; nothing for one that was never finished."""
-    try:
-        row = parse_json(line) if line.endswith(b"\n") else {}
-    except ValueError:
-        return {}
-    return row if isinstance(row, dict) else {}
+        close_durably(self._file)
 
 
 def _brief(row: Served | str) -> dict[str, Any]:
