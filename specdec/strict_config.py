@@ -101,7 +101,7 @@ def require_at_most(config: Any, most: float, *names: str) -> None:
 
 def _check_size(text: str) -> None:
     """Refuse YAML that would grow without bound, or that asks for something to be filled in."""
-    sizes, anchors, known = [0], [], {None: 1}
+    sizes, anchors, known = [0], [], dict[str | None, int]()
     for event in yaml.parse(text):
         if isinstance(event, yaml.CollectionStartEvent):
             sizes.append(1)
@@ -114,7 +114,6 @@ def _check_size(text: str) -> None:
         elif isinstance(event, yaml.ScalarEvent):
             if "${" in event.value:
                 raise yaml.YAMLError(f"{event.value[:80]!r} is not filled in; write the value")
-            known[event.anchor] = 1
             sizes[-1] += 1
         if len(sizes) > _MAX_DEPTH:
             raise yaml.YAMLError(f"nested more than {_MAX_DEPTH} deep; write it flat")

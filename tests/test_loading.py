@@ -104,7 +104,7 @@ DAMAGES = [
     (with_int8, f"{NAME} as I8"),
     (without_end, "generation_config.json"),
     (with_json("generation_config.json", eos_token_id="x"), "eos_token_id 'x'"),
-    (with_json("config.json", max_position_embeddings=0), "could not be loaded"),
+    (with_json("config.json", max_position_embeddings=0), "names no context length"),
     (with_json("config.json", vocab_size=10**12), "a size in it wrong"),
 ]
 
