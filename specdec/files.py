@@ -78,13 +78,6 @@ def private_opener(path: str, flags: int) -> int:
     return opened
 
 
-def make_all_private(folder: Path) -> None:
-    """Take from others what they may do with a folder and all that is in it."""
-    for path in [folder, *folder.rglob("*")]:
-        if not path.is_symlink():
-            path.chmod(0o700 if path.is_dir() else 0o600)
-
-
 @contextmanager
 def locked(folder: Path, file: Path | None = None, *, is_writer: bool = True) -> Iterator[None]:
     """Have a folder to oneself; it is made if it is not there.
@@ -209,9 +202,9 @@ def whole_folder(folder: Path, *, private: bool = False) -> Iterator[Path]:
         else:
             partial.mkdir(parents=True)
         yield partial
-        if private:
-            make_all_private(partial)
         for path in [partial, *partial.rglob("*")]:
+            if private:
+                path.chmod(0o700 if path.is_dir() else 0o600)
             sync(path)
         if folder.exists():
             _carry_over(folder, partial)

@@ -144,9 +144,8 @@ class ParityGate:
             }
             pairs["logits"] = kept.gather(-1, best), theirs.target_logits[mask].gather(-1, best)
             for name, (mine, other) in pairs.items():
-                apart = (mine.float() - other.float()).norm(dim=-1) / other.float().norm(
-                    dim=-1
-                ).clamp_min(1e-9)
+                size = other.float().norm(dim=-1).clamp_min(1e-9)
+                apart = (mine.float() - other.float()).norm(dim=-1) / size
                 found.setdefault(name, []).append(apart)
         medians = {name: torch.cat(each).median().item() for name, each in found.items()}
         return {

@@ -98,7 +98,6 @@ def scale(*names, by):
 
 OTHERS = {
     "rope": (set_rope, r"rope_theta 10000.0, not 500000.0"),
-    "eps": (set_config(rms_norm_eps=1e-5), r"rms_norm_eps 1e-06, not 1e-05"),
     "activation": (set_config(hidden_act="gelu"), "hidden_act silu, not gelu"),
     "window": (set_config(sliding_window=64), "sliding_window None, not 64"),
     "stop ids": (lambda target: setattr(target, "eos_token_ids", (7, 5)), r"\[\], not \[5, 7\]"),
@@ -131,6 +130,14 @@ def test_what_signs_do_not_tell_is_seen_and_named(name, tmp_path):
         Journal(tmp_path / "j", {TARGET: as_json(other)})
     with pytest.raises(ValueError, match=fact):
         AnalysisStore(tmp_path / "a", "same", other)
+
+
+def test_a_damaged_target_of_an_analysis_is_told(tmp_path):
+    known = identify_target(tiny_target())
+    AnalysisStore(tmp_path, "same", known).write(0, {"method": "replay"}, None)
+    (tmp_path / "drafters" / "target").write_text("[1]")
+    with pytest.raises(ValueError, match="target' holds list"):
+        AnalysisStore(tmp_path, "same", known)
 
 
 def test_facts_that_only_one_version_knows_and_names_are_not_compared():
