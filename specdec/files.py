@@ -80,7 +80,7 @@ def private_opener(path: str, flags: int) -> int:
 
 @contextmanager
 def locked(folder: Path, file: Path | None = None, *, is_writer: bool = True) -> Iterator[None]:
-    """Have a folder to oneself; it is made if it is not there.
+    """Have a folder to oneself; it is made if it is not there, and goes again if it stays empty.
 
     Args:
         folder: that is written to.
@@ -97,6 +97,7 @@ def locked(folder: Path, file: Path | None = None, *, is_writer: bool = True) ->
     import fcntl
 
     path = file or folder.expanduser() / _LOCK
+    is_new = not path.parent.exists()
     try:
         if file is None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,6 +118,8 @@ def locked(folder: Path, file: Path | None = None, *, is_writer: bool = True) ->
             with suppress(OSError):
                 if os.path.samestat(path.stat(), os.fstat(opened.fileno())):
                     path.unlink()
+                    if is_new:
+                        path.parent.rmdir()  # if nothing was written
 
 
 def append(file: IO[Any], content: str | bytes, folder: Path) -> None:
