@@ -1,6 +1,7 @@
 """Finds secrets in text: keys of known forms, key blocks, and what a name calls a secret."""
 
 import base64
+import html
 import re
 import unicodedata
 from collections.abc import Callable
@@ -12,9 +13,9 @@ API_KEY, PRIVATE_KEY = "<API_KEY>", "<KEY_BLOCK>"
 _RULES = Path(__file__).with_name("gitleaks_rules.txt")
 # One character in other clothes: as URLs, JSON and HTML write it.
 _ESCAPED = re.compile(
-    r"%(?P<url>2[1-9A-Fa-f]|[3-7][0-9A-Fa-f])|\\(?:u00|x)(?P<json>[2-7][0-9A-Fa-f])|&#x(?P<html>[2-7][0-9A-Fa-f]);"
-    r"|&#(?P<decimal>3[2-9]|[4-9]\d|1[01]\d|12[0-6]);|&commat;()"
+    r"(?:%|\\u00|\\x)(2[1-9A-Fa-f]|[3-7][0-9A-Fa-f])|&(?:#x[2-7][0-9A-Fa-f]|#\d{2,3}|commat);"
 )
+_CHARACTER = re.compile(_ESCAPED.pattern + "|.", re.DOTALL)
 _DASHES = dict.fromkeys(map(ord, "‐‑‒–—―−﹣－"), "-")
 _UNSEEN = dict.fromkeys([0xAD, *range(0x200B, 0x2010), *range(0x202A, 0x202F), 0x2060, 0xFEFF], "")
 _BLANK = "\0"  # stands where something was found already, so that no later pattern finds it again
@@ -32,8 +33,8 @@ _SURE_KEY = re.compile(
     r"|dckr_pat_|r8_|hvs\.|xox[a-z]-)[\w-]{8,}",
     re.ASCII,
 )
-# Keys by how they begin. Digits among letters tell a key from a hyphenated word; gitleaks' rules
-# are stricter and more.
+# Keys by how they begin, whatever their length: gitleaks' rules, of more vendors, are stricter.
+# Digits among letters tell a key from a hyphenated word.
 _KEY = re.compile(
     r"""(?<![A-Za-z0-9])(?:
     eyJ[\w-]{8,}(?:\.[\w-]*){2,4} | eyJ[\w+/-]{40,}={0,2}  # JSON web tokens, signed or encrypted
@@ -42,21 +43,17 @@ _KEY = re.compile(
       |xox[a-z](?:\.xox[bp])?|xapp|hv[sbr]|dapi|do[opr]_v1|dp\.[a-z]{2,5}|lin_(?:api|oauth)|secret
       |ntn|PMAK|shp[a-z]{2}|sq0[a-z]{3}|HRKU|NR[A-Z]{2}|sntry[su]|sb[ap]|sb_(?:secret|publishable)
       |tskey|whsec|key|figd|apify_api|pul|pscale|bkua|vcp|nfp|rnd|CFPAT|pnu|rdme|xkeysib|xsmtpsib
-      |dt0c01|ico|duffel|waka|ops|sgp|fo1|fm2|EAA[A-Z]|ls|api|tok|AQ)
+      |dt0c01|ico|duffel|waka|ops|sgp|fo1|fm2|ls|api|tok|AQ|SG|ya29|GOCSPX)
       [-_.] [\w.=-]{18,}
-    | (?:sk|xai|hf|hv[sbr]|pplx|tgp|npm|whsec|tskey|PMAK|shp[a-z]{2}|sq0[a-z]{3}|glsa|glc)
+    | (?:sk|rk|xai|hf|hv[sbr]|pplx|tgp|npm|whsec|tskey|PMAK|shp[a-z]{2}|sq0[a-z]{3}|gls?[ac])
       [-_.] [\w.=-]{10,}
     | [a-z]{2,12}[-_](?:live|test|prod|proj|pat|key|secret|token|v\d)[-_]
       (?=[\w-]{0,99}\d) [A-Za-z0-9_-]{24,}
-    | (?:sk|pk|rk)_(?:live|test|prod)_[A-Za-z0-9]{10,}
-    | (?:AKIA|ASIA|ABIA|ACCA|AROA|AIDA)[0-9A-Z]{16}(?![0-9A-Za-z]) | ABSK[A-Za-z0-9+/=]{40,}
-    | AIza[\w-]{30,} | ya29\.[\w.-]{18,} | GOCSPX-[\w-]{20,} | 1//0[\w-]{20,}
-    | SG\.[\w-]{16,}\.[\w-]{16,} | (?:AC|SK|dapi|shp[a-z]{2}_|key-)[0-9a-f]{32}(?![0-9A-Za-z])
-    | s\.(?=\w*\d)[A-Za-z0-9]{24}(?![0-9A-Za-z]) | [0-9a-f]{32}-us\d{1,2}(?!\d)
-    | (?:bot)?\d{8,10}:[\w-]{35}(?![\w-]) | \d{15,16}\|[\w-]{27,40}
-    | [MNO][\w-]{23,27}\.[\w-]{6}\.[\w-]{27,40} | AGE-SECRET-KEY-1[0-9A-Z]{20,}
-    | [\w~.-]{3}\dQ~[\w~.-]{30,34} | EAA[A-Za-z0-9]{30,} | LTAI[A-Za-z0-9]{16,}
-    | AT(?:ATT3|CTT3|BB)[\w-]{16,}
+    | (?:AIza|1//0|EAA|LTAI|AT(?:ATT3|CTT3|BB)|AGE-SECRET-KEY-1) [\w-]{16,}
+    | (?:AKIA|ASIA|ABIA|ACCA|AROA|AIDA)[0-9A-Z]{16}(?![0-9A-Za-z])
+    | (?:AC|SK|dapi)[0-9a-f]{32}(?![0-9A-Za-z]) | [0-9a-f]{32}-us\d{1,2}(?!\d)
+    | s\.(?=\w*\d)[A-Za-z0-9]{24}(?![0-9A-Za-z]) | \d{15,16}\|[\w-]{27,40}
+    | (?:bot)?\d{8,10}:[\w-]{35}(?![\w-]) | [MNO][\w-]{23,27}\.[\w-]{6}\.[\w-]{27,40}
     )[A-Za-z0-9_=-]*""",
     re.VERBOSE | re.ASCII,
 )
@@ -85,12 +82,17 @@ _NO_VALUE = (
     r"[-_]?\w*\b"
     r"|[xX*.•_-]+(?![\w])|[$%{<\[])"
 )
+# After "bearer" alone a word is prose.
+_BEARER = re.compile(
+    r"(?<![A-Za-z0-9])(?i:bearer|ssws)[: ]{1,3}"
+    r"(?![A-Za-z]?[a-z]{0,18}(?:[-.][a-z]+)*[.:]?(?![\w~.+/=-]))"
+    rf"(?i:{_NO_VALUE})(?P<secret>[\w.~+/=-]{{8,}})",
+    re.ASCII,
+)
 _AUTHORIZATION = re.compile(
-    r"(?:(?<![A-Za-z0-9])(?:bearer|ssws)[: ]{1,3}" + _NO_VALUE + r"(?P<bearer>[\w.~+/=-]{8,})"
-    r"|authorization\\?[\"']?\s{0,2}[:=]\s{0,2}\\?[\"']?(?:bearer|basic|token|api-?key|key"
+    r"authorization\\?[\"']?\s{0,2}[:=]\s{0,2}\\?[\"']?(?:bearer|basic|token|api-?key|key"
     r"|digest|negotiate|ntlm|aws4-hmac-sha256|hmac|oauth|splunk|genie-?key|bot)[ ]+"
-    + _NO_VALUE
-    + r"(?P<secret>[^\n\"'\\\0]{6,}))",
+    rf"{_NO_VALUE}(?P<secret>[^\n\"'\\\0]{{6,}})",
     re.IGNORECASE | re.ASCII,
 )
 _COOKIE = re.compile(
@@ -218,7 +220,8 @@ class Text:
 def take_secrets(text: Text) -> None:
     """Find keys, key blocks and passwords."""
     text.take(_KEY_BLOCK, PRIVATE_KEY)
-    text.take(_AUTHORIZATION, API_KEY, _authorization)
+    text.take(_AUTHORIZATION, API_KEY)
+    text.take(_BEARER, API_KEY)
     text.take(_COOKIE, API_KEY)
     text.take(_LOGIN, API_KEY)
     text.take(_HOOK, API_KEY)
@@ -253,44 +256,26 @@ def _rules() -> tuple[tuple[tuple[str, ...], re.Pattern[str]], ...]:
 
 def _plain(text: str) -> tuple[str, list[int], list[int]]:
     """The text in plain characters, and of each where it starts and ends in the original."""
-    escaped = "%" in text or "\\" in text or "&" in text
-    if text.isascii() and not (escaped and _ESCAPED.search(text)):
+    if text.isascii() and not _ESCAPED.search(text):
         return text, [], []
     plain: list[str] = []
     starts: list[int] = []
     ends: list[int] = []
-    place = 0
-    while place < len(text):
-        match = _ESCAPED.match(text, place) if text[place] in "%\\&" else None
-        end = match.end() if match else place + 1
-        if match:
-            code = match["url"] or match["json"] or match["html"]
-            new = chr(int(code, 16)) if code else chr(int(match["decimal"] or "64"))
-        else:
-            new = text[place]
-            if not new.isascii():
-                new = unicodedata.normalize("NFKC", new.translate(_DASHES)).translate(_UNSEEN)
-                new = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in new)
+    for match in _CHARACTER.finditer(text):
+        new = chr(int(match[1], 16)) if match[1] else html.unescape(match[0])
+        if not new.isascii():
+            new = unicodedata.normalize("NFKC", new.translate(_DASHES)).translate(_UNSEEN)
+            new = "".join(str(unicodedata.decimal(c, c)) for c in new)
         plain.append(new)
-        starts += [place] * len(new)
-        ends += [end] * len(new)
-        place = end
+        starts += [match.start()] * len(new)
+        ends += [match.end()] * len(new)
     return "".join(plain), starts, ends
 
 
 def _span(match: re.Match[str]) -> tuple[int, int]:
-    return match.span("secret") if "secret" in match.re.groupindex else match.span()
-
-
-def _authorization(match: re.Match[str]) -> tuple[int, int] | None:
-    if match["secret"]:
-        return match.span("secret")
-    # After "bearer" alone a hyphenated word is prose.
-    token = match["bearer"]
-    is_word = re.fullmatch(r"[A-Za-z]?[a-z]+(?:[-.][a-z]+)*[.:]?", token) and (
-        "-" in token or len(token) < 20
-    )
-    return None if is_word else match.span("bearer")
+    """Where the group that holds the secret is; all of it where there is none."""
+    found = match.groupdict()
+    return match.span(next((name for name in ("secret", "bare") if found.get(name)), 0))
 
 
 def _basic(match: re.Match[str]) -> tuple[int, int] | None:
@@ -322,8 +307,8 @@ def _named_key(match: re.Match[str]) -> tuple[int, int] | None:
 
 
 def _named(match: re.Match[str]) -> tuple[int, int] | None:
-    name = "bare" if match.groupdict().get("bare") else "secret"
-    value = match[name].rstrip(" .,:?")
+    start, end = _span(match)
+    value = match.string[start:end].rstrip(" .,:?")
     if not value or _PLACEHOLDER.fullmatch(value) or len(set(value)) < 3:
         return None
-    return match.start(name), match.start(name) + len(value)
+    return start, start + len(value)
