@@ -1,36 +1,25 @@
 """What a record holds of a request and of its answer: what readers of recordings need, no more."""
 
 import re
+from types import UnionType
 from typing import Any
 
 _DROPPED = object()
 
 
-class _Leaf:
-    """A value of some plain types, texts of it in a pattern; null is one of each."""
-
-    def __init__(self, *types: type, pattern: str = ".*") -> None:
-        self._types = (*types, type(None))
-        self._pattern = re.compile(pattern, re.DOTALL)
-
-    def fits(self, value: Any) -> bool:
-        if isinstance(value, str) and not self._pattern.fullmatch(value):
-            return False
-        return isinstance(value, self._types)
+# A form is a type, a pattern of texts, {name: form} with patterns for names, [form], or a tuple of
+# which one fits. Null is of every form.
+_TEXT, _NUMBER, _PLAIN = str, int | float, str | int | float  # a bool is an int
+_WORD = re.compile("[A-Za-z_.-]{1,40}")  # of a protocol, such as a role
+_ANY_NAME, _NAME_OF_COUNT, _TOKEN_ID = map(re.compile, ("(?s).*", "[a-z_]{1,40}", r"\d{1,9}"))
+_COUNTS: dict[Any, Any] = {}
+_COUNTS[_NAME_OF_COUNT] = (_NUMBER, _COUNTS)
 
 
 def _numbers(*names: str) -> dict[Any, Any]:
     return dict.fromkeys(names, _NUMBER)
 
 
-_TEXT, _NUMBER, _PLAIN = _Leaf(str), _Leaf(int, float, bool), _Leaf(str, int, float, bool)
-_WORD = _Leaf(str, pattern="[A-Za-z_.-]{1,40}")  # of a protocol, such as a role
-_ANY_NAME, _NAME_OF_COUNT, _TOKEN_ID = map(re.compile, ("(?s).*", "[a-z_]{1,40}", r"\d{1,9}"))
-# A form is a leaf, {name: form} with patterns for names, [form], or a tuple of which one fits.
-_ANYTHING: dict[Any, Any] = {}
-_ANYTHING[_ANY_NAME] = (_PLAIN, _ANYTHING, [(_PLAIN, _ANYTHING)])
-_COUNTS: dict[Any, Any] = {}
-_COUNTS[_NAME_OF_COUNT] = (_NUMBER, _COUNTS)
 SCHEMA: dict[Any, Any] = dict.fromkeys(("title", "description", "$ref"), _TEXT)
 SCHEMA |= {
     **_numbers("minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems"),
@@ -46,7 +35,7 @@ _FUNCTION = {
     "name": _TEXT,
     "description": _TEXT,
     "parameters": SCHEMA,
-    "arguments": (_TEXT, _ANYTHING),
+    "arguments": str | dict,
     "strict": _NUMBER,
 }
 _CALL = {"id": _TEXT, "type": _WORD, "index": _NUMBER, "function": _FUNCTION}
@@ -104,11 +93,11 @@ def kept(value: Any, form: Any) -> Any:
 
 
 def _kept(value: Any, form: Any) -> Any:
+    if value is None:
+        return None if form else _DROPPED
     if isinstance(form, tuple):
         tried = (_kept(value, each) for each in form)
         return next((found for found in tried if found is not _DROPPED), _DROPPED)
-    if isinstance(form, _Leaf):
-        return value if form.fits(value) else _DROPPED
     if isinstance(form, dict) and isinstance(value, dict):
         parts = {key: _kept(each, _form_of(key, form)) for key, each in value.items()}
         return {key: part for key, part in parts.items() if part is not _DROPPED}
@@ -116,7 +105,10 @@ def _kept(value: Any, form: Any) -> Any:
         items = (_kept(each, form[0]) for each in value)
         found = [item for item in items if item is not _DROPPED]
         return found if found or not value else _DROPPED
-    return None if value is None and form else _DROPPED
+    if isinstance(form, re.Pattern):
+        return value if isinstance(value, str) and form.fullmatch(value) else _DROPPED
+    is_type = isinstance(form, type | UnionType)
+    return value if is_type and isinstance(value, form) else _DROPPED
 
 
 def _form_of(name: str, form: dict[Any, Any]) -> Any:
