@@ -1,12 +1,12 @@
 """Credentials: found by the names they go under, and removed wherever their text appears."""
 
 import base64
-import binascii
 import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
-from urllib.parse import parse_qsl, quote, unquote
+from urllib.parse import quote, unquote, unquote_plus
 
 from specdec.data.secrets import PASSWORD, Text, take_secrets
 from specdec.proxy.allowed import SCHEMA
@@ -51,12 +51,10 @@ def secrets_outside(
             found += _cookies(value) if _plain(name).endswith("cookie") else _parts(value)
         if not named_only and not _PUBLIC_HEADER.fullmatch(name):
             found += _KEY_LIKE.findall(value)
-    text = query.decode("latin-1")
-    found += [value for name, value in parse_qsl(text) if _is_named(name, _CREDENTIAL_OUTSIDE)]
-    for pair in re.split("[&;]", text):
+    for pair in re.split("[&;]", query.decode("latin-1")):
         name, _, value = pair.partition("=")
         if _is_named(unquote(name), _CREDENTIAL_OUTSIDE) or _KEY_LIKE.fullmatch(value):
-            found += [value, unquote(value)]
+            found += [value, unquote(value), unquote_plus(value)]
     return long_enough(found)
 
 
@@ -111,19 +109,16 @@ class _Redaction:
             }
         if isinstance(value, list):
             return [self.apply(each, hide) for each in value]
-        if isinstance(value, str):
-            return self._hidden(value) if hide and value else self._json(value)
-        return REDACTED if hide and _is_number(value) else value
+        if hide and value != "" and type(value) in (str, int, float):
+            self.secrets.update([value] if isinstance(value, str) else ())
+            return REDACTED
+        return self._json(value) if isinstance(value, str) else value
 
     def _member(self, key: str, value: Any, hide: bool) -> Any:
         if not self._only_repeated:
             is_key = isinstance(value, str) and _KEY_LIKE.fullmatch(value)
             hide = hide or _is_named(key, _CREDENTIAL_OUTSIDE if is_key else _CREDENTIAL)
         return self.apply(value, hide)
-
-    def _hidden(self, text: str) -> str:
-        self.secrets.add(text)
-        return REDACTED
 
     def _json(self, text: str) -> str:
         """JSON in a string, as tool calls have it, is left as it was written if it is clean."""
@@ -165,13 +160,12 @@ def _parts(value: str) -> list[str]:
     scheme, _, token = value.partition(" ")
     if scheme.lower() not in _SCHEMES:
         return [value]
-    if scheme.lower() != "basic":
-        return [token.strip()]
-    try:
-        login = base64.b64decode(token, validate=True).decode("utf-8", "replace")
-    except binascii.Error:
-        return [token.strip()]
-    return [token.strip(), login, login.partition(":")[2]]
+    found = [token.strip()]
+    if scheme.lower() == "basic":
+        with suppress(ValueError):
+            login = base64.b64decode(found[0], validate=True).decode("utf-8", "replace")
+            found += [login, login.partition(":")[2]]
+    return found
 
 
 def _is_named(name: str, pattern: re.Pattern[str]) -> bool:
@@ -186,7 +180,3 @@ def _is_schema(value: dict[str, Any]) -> bool:
     """A tool's description of a parameter that is called, say, "password", without its values."""
     is_typed = value.get("type") in _SCHEMA_TYPES or "$ref" in value
     return is_typed and value.keys() <= SCHEMA.keys() - {"enum"}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -63,16 +63,7 @@ def _table(results: dict[str, Any], intervals: tuple[str, ...]) -> Table:
     )
     # Where a terminal is too narrow for everything, an arm's name goes on in the next line.
     table.add_column("arm", overflow="fold")
-    headers = (
-        "tau",
-        "acc.",
-        "tokens\n/s",
-        "vs\nplain",
-        "vs\nHF",
-        "e2e",
-        "loop\neff.",
-        "differ",
-    )
+    headers = ("tau", "acc.", "tokens\n/s", "vs\nplain", "vs\nHF", "e2e", "loop\neff.", "differ")
     for header in (*headers, "failed"):
         table.add_column(header, justify="right", no_wrap=True)
     for arm in results["arms"]:

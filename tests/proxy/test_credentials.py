@@ -104,3 +104,7 @@ def test_numbers_and_whole_objects_under_a_credential_are_hidden():
 @pytest.mark.parametrize("value", ["EMPTY", "Bearer none", "Basic !!", ""])
 def test_placeholders_are_not_torn_out_of_texts(value):
     assert not secrets_outside([(b"authorization", value.encode())], b"key=test&token=")
+
+
+def test_a_login_that_is_no_base64_is_hidden_as_it_stands():
+    assert secrets_outside([(b"authorization", "Basic gehéim-77".encode())], b"") == {"gehéim-77"}
