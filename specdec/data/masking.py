@@ -112,25 +112,22 @@ class Masker:
             read.take(pattern, EMAIL)
         read.take(_IBAN, IBAN, _iban)
         read.take(_CARD, CARD, _card)
-        read.take(_SSN, SSN, _ssn)
+        read.take(_SSN, SSN)
         read.take(_CUED_NUMBER, PHONE, _cued)
         if _SEVEN_DIGITS.search(read.seen):  # the matcher is slow
-            for start, end in self._phone_spans(read.seen):
-                read.note(start, end, PHONE)
+            self._take_phones(read)
         self.counts.update(mask for _, _, mask in read.found)
         return read.masked()
 
-    def _phone_spans(self, text: str) -> list[tuple[int, int]]:
+    def _take_phones(self, read: Text) -> None:
         from phonenumbers import Leniency, PhoneNumberMatcher, is_valid_number
 
-        spans = []
         # "0044 ..." is how "+44 ..." is dialed.
-        dialed = _ABROAD.sub(" +", text)
+        dialed = _ABROAD.sub(" +", read.seen)
         for match in PhoneNumberMatcher(dialed, self._region, leniency=Leniency.POSSIBLE):
-            is_cued = not match.raw_string.isdigit() or _cue_before(text, match.start)
+            is_cued = not match.raw_string.isdigit() or _cue_before(read.seen, match.start)
             if is_cued and is_valid_number(match.number):
-                spans.append((match.start, match.end))
-        return spans
+                read.note(match.start, match.end, PHONE)
 
 
 def _cued(match: re.Match[str]) -> tuple[int, int] | None:
@@ -146,19 +143,15 @@ def _cue_before(text: str, start: int) -> bool:
 
 def _card(match: re.Match[str]) -> tuple[int, int] | None:
     """Up to the last gap that leaves a card number; a security code may follow one."""
-    ends = [len(match[0]), *(gap.start() for gap in re.finditer(r"\D+", match[0]))]
-    for end in sorted(ends, reverse=True):
-        if _is_card(match[0][:end]):
-            return match.start(), match.start() + end
-    return None
-
-
-def _is_card(text: str) -> bool:
     from stdnum import luhn
 
-    digits = re.sub(r"\D", "", text)
-    issued = any(start.match(digits) and len(digits) in sizes for start, sizes in _ISSUERS)
-    return issued and luhn.is_valid(digits)
+    ends = [len(match[0]), *(gap.start() for gap in re.finditer(r"\D+", match[0]))]
+    for end in sorted(ends, reverse=True):
+        digits = re.sub(r"\D", "", match[0][:end])
+        issued = any(start.match(digits) and len(digits) in sizes for start, sizes in _ISSUERS)
+        if issued and luhn.is_valid(digits):
+            return match.start(), match.start() + end
+    return None
 
 
 def _iban(match: re.Match[str]) -> tuple[int, int] | None:
@@ -169,7 +162,3 @@ def _iban(match: re.Match[str]) -> tuple[int, int] | None:
         if match[0][end - 1].isalnum() and iban.is_valid(match[0][:end]):
             return match.start(), match.start() + end
     return None
-
-
-def _ssn(match: re.Match[str]) -> tuple[int, int]:
-    return match.span("secret") if match["secret"] else match.span()

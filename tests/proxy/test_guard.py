@@ -28,42 +28,17 @@ def raw(proxy, head, body=b"", close=True):
     return b""
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        *(
-            "/v1/../../admin",
-            "/v1/..",
-            "/..",
-            "/v1/./x",
-            "/v1/%2e%2e/admin",
-            "/v1/%2E./admin",
-            "//admin",
-        ),
-        *(
-            "/v1/%252e%252e/admin",
-            "/v1/%25252e%25252e/x",
-            "/v1/..%2f..%2fadmin",
-            "/v1/%2e%2e%2fadmin",
-        ),
-        *(
-            "/v1\\..\\admin",
-            "/v1/..\\admin",
-            "/v1/%5c..%5cadmin",
-            "/v1//admin",
-            "/v1/%2fadmin",
-            "*",
-        ),
-        *(
-            "/v1/..;/admin",
-            "/v1/..;x=1/admin",
-            "/v1/%c0%ae%c0%ae/admin",
-            "/v1/%ef%bc%8e%ef%bc%8e/admin",
-        ),
-        *("/v1/..%00/x", "/v1/x%0d%0aHost:%20evil", "/v1/%2e%2e%3b/admin", "/v1/. ./%20..%20/x"),
-        *("http://evil/v1/models", "evil:443", "/v1/%e2%80%a5/admin"),
-    ],
-)
+OUTSIDE = r"""
+/v1/../../admin /v1/.. /.. /v1/./x /v1/%2e%2e/admin /v1/%2E./admin //admin
+/v1/%252e%252e/admin /v1/%25252e%25252e/x /v1/..%2f..%2fadmin /v1/%2e%2e%2fadmin
+/v1\..\admin /v1/..\admin /v1/%5c..%5cadmin /v1//admin /v1/%2fadmin *
+/v1/..;/admin /v1/..;x=1/admin /v1/%c0%ae%c0%ae/admin /v1/%ef%bc%8e%ef%bc%8e/admin
+/v1/..%00/x /v1/x%0d%0aHost:%20evil /v1/%2e%2e%3b/admin
+http://evil/v1/models evil:443 /v1/%e2%80%a5/admin /v1/%20..%20/x
+"""
+
+
+@pytest.mark.parametrize("path", OUTSIDE.split())
 def test_a_path_outside_of_the_root_is_not_passed_on(proxy, upstream, path):
     line = raw(proxy, f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n")
     assert b" 400 " in line
