@@ -118,7 +118,7 @@ def medians(table: Sequence[Sequence[Item | None]], of: Callable[[Item], float])
 
 
 def faster_than_tau(results: Mapping[str, Any]) -> list[str]:
-    """What is wrong with arms that were faster than their tau, which no drafter can be.
+    """Complaints about arms that were faster than their tau, which no drafter can be.
 
     A step costs at least what a step of plain decoding costs, so the speedup of rows that are
     decoded one at a time is at most tau. (In a batch rows that end early leave the others a

@@ -136,8 +136,7 @@ _NAMED_KEY = re.compile(
     r"|(?:api|access|secret|private|auth|account|client|shared[_-]?access|app|session|bearer"
     r"|refresh)(?:key|token|secret|signature)|authorization|(?<=[?&])(?:sig|code|auth|[\w-]*signature|x-amz-credential))"
     r"(?:[\"'\s\\]{0,4}(?:[:=>]|:=|=>)|\s+is:?(?=\s))\s{0,2}\\?[\"'`]?"
-    + _NO_VALUE
-    + r"(?P<secret>[\w.~+/=%-]{8,}+)(?!\()",
+    rf"{_NO_VALUE}(?P<secret>[\w.~+/=%-]{{8,}}+)(?!\()",
     re.IGNORECASE | re.ASCII,
 )
 # NAME=value lines and Name=value; lists: what they call a secret needs no digit.
@@ -153,8 +152,7 @@ _COMMAND = re.compile(
     r"|\bcurl\b[^\n\0]{0,200}?\s(?:-u|--user)[= ]?[\"']?[^\s:\"']{1,64}:"
     r"|\bmysql(?:dump|admin)?\b[^\n\0]{0,100}?\s-p|\blogin\s+\S{1,64}\s+password\s"
     r"|\b(?:identified\s+by|with\s+password|encrypted\s+password)\s(?=[\"']))\s?[\"']?"
-    + _NO_VALUE
-    + r"(?P<secret>[^\s\"'`$<>{}\\\0]{3,})",
+    rf"{_NO_VALUE}(?P<secret>[^\s\"'`$<>{{}}\\\0]{{3,}})",
     re.IGNORECASE,
 )
 # Words that stand where a value would: types, defaults, and what code calls its own variables.
@@ -169,6 +167,12 @@ _PLACEHOLDER = re.compile(
     r"|app)\.[\w.]+)",
     re.IGNORECASE,
 )
+
+
+def _span(match: re.Match[str]) -> tuple[int, int]:
+    """Where the group that holds the secret is; all of it where there is none."""
+    found = match.groupdict()
+    return match.span(next((name for name in ("secret", "bare") if found.get(name)), 0))
 
 
 class Text:
@@ -188,13 +192,13 @@ class Text:
         self,
         pattern: re.Pattern[str],
         mask: str,
-        span: Callable[[re.Match[str]], tuple[int, int] | None] | None = None,
+        span: Callable[[re.Match[str]], tuple[int, int] | None] = _span,
     ) -> None:
-        """Note what a pattern finds: its group `secret`, all of it, or what `span` says."""
+        """Note what a pattern finds: where `span` says that the secret is."""
         parts: list[str] = []
         place, match = 0, pattern.search(self.seen)
         while match:
-            resume, found = match.end(), (span or _span)(match)
+            resume, found = match.end(), span(match)
             if found is not None and found[0] < found[1]:
                 self.note(*found, mask)
                 parts += [self.seen[place : found[0]], _BLANK * (found[1] - found[0])]
@@ -220,22 +224,17 @@ class Text:
 def take_secrets(text: Text) -> None:
     """Find keys, key blocks and passwords."""
     text.take(_KEY_BLOCK, PRIVATE_KEY)
-    text.take(_AUTHORIZATION, API_KEY)
-    text.take(_BEARER, API_KEY)
-    text.take(_COOKIE, API_KEY)
-    text.take(_LOGIN, API_KEY)
-    text.take(_HOOK, API_KEY)
+    for led in (_AUTHORIZATION, _BEARER, _COOKIE, _LOGIN, _HOOK):
+        text.take(led, API_KEY)
     lower = text.seen.lower()
     for words, rule in _rules():
         if any(word in lower for word in words):
             text.take(rule, API_KEY)
     text.take(_SURE_KEY, API_KEY)
     text.take(_KEY, API_KEY, _random)
-    text.take(_COMMAND, API_KEY, _named)
     text.take(_BASIC, API_KEY, _basic)
-    text.take(_NAMED_PASSWORD, API_KEY, _named)
-    text.take(_PASSWORD_BEFORE, API_KEY, _named)
-    text.take(_SETTING, API_KEY, _named)
+    for named in (_COMMAND, _NAMED_PASSWORD, _PASSWORD_BEFORE, _SETTING):
+        text.take(named, API_KEY, _named)
     text.take(_NAMED_KEY, API_KEY, _named_key)
     if _AWS_NEAR.search(text.original):
         text.take(_AWS_SECRET, API_KEY)
@@ -243,7 +242,7 @@ def take_secrets(text: Text) -> None:
 
 @cache
 def _rules() -> tuple[tuple[tuple[str, ...], re.Pattern[str]], ...]:
-    """Of each vendored rule, the words that a text must hold and the pattern.
+    """The words that a text must hold, and the pattern, of each vendored rule.
 
     ASCII classes let a key end, and begin, beside a letter of another script.
     """
@@ -270,12 +269,6 @@ def _plain(text: str) -> tuple[str, list[int], list[int]]:
         starts += [match.start()] * len(new)
         ends += [match.end()] * len(new)
     return "".join(plain), starts, ends
-
-
-def _span(match: re.Match[str]) -> tuple[int, int]:
-    """Where the group that holds the secret is; all of it where there is none."""
-    found = match.groupdict()
-    return match.span(next((name for name in ("secret", "bare") if found.get(name)), 0))
 
 
 def _basic(match: re.Match[str]) -> tuple[int, int] | None:

@@ -134,7 +134,7 @@ class Measurements:
         return found
 
     def trust(self, runs: Sequence[TimedRun]) -> dict[str, Any]:
-        """Whether the machine was quiet: how far the same step differs, and the load meanwhile.
+        """Measures of how quiet the machine was: how far the same step differs, and the load meanwhile.
 
         Args:
             runs: timed decodings of one batch size, plain ones among them.

@@ -223,7 +223,7 @@ def _between(mean: float, empty: float) -> Sizes:
 def _interval(
     expected: Expectation, ratio: float, error: float, seed: int
 ) -> tuple[float, float] | None:
-    """Of the speedup, each resample of the prompts at a cost that is off by `error`."""
+    """Interval of the speedup: each resample of the prompts at a cost that is off by `error`."""
     tokens, steps = np.array(expected.tokens, float), np.array(expected.steps, float)
     tokens, steps = tokens[steps > 0] - 1, steps[steps > 0]  # the first token is prefill's
     if len(steps) < 2:

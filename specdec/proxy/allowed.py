@@ -1,4 +1,4 @@
-"""What a record holds of a request and of its answer: what readers of recordings need, no more."""
+"""The parts of a request and of its answer that a record keeps: those that readers need."""
 
 import re
 from types import UnionType
@@ -87,7 +87,7 @@ RESPONSE: dict[str, Any] = {
 
 
 def kept(value: Any, form: Any) -> Any:
-    """What of a JSON value is of a form; an object or a list loses its other parts."""
+    """The parts of a JSON value that are of a form; an object or a list loses its other parts."""
     found = _kept(value, form)
     return {} if found is _DROPPED else found
 

@@ -47,13 +47,13 @@ class Guard:
 
 
 def hosts_of(host: str, port: int) -> frozenset[str]:
-    """What clients of a loopback address write into the header Host."""
+    """The values that clients of a loopback address write into the header Host."""
     names = {"localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host.lower()}
     return frozenset({f"{name}:{port}" for name in names} | (names if port == 80 else set()))
 
 
 def _leaves_root(path: bytes) -> bool:
-    """Whether a server could read the path as one outside of its root, however often it decodes."""
+    """A server that decodes it, however often, could read the path as one outside of its root."""
     if not path.startswith(b"/"):
         return True
     for _ in range(_MAX_ENCODINGS):

@@ -124,7 +124,7 @@ class Upstream:
 
 
 def reason(error: httpx.TransportError) -> str:
-    """What went wrong between the proxy and the server, without headers that an error may quote."""
+    """The fault between the proxy and the server, without headers that an error may quote."""
     if isinstance(error, httpx.ProtocolError):
         return type(error).__name__
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -64,7 +64,7 @@ def _target(run: Run) -> dict[str, Any]:
 
 
 def _facts(first: Run, other: Run) -> list[tuple[str, Any, Any]]:
-    """What two targets differ in beside their hashes and sizes."""
+    """Facts that two targets differ in, beside their hashes and sizes."""
     ours, theirs = (identity_of(run.identity or {}) for run in (first, other))
     if ours.facts is None or theirs.facts is None:
         return []

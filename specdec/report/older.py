@@ -37,7 +37,7 @@ def renew(data: dict[str, Any], domains: Sequence[str] = ()) -> None:
 
 
 def _repeats(arms: list[dict[str, Any]]) -> int:
-    """Of a sweep's cell: tokens of all repeats over those of the first."""
+    """Repeats of a sweep's cell: tokens of all of them over those of the first."""
     arm = next((arm for arm in arms if not arm["failed"]), None)
     tokens = sum(each["tokens"] for each in arm["per_prompt"]) if arm else 0
     return round(tokens / arm["tokens"]) if arm else 0

@@ -43,7 +43,7 @@ def timed_or_fitted(configuration: dict[str, Any]) -> str:
 
 
 def not_trusted(plan: dict[str, Any]) -> list[str]:
-    """What to say of a plan whose times a busy machine made; nothing of others, or of old ones."""
+    """A warning about a plan whose times a busy machine made; none for others, or old ones."""
     trust = plan.get("trust")
     if not trust or trust["is_trusted"]:
         return []
