@@ -49,7 +49,7 @@ _KEY = re.compile(
       [-_.] [\w.=-]{10,}
     | [a-z]{2,12}[-_](?:live|test|prod|proj|pat|key|secret|token|v\d)[-_]
       (?=[\w-]{0,99}\d) [A-Za-z0-9_-]{24,}
-    | (?:AIza|1//0|EAA|LTAI|AT(?:ATT3|CTT3|BB)|AGE-SECRET-KEY-1) [\w-]{16,}
+    | (?:AIza|1//0|EAA|LTAI|AT(?:ATT3|CTT3|BB)|ABSK|AGE-SECRET-KEY-1) [\w+/-]{16,}
     | (?:AKIA|ASIA|ABIA|ACCA|AROA|AIDA)[0-9A-Z]{16}(?![0-9A-Za-z])
     | (?:AC|SK|dapi)[0-9a-f]{32}(?![0-9A-Za-z]) | [0-9a-f]{32}-us\d{1,2}(?!\d)
     | s\.(?=\w*\d)[A-Za-z0-9]{24}(?![0-9A-Za-z]) | \d{15,16}\|[\w-]{27,40}

@@ -165,19 +165,17 @@ def _opened_file(path: Path, flags: int) -> int:
     """
     try:
         fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            os.fchmod(fd, 0o600)
+            return fd
+        os.close(fd)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.EMLINK, errno.ENXIO):
             raise
-        fd = None
-    if fd is None or not stat.S_ISREG(os.fstat(fd).st_mode):
-        if fd is not None:
-            os.close(fd)
-        raise OSError(
-            f"{str(path)!r} is a link or no regular file, and records would go elsewhere; remove "
-            "it or give another --out"
-        )
-    os.fchmod(fd, 0o600)
-    return fd
+    raise OSError(
+        f"{str(path)!r} is a link or no regular file, and records would go elsewhere; remove "
+        "it or give another --out"
+    )
 
 
 def _heal(path: Path) -> None:
