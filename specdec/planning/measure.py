@@ -134,7 +134,7 @@ class Measurements:
         return found
 
     def trust(self, runs: Sequence[TimedRun]) -> dict[str, Any]:
-        """Measures of how quiet the machine was: how far the same step differs, and the load meanwhile.
+        """Judge whether the machine was quiet: how far a step differs, and the load meanwhile.
 
         Args:
             runs: timed decodings of one batch size, plain ones among them.
