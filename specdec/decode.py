@@ -197,7 +197,7 @@ class Stream:
                         raise FloatingPointError(self._engine.peek(chunk.index).error)
                 yield chunks
         finally:
-            self._engine.pause()  # who leaves early leaves the target to others
+            self._engine._pause()  # who leaves early leaves the target to others
 
     def results(self) -> list[Result]:
         """One result per prompt, in order; unfinished ones say "interrupted"."""

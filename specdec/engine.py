@@ -71,10 +71,9 @@ class Engine:
     ) -> None:
         target = target_of(target)
         drafter = drafter_of(drafter, target)
-        draft_length = draft_length_of(draft_length)
         _check(target, drafter, max_rows, rule)
         self.target, self.drafter = target, drafter
-        self._batch = Batch(target, drafter, rule, draft_length, check)
+        self._batch = Batch(target, drafter, rule, draft_length_of(draft_length), check)
         self._limit: CacheLimit | None = None
         if max_cache_bytes is not None:
             with claimed(*self._batch.owners):  # it frees what they have cached
@@ -232,7 +231,7 @@ class Engine:
         with self._beginning_again(self._batch.rows, []):
             self._batch.retire()
 
-    def pause(self) -> None:
+    def _pause(self) -> None:
         """Leave target and drafter to others; all rows begin again at the next step."""
         rows = self._batch.rows
         self._batch.forget()
@@ -266,34 +265,24 @@ class Engine:
         return self._requests[index]
 
 
-def target_of(given: Any) -> Target:
-    """A target, or the one that a name loads.
-
-    Raises:
-        TypeError: neither.
-    """
+def target_of(given: Target | str) -> Target:
+    """A target, or the one that a name loads."""
     if isinstance(given, str | os.PathLike):
         from specdec.targets.load import load_target
 
-        return load_target(os.fspath(given))
+        return load_target(given)
     hint = "wrap it: HFTarget(model, tokenizer)" if hasattr(given, "generate") else "load_target"
     _require_members("target", given, Target, hint)
-    found: Target = given
-    return found
+    return given
 
 
-def drafter_of(given: Any, target: Target) -> Drafter | None:
-    """A drafter, or the one that options of `load_drafter` build; None decodes plainly.
-
-    Raises:
-        TypeError: neither.
-    """
+def drafter_of(given: Drafter | Mapping[str, Any] | str | None, target: Target) -> Drafter | None:
+    """A drafter, or the one that options of `load_drafter` build; None decodes plainly."""
     if isinstance(given, str | Mapping):
         return load_drafter(given, target)
     if given is not None:
         _require_members("drafter", given, Drafter, "load_drafter, or None for plain decoding")
-    found: Drafter | None = given
-    return found
+    return given
 
 
 def _require_members(name: str, given: Any, protocol: Any, hint: str) -> None:
@@ -303,26 +292,22 @@ def _require_members(name: str, given: Any, protocol: Any, hint: str) -> None:
         what = f"the class {given.__name__}" if isinstance(given, type) else repr(given)[:80]
         raise TypeError(
             f"{name} is {what} but must be an object with the members of "
-            f"specdec.interfaces.{protocol.__name__}; it lacks {', '.join(missing) or 'none'}; "
+            f"{protocol.__module__}.{protocol.__name__}; it lacks {', '.join(missing) or 'none'}; "
             f"use {hint}"
         )
 
 
-def draft_length_of(given: Any) -> DraftLength | None:
+def draft_length_of(given: Any) -> Any:
     """A draft length; a number is one for all batch sizes, a mapping a `Schedule`."""
     given = plain(given)
+    if isinstance(given, int) and not isinstance(given, bool):
+        given = {1: given}
     if isinstance(given, Mapping):
         return Schedule(given)
-    if isinstance(given, int) and not isinstance(given, bool):
-        return Schedule({1: given})
-    is_one = hasattr(given, "choose") and hasattr(given, "learn") and not isinstance(given, type)
-    if given is not None and not is_one:
-        raise TypeError(
-            f"draft_length is {given!r} but must be a whole number, a mapping from batch sizes to "
-            "numbers, a Schedule, an OnlineController or None"
-        )
-    found: DraftLength | None = given
-    return found
+    if given is not None:
+        hint = "a whole number, a mapping from batch sizes to numbers, a Schedule or None"
+        _require_members("draft_length", given, DraftLength, hint)
+    return given
 
 
 def _chunk(row: Request) -> Chunk:

@@ -28,7 +28,7 @@ def closest(name: str, known: Mapping[str, Any] | list[str]) -> str:
 
 
 def is_registered(drafter: Any) -> bool:
-    """Whether a drafter is of a registered class, and so are those inside of it."""
+    """Say if a drafter is of a registered class, and so are those inside of it."""
     name = f"{type(drafter).__module__}:{type(drafter).__qualname__}"
     return name in DRAFTERS.values() and all(map(is_registered, getattr(drafter, "drafters", ())))
 

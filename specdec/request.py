@@ -81,46 +81,35 @@ def sampling_of(given: Any) -> SamplingConfig:
     """A configuration; None is the default, and a mapping holds its fields."""
     if isinstance(given, SamplingConfig):
         return given
-    if given is not None and not isinstance(given, Mapping):
-        raise TypeError(f"sampling is {given!r} but must be a SamplingConfig, a mapping or None")
     try:
-        return SamplingConfig(**(given or {}))
+        return SamplingConfig(**({} if given is None else given))
     except TypeError as error:
-        raise TypeError(f"sampling is {given!r} but must hold its fields: {error}") from error
+        raise TypeError(
+            f"sampling is {given!r} but must be a SamplingConfig, its fields or None: {error}"
+        ) from error
 
 
 def prompts_of(given: Any) -> list[Any]:
-    """Prompts in a list, one for a single text, chat or row of ids; each may be what it likes.
-
-    What a tokenizer returns counts as ids, without its padding.
-
-    Raises:
-        TypeError: nothing that holds prompts in an order.
-        ValueError: no prompt at all.
-    """
+    """Prompts in a list, one for a single text, chat or row of ids; `encode` checks each."""
     rows = _unpacked(given)
-    if isinstance(rows, str) or (isinstance(rows, Sequence) and not isinstance(rows, bytes)):
-        if not rows and not isinstance(rows, str):
-            raise ValueError("prompts is empty but must hold at least one prompt")
-        if isinstance(rows, str) or all(_is_id(each) or _is_message(each) for each in rows):
-            return [rows]
-        if any(_is_message(each) for each in rows):
-            raise TypeError("prompts mixes messages with prompts; give every chat as its own list")
-        return list(rows)
-    if _is_message(rows):
-        return [[rows]]
-    raise TypeError(
-        f"prompts is {type(given).__name__} {given!r:.60} but must be a list of prompts, each text,"
-        " chat messages or token ids, or one of these"
-    )
+    if isinstance(rows, str) or _is_message(rows):
+        return [rows]
+    if not isinstance(rows, Sequence) or isinstance(rows, bytes):
+        raise TypeError(
+            f"prompts is {type(given).__name__} {given!r:.60} but must be a list of prompts, each "
+            "text, chat messages or token ids, or one of these"
+        )
+    if not rows:
+        raise ValueError("prompts is empty but must hold at least one prompt")
+    if all(_is_id(each) or _is_message(each) for each in rows):
+        return [rows]
+    if any(_is_message(each) for each in rows):
+        raise TypeError("prompts mixes messages with prompts; give every chat as its own list")
+    return list(rows)
 
 
 def _prompt_of(given: Any, index: int) -> Any:
-    """One prompt: a string, a list of ids or a list of messages.
-
-    Raises:
-        TypeError: anything else, or entries that are not all ids or all messages.
-    """
+    """One prompt as a string, a list of ids or a list of messages."""
     row = _unpacked(given)
     row = [row] if _is_message(row) else row
     if isinstance(row, Sequence) and len(row) == 1 and isinstance(plain(row[0]), list):
@@ -143,21 +132,27 @@ def _unpacked(given: Any) -> Any:
     """Without a tokenizer's wrapping and padding, and arrays as lists."""
     if not isinstance(given, Mapping) or "input_ids" not in given:
         return plain(given)
-    ids, mask = plain(given["input_ids"]), plain(given.get("attention_mask"))
-    if mask is None or not ids:
-        return ids
-    is_batch = isinstance(ids[0], list)
-    pairs = list(zip(ids, mask, strict=False)) if is_batch else [(ids, mask)]
-    if (is_batch and len(ids) != len(mask)) or any(len(row) != len(real) for row, real in pairs):
-        raise ValueError("attention_mask must have the shape of input_ids, as tokenizers return it")
-    rows = [[token for token, is_real in zip(*pair, strict=True) if is_real] for pair in pairs]
-    return rows if is_batch else rows[0]
+    ids, mask = given["input_ids"], given.get("attention_mask")
+    try:
+        return plain(ids) if mask is None else _without_padding(ids, mask)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "attention_mask must have the shape of input_ids, as tokenizers return it"
+        ) from error
+
+
+def _without_padding(ids: Any, mask: Any) -> list[Any]:
+    pairs = [(plain(each), is_real) for each, is_real in zip(plain(ids), plain(mask), strict=True)]
+    is_batch = any(isinstance(each, list) for each, _ in pairs)
+    return [
+        _without_padding(each, is_real) if is_batch else each
+        for each, is_real in pairs
+        if is_batch or is_real
+    ]
 
 
 def _is_id(value: Any) -> bool:
-    return type(value) is int or (
-        isinstance(plain(value), int) and not isinstance(plain(value), bool)
-    )
+    return type(value) is int or type(plain(value)) is int
 
 
 def _is_message(value: Any) -> bool:

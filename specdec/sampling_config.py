@@ -174,11 +174,12 @@ def fit(name: str, value: Any, hint: Any) -> Any:
         ValueError: it is not of the kind that the hint says; True is no number.
     """
     must = _says(hint)
-    if must and isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if must and not _fits(plain(value), hint):
+    if not must:
+        return value
+    value = plain(os.fspath(value) if isinstance(value, os.PathLike) else value)
+    if not _fits(value, hint):
         raise ValueError(f"{name} is {value!r:.80} but must be {must}")
-    return plain(value) if must else value
+    return value
 
 
 def require_counts(most: int = 1024, **counts: Any) -> None:

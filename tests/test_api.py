@@ -38,6 +38,10 @@ PROMPTS = [
     (lambda t: np.array([3, 4]), lambda t: [[3, 4]]),
     (lambda t: torch.tensor([[3, 4], [5, 6]]), lambda t: [[3, 4], [5, 6]]),
     (lambda t: [torch.tensor([3, 4]), np.array([5])], lambda t: [[3, 4], [5]]),
+    (
+        lambda t: {"input_ids": [torch.tensor([3, 4])], "attention_mask": [torch.tensor([0, 1])]},
+        lambda t: [[4]],
+    ),
     (lambda t: t.tokenizer("Hi"), lambda t: [ids(t, "Hi")]),
     (lambda t: [t.tokenizer("Hi", return_tensors="pt")], lambda t: [ids(t, "Hi")]),
     (
@@ -83,7 +87,11 @@ REFUSED = [
     ("prompts", [[None], [5.0], [b"a"], np.array([True]), torch.rand(2)], "prompt 0 is"),
     ("prompts", [[[1.0]], [[True]], [["a"]], [[3, "a"]], [[{"role": "user"}]]], "prompt 0 holds"),
     ("prompts", [[*CHAT, "a"], [CHAT, *CHAT]], "prompts mixes"),
-    ("prompts", [{"input_ids": [3, 4], "attention_mask": [1]}], "attention_mask"),
+    (
+        "prompts",
+        [{"input_ids": [[3, 4]], "attention_mask": each} for each in ([1], [[1]], [[1, 1]] * 2, 5)],
+        "attention_mask",
+    ),
     ("prompts", ["\ud800"], "prompt 0 cannot be tokenized"),
     ("sampling", [5, "greedy", True, SamplingConfig, [5], {"temprature": 1}], "sampling is"),
     ("sampling", [{"temperature": True}], "temperature is"),

@@ -316,9 +316,12 @@ def eos_token_ids(model: Any) -> tuple[int, ...]:
     eos = getattr(settings, "eos_token_id", None)
     if eos is None:
         eos = getattr(model.config.get_text_config(), "eos_token_id", None)
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+    ids = tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,)
+    if not all(type(each) is int for each in ids):
+        raise ValueError(
+            f"{type(model).__name__} has eos_token_id {eos!r} but must have token ids or None"
+        )
+    return ids
 
 
 def _refuse_what_cannot_roll_back(model: Any, config: Any) -> None:

@@ -53,7 +53,7 @@ def check_target(target: Any) -> None:
         return
     try:
         with torch.no_grad(), _narrow_window(target):
-            stages = _compare(target)
+            stages = list(_compare(target))
     except Exception as error:  # whatever modeling code raises
         if is_out_of_memory(error):
             raise
@@ -78,8 +78,8 @@ def check_target(target: Any) -> None:
             )
 
 
-def _compare(target: Any) -> list[tuple[str, Tensor, Tensor]]:
-    """What is asked, the target's logits [..., V] for it, and the model's own."""
+def _compare(target: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Ask several things; yields each, the target's logits [..., V] for it, and the model's own."""
     model, device, num_rows = target.model, target.device, len(_PROMPT_LENS)
     num_ids = min(target.vocab_size, model.get_input_embeddings().weight.shape[0])
     # From the middle of the vocabulary, because special ids stand at its ends.
@@ -101,7 +101,7 @@ def _compare(target: Any) -> list[tuple[str, Tensor, Tensor]]:
         return states[rows, roots + torch.arange(first, end, device=device)]
 
     prompts = [text[:n].tolist() for text, n in zip(texts, _PROMPT_LENS, strict=True)]
-    stages = [("after ragged prompts", target.prefill(prompts).logits, at(own, -1, 0))]
+    yield "after ragged prompts", target.prefill(prompts).logits, at(own, -1, 0)
     later = _PATH_LEN + 1
     siblings = at(texts, later, later + 1).expand(-1, _NUM_SIBLINGS)
     nodes = torch.cat([siblings, at(texts, 1, later)], 1)
@@ -112,29 +112,26 @@ def _compare(target: Any) -> list[tuple[str, Tensor, Tensor]]:
     draft = Draft.tree(nodes, parents, lengths, depth=_PATH_LEN)
     logits = target.score(at(texts, 0, 1)[:, 0], draft).logits
     wanted = torch.cat([logits[:, :1], logits[:, 1 + _NUM_SIBLINGS :]], 1)
-    stages.append(("in a tree", wanted, at(own, 0, later)))
+    yield "in a tree", wanted, at(own, 0, later)
     target.cache.gather_path(path)
     target.cache.extend([later] * num_rows)
     logits = target.feed(at(texts, later, later + 2), [2] * num_rows)
-    stages.append(("behind an accepted path", logits, at(own, later + 1, later + 2)[:, 0]))
+    yield "behind an accepted path", logits, at(own, later + 1, later + 2)[:, 0]
     target.reorder(rows[0])
     logits = target.feed(at(texts, later + 2, later + 3)[:1], [1])
-    stages.append(("for a single token", logits, at(own, later + 2, later + 3)[:1, 0]))
-    return stages
+    yield "for a single token", logits, at(own, later + 2, later + 3)[:1, 0]
 
 
 @contextmanager
 def _narrow_window(target: Any) -> Iterator[None]:
     """Make sliding layers slide within the first tokens: transformers asks the config each time."""
-    masks, window = target._masks, target._masks.window
+    window = target._masks.window
     found = [getattr(module, "config", None) for module in target.model.modules() if window]
-    configs: dict[int, Any] = {
-        id(each): each for each in found if getattr(each, "sliding_window", 0) == window
-    }
+    configs: list[Any] = [each for each in found if getattr(each, "sliding_window", 0) == window]
 
     def resize(size: int) -> None:
-        masks.window = size
-        for config in configs.values():
+        target._masks.window = size
+        for config in configs:
             config.sliding_window = size
 
     try:
