@@ -197,15 +197,12 @@ class Batch:
 
         What was wrong is told once the step's one synchronisation has shown that something was.
         """
-        assert self.drafter is not None
-        vocab_size, device = self.target.vocab_size, self.target.device
+        drafter, vocab_size, device = self.drafter, self.target.vocab_size, self.target.device
+        assert drafter is not None
         check_draft(draft, len(self.rows), vocab_size, device, get_rule(self.rule).name)
-        if draft.num_nodes > self.drafter.max_nodes:
-            most = self.drafter.max_nodes
-            raise ValueError(
-                f"it has {draft.num_nodes} nodes but the drafter's max_nodes is {most}"
-            )
-        if draft.parents is not None and not self.drafter.makes_trees:
+        if draft.num_nodes > drafter.max_nodes:
+            raise ValueError(f"it has {draft.num_nodes} nodes but max_nodes is {drafter.max_nodes}")
+        if draft.parents is not None and not drafter.makes_trees:
             raise ValueError("it has parents but the drafter's makes_trees is False")
         draft = replace(draft, depth=min(draft.depth, draft.num_nodes))
         over = draft.lengths > torch.tensor(budget, device=device)

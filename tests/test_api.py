@@ -115,6 +115,7 @@ def test_what_cannot_be_is_refused_by_name(target, name, values, message):
             generate(**{**given, name: value})
 
 
+HYBRID = {"type": "hybrid", "drafters": ["ngram", "suffix"]}
 CALLS = [
     (lambda t: Engine(t, max_rows=1.5), "max_rows is 1.5"),
     (lambda t: Engine(t, max_cache_bytes="1"), "max_cache_bytes is '1'"),
@@ -135,7 +136,7 @@ CALLS = [
     (lambda t: load_drafter(5, t), "drafter is 5"),
     (lambda t: load_drafter("eagle", None), "target is None"),
     (lambda t: load_drafter({"type": "hybrid", "drafters": "ngram"}, t), "drafters is 'ngram'"),
-    (lambda t: generate(t, NgramWithVocab(5), "Hi"), "vocab_size"),
+    (lambda t: load_drafter({**HYBRID, "enough": "x"}, t), "enough is 'x'"),
 ]
 # Options of drafters that no value below fits.
 CALLS += [
@@ -143,7 +144,8 @@ CALLS += [
     for option in (
         ({"type": "ngram"}, "max_ngram"),
         ({"type": "suffix"}, "factor"),
-        ({"type": "hybrid", "drafters": ["ngram", "suffix"]}, "max_nodes"),
+        (HYBRID, "max_nodes"),
+        (HYBRID, "calibrate"),
         ({"type": "draft_model", "path": "demo"}, "num_draft_tokens"),
         ({"type": "medusa"}, "choices"),
         ({"type": "eagle"}, "depth"),
@@ -151,25 +153,6 @@ CALLS += [
     )
     for value in ("x", NAN, -1, {}, [0.5], 10**9 if option[1] != "factor" else INF)
 ]
-CALLS += [
-    (
-        lambda t, v=value: load_drafter(
-            {"type": "hybrid", "drafters": ["ngram", "suffix"], **v}, t
-        ),
-        m,
-    )
-    for value, m in [
-        ({"max_nodes": 1.5}, "max_nodes is 1.5"),
-        ({"enough": "x"}, "enough is 'x'"),
-        ({"calibrate": 1}, "calibrate is 1"),
-    ]
-]
-
-
-class NgramWithVocab(NgramDrafter):
-    def __init__(self, vocab_size):
-        super().__init__()
-        self.vocab_size = vocab_size
 
 
 def test_every_other_entrance_refuses_by_name_too(target):

@@ -83,7 +83,6 @@ LIES = [
     ("tree", lambda d: replace(d, depth=-1), "depth is -1"),
     ("tree", lambda d: replace(d, depth=2.0), "depth is 2.0"),
     ("chain", lambda d: replace(d, depth=3), "depth is only 3"),
-    ("chain", changed("tokens", (1, 1), 500), "tokens: row 1, entry 1 has 500"),
     ("sampled", q(UNIT * -1), "probs: row 1, entry 2 has -1"),
     ("sampled", q(float("nan")), "probs: row 1, entry 2 has nan"),
     ("sampled", q(0.0), "probs: row 1, entry 2 has 0"),
