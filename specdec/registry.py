@@ -4,7 +4,7 @@ import difflib
 import inspect
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Any, get_type_hints
+from typing import Any
 
 from specdec.interfaces import Drafter, Target
 from specdec.sampling_config import fit
@@ -58,14 +58,13 @@ def load_drafter(options: Mapping[str, Any] | str, target: Target) -> Drafter:
     build = getattr(drafter_class, "load", drafter_class)
     parameters = inspect.signature(build).parameters
     accepted = [p for p in parameters if p != "target"]
-    hints = get_type_hints(getattr(drafter_class, "load", drafter_class.__init__))
     for option, value in settings.items():
         if option not in accepted:
             raise ValueError(
                 f"drafter {name!r} has no option {option!r}; {closest(str(option), accepted)}"
             )
         try:
-            settings[option] = fit(option, value, hints.get(option, Any))
+            settings[option] = fit(option, value, parameters[option].annotation)
         except ValueError as error:
             raise ValueError(f"drafter {name!r}: {error}; {_given(settings)}") from error
     for option in accepted:

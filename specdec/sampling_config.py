@@ -4,12 +4,12 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, wraps
+from functools import wraps
 from inspect import signature
 from numbers import Integral, Real
 from sys import float_info
 from types import NoneType, UnionType
-from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin
 
 Given = ParamSpec("Given")
 Answer = TypeVar("Answer")
@@ -152,16 +152,13 @@ def plain(value: Any) -> Any:
 
 def checked(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
     """Refuse arguments that are not what the annotations of their parameters say."""
-    own, hints = signature(function), lru_cache(lambda: get_type_hints(function))
+    own = signature(function)
 
     @wraps(function)
     def call(*args: Given.args, **options: Given.kwargs) -> Answer:
-        try:
-            bound = own.bind(*args, **options)
-        except TypeError:
-            return function(*args, **options)  # which raises Python's own message
+        bound = own.bind(*args, **options)
         for name, value in bound.arguments.items():
-            bound.arguments[name] = fit(name, value, hints().get(name, Any))
+            bound.arguments[name] = fit(name, value, own.parameters[name].annotation)
         return function(*bound.args, **bound.kwargs)
 
     return call

@@ -11,6 +11,7 @@ from tiny_models import perturbed, tiny_llama, tiny_target
 from specdec import Engine, SamplingConfig, generate, generate_baseline
 from specdec.cache_limit import CacheLimit
 from specdec.drafters.draft_model import DraftModel
+from specdec.interfaces import Target
 from specdec.targets.hf import HFTarget
 
 
@@ -209,11 +210,10 @@ def test_a_limit_of_one_engine_does_not_bind_the_next_call(target):
 
 
 def test_a_target_that_hides_its_cache_cannot_be_limited(target):
-    class Hidden:
-        tokenizer, capabilities, device = None, target.capabilities, target.device
-
+    members = (*Target.__annotations__, "prefill", "score", "commit", "reorder")
+    hidden = type("Hidden", (), {name: getattr(target, name) for name in members})
     with pytest.raises(ValueError, match="Hidden does not tell the size of its cache"):
-        Engine(Hidden(), max_cache_bytes=10**9)
+        Engine(hidden(), max_cache_bytes=10**9)
 
 
 def nan_behind_a_pair_of_96(module, inputs, output):
