@@ -108,7 +108,7 @@ def test_two_processes_join_to_what_one_gives(path, alone, tmp_path):
     provenance = json.loads((tmp_path / "results.json").read_text())["provenance"]
     assert provenance["processes"] == 2
     # One of them prints: a table, and the line for machines last.
-    assert done.stdout.count('{"schema": "specdec-bench-2"') == 1
+    assert done.stdout.count('{"schema": "specdec-bench-3"') == 1
 
 
 def test_what_other_processes_did_before_counts_as_done(path, alone, tmp_path, monkeypatch):
