@@ -209,7 +209,7 @@ def _name(path: str) -> str | None:
 
 
 def _facts(target: Any) -> dict[str, Any]:
-    """What of a target's configuration changes what it says."""
+    """Select the facts of a configuration that change what a target says."""
     facts = {
         name: value
         for name, value in target.config.to_dict().items()

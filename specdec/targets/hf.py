@@ -274,7 +274,7 @@ def _root_and_ancestors(mask: Tensor) -> Tensor:
 
 
 def _added_mask_dtype(model: Any) -> torch.dtype | None:
-    """What masks must be made of: "eager" attention adds them to its scores."""
+    """Dtype of the masks: "eager" attention adds them to its scores."""
     attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
     return model.get_input_embeddings().weight.dtype if attention == "eager" else None
 
