@@ -13,7 +13,7 @@ import prediction
 import typer
 from results import HERE, Arms, arms_of, cells_of, groups_of, read, speed
 
-from specdec.report.plot import plot_results
+from specdec.report.quick_plots import plot_results
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from specdec.report.older import renew
+from specdec.report.runs import renew
 
 HERE = Path(__file__).parent
 Arms = dict[str, dict[str, Any]]

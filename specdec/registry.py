@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from specdec.interfaces import Drafter, Target
-from specdec.sampling_config import fit
+from specdec.engine.interfaces import Drafter, Target
+from specdec.sampling.config import fit
 
 DRAFTERS = {
     "draft_model": "specdec.drafters.draft_model:DraftModel",

@@ -8,7 +8,7 @@ from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.eagle3 import Eagle3Drafter
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.ngram import NgramDrafter
-from specdec.drafters.tree_shape import TreeShape
+from specdec.drafters.tree_growth import TreeShape
 from specdec.targets.hf import HFTarget
 
 PROMPTS = [[5, 6, 7, 8], [9] * 30, [1], list(range(20, 60)), [3] * 12]

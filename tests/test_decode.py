@@ -6,7 +6,7 @@ from tiny_models import perturbed, tiny_llama, tiny_target
 
 from specdec import SamplingConfig, generate, generate_baseline, load_drafter, stream
 from specdec.drafters.draft_model import DraftModel
-from specdec.metrics import AcceptanceStats
+from specdec.engine.metrics import AcceptanceStats
 from specdec.targets.hf import HFTarget
 
 PROMPT = [5, 6, 7, 8]

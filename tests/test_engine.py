@@ -9,9 +9,9 @@ from engine_cases import PROMPTS, Cases, plain_tokens, run
 from tiny_models import perturbed, tiny_llama, tiny_target
 
 from specdec import Engine, SamplingConfig, generate, generate_baseline
-from specdec.cache_limit import CacheLimit
 from specdec.drafters.draft_model import DraftModel
-from specdec.interfaces import Target
+from specdec.engine.interfaces import Target
+from specdec.engine.scheduler import CacheLimit
 from specdec.targets.hf import HFTarget
 
 

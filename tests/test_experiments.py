@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from specdec.bench.grid import load_cells
-from specdec.bench.suites.config import load_suite
+from specdec.bench.config import load_suite
+from specdec.bench.sweep import load_cells
 
 ROOT = Path(__file__).parents[1]
 HERE = ROOT / "experiments"

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from specdec import files
 from specdec.bench.prompts import load_prompts
-from specdec.bench.records import read_records
+from specdec.bench.store import read_records
 from specdec.checkpoints.folder import read_json
 from specdec.cli import app
-from specdec.data.query_files import read_query_splits
-from specdec.files import disk_trouble, locked, replace_file, whole_folder
+from specdec.common import files
+from specdec.common.files import disk_trouble, locked, replace_file, whole_folder
+from specdec.data.sources import read_query_splits
 
 
 def content(folder):

@@ -8,10 +8,10 @@ from tiny_models import tiny_target
 from specdec import load_drafter, load_target
 from specdec.bench.prompts import load_prompts
 from specdec.checkpoints import read_head
-from specdec.data.chat import load_chat
-from specdec.data.query_source import open_source
-from specdec.hub import find_path
-from specdec.targets.ends import load_ends
+from specdec.common.hub import find_path
+from specdec.data.dialogue import load_chat
+from specdec.data.sources import open_source
+from specdec.targets.partial import load_ends
 
 TARGET = tiny_target()
 PATHS = """

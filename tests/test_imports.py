@@ -11,21 +11,15 @@ PACKAGE = Path(__file__).parent.parent / "specdec"
 
 # Ground floor first. A module may import from its own floor's earlier names and from floors below.
 FLOORS = [
-    ["verify"],
-    ["randomness", "sampling_config", "penalties", "sampling", "metrics", "clock", "provenance"],
-    ["interfaces"],
-    ["demo", "text", "files", "hub", "strict_config", "kv_cache", "checkpoints"],
+    ["verify", "common"],
+    ["sampling", "checkpoints", "demo"],
+    ["engine", "registry"],
     ["targets"],
     ["drafters"],
-    ["registry", "request", "acceptance_estimate", "draft_length"],
-    ["host_step", "batch", "cache_limit", "waiting"],
-    ["engine"],
-    ["decode"],
-    ["bench"],
-    ["data", "proxy"],
+    ["bench", "proxy"],
+    ["data"],
     ["analysis"],
-    ["planning"],
-    ["train"],
+    ["train", "planning"],
     ["report"],
     ["cli", "__main__"],
 ]

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from specdec.kv_cache import SlotCache
+from specdec.engine.kv_cache import SlotCache
 
 LAYERS, HEADS, DIM = 3, 2, 3
 CPU = torch.device("cpu")

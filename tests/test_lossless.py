@@ -208,7 +208,7 @@ def exact_law(target, prompt, sampling):
     ids = torch.tensor([prompt + list(sequence) for sequence in sequences])
     with torch.no_grad():
         logits = target.model(input_ids=ids).logits[:, len(prompt) - 1 : -1]
-    from specdec.sampling import Sampler
+    from specdec.sampling.sampler import Sampler
 
     law = torch.ones(len(sequences), dtype=torch.float64)
     sampler = Sampler([sampling] * len(ids), SMALL_VOCAB, None, [prompt] * len(ids), ())

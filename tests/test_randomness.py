@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from specdec.randomness import row_exponentials, row_uniforms
+from specdec.sampling.randomness import row_exponentials, row_uniforms
 
 DRAWS = (row_uniforms, row_exponentials)
 UNIFORM_BITS = [

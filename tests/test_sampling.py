@@ -9,8 +9,14 @@ import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec.randomness import row_exponentials
-from specdec.sampling import Sampler, SamplingConfig, has_nan, sample, sample_without_replacement
+from specdec.sampling.randomness import row_exponentials
+from specdec.sampling.sampler import (
+    Sampler,
+    SamplingConfig,
+    has_nan,
+    sample,
+    sample_without_replacement,
+)
 from specdec.verify.draft import Draft
 
 V, EOS = 24, (3, 5)

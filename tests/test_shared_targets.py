@@ -12,10 +12,9 @@ from specdec import Engine, generate, load_drafter, stream
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.ngram import NgramDrafter
-from specdec.interfaces import Target
+from specdec.engine.interfaces import Target
 from specdec.targets.hf import HFTarget
-from specdec.targets.load import load_target
-from specdec.targets.reading import read_text
+from specdec.targets.load import load_target, read_text
 
 PROMPT, OTHER = [5, 6, 7, 8], [9] * 30
 

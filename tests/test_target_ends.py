@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from specdec.checkpoints import identify_target
 from specdec.checkpoints.identity import hash_of_ends
 from specdec.drafters.heads import build_head
-from specdec.targets.ends import load_ends
 from specdec.targets.load import load_target
+from specdec.targets.partial import load_ends
 
 
 def keep_only_the_ends(weights):

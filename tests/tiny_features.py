@@ -2,11 +2,9 @@
 
 import torch
 
-from specdec.data.answers_folder import write_answers
-from specdec.data.feature_options import FeatureOptions
-from specdec.data.feature_plan import FeaturePlan
-from specdec.data.feature_store import FeatureStore
-from specdec.data.features import FeatureExtraction
+from specdec.data.answers import write_answers
+from specdec.data.feature_store import FeatureOptions, FeatureStore
+from specdec.data.features import FeatureExtraction, FeaturePlan
 
 
 def random_rows(num_rows=9, longest=40, vocab_size=97, seed=0):

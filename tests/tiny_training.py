@@ -6,7 +6,7 @@ import torch
 import yaml
 from tiny_models import tiny_llama
 
-from specdec.decode import generate_baseline
+from specdec.engine.decode import generate_baseline
 from specdec.targets.hf import HFTarget
 from specdec.train.config import load_train_config
 

@@ -18,9 +18,9 @@ from rich.table import Table
 
 from specdec import SamplingConfig, load_target
 from specdec.bench.prompts import load_prompts, render
-from specdec.bench.provenance import machine
-from specdec.request import encode
-from specdec.sampling import Sampler
+from specdec.common.provenance import machine
+from specdec.engine.request import encode
+from specdec.sampling.sampler import Sampler
 from specdec.verify import Draft, match, verify
 
 BATCH_SIZE, NUM_NODES, VOCAB_SIZE = 8, 60, 32_000

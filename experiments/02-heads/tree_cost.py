@@ -18,13 +18,13 @@ from rich.table import Table
 
 from specdec import load_target
 from specdec.bench.prompts import load_prompts, render
-from specdec.bench.provenance import machine
 from specdec.checkpoints import read_head
+from specdec.common.provenance import machine
 from specdec.demo import demo_path
 from specdec.drafters.eagle3 import Eagle3Drafter
-from specdec.request import encode
-from specdec.sampling import Sampler
-from specdec.sampling_config import SamplingConfig
+from specdec.engine.request import encode
+from specdec.sampling.config import SamplingConfig
+from specdec.sampling.sampler import Sampler
 from specdec.verify import Draft, best_static_tree, from_choices
 
 SIZES = (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32)

@@ -16,16 +16,14 @@ import typer
 from scipy.stats import bootstrap
 
 from specdec import load_target
-from specdec.bench.provenance import machine
 from specdec.checkpoints import identify_target
-from specdec.data.answers import AnswerRow
-from specdec.data.answers_folder import check_answers_target, load_answers
-from specdec.drafters.training_batch import shifted
+from specdec.common.provenance import machine
+from specdec.data.answers import AnswerRow, check_answers_target, load_answers
+from specdec.drafters.training import shifted
 from specdec.train.acceptance import drafted_places, sum_of_overlaps
-from specdec.train.draft_model_options import DraftModelOptions
-from specdec.train.draft_model_trainee import DraftModelTrainee
-from specdec.train.head_trainee import HeadTrainee, new_head
-from specdec.train.source import OnlineSource
+from specdec.train.data import OnlineSource
+from specdec.train.heads import HeadTrainee, new_head
+from specdec.train.qlora import DraftModelOptions, DraftModelTrainee
 
 
 def load(kind: str, path: str, target: Any, identity: Any) -> Any:

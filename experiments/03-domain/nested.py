@@ -11,7 +11,7 @@ from pathlib import Path
 
 import typer
 
-from specdec.data.answers_folder import load_answers, write_answers
+from specdec.data.answers import load_answers, write_answers
 
 
 def read(path: Path) -> list[dict]:

@@ -16,11 +16,10 @@ import torch
 import typer
 from accelerate import Accelerator
 
-from specdec.train.batches import padded
+from specdec.train.checkpoint import RunFolder
 from specdec.train.config import load_train_config
-from specdec.train.materials import load_materials
+from specdec.train.data import load_materials, padded
 from specdec.train.run import make_trainee
-from specdec.train.state import RunFolder
 from specdec.train.trainer import Trainer
 
 HERE = Path(__file__).parent

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # of what all experiments sh
 from prediction import Pair, Row, chosen, covers, drafting, error, join, key_of, summary
 from results import speed
 
-from specdec.report.older import renew
+from specdec.report.runs import renew
 
 HEADER = ("configuration", "tau", "planned", "speed", "planned", "error", "inside", "draft", "pl.")
 

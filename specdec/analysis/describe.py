@@ -5,20 +5,161 @@ from typing import Any
 
 import numpy as np
 
-from specdec.analysis.calibration import chain_confidence, reliability
-from specdec.analysis.counterfactuals import Counterfactuals, figures
-from specdec.analysis.coverage import coverage
-from specdec.analysis.evidence import Evidence
-from specdec.analysis.expected import Expected, by_prompt, first_acceptance
-from specdec.analysis.facts import TextFacts
-from specdec.analysis.first_tokens import FirstTokens
-from specdec.analysis.hardest import hardest_contexts
+from specdec.analysis.expected import Expected, by_prompt, coverage, first_acceptance
 from specdec.analysis.predict import Predictor, fixed_shape
-from specdec.analysis.replayed import ReplayNotes
-from specdec.bench.interval import bootstrap_interval
+from specdec.analysis.replay import ReplayNotes
+from specdec.analysis.teacher_forced import (
+    Evidence,
+    FirstTokens,
+    TextFacts,
+    chain_confidence,
+    reliability,
+)
+from specdec.analysis.texts import Text
+from specdec.common.stats import bootstrap_interval
 from specdec.drafters.forced import FixedShape, is_forced
 from specdec.registry import load_drafter
-from specdec.verify.tree import from_choices
+from specdec.verify.tree import best_static_tree, from_choices
+
+CHAINS = range(1, 11)
+TREE_SIZES = (2, 4, 8, 12, 16, 24, 32, 48)
+THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+class Counterfactuals:
+    """Works out the shapes of one drafter.
+
+    Args:
+        predictor: with the texts.
+        options: that the drafter was loaded with.
+        drafter: with what `Forced` asks for.
+    """
+
+    def __init__(self, predictor: Predictor, options: Mapping[str, Any], drafter: Any) -> None:
+        self._predictor, self._options, self._drafter = predictor, options, drafter
+        self._evidence: Evidence = predictor.evidence(options, drafter)
+        self._depth = min(self._evidence.depth, max(CHAINS))
+
+    def all(self) -> dict[str, list[dict[str, Any]]]:
+        """{chains, trees, thresholds}; a list is empty where the drafter has no such shape.
+
+        So it is where the acceptance of its chains is not worked out.
+        """
+        known = self._drafter.shape_options
+        drawn = FixedShape(from_choices(_chain(1)), self._drafter.children)
+        has_chains = self._predictor.why_unknown(drawn) is None
+        return {
+            "chains": self._chains() if has_chains else [],
+            "trees": self._trees() if "choices" in known else [],
+            "thresholds": self._thresholds()
+            if has_chains and "confidence_threshold" in known
+            else [],
+        }
+
+    def _chains(self) -> list[dict[str, Any]]:
+        rows = []
+        for length in range(1, self._depth + 1):
+            found = self._expect(_chain(length), self._drafter.children)
+            rows.append({"length": length, "children": self._children, **figures(found)})
+        return rows
+
+    @property
+    def _children(self) -> str:
+        greedy = self._predictor.sampling.is_greedy
+        return "top" if greedy else str(self._drafter.children)
+
+    def _trees(self) -> list[dict[str, Any]]:
+        """The best trees of chosen tokens for what these texts took."""
+        table, rows = coverage(self._evidence), []
+        for num_nodes in TREE_SIZES:
+            choices = best_static_tree(table, num_nodes) if table else []
+            if len(choices) < num_nodes:
+                break
+            found = self._expect(choices, "top")
+            rows.append(
+                {
+                    "nodes": num_nodes,
+                    "depth": max(map(len, choices)),
+                    "choices": [list(path) for path in choices],
+                    "children": "top",
+                    **figures(found),
+                }
+            )
+        return rows
+
+    def _thresholds(self) -> list[dict[str, Any]]:
+        rows = []
+        for threshold in THRESHOLDS:
+            found = self._expect(_chain(self._depth), self._drafter.children, threshold)
+            rows.append({"threshold": threshold, "length": self._depth, **figures(found)})
+        return rows
+
+    def _expect(
+        self, choices: list[tuple[int, ...]], children: str, threshold: float = 0.0
+    ) -> Expected:
+        shape = FixedShape(from_choices(choices), children, threshold)
+        return self._predictor.expect(self._options, self._drafter, shape)
+
+
+def _chain(length: int) -> list[tuple[int, ...]]:
+    return [(0,) * (level + 1) for level in range(length)]
+
+
+def figures(expected: Expected) -> dict[str, Any]:
+    """What a JSON file says of an expectation."""
+    interval = expected.tau_interval()
+    return {
+        "tau": expected.tau,
+        "tau_ci": None if interval is None else list(interval),
+        "nodes_per_step": expected.nodes_per_step,
+        "nodes_are_exact": expected.drafted_is_exact,
+    }
+
+
+NUM_CONTEXTS, NUM_BEFORE = 20, 32
+
+
+def hardest_contexts(
+    evidence: Evidence, texts: Sequence[Text], tokenizer: Any, count: int = NUM_CONTEXTS
+) -> list[dict[str, Any]]:
+    """The places of lowest overlap; among equals, those where the text's token surprised it most.
+
+    Places where the drafter's likeliest token is the text's are none.
+
+    Returns:
+        {prompt, position, before, drafted, target, p, q, overlap}: the position is the token's in
+        its answer, from 0; `before` the text up to it; `drafted` the drafter's likeliest token; p
+        and q the models' probabilities of the token that came, at temperature 1.
+    """
+    wrong = evidence.valid[:, :, 0] & (evidence.rank[:, :, 0] != 0)
+    rows, steps = np.nonzero(wrong)
+    overlap = evidence.overlap[rows, steps, 0]
+    surprise = evidence.draft_prob[rows, steps, 0]
+    order = np.lexsort((surprise, overlap))[:count]
+    found = []
+    for row, step in zip(rows[order].tolist(), steps[order].tolist(), strict=True):
+        text, position = texts[row], step + 1
+        before = [*text.prompt, *text.tokens[:position]][-NUM_BEFORE:]
+        found.append(
+            {
+                "prompt": row,
+                "position": position,
+                "before": _said(before, tokenizer),
+                "drafted": [_said([int(evidence.best_draft[row, step, 0])], tokenizer)],
+                "target": _said([text.tokens[position]], tokenizer),
+                "p": float(evidence.target_prob[row, step, 0]),
+                "q": float(evidence.draft_prob[row, step, 0]),
+                "overlap": float(evidence.overlap[row, step, 0]),
+            }
+        )
+    return found
+
+
+def _said(tokens: Sequence[int], tokenizer: Any) -> str:
+    """Text of tokens; their ids without a tokenizer."""
+    if tokenizer is None:
+        return " ".join(map(str, tokens))
+    return str(tokenizer.decode(list(tokens)))
 
 
 def describe(

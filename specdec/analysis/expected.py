@@ -11,10 +11,10 @@ from functools import cached_property
 
 import numpy as np
 
-from specdec.analysis.evidence import Array, Evidence
-from specdec.bench.interval import Interval, bootstrap_interval
+from specdec.analysis.teacher_forced import Array, Evidence
+from specdec.common.stats import Interval, bootstrap_interval
 from specdec.drafters.forced import FixedShape
-from specdec.metrics import AcceptanceStats, StepRecord
+from specdec.engine.metrics import AcceptanceStats, StepRecord
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Expected:
         return tuple(float(a / t) if t > 1e-9 else None for a, t in pairs)
 
     def _accepted(self) -> Array:
-        # T - 1 = A + S, as in `specdec.metrics`.
+        # T - 1 = A + S, as in `specdec.engine.metrics`.
         accepted: Array = np.array(self.tokens) - 1 - np.array(self.steps)
         return accepted
 
@@ -204,3 +204,27 @@ def _visits(at_least: Array) -> Array:
         visits[:, start + 1 : start + 1 + size] += visits[:, start, None] * exactly[:, start]
     found: Array = visits[:, :num_steps] * (at_least[..., 0] > 0)
     return found
+
+
+WIDTH = 10
+
+
+def coverage(evidence: Evidence, width: int = WIDTH) -> list[list[float]]:
+    """Share of places where the text takes the candidate of each rank, by depth: [depth][rank].
+
+    At a depth those places count where it took one of the first `width` candidates at every depth
+    above: what `best_static_tree` wants to know. Depths without a place are left out.
+    """
+    counted = evidence.valid.copy()
+    table = []
+    for level in range(evidence.depth):
+        reached: Array = counted[:, :, level]
+        num_places = int(reached.sum())
+        if not num_places:
+            break
+        ranks = evidence.rank[:, :, level][reached]
+        hits = np.bincount(ranks[ranks < width], minlength=width)
+        table.append([round(float(share), 6) for share in hits / num_places])
+        if level + 1 < evidence.depth:
+            counted[:, :, level + 1] &= reached & (evidence.rank[:, :, level] < width)
+    return table

@@ -5,15 +5,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from specdec.analysis.evidence import Evidence, gather_evidence
 from specdec.analysis.expected import Expected, expect
 from specdec.analysis.replay import Watch, replay
+from specdec.analysis.teacher_forced import Evidence, gather_evidence
 from specdec.analysis.texts import Text, check_texts
 from specdec.drafters.forced import FixedShape, is_forced
-from specdec.interfaces import Target
-from specdec.metrics import StepRecord
+from specdec.engine.interfaces import Target
+from specdec.engine.metrics import StepRecord
 from specdec.registry import load_drafter
-from specdec.sampling_config import SamplingConfig
+from specdec.sampling.config import SamplingConfig
 from specdec.verify import get_rule
 
 # A pass looks at least this deep and wide, so that one serves many shapes.

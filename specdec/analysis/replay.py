@@ -6,19 +6,21 @@ temperature, so the steps are certain.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.analysis.laws import refuse_not_finite
+from specdec.analysis.acceptance_math import refuse_not_finite
+from specdec.analysis.teacher_forced import FirstTokens, reliability
 from specdec.analysis.texts import Text, seeded
-from specdec.interfaces import Drafter, Target, TargetOutput, cache_owners, claimed
-from specdec.metrics import StepRecord
-from specdec.sampling import Sampler
-from specdec.sampling_config import SamplingConfig
-from specdec.targets.reading import read_text
+from specdec.engine.interfaces import Drafter, Target, TargetOutput, cache_owners, claimed
+from specdec.engine.metrics import StepRecord
+from specdec.sampling.config import SamplingConfig
+from specdec.sampling.sampler import Sampler
+from specdec.targets.load import read_text
 from specdec.verify import Draft, Verdict, match
 from specdec.verify.tree import node_depths
 
@@ -154,3 +156,44 @@ def _refuse_sampled(draft: Draft, drafter: Any) -> None:
             "a given text its draws cannot be replayed; choose tokens (children=top), use "
             "temperature 0, or give it what specdec.drafters.forced describes"
         )
+
+
+@dataclass
+class ReplayNotes:
+    """Takes notes of every step; `note` is what `replay` calls."""
+
+    text: list[int] = field(default_factory=list)
+    step: list[int] = field(default_factory=list)
+    accepted: list[bool] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
+    taken: list[bool] = field(default_factory=list)
+
+    def note(self, text: int, num_done: int, draft: Draft, verdict: Verdict) -> None:
+        """One step; a step without a draft accepts nothing."""
+        self.text.append(text)
+        self.step.append(num_done - 1)
+        self.accepted.append(bool(verdict.num_accepted[0] > 0))
+        if draft.confidence is not None and draft.num_nodes:
+            self._note_confidence(draft, draft.confidence, verdict)
+
+    def _note_confidence(self, draft: Draft, confidence: Tensor, verdict: Verdict) -> None:
+        path = set(verdict.path[0].tolist())
+        parents = draft.explicit_parents()[0].tolist()
+        whole = confidence[0].tolist()
+        for node in range(int(draft.lengths[0])):
+            parent = parents[node]
+            above = whole[parent] if parent >= 0 else 1.0
+            # Judged or not: had the step come this far, this child would be the text's or not.
+            if (parent < 0 or parent in path) and above > 0:
+                self.confidence.append(min(1.0, whole[node] / above))
+                self.taken.append(node in path)
+
+    def first_tokens(self) -> FirstTokens:
+        """The places where steps started."""
+        accepted = np.array(self.accepted, dtype=np.float64)
+        steps = np.array(self.step, dtype=np.int64)
+        return FirstTokens(np.array(self.text, dtype=np.int64), steps, accepted, None)
+
+    def calibration(self) -> dict[str, Any] | None:
+        """Of the conditional confidence of all nodes whose parent was taken; None without any."""
+        return reliability(np.array(self.confidence), np.array(self.taken, dtype=bool))

@@ -1,8 +1,9 @@
 """One arm of a comparison: our loop with a drafter, plainly, or transformers `generate`."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -10,14 +11,73 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
 from specdec.bench.config import ArmConfig, BenchConfig
-from specdec.bench.load_draft_length import load_draft_length
-from specdec.bench.outcome import Run
-from specdec.decode import generate
-from specdec.draft_length import DraftLength
-from specdec.interfaces import Drafter
+from specdec.bench.store import Run
+from specdec.common.files import parse_json
+from specdec.engine.decode import generate
+from specdec.engine.draft_length import DraftLength, OnlineController, Schedule
+from specdec.engine.interfaces import Drafter
 from specdec.registry import load_drafter
-from specdec.sampling_config import SamplingConfig
+from specdec.sampling.config import SamplingConfig
 from specdec.targets.hf import HFTarget
+
+
+def load_draft_length(arm: ArmConfig, drafter: Drafter, target: HFTarget) -> DraftLength | None:
+    """What `generate` takes as `draft_length`, built afresh; None for no limit.
+
+    Args:
+        arm: with its `draft_length`.
+        drafter: of the arm.
+        target: what it drafts for.
+
+    Raises:
+        FileNotFoundError: the plan is not there.
+        ValueError: it holds no controller, or that of another drafter or target.
+    """
+    option = arm.draft_length
+    if option is None:
+        return None
+    if "plan" not in option:
+        return Schedule(option)
+    path = Path(option["plan"]).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"draft_length.plan is {str(path)!r} but must be a plan.json that specdec plan wrote"
+        )
+    try:
+        plan = parse_json(path.read_text(encoding="utf-8-sig"))
+        step_s = _step_s(plan)
+        planned = {**plan.get("target", {})}
+        planned["type"] = plan["configurations"][0]["type"] if "configurations" in plan else None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"draft_length.plan {str(path)!r} holds no controller.step_s; give a plan.json that "
+            "specdec plan wrote"
+        ) from error
+    _check_made_for(planned, path, arm, target)
+    return OnlineController(step_s, trees=drafter.makes_trees)
+
+
+def _check_made_for(planned: dict[str, Any], path: Path, arm: ArmConfig, target: HFTarget) -> None:
+    """Refuse what another drafter or target costs; a plan written by hand may leave both out."""
+    sizes = {"vocab_size": target.vocab_size, "num_layers": target.config.num_hidden_layers}
+    sizes["hidden_size"] = target.config.hidden_size
+    pairs = [("a drafter of type", planned["type"] or arm.type, arm.type)]
+    pairs += [(f"a target of {key}", planned.get(key, size), size) for key, size in sizes.items()]
+    for what, made_for, given in pairs:
+        if made_for != given:
+            raise ValueError(
+                f"draft_length.plan {str(path)!r} of {arm.name!r} was made for {what} {made_for}, "
+                f"not {given}: a step costs something else there; plan this one, or give a "
+                "schedule as in {1: 6, 8: 0}"
+            )
+
+
+def _step_s(plan: dict[str, Any]) -> dict[int, dict[int, float]]:
+    """Seconds of a step by batch size and nodes, which JSON keeps under text keys."""
+    return {
+        int(size): {int(nodes): float(seconds) for nodes, seconds in row.items()}
+        for size, row in plan["controller"]["step_s"].items()
+    }
 
 
 class Arm(Protocol):
@@ -224,3 +284,47 @@ class _HFArm:
         eos = set(self._target.eos_token_ids)
         ends = [i + 1 for i, token in enumerate(tokens) if token in eos]
         return tokens[: ends[0]] if ends else tokens
+
+
+def add_choice(
+    plan: dict[str, Any], chosen: Sequence[ArmConfig], arms: Sequence[ArmConfig]
+) -> tuple[dict[str, Any], list[ArmConfig]]:
+    """Put what a plan chose before the arms that were given.
+
+    A plan knows no draft lengths, and names the shapes that it thinks of itself: what has the name
+    of a given arm may be another configuration. It is called "NAME (planned)" then, so that both
+    are measured.
+
+    Args:
+        plan: the content of `plan.json`.
+        chosen: the arm of its choice; none for plain decoding.
+        arms: that were given.
+
+    Returns:
+        The plan with its configurations under the names of the arms that measure them; and the
+        arms, the choice among them once.
+    """
+    given = {arm.name: arm for arm in arms}
+    names = [_name(arm.name, arm.type, arm.options, given) for arm in chosen]
+    added = [
+        ArmConfig(name, arm.type, arm.options)
+        for name, arm in zip(names, chosen, strict=True)
+        if name not in given
+    ]
+    return {
+        **plan,
+        "choice": _renamed(plan["choice"], given),
+        "configurations": [_renamed(row, given) for row in plan["configurations"]],
+    }, [*added, *arms]
+
+
+def _renamed(row: dict[str, Any], given: Mapping[str, ArmConfig]) -> dict[str, Any]:
+    return {**row, "name": _name(row["name"], row["type"], row["options"], given)}
+
+
+def _name(name: str, kind: str, options: dict[str, Any], given: Mapping[str, ArmConfig]) -> str:
+    """The name of a configuration: its own, unless a given arm has it and is another one."""
+    arm = given.get(name)
+    if arm is None or (arm.type, arm.options, arm.draft_length) == (kind, options, None):
+        return name
+    return _name(f"{name} (planned)", kind, options, given)

@@ -1,13 +1,329 @@
 """The prompts of a bench: a named source or a file, in an order that its seed decides."""
 
+import gzip
 import os
+import random
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specdec.bench.collected import read_collected
-from specdec.bench.prompt import BenchPrompt, Message, shuffled
-from specdec.bench.prompt_files import read_file
-from specdec.bench.sources import DATA_DIR_VARIABLE, ORDERED, SOURCES, read_source
+from specdec.common.files import parse_json
+from specdec.common.hub import HUB, find_path
+from specdec.common.messages import BenchPrompt, Message, shuffled
+from specdec.demo import demo_path
+
+HELD_OUT = "held_out"
+
+
+def read_collected(folder: Path) -> list[BenchPrompt]:
+    """Read what no drafter was trained on; the order is the folder's, which hashes decided.
+
+    Raises:
+        ValueError: the folder is none of collected queries, or `datasets` is not installed.
+    """
+    try:
+        from datasets import load_from_disk
+    except ImportError as error:
+        raise ValueError(
+            f"prompts.source {str(folder)!r} is a folder, and folders need datasets; install it "
+            "with: pip install 'specdec[collect]'"
+        ) from error
+    try:
+        rows: Any = load_from_disk(str(folder))[HELD_OUT]
+        return [_prompt(row) for row in rows]
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"prompts.source {str(folder)!r} holds no split {HELD_OUT!r} of collected queries "
+            f"({error}); give a folder that specdec collect wrote, or a file"
+        ) from error
+
+
+def _prompt(row: dict[str, Any]) -> BenchPrompt:
+    turns = tuple({"role": turn["role"], "content": turn["content"]} for turn in row["messages"])
+    return BenchPrompt(row["id"], row["domain"] or "collected", turns, "" if turns else row["text"])
+
+
+_TEXT_KEYS = ("prompt", "text", "question", "instruction")
+_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "system": "system"}
+
+
+def read_file(path: Path) -> list[BenchPrompt]:
+    """Read prompts by the file's suffix.
+
+    `.txt`: each line that is not blank is continued as it is. `.json`: a list of records.
+    Anything else (`.jsonl`, `.jsonl.gz`): a JSON record a line. A record holds `messages` (used up
+    to the last user turn), ShareGPT `conversations` (used up to the first user turn; one without
+    any is skipped), or `prompt`, `text`, `question` or `instruction`.
+
+    Raises:
+        ValueError: the file or a record is not of that form; it is named.
+    """
+    if path.suffix == ".txt":
+        lines = _decoded(path).split("\n")
+        return [BenchPrompt(str(i), "file", text=t) for i, t in enumerate(lines) if t.strip()]
+    rows = _json(path) if path.suffix == ".json" else list(read_lines(path))
+    prompts = []
+    for index, row in enumerate(rows):
+        try:
+            prompt = _prompt_of_prompt_files(index, row)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} record {index} is no prompt: {_reason(error)}") from error
+        if prompt is not None:
+            prompts.append(prompt)
+    return prompts
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file, gzipped or not.
+
+    Raises:
+        ValueError: a line is not a JSON object.
+    """
+    # Not splitlines: JSON strings may hold other characters that it takes for ends of lines.
+    for number, line in enumerate(_decoded(path).split("\n"), 1):
+        if line.strip():
+            try:
+                row = parse_json(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path} line {number} is not JSON ({error}); text files must end in .txt"
+                ) from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path} line {number} is {line[:40]!r} but must be an object")
+            yield row
+
+
+def _decoded(path: Path) -> str:
+    open_text = gzip.open if path.suffix == ".gz" else open
+    try:
+        with open_text(path, "rt", encoding="utf-8-sig") as file:
+            text = str(file.read())
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not UTF-8 text, or damaged: {error}") from error
+    if "\0" in text:
+        raise ValueError(f"{path} holds NUL characters; it is not UTF-8 text")
+    return text
+
+
+def _json(path: Path) -> list[Any]:
+    text = _decoded(path)
+    try:
+        rows = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} holds one {type(rows).__name__} but must hold a list of records")
+    return rows
+
+
+def _prompt_of_prompt_files(index: int, row: dict[str, Any]) -> BenchPrompt | None:
+    name, domain = str(row.get("id", index)), str(row.get("domain", "file"))
+    if "messages" in row:
+        turns = [_message(turn["role"], turn["content"]) for turn in row["messages"]]
+        ends = [i + 1 for i, turn in enumerate(turns) if turn["role"] == "user"]
+        if not ends:
+            raise ValueError("its messages hold no user turn")
+        return BenchPrompt(name, domain, tuple(turns[: ends[-1]]))
+    if "conversations" in row:
+        turns = [_message(_role(turn["from"]), turn["value"]) for turn in row["conversations"]]
+        ends = [i + 1 for i, turn in enumerate(turns) if turn["role"] == "user"]
+        return BenchPrompt(name, domain, tuple(turns[: ends[0]])) if ends else None
+    for key in _TEXT_KEYS:
+        if key in row:
+            return BenchPrompt(name, domain, (_message("user", row[key]),))
+    raise ValueError(
+        f"it has the keys {sorted(row)} but needs messages, conversations, {', '.join(_TEXT_KEYS)}"
+    )
+
+
+def _role(name: str) -> str:
+    return _SHAREGPT_ROLES.get(name, name)
+
+
+def _message(role: Any, content: Any) -> Message:
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise ValueError(f"a turn has role {role!r} and content {content!r} but both must be text")
+    return {"role": role, "content": content}
+
+
+def _reason(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
+
+
+Rows = list[dict[str, Any]]
+DATA_DIR_VARIABLE = "SPECDEC_DATA_DIR"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source and where to find it.
+
+    Attributes:
+        file: its path in the data folder.
+        parse: from records to prompts.
+        hub: arguments of `datasets.load_dataset`; None where the hub has no loadable copy.
+        published: where it comes from, if not from the hub.
+    """
+
+    file: str
+    parse: Callable[[Rows], list[BenchPrompt]]
+    hub: Mapping[str, str] | None = None
+    published: str = ""
+
+
+def _user(text: str) -> tuple[Message, ...]:
+    return ({"role": "user", "content": text},)
+
+
+def _gsm8k(rows: Rows) -> list[BenchPrompt]:
+    return [BenchPrompt(f"gsm8k-{i}", "gsm8k", _user(r["question"])) for i, r in enumerate(rows)]
+
+
+def _dialogues(domain: str, rows: Rows) -> list[BenchPrompt]:
+    """Each dialogue up to one of its user turns, chosen by a fixed seed."""
+    prompts = []
+    for row in rows:
+        turns = [{"role": role, "content": text} for role, text in row["turns"]]
+        ends = [i + 1 for i, turn in enumerate(turns[:-1]) if turn["role"] == "user"]
+        if ends:
+            end = random.Random(row["id"]).choice(ends)
+            prompts.append(BenchPrompt(row["id"], domain, tuple(turns[:end])))
+    return prompts
+
+
+def _questions(source: str, rows: Rows) -> list[BenchPrompt]:
+    """Questions of several turns, in the names of the original file or of the hub's copy."""
+    prompts = []
+    for row in rows:
+        turns = row["turns"] if "turns" in row else row["prompt"]
+        number = row["question_id"] if "question_id" in row else row["prompt_id"]
+        first, later = _user(turns[0]), tuple(turns[1:])
+        prompts.append(BenchPrompt(f"{source}-{number}", row["category"], first, follow_ups=later))
+    return prompts
+
+
+def _human_eval(rows: Rows) -> list[BenchPrompt]:
+    return [BenchPrompt(row["task_id"], "human_eval", text=row["prompt"]) for row in rows]
+
+
+_FILED: dict[str, Source] = {
+    "gsm8k": Source(
+        "gsm8k/test.jsonl", _gsm8k, {"path": "openai/gsm8k", "name": "main", "split": "test"}
+    ),
+    "sgd": Source(
+        "sgd/dev.jsonl",
+        lambda rows: _dialogues("sgd", rows),
+        published="its hub copy is a loading script, which datasets does not run any more; the "
+        'original is dstc8-schema-guided-dialogue, a line a dialogue: {"id", "turns": [[role, '
+        "text], ...]}",
+    ),
+    "taskmaster4": Source(
+        "taskmaster4/dialogs.jsonl",
+        # The other nine tenths are what the demo models were trained on.
+        lambda rows: _dialogues("taskmaster4", rows[::10]),
+        published="it is not on the hub; the original is google-research-datasets/Taskmaster, "
+        'TM-4, a line a dialogue: {"id", "turns": [[role, text], ...]}',
+    ),
+    "spec_bench": Source(
+        "spec_bench/question.jsonl",
+        lambda rows: _questions("spec_bench", rows),
+        published="it is not on the hub; the original is data/spec_bench of hemingkx/Spec-Bench",
+    ),
+    "mt_bench": Source(
+        "mt_bench/question.jsonl",
+        lambda rows: _questions("mt_bench", rows),
+        {"path": "HuggingFaceH4/mt_bench_prompts", "split": "train"},
+    ),
+    "human_eval": Source(
+        "human_eval/HumanEval.jsonl.gz",
+        _human_eval,
+        {"path": "openai/openai_humaneval", "split": "test"},
+    ),
+}
+
+
+def _demo(_: Path | None) -> list[BenchPrompt]:
+    """The packaged prompts, domains in turn, so that any number of first ones is balanced."""
+    position: dict[str, int] = {}
+    keyed = []
+    for row in read_lines(demo_path("prompts.jsonl")):
+        prompt = BenchPrompt(row["id"], row["domain"], tuple(row["messages"]))
+        position[prompt.domain] = position.get(prompt.domain, -1) + 1
+        keyed.append((position[prompt.domain], prompt))
+    return [prompt for _, prompt in sorted(keyed, key=lambda pair: pair[0])]
+
+
+def _held_out(folder: Path | None) -> list[BenchPrompt]:
+    """The three domains of the demo models in turn, none of it seen in training."""
+    names = ("gsm8k", "sgd", "taskmaster4")
+    domains = [shuffled(read_source(name, folder)) for name in names]
+    return [prompt for group in zip(*domains, strict=False) for prompt in group]
+
+
+# Sources that are balanced as they stand; the others are shuffled.
+_MIXED = {"demo": _demo, "held_out": _held_out}
+ORDERED = frozenset({"demo", "held_out", "spec_bench", "mt_bench", "human_eval"})
+SOURCES = (*_MIXED, *_FILED)
+
+
+def read_source(name: str, folder: Path | None) -> list[BenchPrompt]:
+    """All prompts of a named source.
+
+    Args:
+        name: one of `SOURCES`.
+        folder: the data folder; where the source's file is not in it, the hub is asked.
+
+    Raises:
+        FileNotFoundError: neither has it.
+        ValueError: its records are not what they should be.
+    """
+    if name in _MIXED:
+        return _MIXED[name](folder)
+    source = _FILED[name]
+    rows = _rows(name, source, folder)
+    try:
+        return source.parse(rows)
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"{source.file} of prompts.source {name!r} does not have the original's records "
+            f"({type(error).__name__}: {error}); restore the file"
+        ) from error
+
+
+def _rows(name: str, source: Source, folder: Path | None) -> Rows:
+    if folder is not None and (folder / source.file).is_file():
+        return list(read_lines(folder / source.file))
+    require_data_dir(folder)
+    missing = f"prompts.source {name!r}: {source.file} is not in {folder or 'any data folder'}"
+    fix = f"set {DATA_DIR_VARIABLE} or prompts.data_dir to a folder that holds it"
+    if source.hub is None:
+        raise FileNotFoundError(f"{missing}, and {source.published}; {fix}")
+    find_path(HUB + source.hub["path"], "")  # says so
+    try:
+        from datasets import load_dataset
+
+        return [dict(row) for row in load_dataset(**source.hub)]
+    except ImportError as error:
+        raise FileNotFoundError(
+            f"{missing}, and reading it from the hub needs the package datasets; {fix}, or: "
+            "pip install 'specdec[train]'"
+        ) from error
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{missing}, and {source.hub['path']} could not be read from the hub "
+            f"({type(error).__name__}); {fix}"
+        ) from error
+
+
+def require_data_dir(folder: Path | None) -> None:
+    """Refuse a data folder that is not there, rather than ask the hub in its place."""
+    if folder is not None and not folder.is_dir():
+        raise FileNotFoundError(
+            f"the data folder {str(folder)!r} is not a folder; mend {DATA_DIR_VARIABLE}, or the "
+            "option that names it, or give neither to ask the hub"
+        )
 
 
 def load_prompts(

@@ -1,29 +1,279 @@
-"""From runs to the figures of `results.json`; definitions stand in `specdec.metrics`."""
+"""From runs to the figures of `results.json`; definitions stand in `specdec.engine.metrics`."""
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, Protocol
+from statistics import median
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
 
 from specdec.bench.config import ArmConfig, BenchConfig
-from specdec.bench.differences import BASELINES
-from specdec.bench.interval import tau_interval
-from specdec.bench.outcome import Key, Memory, Outcome, Run, Table
-from specdec.bench.percentiles import percentiles
-from specdec.bench.speed import (
-    Values,
-    decode_speed,
-    decode_work,
-    end_to_end_work,
-    mean_ratio,
-    medians,
-    paired_ratios,
-    present,
-    seconds_per_token,
-    total_speed,
-)
-from specdec.bench.times import loop_efficiency, other_ms_per_step, time_s
-from specdec.metrics import AcceptanceStats, StepRecord
+from specdec.bench.store import Key, Memory, Outcome, Run, Table
+from specdec.common.stats import bootstrap_interval, percentiles, tau_interval
+from specdec.engine.interfaces import claimed
+from specdec.engine.metrics import AcceptanceStats, StepRecord
+from specdec.sampling.config import SamplingConfig
+from specdec.sampling.sampler import Sampler
+from specdec.targets.hf import HFTarget
+
+BASELINES = ("plain", "hf_generate")
+
+
+def find_differences(
+    config: BenchConfig, tables: dict[str, Table], target: HFTarget, ids: Sequence[list[int]]
+) -> dict[str, list[dict[str, Any]]]:
+    """Per arm, the prompts whose greedy tokens differ from a baseline's; none when sampling.
+
+    Half precision rounds differently in batches of other shapes, so that near ties may fall the
+    other way: the gap between the two best logits at the first difference says whether it was one.
+
+    Args:
+        config: of the bench.
+        tables: runs of every arm.
+        target: computes the logits.
+        ids: the prompts.
+
+    Returns:
+        Arm -> a dictionary a prompt: `prompt` (its number), `against` (the baseline), `position`
+        (of the first output token that differs) and `top2_gap` (of the logits there; None where the
+        sampling settings leave a single token).
+    """
+    if config.sampling.temperature > 0:
+        return {name: [] for name in tables}
+    gaps = LogitGaps(SamplingConfig(**vars(config.sampling)), target)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, table in tables.items():
+        found[name] = []
+        for prompt, runs in enumerate(table):
+            against, position, prefix = _first_difference(runs, tables, prompt)
+            if against:
+                gap = gaps.at(tuple(ids[prompt]), prefix)
+                where = {"prompt": prompt, "against": against, "position": position}
+                found[name].append({**where, "top2_gap": gap})
+    return found
+
+
+def _first_difference(
+    runs: list[Run | None], tables: dict[str, Table], prompt: int
+) -> tuple[str, int, tuple[int, ...]]:
+    """The baseline that differs first, where, and the tokens before; "" if none does."""
+    for baseline in BASELINES:
+        for ours in runs:
+            for theirs in tables[baseline][prompt]:
+                if ours and theirs and ours.tokens != theirs.tokens:
+                    position = parting(ours.tokens, theirs.tokens)
+                    return baseline, position, tuple(ours.tokens[:position])
+    return "", 0, ()
+
+
+def parting(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """Position of the first token that differs; where one ends first, its length."""
+    pairs = zip(ours, theirs, strict=False)
+    shorter = min(len(ours), len(theirs))
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
+
+
+class LogitGaps:
+    """Top-2 gaps of the target's processed logits; arms often part at the same place."""
+
+    def __init__(self, sampling: SamplingConfig, target: HFTarget) -> None:
+        self._target, self._sampling = target, sampling
+        self._known: dict[tuple[int, ...], float | None] = {}
+
+    def at(self, prompt: tuple[int, ...], prefix: tuple[int, ...]) -> float | None:
+        """The gap after a prompt and the output so far; None where one token alone is allowed."""
+        context = prompt + prefix
+        if context not in self._known:
+            self._known[context] = self._measure(prompt, prefix)
+        return self._known[context]
+
+    def _measure(self, prompt: tuple[int, ...], prefix: tuple[int, ...]) -> float | None:
+        target = self._target
+        sampler = Sampler(
+            [self._sampling], target.vocab_size, target.device, [prompt], target.eos_token_ids
+        )
+        with claimed(target):
+            logits = target.prefill([prompt + prefix]).logits
+        if prefix:
+            sampler.observe(logits.new_tensor([prefix]).long())
+        best = sampler.scores(logits)[0, 0].float().topk(2).values
+        gap = float(best[0] - best[1])
+        return gap if math.isfinite(gap) else None
+
+
+Item = TypeVar("Item")
+Values = list[float | None]  # one a prompt; None where it failed or has no value
+
+# Fewer prompts than this all lie on one side of the truth by chance in more than 5 % of runs.
+MIN_PROMPTS = 5
+# Share of a speedup that is put down to the machine.
+NOISE = 0.1
+
+
+class Work(NamedTuple):
+    """Tokens of a prompt and the seconds that they took."""
+
+    tokens: float
+    seconds: float
+
+
+Works = Sequence[Work | None]  # one a prompt; None where it failed or emitted nothing that counts
+
+
+def decode_tokens(run: Run) -> int:
+    """Tokens after the first chunk, which is prefill's."""
+    return len(run.tokens) - run.num_first
+
+
+def decode_speed(run: Run) -> float:
+    """Tokens/s after the first chunk; nan without a later token."""
+    later = decode_tokens(run)
+    return later / run.decode_s if later > 0 and run.decode_s > 0 else float("nan")
+
+
+def seconds_per_token(run: Run) -> float:
+    """Mean time between tokens after the first chunk; nan without a later token."""
+    return 1 / decode_speed(run)
+
+
+def end_to_end_speed(run: Run) -> float:
+    """Tokens/s, prefill included."""
+    return len(run.tokens) / (run.ttft_s + run.decode_s)
+
+
+def decode_work(table: Table) -> list[Work | None]:
+    """Tokens after the first chunk of each prompt, and their seconds."""
+    return _work(table, decode_tokens, decode_speed)
+
+
+def end_to_end_work(table: Table) -> list[Work | None]:
+    """All tokens of each prompt, and their seconds with prefill."""
+    return _work(table, lambda run: len(run.tokens), end_to_end_speed)
+
+
+def _work(table: Table, tokens: Callable[[Run], int], of: Callable[[Run], float]) -> list:
+    """A prompt's mean tokens at its median speed: one slow repeat moves nothing."""
+    found: list[Work | None] = []
+    for row, speed in zip(table, medians(table, of), strict=True):
+        counts = [tokens(run) for run in row if run is not None]
+        mean = sum(counts) / len(counts) if counts else 0
+        found.append(Work(mean, mean / speed) if speed else None)
+    return found
+
+
+def total_speed(key: str, over: Sequence[Works], under: Sequence[Works] = ()) -> dict[str, Any]:
+    """Total tokens over total seconds of each arm; those of `over` multiplied, of `under` divided.
+
+    Args:
+        key: name of the figure; its interval is `KEY_ci`.
+        over: arms, each with one entry a prompt.
+        under: likewise.
+
+    Returns:
+        The figure over the prompts that all arms have, and its interval by bootstrap over them, the
+        arms drawn together.
+    """
+    both = [row for row in zip(*over, *under, strict=True) if None not in row]
+    if not both:
+        return {key: None, f"{key}_ci": None}
+
+    def speed(*parts: np.ndarray, axis: int) -> Any:
+        sums = [part.sum(axis=axis) for part in parts]
+        speeds = [tokens / seconds for tokens, seconds in zip(sums[::2], sums[1::2], strict=True)]
+        return np.prod(speeds[: len(over)], axis=0) / np.prod(speeds[len(over) :], axis=0)
+
+    parts = tuple(np.array(both).reshape(len(both), -1).T)
+    return {key: float(speed(*parts, axis=0)), f"{key}_ci": bootstrap_interval(parts, speed)}
+
+
+def paired_ratios(table: Table, baseline: Table, of: Callable[[Run], float]) -> Values:
+    """Each prompt's median of the ratios of speeds, paired within each repeat."""
+    return [
+        _median(
+            of(a) / of(b)
+            for a, b in zip(ours, theirs, strict=True)
+            if a is not None and b is not None
+        )
+        for ours, theirs in zip(table, baseline, strict=True)
+    ]
+
+
+def mean_ratio(table: Table, plain: Table) -> float | None:
+    """Mean over prompts of the ratios of decode speeds: short, easy answers dominate it."""
+    known = present(paired_ratios(table, plain, decode_speed))
+    return float(np.mean(known)) if known else None
+
+
+def medians(table: Sequence[Sequence[Item | None]], of: Callable[[Item], float]) -> Values:
+    """Each prompt's median over its repeats; failed ones and those without a value are left out."""
+    return [_median(of(run) for run in row if run is not None) for row in table]
+
+
+def faster_than_tau(results: Mapping[str, Any]) -> list[str]:
+    """Complaints about arms that were faster than their tau, which no drafter can be.
+
+    A step costs at least what a step of plain decoding costs, so the speedup of rows that are
+    decoded one at a time is at most tau. (In a batch rows that end early leave the others a
+    cheaper one.) Intervals over prompts and a tenth of the speedup are put down to noise.
+
+    Args:
+        results: of a bench or a suite.
+    """
+    config = (results.get("provenance") or {}).get("config") or {}
+    if results.get("suite") == "concurrent" or config.get("batch_size", 1) > 1:
+        return []
+    return [
+        f"the arm {arm['name']!r}{part.get('name', '') and ' in ' + part['name']} is "
+        f"{arm['speedup_vs_plain']:.2f} times as fast as plain decoding (at least {low:.2f}) but "
+        f"accepts only {arm['tau']:.2f} tokens a step (at most {arm['tau_ci'][1]:.2f}), which no "
+        "speed can pass: the machine was busy while plain decoding ran; measure again in a new "
+        "folder with nothing else running"
+        for part in results.get("groups", [results])
+        for arm in part["arms"]
+        if arm["tau_ci"]
+        and arm["speedup_vs_plain_ci"]
+        and arm.get("prompts", arm.get("requests")) >= MIN_PROMPTS
+        and (low := arm["speedup_vs_plain_ci"][0]) > (1 + NOISE) * arm["tau_ci"][1]
+    ]
+
+
+def present(values: Values) -> list[float]:
+    """The values that are there."""
+    return [value for value in values if value is not None]
+
+
+def _median(values: Iterable[float]) -> float | None:
+    finite = [value for value in values if np.isfinite(value)]
+    return median(finite) if finite else None
+
+
+_PARTS = ("draft", "target", "verify", "commit")
+
+
+def time_s(records: Sequence[StepRecord]) -> dict[str, float]:
+    """Seconds by part of the step, "other" for the rest, and "wall" for all."""
+    times = {part: _total(records, part) for part in _PARTS}
+    wall = _total(records, "wall")
+    return {**times, "other": wall - sum(times.values()), "wall": wall}
+
+
+def loop_efficiency(records: Sequence[StepRecord]) -> float | None:
+    """Share of the wall time in model forwards; None without a step."""
+    times = time_s(records)
+    return (times["draft"] + times["target"]) / times["wall"] if times["wall"] else None
+
+
+def other_ms_per_step(records: Sequence[StepRecord]) -> float | None:
+    """Median time in neither model per target step, ms."""
+    gaps = [r.wall_s - r.draft_s - r.target_s for r in records]
+    return 1000 * median(gaps) if gaps else None
+
+
+def _total(records: Sequence[StepRecord], part: str) -> float:
+    """A batch's time counts once, not once a row."""
+    return sum(getattr(record, f"{part}_s") / record.batch_size for record in records)
 
 
 def summarise(

@@ -9,13 +9,18 @@ from typing import Any
 
 from torch import Tensor
 
-from specdec.checkpoints.config_fields import flag
+from specdec.checkpoints.backbone_config import backbone_of, config_of
 from specdec.checkpoints.eagle3 import dtype_name
 from specdec.checkpoints.folder import RawFiles
-from specdec.checkpoints.head import HeadCheckpoint, TargetIdentity
-from specdec.checkpoints.llama_config import backbone_of, config_of
-from specdec.checkpoints.options import whole_options
-from specdec.checkpoints.tensors import head_shapes, known_sizes, take_tensors
+from specdec.checkpoints.head import (
+    HeadCheckpoint,
+    TargetIdentity,
+    flag,
+    head_shapes,
+    known_sizes,
+    take_tensors,
+    whole_options,
+)
 
 NAME, KIND, WEIGHTS = "eagle", "eagle", "model.safetensors"
 # Parts of the target that checkpoints carry along; the head never trained them and uses the

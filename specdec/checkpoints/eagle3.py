@@ -10,13 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.checkpoints.config_fields import count, flag, section
+from specdec.checkpoints.backbone_config import backbone_of, config_of
 from specdec.checkpoints.folder import RawFiles
-from specdec.checkpoints.head import HeadCheckpoint, TargetIdentity
-from specdec.checkpoints.llama_config import backbone_of, config_of
-from specdec.checkpoints.options import whole_options
-from specdec.checkpoints.taps import IDS, are_published, check_taps, taps_of
-from specdec.checkpoints.tensors import check_token_map, head_shapes, known_sizes, take_tensors
+from specdec.checkpoints.head import (
+    IDS,
+    HeadCheckpoint,
+    TargetIdentity,
+    are_published,
+    check_taps,
+    check_token_map,
+    count,
+    flag,
+    head_shapes,
+    known_sizes,
+    section,
+    take_tensors,
+    taps_of,
+    whole_options,
+)
 
 NAME, KIND, WEIGHTS = "eagle3", "eagle3", "model.safetensors"
 FLAGS = ("norm_before_residual", "norm_before_fc", "norm_output")

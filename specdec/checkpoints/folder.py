@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from specdec.files import parse_json
-from specdec.hub import find_checkpoint
+from specdec.common.files import parse_json
+from specdec.common.hub import find_checkpoint
 
 CONFIG, SIDECAR = "config.json", "specdec.json"
 WEIGHT_FILES = (

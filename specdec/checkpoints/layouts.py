@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from specdec.checkpoints import eagle, eagle3, medusa, native, speculators, vllm_medusa
+from specdec.checkpoints import eagle, eagle3, medusa, speculators, vllm_medusa
+from specdec.checkpoints import specdec as native
 from specdec.checkpoints.folder import (
     CONFIG,
     SIDECAR,
@@ -14,11 +15,9 @@ from specdec.checkpoints.folder import (
     read_raw,
     tensor_bytes,
 )
-from specdec.checkpoints.head import KINDS, HeadCheckpoint
-from specdec.checkpoints.sidecar import check_checksum, completed, described, read_description
-from specdec.checkpoints.tensors import check_checkpoint
-from specdec.checkpoints.tree import check_tree
-from specdec.files import whole_folder
+from specdec.checkpoints.head import KINDS, HeadCheckpoint, check_checkpoint, check_tree
+from specdec.checkpoints.specdec import check_checksum, completed, described, read_description
+from specdec.common.files import whole_folder
 
 # In the order in which they are looked for: an earlier one is told by more.
 _OTHERS: dict[str, Any] = {

@@ -12,12 +12,17 @@ from typing import Any
 
 from torch import Tensor
 
-from specdec.checkpoints.config_fields import count, text
 from specdec.checkpoints.folder import RawFiles
-from specdec.checkpoints.head import HeadCheckpoint, TargetIdentity
-from specdec.checkpoints.options import filled
-from specdec.checkpoints.tensors import head_shapes, take_tensors
-from specdec.checkpoints.tree import check_tree
+from specdec.checkpoints.head import (
+    HeadCheckpoint,
+    TargetIdentity,
+    check_tree,
+    count,
+    filled,
+    head_shapes,
+    take_tensors,
+    text,
+)
 
 NAME, KIND, WEIGHTS = "medusa", "medusa", "medusa_lm_head.safetensors"
 _BLOCK = re.compile(r"(\d+)\.(\d+)\.linear\.(weight|bias)")

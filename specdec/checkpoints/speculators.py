@@ -9,12 +9,18 @@ from typing import Any
 
 from torch import Tensor
 
-from specdec.checkpoints.config_fields import count, flag, section, text
+from specdec.checkpoints.backbone_config import backbone_of, config_of
 from specdec.checkpoints.eagle3 import FLAGS, dtype_name, head_options, head_tensors, shared_config
 from specdec.checkpoints.folder import RawFiles
-from specdec.checkpoints.head import HeadCheckpoint, TargetIdentity
-from specdec.checkpoints.llama_config import backbone_of, config_of
-from specdec.checkpoints.options import whole_options
+from specdec.checkpoints.head import (
+    HeadCheckpoint,
+    TargetIdentity,
+    count,
+    flag,
+    section,
+    text,
+    whole_options,
+)
 
 NAME, KIND, WEIGHTS = "speculators", "eagle3", "model.safetensors"
 # Of the library whose layout this is; it wants the key and compares nothing.

@@ -9,12 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.checkpoints.config_fields import count, flag
 from specdec.checkpoints.folder import RawFiles
-from specdec.checkpoints.head import HeadCheckpoint, TargetIdentity
+from specdec.checkpoints.head import (
+    HeadCheckpoint,
+    TargetIdentity,
+    count,
+    filled,
+    flag,
+    head_shapes,
+    take_tensors,
+)
 from specdec.checkpoints.medusa import check_tap
-from specdec.checkpoints.options import filled
-from specdec.checkpoints.tensors import head_shapes, take_tensors
 
 NAME, KIND, WEIGHTS = "vllm-medusa", "medusa", "model.safetensors"
 # With `original_lm_head` these are copies of the target's projection.

@@ -36,8 +36,8 @@ def analyze(
     from rich.console import Console
 
     from specdec.analysis.run import run_analysis
-    from specdec.files import locked
-    from specdec.report.analysis_table import analysis_table
+    from specdec.common.files import locked
+    from specdec.report.tables import analysis_table
 
     quiet_transformers()
     with locked(out), progress_bar() as show:

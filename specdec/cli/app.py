@@ -37,7 +37,7 @@ def exit_statuses() -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     """The error's message; what torch says when memory runs out is put in words."""
-    from specdec.targets.memory import is_out_of_memory
+    from specdec.engine.scheduler import is_out_of_memory
 
     if isinstance(error, MemoryError) or not is_out_of_memory(error):
         return str(error) or type(error).__name__

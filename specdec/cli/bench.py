@@ -15,8 +15,8 @@ from specdec.cli.app import app, exit_statuses, progress_bar, quiet_transformers
 
 if TYPE_CHECKING:
     from specdec.bench.config import BenchConfig
-    from specdec.bench.grid import Cell
-    from specdec.bench.processes import Processes
+    from specdec.bench.runner import Processes
+    from specdec.bench.sweep import Cell
 
 Progress = Callable[[int, int, str], None]
 
@@ -53,16 +53,15 @@ def bench(
     Under torchrun or accelerate launch, the processes share the prompts, and
     the results are joined.
     """
-    from specdec.bench.suites.config import is_suite
-    from specdec.cli.suite import bench_suite
-    from specdec.files import locked
+    from specdec.bench.config import is_suite
+    from specdec.common.files import locked
 
     if is_suite(config):
         _check_suite_flags({"--list": only_list, "--auto": auto})
         with locked(out):
             bench_suite(config, overrides or [], out)
         return
-    from specdec.bench.grid import load_cells
+    from specdec.bench.sweep import load_cells
 
     cells = load_cells(config, overrides or [])  # wrong ones are told before the slow imports
     if auto and cells[0].settings:
@@ -72,7 +71,7 @@ def bench(
     if only_list:
         _list(cells)
         return
-    from specdec.bench.processes import joined_processes, launched_processes
+    from specdec.bench.runner import joined_processes, launched_processes
 
     quiet_transformers()
     with locked(out, is_writer=launched_processes().is_first), joined_processes() as processes:
@@ -96,8 +95,7 @@ def _single(
     config: "BenchConfig", out: Path, processes: "Processes", plan: dict[str, Any] | None = None
 ) -> None:
     from specdec.bench.runner import check_results, run_bench
-    from specdec.report.planned_table import planned_table
-    from specdec.report.table import results_table
+    from specdec.report.tables import planned_table, results_table
 
     with _progress(processes) as show:
         results = run_bench(config, out, show, processes=processes)
@@ -120,8 +118,8 @@ def _planned(config: "BenchConfig", out: Path, processes: "Processes") -> None:
     """Measure what a plan chooses, and the arms that were given."""
     if processes.num > 1:
         raise ValueError("--auto measures the costs of one process; start it without a launcher")
-    from specdec.bench.planned_arms import add_choice
-    from specdec.planning.auto import choose
+    from specdec.bench.arms import add_choice
+    from specdec.planning.plan import choose
 
     with _progress(processes) as show:
         chosen = choose(config, out / "plan", show)
@@ -138,7 +136,7 @@ def _planned(config: "BenchConfig", out: Path, processes: "Processes") -> None:
 
 def _sweep(cells: Sequence["Cell"], out: Path, processes: "Processes") -> None:
     from specdec.bench.sweep import SWEEP, check_sweep, run_sweep
-    from specdec.report.sweep_table import sweep_table
+    from specdec.report.tables import sweep_table
 
     with _progress(processes) as show:
         sweep = run_sweep(cells, out, show, processes)
@@ -155,7 +153,7 @@ def _sweep(cells: Sequence["Cell"], out: Path, processes: "Processes") -> None:
 
 
 def _check_suite_flags(flags: dict[str, bool]) -> None:
-    from specdec.bench.processes import launched_processes
+    from specdec.bench.runner import launched_processes
 
     for flag, is_given in flags.items():
         if is_given:
@@ -193,7 +191,7 @@ def _picture(results: dict[str, Any], path: Path) -> Path | None:
     """Draw the results; None without matplotlib, which is an extra: the figures stand anyway."""
     if find_spec("matplotlib") is None:
         return None
-    from specdec.report.plot import plot_results
+    from specdec.report.quick_plots import plot_results
 
     plot_results(results, path)
     return path
@@ -212,3 +210,46 @@ def _summary(arms: list[dict[str, Any]]) -> list[dict[str, Any]]:
         "failed",
     )
     return [{key: arm[key] for key in keys} for arm in arms]
+
+
+def bench_suite(config: str, overrides: Sequence[str], out: Path) -> None:
+    """Run a suite, show its tables and draw its picture."""
+    from rich.console import Console
+
+    from specdec.bench.config import load_suite
+
+    load_suite(config, overrides)  # wrong ones are told before the slow imports
+    from specdec.bench.suites.runner import check_suite, run_suite
+    from specdec.report.tables import suite_tables
+
+    quiet_transformers()
+    with progress_bar() as show:
+        results = run_suite(config, overrides, out, show)
+    terminal = Console(width=None if sys.stdout.isatty() else 140)
+    for table in suite_tables(results, terminal.width):
+        terminal.print(table)
+    picture = _picture_of_suite(results, out / "suite.png")
+    typer.echo(f"Records and results: {out}\nPicture: {picture or 'none, it needs specdec[plot]'}")
+    typer.echo(json.dumps(_summary_of_suite(results, picture)))
+    check_suite(results)
+
+
+def _picture_of_suite(results: dict[str, Any], path: Path) -> Path | None:
+    """Draw the results; None without matplotlib, which is an extra: the figures stand anyway."""
+    if find_spec("matplotlib") is None:
+        return None
+    from specdec.report.quick_plots import plot_suite
+
+    plot_suite(results, path)
+    return path
+
+
+def _summary_of_suite(results: dict[str, Any], picture: Path | None) -> dict[str, Any]:
+    """The last line of output, for machines."""
+    keys = ("name", "tau", "decode_tokens_per_s", "speedup_vs_plain", "mismatches", "failed")
+    groups = [
+        {"name": group["name"], "arms": [{key: arm[key] for key in keys} for arm in group["arms"]]}
+        for group in results["groups"]
+    ]
+    where = {"schema": results["schema"], "suite": results["suite"]}
+    return {**where, "picture": picture and str(picture), "groups": groups}

@@ -73,7 +73,7 @@ def collect(
     max_bad: Annotated[int, typer.Option(help="malformed lines to skip before stopping")] = 100,
 ) -> None:
     """Collect what was asked into a folder; `specdec collect proxy` records it."""
-    from specdec.data.collect_settings import CollectSettings
+    from specdec.data.collect import CollectSettings
 
     settings = CollectSettings(
         format=format,
@@ -97,9 +97,9 @@ def collect(
     _check_extra()
     from datasets.utils.logging import disable_progress_bar
 
-    from specdec.bench.sources import DATA_DIR_VARIABLE
+    from specdec.bench.prompts import DATA_DIR_VARIABLE
+    from specdec.common.files import locked
     from specdec.data.collect import collect as collect_queries
-    from specdec.files import locked
 
     disable_progress_bar()
     given = os.environ.get(DATA_DIR_VARIABLE)
@@ -140,7 +140,7 @@ def _table(report: dict[str, Any]) -> Any:
     from rich.markup import escape
     from rich.table import Table
 
-    from specdec.data.tally import REASONS
+    from specdec.data.collect import REASONS
 
     table = Table("", "queries", "for example", box=None, pad_edge=False)
     for domain, counts in report["domains"].items():
@@ -155,3 +155,68 @@ def _table(report: dict[str, Any]) -> Any:
         if count:
             table.add_row(f"masked: {mask}", str(count), "")
     return table
+
+
+_NEEDED = ("starlette", "uvicorn", "httpx")
+
+
+@collect_app.command("proxy")
+@exit_statuses()
+def proxy(
+    upstream: Annotated[str, typer.Option(help="root of the server, as http://127.0.0.1:8000")],
+    out: Annotated[Path, typer.Option(help="folder for requests-00001.jsonl and so on")],
+    upstream_key_env: Annotated[
+        str | None,
+        typer.Option(
+            help="environment variable with the server's key, or user:password, that is sent where "
+            "the client sends none"
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="port to listen on; 0 takes a free one")
+    ] = 8800,
+    sample: Annotated[float, typer.Option(help="share of requests to record, 0 to 1")] = 1.0,
+    max_body: Annotated[
+        str, typer.Option(help="larger requests and answers are served, not recorded")
+    ] = "8M",
+    max_file: Annotated[str, typer.Option(help="size at which the next file begins")] = "256M",
+    max_total: Annotated[
+        str, typer.Option(help="size of all files at which recording stops; serving goes on")
+    ] = "10G",
+    connect_timeout: Annotated[
+        float,
+        typer.Option(min=0.001, help="longest wait for a connection to the server, in s"),
+    ] = 10.0,
+    drain: Annotated[
+        int, typer.Option(min=0, help="longest wait for running answers at the end, in seconds")
+    ] = 30,
+) -> None:
+    """Record requests and answers on their way to an OpenAI-compatible server."""
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"the proxy needs {', '.join(missing)}; install with: pip install 'specdec[collect]'"
+        )
+    from specdec.proxy.exchange import Settings, parse_size
+    from specdec.proxy.server import Upstream, serve
+
+    settings = Settings(
+        out=out,
+        sample=sample,
+        max_body_bytes=parse_size(max_body),
+        max_file_bytes=parse_size(max_file),
+        max_total_bytes=parse_size(max_total),
+    )
+    login = os.environ.get(upstream_key_env, "").strip() if upstream_key_env else ""
+    if upstream_key_env and not login:
+        raise ValueError(
+            "the environment variable that --upstream-key-env names is empty or not set; export "
+            "the server's key under a name and give that name"
+        )
+    server = Upstream(upstream, connect_timeout, login=login)
+    serve(server, settings, host, port, drain, _say)
+
+
+def _say(text: str) -> None:
+    typer.echo(f"specdec: {text}", err=True)

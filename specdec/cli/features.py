@@ -52,20 +52,20 @@ def features(
         return
     if target is None or (out is None and not dry_run):
         raise ValueError("--target and --out must be given (--dry-run needs no --out)")
-    from specdec.data.feature_options import FeatureOptions
-    from specdec.data.feature_plan import FeaturePlan
+    from specdec.data.feature_store import FeatureOptions
+    from specdec.data.features import FeaturePlan
 
     options = FeatureOptions(taps, dtype, group_size, top_k, max_len, batch_tokens, shard_mib)
     quiet_transformers()
     if dry_run:
-        from specdec.targets.ends import load_ends
+        from specdec.targets.partial import load_ends
 
         ends = load_ends(target, dtype=target_dtype, device=device)
         _print_choices(FeaturePlan(answers, ends, options), out or Path())
         return
     assert out is not None
+    from specdec.common.files import locked
     from specdec.data.features import FeatureExtraction
-    from specdec.files import locked
     from specdec.targets.load import load_target
 
     with locked(out):
@@ -89,7 +89,7 @@ def _print_choices(plan: Any, out: Path) -> None:
     """A table, and as the last line the same for machines."""
     from rich.console import Console
 
-    from specdec.report.choices import choices_table
+    from specdec.report.tables import choices_table
 
     chosen, found = plan.chosen(out), plan.choices(out)
     Console(width=None if sys.stdout.isatty() else 140).print(choices_table(found, chosen))

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from specdec.cli.app import app, exit_statuses, quiet_transformers
-from specdec.files import parse_json
+from specdec.common.files import parse_json
 
 
 @app.command()
@@ -24,9 +24,9 @@ def generate(
     device: Annotated[str | None, typer.Option()] = None,
 ) -> None:
     """Stream one answer, then say what speculation did for it."""
-    from specdec.decode import Stream
+    from specdec.engine.decode import Stream
     from specdec.registry import load_drafter
-    from specdec.sampling_config import SamplingConfig
+    from specdec.sampling.config import SamplingConfig
     from specdec.targets.load import load_target
 
     quiet_transformers()

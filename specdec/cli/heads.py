@@ -65,7 +65,7 @@ def inspect(
     """Say what a draft head is: kind, layout, sizes, taps, vocabulary, target and training."""
     from specdec.checkpoints.folder import find_folder, size_on_disk
     from specdec.checkpoints.layouts import read_head
-    from specdec.report.head import head_facts, head_text
+    from specdec.report.cards import head_facts, head_text
 
     folder = find_folder(_head_source(source), revision)
     facts = head_facts(read_head(folder), size_on_disk(folder))

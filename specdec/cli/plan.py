@@ -38,9 +38,9 @@ def _plan(config: str, overrides: list[str], out: Path, quick: bool) -> None:
     from specdec.bench.config import load_config
 
     settings = load_config(config, overrides)  # wrong ones are told before the slow imports
-    from specdec.files import locked
+    from specdec.common.files import locked
     from specdec.planning.plan import run_plan
-    from specdec.report.plan_table import costs_table, not_trusted, plan_table, schedule_table
+    from specdec.report.tables import costs_table, not_trusted, plan_table, schedule_table
 
     quiet_transformers()
     with locked(out), progress_bar() as show:
@@ -58,12 +58,11 @@ def _plan(config: str, overrides: list[str], out: Path, quick: bool) -> None:
 
 
 def _estimate(path: str, overrides: list[str], out: Path) -> None:
-    from specdec.planning.hardware import load_hardware
-    from specdec.planning.roofline import estimate
+    from specdec.planning.roofline import estimate, load_hardware
 
     hardware = load_hardware(path, overrides)
-    from specdec.files import locked, replace_file
-    from specdec.report.plan_table import estimate_table
+    from specdec.common.files import locked, replace_file
+    from specdec.report.tables import estimate_table
 
     found = estimate(hardware)
     file = out / "estimate.json"

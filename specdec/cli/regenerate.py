@@ -50,8 +50,8 @@ def regenerate(
     ] = _KEY_VARIABLE,
 ) -> None:
     """Let the target answer the queries itself; the same command resumes and retries failures."""
-    from specdec.data.answer_settings import AnswerSettings
-    from specdec.data.query_files import read_query_splits
+    from specdec.data.answers import AnswerSettings
+    from specdec.data.sources import read_query_splits
 
     settings = AnswerSettings(tuple(temperature or [0.0]), top_p, max_new_tokens, turns, seed)
     _check_source(target, endpoint, model, tokenizer)
@@ -127,7 +127,7 @@ def _remotely(
     api: str,
     show: Any,
 ) -> dict[str, Any]:
-    from specdec.data.chat import load_chat
+    from specdec.data.dialogue import load_chat
     from specdec.data.endpoint import Endpoint
     from specdec.data.regenerate import regenerate_from_endpoint
 

@@ -20,7 +20,7 @@ def report(
     ] = None,
 ) -> None:
     """Put measurements into one page: tables, pictures, comparisons."""
-    from specdec.report.write import write_report
+    from specdec.report.document import write_report
 
     found = write_report(runs, out, allow or [])
     for warning in found["warnings"]:

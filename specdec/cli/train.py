@@ -21,8 +21,8 @@ def train(
     from specdec.train.config import load_train_config
 
     settings = load_train_config(config, overrides or [])
-    from specdec.bench.processes import launched_processes
-    from specdec.files import locked
+    from specdec.bench.runner import launched_processes
+    from specdec.common.files import locked
     from specdec.train.parity import ParityError
     from specdec.train.run import run_training
 
@@ -65,8 +65,8 @@ def _parity(parity: dict[str, Any] | None) -> str:
 def _card(results: dict[str, Any], folder: Path, data: Path) -> None:
     """Describe the drafter in its folder, with what is known of where its data come from."""
     from specdec.checkpoints.folder import read_json
-    from specdec.data.answers_folder import MANIFEST
-    from specdec.report.drafter_card import write_drafter_card
+    from specdec.data.answers import MANIFEST
+    from specdec.report.cards import write_drafter_card
 
     manifest = data.expanduser() / MANIFEST
     answers = read_json(manifest) if manifest.is_file() else None
@@ -77,7 +77,7 @@ def _curves(out: Path) -> Path | None:
     """Draw the log; None without matplotlib, as `_picture`."""
     if find_spec("matplotlib") is None:
         return None
-    from specdec.report.curves import plot_curves
+    from specdec.report.quick_plots import plot_curves
 
     plot_curves(out / "log.jsonl", out / "curves.png")
     return out / "curves.png"

@@ -4,13 +4,11 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from specdec.data.chat import Chat
-from specdec.data.dialogue import Answer, Dialogue
-from specdec.data.journal import Journal
-from specdec.data.session import Session
-from specdec.decode import Chunk, Stream
-from specdec.interfaces import Drafter, Target
-from specdec.sampling_config import SamplingConfig
+from specdec.common.files import Journal
+from specdec.data.dialogue import Answer, Chat, Dialogue, Session
+from specdec.engine.decode import Chunk, Stream
+from specdec.engine.interfaces import Drafter, Target
+from specdec.sampling.config import SamplingConfig
 
 # Rows of one call of the loop, in batches: enough that its end, where the batch runs empty, is
 # less than a hundredth of it, and few enough that what the loop remembers of them stays small.

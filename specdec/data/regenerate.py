@@ -6,21 +6,26 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specdec.bench.provenance import machine
 from specdec.checkpoints import identify_target
 from specdec.checkpoints.head import TargetIdentity
 from specdec.checkpoints.identity import TARGET, as_json, hash_of_vocabulary
-from specdec.data.answer_settings import AnswerSettings, run_identity, template_hash
-from specdec.data.answers_folder import SCHEMA, write_failed
-from specdec.data.answers_summary import failures, finish, finished_manifest, summary
-from specdec.data.chat import Chat
-from specdec.data.dialogue import Dialogue, plan_dialogues
-from specdec.data.journal import Journal
+from specdec.common.files import Journal
+from specdec.common.provenance import code, machine
+from specdec.data.answers import (
+    SCHEMA,
+    AnswerSettings,
+    failures,
+    finish,
+    finished_manifest,
+    run_identity,
+    summary,
+    template_hash,
+    write_failed,
+)
+from specdec.data.conversation import Query
+from specdec.data.dialogue import Chat, Dialogue, Progress, Session, plan_dialogues
 from specdec.data.local_answers import LocalAnswers
-from specdec.data.query import Query
-from specdec.data.session import Progress, Session
-from specdec.interfaces import Drafter
-from specdec.provenance import code
+from specdec.engine.interfaces import Drafter
 from specdec.targets.hf import HFTarget
 
 if TYPE_CHECKING:  # httpx and tenacity are extras
@@ -129,7 +134,7 @@ def regenerate_from_endpoint(
         RuntimeError: not a single query could be answered.
         OSError: the folder cannot be written or is full; what was answered is kept.
     """
-    from specdec.data.endpoint_answers import EndpointAnswers, EndpointDownError
+    from specdec.data.endpoint import EndpointAnswers, EndpointDownError
 
     _check_tokenizer(chat.tokenizer, queries)
     where, session = code(("specdec", "transformers", "tokenizers", "httpx")), Session(progress)

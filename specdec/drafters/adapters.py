@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from specdec.checkpoints.folder import read_json
-from specdec.hub import find_checkpoint
+from specdec.common.hub import find_checkpoint
 from specdec.targets.load import LOADING
 
 _BASE_FILE = "base.json"

@@ -10,14 +10,13 @@ from torch.nn.functional import pad
 from specdec.demo import demo_path
 from specdec.drafters.adapters import load_adapter
 from specdec.drafters.forced import FixedShape
-from specdec.drafters.pool import CandidatePool
-from specdec.interfaces import Prompts, Target, TargetOutput
-from specdec.randomness import row_exponentials
-from specdec.sampling import Sampler, sample
-from specdec.sampling_config import require_counts
+from specdec.drafters.tree_growth import CandidatePool
+from specdec.engine.interfaces import Prompts, Target, TargetOutput
+from specdec.sampling.config import require_counts
+from specdec.sampling.randomness import row_exponentials
+from specdec.sampling.sampler import Sampler, sample
 from specdec.targets.hf import HFTarget
-from specdec.targets.load import load_target
-from specdec.targets.reading import read_text
+from specdec.targets.load import load_target, read_text
 from specdec.verify import Draft, Verdict
 from specdec.verify.tree import from_choices
 

@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 from transformers import LlamaConfig
 
-from specdec.drafters.backbone import (
+from specdec.drafters.feature_head import (
     DraftAttention,
+    FeatureDrafter,
     LlamaMLP,
     LlamaRMSNorm,
     Rotary,
     backbone_config,
 )
-from specdec.drafters.feature_drafter import FeatureDrafter
-from specdec.drafters.rollout import rollout
-from specdec.drafters.training_batch import (
+from specdec.drafters.training import (
     LossOutput,
     TrainingBatch,
+    rollout,
     shifted,
     soft_cross_entropy,
 )

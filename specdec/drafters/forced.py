@@ -18,7 +18,7 @@ class FixedShape:
 
     Attributes:
         tree: its nodes, in the order in which a budget keeps them.
-        children: how tokens are taken above temperature 0, see `specdec.drafters.tree_shape`.
+        children: how tokens are taken above temperature 0, see `specdec.drafters.tree_growth`.
         threshold: a chain ends where the product of the highest probabilities falls below it.
     """
 

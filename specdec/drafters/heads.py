@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.checkpoints import KINDS, HeadCheckpoint, check_target, identify_target, read_head
-from specdec.drafters.training_batch import LossOutput, TrainingBatch
+from specdec.drafters.training import LossOutput, TrainingBatch
 from specdec.targets.load import LOADING
 
 

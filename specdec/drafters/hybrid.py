@@ -1,16 +1,130 @@
 """Several drafters as one: their trees merged under one node budget."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from specdec.drafters.calibration import Calibration
-from specdec.drafters.merging import Pool, merge_drafts
-from specdec.interfaces import Drafter, HoldsCache, Prompts, TargetOutput
-from specdec.sampling import Sampler
-from specdec.sampling_config import require_counts
+from specdec.engine.interfaces import Drafter, HoldsCache, Prompts, TargetOutput
+from specdec.sampling.config import require_counts
+from specdec.sampling.sampler import Sampler
 from specdec.verify import Draft, Verdict, best_first
+
+NUM_BINS = 10
+# The confidence itself counts as much as this many observations.
+PRIOR_WEIGHT = 10.0
+
+
+class Calibration:
+    """Acceptance by source and confidence, as counts.
+
+    A node's confidence here is the conditional one: that it is the child the target takes, given
+    that its parent was taken.
+
+    Args:
+        num_sources: S.
+        device: of the counts.
+    """
+
+    def __init__(self, num_sources: int, device: torch.device) -> None:
+        centres = (torch.arange(NUM_BINS, device=device) + 0.5) / NUM_BINS
+        self._shown = torch.full((num_sources, NUM_BINS), PRIOR_WEIGHT, device=device)
+        self._taken = PRIOR_WEIGHT * centres.expand(num_sources, -1)
+        self._first = NUM_BINS * torch.arange(num_sources, device=device)
+
+    def _bins(self, confidence: Tensor) -> Tensor:
+        """Flat index of each source's [S, ...] confidences in the counts."""
+        bins = (confidence * NUM_BINS).long().clamp(0, NUM_BINS - 1)
+        return bins + self._first.view(-1, *[1] * (confidence.dim() - 1))
+
+    def acceptance(self, confidence: Tensor) -> Tensor:
+        """Estimated acceptance [S, ...] of nodes with these conditional confidences [S, ...]."""
+        return (self._taken / self._shown).flatten()[self._bins(confidence)]
+
+    def add(self, confidence: Tensor, counted: Tensor, taken: Tensor) -> None:
+        """Learn from judged nodes.
+
+        Args:
+            confidence: [S, ...] conditional confidences.
+            counted: [S, ...] bool, nodes that the source drafted and whose parent was taken.
+            taken: [...] bool, nodes on the accepted path.
+        """
+        bins = self._bins(confidence).flatten()
+        shown = counted.flatten().to(self._shown.dtype)
+        accepted = (counted & taken).flatten().to(shown.dtype)
+        self._shown = self._shown.flatten().index_add(0, bins, shown).view_as(self._shown)
+        self._taken = self._taken.flatten().index_add(0, bins, accepted).view_as(self._taken)
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """Candidates from S sources, M in each row; topological.
+
+    Attributes:
+        tokens: [B, M] int64.
+        parents: [B, M] int64 pool indices, -1 for a child of the root.
+        real: [B, M] bool; the others are padding, or stand elsewhere already.
+        confidence: [S, B, M] each source's confidence in the path; 0 where it did not draft it.
+        depth: at least the longest path.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    real: Tensor
+    confidence: Tensor
+    depth: int
+
+    def above(self, values: Tensor, root: float) -> Tensor:
+        """Each candidate's parent's value; of [..., B, M], with `root` above the first level."""
+        index = (self.parents + 1).expand(values.shape)
+        return pad(values, (1, 0), value=root).gather(-1, index)
+
+
+def merge_drafts(drafts: Sequence[Draft]) -> Pool:
+    """Join drafts of chosen tokens for the same rows.
+
+    Args:
+        drafts: at least one; each with a confidence, or its nodes count as certain.
+    """
+    tokens, parents, real = _parts(drafts[0])
+    confidences = [_confidence(drafts[0])]
+    depth = drafts[0].depth
+    for draft in drafts[1:]:
+        own_tokens, own_parents, own_real = _parts(draft)
+        size = tokens.shape[1]
+        place = torch.arange(size, size + draft.num_nodes, device=tokens.device)
+        place = place.expand(own_tokens.shape)
+        above = torch.where(own_parents < 0, -1, own_parents + size)
+        can_match = real.unsqueeze(1) & own_real.unsqueeze(2)
+        can_match = can_match & (tokens.unsqueeze(1) == own_tokens.unsqueeze(2))  # [B, n, M]
+        # A node stands in the pool if its parent does and a sibling there has its token: after
+        # round d that is settled down to depth d.
+        for _ in range(min(depth, draft.depth)):
+            equal = can_match & (parents.unsqueeze(1) == above.unsqueeze(2))
+            is_there, where = equal.max(2)
+            place = torch.where(is_there, where, place)
+            above = torch.where(own_parents < 0, -1, place.gather(1, own_parents.clamp(min=0)))
+        is_new = own_real & (place >= size)
+        tokens = torch.cat([tokens, own_tokens], 1)
+        parents = torch.cat([parents, above], 1)
+        real = torch.cat([real, is_new], 1)
+        confidences = [pad(confidence, (0, draft.num_nodes)) for confidence in confidences]
+        own = torch.zeros_like(confidences[0])
+        confidences.append(own.scatter_add(1, place, _confidence(draft) * own_real))
+        depth = max(depth, draft.depth)
+    return Pool(tokens, parents, real, torch.stack(confidences), depth)
+
+
+def _parts(draft: Draft) -> tuple[Tensor, Tensor, Tensor]:
+    return draft.tokens, draft.explicit_parents(), draft.real_nodes()
+
+
+def _confidence(draft: Draft) -> Tensor:
+    if draft.confidence is None:
+        return torch.ones_like(draft.tokens, dtype=torch.float32)
+    return draft.confidence.float() * draft.real_nodes()
 
 
 class HybridDrafter:

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, silu
 
-from specdec.clock import ForwardClock
 from specdec.demo import demo_path
 from specdec.drafters.forced import FixedShape
 from specdec.drafters.heads import load_head
-from specdec.drafters.static_growth import StaticGrowth
-from specdec.drafters.training_batch import LossOutput, TrainingBatch, shifted
-from specdec.drafters.tree_shape import TreeShape, guessed_acceptance
-from specdec.interfaces import Prompts, TargetOutput
-from specdec.sampling import Sampler
+from specdec.drafters.training import LossOutput, TrainingBatch, shifted
+from specdec.drafters.tree_growth import StaticGrowth, TreeShape, guessed_acceptance
+from specdec.engine.clock import ForwardClock
+from specdec.engine.interfaces import Prompts, TargetOutput
+from specdec.sampling.sampler import Sampler
 from specdec.verify import Draft, Verdict, best_static_tree
 
 _DEFAULT_NODES, _GUESSED_WIDTH = 24, 8

@@ -1,8 +1,9 @@
 """`specdec plan`: measure costs, combine them with acceptance, choose, and write the plan."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,179 @@ from specdec.analysis.predict import Predictor, check_settings
 from specdec.analysis.texts import Text, target_answers
 from specdec.bench.config import ArmConfig, BenchConfig
 from specdec.bench.prompts import load_prompts, render
-from specdec.bench.provenance import collect, fingerprint
-from specdec.bench.turns import unfold_turns
+from specdec.bench.runner import collect, fingerprint
+from specdec.bench.workloads import unfold_turns
 from specdec.checkpoints.identity import TARGET, as_json, identify_target
-from specdec.data.journal import Journal
-from specdec.files import replace_file
-from specdec.planning.candidates import Family, families
-from specdec.planning.costs import Costs
-from specdec.planning.finals import confirm
-from specdec.planning.forward_cost import ForwardCost
-from specdec.planning.loop_times import TimedRun, Workload
+from specdec.common.files import Journal, replace_file
+from specdec.engine.request import encode
+from specdec.planning.candidates import Candidate, Family, cut, families
+from specdec.planning.costs import Costs, ForwardCost
 from specdec.planning.measure import FULL, QUICK, Effort, Measurements, Progress, fits
 from specdec.planning.prediction import Acceptance, Forecast, Prediction
-from specdec.planning.schedule import MARGIN, Schedule, schedule
-from specdec.planning.search import search
-from specdec.planning.shape import Candidate
-from specdec.request import encode
-from specdec.sampling_config import SamplingConfig
+from specdec.planning.times import TimedRun, Workload
+from specdec.sampling.config import SamplingConfig
 from specdec.targets.load import load_target
+
+
+def confirm(
+    ranked: Sequence[Prediction],
+    finalists: int,
+    time: Callable[[Sequence[Candidate]], list[TimedRun]],
+    predict: Callable[[Sequence[Candidate], Sequence[TimedRun]], list[Prediction]],
+) -> tuple[list[Prediction], list[TimedRun]]:
+    """Rank again, with the fastest ones' own times in place of those that follow from the fits.
+
+    A fit flatters some of the many configurations, and these are the ones that look fastest. So
+    the choice is among those that were timed, all of them in the same rounds: a machine's speed
+    moves, and what was timed at another moment cannot be compared within a few percent.
+
+    Args:
+        ranked: predictions, the fastest first.
+        finalists: how many are timed.
+        time: decodes with configurations.
+        predict: configurations, from decodings that hold them.
+
+    Returns:
+        The finalists, the fastest first, then the others as they were; and what was timed.
+    """
+    chosen = [prediction.candidate for prediction in ranked[:finalists]]
+    finals = time(chosen)
+    again = sorted(predict(chosen, finals), key=lambda prediction: -prediction.speedup)
+    return [*again, *ranked[finalists:]], finals
+
+
+# Predicted gain below which plain decoding is kept: noise must not decide.
+MARGIN = 0.02
+NODES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Draft lengths by batch size for one drafter.
+
+    Attributes:
+        nodes: most nodes a row by batch size; 0 is plain decoding.
+        predictions: of every length that was compared, by batch size.
+        step_s: seconds of a whole step by batch size and by nodes that it drafts; 0 is plain
+            decoding.
+    """
+
+    nodes: dict[int, int]
+    predictions: dict[int, list[Prediction]]
+    step_s: dict[int, dict[int, float]]
+
+    def to_json(self) -> dict[str, Any]:
+        """The lengths, and what they were chosen from."""
+        return {
+            "nodes": {str(size): nodes for size, nodes in self.nodes.items()},
+            "predictions": [
+                {
+                    "batch_size": size,
+                    "nodes": each.candidate.shape.nodes,
+                    "predicted_tau": each.tau,
+                    "predicted_speedup": each.speedup,
+                    "predicted_speedup_ci": each.speedup_ci,
+                    "is_timed": each.is_timed,
+                }
+                for size, row in self.predictions.items()
+                for each in row
+            ],
+        }
+
+
+def cuts(candidate: Candidate) -> Iterator[Candidate]:
+    """The candidate with at most 1, 2, 3, ... nodes, itself last."""
+    wanted = {nodes for nodes in NODES if nodes < candidate.shape.nodes} | {candidate.shape.nodes}
+    for nodes in sorted(wanted):
+        options, shape = cut(candidate.type, candidate.options, candidate.shape, nodes)
+        if shape.nodes == nodes:
+            yield Candidate(f"{nodes} nodes", candidate.type, options, candidate.drafter, shape)
+
+
+def schedule(forecast: Forecast, candidate: Candidate, batch_sizes: Sequence[int]) -> Schedule:
+    """Choose a draft length for every batch size.
+
+    Args:
+        forecast: its costs must hold the candidate's drafter at these batch sizes.
+        candidate: what drafts.
+        batch_sizes: rows.
+    """
+    lengths = list(cuts(candidate))
+    predictions = {size: [forecast(each, size) for each in lengths] for size in batch_sizes}
+    nodes = {}
+    for size, row in predictions.items():
+        # The choice of a plan was timed as it is, and has beaten its cuts already.
+        best = row[-1] if row[-1].is_timed else max(row, key=lambda p: p.speedup)
+        nodes[size] = best.candidate.shape.nodes if best.speedup > 1 + MARGIN else 0
+    step_s = {
+        size: {
+            0: forecast.plain(size).wall_s,
+            **{each.shape.nodes: forecast.full_step(each, size).wall_s for each in lengths},
+        }
+        for size in batch_sizes
+    }
+    return Schedule(nodes, predictions, step_s)
+
+
+# A bound is believed to this share: a dynamic tree's reranking may drop what a smaller one kept.
+SLACK = 0.03
+
+
+def search(
+    candidates: Sequence[Candidate],
+    predict: Callable[[Candidate], Prediction],
+    bound: Callable[[Candidate, Candidate], float],
+    wanted: int = 1,
+    progress: Callable[[int, int, str], None] = lambda done, total, text: None,
+) -> list[Prediction]:
+    """Predict whatever may be among the fastest, and every given configuration.
+
+    Args:
+        candidates: distinct configurations.
+        predict: of one; dear.
+        bound: of a candidate's speed, given a larger one whose prediction is known; cheap.
+        wanted: how many of the fastest.
+        progress: called with candidates settled, candidates in all, and what comes next.
+
+    Returns:
+        Predictions, the fastest first; of equally fast ones the smaller draft first. Every
+        candidate that is left out is slower than the first `wanted` of them.
+    """
+    found: list[Prediction] = []
+    waiting = list(candidates)
+    bounds = dict.fromkeys(range(len(waiting)), inf)
+    left = sorted(bounds, key=lambda i: _largest_first(waiting[i]))
+    while left:
+        index = max(left, key=lambda i: (waiting[i].is_given, bounds[i]))
+        candidate = waiting[index]
+        if not candidate.is_given and bounds[index] < _least(found, wanted):
+            break
+        progress(len(waiting) - len(left), len(waiting), candidate.name)
+        left.remove(index)
+        found.append(predict(candidate))
+        for other in left:
+            if _covers(candidate, waiting[other]):
+                limit = bound(waiting[other], candidate) * (1 + SLACK)
+                bounds[other] = min(bounds[other], limit)
+    progress(len(waiting), len(waiting), "search")
+    return sorted(found, key=lambda p: (-p.speedup, p.candidate.shape.nodes, p.candidate.name))
+
+
+def _least(found: Sequence[Prediction], wanted: int) -> float:
+    """The speed that a candidate has to reach: of the last one wanted, as far as there are."""
+    speeds = sorted((each.speedup for each in found), reverse=True)
+    return speeds[wanted - 1] if len(speeds) >= wanted else 0.0
+
+
+def _covers(larger: Candidate, smaller: Candidate) -> bool:
+    same = larger.drafter == smaller.drafter
+    return same and larger.shape.covers(smaller.shape)
+
+
+def _largest_first(candidate: Candidate) -> tuple[float, ...]:
+    shape = candidate.shape
+    return (-shape.nodes, -shape.depth, -shape.width, shape.threshold)
+
 
 RUNNERS_UP = 5
 
@@ -285,3 +441,28 @@ def _yaml(config: Mapping[str, Any], choice: Mapping[str, Any]) -> str:
         "#\n#   specdec bench bench.yaml --out runs/choice\n"
     )
     return header + OmegaConf.to_yaml(OmegaConf.create(dict(config)))
+
+
+def choose(
+    config: BenchConfig,
+    folder: Path,
+    progress: Progress = lambda done, total, text: None,
+    *,
+    quick: bool = False,
+) -> BenchConfig:
+    """Let a plan choose the arm; where no drafter pays, there is none, and plain decoding is left.
+
+    Args:
+        config: its arms say which drafters there are.
+        folder: of the plan; its measured points are kept and used again.
+        progress: as in `run_plan`.
+        quick: as in `run_plan`.
+
+    Raises:
+        ValueError: as in `run_plan`.
+        OSError: as in `run_plan`.
+    """
+    plan = run_plan(config, folder, progress, quick=quick)
+    chosen = plan["choice"]
+    arms = [ArmConfig(chosen["name"], chosen["type"], dict(chosen["options"]))]
+    return replace(config, arms=[] if chosen["type"] == "plain" else arms)

@@ -7,10 +7,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from specdec.planning.costs import Costs
-from specdec.planning.drafter_cost import Sizes
-from specdec.planning.shape import Candidate
-from specdec.planning.step_time import StepTime
+from specdec.planning.candidates import Candidate
+from specdec.planning.costs import Costs, Sizes
+from specdec.planning.times import StepTime
 
 NUM_RESAMPLES = 2000
 

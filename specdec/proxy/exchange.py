@@ -1,17 +1,81 @@
 """A request and its answer, kept while they pass until they are recorded or given up."""
 
+import re
 import time
 import uuid
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
 
-from specdec.proxy.answer import Answer, PlainAnswer
-from specdec.proxy.content_coding import Inflater
-from specdec.proxy.headers import Headers, header
-from specdec.proxy.joined_answer import JoinedAnswer
 from specdec.proxy.redaction import secrets_outside
-from specdec.proxy.skip import Skip
+from specdec.proxy.streams import Answer, Inflater, JoinedAnswer, PlainAnswer
+
+Headers = list[tuple[bytes, bytes]]
+
+# RFC 9110, section 7.6.1, with "proxy-connection", which clients still send.
+_HOP_BY_HOP = {
+    b"connection",
+    b"keep-alive",
+    b"proxy-authenticate",
+    b"proxy-authorization",
+    b"proxy-connection",
+    b"te",
+    b"trailer",
+    b"transfer-encoding",
+    b"upgrade",
+}
+_READABLE = {b"gzip", b"x-gzip", b"deflate", b"identity"}
+
+
+def end_to_end(headers: Headers) -> Headers:
+    """Headers without those of this hop, names in lower case, order and repetitions kept.
+
+    A length beside a transfer coding is dropped too: only one of them can be true.
+    """
+    lower = [(name.lower(), value) for name, value in headers]
+    dropped = set(_HOP_BY_HOP)
+    for name, value in lower:
+        if name == b"connection":
+            dropped.update(option.strip().lower() for option in value.split(b","))
+        elif name == b"transfer-encoding":
+            dropped.add(b"content-length")
+    return [(name, value) for name, value in lower if name not in dropped]
+
+
+def readable_codings(headers: Headers) -> Headers:
+    """Headers that accept only codings of the answer that the recorder can undo."""
+    return [
+        (name, _readable(value) if name == b"accept-encoding" else value) for name, value in headers
+    ]
+
+
+def _readable(accepted: bytes) -> bytes:
+    items = [item.strip() for item in accepted.split(b",")]
+    kept = [item for item in items if item.split(b";")[0].strip().lower() in _READABLE]
+    return b", ".join(kept) or b"identity"
+
+
+def header(headers: Headers, name: bytes) -> str:
+    """The first value of a header, in lower case; empty if there is none."""
+    return next((value for key, value in headers if key == name), b"").decode("latin-1").lower()
+
+
+class Skip(StrEnum):
+    """Reasons, in the words of `/health`."""
+
+    NOT_SAMPLED = "not sampled"
+    REQUEST_TOO_LARGE = "request too large"
+    ANSWER_TOO_LARGE = "answer too large"
+    MEMORY = "too much in flight"
+    CONTENT_CODING = "unknown content coding"
+    NOT_JSON = "request is no JSON object"
+    NO_REQUEST = "client left before it had asked"
+    NO_ANSWER = "no answer from upstream"
+    MAX_TOTAL = "--max-total reached"
+    DISK = "disk cannot be written"
+    FAULT = "fault of the recorder"
 
 
 @dataclass
@@ -127,3 +191,54 @@ class Exchange:
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self._started
+
+
+MIB = 1024**2
+_UNITS = {"": 1, "k": 1024, "m": MIB, "g": 1024**3, "t": 1024**4}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a recording.
+
+    Attributes:
+        out: folder of the records; made if it is not there.
+        sample: share of the requests that is recorded, from 0 to 1.
+        max_body_bytes: larger requests, and larger answers, are served but not recorded.
+        max_file_bytes: a file that would grow beyond it is followed by the next one.
+        max_total_bytes: of all files in `out`; recording stops there, serving does not.
+        max_held_bytes: memory for all requests and answers that are not written yet.
+        max_wait_s: longest that the end of an answer waits for its record to reach the disk.
+
+    Raises:
+        ValueError: a share outside 0 to 1, or a size below one byte.
+    """
+
+    out: Path
+    sample: float = 1.0
+    max_body_bytes: int = 8 * MIB
+    max_file_bytes: int = 256 * MIB
+    max_total_bytes: int = 10 * 1024 * MIB
+    max_held_bytes: int = 256 * MIB
+    max_wait_s: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sample <= 1:
+            raise ValueError(
+                f"--sample {self.sample} is no share; give 0 (nothing) to 1 (every request)"
+            )
+        for name in ("max_body_bytes", "max_file_bytes", "max_total_bytes", "max_held_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)} but must be at least 1")
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "4096", "512K", "8M", "256MiB" or "1.5G"; units are powers of 1024.
+
+    Raises:
+        ValueError: no such size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
+    if found is None:
+        raise ValueError(f"{text!r} is no size; give bytes or a unit, as 8M, 256MiB or 1.5G")
+    return int(float(found[1]) * _UNITS[found[2]])

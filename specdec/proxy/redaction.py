@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import quote, unquote, unquote_plus
 
-from specdec.data.secrets import PASSWORD, Text, take_secrets
+from specdec.common.secrets import PASSWORD, Text, take_secrets
 from specdec.proxy.allowed import SCHEMA
 
 REDACTED = "[redacted]"

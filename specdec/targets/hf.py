@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.clock import ForwardClock
-from specdec.interfaces import Capabilities, Prompts, TargetOutput
-from specdec.kv_cache import SlotCache
+from specdec.engine.clock import ForwardClock
+from specdec.engine.interfaces import Capabilities, Prompts, TargetOutput
+from specdec.engine.kv_cache import SlotCache
 from specdec.targets.masks import Masks
 from specdec.targets.probe import check_target
 from specdec.targets.taps import TapReader

@@ -1,18 +1,42 @@
 """Load a target from a folder, the hub, or the package itself."""
 
+import resource
+import sys
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from specdec.checkpoints.folder import CONFIG, read_json
+from specdec.common.hub import find_checkpoint
 from specdec.demo import demo_path
-from specdec.hub import find_checkpoint
-from specdec.sampling_config import checked
+from specdec.engine.interfaces import Target, claimed
+from specdec.engine.scheduler import is_out_of_memory
+from specdec.sampling.config import checked
 from specdec.targets.hf import HFTarget
-from specdec.targets.memory import free_bytes, is_out_of_memory
+from specdec.verify import Draft, match
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on a device; None where that is not known."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    kib = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * kib[0] if kib else None
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # KiB everywhere else
+
 
 QUANTIZATIONS = ("8bit", "4bit")
 # While transformers builds a model it patches torch for the whole process: one at a time.
@@ -255,3 +279,54 @@ def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> 
             f"the tokenizer of {path!r} could not be loaded ({str(error).splitlines()[0]}); copy "
             "or download its tokenizer files again"
         ) from error
+
+
+# Long texts are scored in chunks, which bounds the memory of masks and activations.
+CHUNK = 512
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """One text as a model sees it, L tokens of which the last P were looked at.
+
+    Attributes:
+        logits: [P, V]; each row predicts the token behind its own.
+        hidden: tap -> [L, H].
+    """
+
+    logits: Tensor
+    hidden: dict[int, Tensor]
+
+
+@torch.inference_mode()
+def read_text(
+    target: Target, tokens: Sequence[int], first: int, taps: Sequence[int] = ()
+) -> Reading:
+    """Teacher-force a text. The batch that the model was decoding is forgotten.
+
+    Args:
+        target: a target, or a draft model's own.
+        tokens: L ids, at most its context.
+        first: logits are wanted from this token on, in [1, L).
+        taps: hidden states to return.
+
+    Raises:
+        RuntimeError: a loop has rows on the target.
+    """
+    with claimed(target):
+        return _read(target, tokens, first, taps)
+
+
+def _read(target: Target, tokens: Sequence[int], first: int, taps: Sequence[int]) -> Reading:
+    output = target.prefill([tokens[:first]], taps)
+    logits, hidden = [], [output.hidden]
+    for start in range(first, len(tokens), CHUNK):
+        root, *rest = tokens[start : start + CHUNK]
+        draft = Draft.chain(torch.tensor([rest], dtype=torch.long, device=target.device))
+        output = target.score(torch.tensor([root], device=target.device), draft, taps)
+        logits.append(output.logits[0])
+        hidden.append(output.hidden)
+        accepted = torch.tensor([[*rest, 0]], device=target.device)
+        target.commit(match(accepted, draft), [len(rest)])
+    states = {tap: torch.cat([part[tap][0] for part in hidden]) for tap in taps}
+    return Reading(torch.cat(logits), states)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.kv_cache import SlotCache
+from specdec.engine.kv_cache import SlotCache
 
 
 class Masks:

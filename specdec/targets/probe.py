@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec.engine.scheduler import is_out_of_memory
 from specdec.targets.attention import use_grouped_attention
-from specdec.targets.memory import is_out_of_memory
 from specdec.verify import Draft
 
 # A window is narrowed to so many tokens, or else no short text would reach it: the first prompt

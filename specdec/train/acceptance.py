@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdec.drafters.training_batch import TrainingBatch, shifted
+from specdec.drafters.training import TrainingBatch, shifted
 
 
 @dataclass(frozen=True)

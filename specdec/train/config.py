@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.checkpoints.head import KINDS as HEADS
-from specdec.strict_config import load_strict, require_at_least, require_at_most
+from specdec.common.config import load_strict, require_at_least, require_at_most
 
 KINDS = (*HEADS, "draft_model")
 PRECISIONS = ("no", "bf16", "fp16")

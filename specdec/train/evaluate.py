@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from specdec.data.answers import AnswerRow
-from specdec.drafters.training_batch import shifted
+from specdec.drafters.training import shifted
 from specdec.train.acceptance import (
     OfflineAcceptance,
     acceptance_by_rank,
@@ -18,9 +18,8 @@ from specdec.train.acceptance import (
     drafted_places,
     sum_of_overlaps,
 )
-from specdec.train.objective import seeded
-from specdec.train.source import Source
-from specdec.train.trainee import WithLoss
+from specdec.train.data import Source, seeded
+from specdec.train.heads import WithLoss
 
 NUM_RANKS = 10
 

@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec.analysis.offline import DraftShape, matching_nodes, walk
 from specdec.analysis.texts import Text
-from specdec.analysis.walk import DraftShape, matching_nodes, walk
-from specdec.bench.interval import tau_interval
+from specdec.common.stats import tau_interval
 from specdec.data.answers import AnswerRow
-from specdec.decode import generate, generate_baseline
-from specdec.drafters.training_batch import shifted
-from specdec.metrics import AcceptanceStats, StepRecord
+from specdec.drafters.training import shifted
+from specdec.engine.decode import generate, generate_baseline
+from specdec.engine.metrics import AcceptanceStats, StepRecord
+from specdec.engine.request import Result
 from specdec.registry import load_drafter
-from specdec.request import Result
 from specdec.train.config import ParityConfig
-from specdec.train.source import OnlineSource, Source
-from specdec.train.trainee import Trainee
+from specdec.train.data import OnlineSource, Source
+from specdec.train.heads import Trainee
 
 # Stored bf16 or int8, and a target in half precision, stay below a hundredth; the next layer's
 # states are a seventh off or more.

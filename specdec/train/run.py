@@ -10,22 +10,25 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from specdec.analysis.walk import DraftShape
+from specdec.analysis.offline import DraftShape
 from specdec.checkpoints import TargetIdentity
 from specdec.checkpoints.identity import TARGET, as_json
-from specdec.files import replace_file, whole_folder
+from specdec.common.files import replace_file, whole_folder
 from specdec.targets.load import find_device
 from specdec.train.config import TrainConfig
-from specdec.train.data import Split
-from specdec.train.draft_model_options import DraftModelOptions
-from specdec.train.draft_model_trainee import DraftModelTrainee
-from specdec.train.head_trainee import HeadTrainee, new_head
-from specdec.train.materials import Materials, load_materials
-from specdec.train.objective import seeded
+from specdec.train.data import (
+    Materials,
+    OnlineSource,
+    Split,
+    coverage,
+    load_materials,
+    most_frequent,
+    seeded,
+)
+from specdec.train.heads import HeadTrainee, Trainee, new_head, trained_dtype
 from specdec.train.parity import ParityGate, require_parity
-from specdec.train.source import OnlineSource
-from specdec.train.trainee import Trainee, trained_dtype
-from specdec.train.vocabulary import coverage, most_frequent
+from specdec.train.qlora import DraftModelOptions, DraftModelTrainee
+from specdec.train.trainer import Trainer
 
 # What may change between sessions of one run: it does not touch what is learned.
 _FREE_KEYS = ("threads", "save_every", "log_with", "parity", "sharding")
@@ -61,8 +64,7 @@ def run_training(
         raise ValueError(
             "training needs accelerate; install it with: pip install 'specdec[train]'"
         ) from error
-    from specdec.train.results import remembered, training_results
-    from specdec.train.state import RunFolder
+    from specdec.train.checkpoint import RunFolder
     from specdec.train.trainer import Trainer
 
     if config.log_with == "tensorboard" and find_spec("tensorboard") is None:
@@ -195,3 +197,70 @@ def _identity(
     settings["batches_per_step"] = settings.pop("gradient_accumulation") * num_processes
     known = {"target_weights": target.weights, TARGET: as_json(target)}
     return {**settings, "rows": split.fingerprint, **known}
+
+
+def training_results(
+    trainer: Trainer,
+    vocabulary: dict[str, Any] | None,
+    where: dict[str, Any],
+    target: TargetIdentity,
+    drafter: dict[str, Any],
+) -> dict[str, Any]:
+    """The content of `results.json`, see `docs/train.schema.json`; "parity" is to be filled in.
+
+    Args:
+        trainer: at its last step.
+        vocabulary: size and coverage of a reduced draft vocabulary.
+        where: the machine and the code, as they were when the run was started.
+        target: whose answers were learned.
+        drafter: options of `load_drafter` for what was trained.
+    """
+    return {
+        "schema": "specdec-train-2",
+        "provenance": {"config": asdict(trainer.config), **where},
+        "target": asdict(target),
+        "drafter": drafter,
+        **_measured(trainer),
+        "draft_vocabulary": vocabulary,
+        "parity": None,
+    }
+
+
+def _measured(trainer: Trainer) -> dict[str, Any]:
+    split = trainer.split
+    progress, step = trainer.progress, trainer.log.last("step")
+    assert step is not None
+    weights = trainer.trainee.module.parameters()
+    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+    evaluation = trainer.log.last("evaluation") or {}
+    return {
+        "steps": progress.step,
+        "steps_per_epoch": trainer.plan.steps_per_epoch,
+        "rows": len(split.training),
+        "validation_rows": len(split.validation),
+        "dropped_rows": split.num_dropped,
+        "tokens": progress.tokens,
+        "answer_tokens": progress.answer_tokens,
+        "seconds": progress.seconds,
+        "tokens_per_s": progress.tokens / progress.step_seconds,
+        "num_processes": trainer.accelerator.num_processes,
+        "parameters": trained,
+        "loss": step["loss"],
+        "validation_loss": evaluation.get("validation_loss"),
+        "offline_tau": evaluation.get("tau"),
+        "offline_acceptance": evaluation.get("acceptance"),
+        "alpha": evaluation.get("alpha"),
+        "acceptance_by_rank": evaluation.get("acceptance_by_rank"),
+        "domains": evaluation.get("domains"),
+    }
+
+
+def remembered(config: TrainConfig, results: dict[str, Any]) -> dict[str, Any]:
+    """What the drafter says of its training."""
+    keys = ("steps", "tokens", "seconds", "loss", "validation_loss", "offline_tau", "alpha")
+    lists = ("offline_acceptance", "acceptance_by_rank", "domains", "draft_vocabulary")
+    kept = {key: results[key] for key in (*keys, *lists)}
+    if (parity := results["parity"]) is not None:
+        figures = ("shape", "num_prompts", "measured_tau", "measured_tau_ci", "passed")
+        kept["parity"] = {key: parity[key] for key in figures}
+    return {"data": Path(config.data.path).name, **kept, "loss_options": config.loss}

@@ -7,28 +7,467 @@ Each check returns a `Report` that says in words what is violated and by how muc
     check_drafter(lambda seed: my_drafter(prompt, seed)).raise_if_failed()
 """
 
-from dataclasses import replace
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
 
-from specdec.verify.cases import (
-    CHAIN_SHAPE,
-    SIBLING_KINDS,
-    TREE_SHAPES,
-    Case,
-    World,
-    build_case,
-    emitted_joint,
-    total_variation,
-)
-from specdec.verify.draft import Draft
-from specdec.verify.honesty import check_drafter
-from specdec.verify.law import Engine, verdict_law
-from specdec.verify.report import ConformanceError, Finding, Report
+from specdec.verify.checks import check_values
+from specdec.verify.draft import Draft, Verdict
 from specdec.verify.rule import Rule
 from specdec.verify.rules import get_rule, verify
+
+# Called like `specdec.verify.verify`: (target_probs, draft, *, uniforms, noise) -> Verdict.
+Engine = Callable[..., Verdict]
+
+_BITS = 53  # of a float64 in [0, 1)
+_LARGEST = 1.0 - 2.0**-_BITS
+_REJECTED_NOISE = 1e30
+
+
+@dataclass(frozen=True, eq=False)
+class VerdictLaw:
+    """What a rule does with each draft row, over all its randomness.
+
+    Attributes:
+        thresholds: [B, N] float64, node i is accepted iff its uniform is below; NaN for a node that
+            never decides anything.
+        spread: [B, N] float64, how far the thresholds of one node lie apart between contexts; 0 for
+            a rule that judges each node by one number.
+        paths: [B, K, D] accepted nodes of each of the K outcomes, -1 padded; outcomes may repeat.
+        probs: [B, K] float64 probability of the outcome.
+        last_probs: [B, K, V] float64 distribution of the last token given the outcome.
+    """
+
+    thresholds: Tensor
+    spread: Tensor
+    paths: Tensor
+    probs: Tensor
+    last_probs: Tensor
+
+
+def verdict_law(engine: Engine, target_probs: Tensor, draft: Draft) -> VerdictLaw:
+    """Integrate out the uniforms and the noise of `engine` for every row of a small draft."""
+    thresholds, spread = _find_thresholds(engine, target_probs, draft)
+    accept = _patterns(draft.num_nodes)  # [K, N]
+    cut = thresholds.nan_to_num(0.5).unsqueeze(1)  # [B, 1, N]
+    uniforms = torch.where(accept, cut / 2, (cut + 1) / 2).clamp(max=_LARGEST)
+    probs = torch.where(accept, cut, 1 - cut).prod(2)
+    last_probs, paths = _find_last_probs(engine, target_probs, draft, uniforms)
+    return VerdictLaw(thresholds, spread, paths, probs, last_probs)
+
+
+def repeat_rows(draft: Draft, times: int) -> Draft:
+    """Repeat every row of a draft `times` times, the copies of one row next to each other."""
+    tokens, lengths = draft.tokens, draft.lengths
+    return Draft(
+        tokens.repeat_interleave(times, 0),
+        lengths.repeat_interleave(times, 0),
+        None if draft.parents is None else draft.parents.repeat_interleave(times, 0),
+        None if draft.probs is None else draft.probs.repeat_interleave(times, 0),
+        draft.depth,
+    )
+
+
+def _patterns(num_nodes: int) -> Tensor:
+    """List all accept / reject decisions, bool [2 ** N, N]."""
+    return torch.tensor(list(product((True, False), repeat=num_nodes))).view(-1, num_nodes)
+
+
+def _find_thresholds(engine: Engine, target_probs: Tensor, draft: Draft) -> tuple[Tensor, Tensor]:
+    """Bisect each node's uniform in every context of the others' extremes: two [B, N]."""
+    batch_size, num_nodes = draft.tokens.shape
+    if num_nodes == 0:
+        return torch.empty(batch_size, 0).double(), torch.empty(batch_size, 0).double()
+    contexts = _patterns(num_nodes).double() * _LARGEST  # [K, N], float64 throughout
+    num_contexts = contexts.shape[0]
+    rows = num_nodes * num_contexts
+    repeated = repeat_rows(draft, rows)
+    target = target_probs.repeat_interleave(rows, 0)
+    base = contexts.repeat(batch_size * num_nodes, 1)  # [B * N * K, N]
+    column = torch.arange(num_nodes).repeat_interleave(num_contexts).repeat(batch_size).unsqueeze(1)
+    noise = torch.ones(batch_size * rows, target_probs.shape[2], dtype=torch.float64)
+
+    def path_at(value: Tensor) -> Tensor:
+        uniforms = base.scatter(1, column, value.unsqueeze(1))
+        return engine(target, repeated, uniforms=uniforms, noise=noise).path
+
+    low = torch.zeros(batch_size * rows, dtype=torch.float64)
+    high = torch.full_like(low, _LARGEST)
+    accepted, rejected = path_at(low), path_at(high)
+    decides = (accepted != rejected).any(1)
+    for _ in range(_BITS):
+        middle = (low + high) / 2
+        below = (path_at(middle) == accepted).all(1)
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    # A node that accepts even the largest uniform in every context is certain: see below.
+    found = torch.where(decides, high, torch.nan).view(batch_size, num_nodes, num_contexts)
+    thresholds = found.nanmean(2)
+    top = found.nan_to_num(-1.0).amax(2)
+    spread = (top - found.nan_to_num(2.0).amin(2)).where(~thresholds.isnan(), 0.0)
+    return torch.where(thresholds.isnan(), thresholds, top), spread
+
+
+def _find_last_probs(
+    engine: Engine, target_probs: Tensor, draft: Draft, uniforms: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Bisect the noise of each token against the likeliest one: [B, K, V], and paths [B, K, D]."""
+    batch_size, num_patterns, _ = uniforms.shape
+    vocab_size = target_probs.shape[2]
+
+    def run(copies: int, noise: Tensor) -> Verdict:
+        return engine(
+            target_probs.repeat_interleave(num_patterns * copies, 0),
+            repeat_rows(draft, num_patterns * copies),
+            uniforms=uniforms.flatten(0, 1).repeat_interleave(copies, 0),
+            noise=noise,
+        )
+
+    def last_token(verdict: Verdict) -> Tensor:
+        return verdict.tokens.gather(1, verdict.num_accepted.unsqueeze(1)).squeeze(1)
+
+    flat = batch_size * num_patterns
+    plain = run(1, torch.ones(flat, vocab_size, dtype=torch.float64))
+    likeliest = last_token(plain).repeat_interleave(vocab_size).unsqueeze(1)  # [B * K * V, 1]
+    tokens = torch.arange(vocab_size).repeat(flat)
+    noise = torch.full((flat * vocab_size, vocab_size), _REJECTED_NOISE, dtype=torch.float64)
+    noise.scatter_(1, likeliest, 1.0)
+    low = torch.zeros(flat * vocab_size, dtype=torch.float64)
+    high = torch.ones_like(low)
+    for _ in range(_BITS):
+        middle = (low + high) / 2
+        wins = last_token(run(vocab_size, noise.scatter(1, tokens[:, None], middle[:, None])))
+        below = wins == tokens
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    ratio = torch.where(likeliest.squeeze(1) == tokens, 1.0, low).view(flat, vocab_size)
+    last_probs = (ratio / ratio.sum(1, keepdim=True)).view(batch_size, num_patterns, vocab_size)
+    return last_probs, plain.path.view(batch_size, num_patterns, -1)
+
+
+CHAIN_SHAPE = (-1, 0, 1)
+TREE_SHAPES = ((-1, -1, 0, 0), (-1, 0, 0, 1), (-1, 0, -1, 2))
+SIBLING_KINDS = ("deterministic", "independent", "without replacement")
+
+
+@dataclass(frozen=True)
+class World:
+    """A table of conditional distributions: prefix -> float64 [V]."""
+
+    table: dict[tuple[int, ...], Tensor]
+    vocab_size: int
+    horizon: int
+
+    @classmethod
+    def random(
+        cls,
+        vocab_size: int,
+        horizon: int,
+        generator: torch.Generator,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> "World":
+        """Draw random logits for every prefix; temperature 0 gives one-hot rows."""
+        table = {}
+        for length in range(horizon):
+            for prefix in product(range(vocab_size), repeat=length):
+                logits = torch.randn(vocab_size, generator=generator, dtype=torch.float64)
+                table[prefix] = _process(logits, temperature, top_p)
+        return cls(table, vocab_size, horizon)
+
+    def rounded(self, dtype: torch.dtype) -> "World":
+        """Return the world as `dtype` sees it, normalised again."""
+        rows = {prefix: row.to(dtype).double() for prefix, row in self.table.items()}
+        return World(
+            {prefix: row / row.sum() for prefix, row in rows.items()}, self.vocab_size, self.horizon
+        )
+
+    def joint(self) -> Tensor:
+        """Compute the distribution of the first `horizon` tokens: [V, ..., V]."""
+        return self.continuation(())
+
+    def continuation(self, prefix: tuple[int, ...]) -> Tensor:
+        """Compute the distribution of the tokens after `prefix`, up to the horizon."""
+        if len(prefix) == self.horizon:
+            return torch.ones((), dtype=torch.float64)
+        after = [self.continuation((*prefix, token)) for token in range(self.vocab_size)]
+        row = self.table[prefix]
+        return torch.stack([row[token] * after[token] for token in range(self.vocab_size)])
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """Every draft a drafter can produce, as the rows of one batch, and how likely each is.
+
+    Attributes:
+        draft: B = number of realisations.
+        target_probs: [B, N + 1, V].
+        weights: [B] float64, summing to one.
+    """
+
+    draft: Draft
+    target_probs: Tensor
+    weights: Tensor
+
+
+def build_case(
+    target: World,
+    drafter: World,
+    shape: tuple[int, ...],
+    kind: str,
+    dtype: torch.dtype,
+    as_chain: bool = False,
+) -> Case:
+    """Enumerate the drafts of one tree shape; `kind` is one of `SIBLING_KINDS`."""
+    realisations = _realisations(drafter, shape, kind)
+    tokens = torch.tensor([tokens for tokens, _, _ in realisations])
+    target_rows = []
+    for path_tokens, _, _ in realisations:
+        paths = [_prefix(shape, path_tokens, node) for node in range(len(shape))]
+        target_rows.append(torch.stack([target.table[path] for path in [(), *paths]]))
+    probs = None
+    if kind != "deterministic":
+        probs = torch.stack([torch.stack(laws) for _, laws, _ in realisations]).to(dtype)
+    depth = max(len(_prefix(shape, (0,) * len(shape), node)) for node in range(len(shape)))
+    draft = Draft.tree(tokens, torch.tensor(shape), depth=depth, probs=probs)
+    if as_chain:
+        draft = Draft.chain(tokens, probs=probs)
+    weights = torch.tensor([weight for _, _, weight in realisations], dtype=torch.float64)
+    return Case(draft, torch.stack(target_rows).to(dtype), weights)
+
+
+def emitted_joint(case: Case, law: VerdictLaw, target: World) -> Tensor:
+    """Compute the distribution of the first `horizon` tokens when a rule emits them.
+
+    What the rule does not emit is sampled from the target afterwards.
+    """
+    joint = torch.zeros_like(target.joint())
+    outcome_probs = law.probs * case.weights.unsqueeze(1)
+    tokens = case.draft.tokens.tolist()
+    for row, outcome in (outcome_probs > 0).nonzero().tolist():
+        path = [node for node in law.paths[row, outcome].tolist() if node >= 0]
+        prefix = tuple(tokens[row][node] for node in path)
+        for token, prob in enumerate(law.last_probs[row, outcome].tolist()):
+            if prob > 0:
+                emitted = (*prefix, token)
+                share = outcome_probs[row, outcome] * prob
+                joint[emitted] += share * target.continuation(emitted)
+    return joint
+
+
+def total_variation(first: Tensor, second: Tensor) -> float:
+    """Compute half the absolute difference of two distributions."""
+    return 0.5 * (first - second).abs().sum().item()
+
+
+def _process(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    if temperature == 0:
+        return torch.nn.functional.one_hot(logits.argmax(), logits.numel()).double()
+    probs = torch.softmax(logits / temperature, 0)
+    ranked, order = probs.sort(descending=True)
+    dropped = order[ranked.cumsum(0) - ranked >= top_p]
+    probs[dropped] = 0
+    return probs / probs.sum()
+
+
+def _prefix(shape: tuple[int, ...], tokens: tuple[int, ...], node: int) -> tuple[int, ...]:
+    """Spell the tokens from the root's child down to `node`."""
+    parent = shape[node]
+    above = () if parent < 0 else _prefix(shape, tokens, parent)
+    return (*above, tokens[node])
+
+
+def _realisations(
+    drafter: World, shape: tuple[int, ...], kind: str
+) -> list[tuple[tuple[int, ...], list[Tensor], float]]:
+    """List (tokens, law of each node, probability) of every draft the drafter can produce."""
+    partial: list[tuple[tuple[int, ...], list[Tensor], float]] = [((), [], 1.0)]
+    for node, parent in enumerate(shape):
+        grown = []
+        for tokens, laws, weight in partial:
+            above = () if parent < 0 else _prefix(shape, tokens, parent)
+            earlier = [tokens[i] for i in range(node) if shape[i] == parent]
+            law = _node_law(drafter.table[above], earlier, kind)
+            for token in law.nonzero().flatten().tolist():
+                grown.append(((*tokens, token), [*laws, law], weight * law[token].item()))
+        partial = grown
+    return partial
+
+
+def _node_law(row: Tensor, earlier: list[int], kind: str) -> Tensor:
+    if kind == "deterministic":  # the drafter's best tokens in order
+        best = row.argsort(descending=True)[len(earlier)]
+        return torch.nn.functional.one_hot(best, row.numel()).double()
+    if kind == "independent" or not earlier:
+        return row
+    left = row.clone()
+    left[earlier] = 0
+    if left.sum() == 0:  # the drafter has run out of tokens: any law will do, as long as it is true
+        left = torch.ones_like(row)
+        left[earlier] = 0
+    return left / left.sum()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One violated promise: which check found it, and what it saw."""
+
+    check: str
+    message: str
+
+    def __str__(self) -> str:
+        """Return `check: message`."""
+        return f"{self.check}: {self.message}"
+
+
+class ConformanceError(AssertionError):
+    """A subject did not keep what it promises."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was checked and what was found.
+
+    Attributes:
+        subject: the rule, engine or drafter.
+        findings: violated promises; empty when all were kept.
+        notes: facts that are no violation, as the bias of a rule that calls itself lossy.
+        num_cases: cases that ran.
+    """
+
+    subject: str
+    num_cases: int
+    findings: tuple[Finding, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing was violated."""
+        return not self.findings
+
+    def __str__(self) -> str:
+        """Return one line a finding, headed by the subject and the count of cases."""
+        verdict = "passed" if self.passed else f"{len(self.findings)} violations"
+        lines = [f"{self.subject}: {verdict} ({self.num_cases} cases)"]
+        lines += [f"  violated: {finding}" for finding in self.findings]
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+    def raise_if_failed(self) -> None:
+        """Raise `ConformanceError` with the whole report if anything was violated."""
+        if not self.passed:
+            raise ConformanceError(str(self))
+
+
+def check_drafter(
+    propose: Callable[[int], Draft],
+    vocab_size: int,
+    num_drafts: int = 400,
+    subject: str = "drafter",
+    false_alarm: float = 1e-6,
+) -> Report:
+    """Check that the `probs` a drafter reports are the law of the tokens it draws.
+
+    A token drawn from q has, given everything before it, E[1(x = v)] = q(v) for every v and
+    E[q(x)] = sum of q^2. Both differences are summed over drafts and nodes and must be zero within
+    chance. An argmax reported with full probabilities fails the second; a tree pruned after its
+    tokens were seen, or a temperature that was left out, fails one of the two.
+
+    Args:
+        propose: draws a draft for one fixed context; only the seed differs between calls. A drafter
+            that samples but reports no probs is noted: lossless, but accepted less than it could.
+        vocab_size: V.
+        num_drafts: seeds 0 .. num_drafts - 1.
+        subject: what the report calls it.
+        false_alarm: probability that an honest drafter is refused.
+    """
+    drafts = [propose(seed) for seed in range(num_drafts)]
+    findings = _check_proposals(drafts, vocab_size)
+    notes: tuple[str, ...] = ()
+    if not findings and all(draft.probs is None for draft in drafts):
+        notes = _note_sampled_point_mass(drafts)
+    elif not findings:
+        findings = _check_reported_probs(drafts, vocab_size, false_alarm)
+    return Report(subject, num_drafts, tuple(findings), notes)
+
+
+def _check_proposals(drafts: Sequence[Draft], vocab_size: int) -> list[Finding]:
+    """Check every draft's own values, with the checks of `verify`."""
+    for seed, draft in enumerate(drafts):
+        if (draft.probs is None) != (drafts[0].probs is None):
+            return [Finding("probs", f"seed {seed} and seed 0 disagree on reporting probs")]
+        target = torch.zeros(draft.batch_size, draft.num_nodes + 1, vocab_size)
+        target[:, :, 0] = 1
+        try:
+            check_values(target.to(draft.tokens.device), draft, "any", None, None)
+        except (ValueError, RuntimeError) as error:
+            return [Finding("draft", f"seed {seed}: {error}")]
+    return []
+
+
+def _note_sampled_point_mass(drafts: Sequence[Draft]) -> tuple[str, ...]:
+    first = drafts[0]
+    for seed, draft in enumerate(drafts):
+        same = draft.tokens.shape == first.tokens.shape and torch.equal(draft.tokens, first.tokens)
+        if not same:
+            cost = "lossless, but reporting probs would get more of them accepted"
+            return (f"seeds 0 and {seed} drew other tokens and no probs are reported: {cost}",)
+    return ()
+
+
+def _check_reported_probs(
+    drafts: Sequence[Draft], vocab_size: int, false_alarm: float
+) -> list[Finding]:
+    num_tests = vocab_size + 1
+    # Bernstein's inequality for martingales: increments are at most 1.
+    budget = math.log(2 * num_tests / false_alarm)
+    counts = torch.zeros(vocab_size, dtype=torch.float64)
+    count_variance = torch.zeros_like(counts)
+    match_sum, match_variance, num_drawn = 0.0, 0.0, 0
+    for draft in drafts:
+        assert draft.probs is not None
+        real = draft.real_nodes()
+        probs = draft.probs[real].double().cpu()  # [R, V]
+        drawn = torch.nn.functional.one_hot(draft.tokens[real].cpu(), vocab_size).double()
+        counts += (drawn - probs).sum(0)
+        count_variance += (probs * (1 - probs)).sum(0)
+        expected = (probs * probs).sum(1)
+        match_sum += ((drawn * probs).sum(1) - expected).sum().item()
+        match_variance += ((probs**3).sum(1) - expected**2).sum().item()
+        num_drawn += probs.shape[0]
+
+    findings = []
+    if abs(match_sum) > _chance(match_variance, budget):
+        direction = "more" if match_sum > 0 else "less"
+        findings.append(
+            Finding(
+                "reported probs",
+                f"drawn tokens are {direction} likely under the reported probs than draws from "
+                f"them would be, by {abs(match_sum) / max(num_drawn, 1):.2g} a token over "
+                f"{num_drawn} tokens. Argmax and top-k are point masses: report probs=None",
+            )
+        )
+    limits = torch.tensor([_chance(variance, budget) for variance in count_variance.tolist()])
+    excess = counts.abs() - limits
+    if num_drawn and excess.max() > 0:
+        token = int(excess.argmax())
+        findings.append(
+            Finding(
+                "reported probs",
+                f"token {token} was drawn {counts[token]:+.0f} times against what the reported "
+                f"probs say, over {num_drawn} tokens; chance explains {limits[token]:.0f}",
+            )
+        )
+    return findings
+
+
+def _chance(variance: float, budget: float) -> float:
+    """Bound a sum of zero-mean increments of at most 1 with this variance, by Bernstein."""
+    return budget / 3 + math.sqrt(budget * budget / 9 + 2 * budget * variance)
+
 
 __all__ = ["ConformanceError", "Finding", "Report", "check_drafter", "check_engine", "check_rule"]
 

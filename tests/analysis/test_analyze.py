@@ -12,12 +12,10 @@ from tiny_models import perturbed, tiny_llama, tiny_target
 from typer.testing import CliRunner
 
 from specdec import SamplingConfig
-from specdec.analysis.calibration import reliability
-from specdec.analysis.facts import CLASSES, classify
-from specdec.analysis.given_texts import read_texts
 from specdec.analysis.predict import Predictor
 from specdec.analysis.run import run_analysis
-from specdec.analysis.texts import Text, target_answers
+from specdec.analysis.teacher_forced import CLASSES, classify, reliability
+from specdec.analysis.texts import Text, read_texts, target_answers
 from specdec.bench.config import load_config
 from specdec.cli import app
 from specdec.targets.load import load_target
@@ -289,8 +287,8 @@ def test_nan_is_told_with_its_place(broken, models):
 
 def test_a_draft_models_short_context_ends_its_drafts_as_in_the_loop():
     from specdec import generate
-    from specdec.analysis.evidence import gather_evidence
     from specdec.analysis.expected import expect
+    from specdec.analysis.teacher_forced import gather_evidence
     from specdec.drafters.draft_model import DraftModel
     from specdec.targets.hf import HFTarget
 

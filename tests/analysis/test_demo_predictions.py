@@ -9,10 +9,10 @@ from specdec.analysis import predict
 from specdec.analysis.predict import Predictor
 from specdec.analysis.texts import Text, target_answers
 from specdec.bench.config import load_config
-from specdec.bench.interval import tau_interval
 from specdec.bench.prompts import load_prompts, render
-from specdec.metrics import AcceptanceStats
-from specdec.request import encode
+from specdec.common.stats import tau_interval
+from specdec.engine.metrics import AcceptanceStats
+from specdec.engine.request import encode
 
 NUM_PROMPTS, NUM_NEW = 3, 16
 GREEDY = SamplingConfig()

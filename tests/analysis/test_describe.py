@@ -6,8 +6,8 @@ from tiny_models import tiny_target
 
 from specdec import SamplingConfig
 from specdec.analysis.describe import describe
-from specdec.analysis.facts import gather_facts
 from specdec.analysis.predict import Predictor
+from specdec.analysis.teacher_forced import gather_facts
 from specdec.analysis.texts import target_answers
 
 WARM = SamplingConfig(temperature=1)

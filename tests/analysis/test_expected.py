@@ -6,9 +6,9 @@ import pytest
 from toy import VOCAB, ToyDrafter, ToyLoop, ToyTarget, law, top_p
 
 from specdec import SamplingConfig
-from specdec.analysis.evidence import gather_evidence
 from specdec.analysis.expected import Expected, expect
 from specdec.analysis.predict import Predictor
+from specdec.analysis.teacher_forced import gather_evidence
 from specdec.analysis.texts import Text
 
 PROMPT = [0, 1]

@@ -5,8 +5,7 @@ import json
 import pytest
 from tiny_models import tiny_target
 
-from specdec.analysis.given_texts import read_texts
-from specdec.analysis.texts import check_texts
+from specdec.analysis.texts import check_texts, read_texts
 
 
 class Letters:

@@ -10,9 +10,9 @@ from itertools import product
 import torch
 from verify.verify_enumerator import enumerate_law
 
-from specdec.clock import ForwardClock
 from specdec.drafters.forced import FixedShape
-from specdec.interfaces import Capabilities, TargetOutput
+from specdec.engine.clock import ForwardClock
+from specdec.engine.interfaces import Capabilities, TargetOutput
 from specdec.verify.tree import from_choices
 
 VOCAB = 3

@@ -4,8 +4,8 @@ import pytest
 from safetensors.torch import save_file
 from torch import tensor
 
-from specdec.bench.arm_marks import checkpoint_mark
 from specdec.bench.config import ArmConfig
+from specdec.bench.runner import checkpoint_mark
 
 
 @pytest.fixture

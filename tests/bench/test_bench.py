@@ -10,9 +10,8 @@ from json_schema import violations
 from tiny_models import perturbed, tiny_llama
 
 from specdec.bench.config import ArmConfig, BenchConfig, load_config
-from specdec.bench.outcome import Run
-from specdec.bench.provenance import collect
-from specdec.bench.runner import run_bench
+from specdec.bench.runner import collect, run_bench
+from specdec.bench.store import Run
 from specdec.bench.summary import summarise
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "results.schema.json"

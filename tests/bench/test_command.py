@@ -58,7 +58,7 @@ def plan(monkeypatch):
             chosen = [ArmConfig(name, "ngram", dict(found["options"]))]
             return replace(config, arms=[] if name == "plain" else chosen)
 
-        monkeypatch.setattr("specdec.planning.auto.choose", choose)
+        monkeypatch.setattr("specdec.planning.plan.choose", choose)
         return asked
 
     return install
@@ -128,7 +128,7 @@ def test_auto_and_a_grid_are_refused_together(path, plan):
 
 def test_a_file_with_a_suite_in_it_is_run_as_one(path, monkeypatch):
     ran = []
-    monkeypatch.setattr("specdec.cli.suite.bench_suite", lambda *given: ran.append(given))
+    monkeypatch.setattr("specdec.cli.bench.bench_suite", lambda *given: ran.append(given))
     path.write_text("suite: concurrent\n")
     done = command(path, "repeats=1")
     assert done.exit_code == 0, done.stderr

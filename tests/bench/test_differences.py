@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from specdec import SamplingConfig, generate_baseline, load_target
 from specdec.bench import arms
 from specdec.bench.config import BenchConfig, SamplingOptions
-from specdec.bench.differences import find_differences
-from specdec.bench.outcome import Run
+from specdec.bench.store import Run
+from specdec.bench.summary import find_differences
 from specdec.cli import app
 
 IDS = [[3, 4, 5], [8, 9]]

@@ -194,7 +194,7 @@ def test_a_run_that_was_killed_goes_on_from_its_records(folder):
 
     from specdec.bench.config import load_config
     from specdec.bench.prompts import load_prompts
-    from specdec.bench.provenance import fingerprint
+    from specdec.bench.runner import fingerprint
     from specdec.bench.store import RunStore
 
     config = load_config(str(folder / "bench.yaml"), overrides)

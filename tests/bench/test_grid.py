@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from specdec.bench.config import BenchConfig, load_config
-from specdec.bench.grid import load_cells, short_names
+from specdec.bench.sweep import load_cells, short_names
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """A plan's choice beside given arms: nothing is measured under another's name, or not at all."""
 
+from specdec.bench.arms import add_choice
 from specdec.bench.config import ArmConfig
-from specdec.bench.planned_arms import add_choice
 
 
 def row(name, **options):

@@ -7,9 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from specdec.bench.prompts import load_prompts
-from specdec.bench.sources import SOURCES
-from specdec.data.query import Query, write_queries
+from specdec.bench.prompts import SOURCES, load_prompts
+from specdec.data.conversation import Query, write_queries
 
 
 def user(text):

@@ -5,8 +5,8 @@ import copy
 import pytest
 from rich.console import Console
 
-from specdec.report.table import results_table
-from specdec.report.title import results_title
+from specdec.report.runs import results_title
+from specdec.report.tables import results_table
 
 
 def arm(name, tau=None, speed=1.0):
@@ -92,7 +92,7 @@ def draw(results):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from specdec.report.plot import draw
+    from specdec.report.quick_plots import draw
 
     figure = draw(results, Figure)
     FigureCanvasAgg(figure).draw()

@@ -14,8 +14,7 @@ from tiny_models import perturbed, tiny_llama
 from typer.testing import CliRunner
 
 from specdec.bench.config import load_config
-from specdec.bench.processes import Processes, joined_processes
-from specdec.bench.runner import run_bench
+from specdec.bench.runner import Processes, joined_processes, run_bench
 from specdec.cli import app
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]

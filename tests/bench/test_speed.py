@@ -2,16 +2,16 @@
 
 import pytest
 
-from specdec.bench.outcome import Run
 from specdec.bench.runner import check_results
-from specdec.bench.speed import (
+from specdec.bench.store import Run
+from specdec.bench.suites.runner import check_suite
+from specdec.bench.summary import (
     decode_work,
     end_to_end_work,
     faster_than_tau,
     mean_ratio,
     total_speed,
 )
-from specdec.bench.suites.runner import check_suite
 
 
 def runs(*repeats):

@@ -5,10 +5,9 @@ import resource
 
 import pytest
 
-from specdec.bench.outcome import Memory, Outcome, Run
-from specdec.bench.store import RunStore
-from specdec.files import replace_file
-from specdec.metrics import StepRecord
+from specdec.bench.store import Memory, Outcome, Run, RunStore
+from specdec.common.files import replace_file
+from specdec.engine.metrics import StepRecord
 
 
 def run(num_steps):

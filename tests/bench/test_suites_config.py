@@ -3,7 +3,7 @@
 import pytest
 from tiny_suites import save_suite
 
-from specdec.bench.suites.config import SUITES, is_suite, load_suite
+from specdec.bench.config import SUITES, is_suite, load_suite
 
 PACKAGED = [f"demo/{name.replace('_', '-')}" for name in SUITES]
 

@@ -2,14 +2,12 @@
 
 import pytest
 
-from specdec.bench.outcome import Memory
-from specdec.bench.percentiles import percentiles
-from specdec.bench.suites.ask import Ask, Group
-from specdec.bench.suites.fairness import jain_index, worst_over_mean
-from specdec.bench.suites.load import load_figures
-from specdec.bench.suites.served import Call, Power, Served
-from specdec.bench.suites.summary import summarise
-from specdec.metrics import StepRecord
+from specdec.bench.store import Memory
+from specdec.bench.suites.store import Call, Power, Served
+from specdec.bench.suites.summary import load_figures, summarise
+from specdec.bench.workloads import Ask, Group
+from specdec.common.stats import jain_index, percentiles, worst_over_mean
+from specdec.engine.metrics import StepRecord
 
 NO_MEMORY = Memory(0, None, None)
 

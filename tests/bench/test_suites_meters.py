@@ -6,12 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from specdec.bench.outcome import Memory
-from specdec.bench.suites import memory
-from specdec.bench.suites.memory import MemoryWatch
-from specdec.bench.suites.power import PowerMeter
-from specdec.bench.suites.served import Power
-from specdec.targets.memory import peak_rss_bytes
+from specdec.bench import measure as memory
+from specdec.bench.measure import MemoryWatch, PowerMeter
+from specdec.bench.store import Memory
+from specdec.bench.suites.store import Power
+from specdec.targets.load import peak_rss_bytes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -56,7 +55,7 @@ def fake_nvml(monkeypatch, energy_mj=(), power_mw=(), has_device=True):
 def clock(monkeypatch):
     clock = SimpleNamespace(now=100.0)
     clock.perf_counter = lambda: clock.now
-    monkeypatch.setattr("specdec.bench.suites.power.time", clock)
+    monkeypatch.setattr("specdec.bench.measure.time", clock)
     return clock
 
 

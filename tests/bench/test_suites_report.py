@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 from specdec.bench.suites.runner import run_suite
 from specdec.cli import app
 from specdec.demo import demo_path
-from specdec.report.suite_plot import draw_suite
-from specdec.report.suite_table import suite_tables
+from specdec.report.quick_plots import draw_suite
+from specdec.report.tables import suite_tables
 
 KEYS = {
     "single_turn": "buckets: [{name: short, low: 1, high: 30, num: 1}]",

@@ -8,19 +8,22 @@ from tiny_models import tiny_llama, tiny_target
 from tiny_suites import save_pool
 
 from specdec import generate_baseline
-from specdec.bench.prompts import load_prompts
-from specdec.bench.suites.concurrent import concurrent_groups
-from specdec.bench.suites.config import (
+from specdec.bench.config import (
     ConcurrentConfig,
+    LengthBucket,
+    LengthRange,
     LongContextConfig,
     MultiTurnConfig,
     SingleTurnConfig,
 )
-from specdec.bench.suites.lengths import LengthBucket, LengthRange
-from specdec.bench.suites.long_context import long_context_groups
-from specdec.bench.suites.multi_turn import multi_turn_groups
-from specdec.bench.suites.single_turn import single_turn_groups
-from specdec.bench.suites.texts import TextPool
+from specdec.bench.prompts import load_prompts
+from specdec.bench.workloads import (
+    TextPool,
+    concurrent_groups,
+    long_context_groups,
+    multi_turn_groups,
+    single_turn_groups,
+)
 from specdec.targets.hf import HFTarget
 
 

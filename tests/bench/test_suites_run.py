@@ -10,12 +10,13 @@ from tiny_models import perturbed, tiny_llama
 from tiny_suites import save_models, save_suite
 from typer.testing import CliRunner
 
-from specdec.bench.provenance import machine
+from specdec.bench import measure as calls
 from specdec.bench.runner import GreedyMismatchError
-from specdec.bench.suites import calls, runner
+from specdec.bench.suites import runner
 from specdec.bench.suites.runner import check_suite, run_suite
 from specdec.cli import app
-from specdec.engine import Engine
+from specdec.common.provenance import machine
+from specdec.engine.engine import Engine
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "suites.schema.json").read_text())
 KEYS = {

@@ -7,9 +7,9 @@ import pytest
 from tiny_models import tiny_target
 
 from specdec import SamplingConfig, generate_baseline
-from specdec.bench.suites.ask import Ask
-from specdec.bench.suites.serving import serve
-from specdec.engine import Chunk, Engine
+from specdec.bench.measure import serve
+from specdec.bench.workloads import Ask
+from specdec.engine.engine import Chunk, Engine
 
 GREEDY = SamplingConfig()
 
@@ -87,7 +87,7 @@ def clock(monkeypatch):
     clock = SimpleNamespace(now=100.0)
     clock.perf_counter = lambda: clock.now
     clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
-    monkeypatch.setattr("specdec.bench.suites.serving.time", clock)
+    monkeypatch.setattr("specdec.bench.measure.time", clock)
     return clock
 
 

@@ -12,9 +12,8 @@ from typer.testing import CliRunner
 
 from specdec.bench import runner, sweep
 from specdec.bench.config import load_config
-from specdec.bench.grid import load_cells
 from specdec.bench.runner import run_bench
-from specdec.bench.sweep import check_sweep, run_sweep
+from specdec.bench.sweep import check_sweep, load_cells, run_sweep
 from specdec.cli import app
 
 DOCS = Path(__file__).parents[2] / "docs"

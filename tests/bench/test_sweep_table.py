@@ -3,7 +3,7 @@
 import pytest
 from rich.console import Console
 
-from specdec.report.sweep_table import sweep_table
+from specdec.report.tables import sweep_table
 
 
 def figures(speed):

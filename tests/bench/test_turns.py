@@ -3,9 +3,9 @@
 import pytest
 
 from specdec import generate_baseline, load_target
-from specdec.bench.prompt import BenchPrompt
 from specdec.bench.prompts import load_prompts
-from specdec.bench.turns import unfold_turns
+from specdec.bench.workloads import unfold_turns
+from specdec.common.messages import BenchPrompt
 from specdec.demo import demo_path
 
 try:

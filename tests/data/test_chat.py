@@ -3,7 +3,7 @@
 import pytest
 from tiny_chat import END, letter_tokenizer
 
-from specdec.data.chat import Chat, load_chat
+from specdec.data.dialogue import Chat, load_chat
 
 EOT = chr(32 + END)
 LOOP = "{% for m in messages %}BODY{% endfor %}{% if add_generation_prompt %}a:{% endif %}"

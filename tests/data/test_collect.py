@@ -11,9 +11,8 @@ from json_schema import violations
 from typer.testing import CliRunner
 
 from specdec.cli import app
-from specdec.data.collect import collect
-from specdec.data.collect_settings import CollectSettings
-from specdec.data.query import SPLITS, read_queries
+from specdec.data.collect import CollectSettings, collect
+from specdec.data.conversation import SPLITS, read_queries
 
 ROOT = Path(__file__).parent.parent.parent
 SCHEMA = json.loads((ROOT / "docs" / "collect.schema.json").read_text())

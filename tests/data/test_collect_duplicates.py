@@ -2,9 +2,8 @@ import random
 
 import pytest
 
-from specdec.data.duplicates import NearDuplicates
-from specdec.data.query import Query
-from specdec.data.split import conversation_id, query_id, sample_rank, split_of
+from specdec.data.cleaning import NearDuplicates, conversation_id, query_id, sample_rank, split_of
+from specdec.data.conversation import Query
 
 QUESTION = (
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in "

@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from specdec.data.masking import Masker
+from specdec.data.cleaning import Masker
 
 SECRETS = {
     "Mail jane.doe+x@mail.example.co.uk today": "Mail <EMAIL> today",

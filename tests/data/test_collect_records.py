@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdec.data.conversation import NoQueryError, asked_in
-from specdec.data.records import FileRecords, Malformed, form_of
+from specdec.data.sources import FileRecords, Malformed, form_of
 
 
 def user(text):
@@ -221,7 +221,7 @@ def written(path, form):
 @pytest.mark.parametrize("form", ["jsonl", "json", "csv", "parquet"])
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
 def test_every_format_gives_the_same_records(tmp_path, form, chunk, monkeypatch):
-    monkeypatch.setattr("specdec.data.records._CHUNK_CHARS", chunk)
+    monkeypatch.setattr("specdec.data.sources._CHUNK_CHARS", chunk)
     path = tmp_path / f"rows.{form}"
     written(path, form)
     records = FileRecords(path)

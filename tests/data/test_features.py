@@ -14,10 +14,10 @@ from tiny_training import write_rows
 from typer.testing import CliRunner
 
 from specdec.cli import app
-from specdec.data import feature_plan, features
-from specdec.data.feature_layout import Counts, FeatureLayout
-from specdec.data.feature_size import refuse_what_does_not_fit
-from specdec.data.feature_store import FeatureStore
+from specdec.data import features
+from specdec.data import features as feature_plan
+from specdec.data.feature_store import Counts, FeatureLayout, FeatureStore
+from specdec.data.features import refuse_what_does_not_fit
 from specdec.targets.load import load_target
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "features.schema.json").read_text())
@@ -256,7 +256,7 @@ def test_logits_that_the_projection_alone_does_not_make_are_not_left_out(tmp_pat
 
 
 def test_presets_are_the_taps_that_new_heads_read():
-    from specdec.data.tap_names import resolve_taps
+    from specdec.data.feature_store import resolve_taps
     from specdec.drafters.heads import build_head
 
     for num_layers in (2, 3, 6):

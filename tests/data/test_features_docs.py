@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from specdec.cli.features import features
-from specdec.data.feature_layout import Counts, FeatureLayout
-from specdec.data.feature_size import Choice
-from specdec.data.tap_names import resolve_taps
+from specdec.data.feature_store import Counts, FeatureLayout, resolve_taps
+from specdec.data.features import Choice
 
 DOCS = (Path(__file__).parents[2] / "docs" / "features.md").read_text()
 # Half of the tokens are answers.

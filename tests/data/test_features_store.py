@@ -10,13 +10,10 @@ from tiny_features import make_store, random_rows
 from tiny_models import tiny_llama, tiny_target
 
 from specdec.checkpoints import identify_target
-from specdec.data import feature_plan
+from specdec.data import features as feature_plan
 from specdec.data.answers import read_rows
-from specdec.data.feature_layout import logit_places
-from specdec.data.feature_store import FeatureStore
-from specdec.data.group_scales import from_int8, to_int8
-from specdec.data.top_logits import TopLogits
-from specdec.targets.ends import load_ends
+from specdec.data.feature_store import FeatureStore, TopLogits, from_int8, logit_places, to_int8
+from specdec.targets.partial import load_ends
 
 
 @pytest.fixture(autouse=True)

@@ -8,13 +8,10 @@ from tiny_models import tiny_target
 
 from specdec.checkpoints import identify_target
 from specdec.drafters.heads import head_loss
-from specdec.drafters.objectives import OBJECTIVES, objective
-from specdec.drafters.training_batch import shifted
+from specdec.drafters.training import OBJECTIVES, objective, shifted
 from specdec.train.acceptance import count_matches, count_ranks
-from specdec.train.batches import packed
-from specdec.train.head_trainee import HeadTrainee
-from specdec.train.source import OnlineSource
-from specdec.train.stored import StoredSource
+from specdec.train.data import OnlineSource, StoredSource, packed
+from specdec.train.heads import HeadTrainee
 
 KINDS = ("medusa", "eagle", "eagle3")
 

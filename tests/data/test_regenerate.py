@@ -9,10 +9,9 @@ from tiny_chat import END, chatty_target
 
 from specdec import SamplingConfig, generate_baseline, load_drafter
 from specdec.checkpoints import identify_target
-from specdec.data.answer_settings import AnswerSettings
-from specdec.data.answers_folder import check_answers_target, load_answers
+from specdec.data.answers import AnswerSettings, check_answers_target, load_answers
+from specdec.data.conversation import Query
 from specdec.data.dialogue import plan_dialogues
-from specdec.data.query import Query
 from specdec.data.regenerate import regenerate
 
 MIX = AnswerSettings((0.0, 0.8), max_new_tokens=24, seed=5)
@@ -303,7 +302,7 @@ def test_a_finished_run_given_again_changes_nothing(target, tmp_path):
 
 
 def test_two_runs_cannot_write_to_one_folder(target, tmp_path):
-    from specdec.data.journal import Journal
+    from specdec.common.files import Journal
 
     running = Journal(tmp_path / "journal.jsonl", {})
     with pytest.raises(ValueError, match="another run is writing"):
@@ -314,7 +313,7 @@ def test_two_runs_cannot_write_to_one_folder(target, tmp_path):
 def test_a_full_disk_stops_the_run_and_what_was_answered_is_kept(target, tmp_path, monkeypatch):
     import errno
 
-    from specdec.data import journal
+    from specdec.common import files as journal
 
     regenerate(some_queries(), tmp_path / "whole", target, MIX)
     written = journal.Journal.append

@@ -13,7 +13,7 @@ from tiny_chat import END, chatty_model, letter_tokenizer
 from typer.testing import CliRunner
 
 from specdec.cli import app
-from specdec.data.query import Query, write_queries
+from specdec.data.conversation import Query, write_queries
 
 OPTIONS = ["--temperature", "0", "--temperature", "0.8", "--max-new-tokens", "80", "--seed", "4"]
 FILES = ("train.jsonl", "held_out.jsonl", "failed.jsonl")

@@ -10,12 +10,10 @@ from json_schema import violations
 from tiny_chat import END, TEMPLATE, letter_tokenizer
 
 from specdec.data import endpoint as endpoint_module
-from specdec.data.answer_settings import AnswerSettings
-from specdec.data.answers_folder import load_answers
-from specdec.data.chat import Chat
-from specdec.data.endpoint import Endpoint
-from specdec.data.endpoint_answers import EndpointDownError
-from specdec.data.query import Query
+from specdec.data.answers import AnswerSettings, load_answers
+from specdec.data.conversation import Query
+from specdec.data.dialogue import Chat
+from specdec.data.endpoint import Endpoint, EndpointDownError
 from specdec.data.regenerate import regenerate_from_endpoint
 
 SETTINGS = AnswerSettings((0.0, 0.7), top_p=0.9, max_new_tokens=32, seed=3)

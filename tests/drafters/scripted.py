@@ -11,7 +11,7 @@ from tiny_models import tiny_target
 from specdec.drafters.eagle import EagleDrafter
 from specdec.drafters.eagle3 import Eagle3Drafter
 from specdec.drafters.medusa import MedusaDrafter
-from specdec.sampling import Sampler, SamplingConfig
+from specdec.sampling.sampler import Sampler, SamplingConfig
 from specdec.verify import Draft, Verdict
 
 # So few tokens that a random head is right now and then.

@@ -8,12 +8,12 @@ from tiny_heads import tiny_head
 from tiny_models import perturbed, tiny_llama, tiny_target
 
 from specdec import generate
-from specdec.draft_length import Schedule
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.eagle3 import Eagle3Drafter
+from specdec.drafters.feature_head import Pending
 from specdec.drafters.medusa import MedusaDrafter
-from specdec.drafters.pending import Pending
-from specdec.drafters.tree_shape import TreeShape
+from specdec.drafters.tree_growth import TreeShape
+from specdec.engine.draft_length import Schedule
 from specdec.targets.hf import HFTarget
 
 PROMPTS = [[5, 6, 7, 8, 5, 6, 7], [3] * 12, [60]]

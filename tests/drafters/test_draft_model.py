@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdec import SamplingConfig, generate, generate_baseline, load_target
 from specdec.drafters.draft_model import DraftModel
-from specdec.sampling import Sampler
+from specdec.sampling.sampler import Sampler
 from specdec.targets.hf import HFTarget
 from specdec.verify import Draft, Verdict
 from specdec.verify.conformance import check_drafter

@@ -21,8 +21,8 @@ from slow_heads import Continuation, SlowEagle
 from slow_trees import check_drafts, drafted_nodes, penalised
 
 from specdec import SamplingConfig
-from specdec.drafters import feature_drafter
-from specdec.drafters.tree_shape import TreeShape
+from specdec.drafters import feature_head as feature_drafter
+from specdec.drafters.tree_growth import TreeShape
 
 DYNAMIC = TreeShape(depth=4, width=5, max_nodes=18)
 CHOICES = [[0], [1], [4], [0, 0], [0, 2], [1, 0], [4, 1], [0, 0, 0], [0, 2, 1], [0, 2, 1, 0]]

@@ -9,7 +9,7 @@ from scripted import TAPS, VOCAB, lively_head, small_target
 from slow_heads import Continuation, MedusaGuesses, SlowEagle, SlowEagle3
 
 from specdec.drafters.heads import head_loss
-from specdec.drafters.training_batch import TrainingBatch
+from specdec.drafters.training import TrainingBatch
 
 LENGTH, TOP = 9, 3
 DRAFT_TOKENS = [0, 1, 2, 4, 5, 7, 8, 11, 12, 16]

@@ -13,7 +13,7 @@ from scripted import (
 from tiny_models import tiny_target
 
 from specdec import SamplingConfig, generate, generate_baseline
-from specdec.drafters.tree_shape import TreeShape
+from specdec.drafters.tree_growth import TreeShape
 
 # Paths of different lengths, whose padding must not pass for a token.
 CHOICES = [[0], [1], [0, 0], [0, 1], [0, 0, 0]]

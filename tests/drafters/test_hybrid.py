@@ -9,15 +9,13 @@ from tiny_heads import tiny_head
 from tiny_models import perturbed, tiny_llama, tiny_target
 
 from specdec import generate, generate_baseline
-from specdec.drafters.calibration import NUM_BINS, PRIOR_WEIGHT, Calibration
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.eagle import EagleDrafter
-from specdec.drafters.hybrid import HybridDrafter
-from specdec.drafters.merging import merge_drafts
+from specdec.drafters.hybrid import NUM_BINS, PRIOR_WEIGHT, Calibration, HybridDrafter, merge_drafts
 from specdec.drafters.ngram import NgramDrafter
-from specdec.drafters.packing import pack_rows
 from specdec.drafters.suffix import SuffixDrafter
-from specdec.drafters.tree_shape import TreeShape
+from specdec.drafters.training import pack_rows
+from specdec.drafters.tree_growth import TreeShape
 from specdec.targets.hf import HFTarget
 
 CPU = torch.device("cpu")

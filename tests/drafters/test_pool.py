@@ -7,7 +7,7 @@ import pytest
 import torch
 from lookup_steps import paths
 
-from specdec.drafters.pool import CandidatePool
+from specdec.drafters.tree_growth import CandidatePool
 
 VOCAB = 6
 

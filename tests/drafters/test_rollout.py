@@ -6,10 +6,10 @@ from scripted import DRAFTERS, TAPS, VOCAB, lively_head, small_target
 from slow_heads import Continuation, SlowEagle, SlowEagle3
 
 from specdec import SamplingConfig
-from specdec.drafters.rollout import rollout
-from specdec.drafters.tree_shape import TreeShape
-from specdec.interfaces import TargetOutput
-from specdec.sampling import Sampler
+from specdec.drafters.training import rollout
+from specdec.drafters.tree_growth import TreeShape
+from specdec.engine.interfaces import TargetOutput
+from specdec.sampling.sampler import Sampler
 
 TEXTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5], [8, 8, 0, 16, 7, 0, 0, 3, 2]]
 LENGTH, NUM_STEPS = len(TEXTS[0]), 4

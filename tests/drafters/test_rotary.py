@@ -5,8 +5,8 @@ from scripted import DRAFTERS, VOCAB, ScriptedDecoding, lively_head, slow_guesse
 from slow_trees import check_drafts
 from transformers import Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, LlamaForCausalLM
 
-from specdec.drafters.backbone import backbone_config
-from specdec.drafters.tree_shape import TreeShape
+from specdec.drafters.feature_head import backbone_config
+from specdec.drafters.tree_growth import TreeShape
 from specdec.targets.hf import HFTarget
 
 TRAINED = 32  # positions before the scaling

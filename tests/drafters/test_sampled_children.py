@@ -23,9 +23,9 @@ from scripted import (
 from slow_trees import drafted_nodes, law, penalised
 
 from specdec import SamplingConfig
-from specdec.drafters.tree_shape import TreeShape
-from specdec.interfaces import TargetOutput
-from specdec.sampling import Sampler
+from specdec.drafters.tree_growth import TreeShape
+from specdec.engine.interfaces import TargetOutput
+from specdec.sampling.sampler import Sampler
 
 CHOICES = [[0], [1], [2], [0, 0], [0, 1], [0, 2], [1, 0], [2, 0], [0, 0, 0], [0, 0, 1], [2, 0, 0]]
 DRAFT_TOKENS = [0, 1, 2, 4, 5, 7, 8, 11, 12, 16]

@@ -14,7 +14,7 @@ from slow_trees import check_drafts, drafted_nodes
 from tiny_heads import save_tiny_head
 
 from specdec.drafters.medusa import MedusaDrafter
-from specdec.drafters.tree_shape import TreeShape
+from specdec.drafters.tree_growth import TreeShape
 
 DRAFT_TOKENS = [0, 1, 2, 4, 5, 7, 8, 11, 12, 16]
 

@@ -4,8 +4,8 @@ import pytest
 from scripted import DRAFTERS, VOCAB, ScriptedDecoding, lively_head, slow_guesses, small_target
 from slow_trees import check_drafts
 
-from specdec.drafters import feature_drafter
-from specdec.drafters.tree_shape import TreeShape
+from specdec.drafters import feature_head as feature_drafter
+from specdec.drafters.tree_growth import TreeShape
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8], [8], [7, 7, 7]]
 SHAPES = {

@@ -9,10 +9,10 @@ from checkpoints import save_checkpoint, save_tokenizer
 from tiny_models import perturbed, tiny_llama, tiny_target
 
 from specdec import load_target
-from specdec.analysis.store import AnalysisStore
+from specdec.analysis.run import AnalysisStore
 from specdec.checkpoints import HeadCheckpoint, check_target, identify_target
 from specdec.checkpoints.identity import TARGET, as_json, check_resumed, differences
-from specdec.data.journal import Journal
+from specdec.common.files import Journal
 from specdec.targets.hf import HFTarget
 
 

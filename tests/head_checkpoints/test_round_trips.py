@@ -120,7 +120,7 @@ def test_a_crash_while_writing_leaves_the_old_files_whole(tmp_path, monkeypatch)
     def crash(*folders):
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr("specdec.files._swap", crash)
+    monkeypatch.setattr("specdec.common.files._swap", crash)
     with pytest.raises(OSError, match="the disk is gone"):
         write_head(replace(written, training={"step": 2}), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -3,11 +3,10 @@ from types import SimpleNamespace
 import pytest
 
 from specdec.planning import measure
-from specdec.planning.costs import Costs
-from specdec.planning.forward_cost import ForwardCost
-from specdec.planning.loop_times import Step, TimedRun
+from specdec.planning.candidates import Candidate, Shape
+from specdec.planning.costs import Costs, ForwardCost
 from specdec.planning.measure import FULL, Measurements
-from specdec.planning.shape import Candidate, Shape
+from specdec.planning.times import Step, TimedRun
 from tests.planning.toys import CONTEXT, Machine, candidate
 
 SHAPES = [Shape(n, 1, n, False) for n in (1, 2, 3, 4, 6, 8, 12)]

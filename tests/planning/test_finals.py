@@ -3,12 +3,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from specdec.planning.candidates import Shape
 from specdec.planning.costs import Costs
-from specdec.planning.finals import confirm
-from specdec.planning.loop_times import TimedRun
-from specdec.planning.polish import median_polish
+from specdec.planning.fit import median_polish
+from specdec.planning.plan import confirm
 from specdec.planning.prediction import Acceptance, Forecast
-from specdec.planning.shape import Shape
+from specdec.planning.times import TimedRun
 from tests.planning.toys import CONTEXT, Machine, candidate, chain_tau, expected
 
 MACHINE = Machine()

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
+from specdec.bench.arms import load_draft_length
 from specdec.bench.config import ArmConfig, load_config
-from specdec.bench.load_draft_length import load_draft_length
 from specdec.cli import app
-from specdec.planning.auto import choose
 from specdec.planning.measure import Measurements
+from specdec.planning.plan import choose
 from specdec.targets.load import load_target
 from tests.json_schema import violations
 

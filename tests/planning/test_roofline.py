@@ -5,16 +5,19 @@ import pytest
 from typer.testing import CliRunner
 
 from specdec.cli import app
-from specdec.planning.hardware import (
+from specdec.planning.roofline import (
     Device,
     DraftModel,
     Efficiency,
     Hardware,
     Link,
     Model,
+    draft_s,
+    estimate,
+    expected_tokens,
     load_hardware,
+    target_s,
 )
-from specdec.planning.roofline import draft_s, estimate, expected_tokens, target_s
 from tests.json_schema import violations
 
 ROOT = Path(__file__).parents[2]

@@ -2,11 +2,11 @@ from dataclasses import replace
 
 import pytest
 
-from specdec.draft_length import Schedule as LoopSchedule
-from specdec.planning.loop_times import TimedRun
+from specdec.engine.draft_length import Schedule as LoopSchedule
+from specdec.planning.candidates import Candidate, Shape
+from specdec.planning.plan import MARGIN, cuts, schedule
 from specdec.planning.prediction import Acceptance, Forecast
-from specdec.planning.schedule import MARGIN, cuts, schedule
-from specdec.planning.shape import Candidate, Shape
+from specdec.planning.times import TimedRun
 from tests.planning.toys import (
     CONTEXT,
     Machine,

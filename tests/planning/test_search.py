@@ -4,9 +4,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from specdec.planning.candidates import Candidate, Shape
+from specdec.planning.plan import SLACK, search
 from specdec.planning.prediction import Acceptance, Forecast
-from specdec.planning.search import SLACK, search
-from specdec.planning.shape import Candidate, Shape
 from tests.planning.toys import (
     CONTEXT,
     Machine,

@@ -3,9 +3,16 @@ from itertools import pairwise
 import pytest
 
 from specdec.bench.config import ArmConfig
-from specdec.planning.candidates import families
-from specdec.planning.loop_times import Drafters, sequence
-from specdec.planning.shape import RULES, Shape, base_options, cut, is_searched, to_options
+from specdec.planning.candidates import (
+    RULES,
+    Shape,
+    base_options,
+    cut,
+    families,
+    is_searched,
+    to_options,
+)
+from specdec.planning.times import Drafters, sequence
 from specdec.registry import DRAFTERS, load_drafter
 from tests.tiny_heads import save_tiny_head
 from tests.tiny_models import tiny_target

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-from specdec.planning.costs import Costs
-from specdec.planning.forward_cost import ForwardCost, ForwardPoint
-from specdec.planning.loop_times import Step, TimedRun
-from specdec.planning.shape import Candidate, Shape
+from specdec.planning.candidates import Candidate, Shape
+from specdec.planning.costs import Costs, ForwardCost, ForwardPoint
+from specdec.planning.times import Step, TimedRun
 
 CONTEXT = 100.0
 

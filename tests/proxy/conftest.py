@@ -6,11 +6,9 @@ import pytest
 from fake_upstream import PATIENCE_S, FakeUpstream, Proxy, Served, answer
 from starlette.responses import JSONResponse
 
-from specdec.proxy.application import build_application
-from specdec.proxy.record_files import RecordFiles
-from specdec.proxy.recorder import Recorder
-from specdec.proxy.settings import Settings
-from specdec.proxy.upstream import Upstream
+from specdec.proxy.exchange import Settings
+from specdec.proxy.recorder import Recorder, RecordFiles
+from specdec.proxy.server import Upstream, build_application
 
 
 @pytest.fixture(scope="module")

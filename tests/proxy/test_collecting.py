@@ -5,7 +5,7 @@ from fake_upstream import chat, delta, event, streaming
 from starlette.responses import JSONResponse
 
 from specdec.data.conversation import NoQueryError, asked_in
-from specdec.data.query_source import open_source
+from specdec.data.sources import open_source
 
 
 def collected(proxy):

@@ -8,10 +8,9 @@ from contextlib import suppress
 import pytest
 from fake_upstream import PATIENCE_S, answer, chat
 
-from specdec.data.journal import Journal
-from specdec.files import whole_folder
-from specdec.proxy.guard import hosts_of
-from specdec.proxy.record_files import RecordFiles
+from specdec.common.files import Journal, whole_folder
+from specdec.proxy.recorder import RecordFiles
+from specdec.proxy.server import hosts_of
 
 POST = "POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
 

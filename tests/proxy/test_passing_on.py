@@ -11,7 +11,7 @@ import pytest
 from fake_upstream import answer, chat, delta, event, raw_answer, streaming
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from specdec.proxy.headers import end_to_end
+from specdec.proxy.exchange import end_to_end
 from specdec.proxy.server import listen
 
 

@@ -175,7 +175,7 @@ def test_wrong_options_are_told_in_a_line(tmp_path, options, said):
 
 
 def test_a_proxy_without_its_extra_says_how_to_install_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("specdec.cli.proxy.find_spec", lambda name: None)
+    monkeypatch.setattr("specdec.cli.collect.find_spec", lambda name: None)
     done = invoke(tmp_path, "--upstream", "http://h")
     assert done.exit_code == 2
     assert "pip install 'specdec[collect]'" in done.stderr
@@ -199,6 +199,6 @@ def test_a_port_that_is_taken_is_told(tmp_path, upstream):
     ],
 )
 def test_sizes_are_powers_of_1024(text, size):
-    from specdec.proxy.settings import parse_size
+    from specdec.proxy.exchange import parse_size
 
     assert parse_size(text) == size

@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from specdec.proxy.record_files import RecordFiles, TotalReachedError
+from specdec.proxy.recorder import RecordFiles, TotalReachedError
 
 LINE = b'{"n": 1}\n'
 

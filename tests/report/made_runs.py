@@ -5,9 +5,9 @@ import random
 from dataclasses import asdict
 
 from specdec.bench.config import ArmConfig, BenchConfig
-from specdec.bench.outcome import Memory, Outcome, Run
+from specdec.bench.store import Memory, Outcome, Run
 from specdec.bench.summary import failures, peak_memory, summarise, tabulate, throughput
-from specdec.metrics import StepRecord
+from specdec.engine.metrics import StepRecord
 
 DOMAINS = ("support", "code", "math")
 NUM_PROMPTS = 9

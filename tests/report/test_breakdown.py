@@ -6,8 +6,8 @@ from pathlib import Path
 import made_runs
 import pytest
 
-from specdec.report.breakdown import Breakdown, breakdown, num_steps, waterfall
-from specdec.report.older import renew
+from specdec.report.derived import Breakdown, breakdown, num_steps, waterfall
+from specdec.report.runs import renew
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 COMMITTED = sorted(

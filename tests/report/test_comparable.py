@@ -6,8 +6,7 @@ from pathlib import Path
 import made_runs
 import pytest
 
-from specdec.report.comparable import FIELDS, check_comparable, not_alike
-from specdec.report.compare import comparison
+from specdec.report.comparable import FIELDS, check_comparable, comparison, not_alike
 from specdec.report.document import build_document
 from specdec.report.runs import Run
 

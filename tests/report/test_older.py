@@ -6,7 +6,7 @@ import json
 import made_runs
 import pytest
 
-from specdec.report.older import renew
+from specdec.report.runs import renew
 
 TODAY = json.loads(json.dumps(made_runs.bench()))
 SPEEDS = ("decode_tokens_per_s", "speedup_vs_plain", "speedup_vs_hf")

@@ -8,8 +8,7 @@ import pytest
 from browser import open_browser, show
 from json_schema import violations
 
-from specdec.report.definitions import DEFINITIONS
-from specdec.report.write import write_report
+from specdec.report.document import DEFINITIONS, write_report
 
 pytest.importorskip("matplotlib")
 DOCS = Path(__file__).parents[2] / "docs"

@@ -6,9 +6,17 @@ from pathlib import Path
 import made_runs
 import pytest
 
-from specdec.report.prediction import match, match_all, median_error, rank_correlation
+from specdec.report.derived import (
+    by_group,
+    is_map,
+    match,
+    match_all,
+    median_error,
+    points,
+    rank_correlation,
+    vertical,
+)
 from specdec.report.runs import Run
-from specdec.report.shapes import by_group, is_map, points, vertical
 
 RESULTS = made_runs.bench()
 

@@ -1,6 +1,6 @@
 """A suite's picture in a report: lines with their intervals, whatever is missing."""
 
-from specdec.report.figures.suite import speed_by_group
+from specdec.report.figures.speed import speed_by_group
 
 NAMES = ["short", "long"]
 

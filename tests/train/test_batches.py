@@ -6,8 +6,7 @@ import torch
 from tiny_models import tiny_target
 
 from specdec.data.answers import AnswerRow
-from specdec.train.batches import StepPlan, collate
-from specdec.train.source import view
+from specdec.train.data import StepPlan, collate, view
 
 LENGTHS = random.Random(0).choices(range(5, 300), k=103)
 

@@ -9,16 +9,13 @@ from tiny_training import answer_rows, logged, tiny_config
 from transformers import AutoModelForCausalLM
 
 from specdec.data.answers import AnswerRow
-from specdec.drafters.objectives import OBJECTIVES, objective
-from specdec.drafters.training_batch import shifted
+from specdec.drafters.training import OBJECTIVES, objective, shifted
 from specdec.registry import load_drafter
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
-from specdec.train.batches import packed, padded
-from specdec.train.draft_model_options import DraftModelOptions
-from specdec.train.draft_model_trainee import DraftModelTrainee
+from specdec.train.data import OnlineSource, packed, padded
+from specdec.train.qlora import DraftModelOptions, DraftModelTrainee
 from specdec.train.run import run_training
-from specdec.train.source import OnlineSource
 
 RUN = {"max_steps": 3, "lr": 1e-2, "eval_depth": 3, "eval_every": 0, "batch_size": 8}
 ROWS = [

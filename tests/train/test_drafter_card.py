@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from specdec.checkpoints import read_head
 from specdec.cli import app
 from specdec.registry import load_drafter
-from specdec.report.drafter_card import drafter_card
+from specdec.report.cards import drafter_card
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
 

@@ -9,10 +9,10 @@ import threading
 import pytest
 from tiny_training import logged, write_run
 
-from specdec.train import interruption
+from specdec.train import trainer as interruption
 from specdec.train.config import load_train_config
-from specdec.train.interruption import Interrupted, Interruption
 from specdec.train.run import run_training
+from specdec.train.trainer import Interrupted, Interruption
 
 # Step 6, behind which the runs below are stopped, is one of those with an evaluation.
 SETTINGS = {"drafter": {"kind": "eagle"}, "max_steps": 9, "save_every": 4, "eval_every": 3}

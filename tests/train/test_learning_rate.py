@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from specdec.data.answers import AnswerRow
-from specdec.train.schedule import learning_rate
-from specdec.train.vocabulary import coverage, most_frequent
+from specdec.train.data import coverage, most_frequent
+from specdec.train.trainer import learning_rate
 
 
 def test_warm_up_is_linear_and_the_rest_is_half_a_cosine():

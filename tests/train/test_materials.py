@@ -12,7 +12,7 @@ from specdec.checkpoints.folder import read_json
 from specdec.data.feature_store import FeatureStore
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
-from specdec.train.materials import StoredMaterials
+from specdec.train.data import StoredMaterials
 from specdec.train.parity import ParityError
 from specdec.train.run import run_training
 

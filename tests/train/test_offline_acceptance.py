@@ -7,7 +7,7 @@ from tiny_models import tiny_target
 
 from specdec.checkpoints import identify_target
 from specdec.data.answers import AnswerRow
-from specdec.drafters.training_batch import TrainingBatch
+from specdec.drafters.training import TrainingBatch
 from specdec.train.acceptance import (
     OfflineAcceptance,
     acceptance_by_rank,
@@ -15,9 +15,8 @@ from specdec.train.acceptance import (
     count_ranks,
     sum_of_overlaps,
 )
-from specdec.train.batches import collate
-from specdec.train.head_trainee import HeadTrainee
-from specdec.train.source import view
+from specdec.train.data import collate, view
+from specdec.train.heads import HeadTrainee
 
 DEPTH = 3
 

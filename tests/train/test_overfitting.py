@@ -10,10 +10,9 @@ from specdec.drafters.heads import load_head
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
 from specdec.train.acceptance import OfflineAcceptance, count_matches
-from specdec.train.batches import collate
-from specdec.train.head_trainee import HeadTrainee
+from specdec.train.data import collate, view
+from specdec.train.heads import HeadTrainee
 from specdec.train.run import run_training
-from specdec.train.source import view
 
 # Without a training-time test EAGLE-1 drifts on its own features from the second depth on.
 KINDS = {

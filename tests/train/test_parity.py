@@ -11,24 +11,23 @@ from tiny_models import perturbed, tiny_llama, tiny_target
 from tiny_training import answer_rows, logged, write_run
 from typer.testing import CliRunner
 
+from specdec.analysis.offline import DraftShape, matching_nodes, walk
 from specdec.analysis.texts import Text
-from specdec.analysis.walk import DraftShape, matching_nodes, walk
 from specdec.checkpoints import identify_target
 from specdec.cli import app
 from specdec.data.answers import AnswerRow
-from specdec.drafters.feature_drafter import FeatureDrafter
-from specdec.drafters.static_growth import StaticGrowth
+from specdec.drafters.feature_head import FeatureDrafter
+from specdec.drafters.tree_growth import StaticGrowth
 from specdec.registry import load_drafter
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
+from specdec.train.checkpoint import whole_state
 from specdec.train.config import ParityConfig, load_train_config
-from specdec.train.draft_model_options import DraftModelOptions
-from specdec.train.draft_model_trainee import DraftModelTrainee
-from specdec.train.head_trainee import HeadTrainee
+from specdec.train.data import OnlineSource
+from specdec.train.heads import HeadTrainee
 from specdec.train.parity import ParityError, ParityGate, choose_prompts, require_parity
+from specdec.train.qlora import DraftModelOptions, DraftModelTrainee
 from specdec.train.run import run_training
-from specdec.train.sharding import whole_state
-from specdec.train.source import OnlineSource
 
 DEPTH = 4
 TREE = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0, 0]]

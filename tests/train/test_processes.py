@@ -93,10 +93,10 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from torch.distributed.tensor import DTensor
 
-from specdec.drafters.training_batch import LossOutput
-from specdec.train import head_trainee
+from specdec.drafters.training import LossOutput
+from specdec.train import heads as head_trainee
 from specdec.train.config import load_train_config
-from specdec.train.interruption import Interrupted
+from specdec.train.trainer import Interrupted
 from specdec.train.run import run_training
 from specdec.train.trainer import Trainer
 

@@ -10,11 +10,11 @@ from json_schema import violations
 from tiny_training import answer_rows, logged, tiny_config, write_run
 from typer.testing import CliRunner
 
-from specdec.bench.provenance import machine
 from specdec.cli import app
-from specdec.drafters.training_batch import LossOutput
+from specdec.common.provenance import machine
+from specdec.drafters.training import LossOutput
 from specdec.targets.load import load_target
-from specdec.train import head_trainee
+from specdec.train import heads as head_trainee
 from specdec.train.config import load_train_config
 from specdec.train.run import run_training
 
@@ -29,7 +29,7 @@ def test_provenance_is_of_the_start_of_a_run_not_of_its_end(tmp_path, monkeypatc
         events.append("provenance")
         return machine(target)
 
-    monkeypatch.setattr("specdec.train.materials.machine", note)
+    monkeypatch.setattr("specdec.train.data.machine", note)
     config = tiny_config(tmp_path, max_steps=2, drafter={"kind": "medusa"})
     run_training(config, tmp_path / "out", lambda done, total, text: events.append(done))
     assert events == ["provenance", 1, 2]
@@ -104,7 +104,7 @@ def test_the_target_is_left_as_it_was(tmp_path):
         return seen["target"]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("specdec.train.materials.load_target", remember)
+        patch.setattr("specdec.train.data.load_target", remember)
         run_training(config, tmp_path / "out")
     after = seen["target"].model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -7,17 +7,18 @@ import torch
 from verify_enumerator import enumerate_law
 
 from specdec.verify import verify
-from specdec.verify.cases import (
+from specdec.verify.conformance import (
     CHAIN_SHAPE,
     SIBLING_KINDS,
     TREE_SHAPES,
     Case,
+    VerdictLaw,
     World,
     build_case,
     emitted_joint,
     total_variation,
+    verdict_law,
 )
-from specdec.verify.law import VerdictLaw, verdict_law
 
 HORIZON = 4
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}

@@ -9,17 +9,7 @@ from typing import Any
 
 import torch
 
-from specdec.bench.differences import LogitGaps
-from specdec.bench.origin import settle_origin
-from specdec.bench.outcome import Key
-from specdec.bench.prompts import load_prompts
-from specdec.bench.provenance import machine
-from specdec.bench.runner import GreedyMismatchError
-from specdec.bench.speed import faster_than_tau
-from specdec.bench.suites.ask import Group
-from specdec.bench.suites.calls import build_arms, measure_call, sampling_of, warm_up
-from specdec.bench.suites.concurrent import concurrent_groups
-from specdec.bench.suites.config import (
+from specdec.bench.config import (
     ConcurrentConfig,
     LongContextConfig,
     MultiTurnConfig,
@@ -27,17 +17,24 @@ from specdec.bench.suites.config import (
     SuiteConfig,
     load_suite,
 )
-from specdec.bench.suites.long_context import long_context_groups
-from specdec.bench.suites.multi_turn import Progress, multi_turn_groups
-from specdec.bench.suites.parting import differences
-from specdec.bench.suites.power import PowerMeter
-from specdec.bench.suites.served import Call
-from specdec.bench.suites.single_turn import single_turn_groups
-from specdec.bench.suites.store import SuiteStore
-from specdec.bench.suites.summary import calls_of, describe, summarise
-from specdec.bench.suites.texts import TextPool
-from specdec.bench.summary import peak_memory
-from specdec.files import replace_file
+from specdec.bench.measure import PowerMeter, build_arms, measure_call, sampling_of, warm_up
+from specdec.bench.prompts import load_prompts
+from specdec.bench.runner import GreedyMismatchError, settle_origin
+from specdec.bench.store import Key
+from specdec.bench.suites.store import Call, SuiteStore
+from specdec.bench.suites.summary import calls_of, describe, differences, summarise
+from specdec.bench.summary import LogitGaps, faster_than_tau, peak_memory
+from specdec.bench.workloads import (
+    Group,
+    Progress,
+    TextPool,
+    concurrent_groups,
+    long_context_groups,
+    multi_turn_groups,
+    single_turn_groups,
+)
+from specdec.common.files import replace_file
+from specdec.common.provenance import machine
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
 

@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from specdec.report.blocks import Column, Context, Figure, Section, Table
-from specdec.report.figures.acceptance import acceptance_by_depth
-from specdec.report.figures.calibration import reliability
-from specdec.report.figures.expected import expected_tau
+from specdec.report.figures.acceptance import acceptance_by_depth, expected_tau, reliability
 from specdec.report.runs import Run
 
 NO_ANALYSIS = "No analysis among the runs: give the --out folder of specdec analyze."

@@ -4,9 +4,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from specdec.report.blocks import Column, Section, Table
-from specdec.report.plan_table import timed_or_fitted
+from specdec.report.blocks import Column, Figure, Section, Table
+from specdec.report.derived import Match, match_all, median_error, rank_correlation
+from specdec.report.figures.speed import estimated_speed, predicted_against_measured
 from specdec.report.runs import Run
+from specdec.report.sections.bench import measured
+from specdec.report.tables import timed_or_fitted
 
 _CONFIGURATION = (
     Column("name", "configuration"),
@@ -50,3 +53,119 @@ def _schedule(run: Run, place: int) -> Table:
     ]
     columns = (Column("batch", "batch size"), Column("nodes", "nodes a row may draft"))
     return Table(f"schedule-{place}", f"{run.label}: draft length by batch size", columns, rows)
+
+
+_COLUMNS = (
+    Column("batch_size", "batch", 0),
+    Column("name", "draft model"),
+    Column("alpha", "alpha, given", 3, term="alpha"),
+    Column("num_draft_tokens", "best length, estimated", 0),
+    Column("estimated_tau", "tau, estimated", 2, term="tau"),
+    Column("estimated_speedup", "speed / plain, estimated", 2, "x", term="estimate"),
+    Column("estimated_tokens_per_s", "tokens/s, estimated", 1, term="estimate"),
+    Column("estimated_step_ms", "ms a step, estimated", 1),
+    Column("estimated_draft_forward_ms", "ms a draft forward, estimated", 2),
+)
+
+
+def estimate(runs: Sequence[Run]) -> Section:
+    """The best length of every draft model, what it assumes, and speed by length."""
+    section = Section("estimate", "Estimate for other hardware")
+    estimates = [run for run in runs if run.kind == "estimate"]
+    if not estimates:
+        section.missing.append(
+            "No estimate among the runs: give the --out folder of specdec plan for hardware that "
+            "is not here."
+        )
+    for place, run in enumerate(estimates, start=1):
+        section.text.append(f"{run.label}, {run.data['label']}. It assumes:")
+        section.text += run.data["assumptions"]
+        drafters = run.data["drafters"]
+        rows = [{**drafter, **drafter["best"]} for drafter in drafters]
+        caption = f"{run.label}: estimates, not measurements"
+        section.tables.append(Table(f"estimate-{place}", caption, _COLUMNS, rows))
+        smallest = min(drafter["batch_size"] for drafter in drafters)
+        shown = [drafter for drafter in drafters if drafter["batch_size"] == smallest]
+        said = "; ".join(
+            f"{d['name']} {d['best']['estimated_speedup']:.2f}x at {d['best']['num_draft_tokens']}"
+            for d in shown
+        )
+        section.figures.append(
+            Figure(
+                f"estimate-{place}",
+                f"{run.label}: estimated speed over plain decoding by draft length, batch "
+                f"{smallest}; nothing was measured.",
+                f"Lines of estimated speed against draft length. Best: {said}.",
+                estimated_speed(shown),
+            )
+        )
+    return section
+
+
+def prediction(runs: Sequence[Run]) -> Section:
+    """Every configuration of a plan that a bench measured."""
+    section = Section("prediction", "Prediction against measurement")
+    plans, benches = [run for run in runs if run.kind == "plan"], measured(runs)
+    if not plans or not benches:
+        section.missing.append("It needs a plan and a bench of the same machine among the runs.")
+        return section
+    matches, why = match_all(plans, benches)
+    section.missing += why
+    if not matches:
+        section.missing.append(
+            "No configuration of a plan was measured: none has an arm of the same type, options "
+            "and batch size."
+        )
+        return section
+    section.text.append(_summary(matches))
+    section.figures.append(
+        Figure(
+            "prediction-1",
+            "Each point is one configuration, with 95 % intervals; on the diagonal the plan was "
+            "right.",
+            f"Scatter plot of predicted against measured speed. {_summary(matches)}",
+            predicted_against_measured(matches),
+        )
+    )
+    section.tables.append(_table(matches))
+    return section
+
+
+def _summary(matches: Sequence[Match]) -> str:
+    rank = rank_correlation(matches)
+    said = "not defined" if rank is None else f"{rank:.3f}"
+    return (
+        f"{len(matches)} configurations: median error {100 * median_error(matches):.1f} %, rank "
+        f"correlation (Spearman) {said}."
+    )
+
+
+def _table(matches: Sequence[Match]) -> Table:
+    rows = [
+        {
+            "name": each.arm["name"],
+            "run": each.run,
+            "batch": each.configuration["batch_size"],
+            "predicted_tau": each.configuration.get("predicted_tau"),
+            "predicted_tau_ci": each.configuration.get("predicted_tau_ci"),
+            "tau": each.arm["tau"],
+            "tau_ci": each.arm["tau_ci"],
+            "predicted": each.predicted,
+            "predicted_ci": each.configuration.get("predicted_speedup_ci"),
+            "measured": each.measured,
+            "measured_ci": each.arm["speedup_vs_plain_ci"],
+            "error": 100 * each.error,
+        }
+        for each in matches
+    ]
+    columns = (
+        Column("name", "arm"),
+        Column("run", "measured in"),
+        Column("batch", "batch", 0),
+        Column("predicted_tau", "tau, predicted", 2, term="tau"),
+        Column("tau", "tau, measured", 2),
+        Column("predicted", "speed, predicted", 2, "x", term="speedup"),
+        Column("measured", "speed, measured", 2, "x"),
+        Column("error", "error", 1, " %"),
+    )
+    return Table("predictions", "Predicted and measured", columns, rows)

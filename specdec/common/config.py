@@ -1,0 +1,286 @@
+"""Strict configurations: pydantic models behind YAML files and `key=value` overrides."""
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+Schema = TypeVar("Schema")
+Model = TypeVar("Model", bound=BaseModel)
+
+# Far more than a configuration holds, and little enough to be read at once.
+_MAX_CHARS, _MAX_VALUES, _MAX_DEPTH = 2**20, 50_000, 50
+_WORDS = {
+    int: "a whole number of at most 63 bits",
+    float: "a finite number",
+    bool: "true or false",
+    str: "text, in quotes where YAML reads something else",
+}
+
+
+class Config(BaseModel):
+    """A configuration: no unknown key, no value of another type, no number that is not finite.
+
+    A validator raises a `ValueError` whose text goes on after the key, as in "must be even".
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def load_config(
+    model: type[Model], path: str, file: Path, overrides: Sequence[str] = (), example: str = "a=1"
+) -> Model:
+    """Read a YAML file and overrides into a model.
+
+    Args:
+        model: a `Config`.
+        path: the file's name in messages.
+        file: the YAML file.
+        overrides: `key=value` each; a key may go into mappings and lists, as in `arms.0.name=x`.
+        example: an override, for messages.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a key that does not exist (with the nearest one), a value of a wrong type or
+            out of range, or `${...}`, which nothing here fills in.
+    """
+    return validated(model, read_yaml(path, file, overrides, example))
+
+
+def validated(model: type[Model], given: Any, noun: str = "config") -> Model:
+    """A model from plain values; its first fault is one line with key, value and rule."""
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        raise ValueError(f"{noun} {_fault(model, error)}") from error
+
+
+def _fault(model: type[BaseModel], error: ValidationError) -> str:
+    """Say what pydantic found first, unknown keys before all others."""
+    found = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")[0]
+    kind, context = found["type"], found.get("ctx", {})
+    keys = [str(part) for part in found["loc"]]
+    key, value = ".".join(keys), found["input"]
+    if kind == "extra_forbidden":
+        known = _fields(model, found["loc"][:-1])
+        near = difflib.get_close_matches(keys[-1], known, n=1)
+        hint = f"; did you mean {'.'.join([*keys[:-1], near[0]])}?" if near else ";"
+        return f"key {key} does not exist{hint} known: {', '.join(sorted(known))}"
+    if kind == "missing":
+        return f"{key} is missing; give it"
+    if kind == "value_error" and isinstance(context.get("error"), ValueError):
+        text = str(context["error"])
+        return f"{key} is {value!r:.200} but {text}" if text.startswith("must ") else text
+    if kind in ("dict_type", "model_type", "model_attributes_type", "dataclass_type"):
+        where = f"{key} is" if key else "file is"
+        return f"{where} {value!r:.200} but must be a mapping of key: value"
+    return f"{key} is {value!r:.200} but must be {_rule(kind, context)}"
+
+
+def _rule(kind: str, context: Mapping[str, Any]) -> str:
+    """The rule behind a kind of pydantic's errors, in words."""
+    words = {"int": int, "float": float, "bool": bool, "string": str, "finite": float}
+    bounds = {
+        **{"greater_than_equal": "at least {ge}", "greater_than": "above {gt}"},
+        **{"less_than_equal": "at most {le}", "less_than": "below {lt}"},
+        "literal_error": "one of {expected}",
+        **{"list_type": "a list", "tuple_type": "a list"},
+        **{"too_short": "a list of at least {min_length}", "too_long": "of at most {max_length}"},
+        "string_too_short": "not empty",
+    }
+    first = kind.split("_")[0]
+    return _WORDS[words[first]] if first in words else bounds[kind].format(**context)
+
+
+def _fields(model: Any, path: tuple[Any, ...]) -> list[str]:
+    """Names of the fields of the model that a path leads to."""
+    for part in path:
+        field = getattr(model, "model_fields", {}).get(part)
+        hint = field.annotation if field else model
+        inner = [hint, *get_args(hint), *(each for one in get_args(hint) for each in get_args(one))]
+        models = [one for one in inner if isinstance(one, type) and issubclass(one, BaseModel)]
+        tagged = [one for one in models if part == getattr(one, "model_fields", {}).get("type")]
+        model = (tagged or models or [model])[0]
+    return [field.alias or name for name, field in getattr(model, "model_fields", {}).items()]
+
+
+def load_strict(
+    schema: type[Schema], path: str, file: Path, overrides: Sequence[str] = (), example: str = "a=1"
+) -> Schema:
+    """Read YAML and overrides into a dataclass.
+
+    A field's metadata may hold "rule", the words for what a list or a mapping must be.
+
+    Args:
+        schema: a dataclass whose fields are scalars, mappings, dataclasses or lists of dataclasses.
+        path: what to call the file in messages.
+        file: the YAML file.
+        overrides: `key=value` each; a key may go into mappings and lists, as in `arms.0.name=x`.
+        example: of an override, for messages.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a key that does not exist (with the nearest one), a value of a wrong type, a
+            number that is not finite or too large, or `${...}`, which nothing here fills in.
+    """
+    return build_strict(schema, read_yaml(path, file, overrides, example))
+
+
+def read_yaml(path: str, file: Path, overrides: Sequence[str] = (), example: str = "a=1") -> Any:
+    """The content of a YAML file with overrides; arguments and errors as in `load_strict`."""
+    if not file.is_file():
+        raise FileNotFoundError(f"config {path!r} is not a file; give a YAML file")
+    with _named(path), file.open(encoding="utf-8-sig") as opened:
+        text = opened.read(_MAX_CHARS)
+        if opened.read(1):
+            raise yaml.YAMLError(f"more than {_MAX_CHARS:,} characters are no configuration")
+        _check_size(text)
+        given = OmegaConf.create(text)
+        for override in overrides:
+            _override(given, override, example)
+        plain = OmegaConf.to_container(given)
+    _check_numbers(plain, "")
+    return plain
+
+
+def build_strict(schema: type[Schema], given: Any) -> Schema:
+    """A dataclass from what `read_yaml` gave; arguments and errors as in `load_strict`."""
+    return _filled(schema(), given, "")
+
+
+@contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Say of which file, and of which key in it, an error is."""
+    try:
+        yield
+    except RecursionError as error:
+        raise ValueError(f"config {path!r} is nested in itself; write it flat") from error
+    # The last three are of explicit tags that do not fit, as in `!!bool x`.
+    except (
+        *(OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError),
+        *(OverflowError, KeyError, AttributeError),
+    ) as error:
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ValueError(f"config {path!r}: {problem}") from error
+
+
+def require_at_least(config: Any, least: float, *names: str, prefix: str = "") -> None:
+    """Refuse a field, None excepted, that is below its least value."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"config {prefix}{name} is {value} but must be at least {least}")
+
+
+def require_at_most(config: Any, most: float, *names: str) -> None:
+    """Refuse a field that is above what can be meant."""
+    for name in names:
+        if getattr(config, name) > most:
+            raise ValueError(f"config {name} is {getattr(config, name)} but must be at most {most}")
+
+
+def _check_size(text: str) -> None:
+    """Refuse YAML that would grow without bound, or that asks for something to be filled in."""
+    sizes, anchors, known = [0], [], dict[str | None, int]()
+    for event in yaml.parse(text):
+        if isinstance(event, yaml.CollectionStartEvent):
+            sizes.append(1)
+            anchors.append(event.anchor)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            known[anchors.pop()] = size = sizes.pop()
+            sizes[-1] += size
+        elif isinstance(event, yaml.AliasEvent):
+            sizes[-1] += known.get(event.anchor, 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            if "${" in event.value:
+                raise yaml.YAMLError(f"{event.value[:80]!r} is not filled in; write the value")
+            sizes[-1] += 1
+        if len(sizes) > _MAX_DEPTH:
+            raise yaml.YAMLError(f"nested more than {_MAX_DEPTH} deep; write it flat")
+        if sizes[-1] > _MAX_VALUES:
+            raise yaml.YAMLError(f"more than {_MAX_VALUES:,} values are no configuration")
+
+
+def _override(given: Any, override: str, example: str) -> None:
+    """Set one `key=value`; the key may go into a list by its index, as in `arms.0.name=x`."""
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ValueError(f"override {override!r} must be key=value, for instance {example}")
+    _check_size(value)
+    # OmegaConf's own parser, so that a value means what it means in the YAML file.
+    parsed = OmegaConf.from_dotlist([f"value={value}"])["value"]
+    try:
+        OmegaConf.update(given, key, parsed, merge=True, force_add=True)
+    except (TypeError, IndexError, AssertionError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"override {override!r} leads nowhere: {key!r} does not exist, or is of another kind"
+        ) from error
+
+
+def _check_numbers(value: Any, key: str) -> None:
+    """Refuse numbers that cannot be meant, wherever they stand."""
+    if isinstance(value, dict | list):
+        for name, each in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_numbers(each, f"{key}.{name}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"config {key[1:]} is {value} but must be {_WORDS[float]}")
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"config {key[1:]} is above 2**63 but must be {_WORDS[int]}")
+
+
+def _filled(config: Schema, given: Any, prefix: str) -> Schema:
+    """A dataclass with what is given in place of its own values."""
+    if not isinstance(given, dict):
+        where = f"key {prefix[:-1]}" if prefix else "file"
+        raise ValueError(f"config {where} is {given!r} but must be a mapping of key: value")
+    known = {field.name: field for field in fields(config)}  # type: ignore[arg-type]
+    kinds = get_type_hints(type(config))
+    values = {}
+    for key, value in given.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else ";"
+            raise ValueError(
+                f"config key {prefix}{key} does not exist{hint} known: {', '.join(sorted(known))}"
+            )
+        if is_dataclass(kinds[key]):
+            values[key] = _filled(getattr(config, key), value, f"{prefix}{key}.")
+        else:
+            rule = known[key].metadata.get("rule")
+            values[key] = _value(value, kinds[key], f"{prefix}{key}", rule)
+    return replace(config, **values)  # type: ignore[type-var]
+
+
+def _value(value: Any, kind: Any, key: str, rule: str | None) -> Any:
+    """A value of the kind, which may be `... | None`."""
+    kinds = [each for each in get_args(kind) if each is not type(None)]
+    if type(None) in get_args(kind):
+        if value is None:
+            return None
+        (kind,) = kinds
+    if is_dataclass(kind):
+        return _filled(kind(), value, f"{key}.")  # type: ignore[operator]
+    if get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"config {key} is {value!r} but must be {rule or 'a mapping'}")
+        if odd := [each for each in value if get_args(kind)[0] is str and type(each) is not str]:
+            raise ValueError(f"config {key}.{odd[0]} is a key that must be {_WORDS[str]}")
+        return value
+    if get_origin(kind) is list:
+        if not isinstance(value, list):
+            raise ValueError(f"config {key} is {value!r} but must be {rule or 'a list'}")
+        (item,) = get_args(kind)
+        return [_value(each, item, f"{key}.{index}", None) for index, each in enumerate(value)]
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind in _WORDS and type(value) is not kind:
+        raise ValueError(f"config {key} is {value!r} but must be {_WORDS[kind]}")
+    return value

@@ -1,0 +1,83 @@
+"""Which code made a file: the part of provenance that needs no model."""
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def code(packages: Sequence[str]) -> dict[str, Any]:
+    """Command, commit, versions of these packages, and time."""
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "versions": {"python": platform.python_version(), **{p: _version(p) for p in packages}},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _git(*arguments: str) -> str | None:
+    """Of the checkout that holds the package; None for an installed wheel."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+_PACKAGES = ("specdec", "torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy")
+
+
+def joined(num_processes: int) -> dict[str, Any]:
+    """Where a joined file comes from; each of its runs tells of its own machine."""
+    return {"processes": num_processes, **code(_PACKAGES)}
+
+
+def machine(target: Any) -> dict[str, Any]:
+    """Command, commit, versions, machine and time of any measurement.
+
+    Args:
+        target: an `HFTarget`, or another with its `device` and `model`.
+    """
+    return {
+        **code(_PACKAGES),
+        "device": _device_name(target.device),
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "dtype": str(target.model.dtype).removeprefix("torch."),
+        "quantized": bool(getattr(target.model, "is_quantized", False)),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,0 +1,192 @@
+"""What the loop asks of a target and of a drafter. Anything with these members fits.
+
+Shapes: B rows, N draft nodes, V target vocabulary, H hidden size.
+Invariant: the cache of a target holds all committed tokens but the last, the *root*, which the
+next `score` feeds together with the draft.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any, Protocol, runtime_checkable
+from weakref import WeakValueDictionary
+
+import torch
+
+from specdec.engine.clock import ForwardClock
+from specdec.sampling.sampler import Sampler
+from specdec.verify import Draft, Verdict
+
+Prompts = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a target can do beyond scoring one chain for one row.
+
+    Attributes:
+        trees: accepts drafts with parents.
+        batched: accepts more than one row, with ragged lengths.
+        taps: returns hidden states.
+    """
+
+    trees: bool = True
+    batched: bool = True
+    taps: bool = True
+
+
+@dataclass(frozen=True)
+class TargetOutput:
+    """One forward of the target.
+
+    Attributes:
+        logits: [B, M, V]; M = 1 after prefill (the last prompt token of every row), N + 1 after
+            score (row 0 follows the root, row i + 1 follows node i).
+        hidden: tap -> [B, M', H]; M' is the padded prompt length after prefill, N + 1 after score.
+            Tap h is Hugging Face `hidden_states[h]`: 0 the embeddings, L after the final norm.
+    """
+
+    logits: torch.Tensor
+    hidden: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Target(Protocol):
+    """The model whose distribution is kept. Owns its KV cache and nothing else."""
+
+    vocab_size: int
+    max_context_len: int
+    eos_token_ids: tuple[int, ...]
+    device: torch.device
+    tokenizer: Any
+    capabilities: Capabilities
+    clock: ForwardClock
+
+    def prefill(
+        self, prompts: Prompts, taps: Sequence[int] = (), *, join: bool = False
+    ) -> TargetOutput:
+        """Cache every prompt whole, as a new batch; the batch before is forgotten.
+
+        With `join` the prompts become the last rows of the running batch instead. The output is
+        that of the new prompts alone.
+        """
+
+    def score(self, root: torch.Tensor, draft: Draft, taps: Sequence[int] = ()) -> TargetOutput:
+        """One forward over root [B] and the draft's nodes [B, N]."""
+
+    def commit(self, verdict: Verdict, num_accepted: Sequence[int]) -> None:
+        """Keep root and accepted path in the cache, drop the rest; `num_accepted` on the host."""
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Keep only `rows` (int64, each at most once) of the batch, in that order."""
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """Proposes continuations of the root. Owns its own cache and nothing else."""
+
+    taps: tuple[int, ...]
+    max_nodes: int
+    makes_trees: bool
+    clock: ForwardClock
+
+    def begin(
+        self, prompts: Prompts, output: TargetOutput, sampler: Sampler, *, join: bool = False
+    ) -> None:
+        """Start a new batch, after the target's prefill; the batch before is forgotten.
+
+        Each of `prompts` ends with its row's root, the first token sampled; `output` is the
+        target's of the tokens before it. With `join` the prompts become the last rows of the
+        running batch instead; `output` and `sampler` are those of the new rows alone.
+        """
+
+    def propose(self, root: torch.Tensor, budget: Sequence[int], sampler: Sampler) -> Draft:
+        """Draft at most `budget[b]` nodes after `root[b]`; 0 asks for none in that row.
+
+        A token must have been drawn from the q it reports in `Draft.probs`; chosen tokens
+        (argmax, top-k, lookup) report `probs=None`.
+        """
+
+    def observe(
+        self,
+        verdict: Verdict,
+        committed: Sequence[Sequence[int]],
+        hidden: dict[int, torch.Tensor],
+    ) -> None:
+        """Learn what was kept: the verdict on the device, its new tokens on the host."""
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Keep only `rows` (int64, each at most once) of the batch, in that order."""
+
+
+@runtime_checkable
+class HoldsCache(Protocol):
+    """A target or a drafter whose cache an engine can keep under a limit, and clean."""
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values that are allocated now."""
+
+    def bytes_for(self, num_rows: int, num_slots: int) -> int:
+        """Bytes for so many rows with so many tokens each.
+
+        Of a target they are all that a forward sees, the draft included; a drafter is told of the
+        committed tokens, and adds what it feeds behind them.
+        """
+
+    def reserve(self, num_rows: int, num_slots: int, *, join: bool) -> None:
+        """Allocate exactly this, with `join` for the running batch and else for the next one.
+
+        Without `join` the cache of the batch before is freed at once.
+        """
+
+    def wipe(self, rows: Sequence[int]) -> None:
+        """Zero rows that may hold NaN."""
+
+
+# Holders of the targets and drafters that decode now. By identity, because one of the user's own
+# need not be hashable. A holder keeps its ids valid, and leaves by itself where it is dropped.
+_HOLDERS: WeakValueDictionary[int, object] = WeakValueDictionary()
+_HOLDING = Lock()
+
+
+def claim(owners: Sequence[object], holder: object) -> None:
+    """Reserve targets and drafters for one loop, or raise RuntimeError and reserve none."""
+    with _HOLDING:
+        for owner in owners:
+            if _HOLDERS.get(id(owner), holder) is not holder:
+                raise RuntimeError(
+                    f"this {type(owner).__name__} is in use by another loop, whose cache would be "
+                    "overwritten; let that stream or engine end, or drop it, or load the target "
+                    "or drafter once more for a second loop"
+                )
+        _HOLDERS.update((id(owner), holder) for owner in owners)
+
+
+def release(owners: Sequence[object], holder: object) -> None:
+    """Leave what this holder has claimed to others."""
+    with _HOLDING:
+        for owner in owners:
+            if _HOLDERS.get(id(owner)) is holder:
+                del _HOLDERS[id(owner)]
+
+
+@contextmanager
+def claimed(*owners: object) -> Iterator[None]:
+    """Reserve targets and drafters for a call that writes over their caches."""
+    holder = Lock()
+    claim(owners, holder)
+    try:
+        yield
+    finally:
+        release(owners, holder)
+
+
+def cache_owners(*owners: object) -> list[object]:
+    """List targets and drafters with those inside of them: merged ones, and a draft model's own."""
+    found = [owner for owner in owners if owner is not None]
+    for owner in found:  # grows on the way
+        found += getattr(owner, "drafters", ())
+        found += [m for m in [getattr(owner, "model", None)] if isinstance(m, Target)]
+    return found
