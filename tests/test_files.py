@@ -11,10 +11,9 @@ from typer.testing import CliRunner
 
 from specdec.bench.prompts import load_prompts
 from specdec.bench.store import read_records
-from specdec.checkpoints.folder import read_json
 from specdec.cli import app
 from specdec.common import files
-from specdec.common.files import disk_trouble, locked, replace_file, whole_folder
+from specdec.common.files import disk_trouble, locked, read_json, replace_file, whole_folder
 from specdec.data.sources import read_query_splits
 
 

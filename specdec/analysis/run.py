@@ -20,9 +20,8 @@ from specdec.bench.config import SINGLE_PROMPT_TYPES, ArmConfig, BenchConfig
 from specdec.bench.runner import encode_prompts, fingerprint_of_ids, read_prompts
 from specdec.bench.workloads import unfold_turns
 from specdec.checkpoints import TargetIdentity, identify_target
-from specdec.checkpoints.folder import read_json
 from specdec.checkpoints.identity import as_json, check_resumed
-from specdec.common.files import disk_trouble, parse_json, replace_file
+from specdec.common.files import disk_trouble, parse_json, read_json, replace_file
 from specdec.common.provenance import machine
 from specdec.sampling.config import SamplingConfig
 from specdec.targets.hf import HFTarget

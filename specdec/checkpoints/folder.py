@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from specdec.common.files import parse_json
+from specdec.common.files import read_json
 from specdec.common.hub import find_checkpoint
 
 CONFIG, SIDECAR = "config.json", "specdec.json"
@@ -23,7 +23,6 @@ WEIGHT_FILES = (
     *("medusa_lm_head.safetensors", "medusa_lm_head.pt"),
 )
 
-_MAX_JSON = 2**28
 _DAMAGE = (SafetensorError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError)
 
 
@@ -123,28 +122,6 @@ def size_on_disk(folder: Path) -> int:
     """Bytes of the files that make a checkpoint, and no others of the folder."""
     paths = (folder / name for name in (CONFIG, SIDECAR, *WEIGHT_FILES))
     return sum(path.stat().st_size for path in paths if path.exists())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds no JSON object.
-    """
-    if not path.is_file():  # a pipe would be waited for
-        raise FileNotFoundError(f"{str(path.parent)!r} has no {path.name}")
-    if path.stat().st_size > _MAX_JSON:
-        raise ValueError(f"{str(path)!r} has more than {_MAX_JSON:,} bytes; it is no description")
-    try:
-        content = parse_json(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(
-            f"{str(path)!r} is not JSON ({error}); it is corrupt or truncated, copy it again"
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} holds {type(content).__name__}, it must hold an object")
-    return content
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from specdec.checkpoints.backbone_config import rope_of
-from specdec.checkpoints.folder import json_bytes, read_json, read_tensors
+from specdec.checkpoints.folder import json_bytes, read_tensors
 from specdec.checkpoints.head import (
     KINDS,
     HeadCheckpoint,
@@ -27,6 +27,7 @@ from specdec.checkpoints.head import (
     section,
     text,
 )
+from specdec.common.files import read_json
 
 FORMAT = 1
 

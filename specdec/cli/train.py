@@ -64,7 +64,7 @@ def _parity(parity: dict[str, Any] | None) -> str:
 
 def _card(results: dict[str, Any], folder: Path, data: Path) -> None:
     """Describe the drafter in its folder, with what is known of where its data come from."""
-    from specdec.checkpoints.folder import read_json
+    from specdec.common.files import read_json
     from specdec.data.answers import MANIFEST
     from specdec.report.cards import write_drafter_card
 

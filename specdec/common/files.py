@@ -1,44 +1,33 @@
-"""Files and folders that are there whole or not at all, and folders that one run has to itself."""
+"""Durable files: a file, a folder or a line is there whole or not at all."""
 
 import ctypes
 import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
-
-from specdec.checkpoints.identity import TARGET, check_resumed
+from typing import Any, Self
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_LOCK = ".lock"
+_MAX_JSON = 2**28
+_BLOCK = 2**16
 _AT_CWD, _SWAP = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fs.h
 
 
-def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text whose objects hold no key twice.
+# --- JSON ---
 
-    Raises:
-        ValueError: it is no such text.
-    """
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON text; an object that holds a key twice is a `ValueError`."""
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return json.loads(text, object_pairs_hook=_unique_keys)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
 
-def parse_line(line: bytes) -> dict[str, Any]:
-    """The object of a JSON line; nothing for one that is damaged or was never finished."""
-    try:
-        row = parse_json(line) if line.endswith(b"\n") else {}
-    except ValueError:
-        return {}
-    return row if isinstance(row, dict) else {}
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -46,8 +35,48 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def parse_line(line: bytes) -> dict[str, Any]:
+    """Parse the object of a JSON line; empty for one that is damaged or was never finished."""
+    try:
+        row = parse_json(line) if line.endswith(b"\n") else {}
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read the object in a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no JSON object.
+    """
+    if not path.is_file():  # a pipe would be waited for
+        raise FileNotFoundError(f"{str(path.parent)!r} has no {path.name}")
+    if path.stat().st_size > _MAX_JSON:
+        raise ValueError(f"{str(path)!r} has more than {_MAX_JSON:,} bytes; it is no description")
+    try:
+        content = parse_json(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(
+            f"{str(path)!r} is not JSON ({error}); it is corrupt or truncated, copy it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} holds {type(content).__name__}, it must hold an object")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any], *, private: bool = False) -> None:
+    """Replace a JSON file; errors as in `replace_files`."""
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    replace_file(path, text.encode(), private=private)
+
+
+# --- Errors ---
+
+
 def disk_trouble(folder: Path, error: OSError) -> OSError:
-    """The error in words; one that has been put in words already stays."""
+    """Put the error of a write into words; one that is in words already stays."""
     if error.errno is None:
         return error
     if error.errno in NO_SPACE:
@@ -66,6 +95,50 @@ def disk_trouble(folder: Path, error: OSError) -> OSError:
     )
 
 
+def check_same_run(
+    folder: Path,
+    written: Mapping[str, Any] | None,
+    given: Mapping[str, Any],
+    checks: Mapping[str, Callable[[Any, Any], None]] | None = None,
+) -> None:
+    """Refuse to resume a run in a folder that another run began.
+
+    Args:
+        folder: where the run writes.
+        written: facts of the run that began there, JSON values; None where they are damaged.
+        given: facts of this run. Nested facts are compared and named as `layout.top_k`.
+        checks: comparisons other than equality, by key; each gets the written and the given value
+            and raises.
+
+    Raises:
+        ValueError: names every fact that differs.
+    """
+    fix = "choose another --out folder or remove this one"
+    if written is None:
+        raise ValueError(f"{str(folder)!r} holds another run: its first line is damaged; {fix}")
+    checks = checks or {}
+    given = json.loads(json.dumps(given))  # tuples are lists there
+    was, now = ({k: v for k, v in run.items() if k not in checks} for run in (written, given))
+    theirs, ours = dict(_flat(was)), dict(_flat(now))
+    different = [k for k in sorted(theirs | ours) if theirs.get(k) != ours.get(k)]
+    if different:
+        facts = (f"{k} is {theirs.get(k)!r:.60} there, not {ours.get(k)!r:.60}" for k in different)
+        raise ValueError(f"{str(folder)!r} holds another run: {'; '.join(facts)}; {fix}")
+    for key, check in checks.items():
+        check(written.get(key), given.get(key))
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in facts.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+# --- Files ---
+
+
 def make_private(folder: Path) -> None:
     """Make a folder, and those above it that are missing, for their owner alone."""
     for each in [*reversed(folder.parents), folder]:
@@ -74,46 +147,269 @@ def make_private(folder: Path) -> None:
 
 
 def private_opener(path: str, flags: int) -> int:
-    """Open a file for its owner alone; an `opener` of `open`."""
+    """Open a file for its owner alone, and never through a link; an `opener` of `open`."""
     opened = os.open(path, flags | os.O_NOFOLLOW, 0o600)
     os.fchmod(opened, 0o600)  # it may have been there before
     return opened
 
 
-@contextmanager
-def locked(folder: Path, file: Path | None = None, *, is_writer: bool = True) -> Iterator[None]:
-    """Have a folder to oneself; it is made if it is not there, and goes again if it stays empty.
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if os.name == "posix":  # other systems cannot, and need not
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+def move(source: Path, destination: Path) -> None:
+    """Rename a file or folder in one step, durably."""
+    os.replace(source, destination)
+    sync(destination.parent)
+
+
+def replace_file(path: Path, content: bytes, *, private: bool = False) -> None:
+    """Replace one file; see `replace_files`."""
+    replace_files(path.parent, {path.name: [content]}, private=private)
+
+
+def replace_files(
+    folder: Path, contents: Mapping[str, Iterable[bytes]], *, private: bool = False
+) -> None:
+    """Write files under other names, wait until they are on the disk, then rename them.
+
+    Of several files the last one is the seal: it is removed first and renamed last, so that a
+    folder with a seal holds the files that belong to it.
 
     Args:
-        folder: that is written to.
-        file: to lock in place of one in the folder, for a folder that is replaced.
+        folder: exists.
+        contents: name -> pieces of the file, made as they are written.
+        private: for their owner alone.
+
+    Raises:
+        OSError: in words; nothing is left of files that were not renamed.
+    """
+    partial = {name: folder / f".{name}.partial" for name in contents}
+    try:
+        for name, pieces in contents.items():
+            with open(partial[name], "wb", opener=private_opener if private else None) as file:
+                file.writelines(pieces)
+                file.flush()
+                os.fsync(file.fileno())
+        if len(contents) > 1:
+            (folder / list(contents)[-1]).unlink(missing_ok=True)
+        for name, path in partial.items():
+            os.replace(path, folder / name)
+        sync(folder)
+    except BaseException as error:
+        for path in partial.values():
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise disk_trouble(folder, error) from error
+        raise
+
+
+# --- Files that grow ---
+
+
+class LineFile:
+    """A file of lines that only grows, for one process at a time.
+
+    A line is handed to the system when `write` returns: a killed process loses nothing. What a
+    killed process or a full disk left of a line is cut off.
+
+    Args:
+        path: its folder is made.
+        private: file and folder are for their owner alone.
+
+    Raises:
+        ValueError: another process writes to it.
+        OSError: it cannot be written, in words.
+    """
+
+    def __init__(self, path: Path, *, private: bool = False) -> None:
+        self.path = path
+        try:
+            if private:
+                make_private(path.parent)
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            opener = private_opener if private else None
+            self._file = open(path, "a+b", buffering=0, opener=opener)  # noqa: SIM115
+        except OSError as error:
+            raise disk_trouble(path.parent, error) from error
+        if not try_lock(self._file.fileno()):
+            self._file.close()
+            raise another_run(path.parent)
+        self._cut_torn_line()
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file."""
+        return os.fstat(self._file.fileno()).st_size
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the path still names this file; else lines would be lost with it."""
+        try:
+            return os.path.samestat(os.lstat(self.path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            return False
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Parse the lines; a damaged one is an empty row."""
+        with self.path.open("rb") as file:
+            yield from map(parse_line, file)
+
+    def append(self, *rows: Mapping[str, Any]) -> None:
+        """Add rows, all of them or none; errors as in `write`."""
+        self.write("".join(json.dumps(r, separators=(",", ":")) + "\n" for r in rows).encode())
+
+    def write(self, lines: bytes, *, durable: bool = False) -> None:
+        """Add whole lines, all of them or none.
+
+        Args:
+            lines: with their line ends.
+            durable: wait until they are on the disk.
+
+        Raises:
+            OSError: in words; the file is as before.
+        """
+        before = self.num_bytes
+        try:
+            if not self.is_in_place:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            if (self._file.write(lines) or 0) < len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if durable:
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(before)
+            raise disk_trouble(self.path.parent, error) from error
+
+    def close(self) -> None:
+        """Wait until everything is on the disk, and let others write to the file."""
+        with suppress(OSError):  # a full disk; `write` has complained already
+            os.fsync(self._file.fileno())
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _cut_torn_line(self) -> None:
+        """Cut off a last line without its end, or end it if it lacks nothing else."""
+        fd, end = self._file.fileno(), self.num_bytes
+        start = end
+        while start > 0:
+            first = max(0, start - _BLOCK)
+            found = os.pread(fd, start - first, first).rfind(b"\n")
+            start = first if found < 0 else first + found + 1
+            if found >= 0:
+                break
+        if start < end:
+            if parse_line(os.pread(fd, end - start, start) + b"\n"):
+                self._file.write(b"\n")
+            else:
+                self._file.truncate(start)
+
+
+class Journal(LineFile):
+    """What a run has finished so far, a JSON line each; the first line says which run it is.
+
+    Args:
+        path: its folder is made.
+        identity: facts that make a run the same run, JSON values.
+        checks: see `check_same_run`.
+        private: file and folder are for their owner alone.
+
+    Attributes:
+        entries: rows that earlier runs appended, in order; damaged ones are left out. Whoever has
+            read them may clear them.
+
+    Raises:
+        ValueError: the file belongs to another run, or another process writes to it.
+        OSError: it cannot be written, in words.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        identity: Mapping[str, Any],
+        checks: Mapping[str, Callable[[Any, Any], None]] | None = None,
+        *,
+        private: bool = False,
+    ) -> None:
+        super().__init__(path, private=private)
+        try:
+            first, *rows = [*self.rows()] or [{}]
+            self.entries = [row for row in rows if row]
+            if self.entries:
+                check_same_run(path.parent, first.get("run"), identity, checks)
+            else:  # a run that got nowhere: its folder serves any other
+                self._file.truncate(0)
+                self.append({"run": identity})
+        except BaseException:
+            self.close()
+            raise
+
+
+# --- Locks ---
+
+
+def try_lock(fd: int) -> bool:
+    """Lock an open file until it is closed, however its process ends; False if it is taken."""
+    import fcntl
+
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def another_run(folder: Path) -> ValueError:
+    """Make the error of a folder that is taken."""
+    return ValueError(
+        f"another run is writing to {str(folder)!r}; wait for it or choose another --out folder"
+    )
+
+
+@contextmanager
+def locked(folder: Path, file: Path | None = None, *, is_writer: bool = True) -> Iterator[None]:
+    """Have a folder to oneself; it is made if it is not there, and removed if it stays empty.
+
+    Args:
+        folder: where a run writes.
+        file: lock this private file instead of one in the folder, for a folder that is replaced.
         is_writer: of several processes of one run only one takes the lock.
 
     Raises:
         ValueError: another run has it.
-        OSError: it cannot be written.
+        OSError: it cannot be written, in words.
     """
     if not is_writer:
         yield
         return
-    import fcntl
-
-    path = file or folder.expanduser() / _LOCK
+    path = file or folder.expanduser() / ".lock"
     is_new = not path.parent.exists()
     try:
         if file is None:
             path.parent.mkdir(parents=True, exist_ok=True)
-        else:  # a collection's, which is its owner's alone
+        else:
             make_private(path.parent)
         opened = path.open("a")
     except OSError as error:
         raise disk_trouble(path.parent, error) from error
     with opened:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _require_linked(opened)  # or a run that ends just now has removed it
-        except (BlockingIOError, FileNotFoundError) as error:
-            raise another_run(folder) from error
+        # A run that ends just now may have removed the file before we had the lock.
+        if not try_lock(opened.fileno()) or not os.fstat(opened.fileno()).st_nlink:
+            raise another_run(folder)
         try:
             yield
         finally:
@@ -124,83 +420,26 @@ def locked(folder: Path, file: Path | None = None, *, is_writer: bool = True) ->
                         path.parent.rmdir()  # if nothing was written
 
 
-def append(file: IO[Any], content: str | bytes, folder: Path) -> None:
-    """Add to a file of `folder`; a killed process loses nothing of it. Errors are in words."""
-    try:
-        file.write(content)
-        file.flush()
-        _require_linked(file)
-    except OSError as error:
-        raise disk_trouble(folder, error) from error
-
-
-def close_durably(file: IO[Any]) -> None:
-    """Close a file, and wait until what was added is on the disk."""
-    # What a full disk refused is flushed once more here, and `append` has complained already.
-    with suppress(OSError):
-        os.fsync(file.fileno())
-    with suppress(OSError):
-        file.close()
-
-
-def _require_linked(file: IO[Any]) -> None:
-    """Refuse to go on with a file that was removed: writing to it would tell nothing."""
-    if os.fstat(file.fileno()).st_nlink == 0:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-
-
-def another_run(folder: Path) -> ValueError:
-    """The error of a folder that is taken."""
-    return ValueError(
-        f"another run is writing to {str(folder)!r}; wait for it or choose another --out folder"
-    )
-
-
-def write_durably(path: Path, content: bytes, private: bool = False) -> None:
-    """Write a file under another name, wait until it is on the disk, then name it.
-
-    Raises:
-        OSError: it could not be written; nothing is left of it.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb", opener=private_opener if private else None) as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync(path.parent)
-    except OSError:
-        with suppress(OSError):
-            partial.unlink()
-        raise
-
-
-def replace_file(path: Path, content: bytes, private: bool = False) -> None:
-    """Write a file as `write_durably`, with errors in words."""
-    try:
-        write_durably(path, content, private)
-    except OSError as error:
-        raise disk_trouble(path.parent, error) from error
+# --- Folders ---
 
 
 @contextmanager
 def whole_folder(folder: Path, *, private: bool = False) -> Iterator[Path]:
-    """A new folder to write into; it takes the place of `folder` when the block ends well.
+    """Make a new folder to write into; it takes the place of `folder` when the block ends well.
 
     Until then, and after a crash, what stood there before stays. Files and folders in it that the
     new one does not have are carried over. A link stays a link: the folder behind it is replaced.
 
     Raises:
-        OSError: it cannot be written; nothing is left of what was.
+        OSError: in words; the folder is as before.
     """
     folder = folder.resolve()
     partial, before = _beside(folder, "partial"), _beside(folder, "before")
     try:
         restore(folder)
         if folder.exists() and (folder.is_mount() or not folder.is_dir()):
-            what = "mount point" if folder.is_mount() else "file"
-            raise OSError(errno.EBUSY, f"it is a {what}; give a folder in its place, or in it")
+            kind = "mount point" if folder.is_mount() else "file"
+            raise OSError(errno.EBUSY, f"it is a {kind}; give a folder in its place, or in it")
         shutil.rmtree(partial, ignore_errors=True)  # of a killed run
         if private:
             make_private(partial)
@@ -262,117 +501,42 @@ def _swap(folder: Path, partial: Path, before: Path) -> None:
         partial.rename(folder)
 
 
-def _beside(folder: Path, what: str) -> Path:
-    return folder.with_name(f".{folder.name}.{what}")
+def _beside(folder: Path, role: str) -> Path:
+    return folder.with_name(f".{folder.name}.{role}")
 
 
-def sync(path: Path) -> None:
-    """Make a file, or the names in a folder, last; only Linux and macOS can and need to."""
-    if os.name == "posix":
-        opened = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
+# --- For callers that are still to be rewritten; to go ---
 
 
-class Journal:
-    """What a run has finished so far; the first line says which run it is.
-
-    Every line is on its way to the disk when `append` returns: a killed process loses nothing, a
-    machine that loses its power at most what its own system had not written. A line that a killed
-    process left torn is cut off, one in between that cannot be read is passed over.
-
-    Args:
-        path: of the file; its folder is made.
-        identity: facts that make a run the same run, JSON values.
-
-    Attributes:
-        path: of the file.
-        entries: what earlier runs appended, in order; whoever has read them may clear them.
-
-    Raises:
-        ValueError: the file belongs to another run, which is told by the first fact that differs,
-            or another process writes to it.
-        PermissionError: the folder cannot be written.
-        OSError: there is no space left.
-    """
-
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
-        self.path = path
-        self.entries: list[dict[str, Any]] = []
-        try:
-            make_private(path.parent)
-            self._file = open(path, "a+b", opener=private_opener)  # noqa: SIM115
-        except OSError as error:
-            raise disk_trouble(path.parent, error) from error
-        try:
-            self._begin(identity)
-        except OSError as error:
-            self.close()
-            raise disk_trouble(path.parent, error) from error
-        except ValueError:
-            self.close()
-            raise
-
-    def _begin(self, identity: dict[str, Any]) -> None:
-        self._lock()
-        self._read(identity)
-        if not self.entries:
-            # Nothing is kept of a run that got nowhere: its folder serves any other.
-            self._file.truncate(0)
-            self._file.write(_line({"run": identity}))
-            self._file.flush()
-
-    def _lock(self) -> None:
-        import fcntl
-
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise another_run(self.path.parent) from error
-
-    def _read(self, identity: dict[str, Any]) -> None:
-        self._file.seek(0)
-        header: dict[str, Any] | None = None
-        whole = 0
-        for number, line in enumerate(self._file):
-            if not line.endswith(b"\n"):
-                break
-            whole += len(line)
-            row = parse_line(line)
-            if number == 0:
-                header = row.get("run")
-            elif row:
-                self.entries.append(row)
-        self._file.truncate(whole)
-        if self.entries:
-            self._check_identity(header, identity)
-
-    def _check_identity(self, found: dict[str, Any] | None, identity: dict[str, Any]) -> None:
-        where = f"{str(self.path.parent)!r} holds answers of another run"
-        fix = "choose another --out folder or remove this one"
-        if found is None:
-            raise ValueError(f"{where}: the first line of {self.path.name} is damaged; {fix}")
-        for key in sorted(found.keys() | identity.keys()):
-            theirs, ours = found.get(key), identity.get(key)
-            if key == TARGET:
-                check_resumed(self.path.parent, theirs, ours)
-            elif theirs != ours:
-                raise ValueError(f"{where}: {key} is {theirs!r} there, not {ours!r}; {fix}")
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Add a line.
-
-        Raises:
-            OSError: it could not be written; what was added before is kept.
-        """
-        append(self._file, _line(row), self.path.parent)
-
-    def close(self) -> None:
-        """Close the file and let others write to it."""
-        close_durably(self._file)
+def append(file: Any, content: str | bytes, folder: Path) -> None:
+    """To go: use `LineFile`."""
+    try:
+        file.write(content)
+        file.flush()
+        if os.fstat(file.fileno()).st_nlink == 0:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    except OSError as error:
+        raise disk_trouble(folder, error) from error
 
 
-def _line(row: dict[str, Any]) -> bytes:
-    return json.dumps(row, separators=(",", ":")).encode() + b"\n"
+def close_durably(file: Any) -> None:
+    """To go: use `LineFile`."""
+    with suppress(OSError):
+        os.fsync(file.fileno())
+    with suppress(OSError):
+        file.close()
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """To go: use `replace_file`."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        move(partial, path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from specdec.checkpoints import TargetIdentity
-from specdec.checkpoints.folder import read_json
 from specdec.checkpoints.identity import differences, identity_of
-from specdec.common.files import disk_trouble, parse_json, private_opener, replace_file
+from specdec.common.files import disk_trouble, parse_json, private_opener, read_json, replace_file
 from specdec.data.conversation import SPLITS, Query
 from specdec.data.dialogue import TURNS, Dialogue
 from specdec.sampling.config import SamplingConfig

@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from specdec.checkpoints.folder import json_bytes, read_json
+from specdec.checkpoints.folder import json_bytes
 from specdec.checkpoints.head import TargetIdentity
 from specdec.checkpoints.identity import differences, hash_of_ends, identify_target
+from specdec.common.files import read_json
 from specdec.data.answers import AnswerRow
 from specdec.drafters.eagle3 import default_taps
 from specdec.targets.partial import TargetEnds

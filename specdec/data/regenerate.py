@@ -3,12 +3,13 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specdec.checkpoints import identify_target
 from specdec.checkpoints.head import TargetIdentity
-from specdec.checkpoints.identity import TARGET, as_json, hash_of_vocabulary
+from specdec.checkpoints.identity import TARGET, as_json, check_resumed, hash_of_vocabulary
 from specdec.common.files import Journal
 from specdec.common.provenance import code, machine
 from specdec.data.answers import (
@@ -85,7 +86,7 @@ def regenerate(
         target, drafter, settings.top_p, settings.max_new_tokens, batch_size, session
     )
     dialogues = plan_dialogues(queries, settings.temperatures, settings.seed, settings.turns)
-    journal = Journal(out / JOURNAL, identity)
+    journal = Journal(out / JOURNAL, identity, {TARGET: partial(check_resumed, out)}, private=True)
     try:
         _replay(answers, dialogues, journal)
         answers.run(dialogues, journal)
@@ -152,7 +153,7 @@ def regenerate_from_endpoint(
         endpoint, chat, api, settings.top_p, settings.max_new_tokens, concurrency, session
     )
     dialogues = plan_dialogues(queries, settings.temperatures, settings.seed, settings.turns)
-    journal = Journal(out / JOURNAL, identity)
+    journal = Journal(out / JOURNAL, identity, private=True)
     try:
         _replay(answers, dialogues, journal)
         asyncio.run(answers.run(dialogues, journal))

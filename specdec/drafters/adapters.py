@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from specdec.checkpoints.folder import read_json
+from specdec.common.files import read_json
 from specdec.common.hub import find_checkpoint
 from specdec.targets.load import LOADING
 

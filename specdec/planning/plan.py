@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from specdec.bench.config import ArmConfig, BenchConfig
 from specdec.bench.prompts import load_prompts, render
 from specdec.bench.runner import collect, fingerprint
 from specdec.bench.workloads import unfold_turns
-from specdec.checkpoints.identity import TARGET, as_json, identify_target
+from specdec.checkpoints.identity import TARGET, as_json, check_resumed, identify_target
 from specdec.common.files import Journal, replace_file
 from specdec.engine.request import encode
 from specdec.planning.candidates import Candidate, Family, cut, families
@@ -217,7 +218,8 @@ def run_plan(
     torch.set_num_threads(config.threads)
     planner = _Planner(config, QUICK if quick else FULL, progress)
     identity = planner.identity(quick)
-    journal = Journal(folder / "costs.jsonl", identity)
+    checks = {TARGET: partial(check_resumed, folder)}
+    journal = Journal(folder / "costs.jsonl", identity, checks, private=True)
     try:
         found = planner.plan(journal)
     finally:

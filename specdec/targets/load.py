@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.checkpoints.folder import CONFIG, read_json
+from specdec.checkpoints.folder import CONFIG
+from specdec.common.files import read_json
 from specdec.common.hub import find_checkpoint
 from specdec.demo import demo_path
 from specdec.engine.interfaces import Target, claimed

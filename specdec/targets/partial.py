@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdec.checkpoints.folder import read_json
+from specdec.common.files import read_json
 from specdec.targets.hf import eos_token_ids, max_context_len
 from specdec.targets.load import LOADING, check_path, find_device, find_dtype, load_tokenizer
 

@@ -22,9 +22,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from specdec.checkpoints.folder import read_json
 from specdec.checkpoints.identity import TARGET, check_resumed
-from specdec.common.files import NO_SPACE, disk_trouble, sync, write_durably
+from specdec.common.files import NO_SPACE, disk_trouble, read_json, sync, write_durably
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

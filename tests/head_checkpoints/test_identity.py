@@ -1,6 +1,7 @@
 """Which target a head belongs to: facts that survive loading, and the refusal of another."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -112,7 +113,8 @@ def test_what_signs_do_not_tell_is_seen_and_named(name, tmp_path):
     target = tiny_target()
     target.config.sliding_window = None
     known = identify_target(target)
-    journal = Journal(tmp_path / "j", {TARGET: as_json(known)})
+    checks = {TARGET: partial(check_resumed, tmp_path)}
+    journal = Journal(tmp_path / "j", {TARGET: as_json(known)}, checks)
     journal.append({"a": 1})
     journal.close()
     change, said = OTHERS[name]
@@ -127,7 +129,7 @@ def test_what_signs_do_not_tell_is_seen_and_named(name, tmp_path):
     AnalysisStore(tmp_path / "a", "same", known)
     fact = f"another target: .*{said.split(',')[0].split()[-1]}"
     with pytest.raises(ValueError, match=fact):
-        Journal(tmp_path / "j", {TARGET: as_json(other)})
+        Journal(tmp_path / "j", {TARGET: as_json(other)}, checks)
     with pytest.raises(ValueError, match=fact):
         AnalysisStore(tmp_path / "a", "same", other)
 

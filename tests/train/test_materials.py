@@ -8,7 +8,7 @@ from tiny_features import extraction, write_folder
 from tiny_models import tiny_llama
 from tiny_training import answer_rows, logged, tiny_config
 
-from specdec.checkpoints.folder import read_json
+from specdec.common.files import read_json
 from specdec.data.feature_store import FeatureStore
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
