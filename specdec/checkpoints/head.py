@@ -32,8 +32,8 @@ class TargetIdentity:
             `facts`.
     """
 
-    name: str | None
-    hidden_size: int
+    name: str | None = None
+    hidden_size: int | None = None
     vocab_size: int | None = None
     num_layers: int | None = None
     weights: str | None = None

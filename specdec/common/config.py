@@ -1,6 +1,7 @@
 """Strict configurations: pydantic models behind YAML files and `key=value` overrides."""
 
 import difflib
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from specdec.common.files import read_json, replace_file
 
 Schema = TypeVar("Schema")
 Model = TypeVar("Model", bound=BaseModel)
@@ -63,6 +66,29 @@ def validated(model: type[Model], given: Any, noun: str = "config") -> Model:
         raise ValueError(f"{noun} {_fault(model, error)}") from error
 
 
+def read_model(model: type[Model], path: Path) -> Model:
+    """Read a JSON file that specdec wrote into its model.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no JSON object, or one that breaks a rule of the model.
+    """
+    text = json.dumps(read_json(path))
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        raise ValueError(
+            f"{str(path)!r} is damaged, or of another version: {_fault(model, error)}; copy it "
+            "again, or give the command that made it again"
+        ) from error
+
+
+def write_model(path: Path, content: BaseModel, *, private: bool = False) -> None:
+    """Replace a JSON file by a model; errors as in `replace_files`."""
+    text = content.model_dump_json(by_alias=True, indent=1) + "\n"
+    replace_file(path, text.encode(), private=private)
+
+
 def _fault(model: type[BaseModel], error: ValidationError) -> str:
     """Say what pydantic found first, unknown keys before all others."""
     found = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")[0]
@@ -80,8 +106,7 @@ def _fault(model: type[BaseModel], error: ValidationError) -> str:
         text = str(context["error"])
         return f"{key} is {value!r:.200} but {text}" if text.startswith("must ") else text
     if kind in ("dict_type", "model_type", "model_attributes_type", "dataclass_type"):
-        where = f"{key} is" if key else "file is"
-        return f"{where} {value!r:.200} but must be a mapping of key: value"
+        return f"{key} is {value!r:.200} but must be a mapping of key: value".lstrip()
     return f"{key} is {value!r:.200} but must be {_rule(kind, context)}"
 
 

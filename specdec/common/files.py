@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -147,8 +148,17 @@ def make_private(folder: Path) -> None:
 
 
 def private_opener(path: str, flags: int) -> int:
-    """Open a file for its owner alone, and never through a link; an `opener` of `open`."""
-    opened = os.open(path, flags | os.O_NOFOLLOW, 0o600)
+    """Open a file for its owner alone, and nothing put in its place; an `opener` of `open`."""
+    elsewhere = f"{path!r} is a link or no regular file; remove it"
+    try:
+        opened = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO):
+            raise OSError(error.errno, elsewhere) from error
+        raise
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise OSError(errno.ENXIO, elsewhere)
     os.fchmod(opened, 0o600)  # it may have been there before
     return opened
 

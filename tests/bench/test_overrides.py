@@ -58,7 +58,7 @@ def test_an_override_that_fits_nothing_is_named(tmp_path, override, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"- a\n", "config file is .* must be a mapping"),
+        (b"- a\n", "config is .* must be a mapping"),
         (b"arms: {type: ngram}", "arms is .* must be a list"),
         (b"prompts: 3", "key prompts is 3 but must be a mapping"),
         (b"a: : b", "mapping values"),
