@@ -1,20 +1,34 @@
-"""Folders that are replaced whole, and folders that one run has to itself."""
+"""Files, folders and lines that are there whole or not at all, and belong to one run."""
 
 import errno
-import json
 import os
+import resource
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from specdec.bench.prompts import load_prompts
-from specdec.bench.store import read_records
 from specdec.cli import app
 from specdec.common import files
-from specdec.common.files import disk_trouble, locked, read_json, replace_file, whole_folder
+from specdec.common.files import (
+    Journal,
+    LineFile,
+    disk_trouble,
+    locked,
+    read_json,
+    replace_file,
+    replace_files,
+    whole_folder,
+)
 from specdec.data.sources import read_query_splits
+
+PACKAGE = Path(files.__file__).parents[1]
+OLD = {"config": "old", "weights": "old", "sub/mine": "old"}
+NEW = {**OLD, "config": "new", "weights": "new"}
+FULL, OTHER = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EIO, "I/O error")
 
 
 def content(folder):
@@ -28,16 +42,13 @@ def content(folder):
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "here" / "sub").mkdir(parents=True)
-    for name in ("config", "weights", "sub/mine"):
+    for name in OLD:
         (tmp_path / "here" / name).write_text("old")
     (tmp_path / "here" / "link").symlink_to("nowhere")
     return tmp_path / "here"
 
 
-OLD = {"config": "old", "weights": "old", "sub/mine": "old"}
-
-
-def write(folder, *, fail=None):
+def write(folder, fail=None):
     with whole_folder(folder) as new:
         (new / "config").write_text("new")
         if fail:
@@ -45,21 +56,74 @@ def write(folder, *, fail=None):
         (new / "weights").write_text("new")
 
 
+def killed_at(call, act):
+    """Run it in a process that dies at its nth call of the functions that make things durable."""
+    process = os.fork()
+    if process:
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
+    left = [call]
+
+    def dying(name):
+        real = getattr(os, name)
+
+        def counted(*arguments, **options):
+            left[0] -= 1
+            if left[0] < 0:
+                os._exit(9)
+            return real(*arguments, **options)
+
+        setattr(os, name, counted)
+
+    for name in ("fsync", "replace", "rename", "link"):
+        dying(name)
+    act()
+    os._exit(0)
+
+
+def test_killed_replacement_leaves_old_or_new_files(tmp_path):
+    def write(text):
+        replace_files(tmp_path, {name: [text] for name in ("a", "b", "seal")})
+
+    write(b"old")
+    call = 0
+    while killed_at(call, lambda: write(b"new")):
+        found = content(tmp_path)
+        if "seal" in found:
+            assert found["a"] == found["b"] == found["seal"]
+        write(b"old")
+        assert set(os.listdir(tmp_path)) == {"a", "b", "seal"}
+        call += 1
+    assert call > 6
+    assert set(content(tmp_path).values()) == {"new"}
+
+
 @pytest.mark.parametrize("swaps", [True, False])
-def test_a_folder_is_replaced_whole_and_keeps_what_is_not_replaced(folder, monkeypatch, swaps):
+def test_killed_folder_exchange_is_undone_by_the_next(folder, monkeypatch, swaps):
     if not swaps:  # what other systems do
         monkeypatch.setattr(files.ctypes, "CDLL", lambda name: object())
+    call = 0
+    while killed_at(call, lambda: write(folder)):
+        files.restore(folder)
+        assert content(folder) in (OLD, NEW)
+        write(folder)
+        assert content(folder) == NEW
+        for name in ("config", "weights"):
+            (folder / name).write_text("old")
+        call += 1
+    assert call > 5
+    assert content(folder) == NEW
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["here"]
+
+
+def test_folder_replacement_keeps_links_modes_and_other_files(folder):
     link = folder.with_name("link")
     link.symlink_to(folder)
     folder.chmod(0o750)
     write(link)
-    assert content(folder) == {**OLD, "config": "new", "weights": "new"}
+    assert content(folder) == NEW
     assert (link.is_symlink(), os.readlink(folder / "link")) == (True, "nowhere")
     assert folder.stat().st_mode & 0o777 == 0o750
     assert sorted(path.name for path in folder.parent.iterdir()) == ["here", "link"]
-
-
-FULL, OTHER = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EIO, "I/O error")
 
 
 @pytest.mark.parametrize(
@@ -70,32 +134,22 @@ FULL, OTHER = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EI
         (KeyboardInterrupt("stop"), KeyboardInterrupt, "stop"),
     ],
 )
-def test_a_folder_that_could_not_be_written_is_as_before(folder, fail, kind, message):
-    with pytest.raises(kind, match=message):
-        write(folder, fail=fail)
-    assert content(folder) == OLD
-    assert [path.name for path in folder.parent.iterdir()] == ["here"]
+def test_failed_writes_leave_everything_as_before(folder, fail, kind, message):
+    def pieces():
+        yield b"new"
+        raise fail
+
+    for act in (
+        lambda: write(folder, fail),
+        lambda: replace_files(folder, {"config": [b"new"], "weights": pieces()}),
+    ):
+        with pytest.raises(kind, match=message):
+            act()
+        assert content(folder) == OLD
+        assert [path.name for path in folder.parent.iterdir()] == ["here"]
 
 
-def test_a_crash_between_two_renames_is_undone_by_the_next_run(folder, monkeypatch):
-    monkeypatch.setattr(files.ctypes, "CDLL", lambda name: object())
-    rename = Path.rename
-
-    def crash(path, to):
-        if path.name == ".here.partial":
-            raise SystemExit
-        return rename(path, to)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", crash)
-        patch.setattr(files, "restore", lambda folder: None)  # nothing runs in a crash
-        with pytest.raises(SystemExit):
-            write(folder)
-    write(folder)
-    assert content(folder) == {**OLD, "config": "new", "weights": "new"}
-
-
-def test_a_mount_point_and_a_file_are_refused_in_words(folder, monkeypatch):
+def test_mount_points_and_files_are_no_folders(folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "is_mount", lambda path: True)
         with pytest.raises(PermissionError, match=r"here.*is a mount point; give a folder"):
@@ -107,6 +161,84 @@ def test_a_mount_point_and_a_file_are_refused_in_words(folder, monkeypatch):
         write(folder / "config")
     with pytest.raises(PermissionError, match="cannot be written"), locked(folder / "config"):
         pass
+
+
+@contextmanager
+def room_for(num_bytes):
+    """No file may grow beyond it, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_full_disk_leaves_whole_lines(tmp_path):
+    with LineFile(tmp_path / "lines") as lines:
+        lines.append({"a": 1})
+        before = lines.num_bytes
+        with room_for(before + 3):
+            for _ in range(2):
+                with pytest.raises(OSError, match="no space left"):
+                    lines.append({"b": 2}, {"c": 3})
+        assert lines.num_bytes == before
+        lines.append({"d": 4})
+        assert list(lines.rows()) == [{"a": 1}, {"d": 4}]
+
+
+@pytest.mark.parametrize(
+    ("tail", "rows"),
+    [(b'{"b":2', 1), (b'{"b":2}', 2), (b"\0" * 9, 1), (b'{"b":"' + b"x" * 200_000, 1), (b"", 1)],
+)
+def test_torn_line_is_ended_or_cut_off(tmp_path, tail, rows):
+    path = tmp_path / "lines"
+    path.write_bytes(b'{"a":1}\n' + tail)
+    with LineFile(path) as lines:
+        lines.append({"c": 3})
+        assert list(lines.rows()) == [*[{"a": 1}, {"b": 2}][:rows], {"c": 3}]
+
+
+def test_lines_go_to_one_file_of_one_process(tmp_path):
+    path = tmp_path / "private" / "lines"
+    with LineFile(path, private=True) as lines:
+        with pytest.raises(ValueError, match=r"another run is writing to .*private'"):
+            LineFile(path)
+        path.rename(tmp_path / "taken")
+        with pytest.raises(FileNotFoundError, match="was removed during the run"):
+            lines.append({"a": 1})
+    assert (tmp_path / "taken").stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    path.symlink_to(tmp_path / "taken")
+    os.mkfifo(path.with_name("pipe"))
+    for elsewhere in (path, path.with_name("pipe")):
+        with pytest.raises(PermissionError, match="is a link or no regular file; remove it"):
+            LineFile(elsewhere, private=True)
+
+
+def test_journal_resumes_the_same_run_alone(tmp_path):
+    path, identity = tmp_path / "journal", {"seed": 1, "layout": {"taps": (1, 2)}, "mark": "a"}
+    Journal(path, {"seed": 9}).close()  # a run that got nowhere
+    with Journal(path, identity) as journal:
+        journal.append({"row": 1})
+        journal.append({"row": 2})
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + b"\0damaged\n" + lines[2])
+    with Journal(path, identity) as journal:
+        assert journal.entries == [{"row": 2}]
+    other = {"seed": 2, "layout": {"taps": [3]}, "mark": "b"}
+    told = r"holds another run: layout.taps is \[1, 2\] there, not \[3\]; mark .*; seed is 1 there"
+    with pytest.raises(ValueError, match=told):
+        Journal(path, other)
+
+    def check(written, given):
+        raise ValueError(f"{written} differs from {given}")
+
+    with pytest.raises(ValueError, match="a differs from b"):
+        Journal(path, {**identity, "mark": "b"}, {"mark": check})
+    path.write_bytes(b"\n" + lines[2])
+    with pytest.raises(ValueError, match="first line is damaged"):
+        Journal(path, identity)
 
 
 def test_only_one_run_has_a_folder(tmp_path):
@@ -139,10 +271,9 @@ def test_only_one_run_has_a_folder(tmp_path):
         "collect queries.jsonl",
     ],
 )
-def test_a_command_refuses_a_folder_that_another_run_writes_to(tmp_path, monkeypatch, command):
+def test_command_refuses_a_folder_in_use(tmp_path, monkeypatch, command):
     name, *rest = command.split()
-    root = Path(files.__file__).parent.parent
-    rest = [str(root / each) if each.startswith("recipes") else each for each in rest]
+    rest = [str(PACKAGE.parent / each) if each.startswith("recipes") else each for each in rest]
     monkeypatch.chdir(tmp_path)
     Path("queries.jsonl").write_text('{"text": "a"}\n')
     with locked(Path("out"), Path(".out.lock") if name == "collect" else None):
@@ -163,7 +294,7 @@ def test_a_command_refuses_a_folder_that_another_run_writes_to(tmp_path, monkeyp
         (None, r"has no it\.json"),
     ],
 )
-def test_a_file_that_is_no_json_object_is_told_in_words(tmp_path, content, message):
+def test_unreadable_json_is_named(tmp_path, content, message):
     path = tmp_path / "it.json"
     if content is None:
         os.mkfifo(path)  # which nobody writes to
@@ -171,27 +302,13 @@ def test_a_file_that_is_no_json_object_is_told_in_words(tmp_path, content, messa
         path.write_bytes(content)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         read_json(path)
-    with pytest.raises((ValueError, FileNotFoundError), match=r"it\.json"):
-        load_prompts(str(path), 1)
-    with pytest.raises((ValueError, FileNotFoundError), match=r"it\.json"):
-        read_query_splits(path)
+    for read in (lambda: load_prompts(str(path), 1), lambda: read_query_splits(path)):
+        with pytest.raises((ValueError, FileNotFoundError), match=r"it\.json"):
+            read()
 
 
-def test_a_byte_order_mark_is_no_part_of_what_is_read(tmp_path):
+def test_byte_order_marks_are_not_content(tmp_path):
     (tmp_path / "it.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
     (tmp_path / "it.txt").write_bytes(b"\xef\xbb\xbfhello\n")
     assert read_json(tmp_path / "it.json") == {"a": 1}
     assert load_prompts(str(tmp_path / "it.txt"), 1)[0].text == "hello"
-
-
-def test_lines_of_records_that_say_something_else_are_passed_over(tmp_path):
-    lines = [
-        {"kind": "run", "config_fingerprint": "mark"},
-        {"kind": "step", "repeat": 0},
-        {"kind": "call"},
-        {"kind": []},
-        {},
-    ]
-    path = tmp_path / "records.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, 3, [1]]))
-    assert read_records(path, "mark", tmp_path).done == {}

@@ -11,7 +11,6 @@ from specdec.cli import (  # noqa: F401 (they register themselves)
     generate,
     heads,
     plan,
-    proxy,
     regenerate,
     report,
     train,

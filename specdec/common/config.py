@@ -41,20 +41,7 @@ class Config(BaseModel):
 def load_config(
     model: type[Model], path: str, file: Path, overrides: Sequence[str] = (), example: str = "a=1"
 ) -> Model:
-    """Read a YAML file and overrides into a model.
-
-    Args:
-        model: a `Config`.
-        path: the file's name in messages.
-        file: the YAML file.
-        overrides: `key=value` each; a key may go into mappings and lists, as in `arms.0.name=x`.
-        example: an override, for messages.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a key that does not exist (with the nearest one), a value of a wrong type or
-            out of range, or `${...}`, which nothing here fills in.
-    """
+    """Read a YAML file and overrides into a model."""
     return validated(model, read_yaml(path, file, overrides, example))
 
 
@@ -67,12 +54,7 @@ def validated(model: type[Model], given: Any, noun: str = "config") -> Model:
 
 
 def read_model(model: type[Model], path: Path) -> Model:
-    """Read a JSON file that specdec wrote into its model.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds no JSON object, or one that breaks a rule of the model.
-    """
+    """Read a JSON file that specdec wrote into its model."""
     text = json.dumps(read_json(path))
     try:
         return model.model_validate_json(text)
@@ -107,11 +89,12 @@ def _fault(model: type[BaseModel], error: ValidationError) -> str:
         return f"{key} is {value!r:.200} but {text}" if text.startswith("must ") else text
     if kind in ("dict_type", "model_type", "model_attributes_type", "dataclass_type"):
         return f"{key} is {value!r:.200} but must be a mapping of key: value".lstrip()
-    return f"{key} is {value!r:.200} but must be {_rule(kind, context)}"
+    rule = _rule(kind, context)
+    return f"{key} is {value!r:.200}{f' but must be {rule}' if rule else ': ' + found['msg']}"
 
 
 def _rule(kind: str, context: Mapping[str, Any]) -> str:
-    """The rule behind a kind of pydantic's errors, in words."""
+    """Put the rule behind a kind of pydantic's errors into words; empty for an unknown kind."""
     words = {"int": int, "float": float, "bool": bool, "string": str, "finite": float}
     bounds = {
         **{"greater_than_equal": "at least {ge}", "greater_than": "above {gt}"},
@@ -122,7 +105,7 @@ def _rule(kind: str, context: Mapping[str, Any]) -> str:
         "string_too_short": "not empty",
     }
     first = kind.split("_")[0]
-    return _WORDS[words[first]] if first in words else bounds[kind].format(**context)
+    return _WORDS[words[first]] if first in words else bounds.get(kind, "").format(**context)
 
 
 def _fields(model: Any, path: tuple[Any, ...]) -> list[str]:
@@ -143,18 +126,6 @@ def load_strict(
     """Read YAML and overrides into a dataclass.
 
     A field's metadata may hold "rule", the words for what a list or a mapping must be.
-
-    Args:
-        schema: a dataclass whose fields are scalars, mappings, dataclasses or lists of dataclasses.
-        path: what to call the file in messages.
-        file: the YAML file.
-        overrides: `key=value` each; a key may go into mappings and lists, as in `arms.0.name=x`.
-        example: of an override, for messages.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a key that does not exist (with the nearest one), a value of a wrong type, a
-            number that is not finite or too large, or `${...}`, which nothing here fills in.
     """
     return build_strict(schema, read_yaml(path, file, overrides, example))
 

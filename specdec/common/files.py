@@ -8,16 +8,13 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, Self
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MAX_JSON = 2**28
-_BLOCK = 2**16
 _AT_CWD, _SWAP = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fs.h
-
-
-# --- JSON ---
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -46,12 +43,7 @@ def parse_line(line: bytes) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds no JSON object.
-    """
+    """Read the object in a JSON file."""
     if not path.is_file():  # a pipe would be waited for
         raise FileNotFoundError(f"{str(path.parent)!r} has no {path.name}")
     if path.stat().st_size > _MAX_JSON:
@@ -71,9 +63,6 @@ def write_json(path: Path, content: Mapping[str, Any], *, private: bool = False)
     """Replace a JSON file; errors as in `replace_files`."""
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     replace_file(path, text.encode(), private=private)
-
-
-# --- Errors ---
 
 
 def disk_trouble(folder: Path, error: OSError) -> OSError:
@@ -102,23 +91,15 @@ def check_same_run(
     given: Mapping[str, Any],
     checks: Mapping[str, Callable[[Any, Any], None]] | None = None,
 ) -> None:
-    """Refuse to resume a run in a folder that another run began.
+    """Refuse to resume a run in a folder that another run began; name the facts that differ.
 
-    Args:
-        folder: where the run writes.
-        written: facts of the run that began there, JSON values; None where they are damaged.
-        given: facts of this run. Nested facts are compared and named as `layout.top_k`.
-        checks: comparisons other than equality, by key; each gets the written and the given value
-            and raises.
-
-    Raises:
-        ValueError: names every fact that differs.
+    Facts are JSON values. `checks` compares those that equality is too strict for, by key.
     """
     fix = "choose another --out folder or remove this one"
     if written is None:
         raise ValueError(f"{str(folder)!r} holds another run: its first line is damaged; {fix}")
     checks = checks or {}
-    given = json.loads(json.dumps(given))  # tuples are lists there
+    written, given = json.loads(json.dumps([written, given]))  # tuples are lists there
     was, now = ({k: v for k, v in run.items() if k not in checks} for run in (written, given))
     theirs, ours = dict(_flat(was)), dict(_flat(now))
     different = [k for k in sorted(theirs | ours) if theirs.get(k) != ours.get(k)]
@@ -135,9 +116,6 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-# --- Files ---
 
 
 def make_private(folder: Path) -> None:
@@ -191,14 +169,6 @@ def replace_files(
 
     Of several files the last one is the seal: it is removed first and renamed last, so that a
     folder with a seal holds the files that belong to it.
-
-    Args:
-        folder: exists.
-        contents: name -> pieces of the file, made as they are written.
-        private: for their owner alone.
-
-    Raises:
-        OSError: in words; nothing is left of files that were not renamed.
     """
     partial = {name: folder / f".{name}.partial" for name in contents}
     try:
@@ -221,22 +191,11 @@ def replace_files(
         raise
 
 
-# --- Files that grow ---
-
-
 class LineFile:
     """A file of lines that only grows, for one process at a time.
 
     A line is handed to the system when `write` returns: a killed process loses nothing. What a
     killed process or a full disk left of a line is cut off.
-
-    Args:
-        path: its folder is made.
-        private: file and folder are for their owner alone.
-
-    Raises:
-        ValueError: another process writes to it.
-        OSError: it cannot be written, in words.
     """
 
     def __init__(self, path: Path, *, private: bool = False) -> None:
@@ -248,6 +207,7 @@ class LineFile:
                 path.parent.mkdir(parents=True, exist_ok=True)
             opener = private_opener if private else None
             self._file = open(path, "a+b", buffering=0, opener=opener)  # noqa: SIM115
+            sync(path.parent)  # the name of a new file
         except OSError as error:
             raise disk_trouble(path.parent, error) from error
         if not try_lock(self._file.fileno()):
@@ -264,7 +224,7 @@ class LineFile:
     def is_in_place(self) -> bool:
         """Whether the path still names this file; else lines would be lost with it."""
         try:
-            return os.path.samestat(os.lstat(self.path), os.fstat(self._file.fileno()))
+            return os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
         except FileNotFoundError:
             return False
 
@@ -278,15 +238,7 @@ class LineFile:
         self.write("".join(json.dumps(r, separators=(",", ":")) + "\n" for r in rows).encode())
 
     def write(self, lines: bytes, *, durable: bool = False) -> None:
-        """Add whole lines, all of them or none.
-
-        Args:
-            lines: with their line ends.
-            durable: wait until they are on the disk.
-
-        Raises:
-            OSError: in words; the file is as before.
-        """
+        """Add whole lines, all of them or none."""
         before = self.num_bytes
         try:
             if not self.is_in_place:
@@ -314,38 +266,19 @@ class LineFile:
 
     def _cut_torn_line(self) -> None:
         """Cut off a last line without its end, or end it if it lacks nothing else."""
-        fd, end = self._file.fileno(), self.num_bytes
-        start = end
-        while start > 0:
-            first = max(0, start - _BLOCK)
-            found = os.pread(fd, start - first, first).rfind(b"\n")
-            start = first if found < 0 else first + found + 1
-            if found >= 0:
-                break
-        if start < end:
-            if parse_line(os.pread(fd, end - start, start) + b"\n"):
-                self._file.write(b"\n")
-            else:
-                self._file.truncate(start)
+        if not self.num_bytes:
+            return
+        with mmap(self._file.fileno(), 0, access=ACCESS_READ) as content:
+            start = content.rfind(b"\n") + 1
+            tail = content[start:]
+        if parse_line(tail + b"\n"):
+            self._file.write(b"\n")
+        elif tail:
+            self._file.truncate(start)
 
 
 class Journal(LineFile):
-    """What a run has finished so far, a JSON line each; the first line says which run it is.
-
-    Args:
-        path: its folder is made.
-        identity: facts that make a run the same run, JSON values.
-        checks: see `check_same_run`.
-        private: file and folder are for their owner alone.
-
-    Attributes:
-        entries: rows that earlier runs appended, in order; damaged ones are left out. Whoever has
-            read them may clear them.
-
-    Raises:
-        ValueError: the file belongs to another run, or another process writes to it.
-        OSError: it cannot be written, in words.
-    """
+    """What a run has finished so far, a JSON line each; the first line says which run it is."""
 
     def __init__(
         self,
@@ -369,9 +302,6 @@ class Journal(LineFile):
             raise
 
 
-# --- Locks ---
-
-
 def try_lock(fd: int) -> bool:
     """Lock an open file until it is closed, however its process ends; False if it is taken."""
     import fcntl
@@ -392,17 +322,7 @@ def another_run(folder: Path) -> ValueError:
 
 @contextmanager
 def locked(folder: Path, file: Path | None = None, *, is_writer: bool = True) -> Iterator[None]:
-    """Have a folder to oneself; it is made if it is not there, and removed if it stays empty.
-
-    Args:
-        folder: where a run writes.
-        file: lock this private file instead of one in the folder, for a folder that is replaced.
-        is_writer: of several processes of one run only one takes the lock.
-
-    Raises:
-        ValueError: another run has it.
-        OSError: it cannot be written, in words.
-    """
+    """Have a folder to oneself; it is made if it is not there, and removed if it stays empty."""
     if not is_writer:
         yield
         return
@@ -430,18 +350,12 @@ def locked(folder: Path, file: Path | None = None, *, is_writer: bool = True) ->
                         path.parent.rmdir()  # if nothing was written
 
 
-# --- Folders ---
-
-
 @contextmanager
 def whole_folder(folder: Path, *, private: bool = False) -> Iterator[Path]:
     """Make a new folder to write into; it takes the place of `folder` when the block ends well.
 
     Until then, and after a crash, what stood there before stays. Files and folders in it that the
     new one does not have are carried over. A link stays a link: the folder behind it is replaced.
-
-    Raises:
-        OSError: in words; the folder is as before.
     """
     folder = folder.resolve()
     partial, before = _beside(folder, "partial"), _beside(folder, "before")

@@ -22,17 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 def find_path(name: str, wanted: str) -> Path | str:
-    """The path that is here, or the id of what is to be had from the hub, which the log says.
-
-    Args:
-        name: a path, `~` for the home folder; `owner/name`, or an old id without an owner, which
-            does not look like a path; or `hub:` before either, which is always the hub's.
-        wanted: what should be there, for the message.
-
-    Raises:
-        FileNotFoundError: nothing is there, and the name looks like a path.
-        ValueError: what stands behind `hub:` is no id.
-    """
+    """The path that is here, or the id of what is to be had from the hub, which the log says."""
     hub_id = name.removeprefix(HUB)
     if hub_id != name:
         if not _ID.fullmatch(hub_id):
