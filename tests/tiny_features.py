@@ -1,10 +1,12 @@
 """Rows of random tokens, and feature stores of what a tiny target makes of them."""
 
+import json
+
 import torch
 
-from specdec.data.answers import write_answers
-from specdec.data.feature_store import FeatureOptions, FeatureStore
-from specdec.data.features import FeatureExtraction, FeaturePlan
+from specdec.data.answers import AnswersManifest
+from specdec.data.feature_store import FeatureStore
+from specdec.data.features import FeatureOptions, FeaturePlan, extract_features
 
 
 def random_rows(num_rows=9, longest=40, vocab_size=97, seed=0):
@@ -27,20 +29,41 @@ def random_rows(num_rows=9, longest=40, vocab_size=97, seed=0):
     return rows
 
 
+def manifest(train=0, held_out=0, **changes):
+    """The content of an `answers.json` for so many rows."""
+    numbers = {"train": train, "held_out": held_out}
+    counts = {name: {"queries": n, "rows": n, "failed": 0} for name, n in numbers.items()}
+    zeros = ("answers", "unanswered_turns", "retokenized_answers", "answer_tokens", "tokens")
+    session = {"tokens": 0, "seconds": 0.0, "tokens_per_s": None, "tau": None, "batch_size": 1}
+    content = {
+        "schema": "specdec-answers-1",
+        "target": {"name": "tiny"},
+        **dict.fromkeys(zeros, 0),
+        **{key: {} for key in ("identity", "settings", "finish_reasons", "temperatures")},
+        **{"counts": counts, "session": session, "endpoint": None, "provenance": {}},
+        **changes,
+    }
+    AnswersManifest.model_validate_json(json.dumps(content))
+    return content
+
+
 def write_folder(folder, train, held_out=()):
     """A folder as `specdec regenerate` leaves it."""
     folder.mkdir(parents=True)
-    counts = {"train": {"rows": len(train)}, "held_out": {"rows": len(held_out)}}
-    manifest = {"schema": "specdec-answers-1", "target": {"name": "tiny"}, "counts": counts}
-    write_answers(folder, {"train": train, "held_out": held_out}, [], manifest)
+    for name, rows in (("train", train), ("held_out", held_out)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines)
+    (folder / "answers.json").write_text(json.dumps(manifest(len(train), len(held_out))))
     return folder
 
 
-def extraction(path, target, **options):
-    plan = FeaturePlan(
-        path, target, FeatureOptions(**{"taps": "0,1,2", "top_k": 8, "shard_mib": 1, **options})
-    )
-    return FeatureExtraction(plan, target)
+def feature_plan(path, target, **options):
+    given = {"taps": "0,1,2", "top_k": 8, "shard_mib": 1, **options}
+    return FeaturePlan(path, target, FeatureOptions(**given))
+
+
+def extract(path, target, out, progress=lambda *shown: None, **options):
+    return extract_features(feature_plan(path, target, **options), target, out, progress)
 
 
 def make_store(folder, target, rows=None, held_out=(), **options):
@@ -48,7 +71,7 @@ def make_store(folder, target, rows=None, held_out=(), **options):
     path = folder / "answers"
     if not path.exists():
         write_folder(path, random_rows() if rows is None else rows, held_out)
-    extraction(path, target, **options).run(folder / "store")
+    extract(path, target, folder / "store", **options)
     return FeatureStore.open(folder / "store")
 
 

@@ -11,25 +11,26 @@ from pathlib import Path
 
 import typer
 
-from specdec.data.answers import load_answers, write_answers
+from specdec.data.answers import AnswerLine, load_answers, write_answers
 
 
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def read(path: Path) -> list[AnswerLine]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [AnswerLine(**{"retokenized": None, **row}) for row in rows]
 
 
 def main(folder: Path, sizes: list[int]) -> None:
     answers = load_answers(folder)
-    training = sorted(read(answers.path("train")), key=lambda row: row["id"])
+    training = sorted(read(answers.path("train")), key=lambda row: row.id)
     held_out = read(answers.path("held_out"))
     for size in sizes:
         if size > len(training):
             raise typer.BadParameter(f"{size} rows are asked for but {folder} has {len(training)}")
         out = folder.with_name(f"{folder.name}-{size}")
         out.mkdir(parents=True, exist_ok=True)
-        counts = json.loads(json.dumps(answers.manifest["counts"]))
-        counts["train"]["rows"] = size
-        manifest = {**answers.manifest, "counts": counts, "first_rows_by_id": size}
+        manifest = answers.manifest.model_copy(deep=True)
+        manifest.counts.train.rows = size
+        manifest.provenance["first_rows_by_id"] = size
         write_answers(out, {"train": training[:size], "held_out": held_out}, [], manifest)
 
 

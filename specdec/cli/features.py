@@ -1,10 +1,8 @@
 """`specdec features`."""
 
 import json
-import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -24,10 +22,7 @@ def features(
     taps: Annotated[
         str, typer.Option(help="eagle3, eagle, medusa, none, or hidden_states indices, with commas")
     ] = "eagle3,eagle",
-    dtype: Annotated[str, typer.Option(help="of the taps: bf16, int8 or float32")] = "bf16",
-    group_size: Annotated[
-        int, typer.Option(help="channels that share a scale in int8; 0: all of a token")
-    ] = 128,
+    dtype: Annotated[str, typer.Option(help="of the taps: bf16 or float32")] = "bf16",
     top_k: Annotated[
         int, typer.Option(help="logits kept a token; 0: they are computed from the last tap")
     ] = 64,
@@ -40,7 +35,7 @@ def features(
     device: Annotated[str | None, typer.Option()] = None,
     quantization: Annotated[str | None, typer.Option(help="8bit or 4bit")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="only say what each choice would take on the disk")
+        bool, typer.Option("--dry-run", help="only say what it would take on the disk")
     ] = False,
     check: Annotated[
         bool, typer.Option("--check", help="ANSWERS is a store: compare the hashes of its files")
@@ -52,27 +47,28 @@ def features(
         return
     if target is None or (out is None and not dry_run):
         raise ValueError("--target and --out must be given (--dry-run needs no --out)")
-    from specdec.data.feature_store import FeatureOptions
-    from specdec.data.features import FeaturePlan
+    from specdec.common.config import validated
+    from specdec.common.files import locked
+    from specdec.data.features import FeatureOptions, FeaturePlan, extract_features, free_bytes
+    from specdec.targets.load import load_target
+    from specdec.targets.partial import load_ends
 
-    options = FeatureOptions(taps, dtype, group_size, top_k, max_len, batch_tokens, shard_mib)
+    given = {"taps": taps, "dtype": dtype, "top_k": top_k, "max_len": max_len}
+    given |= {"batch_tokens": batch_tokens, "shard_mib": shard_mib}
+    options = validated(FeatureOptions, given, noun="option")
     quiet_transformers()
     if dry_run:
-        from specdec.targets.partial import load_ends
-
-        ends = load_ends(target, dtype=target_dtype, device=device)
-        _print_choices(FeaturePlan(answers, ends, options), out or Path())
+        plan = FeaturePlan(answers, load_ends(target, dtype=target_dtype, device=device), options)
+        per_token, free = plan.num_bytes / plan.total.tokens, free_bytes(out or Path())
+        size = {"bytes_per_token": round(per_token, 2), "bytes": plan.num_bytes, "free_bytes": free}
+        typer.echo(json.dumps({**size, "tokens": plan.total.tokens}))
         return
     assert out is not None
-    from specdec.common.files import locked
-    from specdec.data.features import FeatureExtraction
-    from specdec.targets.load import load_target
-
     with locked(out):
         model = load_target(target, dtype=target_dtype, device=device, quantization=quantization)
-        extraction = FeatureExtraction(FeaturePlan(answers, model, options), model)
+        plan = FeaturePlan(answers, model, options)
         with progress_bar() as show:
-            summary = extraction.run(out, show)
+            summary = extract_features(plan, model, out, show)
     typer.echo(json.dumps({"store": str(out), **summary}))
 
 
@@ -83,15 +79,3 @@ def _check(folder: Path) -> None:
     store.verify()
     sizes = {name: split.rows for name, split in store.index.splits.items()}
     typer.echo(json.dumps({"store": str(folder), "rows": sizes, "ok": True}))
-
-
-def _print_choices(plan: Any, out: Path) -> None:
-    """A table, and as the last line the same for machines."""
-    from rich.console import Console
-
-    from specdec.report.tables import choices_table
-
-    chosen, found = plan.chosen(out), plan.choices(out)
-    Console(width=None if sys.stdout.isatty() else 140).print(choices_table(found, chosen))
-    counts = asdict(plan.total)
-    typer.echo(json.dumps({"chosen": chosen, "choices": found, "counts": counts}))

@@ -4,7 +4,7 @@ import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -50,29 +50,46 @@ def regenerate(
     ] = _KEY_VARIABLE,
 ) -> None:
     """Let the target answer the queries itself; the same command resumes and retries failures."""
+    from specdec.common.config import validated
     from specdec.data.answers import AnswerSettings
+    from specdec.data.dialogue import load_chat
+    from specdec.data.local_answers import LocalAnswers
+    from specdec.data.regenerate import Answerer
+    from specdec.data.regenerate import regenerate as answer
     from specdec.data.sources import read_query_splits
+    from specdec.registry import load_drafter
+    from specdec.targets.load import load_target
 
-    settings = AnswerSettings(tuple(temperature or [0.0]), top_p, max_new_tokens, turns, seed)
+    given = {"temperatures": temperature or [0.0], "top_p": top_p, "turns": turns, "seed": seed}
+    given |= {"max_new_tokens": max_new_tokens}
+    settings = validated(AnswerSettings, given, noun="option")
     _check_source(target, endpoint, model, tokenizer)
     found = read_query_splits(queries)  # wrong ones are told before a target is loaded
     quiet_transformers()
+    answers: Answerer
     with progress_bar() as show:
         if endpoint is None:
-            how: dict[str, Any] = {"dtype": dtype, "device": device, "quantization": quantization}
-            manifest = _locally(found, out, str(target), how, drafter, settings, batch_size, show)
+            loaded = load_target(str(target), dtype=dtype, device=device, quantization=quantization)
+            options = None if drafter == "none" else drafter_options(drafter)
+            strategy = None if options is None else load_drafter(options, loaded)
+            answers = LocalAnswers(loaded, settings, strategy, batch_size)
         else:
-            server = {
-                "url": endpoint,
-                "model": model,
-                "api_key": os.environ.get(api_key_variable, ""),
-                "attempts": attempts,
-                "timeout_s": timeout,
-                "concurrency": concurrency,
-            }
-            read_with = str(tokenizer or target)
-            manifest = _remotely(found, out, server, read_with, settings, api, show)
-    _report(manifest, out)
+            from specdec.data.endpoint import Endpoint, EndpointAnswers
+
+            key = os.environ.get(api_key_variable, "")
+            server = Endpoint(endpoint, str(model), key, attempts, timeout, concurrency)
+            chat = load_chat(str(tokenizer or target))
+            answers = EndpointAnswers(server, chat, settings, api, concurrency)
+        manifest = answer(found, out, answers, show)
+    counts = manifest.counts
+    failed = counts.train.failed + counts.held_out.failed
+    if failed:
+        total = counts.train.queries + counts.held_out.queries
+        typer.echo(f"specdec: {failed} of {total} queries failed: {out / 'failed.jsonl'}", err=True)
+    keys = {"counts", "answers", "answer_tokens", "unanswered_turns", "retokenized_answers"}
+    rate = manifest.session.tokens_per_s
+    brief = {**manifest.model_dump(include=keys), "tokens_per_s": rate}
+    typer.echo(json.dumps({"answers_folder": str(out), **brief}))
 
 
 def _check_source(
@@ -97,54 +114,3 @@ def _check_source(
             raise ValueError(
                 f"--endpoint needs {package}; install it with: pip install 'specdec[collect]'"
             )
-
-
-def _locally(
-    found: Any,
-    out: Path,
-    target: str,
-    how: dict[str, Any],
-    drafter: str,
-    settings: Any,
-    batch_size: int,
-    show: Any,
-) -> dict[str, Any]:
-    from specdec.data.regenerate import regenerate as answer
-    from specdec.registry import load_drafter
-    from specdec.targets.load import load_target
-
-    model = load_target(target, **how)
-    strategy = None if drafter == "none" else load_drafter(drafter_options(drafter), model)
-    return answer(found, out, model, settings, strategy, batch_size, show)
-
-
-def _remotely(
-    found: Any,
-    out: Path,
-    server: dict[str, Any],
-    tokenizer: str,
-    settings: Any,
-    api: str,
-    show: Any,
-) -> dict[str, Any]:
-    from specdec.data.dialogue import load_chat
-    from specdec.data.endpoint import Endpoint
-    from specdec.data.regenerate import regenerate_from_endpoint
-
-    endpoint, chat = Endpoint(**server), load_chat(tokenizer)
-    return regenerate_from_endpoint(
-        found, out, endpoint, chat, settings, api, server["concurrency"], show
-    )
-
-
-def _report(manifest: dict[str, Any], out: Path) -> None:
-    """Say what came out; the last line is for machines."""
-    counts = manifest["counts"]
-    failed = sum(each["failed"] for each in counts.values())
-    if failed:
-        total = sum(each["queries"] for each in counts.values())
-        typer.echo(f"specdec: {failed} of {total} queries failed: {out / 'failed.jsonl'}", err=True)
-    keys = ("counts", "answers", "answer_tokens", "unanswered_turns", "retokenized_answers")
-    brief = {key: manifest[key] for key in keys}
-    rate = manifest["session"]["tokens_per_s"]
-    typer.echo(json.dumps({"answers_folder": str(out), **brief, "tokens_per_s": rate}))

@@ -1,34 +1,27 @@
-"""Dialogues as token ids, and which of the tokens the target wrote."""
+"""Answers on the disk: dialogues as token ids, marked where the target wrote them."""
 
-import hashlib
 import json
-import os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, JsonValue, model_validator
 
 from specdec.checkpoints import TargetIdentity
-from specdec.checkpoints.identity import differences, identity_of
-from specdec.common.files import disk_trouble, parse_json, private_opener, read_json, replace_file
-from specdec.data.conversation import SPLITS, Query
-from specdec.data.dialogue import TURNS, Dialogue
+from specdec.checkpoints.identity import differences
+from specdec.common.config import Config, read_model, validated
+from specdec.common.files import parse_json, replace_file, replace_files
 from specdec.sampling.config import SamplingConfig
+
+MANIFEST, FAILED, JOURNAL = "answers.json", "failed.jsonl", "journal.jsonl"
+
+Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
 class AnswerRow:
-    """One dialogue.
-
-    Attributes:
-        tokens: of the whole dialogue, in the target's vocabulary.
-        answers: [start, end) of every answer that the target wrote, in order.
-        id: of the query it answers; "line N" where the file has none.
-        domain: of the query; empty where it is not known.
-        temperature: that the answers were sampled at; None where it is not known.
-    """
+    """One dialogue as drafters learn from it; `answers` are [start, end) spans of its tokens."""
 
     tokens: tuple[int, ...]
     answers: tuple[tuple[int, int], ...]
@@ -38,190 +31,181 @@ class AnswerRow:
 
     @property
     def num_answer_tokens(self) -> int:
-        """Tokens that the target wrote."""
+        """Number of tokens that the target wrote."""
         return sum(end - start for start, end in self.answers)
 
     def cut(self, max_len: int) -> "AnswerRow":
-        """The first `max_len` tokens."""
+        """Keep the first `max_len` tokens."""
         spans = ((start, min(end, max_len)) for start, end in self.answers if start < max_len)
         return replace(self, tokens=self.tokens[:max_len], answers=tuple(spans))
 
 
+class _GivenLine(Config):
+    """What is read of a line; its other keys may hold anything."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    tokens: list[int]
+    answers: list[Annotated[list[int], Field(min_length=2, max_length=2)]] = Field(min_length=1)
+    id: JsonValue = None
+    domain: JsonValue = ""
+    temperature: float | None = None
+
+    @model_validator(mode="after")
+    def _check_spans(self) -> "_GivenLine":
+        before = 0
+        for start, end in self.answers:
+            if not before <= start < end <= len(self.tokens):
+                raise ValueError(
+                    f"answer {[start, end]} must be a non-empty span behind the one before and "
+                    f"within the row's {len(self.tokens)} tokens"
+                )
+            before = end
+        return self
+
+
 def read_rows(path: Path, vocab_size: int, max_rows: int | None = None) -> Iterator[AnswerRow]:
-    """Rows of a JSONL file, each `{"tokens": [...], "answers": [[start, end), ...]}`.
-
-    "id", "domain" and "temperature" are kept; other keys are ignored.
-
-    Args:
-        path: of the file.
-        vocab_size: every token id is below it.
-        max_rows: stop after this many; None for all of them.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a line that is no such row, by its number.
-    """
+    """Read rows of a JSONL file, each `{"tokens": [...], "answers": [[start, end), ...]}`."""
     if not path.is_file():
         raise FileNotFoundError(f"data.path {str(path)!r} is not a file; give a JSONL file")
     with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, text in enumerate(lines, 1):
             if max_rows is not None and number > max_rows:
                 return
             try:
-                yield _row(parse_json(line), vocab_size, f"line {number}")
+                line = validated(_GivenLine, parse_json(text), noun="row")
+                _check_vocabulary(line.tokens, vocab_size)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
+            yield AnswerRow(
+                tuple(line.tokens),
+                tuple((start, end) for start, end in line.answers),
+                f"line {number}" if line.id is None else str(line.id),
+                str(line.domain),
+                line.temperature,
+            )
 
 
-def _row(given: Any, vocab_size: int, name: str) -> AnswerRow:
-    if not isinstance(given, dict) or not {"tokens", "answers"} <= given.keys():
-        raise ValueError('a row must be an object with "tokens" and "answers"')
-    tokens, spans = given["tokens"], given["answers"]
-    if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
-        raise ValueError("tokens must be a list of token ids")
+def _check_vocabulary(tokens: list[int], vocab_size: int) -> None:
     wrong = next((token for token in tokens if not 0 <= token < vocab_size), None)
     if wrong is not None:
         raise ValueError(
             f"token id {wrong} is outside the target's vocabulary of {vocab_size}; the answers "
             "must be written with the target's own tokenizer"
         )
-    if not isinstance(spans, list) or not spans:
-        raise ValueError("answers is empty; every row needs at least one [start, end) span")
-    before = 0
-    for span in spans:
-        if not (isinstance(span, list) and len(span) == 2 and all(type(n) is int for n in span)):
-            raise ValueError(f"answer {span!r} must be a pair of token indices [start, end)")
-        if not before <= span[0] < span[1] <= len(tokens):
-            raise ValueError(
-                f"answer {span} must be a non-empty span behind the one before and within the "
-                f"row's {len(tokens)} tokens"
-            )
-        before = span[1]
-    temperature = given.get("temperature")
-    if temperature is not None and not isinstance(temperature, int | float):
-        raise ValueError(f"temperature is {temperature!r} but must be a number")
-    return AnswerRow(
-        tuple(tokens),
-        tuple((start, end) for start, end in spans),
-        str(given.get("id", name)),
-        str(given.get("domain", "")),
-        temperature,
-    )
+
+
+class AnswerSettings(Config):
+    """What decides the answers."""
+
+    temperatures: list[float] = Field([0.0], min_length=1)
+    top_p: float = 1.0
+    max_new_tokens: int = Field(512, ge=1)
+    turns: Literal["last", "all"] = "last"
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _check_sampling(self) -> "AnswerSettings":
+        for temperature in self.temperatures:
+            SamplingConfig(temperature, top_p=self.top_p, seed=self.seed)
+        return self
+
+
+class AskedEndpoint(Config):
+    """The server that answered."""
+
+    url: str
+    model: str
+    api: Literal["chat", "completion"]
 
 
 @dataclass(frozen=True)
-class AnswerSettings:
-    """What decides the answers.
+class AnswererFacts:
+    """Facts of who answers."""
 
-    Attributes:
-        temperatures: each query gets one of them, by hash of its id.
-        top_p: of the sampled ones.
-        max_new_tokens: of an answer.
-        turns: "last" answers the last user turn with the recorded context, "all" every user turn
-            after the target's own earlier answers.
-        seed: of temperatures and samples.
-
-    Raises:
-        ValueError: a value breaks its rule.
-    """
-
-    temperatures: tuple[float, ...] = (0.0,)
-    top_p: float = 1.0
-    max_new_tokens: int = 512
-    turns: str = "last"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.temperatures:
-            raise ValueError("temperatures is empty; give at least one, 0 for greedy answers")
-        for temperature in self.temperatures:
-            SamplingConfig(temperature, top_p=self.top_p, seed=self.seed)
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens} but must be at least 1")
-        if self.turns not in TURNS:
-            raise ValueError(f"turns is {self.turns!r} but must be one of {', '.join(TURNS)}")
-
-    def values(self) -> dict[str, Any]:
-        """The settings as JSON values."""
-        return {**asdict(self), "temperatures": list(self.temperatures)}
+    target: TargetIdentity
+    endpoint: AskedEndpoint | None
+    identity: dict[str, Any]
+    provenance: dict[str, Any]
 
 
-def run_identity(queries: dict[str, list[Query]], settings: AnswerSettings) -> dict[str, Any]:
-    """What must be the same for a run to go on in a folder, by name."""
-    hashes = {f"{split}_queries": _query_hash(queries[split]) for split in SPLITS}
-    return {**hashes, **settings.values()}
+class SplitCounts(Config):
+    """Every query is a row or a failure: queries = rows + failed."""
+
+    queries: Count
+    rows: Count
+    failed: Count
 
 
-def _query_hash(queries: Iterable[Query]) -> str:
-    whole = hashlib.sha256()
-    for query in queries:
-        whole.update(json.dumps([query.id, query.messages, query.text]).encode() + b"\n")
-    return whole.hexdigest()[:16]
+class AllCounts(Config):
+    """Counts by split."""
+
+    train: SplitCounts
+    held_out: SplitCounts
 
 
-def template_hash(tokenizer: Any) -> str | None:
-    """Of the chat template; None where there is none."""
-    template = getattr(tokenizer, "chat_template", None)
-    return hashlib.sha256(json.dumps(template).encode()).hexdigest()[:16] if template else None
+class SessionFigures(Config):
+    """What the last command that decoded anything did; a resumed run did more before."""
+
+    tokens: Count
+    seconds: float = Field(ge=0)
+    tokens_per_s: float | None
+    tau: float | None  # tokens per forward of a row; None behind an endpoint
+    batch_size: int = Field(ge=1)  # rows decoded together, or dialogues asked at once
 
 
-MANIFEST, FAILED = "answers.json", "failed.jsonl"
-SCHEMA = "specdec-answers-1"
+class AnswersManifest(Config):
+    """The content of `answers.json`, which is written last."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    schema_: Literal["specdec-answers-1"] = Field(default="specdec-answers-1", alias="schema")
+    target: TargetIdentity
+    endpoint: AskedEndpoint | None
+    identity: dict[str, JsonValue]  # what must be the same for a run to resume in the folder
+    settings: AnswerSettings
+    counts: AllCounts
+    answers: Count
+    unanswered_turns: Count  # of rows that ended before their last user turn
+    retokenized_answers: Count  # whose tokens were made from a server's text
+    answer_tokens: Count
+    tokens: Count  # prompts included
+    finish_reasons: dict[str, Count]  # of the answers
+    temperatures: dict[str, Count]  # rows by temperature
+    session: SessionFigures
+    provenance: dict[str, JsonValue]
 
 
 @dataclass(frozen=True)
 class AnswersFolder:
-    """A finished folder of `specdec regenerate`.
-
-    Attributes:
-        folder: where it is.
-        manifest: content of `answers.json`.
-    """
+    """A finished folder of `specdec regenerate`."""
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: AnswersManifest
 
     def path(self, split: str) -> Path:
         """The JSONL file of a split, "train" or "held_out"."""
         return self.folder / f"{split}.jsonl"
 
     def num_rows(self, split: str) -> int:
-        """Rows of a split."""
-        return int(self.manifest["counts"][split]["rows"])
+        """Number of rows of a split."""
+        counts: SplitCounts = getattr(self.manifest.counts, split)
+        return counts.rows
 
     def rows(self, split: str, vocab_size: int, max_rows: int | None = None) -> Iterator[AnswerRow]:
-        """Rows of a split; see `read_rows`."""
+        """Read the rows of a split; arguments as in `read_rows`."""
         return read_rows(self.path(split), vocab_size, max_rows)
 
 
 def load_answers(folder: Path) -> AnswersFolder:
-    """Open a folder that `specdec regenerate` has finished.
-
-    Raises:
-        FileNotFoundError: no such folder, or its run has not come to its end.
-        ValueError: its manifest is damaged, or a file has other rows than it says.
-    """
+    """Open a folder that `specdec regenerate` has finished."""
     if not (folder / MANIFEST).is_file():
-        unfinished = (folder / "journal.jsonl").is_file()
+        unfinished = (folder / JOURNAL).is_file()
         fix = "give the command that made it again, to finish it" if unfinished else "give one"
         raise FileNotFoundError(f"{str(folder)!r} holds no finished answers ({MANIFEST}); {fix}")
-    manifest = read_json(folder / MANIFEST)
-    if manifest.get("schema") != SCHEMA:
-        raise ValueError(
-            f"{str(folder / MANIFEST)!r} has schema {manifest.get('schema')!r} but must have "
-            f"{SCHEMA!r}; was it written by another version?"
-        )
-    answers = AnswersFolder(folder, manifest)
-    try:
-        counts = {split: answers.num_rows(split) for split in SPLITS}
-        dict(manifest["target"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{str(folder / MANIFEST)!r} is damaged: it lacks counts or target; give the command "
-            "that made it again"
-        ) from error
-    for split, count in counts.items():
-        path = answers.path(split)
+    answers = AnswersFolder(folder, read_model(AnswersManifest, folder / MANIFEST))
+    for split in AllCounts.model_fields:
+        path, count = answers.path(split), answers.num_rows(split)
         if not path.is_file():
             raise FileNotFoundError(f"{str(path)!r} is missing; copy the folder again")
         with path.open("rb") as lines:
@@ -234,20 +218,13 @@ def load_answers(folder: Path) -> AnswersFolder:
     return answers
 
 
-def check_answers_target(manifest: Mapping[str, Any], identity: TargetIdentity) -> None:
+def check_answers_target(manifest: AnswersManifest, identity: TargetIdentity) -> None:
     """Refuse answers that another target wrote.
 
     What the manifest or the target does not know is not compared, nor are names.
-
-    Args:
-        manifest: of the answers.
-        identity: of the target that is to be drafted for, from `identify_target`.
-
-    Raises:
-        ValueError: the first fact that differs.
     """
-    known, renew = identity_of(manifest["target"]), "specdec regenerate"
-    for fact, wrote, given in differences(known, identity, "answers.json", renew):
+    known = manifest.target
+    for fact, wrote, given in differences(known, identity, MANIFEST, "specdec regenerate"):
         raise ValueError(
             f"the answers were written by target {known.name!r} with {fact} {wrote}, but "
             f"{identity.name!r} has {fact} {given}; use the target that wrote them, or regenerate "
@@ -255,110 +232,51 @@ def check_answers_target(manifest: Mapping[str, Any], identity: TargetIdentity) 
         )
 
 
+@dataclass(frozen=True)
+class AnswerLine:
+    """A line of `train.jsonl` or `held_out.jsonl`."""
+
+    id: str
+    domain: str
+    language: str
+    tokens: list[int]
+    answers: list[list[int]]
+    temperature: float
+    seed: int
+    finish_reason: str  # "eos", "length", or why later turns have no answer
+    text: str
+    retokenized: bool | None  # tokens were made from a server's text; left out if not
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A line of `failed.jsonl`: a query without an answer."""
+
+    id: str
+    split: str
+    domain: str
+    reason: str
+
+
 def write_answers(
     folder: Path,
-    rows: Mapping[str, Iterable[Mapping[str, Any]]],
-    failed: Iterable[Mapping[str, Any]],
-    manifest: Mapping[str, Any],
+    rows: Mapping[str, Iterable[AnswerLine]],
+    failed: Iterable[Failure],
+    manifest: AnswersManifest,
 ) -> None:
-    """Write all files under other names first and the manifest last: there is one or none.
-
-    Args:
-        folder: exists already.
-        rows: split -> rows.
-        failed: what has no answer, and why.
-        manifest: JSON values.
-
-    Raises:
-        OSError: there is no space left, or the folder cannot be written.
-    """
-    files = {**{f"{split}.jsonl": each for split, each in rows.items()}, FAILED: failed}
-    partial = {name: folder / f".{name}.partial" for name in (*files, MANIFEST)}
-    try:
-        for name, lines in files.items():
-            with open(partial[name], "w", encoding="utf-8", opener=private_opener) as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
-        with open(partial[MANIFEST], "w", encoding="utf-8", opener=private_opener) as file:
-            file.write(json.dumps(manifest, indent=1, allow_nan=False) + "\n")
-        (folder / MANIFEST).unlink(missing_ok=True)
-        for name, path in partial.items():
-            os.replace(path, folder / name)
-    except OSError as error:
-        for path in partial.values():
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
-        raise disk_trouble(folder, error) from error
+    """Replace all files of a folder; the manifest goes first and comes last."""
+    text = manifest.model_dump_json(by_alias=True, indent=1) + "\n"
+    files = {f"{split}.jsonl": _lines(each) for split, each in rows.items()}
+    files |= {FAILED: _lines(failed), MANIFEST: iter([text.encode()])}
+    replace_files(folder, files, private=True)
 
 
-def write_failed(folder: Path, failed: Iterable[Mapping[str, Any]]) -> None:
-    """Write the list of failures alone, where a run ends before its time.
-
-    Raises:
-        OSError: as `write_answers`.
-    """
-    text = "".join(json.dumps(line) + "\n" for line in failed)
-    replace_file(folder / FAILED, text.encode(), private=True)
+def write_failed(folder: Path, failed: Iterable[Failure]) -> None:
+    """Replace the list of failures alone, where a run ends before its time."""
+    replace_file(folder / FAILED, b"".join(_lines(failed)), private=True)
 
 
-def summary(dialogues: Sequence[Dialogue]) -> dict[str, Any]:
-    """Counts of queries, rows, answers and tokens."""
-    counts: dict[str, dict[str, int]] = {}
-    for split in SPLITS:
-        members = [dialogue for dialogue in dialogues if dialogue.split == split]
-        failed = sum(bool(dialogue.failure) for dialogue in members)
-        rows = sum(not d.failure and d.is_done for d in members)
-        assert rows + failed == len(members), "a query is neither answered nor listed as failed"
-        counts[split] = {"queries": len(members), "rows": rows, "failed": failed}
-    done = [dialogue for dialogue in dialogues if not dialogue.failure]
-    kept = [answer for dialogue in done for answer in dialogue.kept]
-    return {
-        "counts": counts,
-        "answers": len(kept),
-        "unanswered_turns": sum(dialogue.num_unanswered for dialogue in done),
-        "retokenized_answers": sum(answer.is_retokenized for answer in kept),
-        "answer_tokens": sum(len(answer.tokens) for answer in kept),
-        "tokens": sum(len(d.kept[-1].prompt) + len(d.kept[-1].tokens) for d in done),
-        "finish_reasons": dict(Counter(answer.finish_reason for answer in kept)),
-        "temperatures": {str(t): n for t, n in Counter(d.temperature for d in done).items()},
-    }
-
-
-def failures(dialogues: Iterable[Dialogue]) -> list[dict[str, Any]]:
-    """The lines of `failed.jsonl`."""
-    return [
-        {"id": d.query.id, "split": d.split, "domain": d.query.domain, "reason": d.failure}
-        for d in dialogues
-        if d.failure
-    ]
-
-
-def finish(
-    out: Path, dialogues: Sequence[Dialogue], manifest: dict[str, Any], tokenizer: Any
-) -> dict[str, Any]:
-    """Write the folder, in the order of the queries.
-
-    Raises:
-        RuntimeError: not a single query was answered.
-        OSError: the folder cannot be written or is full.
-    """
-    rows = {split: _rows(dialogues, split, tokenizer) for split in SPLITS}
-    failed = failures(dialogues)
-    write_answers(out, rows, failed, manifest)
-    if len(failed) == len(dialogues):
-        raise RuntimeError(f"every query failed: {failed[0]['reason']}")
-    return manifest
-
-
-def _rows(dialogues: Sequence[Dialogue], split: str, tokenizer: Any) -> Iterator[dict[str, Any]]:
-    """Rows of a split, made as they are written."""
-    for dialogue in dialogues:
-        if dialogue.split == split and not dialogue.failure:
-            yield dialogue.row(tokenizer)
-
-
-def finished_manifest(out: Path) -> dict[str, Any] | None:
-    """The manifest of a folder that is whole; None where something must be written again."""
-    try:
-        return load_answers(out).manifest
-    except (FileNotFoundError, ValueError):
-        return None
+def _lines(rows: Iterable[AnswerLine | Failure]) -> Iterator[bytes]:
+    for row in rows:
+        content = {name: value for name, value in vars(row).items() if value is not None}
+        yield json.dumps(content).encode() + b"\n"

@@ -1,7 +1,8 @@
-"""A query on its way to a row of answers: its turns, what the target wrote so far, how it ended."""
+"""A query on its way to a row of answers: its turns, its answers so far, how it ended."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,23 +17,14 @@ _MARK = "specdec\u2060answer"
 
 
 class Chat:
-    """A tokenizer with its chat template.
-
-    Args:
-        tokenizer: of the target.
-        eos_token_ids: tokens that end an answer.
-    """
+    """A tokenizer with its chat template."""
 
     def __init__(self, tokenizer: Any, eos_token_ids: Sequence[int]) -> None:
         self.tokenizer = tokenizer
         self._eos = frozenset(eos_token_ids)
 
     def text(self, messages: Sequence[Message]) -> str:
-        """The conversation up to where the answer begins.
-
-        Raises:
-            ValueError: the template refuses it.
-        """
+        """Render the conversation up to where the answer begins; ValueError if that is refused."""
         return self._render(messages, add_generation_prompt=True)
 
     def _render(self, messages: Sequence[Message], **options: bool) -> str:
@@ -45,26 +37,18 @@ class Chat:
         return str(text)
 
     def tokens(self, text: str) -> list[int]:
-        """Tokens of rendered text, which holds its special tokens already."""
+        """Encode rendered text, which holds its special tokens already."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def raw_tokens(self, text: str) -> list[int]:
-        """Tokens of a text that is continued as it is, with the special tokens in front."""
+        """Encode a text that is continued as it is, with the special tokens in front."""
         return list(self.tokenizer(text)["input_ids"])
 
     def follow_up(self, asked: Sequence[Sequence[Message]], last_token: int) -> list[int] | None:
-        """Tokens between an answer and the next one, the end of the turn left out.
+        """Find the tokens between an answer and the next one, the end of the turn left out.
 
-        Args:
-            asked: the messages in front of every answer, those of the next one last.
-            last_token: of the answer, with which the target ended its turn.
-
-        Returns:
-            What to put behind the answer; None where the template does not go on behind that
-            token, so that no conversation with this answer could look like that.
-
-        Raises:
-            ValueError: the template refuses the conversation.
+        None where the template does not go on behind the answer's last token: no conversation with
+        this answer could look like that.
         """
         mark: Message = {"role": "assistant", "content": _MARK}
         messages = [message for turn in asked for message in (*turn, mark)][:-1]
@@ -75,11 +59,11 @@ class Chat:
         return tokens[1:]
 
     def is_end(self, tokens: Sequence[int]) -> bool:
-        """Whether this is a token that ends an answer."""
+        """Tell whether this is a single token that ends an answer."""
         return len(tokens) == 1 and tokens[0] in self._eos
 
     def end_of_turn(self, messages: Sequence[Message]) -> int | None:
-        """The token with which the target ends an answer to these messages; None for no such token.
+        """Find the token with which the target ends an answer to these messages, if there is one.
 
         It is what the template puts behind an answer, the tokenizer's own end of text if it puts
         nothing there or if there are no messages.
@@ -95,16 +79,7 @@ class Chat:
 
 
 def load_chat(path: str) -> Chat:
-    """The chat of a target whose weights are elsewhere.
-
-    Args:
-        path: "demo", a folder or a hub id with the target's tokenizer and, if there is one, its
-            generation config.
-
-    Raises:
-        FileNotFoundError: no such folder.
-        ValueError: it holds no tokenizer.
-    """
+    """Load the chat of a target whose weights are elsewhere."""
     from transformers import GenerationConfig
 
     wanted = "a folder with the target's tokenizer"
@@ -120,56 +95,30 @@ def load_chat(path: str) -> Chat:
     return Chat(tokenizer, [end for end in (*known, tokenizer.eos_token_id) if end is not None])
 
 
-TURNS = ("last", "all")
-
-
 @dataclass
 class Answer:
-    """What the target wrote, finished or not.
+    """An answer of the target, finished or not."""
 
-    Attributes:
-        prompt: token ids in front of it, earlier answers included.
-        tokens: of the answer, its end-of-turn token included.
-        finish_reason: "eos", "length", or "context" where the target's context was full; empty
-            while the answer is unfinished.
-        text: as an endpoint gave it; None where only tokens are known.
-        is_retokenized: the tokens were made from the text and may not be those that were sampled.
-    """
-
-    prompt: list[int]
-    tokens: list[int] = field(default_factory=list)
-    finish_reason: str = ""
-    text: str | None = None
-    is_retokenized: bool = False
+    prompt: list[int]  # earlier answers included
+    tokens: list[int] = field(default_factory=list)  # its end-of-turn token included
+    finish_reason: str = ""  # "eos", "length", "context" (it is full); empty while unfinished
+    text: str | None = None  # as an endpoint gave it
+    is_retokenized: bool = False  # made from the text, and perhaps not as they were sampled
 
 
 @dataclass
 class Dialogue:
-    """A query, its answers, and how they are sampled.
+    """A query, its answers, and how they are sampled."""
 
-    Attributes:
-        index: its place among all queries of all splits.
-        split: "train" or "held_out".
-        query: what is answered.
-        asked: the messages in front of every answer; a single empty entry for a completion.
-        temperature: of all its answers.
-        seed: of all its answers.
-        answers: in order; the last one may be unfinished.
-        failure: why it has no answer; empty if it has or still may have one.
-        ended_by: why turns that are left cannot be asked: "context" for lack of room, "template"
-            if the chat template does not go on behind the answer as the target wrote it, "refused"
-            by an endpoint; empty otherwise.
-    """
-
-    index: int
+    index: int  # among all queries of all splits
     split: str
     query: Query
-    asked: list[list[Message]]
+    asked: list[list[Message]]  # messages in front of every answer; [[]] for a completion
     temperature: float
     seed: int
     answers: list[Answer] = field(default_factory=list)
-    failure: str = ""
-    ended_by: str = ""
+    failure: str = ""  # why it has no answer
+    ended_by: str = ""  # why turns that are left cannot be asked: "context", "template", "refused"
 
     @property
     def open_answer(self) -> Answer | None:
@@ -179,7 +128,7 @@ class Dialogue:
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing is left to ask."""
+        """True if nothing is left to ask."""
         if self.failure or self.ended_by:
             return True
         if self.open_answer or not self.answers:
@@ -255,45 +204,14 @@ class Dialogue:
                 f"and {len(answer.tokens)} of the answer"
             )
 
-    def row(self, tokenizer: Any) -> dict[str, Any]:
-        """The row of an answers file; there is at least one answer to keep."""
-        last = self.kept[-1]
-        spans = [[len(each.prompt), len(each.prompt) + len(each.tokens)] for each in self.kept]
-        texts = [_text(each, tokenizer) for each in self.kept]
-        row = {
-            "id": self.query.id,
-            "domain": self.query.domain,
-            "language": self.query.language,
-            "tokens": last.prompt + last.tokens,
-            "answers": spans,
-            "temperature": self.temperature,
-            "seed": self.seed,
-            "finish_reason": self.ended_by or self.answers[-1].finish_reason,
-            "text": "\n".join(texts),
-        }
-        return {**row, "retokenized": True} if any(a.is_retokenized for a in self.kept) else row
-
-
-def _text(answer: Answer, tokenizer: Any) -> str:
-    if answer.text is not None:
-        return answer.text
-    return str(tokenizer.decode(answer.tokens, skip_special_tokens=True)) if tokenizer else ""
-
 
 def plan_dialogues(
-    queries: dict[str, list[Query]], temperatures: Sequence[float], seed: int, turns: str
+    queries: Mapping[str, list[Query]], temperatures: Sequence[float], seed: int, turns: str
 ) -> list[Dialogue]:
-    """One dialogue a query, in order; what can never be answered carries its failure.
+    """Make a dialogue of every query, in order; what can never be answered carries its failure.
 
     A query's temperature and seed are decided by its id and the seed: they do not depend on the
     queries around it.
-
-    Args:
-        queries: split -> queries.
-        temperatures: each query gets one of them.
-        seed: another one gives other temperatures and other samples.
-        turns: "last" answers the last user turn, after the recorded ones; "all" answers every
-            user turn, after the answers that the target itself gave before.
     """
     planned: list[Dialogue] = []
     for split, members in queries.items():
@@ -310,7 +228,7 @@ def plan_dialogues(
 
 
 def _asked(query: Query, turns: str) -> list[list[Message]]:
-    """The messages in front of every answer."""
+    """Find the messages in front of every answer."""
     if not query.messages:
         if not query.text.strip():
             raise ValueError("the query is empty")
@@ -323,7 +241,7 @@ def _asked(query: Query, turns: str) -> list[list[Message]]:
 
 
 def _user_turns(messages: list[Message]) -> list[list[Message]]:
-    """Recorded answers dropped; what users said in a row is asked in a row."""
+    """Drop recorded answers; what users said in a row is asked in a row."""
     groups: list[list[Message]] = [[]]
     for message in messages:
         role = message["role"]
@@ -340,41 +258,37 @@ def _user_turns(messages: list[Message]) -> list[list[Message]]:
     return groups
 
 
+class EndpointDownError(RuntimeError):
+    """The endpoint answers no more; what it has answered is kept."""
+
+
 Progress = Callable[[int, int, str], None]
 
 
 class Session:
-    """Counts since the command was given; what earlier ones did is not in it.
-
-    Args:
-        progress: called with dialogues done, dialogues in all, and a text.
-
-    Attributes:
-        tokens: emitted.
-        seconds: of answering.
-        prefills: of rows, each of which gives one token.
-        forwards: of rows, prefills left out.
-    """
+    """Counts since the command was given; what earlier ones did is not in it."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._done = self._total = 0
         self.tokens = self.prefills = self.forwards = 0
-        self.seconds = 0.0
+        self.seconds = self._last_time = 0.0
 
     def begin(self, done: int, total: int) -> None:
         """Say how many dialogues there are, and how many are done already."""
-        self._done, self._total = done, total
-        self._tell()
+        self._done, self._total, self._last_time = done, total, time.perf_counter()
+        self._show()
 
-    def add(self, tokens: int, seconds: float, ended: int) -> None:
+    def add(self, tokens: int, ended: int) -> None:
         """Count new tokens, the time since the last call, and dialogues that have ended."""
+        now = time.perf_counter()
+        self.seconds += now - self._last_time
+        self._last_time = now
         self.tokens += tokens
-        self.seconds += seconds
         self._done += ended
-        self._tell()
+        self._show()
 
-    def _tell(self) -> None:
+    def _show(self) -> None:
         rate = self.tokens_per_s or 0
         self._progress(self._done, self._total, f"{self.tokens:,} tokens, {rate:,.0f}/s")
 
@@ -387,12 +301,3 @@ class Session:
     def tau(self) -> float | None:
         """Tokens emitted per forward of a row; None if there was no forward."""
         return (self.tokens - self.prefills) / self.forwards if self.forwards else None
-
-    def values(self) -> dict[str, Any]:
-        """For the manifest, JSON values."""
-        return {
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-            "tokens_per_s": self.tokens_per_s,
-            "tau": self.tau,
-        }

@@ -1,182 +1,123 @@
 """The target answers collected queries itself: what drafters are trained on."""
 
-import asyncio
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from specdec.checkpoints import identify_target
-from specdec.checkpoints.head import TargetIdentity
-from specdec.checkpoints.identity import TARGET, as_json, check_resumed, hash_of_vocabulary
+from specdec.checkpoints.identity import TARGET, check_resumed, hash_of_vocabulary
 from specdec.common.files import Journal
-from specdec.common.provenance import code, machine
 from specdec.data.answers import (
-    SCHEMA,
+    JOURNAL,
+    AllCounts,
+    AnswererFacts,
+    AnswerLine,
     AnswerSettings,
-    failures,
-    finish,
-    finished_manifest,
-    run_identity,
-    summary,
-    template_hash,
+    AnswersManifest,
+    Failure,
+    SessionFigures,
+    SplitCounts,
+    load_answers,
+    write_answers,
     write_failed,
 )
-from specdec.data.conversation import Query
-from specdec.data.dialogue import Chat, Dialogue, Progress, Session, plan_dialogues
-from specdec.data.local_answers import LocalAnswers
-from specdec.engine.interfaces import Drafter
-from specdec.targets.hf import HFTarget
+from specdec.data.conversation import SPLITS, Query
+from specdec.data.dialogue import (
+    Answer,
+    Chat,
+    Dialogue,
+    EndpointDownError,
+    Progress,
+    Session,
+    plan_dialogues,
+)
 
-if TYPE_CHECKING:  # httpx and tenacity are extras
-    from specdec.data.endpoint import Endpoint
 
-JOURNAL = "journal.jsonl"
+class Answerer(Protocol):
+    """`LocalAnswers` or `EndpointAnswers`."""
 
+    chat: Chat
+    settings: AnswerSettings
+    batch_size: int
 
-def _ignore(done: int, total: int, text: str) -> None:
-    """Show no progress."""
+    def facts(self) -> AnswererFacts:
+        """Say who answers."""
+
+    def replay(self, dialogues: Sequence[Dialogue], entries: Iterable[dict[str, Any]]) -> None:
+        """Bring the dialogues to where the journal ends."""
+
+    def run(self, dialogues: Sequence[Dialogue], journal: Journal, session: Session) -> None:
+        """Answer all that can be answered."""
 
 
 def regenerate(
-    queries: dict[str, list[Query]],
+    queries: Mapping[str, list[Query]],
     out: Path,
-    target: HFTarget,
-    settings: AnswerSettings,
-    drafter: Drafter | None = None,
-    batch_size: int = 32,
-    progress: Progress = _ignore,
-) -> dict[str, Any]:
-    """Answer queries in this process, or go on where a killed run of the same ones stopped.
-
-    A run that was killed and resumed writes the tokens that an undisturbed one writes, whatever
-    the batch size and the drafter, as far as the target's logits do not depend on the batch.
-
-    Args:
-        queries: split -> queries, see `read_query_splits`.
-        out: for the journal, `train.jsonl`, `held_out.jsonl`, `failed.jsonl` and `answers.json`.
-        target: with a tokenizer.
-        settings: what decides the answers.
-        drafter: speeds it up; the answers stay the same.
-        batch_size: rows decoded together.
-        progress: called with dialogues done, dialogues in all, and a text.
-
-    Returns:
-        The content of `answers.json`.
-
-    Raises:
-        ValueError: bad input, or a folder of another run.
-        RuntimeError: not a single query could be answered.
-        OSError: the folder cannot be written or is full; what was answered is kept.
-    """
-    _check_tokenizer(target.tokenizer, queries)
-    where = machine(target)  # as it is now: the code may be another when the run ends
-    known, session = identify_target(target), Session(progress)
+    answers: Answerer,
+    progress: Progress = lambda done, total, text: None,
+) -> AnswersManifest:
+    """Answer queries, or resume a killed run of the same ones."""
+    tokenizer, settings = answers.chat.tokenizer, answers.settings
+    _check_tokenizer(tokenizer, queries)
+    facts = answers.facts()  # as it is now: the code may be another when the run ends
+    template = getattr(tokenizer, "chat_template", None)
     identity = {
-        **run_identity(queries, settings),
-        "target_weights": known.weights,
-        "target_tokenizer": known.tokenizer,
-        TARGET: as_json(known),
-        "chat_template": template_hash(target.tokenizer),
-        "dtype": where["dtype"],
-        "quantized": where["quantized"],
+        **{f"{split}_queries": _query_hash(queries[split]) for split in SPLITS},
+        **settings.model_dump(),
+        "target_tokenizer": hash_of_vocabulary(tokenizer),
+        "chat_template": _short_hash([json.dumps(template).encode()]) if template else None,
+        **facts.identity,
     }
-    answers = LocalAnswers(
-        target, drafter, settings.top_p, settings.max_new_tokens, batch_size, session
-    )
+    checks = {TARGET: partial(check_resumed, out)} if TARGET in identity else {}
     dialogues = plan_dialogues(queries, settings.temperatures, settings.seed, settings.turns)
-    journal = Journal(out / JOURNAL, identity, {TARGET: partial(check_resumed, out)}, private=True)
-    try:
+    session = Session(progress)
+    with Journal(out / JOURNAL, identity, checks, private=True) as journal:
         _replay(answers, dialogues, journal)
-        answers.run(dialogues, journal)
-    finally:
-        journal.close()
-    facts = {
-        "target": asdict(known),
-        "endpoint": None,
-        "identity": identity,
-        "settings": settings.values(),
-        "session": {**session.values(), "batch_size": batch_size},
-        "provenance": where,
-    }
-    return _written(out, dialogues, facts, target.tokenizer)
+        try:
+            answers.run(dialogues, journal, session)
+        except EndpointDownError:
+            for dialogue in dialogues:
+                if not dialogue.is_done:
+                    dialogue.failure = "not answered yet: the endpoint answers no more"
+            write_failed(out, _failures(dialogues))
+            raise
+    if not session.tokens and (known := _finished(out)):
+        return known  # the folder is whole already, and nothing was added
+    manifest = _manifest(dialogues, answers, facts, identity, session)
+    rows = {split: _lines(dialogues, split, tokenizer) for split in SPLITS}
+    failed = _failures(dialogues)
+    write_answers(out, rows, failed, manifest)
+    if len(failed) == len(dialogues):
+        raise RuntimeError(f"every query failed: {failed[0].reason}")
+    return manifest
 
 
-def regenerate_from_endpoint(
-    queries: dict[str, list[Query]],
-    out: Path,
-    endpoint: "Endpoint",
-    chat: Chat,
-    settings: AnswerSettings,
-    api: str = "chat",
-    concurrency: int = 16,
-    progress: Progress = _ignore,
-) -> dict[str, Any]:
-    """Let a server answer queries, or go on where a run of the same ones stopped.
-
-    Args:
-        queries: split -> queries.
-        out: as in `regenerate`.
-        endpoint: serves the target.
-        chat: the target's tokenizer and the tokens that end its answers.
-        settings: what decides the answers.
-        api: "chat" or "completion", see `EndpointAnswers`.
-        concurrency: dialogues asked at once.
-        progress: as in `regenerate`.
-
-    Returns:
-        The content of `answers.json`.
-
-    Raises:
-        ValueError: bad input, a folder of another run, or a server that refuses every query.
-        EndpointDownError: the server answers no more; what it answered is kept, and the rest is
-            listed in `failed.jsonl`.
-        RuntimeError: not a single query could be answered.
-        OSError: the folder cannot be written or is full; what was answered is kept.
-    """
-    from specdec.data.endpoint import EndpointAnswers, EndpointDownError
-
-    _check_tokenizer(chat.tokenizer, queries)
-    where, session = code(("specdec", "transformers", "tokenizers", "httpx")), Session(progress)
-    known = dict.fromkeys(field.name for field in fields(TargetIdentity))
-    known |= {"name": endpoint.model, "tokenizer": hash_of_vocabulary(chat.tokenizer)}
-    identity = {
-        **run_identity(queries, settings),
-        "endpoint": endpoint.url,
-        "model": endpoint.model,
-        "api": api,
-        "target_tokenizer": known["tokenizer"],
-        "chat_template": template_hash(chat.tokenizer),
-    }
-    answers = EndpointAnswers(
-        endpoint, chat, api, settings.top_p, settings.max_new_tokens, concurrency, session
-    )
-    dialogues = plan_dialogues(queries, settings.temperatures, settings.seed, settings.turns)
-    journal = Journal(out / JOURNAL, identity, private=True)
-    try:
-        _replay(answers, dialogues, journal)
-        asyncio.run(answers.run(dialogues, journal))
-    except EndpointDownError:
-        for dialogue in dialogues:
-            if not dialogue.is_done:
-                dialogue.failure = "not answered yet: the endpoint answers no more"
-        write_failed(out, failures(dialogues))
-        raise
-    finally:
-        journal.close()
-    facts = {
-        "target": known,
-        "endpoint": {"url": endpoint.url, "model": endpoint.model, "api": api},
-        "identity": identity,
-        "settings": settings.values(),
-        "session": {**session.values(), "batch_size": concurrency},
-        "provenance": where,
-    }
-    return _written(out, dialogues, facts, chat.tokenizer)
+def _check_tokenizer(tokenizer: Any, queries: Mapping[str, list[Query]]) -> None:
+    if tokenizer is None:
+        raise ValueError("the target has no tokenizer; put its tokenizer files beside its weights")
+    has_chat = any(query.messages for members in queries.values() for query in members)
+    if has_chat and not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "the queries are chats but the target's tokenizer has no chat template; give the "
+            "instruction-tuned target, or put its chat_template.jinja beside its tokenizer"
+        )
 
 
-def _replay(answers: Any, dialogues: Sequence[Dialogue], journal: Journal) -> None:
+def _query_hash(queries: Iterable[Query]) -> str:
+    return _short_hash(json.dumps([q.id, q.messages, q.text]).encode() + b"\n" for q in queries)
+
+
+def _short_hash(pieces: Iterable[bytes]) -> str:
+    whole = hashlib.sha256()
+    for piece in pieces:
+        whole.update(piece)
+    return whole.hexdigest()[:16]
+
+
+def _replay(answers: Answerer, dialogues: Sequence[Dialogue], journal: Journal) -> None:
     try:
         answers.replay(dialogues, journal.entries)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
@@ -187,23 +128,87 @@ def _replay(answers: Any, dialogues: Sequence[Dialogue], journal: Journal) -> No
     journal.entries.clear()
 
 
-def _written(
-    out: Path, dialogues: Sequence[Dialogue], facts: dict[str, Any], tokenizer: Any
-) -> dict[str, Any]:
-    """Write the folder, unless it is whole already and this session has added nothing."""
-    known = finished_manifest(out)
-    if known and not facts["session"]["tokens"]:
-        return known
-    manifest = {"schema": SCHEMA, **facts, **summary(dialogues)}
-    return finish(out, dialogues, manifest, tokenizer)
+def _manifest(
+    dialogues: Sequence[Dialogue],
+    answers: Answerer,
+    facts: AnswererFacts,
+    identity: dict[str, Any],
+    session: Session,
+) -> AnswersManifest:
+    done = [dialogue for dialogue in dialogues if not dialogue.failure]
+    kept = [answer for dialogue in done for answer in dialogue.kept]
+    return AnswersManifest(
+        target=facts.target,
+        endpoint=facts.endpoint,
+        identity=identity,
+        settings=answers.settings,
+        counts=AllCounts(**{split: _counts(dialogues, split) for split in SPLITS}),
+        answers=len(kept),
+        unanswered_turns=sum(dialogue.num_unanswered for dialogue in done),
+        retokenized_answers=sum(answer.is_retokenized for answer in kept),
+        answer_tokens=sum(len(answer.tokens) for answer in kept),
+        tokens=sum(len(d.kept[-1].prompt) + len(d.kept[-1].tokens) for d in done),
+        finish_reasons=dict(Counter(answer.finish_reason for answer in kept)),
+        temperatures={str(t): n for t, n in Counter(d.temperature for d in done).items()},
+        session=SessionFigures(
+            tokens=session.tokens,
+            seconds=session.seconds,
+            tokens_per_s=session.tokens_per_s,
+            tau=session.tau,
+            batch_size=answers.batch_size,
+        ),
+        provenance=facts.provenance,
+    )
 
 
-def _check_tokenizer(tokenizer: Any, queries: dict[str, list[Query]]) -> None:
-    if tokenizer is None:
-        raise ValueError("the target has no tokenizer; put its tokenizer files beside its weights")
-    has_chat = any(query.messages for members in queries.values() for query in members)
-    if has_chat and not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            "the queries are chats but the target's tokenizer has no chat template; give the "
-            "instruction-tuned target, or put its chat_template.jinja beside its tokenizer"
-        )
+def _finished(out: Path) -> AnswersManifest | None:
+    """The manifest of a folder that is whole; None where something must be written again."""
+    try:
+        return load_answers(out).manifest
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _counts(dialogues: Iterable[Dialogue], split: str) -> SplitCounts:
+    members = [dialogue for dialogue in dialogues if dialogue.split == split]
+    failed = sum(bool(dialogue.failure) for dialogue in members)
+    rows = sum(not dialogue.failure and dialogue.is_done for dialogue in members)
+    assert rows + failed == len(members), "a query is neither answered nor listed as failed"
+    return SplitCounts(queries=len(members), rows=rows, failed=failed)
+
+
+def _failures(dialogues: Iterable[Dialogue]) -> list[Failure]:
+    return [
+        Failure(id=d.query.id, split=d.split, domain=d.query.domain, reason=d.failure)
+        for d in dialogues
+        if d.failure
+    ]
+
+
+def _lines(dialogues: Iterable[Dialogue], split: str, tokenizer: Any) -> Iterator[AnswerLine]:
+    """Make the rows of a split while they are written."""
+    for dialogue in dialogues:
+        if dialogue.split == split and not dialogue.failure:
+            yield _line(dialogue, tokenizer)
+
+
+def _line(dialogue: Dialogue, tokenizer: Any) -> AnswerLine:
+    query, kept = dialogue.query, dialogue.kept
+    return AnswerLine(
+        id=query.id,
+        domain=query.domain,
+        language=query.language,
+        tokens=kept[-1].prompt + kept[-1].tokens,
+        answers=[[len(each.prompt), len(each.prompt) + len(each.tokens)] for each in kept],
+        temperature=dialogue.temperature,
+        seed=dialogue.seed,
+        finish_reason=dialogue.ended_by or dialogue.answers[-1].finish_reason,
+        text="\n".join(_text(answer, tokenizer) for answer in kept),
+        retokenized=True if any(answer.is_retokenized for answer in kept) else None,
+    )
+
+
+def _text(answer: Answer, tokenizer: Any) -> str:
+    if answer.text is not None:
+        return answer.text
+    return str(tokenizer.decode(answer.tokens, skip_special_tokens=True))

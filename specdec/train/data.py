@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from specdec.checkpoints import TargetIdentity, identify_target
 from specdec.common.provenance import machine
 from specdec.data.answers import AnswerRow, check_answers_target, load_answers, read_rows
-from specdec.data.feature_store import INDEX, FeatureStore, StoredRow
+from specdec.data.feature_format import INDEX
+from specdec.data.feature_store import FeatureStore, StoredRow
 from specdec.drafters.training import TrainingBatch
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target

@@ -3,24 +3,27 @@
 import json
 import resource
 import shutil
+from inspect import signature
 from pathlib import Path
 
 import pytest
-from checkpoints import save_tokenizer
-from json_schema import violations
-from tiny_features import contents, extraction, make_store, random_rows, write_folder
+from checkpoints import edit_weights, save_tokenizer
+from tiny_features import contents, extract, feature_plan, make_store, random_rows, write_folder
 from tiny_models import tiny_llama, tiny_target
 from tiny_training import write_rows
 from typer.testing import CliRunner
 
 from specdec.cli import app
+from specdec.cli.features import features as features_command
+from specdec.common import files
 from specdec.data import features
-from specdec.data import features as feature_plan
-from specdec.data.feature_store import Counts, FeatureLayout, FeatureStore
-from specdec.data.features import refuse_what_does_not_fit
+from specdec.data.feature_format import Counts, FeatureIndex, FeatureLayout, resolve_taps
+from specdec.data.feature_store import FeatureStore
+from specdec.drafters.heads import build_head
+from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
 
-SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "features.schema.json").read_text())
+DOCS = (Path(__file__).parents[2] / "docs" / "features.md").read_text()
 
 
 class Killed(BaseException):
@@ -30,77 +33,68 @@ class Killed(BaseException):
 @pytest.fixture
 def small_files(monkeypatch):
     """Files of a few rows."""
-    monkeypatch.setattr(feature_plan, "_MIB", 20_000)
+    monkeypatch.setattr(features, "_MIB", 20_000)
 
 
-def test_the_index_describes_the_store_and_follows_the_schema(tmp_path, small_files):
-    store = make_store(tmp_path, tiny_target(), shard_mib=1)
-    index = json.loads((tmp_path / "store" / "features.json").read_text())
-    assert violations(index, SCHEMA) == []
-    shards = index["splits"]["train"]["shards"]
-    assert len(shards) > 2
-    assert sum(shard["rows"] for shard in shards) == index["splits"]["train"]["rows"] == 9
-    files = {shard["file"]: shard["bytes"] for shard in shards}
+def test_index_describes_the_store(tmp_path, small_files):
+    store = make_store(tmp_path, tiny_target())
+    split = store.index.splits["train"]
+    assert len(split.shards) > 2
+    assert sum(shard.rows for shard in split.shards) == split.rows == 9
+    sizes = {shard.file: shard.bytes for shard in split.shards}
     on_disk = {path.name: path.stat().st_size for path in (tmp_path / "store").iterdir()}
-    assert on_disk == {**files, "features.json": on_disk["features.json"]}
+    assert on_disk == {**sizes, "features.json": on_disk["features.json"]}
     assert store.index.provenance["dtype"] == "float32"
     store.verify()
 
 
-def test_a_run_killed_at_any_write_goes_on_to_the_same_bytes(tmp_path, small_files, monkeypatch):
+def test_run_killed_anywhere_resumes_to_the_same_bytes(tmp_path, small_files, monkeypatch):
     path = write_folder(tmp_path / "answers", random_rows(), random_rows(3, seed=1))
-    target = tiny_target()
-    write = features.write_durably
-    extraction(path, target).run(tmp_path / "whole")
+    target, replace_files = tiny_target(), files.replace_files
+    monkeypatch.setattr(features, "machine", lambda target: {"device": "cpu"})
+    extract(path, target, tmp_path / "whole")
     whole = contents(tmp_path / "whole")
     num_writes = 2 * (len(whole) - 1) + 2  # an index after each file, one before and one after all
     for last in range(num_writes):
-        out = tmp_path / f"killed-{last}"
-        writes = []
+        out, writes = tmp_path / f"killed-{last}", []
 
-        def killed(path, content, last=last, writes=writes):
+        def killed(folder, content, *, private=False, last=last, writes=writes):
             if len(writes) == last:
-                path.with_name(f".{path.name}.partial").write_bytes(content[: len(content) // 2])
+                (folder / f".{next(iter(content))}.partial").write_bytes(b"half")
                 raise Killed
-            writes.append(path)
-            write(path, content)
+            writes.append(content)
+            replace_files(folder, content, private=private)
 
-        run = extraction(path, target)
-        run._index.provenance = json.loads(whole["features.json"])["provenance"]
-        monkeypatch.setattr(features, "write_durably", killed)
-        with pytest.raises(Killed):
-            run.run(out)
-        monkeypatch.setattr(features, "write_durably", write)
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "replace_files", killed)
+            with pytest.raises(Killed):
+                extract(path, target, out)
         if last:
             with pytest.raises(ValueError, match="not finished"):
                 FeatureStore.open(out)
-        run.run(out)
+        extract(path, target, out)
         assert contents(out) == whole
 
 
-def test_a_resumed_run_does_not_repeat_finished_files(tmp_path, small_files, monkeypatch):
-    path = write_folder(tmp_path / "answers", random_rows())
-    target = tiny_target()
-    extraction(path, target).run(tmp_path / "store")
+def test_resumed_run_repeats_no_finished_file(tmp_path, small_files, monkeypatch):
+    path, target = write_folder(tmp_path / "answers", random_rows()), tiny_target()
+    extract(path, target, tmp_path / "store")
     (tmp_path / "store" / "train-00001.safetensors").unlink()
-    read = []
-    fill = features.fill_shard
+    filled, shown, fill = [], [], features.fill_shard
 
     def counted(content, *arguments):
-        read.append(len(content.rows))
+        filled.append(content)
         return fill(content, *arguments)
 
     monkeypatch.setattr(features, "fill_shard", counted)
-    done = []
-    extraction(path, target).run(tmp_path / "store", lambda *shown: done.append(shown[:2]))
-    assert len(read) == 1
-    assert done[-1][0] == done[-1][1] == sum(len(row["tokens"]) for row in random_rows())
+    extract(path, target, tmp_path / "store", lambda done, total, text: shown.append((done, total)))
+    assert len(filled) == 1
+    assert shown[-1] == (sum(len(row["tokens"]) for row in random_rows()),) * 2
     FeatureStore.open(tmp_path / "store").verify()
 
 
-def test_a_disk_that_fills_up_midway_loses_nothing(tmp_path, small_files):
-    path = write_folder(tmp_path / "answers", random_rows())
-    target = tiny_target()
+def test_disk_that_fills_up_midway_loses_nothing(tmp_path, small_files):
+    path, target = write_folder(tmp_path / "answers", random_rows()), tiny_target()
     whole = make_store(tmp_path, target)
     sizes = [shard.bytes for shard in whole.index.splits["train"].shards]
     assert max(sizes[1:]) > sizes[0]
@@ -109,45 +103,29 @@ def test_a_disk_that_fills_up_midway_loses_nothing(tmp_path, small_files):
     resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[0] + 16, hard))
     try:
         with pytest.raises(OSError, match=r"no space left.*what was finished is kept"):
-            extraction(path, target).run(out)
+            extract(path, target, out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "train-00000.safetensors" in contents(out)
     assert not list(out.glob(".*.partial"))
-    extraction(path, target).run(out)
+    extract(path, target, out)
     assert FeatureStore.open(out).rows("train") == whole.rows("train")
 
 
-def test_a_store_that_the_disk_cannot_hold_is_refused_before_it_starts(tmp_path, monkeypatch):
-    path = write_folder(tmp_path / "answers", random_rows())
-    run = extraction(path, tiny_target(), taps="eagle3,eagle", top_k=32)
-    needed = run.plan.chosen(tmp_path)["bytes"] + features._HEADER_BYTES
+def test_store_beyond_the_disk_is_refused_before_it_starts(tmp_path, monkeypatch):
+    path, target = write_folder(tmp_path / "answers", random_rows()), tiny_target()
+    options = {"taps": "eagle3,eagle", "top_k": 32}
+    needed = feature_plan(path, target, **options).num_bytes + features._HEADER_BYTES
     usage = shutil.disk_usage(tmp_path)._replace(free=needed - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ValueError, match=f"{needed - 1:,} are free") as refused:
-        run.run(tmp_path / "store")
-    assert f"needs {needed:,} bytes" in str(refused.value)
+    with pytest.raises(ValueError, match=f"needs {needed:,} bytes .* {needed - 1:,} are free"):
+        extract(path, target, tmp_path / "store", **options)
     assert not (tmp_path / "store").exists()
     usage = usage._replace(free=needed)
-    run.run(tmp_path / "store")
+    extract(path, target, tmp_path / "store", **options)
 
 
-def test_a_refusal_names_the_largest_choices_that_do_fit():
-    layout = FeatureLayout((2, 16, 29, 32), 4096, 128256, 32, "bf16", 128, 64, "bfloat16")
-    counts = Counts(rows=10, tokens=10_000, places=5_000)
-    with pytest.raises(ValueError, match="give another --out") as refused:
-        refuse_what_does_not_fit(layout.num_bytes(counts), 90_000_000, "store", layout, counts)
-    told = [each.split(":")[0] for each in str(refused.value).split("store less: ")[1].split("; ")]
-    assert told == [
-        "--taps 2,16,29,32 --dtype int8 --top-k 0",
-        "--taps 2,16,29 --dtype int8 --top-k 16",
-        "--taps 32 --dtype bf16 --top-k 64",
-        "--taps none --dtype bf16 --top-k 64",
-    ]
-    assert str(refused.value).count("still too many") == 2
-
-
-def test_rows_longer_than_the_context_are_cut_and_counted(tmp_path):
+def test_long_rows_are_cut_and_counted(tmp_path):
     rows = random_rows(6, longest=300)
     rows.append({"tokens": [5] * 300, "answers": [[290, 300]], "id": "late"})
     store = make_store(tmp_path, tiny_target(), rows=rows)
@@ -165,9 +143,9 @@ def test_rows_with_the_same_id_are_told_apart(tmp_path):
     assert store.get("a (3)").tokens.tolist() == [2, 3, 4]
 
 
-def test_a_plain_file_makes_a_store_with_one_split(tmp_path):
+def test_plain_file_makes_one_split(tmp_path):
     path = write_rows(tmp_path / "answers.jsonl", random_rows())
-    extraction(path, tiny_target()).run(tmp_path / "store")
+    extract(path, tiny_target(), tmp_path / "store")
     assert FeatureStore.open(tmp_path / "store").splits() == ("train",)
 
 
@@ -176,38 +154,33 @@ def test_a_plain_file_makes_a_store_with_one_split(tmp_path):
     [
         ({"taps": "eagle3,7"}, "tap '7' does not exist.*from 0 .* to 2"),
         ({"taps": "-1"}, "tap '-1' does not exist"),
-        ({"taps": "eagle4"}, "eagle3, eagle, medusa, none"),
+        ({"taps": "eagle4"}, "eagle3.*none"),
         ({"top_k": 98}, "top_k is 98 .* vocabulary of 97"),
         ({"top_k": 0, "taps": "0,1"}, "computed from tap 2"),
-        ({"dtype": "fp8"}, "dtype is 'fp8'"),
         ({"max_len": 500}, "max_len is 500 but the target's context is only 256"),
-        ({"batch_tokens": 0}, "batch_tokens is 0"),
     ],
 )
 def test_options_that_cannot_work_are_refused(tmp_path, options, message):
     path = write_folder(tmp_path / "answers", random_rows(1))
     with pytest.raises(ValueError, match=message):
-        extraction(path, tiny_target(), **options)
+        feature_plan(path, tiny_target(), **options)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"top_k": 9}, "layout.top_k is 8, not 9"),
-        ({"dtype": "float32"}, "layout.dtype is bf16, not float32"),
-        ({"batch_tokens": 64}, "settings.batch_tokens is 4096, not 64"),
-    ],
-)
-def test_a_folder_with_another_store_is_refused(tmp_path, change, message):
+def test_folder_of_another_store_is_refused(tmp_path):
     make_store(tmp_path, tiny_target())
-    with pytest.raises(ValueError, match=message):
-        make_store(tmp_path, tiny_target(), **change)
-
-
-def test_a_folder_with_another_targets_or_other_rows_store_is_refused(tmp_path):
-    make_store(tmp_path, tiny_target())
-    with pytest.raises(ValueError, match=r"target\.weights is"):
+    for change, message in (
+        ({"top_k": 9}, "layout.top_k is 8 there, not 9"),
+        ({"dtype": "float32"}, "layout.dtype is 'bf16' there, not 'float32'"),
+        ({"batch_tokens": 64}, "settings.batch_tokens is 4096 there, not 64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_store(tmp_path, tiny_target(), **change)
+    with pytest.raises(ValueError, match=r"ends is .* there"):
         make_store(tmp_path, tiny_target(seed=1))
+    body = tiny_target()
+    body.model.model.layers[0].mlp.down_proj.weight.data.neg_()
+    with pytest.raises(ValueError, match="another target: weights was"):
+        make_store(tmp_path, body)
     shutil.rmtree(tmp_path / "answers")
     rows = random_rows()
     rows[3]["domain"] = "another"
@@ -221,21 +194,19 @@ def test_answers_of_another_target_are_refused(tmp_path):
     manifest["target"] = {"name": "other", "weights": "0" * 64}
     (path / "answers.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="written by target 'other'"):
-        extraction(path, tiny_target())
+        feature_plan(path, tiny_target())
 
 
-def test_states_that_are_not_finite_stop_the_run_and_name_the_row(tmp_path):
+def test_states_that_are_not_finite_name_the_row(tmp_path):
     target = tiny_target()
     target.model.model.layers[1].mlp.down_proj.weight.data.fill_(float("inf"))
     path = write_folder(tmp_path / "answers", random_rows())
     with pytest.raises(FloatingPointError, match=r"hidden_states\[2\] of row 'row 0'"):
-        extraction(path, target).run(tmp_path / "store")
+        extract(path, target, tmp_path / "store")
 
 
-def test_logits_that_the_projection_alone_does_not_make_are_not_left_out(tmp_path):
+def test_logits_beyond_the_projection_are_not_left_out(tmp_path):
     from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    from specdec.targets.hf import HFTarget
 
     config = Gemma2Config(
         vocab_size=97,
@@ -251,14 +222,11 @@ def test_logits_that_the_projection_alone_does_not_make_are_not_left_out(tmp_pat
     target = HFTarget(Gemma2ForCausalLM(config).eval())
     path = write_folder(tmp_path / "answers", random_rows())
     with pytest.raises(ValueError, match="does more to its logits"):
-        extraction(path, target, taps="eagle", top_k=0).run(tmp_path / "store")
-    extraction(path, target, taps="eagle", top_k=4).run(tmp_path / "store")
+        extract(path, target, tmp_path / "store", taps="eagle", top_k=0)
+    extract(path, target, tmp_path / "store", taps="eagle", top_k=4)
 
 
-def test_presets_are_the_taps_that_new_heads_read():
-    from specdec.data.feature_store import resolve_taps
-    from specdec.drafters.heads import build_head
-
+def test_kinds_name_the_taps_of_new_heads():
     for num_layers in (2, 3, 6):
         target = tiny_target(num_layers=num_layers)
         for kind in ("medusa", "eagle", "eagle3"):
@@ -280,33 +248,26 @@ def invoke(*arguments):
     return CliRunner().invoke(app, list(arguments))
 
 
-def test_the_command_fills_a_store_that_can_be_checked(command, tmp_path):
-    done = invoke(*command, "--out", str(tmp_path / "store"), "--dtype", "int8", "--top-k", "4")
+def test_command_fills_a_store_of_the_size_it_told(command, tmp_path):
+    options = ("--taps", "eagle3", "--top-k", "5", "--dtype", "float32")
+    dry = invoke(*command, "--dry-run", *options)
+    assert dry.exit_code == 0, dry.stderr
+    told = json.loads(dry.stdout)
+    done = invoke(*command, "--out", str(tmp_path / "store"), *options)
     assert done.exit_code == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     store = FeatureStore.open(tmp_path / "store")
-    assert summary["tokens"] == sum(len(row.tokens) for row in store.rows("train"))
-    assert store.layout.dtype == "int8"
+    num_tokens = sum(len(row.tokens) for row in store.rows("train"))
+    assert summary["tokens"] == told["tokens"] == num_tokens
+    assert store.layout.dtype == "float32"
     assert store.index.target.tokenizer is not None
+    (shard,) = store.index.splits["train"].shards
+    assert 0 <= shard.bytes - told["bytes"] < features._HEADER_BYTES
     checked = invoke("features", str(tmp_path / "store"), "--check")
     assert json.loads(checked.stdout)["rows"] == {"train": 9, "held_out": 0}
 
 
-def test_a_dry_run_tells_the_bytes_that_the_run_then_takes(command, tmp_path):
-    options = ("--taps", "eagle3", "--top-k", "5")
-    dry = invoke(*command, "--dry-run", *options)
-    assert dry.exit_code == 0, dry.stderr
-    assert "chosen" in dry.stdout
-    told = json.loads(dry.stdout.splitlines()[-1])
-    assert told["chosen"] in told["choices"]
-    assert invoke(*command, "--out", str(tmp_path / "store"), *options).exit_code == 0
-    (shard,) = FeatureStore.open(tmp_path / "store").index.splits["train"].shards
-    assert 0 <= shard.bytes - told["chosen"]["bytes"] < features._HEADER_BYTES
-
-
-def test_a_dry_run_needs_only_the_ends_of_the_target(command, tmp_path):
-    from checkpoints import edit_weights
-
+def test_dry_run_needs_only_the_ends_of_the_target(command, tmp_path):
     def keep_ends(weights):
         for name in [name for name in weights if "layers" in name]:
             del weights[name]
@@ -320,11 +281,46 @@ def test_a_dry_run_needs_only_the_ends_of_the_target(command, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("--taps", "9"), "from 0 (the embeddings) to 3"),
-        ((), "--out must be given"),
+        (["--taps", "9", "--out", "x"], "from 0 (the embeddings) to 3"),
+        (["--dtype", "int8", "--out", "x"], "dtype is 'int8' but must be one of"),
+        (["--batch-tokens", "0", "--out", "x"], "batch_tokens is 0 but must be at least 1"),
+        ([], "--out must be given"),
     ],
 )
-def test_bad_input_ends_with_status_two(command, change, message):
-    done = invoke(*command, *change, *(["--out", "x"] if change else []))
+def test_bad_input_ends_with_status_two(command, change, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = invoke(*command, *change)
     assert done.exit_code == 2
     assert message in done.stderr
+
+
+# A target of 8B, half of whose tokens are answers.
+HALF = Counts(rows=0, tokens=10**8, spans=0, places=5 * 10**7, name_bytes=0)
+LARGE = {"hidden_size": 4096, "vocab_size": 128_256, "num_layers": 32, "logits_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("line", [line for line in DOCS.splitlines() if line.endswith(" GB |")])
+def test_documented_sizes_are_those_of_the_code(line):
+    taps, dtype, top_k, per_token, size = (cell.strip(" `") for cell in line.strip("|").split("|"))
+    layout = FeatureLayout(
+        taps=resolve_taps(taps, 32),
+        dtype="bf16" if dtype == "-" else dtype,
+        top_k=int(top_k.replace(",", "")),
+        **LARGE,
+    )
+    num_bytes = layout.num_bytes(HALF)
+    assert (per_token, size) == (f"{num_bytes / 1e8:,.0f}", f"{num_bytes / 1e9:,.0f} GB")
+
+
+def test_every_option_is_documented():
+    names = set(signature(features_command).parameters) - {"answers", "device"}
+    assert not [name for name in names if f"--{name.replace('_', '-')}" not in DOCS]
+
+
+def test_index_of_an_older_version_is_read(tmp_path):
+    store = make_store(tmp_path, tiny_target())
+    index = json.loads((tmp_path / "store" / "features.json").read_text())
+    index["layout"]["group_size"] = 128
+    (tmp_path / "store" / "features.json").write_text(json.dumps(index))
+    assert isinstance(FeatureStore.open(tmp_path / "store").index, FeatureIndex)
+    assert FeatureStore.open(tmp_path / "store").index == store.index

@@ -1,20 +1,26 @@
 """The target's own answers: what is written, how a killed run goes on, what fails and is kept."""
 
+import errno
 import json
+import os
+import resource
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
-from json_schema import violations
 from tiny_chat import END, chatty_target
 
 from specdec import SamplingConfig, generate_baseline, load_drafter
 from specdec.checkpoints import identify_target
+from specdec.common.config import validated
+from specdec.common.files import Journal
 from specdec.data.answers import AnswerSettings, check_answers_target, load_answers
 from specdec.data.conversation import Query
 from specdec.data.dialogue import plan_dialogues
-from specdec.data.regenerate import regenerate
+from specdec.data.local_answers import LocalAnswers
+from specdec.data.regenerate import regenerate as regenerate_with
 
-MIX = AnswerSettings((0.0, 0.8), max_new_tokens=24, seed=5)
+MIX = AnswerSettings(temperatures=[0.0, 0.8], max_new_tokens=24, seed=5)
 FILES = ("train.jsonl", "held_out.jsonl", "failed.jsonl")
 
 
@@ -32,6 +38,14 @@ def some_queries(num=12):
     return {"train": found[: -num // 3], "held_out": found[-num // 3 :]}
 
 
+def changed(**changes):
+    return AnswerSettings(**{**MIX.model_dump(), **changes})
+
+
+def regenerate(queries, out, target, settings=MIX, drafter=None, batch_size=32):
+    return regenerate_with(queries, out, LocalAnswers(target, settings, drafter, batch_size))
+
+
 @pytest.fixture(scope="module")
 def target():
     return chatty_target()
@@ -43,6 +57,17 @@ def contents(folder):
 
 def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@contextmanager
+def room_for(num_bytes):
+    """No file may grow beyond it, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def dies_after(target, monkeypatch, num_forwards):
@@ -58,9 +83,9 @@ def dies_after(target, monkeypatch, num_forwards):
     monkeypatch.setattr(target, "score", score)
 
 
-def test_rows_are_in_the_order_of_the_queries_and_hold_what_the_target_wrote(target, tmp_path):
+def test_rows_hold_what_the_target_wrote_in_order(target, tmp_path):
     queries = some_queries()
-    regenerate(queries, tmp_path, target, MIX, batch_size=3)
+    regenerate(queries, tmp_path, target, batch_size=3)
     for split, members in queries.items():
         rows = read(tmp_path / f"{split}.jsonl")
         assert [row["id"] for row in rows] == [query.id for query in members]
@@ -77,7 +102,7 @@ def test_rows_are_in_the_order_of_the_queries_and_hold_what_the_target_wrote(tar
     assert {row["temperature"] for row in rows} == {0.0, 0.8}
 
 
-def test_a_querys_temperature_and_seed_do_not_depend_on_the_queries_around_it():
+def test_sampling_of_a_query_ignores_its_neighbours():
     queries = some_queries()
     whole = plan_dialogues(queries, (0.0, 0.8), 5, "last")
     some = plan_dialogues({"train": queries["held_out"][1:]}, (0.0, 0.8), 5, "last")
@@ -89,14 +114,12 @@ def test_a_querys_temperature_and_seed_do_not_depend_on_the_queries_around_it():
 
 
 @pytest.mark.parametrize("turns", ["last", "all"])
-def test_a_run_killed_anywhere_ends_with_the_tokens_of_an_undisturbed_one(
-    target, tmp_path, monkeypatch, turns
-):
+def test_run_killed_anywhere_resumes_to_the_same_tokens(target, tmp_path, monkeypatch, turns):
     queries = some_queries()
     queries["train"][1:3] = [asked("x", "hello", "again", "more"), Query("y", text="12 34")]
     messages = [m for text in "abc" for m in (*user(text), {"role": "assistant", "content": "z"})]
     queries["train"].append(Query("z", tuple(messages[:-1])))
-    settings = replace(MIX, turns=turns)
+    settings = changed(turns=turns)
     regenerate(queries, tmp_path / "whole", target, settings, batch_size=4)
     for number, num_forwards in enumerate([0, 1, 7, 20, 33]):
         folder = tmp_path / f"killed{number}"
@@ -111,7 +134,7 @@ def test_a_run_killed_anywhere_ends_with_the_tokens_of_an_undisturbed_one(
         drafter = load_drafter({"type": "suffix", "min_match": 1}, target) if number % 2 else None
         manifest = regenerate(queries, folder, target, settings, drafter, batch_size=2)
         assert contents(folder) == contents(tmp_path / "whole")
-        already = manifest["answer_tokens"] - manifest["session"]["tokens"]
+        already = manifest.answer_tokens - manifest.session.tokens
         assert already > 2 * num_forwards
 
 
@@ -119,32 +142,32 @@ def test_journalled_tokens_are_not_decoded_again(target, tmp_path, monkeypatch):
     queries = some_queries()
     dies_after(target, monkeypatch, 30)
     with pytest.raises(KeyboardInterrupt):
-        regenerate(queries, tmp_path, target, MIX, batch_size=4)
+        regenerate(queries, tmp_path, target, batch_size=4)
     monkeypatch.undo()
     steps = [row["step"] for row in read(tmp_path / "journal.jsonl")[1:]]
     known = sum(len(tokens) for step in steps for _, _, _, tokens, _ in step)
     assert known > 100
-    manifest = regenerate(queries, tmp_path, target, MIX, batch_size=4)
-    assert manifest["session"]["tokens"] == manifest["answer_tokens"] - known
+    manifest = regenerate(queries, tmp_path, target, batch_size=4)
+    assert manifest.session.tokens == manifest.answer_tokens - known
 
 
-def test_a_damaged_line_of_the_journal_costs_its_tokens_and_no_more(target, tmp_path, monkeypatch):
+def test_damaged_journal_line_costs_only_its_tokens(target, tmp_path, monkeypatch):
     queries = some_queries()
-    regenerate(queries, tmp_path / "whole", target, MIX, batch_size=4)
+    regenerate(queries, tmp_path / "whole", target, batch_size=4)
     dies_after(target, monkeypatch, 40)
     with pytest.raises(KeyboardInterrupt):
-        regenerate(queries, tmp_path / "torn", target, MIX, batch_size=4)
+        regenerate(queries, tmp_path / "torn", target, batch_size=4)
     monkeypatch.undo()
     journal = tmp_path / "torn" / "journal.jsonl"
     lines = journal.read_bytes().splitlines(keepends=True)
     lines[12] = b"\x00" * 20 + b"\n"
     journal.write_bytes(b"".join(lines))
     for _ in range(2):
-        regenerate(queries, tmp_path / "torn", target, MIX, batch_size=4)
+        regenerate(queries, tmp_path / "torn", target, batch_size=4)
         assert contents(tmp_path / "torn") == contents(tmp_path / "whole")
 
 
-def test_all_turns_are_answered_after_the_targets_own_answers(target, tmp_path):
+def test_all_turns_follow_the_targets_own_answers(target, tmp_path):
     recorded = [
         {"role": "system", "content": "be brief"},
         *user("7"),
@@ -154,7 +177,7 @@ def test_all_turns_are_answered_after_the_targets_own_answers(target, tmp_path):
         *user("3"),
     ]
     queries = {"train": [Query(str(i), tuple(recorded)) for i in range(30)], "held_out": []}
-    settings = AnswerSettings((1.0,), max_new_tokens=30, turns="all")
+    settings = changed(temperatures=[1.0], max_new_tokens=30, turns="all")
     manifest = regenerate(queries, tmp_path, target, settings)
     rows = read(tmp_path / "train.jsonl")
     end = chr(32 + END)
@@ -172,21 +195,21 @@ def test_all_turns_are_answered_after_the_targets_own_answers(target, tmp_path):
         if len(wrote) < 3:
             assert row["finish_reason"] == "length"
     assert seen == {1, 2, 3}
-    assert manifest["answers"] == sum(len(row["answers"]) for row in rows)
-    assert manifest["unanswered_turns"] == 90 - manifest["answers"]
+    assert manifest.answers == sum(len(row["answers"]) for row in rows)
+    assert manifest.unanswered_turns == 90 - manifest.answers
 
 
-def test_the_last_turn_is_answered_after_the_recorded_ones(target, tmp_path):
+def test_last_turn_is_answered_after_recorded_ones(target, tmp_path):
     recorded = (*user("7"), {"role": "assistant", "content": "eight"}, *user("5"))
     after = {"role": "assistant", "content": "never read"}
-    regenerate({"train": [Query("q", (*recorded, after))], "held_out": []}, tmp_path, target, MIX)
+    regenerate({"train": [Query("q", (*recorded, after))], "held_out": []}, tmp_path, target)
     (row,) = read(tmp_path / "train.jsonl")
     end = chr(32 + END)
     prompt = "".join(chr(32 + token) for token in row["tokens"][: row["answers"][0][0]])
     assert prompt == f"u:7{end}a:eight{end}u:5{end}a:"
 
 
-def test_what_cannot_be_answered_is_listed_with_its_reason_and_the_counts_add_up(target, tmp_path):
+def test_unanswerable_queries_are_listed_with_their_reason(target, tmp_path):
     queries = {
         "train": [
             asked("good", "hello"),
@@ -198,46 +221,46 @@ def test_what_cannot_be_answered_is_listed_with_its_reason_and_the_counts_add_up
         ],
         "held_out": [],
     }
-    manifest = regenerate(queries, tmp_path, target, replace(MIX, temperatures=(0.0,)))
+    manifest = regenerate(queries, tmp_path, target, changed(temperatures=[0.0]))
     reasons = {row["id"]: row["reason"] for row in read(tmp_path / "failed.jsonl")}
     assert reasons.keys() == {"long", "nearly", "empty", "nothing", "silent"}
     assert "305 tokens" in reasons["long"]
     assert "context was full after 251 tokens of the prompt and 5" in reasons["nearly"]
-    assert manifest["counts"]["train"] == {"queries": 6, "rows": 1, "failed": 5}
+    assert manifest.counts.train.model_dump() == {"queries": 6, "rows": 1, "failed": 5}
     assert [row["id"] for row in read(tmp_path / "train.jsonl")] == ["good"]
 
 
-def test_a_dialogue_that_fills_the_context_keeps_the_answers_it_has(target, tmp_path):
+def test_dialogue_that_fills_the_context_keeps_its_answers(target, tmp_path):
     messages = (*user("7"), {"role": "assistant", "content": "z"}, *user("x" * 300))
     queries = {"train": [Query(str(i), messages) for i in range(20)], "held_out": []}
-    manifest = regenerate(queries, tmp_path, target, AnswerSettings((1.0,), turns="all"))
+    manifest = regenerate(
+        queries, tmp_path, target, AnswerSettings(temperatures=[1.0], turns="all")
+    )
     rows = read(tmp_path / "train.jsonl")
     cut = [row for row in rows if row["finish_reason"] == "context"]
     assert cut
     assert all(row["tokens"][-1] == END and len(row["answers"]) == 1 for row in cut)
-    assert manifest["unanswered_turns"] == len(rows)
+    assert manifest.unanswered_turns == len(rows)
     assert {row["finish_reason"] for row in rows} == {"context"}
 
 
-def test_the_manifest_keeps_to_its_schema_and_the_folder_loads(target, tmp_path, request):
+def test_finished_folder_loads(target, tmp_path):
     queries = some_queries()
-    manifest = regenerate(queries, tmp_path, target, MIX)
-    schema = json.loads((request.config.rootpath / "docs/answers.schema.json").read_text())
-    assert violations(manifest, schema) == []
+    manifest = regenerate(queries, tmp_path, target)
     answers = load_answers(tmp_path)
-    assert answers.manifest == json.loads(json.dumps(manifest))
+    assert answers.manifest == manifest
     rows = list(answers.rows("held_out", target.vocab_size))
     assert [row.id for row in rows] == [query.id for query in queries["held_out"]]
     assert answers.num_rows("train") == len(queries["train"])
-    assert manifest["answer_tokens"] == sum(
+    assert manifest.answer_tokens == sum(
         row.num_answer_tokens
         for split in ("train", "held_out")
         for row in answers.rows(split, target.vocab_size)
     )
 
 
-def test_answers_of_another_target_are_refused_by_the_fact_that_differs(target, tmp_path):
-    manifest = regenerate(some_queries(), tmp_path, target, MIX)
+def test_answers_of_another_target_are_refused_by_fact(target, tmp_path):
+    manifest = regenerate(some_queries(), tmp_path, target)
     ours = identify_target(target)
     check_answers_target(manifest, ours)
     check_answers_target(manifest, replace(ours, weights=None, name="other"))
@@ -246,129 +269,88 @@ def test_answers_of_another_target_are_refused_by_the_fact_that_differs(target, 
             check_answers_target(manifest, replace(ours, **{fact: value}))
 
 
-def test_an_unfinished_or_changed_folder_is_not_loaded(target, tmp_path, monkeypatch):
+def test_unfinished_or_changed_folder_is_not_loaded(target, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no finished answers"):
         load_answers(tmp_path)
     dies_after(target, monkeypatch, 5)
     with pytest.raises(KeyboardInterrupt):
-        regenerate(some_queries(), tmp_path, target, MIX)
+        regenerate(some_queries(), tmp_path, target)
     monkeypatch.undo()
     with pytest.raises(FileNotFoundError, match="again, to finish it"):
         load_answers(tmp_path)
-    regenerate(some_queries(), tmp_path, target, MIX)
+    regenerate(some_queries(), tmp_path, target)
     whole = contents(tmp_path)
     (tmp_path / "train.jsonl").write_text("")
     with pytest.raises(ValueError, match="0 rows"):
         load_answers(tmp_path)
-    regenerate(some_queries(), tmp_path, target, MIX)  # the journal still has everything
+    regenerate(some_queries(), tmp_path, target)  # the journal still has everything
     assert contents(tmp_path) == whole
 
 
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("temperatures", {"temperatures": (0.0,)}),
-        ("top_p", {"top_p": 0.9}),
-        ("max_new_tokens", {"max_new_tokens": 25}),
-        ("turns", {"turns": "all"}),
-        ("seed", {"seed": 6}),
-    ],
-)
-def test_a_folder_of_other_settings_is_refused_by_name(target, tmp_path, name, change):
-    regenerate(some_queries(3), tmp_path, target, MIX)
-    with pytest.raises(ValueError, match=f"another run: {name} is"):
-        regenerate(some_queries(3), tmp_path, target, replace(MIX, **change))
-
-
-def test_a_folder_of_other_queries_or_another_target_is_refused(target, tmp_path):
-    regenerate(some_queries(3), tmp_path, target, MIX)
+def test_folder_of_another_run_is_refused_by_name(target, tmp_path):
+    regenerate(some_queries(3), tmp_path, target)
+    for name, value in (
+        ("temperatures", [0.0]),
+        ("top_p", 0.9),
+        ("max_new_tokens", 25),
+        ("turns", "all"),
+        ("seed", 6),
+    ):
+        with pytest.raises(ValueError, match=f"another run: {name} is"):
+            regenerate(some_queries(3), tmp_path, target, changed(**{name: value}))
     with pytest.raises(ValueError, match="held_out_queries is"):
-        regenerate(some_queries(6), tmp_path, target, MIX)
+        regenerate(some_queries(6), tmp_path, target)
     other = chatty_target()
     other.model.lm_head.weight.data.neg_()
     with pytest.raises(ValueError, match="target_weights is"):
-        regenerate(some_queries(3), tmp_path, other, MIX)
-    template = other.tokenizer.chat_template
+        regenerate(some_queries(3), tmp_path, other)
     other = chatty_target()
-    other.tokenizer.chat_template = template + " "
+    other.tokenizer.chat_template += " "
     with pytest.raises(ValueError, match="chat_template is"):
-        regenerate(some_queries(3), tmp_path, other, MIX)
+        regenerate(some_queries(3), tmp_path, other)
 
 
-def test_a_finished_run_given_again_changes_nothing(target, tmp_path):
-    first = regenerate(some_queries(), tmp_path, target, MIX)
-    assert regenerate(some_queries(), tmp_path, target, MIX) == first
-    assert first["session"]["tokens"] == first["answer_tokens"]
+def test_finished_run_given_again_changes_nothing(target, tmp_path):
+    first = regenerate(some_queries(), tmp_path, target)
+    assert regenerate(some_queries(), tmp_path, target) == first
+    assert first.session.tokens == first.answer_tokens
 
 
 def test_two_runs_cannot_write_to_one_folder(target, tmp_path):
-    from specdec.common.files import Journal
-
-    running = Journal(tmp_path / "journal.jsonl", {})
-    with pytest.raises(ValueError, match="another run is writing"):
-        regenerate(some_queries(), tmp_path, target, MIX)
-    running.close()
-
-
-def test_a_full_disk_stops_the_run_and_what_was_answered_is_kept(target, tmp_path, monkeypatch):
-    import errno
-
-    from specdec.common import files as journal
-
-    regenerate(some_queries(), tmp_path / "whole", target, MIX)
-    written = journal.Journal.append
-    left = [20]
-
-    class Full:
-        def __init__(self, file):
-            self._file = file
-
-        def write(self, line):
-            left[0] -= 1
-            if left[0] < 0:
-                self._file.write(line[: len(line) // 2])
-                self._file.flush()
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return self._file.write(line)
-
-        def __getattr__(self, name):
-            return getattr(self._file, name)
-
-    def append(self, row):
-        if not isinstance(self._file, Full):
-            self._file = Full(self._file)
-        written(self, row)
-
-    monkeypatch.setattr(journal.Journal, "append", append)
-    with pytest.raises(OSError, match="no space left"):
-        regenerate(some_queries(), tmp_path / "full", target, MIX)
-    monkeypatch.undo()
-    manifest = regenerate(some_queries(), tmp_path / "full", target, MIX)
-    assert contents(tmp_path / "full") == contents(tmp_path / "whole")
-    assert 0 < manifest["session"]["tokens"] < manifest["answer_tokens"]
+    with (
+        Journal(tmp_path / "journal.jsonl", {}),
+        pytest.raises(ValueError, match="another run is writing"),
+    ):
+        regenerate(some_queries(), tmp_path, target)
 
 
-def test_a_full_disk_at_the_end_leaves_no_half_written_folder(target, tmp_path, monkeypatch):
-    import errno
-    import os
-
+@contextmanager
+def full_at_the_end(monkeypatch):
     def full(*names):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="no space left"):
-        regenerate(some_queries(), tmp_path, target, MIX)
-    monkeypatch.undo()
-    assert [path.name for path in tmp_path.iterdir()] == ["journal.jsonl"]
-    manifest = regenerate(some_queries(), tmp_path, target, MIX)
-    assert manifest["session"]["tokens"] == 0
-    assert load_answers(tmp_path).num_rows("train") == 8
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        yield
 
 
-def test_a_run_without_a_single_answer_fails_and_lists_why(target, tmp_path):
+def test_full_disk_keeps_what_was_answered(target, tmp_path, monkeypatch):
+    regenerate(some_queries(), tmp_path / "whole", target)
+    size = (tmp_path / "whole" / "journal.jsonl").stat().st_size
+    for full in (room_for(size // 2), full_at_the_end(monkeypatch)):
+        out = tmp_path / full.func.__name__
+        with full, pytest.raises(OSError, match="no space left"):
+            regenerate(some_queries(), out, target)
+        assert [path.name for path in out.iterdir()] == ["journal.jsonl"]
+        manifest = regenerate(some_queries(), out, target)
+        assert contents(out) == contents(tmp_path / "whole")
+        assert manifest.session.tokens < manifest.answer_tokens
+
+
+def test_run_without_any_answer_fails_and_lists_why(target, tmp_path):
     queries = {"train": [asked("long", "x" * 300)], "held_out": []}
     with pytest.raises(RuntimeError, match="every query failed: the prompt has 305"):
-        regenerate(queries, tmp_path, target, MIX)
+        regenerate(queries, tmp_path, target)
     assert [row["id"] for row in read(tmp_path / "failed.jsonl")] == ["long"]
 
 
@@ -376,9 +358,9 @@ def test_chats_need_a_chat_template(tmp_path):
     target = chatty_target()
     target.tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
-        regenerate(some_queries(), tmp_path, target, MIX)
+        regenerate(some_queries(), tmp_path, target)
     texts = {"train": [Query("t", text="abc")], "held_out": []}
-    regenerate(texts, tmp_path, target, MIX)
+    regenerate(texts, tmp_path, target)
     (row,) = read(tmp_path / "train.jsonl")
     assert row["tokens"][:3] == [ord(letter) - 32 for letter in "abc"]
     assert row["answers"][0][0] == 3
@@ -387,13 +369,14 @@ def test_chats_need_a_chat_template(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperatures": ()}, "temperatures is empty"),
-        ({"temperatures": (-1.0,)}, "temperature is -1.0"),
+        ({"temperatures": []}, "temperatures is .* at least 1"),
+        ({"temperatures": [-1.0]}, "temperature is -1.0"),
         ({"top_p": 2.0}, "top_p is 2.0"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"turns": "first"}, "turns is 'first'"),
+        ({"top_k": 3}, "top_k does not exist; did you mean top_p"),
     ],
 )
 def test_settings_that_cannot_work_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        AnswerSettings(**options)
+        validated(AnswerSettings, options)

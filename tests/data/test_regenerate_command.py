@@ -43,7 +43,8 @@ def contents(folder):
     return {name: (folder / name).read_text() for name in FILES}
 
 
-def test_a_process_killed_outright_goes_on_token_for_token(folder, tmp_path):
+@pytest.mark.slow
+def test_killed_process_resumes_token_for_token(folder, tmp_path):
     whole = answered(folder, tmp_path / "whole")
     assert whole.exit_code == 0, whole.stderr
     summary = json.loads(whole.stdout.splitlines()[-1])
@@ -68,7 +69,7 @@ def test_a_process_killed_outright_goes_on_token_for_token(folder, tmp_path):
     assert 0 < session["tokens"] < summary["answer_tokens"]
 
 
-def test_a_drafter_changes_nothing_that_is_written(folder, tmp_path):
+def test_drafter_changes_nothing_that_is_written(folder, tmp_path):
     drafter = json.dumps({"type": "suffix", "min_match": 1})
     assert answered(folder, tmp_path / "plain").exit_code == 0
     assert answered(folder, tmp_path / "drafted", "--drafter", drafter).exit_code == 0
@@ -77,7 +78,7 @@ def test_a_drafter_changes_nothing_that_is_written(folder, tmp_path):
     assert manifest["session"]["tau"] > 1
 
 
-def test_failed_queries_are_told_and_do_not_fail_the_run(folder, tmp_path):
+def test_failed_queries_do_not_fail_the_run(folder, tmp_path):
     lines = [
         {"id": "long", "messages": [{"role": "user", "content": "x" * 300}], "split": "held_out"},
         {"messages": [{"role": "user", "content": "hello"}], "domain": "greetings"},
@@ -95,7 +96,7 @@ def test_failed_queries_are_told_and_do_not_fail_the_run(folder, tmp_path):
     assert [row["language"] for row in rows] == ["", "en"]
 
 
-def test_an_endpoint_answers_and_one_that_is_gone_fails_the_run(folder, tmp_path, monkeypatch):
+def test_endpoint_answers_and_a_dead_one_fails(folder, tmp_path, monkeypatch):
     from specdec.data import endpoint
 
     monkeypatch.setattr(endpoint, "_FIRST_WAIT_S", 0.002)
@@ -155,7 +156,7 @@ def test_queries_that_cannot_be_read_are_told(tmp_path, line, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_collect_did_not_write_is_told(tmp_path):
+def test_folder_without_queries_is_told(tmp_path):
     done = invoke(tmp_path, "--target", "demo", "--out", tmp_path / "out")
     assert done.exit_code == 2
     assert "holds no split 'train' of collected queries" in done.stderr

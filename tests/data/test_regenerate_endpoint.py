@@ -2,21 +2,20 @@
 
 import json
 import time
-from dataclasses import replace
 
 import pytest
 from fake_endpoint import FakeEndpoint, letters
-from json_schema import violations
 from tiny_chat import END, TEMPLATE, letter_tokenizer
 
 from specdec.data import endpoint as endpoint_module
 from specdec.data.answers import AnswerSettings, load_answers
 from specdec.data.conversation import Query
-from specdec.data.dialogue import Chat
-from specdec.data.endpoint import Endpoint, EndpointDownError
-from specdec.data.regenerate import regenerate_from_endpoint
+from specdec.data.dialogue import Chat, EndpointDownError
+from specdec.data.endpoint import Endpoint, EndpointAnswers
+from specdec.data.regenerate import regenerate
 
-SETTINGS = AnswerSettings((0.0, 0.7), top_p=0.9, max_new_tokens=32, seed=3)
+SETTINGS = AnswerSettings(temperatures=[0.0, 0.7], top_p=0.9, max_new_tokens=32, seed=3)
+ALL_TURNS = AnswerSettings(**{**SETTINGS.model_dump(), "turns": "all"})
 FILES = ("train.jsonl", "held_out.jsonl", "failed.jsonl")
 
 
@@ -37,14 +36,11 @@ def queries(num=10):
     return {"train": members[:-2], "held_out": members[-2:]}
 
 
-def ask(server, out, found=None, settings=SETTINGS, template=TEMPLATE, **options):
-    endpoint = Endpoint(
-        server.url,
-        "a-model",
-        **{k: options.pop(k) for k in ("api_key", "attempts") if k in options},
-    )
-    chat = Chat(letter_tokenizer(template), (END,))
-    return regenerate_from_endpoint(found or queries(), out, endpoint, chat, settings, **options)
+def ask(server, out, found=None, settings=SETTINGS, tokenizer=None, **options):
+    given = {key: options.pop(key) for key in ("api_key", "attempts") if key in options}
+    chat = Chat(tokenizer or letter_tokenizer(), (END,))
+    answers = EndpointAnswers(Endpoint(server.url, "a-model", **given), chat, settings, **options)
+    return regenerate(found or queries(), out, answers)
 
 
 def read(path):
@@ -55,9 +51,7 @@ def contents(folder):
     return {name: (folder / name).read_text() for name in FILES}
 
 
-def test_rows_hold_the_tokens_that_the_server_gives_in_the_order_of_the_queries(
-    server, tmp_path, request
-):
+def test_rows_hold_the_servers_tokens_in_order(server, tmp_path):
     manifest = ask(server, tmp_path)
     rows = read(tmp_path / "train.jsonl") + read(tmp_path / "held_out.jsonl")
     assert [row["id"] for row in rows] == [f"q{i}" for i in range(10)]
@@ -67,21 +61,20 @@ def test_rows_hold_the_tokens_that_the_server_gives_in_the_order_of_the_queries(
         assert row["tokens"] == prompt + answer
         assert row["answers"] == [[len(prompt), len(row["tokens"])]]
         assert "retokenized" not in row
-    schema = json.loads((request.config.rootpath / "docs/answers.schema.json").read_text())
-    assert violations(manifest, schema) == []
-    assert manifest["endpoint"] == {"url": server.url, "model": "a-model", "api": "chat"}
-    assert load_answers(tmp_path).num_rows("train") == 8
+    asked = {"url": server.url, "model": "a-model", "api": "chat"}
+    assert manifest.endpoint.model_dump() == asked
+    assert load_answers(tmp_path).manifest == manifest
     body = server.requests[0]
     assert (body["model"], body["top_p"], body["max_tokens"]) == ("a-model", 0.9, 32)
     assert {body["temperature"] for body in server.requests} == {0.0, 0.7}
     assert len({body["seed"] for body in server.requests}) == 10
 
 
-def test_text_alone_is_read_with_the_targets_tokenizer_and_marked(server, tmp_path):
+def test_text_alone_is_tokenized_and_marked(server, tmp_path):
     ask(server, tmp_path / "ids")
     server.gives_ids = False
     manifest = ask(server, tmp_path / "text")
-    assert manifest["retokenized_answers"] == 10
+    assert manifest.retokenized_answers == 10
     for ours, theirs in zip(
         read(tmp_path / "text/train.jsonl"), read(tmp_path / "ids/train.jsonl"), strict=True
     ):
@@ -89,7 +82,7 @@ def test_text_alone_is_read_with_the_targets_tokenizer_and_marked(server, tmp_pa
         assert ours == theirs
 
 
-def test_completions_are_asked_with_the_tokens_of_the_prompt(server, tmp_path):
+def test_completions_send_the_tokens_of_the_prompt(server, tmp_path):
     ask(server, tmp_path / "chat")
     server.requests.clear()
     ask(server, tmp_path / "completion", api="completion")
@@ -103,12 +96,12 @@ def test_completions_are_asked_with_the_tokens_of_the_prompt(server, tmp_path):
 
 @pytest.mark.parametrize("api", ["chat", "completion"])
 @pytest.mark.parametrize("gives_ids", [True, False])
-def test_all_turns_are_asked_after_the_servers_own_answers(server, tmp_path, api, gives_ids):
+def test_all_turns_follow_the_servers_own_answers(server, tmp_path, api, gives_ids):
     server.gives_ids = gives_ids
     messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "recorded"}]
     messages += [{"role": "user", "content": "two"}]
     found = {"train": [Query("q", tuple(messages))], "held_out": []}
-    ask(server, tmp_path, found, replace(SETTINGS, turns="all"), api=api)
+    ask(server, tmp_path, found, ALL_TURNS, api=api)
     (row,) = read(tmp_path / "train.jsonl")
     end = chr(32 + END)
     assert row["tokens"] == letters(f"u:one{end}a:eno{end}u:two{end}a:owt{end}")
@@ -128,7 +121,7 @@ def test_what_may_pass_is_tried_again(server, tmp_path, status):
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
-def test_other_client_errors_are_not_tried_again_and_are_listed(server, tmp_path, status):
+def test_other_client_errors_are_listed_not_retried(server, tmp_path, status):
     def respond(number, body):
         is_bad = body["messages"][0]["content"] == "query 003"
         return (status, {}, {"error": "too long"}) if is_bad else None
@@ -139,9 +132,9 @@ def test_other_client_errors_are_not_tried_again_and_are_listed(server, tmp_path
     (failed,) = read(tmp_path / "failed.jsonl")
     assert failed["id"] == "q3"
     assert failed["reason"] == f'HTTP {status}: {{"error": "too long"}}'
-    assert manifest["counts"]["train"] == {"queries": 8, "rows": 7, "failed": 1}
+    assert manifest.counts.train.model_dump() == {"queries": 8, "rows": 7, "failed": 1}
     server.respond = lambda number, body: None
-    assert ask(server, tmp_path)["counts"]["train"] == {"queries": 8, "rows": 8, "failed": 0}
+    assert ask(server, tmp_path).counts.train.failed == 0
     assert len(server.requests) == 11, "only what had failed is asked again"
     assert read(tmp_path / "failed.jsonl") == []
 
@@ -180,9 +173,7 @@ def test_waits_double_up_to_a_limit():
     assert wait(40) <= 1.5 * endpoint_module._LONGEST_WAIT_S / endpoint_module._FIRST_WAIT_S
 
 
-def test_an_endpoint_that_dies_keeps_what_it_answered_and_the_same_command_goes_on(
-    server, tmp_path
-):
+def test_dead_endpoint_keeps_answers_and_resumes(server, tmp_path):
     ask(server, tmp_path / "whole", queries(30))
     server.requests.clear()
 
@@ -205,26 +196,26 @@ def test_an_endpoint_that_dies_keeps_what_it_answered_and_the_same_command_goes_
     assert contents(tmp_path / "died") == contents(tmp_path / "whole")
 
 
-def test_a_server_that_answers_nothing_but_its_health_is_given_up(server, tmp_path):
+def test_server_that_only_answers_health_is_given_up(server, tmp_path):
     server.respond = lambda number, body: (500, {}, "broken")
     with pytest.raises(EndpointDownError, match="HTTP 500: broken"):
         ask(server, tmp_path, queries(50), concurrency=4, attempts=2)
     assert len(server.requests) < 30
 
 
-def test_a_query_that_breaks_a_living_server_is_listed_and_the_others_answered(server, tmp_path):
+def test_query_that_breaks_a_server_is_listed(server, tmp_path):
     def respond(number, body):
         is_bad = body["messages"][0]["content"] == "query 003"
         return (500, {}, "crash") if is_bad else None
 
     server.respond = respond
     manifest = ask(server, tmp_path, attempts=3)
-    assert manifest["counts"]["train"]["failed"] == 1
+    assert manifest.counts.train.failed == 1
     assert read(tmp_path / "failed.jsonl")[0]["reason"] == "HTTP 500: crash"
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_server_that_refuses_every_query_stops_the_run(server, tmp_path, status):
+def test_server_that_refuses_every_query_stops_the_run(server, tmp_path, status):
     server.respond = lambda number, body: (status, {}, "no")
     with pytest.raises(ValueError, match=f"refuses model 'a-model' \\(HTTP {status}: no\\)"):
         ask(server, tmp_path, concurrency=1)
@@ -243,7 +234,7 @@ def test_the_api_key_is_sent_and_never_written(server, tmp_path):
         assert key not in path.read_text()
 
 
-def test_a_server_that_takes_no_unknown_field_is_asked_without_it(server, tmp_path):
+def test_strict_server_is_asked_without_unknown_fields(server, tmp_path):
     def respond(number, body):
         if "return_token_ids" in body:
             return 400, {}, "Unrecognized request argument supplied: return_token_ids"
@@ -251,7 +242,7 @@ def test_a_server_that_takes_no_unknown_field_is_asked_without_it(server, tmp_pa
 
     server.respond = respond
     manifest = ask(server, tmp_path, concurrency=1)
-    assert manifest["retokenized_answers"] == 10
+    assert manifest.retokenized_answers == 10
     assert len(server.requests) == 11
 
 
@@ -273,14 +264,14 @@ def broken_answer(change):
         (lambda c, m: c.update(finish_reason="content_filter"), "ended by 'content_filter'"),
     ],
 )
-def test_an_answer_that_is_not_what_the_target_wrote_is_refused(server, tmp_path, change, reason):
+def test_changed_answer_is_refused(server, tmp_path, change, reason):
     server.respond = broken_answer(change)
     with pytest.raises(RuntimeError, match=f"every query failed.*{reason}"):
         ask(server, tmp_path)
     assert len(read(tmp_path / "failed.jsonl")) == 10
 
 
-def test_an_answer_whose_text_joins_the_prompt_in_one_token_is_refused(server, tmp_path):
+def test_answer_joined_with_its_prompt_is_refused(server, tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -298,29 +289,27 @@ def test_an_answer_whose_text_joins_the_prompt_in_one_token_is_refused(server, t
         ],
         "held_out": [],
     }
-    chat = Chat(tokenizer, (END,))
-    endpoint = Endpoint(server.url, "a-model")
-    regenerate_from_endpoint(found, tmp_path, endpoint, chat, SETTINGS)
+    ask(server, tmp_path, found, tokenizer=tokenizer)
     (failed,) = read(tmp_path / "failed.jsonl")
     assert failed["id"] == "joins"
     assert "do not begin with the tokens of the prompt" in failed["reason"]
     assert [row["id"] for row in read(tmp_path / "train.jsonl")] == ["fits"]
 
 
-def test_a_template_that_rewrites_earlier_answers_ends_the_dialogue(server, tmp_path):
+def test_template_that_rewrites_answers_ends_the_dialogue(server, tmp_path):
     template = TEMPLATE.replace("message['content']", "(message['content'] | upper)")
     messages = [{"role": "user", "content": "1a"}, {"role": "assistant", "content": "x"}]
     messages += [{"role": "user", "content": "2"}]
     found = {"train": [Query("q", tuple(messages))], "held_out": []}
     server.gives_ids = False
-    manifest = ask(server, tmp_path, found, replace(SETTINGS, turns="all"), template=template)
+    manifest = ask(server, tmp_path, found, ALL_TURNS, letter_tokenizer(template))
     (row,) = read(tmp_path / "train.jsonl")
     assert len(row["answers"]) == 1
     assert row["finish_reason"] == "template"
-    assert manifest["unanswered_turns"] == 1
+    assert manifest.unanswered_turns == 1
 
 
-def test_an_answer_cut_by_the_servers_context_is_a_failure_and_by_the_limit_a_row(server, tmp_path):
+def test_answer_cut_by_the_context_fails(server, tmp_path):
     def respond(number, body):
         content = body["messages"][0]["content"]
         answer = server.answer("/chat/completions", body)
@@ -339,7 +328,7 @@ def test_an_answer_cut_by_the_servers_context_is_a_failure_and_by_the_limit_a_ro
     assert row["answers"][0][1] - row["answers"][0][0] == 32
 
 
-def test_a_folder_of_another_endpoint_or_model_is_refused(server, tmp_path):
+def test_folder_of_another_endpoint_is_refused(server, tmp_path):
     ask(server, tmp_path)
     other = FakeEndpoint()
     with pytest.raises(ValueError, match="another run: endpoint is"):
@@ -347,6 +336,8 @@ def test_a_folder_of_another_endpoint_or_model_is_refused(server, tmp_path):
     other.close()
     with pytest.raises(ValueError, match="another run: api is"):
         ask(server, tmp_path, api="completion")
+    with pytest.raises(ValueError, match="api is 'text' but must be one of"):
+        ask(server, tmp_path, api="text")
 
 
 @pytest.mark.parametrize(
@@ -358,7 +349,7 @@ def test_a_folder_of_another_endpoint_or_model_is_refused(server, tmp_path):
         ("http://host/v1?key=secret", "a user name, a password"),
     ],
 )
-def test_a_url_that_cannot_work_or_holds_a_secret_is_refused(url, message):
+def test_unusable_or_secret_url_is_refused(url, message):
     with pytest.raises(ValueError, match=message) as error:
         Endpoint(url, "m")
     assert "secret" not in str(error.value)

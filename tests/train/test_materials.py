@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from tiny_features import extraction, write_folder
+from tiny_features import extract, write_folder
 from tiny_models import tiny_llama
 from tiny_training import answer_rows, logged, tiny_config
 
@@ -41,7 +41,7 @@ def made(tmp_path_factory):
     tiny_llama(num_layers=1, seed=5).save_pretrained(folder / "draft")
     target = load_target(str(folder / "target"), device="cpu")
     whole = {"taps": "0,1,2,3", "dtype": "float32", "top_k": target.vocab_size}
-    extraction(folder / "answers", target, **whole).run(folder / "store")
+    extract(folder / "answers", target, folder / "store", **whole)
     return folder
 
 
@@ -106,7 +106,7 @@ def test_a_store_of_another_target_is_refused(made, tmp_path):
 
 def test_a_tap_that_the_store_lacks_is_refused(made, tmp_path):
     target = load_target(str(made / "target"), device="cpu")
-    extraction(made / "answers", target, taps="3").run(tmp_path / "store")
+    extract(made / "answers", target, tmp_path / "store", taps="3")
     config = config_of(made, tmp_path, "eagle3", tmp_path / "store")
     with pytest.raises(ValueError, match=r"holds the taps \[3\] but not"):
         run_training(config, tmp_path / "out")
