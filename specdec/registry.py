@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
+from specdec.common.arguments import fit
 from specdec.engine.interfaces import Drafter, Target
-from specdec.sampling.config import fit
 
 DRAFTERS = {
     "draft_model": "specdec.drafters.draft_model:DraftModel",
@@ -31,6 +31,12 @@ def is_registered(drafter: Any) -> bool:
     """Say if a drafter is of a registered class, and so are those inside of it."""
     name = f"{type(drafter).__module__}:{type(drafter).__qualname__}"
     return name in DRAFTERS.values() and all(map(is_registered, getattr(drafter, "drafters", ())))
+
+
+def load_target(path: str) -> Target:
+    """Load the target that a name or a path stands for, with the default options."""
+    target: Target = import_module("specdec.targets.load").load_target(path)
+    return target
 
 
 def load_drafter(options: Mapping[str, Any] | str, target: Target) -> Drafter:

@@ -14,7 +14,8 @@ from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.engine.interfaces import Target
 from specdec.targets.hf import HFTarget
-from specdec.targets.load import load_target, read_text
+from specdec.targets.load import load_target
+from specdec.targets.taps import read_text
 
 PROMPT, OTHER = [5, 6, 7, 8], [9] * 30
 

@@ -116,7 +116,7 @@ def test_names_without_the_prefix_of_the_base_model_are_found(tmp_path):
             lambda weights: weights.update(
                 {"model.embed_tokens.weight": torch.zeros(97, 32, dtype=torch.int8)}
             ),
-            "holds torch.int8 .* quantised",
+            "holds torch.int8 .* quantized",
         ),
     ],
 )

@@ -20,7 +20,7 @@ from specdec.engine.interfaces import Drafter, Target, TargetOutput, cache_owner
 from specdec.engine.metrics import StepRecord
 from specdec.sampling.config import SamplingConfig
 from specdec.sampling.sampler import Sampler
-from specdec.targets.load import read_text
+from specdec.targets.taps import read_text
 from specdec.verify import Draft, Verdict, match
 from specdec.verify.tree import node_depths
 

@@ -14,7 +14,7 @@ from specdec.analysis.texts import Text
 from specdec.engine.interfaces import Target
 from specdec.sampling.config import SamplingConfig
 from specdec.sampling.sampler import Sampler
-from specdec.targets.load import Reading, read_text
+from specdec.targets.taps import Reading, read_text
 
 Array = np.ndarray[Any, Any]
 

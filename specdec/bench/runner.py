@@ -35,7 +35,7 @@ from specdec.checkpoints.identity import TARGET, as_json, check_resumed, identif
 from specdec.common.files import parse_json, replace_file
 from specdec.common.messages import BenchPrompt
 from specdec.common.provenance import machine
-from specdec.engine.request import encode
+from specdec.engine.text import encode
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
 from specdec.verify import get_rule

@@ -16,7 +16,7 @@ from specdec.bench.prompts import render
 from specdec.common.messages import BenchPrompt
 from specdec.engine.decode import generate_baseline
 from specdec.engine.interfaces import Target
-from specdec.engine.request import encode, tokenize
+from specdec.engine.text import encode, tokenize
 
 _BETWEEN = "\n\n"
 

@@ -24,7 +24,7 @@ def generate(
     device: Annotated[str | None, typer.Option()] = None,
 ) -> None:
     """Stream one answer, then say what speculation did for it."""
-    from specdec.engine.decode import Stream
+    from specdec.engine.decode import stream
     from specdec.registry import load_drafter
     from specdec.sampling.config import SamplingConfig
     from specdec.targets.load import load_target
@@ -35,7 +35,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     has_chat = model.tokenizer is not None and model.tokenizer.chat_template and not raw
     asked: Any = [{"role": "user", "content": text}] if has_chat and text else text
-    run = Stream(
+    run = stream(
         model,
         strategy,
         [asked],

@@ -7,16 +7,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from specdec.common.arguments import require_counts
 from specdec.demo import demo_path
 from specdec.drafters.adapters import load_adapter
 from specdec.drafters.forced import FixedShape
 from specdec.drafters.tree_growth import CandidatePool
 from specdec.engine.interfaces import Prompts, Target, TargetOutput
-from specdec.sampling.config import require_counts
 from specdec.sampling.randomness import row_exponentials
 from specdec.sampling.sampler import Sampler, sample
 from specdec.targets.hf import HFTarget
-from specdec.targets.load import load_target, read_text
+from specdec.targets.load import load_target
+from specdec.targets.taps import read_text
 from specdec.verify import Draft, Verdict
 from specdec.verify.tree import from_choices
 

@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
+from specdec.common.arguments import require_counts
 from specdec.demo import demo_path
 from specdec.drafters.forced import FixedShape
 from specdec.drafters.heads import load_head
@@ -27,7 +28,6 @@ from specdec.drafters.tree_growth import TreeShape, start_growth
 from specdec.engine.clock import ForwardClock
 from specdec.engine.interfaces import Prompts, TargetOutput
 from specdec.engine.kv_cache import SlotCache
-from specdec.sampling.config import require_counts
 from specdec.sampling.sampler import Sampler
 from specdec.targets.attention import NAME as ATTENTION
 from specdec.targets.masks import Masks

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from specdec.common.arguments import require_counts
 from specdec.engine.interfaces import Drafter, HoldsCache, Prompts, TargetOutput
-from specdec.sampling.config import require_counts
 from specdec.sampling.sampler import Sampler
 from specdec.verify import Draft, Verdict, best_first
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from specdec.common.arguments import require_counts
 from specdec.drafters.training import merge, pack_rows
 from specdec.engine.clock import ForwardClock
 from specdec.engine.interfaces import Prompts, TargetOutput
-from specdec.sampling.config import require_counts
 from specdec.sampling.sampler import Sampler
 from specdec.verify import Draft, Verdict
 

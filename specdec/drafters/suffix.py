@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from specdec.common.arguments import require_counts
 from specdec.drafters.suffix_automaton import SuffixAutomaton
 from specdec.drafters.training import Node, match_confidence, pack_rows
 from specdec.engine.clock import ForwardClock
 from specdec.engine.interfaces import Prompts, TargetOutput
-from specdec.sampling.config import require_counts
 from specdec.sampling.sampler import Sampler
 from specdec.verify import Draft, Verdict
 

@@ -11,7 +11,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from specdec.sampling.config import require_counts
+from specdec.common.arguments import require_counts
 from specdec.sampling.randomness import row_exponentials
 from specdec.sampling.sampler import Sampler, sample, sample_without_replacement
 from specdec.verify import Draft, best_first

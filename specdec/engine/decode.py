@@ -7,49 +7,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from specdec.engine.draft_length import DraftLength
-from specdec.engine.engine import Chunk, Engine, target_of
+from specdec.common.arguments import checked
+from specdec.engine.engine import Chunk, DraftLengths, Engine, resolve_target
 from specdec.engine.interfaces import Drafter, Target
-from specdec.engine.request import Prompt, Result, prompts_of, sampling_of
-from specdec.sampling.config import SamplingConfig, checked
+from specdec.engine.request import Result
+from specdec.engine.text import Prompt, split_prompts
+from specdec.sampling.config import SamplingConfig
 from specdec.verify import Rule
 
 __all__ = ["Chunk", "Stream", "generate", "generate_baseline", "stream"]
 
-Sampling = (
-    SamplingConfig | Mapping[str, Any] | Sequence[SamplingConfig | Mapping[str, Any] | None] | None
-)
-Limits = int | Sequence[int]
-Stop = str | Sequence[str] | None
-Lengths = DraftLength | Mapping[int, int | None] | int | None
-
-
-def _each(name: str, given: Any, num_prompts: int) -> list[Any]:
-    """One entry a prompt."""
-    if len(given) != num_prompts:
-        raise ValueError(
-            f"{name} has {len(given)} entries for {num_prompts} prompts; give one for all or one "
-            "for each"
-        )
-    return list(given)
-
-
-def _configs(sampling: Any, num_prompts: int) -> list[SamplingConfig]:
-    if isinstance(sampling, Sequence) and not isinstance(sampling, str):
-        return [sampling_of(each) for each in _each("sampling", sampling, num_prompts)]
-    shared = sampling_of(sampling)
-    # Prompts that share one configuration still draw their own numbers.
-    return [replace(shared, seed=(int(shared.seed) + i) % 2**63) for i in range(num_prompts)]
-
-
-def _num_rows(target: Target, num_prompts: int, batch_size: int | None) -> int:
-    """Rows that are decoded together."""
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size} but must be at least 1")
-    size = min(batch_size or num_prompts, num_prompts)
-    if size > 1 and not target.capabilities.batched:
-        raise ValueError(f"batch_size is {size} but this target takes one row; pass batch_size=1")
-    return size
+Settings = SamplingConfig | Mapping[str, Any] | None
+Sampling = Settings | Sequence[Settings]
 
 
 def generate(
@@ -58,12 +27,12 @@ def generate(
     prompts: Prompt | Sequence[Prompt],
     sampling: Sampling = None,
     *,
-    max_new_tokens: Limits = 128,
-    stop: Stop = None,
+    max_new_tokens: int | Sequence[int] = 128,
+    stop: str | Sequence[str] | None = None,
     max_time_s: float | None = None,
     batch_size: int | None = None,
     rule: str | Rule = "token",
-    draft_length: Lengths = None,
+    draft_length: DraftLengths = None,
     check: bool = False,
 ) -> list[Result]:
     """Decode prompts speculatively; the output follows the target's own distribution.
@@ -94,8 +63,8 @@ def generate(
             et al. 2024, arXiv 2408.07978). At temperature 0 all of them accept what equals the
             target's argmax.
         draft_length: chooses before every step how many nodes the rows may draft; None leaves it
-            to the drafter, a number holds for all batch sizes and a mapping is a `Schedule`. See
-            `Schedule` and `OnlineController`.
+            to the drafter, a number holds for all batch sizes and a mapping is a `Schedule`. An
+            `OnlineController` learns it.
         check: also check every draft of a registered drafter; those of others always are.
 
     Returns:
@@ -109,7 +78,7 @@ def generate(
 
     Source: Leviathan et al. 2022, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318.
     """
-    run = Stream(
+    run = stream(
         target,
         drafter,
         prompts,
@@ -134,59 +103,94 @@ def generate_baseline(
     target: Target | str,
     prompts: Prompt | Sequence[Prompt],
     sampling: Sampling = None,
-    **options: object,
+    *,
+    max_new_tokens: int | Sequence[int] = 128,
+    stop: str | Sequence[str] | None = None,
+    max_time_s: float | None = None,
+    batch_size: int | None = None,
+    rule: str | Rule = "token",
 ) -> list[Result]:
-    """Decode plainly, one token per forward, in the same loop; options as in `generate`."""
-    return generate(target, None, prompts, sampling, **options)  # type: ignore[arg-type]
+    """Decode plainly, one token per forward, in the same loop; arguments as in `generate`."""
+    return generate(
+        target,
+        None,
+        prompts,
+        sampling,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        max_time_s=max_time_s,
+        batch_size=batch_size,
+        rule=rule,
+    )
+
+
+@checked
+def stream(
+    target: Target | str,
+    drafter: Drafter | Mapping[str, Any] | str | None,
+    prompts: Prompt | Sequence[Prompt],
+    sampling: Sampling = None,
+    *,
+    max_new_tokens: int | Sequence[int] = 128,
+    stop: str | Sequence[str] | None = None,
+    max_time_s: float | None = None,
+    batch_size: int | None = None,
+    rule: str | Rule = "token",
+    draft_length: DraftLengths = None,
+    check: bool = False,
+) -> "Stream":
+    """Decode as `generate` does, with the same arguments and errors, and yield `Chunk`s."""
+    target, rows = resolve_target(target), split_prompts(prompts)
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size} but must be at least 1")
+    max_rows = min(batch_size or len(rows), len(rows))
+    if max_rows > 1 and not target.capabilities.batched:
+        raise ValueError(
+            f"batch_size is {max_rows} but this target takes one row; pass batch_size=1"
+        )
+    limits = _one_each("max_new_tokens", max_new_tokens, len(rows))
+    configs = [SamplingConfig.of(each) for each in _one_each("sampling", sampling, len(rows))]
+    if not isinstance(sampling, Sequence):
+        # Prompts that share one configuration still draw their own numbers.
+        configs = [replace(c, seed=(int(c.seed) + i) % 2**63) for i, c in enumerate(configs)]
+    engine = Engine(
+        target, drafter, max_rows=max_rows, rule=rule, draft_length=draft_length, check=check
+    )
+    ids = [
+        engine.submit(prompt, config, max_new_tokens=limit, stop=stop, max_time_s=max_time_s)
+        for prompt, config, limit in zip(rows, configs, limits, strict=True)
+    ]
+    return Stream(engine, ids)
+
+
+def _one_each(name: str, given: Any, num_prompts: int) -> list[Any]:
+    """Return one entry a prompt; anything but a list is shared."""
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        return [given] * num_prompts
+    if len(given) != num_prompts:
+        raise ValueError(
+            f"{name} has {len(given)} entries for {num_prompts} prompts; give one for all or one "
+            "for each"
+        )
+    return list(given)
 
 
 class Stream:
-    """Decodes as `generate` does and yields what each step added, prompt by prompt.
+    """Requests of one call; iterate for the `Chunk`s of each step, prompt by prompt.
 
-    Iterate it for `Chunk`s; `results()` afterwards, or at any time, gives what there is. Text that
-    may still become a stop string or half a character is held back until it is settled. Arguments
-    and errors are those of `generate`.
+    Text that may still become a stop string or half a character is held back until it is settled.
     """
 
-    @checked
-    def __init__(
-        self,
-        target: Target | str,
-        drafter: Drafter | Mapping[str, Any] | str | None,
-        prompts: Prompt | Sequence[Prompt],
-        sampling: Sampling = None,
-        *,
-        max_new_tokens: Limits = 128,
-        stop: Stop = None,
-        max_time_s: float | None = None,
-        batch_size: int | None = None,
-        rule: str | Rule = "token",
-        draft_length: Lengths = None,
-        check: bool = False,
-    ) -> None:
-        target, rows = target_of(target), prompts_of(prompts)
-        num_rows = _num_rows(target, len(rows), batch_size)
-        configs = _configs(sampling, len(rows))
-        if isinstance(max_new_tokens, int):
-            max_new_tokens = [max_new_tokens] * len(rows)
-        limits = _each("max_new_tokens", max_new_tokens, len(rows))
-        self._engine = Engine(
-            target, drafter, max_rows=num_rows, rule=rule, draft_length=draft_length, check=check
-        )
-        self._ids = [
-            self._engine.submit(
-                prompt, config, max_new_tokens=limit, stop=stop, max_time_s=max_time_s
-            )
-            for prompt, config, limit in zip(rows, configs, limits, strict=True)
-        ]
-
-    def steps(self) -> Iterator[list[Chunk]]:
-        """Decode a step at a time, all its prompts together, tokens only: `text` stays empty."""
-        return self._run(self._engine.advance)
+    def __init__(self, engine: Engine, ids: Sequence[int]) -> None:
+        self._engine, self._ids = engine, list(ids)
 
     def __iter__(self) -> Iterator[Chunk]:
         for chunks in self._run(self._engine.step):
             yield from chunks
+
+    def steps(self) -> Iterator[list[Chunk]]:
+        """Decode a step at a time, all its prompts together, tokens only: `text` stays empty."""
+        return self._run(self._engine.advance)
 
     def _run(self, step: Callable[[], list[Chunk]]) -> Iterator[list[Chunk]]:
         try:
@@ -197,11 +201,8 @@ class Stream:
                         raise FloatingPointError(self._engine.peek(chunk.index).error)
                 yield chunks
         finally:
-            self._engine._pause()  # who leaves early leaves the target to others
+            self._engine.preempt()  # who leaves early leaves the target to others
 
     def results(self) -> list[Result]:
-        """One result per prompt, in order; unfinished ones say "interrupted"."""
+        """Return one result per prompt, in order; unfinished ones say "interrupted"."""
         return [self._engine.peek(index) for index in self._ids]
-
-
-stream = Stream

@@ -6,119 +6,28 @@ from itertools import pairwise
 from math import ceil, log2
 from typing import Any, Protocol
 
+from specdec.common.arguments import checked, fit
 from specdec.engine.metrics import StepRecord
-from specdec.sampling.config import checked, fit
 
-# What is believed before anything was seen, and how many observations that is worth.
+# The belief before anything was seen, and the number of observations that it is worth.
 GUESS, GUESS_WEIGHT, MEASURED_WEIGHT = 0.6, 2.0, 8.0
 # An estimate that has not been tested for long counts as so many observations: new ones prevail.
 LEAST_WEIGHT = 3.0
-
-
-class ChainAcceptance:
-    """Acceptance by depth, each given that the depth above was accepted.
-
-    A depth that is seldom tested leans on the estimate of the depth above.
-
-    Args:
-        max_nodes: longest chain.
-        half_life: steps after which an observation counts half.
-        acceptance: by depth, as a first belief; depths behind its end are like the last of it.
-    """
-
-    def __init__(
-        self, max_nodes: int, half_life: float, acceptance: Sequence[float] | None = None
-    ) -> None:
-        known = list(acceptance or [GUESS])[:max_nodes]
-        self._rates = known + [known[-1]] * (max_nodes - len(known))
-        self._weights = [MEASURED_WEIGHT if acceptance else GUESS_WEIGHT] * max_nodes
-        self._keep = 0.5 ** (1 / half_life)
-
-    def expected(self) -> list[float]:
-        """Accepted tokens of a chain of 0, 1, ... nodes."""
-        totals, above, reached = [0.0], self._rates[0], 1.0
-        for rate, weight in zip(self._rates, self._weights, strict=True):
-            above = (weight * rate + LEAST_WEIGHT * above) / (weight + LEAST_WEIGHT)
-            reached *= above
-            totals.append(totals[-1] + reached)
-        return totals
-
-    def learn(self, records: Sequence[StepRecord], chosen: int) -> None:
-        """Take in a step: depth d was tested where d - 1 were accepted and d drafted."""
-        self._weights = [weight * self._keep for weight in self._weights]
-        if not chosen:
-            return
-        for record in records:
-            deepest = min(record.num_drafted, record.num_accepted + 1, len(self._rates))
-            for depth in range(deepest):
-                self._weights[depth] = max(self._weights[depth], LEAST_WEIGHT) + 1
-                error = (record.num_accepted > depth) - self._rates[depth]
-                self._rates[depth] += error / self._weights[depth]
-
-
-class TreeAcceptance:
-    """Accepted tokens by node budget, because a smaller tree is not the top of a larger one.
-
-    A budget that was seldom tried leans on the others: accepted tokens grow about with the
-    logarithm of a tree's size (Sequoia, arXiv 2402.12374).
-
-    Args:
-        budgets: numbers of nodes that may be asked for.
-        half_life: steps after which an observation counts half.
-        acceptance: by depth, as a first belief; its first entry sets the scale.
-    """
-
-    def __init__(
-        self, budgets: Sequence[int], half_life: float, acceptance: Sequence[float] | None = None
-    ) -> None:
-        self._scale = (acceptance or [GUESS])[0]
-        self._weights = dict.fromkeys(budgets, 0.0)
-        self._means = {nodes: self._scale * log2(1 + nodes) for nodes in budgets}
-        self._guess_weight = MEASURED_WEIGHT if acceptance else GUESS_WEIGHT
-        self._keep = 0.5 ** (1 / half_life)
-
-    def expected(self) -> list[float]:
-        """Accepted tokens of trees of 0, 1, ... nodes; 0 for those that may not be asked for."""
-        totals = [0.0] * (max(self._means) + 1)
-        for nodes, mean in self._means.items():
-            weight, usual = self._weights[nodes], self._scale * log2(1 + nodes)
-            totals[nodes] = (weight * mean + LEAST_WEIGHT * usual) / (weight + LEAST_WEIGHT)
-        return totals
-
-    def learn(self, records: Sequence[StepRecord], chosen: int) -> None:
-        """Take in a step that was asked for `chosen` nodes a row."""
-        self._weights = {nodes: weight * self._keep for nodes, weight in self._weights.items()}
-        self._guess_weight *= self._keep
-        if not chosen:
-            return
-        for record in records:
-            # A drafter that found fewer, or a row near its end, says little about this budget.
-            if 2 * record.num_drafted < chosen:
-                continue
-            self._weights[chosen] += 1
-            error = record.num_accepted - self._means[chosen]
-            self._means[chosen] += error / max(self._weights[chosen], 1)
-            self._guess_weight = max(self._guess_weight, LEAST_WEIGHT) + 1
-            usual = self._scale * log2(1 + chosen)
-            share = (record.num_accepted - usual) / self._guess_weight
-            self._scale += share / log2(1 + chosen)
-
-
 # A table of costs holds an entry for every number of nodes.
 MOST_NODES = 4096
 # Steps without a draft once drafting no longer pays; then they double from probe to probe.
 FIRST_PAUSE = 4
 # Plain steps that may be lost before anything is known.
 FIRST_CREDIT = 0.8
-# Times the probe share that the credit is filled with while drafting is on.
+# Factor of the probe share that the credit is filled with while drafting is on.
 TRUSTED = 4
 
 
 class DraftLength(Protocol):
-    """Chooses before every step; what it knows is the past, so that the output stays lossless."""
+    """Chooses before every step; it knows the past alone, so that the output stays lossless."""
 
     def choose(self, batch_size: int) -> int | None:
-        """Most nodes that a row may draft in the next step; 0 decodes plainly, None is no limit."""
+        """Return the most nodes of a row in the next step; 0 decodes plainly, None is no limit."""
 
     def learn(self, records: Sequence[StepRecord]) -> None:
         """Take in the step's records, one a row."""
@@ -153,19 +62,111 @@ class Schedule:
         self._nodes = dict(nodes)
 
     def choose(self, batch_size: int) -> int | None:
-        """See `DraftLength`."""
+        """Return the entry of the batch size."""
         return self._nodes[max(size for size in self._nodes if size <= batch_size)]
 
     def learn(self, records: Sequence[StepRecord]) -> None:
-        """Nothing: the schedule is fixed."""
+        """Learn nothing: the schedule is fixed."""
+
+
+class ChainAcceptance:
+    """Estimates acceptance by depth, each given that the depth above was accepted.
+
+    A depth that is seldom tested leans on the estimate of the depth above.
+
+    Args:
+        max_nodes: longest chain.
+        half_life: steps after which an observation counts half.
+        acceptance: first belief by depth; depths behind its end are like the last of it.
+    """
+
+    def __init__(
+        self, max_nodes: int, half_life: float, acceptance: Sequence[float] | None = None
+    ) -> None:
+        known = list(acceptance or [GUESS])[:max_nodes]
+        self._rates = known + [known[-1]] * (max_nodes - len(known))
+        self._weights = [MEASURED_WEIGHT if acceptance else GUESS_WEIGHT] * max_nodes
+        self._keep = 0.5 ** (1 / half_life)
+
+    def expected(self) -> list[float]:
+        """Return the accepted tokens of a chain of 0, 1, ... nodes."""
+        totals, above, reached = [0.0], self._rates[0], 1.0
+        for rate, weight in zip(self._rates, self._weights, strict=True):
+            above = (weight * rate + LEAST_WEIGHT * above) / (weight + LEAST_WEIGHT)
+            reached *= above
+            totals.append(totals[-1] + reached)
+        return totals
+
+    def learn(self, records: Sequence[StepRecord], chosen: int) -> None:
+        """Take in a step: depth d was tested where d - 1 were accepted and d drafted."""
+        self._weights = [weight * self._keep for weight in self._weights]
+        if not chosen:
+            return
+        for record in records:
+            deepest = min(record.num_drafted, record.num_accepted + 1, len(self._rates))
+            for depth in range(deepest):
+                self._weights[depth] = max(self._weights[depth], LEAST_WEIGHT) + 1
+                error = (record.num_accepted > depth) - self._rates[depth]
+                self._rates[depth] += error / self._weights[depth]
+
+
+class TreeAcceptance:
+    """Estimates accepted tokens by node budget: a smaller tree is not the top of a larger one.
+
+    A budget that was seldom tried leans on the others: accepted tokens grow about with the
+    logarithm of a tree's size (Sequoia, arXiv 2402.12374).
+
+    Args:
+        budgets: numbers of nodes that may be asked for.
+        half_life: steps after which an observation counts half.
+        acceptance: first belief by depth; its first entry sets the scale.
+    """
+
+    def __init__(
+        self, budgets: Sequence[int], half_life: float, acceptance: Sequence[float] | None = None
+    ) -> None:
+        self._scale = (acceptance or [GUESS])[0]
+        self._weights = dict.fromkeys(budgets, 0.0)
+        self._means = {nodes: self._usual(nodes) for nodes in budgets}
+        self._scale_weight = MEASURED_WEIGHT if acceptance else GUESS_WEIGHT
+        self._keep = 0.5 ** (1 / half_life)
+
+    def _usual(self, nodes: int) -> float:
+        return self._scale * log2(1 + nodes)
+
+    def expected(self) -> list[float]:
+        """Return the accepted tokens of trees of 0, 1, ... nodes; 0 where none may be asked for."""
+        totals = [0.0] * (max(self._means) + 1)
+        for nodes, mean in self._means.items():
+            weight = self._weights[nodes]
+            lean = LEAST_WEIGHT * self._usual(nodes)
+            totals[nodes] = (weight * mean + lean) / (weight + LEAST_WEIGHT)
+        return totals
+
+    def learn(self, records: Sequence[StepRecord], chosen: int) -> None:
+        """Take in a step that was asked for `chosen` nodes a row."""
+        self._weights = {nodes: weight * self._keep for nodes, weight in self._weights.items()}
+        self._scale_weight *= self._keep
+        if not chosen:
+            return
+        for record in records:
+            # A drafter that found fewer, or a row near its end, says little about this budget.
+            if 2 * record.num_drafted < chosen:
+                continue
+            self._weights[chosen] += 1
+            error = record.num_accepted - self._means[chosen]
+            self._means[chosen] += error / max(self._weights[chosen], 1)
+            self._scale_weight = max(self._scale_weight, LEAST_WEIGHT) + 1
+            error = record.num_accepted - self._usual(chosen)
+            self._scale += error / self._scale_weight / log2(1 + chosen)
 
 
 @dataclass
 class _Switch:
-    """Whether drafting pays at a batch size, and how long it has been off."""
+    """Drafting is on or off at a batch size, judged when there had been so many drafts."""
 
     is_on: bool = False
-    judged: int = -1  # drafts there had been when it was last thought over
+    num_drafts: int = -1
 
 
 class OnlineController:
@@ -178,16 +179,16 @@ class OnlineController:
     pauses that double.
 
     It never reads a clock: it takes its time from `step_s`, so that what it does follows from the
-    records alone. An object learns from one loop at a time. What is drawn above temperature 0
-    depends on the other rows then, as with `Schedule`.
+    records alone. An object learns from one loop at a time. The tokens drawn above temperature 0
+    depend on the other rows then, as with `Schedule`.
 
     Args:
         step_s: seconds of a whole step by batch size and by nodes a row, 0 nodes (plain decoding)
             included; nodes in between are interpolated, the nearest batch size counts. It must not
             hold more nodes than the drafter drafts.
         acceptance: conditional acceptance by depth, measured before, to begin with.
-        trees: whether the drafter makes trees. Chains are judged by depth; of trees it learns how
-            many tokens each budget in `step_s` gave.
+        trees: the drafter makes trees. Chains are judged by depth; of trees it learns how many
+            tokens each budget in `step_s` gave.
         margin: share by which drafting must be expected to be faster for it to be turned on.
         half_life: steps after which an observation counts half.
         probe_share: share of the decoding time that may be lost on drafts that do not pay.
@@ -208,7 +209,15 @@ class OnlineController:
         probe_share: float = 0.005,
     ) -> None:
         _check_costs(step_s)
-        _check_options(acceptance, margin, half_life, probe_share)
+        if acceptance is not None and not (acceptance and all(0 <= x <= 1 for x in acceptance)):
+            raise ValueError(
+                f"acceptance is {list(acceptance)} but must be one share in [0, 1] a depth, or None"
+            )
+        if margin < 0 or half_life <= 0 or not 0 < probe_share < 1:
+            raise ValueError(
+                f"margin is {margin}, half_life {half_life} and probe_share {probe_share}: margin "
+                "must be at least 0, half_life positive and probe_share in (0, 1)"
+            )
         # In units of a plain step of the same batch size: batch sizes then share one account.
         self._ratios = {size: _ratios(costs) for size, costs in step_s.items()}
         self._budgets = {
@@ -225,7 +234,7 @@ class OnlineController:
         self._switches = {size: _Switch() for size in step_s}
         self._credit = FIRST_CREDIT
         self._most_credit = 2 * max(max(ratios) for ratios in self._ratios.values())
-        # Of all batch sizes together: what a probe learns is how texts are accepted.
+        # Shared by all batch sizes: a probe learns how texts are accepted.
         self._pause = 1  # steps until the next probe
         self._waited = 0
         self._size, self._chosen, self._is_probe = min(step_s), 0, False
@@ -233,24 +242,24 @@ class OnlineController:
         self._found_some = False  # the last draft that was asked for held a node
 
     def choose(self, batch_size: int) -> int:
-        """See `DraftLength`."""
+        """Return the nodes that pay best, a probe, or 0."""
         # Of two equally near sizes the larger one, at which drafting pays less.
         self._size = min(self._ratios, key=lambda size: (abs(size - batch_size), -size))
         self._is_probe = False
         switch = self._switches[self._size]
         # Without a draft nothing was learned since: a step that is off costs next to nothing.
-        is_settled = not switch.is_on and switch.judged == self._num_drafts
+        is_settled = not switch.is_on and switch.num_drafts == self._num_drafts
         self._chosen = 0 if is_settled else self._best()
         if not switch.is_on:
             self._chosen = self._probe()
         return self._chosen
 
     def _best(self) -> int:
-        """The nodes with the most tokens per second that the credit can pay for, or 0."""
+        """Return the nodes with the most tokens per second that the credit can pay for, or 0."""
         ratios, switch = self._ratios[self._size], self._switches[self._size]
         expected = self._acceptance.expected()
         speeds = {n: (1 + expected[n]) / ratios[n] for n in self._budgets[self._size]}
-        was_on, switch.judged = switch.is_on, self._num_drafts
+        was_on, switch.num_drafts = switch.is_on, self._num_drafts
         switch.is_on = max(speeds.values()) > (1.0 if was_on else 1 + self._margin)
         if was_on and not switch.is_on:
             self._pause, self._waited = FIRST_PAUSE, 0
@@ -260,7 +269,7 @@ class OnlineController:
         return max(affordable, key=lambda nodes: affordable[nodes])
 
     def _probe(self) -> int:
-        """A short draft where one is due, or 0."""
+        """Return the nodes of a short draft where one is due, or 0."""
         ratios = self._ratios[self._size]
         could_pay = any(1 + n > (1 + self._margin) * ratios[n] for n in self._budgets[self._size])
         shortest = self._budgets[self._size][0]
@@ -274,11 +283,11 @@ class OnlineController:
         return shortest
 
     def _can_pay(self, nodes: int) -> bool:
-        """Whether the credit covers a draft of which nothing is accepted."""
+        """Tell if the credit covers a draft of which nothing is accepted."""
         return self._ratios[self._size][nodes] - 1 <= self._credit
 
     def learn(self, records: Sequence[StepRecord]) -> None:
-        """See `DraftLength`."""
+        """Take in the step's records, and book what its draft saved or cost."""
         self._acceptance.learn(records, self._chosen)
         # While drafting is believed to pay, bad luck must not keep it off for long.
         is_trusted = self._switches[self._size].is_on and self._found_some
@@ -297,10 +306,9 @@ class OnlineController:
 
 
 def _ratios(costs: Mapping[int, float]) -> list[float]:
-    """The cost of a step of 0, 1, ... nodes over that of a plain step, interpolated."""
-    known = sorted(costs)
+    """Return the cost of a step of 0, 1, ... nodes over that of a plain step, interpolated."""
     ratios = [1.0]
-    for low, high in pairwise(known):
+    for low, high in pairwise(sorted(costs)):
         slope = (costs[high] - costs[low]) / (high - low)
         ratios += [(costs[low] + slope * (n - low)) / costs[0] for n in range(low + 1, high + 1)]
     return ratios
@@ -319,17 +327,3 @@ def _check_costs(step_s: Mapping[int, Mapping[int, float]]) -> None:
             raise ValueError(f"step_s[{size}] has {max(costs)} nodes but {MOST_NODES} are the most")
         if min(costs.values()) <= 0:
             raise ValueError(f"step_s[{size}] is {dict(costs)} but seconds must be positive")
-
-
-def _check_options(
-    acceptance: Sequence[float] | None, margin: float, half_life: float, probe_share: float
-) -> None:
-    if acceptance is not None and not (acceptance and all(0 <= x <= 1 for x in acceptance)):
-        raise ValueError(
-            f"acceptance is {list(acceptance)} but must be one share in [0, 1] a depth, or None"
-        )
-    if margin < 0 or half_life <= 0 or not 0 < probe_share < 1:
-        raise ValueError(
-            f"margin is {margin}, half_life {half_life} and probe_share {probe_share}: margin must "
-            "be at least 0, half_life positive and probe_share in (0, 1)"
-        )

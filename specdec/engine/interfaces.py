@@ -1,4 +1,4 @@
-"""What the loop asks of a target and of a drafter. Anything with these members fits.
+"""The contract of the loop with a target and a drafter. Any object with these members fits.
 
 Shapes: B rows, N draft nodes, V target vocabulary, H hidden size.
 Invariant: the cache of a target holds all committed tokens but the last, the *root*, which the
@@ -8,11 +8,13 @@ next `score` feeds together with the draft.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from threading import Lock
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakValueDictionary
 
 import torch
+from torch import Tensor
 
 from specdec.engine.clock import ForwardClock
 from specdec.sampling.sampler import Sampler
@@ -23,12 +25,12 @@ Prompts = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a target can do beyond scoring one chain for one row.
+    """Abilities of a target beyond scoring one chain for one row.
 
     Attributes:
-        trees: accepts drafts with parents.
-        batched: accepts more than one row, with ragged lengths.
-        taps: returns hidden states.
+        trees: it accepts drafts with parents.
+        batched: it accepts more than one row, with ragged lengths.
+        taps: it returns hidden states.
     """
 
     trees: bool = True
@@ -47,13 +49,13 @@ class TargetOutput:
             Tap h is Hugging Face `hidden_states[h]`: 0 the embeddings, L after the final norm.
     """
 
-    logits: torch.Tensor
-    hidden: dict[int, torch.Tensor] = field(default_factory=dict)
+    logits: Tensor
+    hidden: dict[int, Tensor] = field(default_factory=dict)
 
 
 @runtime_checkable
 class Target(Protocol):
-    """The model whose distribution is kept. Owns its KV cache and nothing else."""
+    """The model whose distribution is kept. It owns its KV cache and nothing else."""
 
     vocab_size: int
     max_context_len: int
@@ -72,19 +74,19 @@ class Target(Protocol):
         that of the new prompts alone.
         """
 
-    def score(self, root: torch.Tensor, draft: Draft, taps: Sequence[int] = ()) -> TargetOutput:
-        """One forward over root [B] and the draft's nodes [B, N]."""
+    def score(self, root: Tensor, draft: Draft, taps: Sequence[int] = ()) -> TargetOutput:
+        """Run one forward over root [B] and the draft's nodes [B, N]."""
 
     def commit(self, verdict: Verdict, num_accepted: Sequence[int]) -> None:
         """Keep root and accepted path in the cache, drop the rest; `num_accepted` on the host."""
 
-    def reorder(self, rows: torch.Tensor) -> None:
+    def reorder(self, rows: Tensor) -> None:
         """Keep only `rows` (int64, each at most once) of the batch, in that order."""
 
 
 @runtime_checkable
 class Drafter(Protocol):
-    """Proposes continuations of the root. Owns its own cache and nothing else."""
+    """A proposer of continuations of the root. It owns its own cache and nothing else."""
 
     taps: tuple[int, ...]
     max_nodes: int
@@ -101,7 +103,7 @@ class Drafter(Protocol):
         running batch instead; `output` and `sampler` are those of the new rows alone.
         """
 
-    def propose(self, root: torch.Tensor, budget: Sequence[int], sampler: Sampler) -> Draft:
+    def propose(self, root: Tensor, budget: Sequence[int], sampler: Sampler) -> Draft:
         """Draft at most `budget[b]` nodes after `root[b]`; 0 asks for none in that row.
 
         A token must have been drawn from the q it reports in `Draft.probs`; chosen tokens
@@ -112,12 +114,42 @@ class Drafter(Protocol):
         self,
         verdict: Verdict,
         committed: Sequence[Sequence[int]],
-        hidden: dict[int, torch.Tensor],
+        hidden: dict[int, Tensor],
     ) -> None:
         """Learn what was kept: the verdict on the device, its new tokens on the host."""
 
-    def reorder(self, rows: torch.Tensor) -> None:
+    def reorder(self, rows: Tensor) -> None:
         """Keep only `rows` (int64, each at most once) of the batch, in that order."""
+
+
+class BaseDrafter:
+    """A drafter that remembers nothing and reads no hidden states: add `propose` and use it."""
+
+    taps: tuple[int, ...] = ()
+    max_nodes: int = 8
+    makes_trees: bool = False
+
+    @cached_property
+    def clock(self) -> ForwardClock:
+        """Time of its forwards; none are timed unless `propose` does."""
+        return ForwardClock(torch.device("cpu"))
+
+    def begin(
+        self, prompts: Prompts, output: TargetOutput, sampler: Sampler, *, join: bool = False
+    ) -> None:
+        """Forget the batch before, of which nothing is known."""
+
+    def propose(self, root: Tensor, budget: Sequence[int], sampler: Sampler) -> Draft:
+        """Draft at most `budget[b]` nodes after `root[b]`."""
+        raise NotImplementedError(f"{type(self).__name__} has no propose")
+
+    def observe(
+        self, verdict: Verdict, committed: Sequence[Sequence[int]], hidden: dict[int, Tensor]
+    ) -> None:
+        """Learn nothing."""
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep rows of which nothing is known."""
 
 
 @runtime_checkable
@@ -129,9 +161,9 @@ class HoldsCache(Protocol):
         """Bytes of keys and values that are allocated now."""
 
     def bytes_for(self, num_rows: int, num_slots: int) -> int:
-        """Bytes for so many rows with so many tokens each.
+        """Return the bytes for so many rows with so many tokens each.
 
-        Of a target they are all that a forward sees, the draft included; a drafter is told of the
+        A target is told of all that a forward sees, the draft included; a drafter is told of the
         committed tokens, and adds what it feeds behind them.
         """
 
@@ -165,7 +197,7 @@ def claim(owners: Sequence[object], holder: object) -> None:
 
 
 def release(owners: Sequence[object], holder: object) -> None:
-    """Leave what this holder has claimed to others."""
+    """Give up what this holder has claimed."""
     with _HOLDING:
         for owner in owners:
             if _HOLDERS.get(id(owner)) is holder:
@@ -184,7 +216,7 @@ def claimed(*owners: object) -> Iterator[None]:
 
 
 def cache_owners(*owners: object) -> list[object]:
-    """List targets and drafters with those inside of them: merged ones, and a draft model's own."""
+    """List targets and drafters with those inside them: merged ones, and a draft model's own."""
     found = [owner for owner in owners if owner is not None]
     for owner in found:  # grows on the way
         found += getattr(owner, "drafters", ())

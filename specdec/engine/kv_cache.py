@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class _Slots:
-    """Where the next forward writes, shared by all layers."""
+    """The slots that the next forward writes, shared by all layers."""
 
     def __init__(self, num_rows: int, capacity: int) -> None:
         self.num_rows = num_rows
@@ -36,11 +36,6 @@ class _Bank:
         self.layers: list[_SlotLayer] = []
         self.states: list[Tensor] = []  # keys and values, once their shape is known
 
-    @property
-    def num_rows(self) -> int:
-        """Rows that are allocated."""
-        return self.states[0].shape[1]
-
     def allocate(self, keys: Tensor, values: Tensor) -> None:
         """Make room, for states [..., heads, any length, head_dim] like these."""
         shape = (len(self.layers), self._slots.num_rows, self._slots.capacity)
@@ -49,13 +44,8 @@ class _Bank:
     def _bind(self, states: list[Tensor]) -> None:
         self.states = states
         for layer, keys, values in zip(self.layers, *states, strict=True):
-            layer.keys, layer.values = keys, values
-            layer.dtype = keys.dtype
+            layer.keys, layer.values, layer.dtype = keys, values, keys.dtype
             layer.is_initialized = True
-
-    def grow(self) -> None:
-        """Make room for the rows and slots there are now."""
-        self.resize(max(self.num_rows, self._slots.num_rows))
 
     def resize(self, num_rows: int) -> None:
         """Allocate this many rows of the slots there are now; only one part stands twice."""
@@ -65,10 +55,10 @@ class _Bank:
             self._bind(changed)
             del changed
 
-    def wipe(self, rows: Sequence[int]) -> None:
-        """Zero these rows."""
-        for states in self.states:
-            states[:, list(rows)] = 0
+    def grow(self) -> None:
+        """Make room for the rows and slots there are now."""
+        if self.states:
+            self.resize(max(self.states[0].shape[1], self._slots.num_rows))
 
     def move(self, sources: Tensor, first: Tensor, start: int) -> None:
         """Copy slots [B, D] to the D slots from `first` [B] on in every layer, reading first.
@@ -95,11 +85,9 @@ class _Bank:
 
     def append(self, other: "_Bank", first: int, num_slots: int) -> None:
         """Put another cache's rows at `first` and after; rows without a token hold no keys yet."""
-        if not self.states:
-            if not other.states:
-                return
+        if not self.states and other.states:
             self.allocate(other.states[0][0], other.states[1][0])
-        if self.num_rows < self._slots.num_rows:
+        if self.states and self.states[0].shape[1] < self._slots.num_rows:
             self.grow()
         for own, joining in zip(self.states, other.states, strict=False):
             own[:, first : first + joining.shape[1], :, :num_slots] = joining[:, :, :, :num_slots]
@@ -127,17 +115,18 @@ class _SlotLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        return self._write(self.keys, key_states), self._write(self.values, value_states)
+
+    def _write(self, stored: Tensor, new: Tensor) -> Tensor:
+        """Write new states to their slots; returns all that attention may see."""
         slots = self._slots
-        keys = self.keys[: slots.num_rows, :, : slots.end]
-        values = self.values[: slots.num_rows, :, : slots.end]
+        seen = stored.narrow(0, 0, slots.num_rows).narrow(2, 0, slots.end)
         if slots.index is None:
-            keys[:, :, slots.start :] = key_states
-            values[:, :, slots.start :] = value_states
+            seen.narrow(2, slots.start, slots.end - slots.start).copy_(new)
         else:
-            index = slots.index.to(self.keys.device)[:, None, :, None]  # [B, 1, n, 1]
-            keys.scatter_(2, index.expand_as(key_states), key_states)
-            values.scatter_(2, index.expand_as(value_states), value_states)
-        return keys, values
+            index = slots.index.to(seen.device)[:, None, :, None]  # [B, 1, n, 1]
+            seen.scatter_(2, index.expand_as(new), new)
+        return seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._slots.end, 0
@@ -148,9 +137,7 @@ class _SlotLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    def get_max_cache_shape(self) -> int:
-        """The name of `get_max_length` in older transformers."""
-        return -1
+    get_max_cache_shape = get_max_length  # its name in older transformers
 
 
 class SlotCache(Cache):
@@ -161,11 +148,12 @@ class SlotCache(Cache):
         batch_size: rows.
         capacity: slots per row to begin with; doubled when they are used up.
         device: where slot indices live.
-        plan: of an earlier cache of the same model: layers of equal shape then share their storage,
-            and an accepted path moves by one gather instead of one a layer.
+        plan: `plan` of an earlier cache of the same model: layers of equal shape then share their
+            storage, and an accepted path moves by one gather instead of one a layer.
 
     Attributes:
         lengths: committed tokens in the cache, per row, on the host.
+        is_uniform: all rows are equally long, so that slots are slices.
     """
 
     def __init__(
@@ -183,7 +171,6 @@ class SlotCache(Cache):
         self._slot_layers = [_SlotLayer(self._slots, banks[kind]) for kind in kinds]
         super().__init__(layers=list(self._slot_layers))
         self.device = device
-        self._device_lengths: Tensor | None = None
         self._set_lengths([0] * batch_size)
 
     @property
@@ -197,11 +184,6 @@ class SlotCache(Cache):
         if self._device_lengths is None:
             self._device_lengths = torch.tensor(self.lengths, device=self.device)
         return self._device_lengths
-
-    @property
-    def is_uniform(self) -> bool:
-        """Whether all rows are equally long, so that slots are slices."""
-        return self._is_uniform
 
     @property
     def plan(self) -> list[Hashable]:
@@ -225,9 +207,8 @@ class SlotCache(Cache):
     @property
     def bytes_per_row(self) -> int:
         """Bytes of keys and values that each row's slots take now."""
-        return sum(
-            states.nbytes // states.shape[1] for bank in self._banks for states in bank.states
-        )
+        every = (states for bank in self._banks for states in bank.states)
+        return sum(states.nbytes // states.shape[1] for states in every)
 
     def open(self, num_new: int, behind: int = 0) -> int:
         """Make room for `num_new` tokens a row, `behind` the committed ones; returns the end slot.
@@ -238,7 +219,7 @@ class SlotCache(Cache):
         slots.start = self.lengths[0] + behind
         slots.end = max(self.lengths) + behind + num_new
         slots.index = None
-        if not self._is_uniform:
+        if not self.is_uniform:
             offsets = torch.arange(behind, behind + num_new, device=self.device)
             slots.index = self.device_lengths.unsqueeze(1) + offsets
         self._grow(slots.end)
@@ -269,9 +250,8 @@ class SlotCache(Cache):
 
     def append(self, other: "SlotCache") -> None:
         """Take the rows of another cache behind one's own; no copy of one's own where they fit."""
-        first = len(self.lengths)
+        first, num_slots = len(self.lengths), max(other.lengths)
         self._slots.num_rows = first + len(other.lengths)
-        num_slots = max(other.lengths)
         self._grow(num_slots)
         for bank, joining in zip(self._banks, other._banks, strict=True):
             bank.append(joining, first, num_slots)
@@ -295,13 +275,13 @@ class SlotCache(Cache):
         """
         self._slots.capacity = num_slots
         for bank in self._banks:
-            if bank.states:
-                bank.resize(num_rows)
+            bank.resize(num_rows)
 
     def wipe(self, rows: Sequence[int]) -> None:
         """Zero these rows: a masked place still takes part in 0 * value, and 0 * NaN is NaN."""
         for bank in self._banks:
-            bank.wipe(rows)
+            for states in bank.states:
+                states[:, list(rows)] = 0
 
     def _grow(self, num_slots: int) -> None:
         """Double the slots of every row until they suffice."""
@@ -311,37 +291,12 @@ class SlotCache(Cache):
         while slots.capacity < num_slots:
             slots.capacity *= 2
         for bank in self._banks:
-            if bank.states:
-                bank.grow()
+            bank.grow()
 
     def _set_lengths(self, lengths: list[int]) -> None:
         self.lengths = lengths
-        self._is_uniform = len(set(lengths)) <= 1
-        self._device_lengths = None
-
-
-def _allocate(like: Tensor, num_layers: int, num_rows: int, capacity: int) -> Tensor:
-    shape = (num_layers, num_rows, like.shape[-3], capacity, like.shape[-1])
-    try:
-        # Zeros, because a masked slot still takes part in 0 * value, and 0 * NaN is NaN.
-        return like.new_zeros(shape)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error):
-            raise MemoryError(_explain(like, shape)) from error
-        raise
-
-
-def _explain(like: Tensor, shape: tuple[int, ...]) -> str:
-    wanted = math.prod(shape) * like.element_size()
-    message = (
-        f"no memory for {wanted:,} bytes of keys or values of {shape[0]} layers (batch {shape[1]}, "
-        f"{shape[3]} slots a row)"
-    )
-    if like.device.type != "cuda":
-        return f"{message}; lower batch_size or max_new_tokens"
-    free, _ = torch.cuda.mem_get_info(like.device)
-    fits = max(0, int(shape[1] * free / wanted))
-    return f"{message}; {free:,} bytes are free, enough for these at batch_size {fits}"
+        self.is_uniform = len(set(lengths)) <= 1
+        self._device_lengths: Tensor | None = None
 
 
 def _resized(states: Tensor, num_rows: int, capacity: int) -> Tensor:
@@ -349,3 +304,25 @@ def _resized(states: Tensor, num_rows: int, capacity: int) -> Tensor:
     rows, slots = min(num_rows, states.shape[1]), min(capacity, states.shape[3])
     changed[:, :rows, :, :slots] = states[:, :rows, :, :slots]
     return changed
+
+
+def _allocate(like: Tensor, num_layers: int, num_rows: int, capacity: int) -> Tensor:
+    """Allocate zeros, because a masked slot still takes part in 0 * value, and 0 * NaN is NaN."""
+    shape = (num_layers, num_rows, like.shape[-3], capacity, like.shape[-1])
+    try:
+        return like.new_zeros(shape)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
+            raise
+        wanted = math.prod(shape) * like.element_size()
+        message = (
+            f"no memory for {wanted:,} bytes of keys or values of {num_layers} layers (batch "
+            f"{num_rows}, {capacity} slots a row)"
+        )
+        if like.device.type != "cuda":
+            raise MemoryError(f"{message}; lower batch_size or max_new_tokens") from error
+        free, _ = torch.cuda.mem_get_info(like.device)
+        fits = max(0, int(num_rows * free / wanted))
+        raise MemoryError(
+            f"{message}; {free:,} bytes are free, enough for these at batch_size {fits}"
+        ) from error

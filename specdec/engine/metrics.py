@@ -1,4 +1,4 @@
-"""What was measured, with one definition each.
+"""Measured quantities, with one definition each.
 
 S verify steps, D draft nodes verified, A draft tokens accepted, T tokens emitted; all after the
 stop rule. Each step emits its accepted tokens and one more, the step's own (the bonus or corrected
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One verify step of one prompt.
+    """One verify step of one prompt. Times are those of the whole batch.
 
     Attributes:
         prompt: index of the prompt in its call.
@@ -25,14 +25,14 @@ class StepRecord:
         batch_size: rows that shared the forward.
         num_drafted: draft nodes verified in this row.
         num_accepted: draft tokens kept, bonus excluded, after the stop rule.
-        depth_tested: the deepest level of this row's draft that the rule judged.
+        depth_tested: deepest level of this row's draft that the rule judged.
         num_emitted: tokens kept, at most num_accepted + 1.
-        draft_s: seconds in the drafter's forwards, for the whole batch.
-        target_s: seconds in the target's forward, for the whole batch.
-        wall_s: seconds of the whole step, for the whole batch.
-        verify_s: seconds of processing the logits and judging the draft, for the whole batch.
-        commit_s: seconds of moving the caches on, the drafter's forwards excluded, for the whole
-            batch. On CUDA what has not completed when a step ends counts with the next one.
+        draft_s: seconds in the drafter's forwards.
+        target_s: seconds in the target's forward.
+        wall_s: seconds of the whole step.
+        verify_s: seconds of processing the logits and judging the draft.
+        commit_s: seconds of moving the caches on, the drafter's forwards excluded. On CUDA what
+            has not completed when a step ends counts with the next one.
     """
 
     prompt: int
@@ -88,7 +88,7 @@ class AcceptanceStats:
 
     @property
     def acceptance_rate(self) -> float:
-        """A / D, of the nodes verified; 0.0 if nothing was drafted."""
+        """A / D, the share of the verified nodes; 0.0 if nothing was drafted."""
         return self.num_accepted / self.num_drafted if self.num_drafted else 0.0
 
     @property

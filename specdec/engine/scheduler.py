@@ -1,8 +1,7 @@
-"""Requests without a row: who joins next, and who has to wait longer."""
+"""Which requests run: first come, first served, as many together as rows and memory allow."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 
 import torch
 
@@ -14,22 +13,86 @@ _SIGNS = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this error says that memory has run out, on whatever device."""
+    """Tell if memory has run out, on whatever device."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
+class Scheduler:
+    """Holds the requests that wait and picks those that join; none overtakes another.
+
+    Args:
+        max_rows: requests that run together, at most.
+        limit: bound of the memory that their caches take; None for no bound.
+    """
+
+    def __init__(self, max_rows: int, limit: "CacheLimit | None" = None) -> None:
+        self.max_rows, self.limit = max_rows, limit
+        self.waiting: deque[Request] = deque()
+        # After memory ran out, so many may run until those that had no room have ended.
+        self._reduced_rows = max_rows
+        self._had_no_room: list[Request] = []
+        self._has_just_joined = False
+
+    def add(self, request: Request) -> None:
+        """Put a request at the end of the queue."""
+        self.waiting.append(request)
+
+    def schedule(self, running: Sequence[Request]) -> list[Request]:
+        """Take the requests that join the running ones now off the queue.
+
+        After some have joined, the rows that run have a step before others may join: short
+        requests do not hold them up.
+        """
+        joining: list[Request] = []
+        if not (self._has_just_joined and running):
+            self._had_no_room = [each for each in self._had_no_room if not each.finish_reason]
+            max_rows = self._reduced_rows if self._had_no_room else self.max_rows
+            while self.waiting and len(running) + len(joining) < max_rows:
+                if self.limit and not self.limit.fits([*running, *joining, self.waiting[0]]):
+                    break
+                joining.append(self.waiting.popleft())
+        self._has_just_joined = bool(joining)
+        return joining
+
+    def requeue(self, rows: Sequence[Request]) -> None:
+        """Let rows wait again, each in the place that it came to."""
+        self.waiting = deque(sorted([*rows, *self.waiting], key=lambda row: row.index))
+
+    def preempt(
+        self, running: Sequence[Request], joining: Sequence[Request], error: BaseException
+    ) -> list[Request]:
+        """Requeue all rows of a step that failed; returns those that have ended.
+
+        Without memory for them fewer rows run together from now on, and one alone has to end. Any
+        other error ends those that were joining, or all if none was. An interrupt ends none.
+        """
+        rows, failed = [*running, *joining], joining or running
+        if is_out_of_memory(error) and len(rows) > 1:
+            beside_others = joining and running
+            self._reduced_rows = len(running) if beside_others else (len(rows) + 1) // 2
+            self._had_no_room += failed
+        elif isinstance(error, Exception):
+            for row in failed:
+                if not row.finish_reason:
+                    row.fail(f"prompt {row.index}: {type(error).__name__}: {error}")
+        self.requeue(rows)
+        return self.remove_ended()
+
+    def remove_ended(self) -> list[Request]:
+        """Take requests that have ended off the queue and return them."""
+        ended = [request for request in self.waiting if request.finish_reason]
+        if ended:
+            self.waiting = deque(each for each in self.waiting if not each.finish_reason)
+        return ended
+
+
 class CacheLimit:
-    """Bounds what is allocated for keys and values, the target's and the drafter's together.
+    """Bounds the bytes of keys and values between two steps, the target's and the drafter's.
 
     A cache is as long as its longest row for all its rows. So what counts is what will be allocated
     if every row runs to its last token, and exactly that is allocated when rows join.
-
-    Args:
-        target: tells and sizes its cache.
-        drafter: as well, where it has one.
-        max_bytes: of all of them between two steps.
 
     Raises:
         ValueError: a limit that cannot be, or a target that does not tell its cache's size.
@@ -44,7 +107,7 @@ class CacheLimit:
                 "size of its cache; leave the limit out, and bound max_rows"
             )
         self.max_bytes = max_bytes
-        # Every owner, and what it is told of besides the committed tokens.
+        # Every owner, and the slots that it is told of besides those of committed tokens.
         self._owners: list[tuple[HoldsCache, int]] = [(target, drafter.max_nodes if drafter else 0)]
         if isinstance(drafter, HoldsCache):
             self._owners.append((drafter, 0))
@@ -53,12 +116,8 @@ class CacheLimit:
             owner.reserve(1, 1, join=False)  # what an earlier call left would count as well
 
     def check(self, request: Request) -> None:
-        """Refuse what does not even fit alone.
-
-        Raises:
-            ValueError: its cache would be larger than the limit.
-        """
-        needed = self._bytes(_size([request]))
+        """Refuse a request whose cache would not even fit alone."""
+        needed = self.bytes_for(*_size([request]))
         if needed > self.max_bytes:
             raise ValueError(
                 f"prompt {request.index} needs {needed:,} bytes of cache for "
@@ -68,8 +127,8 @@ class CacheLimit:
             )
 
     def fits(self, rows: Sequence[Request]) -> bool:
-        """Whether these rows can run together to their last tokens."""
-        return self._bytes(_size(rows)) <= self.max_bytes
+        """Tell if these rows can run together to their last tokens."""
+        return self.bytes_for(*_size(rows)) <= self.max_bytes
 
     def reserve(self, rows: Sequence[Request], *, join: bool) -> None:
         """Allocate for these rows, the last of which are about to join; they must fit."""
@@ -77,94 +136,17 @@ class CacheLimit:
         if join:
             # What is allocated already stays, unless it is in the way.
             larger = (max(size[0], self._allocated[0]), max(size[1], self._allocated[1]))
-            size = larger if self._bytes(larger) <= self.max_bytes else size
+            size = larger if self.bytes_for(*larger) <= self.max_bytes else size
         if not join or size != self._allocated:
             for owner, extra in self._owners:
                 owner.reserve(size[0], size[1] + extra, join=join)
         self._allocated = size
 
-    def _bytes(self, size: tuple[int, int]) -> int:
-        return sum(owner.bytes_for(size[0], size[1] + extra) for owner, extra in self._owners)
+    def bytes_for(self, num_rows: int, num_tokens: int) -> int:
+        """Return the bytes of all caches for so many rows with so many committed tokens each."""
+        return sum(owner.bytes_for(num_rows, num_tokens + extra) for owner, extra in self._owners)
 
 
 def _size(rows: Sequence[Request]) -> tuple[int, int]:
-    """Rows, and tokens of the longest of them at its end."""
+    """Return the number of rows, and the tokens of the longest of them at its end."""
     return len(rows), max(len(row.prompt) + row.max_tokens for row in rows)
-
-
-class WaitingLine:
-    """First come, first served: a request joins as soon as there is room, and none overtakes.
-
-    Args:
-        max_rows: that run together, at most.
-        limit: of the memory that their caches take; None for no limit.
-    """
-
-    def __init__(self, max_rows: int, limit: CacheLimit | None) -> None:
-        self.max_rows, self.limit = max_rows, limit
-        self._requests: deque[Request] = deque()
-        # How many may run together until the crowd, which had no room, has ended.
-        self._room, self._crowd = max_rows, list[Request]()
-
-    def __len__(self) -> int:
-        return len(self._requests)
-
-    def __iter__(self) -> Iterator[Request]:
-        return iter(self._requests)
-
-    def add(self, request: Request) -> None:
-        """Come last."""
-        self._requests.append(request)
-
-    def take(self, rows: Sequence[Request]) -> list[Request]:
-        """The requests that join these rows now, in order; they wait no longer."""
-        self._crowd = [request for request in self._crowd if not request.finish_reason]
-        room = self._room if self._crowd else self.max_rows
-        joining = list[Request]()
-        for request in islice(self._requests, min(room - len(rows), len(self))):
-            if self.limit and not self.limit.fits([*rows, *joining, request]):
-                break
-            joining.append(request)
-        for _ in joining:
-            self._requests.popleft()
-        return joining
-
-    def drop_ended(self) -> list[Request]:
-        """Let those that have ended leave; returns them."""
-        ended = [request for request in self._requests if request.finish_reason]
-        if ended:
-            self._requests = deque(each for each in self._requests if not each.finish_reason)
-        return ended
-
-    def take_back(
-        self, rows: Sequence[Request], joining: Sequence[Request], error: BaseException
-    ) -> list[Request]:
-        """Let rows wait again after a step that failed, each in the place that it came to.
-
-        Args:
-            rows: all of the step.
-            joining: those of them that did not run before it.
-            error: why it failed. Without memory for them fewer rows run together from now on, and
-                one alone has to end; any other error ends those that joined, or all if none did. An
-                interrupt ends none.
-
-        Returns:
-            Those that have ended.
-        """
-        if not is_out_of_memory(error):
-            if isinstance(error, Exception):
-                _end(joining or rows, error)
-        elif len(rows) == 1:
-            _end(rows, error)
-        else:
-            num_running = len(rows) - len(joining) if joining else 0
-            self._room = num_running or (len(rows) + 1) // 2
-            self._crowd += joining or rows
-        self._requests = deque(sorted([*rows, *self._requests], key=lambda each: each.index))
-        return self.drop_ended()
-
-
-def _end(rows: Sequence[Request], error: BaseException) -> None:
-    for row in rows:
-        if not row.finish_reason:
-            row.fail(f"prompt {row.index}: {type(error).__name__}: {error}")

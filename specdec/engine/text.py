@@ -1,7 +1,138 @@
-"""Text of a growing token sequence, piece by piece."""
+"""Prompts in, text out: what callers pass becomes token ids, and new tokens become text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
+
+from specdec.common.arguments import plain
+from specdec.engine.interfaces import Target
+
+# Numbers may stand in any array, and a mapping is what a tokenizer returns, or a message.
+Prompt = str | Sequence[int] | Tensor | Mapping[str, Any] | Sequence[Mapping[str, Any]]
+
+
+def split_prompts(given: Any) -> list[Any]:
+    """Return prompts as a list, also a single text, chat or row of ids; `encode` checks each."""
+    rows = _unwrap(given)
+    if isinstance(rows, str) or _is_message(rows):
+        return [rows]
+    if not _is_list(rows):
+        raise TypeError(
+            f"prompts is {type(given).__name__} {given!r:.60} but must be a list of prompts, each "
+            "text, chat messages or token ids, or one of these"
+        )
+    if not rows:
+        raise ValueError("prompts is empty but must hold at least one prompt")
+    if all(_is_id(each) or _is_message(each) for each in rows):
+        return [rows]
+    if any(_is_message(each) for each in rows):
+        raise TypeError("prompts mixes messages with prompts; give every chat as its own list")
+    return list(rows)
+
+
+def encode(prompt: Prompt, target: Target, index: int = 0) -> list[int]:
+    """Turn text, chat messages or token ids into the ids of a prompt that fits the target.
+
+    Text is tokenized as it is, with the tokenizer's special tokens; messages go through its chat
+    template with a generation prompt.
+
+    Args:
+        prompt: text, messages, or ids as any array or as a tokenizer returns them.
+        target: the model whose tokenizer, vocabulary and context the prompt must fit.
+        index: number of the prompt in error messages.
+
+    Raises:
+        ValueError: an empty prompt, one that leaves no room in the context, an id outside the
+            vocabulary, or text without a tokenizer.
+        TypeError: something other than a prompt.
+    """
+    ids = _one_prompt(prompt, index)
+    if isinstance(ids, str) or (ids and isinstance(ids[0], Mapping)):
+        if target.tokenizer is None:
+            raise ValueError(f"prompt {index} is text but the target has no tokenizer; pass ids")
+        try:
+            ids = ids and tokenize(ids, target.tokenizer)
+        except Exception as error:  # of any template or tokenizer
+            raise ValueError(f"prompt {index} cannot be tokenized: {error}") from error
+    if not ids:
+        raise ValueError(f"prompt {index} is empty but needs at least one token to continue from")
+    if len(ids) >= target.max_context_len:
+        raise ValueError(
+            f"prompt {index} has {len(ids)} tokens but the target's context holds "
+            f"{target.max_context_len}, new tokens included; shorten the prompt"
+        )
+    wrong = next((token for token in ids if not 0 <= token < target.vocab_size), None)
+    if wrong is not None:
+        raise ValueError(
+            f"prompt {index} holds token {wrong} but ids of this target are in "
+            f"[0, {target.vocab_size}); was it encoded by another tokenizer?"
+        )
+    return ids
+
+
+def tokenize(prompt: Any, tokenizer: Any) -> list[int]:
+    """Return the ids of text or of chat messages, however many they are."""
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _one_prompt(given: Any, index: int) -> Any:
+    """Return a prompt as a string, a list of ids or a list of messages."""
+    row = _unwrap(given)
+    row = [row] if _is_message(row) else row
+    if _is_list(row) and len(row) == 1 and isinstance(plain(row[0]), list):
+        row = plain(row[0])  # a batch of one
+    if isinstance(row, str):
+        return row
+    if not _is_list(row):
+        raise TypeError(
+            f"prompt {index} is {given!r:.60} but must be text, chat messages or token ids"
+        )
+    is_chat = bool(row) and isinstance(row[0], Mapping)
+    for each in row:
+        if not (_is_message(each) if is_chat else _is_id(each)):
+            must = "{'role': ..., 'content': ...}" if is_chat else "a whole number"
+            raise TypeError(f"prompt {index} holds {each!r:.60} but each entry must be {must}")
+    return list(row) if is_chat else [int(each) for each in row]
+
+
+def _unwrap(given: Any) -> Any:
+    """Take off a tokenizer's wrapping and padding, and turn arrays into lists."""
+    if not isinstance(given, Mapping) or "input_ids" not in given:
+        return plain(given)
+    ids, mask = given["input_ids"], given.get("attention_mask")
+    try:
+        return plain(ids) if mask is None else _without_padding(ids, mask)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "attention_mask must have the shape of input_ids, as tokenizers return it"
+        ) from error
+
+
+def _without_padding(ids: Any, mask: Any) -> list[Any]:
+    pairs = [(plain(each), is_real) for each, is_real in zip(plain(ids), plain(mask), strict=True)]
+    is_batch = any(isinstance(each, list) for each, _ in pairs)
+    return [
+        _without_padding(each, is_real) if is_batch else each
+        for each, is_real in pairs
+        if is_batch or is_real
+    ]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int or type(plain(value)) is int
+
+
+def _is_message(value: Any) -> bool:
+    is_mapping = isinstance(value, Mapping) and isinstance(value.get("role"), str)
+    return is_mapping and ("tool_calls" in value or isinstance(value.get("content"), str | list))
 
 
 class TextStream:
@@ -13,11 +144,10 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._stop = tuple(stop)
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._tokens: list[int] = []
-        self._settled_tokens = 0
-        self._pending = ""
+        self._num_settled = 0  # tokens whose text is known
+        self._pending = ""  # text that was not given out yet
 
     def push(self, tokens: Sequence[int], is_last: bool = False) -> str:
         """Add tokens; returns the text that is settled now."""
@@ -25,31 +155,26 @@ class TextStream:
             return ""
         self._tokens.extend(tokens)
         self._pending += self._new_text(is_last)
-        cut = [i for i in map(self._pending.find, self._stop) if i >= 0]
-        if cut:
-            self._pending = self._pending[: min(cut)]
-        held = 0 if is_last or cut else self._held_back()
-        settled = self._pending[: len(self._pending) - held]
-        self._pending = self._pending[len(settled) :]
+        cuts = [i for i in map(self._pending.find, self._stop) if i >= 0]
+        if cuts:
+            self._pending = self._pending[: min(cuts)]
+        held = 0 if is_last or cuts else self._held_len()
+        end = len(self._pending) - held
+        settled, self._pending = self._pending[:end], self._pending[end:]
         return settled
 
     def _new_text(self, is_last: bool) -> str:
         # The settled tokens in front keep the tokenizer's spacing right at the seam.
-        context = self._tokens[max(0, self._settled_tokens - 6) : self._settled_tokens]
-        fresh = self._tokens[self._settled_tokens :]
+        context = self._tokens[max(0, self._num_settled - 6) : self._num_settled]
+        fresh = self._tokens[self._num_settled :]
         before = self._tokenizer.decode(context, skip_special_tokens=True)
         text = self._tokenizer.decode([*context, *fresh], skip_special_tokens=True)
         if text.endswith("\ufffd") and not is_last:
             return ""  # half a character: wait for its other bytes
-        self._settled_tokens = len(self._tokens)
+        self._num_settled = len(self._tokens)
         return str(text[len(before) :])
 
-    def _held_back(self) -> int:
-        """Length of the longest end of the pending text that could begin a stop string."""
-        lengths = [
-            size
-            for stop in self._stop
-            for size in range(1, len(stop))
-            if self._pending.endswith(stop[:size])
-        ]
-        return max(lengths, default=0)
+    def _held_len(self) -> int:
+        """Return the length of the longest end of the text that could begin a stop string."""
+        starts = (stop[:size] for stop in self._stop for size in range(1, len(stop)))
+        return max((len(start) for start in starts if self._pending.endswith(start)), default=0)

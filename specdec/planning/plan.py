@@ -19,7 +19,7 @@ from specdec.bench.runner import collect, fingerprint
 from specdec.bench.workloads import unfold_turns
 from specdec.checkpoints.identity import TARGET, as_json, check_resumed, identify_target
 from specdec.common.files import Journal, replace_file
-from specdec.engine.request import encode
+from specdec.engine.text import encode
 from specdec.planning.candidates import Candidate, Family, cut, families
 from specdec.planning.costs import Costs, ForwardCost
 from specdec.planning.measure import FULL, QUICK, Effort, Measurements, Progress, fits

@@ -1,4 +1,4 @@
-"""What a row's context does to its logits: penalties, biases, bad words, a minimum length.
+"""Penalties, biases, bad words, a minimum length: all that a row's context does to its logits.
 
 Every node of a draft has its own context: the committed tokens and its path from the root. The
 committed part is counted once per row; a path only corrects the few tokens that it contains.
@@ -76,14 +76,14 @@ class Penalties:
             self.tail = newest_first.gather(1, tokens.shape[1] - num_new + window)  # [B, L - 1]
 
     def apply(self, logits: Tensor, draft: Draft | None, nodes: Tensor | None) -> Tensor:
-        """Return processed logits [B, M, V] in at least float32; see `Sampler.scores`."""
+        """Return processed logits [B, M, V] in at least float32; arguments as `Sampler.scores`."""
         dtype = torch.promote_types(logits.dtype, torch.float32)
         scores = logits.to(dtype, copy=True)
         path = _path_tokens(draft, nodes, logits.shape[:2], logits.device)
         if self.bias is not None:
             scores += self.bias.unsqueeze(1)
         if self.counts is not None:
-            scores = self._penalise(scores, path)
+            scores = self._penalize(scores, path)
         if self.tail is not None:
             self._ban_words_(scores, path)
         if self.eos_ban_len is not None:
@@ -93,8 +93,8 @@ class Penalties:
             scores[..., self.eos] = of_eos
         return scores
 
-    def _penalise(self, scores: Tensor, path: Tensor) -> Tensor:
-        """Penalise by the committed context, then redo the tokens that occur on each path."""
+    def _penalize(self, scores: Tensor, path: Tensor) -> Tensor:
+        """Penalize by the committed context, then redo the tokens that occur on each path."""
         # Padding points at some token too; its value is right, because every entry counts how
         # often its *own* token is on the path. So duplicates agree and no entry needs a mask.
         assert self.in_prompt is not None
@@ -103,14 +103,14 @@ class Penalties:
         on_path = (index.unsqueeze(3) == path.unsqueeze(2)).sum(3)
         in_prompt, counts = self.in_prompt.unsqueeze(1), self.counts.unsqueeze(1)  # [B, 1, V]
         shape = scores.shape
-        redone = self._penalised(
+        redone = self._penalized(
             scores.gather(2, index),
             in_prompt.expand(shape).gather(2, index),
             counts.expand(shape).gather(2, index) + on_path,
         )
-        return self._penalised(scores, in_prompt, counts).scatter_(2, index, redone)
+        return self._penalized(scores, in_prompt, counts).scatter_(2, index, redone)
 
-    def _penalised(self, scores: Tensor, in_prompt: Tensor, counts: Tensor) -> Tensor:
+    def _penalized(self, scores: Tensor, in_prompt: Tensor, counts: Tensor) -> Tensor:
         in_output = counts > 0
         if self.repetition is not None:
             weaker = torch.where(scores < 0, scores * self.repetition, scores / self.repetition)
@@ -139,6 +139,18 @@ _ROW_TENSORS = (
 )
 
 
+def check_tokens(config: SamplingConfig, vocab_size: int, row: int) -> None:
+    """Refuse biases and bad words of tokens outside the vocabulary."""
+    named = [("logit_bias", config.logit_bias), *(("bad_words", w) for w in config.bad_words)]
+    for name, tokens in named:
+        for token in tokens:
+            if token >= vocab_size:
+                raise ValueError(
+                    f"{name} of row {row} has token {token} but the vocabulary ends at "
+                    f"{vocab_size - 1}; use ids of this model's tokenizer"
+                )
+
+
 def _path_tokens(
     draft: Draft | None, nodes: Tensor | None, shape: torch.Size, device: torch.device
 ) -> Tensor:
@@ -146,11 +158,10 @@ def _path_tokens(
     depth = 0 if draft is None else min(draft.depth, draft.num_nodes)
     if draft is None or depth == 0:
         return torch.empty(*shape, 0, dtype=torch.long, device=device)
-    batch_size = draft.batch_size
     if draft.parents is None:
         row = torch.arange(draft.num_nodes + 1, device=device) if nodes is None else nodes
         climb = (row.unsqueeze(-1) - torch.arange(depth, device=device)).clamp(min=0)
-        climb = climb.expand(batch_size, -1, -1)  # [B, M, D], 0 = the root
+        climb = climb.expand(draft.batch_size, -1, -1)  # [B, M, D], 0 = the root
     else:
         climb = pad(ancestors(draft.parents, depth) + 1, (0, 0, 1, 0))  # [B, N + 1, D]
         if nodes is not None:
@@ -203,23 +214,13 @@ def _bias(
     """Sum up what never changes: logit biases, and -inf for bad words of one token: [B, V]."""
     bias = torch.zeros(len(configs), vocab_size)
     for row, (config, row_words) in enumerate(zip(configs, words, strict=True)):
-        _check_in_vocab("logit_bias", row, config.logit_bias, vocab_size)
+        check_tokens(config, vocab_size, row)
         for token, value in config.logit_bias.items():
             bias[row, token] = float(value)
         for word in row_words:
-            _check_in_vocab("bad_words", row, word, vocab_size)
             if len(word) == 1:
                 bias[row, word[0]] = -torch.inf
     return bias if bias.any() else None
-
-
-def _check_in_vocab(name: str, row: int, tokens: Iterable[int], vocab_size: int) -> None:
-    for token in tokens:
-        if token >= vocab_size:
-            raise ValueError(
-                f"{name} of row {row} has token {token} but the vocabulary ends at "
-                f"{vocab_size - 1}; use ids of this model's tokenizer"
-            )
 
 
 def _prefix_table(words: Sequence[list[list[int]]]) -> tuple[Tensor | None, Tensor | None]:
@@ -233,9 +234,7 @@ def _prefix_table(words: Sequence[list[list[int]]]) -> tuple[Tensor | None, Tens
     last = torch.zeros(len(longer), num_words, dtype=torch.long)
     for row, row_words in enumerate(longer):
         for column, word in enumerate(row_words):
-            newest_first = word[-2::-1]
-            prefixes[row, column] = torch.tensor(
-                newest_first + [_ANY] * (width - len(newest_first))
-            )
+            newest_first = word[-2::-1] + [_ANY] * (width - len(word) + 1)
+            prefixes[row, column] = torch.tensor(newest_first)
             last[row, column] = word[-1]
     return prefixes, last

@@ -13,7 +13,7 @@ from specdec.sampling.config import SamplingConfig
 from specdec.sampling.penalties import Penalties
 from specdec.verify.draft import Draft
 
-__all__ = ["Sampler", "SamplingConfig", "has_nan", "sample", "sample_without_replacement"]
+__all__ = ["Sampler", "SamplingConfig", "sample", "sample_without_replacement"]
 
 
 class Sampler:
@@ -21,18 +21,28 @@ class Sampler:
 
     The order is transformers': logit bias, repetition penalty, (frequency and presence penalty,)
     bad words, minimum length; then temperature, top-k, top-p, min-p.
+    Only `keep` reads values on the host; all else is free of synchronization.
 
-    Only `keep` reads values on the host; all else is free of synchronisation.
+    Args:
+        configs: one per row.
+        vocab_size: V of the logits to process.
+        device: where the logits live.
+        prompts: token ids, one sequence per row.
+        eos_token_ids: tokens that `min_new_tokens` bans; ids past the vocabulary are ignored.
+        shared_stream: the stream that the target draws each token from, at the token's position,
+            where it does (rule "match"); None elsewhere. A drafter that draws from it as well
+            agrees with the target as often as their distributions do, without a bias: the emitted
+            token is the target's own draw.
 
     Attributes:
         configs: the settings, one a row.
-        is_greedy: whether every row is at temperature 0.
-        is_plain: whether no row has a bias, a penalty, a bad word or a minimum length.
+        is_greedy: every row is at temperature 0.
+        is_plain: no row has a bias, a penalty, a bad word or a minimum length.
         seeds: [B] int64.
-        shared_stream: the stream that the target draws each token from, at the token's position,
-            where it does (rule "match"); None elsewhere. A drafter that draws from it as well
-            agrees with the target as often as their distributions do, without a bias: what is
-            emitted is the target's own draw.
+
+    Raises:
+        ValueError: configs and prompts differ in number, there are none, or a token of
+            `logit_bias` or `bad_words` lies outside the vocabulary.
     """
 
     def __init__(
@@ -44,45 +54,27 @@ class Sampler:
         eos_token_ids: Sequence[int],
         shared_stream: int | None = None,
     ) -> None:
-        """Compile the settings.
-
-        Args:
-            configs: one per row.
-            vocab_size: V of the logits to process.
-            device: where the logits live.
-            prompts: token ids, one sequence per row.
-            eos_token_ids: what `min_new_tokens` bans; ids past the vocabulary are ignored.
-            shared_stream: see above.
-
-        Raises:
-            ValueError: configs and prompts differ in number, there are none, or a token of
-                `logit_bias` or `bad_words` lies outside the vocabulary.
-        """
         if not configs or len(configs) != len(prompts):
             raise ValueError(
                 f"configs has {len(configs)} rows and prompts {len(prompts)}: "
                 "give one of each for every row, at least one"
             )
-        self.vocab_size = vocab_size
-        self.device = device
-        self.shared_stream = shared_stream
+        self.vocab_size, self.device, self.shared_stream = vocab_size, device, shared_stream
         self._penalties: Penalties | None = None
         self._compile(configs)
         if not self.is_plain:
             self._penalties = Penalties(configs, vocab_size, device, prompts, eos_token_ids)
 
     def _compile(self, configs: Sequence[SamplingConfig]) -> None:
+        """Turn settings into [B, 1, 1] tensors; greedy rows get neutral filters."""
         self.configs = tuple(configs)
         self.is_greedy = all(config.is_greedy for config in configs)
         self.is_plain = all(config.is_plain for config in configs)
         self.seeds = torch.tensor([int(config.seed) for config in configs], device=self.device)
-        if not self.is_greedy:
-            self._compile_filters()
-
-    def _compile_filters(self) -> None:
-        """Turn settings into [B, 1, 1] tensors; greedy rows get neutral ones."""
-        rows = [SamplingConfig(temperature=1) if c.is_greedy else c for c in self.configs]
-        greedy = [config.is_greedy for config in self.configs]
+        if self.is_greedy:
+            return
+        greedy = [config.is_greedy for config in configs]
+        rows = [SamplingConfig(temperature=1) if config.is_greedy else config for config in configs]
         self._greedy = self._column(greedy) if any(greedy) else None
         self._temperature = self._column([float(row.temperature) for row in rows])
 
@@ -113,7 +105,7 @@ class Sampler:
             logits: [B, M, V]. M is N + 1 (row 0 follows the root, row i + 1 node i) unless `nodes`
                 says otherwise.
             draft: the tokens after the root; None: only the root's row, M = 1.
-            nodes: [B, M] int64, which of the N + 1 rows each logits row is, for a drafter that
+            nodes: [B, M] int64, index of each logits row among the N + 1 rows, for a drafter that
                 has logits for its newest nodes only. Values in [0, N], padding included.
 
         Returns:
@@ -123,12 +115,6 @@ class Sampler:
         Raises:
             ValueError: the shapes do not fit together.
         """
-        self._check_shapes(logits, draft, nodes)
-        if self._penalties is None:
-            return logits
-        return self._penalties.apply(logits, draft, nodes)
-
-    def _check_shapes(self, logits: Tensor, draft: Draft | None, nodes: Tensor | None) -> None:
         num_nodes = 0 if draft is None else draft.num_nodes
         num_rows = num_nodes + 1 if nodes is None else nodes.shape[-1]
         expected = (len(self.configs), num_rows, self.vocab_size)
@@ -142,16 +128,19 @@ class Sampler:
                 f"nodes has shape {tuple(nodes.shape)} but must be {expected[:2]}, one index for "
                 "each logits row"
             )
+        if self._penalties is None:
+            return logits
+        return self._penalties.apply(logits, draft, nodes)
 
     def probs(self, scores: Tensor) -> Tensor:
         """Turn processed logits into the distribution that tokens are drawn from.
 
         Args:
-            scores: [B, M, V], see `scores`.
+            scores: [B, M, V] from `scores`.
 
         Returns:
             [B, M, V] float32. Rows at temperature 0 are one-hot, the first token winning ties.
-            A row that `has_nan` marks holds no distribution.
+            A row with a NaN or +inf, or with every token banned, holds no distribution.
         """
         if self.is_greedy:
             return _one_hot(scores)
@@ -191,8 +180,7 @@ class Sampler:
 
     def keep(self, rows: Tensor) -> None:
         """Keep the rows [K] int64, in that order; the others have left the batch."""
-        kept = rows.tolist()
-        self._compile([self.configs[row] for row in kept])
+        self._compile([self.configs[row] for row in rows.tolist()])
         if self.is_plain:
             self._penalties = None
         elif self._penalties is not None:
@@ -213,7 +201,7 @@ def sample(probs: Tensor, noise: Tensor) -> Tensor:
     """Draw one token per distribution by an exponential race.
 
     Args:
-        probs: [..., V], need not be normalised; at least one positive entry a row.
+        probs: [..., V], need not be normalized; at least one positive entry a row.
         noise: [..., V] i.i.d. Exp(1), broadcast against `probs`.
 
     Returns:
@@ -242,12 +230,3 @@ def sample_without_replacement(probs: Tensor, noise: Tensor, k: int) -> Tensor:
         raise ValueError(f"k is {k} but must be at least 1: it counts the tokens to draw")
     finish = _race(probs, noise).topk(min(k, probs.shape[-1]))
     return finish.indices.masked_fill(finish.values == 0, -1)
-
-
-def has_nan(logits: Tensor) -> Tensor:
-    """Mark the rows of [B, M, V] logits whose softmax would hold a NaN: bool [B].
-
-    That is where a logit is NaN or +inf, or where every token is banned. Padding counts as well:
-    pass only logits that mean something.
-    """
-    return ~logits.amax(-1).isfinite().flatten(1).all(1)

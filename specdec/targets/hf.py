@@ -3,10 +3,12 @@
 import inspect
 import warnings
 from collections.abc import Hashable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from specdec.engine.clock import ForwardClock
 from specdec.engine.interfaces import Capabilities, Prompts, TargetOutput
@@ -26,10 +28,11 @@ class HFTarget:
     """A transformers causal LM with a `SlotCache`.
 
     Args:
-        model: in eval mode, on its device.
+        model: the causal LM, in eval mode, on its device.
         tokenizer: its tokenizer, or None for token ids only.
 
     Raises:
+        TypeError: something other than a causal LM.
         ValueError: an encoder-decoder, or layers with a recurrent state, which a rejected token
             would have changed for good.
     """
@@ -44,24 +47,26 @@ class HFTarget:
             )
         self.config = model.config.get_text_config()
         _refuse_what_cannot_roll_back(model, self.config)
-        self.model = model
-        self.tokenizer = tokenizer
+        self.model, self.tokenizer = model, tokenizer
         self.device: torch.device = model.device
         self.clock = ForwardClock(self.device)
-        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+        self.vocab_size: int = head().weight.shape[0]
         self.max_context_len = max_context_len(self.config)
         self.eos_token_ids = eos_token_ids(model)
-        self._masks = Masks(self.config, self.device, _added_mask_dtype(model))
+        # "eager" attention adds its mask to the scores, so it needs the dtype of the activations.
+        is_eager = getattr(self.config, "_attn_implementation", None) == "eager"
+        mask_dtype = model.get_input_embeddings().weight.dtype if is_eager else None
+        self._masks = Masks(self.config, self.device, mask_dtype)
         self._taps = TapReader(model, self.config.num_hidden_layers)
-        self.cache = SlotCache(self.config.num_hidden_layers, 1, 1, self.device)
         arguments = inspect.signature(model.forward).parameters
         self._cache_name = "cache" if "cache" in arguments else "past_key_values"  # older versions
         self._scored_tree = False
-        self._cache_plan: list[Hashable] | None = None
         self._reserved: int | None = None  # slots of the next prefill's rows
+        self._places = torch.arange(0, device=self.device)
+        self.cache = self._empty_cache()
         check_target(self)
         self.clock.take()
-        self.cache = SlotCache(self.config.num_hidden_layers, 1, 1, self.device)
+        self.cache = self._empty_cache()
 
     @property
     def lengths(self) -> list[int]:
@@ -77,121 +82,108 @@ class HFTarget:
         mean nothing. With `join` the prompts become the last rows of the running batch.
         """
         running = self.cache if join else None  # or else it must not stay beside the new one
-        output = self._start(prompts, taps)
+        lengths = [len(prompt) for prompt in prompts]
+        longest = max(lengths)
+        capacity = max(2 * longest, 128) if self._reserved is None else self._reserved
+        plan, _ = self._layout
+        self.cache = SlotCache(
+            self.config.num_hidden_layers, len(prompts), max(longest, capacity), self.device, plan
+        )
+        self._reserved = None
+        output = self._cache_prompts(prompts, lengths, taps)
+        self.cache.rollback(lengths)
         if running:
             running.append(self.cache)
             self.cache = running
         return output
 
-    def _start(self, prompts: Prompts, taps: Sequence[int]) -> TargetOutput:
-        """Cache the prompts as a batch of their own."""
-        lengths = [len(prompt) for prompt in prompts]
-        longest = max(lengths)
-        capacity = max(2 * longest, 128) if self._reserved is None else self._reserved
-        self.cache, self._reserved = self._new_cache(len(prompts), max(longest, capacity)), None
-        if longest == 0:
-            return TargetOutput(torch.zeros(len(prompts), 1, self.vocab_size, device=self.device))
+    def _cache_prompts(
+        self, prompts: Prompts, lengths: Sequence[int], taps: Sequence[int]
+    ) -> TargetOutput:
+        """Feed prompts in chunks of columns; every row, padding included, is written for now."""
+        batch, longest = len(prompts), max(lengths)
         rows = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
-        tokens = torch.tensor(rows, device=self.device)
-        chunks = []
-        logits: Tensor | None = None
+        tokens = torch.tensor(rows, dtype=torch.long, device=self.device)
+        logits = torch.zeros(batch, 1, self.vocab_size, device=self.device)
+        hidden = []
         for start in range(0, longest, PREFILL_CHUNK):
-            end = min(start + PREFILL_CHUNK, longest)
-            last = sorted({n - 1 - start for n in lengths if start < n <= end})
-            out = self._forward_chunk(tokens[:, start:end], last, taps)
-            chunks.append(out.hidden)
-            if logits is None:
-                logits = out.logits.new_zeros(len(prompts), 1, out.logits.shape[-1])
-            for row, length in enumerate(lengths):
-                if start < length <= end:
-                    logits[row, 0] = out.logits[row, last.index(length - 1 - start)]
-        self.cache.rollback(lengths)
-        assert logits is not None
-        return TargetOutput(logits, {t: torch.cat([c[t] for c in chunks], 1) for t in taps})
+            chunk = tokens[:, start : start + PREFILL_CHUNK]
+            end = start + chunk.shape[1]
+            ending = [row for row, length in enumerate(lengths) if start < length <= end]
+            wanted = sorted({lengths[row] - 1 - start for row in ending}) or [0]
+            out = self._forward_chain(chunk, taps, torch.tensor(wanted, device=self.device))
+            self.cache.extend([chunk.shape[1]] * batch)
+            hidden.append(out.hidden)
+            if start == 0:
+                logits = torch.zeros_like(out.logits[:, :1])
+            for row in ending:
+                logits[row, 0] = out.logits[row, wanted.index(lengths[row] - 1 - start)]
+        if longest == 0:
+            return TargetOutput(logits)
+        return TargetOutput(logits, {tap: torch.cat([h[tap] for h in hidden], 1) for tap in taps})
 
-    def _new_cache(self, batch_size: int, capacity: int) -> SlotCache:
-        num_layers = self.config.num_hidden_layers
-        return SlotCache(num_layers, batch_size, capacity, self.device, self._plan_cache())
+    def _empty_cache(self) -> SlotCache:
+        return SlotCache(self.config.num_hidden_layers, 1, 1, self.device)
 
-    def _plan_cache(self) -> list[Hashable]:
-        if self._cache_plan is None:
-            # One token tells what no config does: each layer's heads, their size and their device.
-            running = self.cache
-            self.cache = SlotCache(self.config.num_hidden_layers, 1, 1, self.device)
-            self._forward_chunk(torch.zeros(1, 1, dtype=torch.long, device=self.device), [0], ())
-            self._cache_plan, self._slot_bytes = self.cache.plan, self.cache.num_bytes
-            self.cache = running
-            self.clock.take()
-        return self._cache_plan
+    @cached_property
+    def _layout(self) -> tuple[list[Hashable], int]:
+        """Plan of the cache and bytes of one slot: one token tells what no config does."""
+        running, self.cache = self.cache, self._empty_cache()
+        self._forward_chain(torch.zeros(1, 1, dtype=torch.long, device=self.device), ())
+        layout = self.cache.plan, self.cache.num_bytes
+        self.cache = running
+        self.clock.take()
+        return layout
 
     @property
     def cache_bytes(self) -> int:
-        """See `HoldsCache`."""
+        """Bytes of keys and values that are allocated now."""
         return self.cache.num_bytes
 
     def bytes_for(self, num_rows: int, num_slots: int) -> int:
-        """See `HoldsCache`."""
-        self._plan_cache()
-        return num_rows * num_slots * self._slot_bytes
+        """Return the bytes for so many rows with so many tokens each."""
+        return num_rows * num_slots * self._layout[1]
 
     def reserve(self, num_rows: int, num_slots: int, *, join: bool) -> None:
-        """See `HoldsCache`."""
+        """Allocate exactly this, with `join` for the running batch and else for the next one."""
         # What joins is cached apart at first, as tightly as it can be.
         self._reserved = 0 if join else num_slots
         if join:
             self.cache.resize(num_rows, num_slots)
         else:
-            self.cache = SlotCache(self.config.num_hidden_layers, 1, 1, self.device)
+            self.cache = self._empty_cache()
 
     def wipe(self, rows: Sequence[int]) -> None:
-        """See `HoldsCache`."""
+        """Zero rows that may hold NaN."""
         self.cache.wipe(rows)
 
-    def _forward_chunk(
-        self, tokens: Tensor, wanted: list[int], taps: Sequence[int]
-    ) -> TargetOutput:
-        """Cache a chunk of columns; every row, padding included, is written for now."""
-        batch, width = tokens.shape
-        start = self.cache.lengths[0]
-        end = self.cache.open(width)
-        positions = torch.arange(start, end, device=self.device).expand(batch, -1)
-        keep = torch.tensor(wanted or [0], device=self.device)
-        out = self._forward(tokens, positions, self._masks.chain(self.cache, width), taps, keep)
-        self.cache.extend([width] * batch)
-        return out
-
     def score(self, root: Tensor, draft: Draft, taps: Sequence[int] = ()) -> TargetOutput:
-        """One forward over root [B] and nodes [B, N]; logits [B, N + 1, V]. Commits nothing."""
-        num_new = draft.num_nodes + 1
+        """Run one forward over root [B] and nodes [B, N]; logits [B, N + 1, V]. Commits nothing."""
         tokens = root.unsqueeze(1)
         if draft.num_nodes:
             tokens = torch.cat([tokens, draft.tokens.clamp(min=0)], 1)
-        self.cache.open(num_new)
         self._scored_tree = draft.parents is not None
         if draft.parents is None:
-            positions = self._next_positions(num_new)
-            mask = self._masks.chain(self.cache, num_new)
-        else:
-            depths = _with_root(node_depths(draft.parents, draft.depth))
-            positions = self._positions(self.cache.device_lengths.unsqueeze(1) + depths)
-            own = _root_and_ancestors(ancestor_mask(draft.parents, draft.depth))
-            mask = self._masks.tree(self.cache, own, depths)
-        return self._forward(tokens, positions, mask, taps, 0)
+            return self._forward_chain(tokens, taps)
+        self.cache.open(draft.num_nodes + 1)
+        depths = pad(node_depths(draft.parents, draft.depth), (1, 0))  # [B, N + 1]
+        # Everyone sees the root, the root only itself.
+        visible = pad(ancestor_mask(draft.parents, draft.depth), (1, 0, 1, 0))
+        visible[:, :, 0] = True
+        return self._forward_tree(tokens, visible, depths, depths, taps)
 
     def feed(self, tokens: Tensor, counts: Sequence[int]) -> Tensor:
         """Commit `counts[b]` of the tokens [B, n] to every row; logits [B, V] after the last.
 
         A row with count 0 commits nothing, and its logits mean nothing.
         """
-        width = tokens.shape[1]
-        self.cache.open(width)
-        mask = self._masks.chain(self.cache, width)
-        logits = self._forward(tokens, self._next_positions(width), mask, (), 0).logits
+        logits = self._forward_chain(tokens, ()).logits
         self.cache.extend(counts)
-        if width == 1:
-            return logits[:, 0]
-        last = torch.tensor([max(count - 1, 0) for count in counts], device=self.device)
-        return logits[torch.arange(len(counts), device=self.device), last]
+        last = [max(count - 1, 0) for count in counts]
+        if len(set(last)) == 1:
+            return logits[:, last[0]]
+        rows = torch.arange(len(counts), device=self.device)
+        return logits[rows, torch.tensor(last, device=self.device)]
 
     def grow(self, tokens: Tensor, visible: Tensor, depths: Tensor) -> Tensor:
         """Feed the newest level of a tree that grows behind the committed tokens; logits [B, n, V].
@@ -207,9 +199,7 @@ class HFTarget:
         batch, num_new, num_open = visible.shape
         self.cache.open(num_new, behind=num_open - num_new)
         newest = depths[num_open - num_new :]
-        positions = self._positions(self.cache.device_lengths.unsqueeze(1) + newest)
-        mask = self._masks.tree(self.cache, visible, depths.expand(batch, -1))
-        return self._forward(tokens, positions, mask, (), 0).logits
+        return self._forward_tree(tokens, visible, depths.expand(batch, -1), newest, ()).logits
 
     def commit(self, verdict: Verdict, num_accepted: Sequence[int]) -> None:
         """Keep the root and the accepted path: a chain only moves lengths, a tree gathers."""
@@ -225,16 +215,33 @@ class HFTarget:
         """Forget the cached tokens behind `lengths[b]`."""
         self.cache.rollback(lengths)
 
-    def _next_positions(self, num_new: int) -> Tensor:
-        """Positions [B, num_new] behind every row's committed tokens."""
-        lengths = self.cache.lengths
-        offsets = torch.arange(num_new, device=self.device)
-        if self.cache.is_uniform:
-            return self._positions(lengths[0] + offsets).expand(len(lengths), -1)
-        return self._positions(self.cache.device_lengths.unsqueeze(1) + offsets)
+    def _forward_chain(
+        self, tokens: Tensor, taps: Sequence[int], logits_to_keep: int | Tensor = 0
+    ) -> TargetOutput:
+        """Feed tokens [B, n] behind every row's committed ones."""
+        cache, width = self.cache, tokens.shape[1]
+        end = cache.open(width)
+        mask = self._masks.chain(cache, width)
+        if cache.is_uniform:
+            if end > len(self._places):
+                self._places = self._clamp(torch.arange(cache.capacity, device=self.device))
+            positions = self._places[end - width : end].expand(len(tokens), -1)
+        else:
+            places = torch.arange(width, device=self.device)
+            positions = self._clamp(cache.device_lengths.unsqueeze(1) + places)
+        return self._forward(tokens, positions, mask, taps, logits_to_keep)
 
-    def _positions(self, places: Tensor) -> Tensor:
-        """Padding of a row that is nearly full must not look past the model's position table."""
+    def _forward_tree(
+        self, tokens: Tensor, visible: Tensor, depths: Tensor, own: Tensor, taps: Sequence[int]
+    ) -> TargetOutput:
+        """Feed nodes of a tree; `own` are the depths [B, n] of these alone."""
+        positions = self._clamp(self.cache.device_lengths.unsqueeze(1) + own)
+        return self._forward(
+            tokens, positions, self._masks.tree(self.cache, visible, depths), taps, 0
+        )
+
+    def _clamp(self, places: Tensor) -> Tensor:
+        """Keep padding of a row that is nearly full inside the model's position table."""
         return places.clamp(max=self.max_context_len - 1)
 
     def _forward(
@@ -261,29 +268,11 @@ class HFTarget:
         return TargetOutput(out.logits, hidden)
 
 
-def _with_root(depths: Tensor) -> Tensor:
-    """Depths [B, N] of nodes to depths [B, N + 1] of root and nodes."""
-    return torch.nn.functional.pad(depths, (1, 0))
-
-
-def _root_and_ancestors(mask: Tensor) -> Tensor:
-    """Node mask [B, N, N] to [B, N + 1, N + 1]: everyone sees the root, the root only itself."""
-    padded = torch.nn.functional.pad(mask, (1, 0, 1, 0))
-    padded[:, :, 0] = True
-    return padded
-
-
-def _added_mask_dtype(model: Any) -> torch.dtype | None:
-    """Dtype of the masks: "eager" attention adds them to its scores."""
-    attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
-    return model.get_input_embeddings().weight.dtype if attention == "eager" else None
-
-
 def max_context_len(config: Any) -> int:
-    """Positions that a text config allows; with LongRoPE its original length, with a warning.
+    """Return the positions that a text config allows; with LongRoPE its original length.
 
     Behind that length all frequencies are others, also those that cached keys were turned by, and a
-    draft that reaches over the edge would change its own root.
+    draft that reaches over the edge would change its own root. A warning says so.
 
     Raises:
         ValueError: the config names no length.
@@ -311,7 +300,7 @@ def max_context_len(config: Any) -> int:
 
 
 def eos_token_ids(model: Any) -> tuple[int, ...]:
-    """Ids that end an answer, as the model's generation config or its config says."""
+    """Return the ids that end an answer, by the model's generation config or its config."""
     settings = getattr(model, "generation_config", None)
     eos = getattr(settings, "eos_token_id", None)
     if eos is None:

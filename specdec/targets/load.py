@@ -2,46 +2,28 @@
 
 import resource
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from specdec.checkpoints.folder import CONFIG
+from specdec.common.arguments import checked
 from specdec.common.files import read_json
 from specdec.common.hub import find_checkpoint
 from specdec.demo import demo_path
-from specdec.engine.interfaces import Target, claimed
 from specdec.engine.scheduler import is_out_of_memory
-from specdec.sampling.config import checked
 from specdec.targets.hf import HFTarget
-from specdec.verify import Draft, match
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on a device; None where that is not known."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    info = Path("/proc/meminfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    kib = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    return 1024 * kib[0] if kib else None
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident size of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak  # KiB everywhere else
-
 
 QUANTIZATIONS = ("8bit", "4bit")
 # While transformers builds a model it patches torch for the whole process: one at a time.
 LOADING = RLock()
+
+
+class IncompleteCheckpointError(ValueError):
+    """A checkpoint whose tensors are not those that its config asks for."""
 
 
 @checked
@@ -63,7 +45,7 @@ def load_target(
             the checkpoint's own elsewhere.
         device: where to put it; None: CUDA if there is one, else the CPU.
         device_map: passed to transformers instead of `device`, to spread a model over devices.
-        quantization: "8bit" or "4bit" through bitsandbytes; a checkpoint that is stored quantised
+        quantization: "8bit" or "4bit" through bitsandbytes; a checkpoint that is stored quantized
             needs none.
         revision: of a hub id.
         trust_remote_code: run Python code that the checkpoint brings. Off unless asked for.
@@ -103,6 +85,8 @@ def load_target(
         if chosen.type == "cpu":
             _compute_in_float32(model)
         target = HFTarget(model.eval())
+    except IncompleteCheckpointError:
+        raise
     except Exception as error:
         raise _explained(where, error, chosen) from error
     target.tokenizer = load_tokenizer(where, revision, trust_remote_code)
@@ -110,11 +94,7 @@ def load_target(
 
 
 def check_path(path: str) -> str:
-    """The folder of a checkpoint, or its id on the hub; "demo" is the embedded model.
-
-    Raises:
-        FileNotFoundError: it is neither.
-    """
+    """Return the folder of a checkpoint, or its id on the hub; "demo" is the embedded model."""
     if path == "demo":
         return str(demo_path("target"))
     where = find_checkpoint(path, "'demo', a folder with a checkpoint")
@@ -124,7 +104,7 @@ def check_path(path: str) -> str:
 
 
 def find_device(device: str | torch.device | None) -> torch.device:
-    """The device that is meant, if it is there."""
+    """Return a device that is here; None is CUDA if there is one, else the CPU."""
     try:
         default = "cuda" if torch.cuda.is_available() else "cpu"
         chosen = torch.device(default if device is None else device)
@@ -142,7 +122,7 @@ def find_device(device: str | torch.device | None) -> torch.device:
 
 
 def find_dtype(dtype: str | torch.dtype | None, device: torch.device) -> Any:
-    """The dtype that is meant: a torch dtype, or "auto" for the checkpoint's own."""
+    """Return a floating dtype, or "auto" for the checkpoint's own."""
     if dtype is None:
         return torch.float32 if device.type == "cpu" else "auto"
     if dtype == "auto":
@@ -151,6 +131,23 @@ def find_dtype(dtype: str | torch.dtype | None, device: torch.device) -> Any:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"dtype is {dtype!r} but must be float32, bfloat16, float16 or auto")
     return found
+
+
+def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """Load the tokenizer of a checkpoint; None for a folder without one."""
+    from transformers import AutoTokenizer
+
+    if Path(path).is_dir() and not any(Path(path).glob("tokenizer*")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(
+            path, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:
+        raise ValueError(
+            f"the tokenizer of {path!r} could not be loaded ({first_line(error)}); copy or "
+            "download its tokenizer files again"
+        ) from error
 
 
 def _quantization(name: str, device: torch.device) -> Any:
@@ -182,48 +179,6 @@ def _compute_in_float32(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-
-
-def _explained(path: str, error: Exception, device: torch.device) -> Exception:
-    """What to raise in place of an error that came up while loading."""
-    if isinstance(error, IncompleteCheckpointError):
-        return error
-    if is_out_of_memory(error):
-        return _does_not_fit(path, device)
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if "afetensor" in type(error).__name__ or "header" in text.lower():
-        return ValueError(
-            f"{path!r} holds a safetensors file that cannot be read ({text}); it is corrupt or "
-            f"truncated, copy or download it again"
-        )
-    if isinstance(error, OSError):
-        return FileNotFoundError(f"{path!r} could not be loaded: {text}")
-    return ValueError(f"{path!r} could not be loaded: {text}")
-
-
-def _does_not_fit(path: str, device: torch.device) -> Exception:
-    """The error of too little memory, or of a config that asks for more than its files hold."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    stored = sum(file.stat().st_size for file in Path(path).expanduser().glob("*.safetensors"))
-    asked, free = 0, free_bytes(device)
-    # A hub id has no files here, and a model with code of its own is not built.
-    with LOADING, suppress(ValueError, OSError), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
-        asked = sum(weight.numel() for weight in model.parameters())
-    if 0 < 8 * stored < asked:  # no format packs more than four weights into a byte
-        return ValueError(
-            f"{path!r} could not be loaded: its config.json asks for {asked:,} weights, but its "
-            f"files hold only {stored:,} bytes; is a size in it wrong?"
-        )
-    message = f"no memory for the weights of {path!r} on {device}"
-    if stored and free is not None:
-        message += f": its files hold {stored:,} bytes, and {free:,} are free"
-    return MemoryError(f"{message}; use a smaller dtype, quantization=4bit or another device")
-
-
-class IncompleteCheckpointError(ValueError):
-    """A checkpoint whose tensors are not those that its config asks for."""
 
 
 def _check_complete(path: str, info: Any) -> None:
@@ -261,73 +216,61 @@ def _check_files(path: str, revision: str | None, model: Any) -> None:
                 if (dtype := stored.get_slice(name).get_dtype())[0] in "IUB" and dtype != "BF16":
                     raise IncompleteCheckpointError(
                         f"{str(file)!r} holds {name} as {dtype}, but its config says nothing of a "
-                        "quantisation; the file is damaged or config.json is of another model"
+                        "quantization; the file is damaged or config.json is of another model"
                     )
 
 
-def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> Any:
-    """The tokenizer of a checkpoint; None for a folder without one."""
-    from transformers import AutoTokenizer
-
-    if Path(path).is_dir() and not any(Path(path).glob("tokenizer*")):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(
-            path, revision=revision, trust_remote_code=trust_remote_code
+def _explained(path: str, error: Exception, device: torch.device) -> Exception:
+    """Return the error to raise in place of one that came up while loading."""
+    if is_out_of_memory(error):
+        return _does_not_fit(path, device)
+    text = first_line(error)
+    if "afetensor" in type(error).__name__ or "header" in text.lower():
+        return ValueError(
+            f"{path!r} holds a safetensors file that cannot be read ({text}); it is corrupt or "
+            f"truncated, copy or download it again"
         )
-    except Exception as error:
-        raise ValueError(
-            f"the tokenizer of {path!r} could not be loaded ({str(error).splitlines()[0]}); copy "
-            "or download its tokenizer files again"
-        ) from error
+    kind = FileNotFoundError if isinstance(error, OSError) else ValueError
+    return kind(f"{path!r} could not be loaded: {text}")
 
 
-# Long texts are scored in chunks, which bounds the memory of masks and activations.
-CHUNK = 512
+def _does_not_fit(path: str, device: torch.device) -> Exception:
+    """Return the error of too little memory, or of a config that asks for more than there is."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    stored = sum(file.stat().st_size for file in Path(path).expanduser().glob("*.safetensors"))
+    asked, free = 0, _free_bytes(device)
+    # A hub id has no files here, and a model with code of its own is not built.
+    with LOADING, suppress(ValueError, OSError), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+        asked = sum(weight.numel() for weight in model.parameters())
+    if 0 < 8 * stored < asked:  # no format packs more than four weights into a byte
+        return ValueError(
+            f"{path!r} could not be loaded: its config.json asks for {asked:,} weights, but its "
+            f"files hold only {stored:,} bytes; is a size in it wrong?"
+        )
+    message = f"no memory for the weights of {path!r} on {device}"
+    if stored and free is not None:
+        message += f": its files hold {stored:,} bytes, and {free:,} are free"
+    return MemoryError(f"{message}; use a smaller dtype, quantization=4bit or another device")
 
 
-@dataclass(frozen=True, eq=False)
-class Reading:
-    """One text as a model sees it, L tokens of which the last P were looked at.
-
-    Attributes:
-        logits: [P, V]; each row predicts the token behind its own.
-        hidden: tap -> [L, H].
-    """
-
-    logits: Tensor
-    hidden: dict[int, Tensor]
+def _free_bytes(device: torch.device) -> int | None:
+    """Return the bytes that can still be allocated; None where that is not known."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    kib = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * kib[0] if kib else None
 
 
-@torch.inference_mode()
-def read_text(
-    target: Target, tokens: Sequence[int], first: int, taps: Sequence[int] = ()
-) -> Reading:
-    """Teacher-force a text. The batch that the model was decoding is forgotten.
-
-    Args:
-        target: a target, or a draft model's own.
-        tokens: L ids, at most its context.
-        first: logits are wanted from this token on, in [1, L).
-        taps: hidden states to return.
-
-    Raises:
-        RuntimeError: a loop has rows on the target.
-    """
-    with claimed(target):
-        return _read(target, tokens, first, taps)
+def peak_rss_bytes() -> int:
+    """Return the largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # KiB everywhere else
 
 
-def _read(target: Target, tokens: Sequence[int], first: int, taps: Sequence[int]) -> Reading:
-    output = target.prefill([tokens[:first]], taps)
-    logits, hidden = [], [output.hidden]
-    for start in range(first, len(tokens), CHUNK):
-        root, *rest = tokens[start : start + CHUNK]
-        draft = Draft.chain(torch.tensor([rest], dtype=torch.long, device=target.device))
-        output = target.score(torch.tensor([root], device=target.device), draft, taps)
-        logits.append(output.logits[0])
-        hidden.append(output.hidden)
-        accepted = torch.tensor([[*rest, 0]], device=target.device)
-        target.commit(match(accepted, draft), [len(rest)])
-    states = {tap: torch.cat([part[tap][0] for part in hidden]) for tap in taps}
-    return Reading(torch.cat(logits), states)
+def first_line(error: Exception) -> str:
+    """Return the first line of a message, or the error's type if it has none."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

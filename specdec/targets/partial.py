@@ -1,4 +1,4 @@
-"""The two ends of a target, its embedding and its vocabulary projection, without what is between.
+"""The two ends of a target, its embedding and its vocabulary projection, without the middle.
 
 Draft heads are built from these two alone; with stored features the rest of the target, nearly all
 of its weights, need not be in memory while they are trained.
@@ -12,48 +12,60 @@ from torch import Tensor, nn
 
 from specdec.common.files import read_json
 from specdec.targets.hf import eos_token_ids, max_context_len
-from specdec.targets.load import LOADING, check_path, find_device, find_dtype, load_tokenizer
+from specdec.targets.load import (
+    LOADING,
+    check_path,
+    find_device,
+    find_dtype,
+    first_line,
+    load_tokenizer,
+)
 
 _WEIGHTS = "model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
 
 
 class EndsModel(nn.Module):
-    """What of a transformers causal LM code that builds heads asks for.
+    """The members of a transformers causal LM that code which builds heads asks for.
 
     Args:
-        config: of the whole model.
-        generation_config: of the checkpoint; None where it has none.
+        config: config of the whole model.
+        generation_config: generation config of the checkpoint; None where it has none.
         embedding: the input embedding.
         projection: the vocabulary projection.
+        names: names in the whole model of the parameters here.
     """
 
     is_partial = True  # a hash of these weights is not the hash of the target's
-    names: dict[str, str]  # of the parameters here, in the whole model
 
     def __init__(
-        self, config: Any, generation_config: Any, embedding: nn.Embedding, projection: nn.Linear
+        self,
+        config: Any,
+        generation_config: Any,
+        embedding: nn.Embedding,
+        projection: nn.Linear,
+        names: dict[str, str],
     ) -> None:
         super().__init__()
-        self.config, self.generation_config = config, generation_config
+        self.config, self.generation_config, self.names = config, generation_config, names
         self.embedding, self.projection = embedding, projection
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of both ends."""
+        """Dtype of both ends."""
         return self.embedding.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of both ends."""
+        """Device of both ends."""
         return self.embedding.weight.device
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """Token ids [...] to embeddings [..., H]."""
+        """Return the module from token ids [...] to embeddings [..., H]."""
         return self.embedding
 
     def get_output_embeddings(self) -> nn.Linear:
-        """Last hidden states [..., H], after the final norm, to logits [..., V]."""
+        """Return the module from hidden states [..., H], after the final norm, to [..., V]."""
         return self.projection
 
 
@@ -61,10 +73,6 @@ class TargetEnds:
     """A target that cannot run, for code that only builds heads for it.
 
     Its attributes mean what they mean in `HFTarget`.
-
-    Args:
-        model: the two ends.
-        tokenizer: its tokenizer, or None.
     """
 
     def __init__(self, model: EndsModel, tokenizer: Any) -> None:
@@ -96,70 +104,55 @@ def load_ends(
         ValueError: the checkpoint does not hold the two, or not of the shapes that its config
             asks for; or they do more than to look up and to multiply.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     where = check_path(path)
     chosen = find_device(device)
     try:
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"{path!r} could not be loaded: {_first_line(error)}") from error
+        raise FileNotFoundError(f"{path!r} could not be loaded: {first_line(error)}") from error
+    text_config = config.get_text_config()
     wanted = find_dtype(dtype, chosen)
     if wanted == "auto":
-        wanted = config.get_text_config().dtype or torch.float32
-    whole = _skeleton(config)
-    embedding, projection = _filled(where, revision, whole, wanted)
-    model = EndsModel(config, _generation_config(where, revision), embedding, projection)
+        wanted = text_config.dtype or torch.float32
+    with LOADING, torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(config)
+    embedding, projection = whole.get_input_embeddings(), whole.get_output_embeddings()
+    _require_kind(where, "embedding", embedding, nn.Embedding)
+    _require_kind(where, "vocabulary projection", projection, nn.Linear)
     places = {id(module): name for name, module in whole.named_modules()}
-    model.names = {
-        f"{name}.weight": f"{places[id(module)]}.weight" for name, module in model.named_children()
+    stored = _StoredTensors(where, revision, whole.base_model_prefix)
+
+    def read(module: Any, part: str) -> nn.Parameter:
+        shape = getattr(module, part).shape
+        return nn.Parameter(stored.read(f"{places[id(module)]}.{part}", shape).to(wanted))
+
+    # The layers have no memory of their own: they are given the parameters, which may be shared.
+    embedding.weight = read(embedding, "weight")
+    is_tied = text_config.tie_word_embeddings
+    projection.weight = embedding.weight if is_tied else read(projection, "weight")
+    if projection.bias is not None:
+        projection.bias = read(projection, "bias")
+    names = {
+        "embedding.weight": f"{places[id(embedding)]}.weight",
+        "projection.weight": f"{places[id(projection)]}.weight",
     }
+    generation_config = _generation_config(where, revision)
+    model = EndsModel(config, generation_config, embedding, projection, names)
     model.to(chosen).eval().requires_grad_(False)
     return TargetEnds(model, load_tokenizer(where, revision, trust_remote_code=False))
 
 
-def _skeleton(config: Any) -> Any:
-    """The whole model, without memory for its weights."""
-    from transformers import AutoModelForCausalLM
-
-    with LOADING, torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
-
-
-def _filled(
-    where: str, revision: str | None, model: Any, dtype: torch.dtype
-) -> tuple[nn.Embedding, nn.Linear]:
-    """The two ends with their weights."""
-    _refuse_what_does_more(where, model)
-    names = {id(module): name for name, module in model.named_modules()}
-    embedding, projection = model.get_input_embeddings(), model.get_output_embeddings()
-    stored = _Stored(where, revision, getattr(model, "base_model_prefix", ""))
-
-    def read(module: Any, part: str) -> nn.Parameter:
-        shape = getattr(module, part).shape
-        return nn.Parameter(stored.read(f"{names[id(module)]}.{part}", shape).to(dtype))
-
-    # The layers have no memory of their own: they are given the parameters, which may be shared.
-    embedding.weight = read(embedding, "weight")
-    is_tied = model.config.get_text_config().tie_word_embeddings
-    projection.weight = embedding.weight if is_tied else read(projection, "weight")
-    if projection.bias is not None:
-        projection.bias = read(projection, "bias")
-    return embedding, projection
+def _require_kind(where: str, noun: str, module: Any, kind: type[nn.Module]) -> None:
+    if type(module) is not kind:
+        raise ValueError(
+            f"the {noun} of {where!r} is a {type(module).__name__}, which does more than "
+            f"nn.{kind.__name__}; train beside the whole target"
+        )
 
 
-def _refuse_what_does_more(where: str, model: Any) -> None:
-    plain = {"embedding": nn.Embedding, "vocabulary projection": nn.Linear}
-    found = (model.get_input_embeddings(), model.get_output_embeddings())
-    for (noun, wanted), module in zip(plain.items(), found, strict=True):
-        if type(module) is not wanted:
-            raise ValueError(
-                f"the {noun} of {where!r} is a {type(module).__name__}, which does more than "
-                f"nn.{wanted.__name__}; train beside the whole target"
-            )
-
-
-class _Stored:
+class _StoredTensors:
     """Single tensors of a checkpoint, sharded or not."""
 
     def __init__(self, where: str, revision: str | None, prefix: str) -> None:
@@ -172,7 +165,7 @@ class _Stored:
             )
 
     def read(self, name: str, shape: torch.Size) -> Tensor:
-        """A tensor by its name in the model, with or without the prefix of the base model."""
+        """Read a tensor by its name in the model, with or without the prefix of the base model."""
         from safetensors import SafetensorError, safe_open
 
         names = (name, name.removeprefix(f"{self._prefix}."))
@@ -187,19 +180,19 @@ class _Stored:
                 tensor = None if found is None else opened.get_tensor(found)
         except SafetensorError as error:
             raise ValueError(
-                f"{str(path)!r} cannot be read ({_first_line(error)}); it is corrupt or truncated, "
+                f"{str(path)!r} cannot be read ({first_line(error)}); it is corrupt or truncated, "
                 "copy or download it again"
             ) from error
         if tensor is None or tensor.shape != shape or not tensor.is_floating_point():
             seen = "nothing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
             raise ValueError(
                 f"{self._where!r} must hold {name} as floats of the shape {tuple(shape)} but holds "
-                f"{seen}; the checkpoint is incomplete, quantised or of another model"
+                f"{seen}; the checkpoint is incomplete, quantized or of another model"
             )
         return tensor
 
     def _file(self, name: str) -> Path | None:
-        """Where a file of the checkpoint lies, downloaded if it must be; None if there is none."""
+        """Return the path of a file, downloaded if it must be; None if there is none."""
         if Path(self._where).is_dir():
             path = Path(self._where) / name
             return path if path.exists() else None
@@ -213,7 +206,7 @@ class _Stored:
         except OSError as error:
             raise FileNotFoundError(
                 f"{self._where!r} is no folder here and {name} could not be had from the hub: "
-                f"{_first_line(error)}"
+                f"{first_line(error)}"
             ) from error
 
 
@@ -224,7 +217,3 @@ def _generation_config(where: str, revision: str | None) -> Any:
         return GenerationConfig.from_pretrained(where, revision=revision or "main")
     except OSError:
         return None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,4 +1,4 @@
-"""Reading a model's hidden states by hooks that stay.
+"""Reading hidden states by hooks that stay, and reading a whole text.
 
 transformers' own `output_hidden_states` patches every module anew at each forward, which costs
 several percent of a small model's step. A few hooks read the same tensors for nothing; the first
@@ -6,10 +6,17 @@ forward that asks for a tap proves it, and where a model is built otherwise, its
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from specdec.engine.interfaces import Target, claimed
+from specdec.verify import Draft, match
+
+# Long texts are scored in chunks, which bounds the memory of masks and activations.
+CHUNK = 512
 
 
 class TapReader:
@@ -23,7 +30,7 @@ class TapReader:
     def __init__(self, model: Any, num_layers: int) -> None:
         self._num_layers = num_layers
         self._decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
-        self._layers = _layers(self._decoder, num_layers)
+        self._layers = _find_layers(self._decoder, num_layers)
         self._is_trusted = self._layers is not None
         self._hooked: set[int] = set()
         self._proven: set[int] = set()
@@ -33,11 +40,11 @@ class TapReader:
     def run(
         self, forward: Callable[[bool], Any], taps: Sequence[int]
     ) -> tuple[Any, dict[int, Tensor]]:
-        """The output of a forward, and its taps.
+        """Return the output of a forward, and its taps.
 
         Args:
             forward: runs the model, given `output_hidden_states`.
-            taps: what to read; none costs nothing.
+            taps: hidden states to read; none costs nothing.
         """
         if not taps:
             return forward(False), {}
@@ -52,16 +59,13 @@ class TapReader:
         finally:
             self._is_open = False
             seen, self._seen = self._seen, {}
-        if is_proof:
-            return out, self._prove(out, seen, taps)
-        return out, {tap: seen[tap] for tap in taps}
-
-    def _prove(self, out: Any, seen: dict[int, Tensor], taps: Sequence[int]) -> dict[int, Tensor]:
-        """Compare the hooks with the model's own record; one difference ends their use."""
+        if not is_proof:
+            return out, {tap: seen[tap] for tap in taps}
+        # One difference from the model's own record ends the use of hooks.
         own = {tap: out.hidden_states[tap] for tap in taps}
         self._is_trusted = all(tap in seen and _is_same(own[tap], seen[tap]) for tap in taps)
         self._proven.update(taps)
-        return own
+        return out, own
 
     def _hook(self, taps: Sequence[int]) -> None:
         for tap in set(taps) - self._hooked:
@@ -73,7 +77,7 @@ class TapReader:
                 self._layers[tap].register_forward_pre_hook(self._keeper(tap), with_kwargs=True)
 
     def _keeper(self, tap: int) -> Callable[..., None]:
-        """A hook that keeps what goes into a layer."""
+        """Make a hook that keeps the input of a layer."""
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             states = args[0] if args else kwargs.get("hidden_states")
@@ -88,13 +92,55 @@ class TapReader:
             self._seen[self._num_layers] = states
 
 
-def _layers(decoder: Any, num_layers: int) -> nn.ModuleList | None:
-    """The decoder's layers; None where they cannot be told from other lists of modules."""
-    if decoder is None:
-        return None
-    found = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
+def _find_layers(decoder: Any, num_layers: int) -> nn.ModuleList | None:
+    """Return the decoder's layers; None where they cannot be told from other lists of modules."""
+    children = [] if decoder is None else decoder.children()
+    found = [m for m in children if isinstance(m, nn.ModuleList) and len(m) == num_layers]
     return found[0] if len(found) == 1 else None
 
 
 def _is_same(own: Tensor, seen: Tensor) -> bool:
     return own.device == seen.device and torch.equal(own, seen)
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """One text as a model sees it, L tokens of which the last P were looked at.
+
+    Attributes:
+        logits: [P, V]; each row predicts the token behind its own.
+        hidden: tap -> [L, H].
+    """
+
+    logits: Tensor
+    hidden: dict[int, Tensor]
+
+
+@torch.inference_mode()
+def read_text(
+    target: Target, tokens: Sequence[int], first: int, taps: Sequence[int] = ()
+) -> Reading:
+    """Teacher-force a text. The batch that the model was decoding is forgotten.
+
+    Args:
+        target: a target, or a draft model's own.
+        tokens: L ids, at most its context.
+        first: index of the first token whose logits are wanted, in [1, L).
+        taps: hidden states to return.
+
+    Raises:
+        RuntimeError: a loop has rows on the target.
+    """
+    with claimed(target):
+        output = target.prefill([tokens[:first]], taps)
+        logits, hidden = [], [output.hidden]
+        for start in range(first, len(tokens), CHUNK):
+            root, *rest = tokens[start : start + CHUNK]
+            draft = Draft.chain(torch.tensor([rest], dtype=torch.long, device=target.device))
+            output = target.score(torch.tensor([root], device=target.device), draft, taps)
+            logits.append(output.logits[0])
+            hidden.append(output.hidden)
+            accepted = torch.tensor([[*rest, 0]], device=target.device)
+            target.commit(match(accepted, draft), [len(rest)])
+    states = {tap: torch.cat([part[tap][0] for part in hidden]) for tap in taps}
+    return Reading(torch.cat(logits), states)

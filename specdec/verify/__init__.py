@@ -13,8 +13,7 @@ from specdec.verify.layouts import (
     verdict_to_retrieve,
 )
 from specdec.verify.path import match
-from specdec.verify.rule import Rule
-from specdec.verify.rules import RULES, get_rule, verify
+from specdec.verify.rules import RULES, Rule, get_rule, typical, verify
 from specdec.verify.tree import (
     Selection,
     StaticTree,
@@ -27,7 +26,6 @@ from specdec.verify.tree import (
     node_paths,
     path_tokens,
 )
-from specdec.verify.typical import typical
 
 __all__ = [
     "RULES",

@@ -28,7 +28,7 @@ SUM_TOLERANCE = {
 def check_shapes(
     target_probs: Tensor, draft: Draft, rule: str, uniforms: Tensor | None, noise: Tensor | None
 ) -> None:
-    """Check what is known without a host synchronisation: shapes, dtypes and devices."""
+    """Check what is known without a host synchronization: shapes, dtypes and devices."""
     if target_probs.dim() != 3 or draft.tokens.dim() != 2:
         raise ValueError(
             f"target_probs has shape {tuple(target_probs.shape)} and tokens "
@@ -71,7 +71,7 @@ def check_shapes(
 def check_draft(
     draft: object, batch_size: int, vocab_size: int, device: torch.device, rule: str
 ) -> None:
-    """Check all that a draft for so many rows can be asked without a host synchronisation."""
+    """Check all that a draft for so many rows can be asked without a host synchronization."""
     if not isinstance(draft, Draft):
         raise TypeError(f"it is a {type(draft).__name__} but must be a Draft")
     for name in ("tokens", "lengths", "parents", "probs", "confidence"):
@@ -95,7 +95,7 @@ def check_values(
     noise: Tensor | None,
     needs_uniforms: bool = True,
 ) -> None:
-    """Check every value that a rule reads; costs host synchronisations."""
+    """Check every value that a rule reads; costs host synchronizations."""
     refuse(draft_faults(draft, target_probs.shape[2]), rule)
     real = draft.real_nodes()
     real_rows = torch.nn.functional.pad(real, (1, 0), value=True)
@@ -104,7 +104,7 @@ def check_values(
 
 
 def draft_faults(draft: Draft, vocab_size: int) -> Iterator[Fault]:
-    """List every way in which a draft can be wrong, without a host synchronisation.
+    """List every way in which a draft can be wrong, without a host synchronization.
 
     No mask needs an earlier one to be clear: none of them indexes with what may be out of range.
     """
@@ -180,7 +180,7 @@ def _check_randomness(
 
 
 def refuse(faults: Iterable[Fault], rule: str) -> None:
-    """Raise for the first true entry of the first mask that has one; costs synchronisations."""
+    """Raise for the first true entry of the first mask that has one; costs synchronizations."""
     for name, bad, values, must in faults:
         if bad.any():
             index = tuple(bad.nonzero()[0].tolist())

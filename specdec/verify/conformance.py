@@ -18,20 +18,28 @@ from torch import Tensor
 
 from specdec.verify.checks import check_values
 from specdec.verify.draft import Draft, Verdict
-from specdec.verify.rule import Rule
-from specdec.verify.rules import get_rule, verify
+from specdec.verify.rules import Rule, get_rule, verify
+
+__all__ = ["ConformanceError", "Finding", "Report", "check_drafter", "check_engine", "check_rule"]
 
 # Called like `specdec.verify.verify`: (target_probs, draft, *, uniforms, noise) -> Verdict.
 Engine = Callable[..., Verdict]
 
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+CHAIN_SHAPE = (-1, 0, 1)
+TREE_SHAPES = ((-1, -1, 0, 0), (-1, 0, 0, 1), (-1, 0, -1, 2))
+SIBLING_KINDS = ("deterministic", "independent", "without replacement")
+_VOCAB_SIZE = 3
+_HORIZON = 4  # emitted positions whose joint distribution is compared
+_PROCESSING = ((1.0, 1.0), (0.4, 0.8), (0.0, 1.0))  # temperature, top-p
 _BITS = 53  # of a float64 in [0, 1)
 _LARGEST = 1.0 - 2.0**-_BITS
 _REJECTED_NOISE = 1e30
 
 
 @dataclass(frozen=True, eq=False)
-class VerdictLaw:
-    """What a rule does with each draft row, over all its randomness.
+class VerdictDistribution:
+    """The behavior of a rule on each draft row, over all its randomness.
 
     Attributes:
         thresholds: [B, N] float64, node i is accepted iff its uniform is below; NaN for a node that
@@ -50,7 +58,7 @@ class VerdictLaw:
     last_probs: Tensor
 
 
-def verdict_law(engine: Engine, target_probs: Tensor, draft: Draft) -> VerdictLaw:
+def verdict_distribution(engine: Engine, target_probs: Tensor, draft: Draft) -> VerdictDistribution:
     """Integrate out the uniforms and the noise of `engine` for every row of a small draft."""
     thresholds, spread = _find_thresholds(engine, target_probs, draft)
     accept = _patterns(draft.num_nodes)  # [K, N]
@@ -58,7 +66,7 @@ def verdict_law(engine: Engine, target_probs: Tensor, draft: Draft) -> VerdictLa
     uniforms = torch.where(accept, cut / 2, (cut + 1) / 2).clamp(max=_LARGEST)
     probs = torch.where(accept, cut, 1 - cut).prod(2)
     last_probs, paths = _find_last_probs(engine, target_probs, draft, uniforms)
-    return VerdictLaw(thresholds, spread, paths, probs, last_probs)
+    return VerdictDistribution(thresholds, spread, paths, probs, last_probs)
 
 
 def repeat_rows(draft: Draft, times: int) -> Draft:
@@ -148,11 +156,6 @@ def _find_last_probs(
     return last_probs, plain.path.view(batch_size, num_patterns, -1)
 
 
-CHAIN_SHAPE = (-1, 0, 1)
-TREE_SHAPES = ((-1, -1, 0, 0), (-1, 0, 0, 1), (-1, 0, -1, 2))
-SIBLING_KINDS = ("deterministic", "independent", "without replacement")
-
-
 @dataclass(frozen=True)
 class World:
     """A table of conditional distributions: prefix -> float64 [V]."""
@@ -179,7 +182,7 @@ class World:
         return cls(table, vocab_size, horizon)
 
     def rounded(self, dtype: torch.dtype) -> "World":
-        """Return the world as `dtype` sees it, normalised again."""
+        """Return the world as `dtype` sees it, normalized again."""
         rows = {prefix: row.to(dtype).double() for prefix, row in self.table.items()}
         return World(
             {prefix: row / row.sum() for prefix, row in rows.items()}, self.vocab_size, self.horizon
@@ -203,7 +206,7 @@ class Case:
     """Every draft a drafter can produce, as the rows of one batch, and how likely each is.
 
     Attributes:
-        draft: B = number of realisations.
+        draft: B = number of realizations.
         target_probs: [B, N + 1, V].
         weights: [B] float64, summing to one.
     """
@@ -222,35 +225,35 @@ def build_case(
     as_chain: bool = False,
 ) -> Case:
     """Enumerate the drafts of one tree shape; `kind` is one of `SIBLING_KINDS`."""
-    realisations = _realisations(drafter, shape, kind)
-    tokens = torch.tensor([tokens for tokens, _, _ in realisations])
+    realizations = _realizations(drafter, shape, kind)
+    tokens = torch.tensor([tokens for tokens, _, _ in realizations])
     target_rows = []
-    for path_tokens, _, _ in realisations:
+    for path_tokens, _, _ in realizations:
         paths = [_prefix(shape, path_tokens, node) for node in range(len(shape))]
         target_rows.append(torch.stack([target.table[path] for path in [(), *paths]]))
     probs = None
     if kind != "deterministic":
-        probs = torch.stack([torch.stack(laws) for _, laws, _ in realisations]).to(dtype)
+        probs = torch.stack([torch.stack(rows) for _, rows, _ in realizations]).to(dtype)
     depth = max(len(_prefix(shape, (0,) * len(shape), node)) for node in range(len(shape)))
     draft = Draft.tree(tokens, torch.tensor(shape), depth=depth, probs=probs)
     if as_chain:
         draft = Draft.chain(tokens, probs=probs)
-    weights = torch.tensor([weight for _, _, weight in realisations], dtype=torch.float64)
+    weights = torch.tensor([weight for _, _, weight in realizations], dtype=torch.float64)
     return Case(draft, torch.stack(target_rows).to(dtype), weights)
 
 
-def emitted_joint(case: Case, law: VerdictLaw, target: World) -> Tensor:
+def emitted_joint(case: Case, verdicts: VerdictDistribution, target: World) -> Tensor:
     """Compute the distribution of the first `horizon` tokens when a rule emits them.
 
     What the rule does not emit is sampled from the target afterwards.
     """
     joint = torch.zeros_like(target.joint())
-    outcome_probs = law.probs * case.weights.unsqueeze(1)
+    outcome_probs = verdicts.probs * case.weights.unsqueeze(1)
     tokens = case.draft.tokens.tolist()
     for row, outcome in (outcome_probs > 0).nonzero().tolist():
-        path = [node for node in law.paths[row, outcome].tolist() if node >= 0]
+        path = [node for node in verdicts.paths[row, outcome].tolist() if node >= 0]
         prefix = tuple(tokens[row][node] for node in path)
-        for token, prob in enumerate(law.last_probs[row, outcome].tolist()):
+        for token, prob in enumerate(verdicts.last_probs[row, outcome].tolist()):
             if prob > 0:
                 emitted = (*prefix, token)
                 share = outcome_probs[row, outcome] * prob
@@ -280,24 +283,24 @@ def _prefix(shape: tuple[int, ...], tokens: tuple[int, ...], node: int) -> tuple
     return (*above, tokens[node])
 
 
-def _realisations(
+def _realizations(
     drafter: World, shape: tuple[int, ...], kind: str
 ) -> list[tuple[tuple[int, ...], list[Tensor], float]]:
-    """List (tokens, law of each node, probability) of every draft the drafter can produce."""
+    """List tokens, distribution of each node, and probability of every draft of the drafter."""
     partial: list[tuple[tuple[int, ...], list[Tensor], float]] = [((), [], 1.0)]
     for node, parent in enumerate(shape):
         grown = []
-        for tokens, laws, weight in partial:
+        for tokens, rows, weight in partial:
             above = () if parent < 0 else _prefix(shape, tokens, parent)
             earlier = [tokens[i] for i in range(node) if shape[i] == parent]
-            law = _node_law(drafter.table[above], earlier, kind)
-            for token in law.nonzero().flatten().tolist():
-                grown.append(((*tokens, token), [*laws, law], weight * law[token].item()))
+            row = _node_probs(drafter.table[above], earlier, kind)
+            for token in row.nonzero().flatten().tolist():
+                grown.append(((*tokens, token), [*rows, row], weight * row[token].item()))
         partial = grown
     return partial
 
 
-def _node_law(row: Tensor, earlier: list[int], kind: str) -> Tensor:
+def _node_probs(row: Tensor, earlier: list[int], kind: str) -> Tensor:
     if kind == "deterministic":  # the drafter's best tokens in order
         best = row.argsort(descending=True)[len(earlier)]
         return torch.nn.functional.one_hot(best, row.numel()).double()
@@ -305,7 +308,7 @@ def _node_law(row: Tensor, earlier: list[int], kind: str) -> Tensor:
         return row
     left = row.clone()
     left[earlier] = 0
-    if left.sum() == 0:  # the drafter has run out of tokens: any law will do, as long as it is true
+    if left.sum() == 0:  # the drafter has run out of tokens: any true distribution will do
         left = torch.ones_like(row)
         left[earlier] = 0
     return left / left.sum()
@@ -313,7 +316,7 @@ def _node_law(row: Tensor, earlier: list[int], kind: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Finding:
-    """One violated promise: which check found it, and what it saw."""
+    """One violated promise: the check that found it, and what it saw."""
 
     check: str
     message: str
@@ -329,13 +332,13 @@ class ConformanceError(AssertionError):
 
 @dataclass(frozen=True)
 class Report:
-    """What was checked and what was found.
+    """The outcome of a check.
 
     Attributes:
         subject: the rule, engine or drafter.
+        num_cases: cases that ran.
         findings: violated promises; empty when all were kept.
         notes: facts that are no violation, as the bias of a rule that calls itself lossy.
-        num_cases: cases that ran.
     """
 
     subject: str
@@ -345,7 +348,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing was violated."""
+        """Nothing was violated."""
         return not self.findings
 
     def __str__(self) -> str:
@@ -369,7 +372,7 @@ def check_drafter(
     subject: str = "drafter",
     false_alarm: float = 1e-6,
 ) -> Report:
-    """Check that the `probs` a drafter reports are the law of the tokens it draws.
+    """Check that the `probs` a drafter reports are the distribution of the tokens it draws.
 
     A token drawn from q has, given everything before it, E[1(x = v)] = q(v) for every v and
     E[q(x)] = sum of q^2. Both differences are summed over drafts and nodes and must be zero within
@@ -469,14 +472,6 @@ def _chance(variance: float, budget: float) -> float:
     return budget / 3 + math.sqrt(budget * budget / 9 + 2 * budget * variance)
 
 
-__all__ = ["ConformanceError", "Finding", "Report", "check_drafter", "check_engine", "check_rule"]
-
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
-_VOCAB_SIZE = 3
-_HORIZON = 4  # emitted positions whose joint distribution is compared
-_PROCESSING = ((1.0, 1.0), (0.4, 0.8), (0.0, 1.0))  # temperature, top-p
-
-
 def check_rule(rule: str | Rule, dtype: torch.dtype = torch.float64, seed: int = 0) -> Report:
     """Check a rule of this package, or one of your own."""
     chosen = get_rule(rule)
@@ -493,7 +488,7 @@ def check_engine(
 ) -> Report:
     """Check anything that is called like `verify`.
 
-    The output distribution is computed exactly, with `law.verdict_law`, for chains and trees,
+    The output distribution is computed exactly, with `verdict_distribution`, for chains and trees,
     deterministic, independent and without-replacement siblings, and several temperatures, and
     compared with the target's joint distribution over four positions.
 
@@ -512,15 +507,17 @@ def check_engine(
     worst = 0.0
     cases = _cases(generator, dtype, chosen.supports_trees)
     for name, case, target in cases:
-        law = verdict_law(engine, case.target_probs, case.draft)
-        bias = total_variation(emitted_joint(case, law, target), target.joint())
+        verdicts = verdict_distribution(engine, case.target_probs, case.draft)
+        bias = total_variation(emitted_joint(case, verdicts, target), target.joint())
         worst = max(worst, bias)
         if chosen.lossless and not bias <= TOLERANCE[dtype]:
             message = f"{name}: total variation to the target is {bias:.2g} over 4 positions"
             findings.append(Finding("losslessness", f"{message}, at most {TOLERANCE[dtype]:g}"))
-        if law.spread.numel() and law.spread.max() > TOLERANCE[dtype]:
+        if verdicts.spread.numel() and verdicts.spread.max() > TOLERANCE[dtype]:
             message = f"{name}: a node's acceptance depends on uniforms of nodes judged elsewhere"
-            findings.append(Finding("one number a node", f"{message} by {law.spread.max():.2g}"))
+            findings.append(
+                Finding("one number a node", f"{message} by {verdicts.spread.max():.2g}")
+            )
         findings += _check_contract(engine, case, name, generator)
     notes = () if chosen.lossless else (f"lossy by declaration: total variation up to {worst:.2g}",)
     return Report(subject, len(cases), tuple(findings), notes)

@@ -24,7 +24,7 @@ class Draft:
         probs: [B, N, V] the full distribution node i was drawn from, given its path and its earlier
             siblings; None when tokens were chosen deterministically (argmax, top-k, lookup).
         depth: at least the longest path of any row. An int, because reading it from the tensors
-            would cost a host synchronisation.
+            would cost a host synchronization.
         confidence: [B, N] the drafter's own estimate that the target takes the whole path down to
             the node, or None. Rules never look at it.
     """

@@ -30,7 +30,7 @@ def from_flat(
     Args:
         tokens: [sum k] token ids.
         cu_num_draft_tokens: [B] cumulative counts k, without a leading zero.
-        max_len: N, at least the largest k; None reads it from the device, a host synchronisation.
+        max_len: N, at least the largest k; None reads it from the device, a host synchronization.
         probs: [sum k, V] the q of each token.
     """
     if max_len is None:
@@ -61,7 +61,7 @@ def to_flat(
 
     Args:
         draft: a chain.
-        total: sum of `draft.lengths`; None reads it from the device, a host synchronisation.
+        total: sum of `draft.lengths`; None reads it from the device, a host synchronization.
 
     Returns:
         tokens [total], cu_num_draft_tokens [B] int32, probs [total, V] or None, and the indices

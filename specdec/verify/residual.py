@@ -56,7 +56,7 @@ def draw(weights: Tensor, noise: Tensor | None) -> Tensor:
     """Draw one token per row proportionally to `weights`.
 
     Args:
-        weights: [B, V] non-negative, not necessarily normalised, with mass in every row.
+        weights: [B, V] non-negative, not necessarily normalized, with mass in every row.
         noise: [B, V] Exp(1); None takes the largest weight, which is the draw of a one-hot row.
 
     Returns:

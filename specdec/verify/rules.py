@@ -1,27 +1,71 @@
 """The rules by name, and `verify`, the one door to all of them."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 
 from torch import Tensor
 
 from specdec.verify.block import judge_block
 from specdec.verify.checks import check_shapes, check_unbranched, check_values
 from specdec.verify.draft import Draft, Verdict
-from specdec.verify.rule import Rule
 from specdec.verify.token import judge_token
 from specdec.verify.traversal import judge_traversal
-from specdec.verify.typical import typical
+from specdec.verify.typical import judge_typical
 
-TOKEN = Rule("token", lossless=True, supports_trees=True, needs_draft_probs=True, judge=judge_token)
-BLOCK = Rule(
-    "block", lossless=True, supports_trees=False, needs_draft_probs=True, judge=judge_block
-)
-TRAVERSAL = Rule(
-    "traversal", lossless=True, supports_trees=True, needs_draft_probs=True, judge=judge_traversal
-)
-MATCH = Rule("match", lossless=True, supports_trees=True, needs_draft_probs=False, judge=None)
+Judge = Callable[[Tensor, Draft, Tensor | None, Tensor | None], Verdict]
 
-RULES: dict[str, Rule] = {rule.name: rule for rule in (TOKEN, BLOCK, TRAVERSAL, typical(), MATCH)}
+
+@dataclass(frozen=True)
+class Rule:
+    """A way to decide which draft tokens to keep.
+
+    Attributes:
+        name: its name in reports and in `verify(rule=...)`.
+        judge: (target_probs, draft, uniforms, noise) -> Verdict, without checks; None when the
+            engine samples the tokens itself, as in `match`.
+        lossless: emitted tokens have the target's joint distribution, provided that `Draft.probs`
+            is the true distribution of every node given its path and its earlier siblings.
+        supports_trees: branching drafts are allowed.
+        needs_draft_probs: it reads `Draft.probs`. A sampled draft that does not report them is
+            judged as a point mass, which is lossless but accepts less.
+        needs_uniforms: the judge reads `uniforms`.
+    """
+
+    name: str
+    judge: Judge | None
+    lossless: bool = True
+    supports_trees: bool = True
+    needs_draft_probs: bool = True
+    needs_uniforms: bool = True
+
+
+def typical(epsilon: float = 0.09, alpha: float = 0.3) -> Rule:
+    """Build the typical rule with its two thresholds, Medusa's defaults.
+
+    Raises:
+        ValueError: a threshold is not above 0.
+
+    Source: Medusa, arXiv 2401.10774, section 2.3.1.
+    """
+    for name, value in (("epsilon", epsilon), ("alpha", alpha)):
+        if not value > 0:
+            raise ValueError(f"{name} is {value} but must be above 0 (rule 'typical')")
+    judge = partial(judge_typical, epsilon=epsilon, alpha=alpha)
+    return Rule("typical", judge, lossless=False, needs_draft_probs=False, needs_uniforms=False)
+
+
+RULES: dict[str, Rule] = {
+    rule.name: rule
+    for rule in (
+        Rule("token", judge_token),
+        Rule("block", judge_block, supports_trees=False),
+        Rule("traversal", judge_traversal),
+        typical(),
+        Rule("match", judge=None, needs_draft_probs=False),
+    )
+}
 
 
 def get_rule(rule: str | Rule) -> Rule:
@@ -51,13 +95,13 @@ def verify(
     """Decide which nodes of a draft the target keeps, and draw the token after them.
 
     Pure: no model, no cache, no global random state and, with `check=False`, no host
-    synchronisation.
+    synchronization.
 
     Args:
         target_probs: [B, N + 1, V] processed probabilities, float16, bfloat16, float32 or float64.
             Row 0 follows the root, row i + 1 follows node i. Penalties, temperature, top-k and so
             on are the engine's business. Rows past `draft.lengths` may hold anything.
-        draft: the proposed nodes, and the law they were drawn from.
+        draft: the proposed nodes, and the distributions they were drawn from.
         rule: a name in `RULES`, or a `Rule`.
         uniforms: [B, N] i.i.d. uniform on [0, 1); node i is accepted iff uniforms[:, i] < a.
         noise: [B, V] i.i.d. Exp(1); the last token is argmax(residual / noise). None for
@@ -65,7 +109,7 @@ def verify(
         check: also check values, which reads them back to the host. Shapes are always checked.
 
     Returns:
-        The verdict; its `tested` is explained by each rule's judge.
+        The verdict; each rule's judge explains its `tested`.
 
     Raises:
         ValueError: names the argument, the row, the value and the rule.

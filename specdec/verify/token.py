@@ -25,7 +25,7 @@ def judge_token(
 ) -> Verdict:
     """Accept each child x in order with probability min(1, p'(x) / q'(x)).
 
-    A rejection turns p' into the normalised positive part of p' - q'; when no child survives, the
+    A rejection turns p' into the normalized positive part of p' - q'; when no child survives, the
     corrected token is drawn from p'. `tested` marks exactly the children judged along the path.
     """
     if draft.num_nodes == 0 or draft.depth == 0:
@@ -98,7 +98,7 @@ def _judge_point_mass_tree(
     real = draft.real_nodes()
     tokens = draft.tokens.masked_fill(~real, 0)
     parents = draft.parents.masked_fill(~real, -1)
-    # Zeroing the earlier siblings and renormalising is p(x) / (1 - their sum): no residual needed.
+    # Zeroing the earlier siblings and renormalizing is p(x) / (1 - their sum): no residual needed.
     mass, before = point_masses(target_probs, tokens, parents, real)
     left = (1 - before).clamp(min=torch.finfo(before.dtype).tiny)
     accepted = uniforms < mass / left

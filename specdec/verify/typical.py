@@ -3,38 +3,16 @@
 Source: Medusa, arXiv 2401.10774, section 2.3.1.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from specdec.verify.draft import Draft, Verdict
 from specdec.verify.path import emit, plain
 from specdec.verify.residual import draw, select_row, token_probs, work_dtype
-from specdec.verify.rule import Rule
 from specdec.verify.tree import node_depths, node_paths
 
 
-def typical(epsilon: float = 0.09, alpha: float = 0.3) -> Rule:
-    """Build the typical rule with its two thresholds, Medusa's defaults.
-
-    Raises:
-        ValueError: a threshold is not above 0.
-    """
-    for name, value in (("epsilon", epsilon), ("alpha", alpha)):
-        if not value > 0:
-            raise ValueError(f"{name} is {value} but must be above 0 (rule 'typical')")
-    return Rule(
-        "typical",
-        lossless=False,
-        supports_trees=True,
-        needs_draft_probs=False,
-        judge=partial(_judge_typical, epsilon=epsilon, alpha=alpha),
-        needs_uniforms=False,
-    )
-
-
-def _judge_typical(
+def judge_typical(
     target_probs: Tensor,
     draft: Draft,
     uniforms: Tensor | None,

@@ -12,7 +12,7 @@ from specdec.bench.config import load_config
 from specdec.bench.prompts import load_prompts, render
 from specdec.common.stats import tau_interval
 from specdec.engine.metrics import AcceptanceStats
-from specdec.engine.request import encode
+from specdec.engine.text import encode
 
 NUM_PROMPTS, NUM_NEW = 3, 16
 GREEDY = SamplingConfig()

@@ -12,12 +12,12 @@ from specdec.verify.conformance import (
     SIBLING_KINDS,
     TREE_SHAPES,
     Case,
-    VerdictLaw,
+    VerdictDistribution,
     World,
     build_case,
     emitted_joint,
     total_variation,
-    verdict_law,
+    verdict_distribution,
 )
 
 HORIZON = 4
@@ -32,7 +32,7 @@ COMBINATIONS = [
 ]
 
 
-def _law_of_row(case: Case, law: VerdictLaw, row: int) -> dict[tuple[int, ...], float]:
+def _law_of_row(case: Case, law: VerdictDistribution, row: int) -> dict[tuple[int, ...], float]:
     tokens = case.draft.tokens[row].tolist()
     emitted: dict[tuple[int, ...], float] = {}
     for path, prob, last in zip(
@@ -56,7 +56,7 @@ def _check(rule: str, shape: tuple, kind: str, dtype: torch.dtype, processing: t
     target = World.random(3, HORIZON, generator, *processing).rounded(dtype)
     drafter = World.random(3, HORIZON, generator).rounded(dtype)
     case = build_case(target, drafter, shape, kind, dtype, as_chain=rule == "block")
-    law = verdict_law(partial(verify, rule=rule, check=False), case.target_probs, case.draft)
+    law = verdict_distribution(partial(verify, rule=rule, check=False), case.target_probs, case.draft)
 
     joint = emitted_joint(case, law, target)
     assert total_variation(joint, target.joint()) < TOLERANCE[dtype]
@@ -86,7 +86,7 @@ def test_float32_keeps_the_joint_distribution_to_a_millionth(rule, shape, kind):
 
 
 def _expected_accepted(rule: str, case: Case) -> float:
-    law = verdict_law(partial(verify, rule=rule, check=False), case.target_probs, case.draft)
+    law = verdict_distribution(partial(verify, rule=rule, check=False), case.target_probs, case.draft)
     accepted = (law.paths >= 0).sum(2)
     return (case.weights.unsqueeze(1) * law.probs * accepted).sum().item()
 
@@ -136,8 +136,8 @@ def test_traversal_on_a_chain_is_block_also_when_parents_spell_the_chain():
     generator = torch.Generator().manual_seed(1)
     target, drafter = (World.random(3, HORIZON, generator) for _ in range(2))
     case = build_case(target, drafter, CHAIN_SHAPE, "independent", torch.float64)
-    block = verdict_law(partial(verify, rule="block"), case.target_probs, case.draft)
-    traversal = verdict_law(partial(verify, rule="traversal"), case.target_probs, case.draft)
+    block = verdict_distribution(partial(verify, rule="block"), case.target_probs, case.draft)
+    traversal = verdict_distribution(partial(verify, rule="traversal"), case.target_probs, case.draft)
     assert torch.allclose(block.probs, traversal.probs, rtol=0, atol=1e-14)
     assert torch.equal(block.paths, traversal.paths)
     possible = block.probs > 1e-12
