@@ -8,7 +8,7 @@ from specdec.common.files import Journal
 from specdec.common.provenance import machine
 from specdec.data.answers import AnswererFacts, AnswerSettings
 from specdec.data.dialogue import Answer, Chat, Dialogue, Session
-from specdec.engine.decode import Chunk, Stream
+from specdec.engine.decode import Chunk, Stream, stream
 from specdec.engine.interfaces import Drafter
 from specdec.sampling.config import SamplingConfig
 from specdec.targets.hf import HFTarget
@@ -93,7 +93,7 @@ class LocalAnswers:
 
     def _stream(self, dialogues: Sequence[Dialogue]) -> Stream:
         limit, top_p = self.settings.max_new_tokens, self.settings.top_p
-        return Stream(
+        return stream(
             self._target,
             self._drafter,
             [dialogue.written for dialogue in dialogues],

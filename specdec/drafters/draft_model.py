@@ -156,7 +156,9 @@ class DraftModel:
             draft = self._grow_tree(root.to(self.model.device), logits, num_levels, budget, sampler)
         else:
             draft = self._extend_chain(logits, num_levels, budget, sampler)
-        return _to(draft, root.device)
+        if draft.tokens.device == root.device:
+            return draft
+        return draft.map_rows(lambda tensor: tensor.to(root.device))
 
     def observe(
         self, verdict: Verdict, committed: Sequence[Sequence[int]], hidden: dict[int, Tensor]
@@ -341,19 +343,6 @@ def _pad_after(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     lengths = lengths.clamp(max=tokens.shape[1])
     real = torch.arange(tokens.shape[1], device=tokens.device) < lengths.unsqueeze(1)
     return tokens.masked_fill(~real, -1), lengths
-
-
-def _to(draft: Draft, device: torch.device) -> Draft:
-    """Move a draft to the target's device; no copy where it is there already."""
-    if draft.tokens.device == device:
-        return draft
-    return Draft(
-        draft.tokens.to(device),
-        draft.lengths.to(device),
-        None if draft.parents is None else draft.parents.to(device),
-        None if draft.probs is None else draft.probs.to(device),
-        draft.depth,
-    )
 
 
 def _with_adapter(model: HFTarget, adapter: str, *, is_quantized: bool) -> HFTarget:

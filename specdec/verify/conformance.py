@@ -69,18 +69,6 @@ def verdict_distribution(engine: Engine, target_probs: Tensor, draft: Draft) -> 
     return VerdictDistribution(thresholds, spread, paths, probs, last_probs)
 
 
-def repeat_rows(draft: Draft, times: int) -> Draft:
-    """Repeat every row of a draft `times` times, the copies of one row next to each other."""
-    tokens, lengths = draft.tokens, draft.lengths
-    return Draft(
-        tokens.repeat_interleave(times, 0),
-        lengths.repeat_interleave(times, 0),
-        None if draft.parents is None else draft.parents.repeat_interleave(times, 0),
-        None if draft.probs is None else draft.probs.repeat_interleave(times, 0),
-        draft.depth,
-    )
-
-
 def _patterns(num_nodes: int) -> Tensor:
     """List all accept / reject decisions, bool [2 ** N, N]."""
     return torch.tensor(list(product((True, False), repeat=num_nodes))).view(-1, num_nodes)
@@ -94,7 +82,7 @@ def _find_thresholds(engine: Engine, target_probs: Tensor, draft: Draft) -> tupl
     contexts = _patterns(num_nodes).double() * _LARGEST  # [K, N], float64 throughout
     num_contexts = contexts.shape[0]
     rows = num_nodes * num_contexts
-    repeated = repeat_rows(draft, rows)
+    repeated = draft.map_rows(lambda t: t.repeat_interleave(rows, 0))
     target = target_probs.repeat_interleave(rows, 0)
     base = contexts.repeat(batch_size * num_nodes, 1)  # [B * N * K, N]
     column = torch.arange(num_nodes).repeat_interleave(num_contexts).repeat(batch_size).unsqueeze(1)
@@ -130,7 +118,7 @@ def _find_last_probs(
     def run(copies: int, noise: Tensor) -> Verdict:
         return engine(
             target_probs.repeat_interleave(num_patterns * copies, 0),
-            repeat_rows(draft, num_patterns * copies),
+            draft.map_rows(lambda t: t.repeat_interleave(num_patterns * copies, 0)),
             uniforms=uniforms.flatten(0, 1).repeat_interleave(copies, 0),
             noise=noise,
         )
@@ -567,7 +555,7 @@ def _check_contract(
 
     some = torch.arange(draft.batch_size // 2 + 1).flip(0)
     moved = {key: value[some] for key, value in randomness.items()}
-    apart = engine(target_probs[some], _take_rows(ragged, some), **moved)
+    apart = engine(target_probs[some], ragged.map_rows(lambda t: t[some]), **moved)
     if not torch.equal(apart.tokens, clean.tokens[some]):
         row = int(some[(apart.tokens != clean.tokens[some]).any(1)][0])
         findings.append(Finding("neighbours", f"{name}: other rows in the batch change row {row}"))
@@ -579,13 +567,3 @@ def _check_contract(
     if not torch.equal((clean.tokens >= 0).sum(1), clean.num_accepted + 1):
         findings.append(Finding("tokens", f"{name}: a row emits other than num_accepted + 1"))
     return findings
-
-
-def _take_rows(draft: Draft, rows: Tensor) -> Draft:
-    return Draft(
-        draft.tokens[rows],
-        draft.lengths[rows],
-        None if draft.parents is None else draft.parents[rows],
-        None if draft.probs is None else draft.probs[rows],
-        draft.depth,
-    )

@@ -1,8 +1,9 @@
-"""What a drafter proposes and what a rule answers: `Draft` and `Verdict`.
+"""`Draft` and `Verdict`: a drafter's proposal and a rule's answer.
 
 Shapes everywhere in this package: B rows, N draft nodes, D tree depth, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +49,7 @@ class Draft:
 
     @property
     def is_chain(self) -> bool:
-        """Whether the draft was declared a chain; `parents` that spell one do not count."""
+        """The draft was declared a chain; `parents` that spell one do not count."""
         return self.parents is None
 
     @classmethod
@@ -91,6 +92,21 @@ class Draft:
         tokens = torch.empty(batch_size, 0, dtype=torch.long, device=device)
         return cls.chain(tokens)
 
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> "Draft":
+        """Apply a change to every tensor, for example to select rows or to move them."""
+
+        def changed(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else change(tensor)
+
+        return Draft(
+            change(self.tokens),
+            change(self.lengths),
+            changed(self.parents),
+            changed(self.probs),
+            self.depth,
+            changed(self.confidence),
+        )
+
     def real_nodes(self) -> Tensor:
         """Mark the nodes that are not padding, bool [B, N]."""
         columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)
@@ -106,14 +122,14 @@ class Draft:
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """What a rule decided about a draft.
+    """The decision of a rule about a draft.
 
     Attributes:
         tokens: [B, D + 1] int64: accepted tokens, then the bonus or corrected one; -1 padded.
         num_accepted: [B] int64 accepted draft tokens, the bonus or corrected one excluded.
         path: [B, D] int64 indices of the accepted nodes from the root down; -1 padded.
-        tested: [B, N] bool nodes the rule judged; what that means is said by each rule. Always
-            path within tested within real nodes.
+        tested: [B, N] bool nodes the rule judged, as each rule explains. Always path within tested
+            within real nodes.
     """
 
     tokens: Tensor
