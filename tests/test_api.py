@@ -1,4 +1,4 @@
-"""What callers give is taken as what it obviously is, or refused by name at the edge."""
+"""Arguments of callers are taken in every plain form, or refused by name at the edge."""
 
 import numpy as np
 import pytest
@@ -53,14 +53,14 @@ PROMPTS = [
 
 
 @pytest.mark.parametrize(("given", "expected"), PROMPTS)
-def test_prompts_are_what_they_obviously_are(target, given, expected):
+def test_prompts_are_taken_in_every_form(target, given, expected):
     results = generate(target, None, given(target), max_new_tokens=1)
     # A chat's prompt ends with the opening of the answer.
     for result, prompt in zip(results, expected(target), strict=True):
         assert result.prompt_tokens[: len(prompt)] == prompt
 
 
-def test_short_forms_mean_what_the_long_ones_do(target):
+def test_short_forms_equal_long_ones(target):
     expected = generate(target, NgramDrafter(), ["Hi, hi, hi, hi,"], max_new_tokens=9)[0]
     for options in (
         {"target": "demo", "drafter": "ngram", "sampling": None},
@@ -107,7 +107,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("name", "values", "message"), REFUSED)
-def test_what_cannot_be_is_refused_by_name(target, name, values, message):
+def test_impossible_argument_is_refused_by_name(target, name, values, message):
     for value in values:
         value = value(target) if getattr(value, "__name__", "") == "<lambda>" else value
         given = {"target": target, "drafter": None, "prompts": "Hi", "max_new_tokens": 2}
@@ -155,19 +155,19 @@ CALLS += [
 ]
 
 
-def test_every_other_entrance_refuses_by_name_too(target):
+def test_other_entrances_refuse_by_name(target):
     for call, message in CALLS:
         with pytest.raises((ValueError, TypeError), match=message):
             call(target)
 
 
-def test_a_target_without_tokenizer_refuses_text_and_chats():
+def test_target_without_tokenizer_refuses_text():
     for prompt in ("Hi", CHAT):
         with pytest.raises(ValueError, match="no tokenizer"):
             generate(tiny_target(), None, prompt)
 
 
-def test_a_draft_length_that_answers_wrongly_is_refused(target):
+def test_wrong_draft_length_answer_is_refused(target):
     class Answers:
         def __init__(self, answer):
             self.answer = answer

@@ -10,6 +10,7 @@ from specdec.engine.metrics import AcceptanceStats
 from specdec.targets.hf import HFTarget
 
 PROMPT = [5, 6, 7, 8]
+PROMPTS = [PROMPT, [9] * 30, [1], list(range(20, 60))]
 
 
 class LetterTokenizer:
@@ -39,37 +40,31 @@ def plain_tokens(target, count, prompt=PROMPT):
     return generate_baseline(target, [prompt], max_new_tokens=count)[0].tokens
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_exactly_max_new_tokens_are_emitted(target, drafter, count):
-    result = generate(target, drafter, [PROMPT], max_new_tokens=count)[0]
-    assert result.tokens == plain_tokens(target, count)
-    assert result.finish_reason == "length"
+def test_rows_agree_with_single_runs(target, drafter):
+    limits = [30, 9, 1, 2]
+    expected = [plain_tokens(target, n, p) for p, n in zip(PROMPTS, limits, strict=True)]
+    for batch_size in (None, 2):
+        results = generate(target, drafter, PROMPTS, max_new_tokens=limits, batch_size=batch_size)
+        assert [result.tokens for result in results] == expected
+        assert [len(result.tokens) for result in results] == limits
+        assert {result.finish_reason for result in results} == {"length"}
+        for result in results:
+            stats = result.stats
+            assert len(result.tokens) == 1 + stats.num_accepted + stats.num_steps
+            assert stats.accepted_length == pytest.approx(1 + sum(stats.acceptance_at_depth))
 
 
-def test_under_the_match_rule_a_draft_model_that_is_the_target_draws_what_the_target_draws(target):
+def test_twin_of_target_is_always_accepted(target):
     twin = DraftModel(HFTarget(tiny_llama(), None), target.vocab_size, 4)
     configs = [SamplingConfig(temperature=1.0, seed=seed) for seed in range(3)]
-    prompts = [PROMPT, [9] * 30, [1]]
-
-    def share_accepted(rule):
-        results = generate(target, twin, prompts, configs, max_new_tokens=41, rule=rule)
-        counts = [(r.stats.num_accepted, r.stats.num_drafted) for r in results]
-        return sum(count for count, _ in counts) / sum(count for _, count in counts)
-
-    assert share_accepted("match") == share_accepted("token") == 1.0
+    for rule in ("match", "token"):
+        results = generate(target, twin, PROMPTS[:3], configs, max_new_tokens=41, rule=rule)
+        assert all(r.stats.num_accepted == r.stats.num_drafted > 0 for r in results)
 
 
-def test_every_prompt_may_have_its_own_limit(target, drafter):
-    results = generate(target, drafter, [PROMPT] * 3, max_new_tokens=[2, 9, 5])
-    assert [len(result.tokens) for result in results] == [2, 9, 5]
-    assert all(result.tokens == plain_tokens(target, 9)[: len(result.tokens)] for result in results)
-
-
-def test_steps_give_all_tokens_and_the_last_says_why_it_ended(target, drafter):
-    prompts = [PROMPT, [9] * 30, [1]]
-    run = stream(target, drafter, prompts, max_new_tokens=12, batch_size=2)
-    tokens = {0: [], 1: [], 2: []}
-    ends = {}
+def test_steps_give_all_tokens_then_reason(target, drafter):
+    run = stream(target, drafter, PROMPTS[:3], max_new_tokens=12, batch_size=2)
+    tokens, ends = {0: [], 1: [], 2: []}, {}
     for chunks in run.steps():
         for chunk in chunks:
             assert chunk.index not in ends
@@ -80,68 +75,34 @@ def test_steps_give_all_tokens_and_the_last_says_why_it_ended(target, drafter):
     assert ends == {0: "length", 1: "length", 2: "length"}
 
 
-def test_output_ends_with_the_first_end_of_sequence_token(target, drafter):
+def test_first_end_of_sequence_token_ends_output(target, drafter, monkeypatch):
     tokens = plain_tokens(target, 20)
     eos = tokens[6]
-    target.eos_token_ids = (eos,)
-    try:
-        result = generate(target, drafter, [PROMPT], max_new_tokens=20)[0]
-    finally:
-        target.eos_token_ids = ()
+    monkeypatch.setattr(target, "eos_token_ids", (eos,))
+    result = generate(target, drafter, [PROMPT], max_new_tokens=20)[0]
     assert result.tokens == tokens[: tokens.index(eos) + 1]
     assert result.finish_reason == "eos"
 
 
-def test_text_ends_before_a_stop_string_that_spans_tokens(target, drafter):
+def test_stop_string_ends_text_and_stream(target, drafter):
     text = target.tokenizer.decode(plain_tokens(target, 20))
-    stop = text[5:8]
+    stop = text[9:12]
+    chunks = list(stream(target, drafter, [PROMPT], max_new_tokens=20, stop=[stop]))
     result = generate(target, drafter, [PROMPT], max_new_tokens=20, stop=[stop])[0]
-    assert result.text == text[: text.index(stop)]
+    expected = text[: text.index(stop)]
+    assert "".join(chunk.text for chunk in chunks) == result.text == expected
+    reasons = [chunk.finish_reason for chunk in chunks]
+    assert reasons == [None] * (len(chunks) - 1) + [result.finish_reason]
     assert result.finish_reason == "stop"
 
 
-def test_streamed_pieces_add_up_to_the_text_and_never_show_a_stop_string(target, drafter):
-    text = target.tokenizer.decode(plain_tokens(target, 20))
-    stop = text[9:11]
-    chunks = list(stream(target, drafter, [PROMPT], max_new_tokens=20, stop=[stop]))
-    assert "".join(chunk.text for chunk in chunks) == text[: text.index(stop)]
-    assert [chunk.finish_reason for chunk in chunks][-1] == "stop"
-    assert all(chunk.finish_reason is None for chunk in chunks[:-1])
-
-
-def test_rows_of_different_length_finish_at_different_steps_and_agree_with_single_runs(
-    target, drafter
-):
-    prompts = [PROMPT, [9] * 30, [1], list(range(20, 60))]
-    together = generate(target, drafter, prompts, max_new_tokens=30)
-    for prompt, result in zip(prompts, together, strict=True):
-        assert result.tokens == plain_tokens(target, 30, prompt)
-    assert len({len(result.records) for result in together}) > 1
-
-
-def test_batches_smaller_than_the_number_of_prompts_change_nothing(target, drafter):
-    prompts = [PROMPT, [9] * 30, [1]]
-    whole = generate(target, drafter, prompts, max_new_tokens=12)
-    parts = generate(target, drafter, prompts, max_new_tokens=12, batch_size=2)
-    assert [r.tokens for r in whole] == [r.tokens for r in parts]
-
-
-def test_tokens_are_accepted_ones_plus_one_a_step_plus_the_first(target, drafter):
-    result = generate(target, drafter, [PROMPT], max_new_tokens=33)[0]
-    stats = result.stats
-    assert len(result.tokens) == 1 + stats.num_accepted + stats.num_steps
-    assert stats.accepted_length == pytest.approx(1 + sum(stats.acceptance_at_depth))
-    for depth, share in enumerate(stats.conditional_acceptance_at_depth):
-        assert share >= stats.acceptance_at_depth[depth]
-
-
-def test_plain_decoding_has_an_accepted_length_of_one(target):
+def test_plain_decoding_accepts_one_token_a_step(target):
     stats = generate_baseline(target, [PROMPT], max_new_tokens=9)[0].stats
     assert stats == AcceptanceStats(8, 0, 0, (), ())
     assert stats.accepted_length == 1.0
 
 
-def test_the_context_ends_a_row_and_drafts_never_reach_past_it(target, drafter):
+def test_context_ends_a_row(target, drafter):
     prompt = [5, 6, 7, 8] * 62 + [5]  # 249 of 256
     result = generate(target, drafter, [prompt], max_new_tokens=50)[0]
     assert len(result.tokens) == 256 - 249
@@ -149,7 +110,7 @@ def test_the_context_ends_a_row_and_drafts_never_reach_past_it(target, drafter):
     assert result.tokens == plain_tokens(target, 50, prompt)
 
 
-def test_sampling_repeats_with_its_seed_and_changes_with_another(target, drafter):
+def test_seed_decides_samples(target, drafter):
     def run(seed):
         config = SamplingConfig(temperature=1.0, seed=seed)
         return generate(target, drafter, [PROMPT], config, max_new_tokens=20)[0].tokens
@@ -158,15 +119,15 @@ def test_sampling_repeats_with_its_seed_and_changes_with_another(target, drafter
     assert run(3) != run(4)
 
 
-def test_out_of_time_keeps_what_there_is(target, drafter):
-    result = generate(target, drafter, [PROMPT], max_new_tokens=50, max_time_s=1e-9)[0]
-    assert result.finish_reason == "time"
-    assert result.tokens == plain_tokens(target, 1)
+def test_time_limit_keeps_finished_tokens(target, drafter):
+    options = {"max_new_tokens": 50, "max_time_s": 1e-9, "batch_size": 1}
+    results = generate(target, drafter, [PROMPT] * 3, **options)
+    assert [result.finish_reason for result in results] == ["time"] * 3
+    assert [result.tokens for result in results] == [plain_tokens(target, 1), [], []]
 
 
-def test_an_interrupt_returns_what_there_is(target, drafter, monkeypatch):
-    calls = []
-    original = target.score
+def test_interrupt_returns_finished_tokens(target, drafter, monkeypatch):
+    calls, original = [], target.score
 
     def score(*args, **kwargs):
         calls.append(1)
@@ -183,7 +144,7 @@ def test_an_interrupt_returns_what_there_is(target, drafter, monkeypatch):
     assert results[1].tokens == []
 
 
-def test_nan_logits_are_an_error_that_names_the_prompt(drafter):
+def test_nan_logits_raise_with_the_prompt(drafter):
     broken = tiny_target()
     with torch.no_grad():
         broken.model.lm_head.weight[3] = float("nan")
@@ -213,29 +174,21 @@ def test_bad_input_is_named(target, drafter, prompts, options, message):
         generate(target, drafter, prompts, **options)
 
 
-def test_a_chain_rule_refuses_a_drafter_of_trees(target):
+def test_chain_rule_refuses_tree_drafter(target):
     tree = DraftModel(HFTarget(tiny_llama(seed=1), None), target.vocab_size, 3, width=2)
     with pytest.raises(ValueError, match="block"):
         generate(target, tree, [PROMPT], rule="block")
 
 
-def test_an_unknown_drafter_or_option_suggests_the_nearest_name(target):
+def test_misspelled_drafter_suggests_nearest_name(target):
     with pytest.raises(ValueError, match="did you mean 'ngram'"):
         load_drafter("ngramm", target)
     with pytest.raises(ValueError, match="did you mean 'max_ngram'"):
         load_drafter({"type": "ngram", "max_ngrams": 3}, target)
 
 
-def test_prompts_that_wait_when_the_time_is_up_return_empty(target, drafter):
-    results = generate(
-        target, drafter, [PROMPT] * 3, max_new_tokens=50, max_time_s=1e-9, batch_size=1
-    )
-    assert [result.finish_reason for result in results] == ["time"] * 3
-    assert [len(result.tokens) for result in results] == [1, 0, 0]
-
-
-def test_the_parts_of_a_step_do_not_overlap(target, drafter):
-    for record in generate(target, drafter, [PROMPT, [9] * 30], max_new_tokens=20)[0].records:
+def test_parts_of_a_step_do_not_overlap(target, drafter):
+    for record in generate(target, drafter, PROMPTS[:2], max_new_tokens=20)[0].records:
         parts = (record.draft_s, record.target_s, record.verify_s, record.commit_s)
         assert min(parts[1:]) > 0
         assert sum(parts) <= record.wall_s

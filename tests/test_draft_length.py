@@ -81,7 +81,7 @@ def best(text, costs):
     return min(cost(costs, n) / (1 + text.expected(n)) for n in lengths) / costs[0]
 
 
-def test_a_schedule_takes_the_entry_of_the_largest_batch_size_that_is_not_above():
+def test_schedule_takes_largest_batch_size_not_above():
     schedule = Schedule({1: 6, 4: 3, 8: 0, 16: None})
     assert [schedule.choose(size) for size in (1, 3, 4, 7, 8, 15, 16, 99)] == (
         [6, 6, 3, 3, 0, 0, None, None]
@@ -97,7 +97,7 @@ def test_a_schedule_takes_the_entry_of_the_largest_batch_size_that_is_not_above(
         ({1: 2.5}, "is 2.5"),
     ],
 )
-def test_a_schedule_that_cannot_be_is_refused(nodes, message):
+def test_impossible_schedule_is_refused(nodes, message):
     with pytest.raises(ValueError, match=message):
         Schedule(nodes)
 
@@ -106,20 +106,20 @@ EASY = [[0.6], [0.8], [0.9], [0.95], [0.8, 0.6, 0.4], [0.6, 0.8, 0.9], [0.99] * 
 
 
 @pytest.mark.parametrize("chances", EASY, ids=str)
-def test_it_comes_within_a_few_percent_of_the_best_fixed_length(chances):
+def test_controller_nears_the_best_fixed_length(chances):
     took = [decode(OnlineController(STEP_S), Text(chances, seed), 2000)[0] for seed in range(4)]
     assert sum(took) / 4 < 1.03 * best(Text(chances), STEP_S[1])
 
 
 @pytest.mark.parametrize("chances", [[0.0], [0.1], [0.3], [0.4, 0.1]], ids=str)
 @pytest.mark.parametrize("num_steps", [64, 300, 1500])
-def test_on_hostile_text_it_is_never_three_percent_slower_than_plain(chances, num_steps):
+def test_hostile_text_costs_under_three_percent(chances, num_steps):
     for seed in range(8):
         took, _ = decode(OnlineController(STEP_S), Text(chances, seed), num_steps)
         assert took < 1.03
 
 
-def test_a_hopeless_text_is_probed_with_short_drafts_after_pauses_that_grow():
+def test_hopeless_text_is_probed_ever_less():
     _, chosen = decode(OnlineController(STEP_S), Text([0.0]), 2500)
     drafts = [step for step, nodes in enumerate(chosen) if nodes]
     pauses = [after - before for before, after in pairwise(drafts)]
@@ -128,7 +128,7 @@ def test_a_hopeless_text_is_probed_with_short_drafts_after_pauses_that_grow():
     assert len(drafts) > 25
 
 
-def test_it_recovers_when_the_text_turns_easy_and_lets_go_when_it_turns_hostile():
+def test_controller_follows_a_change_of_text():
     for seed in range(6):
         controller = OnlineController(STEP_S)
         decode(controller, Text([0.02], seed), 1000)
@@ -138,7 +138,7 @@ def test_it_recovers_when_the_text_turns_easy_and_lets_go_when_it_turns_hostile(
         assert took < 1.03
 
 
-def test_what_it_lost_on_all_texts_together_stays_small_however_they_alternate():
+def test_alternating_texts_save_time_in_total():
     controller, saved = OnlineController(STEP_S), 0.0
     for turn in range(30):
         chances = [0.85] if turn % 2 else [0.0]
@@ -147,20 +147,20 @@ def test_what_it_lost_on_all_texts_together_stays_small_however_they_alternate()
     assert saved > 0
 
 
-def test_a_measured_acceptance_is_where_it_starts():
+def test_measured_acceptance_sets_the_start():
     _, naive = decode(OnlineController(CHEAP), Text([0.9]), 3, CHEAP)
     _, told = decode(OnlineController(CHEAP, [0.02]), Text([0.9]), 3, CHEAP)
     assert naive[0] > 0
     assert told[0] <= 1
 
 
-def test_where_no_draft_can_pay_it_never_drafts():
+def test_controller_never_drafts_where_none_pays():
     dear = {16: {0: 1.0, 1: 2.1, 4: 5.5}}
     _, chosen = decode(OnlineController(dear), Text([1.0]), 500, dear, batch_size=16)
     assert set(chosen) == {0}
 
 
-def test_the_nearest_batch_size_says_what_a_step_costs():
+def test_nearest_batch_size_sets_the_cost():
     both = {1: CHEAP[1], 16: {0: 1.0, 8: 20.0}}
     controller = OnlineController(both)
     decode(controller, Text([1.0]), 100, both)
@@ -168,7 +168,7 @@ def test_the_nearest_batch_size_says_what_a_step_costs():
     assert controller.choose(12) == controller.choose(40) == 0
 
 
-def test_a_pause_outlasts_a_change_of_the_batch_size():
+def test_pause_outlasts_a_change_of_batch_size():
     sizes = dict.fromkeys((1, 2, 4, 8), STEP_S[1])
     controller = OnlineController(sizes)
     decode(controller, Text([0.0]), 500, sizes)
@@ -176,7 +176,7 @@ def test_a_pause_outlasts_a_change_of_the_batch_size():
     assert sum(nodes > 0 for nodes in asked) <= 1
 
 
-def test_all_rows_of_a_batch_teach_it():
+def test_all_rows_of_a_batch_teach():
     alone, together = OnlineController(STEP_S), OnlineController(STEP_S)
     text = Text([0.9])
     decode(alone, text, 12)
@@ -184,7 +184,7 @@ def test_all_rows_of_a_batch_teach_it():
     assert together.choose(1) >= alone.choose(1)
 
 
-def test_a_tree_is_judged_by_its_budgets():
+def test_tree_is_judged_by_its_budgets():
     step_s = {1: {0: 1.0, 3: 1.3, 7: 1.5, 15: 1.9, 31: 3.5}}
     for seed in range(4):
         text = Tree([0.85], seed)
@@ -200,7 +200,7 @@ def test_equal_records_give_equal_choices():
     assert runs[0] == runs[1]
 
 
-def test_a_drafter_that_finds_nothing_is_seldom_asked_where_asking_costs():
+def test_drafter_that_finds_nothing_is_seldom_asked():
     controller, num_asked = OnlineController(STEP_S), 0
     for step in range(1000):
         num_asked += controller.choose(1) > 0
@@ -220,6 +220,6 @@ def test_a_drafter_that_finds_nothing_is_seldom_asked_where_asking_costs():
         (STEP_S, {"half_life": 0}, "half_life 0"),
     ],
 )
-def test_a_table_or_an_option_that_cannot_be_is_refused(step_s, options, message):
+def test_impossible_option_is_refused(step_s, options, message):
     with pytest.raises(ValueError, match=message):
         OnlineController(step_s, **options)

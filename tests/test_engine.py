@@ -1,4 +1,4 @@
-"""The engine: requests that come at any time, order, memory, failures, cancelling."""
+"""The engine: requests that come at any time, order, memory, cancelling."""
 
 import random
 from pathlib import Path
@@ -25,30 +25,25 @@ def drafter(target):
     return DraftModel(HFTarget(perturbed(tiny_llama(), 0.15), None), target.vocab_size, 4)
 
 
-def test_requests_that_join_a_running_batch_decode_as_if_alone(target, drafter):
-    engine = Engine(target, drafter, max_rows=3)
+def bytes_of(target, drafter=None):
+    return CacheLimit(target, drafter, 1).bytes_for
+
+
+def test_joining_requests_decode_as_if_alone(target, drafter):
+    engine, chunks = Engine(target, drafter, max_rows=3), []
     ids = [engine.submit(PROMPTS[0], max_new_tokens=30)]
     for prompt in PROMPTS[1:]:
-        engine.step()
-        engine.step()
+        chunks += [*engine.step(), *engine.step()]
         ids.append(engine.submit(prompt, max_new_tokens=30))
-    run(engine)
+    chunks += run(engine)
     for index, prompt in zip(ids, PROMPTS, strict=True):
-        assert engine.result(index).tokens == plain_tokens(target, prompt, 30)
-
-
-def test_chunks_add_up_to_the_result_and_the_last_says_why(target, drafter):
-    engine = Engine(target, drafter, max_rows=2)
-    ids = [engine.submit(prompt, max_new_tokens=9) for prompt in PROMPTS]
-    chunks = run(engine)
-    for index in ids:
         mine = [chunk for chunk in chunks if chunk.index == index]
-        streamed = [token for chunk in mine for token in chunk.tokens]
-        assert streamed == engine.result(index).tokens
         assert [chunk.finish_reason for chunk in mine] == [None] * (len(mine) - 1) + ["length"]
+        streamed = [token for chunk in mine for token in chunk.tokens]
+        assert streamed == engine.result(index).tokens == plain_tokens(target, prompt, 30)
 
 
-def test_what_waits_says_how_long(target):
+def test_waiting_request_reports_its_queue_time(target):
     engine = Engine(target, max_rows=1)
     first, second = (engine.submit([5, 6], max_new_tokens=6) for _ in range(2))
     run(engine)
@@ -57,7 +52,7 @@ def test_what_waits_says_how_long(target):
     assert results[0].queue_s < results[1].queue_s
 
 
-def test_a_stream_of_short_requests_does_not_hold_up_those_that_run(target):
+def test_short_requests_do_not_hold_up_running_ones(target):
     engine = Engine(target, max_rows=2)
     long = engine.submit(PROMPTS[0], max_new_tokens=6)
     engine.step()
@@ -67,7 +62,7 @@ def test_a_stream_of_short_requests_does_not_hold_up_those_that_run(target):
     assert engine.result(long).tokens == plain_tokens(target, PROMPTS[0], 6)
 
 
-def test_what_waits_joins_where_all_that_have_just_joined_were_cancelled(target):
+def test_waiting_request_joins_after_cancelled_one(target):
     engine = Engine(target, max_rows=1)
     first, second = (engine.submit([1], max_new_tokens=3) for _ in range(2))
     engine.step()
@@ -75,32 +70,26 @@ def test_what_waits_joins_where_all_that_have_just_joined_were_cancelled(target)
     assert [chunk.index for chunk in engine.step()] == [second]
 
 
-def test_a_cancelled_request_frees_its_row_at_once_and_harms_nobody(target, drafter):
+def test_cancelled_request_frees_its_row(target, drafter):
     engine = Engine(target, drafter, max_rows=2)
-    ids = [engine.submit(prompt, max_new_tokens=20) for prompt in PROMPTS[:3]]
+    ids = [engine.submit(prompt, max_new_tokens=20) for prompt in PROMPTS[:4]]
+    engine.cancel(ids[3])  # which waits
     engine.step()
     engine.step()
     engine.cancel(ids[0])
-    assert engine.num_running == 1
+    assert (engine.num_running, engine.num_waiting) == (1, 1)
     engine.step()
     assert (engine.num_running, engine.num_waiting) == (2, 0)
     run(engine)
-    assert engine.peek(ids[0]).finish_reason == "cancelled"
-    for index, prompt in zip(ids[1:], PROMPTS[1:], strict=False):
+    assert [engine.peek(index).finish_reason for index in ids] == [
+        *("cancelled", "length", "length", "cancelled")
+    ]
+    assert engine.result(ids[3]).tokens == []
+    for index, prompt in zip(ids[1:3], PROMPTS[1:3], strict=True):
         assert engine.result(index).tokens == plain_tokens(target, prompt, 20)
 
 
-def test_a_waiting_request_can_be_cancelled(target):
-    engine = Engine(target, max_rows=1)
-    first, second = (engine.submit([5, 6], max_new_tokens=6) for _ in range(2))
-    engine.cancel(second)
-    assert engine.num_waiting == 1
-    run(engine)
-    assert engine.result(second).tokens == []
-    assert len(engine.result(first).tokens) == 6
-
-
-def test_a_result_can_be_taken_once_and_only_when_there_is_one(target):
+def test_result_is_taken_once_at_the_end(target):
     engine = Engine(target)
     index = engine.submit([5, 6], max_new_tokens=3)
     with pytest.raises(ValueError, match="request 0 has not ended"):
@@ -109,15 +98,6 @@ def test_a_result_can_be_taken_once_and_only_when_there_is_one(target):
     engine.result(index)
     with pytest.raises(KeyError, match="no request 0"):
         engine.result(index)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"max_rows": 0}, "max_rows is 0"), ({"rule": "tokens"}, "tokens")],
-)
-def test_options_that_cannot_work_are_named(target, options, message):
-    with pytest.raises(ValueError, match=message):
-        Engine(target, **options)
 
 
 def random_requests(rng, count):
@@ -129,7 +109,7 @@ def random_requests(rng, count):
 
 @pytest.mark.parametrize("name", Cases.NAMES)
 @pytest.mark.parametrize("seed", range(3))
-def test_under_a_memory_limit_all_finish_in_order_within_it_and_equal_to_alone(name, seed):
+def test_memory_limit_keeps_order_and_tokens(name, seed):
     rng = random.Random(seed)
     target = tiny_target()
     drafter = Cases.build(name, target)
@@ -139,9 +119,8 @@ def test_under_a_memory_limit_all_finish_in_order_within_it_and_equal_to_alone(n
         generate(target, drafter, [prompt], config, max_new_tokens=limit)[0].tokens
         for prompt, limit, config in zip(prompts, limits, configs, strict=True)
     ]
-    fits = CacheLimit(target, drafter, 1)._bytes
     longest = max(len(p) + n for p, n in zip(prompts, limits, strict=True))
-    max_bytes = int(fits((1, longest)) * rng.choice([1.0, 1.3, 2.2, 3.5]))
+    max_bytes = int(bytes_of(target, drafter)(1, longest) * rng.choice([1.0, 1.3, 2.2, 3.5]))
     engine = Engine(target, drafter, max_rows=4, max_cache_bytes=max_bytes)
     ids, begun, num_steps, most = [], [], 0, 0
     while len(ids) < len(prompts) or engine.num_waiting or engine.num_running:
@@ -161,9 +140,8 @@ def test_under_a_memory_limit_all_finish_in_order_within_it_and_equal_to_alone(n
     assert {result.finish_reason for result in results} == {"length"}
 
 
-def test_a_short_request_never_overtakes_a_long_one_that_waits_for_memory(target):
-    fits = CacheLimit(target, None, 1)._bytes
-    engine = Engine(target, max_cache_bytes=fits((2, 60)))
+def test_short_request_never_overtakes_a_long_one(target):
+    engine = Engine(target, max_cache_bytes=bytes_of(target)(2, 60))
     first = engine.submit([1] * 30, max_new_tokens=30)
     engine.step()
     long = engine.submit([2] * 60, max_new_tokens=40)
@@ -175,9 +153,9 @@ def test_a_short_request_never_overtakes_a_long_one_that_waits_for_memory(target
     assert results[0].queue_s < results[1].queue_s
 
 
-def test_rows_that_left_make_room_for_longer_ones_beside_those_that_stay(target):
-    fits = CacheLimit(target, None, 1)._bytes
-    engine = Engine(target, max_cache_bytes=fits((4, 50)))
+def test_longer_rows_reuse_freed_memory(target):
+    needed = bytes_of(target)
+    engine = Engine(target, max_cache_bytes=needed(4, 50))
     stays = engine.submit([1], max_new_tokens=49)
     for _ in range(3):
         engine.submit([2], max_new_tokens=5)
@@ -186,22 +164,21 @@ def test_rows_that_left_make_room_for_longer_ones_beside_those_that_stay(target)
     long = engine.submit([3] * 60, max_new_tokens=40)
     engine.step()
     assert engine.num_running == 2
-    assert engine.cache_bytes == fits((2, 100))
+    assert engine.cache_bytes == needed(2, 100)
     run(engine)
     assert engine.result(stays).tokens == plain_tokens(target, [1], 49)
     assert engine.result(long).tokens == plain_tokens(target, [3] * 60, 40)
 
 
-def test_what_can_never_fit_is_refused_when_it_is_submitted(target):
-    fits = CacheLimit(target, None, 1)._bytes
-    engine = Engine(target, max_cache_bytes=fits((1, 50)))
+def test_submit_refuses_what_never_fits(target):
+    engine = Engine(target, max_cache_bytes=bytes_of(target)(1, 50))
     engine.submit([1] * 30, max_new_tokens=20)
     with pytest.raises(ValueError, match=r"prompt 1 needs .* bytes .* lower max_new_tokens"):
         engine.submit([1] * 30, max_new_tokens=21)
     assert engine.submit([1], max_new_tokens=1) == 1
 
 
-def test_a_limit_of_one_engine_does_not_bind_the_next_call(target):
+def test_limit_does_not_bind_the_next_call(target):
     engine = Engine(target, max_cache_bytes=10**9)
     engine.submit([1] * 30, max_new_tokens=20)
     run(engine)
@@ -209,11 +186,16 @@ def test_a_limit_of_one_engine_does_not_bind_the_next_call(target):
     assert target.cache.capacity == 128
 
 
-def test_a_target_that_hides_its_cache_cannot_be_limited(target):
+def test_options_that_cannot_work_are_named(target):
     members = (*Target.__annotations__, "prefill", "score", "commit", "reorder")
-    hidden = type("Hidden", (), {name: getattr(target, name) for name in members})
-    with pytest.raises(ValueError, match="Hidden does not tell the size of its cache"):
-        Engine(hidden(), max_cache_bytes=10**9)
+    hidden = type("Hidden", (), {name: getattr(target, name) for name in members})()
+    for given, options, message in [
+        (target, {"max_rows": 0}, "max_rows is 0"),
+        (target, {"rule": "tokens"}, "tokens"),
+        (hidden, {"max_cache_bytes": 10**9}, "Hidden does not tell the size of its cache"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Engine(given, **options)
 
 
 def nan_behind_a_pair_of_96(module, inputs, output):
@@ -225,7 +207,7 @@ def nan_behind_a_pair_of_96(module, inputs, output):
 
 @pytest.mark.parametrize("name", Cases.NAMES)
 @pytest.mark.parametrize("when", [0, 2])
-def test_a_row_whose_logits_are_nan_ends_alone_and_leaves_nothing_behind(name, when):
+def test_row_with_nan_logits_ends_alone(name, when):
     target = tiny_target()
     drafter = Cases.build(name, target)
     # Only the broken prompt has this pair: its features, keys and values are NaN from there on.
@@ -245,7 +227,7 @@ def test_a_row_whose_logits_are_nan_ends_alone_and_leaves_nothing_behind(name, w
     assert [engine.result(index).tokens for index in ids] == alone
 
 
-def test_a_request_past_its_time_ends_with_what_there_is_and_others_go_on(target):
+def test_overdue_requests_end_and_others_go_on(target):
     engine = Engine(target, max_rows=1)
     late = engine.submit([1], max_new_tokens=50, max_time_s=1e-9)
     waits = engine.submit([1], max_new_tokens=50, max_time_s=1e-9)
@@ -256,7 +238,7 @@ def test_a_request_past_its_time_ends_with_what_there_is_and_others_go_on(target
     assert [len(result.tokens) for result in results] == [1, 0, 5]
 
 
-def test_the_example_of_the_documentation_runs(capsys):
+def test_example_of_the_documentation_runs(capsys):
     text = (Path(__file__).parent.parent / "docs/engine.md").read_text()
     names = {}
     exec(text.split("```python\n")[1].split("```")[0], names)

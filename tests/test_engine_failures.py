@@ -1,4 +1,4 @@
-"""The engine where something fails on the way: nobody is lost, and nothing is told twice."""
+"""The engine after failures: no request is lost, and no token is told twice."""
 
 import pytest
 from engine_cases import PROMPTS, Cases, plain_tokens, run
@@ -62,7 +62,7 @@ PLACES += [("eagle3", *place) for place in STEP]
 @pytest.mark.parametrize(
     ("name", "owner", "method", "call"), [p for p in PLACES if p[:2] != ("none", "drafter")]
 )
-def test_memory_that_runs_out_anywhere_costs_nobody_a_token(
+def test_failed_allocation_costs_no_token(
     monkeypatch, name, done, owner, method, call
 ):
     target = tiny_target()
@@ -90,7 +90,7 @@ def test_memory_that_runs_out_anywhere_costs_nobody_a_token(
 
 @pytest.mark.parametrize("done", [False, True])
 @pytest.mark.parametrize("rule", ["token", "match"])
-def test_a_sampled_row_that_begins_again_draws_what_it_would_have_drawn(monkeypatch, rule, done):
+def test_preempted_row_draws_the_same_tokens(monkeypatch, rule, done):
     target = tiny_target()
     sampling = SamplingConfig(temperature=0.9, top_p=0.95, frequency_penalty=0.4, seed=3)
     alone = plain_tokens(target, PROMPTS[0], 20, sampling)
@@ -121,7 +121,7 @@ class Crowded:
         return output
 
 
-def test_what_has_no_room_beside_others_waits_until_one_of_them_has_left(monkeypatch):
+def test_row_without_memory_waits_for_room(monkeypatch):
     target = tiny_target()
     engine = Engine(target, max_rows=3)
     Crowded(monkeypatch, target, 80)
@@ -140,9 +140,7 @@ def test_what_has_no_room_beside_others_waits_until_one_of_them_has_left(monkeyp
     assert set(sizes) == {3}
 
 
-def test_a_request_that_has_no_room_even_alone_ends_with_an_error_and_the_others_go_on(
-    monkeypatch,
-):
+def test_row_without_memory_alone_ends_with_error(monkeypatch):
     target = tiny_target()
     engine = Engine(target, max_rows=3)
     Crowded(monkeypatch, target, 80)
@@ -157,7 +155,7 @@ def test_a_request_that_has_no_room_even_alone_ends_with_an_error_and_the_others
     assert sorted(ends) == [(0, "length"), (1, "error"), (2, "length")]
 
 
-def test_an_error_that_is_not_of_memory_ends_those_that_joined_and_no_others(monkeypatch, target):
+def test_other_error_ends_only_joining_rows(monkeypatch, target):
     engine = Engine(target, max_rows=3)
     ids = [engine.submit([5, 6], max_new_tokens=6)]
     engine.step()
@@ -172,7 +170,7 @@ def test_an_error_that_is_not_of_memory_ends_those_that_joined_and_no_others(mon
     assert results[0].tokens == plain_tokens(target, [5, 6], 6)
 
 
-def test_an_error_of_a_step_ends_what_ran_and_leaves_what_waits(monkeypatch, target):
+def test_step_error_ends_running_rows_only(monkeypatch, target):
     engine = Engine(target, max_rows=2)
     ids = [engine.submit([5, 6], max_new_tokens=6) for _ in range(3)]
     breaking(monkeypatch, target, "score", 2, ArithmeticError("broken"), done=False)
@@ -184,7 +182,7 @@ def test_an_error_of_a_step_ends_what_ran_and_leaves_what_waits(monkeypatch, tar
     assert streamed(chunks, ids[0]) == results[0].tokens
 
 
-def test_the_keyboard_ends_no_request(monkeypatch, target):
+def test_keyboard_interrupt_ends_no_request(monkeypatch, target):
     engine = Engine(target, max_rows=2)
     ids = [engine.submit([5, 6], max_new_tokens=6)]
     engine.step()
@@ -200,7 +198,7 @@ def test_the_keyboard_ends_no_request(monkeypatch, target):
         assert engine.result(index).tokens == plain_tokens(target, prompt, 6)
 
 
-def test_a_row_that_waits_to_begin_again_can_be_cancelled_and_keeps_its_tokens(monkeypatch, target):
+def test_preempted_row_can_be_cancelled(monkeypatch, target):
     engine = Engine(target, max_rows=2)
     index = engine.submit([5, 6], max_new_tokens=6)
     engine.step()

@@ -68,7 +68,7 @@ def seed():
 
 
 @pytest.mark.parametrize("lengths", [[4, 4, 4], [3, 0, 5], [1, 7, 2]])
-def test_a_write_to_ragged_rows_equals_writing_every_row_alone(lengths):
+def test_ragged_write_equals_writing_rows_alone(lengths):
     cache, before = fill(lengths)
     new = draw_states(3, 4)
     given = write(cache, new)
@@ -84,7 +84,7 @@ def test_a_write_to_ragged_rows_equals_writing_every_row_alone(lengths):
                 assert ours.shape[2] == max(lengths) + 4
 
 
-def test_a_write_commits_nothing_until_it_is_extended_and_then_only_the_counts():
+def test_extend_commits_only_the_counts():
     cache, before = fill([3, 1])
     new = draw_states(2, 3)
     write(cache, new)
@@ -94,7 +94,7 @@ def test_a_write_commits_nothing_until_it_is_extended_and_then_only_the_counts()
 
 
 @pytest.mark.parametrize("lengths", [[3, 3], [5, 2]])
-def test_levels_of_a_tree_are_written_behind_each_other_and_then_over(lengths):
+def test_tree_levels_are_written_behind_each_other(lengths):
     cache, before = fill(lengths, capacity=4)
     levels = [draw_states(2, num_new) for num_new in (1, 3, 2)]
     written = 0
@@ -116,7 +116,7 @@ def test_levels_of_a_tree_are_written_behind_each_other_and_then_over(lengths):
     check(cache, [torch.cat([before[row], new[:, :, row]], 3) for row in range(2)])
 
 
-def test_tokens_behind_a_rollback_are_written_over():
+def test_rollback_lets_tokens_be_overwritten():
     cache, before = fill([6, 4])
     cache.rollback([2, 4])
     new = draw_states(2, 3)
@@ -132,7 +132,7 @@ def test_tokens_behind_a_rollback_are_written_over():
 
 @pytest.mark.parametrize("capacity", [4, 64])
 @pytest.mark.parametrize("seed", range(6))
-def test_an_accepted_path_is_moved_behind_the_root(seed, capacity):
+def test_accepted_path_moves_behind_the_root(seed, capacity):
     draw = random.Random(seed)
     num_nodes, depth = 6, 4
     lengths = [draw.randrange(6) for _ in range(4)]
@@ -150,7 +150,7 @@ def test_an_accepted_path_is_moved_behind_the_root(seed, capacity):
     check(cache, expected)
 
 
-def test_the_padding_of_a_path_stays_inside_a_cache_that_is_full():
+def test_path_padding_stays_inside_a_full_cache():
     cache, before = fill([2, 6], capacity=8)
     new = draw_states(2, 2)  # the longer row's only node takes the last slot there is
     write(cache, new)
@@ -161,7 +161,7 @@ def test_the_padding_of_a_path_stays_inside_a_cache_that_is_full():
 
 
 @pytest.mark.parametrize("lengths", [[5, 5], [5, 2]])
-def test_capacity_doubles_until_it_suffices_and_nothing_is_lost(lengths):
+def test_growing_capacity_loses_nothing(lengths):
     cache, before = fill(lengths, capacity=5)
     assert cache.capacity == 5
     new = draw_states(2, 12)
@@ -171,7 +171,7 @@ def test_capacity_doubles_until_it_suffices_and_nothing_is_lost(lengths):
     check(cache, [torch.cat([before[row], new[:, :, row]], 3) for row in range(2)])
 
 
-def test_bytes_are_those_of_all_slots_of_keys_and_values():
+def test_bytes_count_all_slots():
     cache = new_cache(3, capacity=8)
     assert cache.num_bytes == 0
     write(cache, draw_states(3, 2))
@@ -188,7 +188,7 @@ def test_bytes_are_those_of_all_slots_of_keys_and_values():
     assert cache.num_bytes == sum(storage.nbytes() for storage in allocated.values())
 
 
-def test_a_plan_tells_layers_apart_by_shape_dtype_and_device():
+def test_plan_tells_layers_apart():
     keys, narrow = torch.zeros(1, HEADS, 1, DIM), torch.zeros(1, HEADS, 1, DIM - 1)
     cache = SlotCache(3, 1, 4, CPU)
     cache.open(1)
@@ -204,7 +204,7 @@ def test_a_plan_tells_layers_apart_by_shape_dtype_and_device():
     assert again.num_bytes == 2 * cache.num_bytes
 
 
-def test_slots_that_were_never_written_are_zero_so_that_no_nan_can_spread():
+def test_unwritten_slots_are_zero():
     cache, _ = fill([1, 3], capacity=4)
     write(cache, torch.zeros(LAYERS, 2, 2, HEADS, 9, DIM))
     for layer in cache.layers:
@@ -213,7 +213,7 @@ def test_slots_that_were_never_written_are_zero_so_that_no_nan_can_spread():
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 2, 3], [1, 3], [3], [3, 1, 0], [2, 3, 0, 1]])
-def test_rows_that_stay_keep_their_tokens_in_the_order_asked_for(rows):
+def test_reordered_rows_keep_their_tokens(rows):
     cache, before = fill([3, 7, 1, 5])
     cache.reorder(torch.tensor(rows))
     kept = [before[row] for row in rows]
@@ -235,7 +235,7 @@ def test_rows_that_stay_keep_their_tokens_in_the_order_asked_for(rows):
         ([0], [0], 8),
     ],
 )
-def test_rows_of_another_cache_join_behind_ones_own(running, joining, capacity):
+def test_rows_of_another_cache_join_behind(running, joining, capacity):
     cache, before = fill(running, capacity)
     other, joined = fill(joining, 2 * max(joining) or 1)
     cache.append(other)
@@ -248,7 +248,7 @@ def test_rows_of_another_cache_join_behind_ones_own(running, joining, capacity):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_cache_driven_at_random_holds_what_lists_of_tokens_would(seed):
+def test_random_operations_equal_lists_of_tokens(seed):
     draw = random.Random(seed)
     cache, rows = fill([draw.randrange(4) for _ in range(3)], capacity=2)
     for _ in range(40):
@@ -275,7 +275,7 @@ def test_a_cache_driven_at_random_holds_what_lists_of_tokens_would(seed):
         check(cache, rows)
 
 
-def test_a_cache_that_does_not_fit_says_how_much_it_wanted():
+def test_cache_that_does_not_fit_names_its_size():
     cache = new_cache(1, capacity=2**50)
     layers = len(cache._banks[0].layers)
     with pytest.raises(MemoryError, match=rf"{layers * 2**50 * HEADS * DIM * 4:,} bytes.*batch"):

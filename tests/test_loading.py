@@ -46,18 +46,18 @@ def cut(path, keep):
     ],
     ids=["missing", "unexpected", "misshapen"],
 )
-def test_tensors_that_do_not_fit_the_config_are_named(checkpoint, change, words):
+def test_misfit_tensors_are_named(checkpoint, change, words):
     edit_weights(checkpoint, change)
     assert refused(generate(checkpoint), "does not fit its config", *words)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 300, -100])
-def test_a_truncated_safetensors_file_is_said_to_be_truncated(checkpoint, keep):
+def test_truncated_weights_are_named(checkpoint, keep):
     cut(checkpoint / WEIGHTS, keep)
     assert refused(generate(checkpoint), str(checkpoint), "corrupt or truncated", "copy")
 
 
-def test_a_pointer_in_place_of_the_weights_is_said_to_be_corrupt(checkpoint):
+def test_pointer_instead_of_weights_is_named(checkpoint):
     (checkpoint / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\nsize 3\n")
     assert refused(generate(checkpoint), "corrupt or truncated")
 
@@ -116,7 +116,7 @@ def test_what_transformers_takes_without_a_word_is_refused(checkpoint, change, s
         load_target(str(checkpoint), device="cpu")
 
 
-def test_a_draft_model_with_weights_that_are_not_finite_is_refused(checkpoint):
+def test_draft_model_with_infinite_weights_is_refused(checkpoint):
     edit_weights(checkpoint, lambda w: w[NAME][0].fill_(float("inf")))
     target = load_target(str(checkpoint), device="cpu")
     with pytest.raises(ValueError, match=f"{NAME} holds NaN or infinite"):
@@ -128,7 +128,7 @@ def test_a_path_that_is_not_there_is_named(path):
     assert refused(generate(path), repr(path), "is not a folder", "hub id")
 
 
-def test_a_device_that_is_not_there_is_refused_before_anything_is_read(checkpoint):
+def test_missing_device_is_refused_first(checkpoint):
     assert refused(generate(checkpoint, "--device", "banana"), "'banana'", "cpu, cuda or cuda:N")
     assert refused(generate(checkpoint, "--device", "cuda:99"), "'cuda:99'", "use cpu")
     assert refused(generate(checkpoint, "--dtype", "int8"), "'int8'", "float32")
@@ -142,7 +142,7 @@ def test_logits_that_are_not_numbers_fail_the_run(checkpoint):
     assert "check the weights" in done.stderr
 
 
-def test_weights_that_do_not_fit_into_memory_say_what_there_is(checkpoint, monkeypatch):
+def test_oversized_weights_name_free_memory(checkpoint, monkeypatch):
     def fail(*arguments, **options):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
 
@@ -156,7 +156,7 @@ def test_weights_that_do_not_fit_into_memory_say_what_there_is(checkpoint, monke
 
 
 @pytest.mark.parametrize("positions", [10**13, 10**30])
-def test_memory_is_not_taken_for_a_number_in_the_config(checkpoint, positions):
+def test_large_config_number_takes_no_memory(checkpoint, positions):
     config = json.loads((checkpoint / "config.json").read_text())
     text = json.dumps({**config, "max_position_embeddings": positions})
     (checkpoint / "config.json").write_text(text)

@@ -18,7 +18,7 @@ from specdec.registry import DRAFTERS
 from specdec.verify import RULES
 
 PROMPTS = [[5, 6, 7, 8, 5, 6, 7], [3] * 12, [11, 12, 13, 11, 12], [60]]
-HORIZON, SMALL_VOCAB, NUM_SAMPLES = 4, 5, 1000
+HORIZON, SMALL_VOCAB, NUM_SAMPLES = 4, 5, 3000
 
 # Random heads guess badly, so their trees are wide: something must be accepted.
 WIDE = {"depth": 3, "width": 24, "max_nodes": 60}
@@ -113,7 +113,7 @@ def resolved(name, options, folder):
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_greedy_output_equals_plain_decoding_and_transformers_generate(name, options, draft_folder):
+def test_greedy_output_equals_transformers_generate(name, options, draft_folder):
     target = tiny_target()
     drafter = build(name, options, target, draft_folder)
     speculative = generate(target, drafter, PROMPTS, max_new_tokens=40)
@@ -143,7 +143,7 @@ class EveryStepAnother:
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_greedy_output_stays_whatever_the_draft_length_does(name, options, draft_folder):
+def test_draft_length_keeps_greedy_output(name, options, draft_folder):
     target = tiny_target()
     drafter = build(name, options, target, draft_folder)
     prompts = [*PROMPTS, [5, 6, 7, 8] * (target.max_context_len // 4 - 4)]
@@ -182,7 +182,7 @@ def test_a_row_does_not_depend_on_its_batch(name, options, draft_folder):
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_a_row_that_joins_a_running_batch_decodes_as_if_alone(
+def test_joining_row_decodes_as_if_alone(
     name, options, temperature, draft_folder
 ):
     target = tiny_target()
@@ -202,7 +202,7 @@ def test_a_row_that_joins_a_running_batch_decodes_as_if_alone(
     assert late[0].batch_size == 3, "the fourth prompt waited for the whole batch"
 
 
-def exact_law(target, prompt, sampling):
+def exact_distribution(target, prompt, sampling):
     """Probability of every sequence of HORIZON tokens under plain sampling, by enumeration."""
     sequences = list(product(range(SMALL_VOCAB), repeat=HORIZON))
     ids = torch.tensor([prompt + list(sequence) for sequence in sequences])
@@ -210,24 +210,24 @@ def exact_law(target, prompt, sampling):
         logits = target.model(input_ids=ids).logits[:, len(prompt) - 1 : -1]
     from specdec.sampling.sampler import Sampler
 
-    law = torch.ones(len(sequences), dtype=torch.float64)
+    exact = torch.ones(len(sequences), dtype=torch.float64)
     sampler = Sampler([sampling] * len(ids), SMALL_VOCAB, None, [prompt] * len(ids), ())
     for position in range(HORIZON):
         token = ids[:, len(prompt) + position]
         probs = sampler.probs(sampler.scores(logits[:, position : position + 1]))[:, 0]
-        law *= probs.gather(1, token[:, None])[:, 0].double()
+        exact *= probs.gather(1, token[:, None])[:, 0].double()
         sampler.observe(token[:, None])
-    return dict(zip(sequences, law.tolist(), strict=True))
+    return dict(zip(sequences, exact.tolist(), strict=True))
 
 
-def p_value(counts, law):
+def p_value(counts, exact):
     """Of a G-test; cells that are too rare for it are joined."""
     num_samples = sum(counts.values())
-    common = [s for s, p in law.items() if p * num_samples >= 5]
-    impossible = [s for s in counts if law[s] == 0]
+    common = [s for s, p in exact.items() if p * num_samples >= 5]
+    impossible = [s for s in counts if exact[s] == 0]
     assert not impossible, f"sampled what the target cannot emit: {impossible[:3]}"
     observed = [counts[s] for s in common]
-    expected = [law[s] * num_samples for s in common]
+    expected = [exact[s] * num_samples for s in common]
     rest = num_samples - sum(expected)
     if rest > 1e-6 * num_samples:
         observed.append(num_samples - sum(observed))
@@ -282,7 +282,7 @@ SETTINGS = [
     ids=["plain", "penalties", "changing length"],
 )
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_sampled_sequences_follow_the_targets_own_law(
+def test_sampled_sequences_follow_target_distribution(
     name, options, sampling, lengths, small_vocab_folder
 ):
     target = tiny_target(SMALL_VOCAB, 1)
@@ -291,11 +291,11 @@ def test_sampled_sequences_follow_the_targets_own_law(
     prompt = [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
     counts, depth = sampled(target, drafter, prompt, sampling, draft_length=draft_length)
     assert depth >= 3, "no draft was judged three levels deep"
-    assert p_value(counts, exact_law(target, prompt, sampling)) > 1e-4
+    assert p_value(counts, exact_distribution(target, prompt, sampling)) > 1e-4
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_under_the_match_rule_no_drafter_changes_a_sampled_token(name, options, draft_folder):
+def test_match_rule_keeps_every_sampled_token(name, options, draft_folder):
     target = tiny_target()
     drafter = build(name, options, target, draft_folder)
     configs = [SamplingConfig(temperature=0.8 * (s > 0), seed=s) for s in range(4)]
@@ -312,19 +312,19 @@ CHAIN_RULES = [name for name, rule in RULES.items() if rule.lossless]
 
 
 @pytest.mark.parametrize("rule", CHAIN_RULES)
-def test_every_lossless_rule_keeps_the_law_in_the_loop(rule, small_vocab_folder):
+def test_lossless_rule_keeps_the_distribution(rule, small_vocab_folder):
     target = tiny_target(SMALL_VOCAB, 1)
     drafter = build("draft_model", {}, target, small_vocab_folder)
     prompt, sampling = [0, 1, 2], SamplingConfig(temperature=0.9)
     counts, depth = sampled(target, drafter, prompt, sampling, rule=rule)
     assert depth >= 3
-    assert p_value(counts, exact_law(target, prompt, sampling)) > 1e-4
+    assert p_value(counts, exact_distribution(target, prompt, sampling)) > 1e-4
 
 
-def test_the_test_of_the_law_notices_a_wrong_one():
+def test_wrong_distribution_is_noticed():
     target = tiny_target(SMALL_VOCAB, 1)
     results = generate_baseline(
         target, [[0, 1, 2]] * NUM_SAMPLES, SamplingConfig(temperature=0.8), max_new_tokens=HORIZON
     )
     counts = Counter(tuple(result.tokens) for result in results)
-    assert p_value(counts, exact_law(target, [0, 1, 2], SamplingConfig(temperature=1.0))) < 1e-6
+    assert p_value(counts, exact_distribution(target, [0, 1, 2], SamplingConfig(temperature=1.0))) < 1e-6

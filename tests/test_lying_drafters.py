@@ -9,7 +9,7 @@ from tiny_models import tiny_target
 from specdec import Engine, SamplingConfig, generate, load_drafter, stream
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.ngram import NgramDrafter
-from specdec.engine.clock import ForwardClock
+from specdec.engine.interfaces import BaseDrafter
 from specdec.verify import Draft
 
 PROMPTS = [[5, 6, 7, 8], [9] * 6]
@@ -22,13 +22,13 @@ def target():
     return tiny_target()
 
 
-class Liar:
+class Liar(BaseDrafter):
     """Drafts honestly, four nodes a row, until the step at which it lies."""
 
-    taps, max_nodes, makes_trees = (), 4, True
+    max_nodes, makes_trees = 4, True
 
     def __init__(self, lie=lambda draft: draft, at=0, kind="tree"):
-        self.clock, self.lie, self.at, self.kind = ForwardClock(torch.device("cpu")), lie, at, kind
+        self.lie, self.at, self.kind = lie, at, kind
 
     def begin(self, prompts, output, sampler, *, join=False):
         self.num_steps = 0
@@ -46,12 +46,6 @@ class Liar:
             draft = Draft.tree(tokens, parents, lengths, 3)
         self.num_steps += 1
         return self.lie(draft) if self.num_steps > self.at and n == 4 else draft
-
-    def observe(self, verdict, committed, hidden):
-        pass
-
-    def reorder(self, rows):
-        pass
 
 
 def changed(name, row, value):
@@ -103,14 +97,14 @@ LIES = [
 
 
 @pytest.mark.parametrize(("kind", "lie", "message"), LIES)
-def test_a_draft_that_cannot_be_is_refused_at_any_step(target, kind, lie, message):
+def test_impossible_draft_is_refused_at_any_step(target, kind, lie, message):
     for at, sampling in ((0, HOT), (3, SamplingConfig())):
         with pytest.raises((ValueError, TypeError), match="Liar") as caught:
             generate(target, Liar(lie, at, kind), PROMPTS, sampling, max_new_tokens=40)
         assert message in str(caught.value)
 
 
-def test_padding_may_hold_anything_and_too_deep_a_depth_changes_nothing(target):
+def test_padding_and_extra_depth_change_nothing(target):
 
     def pad(draft):
         lengths = draft.lengths.clamp(max=2)
@@ -122,7 +116,7 @@ def test_padding_may_hold_anything_and_too_deep_a_depth_changes_nothing(target):
     assert [r.tokens for r in padded] == [r.tokens for r in plain]
 
 
-def test_drafters_of_the_registry_are_checked_where_it_is_asked_for(target):
+def test_registered_drafters_are_checked_on_request(target):
 
     def lying():
         drafter = load_drafter({"type": "ngram", "min_ngram": 1}, target)
@@ -154,7 +148,7 @@ def test_drafters_of_the_registry_are_checked_where_it_is_asked_for(target):
         (lambda: setattr_on(Liar(), taps=(99,)), "taps"),
     ],
 )
-def test_a_drafter_that_says_one_thing_and_does_another_is_refused(target, drafter, message):
+def test_drafter_that_contradicts_itself_is_refused(target, drafter, message):
     with pytest.raises(ValueError, match=message):
         generate(target, drafter(), PROMPTS, max_new_tokens=30)
 

@@ -30,7 +30,7 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
     return torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item()
 
 
-def test_golden_values_pin_the_numbers_of_every_later_release():
+def test_golden_values_pin_later_releases():
     uniforms = row_uniforms(rows(0, 1, 2**63 - 1), rows(0, 5, 10**9), 3, 3)
     exponentials = row_exponentials(rows(0, 1, 2**63 - 1), rows(0, 5, 10**9), 3, 3)
     assert (uniforms * 2**24).long().tolist() == UNIFORM_BITS
@@ -63,7 +63,7 @@ def test_every_bit_of_the_uniforms_is_fair():
     assert (ones - 0.5).abs().max() < 5 * 0.5 / (256 * 512) ** 0.5
 
 
-def test_exponentials_are_exp_1_down_to_the_smallest_noise_of_a_large_vocabulary():
+def test_exponentials_are_exp_1_at_large_vocabularies():
     vocab = 128_000
     noise = row_exponentials(torch.arange(40), torch.full((40,), 9), 1, vocab).double()
     assert stats.kstest(noise[0].numpy(), "expon").pvalue > 1e-3
@@ -74,7 +74,7 @@ def test_exponentials_are_exp_1_down_to_the_smallest_noise_of_a_large_vocabulary
     assert stats.kstest(between.numpy(), "uniform").pvalue > 1e-3
 
 
-def test_neighbouring_rows_counters_streams_and_columns_are_uncorrelated():
+def test_neighboring_draws_are_uncorrelated():
     n, bound = 1 << 10, 5 / (1 << 10)  # five standard errors of n * n samples
     seeds = torch.arange(n + 1)
     by_seed = uniforms_of(seeds, 3, n)
@@ -88,7 +88,7 @@ def test_neighbouring_rows_counters_streams_and_columns_are_uncorrelated():
     assert abs(correlation(by_seed, uniforms_of(seeds, 4, n))) < bound
 
 
-def test_pairs_of_neighbouring_columns_fill_the_square_evenly():
+def test_neighboring_columns_fill_the_square():
     drawn = uniforms_of(torch.arange(64), 2, 4096)
     cells = (drawn[:, :-1] * 16).long() * 16 + (drawn[:, 1:] * 16).long()
     counts = torch.bincount(cells[:, ::2].flatten(), minlength=256)
@@ -103,7 +103,7 @@ def test_pairs_of_neighbouring_columns_fill_the_square_evenly():
     size=st.integers(1, 40),
     longer=st.integers(0, 40),
 )
-def test_a_row_draws_the_same_numbers_in_any_batch_and_any_width(draw, batch, stream, size, longer):
+def test_row_draws_do_not_depend_on_batch(draw, batch, stream, size, longer):
     seeds, counters = torch.tensor(batch).unbind(-1)
     together = draw(seeds, counters, stream, size + longer)
     for row in range(len(batch)):
@@ -112,7 +112,7 @@ def test_a_row_draws_the_same_numbers_in_any_batch_and_any_width(draw, batch, st
 
 
 @pytest.mark.parametrize("draw", DRAWS)
-def test_the_global_random_state_is_neither_read_nor_advanced(draw):
+def test_global_random_state_is_untouched(draw):
     before = torch.random.get_rng_state()
     first = draw(rows(1), rows(2), 0, 8)
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -120,7 +120,7 @@ def test_the_global_random_state_is_neither_read_nor_advanced(draw):
     assert torch.equal(draw(rows(1), rows(2), 0, 8), first)
 
 
-def test_arguments_are_left_as_they_were():
+def test_arguments_stay_unchanged():
     seeds, counters = rows(1, 2), rows(3, 4)
     row_exponentials(seeds, counters, 0, 4)
     assert seeds.tolist() == [1, 2]
@@ -128,7 +128,7 @@ def test_arguments_are_left_as_they_were():
 
 
 @pytest.mark.parametrize("draw", DRAWS)
-def test_an_empty_draw_has_no_columns(draw):
+def test_empty_draw_has_no_columns(draw):
     assert draw(rows(1, 2), rows(0, 0), 0, 0).shape == (2, 0)
 
 

@@ -60,7 +60,7 @@ def second_loops(target, drafter):
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_a_second_loop_on_a_target_or_drafter_is_refused_by_name_and_the_first_goes_on(own):
+def test_second_loop_is_refused_and_first_goes_on(own):
     target = tiny_target()
     drafter = draft_model(target, width=2)
     shown = Slotted(target) if own else target
@@ -78,7 +78,7 @@ def test_a_second_loop_on_a_target_or_drafter_is_refused_by_name_and_the_first_g
     )
 
 
-def test_loops_that_ended_were_dropped_or_failed_leave_the_target_free(target):
+def test_ended_or_dropped_loops_free_the_target(target):
     drafter = draft_model(target)
 
     def check():
@@ -117,7 +117,7 @@ def test_loops_that_ended_were_dropped_or_failed_leave_the_target_free(target):
     ]
 
 
-def test_an_engine_that_was_refused_loses_no_request(target):
+def test_refused_engine_loses_no_request(target):
     first, second = Engine(target), Engine(target)
     ids = [first.submit(PROMPT, max_new_tokens=6), second.submit(OTHER, max_new_tokens=6)]
     first.step()
@@ -129,7 +129,7 @@ def test_an_engine_that_was_refused_loses_no_request(target):
     assert second.result(ids[1]).tokens == plain_tokens(target, OTHER, 6)
 
 
-def test_threads_on_one_target_are_right_or_refused(target):
+def test_threads_on_one_target_agree_or_fail(target):
     expected, outcomes = plain_tokens(target, PROMPT, 30), []
 
     def work():
@@ -147,14 +147,14 @@ def test_threads_on_one_target_are_right_or_refused(target):
     assert all(out == expected or "in use" in out for out in outcomes)
 
 
-def test_one_cache_in_two_places_of_a_loop_is_refused(target):
+def test_one_cache_in_two_places_is_refused(target):
     twins = [draft_model(target, 2)] * 2
     for drafter in (DraftModel(target, target.vocab_size), HybridDrafter(twins)):
         with pytest.raises(ValueError, match="is there twice"):
             Engine(target, drafter)
 
 
-def test_threads_that_load_at_once_leave_transformers_as_it_was():
+def test_concurrent_loading_leaves_transformers_unpatched():
     before = (torch.nn.init.normal_, torch.nn.Linear.reset_parameters, torch.get_default_dtype())
     targets = []
     threads = [Thread(target=lambda: targets.append(load_target("demo"))) for _ in range(4)]

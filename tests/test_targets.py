@@ -105,7 +105,7 @@ def test_prefill_of_ragged_prompts_equals_single_forwards(target):
     assert target.cache.lengths == [len(prompt) for prompt in PROMPTS]
 
 
-def test_taps_by_hooks_equal_the_models_own_record(target):
+def test_hooked_taps_equal_the_models_own(target):
     taps = (0, 1, LAYERS)
     target.prefill(PROMPTS, taps)  # the first one proves the hooks
     asked = []
@@ -122,7 +122,7 @@ def test_taps_by_hooks_equal_the_models_own_record(target):
 
 
 @pytest.mark.parametrize("breakage", ["no decoder", "other tensors"])
-def test_a_model_that_hooks_read_wrongly_is_read_its_own_way(breakage, monkeypatch):
+def test_wrong_hooks_fall_back_to_the_model(breakage, monkeypatch):
     model = build("Llama")
     if breakage == "no decoder":
         monkeypatch.setattr(model, "get_decoder", lambda: None)
@@ -150,7 +150,7 @@ def test_tree_forward_equals_every_path_run_alone(target):
             close(output.hidden[1][row, node + 1], hidden[1][-1])
 
 
-def test_single_tokens_over_the_edge_of_a_window_equal_one_forward(target):
+def test_single_tokens_across_a_window_equal_one_forward(target):
     text = [3, 4, 3]
     target.prefill([text])
     for token in (9, 2, 7, 7, 5):
@@ -158,7 +158,7 @@ def test_single_tokens_over_the_edge_of_a_window_equal_one_forward(target):
         close(target.feed(torch.tensor([[token]]), [1])[0], alone(target, text)[0][-1])
 
 
-def test_after_a_tree_commit_the_cache_equals_a_fresh_prefill(target):
+def test_committed_tree_equals_a_fresh_prefill(target):
     target.prefill(PROMPTS)
     draft = Draft.tree(TOKENS, PARENTS, LENGTHS, depth=3)
     target.score(ROOTS, draft)
@@ -175,7 +175,7 @@ def test_after_a_tree_commit_the_cache_equals_a_fresh_prefill(target):
         close(again.logits[row, 0], alone(target, [*tokens, 40 + row])[0][-1])
 
 
-def test_rows_that_leave_do_not_disturb_those_that_stay(target):
+def test_leaving_rows_do_not_disturb_others(target):
     target.prefill(PROMPTS)
     target.reorder(torch.tensor([0, 2]))
     output = target.score(ROOTS[[0, 2]], Draft.chain(torch.tensor([[1, 2], [3, 4]])))
@@ -208,7 +208,7 @@ def perturbed_any(model):
     return copy
 
 
-def test_a_prompt_longer_than_a_chunk_is_cached_whole(monkeypatch):
+def test_prompt_longer_than_a_chunk_is_cached(monkeypatch):
     monkeypatch.setattr("specdec.targets.hf.PREFILL_CHUNK", 4)
     for family in ("Llama", "Mistral"):
         target = HFTarget(build(family))
@@ -217,7 +217,7 @@ def test_a_prompt_longer_than_a_chunk_is_cached_whole(monkeypatch):
             close(output.logits[row, 0], alone(target, prompt)[0][-1])
 
 
-def test_the_cache_doubles_when_full_and_states_its_bytes():
+def test_cache_doubles_when_full():
     target = HFTarget(tiny_llama())
     target.prefill([[1, 2, 3]])
     capacity = target.cache.capacity
@@ -238,7 +238,7 @@ def test_the_cache_doubles_when_full_and_states_its_bytes():
         ("past_key_values", "does not run"),
     ],
 )
-def test_a_model_that_drops_an_argument_is_refused(lost, message):
+def test_model_that_drops_an_argument_is_refused(lost, message):
     model = tiny_llama()
     forward = model.forward
     model.forward = lambda **kwargs: forward(**{k: v for k, v in kwargs.items() if k != lost})
@@ -270,7 +270,7 @@ PLAIN = {"rope_type": "default"}
         ({"full_attention": SHORT, "sliding_attention": PLAIN}, None, 16),
     ],
 )
-def test_a_context_ends_where_longrope_changes(ropes, original, length, recwarn):
+def test_context_ends_where_longrope_changes(ropes, original, length, recwarn):
     config = SimpleNamespace(
         max_position_embeddings=64, rope_parameters=ropes, original_max_position_embeddings=original
     )
@@ -280,7 +280,7 @@ def test_a_context_ends_where_longrope_changes(ropes, original, length, recwarn)
     ] * (length < 64)
 
 
-def test_models_with_recurrent_layers_are_refused_by_name():
+def test_recurrent_model_is_refused_by_name():
     config = transformers.MambaConfig(
         vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4
     )
@@ -288,7 +288,7 @@ def test_models_with_recurrent_layers_are_refused_by_name():
         HFTarget(transformers.MambaForCausalLM(config))
 
 
-def test_what_cannot_be_loaded_is_explained(tmp_path):
+def test_failed_loading_is_explained(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         load_target(str(tmp_path / "nothing"))
     with pytest.raises(FileNotFoundError, match=r"config\.json"):

@@ -46,7 +46,7 @@ def connected_trees(nodes, size):
 
 @pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
-def test_no_connected_tree_of_as_many_nodes_is_accepted_further(name, size):
+def test_no_connected_tree_is_accepted_further(name, size):
     table = TABLES[name]
     nodes = all_nodes(table)
     size = min(size, len(nodes))
@@ -60,7 +60,7 @@ def test_no_connected_tree_of_as_many_nodes_is_accepted_further(name, size):
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_a_larger_budget_adds_to_the_tree_until_the_table_is_used_up(name):
+def test_larger_budget_adds_to_the_tree(name):
     table = TABLES[name]
     nodes = all_nodes(table)
     trees = [best_static_tree(table, size) for size in range(1, len(nodes) + 3)]
@@ -80,6 +80,6 @@ def test_a_larger_budget_adds_to_the_tree_until_the_table_is_used_up(name):
         ([[nan]], 3, r"acceptance\[0\] holds nan"),
     ],
 )
-def test_a_table_that_no_tree_can_be_computed_from_is_refused(table, size, message):
+def test_unusable_table_is_refused(table, size, message):
     with pytest.raises(ValueError, match=message):
         best_static_tree(table, size)

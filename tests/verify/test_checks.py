@@ -66,7 +66,7 @@ BAD_VALUES = {
 
 @pytest.mark.parametrize("rule", ["token", "traversal"])
 @pytest.mark.parametrize("name", BAD_VALUES)
-def test_a_bad_value_is_refused_with_its_argument_row_and_rule(name, rule):
+def test_bad_value_names_argument_row_and_rule(name, rule):
     argument, spoil = BAD_VALUES[name]
     with pytest.raises(ValueError, match=rf"^{argument}: row 1.*rule '{rule}'"):
         verify(**spoil(_good()), rule=rule)
@@ -87,7 +87,7 @@ def test_the_good_arguments_are_accepted():
     ],
 )
 @pytest.mark.parametrize("check", [True, False])
-def test_a_wrong_shape_is_refused_also_without_value_checks(argument, change, check):
+def test_wrong_shape_is_refused_without_value_checks(argument, change, check):
     with pytest.raises(ValueError, match=f"{argument}.*rule 'token'"):
         verify(**_good() | change, check=check)
 
@@ -118,7 +118,7 @@ def test_a_wrong_dtype_is_a_type_error():
         match(torch.zeros(2, 4), arguments["draft"])
 
 
-def test_a_token_that_its_draft_distribution_excludes_is_refused():
+def test_token_outside_its_distribution_is_refused():
     arguments = _good()
     probs = arguments["draft"].probs.clone()
     probs[0, 1] = torch.tensor([0.5, 0.5, 0.0, 0.0, 0.0])
@@ -127,12 +127,12 @@ def test_a_token_that_its_draft_distribution_excludes_is_refused():
 
 
 @pytest.mark.parametrize("name", ["uniforms", "noise"])
-def test_missing_randomness_is_refused_unless_rows_are_one_hot(name):
+def test_missing_randomness_needs_one_hot_rows(name):
     with pytest.raises(ValueError, match=f"{name}: row 0.*None"):
         verify(**_good() | {name: None})
 
 
-def test_block_refuses_branches_but_not_parents_that_spell_a_chain():
+def test_block_refuses_branches_but_not_chains():
     arguments = _good()
     with pytest.raises(ValueError, match=r"parents: row 0, entry 1 .*'block'"):
         verify(**arguments, rule="block")
@@ -143,7 +143,7 @@ def test_block_refuses_branches_but_not_parents_that_spell_a_chain():
     assert torch.equal(verdict.tokens, expected.tokens)
 
 
-def test_an_unknown_rule_suggests_the_nearest_and_match_names_its_function():
+def test_unknown_rule_suggests_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'traversal'"):
         verify(**_good(), rule="traversel")
     with pytest.raises(ValueError, match=r"verify\.match\(sampled, draft\)"):

@@ -66,7 +66,7 @@ def _claims_to_be_token_but_is_typical(target, draft, uniforms, noise):
         _claims_to_be_token_but_is_typical,
     ],
 )
-def test_a_biased_engine_is_caught_with_the_size_of_its_bias(spoil):
+def test_biased_engine_is_caught_with_its_bias(spoil):
     report = check_engine(_engine(spoil), dtype=torch.float64)
     assert any(finding.check == "losslessness" for finding in report.findings)
     with pytest.raises(ConformanceError, match="total variation to the target is 0"):
@@ -120,20 +120,20 @@ def test_siblings_without_replacement_conform():
     assert check_drafter(propose, 4).passed
 
 
-def test_an_argmax_draft_reported_with_full_probabilities_is_caught():
+def test_argmax_reported_with_probabilities_is_caught():
     report = check_drafter(lambda seed: Draft.chain(PROBS.argmax(1)[None], probs=PROBS[None]), 4)
     assert "point masses: report probs=None" in str(report)
     with pytest.raises(ConformanceError):
         report.raise_if_failed()
 
 
-def test_a_temperature_left_out_of_the_report_is_caught():
+def test_unreported_temperature_is_caught():
     sharp = PROBS**3 / (PROBS**3).sum(1, keepdim=True)
     report = check_drafter(lambda seed: Draft.chain(_sample(seed, sharp), probs=PROBS[None]), 4)
     assert "more likely under the reported probs" in str(report)
 
 
-def test_a_tree_pruned_after_its_tokens_were_seen_is_caught():
+def test_tree_pruned_by_its_tokens_is_caught():
     def propose(seed: int) -> Draft:
         draft = Draft.chain(_sample(seed), probs=PROBS[None])
         likely = draft.probs.gather(2, draft.tokens[:, :, None])[0, :, 0] > 0.2
@@ -148,7 +148,7 @@ def test_sampled_tokens_without_probs_are_lossless_and_noted():
     assert "reporting probs would get more of them accepted" in str(report)
 
 
-def test_judging_a_sampled_draft_as_a_point_mass_is_lossless():
+def test_sampled_draft_as_point_mass_is_lossless():
     def engine(target_probs, draft, *, uniforms, noise) -> Verdict:
         blind = replace(draft, probs=None)
         return verify(target_probs, blind, uniforms=uniforms, noise=noise, check=False)
@@ -156,7 +156,7 @@ def test_judging_a_sampled_draft_as_a_point_mass_is_lossless():
     assert check_engine(engine, dtype=torch.float64).passed
 
 
-def test_an_argmax_draft_reported_as_a_point_mass_conforms():
+def test_argmax_as_point_mass_conforms():
     assert check_drafter(lambda seed: Draft.chain(PROBS.argmax(1)[None]), 4).passed
 
 

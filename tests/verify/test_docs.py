@@ -17,7 +17,7 @@ def test_the_manuals_examples_run(block, capsys):
     assert capsys.readouterr().out.startswith(("tensor([[", "engine: passed"))
 
 
-def test_importing_the_verifier_loads_no_third_party_package_but_torch():
+def test_importing_verify_loads_torch_alone():
     script = (
         "import torch, sys; before = set(sys.modules); import specdec.verify.conformance;"
         "new = {name.split('.')[0] for name in set(sys.modules) - before};"

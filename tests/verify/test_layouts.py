@@ -32,7 +32,7 @@ def test_flat_chains_come_back_as_they_were(max_len):
     assert torch.equal(draft.tokens.flatten()[index], FLAT)
 
 
-def test_a_flat_layout_without_any_draft_token_is_an_empty_draft():
+def test_flat_layout_without_tokens_is_empty():
     nothing = torch.empty(0, dtype=torch.long)
     draft = from_flat(nothing, torch.tensor([0, 0]), max_len=2)
     assert draft.tokens.tolist() == [[-1, -1], [-1, -1]]
@@ -85,7 +85,7 @@ def test_trees_survive_the_way_through_links(seed):
     assert torch.equal(back.parents, parents)
 
 
-def test_a_verdict_becomes_slots_and_the_tokens_that_follow_them():
+def test_verdict_becomes_slots_and_following_tokens():
     draft = Draft.tree(torch.tensor([[1, 2, 3], [1, 2, 3]]), torch.tensor([-1, -1, 1]), depth=2)
     verdict = match(torch.tensor([[2, 0, 3, 8], [5, 0, 0, 0]]), draft)
     predicts, accept_index, counts = verdict_to_retrieve(verdict, draft)

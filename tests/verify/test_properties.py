@@ -71,7 +71,7 @@ def test_padding_never_leaks(rule, data):
 @pytest.mark.parametrize("rule", RULES)
 @FAST
 @given(data=st.data())
-def test_a_rows_verdict_does_not_depend_on_its_neighbours(rule, data):
+def test_verdict_does_not_depend_on_neighbors(rule, data):
     draft, target, uniforms, noise = data.draw(problems(rule))
     together = verify(target, draft, rule=rule, uniforms=uniforms, noise=noise)
     for row in range(draft.batch_size):
@@ -116,7 +116,7 @@ def test_outputs_agree_with_each_other(rule, data):
 @pytest.mark.parametrize("rule", ["token", "block", "traversal"])
 @FAST
 @given(data=st.data())
-def test_a_draft_drawn_from_the_target_is_accepted_whole(rule, data):
+def test_draft_from_target_is_accepted_whole(rule, data):
     draft, target, uniforms, noise = data.draw(problems(rule))
     chain = Draft.chain(draft.tokens, draft.lengths, target[:, :-1])
     verdict = verify(target, chain, rule=rule, uniforms=uniforms, noise=noise)
@@ -146,7 +146,7 @@ def test_match_emits_the_engines_samples_along_the_path(data):
 
 @FAST
 @given(data=st.data())
-def test_the_token_rule_on_one_hot_rows_is_match(data):
+def test_token_rule_on_one_hot_is_match(data):
     draft, target, *_ = data.draw(problems("token"))
     sampled = target.argmax(2)
     greedy = torch.nn.functional.one_hot(sampled, target.shape[2]).float()

@@ -91,7 +91,7 @@ def test_layouts_and_growth_trace_as_one_graph():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("rule", "shape", "sampled"), COMBINATIONS)
-def test_no_rule_synchronises_a_gpu_and_it_agrees_with_the_cpu(rule, shape, sampled):
+def test_rules_never_synchronize_and_agree_with_cpu(rule, shape, sampled):
     problem = _problem("cuda")
     _run(rule, shape, sampled, problem)  # the first call loads kernels, which may synchronise
     torch.cuda.synchronize()

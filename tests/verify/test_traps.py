@@ -17,7 +17,7 @@ def _chain(*tokens: int, probs: torch.Tensor | None = None) -> Draft:
 
 
 @pytest.mark.parametrize("rule", LOSSLESS)
-def test_a_uniform_of_zero_never_accepts_an_impossible_token(rule):
+def test_uniform_zero_rejects_impossible_tokens(rule):
     target = torch.tensor([[[0.0, 1.0], [0.5, 0.5]]])
     verdict = verify(
         target, _chain(0), rule=rule, uniforms=torch.zeros(1, 1), noise=torch.ones(1, 2)
@@ -27,7 +27,7 @@ def test_a_uniform_of_zero_never_accepts_an_impossible_token(rule):
 
 
 @pytest.mark.parametrize("rule", LOSSLESS)
-def test_the_largest_uniform_accepts_a_draft_that_equals_the_target(rule):
+def test_largest_uniform_accepts_an_equal_draft(rule):
     rows = torch.softmax(torch.randn(64, 5, 50, generator=torch.Generator().manual_seed(0)), 2)
     tokens = rows[:, :4].argmin(2)  # small probabilities: the ratio must be 1 all the same
     draft = Draft.chain(tokens, probs=rows[:, :4])
@@ -36,7 +36,7 @@ def test_the_largest_uniform_accepts_a_draft_that_equals_the_target(rule):
     assert verdict.num_accepted.tolist() == [4] * 64
 
 
-def test_the_largest_uniform_accepts_an_equal_draft_on_a_tree():
+def test_largest_uniform_accepts_an_equal_tree():
     row = torch.softmax(torch.randn(50, generator=torch.Generator().manual_seed(0)), 0)
     target = row.expand(1, 4, 50)
     draft = Draft.tree(
@@ -48,7 +48,7 @@ def test_the_largest_uniform_accepts_an_equal_draft_on_a_tree():
         assert verdict.path.tolist() == [[0, 2]]
 
 
-def test_a_certain_prefix_survives_the_largest_uniform_in_block_verification():
+def test_block_keeps_a_certain_prefix():
     # s + 1 - a instead of s + (1 - a) rounds the first node's 1 below the largest uniform for some
     # of these small s.
     small = torch.linspace(1e-4, 2e-4, 64)
@@ -69,7 +69,7 @@ def test_no_noise_draws_a_token_of_probability_zero():
 
 
 @pytest.mark.parametrize("as_tree", [False, True])
-def test_a_zero_residual_falls_back_to_the_target(as_tree):
+def test_zero_residual_falls_back_to_target(as_tree):
     # q covers p everywhere, as rounding can make it: rejecting leaves nothing.
     target = torch.tensor([[[0.25, 0.75], [0.5, 0.5]]], dtype=torch.float64)
     draft = _chain(0, probs=torch.tensor([[[0.5, 0.75]]], dtype=torch.float64))
@@ -81,7 +81,7 @@ def test_a_zero_residual_falls_back_to_the_target(as_tree):
     assert verdict.tokens.tolist() == [[1, -1]]
 
 
-def test_a_zero_residual_of_deterministic_siblings_falls_back_to_the_target():
+def test_zero_residual_of_siblings_falls_back():
     target = torch.tensor([[[0.3, 0.7, 0.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]])
     draft = Draft.tree(torch.tensor([[0, 1]]), torch.tensor([-1, -1]), depth=1)
     row = target[:, 0].clone()
@@ -91,7 +91,7 @@ def test_a_zero_residual_of_deterministic_siblings_falls_back_to_the_target():
 
 @pytest.mark.parametrize("as_tree", [False, True])
 @pytest.mark.parametrize("rule", ["block", "traversal"])
-def test_a_certain_node_with_nothing_left_below_it_is_kept(rule, as_tree):
+def test_certain_node_without_residual_is_kept(rule, as_tree):
     # Node 0 is certain, and q covers its row as rounding can make it: S = 0 and a = 1.
     even = [0.5, 0.5]
     target = torch.tensor([[even, [0.25, 0.75], even]], dtype=torch.float64)
@@ -103,7 +103,7 @@ def test_a_certain_node_with_nothing_left_below_it_is_kept(rule, as_tree):
     assert verdict.tokens.tolist() == [[0, 1, -1]]
 
 
-def test_a_repeated_sibling_is_never_accepted_after_the_first_was_rejected():
+def test_repeated_sibling_is_never_accepted_again():
     target = torch.tensor([[[0.4, 0.3, 0.3]] * 4])
     draft = Draft.tree(torch.tensor([[0, 0, 1]]), torch.tensor([-1, -1, -1]), depth=1)
     uniforms = torch.tensor([[0.5, 0.0, 0.4]])  # the third is judged by 0.3 / 0.6
@@ -112,14 +112,14 @@ def test_a_repeated_sibling_is_never_accepted_after_the_first_was_rejected():
         assert verdict.path.tolist() == [[2]]
 
 
-def test_match_follows_the_first_of_repeated_siblings_even_where_the_other_goes_deeper():
+def test_match_follows_first_of_repeated_siblings():
     draft = Draft.tree(torch.tensor([[5, 5, 7]]), torch.tensor([-1, -1, 1]), depth=2)
     verdict = match(torch.tensor([[5, 1, 7, 2]]), draft)
     assert verdict.path.tolist() == [[0, -1]]
     assert verdict.tokens.tolist() == [[5, 1, -1]]
 
 
-def test_siblings_are_judged_in_index_order_though_they_are_not_adjacent():
+def test_distant_siblings_are_judged_in_order():
     target = torch.tensor([[[0.5, 0.5, 0.0]] * 4])
     draft = Draft.tree(torch.tensor([[0, 2, 1]]), torch.tensor([-1, 0, -1]), depth=2)
     verdict = verify(
@@ -129,7 +129,7 @@ def test_siblings_are_judged_in_index_order_though_they_are_not_adjacent():
     assert verdict.tested.tolist() == [[True, False, True]]
 
 
-def test_a_token_elsewhere_in_the_tree_is_not_taken_out_of_the_residual():
+def test_residual_ignores_tokens_elsewhere_in_the_tree():
     # Token 1 is the rejected child of the root and also the child of a node that is off the path.
     target = torch.tensor([[[0.0, 0.4, 0.6], [0.0, 0.0, 1.0], [0.0, 0.5, 0.5]]])
     draft = Draft.tree(torch.tensor([[0, 1]]), torch.tensor([-1, 0]), depth=2)
@@ -147,7 +147,7 @@ def test_tested_is_the_children_judged_along_the_path():
     assert verdict.tested.tolist() == [[True, True, False, True, True]]
 
 
-def test_traversal_tests_whole_subtrees_up_to_the_accepted_node():
+def test_traversal_tests_subtrees_before_the_accepted_node():
     target = torch.full((1, 6, 4), 0.25)
     parents = torch.tensor([-1, -1, 0, 1, 1])  # judged as 2, 0, 3, 4, 1
     draft = Draft.tree(torch.tensor([[0, 1, 2, 0, 1]]), parents, depth=2)
@@ -159,7 +159,7 @@ def test_traversal_tests_whole_subtrees_up_to_the_accepted_node():
 
 @pytest.mark.parametrize("vocab_size", [32_000, 128_000])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_rows_of_real_vocabularies_pass_the_checks_in_every_dtype(vocab_size, dtype):
+def test_real_vocabularies_pass_in_every_dtype(vocab_size, dtype):
     generator = torch.Generator().manual_seed(0)
     logits = torch.stack(
         (torch.zeros(3, vocab_size), torch.randn(3, vocab_size, generator=generator))
@@ -178,7 +178,7 @@ def test_rows_of_real_vocabularies_pass_the_checks_in_every_dtype(vocab_size, dt
             assert verdict.num_accepted.tolist() == [2, 2]
 
 
-def test_typical_keeps_the_longest_plausible_path_then_the_likeliest():
+def test_typical_keeps_longest_then_likeliest_path():
     target = torch.tensor([[[0.5, 0.4, 0.1, 0.0]] * 6])
     parents = torch.tensor([-1, -1, 0, 1, 1])
     draft = Draft.tree(torch.tensor([[0, 1, 3, 1, 0]]), parents, depth=2)
@@ -187,7 +187,7 @@ def test_typical_keeps_the_longest_plausible_path_then_the_likeliest():
     assert verdict.tokens.tolist() == [[1, 0, 0]]
 
 
-def test_typical_threshold_is_the_smaller_of_epsilon_and_the_entropy_term():
+def test_typical_threshold_is_the_smaller_term():
     target = torch.tensor([[[0.5, 0.5], [0.5, 0.5]]])  # exp(-entropy) = 0.5
     draft = _chain(0)
     noise = torch.ones(1, 2)

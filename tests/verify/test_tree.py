@@ -71,7 +71,7 @@ def test_impossible_choices_are_refused(choices, message):
 
 @FAST
 @given(data=st.data(), budget=st.integers(1, 10))
-def test_best_first_keeps_a_connected_tree_of_the_best_nodes_also_under_ties(data, budget):
+def test_best_first_keeps_a_connected_best_tree(data, budget):
     parents = data.draw(parent_lists())
     steps = [data.draw(st.sampled_from([0.0, 0.0, -0.5, -1.0])) for _ in parents]
     scores: list[float] = []
@@ -92,7 +92,7 @@ def test_best_first_keeps_a_connected_tree_of_the_best_nodes_also_under_ties(dat
         assert (kept[parent] if parent >= 0 else -1) == parents[node]
 
 
-def test_best_first_leaves_out_what_is_no_candidate_and_respects_row_budgets():
+def test_best_first_respects_candidates_and_budgets():
     scores = torch.tensor([[-1.0, -2.0, -torch.inf, -3.0], [-1.0, -1.0, -1.0, -1.0]])
     parents = torch.tensor([[-1, 0, 0, 1], [-1, 0, 1, 2]])
     selection = best_first(scores, parents, 4, row_budgets=torch.tensor([4, 2]))
