@@ -62,9 +62,7 @@ PLACES += [("eagle3", *place) for place in STEP]
 @pytest.mark.parametrize(
     ("name", "owner", "method", "call"), [p for p in PLACES if p[:2] != ("none", "drafter")]
 )
-def test_failed_allocation_costs_no_token(
-    monkeypatch, name, done, owner, method, call
-):
+def test_failed_allocation_costs_no_token(monkeypatch, name, done, owner, method, call):
     target = tiny_target()
     drafter = Cases.build(name, target)
     failing = target if owner == "target" else drafter

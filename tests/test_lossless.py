@@ -182,9 +182,7 @@ def test_a_row_does_not_depend_on_its_batch(name, options, draft_folder):
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_joining_row_decodes_as_if_alone(
-    name, options, temperature, draft_folder
-):
+def test_joining_row_decodes_as_if_alone(name, options, temperature, draft_folder):
     target = tiny_target()
     full = target.max_context_len - 8  # leaves room for eight tokens only, so it ends first
     prompts = [[5, 6, 7, 8] * (full // 4), [9], [3] * 12, [11, 12, 13, 11, 12], [60] * 5]
@@ -327,4 +325,7 @@ def test_wrong_distribution_is_noticed():
         target, [[0, 1, 2]] * NUM_SAMPLES, SamplingConfig(temperature=0.8), max_new_tokens=HORIZON
     )
     counts = Counter(tuple(result.tokens) for result in results)
-    assert p_value(counts, exact_distribution(target, [0, 1, 2], SamplingConfig(temperature=1.0))) < 1e-6
+    assert (
+        p_value(counts, exact_distribution(target, [0, 1, 2], SamplingConfig(temperature=1.0)))
+        < 1e-6
+    )

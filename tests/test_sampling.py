@@ -156,9 +156,7 @@ def test_tree_node_equals_its_own_chain(rows, slack, seed):
 
 @settings(max_examples=40, deadline=None)
 @given(configs(), prompts_of, outputs_of, trees(), st.data())
-def test_scores_of_some_nodes_equal_the_whole(
-    config, prompt, output, tree, data
-):
+def test_scores_of_some_nodes_equal_the_whole(config, prompt, output, tree, data):
     tokens, parents = tree
     spelled = Draft.tree(torch.tensor([tokens]), torch.tensor([parents]))
     chain = Draft.chain(torch.tensor([tokens]))

@@ -56,7 +56,9 @@ def _check(rule: str, shape: tuple, kind: str, dtype: torch.dtype, processing: t
     target = World.random(3, HORIZON, generator, *processing).rounded(dtype)
     drafter = World.random(3, HORIZON, generator).rounded(dtype)
     case = build_case(target, drafter, shape, kind, dtype, as_chain=rule == "block")
-    law = verdict_distribution(partial(verify, rule=rule, check=False), case.target_probs, case.draft)
+    law = verdict_distribution(
+        partial(verify, rule=rule, check=False), case.target_probs, case.draft
+    )
 
     joint = emitted_joint(case, law, target)
     assert total_variation(joint, target.joint()) < TOLERANCE[dtype]
@@ -74,9 +76,7 @@ def _check(rule: str, shape: tuple, kind: str, dtype: torch.dtype, processing: t
 
 @pytest.mark.parametrize("processing", PROCESSING, ids=["plain", "cool-top-p", "greedy"])
 @pytest.mark.parametrize(("rule", "shape", "kind"), COMBINATIONS)
-def test_rule_equals_its_paper_and_keeps_distribution(
-    rule, shape, kind, processing
-):
+def test_rule_equals_its_paper_and_keeps_distribution(rule, shape, kind, processing):
     _check(rule, shape, kind, torch.float64, processing)
 
 
@@ -86,7 +86,9 @@ def test_float32_keeps_the_joint_distribution_to_a_millionth(rule, shape, kind):
 
 
 def _expected_accepted(rule: str, case: Case) -> float:
-    law = verdict_distribution(partial(verify, rule=rule, check=False), case.target_probs, case.draft)
+    law = verdict_distribution(
+        partial(verify, rule=rule, check=False), case.target_probs, case.draft
+    )
     accepted = (law.paths >= 0).sum(2)
     return (case.weights.unsqueeze(1) * law.probs * accepted).sum().item()
 
@@ -137,7 +139,9 @@ def test_traversal_on_a_chain_is_block():
     target, drafter = (World.random(3, HORIZON, generator) for _ in range(2))
     case = build_case(target, drafter, CHAIN_SHAPE, "independent", torch.float64)
     block = verdict_distribution(partial(verify, rule="block"), case.target_probs, case.draft)
-    traversal = verdict_distribution(partial(verify, rule="traversal"), case.target_probs, case.draft)
+    traversal = verdict_distribution(
+        partial(verify, rule="traversal"), case.target_probs, case.draft
+    )
     assert torch.allclose(block.probs, traversal.probs, rtol=0, atol=1e-14)
     assert torch.equal(block.paths, traversal.paths)
     possible = block.probs > 1e-12
