@@ -19,7 +19,7 @@ from rich.table import Table
 from specdec import SamplingConfig, load_target
 from specdec.bench.prompts import load_prompts, render
 from specdec.common.provenance import machine
-from specdec.engine.request import encode
+from specdec.engine.text import encode
 from specdec.sampling.sampler import Sampler
 from specdec.verify import Draft, match, verify
 

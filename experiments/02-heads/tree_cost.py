@@ -22,7 +22,7 @@ from specdec.checkpoints import read_head
 from specdec.common.provenance import machine
 from specdec.demo import demo_path
 from specdec.drafters.eagle3 import Eagle3Drafter
-from specdec.engine.request import encode
+from specdec.engine.text import encode
 from specdec.sampling.config import SamplingConfig
 from specdec.sampling.sampler import Sampler
 from specdec.verify import Draft, best_static_tree, from_choices
