@@ -1,17 +1,24 @@
-"""Finds secrets in text: keys of known forms, key blocks, and what a name calls a secret."""
+"""Find secrets in text: keys of known forms, key blocks, and values that a name calls a secret."""
 
 import base64
 import html
 import re
+import tomllib
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-API_KEY, PRIVATE_KEY = "<API_KEY>", "<KEY_BLOCK>"
+API_KEY, KEY_BLOCK = "<API_KEY>", "<KEY_BLOCK>"
 
-_RULES = Path(__file__).with_name("gitleaks_rules.txt")
-# One character in other clothes: as URLs, JSON and HTML write it.
+Span = tuple[int, int]
+Check = Callable[[re.Match[str]], Span | None]
+
+_RULES = Path(__file__).with_name("secret_rules.toml")
+_GITLEAKS = Path(__file__).with_name("gitleaks_rules.txt")
+# One character as URLs, JSON and HTML escape it.
 _ESCAPED = re.compile(
     r"(?:%|\\u00|\\x)(2[1-9A-Fa-f]|[3-7][0-9A-Fa-f])|&(?:#x[2-7][0-9A-Fa-f]|#\d{2,3}|commat);"
 )
@@ -20,163 +27,26 @@ _DASHES = dict.fromkeys(map(ord, "‐‑‒–—―−﹣－"), "-")
 _UNSEEN = dict.fromkeys([0xAD, *range(0x200B, 0x2010), *range(0x202A, 0x202F), 0x2060, 0xFEFF], "")
 _BLANK = "\0"  # stands where something was found already, so that no later pattern finds it again
 
-# A block without an end (a cut log line) is masked as far as its headers and its base64 go.
-_KEY_BLOCK = re.compile(
-    r"-{4,5} ?BEGIN (?P<kind>[A-Z0-9 ]{0,30}(?:PRIVATE KEY(?: BLOCK)?|PGP MESSAGE)) ?-{4,5}"
-    r"(?:.{0,12000}?-{4,5} ?END (?P=kind) ?-{4,5}"
-    r"|(?:(?:\s|\\[nr])*[\w-]{3,20}: [^\n\\]*)*[A-Za-z0-9+/=\s\\]*)"
-    r"|PuTTY-User-Key-File-\d:(?:.{0,12000}?Private-MAC: *[0-9a-fA-F]+|[^\0]{0,12000})",
-    re.DOTALL,
-)
-_SURE_KEY = re.compile(
-    r"(?<![A-Za-z0-9])(?:sk-(?:ant|proj|or|svcacct|admin)-|gh[opusr]_|github_pat_|glpat-|gsk_|nvapi-"
-    r"|dckr_pat_|r8_|hvs\.|xox[a-z]-)[\w-]{8,}",
-    re.ASCII,
-)
-# Keys by how they begin, whatever their length: gitleaks' rules, of more vendors, are stricter.
-# Digits among letters tell a key from a hyphenated word.
-_KEY = re.compile(
-    r"""(?<![A-Za-z0-9])(?:
-    eyJ[\w-]{8,}(?:\.[\w-]*){2,4} | eyJ[\w+/-]{40,}={0,2}  # JSON web tokens, signed or encrypted
-    | (?:sk|pk|rk|fk|csk|gsk|xai|nvapi|r8|hf|pplx|fw|tgp|tvly|pcsk|lsv2|jina|e2b|fc|re|phx|phc
-      |voyage|pa|api_org|gh[opusr]|github_pat|gl[a-z]{1,5}|dckr_(?:pat|oat)|npm|pypi|rubygems
-      |xox[a-z](?:\.xox[bp])?|xapp|hv[sbr]|dapi|do[opr]_v1|dp\.[a-z]{2,5}|lin_(?:api|oauth)|secret
-      |ntn|PMAK|shp[a-z]{2}|sq0[a-z]{3}|HRKU|NR[A-Z]{2}|sntry[su]|sb[ap]|sb_(?:secret|publishable)
-      |tskey|whsec|key|figd|apify_api|pul|pscale|bkua|vcp|nfp|rnd|CFPAT|pnu|rdme|xkeysib|xsmtpsib
-      |dt0c01|ico|duffel|waka|ops|sgp|fo1|fm2|ls|api|tok|AQ|SG|ya29|GOCSPX)
-      [-_.] [\w.=-]{18,}
-    | (?:sk|rk|xai|hf|hv[sbr]|pplx|tgp|npm|whsec|tskey|PMAK|shp[a-z]{2}|sq0[a-z]{3}|gls?[ac])
-      [-_.] [\w.=-]{10,}
-    | [a-z]{2,12}[-_](?:live|test|prod|proj|pat|key|secret|token|v\d)[-_]
-      (?=[\w-]{0,99}\d) [A-Za-z0-9_-]{24,}
-    | (?:AIza|1//0|EAA|LTAI|AT(?:ATT3|CTT3|BB)|ABSK|AGE-SECRET-KEY-1) [\w+/-]{16,}
-    | (?:AKIA|ASIA|ABIA|ACCA|AROA|AIDA)[0-9A-Z]{16}(?![0-9A-Za-z])
-    | (?:AC|SK|dapi)[0-9a-f]{32}(?![0-9A-Za-z]) | [0-9a-f]{32}-us\d{1,2}(?!\d)
-    | s\.(?=\w*\d)[A-Za-z0-9]{24}(?![0-9A-Za-z]) | \d{15,16}\|[\w-]{27,40}
-    | (?:bot)?\d{8,10}:[\w-]{35}(?![\w-]) | [MNO][\w-]{23,27}\.[\w-]{6}\.[\w-]{27,40}
-    )[A-Za-z0-9_=-]*""",
-    re.VERBOSE | re.ASCII,
-)
-_HOOK = re.compile(
-    r"(?:hooks\.slack\.com/(?:services|workflows|triggers)|discord(?:app)?\.com/api/(?:v\d+/)?webhooks"
-    r"|webhook\.office\.com/webhookb2|api\.telegram\.org)/(?P<secret>[\w@:/+-]{12,})",
-    re.IGNORECASE,
-)
-_LOGIN = re.compile(
-    r"(?<![A-Za-z0-9])[a-z][a-z0-9+.-]{1,18}://"
-    r"(?P<secret>[^\s/:@\"'<>\0]{0,128}:[^\s/\"'<>\0]{1,128}"
-    r"|(?=[\w.~-]{0,128}\d)[\w.~-]{12,128})(?=@)",
-    re.IGNORECASE,
-)
-_AWS_SECRET = re.compile(
-    r"(?<![A-Za-z0-9/+=])(?=[^\0]{0,39}[A-Z])(?=[^\0]{0,39}[a-z])(?=[^\0]{0,39}[0-9/+])"
-    r"(?P<secret>[A-Za-z0-9/+]{40})(?![A-Za-z0-9/+=])"
-)
-_AWS_NEAR = re.compile(r"A[KS]IA[0-9A-Z]{16}|aws|secret.?access", re.IGNORECASE)
-_BASIC = re.compile(
-    r"(?<![A-Za-z0-9])basic[ ]+(?P<secret>[A-Za-z0-9+/_-]{6,}={0,2})", re.IGNORECASE
-)
-_VALUE = r"[^\s\0\"'`<>,;，。、；「」『』“”„«»()\[\]{}\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]"
-_NO_VALUE = (
-    r"(?!(?:your|my|the|some|new|old|insert|enter|example|dummy|placeholder|changeme|redacted)"
-    r"[-_]?\w*\b"
-    r"|[xX*.•_-]+(?![\w])|[$%{<\[])"
-)
-# After "bearer" alone a word is prose.
-_BEARER = re.compile(
-    r"(?<![A-Za-z0-9])(?i:bearer|ssws)[: ]{1,3}"
-    r"(?![A-Za-z]?[a-z]{0,18}(?:[-.][a-z]+)*[.:]?(?![\w~.+/=-]))"
-    rf"(?i:{_NO_VALUE})(?P<secret>[\w.~+/=-]{{8,}})",
-    re.ASCII,
-)
-_AUTHORIZATION = re.compile(
-    r"authorization\\?[\"']?\s{0,2}[:=]\s{0,2}\\?[\"']?(?:bearer|basic|token|api-?key|key"
-    r"|digest|negotiate|ntlm|aws4-hmac-sha256|hmac|oauth|splunk|genie-?key|bot)[ ]+"
-    rf"{_NO_VALUE}(?P<secret>[^\n\"'\\\0]{{6,}})",
-    re.IGNORECASE | re.ASCII,
-)
-_COOKIE = re.compile(
-    r"cookie\\?[\"']?\s{0,2}:\s{0,2}\\?[\"']?(?=[\w.-]+=)(?P<secret>[^\n\"'\\\0]{8,})",
-    re.IGNORECASE,
-)
-# What follows is kept apart from what leads to it, so that a query still reads as it did.
-PASSWORD = (
-    r"(?:pass(?:word|wd|phrase|code|wort)s?|pswd|psw|pwd|kennwort|losungswort"
-    r"|contrase(?:[nñ]|ny)a|clave(?:\s+de\s+\w+)?|mots?[\s_-]?de[\s_-]?passe|mdp|senha"
-    r"|palavra[\s_-]?passe|parol[aăe](?:\sd['’]ordine)?|has[lł]o|wachtwoord|[sş]ifre(?:m|niz)?"
-    r"|l[öo]senord|passord|adgangskode|salasana|heslo|jelsz[óo]"
-    r"|пароль|пароля|κωδικός|كلمة\s(?:المرور|السر)|סיסמה|पासवर्ड|mật\s*khẩu"
-    r"|密[码碼]|口令|パスワード|暗証番号|비밀번호|비번|암호|รหัสผ่าน)"
-)
-_IS = (
-    r"(?:[\"'`*\s\\]{0,4}(?:[:=→⇒]|:=|=>|->)[*]{0,2}|>(?=[^<\s]{3,80}</)|\s[-|]\s"
-    r"|\s[(\[]|\((?=[\"'])|['’]s\s"
-    r"|\s{0,2}(?:は|が|是|为|為|는|은|이)\s{0,2}[:=]?"
-    r"|(?:\s+[^\s.:=;!?]{1,20}){0,4}?\s+(?:is|was|ist|lautet|es|est|è|é|jest|to|är|er|on|je"
-    r"|este|olarak|это|,?\s?c['’]est|है|ist\snun|is\s+now|is\s+set\s+to|to\s+be|to)\s*:?"
-    r"|(?:\s+[^\s.:=;!?]{1,20}){1,3}\s?[:=]"
-    r"|\s+(?=[\"'`„“«「]?[^\s:=]{0,80}[A-Za-z])(?=[\"'`„“«「]?[^\s:=]{0,80}\d)"
-    r"(?=[^\s:=]{6,}(?![^\s.!?])|[\"'`„“«「]))"
-)
-_NAMED_PASSWORD = re.compile(
-    rf"(?:{PASSWORD}{_IS}|(?<![a-z])(?:pass|pw|pin(?:\s?code)?)(?:[\"'\s]{{0,3}}[:=]|\sis\s))"
-    r"\s{0,2}(?:\\?[\"'`“„«「『]\s?(?P<secret>[^\n\"'`“”»」』\\\0]{3,80})[\"'`“”»」』\\]"
-    rf"|{_NO_VALUE}(?P<bare>(?={_VALUE}{{0,80}}[\d!@#$%^&*+~]){_VALUE}{{4,80}}))",
-    re.IGNORECASE,
-)
-_PASSWORD_BEFORE = re.compile(
-    rf"(?<![^\s\"'`(])(?P<secret>(?={_VALUE}{{0,80}}[\d!@#$%^&*+~]){_VALUE}{{4,80}})[\"'`]?\s+(?:as|is|was)\s+"
-    r"(?:my|the|our|your|his|her|a)\s+(?:\w+\s+){0,2}(?:password|passphrase|passcode)\b",
-    re.IGNORECASE,
-)
-_NAMED_KEY = re.compile(
-    r"(?:(?:api|access|secret|private|auth|admin|account|shared[_-]?access|subscription"
-    r"|signing|encryption|master|service|client|storage|license|app|bot|deploy|functions)?"
-    r"[_\s.-]?(?<![a-z])(?:key|token|secret|credentials?|pat|auth)(?![a-z])"
-    r"|(?:api|access|secret|private|auth|account|client|shared[_-]?access|app|session|bearer"
-    r"|refresh)(?:key|token|secret|signature)|authorization|(?<=[?&])(?:sig|code|auth|[\w-]*signature|x-amz-credential))"
-    r"(?:[\"'\s\\]{0,4}(?:[:=>]|:=|=>)|\s+is:?(?=\s))\s{0,2}\\?[\"'`]?"
-    rf"{_NO_VALUE}(?P<secret>[\w.~+/=%-]{{8,}}+)(?!\()",
-    re.IGNORECASE | re.ASCII,
-)
-# NAME=value lines and Name=value; lists: what they call a secret needs no digit.
-_SETTING = re.compile(
-    r"(?:(?<![A-Za-z0-9])[A-Z][A-Z0-9_]{0,60}_(?:(?:KEY|TOKEN|PAT|AUTH)(?==)|SECRET(?:_KEY)?"
-    r"|PASS|PASSWORD|PASSWD|PWD|PASSPHRASE|CREDENTIALS?|DSN)|(?<=[;?&])\s?(?i:password|passwd|pwd|accountkey|sharedaccesskey)"
-    r"|(?<![A-Za-z0-9])(?:PASSWORD|SECRET(?:_KEY)?|TOKEN|PGPASSWORD))"
-    r"[ ]?[:=][ ]?\\?[\"']?" + _NO_VALUE + r"(?P<secret>[^\s\"'\\;\0$()<>\[\]{},]{6,})"
-)
-_COMMAND = re.compile(
-    r"(?:(?<![\w-])--?(?:[a-z-]{0,30}-)?(?:password|passwd|token|secret|api-?key)"
-    r"(?:=|[ ](?=\S{0,80}[\d!@#$%^&*]))|\bsshpass\s+-p\s?"
-    r"|\bcurl\b[^\n\0]{0,200}?\s(?:-u|--user)[= ]?[\"']?[^\s:\"']{1,64}:"
-    r"|\bmysql(?:dump|admin)?\b[^\n\0]{0,100}?\s-p|\blogin\s+\S{1,64}\s+password\s"
-    r"|\b(?:identified\s+by|with\s+password|encrypted\s+password)\s(?=[\"']))\s?[\"']?"
-    rf"{_NO_VALUE}(?P<secret>[^\s\"'`$<>{{}}\\\0]{{3,}})",
-    re.IGNORECASE,
-)
-# Words that stand where a value would: types, defaults, and what code calls its own variables.
-_PLACEHOLDER = re.compile(
-    r"(?:pass(?:word|wd|code)?|pwd|secret|token|key|string|str|text|bytes|int|number|boolean|bool"
-    r"|null|none|nil|true|false|undefined|required|optional|hidden|empty|unknown|change_?me|default"
-    r"|example|test|todo|tbd|n/?a|username|user|input|value|env|type|name|self|request|config"
-    r"|settings|args|getpass|redacted|masked|[x*.•#-]+|\[?redacted\]?|\d{1,3}|\d+-\w+"
-    r"|(?:sha|md|base|aes|utf-?|oauth|ipv|v|web|http|html|python|win|rfc)[\d._-]+(?:[-_]\w+)?"
-    r"|[\w-]*(?:_|\.)(?:password|passwd|pwd|secret|token|key|pass)"
-    r"|(?:self|os|request|req|config|settings|args|process|env|options|params|data|form|user|this"
-    r"|app)\.[\w.]+)",
-    re.IGNORECASE,
-)
 
+@dataclass(frozen=True)
+class Rule:
+    """A pattern for something to mask.
 
-def _span(match: re.Match[str]) -> tuple[int, int]:
-    """Where the group that holds the secret is; all of it where there is none."""
-    found = match.groupdict()
-    return match.span(next((name for name in ("secret", "bare") if found.get(name)), 0))
+    Attributes:
+        pattern: its group `secret` or `bare` is masked, or the whole match without these groups.
+        mask: the placeholder.
+        words: a text without any of them, in lower case, is not searched; empty for all texts.
+        check: returns the span to mask, or None for a match that is none.
+    """
+
+    pattern: re.Pattern[str]
+    mask: str
+    words: tuple[str, ...]
+    check: Check
 
 
 class Text:
-    """A text as patterns read it: in plain characters, with what was found blotted out.
+    """A text in plain characters, in which what was found is blotted out.
 
     Attributes:
         seen: the text in NFKC, with ASCII dashes, without invisible characters and escapes.
@@ -187,23 +57,21 @@ class Text:
         self.original = original
         self.seen, self._starts, self._ends = _plain(original)
         self.found: list[tuple[int, int, str]] = []
+        self._lower = self.seen.lower()
 
-    def take(
-        self,
-        pattern: re.Pattern[str],
-        mask: str,
-        span: Callable[[re.Match[str]], tuple[int, int] | None] = _span,
-    ) -> None:
-        """Note what a pattern finds: where `span` says that the secret is."""
+    def find(self, rule: Rule) -> None:
+        """Note everything that a rule finds."""
+        if rule.words and not any(word in self._lower for word in rule.words):
+            return
         parts: list[str] = []
-        place, match = 0, pattern.search(self.seen)
+        place, match = 0, rule.pattern.search(self.seen)
         while match:
-            resume, found = match.end(), span(match)
-            if found is not None and found[0] < found[1]:
-                self.note(*found, mask)
-                parts += [self.seen[place : found[0]], _BLANK * (found[1] - found[0])]
-                place = resume = found[1]  # what is behind a find may be one of its own
-            match = pattern.search(self.seen, resume)
+            resume, span = match.end(), rule.check(match)
+            if span is not None and span[0] < span[1]:
+                self.note(*span, rule.mask)
+                parts += [self.seen[place : span[0]], _BLANK * (span[1] - span[0])]
+                place = resume = span[1]  # what is behind a find may be one of its own
+            match = rule.pattern.search(self.seen, resume)
         self.seen = "".join([*parts, self.seen[place:]])
 
     def note(self, start: int, end: int, mask: str) -> None:
@@ -221,40 +89,73 @@ class Text:
         return "".join([*parts, self.original[place:]])
 
 
-def take_secrets(text: Text) -> None:
+def find_secrets(text: Text) -> None:
     """Find keys, key blocks and passwords."""
-    text.take(_KEY_BLOCK, PRIVATE_KEY)
-    for led in (_AUTHORIZATION, _BEARER, _COOKIE, _LOGIN, _HOOK):
-        text.take(led, API_KEY)
-    lower = text.seen.lower()
-    for words, rule in _rules():
-        if any(word in lower for word in words):
-            text.take(rule, API_KEY)
-    text.take(_SURE_KEY, API_KEY)
-    text.take(_KEY, API_KEY, _random)
-    text.take(_BASIC, API_KEY, _basic)
-    for named in (_COMMAND, _NAMED_PASSWORD, _PASSWORD_BEFORE, _SETTING):
-        text.take(named, API_KEY, _named)
-    text.take(_NAMED_KEY, API_KEY, _named_key)
-    if _AWS_NEAR.search(text.original):
-        text.take(_AWS_SECRET, API_KEY)
+    for rule in _secret_rules():
+        text.find(rule)
+
+
+def read_rules(path: Path, checks: Mapping[str, Check]) -> dict[str, list[Rule]]:
+    """Read sections of rules from a TOML file, whose form `secret_rules.toml` describes."""
+    parts = pattern_parts(path)
+
+    def rule(row: dict[str, Any]) -> Rule:
+        pattern = re.sub(r"@(\w+)@", lambda name: parts[name[1]], _without_layout(row["pattern"]))
+        check = checks[row["check"]] if "check" in row else secret_span
+        words = tuple(row.get("words", ()))
+        return Rule(re.compile(pattern), row.get("mask", API_KEY), words, check)
+
+    sections = tomllib.loads(path.read_text("utf-8"))
+    return {name: [rule(row) for row in rows] for name, rows in sections.items() if name != "parts"}
 
 
 @cache
-def _rules() -> tuple[tuple[tuple[str, ...], re.Pattern[str]], ...]:
-    """The words that a text must hold, and the pattern, of each vendored rule.
+def pattern_parts(path: Path = _RULES) -> dict[str, str]:
+    """Named parts of the patterns in a file of rules."""
+    parts: dict[str, str] = {}
+    for name, text in tomllib.loads(path.read_text("utf-8"))["parts"].items():
+        parts[name] = re.sub(r"@(\w+)@", lambda part: parts[part[1]], _without_layout(text))
+    return parts
 
-    ASCII classes let a key end, and begin, beside a letter of another script.
-    """
-    rows = (line.split("\t") for line in _RULES.read_text("utf-8").splitlines() if line[:1] != "#")
-    return tuple(
-        (tuple(words.split()), re.compile(rf"(?<![A-Za-z0-9])(?:{rule})[A-Za-z0-9_-]*", re.ASCII))
-        for _, words, rule in rows
-    )
+
+def secret_span(match: re.Match[str]) -> Span:
+    """The span of the group that holds the secret; the whole match without such a group."""
+    found = match.groupdict()
+    return match.span(next((name for name in ("secret", "bare") if found.get(name)), 0))
+
+
+@cache
+def _secret_rules() -> list[Rule]:
+    checks: dict[str, Check] = {
+        "login": _login,
+        "named": _named,
+        "named_key": lambda match: _named(match) if _random(match, shortest=6) else None,
+        "random": _random,
+    }
+    own = read_rules(_RULES, checks)
+    return [*own["before"], *_gitleaks_rules(), *own["after"]]
+
+
+def _gitleaks_rules() -> list[Rule]:
+    """The vendored rules; ASCII classes let a key end, and begin, beside a letter of any script."""
+    rows = (line.split("\t") for line in _GITLEAKS.read_text("utf-8").splitlines())
+    return [
+        Rule(
+            re.compile(rf"(?<![A-Za-z0-9])(?:{pattern})[A-Za-z0-9_-]*", re.ASCII),
+            API_KEY,
+            tuple(words.split()),
+            secret_span,
+        )
+        for _, words, pattern in (row for row in rows if row[0][:1] != "#")
+    ]
+
+
+def _without_layout(pattern: str) -> str:
+    return "".join(line.lstrip() for line in pattern.split("\n"))
 
 
 def _plain(text: str) -> tuple[str, list[int], list[int]]:
-    """The text in plain characters, and of each where it starts and ends in the original."""
+    """The text in plain characters, and where each one starts and ends in the original."""
     if text.isascii() and not _ESCAPED.search(text):
         return text, [], []
     plain: list[str] = []
@@ -271,8 +172,8 @@ def _plain(text: str) -> tuple[str, list[int], list[int]]:
     return "".join(plain), starts, ends
 
 
-def _basic(match: re.Match[str]) -> tuple[int, int] | None:
-    """Base64 of `user:password`."""
+def _login(match: re.Match[str]) -> Span | None:
+    """Accept base64 of `user:password`."""
     try:
         login = base64.b64decode(match["secret"] + "=" * (-len(match["secret"]) % 4)).decode()
     except ValueError:
@@ -280,9 +181,9 @@ def _basic(match: re.Match[str]) -> tuple[int, int] | None:
     return match.span("secret") if ":" in login and login.isprintable() else None
 
 
-def _random(match: re.Match[str], shortest: int = 10) -> tuple[int, int] | None:
-    """A key, and no name made of words."""
-    span = _span(match)
+def _random(match: re.Match[str], shortest: int = 10) -> Span | None:
+    """Accept a key, and no name made of words."""
+    span = secret_span(match)
     runs = re.split(r"[^A-Za-z0-9]+", match.string[slice(*span)])
     return span if any(_is_random(run, shortest) for run in runs) else None
 
@@ -295,13 +196,15 @@ def _is_random(run: str, shortest: int) -> bool:
     )
 
 
-def _named_key(match: re.Match[str]) -> tuple[int, int] | None:
-    return _named(match) if _random(match, shortest=6) else None
-
-
-def _named(match: re.Match[str]) -> tuple[int, int] | None:
-    start, end = _span(match)
+def _named(match: re.Match[str]) -> Span | None:
+    """Accept a value that is no placeholder, without the punctuation behind it."""
+    start, end = secret_span(match)
     value = match.string[start:end].rstrip(" .,:?")
-    if not value or _PLACEHOLDER.fullmatch(value) or len(set(value)) < 3:
+    if not value or _placeholder().fullmatch(value) or len(set(value)) < 3:
         return None
     return start, start + len(value)
+
+
+@cache
+def _placeholder() -> re.Pattern[str]:
+    return re.compile(pattern_parts()["placeholder"], re.IGNORECASE)
