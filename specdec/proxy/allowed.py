@@ -6,9 +6,8 @@ from typing import Any
 
 _DROPPED = object()
 
-
 # A form is a type, a pattern of texts, {name: form} with patterns for names, [form], or a tuple of
-# which one fits. Null is of every form.
+# forms, of which the first that fits counts. Null is of every form.
 _TEXT, _NUMBER, _PLAIN = str, int | float, str | int | float  # a bool is an int
 _WORD = re.compile("[A-Za-z_.-]{1,40}")  # of a protocol, such as a role
 _ANY_NAME, _NAME_OF_COUNT, _TOKEN_ID = map(re.compile, ("(?s).*", "[a-z_]{1,40}", r"\d{1,9}"))
@@ -16,24 +15,24 @@ _COUNTS: dict[Any, Any] = {}
 _COUNTS[_NAME_OF_COUNT] = (_NUMBER, _COUNTS)
 
 
-def _numbers(*names: str) -> dict[Any, Any]:
-    return dict.fromkeys(names, _NUMBER)
+def _all(names: str, form: Any) -> dict[Any, Any]:
+    return dict.fromkeys(names.split(), form)
 
 
-SCHEMA: dict[Any, Any] = dict.fromkeys(("title", "description", "$ref"), _TEXT)
+SCHEMA: dict[Any, Any] = {}
 SCHEMA |= {
-    **_numbers("minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems"),
-    **{name: {_ANY_NAME: SCHEMA} for name in ("properties", "$defs", "definitions")},
-    **{name: [SCHEMA] for name in ("anyOf", "oneOf", "allOf", "prefixItems")},
-    **dict.fromkeys(("items", "additionalProperties"), (SCHEMA, _NUMBER)),
+    **_all("title description $ref", _TEXT),
+    **_all("minimum maximum minLength maxLength minItems maxItems", _NUMBER),
+    **_all("properties $defs definitions", {_ANY_NAME: SCHEMA}),
+    **_all("anyOf oneOf allOf prefixItems", [SCHEMA]),
+    **_all("items additionalProperties", (SCHEMA, _NUMBER)),
     "type": (_WORD, [_WORD]),
     "format": _WORD,
     "required": [_TEXT],
     "enum": [_PLAIN],
 }
 _FUNCTION = {
-    "name": _TEXT,
-    "description": _TEXT,
+    **_all("name description", _TEXT),
     "parameters": SCHEMA,
     "arguments": str | dict,
     "strict": _NUMBER,
@@ -44,20 +43,20 @@ _MESSAGE = {
     "content": (_TEXT, [(_TEXT, {"type": _WORD, "text": _TEXT})]),
     "tool_calls": [_CALL],
     "function_call": _FUNCTION,
-    **dict.fromkeys(("tool_call_id", "reasoning", "reasoning_content", "refusal"), _TEXT),
+    **_all("tool_call_id reasoning reasoning_content refusal", _TEXT),
     "role": _WORD,
 }
 REQUEST: dict[str, Any] = {
-    **dict.fromkeys(("model", "suffix"), _TEXT),
+    **_all("model suffix", _TEXT),
     "reasoning_effort": _WORD,
-    **_numbers("temperature", "top_p", "top_k", "min_p", "typical_p", "presence_penalty"),
-    **_numbers("frequency_penalty", "repetition_penalty", "length_penalty", "seed", "n", "best_of"),
-    **_numbers("max_tokens", "max_completion_tokens", "min_tokens", "ignore_eos", "logprobs"),
-    **_numbers("top_logprobs", "echo", "stream", "parallel_tool_calls", "skip_special_tokens"),
-    **_numbers("add_generation_prompt", "continue_final_message"),
+    **_all("temperature top_p top_k min_p typical_p presence_penalty frequency_penalty", _NUMBER),
+    **_all("repetition_penalty length_penalty seed n best_of max_tokens min_tokens", _NUMBER),
+    **_all("max_completion_tokens ignore_eos logprobs top_logprobs echo stream", _NUMBER),
+    **_all("parallel_tool_calls skip_special_tokens add_generation_prompt", _NUMBER),
+    "continue_final_message": _NUMBER,
     "logit_bias": {_TOKEN_ID: _NUMBER},
-    "stream_options": _numbers("include_usage", "continuous_usage_stats"),
-    **dict.fromkeys(("tool_choice", "function_call"), (_WORD, _CALL | _FUNCTION)),
+    "stream_options": _all("include_usage continuous_usage_stats", _NUMBER),
+    **_all("tool_choice function_call", (_WORD, _CALL | _FUNCTION)),
     "messages": [_MESSAGE],
     "prompt": (_TEXT, [_TEXT]),  # token ids would hide from every pattern what they spell
     "stop": (_TEXT, [_TEXT]),
@@ -68,25 +67,24 @@ REQUEST: dict[str, Any] = {
         "json_schema": {"name": _TEXT, "description": _TEXT, "strict": _NUMBER, "schema": SCHEMA},
     },
 }
+_CHOICE = {
+    "index": _NUMBER,
+    "text": _TEXT,
+    "message": _MESSAGE,
+    "finish_reason": _WORD,
+    "stop_reason": _PLAIN,
+}
 RESPONSE: dict[str, Any] = {
-    **dict.fromkeys(("id", "model"), _TEXT),
+    **_all("id model", _TEXT),
     "object": _WORD,
     "created": _NUMBER,
-    "choices": [
-        {
-            "index": _NUMBER,
-            "text": _TEXT,
-            "message": _MESSAGE,
-            "finish_reason": _WORD,
-            "stop_reason": _PLAIN,
-        }
-    ],
-    **dict.fromkeys(("usage", "timings"), _COUNTS),
-    "error": (_TEXT, dict.fromkeys(("message", "type", "code", "param"), _PLAIN)),
+    "choices": [_CHOICE],
+    **_all("usage timings", _COUNTS),
+    "error": (_TEXT, _all("message type code param", _PLAIN)),
 }
 
 
-def kept(value: Any, form: Any) -> Any:
+def keep(value: Any, form: Any) -> Any:
     """The parts of a JSON value that are of a form; an object or a list loses its other parts."""
     found = _kept(value, form)
     return {} if found is _DROPPED else found

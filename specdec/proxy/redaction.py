@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import quote, unquote, unquote_plus
 
-from specdec.common.secrets import PASSWORD, Text, take_secrets
+from specdec.common.secrets import Text, find_secrets, pattern_parts
 from specdec.proxy.allowed import SCHEMA
 
 REDACTED = "[redacted]"
@@ -16,8 +16,9 @@ _SCHEMA_TYPES = ("string", "number", "integer", "boolean", "array", "object", "n
 
 # What a name ends with, in lower case and without "-", "_" and a plural's "s".
 _CREDENTIAL = re.compile(
-    rf"(?:{PASSWORD}|(?:api|admin|access|secret|private|subscription|auth)key|secret|credential"
-    r"|authorization|cookie|(?:access|api|auth|authorization|bearer|id|refresh|security|session)token)$"
+    rf"(?:{pattern_parts()['password']}|(?:api|admin|access|secret|private|subscription|auth)key"
+    r"|secret|credential|authorization|cookie"
+    r"|(?:access|api|auth|authorization|bearer|id|refresh|security|session)token)$"
 )
 # In headers and queries these are credentials too; in a body they are log probabilities and tools.
 _CREDENTIAL_OUTSIDE = re.compile(rf"{_CREDENTIAL.pattern}|(?:key|token|auth|sig|signature)$")
@@ -37,18 +38,18 @@ _KEY_LIKE = re.compile(r"(?=[^0-9]*[0-9])(?=[^A-Za-z]*[A-Za-z])[^\s,;=\"']{12,}|
 def secrets_outside(
     headers: Iterable[tuple[bytes, bytes]], query: bytes, named_only: bool = False
 ) -> frozenset[str]:
-    """Credentials in the headers and the query string of a request or an answer.
+    """Find credentials in the headers and the query string of a request or an answer.
 
     Args:
         headers: names and values.
         query: percent-encoded.
-        named_only: whether a value that only looks like a key stays, such as an answer's id.
+        named_only: pass over a value that only looks like a key, such as an answer's id.
     """
     found: list[str] = []
     for raw_name, raw_value in headers:
         name, value = raw_name.decode("latin-1").lower(), _decoded(raw_value).strip()
         if _is_named(name, _CREDENTIAL_OUTSIDE):
-            found += _cookies(value) if _plain(name).endswith("cookie") else _parts(value)
+            found += _cookies(value) if _plain(name).endswith("cookie") else _credentials(value)
         if not named_only and not _PUBLIC_HEADER.fullmatch(name):
             found += _KEY_LIKE.findall(value)
     for pair in re.split("[&;]", query.decode("latin-1")):
@@ -59,10 +60,10 @@ def secrets_outside(
 
 
 def secrets_inside(body: Any) -> frozenset[str]:
-    """Credentials in a JSON body, so that an answer that repeats them is redacted as well."""
-    found = _Redaction(())
-    found.apply(body)
-    return long_enough(part for secret in found.secrets for part in _parts(secret))
+    """Find credentials in a JSON body, so that an answer that repeats them is redacted as well."""
+    redaction = _Redaction(())
+    redaction.apply(body)
+    return long_enough(part for secret in redaction.secrets for part in _credentials(secret))
 
 
 def long_enough(texts: Iterable[str]) -> frozenset[str]:
@@ -71,14 +72,14 @@ def long_enough(texts: Iterable[str]) -> frozenset[str]:
 
 
 def redact(value: Any, secrets: Iterable[str]) -> Any:
-    """A JSON value without credentials.
+    """Remove credentials from a JSON value.
 
     What goes under a credential's name is replaced, as are keys of known forms and named passwords
     in any text, and the `secrets` and whatever was found, wherever they are repeated.
     """
-    found = _Redaction(secrets)
-    clean = found.apply(value)
-    return _Redaction(found.secrets, only_repeated=True).apply(clean)
+    redaction = _Redaction(secrets)
+    clean = redaction.apply(value)
+    return _Redaction(redaction.secrets, only_repeated=True).apply(clean)
 
 
 class _Redaction:
@@ -97,16 +98,7 @@ class _Redaction:
     def apply(self, value: Any, hide: bool = False) -> Any:
         """The value with `[redacted]` for credentials, or for all of it if it is to be hidden."""
         if isinstance(value, dict):
-            hide = hide and not _is_schema(value)
-            # {"name": "password", "value": "..."} names its value too.
-            names = [
-                each for key in ("name", "key", "header") if isinstance(each := value.get(key), str)
-            ]
-            says = any(_is_named(name, _CREDENTIAL) for name in names)
-            return {
-                self._text(key): self._member(key, each, hide or (says and key == "value"))
-                for key, each in value.items()
-            }
+            return self._object(value, hide and not _is_schema(value))
         if isinstance(value, list):
             return [self.apply(each, hide) for each in value]
         if hide and value != "" and type(value) in (str, int, float):
@@ -114,14 +106,22 @@ class _Redaction:
             return REDACTED
         return self._json(value) if isinstance(value, str) else value
 
-    def _member(self, key: str, value: Any, hide: bool) -> Any:
-        if not self._only_repeated:
-            is_key = isinstance(value, str) and _KEY_LIKE.fullmatch(value)
-            hide = hide or _is_named(key, _CREDENTIAL_OUTSIDE if is_key else _CREDENTIAL)
-        return self.apply(value, hide)
+    def _object(self, value: dict[str, Any], hide: bool) -> dict[str, Any]:
+        # {"name": "password", "value": "..."} names its value too.
+        names = [value.get(key) for key in ("name", "key", "header")]
+        names_value = any(isinstance(n, str) and _is_named(n, _CREDENTIAL) for n in names)
+        clean = {}
+        for key, each in value.items():
+            is_secret = hide or (names_value and key == "value")
+            if not self._only_repeated:
+                is_key = isinstance(each, str) and _KEY_LIKE.fullmatch(each)
+                pattern = _CREDENTIAL_OUTSIDE if is_key else _CREDENTIAL
+                is_secret = is_secret or _is_named(key, pattern)
+            clean[self._text(key)] = self.apply(each, is_secret)
+        return clean
 
     def _json(self, text: str) -> str:
-        """JSON in a string, as tool calls have it, is left as it was written if it is clean."""
+        """Redact JSON in a string, as tool calls have it; it stays as written if it is clean."""
         try:
             given = json.loads(text) if text.lstrip()[:1] in ("{", "[") else None
         except (ValueError, RecursionError):
@@ -135,7 +135,7 @@ class _Redaction:
         if self._only_repeated:
             return text
         read = Text(text)
-        take_secrets(read)
+        find_secrets(read)
         found = [text[start:end] for start, end, _ in read.found]
         # Of a login in a URL, the password alone as well.
         self.secrets.update(found, (each.partition(":")[2] for each in found))
@@ -155,8 +155,8 @@ def _cookies(value: str) -> list[str]:
     return [value for value in values if len(value) >= _SHORTEST_COOKIE]
 
 
-def _parts(value: str) -> list[str]:
-    """A credential as it stands, without its scheme, and what is encoded in it."""
+def _credentials(value: str) -> list[str]:
+    """A credential as it stands, or without its scheme, and what is encoded in it."""
     scheme, _, token = value.partition(" ")
     if scheme.lower() not in _SCHEMES:
         return [value]
@@ -177,6 +177,6 @@ def _plain(name: str) -> str:
 
 
 def _is_schema(value: dict[str, Any]) -> bool:
-    """A tool's description of a parameter that is called, say, "password", without its values."""
+    """Tell a tool's parameter that is called, say, "password", without any values."""
     is_typed = value.get("type") in _SCHEMA_TYPES or "$ref" in value
     return is_typed and value.keys() <= SCHEMA.keys() - {"enum"}
