@@ -1,9 +1,14 @@
 """The command itself, and what its parts share: exit statuses and progress."""
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, Literal, get_args, get_origin
 
 import typer
+
+from specdec.common.config import Config, validated
 
 app = typer.Typer(
     add_completion=False,
@@ -76,3 +81,49 @@ def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
             progress.update(task, completed=done, total=total, description=text)
 
         yield show
+
+
+def options_from(model: type[Config], parameter: str) -> Callable[[Callable[..., None]], Any]:
+    """Give a command an option for each field of a config, which it gets as one argument.
+
+    Args:
+        model: the descriptions of its fields are the help; it checks the values.
+        parameter: name of the command's argument that takes the config.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            fields = {name: given.pop(name) for name in model.model_fields}
+            command(**given, **{parameter: validated(model, fields, "option")})
+
+        own = inspect.signature(command, eval_str=True).parameters
+        options = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=typer.Option(
+                    ... if field.is_required() else field.default, help=field.description
+                ),
+                annotation=_plain_type(field.annotation),
+            )
+            for name, field in model.model_fields.items()
+        ]
+        kept = [
+            each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for name, each in own.items()
+            if name != parameter
+        ]
+        run.__signature__ = inspect.Signature([*kept, *options])  # type: ignore[attr-defined]
+        run.__annotations__ = {each.name: each.annotation for each in (*kept, *options)}
+        return run
+
+    return decorate
+
+
+def _plain_type(annotation: Any) -> Any:
+    """The type of a field as typer takes it: the config checks the choices."""
+    if get_origin(annotation) is Literal:
+        return str
+    kinds = [_plain_type(kind) for kind in get_args(annotation)]
+    return functools.reduce(lambda one, other: one | other, kinds) if kinds else annotation

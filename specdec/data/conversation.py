@@ -1,26 +1,26 @@
-"""What a record asks: requests to OpenAI-style endpoints, conversations, and plain questions."""
+"""Queries: what a record of a log asks, and the folders and files that hold what was asked."""
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import ConfigDict
+
+from specdec.bench.prompts import read_lines
+from specdec.common.config import Config, validated
 from specdec.common.messages import Message
 
-TURNS = ("all", "last", "first")
-_ROLES = {
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bard": "assistant",
-    "bing": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "developer": "system",
+_ROLE_NAMES = {
+    "user": "user human",
+    "assistant": "assistant gpt chatgpt bard bing model",
+    "system": "system developer",
+    "tool": "tool function function_call observation ipython",
 }
-_TOOL_ROLES = {"tool", "function", "function_call", "observation", "ipython"}
+_ROLES = {name: role for role, names in _ROLE_NAMES.items() for name in names.split()}
 _CONVERSATION_KEYS = ("conversations", "conversation")
 _QUESTION_KEYS = ("prompt", "question", "query", "text")
 _ANSWER_KEYS = ("answer", "response", "completion", "output")
@@ -50,7 +50,7 @@ class Asked:
 
 
 def asked_in(record: Any, turns: str = "all") -> Iterator[Asked]:
-    """The queries of one record.
+    """Find the queries of one record.
 
     A request is one query, up to its last user turn. A conversation (ShareGPT, or messages that an
     answer ends) was a request at each of its user turns.
@@ -58,7 +58,7 @@ def asked_in(record: Any, turns: str = "all") -> Iterator[Asked]:
     Args:
         record: a request, `{"request": ..., "response": ...}`, a line of a batch, a conversation,
             an object with a question, or the question itself.
-        turns: of a conversation, those that become queries, one of `TURNS`.
+        turns: user turns of a conversation that become queries: "all", "last" or "first".
 
     Raises:
         NoQueryError: nothing to ask a text model.
@@ -67,12 +67,30 @@ def asked_in(record: Any, turns: str = "all") -> Iterator[Asked]:
     if isinstance(record, str):
         yield _question(record)
     elif isinstance(record, list):
-        yield from _turns(record, None, turns)
+        yield from _at_user_turns(record, None, turns)
     elif isinstance(record, dict):
-        body, response, is_request = _unwrapped(record)
-        yield from _asked(body, response, is_request or "model" in body, turns)
+        yield from _asked_in_object(record, turns)
     else:
         raise ValueError(f"a record must be an object or text, not {type(record).__name__}")
+
+
+def _asked_in_object(record: dict[str, Any], turns: str) -> Iterator[Asked]:
+    body, response, is_wrapped = _unwrapped(record)
+    is_request = is_wrapped or "model" in body
+    answer = _answer(response)
+    conversation = next((body[key] for key in _CONVERSATION_KEYS if key in body), None)
+    if "messages" in body:
+        messages = _list(body["messages"], "messages")
+        ends_open = not messages or _role(messages[-1]) != "assistant"
+        yield from _at_user_turns(messages, answer, "last" if is_request or ends_open else turns)
+    elif conversation is not None:
+        yield from _at_user_turns(_list(conversation, "conversations"), None, turns)
+    elif not is_request:
+        yield _plain(body)
+    elif "prompt" in body:
+        yield from _completions(body["prompt"], answer)
+    else:
+        raise NoQueryError("other_request")
 
 
 def _unwrapped(record: dict[str, Any]) -> tuple[dict[str, Any], Any, bool]:
@@ -83,32 +101,11 @@ def _unwrapped(record: dict[str, Any]) -> tuple[dict[str, Any], Any, bool]:
         raise ValueError(f"its request is {type(inner).__name__} but must be an object")
     if inner is record and isinstance(record.get("response"), dict):
         raise ValueError("it holds a response without its request; give the file of the requests")
-    if _is_refused(record.get("status")):
+    status = record.get("status")
+    if isinstance(status, int) and 400 <= status < 500 and status not in _NOT_ITS_FAULT:
         raise NoQueryError("refused")
-    whole = record.get("complete") is not False  # a recorded stream may have broken off
-    return inner, record.get("response") if whole else None, inner is not record
-
-
-def _is_refused(status: Any) -> bool:
-    """Whether the server answers so to a request that is wrong in itself."""
-    return isinstance(status, int) and 400 <= status < 500 and status not in _NOT_ITS_FAULT
-
-
-def _asked(body: dict[str, Any], response: Any, is_request: bool, turns: str) -> Iterator[Asked]:
-    conversation = next((body[key] for key in _CONVERSATION_KEYS if key in body), None)
-    if "messages" in body:
-        messages = _list(body["messages"], "messages")
-        ends_open = not messages or _role(messages[-1]) != "assistant"
-        only = "last" if is_request or ends_open else turns
-        yield from _turns(messages, _answer(response), only)
-    elif conversation is not None:
-        yield from _turns(_list(conversation, "conversations"), None, turns)
-    elif is_request:
-        if "prompt" not in body:
-            raise NoQueryError("other_request")
-        yield from _completions(body["prompt"], _answer(response))
-    else:
-        yield _plain(body)
+    is_whole = record.get("complete") is not False  # a recorded stream may have broken off
+    return inner, record.get("response") if is_whole else None, inner is not record
 
 
 def _completions(prompt: Any, answer: str | None) -> Iterator[Asked]:
@@ -147,7 +144,7 @@ def _question(text: Any, answer: str | None = None) -> Asked:
     return Asked(({"role": "user", "content": text},), answer=answer)
 
 
-def _turns(turns: list[Any], answer: str | None, chosen: str) -> Iterator[Asked]:
+def _at_user_turns(turns: list[Any], answer: str | None, chosen: str) -> Iterator[Asked]:
     """One query for each user turn that is chosen, with the turn behind it as its answer."""
     roles = [_role(turn) for turn in turns]
     # A piece cut from a longer conversation may begin with an answer to nothing.
@@ -173,8 +170,6 @@ def _reply(turns: list[Any]) -> str | None:
 
 def _role(turn: Any) -> str:
     given = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
-    if isinstance(given, str) and given in _TOOL_ROLES:
-        return "tool"
     if not isinstance(given, str) or given not in _ROLES:
         raise ValueError(f"a turn has the role {given!r} but must be of {sorted(_ROLES)}")
     return _ROLES[given]
@@ -211,18 +206,17 @@ def _list(value: Any, name: str) -> list[Any]:
 
 def _answer(response: Any) -> str | None:
     """What the endpoint answered first; None where it is not in the record."""
-    if isinstance(response, str):
-        return response
-    if not isinstance(response, dict):
-        return None
-    if isinstance(response.get("body"), dict):
-        return _answer(response["body"])
-    choices = response.get("choices")
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        return None
-    message = choices[0].get("message")
-    found = message.get("content") if isinstance(message, dict) else choices[0].get("text")
-    return found if isinstance(found, str) else None
+    if isinstance(response, dict) and isinstance(response.get("body"), dict):
+        response = response["body"]
+    if isinstance(response, dict):
+        choices = response.get("choices")
+        first = choices[0] if isinstance(choices, list) and choices else None
+        message = first.get("message") if isinstance(first, dict) else None
+        if isinstance(message, dict):
+            response = message.get("content")
+        else:
+            response = first.get("text") if isinstance(first, dict) else None
+    return response if isinstance(response, str) else None
 
 
 SPLITS = ("train", "held_out")
@@ -236,7 +230,7 @@ class Query:
         id: hash of the text; the same query has the same one wherever it was found.
         messages: the chat up to a user's turn; empty for a completion.
         text: the raw prompt of a completion; empty for a chat.
-        answer: that was recorded with it, for reference; drafters are never trained on it.
+        answer: recorded answer, for reference; drafters are never trained on it.
         domain: a tag that splits and results are told apart by; may be empty.
         language: ISO 639 code; may be empty.
         source: the file and line, or the data set and row, that it came from.
@@ -254,7 +248,7 @@ class Query:
 
     @property
     def last_turn(self) -> str:
-        """What is asked last; of a completion, all of it."""
+        """The turn that is asked last; all of a completion."""
         return self.messages[-1]["content"] if self.messages else self.text
 
 
@@ -277,7 +271,7 @@ def write_queries(queries: dict[str, list[Query]], folder: Path) -> None:
 
 
 def read_queries(folder: Path, split: str) -> list[Query]:
-    """The queries of one split of a folder that `specdec collect` wrote.
+    """Read one split of a folder that `specdec collect` wrote.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -296,3 +290,80 @@ def read_queries(folder: Path, split: str) -> list[Query]:
             "folder that collect wrote"
         ) from error
     return [Query(**{**row, "messages": tuple(row["messages"])}) for row in rows]
+
+
+class _Turn(Config):
+    model_config = ConfigDict(extra="ignore")
+
+    role: str
+    content: str
+
+
+class _Row(Config):
+    model_config = ConfigDict(extra="ignore")
+
+    id: Any = None
+    messages: list[_Turn] | None = None
+    text: str | None = None
+    split: Literal["train", "held_out"] = "train"
+    domain: Any = None
+    language: Any = None
+
+    def query(self, given: dict[str, Any]) -> Query:
+        if (self.messages is None) == (self.text is None):
+            raise ValueError('it needs either "messages" or "text"')
+        whole = json.dumps([given.get("messages"), given.get("text")], sort_keys=True)
+        return Query(
+            id=str(self.id or hashlib.sha256(whole.encode()).hexdigest()[:16]),
+            messages=tuple(turn.model_dump() for turn in self.messages or ()),
+            text=self.text or "",
+            domain=str(self.domain or ""),
+            language=str(self.language or ""),
+        )
+
+
+def read_query_splits(path: Path) -> dict[str, list[Query]]:
+    """Read the queries of every split.
+
+    A line of a JSONL file holds `messages` (`{"role", "content"}` each) or `text`, and may hold
+    `id`, `domain`, `language` and `split` ("train" or "held_out"; train if it is missing).
+
+    Args:
+        path: a folder as `write_queries` makes it, or a file.
+
+    Raises:
+        FileNotFoundError: there is nothing there.
+        ValueError: it is no such folder or file, holds no query, or one id twice.
+    """
+    if path.is_dir():
+        if find_spec("datasets") is None:
+            raise ValueError(
+                "a folder of collected queries needs datasets; install it with: "
+                "pip install 'specdec[collect]'"
+            )
+        splits = {split: read_queries(path, split) for split in SPLITS}
+    elif path.is_file():
+        splits = {split: [] for split in SPLITS}
+        for number, row in enumerate(read_lines(path), 1):
+            try:
+                given = validated(_Row, row, "its")
+                splits[given.split].append(given.query(row))
+            except ValueError as error:
+                raise ValueError(f"{path}, query {number}: {error}") from error
+    else:
+        raise FileNotFoundError(
+            f"{str(path)!r} does not exist; give a folder that collect wrote, or a JSONL file"
+        )
+    _check_ids([query.id for queries in splits.values() for query in queries], path)
+    return splits
+
+
+def _check_ids(ids: list[str], path: Path) -> None:
+    if not ids:
+        raise ValueError(f"{str(path)!r} holds no queries; give at least one")
+    if len(set(ids)) < len(ids):
+        twice = next(name for place, name in enumerate(ids) if name in ids[:place])
+        raise ValueError(
+            f"{str(path)!r} holds the query {twice!r} twice; remove one: answers are kept "
+            "by id, and a query in two splits would be trained on and held out"
+        )

@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-import re
 import time
 import uuid
 import zlib
@@ -11,13 +10,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Annotated
 
-from pydantic import BeforeValidator, Field
-
-from specdec.common.config import Config
 from specdec.proxy.allowed import REQUEST, RESPONSE, keep
+from specdec.proxy.config import ProxyConfig, parse_size
 from specdec.proxy.records import (
     Record,
     RecordFiles,
@@ -31,45 +26,6 @@ from specdec.proxy.streams import Inflater, JoinedAnswer, PlainAnswer, parse_obj
 
 Headers = list[tuple[bytes, bytes]]
 Say = Callable[[str], None]
-
-_UNITS = {unit: 1024**power for power, unit in enumerate(("", "k", "m", "g", "t"))}
-
-
-def parse_size(given: str | int) -> int:
-    """Bytes from "4096", "512K", "8M", "256MiB" or "1.5G"; units are powers of 1024.
-
-    Raises:
-        ValueError: no such size.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", str(given).strip().lower())
-    if found is None:
-        raise ValueError(f"{given!r} is no size; give bytes or a unit, as 8M, 256MiB or 1.5G")
-    return int(float(found[1]) * _UNITS[found[2]])
-
-
-Size = Annotated[int, Field(ge=1), BeforeValidator(parse_size)]
-
-
-class RecordingConfig(Config):
-    """Settings of a recording; sizes are numbers of bytes or text such as "8M"."""
-
-    out: Annotated[Path, Field(description="folder for requests-00001.jsonl and so on")]
-    sample: Annotated[float, Field(ge=0, le=1, description="share of requests to record")] = 1.0
-    max_body: Annotated[
-        Size, Field(description="size above which requests and answers are served, not recorded")
-    ] = parse_size("8M")
-    max_file: Annotated[Size, Field(description="size at which the next file begins")] = parse_size(
-        "256M"
-    )
-    max_total: Annotated[
-        Size, Field(description="size of all files at which recording stops; serving goes on")
-    ] = parse_size("10G")
-    max_held: Annotated[
-        Size, Field(description="memory for requests and answers that are not written yet")
-    ] = parse_size("256M")
-    max_wait_s: Annotated[
-        float, Field(ge=0, description="longest wait of an answer's end for its record, in seconds")
-    ] = 2.0
 
 
 def header(headers: Headers, name: bytes) -> str:
@@ -224,11 +180,13 @@ class Recorder:
     Its state changes in the event loop's thread alone.
 
     Args:
-        config: settings of the recording.
+        config: share, limits and sizes of what is recorded.
         files: where records go.
         secrets: texts that no record may hold, besides each request's own credentials.
         say: takes what the operator has to know, a line at a time.
         chance: decides which requests are sampled.
+        max_held_bytes: memory for requests and answers that are not written yet.
+        max_wait_s: longest wait of an answer's end for its record, in seconds.
 
     Attributes:
         files: where records go.
@@ -239,18 +197,21 @@ class Recorder:
 
     def __init__(
         self,
-        config: RecordingConfig,
+        config: ProxyConfig,
         files: RecordFiles,
         secrets: frozenset[str],
         say: Say,
         chance: random.Random | None = None,
+        max_held_bytes: int = 256 * 1024**2,
+        max_wait_s: float = 2.0,
     ) -> None:
         self.files = files
-        self.budget = Budget(config.max_body, config.max_held)
+        self.budget = Budget(parse_size(config.max_body), max_held_bytes)
         self.recorded = 0
         self.trouble = ""
         self.last_error = ""
         self._config = config
+        self._max_wait_s = max_wait_s
         self._secrets = secrets
         self._say = say
         self._chance = chance or random.Random()
@@ -277,7 +238,7 @@ class Recorder:
             writing.add_done_callback(lambda done: self._written(exchange, done))
         if exchange.id in self._pending:
             # A disk that hangs must not hang the client.
-            await asyncio.wait([self._pending[exchange.id]], timeout=self._config.max_wait_s)
+            await asyncio.wait([self._pending[exchange.id]], timeout=self._max_wait_s)
 
     async def close(self) -> None:
         """Write what is waiting, and give the folder free."""
@@ -298,7 +259,7 @@ class Recorder:
         exchange.release()
         error = done.exception()
         if isinstance(error, TotalReachedError):
-            self._stop("--max-total reached", f"{self._config.max_total} bytes are on the disk")
+            self._stop("--max-total reached", f"{self._config.max_total} are on the disk")
         elif isinstance(error, OSError):
             self._stop("disk cannot be written", str(error))
         elif error is not None:

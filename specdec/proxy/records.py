@@ -92,7 +92,6 @@ class RecordFiles:
         max_total_bytes: size of all files together.
 
     Attributes:
-        path: the file that the next line goes to, unless it is full.
         total_bytes: size of all files.
 
     Raises:
@@ -111,6 +110,7 @@ class RecordFiles:
 
     @property
     def path(self) -> Path:
+        """The file that the next line goes to, unless it is full."""
         return self._folder / f"requests-{self._number:05d}.jsonl"
 
     def append(self, line: bytes) -> None:

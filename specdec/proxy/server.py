@@ -1,6 +1,7 @@
 """Listen, refuse what must not pass, tell the state, and come to an orderly end."""
 
 import ipaddress
+import os
 import socket
 import unicodedata
 from collections.abc import AsyncIterator
@@ -14,8 +15,9 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from specdec.proxy.config import ProxyConfig, parse_size
 from specdec.proxy.forwarding import Forwarder, Upstream, refusal
-from specdec.proxy.recorder import Recorder, RecordingConfig, Say
+from specdec.proxy.recorder import Recorder, Say
 from specdec.proxy.records import RecordFiles
 
 _METHODS_OF_PROXIES = ("CONNECT", "TRACE")
@@ -127,26 +129,28 @@ def build_application(
     return Guard(router, hosts)
 
 
-def serve(
-    upstream: Upstream, config: RecordingConfig, host: str, port: int, drain_s: int, say: Say
-) -> None:
-    """Serve until SIGTERM or Ctrl-C; then streams that run may end within `drain_s` seconds.
+def serve(config: ProxyConfig, say: Say) -> None:
+    """Serve until SIGTERM or Ctrl-C; then answers that run may end within the time to drain.
 
     Args:
-        upstream: the server behind the proxy.
-        config: settings of the recording.
-        host: address to listen on.
-        port: port to listen on; 0 takes a free one.
-        drain_s: longest wait for running answers at the end, in seconds.
+        config: settings of the proxy.
         say: takes what the operator has to know, a line at a time.
 
     Raises:
-        ValueError: another proxy records into the same folder.
+        ValueError: a wrong upstream, or another proxy that records into the same folder.
         OSError: the folder cannot be written, or the address is taken.
     """
-    files = RecordFiles(config.out, config.max_file, config.max_total)
+    login = os.environ.get(config.upstream_key_env or "", "").strip()
+    if config.upstream_key_env and not login:
+        raise ValueError(
+            "the environment variable that --upstream-key-env names is empty or not set; export "
+            "the server's key under a name and give that name"
+        )
+    host = config.host
+    upstream = Upstream(config.upstream, config.connect_timeout, login)
+    files = RecordFiles(config.out, parse_size(config.max_file), parse_size(config.max_total))
     recorder = Recorder(config, files, upstream.secrets, say)
-    with listen(host, port) as listener:
+    with listen(host, config.port) as listener:
         shown = f"[{host}]" if ":" in host else host
         taken = listener.getsockname()[1]
         say(f"recording http://{shown}:{taken} -> {upstream.url} into {config.out}")
@@ -158,7 +162,7 @@ def serve(
         server = uvicorn.Config(
             build_application(upstream, recorder, say, hosts),
             http="h11",  # it bounds the size of a request's head
-            timeout_graceful_shutdown=drain_s,
+            timeout_graceful_shutdown=config.drain,
             # The answers' headers are the upstream's own.
             server_header=False,
             date_header=False,
