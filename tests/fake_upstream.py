@@ -9,7 +9,7 @@ import anyio
 import httpx
 import uvicorn
 from starlette.requests import Request
-from starlette.responses import StreamingResponse
+from starlette.responses import JSONResponse, StreamingResponse
 
 from specdec.proxy.recorder import Recorder
 from specdec.proxy.server import listen
@@ -134,6 +134,15 @@ def streaming(pieces, **options):
 
     async def respond(request):
         return StreamingResponse(run(), **{"media_type": "text/event-stream", **options})
+
+    return respond
+
+
+def json_answer(body, status=200, **headers):
+    """An answer that is sent whole."""
+
+    async def respond(request):
+        return JSONResponse(body, status, headers)
 
     return respond
 

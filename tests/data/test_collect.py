@@ -3,19 +3,19 @@
 import csv
 import errno
 import json
-from pathlib import Path
+import os
+import stat
 
 import pytest
 from datasets import Dataset, DatasetDict
-from json_schema import violations
 from typer.testing import CliRunner
 
 from specdec.cli import app
-from specdec.data.collect import CollectSettings, collect
+from specdec.common.config import read_model
+from specdec.data.collect import collect
+from specdec.data.collection import CollectReport, CollectSettings
 from specdec.data.conversation import SPLITS, read_queries
 
-ROOT = Path(__file__).parent.parent.parent
-SCHEMA = json.loads((ROOT / "docs" / "collect.schema.json").read_text())
 DISHES = ("pasta", "sushi", "borscht", "mole", "couscous", "pho", "paella", "ramen", "goulash")
 ASKS = ("How long do I cook {}?", "Which wine goes with {}?", "Where was {} invented, and by whom?")
 QUESTIONS = [
@@ -27,15 +27,24 @@ def run(*arguments):
     return CliRunner().invoke(app, ["collect", *map(str, arguments)])
 
 
-def summary(result):
+def summary(*arguments):
+    result = run(*arguments)
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def requests(path, questions=QUESTIONS, **more):
-    rows = ({"model": "m", "messages": [{"role": "user", "content": q}], **more} for q in questions)
+def report_of(folder):
+    return read_model(CollectReport, folder / "collect.json")
+
+
+def lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def requests(path, questions=QUESTIONS):
+    rows = [{"model": "m", "messages": [{"role": "user", "content": q}]} for q in questions]
+    return lines(path, rows)
 
 
 def kept(folder):
@@ -51,166 +60,165 @@ def log(tmp_path):
     return requests(tmp_path / "log.jsonl")
 
 
-def test_a_log_becomes_a_folder_with_card_and_report(log, tmp_path):
-    out = tmp_path / "q"
-    last = summary(run(log, "--out", out, "--domain", "food", "--tag-language"))
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "q"
+
+
+@pytest.fixture
+def open_umask():
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+def test_log_becomes_a_private_folder_with_card(log, out, open_umask):
+    last = summary(log, "--out", out, "--domain", "food", "--tag-language")
     assert everything(out) == sorted(QUESTIONS)
-    report = json.loads((out / "collect.json").read_text())
-    assert violations(report, SCHEMA) == []
-    assert last["kept"] == report["kept"] == {s: len(texts) for s, texts in kept(out).items()}
-    assert report["kept"]["held_out"] > 0
-    assert report["domains"] == {"food": report["kept"]}
-    assert report["languages"]["en"] > len(QUESTIONS) / 2
+    report = report_of(out)
+    counts = report.kept.model_dump()
+    assert last["kept"] == counts == {s: len(texts) for s, texts in kept(out).items()}
+    assert report.kept.held_out > 0
+    assert report.domains == {"food": report.kept}
+    assert report.languages["en"] > len(QUESTIONS) / 2
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlanguage:\n- en\n")
-    assert f"| food | {report['kept']['train']} | {report['kept']['held_out']} |" in card
+    assert f"| food | {report.kept.train} | {report.kept.held_out} |" in card
     query = read_queries(out, "train")[0]
     assert (query.domain, query.source.rpartition(":")[0]) == ("food", str(log))
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in [out, *out.rglob("*")]}
+    assert modes == {path: 0o700 if path.is_dir() else 0o600 for path in modes}
 
 
-def test_recorded_answers_are_kept_for_reference(tmp_path):
-    log = tmp_path / "log.jsonl"
+def test_recorded_answers_are_kept_masked(tmp_path, out):
     request = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
     response = {"choices": [{"message": {"content": "Write to a@b.example"}}]}
-    log.write_text(json.dumps({"request": request, "response": response}))
-    summary(run(log, "--out", tmp_path / "q", "--held-out", 0))
-    assert read_queries(tmp_path / "q", "train")[0].answer == "Write to <EMAIL>"
+    log = lines(tmp_path / "log.jsonl", [{"request": request, "response": response}])
+    summary(log, "--out", out, "--held-out", 0)
+    assert read_queries(out, "train")[0].answer == "Write to <EMAIL>"
 
 
-@pytest.mark.parametrize("kind", ["txt", "csv", "tsv", "parquet", "saved", "folder", "sharegpt"])
-def test_every_source_gives_the_same_queries(tmp_path, kind):
-    source, options = tmp_path / f"source.{kind}", []
+def source_of_kind(folder, kind):
+    """A source that asks the questions, and the options that it needs."""
+    source = folder / f"source.{kind}"
     if kind == "txt":
         source.write_text("\n".join(QUESTIONS))
-    elif kind in ("csv", "tsv"):
+        return source, []
+    if kind in ("csv", "tsv"):
         with source.open("w", newline="") as file:
             writer = csv.writer(file, delimiter="," if kind == "csv" else "\t")
             writer.writerows([("no", "asked"), *enumerate(QUESTIONS)])
-        options = ["--column", "asked"]
-    elif kind == "parquet":
+        return source, ["--column", "asked"]
+    if kind == "parquet":
         Dataset.from_dict({"asked": QUESTIONS}).to_parquet(source)
-    elif kind == "saved":
-        splits = {
-            "train": Dataset.from_dict({"x": ["no"]}),
-            "dev": Dataset.from_dict({"x": QUESTIONS}),
-        }
+        return source, []
+    if kind == "saved":
+        texts = {"train": ["no"], "dev": QUESTIONS}
+        splits = {split: Dataset.from_dict({"x": each}) for split, each in texts.items()}
         DatasetDict(splits).save_to_disk(source)
-        options = ["--split", "dev", "--column", "x"]
-    elif kind == "folder":
+        return source, ["--split", "dev", "--column", "x"]
+    if kind == "folder":
         source.mkdir()
         requests(source / "requests-00001.jsonl", QUESTIONS[:20])
         requests(source / "requests-00002.jsonl", QUESTIONS[20:])
         (source / "notes.txt").write_text("not a query")
-    else:
-        source = tmp_path / "source.json"
-        turns = [[{"from": "human", "value": q}, {"from": "gpt", "value": "ok"}] for q in QUESTIONS]
-        source.write_text(json.dumps([{"conversations": turn} for turn in turns]))
-    summary(run(source, "--out", tmp_path / "q", *options))
-    assert everything(tmp_path / "q") == sorted(QUESTIONS)
+        return source, []
+    turns = [[{"from": "human", "value": q}, {"from": "gpt", "value": "ok"}] for q in QUESTIONS]
+    (folder / "source.json").write_text(json.dumps([{"conversations": turn} for turn in turns]))
+    return folder / "source.json", []
 
 
-def test_a_query_stays_in_its_split_whatever_else_is_collected(tmp_path):
+@pytest.mark.parametrize("kind", ["txt", "csv", "tsv", "parquet", "saved", "folder", "sharegpt"])
+def test_every_source_gives_the_same_queries(tmp_path, out, kind):
+    source, options = source_of_kind(tmp_path, kind)
+    summary(source, "--out", out, *options)
+    assert everything(out) == sorted(QUESTIONS)
+
+
+def test_query_keeps_its_split_in_any_collection(tmp_path):
     half = requests(tmp_path / "half.jsonl", QUESTIONS[::2])
     shouted = requests(tmp_path / "all.jsonl", [q.upper() for q in reversed(QUESTIONS)])
-    summary(run(half, "--out", tmp_path / "half", "--domain", "a"))
-    summary(run(shouted, "--out", tmp_path / "all", "--domain", "b", "--seed", 7))
+    summary(half, "--out", tmp_path / "half", "--domain", "a")
+    summary(shouted, "--out", tmp_path / "all", "--domain", "b", "--seed", 7)
     before, after = kept(tmp_path / "half"), kept(tmp_path / "all")
     for split in SPLITS:
         assert {q.upper() for q in before[split]} <= set(after[split])
 
 
-def test_turns_of_a_conversation_share_a_split(tmp_path):
-    source = tmp_path / "chats.jsonl"
-    chats = []
-    for question in QUESTIONS:
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "Let me see."}]
-        chats.append([*turns, {"from": "human", "value": f"{question[:9]} again"}])
-    source.write_text("\n".join(json.dumps({"conversations": turns}) for turns in chats))
-    last = summary(run(source, "--out", tmp_path / "q", "--near-duplicates", 0))
+def test_turns_of_a_conversation_share_a_split(tmp_path, out):
+    chats = [
+        [
+            {"from": "human", "value": question},
+            {"from": "gpt", "value": "Let me see."},
+            {"from": "human", "value": f"{question[:9]} again"},
+        ]
+        for question in QUESTIONS
+    ]
+    source = lines(tmp_path / "chats.jsonl", [{"conversations": turns} for turns in chats])
+    last = summary(source, "--out", out, "--near-duplicates", 0)
     assert sum(last["kept"].values()) == 2 * len(QUESTIONS)
-    names = [{q.conversation for q in read_queries(tmp_path / "q", split)} for split in SPLITS]
+    names = [{q.conversation for q in read_queries(out, split)} for split in SPLITS]
     assert not names[0] & names[1]
 
 
-def test_a_smaller_draw_is_part_of_a_larger_one(log, tmp_path):
+def test_smaller_draw_is_part_of_a_larger(log, tmp_path):
     drawn = {}
     for num in (5, 20):
-        assert (
-            sum(summary(run(log, "--out", tmp_path / str(num), "--num", num))["kept"].values())
-            == num
-        )
+        last = summary(log, "--out", tmp_path / str(num), "--num", num)
+        assert sum(last["kept"].values()) == num
         drawn[num] = set(everything(tmp_path / str(num)))
     assert drawn[5] < drawn[20]
     result = run(log, "--out", tmp_path / "more", "--num", 1000)
     assert f"{len(QUESTIONS)} queries were there, fewer than num=1000" in result.stderr
 
 
-def test_what_is_dropped_is_counted_by_reason(tmp_path):
-    log = tmp_path / "log.jsonl"
-    long = "word " * 50
-    texts = ["Where is my order?", "Where is my order?", "where is  my order??", " ", long]
+def test_drops_are_counted_by_reason(tmp_path, out):
+    texts = ["Where is my order?", "Where is my order?", "where is  my order??", " ", "word " * 50]
     messages = [[{"role": "user", "content": text}] for text in texts]
     messages.append([{"role": "system", "content": "x"}])
-    log.write_text("\n".join(json.dumps({"messages": each}) for each in messages) + "\n{oops")
-    out = tmp_path / "q"
-    last = summary(run(log, "--out", out, "--max-chars", 100))
-    assert last["dropped"] == {
-        "malformed": 1,
-        "no_user_turn": 1,
-        "too_short": 1,
-        "too_long": 1,
-        "duplicate": 1,
-        "near_duplicate": 1,
-    }
-    report = json.loads((out / "collect.json").read_text())
-    assert violations(report, SCHEMA) == []
-    bad = report["dropped"]["malformed"]["examples"]
-    assert (bad[0]["where"], bad[0]["quote"]) == (f"{log}:7", "{oops")
-    kept_both = summary(run(log, "--out", tmp_path / "r", "--near-duplicates", 0))
+    log = lines(tmp_path / "log.jsonl", [{"messages": each} for each in messages])
+    with log.open("a") as file:
+        file.write("{oops")
+    reasons = "malformed no_user_turn too_short too_long duplicate near_duplicate"
+    last = summary(log, "--out", out, "--max-chars", 100)
+    assert last["dropped"] == dict.fromkeys(reasons.split(), 1)
+    (bad,) = report_of(out).dropped["malformed"].examples
+    assert (bad.where, bad.quote) == (f"{log}:7", "{oops")
+    assert "| lines that are no record | 1 | {oops |" in (out / "README.md").read_text()
+    kept_both = summary(log, "--out", tmp_path / "r", "--near-duplicates", 0)
     assert sum(kept_both["kept"].values()) == 3
 
 
-def test_masking_can_be_turned_off_but_quotes_stay_masked(tmp_path):
+def test_quotes_stay_masked_where_queries_are_not(tmp_path, out):
     log = tmp_path / "log.txt"
     log.write_text("Mail me at jane@doe.example\nMail me at jane@doe.example\n")
-    masked = summary(run(log, "--out", tmp_path / "q"))
-    assert everything(tmp_path / "q") == ["Mail me at <EMAIL>"]
-    bare = summary(run(log, "--out", tmp_path / "r", "--no-mask"))
+    masked = summary(log, "--out", out)
+    assert everything(out) == ["Mail me at <EMAIL>"]
+    bare = summary(log, "--out", tmp_path / "r", "--no-mask")
     assert everything(tmp_path / "r") == ["Mail me at jane@doe.example"]
     assert masked["dropped"] == bare["dropped"] == {"duplicate": 1}
     for name in ("collect.json", "README.md"):
         assert "jane" not in (tmp_path / "r" / name).read_text()
 
 
-def test_halves_of_characters_are_replaced(tmp_path):
-    log = tmp_path / "log.jsonl"
+def test_halves_of_characters_are_replaced(tmp_path, out):
+    log = tmp_path / os.fsdecode(b"log\xff.jsonl")
     log.write_text('{"text": "cut emoji \\ud83d", "answer": "\\ud83d"}\n{"messages": "\\ud83d"}')
-    summary(run(log, "--out", tmp_path / "q", "--held-out", 0, "--no-mask"))
-    query = read_queries(tmp_path / "q", "train")[0]
+    collect([str(log)], out, CollectSettings(held_out=0, mask=False))
+    query = read_queries(out, "train")[0]
     assert (query.last_turn, query.answer) == ("cut emoji ?", "?")
 
 
-def test_too_many_malformed_lines_stop_the_run_and_say_where(tmp_path):
-    log = requests(tmp_path / "log.jsonl")
+def test_too_many_malformed_lines_stop_the_run(log, tmp_path, out):
     with log.open("a") as file:
         file.write('{"key": "sk-abcdefghijklmnop1234567890", cut\n' * 3)
-    result = run(log, "--out", tmp_path / "q", "--max-bad", 2)
+    result = run(log, "--out", out, "--max-bad", 2)
     assert result.exit_code == 2
     assert f"{log}:{len(QUESTIONS) + 3}: not JSON" in result.stderr
     assert "<API_KEY>" in result.stderr
     assert "sk-abc" not in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
-    assert summary(run(log, "--out", tmp_path / "q", "--max-bad", 3))["dropped"]["malformed"] == 3
-
-
-def test_a_file_of_something_else_says_what_was_wrong_with_it(tmp_path):
-    source = tmp_path / "a.csv"
-    source.write_text("a,b\n1,2\n")
-    result = run(source, "--out", tmp_path / "q")
-    assert result.exit_code == 2
-    assert "no query is left (1 malformed)" in result.stderr
-    assert "or be named as column" in result.stderr
-    assert not (tmp_path / "q").exists()
+    assert summary(log, "--out", out, "--max-bad", 3)["dropped"]["malformed"] == 3
 
 
 FULL_DISK = OSError(errno.ENOSPC, "No space left on device")
@@ -221,12 +229,11 @@ FULL_DISK = OSError(errno.ENOSPC, "No space left on device")
     ("error", "status", "message"),
     [(FULL_DISK, 1, "no space left in"), (KeyboardInterrupt(), 130, "same")],
 )
-def test_a_run_that_ends_while_writing_leaves_the_folder_as_it_was(
-    log, tmp_path, monkeypatch, there, error, status, message
+def test_interrupted_write_leaves_the_folder_as_it_was(
+    log, tmp_path, out, monkeypatch, there, error, status, message
 ):
-    out = tmp_path / "q"
     if there:
-        summary(run(requests(tmp_path / "first.jsonl", QUESTIONS[:5]), "--out", out))
+        summary(requests(tmp_path / "first.jsonl", QUESTIONS[:5]), "--out", out)
 
     def write(queries, folder):
         (folder / "half").write_text("written")
@@ -241,17 +248,23 @@ def test_a_run_that_ends_while_writing_leaves_the_folder_as_it_was(
         assert everything(out) == sorted(QUESTIONS[:5])
 
 
-def test_the_same_command_finds_its_work_done(log, tmp_path):
-    out = tmp_path / "q"
-    summary(run(log, "--out", out))
+def test_killed_exchange_of_folders_loses_nothing(log, tmp_path, out):
+    summary(log, "--out", out)
+    out.rename(tmp_path / ".q.before")
+    more = requests(tmp_path / "more.jsonl", ["Is there any more bread?"])
+    summary(more, "--out", out, "--append")
+    assert everything(out) == sorted([*QUESTIONS, "Is there any more bread?"])
+
+
+def test_same_command_finds_its_work_done(log, out):
+    summary(log, "--out", out)
     before = (out / "collect.json").read_bytes()
-    summary(run(log, "--out", out))
+    summary(log, "--out", out)
     assert (out / "collect.json").read_bytes() == before
 
 
-def test_another_collection_is_not_overwritten(log, tmp_path):
-    out = tmp_path / "q"
-    summary(run(log, "--out", out))
+def test_other_contents_are_not_overwritten(log, tmp_path, out):
+    summary(log, "--out", out)
     before = everything(out)
     for options in (["--num", 5], ["--append", "--held-out", 0.5]):
         result = run(log, "--out", out, *options)
@@ -266,106 +279,87 @@ def test_another_collection_is_not_overwritten(log, tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
-def test_appending_keeps_what_is_there_and_drops_what_repeats_it(tmp_path):
-    out = tmp_path / "q"
-    summary(run(requests(tmp_path / "a.jsonl", QUESTIONS[:30]), "--out", out))
+def test_appending_drops_what_repeats_the_folder(tmp_path, out):
+    summary(requests(tmp_path / "a.jsonl", QUESTIONS[:30]), "--out", out)
     before = kept(out)
     more = requests(tmp_path / "b.jsonl", [*QUESTIONS[20:], QUESTIONS[0] + "?"])
-    last = summary(run(more, "--out", out, "--append"))
+    last = summary(more, "--out", out, "--append")
     assert last["dropped"] == {"duplicate": 10, "near_duplicate": 1}
     assert everything(out) == sorted(QUESTIONS)
     for split in SPLITS:
         assert kept(out)[split][: len(before[split])] == before[split]
-    report = json.loads((out / "collect.json").read_text())
-    assert report["earlier"]["kept"] == {split: len(texts) for split, texts in before.items()}
-    assert violations(report, SCHEMA) == []
+    earlier = report_of(out).earlier.kept.model_dump()
+    assert earlier == {split: len(texts) for split, texts in before.items()}
+    assert "30 were there before." in (out / "README.md").read_text()
 
 
-def test_a_run_killed_while_it_exchanged_folders_loses_nothing(log, tmp_path):
-    out = tmp_path / "q"
-    summary(run(log, "--out", out))
-    out.rename(tmp_path / ".q.before")
-    more = requests(tmp_path / "more.jsonl", ["Is there any more bread?"])
-    summary(run(more, "--out", out, "--append"))
-    assert everything(out) == sorted([*QUESTIONS, "Is there any more bread?"])
-
-
-def test_domains_are_told_apart_and_one_without_held_out_queries_is_named(tmp_path):
-    log = tmp_path / "log.jsonl"
+def test_domain_without_held_out_queries_is_named(tmp_path, out):
     rows = [{"text": q, "topic": "food"} for q in QUESTIONS] + [{"text": "Hello?", "topic": "rare"}]
-    log.write_text("\n".join(map(json.dumps, rows)))
-    result = run(log, "--out", tmp_path / "q", "--domain-field", "topic")
-    assert summary(result)["domains"]["rare"] == {"train": 1, "held_out": 0}
+    result = run(lines(tmp_path / "log.jsonl", rows), "--out", out, "--domain-field", "topic")
+    assert report_of(out).domains["rare"].model_dump() == {"train": 1, "held_out": 0}
     assert "no query of domain 'rare' is held out" in result.stderr
 
 
-def test_fixed_examples_that_would_keep_all_in_one_split_are_told(tmp_path):
-    log = tmp_path / "log.jsonl"
+def test_fixed_examples_in_one_split_are_told(tmp_path, out):
     shots = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
     rows = [{"messages": [*shots, {"role": "user", "content": q}]} for q in QUESTIONS]
-    log.write_text("\n".join(map(json.dumps, rows)))
-    result = run(log, "--out", tmp_path / "q")
-    assert max(summary(result)["kept"].values()) == len(QUESTIONS)
+    result = run(lines(tmp_path / "log.jsonl", rows), "--out", out)
+    assert max(report_of(out).kept.model_dump().values()) == len(QUESTIONS)
     assert "begin with the same user turn" in result.stderr
 
 
-def test_named_sources_leave_out_what_the_bench_measures(tmp_path):
+def test_named_sources_leave_out_bench_prompts(tmp_path, out):
     folder = tmp_path / "data" / "taskmaster4"
     folder.mkdir(parents=True)
-    rows = [
-        {"id": str(n), "turns": [["user", q], ["assistant", "ok"]]} for n, q in enumerate(QUESTIONS)
-    ]
-    (folder / "dialogs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    out = tmp_path / "q"
+    turns = [[["user", q], ["assistant", "ok"]] for q in QUESTIONS]
+    lines(folder / "dialogs.jsonl", [{"id": str(n), "turns": t} for n, t in enumerate(turns)])
     report = collect(["taskmaster4"], out, CollectSettings(), data_dir=tmp_path / "data")
     assert everything(out) == sorted(q for n, q in enumerate(QUESTIONS) if n % 10)
-    assert list(report["domains"]) == ["taskmaster4"]
+    assert list(report.domains) == ["taskmaster4"]
     assert read_queries(out, "train")[0].answer == "ok"
     with pytest.raises(FileNotFoundError, match="set SPECDEC_DATA_DIR"):
         collect(["sgd"], tmp_path / "r", CollectSettings(), data_dir=tmp_path / "data")
 
 
-def test_a_source_that_is_not_there_is_told_from_one_of_the_hub(tmp_path, monkeypatch):
-    result = run(tmp_path / "nothing.jsonl", "--out", tmp_path / "q")
-    assert (result.exit_code, "nothing.jsonl' is not a folder or file here" in result.stderr) == (
-        2,
-        True,
-    )
-
+def test_missing_source_is_told_from_the_hub(out, monkeypatch):
     def load_dataset(path, name=None, split=None):
         if path != "someone/questions":
             raise ConnectionError("Couldn't reach it")
         return Dataset.from_dict({"question": QUESTIONS})
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    result = run("someone/nothing", "--out", tmp_path / "q")
+    result = run("someone/nothing", "--out", out)
     assert (result.exit_code, "Couldn't reach it" in result.stderr) == (2, True)
-    summary(run("someone/questions", "--out", tmp_path / "q"))
-    assert everything(tmp_path / "q") == sorted(QUESTIONS)
+    summary("someone/questions", "--out", out)
+    assert everything(out) == sorted(QUESTIONS)
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
+    ("options", "message"),
     [
-        ("turns", "some"),
-        ("format", "yaml"),
-        ("held-out", "1"),
-        ("near-duplicates", "80"),
-        ("num", "0"),
-        ("min-chars", "0"),
-        ("max-chars", "0"),
-        ("max-bad", "-1"),
-        ("phone-region", "Germany"),
+        ("--turns some", "turns is 'some'"),
+        ("--format yaml", "format is 'yaml'"),
+        ("--held-out 1", "held_out is 1.0 but must be below 1"),
+        ("--near-duplicates 80", "near_duplicates is 80.0"),
+        ("--num 0", "num is 0 but must be at least 1"),
+        ("--min-chars 0", "min_chars is 0"),
+        ("--max-chars 5 --min-chars 6", "max_chars is 5 but must be at least min_chars"),
+        ("--max-bad -1", "max_bad is -1"),
+        ("--phone-region Germany", "phone_region is 'Germany'"),
+        ("nothing.jsonl", "nothing.jsonl' is not a folder or file here"),
+        ("--column none", "no query is left"),
+        ("--column none --max-bad 0", "has no column 'none'"),
     ],
 )
-def test_a_setting_out_of_its_range_is_told(log, tmp_path, option, value):
-    result = run(log, "--out", tmp_path / "q", f"--{option}", value)
+def test_wrong_options_are_told_in_one_line(log, out, options, message):
+    result = run(log, "--out", out, "--max-bad", 100, *options.split())
     assert result.exit_code == 2
-    assert f"{option.replace('-', '_')} is " in result.stderr
+    assert message in result.stderr
+    assert not out.exists()
 
 
-def test_a_missing_extra_is_told_in_one_line(log, tmp_path, monkeypatch):
+def test_missing_extra_is_told_in_one_line(log, out, monkeypatch):
     monkeypatch.setattr("specdec.cli.collect.find_spec", lambda name: None)
-    result = run(log, "--out", tmp_path / "q")
+    result = run(log, "--out", out)
     assert result.exit_code == 2
     assert "pip install 'specdec[collect]'" in result.stderr

@@ -44,12 +44,12 @@ CHAT = {"model": "m", "messages": [{"role": "developer", "content": "Be kind."},
         ({"body": CHAT, "response": {"status_code": 200, "body": ANSWER}}, "Hi!"),
     ],
 )
-def test_a_chat_request_is_one_query_in_every_log_format(record, answer):
+def test_chat_request_is_one_query_in_every_log(record, answer):
     assert asked(record) == [(["Be kind.", "Hello"], answer)]
     assert [turn["role"] for turn in next(asked_in(record)).messages] == ["system", "user"]
 
 
-def test_a_request_asks_its_last_turn_only_whatever_the_turns_option():
+def test_request_asks_its_last_turn_only():
     request = {"model": "m", "messages": [user("a"), assistant("b"), user("c")]}
     for turns in ("all", "last", "first"):
         assert asked(request, turns) == [(["a", "b", "c"], None)]
@@ -57,7 +57,7 @@ def test_a_request_asks_its_last_turn_only_whatever_the_turns_option():
     assert asked(prefilled) == [(["a"], "b")]
 
 
-def test_a_completion_keeps_its_prompt_as_text():
+def test_completion_keeps_its_prompt_as_text():
     answered = {"choices": [{"text": " there"}]}
     log = {"request": {"model": "m", "prompt": "Hello"}, "response": answered}
     assert asked(log) == [("Hello", " there")]
@@ -65,7 +65,7 @@ def test_a_completion_keeps_its_prompt_as_text():
     assert asked({"prompt": "Hello"}) == [(["Hello"], None)]  # no request: a user's question
 
 
-def test_parts_of_text_are_joined_and_other_parts_are_told():
+def test_text_parts_are_joined_others_are_told():
     parts = [{"type": "text", "text": "What is"}, {"type": "text", "text": "this?"}]
     assert asked({"messages": [user(parts)]}) == [(["What is\nthis?"], None)]
     image = {"type": "image_url", "image_url": {"url": "data:..."}}
@@ -88,14 +88,14 @@ SHAREGPT = {
 @pytest.mark.parametrize(
     "record", [SHAREGPT, {"messages": [user("a"), assistant("b"), user("c"), assistant("d")]}]
 )
-def test_a_conversation_is_a_query_at_each_user_turn_that_is_chosen(record):
+def test_conversation_is_a_query_at_each_turn(record):
     first, last = (["a"], "b"), (["a", "b", "c"], "d")
     assert asked(record) == [first, last]
     assert asked(record, "last") == [last]
     assert asked(record, "first") == [first]
 
 
-def test_a_tool_call_ends_what_a_conversation_asks():
+def test_tool_call_ends_what_a_conversation_asks():
     call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
     record = {"messages": [user("a"), assistant("b"), user("c"), call, user("d"), assistant("e")]}
     found = asked_in(record)
@@ -113,12 +113,12 @@ def test_a_tool_call_ends_what_a_conversation_asks():
         ({"request": CHAT, "response": {"error": {}}, "status": 400}, "refused"),
     ],
 )
-def test_a_sound_record_without_a_query_says_why(record, reason):
+def test_sound_record_without_a_query_says_why(record, reason):
     with pytest.raises(NoQueryError, match=reason):
         asked(record)
 
 
-def test_questions_and_instructions_keep_their_reference_answers():
+def test_questions_keep_their_reference_answers():
     assert asked({"question": "1+1?", "answer": "2"}) == [(["1+1?"], "2")]
     alpaca = {"instruction": "Add", "input": "1, 1", "output": "2"}
     assert asked(alpaca) == [(["Add\n\n1, 1"], "2")]
@@ -137,7 +137,7 @@ def test_questions_and_instructions_keep_their_reference_answers():
         ({"response": {"body": ANSWER}, "custom_id": "1"}, "a response without its request"),
     ],
 )
-def test_a_record_of_no_known_form_is_an_error_that_names_it(record, message):
+def test_record_of_no_known_form_is_named(record, message):
     with pytest.raises(ValueError, match=message):
         asked(record)
 
@@ -154,7 +154,7 @@ def nested(inner):
 
 @given(st.recursive(LEAVES, nested, max_leaves=12))
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
-def test_any_json_is_asked_or_refused_with_a_reason(record):
+def test_any_json_is_asked_or_refused(record):
     try:
         found = list(asked_in(record))
     except (NoQueryError, ValueError):
@@ -181,7 +181,7 @@ def test_any_json_is_asked_or_refused_with_a_reason(record):
         ("a.tsv", "text\tb\n", "tsv"),
     ],
 )
-def test_the_format_is_told_from_suffix_and_content(tmp_path, name, content, form):
+def test_format_is_told_from_suffix_and_content(tmp_path, name, content, form):
     (tmp_path / name).write_text(content)
     assert form_of(tmp_path / name) == form
     zipped = tmp_path / f"{name}.gz"
@@ -190,7 +190,7 @@ def test_the_format_is_told_from_suffix_and_content(tmp_path, name, content, for
     assert form_of(tmp_path / name, "text") == "text"
 
 
-def test_files_that_would_be_read_wrongly_are_refused(tmp_path):
+def test_files_that_would_be_misread_are_refused(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('{\n"data": []\n}')
     with pytest.raises(ValueError, match="one object over many lines"):
@@ -226,10 +226,10 @@ def test_every_format_gives_the_same_records(tmp_path, form, chunk, monkeypatch)
     written(path, form)
     records = FileRecords(path)
     assert [record.value for record in records] == ROWS
-    assert records.done_bytes == records.num_bytes
+    assert records.done == records.size
 
 
-def test_malformed_lines_are_told_with_their_place_and_the_rest_is_read(tmp_path):
+def test_malformed_lines_are_told_with_their_place(tmp_path):
     lines = tmp_path / "a.jsonl"
     lines.write_bytes(b'{"text": "a"}\n{"text": \n\xff\xfe\n{"text": "b"}\n{"te')
     found = list(FileRecords(lines))
@@ -247,7 +247,7 @@ def test_malformed_lines_are_told_with_their_place_and_the_rest_is_read(tmp_path
     assert [each.where.rpartition(":")[2] for each in found] == ["2", "3", "4", "5", "6"]
 
 
-def test_a_list_or_an_archive_that_breaks_off_gives_what_it_has(tmp_path):
+def test_broken_off_files_give_what_they_have(tmp_path):
     path = tmp_path / "a.json"
     for rest in ('{"text": "b"', '{"text": "b"}, ', "", "oops]"):
         path.write_text('[{"text": "a"}, ' + rest)

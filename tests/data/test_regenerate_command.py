@@ -142,7 +142,7 @@ def test_bad_options_end_with_status_two(arguments, message):
         ("{", "line 1 is not JSON"),
         ('{"id": "a"}', 'needs either "messages" or "text"'),
         ('{"text": 5}', "text is 5"),
-        ('{"messages": [{"role": "user"}]}', "must be an object with the texts"),
+        ('{"messages": [{"role": "user"}]}', "messages.0.content is missing"),
         ('{"text": "a", "split": "test"}', "split is 'test'"),
         ('{"text": "a"}\n{"text": "a", "split": "held_out"}', "twice"),
         ("", "holds no queries"),

@@ -1,14 +1,17 @@
 """A fake upstream server and the proxy before it, each in a thread on a free port."""
 
+import functools
 import socket
 
 import pytest
 from fake_upstream import PATIENCE_S, FakeUpstream, Proxy, Served, answer
 from starlette.responses import JSONResponse
 
-from specdec.proxy.exchange import Settings
-from specdec.proxy.recorder import Recorder, RecordFiles
-from specdec.proxy.server import Upstream, build_application
+from specdec.proxy.config import ProxyConfig, parse_size
+from specdec.proxy.forwarding import Upstream
+from specdec.proxy.recorder import Recorder
+from specdec.proxy.records import RecordFiles
+from specdec.proxy.server import build_application
 
 
 @pytest.fixture(scope="module")
@@ -46,20 +49,20 @@ def stopped():
 
 @pytest.fixture
 def start_proxy(tmp_path, stopped):
-    """Starts a proxy; its settings, chance and `write` may be given."""
+    """Starts a proxy; options, the recorder's arguments and an `append` may be given."""
     running = []
 
-    def start(url, write=None, chance=None, login="", hosts=None, **settings):
-        folder = tmp_path / "records"
-        given = Settings(out=folder, **settings)
-        limits = (given.max_file_bytes, given.max_total_bytes)
-        files = RecordFiles(folder, *limits, **({"write": write} if write else {}))
+    def start(url, append=None, login="", hosts=None, recording=None, **options):
+        config = ProxyConfig(upstream=url, out=tmp_path / "records", **options)
+        files = RecordFiles(config.out, parse_size(config.max_file), parse_size(config.max_total))
+        if append:
+            files.append = functools.partial(append, files.append)
         said = []
-        behind = Upstream(url, connect_timeout_s=PATIENCE_S, login=login)
-        recorder = Recorder(given, files, behind.secrets, said.append, chance)
-        served = Served(build_application(behind, recorder, said.append, hosts))
+        upstream = Upstream(url, PATIENCE_S, login)
+        recorder = Recorder(config, files, upstream.secrets, said.append, **(recording or {}))
+        served = Served(build_application(upstream, recorder, said.append, hosts))
         running.append(served)
-        return Proxy(served, folder, said, recorder)
+        return Proxy(served, config.out, said, recorder)
 
     yield start
     for served in running:

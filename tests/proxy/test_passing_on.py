@@ -4,18 +4,19 @@ import gzip
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import anyio
 import httpx
 import pytest
-from fake_upstream import answer, chat, delta, event, raw_answer, streaming
+from fake_upstream import PATIENCE_S, answer, chat, delta, event, json_answer, raw_answer, streaming
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from specdec.proxy.exchange import end_to_end
-from specdec.proxy.server import listen
+from specdec.proxy.forwarding import end_to_end
+from specdec.proxy.server import hosts_of, listen
 
 
-def test_the_first_chunk_arrives_before_the_upstream_has_sent_the_last(proxy, upstream):
+def test_first_chunk_arrives_before_the_last_is_sent(proxy, upstream):
     arrived = threading.Event()
     first, last = delta(content="one"), delta(content="two") + event("[DONE]")
     upstream.answer = streaming([first, arrived, last])
@@ -30,7 +31,7 @@ def test_the_first_chunk_arrives_before_the_upstream_has_sent_the_last(proxy, up
 
 
 @pytest.mark.parametrize("cut", [1, 7, 1000])
-def test_a_stream_passes_byte_for_byte_however_it_is_cut(proxy, upstream, cut):
+def test_stream_passes_byte_for_byte_however_cut(proxy, upstream, cut):
     whole = b": ping\r\n\r\n" + delta(content="Grüße \U0001f600") + b"event: x\nid: 1\n\n"
     whole += delta("stop") + event("[DONE]") + b"\ntrailing"
     upstream.answer = streaming([whole[i : i + cut] for i in range(0, len(whole), cut)])
@@ -42,7 +43,7 @@ def test_a_stream_passes_byte_for_byte_however_it_is_cut(proxy, upstream, cut):
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"])
-def test_any_method_and_path_is_passed_on_as_it_is_written(proxy, upstream, method):
+def test_any_method_and_path_passes_as_written(proxy, upstream, method):
     target = "/v1/models/a%2Fb/c%20d;x?q=%26&q=2&empty="
     with proxy.client() as client:
         request = httpx.Request(
@@ -91,7 +92,7 @@ def test_headers_pass_except_those_of_one_hop(proxy, upstream):
     assert not set(response.headers) & {"x-inner", "keep-alive", "connection", "server", "date"}
 
 
-def test_a_compressed_answer_stays_compressed_and_is_recorded_in_plain(proxy, upstream):
+def test_compressed_answer_passes_and_is_recorded_plain(proxy, upstream):
     body = gzip.compress(delta(content="one") + delta("stop", content=" two") + event("[DONE]"))
     upstream.answer = streaming([body[:20], body[20:]], headers={"content-encoding": "gzip"})
     accepted = {"accept-encoding": "br, gzip;q=0.8, zstd"}
@@ -106,18 +107,18 @@ def test_a_compressed_answer_stays_compressed_and_is_recorded_in_plain(proxy, up
     assert record["response"]["choices"][0]["message"]["content"] == "one two"
 
 
-def test_a_length_beside_a_transfer_coding_is_not_passed_on():
+def test_length_beside_a_transfer_coding_is_dropped():
     headers = [(b"Content-Length", b"5"), (b"Transfer-Encoding", b"chunked"), (b"A", b"1")]
     assert end_to_end(headers) == [(b"a", b"1")]
 
 
-def test_codings_of_what_is_not_recorded_are_left_to_the_client(proxy, upstream):
+def test_client_chooses_codings_of_unrecorded_answers(proxy, upstream):
     with proxy.client() as client:
         client.get("/v1/models", headers={"accept-encoding": "br, zstd"})
     assert dict(upstream.seen[0][1]["headers"])[b"accept-encoding"] == b"br, zstd"
 
 
-def test_an_answer_in_an_unknown_coding_is_served_but_not_recorded(proxy, upstream):
+def test_unknown_coding_is_served_but_not_recorded(proxy, upstream):
     upstream.answer = streaming([b"\x01\x02"], headers={"content-encoding": "br"})
     with (
         proxy.client() as client,
@@ -128,13 +129,10 @@ def test_an_answer_in_an_unknown_coding_is_served_but_not_recorded(proxy, upstre
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 429, 500, 503])
-def test_errors_of_the_upstream_pass_with_status_headers_and_body(proxy, upstream, status):
-    async def refuse(request):
-        return Response(b'{"error": {"message": "no"}}', status, {"retry-after": "3"})
-
-    upstream.answer = refuse
+def test_upstream_errors_pass_with_status_headers_body(proxy, upstream, status):
+    upstream.answer = json_answer({"error": {"message": "no"}}, status, **{"retry-after": "3"})
     response = proxy.ask()
-    assert (response.status_code, response.content) == (status, b'{"error": {"message": "no"}}')
+    assert (response.status_code, response.json()) == (status, {"error": {"message": "no"}})
     assert response.headers["retry-after"] == "3"
     (record,) = proxy.records()
     assert (record["status"], record["response"]) == (status, {"error": {"message": "no"}})
@@ -154,7 +152,7 @@ def test_answers_without_a_body_come_to_their_end(proxy, upstream, method, statu
                 assert response.headers["content-length"] == "5"
 
 
-def test_a_request_body_without_a_length_is_passed_on(proxy, upstream):
+def test_request_without_a_length_is_passed_on(proxy, upstream):
     with proxy.client() as client:
         response = client.post(
             "/v1/chat/completions", content=iter([b'{"messages"', b': [], "n": 1}'])
@@ -166,7 +164,7 @@ def test_a_request_body_without_a_length_is_passed_on(proxy, upstream):
     assert proxy.records()[0]["request"] == {"messages": [], "n": 1}
 
 
-def test_an_upstream_that_is_down_gives_502_in_the_form_of_openai(start_proxy, free_port):
+def test_dead_upstream_gives_502_in_openai_form(start_proxy, free_port):
     proxy = start_proxy(f"http://127.0.0.1:{free_port}", login="me:topsecret9")
     response = proxy.ask()
     assert response.status_code == 502
@@ -190,7 +188,7 @@ SSE_TYPE = [(b"content-type", b"text/event-stream")]
     ],
     ids=["chunked", "with a length", "JSON"],
 )
-def test_the_client_sees_an_upstream_that_dies_as_it_died(proxy, upstream, headers, body, content):
+def test_client_sees_the_upstream_break_off(proxy, upstream, headers, body, content):
     upstream.answer = raw_answer(
         {**START, "headers": headers},
         {"type": "http.response.body", "body": body, "more_body": True},
@@ -219,7 +217,7 @@ def test_connections_send_every_piece_at_once():
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-def test_many_streams_at_once_do_not_mix(proxy, upstream):
+def test_concurrent_streams_do_not_mix(proxy, upstream):
     async def echo(request):
         text = (await request.json())["messages"][0]["content"]
 
@@ -255,7 +253,7 @@ def test_many_streams_at_once_do_not_mix(proxy, upstream):
         ("", "/models", "/models"),
     ],
 )
-def test_the_path_of_the_upstream_url_is_put_before(start_proxy, upstream, root, path, reached):
+def test_upstream_path_is_put_before_requests(start_proxy, upstream, root, path, reached):
     proxy = start_proxy(upstream.url + root)
     with proxy.client() as client:
         client.get(path)
@@ -265,9 +263,102 @@ def test_the_path_of_the_upstream_url_is_put_before(start_proxy, upstream, root,
 @pytest.mark.parametrize(
     ("login", "sent"), [("me:p@ss", b"Basic bWU6cEBzcw=="), ("key-1", b"Bearer key-1")]
 )
-def test_the_login_is_used_where_the_client_sends_none(start_proxy, upstream, login, sent):
+def test_login_is_sent_where_the_client_has_none(start_proxy, upstream, login, sent):
     proxy = start_proxy(upstream.url, login=login)
     proxy.ask()
     proxy.ask(headers={"authorization": "Bearer mine"})
     seen = [dict(scope["headers"])[b"authorization"] for _, scope, _ in upstream.seen]
     assert seen == [sent, b"Bearer mine"]
+
+
+POST = "POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+
+
+def raw(proxy, head, body=b"", close=True):
+    """The status line, or nothing, that bytes get which no decent client would send."""
+    host, port = proxy.url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), PATIENCE_S)
+    with connection, suppress(OSError):  # it may hang up before all is sent
+        connection.sendall(head.encode("latin-1") + body)
+        if close:
+            connection.shutdown(socket.SHUT_WR)
+        return connection.makefile("rb").readline()
+    return b""
+
+
+OUTSIDE = r"""
+/v1/../../admin /v1/.. /.. /v1/./x /v1/%2e%2e/admin /v1/%2E./admin //admin
+/v1/%252e%252e/admin /v1/%25252e%25252e/x /v1/..%2f..%2fadmin /v1/%2e%2e%2fadmin
+/v1\..\admin /v1/..\admin /v1/%5c..%5cadmin /v1//admin /v1/%2fadmin *
+/v1/..;/admin /v1/..;x=1/admin /v1/%c0%ae%c0%ae/admin /v1/%ef%bc%8e%ef%bc%8e/admin
+/v1/..%00/x /v1/x%0d%0aHost:%20evil /v1/%2e%2e%3b/admin
+http://evil/v1/models evil:443 /v1/%e2%80%a5/admin /v1/%20..%20/x
+"""
+
+
+@pytest.mark.parametrize("path", OUTSIDE.split())
+def test_path_outside_the_root_is_refused(proxy, upstream, path):
+    line = raw(proxy, f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert b" 400 " in line
+    assert upstream.seen == []
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        *(("localhost:8800", 200), ("LOCALHOST:8800", 200), ("127.0.0.1:8800", 200)),
+        *(("[::1]:8800", 200), ("127.0.0.2:8800", 421), ("localhost", 421), ("localhost:80", 421)),
+        *(("evil.example:8800", 421), ("localhost.evil.example:8800", 421), ("", 421)),
+        *(("localhost:8800\r\nHost: evil.example", 400), ("localhost:8800, evil", 421)),
+        *(("localhost:8800@evil", 421), ("user@localhost:8800", 421)),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/models", "/health"])
+def test_only_its_own_hosts_are_answered(start_proxy, upstream, host, status, path):
+    proxy = start_proxy(upstream.url, hosts=hosts_of("127.0.0.1", 8800))
+    line = raw(proxy, f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n", close=False)
+    assert f" {status} ".encode() in line
+    assert bool(upstream.seen) == (status == 200)
+
+
+def test_usual_port_may_be_left_out():
+    assert {"localhost", "127.0.0.1:80"} <= hosts_of("127.0.0.1", 80)
+    assert "[::2]:1" in hosts_of("::2", 1)
+
+
+@pytest.mark.parametrize(
+    ("head", "body"),
+    [
+        ("GET / HTTP/1.1\r\nHost: x\r\nA: " + "a" * 200_000 + "\r\n\r\n", b""),
+        (f"{POST}Content-Length: 5\r\nContent-Length: 6\r\n\r\n", b"{}"),
+        (f"{POST}Content-Length: -1\r\n\r\n", b"{}"),
+        (f"{POST}Transfer-Encoding: x\r\n\r\n", b"{}"),
+        (f"{POST}Transfer-Encoding: chunked\r\n\r\n", b"5\r\n{}"),
+        (f"{POST}Transfer-Encoding: chunked\r\n\r\n", b"zz\r\n"),
+        (f"{POST}A : x\r\n\r\n", b""),
+        (f"{POST}B\r\n\r\n", b""),
+        ("TRACE /v1/models HTTP/1.1\r\nHost: x\r\n\r\n", b""),
+        ("CONNECT evil:443 HTTP/1.1\r\nHost: x\r\n\r\n", b""),
+        ("\x16\x03\x01\x02\x00", b"\x01\x00"),
+    ],
+    ids=lambda given: repr(given)[:40],
+)
+def test_hostile_request_reaches_nobody(proxy, upstream, head, body):
+    line = raw(proxy, head, body)
+    assert not line or line.split()[1][:1] == b"4"
+    assert [method for method, _, _ in upstream.seen if method in ("TRACE", "CONNECT", "GET")] == []
+    assert proxy.lines() == []
+    assert proxy.ask(chat("a")).json() == answer("hi")
+
+
+def test_length_beside_chunks_is_not_passed_on(proxy, upstream):
+    head = f"{POST}Content-Length: 4\r\nTransfer-Encoding: chunked"
+    body = b"2\r\n{}\r\n0\r\n\r\nGET /admin HTTP/1.1\r\n\r\n"
+    raw(proxy, head + "\r\nConnection: close\r\n\r\n", body)
+    assert [(method, body) for method, _, body in upstream.seen] in ([], [("POST", b"{}")])
+
+
+def test_upgrade_is_passed_on_as_plain_request(proxy, upstream):
+    head = "GET /v1/x HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    assert b" 200 " in raw(proxy, head, close=False)
+    assert b"upgrade" not in dict(upstream.seen[0][1]["headers"])

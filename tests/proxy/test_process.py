@@ -161,9 +161,9 @@ def invoke(tmp_path, *options):
         (["--upstream", "http://u:secret@h"], "--upstream-key-env NAME"),
         (["--upstream", "http://u:sec@ret@h:x"], "--upstream-key-env NAME"),
         (["--upstream", "http://h", "--upstream-key-env", "NO_SUCH"], "is empty or not set"),
-        (["--upstream", "http://h", "--sample", "1.5"], "--sample 1.5"),
+        (["--upstream", "http://h", "--sample", "1.5"], "sample is 1.5 but must be at most 1"),
         (["--upstream", "http://h", "--max-body", "8 parsecs"], "'8 parsecs' is no size"),
-        (["--upstream", "http://h", "--max-file", "0"], "at least 1"),
+        (["--upstream", "http://h", "--max-file", "0"], "is no size"),
     ],
 )
 def test_wrong_options_are_told_in_a_line(tmp_path, options, said):
@@ -199,6 +199,6 @@ def test_a_port_that_is_taken_is_told(tmp_path, upstream):
     ],
 )
 def test_sizes_are_powers_of_1024(text, size):
-    from specdec.proxy.exchange import parse_size
+    from specdec.proxy.config import parse_size
 
     assert parse_size(text) == size

@@ -1,36 +1,32 @@
 """What is recorded of what passes, and what is not."""
 
 import asyncio
+import errno
 import gzip
 import json
-import os
 import random
 import socket
 import threading
-from pathlib import Path
 
 import anyio
 import pytest
-from fake_upstream import PATIENCE_S, answer, chat, delta, event, streaming
-from json_schema import violations
+from fake_upstream import PATIENCE_S, answer, chat, delta, event, json_answer, streaming
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "recording.schema.json").read_text())
+from specdec.data.conversation import NoQueryError, asked_in
+from specdec.data.sources import open_source
+from specdec.proxy.records import Record
 
 
 def only(proxy):
     (record,) = proxy.records()
-    assert violations(record, SCHEMA) == []
+    Record.model_validate(record)
     return record
 
 
-def test_a_plain_answer_is_recorded_as_it_is(proxy, upstream):
+def test_plain_answer_is_recorded_as_it_is(proxy, upstream):
     body = answer("hi", usage={"total_tokens": 3})
-
-    async def respond(request):
-        return JSONResponse(body)
-
-    upstream.answer = respond
+    upstream.answer = json_answer(body)
     proxy.ask(chat("hello", temperature=0.5))
     record = only(proxy)
     assert record["request"] == chat("hello", temperature=0.5)
@@ -40,7 +36,7 @@ def test_a_plain_answer_is_recorded_as_it_is(proxy, upstream):
     assert record["ttft_s"] is None
 
 
-def test_a_stream_is_recorded_joined(proxy, upstream):
+def test_stream_is_recorded_joined(proxy, upstream):
     usage = {"prompt_tokens": 4, "completion_tokens": 2, "total_tokens": 6}
     call = {"index": 0, "id": "call_1", "type": "function"}
     upstream.answer = streaming(
@@ -89,7 +85,7 @@ def test_a_stream_is_recorded_joined(proxy, upstream):
     assert 0 <= record["ttft_s"] <= record["latency_s"]
 
 
-def test_events_with_other_line_ends_and_over_several_lines_are_read(proxy, upstream):
+def test_events_with_other_line_ends_are_read(proxy, upstream):
     first, second = delta(content="a").decode(), delta("stop", content="b").decode()
     second = second.replace('"choices"', '\ndata:"choices"')
     stream = (first + ": ping\n\nevent: x\nid: 1\n" + second).replace("\n", "\r\n").encode()
@@ -100,7 +96,7 @@ def test_events_with_other_line_ends_and_over_several_lines_are_read(proxy, upst
     assert record["complete"] is True
 
 
-def test_a_compressed_stream_that_grows_much_is_read_to_its_end(proxy, upstream):
+def test_compressed_stream_is_read_to_its_end(proxy, upstream):
     events = [delta(content="x" * 300_000), delta("stop", content="end"), event("[DONE]")]
     packed = gzip.compress(b"".join(events))
     upstream.answer = streaming([packed], headers={"content-encoding": "gzip"})
@@ -121,7 +117,7 @@ def test_damaged_compression_leaves_the_request_recorded(proxy, upstream):
     assert (record["response"], record["complete"]) == (None, False)
 
 
-def test_choices_of_a_streamed_completion_are_joined_apart(proxy, upstream):
+def test_choices_of_a_stream_are_joined_apart(proxy, upstream):
     def part(index, text, reason=None):
         return event({"choices": [{"index": index, "text": text, "finish_reason": reason}]})
 
@@ -149,7 +145,7 @@ def test_choices_of_a_streamed_completion_are_joined_apart(proxy, upstream):
     ],
     ids=["no end", "error", "no JSON", "no choice", "no object"],
 )
-def test_a_stream_that_is_not_whole_or_not_sound_says_so(proxy, upstream, events):
+def test_unsound_stream_is_recorded_as_incomplete(proxy, upstream, events):
     upstream.answer = streaming(events)
     assert proxy.ask(chat("a", stream=True)).content == b"".join(events)
     record = only(proxy)
@@ -158,7 +154,7 @@ def test_a_stream_that_is_not_whole_or_not_sound_says_so(proxy, upstream, events
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"[1]", b"\xff", b"", b"[" * 100_000])
-def test_an_answer_that_is_no_object_leaves_the_request_recorded(proxy, upstream, body):
+def test_answer_that_is_no_object_is_null(proxy, upstream, body):
     async def respond(request):
         return Response(body, 502)
 
@@ -206,7 +202,7 @@ def until_the_client_leaves(upstream, first):
     return respond
 
 
-def test_a_client_that_leaves_stops_the_upstream_and_is_recorded_as_far_as_it_came(proxy, upstream):
+def test_client_that_leaves_stops_the_upstream(proxy, upstream):
     upstream.answer = until_the_client_leaves(upstream, delta(content="half"))
     with (
         proxy.client() as client,
@@ -230,7 +226,7 @@ def sent_by_hand(proxy, body, length):
     return connection
 
 
-def test_a_client_that_leaves_before_the_answer_begins_is_recorded_too(proxy, upstream):
+def test_client_that_leaves_early_is_recorded_too(proxy, upstream):
     asked = threading.Event()
 
     async def respond(request):
@@ -250,7 +246,7 @@ def test_a_client_that_leaves_before_the_answer_begins_is_recorded_too(proxy, up
     assert (record["status"], record["response"], record["complete"]) == (None, None, False)
 
 
-def test_a_client_that_leaves_before_it_has_asked_leaves_nothing(proxy, upstream):
+def test_client_that_never_asked_leaves_nothing(proxy, upstream):
     with sent_by_hand(proxy, b'{"messages"', 100):
         proxy.eventually(lambda: proxy.recorder.budget.held_bytes)
     proxy.eventually(lambda: proxy.health()["running"] == 0)
@@ -276,14 +272,14 @@ def plain(*pieces, **headers):
     ],
     ids=["[DONE]", "chunked", "with a length", "empty"],
 )
-def test_what_a_client_knows_to_be_finished_is_on_the_disk(start_proxy, upstream, respond):
+def test_finished_answer_is_on_the_disk(start_proxy, upstream, respond):
     finished, too_late = threading.Event(), []
 
-    def write(fd, line):
+    def write(append, line):
         too_late.append(finished.wait(0.2))
-        return os.write(fd, line)
+        append(line)
 
-    proxy = start_proxy(upstream.url, write=write, max_wait_s=PATIENCE_S)
+    proxy = start_proxy(upstream.url, append=write, recording={"max_wait_s": PATIENCE_S})
     upstream.answer = respond
     with (
         proxy.client() as client,
@@ -299,8 +295,8 @@ def test_what_a_client_knows_to_be_finished_is_on_the_disk(start_proxy, upstream
     assert too_late == [False]
 
 
-def test_a_share_of_the_requests_is_recorded(start_proxy, upstream):
-    proxy = start_proxy(upstream.url, sample=0.4, chance=random.Random(3))
+def test_share_of_the_requests_is_recorded(start_proxy, upstream):
+    proxy = start_proxy(upstream.url, sample=0.4, recording={"chance": random.Random(3)})
     chance = random.Random(3)
     wanted = [number for number in range(20) if chance.random() < 0.4]
     with proxy.client() as client:
@@ -312,8 +308,8 @@ def test_a_share_of_the_requests_is_recorded(start_proxy, upstream):
     assert proxy.health()["skipped"] == {"not sampled": 20 - len(wanted)}
 
 
-def test_larger_requests_and_answers_are_served_but_not_recorded(start_proxy, upstream):
-    proxy = start_proxy(upstream.url, max_body_bytes=1000)
+def test_larger_bodies_are_served_but_not_recorded(start_proxy, upstream):
+    proxy = start_proxy(upstream.url, max_body="1000")
 
     async def respond(request):
         return JSONResponse(answer("y" * int(request.headers["x-size"])))
@@ -331,8 +327,8 @@ def test_larger_requests_and_answers_are_served_but_not_recorded(start_proxy, up
 
 
 @pytest.mark.parametrize("kind", ["text", "one line", "fields", "calls"])
-def test_what_is_kept_of_a_huge_stream_is_bounded(start_proxy, upstream, kind):
-    proxy = start_proxy(upstream.url, max_body_bytes=100_000)
+def test_memory_for_a_huge_stream_is_bounded(start_proxy, upstream, kind):
+    proxy = start_proxy(upstream.url, max_body="100000")
     pieces = {
         "text": [delta(content="x" * 1000)] * 500,
         "one line": [b"data: " + b"x" * 1000] * 500,
@@ -353,8 +349,8 @@ def test_what_is_kept_of_a_huge_stream_is_bounded(start_proxy, upstream, kind):
     assert proxy.health()["skipped"] == {"answer too large": 1}
 
 
-def test_memory_for_all_requests_together_is_bounded(start_proxy, upstream):
-    proxy = start_proxy(upstream.url, max_held_bytes=1000)
+def test_memory_for_all_requests_is_bounded(start_proxy, upstream):
+    proxy = start_proxy(upstream.url, recording={"max_held_bytes": 1000})
     proxy.ask(chat("x" * 2000))
     proxy.ask(chat("a"))
     assert [record["request"] for record in proxy.records()] == [chat("a")]
@@ -363,14 +359,14 @@ def test_memory_for_all_requests_together_is_bounded(start_proxy, upstream):
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"a"', b"\xff\xfe", b"[" * 100_000])
-def test_a_request_that_is_no_object_is_served_but_not_recorded(proxy, upstream, body):
+def test_request_that_is_no_object_is_only_served(proxy, upstream, body):
     with proxy.client() as client:
         assert client.post("/v1/chat/completions", content=body).json() == answer("hi")
     assert proxy.health()["skipped"] == {"request is no JSON object": 1}
 
 
 @pytest.mark.parametrize("text", ["\\ud800", "\\u2028 \\u0000", "NaN"])
-def test_every_line_is_plain_json_whatever_the_texts_hold(proxy, upstream, text):
+def test_every_line_is_plain_json(proxy, upstream, text):
     with proxy.client() as client:
         client.post("/v1/completions", content=b'{"prompt": "' + text.encode() + b'"}')
     (line,) = proxy.lines()
@@ -378,7 +374,7 @@ def test_every_line_is_plain_json_whatever_the_texts_hold(proxy, upstream, text)
     assert json.loads(line)["request"] == json.loads(f'{{"prompt": "{text}"}}')
 
 
-def test_a_request_that_cannot_be_recorded_is_served_and_counted(proxy, upstream):
+def test_unrecordable_request_is_served_and_counted(proxy, upstream):
     with proxy.client() as client:
         response = client.post("/v1/completions", content=b'{"temperature": NaN}')
     assert response.status_code == 200
@@ -387,3 +383,154 @@ def test_a_request_that_cannot_be_recorded_is_served_and_counted(proxy, upstream
     assert "ValueError" in health["last_error"]
     proxy.ask()
     assert len(proxy.records()) == 1
+
+
+def test_health_counts_what_was_recorded(proxy, upstream):
+    proxy.ask(chat("a"))
+    proxy.ask(chat("b"))
+    health = proxy.health()
+    assert health == {
+        "status": "ok",
+        "upstream": {"url": upstream.url, "reachable": True, "health_status": 200},
+        "recording": True,
+        "why_not": None,
+        "recorded": 2,
+        "skipped": {},
+        "bytes": sum(len(line) + 1 for line in proxy.lines()),
+        "file": "requests-00001.jsonl",
+        "running": 0,
+        "held_bytes": 0,
+        "last_error": None,
+    }
+
+
+@pytest.mark.parametrize("status", [404, 503])
+def test_upstream_that_answers_can_be_reached(proxy, upstream, status):
+    upstream.answer = json_answer(None, status)
+    assert proxy.health()["upstream"] == {
+        "url": upstream.url,
+        "reachable": True,
+        "health_status": status,
+    }
+
+
+def test_upstream_health_is_not_asked_every_time(proxy, upstream):
+    for _ in range(5):
+        proxy.health()
+    assert len(upstream.seen) == 1
+
+
+def test_health_names_an_upstream_that_is_down(start_proxy, free_port):
+    proxy = start_proxy(f"http://127.0.0.1:{free_port}")
+    with proxy.client() as client:
+        response = client.get("/health")
+    assert response.status_code == 503
+    state = response.json()
+    assert (state["status"], state["recording"]) == ("upstream unreachable", True)
+    assert state["upstream"]["reachable"] is False
+
+
+def test_full_disk_stops_recording_not_serving(start_proxy, upstream):
+    full = threading.Event()
+
+    def write(append, line):
+        if full.is_set():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(line)
+
+    proxy = start_proxy(upstream.url, append=write)
+    proxy.ask(chat("before"))
+    full.set()
+    for _ in range(3):
+        assert proxy.ask(chat("lost")).json() == answer("hi")
+    health = proxy.health()
+    assert (health["status"], health["recording"]) == ("not recording", False)
+    assert "No space left" in health["why_not"]
+    assert "No space left" in health["last_error"]
+    assert health["skipped"] == {"disk cannot be written": 3}
+    assert sum("No space left" in line for line in proxy.said) == 1
+    full.clear()
+    proxy.ask(chat("after"))
+    health = proxy.health()
+    assert (health["status"], health["recording"], health["why_not"]) == ("ok", True, None)
+    assert proxy.said[-1] == "recording goes on"
+    texts = [record["request"]["messages"][0]["content"] for record in proxy.records()]
+    assert texts == ["before", "after"]
+
+
+def test_total_stops_recording_not_serving(start_proxy, upstream):
+    proxy = start_proxy(upstream.url, max_total="700")
+    answers = [proxy.ask(chat("a")).json() for _ in range(4)]
+    assert answers == [answer("hi")] * 4
+    health = proxy.health()
+    assert health["recorded"] + health["skipped"]["--max-total reached"] == 4
+    assert 0 < health["recorded"] < 4
+    assert health["recording"] is False
+    assert "700 are on the disk" in health["why_not"]
+    assert sum("recording stopped" in line for line in proxy.said) == 1
+
+
+def test_hanging_disk_does_not_hang_the_client(start_proxy, upstream):
+    goes_on = threading.Event()
+
+    def write(append, line):
+        assert goes_on.wait(PATIENCE_S)
+        append(line)
+
+    proxy = start_proxy(upstream.url, append=write, recording={"max_wait_s": 0.01})
+    assert proxy.ask(chat("a")).json() == answer("hi")
+    assert proxy.records() == []
+    assert proxy.health()["held_bytes"] > 0
+    goes_on.set()
+    proxy.eventually(lambda: proxy.health()["recorded"] == 1)
+    assert proxy.health()["held_bytes"] == 0
+    assert len(proxy.records()) == 1
+
+
+def test_removed_folder_stops_recording_not_serving(start_proxy, upstream):
+    proxy = start_proxy(upstream.url)
+    proxy.ask(chat("a"))
+    for path in proxy.folder.iterdir():
+        path.unlink()
+    proxy.folder.rmdir()
+    assert proxy.ask(chat("b")).json() == answer("hi")
+    assert "No such file" in proxy.health()["why_not"]
+    proxy.folder.mkdir()
+    proxy.ask(chat("c"))
+    assert [record["request"] for record in proxy.records()] == [chat("c")]
+
+
+def collected(proxy):
+    """The queries in the proxy's folder; None for a record without one."""
+    for record in open_source(str(proxy.folder)):
+        try:
+            (asked,) = asked_in(record.value)
+        except NoQueryError as error:
+            yield error.reason
+        else:
+            yield asked.messages or asked.text, asked.answer
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_recorded_stream_is_collected_with_its_answer(proxy, upstream, ended):
+    events = [delta(content="one"), delta(content=" two"), *[delta("stop")] * ended]
+    upstream.answer = streaming(events)
+    turns = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "Grüße?"}]
+    proxy.ask({"model": "m", "messages": turns, "stream": True})
+    assert list(collected(proxy)) == [(tuple(turns), "one two" if ended else None)]
+
+
+def test_recorded_completion_is_collected(proxy, upstream):
+    upstream.answer = streaming(
+        [event({"choices": [{"index": 0, "text": "b", "finish_reason": "stop"}]}), event("[DONE]")]
+    )
+    proxy.ask({"prompt": "a", "model": "m"}, "/v1/completions")
+    assert list(collected(proxy)) == [("a", "b")]
+
+
+@pytest.mark.parametrize(("status", "is_query"), [(400, False), (429, True), (500, True)])
+def test_wrong_request_is_no_query(proxy, upstream, status, is_query):
+    upstream.answer = json_answer({"error": {"message": "no"}}, status)
+    proxy.ask(chat("a"))
+    asked = (({"role": "user", "content": "a"},), None) if is_query else "refused"
+    assert list(collected(proxy)) == [asked]

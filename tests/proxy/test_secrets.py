@@ -5,8 +5,9 @@ import gzip
 import json
 
 import pytest
-from fake_upstream import answer, chat, delta, event, streaming
-from starlette.responses import JSONResponse
+from fake_upstream import answer, chat, delta, event, json_answer, streaming
+
+from specdec.proxy.redaction import REDACTED, redact, secrets_outside
 
 KEY = "sk-proj-" + "Qm7vT2xK9" * 3  # of a known form
 PLAIN = "tr0ub4dor-and-3"  # only its place says that it is a secret
@@ -95,6 +96,13 @@ SENT = {
     "a short cookie": {"headers": {"cookie": f"a=1; s={PLAIN}"}},
     "a query": {"params": {"api_key": PLAIN}},
     "another query": {"params": {"team": PLAIN}},
+    **{f"header {name}": {"headers": {name: PLAIN}} for name in ("x-api-key", "Api-Key")},
+    "an admin key": {"headers": {"x-admin-key": PLAIN}},
+    "a proxy's login": {"headers": {"proxy-authorization": f"Bearer {PLAIN}"}},
+    "queries": {"params": {"access_token": PLAIN, "key": "1"}},
+    "a key": {"json": chat("x", api_key=PLAIN)},
+    "keys": {"json": chat("x", api_keys=[PLAIN])},
+    "deep": {"json": chat("x", extra_body={"provider": [{"Authorization": f"Bearer {PLAIN}"}]})},
 }
 
 
@@ -109,7 +117,7 @@ def leaks(line):
     return [secret for secret in (KEY, KEY[8:], PLAIN, BASIC) if secret.encode() in line]
 
 
-def test_a_secret_is_in_no_recording_wherever_it_was_sent(proxy, upstream):
+def test_secret_is_recorded_nowhere_it_was_sent(proxy, upstream):
     found = {}
     with proxy.client() as client:
         for number, place in enumerate([*BODIES, *SENT], 1):
@@ -117,7 +125,8 @@ def test_a_secret_is_in_no_recording_wherever_it_was_sent(proxy, upstream):
             parts = (f"you said {said[:6]}", said[6:])
             upstream.answer = streaming([*(delta(content=part) for part in parts), event("[DONE]")])
             options = {"json": {**chat("x"), **BODIES.get(place, {})}, **SENT.get(place, {})}
-            assert client.post(CHAT, **options).status_code == 200
+            response = client.post(CHAT, **options)
+            assert response.status_code == 200
             lines = proxy.lines()
             assert len(lines) == number, place
             found[place] = leaks(lines[-1])
@@ -127,7 +136,7 @@ def test_a_secret_is_in_no_recording_wherever_it_was_sent(proxy, upstream):
 @pytest.mark.parametrize(
     "path", [f"/{KEY}{CHAT}", f"/team/{PLAIN}{CHAT}", f"/k={PLAIN}/completions"]
 )
-def test_a_secret_in_the_path_is_not_recorded(proxy, upstream, path):
+def test_secret_in_the_path_is_not_recorded(proxy, upstream, path):
     proxy.ask(chat("x"), path)
     assert proxy.records()[0]["path"] == path[path.rindex(CHAT if CHAT in path else "/comp") :]
     assert leaks(proxy.lines()[0]) == []
@@ -153,21 +162,17 @@ ANSWERS = {
 }
 
 
-def test_a_secret_is_in_no_recording_wherever_it_was_answered(proxy, upstream):
+def test_secret_is_recorded_nowhere_it_was_answered(proxy, upstream):
     found = {}
     for place, body in ANSWERS.items():
-
-        async def respond(request, body=body):
-            return JSONResponse(body, 400 if "error" in body else 200)
-
-        upstream.answer = respond
+        upstream.answer = json_answer(body, 400 if "error" in body else 200)
         proxy.ask(chat("x"))
         assert proxy.records()[-1]["response"] is not None
         found[place] = leaks(proxy.lines()[-1])
     assert {place: secrets for place, secrets in found.items() if secrets} == {}
 
 
-def test_a_key_that_is_cut_over_events_is_hidden(proxy, upstream):
+def test_key_cut_over_events_is_hidden(proxy, upstream):
     call = {"index": 0, "function": {"arguments": '{"password": "' + PLAIN[:4]}}
     rest = {"index": 0, "function": {"arguments": PLAIN[4:] + '"}'}}
     upstream.answer = streaming(
@@ -185,7 +190,14 @@ def test_a_key_that_is_cut_over_events_is_hidden(proxy, upstream):
     assert leaks(proxy.lines()[0]) == []
 
 
-def test_other_bodies_and_other_endpoints_are_served_and_not_recorded(proxy, upstream):
+def test_new_cookie_is_hidden_without_its_attributes(proxy, upstream):
+    cookie = {"set-cookie": f"id={PLAIN}-0a1b; Domain=example.com; Path=/"}
+    upstream.answer = json_answer({"error": f"{PLAIN}-0a1b from example.com"}, **cookie)
+    proxy.ask()
+    assert proxy.records()[0]["response"] == {"error": f"{REDACTED} from example.com"}
+
+
+def test_other_bodies_and_endpoints_are_not_recorded(proxy, upstream):
     kinds = [{"data": {"api_key": PLAIN}}, {"files": {"file": ("a", PLAIN)}}, {"content": PLAIN}]
     kinds += [{"json": [PLAIN]}, {"content": gzip.compress(json.dumps(chat(PLAIN)).encode())}]
     with proxy.client() as client:
@@ -196,7 +208,7 @@ def test_other_bodies_and_other_endpoints_are_served_and_not_recorded(proxy, ups
     assert proxy.lines() == []
 
 
-def test_what_readers_need_is_recorded_as_it_was(proxy, upstream):
+def test_readers_find_what_they_need(proxy, upstream):
     schema = {"type": "object", "properties": {"password": {"type": "string"}}, "required": ["q"]}
     body = {
         **chat("x", temperature=0.5, top_p=0.9, seed=3, stop=["\n"], logit_bias={"5": -1}),
@@ -209,11 +221,51 @@ def test_what_readers_need_is_recorded_as_it_was(proxy, upstream):
         **answer("x", usage={"total_tokens": 3, "details": {"cached_tokens": 1}}),
         "choices": [{"index": 0, "message": message, "finish_reason": "tool_calls"}],
     }
-
-    async def respond(request):
-        return JSONResponse(response)
-
-    upstream.answer = respond
+    upstream.answer = json_answer(response)
     proxy.ask(body)
     (record,) = proxy.records()
     assert (record["request"], record["response"]) == (body, response)
+
+
+def calls(arguments):
+    return {"tool_calls": [{"function": {"name": "login", "arguments": arguments}}]}
+
+
+@pytest.mark.parametrize(
+    ("body", "clean"),
+    [
+        (
+            calls('{"user": "me", "password": "hunter2"}'),
+            calls(f'{{"user": "me", "password": "{REDACTED}"}}'),
+        ),
+        (
+            {"credentials": {"user": "u", "pin": 1234, "on": True}, "Secret": ["a", {"b": "c"}]},
+            {
+                "credentials": {"user": REDACTED, "pin": REDACTED, "on": True},
+                "Secret": [REDACTED, {"b": REDACTED}],
+            },
+        ),
+        *(
+            (body, body)
+            for body in (
+                calls('{ "user": "me",  "n": 1.50 }'),
+                {"max_tokens": 5, "logprobs": {"content": [{"token": "Hello", "bytes": [1]}]}},
+                {"prompt_cache_key": "k"},
+                prop(type="string", description="yours"),
+                tool({"properties": {"password": {"type": "string", "description": "yours"}}}),
+                {"text": "my password is in the drawer: https://example.com/a:b, mailto:me@x.y"},
+            )
+        ),
+    ],
+)
+def test_values_of_credentials_are_redacted_and_others_stay(body, clean):
+    assert redact(body, []) == clean
+
+
+@pytest.mark.parametrize("value", ["EMPTY", "Bearer none", "Basic !!", ""])
+def test_placeholders_are_no_secrets(value):
+    assert not secrets_outside([(b"authorization", value.encode())], b"key=test&token=")
+
+
+def test_login_that_is_no_base64_is_hidden():
+    assert secrets_outside([(b"authorization", "Basic gehéim-77".encode())], b"") == {"gehéim-77"}
