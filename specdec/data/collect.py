@@ -13,6 +13,7 @@ from specdec.common.files import restore, whole_folder
 from specdec.common.messages import Message
 from specdec.common.provenance import code
 from specdec.data.cleaning import (
+    MASKS,
     Masker,
     NearDuplicates,
     conversation_id,
@@ -24,10 +25,10 @@ from specdec.data.collection import (
     CollectReport,
     CollectSettings,
     Earlier,
+    SourceReport,
     Tally,
     card,
     kept_facts,
-    masked_counts,
     whole_characters,
 )
 from specdec.data.conversation import (
@@ -39,9 +40,17 @@ from specdec.data.conversation import (
     read_queries,
     write_queries,
 )
-from specdec.data.sources import Malformed, QuerySource, Record, open_source
+from specdec.data.sources import (
+    DataSetIdentity,
+    FileIdentity,
+    Malformed,
+    QuerySource,
+    Record,
+    open_source,
+)
 
 Show = Callable[[int, int, str], None]
+Parts = list[FileIdentity | DataSetIdentity]
 
 SCHEMA = "specdec-collect-1"
 REPORT = "collect.json"
@@ -90,18 +99,14 @@ def collect(
         )
         for name in sources
     ]
-    inputs = [
-        {"name": whole_characters(s.name), "parts": [part.identity() for part in s.parts]}
-        for s in opened
-    ]
-    identity = json.dumps([SCHEMA, settings.model_dump(), inputs], sort_keys=True)
-    fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    inputs = [[part.identity() for part in source.parts] for source in opened]
+    fingerprint = _fingerprint(settings, opened, inputs)
     earlier = _report_of(out)
     if earlier is not None and earlier.fingerprint == fingerprint:
         return earlier
     splits = _splits_of(out, earlier, settings, append)
     collector = Collector(settings, splits)
-    counts = [collector.read(source, show) for source in opened]
+    reports = [collector.read(*each, show) for each in zip(opened, inputs, strict=True)]
     for query in collector.kept(show):
         query = _tagged(query) if settings.tag_language else query
         splits[split_of(query.conversation, settings.held_out)].append(query)
@@ -109,10 +114,10 @@ def collect(
         provenance=where,
         fingerprint=fingerprint,
         settings=settings,
-        sources=[{**given, **count} for given, count in zip(inputs, counts, strict=True)],
-        earlier=earlier and Earlier(fingerprint=earlier.fingerprint, kept=earlier.kept),
+        sources=reports,
+        earlier=Earlier(fingerprint=earlier.fingerprint, kept=earlier.kept) if earlier else None,
         dropped=collector.tally.dropped,
-        masked=masked_counts(collector.masker),
+        masked={mask: collector.masker.counts[mask] for mask in MASKS},
         seconds=round(time.monotonic() - begun, 1),
         **kept_facts(splits, settings),
     )
@@ -122,6 +127,17 @@ def collect(
         write_model(partial / REPORT, report)
         (partial / "README.md").write_bytes(card(report))
     return report
+
+
+def _fingerprint(
+    settings: CollectSettings, sources: Sequence[QuerySource], inputs: Sequence[Parts]
+) -> str:
+    named = [
+        {"name": source.name, "parts": [part.model_dump() for part in parts]}
+        for source, parts in zip(sources, inputs, strict=True)
+    ]
+    text = json.dumps([SCHEMA, settings.model_dump(), named], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _report_of(out: Path) -> CollectReport | None:
@@ -183,8 +199,8 @@ class Collector:
         self._seen = {query.id for query in self._earlier}
         self._found: list[Query] = []
 
-    def read(self, source: QuerySource, show: Show) -> dict[str, int]:
-        """Take in a source, and count its records, queries and malformed lines.
+    def read(self, source: QuerySource, parts: Parts, show: Show) -> SourceReport:
+        """Take in a source, whose parts have been identified, and count what is in it.
 
         Raises:
             ValueError: more malformed lines than are allowed in all.
@@ -198,11 +214,13 @@ class Collector:
                 self._take(found, source.name if source.named else "")
             if number % _SHOW_EVERY == 0:
                 show(source.done_percent, 100, f"% of {source.name}")
-        return {
-            "records": number,
-            "queries": len(self._found) - queries_before,
-            "malformed": malformed.count - malformed_before,
-        }
+        return SourceReport(
+            name=whole_characters(source.name),
+            parts=parts,
+            records=number,
+            queries=len(self._found) - queries_before,
+            malformed=malformed.count - malformed_before,
+        )
 
     def kept(self, show: Show) -> list[Query]:
         """The drawn queries that no other one nearly repeats, in the order they came in."""

@@ -8,8 +8,9 @@ from jinja2 import Environment
 from pydantic import Field, model_validator
 
 from specdec.common.config import Config
-from specdec.data.cleaning import MASKS, Masker
+from specdec.data.cleaning import Masker
 from specdec.data.conversation import Query
+from specdec.data.sources import DataSetIdentity, FileIdentity
 
 # In the order in which a record meets them.
 REASONS = {
@@ -92,7 +93,9 @@ class Drop(Config):
     """Records that were dropped for one reason, and the first few of them."""
 
     count: Count = 0
-    examples: Annotated[list[Example], Field(max_length=_NUM_EXAMPLES, default_factory=list)]
+    examples: Annotated[list[Example], Field(max_length=_NUM_EXAMPLES)] = Field(
+        default_factory=list
+    )
 
 
 class SplitCounts(Config):
@@ -102,27 +105,11 @@ class SplitCounts(Config):
     held_out: Count
 
 
-class FilePart(Config):
-    """A file that was read."""
-
-    path: str
-    bytes: Count
-    sha256: str
-
-
-class DataSetPart(Config):
-    """A split of a data set that was read."""
-
-    data_set: str
-    rows: Count
-    fingerprint: Annotated[str, Field(description="fingerprint that `datasets` gives it")]
-
-
 class SourceReport(Config):
     """A source, and what was in it."""
 
     name: Annotated[str, Field(description="name as it was given")]
-    parts: list[FilePart | DataSetPart]
+    parts: list[FileIdentity | DataSetIdentity]
     records: Annotated[Count, Field(description="lines, rows or items, malformed ones included")]
     queries: Annotated[
         Count,
@@ -290,8 +277,3 @@ def card(report: CollectReport) -> bytes:
 def _cell(value: Any) -> str:
     """Text that neither ends the cell nor is taken for a tag."""
     return str(value).replace("|", "\\|").replace("<", "&lt;")
-
-
-def masked_counts(masker: Masker) -> dict[str, int]:
-    """Number of times that each mask was put, also for those that never were."""
-    return {mask: masker.counts[mask] for mask in MASKS}

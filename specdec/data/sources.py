@@ -10,9 +10,12 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Annotated, Any, cast
+
+from pydantic import Field
 
 from specdec.bench.prompts import DATA_DIR_VARIABLE, require_data_dir
+from specdec.common.config import Config
 from specdec.common.hub import HUB, find_path
 
 FORMATS = ("jsonl", "json", "text", "csv", "tsv", "parquet")
@@ -56,6 +59,22 @@ class Malformed:
 Found = Record | Malformed
 
 
+class FileIdentity(Config):
+    """A file that was read."""
+
+    path: str
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: str
+
+
+class DataSetIdentity(Config):
+    """A split of a data set that was read."""
+
+    data_set: str
+    rows: Annotated[int, Field(ge=0)]
+    fingerprint: Annotated[str, Field(description="fingerprint that `datasets` gives it")]
+
+
 class Records:
     """Records that can be counted, and told from others.
 
@@ -67,7 +86,7 @@ class Records:
     size = 0
     done = 0
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> FileIdentity | DataSetIdentity:
         """Facts that change when the records do."""
         raise NotImplementedError
 
@@ -87,9 +106,10 @@ class DataSetRecords(Records):
         self._name, self._rows = name, rows
         self.size = len(rows)
 
-    def identity(self) -> dict[str, Any]:
-        """Name, number of rows, and the fingerprint that `datasets` gives them."""
-        return {"data_set": self._name, "rows": self.size, "fingerprint": self._rows._fingerprint}
+    def identity(self) -> DataSetIdentity:
+        """Facts that change when the rows do."""
+        fingerprint = self._rows._fingerprint
+        return DataSetIdentity(data_set=self._name, rows=self.size, fingerprint=fingerprint)
 
     def __iter__(self) -> Iterator[Found]:
         for index, row in enumerate(self._rows):
@@ -112,13 +132,13 @@ class FileRecords(Records):
         self.path, self.size = path, path.stat().st_size
         self._form = form_of(path, form)
 
-    def identity(self) -> dict[str, Any]:
-        """Path, size and SHA-256."""
+    def identity(self) -> FileIdentity:
+        """Facts that change when the file does."""
         with self.path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         # A file's name may hold what is no Unicode.
         name = str(self.path).encode(errors="replace").decode()
-        return {"path": name, "bytes": self.size, "sha256": digest}
+        return FileIdentity(path=name, bytes=self.size, sha256=digest)
 
     def __iter__(self) -> Iterator[Found]:
         if self._form == "parquet":
