@@ -200,6 +200,7 @@ class LineFile:
 
     def __init__(self, path: Path, *, private: bool = False) -> None:
         self.path = path
+        self._stat = os.lstat if private else os.stat  # a private file is never behind a link
         try:
             if private:
                 make_private(path.parent)
@@ -224,7 +225,7 @@ class LineFile:
     def is_in_place(self) -> bool:
         """Whether the path still names this file; else lines would be lost with it."""
         try:
-            return os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
+            return os.path.samestat(self._stat(self.path), os.fstat(self._file.fileno()))
         except FileNotFoundError:
             return False
 

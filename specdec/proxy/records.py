@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from specdec.common.config import Config
-from specdec.common.files import LineFile, sync
+from specdec.common.files import LineFile
 from specdec.proxy.redaction import redact
 
 
@@ -139,9 +139,8 @@ class RecordFiles:
     def _file_for(self, num_bytes: int) -> LineFile:
         while True:
             if self._file is None:
-                sync(self._folder)  # one that was removed is not made again
+                os.stat(self._folder)  # one that was removed is not made again
                 self._file = LineFile(self.path, private=True)
-                sync(self._folder)  # the file's name
             size = self._file.num_bytes
             is_full = size and size + num_bytes > self._max_file_bytes
             # Lines would go with a file that somebody has moved away.
