@@ -3,8 +3,10 @@
 import json
 import time
 
+import httpx
 import pytest
 from fake_endpoint import FakeEndpoint, letters
+from tenacity import RetryCallState
 from tiny_chat import END, TEMPLATE, letter_tokenizer
 
 from specdec.data import endpoint as endpoint_module
@@ -32,7 +34,7 @@ def short_waits(monkeypatch):
 
 
 def queries(num=10):
-    members = [Query(f"q{i}", ({"role": "user", "content": f"query {i:03d}"},)) for i in range(num)]
+    members = [Query(f"q{i}", user(f"query {i:03d}")) for i in range(num)]
     return {"train": members[:-2], "held_out": members[-2:]}
 
 
@@ -41,6 +43,15 @@ def ask(server, out, found=None, settings=SETTINGS, tokenizer=None, **options):
     chat = Chat(tokenizer or letter_tokenizer(), (END,))
     answers = EndpointAnswers(Endpoint(server.url, "a-model", **given), chat, settings, **options)
     return regenerate(found or queries(), out, answers)
+
+
+def user(*texts):
+    return tuple({"role": "user", "content": text} for text in texts)
+
+
+def only(**queries):
+    """Queries for training alone, by id."""
+    return {"train": [Query(name, messages) for name, messages in queries.items()], "held_out": []}
 
 
 def read(path):
@@ -98,9 +109,8 @@ def test_completions_send_the_tokens_of_the_prompt(server, tmp_path):
 @pytest.mark.parametrize("gives_ids", [True, False])
 def test_all_turns_follow_the_servers_own_answers(server, tmp_path, api, gives_ids):
     server.gives_ids = gives_ids
-    messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "recorded"}]
-    messages += [{"role": "user", "content": "two"}]
-    found = {"train": [Query("q", tuple(messages))], "held_out": []}
+    recorded = {"role": "assistant", "content": "recorded"}
+    found = only(q=(*user("one"), recorded, *user("two")))
     ask(server, tmp_path, found, ALL_TURNS, api=api)
     (row,) = read(tmp_path / "train.jsonl")
     end = chr(32 + END)
@@ -115,27 +125,27 @@ def test_all_turns_follow_the_servers_own_answers(server, tmp_path, api, gives_i
 def test_what_may_pass_is_tried_again(server, tmp_path, status):
     failing = "drop" if status == "drop" else (status, {}, {"error": "not now"})
     server.respond = lambda number, body: failing if number % 2 else None
-    ask(server, tmp_path, concurrency=1)
-    assert len(read(tmp_path / "train.jsonl")) == 8
-    assert len(server.requests) == 20
+    ask(server, tmp_path, queries(4), concurrency=1)
+    assert load_answers(tmp_path).num_rows("train") == 2
+    assert len(server.requests) == 8
 
 
-@pytest.mark.parametrize("status", [400, 413, 422])
-def test_other_client_errors_are_listed_not_retried(server, tmp_path, status):
-    def respond(number, body):
-        is_bad = body["messages"][0]["content"] == "query 003"
-        return (status, {}, {"error": "too long"}) if is_bad else None
+def only_for_query_3(answer):
+    """Give this answer to one query."""
+    return lambda number, body: answer if "query 003" in str(body["messages"]) else None
 
-    server.respond = respond
-    manifest = ask(server, tmp_path)
-    assert len(server.requests) == 10
+
+@pytest.mark.parametrize(("status", "attempts"), [(400, 1), (413, 1), (422, 1), (500, 3)])
+def test_query_without_an_answer_is_listed(server, tmp_path, status, attempts):
+    server.respond = only_for_query_3((status, {}, {"error": "too long"}))
+    manifest = ask(server, tmp_path, attempts=3)
+    assert len(server.requests) == 9 + attempts, "what cannot pass is not tried again"
     (failed,) = read(tmp_path / "failed.jsonl")
-    assert failed["id"] == "q3"
-    assert failed["reason"] == f'HTTP {status}: {{"error": "too long"}}'
+    assert (failed["id"], failed["reason"]) == ("q3", f'HTTP {status}: {{"error": "too long"}}')
     assert manifest.counts.train.model_dump() == {"queries": 8, "rows": 7, "failed": 1}
     server.respond = lambda number, body: None
     assert ask(server, tmp_path).counts.train.failed == 0
-    assert len(server.requests) == 11, "only what had failed is asked again"
+    assert len(server.requests) == 10 + attempts, "only what had failed is asked again"
     assert read(tmp_path / "failed.jsonl") == []
 
 
@@ -152,16 +162,10 @@ def test_the_server_says_how_long_to_wait(server, tmp_path):
     assert times[1] - times[0] >= 0.3
 
 
-def test_a_date_in_retry_after_is_understood():
-    import httpx
-
-    reply = httpx.Response(503, headers={"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"})
-    assert endpoint_module._retry_after_s(reply) == 0.0
+def test_waits_are_the_servers_or_double_up_to_a_limit():
+    date = httpx.Response(503, headers={"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"})
+    assert endpoint_module._retry_after_s(date) == 0.0
     assert endpoint_module._retry_after_s(httpx.Response(503)) is None
-
-
-def test_waits_double_up_to_a_limit():
-    from tenacity import RetryCallState
 
     def wait(attempt):
         state = RetryCallState(None, None, (), {})
@@ -201,17 +205,6 @@ def test_server_that_only_answers_health_is_given_up(server, tmp_path):
     with pytest.raises(EndpointDownError, match="HTTP 500: broken"):
         ask(server, tmp_path, queries(50), concurrency=4, attempts=2)
     assert len(server.requests) < 30
-
-
-def test_query_that_breaks_a_server_is_listed(server, tmp_path):
-    def respond(number, body):
-        is_bad = body["messages"][0]["content"] == "query 003"
-        return (500, {}, "crash") if is_bad else None
-
-    server.respond = respond
-    manifest = ask(server, tmp_path, attempts=3)
-    assert manifest.counts.train.failed == 1
-    assert read(tmp_path / "failed.jsonl")[0]["reason"] == "HTTP 500: crash"
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
@@ -282,14 +275,7 @@ def test_answer_joined_with_its_prompt_is_refused(server, tmp_path):
         tokenizer_object=inner, unk_token="~", eos_token=chr(32 + END), chat_template=TEMPLATE
     )
     server.gives_ids = False
-    found = {
-        "train": [
-            Query("joins", ({"role": "user", "content": "cba"},)),
-            Query("fits", ({"role": "user", "content": "abc"},)),
-        ],
-        "held_out": [],
-    }
-    ask(server, tmp_path, found, tokenizer=tokenizer)
+    ask(server, tmp_path, only(joins=user("cba"), fits=user("abc")), tokenizer=tokenizer)
     (failed,) = read(tmp_path / "failed.jsonl")
     assert failed["id"] == "joins"
     assert "do not begin with the tokens of the prompt" in failed["reason"]
@@ -298,9 +284,7 @@ def test_answer_joined_with_its_prompt_is_refused(server, tmp_path):
 
 def test_template_that_rewrites_answers_ends_the_dialogue(server, tmp_path):
     template = TEMPLATE.replace("message['content']", "(message['content'] | upper)")
-    messages = [{"role": "user", "content": "1a"}, {"role": "assistant", "content": "x"}]
-    messages += [{"role": "user", "content": "2"}]
-    found = {"train": [Query("q", tuple(messages))], "held_out": []}
+    found = only(q=(*user("1a"), {"role": "assistant", "content": "x"}, *user("2")))
     server.gives_ids = False
     manifest = ask(server, tmp_path, found, ALL_TURNS, letter_tokenizer(template))
     (row,) = read(tmp_path / "train.jsonl")
@@ -321,8 +305,7 @@ def test_answer_cut_by_the_context_fails(server, tmp_path):
     ask(server, tmp_path)
     (failed,) = read(tmp_path / "failed.jsonl")
     assert "context was full" in failed["reason"]
-    found = {"train": [Query("long", ({"role": "user", "content": "x" * 40},))], "held_out": []}
-    ask(server, tmp_path / "long", found)
+    ask(server, tmp_path / "long", only(long=user("x" * 40)))
     (row,) = read(tmp_path / "long/train.jsonl")
     assert row["finish_reason"] == "length"
     assert row["answers"][0][1] - row["answers"][0][0] == 32
