@@ -1,4 +1,4 @@
-"""Which code made a file: the part of provenance that needs no model."""
+"""Provenance of measurements: the code that made a file, and the machine it ran on."""
 
 import os
 import platform
@@ -11,9 +11,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
+
+PACKAGES = ("specdec", "torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy")
 
 
-def code(packages: Sequence[str]) -> dict[str, Any]:
+class CodeProvenance(BaseModel):
+    """Command, commit, versions and time of a file; the fields of `code`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    command: str
+    git_commit: str | None
+    git_dirty: bool
+    versions: dict[str, str]
+    date: str
+
+
+class MachineProvenance(CodeProvenance):
+    """Provenance of a measurement, with its machine; the fields of `machine`."""
+
+    device: str
+    cpu: str
+    cpu_count: int
+    threads: int
+    load_average: float
+    dtype: str
+    quantized: bool
+
+
+def code(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     """Command, commit, versions of these packages, and time."""
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -32,7 +59,7 @@ def _version(package: str) -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """Of the checkout that holds the package; None for an installed wheel."""
+    """Output of git in the checkout that holds the package; None for an installed wheel."""
     try:
         done = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), *arguments],
@@ -46,14 +73,6 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-_PACKAGES = ("specdec", "torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy")
-
-
-def joined(num_processes: int) -> dict[str, Any]:
-    """Where a joined file comes from; each of its runs tells of its own machine."""
-    return {"processes": num_processes, **code(_PACKAGES)}
-
-
 def machine(target: Any) -> dict[str, Any]:
     """Command, commit, versions, machine and time of any measurement.
 
@@ -61,7 +80,7 @@ def machine(target: Any) -> dict[str, Any]:
         target: an `HFTarget`, or another with its `device` and `model`.
     """
     return {
-        **code(_PACKAGES),
+        **code(),
         "device": _device_name(target.device),
         "cpu": _cpu_name(),
         "cpu_count": os.cpu_count(),

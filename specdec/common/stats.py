@@ -1,7 +1,7 @@
-"""Intervals of figures over prompts, by bootstrap."""
+"""Figures over prompts: ratios of total times, percentiles, fairness, and bootstrap intervals."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import bootstrap
@@ -9,12 +9,22 @@ from scipy.stats import bootstrap
 Interval = tuple[float, float] | None
 
 
+class Work(NamedTuple):
+    """Tokens of a prompt and the seconds that they took."""
+
+    tokens: float
+    seconds: float
+
+
+Works = Sequence[Work | None]  # one a prompt; None where it failed or emitted nothing that counts
+
+
 def bootstrap_interval(samples: tuple[np.ndarray, ...], statistic: Callable[..., Any]) -> Interval:
     """95 % percentile interval over prompts; None for fewer than two.
 
     Args:
         samples: arrays [prompts] that are drawn together.
-        statistic: of such arrays along `axis`.
+        statistic: function of such arrays along `axis`.
     """
     if len(samples[0]) < 2:
         return None
@@ -30,8 +40,33 @@ def bootstrap_interval(samples: tuple[np.ndarray, ...], statistic: Callable[...,
     return float(found.low), float(found.high)
 
 
+def total_speed(key: str, over: Sequence[Works], under: Sequence[Works] = ()) -> dict[str, Any]:
+    """Total tokens over total seconds of each arm; those of `over` multiplied, of `under` divided.
+
+    Args:
+        key: name of the figure; its interval is `KEY_ci`.
+        over: arms, each with one entry a prompt.
+        under: likewise.
+
+    Returns:
+        The figure over the prompts that all arms have, and its interval by bootstrap over them, the
+        arms drawn together.
+    """
+    both = [row for row in zip(*over, *under, strict=True) if None not in row]
+    if not both:
+        return {key: None, f"{key}_ci": None}
+
+    def speed(*parts: np.ndarray, axis: int) -> Any:
+        sums = [part.sum(axis=axis) for part in parts]
+        speeds = [tokens / seconds for tokens, seconds in zip(sums[::2], sums[1::2], strict=True)]
+        return np.prod(speeds[: len(over)], axis=0) / np.prod(speeds[len(over) :], axis=0)
+
+    parts = tuple(np.array(both).reshape(len(both), -1).T)
+    return {key: float(speed(*parts, axis=0)), f"{key}_ci": bootstrap_interval(parts, speed)}
+
+
 def tau_interval(prompts: Iterable[Any]) -> Interval:
-    """Of tau over prompts, each with its own sums; those without a step are left out."""
+    """Interval of tau over prompts' `AcceptanceStats`; those without a step are left out."""
     stats = [each for each in prompts if each.num_steps]
     accepted = np.array([each.num_accepted for each in stats])
     steps = np.array([each.num_steps for each in stats])
@@ -41,12 +76,7 @@ def tau_interval(prompts: Iterable[Any]) -> Interval:
 
 
 def percentiles(values: Sequence[float], wanted: Sequence[int]) -> dict[str, float]:
-    """Key "p50" and so on for each percentile, linear between two values; empty for no values.
-
-    Args:
-        values: one a prompt; or one a gap between chunks, of which a prompt has many.
-        wanted: percentiles, 0 to 100.
-    """
+    """Key "p50" and so on for each percentile, linear between two values; empty for no values."""
     if not values:
         return {}
     found = np.percentile(np.array(values), wanted)

@@ -1,0 +1,418 @@
+"""Results of benches, suites and sweeps: what is written, what is read, and their JSON schemas.
+
+Keys of the files are the names of the fields. Files of older versions are renewed as they are read;
+what they did not measure is None. Definitions stand in docs/bench.md and docs/suites.md.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from specdec.bench.config import AnySuite, BenchConfig
+from specdec.bench.older import renew
+from specdec.common.files import replace_file
+from specdec.common.provenance import CodeProvenance, MachineProvenance
+
+Whole = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Interval = tuple[float, float] | None  # 95 % bootstrap over prompts; None for fewer than two
+Percentiles = dict[Literal["p50", "p90", "p95", "p99"], float]  # seconds; empty without a value
+
+
+class Record(BaseModel):
+    """A part of a results file: no key that is not described."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class Memory(Record):
+    """The largest figures of some calls; None where none was taken."""
+
+    peak_rss_bytes: Whole | None
+    """resident size of the process, the models of all arms included; the peak of these calls where
+    the system lets a peak be set back, else that of the process so far"""
+    peak_device_bytes: Whole | None
+    """allocated on the CUDA device; null on a CPU"""
+    cache_bytes: Whole | None
+    """keys and values of all rows; null for transformers' arms"""
+
+
+class Power(Record):
+    """Draw of the whole device by NVML; None where it was not measured."""
+
+    energy_j: float | None
+    """sum of all calls of this arm in this group"""
+    power_w: float | None
+    """over the seconds of those calls"""
+    energy_j_per_token: float | None
+
+
+class StepTimes(Record):
+    """Seconds of all steps, a batch's counted once."""
+
+    draft: float
+    """the drafter's forwards"""
+    target: float
+    verify: float | None = None
+    """processing logits and judging; null in files of the first version"""
+    commit: float | None = None
+    other: float
+    wall: float
+    """sum of the others"""
+
+
+class Speeds(Record):
+    """Tau and the speeds that stand for an arm, over some prompts."""
+
+    tau: float | None
+    """1 + accepted / steps, tokens a target forward; null for transformers' arms"""
+    tau_ci: Interval
+    decode_tokens_per_s: float | None
+    """total tokens after the first chunks over their total seconds, of a row; each prompt by its
+    mean tokens and its median speed over repeats"""
+    decode_tokens_per_s_ci: Interval
+    speedup_vs_plain: float | None
+    """total decode seconds of plain over the arm's, over the prompts that both decoded; where texts
+    differ, the ratio of decode_tokens_per_s"""
+    speedup_vs_plain_ci: Interval
+
+
+class BenchSpeeds(Speeds):
+    """Speeds with transformers' generate as a second baseline."""
+
+    speedup_vs_hf: float | None
+    """as above, against transformers' generate"""
+    speedup_vs_hf_ci: Interval
+
+
+class DomainFigures(BenchSpeeds):
+    """An arm's figures over the prompts of one domain."""
+
+    prompts: Whole
+
+
+class ArmFigures(Speeds):
+    """Figures that every arm has, in benches and in suites."""
+
+    name: str
+    mean_speedup_vs_plain: float | None
+    """mean over prompts of their ratios paired within each repeat; short, easy answers dominate"""
+    end_to_end_speedup_vs_plain: float | None
+    """as speedup_vs_plain with prefill, and the queue of a suite"""
+    end_to_end_speedup_vs_plain_ci: Interval
+    acceptance_rate: float | None
+    """accepted / drafted; for a tree every node that was verified counts"""
+    per_depth: list[Share]
+    """steps that accepted at depth 1, 2, ... over all steps; they sum to tau - 1"""
+    per_depth_conditional: list[Share]
+    """the same over the steps that tested that depth"""
+    loop_efficiency: float | None
+    """share of the wall time of decoding in model forwards"""
+    time_s: StepTimes
+    ttft_s: Percentiles
+    """seconds to the first token, over prompts of the median of their repeats; in a suite from
+    sending, queue included"""
+    itl_s: Percentiles
+    """a prompt's mean time between its tokens after the first chunk"""
+    tokens: Whole
+    """emitted in one repeat"""
+    failed: Whole
+    """prompts that failed in any repeat; they are not timed"""
+    mismatches: Whole | None
+    """prompts whose greedy tokens differ from a baseline's; null when sampling"""
+
+
+class Difference(Record):
+    """The first place where an arm's greedy tokens left a baseline's."""
+
+    position: Whole
+    """of the first output token that differs"""
+    top2_gap: Annotated[float, Field(ge=0)] | None
+    """between the target's two best logits there; small for a near tie, null if only one token is
+    allowed"""
+
+
+class PromptDifference(Difference):
+    """A difference in a bench; `prompt` is its place in `prompts`."""
+
+    prompt: Whole
+    against: Literal["plain", "hf_generate"]
+
+
+class RequestDifference(Difference):
+    """A difference from plain decoding in a suite."""
+
+    request: str
+
+
+class PromptFailure(Record):
+    """A prompt that an arm failed on, in one repeat."""
+
+    prompt: Whole
+    repeat: Whole
+    reason: str
+
+
+class RequestFailure(Record):
+    """A request that an arm failed on, in one repeat."""
+
+    request: str
+    repeat: Whole
+    reason: str
+
+
+class PromptFigures(Record):
+    """What one prompt gave; counts are sums over its repeats."""
+
+    steps: Whole
+    drafted: Whole
+    accepted: Whole
+    tokens: Whole
+    tau: float | None
+    """null without a step"""
+    decode_tokens: float | None
+    """after the first chunk, the mean of its repeats; null without any"""
+    decode_s: float | None
+    """their seconds at the median speed; the headline's sums are over these"""
+    decode_tokens_per_s: float | None
+    speedup_vs_plain: float | None
+    """median over repeats of the ratio paired within each"""
+    finish: Literal["eos", "length"]
+    """end of the first repeat"""
+
+
+class Finish(Record):
+    """Prompts by what ended them in the first repeat."""
+
+    eos: Whole
+    length: Whole
+
+
+class BenchArm(ArmFigures, BenchSpeeds):
+    """One arm of a bench; what the first version of results did not hold has a default."""
+
+    type: str = ""
+    """a registered drafter, hf_assisted, hf_prompt_lookup, or the baseline's own name"""
+    options: dict[str, Any] = {}
+    draft_length: dict[str, Any] | None = None
+    """the most nodes a row may draft by size of the running batch, or {"plan": path}"""
+    batch_tokens_per_s: float | None
+    """tokens of all rows over the wall time of their calls, prefills included; calls with a failed
+    prompt are left out"""
+    batch_decode_tokens_per_s: float | None
+    """the same after the first chunks, over the time of the decode steps"""
+    other_ms_per_step: float | None
+    """median time in neither model a target step, ms"""
+    peak_device_bytes: Whole | None
+    cache_bytes: Whole | None
+    domains: dict[str, DomainFigures] = {}
+    per_prompt: list[PromptFigures | None] | None = None
+    """in the order of prompts; null for one that failed in every repeat"""
+    finish: Finish | None = None
+    differences: list[PromptDifference]
+    failures: list[PromptFailure]
+    prompts: Whole
+
+
+class Load(Record):
+    """Figures of users at the same time; ranges are from the lowest to the highest repeat."""
+
+    users: Whole
+    tokens_per_s: float | None
+    """tokens of all users from the start to the last chunk; median of the repeats"""
+    tokens_per_s_range: Interval
+    full_load_tokens_per_s: float | None
+    """the same until the first user has nothing left to ask"""
+    tokens_per_s_vs_plain: float | None
+    """ratio paired within each repeat; median of the repeats"""
+    tokens_per_s_vs_plain_range: Interval
+    user_tokens_per_s: list[float | None]
+    """each user's tokens over the seconds waited for them, queue and prefill included"""
+    user_tokens_per_s_mean: float | None
+    user_tokens_per_s_mean_ci: Interval
+    user_speed_vs_plain: float | None
+    """tokens of all requests over the seconds waited for them, over the same of plain decoding"""
+    user_speed_vs_plain_ci: Interval
+    jain_index: float | None
+    """fairness of the users' speeds"""
+    worst_over_mean: float | None
+
+
+class SuiteArm(ArmFigures):
+    """One arm in one group of a suite."""
+
+    chunk_gap_s: Percentiles
+    """from one chunk of a request to the next, over all gaps of all requests and repeats"""
+    queue_s: Percentiles
+    """from sending to the start of the prefill"""
+    latency_s: Percentiles
+    """from sending to the last token"""
+    requests: Whole
+    differences: list[RequestDifference]
+    failures: list[RequestFailure]
+    memory: Memory
+    power: Power
+    load: Load | None
+    """users at the same time; null in the other suites"""
+
+
+class PromptInfo(Record):
+    """A prompt of a bench."""
+
+    id: str
+    domain: str
+    num_tokens: int
+    fingerprint: str
+    """hash of its token ids"""
+
+
+class RequestInfo(PromptInfo):
+    """A request of a suite."""
+
+    user: Whole
+    max_new_tokens: int
+    arrival_s: float | None
+    """seconds after the start; null for as soon as the user's one before is answered"""
+    fingerprint: str = ""
+
+
+class GroupResults(Record):
+    """Requests told by one row, and what each arm gave."""
+
+    name: str
+    value: int
+    """place on the axis: the largest number of tokens, the turn, or the number of users"""
+    requests: list[RequestInfo]
+    arms: list[SuiteArm]
+    """plain first"""
+
+
+class TargetFacts(Record):
+    """Identity of the target; what is not known is null."""
+
+    name: str | None
+    """hub id, or the last folder of a path"""
+    hidden_size: int
+    vocab_size: int | None
+    num_layers: int | None
+    weights: str | None
+    """hash of the signs of some weights, the same in every dtype; null for a quantized target"""
+    tokenizer: str | None
+    """hash of the vocabulary"""
+    facts: dict[str, Any] | None = None
+    """what of its configuration changes what it says"""
+    magnitudes: dict[str, list[float]] | None = None
+    """tensor -> root mean square of sampled weights, and their product with a fixed wave"""
+
+
+class BenchProvenance(MachineProvenance):
+    """Configuration of a bench as resolved, and where it ran."""
+
+    config: BenchConfig
+    config_fingerprint: str
+    """hash of configuration and prompts"""
+    processes: int = 1
+
+
+class SuiteProvenance(MachineProvenance):
+    """Configuration of a suite as resolved, and where it ran."""
+
+    config: AnySuite
+    config_fingerprint: str
+
+
+class SweepProvenance(CodeProvenance):
+    """The command that joined the cells; each cell's results tell of its own machine."""
+
+    processes: int = 1
+
+
+class Results(Record):
+    """A whole results file."""
+
+    FILE: ClassVar[str]
+
+    @classmethod
+    def read(cls, content: Any, domains: Sequence[str] = ()) -> Any:
+        """Make the model from parsed JSON of this version or an older one.
+
+        Args:
+            content: the parsed file; it is changed.
+            domains: domains of the prompts, where an older file does not hold them.
+
+        Raises:
+            ValueError: the first key that is missing, unknown or of a wrong kind.
+        """
+        try:
+            renew(content, domains)
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            raise ValueError(f"{key}: {first['msg']}; restore the file, or run it again") from error
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{error} is missing; restore the file, or run it again") from error
+
+    def write(self, folder: Path) -> None:
+        """Replace the file in its folder."""
+        replace_file(folder / self.FILE, self.model_dump_json(by_alias=True, indent=1).encode())
+
+
+class BenchResults(Results):
+    """results.json of a bench."""
+
+    FILE = "results.json"
+
+    schema_: Literal["specdec-bench-1", "specdec-bench-2", "specdec-bench-3"] = Field(
+        default="specdec-bench-3", alias="schema"
+    )
+    provenance: BenchProvenance
+    target: TargetFacts | None = None
+    prompts: list[PromptInfo] | None = None
+    """in the order of per_prompt"""
+    memory: Memory
+    arms: list[BenchArm]
+    """"plain" and "hf_generate" first"""
+
+
+class SuiteResults(Results):
+    """suite.json of a suite."""
+
+    FILE = "suite.json"
+
+    schema_: Literal["specdec-suite-1", "specdec-suite-2"] = Field(
+        default="specdec-suite-2", alias="schema"
+    )
+    suite: Literal["single_turn", "multi_turn", "long_context", "concurrent"]
+    provenance: SuiteProvenance
+    memory: Memory
+    groups: list[GroupResults]
+
+
+class CellResults(Record):
+    """One configuration of a sweep."""
+
+    name: str
+    settings: dict[str, Any]
+    """key of the configuration -> value"""
+    folder: str
+    """folder of the cell's own results.json and records, below the sweep's"""
+    error: str | None
+    """why the cell failed; null for one that stands"""
+    arms: list[BenchArm]
+    """as in the cell's results.json; empty if it has none"""
+
+
+class SweepResults(Results):
+    """sweep.json of a grid."""
+
+    FILE = "sweep.json"
+
+    schema_: Literal["specdec-sweep-1", "specdec-sweep-2"] = Field(
+        default="specdec-sweep-2", alias="schema"
+    )
+    provenance: SweepProvenance
+    cells: list[CellResults]
+    """the last key of the grid changes fastest"""
