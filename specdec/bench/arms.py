@@ -1,33 +1,73 @@
-"""One arm of a comparison: our loop with a drafter, plainly, or transformers `generate`."""
+"""Arms of a comparison: our engine with a drafter or plainly, and transformers `generate`."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
-from specdec.bench.config import ArmConfig, BenchConfig
+from specdec.bench.config import ArmConfig, ConcurrentConfig, RunConfig, SamplingOptions
+from specdec.bench.measure import Arm, Requests, serve
 from specdec.bench.store import Run
-from specdec.common.files import parse_json
-from specdec.engine.decode import generate
+from specdec.common.files import read_json
 from specdec.engine.draft_length import DraftLength, OnlineController, Schedule
+from specdec.engine.engine import Engine
 from specdec.engine.interfaces import Drafter
 from specdec.registry import load_drafter
-from specdec.sampling.config import SamplingConfig
 from specdec.targets.hf import HFTarget
 
 
-def load_draft_length(arm: ArmConfig, drafter: Drafter, target: HFTarget) -> DraftLength | None:
-    """What `generate` takes as `draft_length`, built afresh; None for no limit.
+@dataclass(frozen=True)
+class Decoding:
+    """Settings that all arms share.
 
-    Args:
-        arm: with its `draft_length`.
-        drafter: of the arm.
-        target: what it drafts for.
+    Attributes:
+        sampling: settings of every request.
+        rule: verification rule of our engine.
+        max_rows: requests decoded together, at most.
+        max_cache_bytes: see `Engine`.
+    """
+
+    sampling: SamplingOptions
+    rule: str = "token"
+    max_rows: int = 1
+    max_cache_bytes: int | None = None
+
+
+def decoding_of(config: RunConfig) -> Decoding:
+    """The part of a configuration that arms need."""
+    limit = config.max_cache_bytes if isinstance(config, ConcurrentConfig) else None
+    return Decoding(config.sampling, config.rule, config.rows, limit)
+
+
+def build_arms(config: RunConfig, target: HFTarget) -> dict[str, Arm]:
+    """Build every arm afresh, so that nothing it saw before helps it."""
+    decoding = decoding_of(config)
+    baselines = [ArmConfig(type=name) for name in config.baselines]
+    return {arm.name: build_arm(arm, target, decoding) for arm in (*baselines, *config.arms)}
+
+
+def build_arm(arm: ArmConfig, target: HFTarget, decoding: Decoding) -> Arm:
+    """Build one arm; errors as in `load_drafter`."""
+    if arm.type == "plain":
+        return EngineArm(target, decoding)
+    if arm.type == "hf_generate":
+        return HFArm(target, decoding, {})
+    if arm.type == "hf_prompt_lookup":
+        return HFArm(target, decoding, {"prompt_lookup_num_tokens": 8, **arm.options})
+    if arm.type == "hf_assisted":
+        return HFArm(target, decoding, _assistant(arm.options, target))
+    drafter = load_drafter({"type": arm.type, **arm.options}, target)
+    return EngineArm(target, decoding, drafter, load_draft_length(arm, drafter, target))
+
+
+def load_draft_length(arm: ArmConfig, drafter: Drafter, target: HFTarget) -> DraftLength | None:
+    """Build what limits an arm's drafts; None for no limit.
 
     Raises:
         FileNotFoundError: the plan is not there.
@@ -44,8 +84,12 @@ def load_draft_length(arm: ArmConfig, drafter: Drafter, target: HFTarget) -> Dra
             f"draft_length.plan is {str(path)!r} but must be a plan.json that specdec plan wrote"
         )
     try:
-        plan = parse_json(path.read_text(encoding="utf-8-sig"))
-        step_s = _step_s(plan)
+        plan = read_json(path)
+        # JSON keeps batch sizes and nodes under text keys.
+        step_s = {
+            int(size): {int(nodes): float(seconds) for nodes, seconds in row.items()}
+            for size, row in plan["controller"]["step_s"].items()
+        }
         planned = {**plan.get("target", {})}
         planned["type"] = plan["configurations"][0]["type"] if "configurations" in plan else None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -58,65 +102,18 @@ def load_draft_length(arm: ArmConfig, drafter: Drafter, target: HFTarget) -> Dra
 
 
 def _check_made_for(planned: dict[str, Any], path: Path, arm: ArmConfig, target: HFTarget) -> None:
-    """Refuse what another drafter or target costs; a plan written by hand may leave both out."""
+    """Refuse costs of another drafter or target; a plan written by hand may leave both out."""
     sizes = {"vocab_size": target.vocab_size, "num_layers": target.config.num_hidden_layers}
     sizes["hidden_size"] = target.config.hidden_size
     pairs = [("a drafter of type", planned["type"] or arm.type, arm.type)]
     pairs += [(f"a target of {key}", planned.get(key, size), size) for key, size in sizes.items()]
-    for what, made_for, given in pairs:
+    for noun, made_for, given in pairs:
         if made_for != given:
             raise ValueError(
-                f"draft_length.plan {str(path)!r} of {arm.name!r} was made for {what} {made_for}, "
+                f"draft_length.plan {str(path)!r} of {arm.name!r} was made for {noun} {made_for}, "
                 f"not {given}: a step costs something else there; plan this one, or give a "
                 "schedule as in {1: 6, 8: 0}"
             )
-
-
-def _step_s(plan: dict[str, Any]) -> dict[int, dict[int, float]]:
-    """Seconds of a step by batch size and nodes, which JSON keeps under text keys."""
-    return {
-        int(size): {int(nodes): float(seconds) for nodes, seconds in row.items()}
-        for size, row in plan["controller"]["step_s"].items()
-    }
-
-
-class Arm(Protocol):
-    """Decodes prompts as a batch.
-
-    Attributes:
-        cache_bytes: keys and values of the last batch in the target's cache; None if it was not
-            used.
-        makes_trees: its drafts may branch.
-    """
-
-    cache_bytes: int | None
-    makes_trees: bool
-
-    def __call__(self, prompts: Sequence[list[int]], indices: Sequence[int]) -> list[Run]:
-        """Decode prompts, given their numbers in the whole bench."""
-
-
-def build_arms(config: BenchConfig, target: HFTarget) -> dict[str, Arm]:
-    """Build every arm afresh, so that nothing one repeat saw helps the next."""
-    arms: dict[str, Arm] = {
-        "plain": _LoopArm(config, target),
-        "hf_generate": _HFArm(config, target, {}),
-    }
-    for arm in config.arms:
-        arms[arm.name] = build_arm(config, target, arm)
-    return arms
-
-
-def build_arm(config: BenchConfig, target: HFTarget, arm: ArmConfig) -> Arm:
-    """Build one arm; errors as in `load_drafter`."""
-    options = dict(arm.options)
-    if arm.type == "hf_prompt_lookup":
-        return _HFArm(config, target, {"prompt_lookup_num_tokens": 8, **options})
-    if arm.type == "hf_assisted":
-        return _HFArm(config, target, _assistant(options, target))
-    drafter = load_drafter({"type": arm.type, **options}, target)
-    draft_length = load_draft_length(arm, drafter, target)
-    return _LoopArm(config, target, drafter, draft_length)
 
 
 def _assistant(options: dict[str, Any], target: HFTarget) -> dict[str, Any]:
@@ -133,45 +130,36 @@ def _assistant(options: dict[str, Any], target: HFTarget) -> dict[str, Any]:
     return {"assistant_model": model}
 
 
-def _room(config: BenchConfig, target: HFTarget, prompts: Sequence[list[int]]) -> int:
-    """New tokens per row: transformers pads, so the longest prompt decides for all, in all arms."""
-    return min(config.max_new_tokens, target.max_context_len - max(map(len, prompts)))
-
-
-class _LoopArm:
-    """Our loop, with a drafter or plainly."""
+class EngineArm:
+    """Our engine, with a drafter or plainly."""
 
     cache_bytes: int | None = None
 
     def __init__(
         self,
-        config: BenchConfig,
         target: HFTarget,
+        decoding: Decoding,
         drafter: Drafter | None = None,
         draft_length: DraftLength | None = None,
     ) -> None:
-        self._config, self._target, self._drafter = config, target, drafter
+        self._target, self._decoding, self._drafter = target, decoding, drafter
         self.makes_trees = drafter is not None and drafter.makes_trees
         self._draft_length = draft_length
 
-    def __call__(self, prompts: Sequence[list[int]], indices: Sequence[int]) -> list[Run]:
-        config, target = self._config, self._target
-        results = generate(
-            target,
+    def __call__(self, requests: Requests, after_step: Callable[[], None]) -> list[Run | str]:
+        """Serve the requests with an engine of their own."""
+        decoding = self._decoding
+        engine = Engine(
+            self._target,
             self._drafter,
-            prompts,
-            [SamplingConfig(**vars(config.sampling), seed=config.seed + i) for i in indices],
-            max_new_tokens=_room(config, target, prompts),
-            batch_size=config.batch_size,
-            rule=config.rule,
+            max_rows=min(decoding.max_rows, len(requests)),
+            max_cache_bytes=decoding.max_cache_bytes,
+            rule=decoding.rule,
             draft_length=self._draft_length,
         )
-        if any(result.finish_reason == "interrupted" for result in results):
-            raise KeyboardInterrupt
-        # The last rows may have been few, but each was as large as in a full batch.
-        cache = target.cache
-        self.cache_bytes = cache.bytes_per_row * min(config.batch_size, len(prompts))
-        return [Run(r.tokens, 1, r.ttft_s, r.decode_s, r.records) for r in results]
+        rows = serve(engine, requests, decoding.sampling, after_step)
+        self.cache_bytes = engine.peak_cache_bytes
+        return rows
 
 
 class _Stamps:
@@ -180,7 +168,7 @@ class _Stamps:
     def __init__(self) -> None:
         self.reached: list[tuple[int, float]] = []
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         if input_ids.is_cuda:
             # transformers waits for the device right after this call in any case.
             torch.cuda.synchronize(input_ids.device)
@@ -193,17 +181,6 @@ class _Stamps:
         last_s = next(when for length, when in self.reached if length - width >= len(tokens))
         num_first = min(first_len - width, len(tokens))
         return Run(tokens, num_first, first_s - started, last_s - first_s)
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Another value of an attribute for a while."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 class _OutputPenalties(LogitsProcessor):
@@ -219,66 +196,57 @@ class _OutputPenalties(LogitsProcessor):
         return scores - self._frequency * counts - self._presence * (counts > 0)
 
 
-class _HFArm:
-    """transformers `generate` on the same model object, prompts and sampling settings."""
+class HFArm:
+    """transformers `generate` on the same model object, prompts and sampling settings.
+
+    It decodes one batch of `max_rows` prompts after the other.
+    """
 
     cache_bytes: int | None = None
     makes_trees = False
 
-    def __init__(self, config: BenchConfig, target: HFTarget, options: dict[str, Any]) -> None:
-        self._config, self._target, self._options = config, target, options
+    def __init__(self, target: HFTarget, decoding: Decoding, options: dict[str, Any]) -> None:
+        self._target, self._decoding, self._options = target, decoding, options
 
-    def __call__(self, prompts: Sequence[list[int]], indices: Sequence[int]) -> list[Run]:
-        size = self._config.batch_size
-        room = _room(self._config, self._target, prompts)
-        batches = [slice(first, first + size) for first in range(0, len(prompts), size)]
-        return [run for b in batches for run in self._decode(prompts[b], indices[b], room)]
+    def __call__(self, requests: Requests, after_step: Callable[[], None]) -> list[Run | str]:
+        """Decode the requests, batch after batch."""
+        size = self._decoding.max_rows
+        batches = [requests[first : first + size] for first in range(0, len(requests), size)]
+        return [run for batch in batches for run in self._decode(batch)]
 
-    def _decode(self, prompts: Sequence[list[int]], indices: Sequence[int], room: int) -> list[Run]:
+    def _decode(self, batch: Requests) -> list[Run]:
         target = self._target
+        prompts = [request.prompt for request in batch]
         width = max(map(len, prompts))
         pad = target.eos_token_ids[0] if target.eos_token_ids else 0
         ids = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
         mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         stamps = _Stamps()
-        # The checkpoint's own defaults (a penalty, a top-k) are not what is compared.
-        defaults = GenerationConfig(eos_token_id=list(target.eos_token_ids) or None)
-        with (
-            _replaced(target.model, "generation_config", defaults),
-            torch.random.fork_rng(),
-        ):
-            torch.manual_seed(self._config.seed + indices[0])
+        with self._own_defaults(), torch.random.fork_rng():
+            torch.manual_seed(batch[0].seed)
             started = time.perf_counter()
             out = target.model.generate(
                 torch.tensor(ids, device=target.device),
                 attention_mask=torch.tensor(mask, device=target.device),
-                max_new_tokens=room,
+                max_new_tokens=batch[0].max_new_tokens,
                 pad_token_id=pad,
                 stopping_criteria=[stamps],
-                **self._sampling(width),
+                **_in_transformers_names(self._decoding.sampling, width),
                 **self._options,
             ).tolist()
         return [stamps.run(self._cut(row[width:]), width, started) for row in out]
 
-    def _sampling(self, width: int) -> dict[str, Any]:
-        """The bench's sampling settings in transformers' names."""
-        sampling = self._config.sampling
-        options: dict[str, Any] = {"do_sample": sampling.temperature > 0}
-        if sampling.temperature > 0:
-            options |= {
-                "temperature": sampling.temperature,
-                "top_k": sampling.top_k,
-                "top_p": sampling.top_p,
-                "min_p": sampling.min_p or None,
-            }
-        if sampling.repetition_penalty != 1:
-            options["repetition_penalty"] = sampling.repetition_penalty
-        if sampling.min_new_tokens:
-            options["min_new_tokens"] = sampling.min_new_tokens
-        presence, frequency = sampling.presence_penalty, sampling.frequency_penalty
-        if presence or frequency:
-            options["logits_processor"] = [_OutputPenalties(presence, frequency, width)]
-        return options
+    @contextmanager
+    def _own_defaults(self) -> Iterator[None]:
+        """The checkpoint's own defaults (a penalty, a top-k) are not what is compared."""
+        model, before = self._target.model, self._target.model.generation_config
+        model.generation_config = GenerationConfig(
+            eos_token_id=list(self._target.eos_token_ids) or None
+        )
+        try:
+            yield
+        finally:
+            model.generation_config = before
 
     def _cut(self, tokens: list[int]) -> list[int]:
         eos = set(self._target.eos_token_ids)
@@ -286,9 +254,26 @@ class _HFArm:
         return tokens[: ends[0]] if ends else tokens
 
 
-def add_choice(
-    plan: dict[str, Any], chosen: Sequence[ArmConfig], arms: Sequence[ArmConfig]
-) -> tuple[dict[str, Any], list[ArmConfig]]:
+def _in_transformers_names(sampling: SamplingOptions, prompt_len: int) -> dict[str, Any]:
+    options: dict[str, Any] = {"do_sample": sampling.temperature > 0}
+    if sampling.temperature > 0:
+        options |= {
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+            "min_p": sampling.min_p or None,
+        }
+    if sampling.repetition_penalty != 1:
+        options["repetition_penalty"] = sampling.repetition_penalty
+    if sampling.min_new_tokens:
+        options["min_new_tokens"] = sampling.min_new_tokens
+    presence, frequency = sampling.presence_penalty, sampling.frequency_penalty
+    if presence or frequency:
+        options["logits_processor"] = [_OutputPenalties(presence, frequency, prompt_len)]
+    return options
+
+
+def add_choice(plan: Any, arms: Sequence[ArmConfig]) -> tuple[Any, list[ArmConfig]]:
     """Put what a plan chose before the arms that were given.
 
     A plan knows no draft lengths, and names the shapes that it thinks of itself: what has the name
@@ -296,35 +281,26 @@ def add_choice(
     are measured.
 
     Args:
-        plan: the content of `plan.json`.
-        chosen: the arm of its choice; none for plain decoding.
-        arms: that were given.
+        plan: a `planning.results.Plan`; a choice of type "plain" adds no arm.
+        arms: arms that were given.
 
     Returns:
         The plan with its configurations under the names of the arms that measure them; and the
         arms, the choice among them once.
     """
     given = {arm.name: arm for arm in arms}
-    names = [_name(arm.name, arm.type, arm.options, given) for arm in chosen]
-    added = [
-        ArmConfig(name, arm.type, arm.options)
-        for name, arm in zip(names, chosen, strict=True)
-        if name not in given
-    ]
-    return {
-        **plan,
-        "choice": _renamed(plan["choice"], given),
-        "configurations": [_renamed(row, given) for row in plan["configurations"]],
-    }, [*added, *arms]
 
+    def renamed(row: Any) -> Any:
+        name = row.name
+        own = row.type, row.options, None
+        while (arm := given.get(name)) and (arm.type, arm.options, arm.draft_length) != own:
+            name = f"{name} (planned)"
+        return row.model_copy(update={"name": name})
 
-def _renamed(row: dict[str, Any], given: Mapping[str, ArmConfig]) -> dict[str, Any]:
-    return {**row, "name": _name(row["name"], row["type"], row["options"], given)}
-
-
-def _name(name: str, kind: str, options: dict[str, Any], given: Mapping[str, ArmConfig]) -> str:
-    """The name of a configuration: its own, unless a given arm has it and is another one."""
-    arm = given.get(name)
-    if arm is None or (arm.type, arm.options, arm.draft_length) == (kind, options, None):
-        return name
-    return _name(f"{name} (planned)", kind, options, given)
+    choice = renamed(plan.choice)
+    configurations = [renamed(row) for row in plan.configurations]
+    added = []
+    if choice.type != "plain" and choice.name not in given:
+        added = [ArmConfig(name=choice.name, type=choice.type, options=dict(choice.options))]
+    renamed_plan = plan.model_copy(update={"choice": choice, "configurations": configurations})
+    return renamed_plan, [*added, *arms]

@@ -113,6 +113,11 @@ class RunConfig(Config):
         """Baselines first."""
         return [*self.baselines, *(arm.name for arm in self.arms)]
 
+    @property
+    def rows(self) -> int:
+        """Requests that are decoded together, at most."""
+        return 1
+
     @model_validator(mode="after")
     def _check_run(self) -> "RunConfig":
         get_rule(self.rule)
@@ -139,6 +144,11 @@ class BenchConfig(RunConfig):
 
     batch_size: Count = 1
     prompts_per_call: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Requests that are decoded together, at most."""
+        return self.batch_size
 
     @property
     def call_size(self) -> int:
@@ -271,6 +281,11 @@ class ConcurrentConfig(SuiteConfig):
     rate: Annotated[float, Field(gt=0)] = 1.0
     max_rows: Count = 16
     max_cache_bytes: Count | None = None
+
+    @property
+    def rows(self) -> int:
+        """Requests that are decoded together, at most."""
+        return self.max_rows
 
     @model_validator(mode="after")
     def _check_users(self) -> "ConcurrentConfig":

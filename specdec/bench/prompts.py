@@ -4,7 +4,7 @@ import gzip
 import os
 import random
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,77 @@ from specdec.common.files import parse_json
 from specdec.common.hub import HUB, find_path
 from specdec.common.messages import BenchPrompt, Message, shuffled
 from specdec.demo import demo_path
+from specdec.engine.interfaces import Target
+from specdec.engine.request import encode
 
+DATA_DIR_VARIABLE = "SPECDEC_DATA_DIR"
 HELD_OUT = "held_out"
+_TEXT_KEYS = ("prompt", "text", "question", "instruction")
+_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "system": "system"}
+Rows = list[dict[str, Any]]
+
+
+def load_prompts(
+    source: str, num: int, data_dir: str | None = None, seed: int = 0
+) -> list[BenchPrompt]:
+    """Take `num` prompts of a source; the same ones for the same seed.
+
+    Args:
+        source: a name in `SOURCES`; a JSONL, ShareGPT JSON or text file (a prompt a line); or a
+            folder that `specdec collect` wrote, whose held-out queries are taken.
+        num: prompts to take, at most; seed 0 keeps the order of "demo", "held_out", files and
+            folders.
+        data_dir: folder of the named sources; default: the variable SPECDEC_DATA_DIR, then the
+            hub where the source is there.
+        seed: decides the order.
+
+    Raises:
+        ValueError: an unknown source, a record that cannot be read, or nothing to decode.
+        FileNotFoundError: the source's data is nowhere.
+    """
+    if source in SOURCES:
+        folder = data_dir or os.environ.get(DATA_DIR_VARIABLE)
+        prompts = read_source(source, Path(folder).expanduser() if folder else None)
+    elif Path(source).is_file():
+        prompts = read_file(Path(source))
+    elif Path(source).is_dir():
+        prompts = read_collected(Path(source))
+    else:
+        raise ValueError(
+            f"prompts.source is {source!r} but must be a file, a folder that specdec collect "
+            f"wrote, or one of {', '.join(SOURCES)}"
+        )
+    if not prompts:
+        raise ValueError(f"prompts.source {source!r} holds no prompts; give a file with at least 1")
+    if empty := [prompt for prompt in prompts if prompt.is_empty]:
+        raise ValueError(
+            f"prompts.source {source!r}: prompt {empty[0].id!r} is empty but needs some text to "
+            "continue from; fill it in or remove it"
+        )
+    if seed or (source in SOURCES and source not in _ORDERED):
+        prompts = shuffled(prompts, seed)
+    return prompts[:num]
+
+
+def render(prompt: BenchPrompt, tokenizer: Any) -> list[Message] | str:
+    """What `generate` takes: messages where the tokenizer has a chat template, else text."""
+    if not prompt.messages:
+        return prompt.text
+    if tokenizer is not None and getattr(tokenizer, "chat_template", None):
+        return list(prompt.messages)
+    return "\n".join(message["content"] for message in prompt.messages)
+
+
+def encode_prompts(prompts: Sequence[BenchPrompt], target: Target) -> list[list[int]]:
+    """Token ids of every prompt; errors as in `encode`."""
+    return [encode(render(p, target.tokenizer), target, i) for i, p in enumerate(prompts)]
+
+
+# --- Folders and files ---
 
 
 def read_collected(folder: Path) -> list[BenchPrompt]:
-    """Read what no drafter was trained on; the order is the folder's, which hashes decided.
-
-    Raises:
-        ValueError: the folder is none of collected queries, or `datasets` is not installed.
-    """
+    """Read what no drafter was trained on; the order is the folder's, which hashes decided."""
     try:
         from datasets import load_from_disk
     except ImportError as error:
@@ -30,23 +91,19 @@ def read_collected(folder: Path) -> list[BenchPrompt]:
             f"prompts.source {str(folder)!r} is a folder, and folders need datasets; install it "
             "with: pip install 'specdec[collect]'"
         ) from error
+    prompts = []
     try:
         rows: Any = load_from_disk(str(folder))[HELD_OUT]
-        return [_prompt(row) for row in rows]
+        for row in rows:
+            turns = tuple({k: turn[k] for k in ("role", "content")} for turn in row["messages"])
+            domain, text = row["domain"] or "collected", "" if turns else row["text"]
+            prompts.append(BenchPrompt(row["id"], domain, turns, text))
     except (FileNotFoundError, KeyError, ValueError) as error:
         raise ValueError(
             f"prompts.source {str(folder)!r} holds no split {HELD_OUT!r} of collected queries "
             f"({error}); give a folder that specdec collect wrote, or a file"
         ) from error
-
-
-def _prompt(row: dict[str, Any]) -> BenchPrompt:
-    turns = tuple({"role": turn["role"], "content": turn["content"]} for turn in row["messages"])
-    return BenchPrompt(row["id"], row["domain"] or "collected", turns, "" if turns else row["text"])
-
-
-_TEXT_KEYS = ("prompt", "text", "question", "instruction")
-_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "system": "system"}
+    return prompts
 
 
 def read_file(path: Path) -> list[BenchPrompt]:
@@ -63,24 +120,18 @@ def read_file(path: Path) -> list[BenchPrompt]:
     if path.suffix == ".txt":
         lines = _decoded(path).split("\n")
         return [BenchPrompt(str(i), "file", text=t) for i, t in enumerate(lines) if t.strip()]
-    rows = _json(path) if path.suffix == ".json" else list(read_lines(path))
     prompts = []
-    for index, row in enumerate(rows):
+    for index, row in enumerate(_records(path) if path.suffix == ".json" else read_lines(path)):
         try:
-            prompt = _prompt_of_prompt_files(index, row)
+            prompts += _prompts_of(index, row)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} record {index} is no prompt: {_reason(error)}") from error
-        if prompt is not None:
-            prompts.append(prompt)
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{path} record {index} is no prompt: {reason}") from error
     return prompts
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file, gzipped or not.
-
-    Raises:
-        ValueError: a line is not a JSON object.
-    """
+    """The objects of a JSONL file, gzipped or not; `ValueError` names a line that is none."""
     # Not splitlines: JSON strings may hold other characters that it takes for ends of lines.
     for number, line in enumerate(_decoded(path).split("\n"), 1):
         if line.strip():
@@ -107,10 +158,9 @@ def _decoded(path: Path) -> str:
     return text
 
 
-def _json(path: Path) -> list[Any]:
-    text = _decoded(path)
+def _records(path: Path) -> list[Any]:
     try:
-        rows = parse_json(text)
+        rows = parse_json(_decoded(path))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error})") from error
     if not isinstance(rows, list):
@@ -118,28 +168,31 @@ def _json(path: Path) -> list[Any]:
     return rows
 
 
-def _prompt_of_prompt_files(index: int, row: dict[str, Any]) -> BenchPrompt | None:
+def _prompts_of(index: int, row: dict[str, Any]) -> list[BenchPrompt]:
+    """The prompt of a record; none for a ShareGPT conversation without a user's turn."""
     name, domain = str(row.get("id", index)), str(row.get("domain", "file"))
     if "messages" in row:
         turns = [_message(turn["role"], turn["content"]) for turn in row["messages"]]
-        ends = [i + 1 for i, turn in enumerate(turns) if turn["role"] == "user"]
+        ends = _ends_of_user_turns(turns)
         if not ends:
             raise ValueError("its messages hold no user turn")
-        return BenchPrompt(name, domain, tuple(turns[: ends[-1]]))
+        return [BenchPrompt(name, domain, tuple(turns[: ends[-1]]))]
     if "conversations" in row:
-        turns = [_message(_role(turn["from"]), turn["value"]) for turn in row["conversations"]]
-        ends = [i + 1 for i, turn in enumerate(turns) if turn["role"] == "user"]
-        return BenchPrompt(name, domain, tuple(turns[: ends[0]])) if ends else None
+        pairs = [(turn["from"], turn["value"]) for turn in row["conversations"]]
+        turns = [_message(_SHAREGPT_ROLES.get(role, role), text) for role, text in pairs]
+        return [
+            BenchPrompt(name, domain, tuple(turns[:end])) for end in _ends_of_user_turns(turns)[:1]
+        ]
     for key in _TEXT_KEYS:
         if key in row:
-            return BenchPrompt(name, domain, (_message("user", row[key]),))
+            return [BenchPrompt(name, domain, (_message("user", row[key]),))]
     raise ValueError(
         f"it has the keys {sorted(row)} but needs messages, conversations, {', '.join(_TEXT_KEYS)}"
     )
 
 
-def _role(name: str) -> str:
-    return _SHAREGPT_ROLES.get(name, name)
+def _ends_of_user_turns(turns: Sequence[Message]) -> list[int]:
+    return [i + 1 for i, turn in enumerate(turns) if turn["role"] == "user"]
 
 
 def _message(role: Any, content: Any) -> Message:
@@ -148,12 +201,7 @@ def _message(role: Any, content: Any) -> Message:
     return {"role": role, "content": content}
 
 
-def _reason(error: Exception) -> str:
-    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
-
-
-Rows = list[dict[str, Any]]
-DATA_DIR_VARIABLE = "SPECDEC_DATA_DIR"
+# --- Named sources ---
 
 
 @dataclass(frozen=True)
@@ -173,12 +221,11 @@ class Source:
     published: str = ""
 
 
-def _user(text: str) -> tuple[Message, ...]:
-    return ({"role": "user", "content": text},)
-
-
 def _gsm8k(rows: Rows) -> list[BenchPrompt]:
-    return [BenchPrompt(f"gsm8k-{i}", "gsm8k", _user(r["question"])) for i, r in enumerate(rows)]
+    return [
+        BenchPrompt(f"gsm8k-{i}", "gsm8k", (_message("user", row["question"]),))
+        for i, row in enumerate(rows)
+    ]
 
 
 def _dialogues(domain: str, rows: Rows) -> list[BenchPrompt]:
@@ -186,8 +233,7 @@ def _dialogues(domain: str, rows: Rows) -> list[BenchPrompt]:
     prompts = []
     for row in rows:
         turns = [{"role": role, "content": text} for role, text in row["turns"]]
-        ends = [i + 1 for i, turn in enumerate(turns[:-1]) if turn["role"] == "user"]
-        if ends:
+        if ends := _ends_of_user_turns(turns[:-1]):
             end = random.Random(row["id"]).choice(ends)
             prompts.append(BenchPrompt(row["id"], domain, tuple(turns[:end])))
     return prompts
@@ -199,7 +245,7 @@ def _questions(source: str, rows: Rows) -> list[BenchPrompt]:
     for row in rows:
         turns = row["turns"] if "turns" in row else row["prompt"]
         number = row["question_id"] if "question_id" in row else row["prompt_id"]
-        first, later = _user(turns[0]), tuple(turns[1:])
+        first, later = (_message("user", turns[0]),), tuple(turns[1:])
         prompts.append(BenchPrompt(f"{source}-{number}", row["category"], first, follow_ups=later))
     return prompts
 
@@ -242,30 +288,9 @@ _FILED: dict[str, Source] = {
         {"path": "openai/openai_humaneval", "split": "test"},
     ),
 }
-
-
-def _demo(_: Path | None) -> list[BenchPrompt]:
-    """The packaged prompts, domains in turn, so that any number of first ones is balanced."""
-    position: dict[str, int] = {}
-    keyed = []
-    for row in read_lines(demo_path("prompts.jsonl")):
-        prompt = BenchPrompt(row["id"], row["domain"], tuple(row["messages"]))
-        position[prompt.domain] = position.get(prompt.domain, -1) + 1
-        keyed.append((position[prompt.domain], prompt))
-    return [prompt for _, prompt in sorted(keyed, key=lambda pair: pair[0])]
-
-
-def _held_out(folder: Path | None) -> list[BenchPrompt]:
-    """The three domains of the demo models in turn, none of it seen in training."""
-    names = ("gsm8k", "sgd", "taskmaster4")
-    domains = [shuffled(read_source(name, folder)) for name in names]
-    return [prompt for group in zip(*domains, strict=False) for prompt in group]
-
-
-# Sources that are balanced as they stand; the others are shuffled.
-_MIXED = {"demo": _demo, "held_out": _held_out}
-ORDERED = frozenset({"demo", "held_out", "spec_bench", "mt_bench", "human_eval"})
-SOURCES = (*_MIXED, *_FILED)
+SOURCES = ("demo", "held_out", *_FILED)
+# Balanced as they stand; the others are shuffled.
+_ORDERED = frozenset({"demo", "held_out", "spec_bench", "mt_bench", "human_eval"})
 
 
 def read_source(name: str, folder: Path | None) -> list[BenchPrompt]:
@@ -279,8 +304,11 @@ def read_source(name: str, folder: Path | None) -> list[BenchPrompt]:
         FileNotFoundError: neither has it.
         ValueError: its records are not what they should be.
     """
-    if name in _MIXED:
-        return _MIXED[name](folder)
+    if name == "demo":
+        return _in_turn(_demo_prompts())
+    if name == "held_out":  # the three domains of the demo models, none of it seen in training
+        domains = (shuffled(read_source(each, folder)) for each in ("gsm8k", "sgd", "taskmaster4"))
+        return [prompt for group in zip(*domains, strict=False) for prompt in group]
     source = _FILED[name]
     rows = _rows(name, source, folder)
     try:
@@ -290,6 +318,23 @@ def read_source(name: str, folder: Path | None) -> list[BenchPrompt]:
             f"{source.file} of prompts.source {name!r} does not have the original's records "
             f"({type(error).__name__}: {error}); restore the file"
         ) from error
+
+
+def _demo_prompts() -> list[BenchPrompt]:
+    return [
+        BenchPrompt(row["id"], row["domain"], tuple(row["messages"]))
+        for row in read_lines(demo_path("prompts.jsonl"))
+    ]
+
+
+def _in_turn(prompts: Sequence[BenchPrompt]) -> list[BenchPrompt]:
+    """Domains in turn, so that any number of first prompts is balanced."""
+    seen: dict[str, int] = {}
+    keyed = []
+    for prompt in prompts:
+        seen[prompt.domain] = seen.get(prompt.domain, -1) + 1
+        keyed.append((seen[prompt.domain], prompt))
+    return [prompt for _, prompt in sorted(keyed, key=lambda pair: pair[0])]
 
 
 def _rows(name: str, source: Source, folder: Path | None) -> Rows:
@@ -324,54 +369,3 @@ def require_data_dir(folder: Path | None) -> None:
             f"the data folder {str(folder)!r} is not a folder; mend {DATA_DIR_VARIABLE}, or the "
             "option that names it, or give neither to ask the hub"
         )
-
-
-def load_prompts(
-    source: str, num: int, data_dir: str | None = None, seed: int = 0
-) -> list[BenchPrompt]:
-    """Take `num` prompts of a source; the same ones for the same seed.
-
-    Args:
-        source: a name in `SOURCES`; a JSONL, ShareGPT JSON or text file (a prompt a line); or a
-            folder that `specdec collect` wrote, whose held-out queries are taken.
-        num: prompts to take, at most; seed 0 keeps the order of "demo", "held_out", files and
-            folders.
-        data_dir: folder of the named sources; default: the variable SPECDEC_DATA_DIR, then the
-            hub where the source is there.
-
-    Raises:
-        ValueError: an unknown source, a record that cannot be read, or nothing to decode.
-        FileNotFoundError: the source's data is nowhere.
-    """
-    if source in SOURCES:
-        folder = data_dir or os.environ.get(DATA_DIR_VARIABLE)
-        prompts = read_source(source, Path(folder).expanduser() if folder else None)
-    elif Path(source).is_file():
-        prompts = read_file(Path(source))
-    elif Path(source).is_dir():
-        prompts = read_collected(Path(source))
-    else:
-        raise ValueError(
-            f"prompts.source is {source!r} but must be a file, a folder that specdec collect "
-            f"wrote, or one of {', '.join(SOURCES)}"
-        )
-    if not prompts:
-        raise ValueError(f"prompts.source {source!r} holds no prompts; give a file with at least 1")
-    for prompt in prompts:
-        if prompt.is_empty:
-            raise ValueError(
-                f"prompts.source {source!r}: prompt {prompt.id!r} is empty but needs some text to "
-                "continue from; fill it in or remove it"
-            )
-    if seed or (source in SOURCES and source not in ORDERED):
-        prompts = shuffled(prompts, seed)
-    return prompts[:num]
-
-
-def render(prompt: BenchPrompt, tokenizer: Any) -> list[Message] | str:
-    """What `generate` takes: messages where the tokenizer has a chat template, else text."""
-    if not prompt.messages:
-        return prompt.text
-    if tokenizer is not None and getattr(tokenizer, "chat_template", None):
-        return list(prompt.messages)
-    return "\n".join(message["content"] for message in prompt.messages)

@@ -6,12 +6,13 @@ what they did not measure is None. Definitions stand in docs/bench.md and docs/s
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from specdec.bench.config import AnySuite, BenchConfig
 from specdec.bench.older import renew
+from specdec.checkpoints.head import TargetIdentity
 from specdec.common.files import replace_file
 from specdec.common.provenance import CodeProvenance, MachineProvenance
 
@@ -140,11 +141,21 @@ class PromptDifference(Difference):
     prompt: Whole
     against: Literal["plain", "hf_generate"]
 
+    @property
+    def place(self) -> str:
+        """The prompt in words."""
+        return f"prompt {self.prompt}"
+
 
 class RequestDifference(Difference):
     """A difference from plain decoding in a suite."""
 
     request: str
+
+    @property
+    def place(self) -> str:
+        """The request in words."""
+        return f"request {self.request}"
 
 
 class PromptFailure(Record):
@@ -215,6 +226,13 @@ class BenchArm(ArmFigures, BenchSpeeds):
     failures: list[PromptFailure]
     prompts: Whole
 
+    noun: ClassVar[str] = "prompt"
+
+    @property
+    def num_requests(self) -> int:
+        """Prompts that were asked."""
+        return self.prompts
+
 
 class Load(Record):
     """Figures of users at the same time; ranges are from the lowest to the highest repeat."""
@@ -257,6 +275,13 @@ class SuiteArm(ArmFigures):
     load: Load | None
     """users at the same time; null in the other suites"""
 
+    noun: ClassVar[str] = "request"
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that were asked."""
+        return self.requests
+
 
 class PromptInfo(Record):
     """A prompt of a bench."""
@@ -289,24 +314,6 @@ class GroupResults(Record):
     """plain first"""
 
 
-class TargetFacts(Record):
-    """Identity of the target; what is not known is null."""
-
-    name: str | None
-    """hub id, or the last folder of a path"""
-    hidden_size: int
-    vocab_size: int | None
-    num_layers: int | None
-    weights: str | None
-    """hash of the signs of some weights, the same in every dtype; null for a quantized target"""
-    tokenizer: str | None
-    """hash of the vocabulary"""
-    facts: dict[str, Any] | None = None
-    """what of its configuration changes what it says"""
-    magnitudes: dict[str, list[float]] | None = None
-    """tensor -> root mean square of sampled weights, and their product with a fixed wave"""
-
-
 class BenchProvenance(MachineProvenance):
     """Configuration of a bench as resolved, and where it ran."""
 
@@ -335,7 +342,7 @@ class Results(Record):
     FILE: ClassVar[str]
 
     @classmethod
-    def read(cls, content: Any, domains: Sequence[str] = ()) -> Any:
+    def read(cls, content: Any, domains: Sequence[str] = ()) -> Self:
         """Make the model from parsed JSON of this version or an older one.
 
         Args:
@@ -369,12 +376,17 @@ class BenchResults(Results):
         default="specdec-bench-3", alias="schema"
     )
     provenance: BenchProvenance
-    target: TargetFacts | None = None
+    target: TargetIdentity | None = None
     prompts: list[PromptInfo] | None = None
     """in the order of per_prompt"""
     memory: Memory
     arms: list[BenchArm]
-    """"plain" and "hf_generate" first"""
+    """plain and hf_generate first"""
+
+    @property
+    def parts(self) -> list[tuple[str, list[BenchArm]]]:
+        """Arms that were measured on the same requests, with their place in words."""
+        return [("", self.arms)]
 
 
 class SuiteResults(Results):
@@ -389,6 +401,11 @@ class SuiteResults(Results):
     provenance: SuiteProvenance
     memory: Memory
     groups: list[GroupResults]
+
+    @property
+    def parts(self) -> list[tuple[str, list[SuiteArm]]]:
+        """Arms that were measured on the same requests, with their place in words."""
+        return [(f", {group.name},", group.arms) for group in self.groups]
 
 
 class CellResults(Record):

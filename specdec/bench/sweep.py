@@ -1,45 +1,36 @@
-"""Run the cells of a grid, each a bench in a folder of its own, and join what they gave."""
+"""A sweep: the cells of a grid, each a run in a folder of its own, and what they gave together."""
 
 import copy
 import difflib
 import hashlib
-import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from specdec.bench.arms import build_arm
+from pydantic import BaseModel
+
+from specdec.bench.arms import build_arm, decoding_of
 from specdec.bench.config import (
-    ArmConfig,
     BenchConfig,
+    RunConfig,
     TargetConfig,
     build_config,
-    check_axis,
-    cross_product,
-    in_words,
     read_config,
 )
-from specdec.bench.runner import (
-    RESULTS,
-    SCHEMA,
-    Processes,
-    check_origin,
-    check_results,
-    encode_prompts,
-    fingerprint,
-    open_target,
-    read_prompts,
-    run_bench,
-)
-from specdec.bench.store import read_run
-from specdec.common.files import parse_json, replace_file
-from specdec.common.provenance import joined, machine
+from specdec.bench.grid import check_axis, cross_product, in_words, short_names
+from specdec.bench.results import BenchResults, CellResults, SweepProvenance, SweepResults
+from specdec.bench.runner import check_results, open_store, run_bench, take_turns
+from specdec.bench.workloads import Group, Progress, make_groups
+from specdec.common.provenance import code
 from specdec.targets.hf import HFTarget
-from specdec.verify import Rule, get_rule
+from specdec.targets.load import load_target
+from specdec.verify import get_rule
 
 _LONGEST_NAME = 120
+# What ends a cell but not the sweep.
+_CELL_ERRORS = (ValueError, RuntimeError, MemoryError, FloatingPointError, OSError)
 
 
 @dataclass(frozen=True)
@@ -47,21 +38,21 @@ class Cell:
     """One configuration of a sweep.
 
     Attributes:
-        name: of its folder, made from the settings.
+        name: name of its folder, made from the settings.
         settings: configuration key -> value.
-        config: what the bench runs.
+        config: what is run.
     """
 
     name: str
     settings: dict[str, Any]
-    config: BenchConfig
+    config: RunConfig
 
 
 def load_cells(path: str, overrides: Sequence[str] = ()) -> list[Cell]:
     """Read a YAML file whose `grid:` maps keys of the configuration to lists.
 
     Args:
-        path: the file; "demo" is the packaged one.
+        path: the file; "demo" and "demo/concurrent" and so on are packaged ones.
         overrides: `key=value` each; `grid.sampling.temperature=[0,1]` sets an axis.
 
     Returns:
@@ -74,17 +65,18 @@ def load_cells(path: str, overrides: Sequence[str] = ()) -> list[Cell]:
             of different values, or a cell that cannot be, by name.
     """
     given = read_config(path, overrides)
-    if not isinstance(given, dict) or "grid" not in given:
+    if not isinstance(given, dict) or "grid" not in given or "suite" in given:
         return [Cell("", {}, build_config(given))]
     axes = _axes(given.pop("grid"))
-    _check_set_once(given, axes)
+    for key in axes:
+        section, dot, last = key.rpartition(".")
+        place = given.get(section) if dot else given
+        if isinstance(place, dict) and last in place:
+            raise ValueError(
+                f"config sets both {key} and grid.{key}; drop one of them, or give the one value "
+                f"as grid.{key}=[{place[last]}]"
+            )
     return [_cell(given, settings) for settings in cross_product(axes)]
-
-
-def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """The last part of each key, or the whole where two end alike."""
-    ends = [key.rpartition(".")[2] for key in keys]
-    return {key: end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)}
 
 
 def _axes(grid: Any) -> dict[str, list[Any]]:
@@ -110,14 +102,14 @@ def _flattened(grid: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", values
 
 
-def _keys(schema: Any, prefix: str = "") -> Iterator[str]:
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Keys of single values."""
-    kinds = get_type_hints(schema)
-    for field in fields(schema):
-        if is_dataclass(kinds[field.name]):
-            yield from _keys(kinds[field.name], f"{prefix}{field.name}.")
-        elif field.name != "arms":
-            yield f"{prefix}{field.name}"
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _keys(kind, f"{prefix}{name}.")
+        elif name != "arms":
+            yield f"{prefix}{name}"
 
 
 def _check_key(key: str, known: list[str]) -> None:
@@ -134,17 +126,6 @@ def _check_key(key: str, known: list[str]) -> None:
     raise ValueError(
         f"config grid.{key} is no key of the configuration{hint} known: {', '.join(known)}"
     )
-
-
-def _check_set_once(given: dict[str, Any], axes: dict[str, list[Any]]) -> None:
-    for key in axes:
-        section, dot, last = key.rpartition(".")
-        place = given.get(section) if dot else given
-        if isinstance(place, dict) and last in place:
-            raise ValueError(
-                f"config sets both {key} and grid.{key}; drop one of them, or give the one value "
-                f"as grid.{key}=[{place[last]}]"
-            )
 
 
 def _cell(given: dict[str, Any], settings: dict[str, Any]) -> Cell:
@@ -173,172 +154,101 @@ def _folder_name(settings: dict[str, Any]) -> str:
     return f"{name[:_LONGEST_NAME]}-{mark}"
 
 
-SWEEP = "sweep.json"
-Progress = Callable[[int, int, str], None]
-
-# What ends a cell but not the sweep.
-_CELL_ERRORS = (ValueError, RuntimeError, MemoryError, FloatingPointError, OSError)
-
-
 def run_sweep(
-    cells: Sequence[Cell],
-    folder: Path,
-    progress: Progress = lambda done, total, text: None,
-    processes: Processes = Processes(),  # noqa: B008 (frozen)
-) -> dict[str, Any]:
+    cells: Sequence[Cell], folder: Path, progress: Progress = lambda done, total, text: None
+) -> SweepResults:
     """Run the cells that are not finished yet and write `sweep.json`.
 
-    A target is loaded once for all cells that share it, the finished ones too: their results stand
-    beside the others', so they must be of the same machine, target and drafters. What a cell cannot
-    do is refused before the first one runs; one that fails later is told of in its "error", and the
-    others go on.
+    A target is loaded once for all cells that share it. What a cell cannot do is refused before
+    the first one runs; one that fails later is told of in its "error", and the others go on.
 
     Args:
         cells: see `load_cells`.
-        folder: for `sweep.json` and the cells' own folders, `cells/NAME`.
+        folder: holds `sweep.json` and the cells' own folders, `cells/NAME`.
         progress: called with calls of the cell done, its calls in all, and what runs next.
-        processes: those that share the calls of each cell; all of them call this.
-
-    Returns:
-        The content of `sweep.json`; `check_sweep` says whether it stands.
 
     Raises:
-        ValueError: a cell that cannot run, or whose folder is of another configuration or origin,
-            see `settle_origin`.
+        ValueError: a cell that cannot run, or whose folder is of another run.
         FileNotFoundError: a file that a cell names is not there.
-        RuntimeError: another process failed.
     """
-    targets = _Targets(processes)
-    # Nothing is asked of a cell's folder again, so that no process sees another's later results.
-    finished = {cell.name: _finished(cell, folder / "cells" / cell.name) for cell in cells}
-    with processes.together():
-        _check(cells, folder, finished, targets, processes)
-    rows = []
+    targets = _Targets()
+    makes_trees: dict[str, bool] = {}
+    groups = {cell.name: _checked(cell, folder, targets, makes_trees, progress) for cell in cells}
+    found = []
     for number, cell in enumerate(cells, 1):
-        show = _prefixed(progress, f"cell {number} of {len(cells)}: ")
-        results, error = finished[cell.name], None
+
+        def show(done: int, total: int, text: str, number: int = number) -> None:
+            progress(done, total, f"cell {number} of {len(cells)}: {text}")
+
+        target, where = targets.of(cell.config.target), f"cells/{cell.name}"
+        results, error = None, None
         try:
-            if results is None:
-                where, target = folder / "cells" / cell.name, targets.of(cell.config)
-                results = run_bench(cell.config, where, show, target=target, processes=processes)
+            results = run_bench(
+                cell.config, folder / where, show, target=target, groups=groups[cell.name]
+            )
             check_results(results)
         except _CELL_ERRORS as failure:
             error = f"{type(failure).__name__}: {failure}"
-        rows.append(_row(cell, results, error))
-    sweep = {"schema": "specdec-sweep-2", "provenance": joined(processes.num), "cells": rows}
-    text = json.dumps(sweep, indent=1, allow_nan=False) + "\n"
-    if processes.is_first:
-        replace_file(folder / SWEEP, text.encode())
-    content: dict[str, Any] = json.loads(text)
-    return content
+        arms = results.arms if isinstance(results, BenchResults) else []
+        found.append(
+            CellResults(
+                name=cell.name, settings=cell.settings, folder=where, error=error, arms=arms
+            )
+        )
+    sweep = SweepResults(provenance=SweepProvenance(**code()), cells=found)
+    sweep.write(folder)
+    return sweep
 
 
-def check_sweep(sweep: dict[str, Any]) -> None:
-    """Fail a sweep with a cell that failed.
-
-    Raises:
-        RuntimeError: the cells that did, and why the first one did.
-    """
-    failed = [cell for cell in sweep["cells"] if cell["error"]]
+def check_sweep(sweep: SweepResults) -> None:
+    """Fail a sweep with a cell that failed: `RuntimeError` with the first one's reason."""
+    failed = [cell for cell in sweep.cells if cell.error]
     if failed:
-        names = ", ".join(cell["name"] for cell in failed)
+        names = ", ".join(cell.name for cell in failed)
         raise RuntimeError(
-            f"{len(failed)} of {len(sweep['cells'])} cells failed: {names}; the first: "
-            f"{failed[0]['error']}"
+            f"{len(failed)} of {len(sweep.cells)} cells failed: {names}; the first: "
+            f"{failed[0].error}"
         )
 
 
 class _Targets:
     """The target that was loaded last: cells mostly share one."""
 
-    def __init__(self, processes: Processes) -> None:
-        self._processes = processes
-        self._config: TargetConfig | None = None
-        self._target: HFTarget | None = None
+    def __init__(self) -> None:
+        self._loaded: tuple[TargetConfig, HFTarget] | None = None
 
-    def of(self, config: BenchConfig) -> HFTarget:
-        if self._target is None or config.target != self._config:
-            self._target = None  # two of them may not fit
-            self._target = open_target(config.target, self._processes)
-            self._config = config.target
-        return self._target
+    def of(self, config: TargetConfig) -> HFTarget:
+        if self._loaded is None or config != self._loaded[0]:
+            self._loaded = None  # two of them may not fit
+            self._loaded = config, load_target(**config.model_dump())
+        return self._loaded[1]
 
 
-def _prefixed(progress: Progress, words: str) -> Progress:
-    return lambda done, total, text: progress(done, total, words + text)
+def _checked(
+    cell: Cell, folder: Path, targets: _Targets, makes_trees: dict[str, bool], progress: Progress
+) -> list[Group]:
+    """Refuse a cell that cannot run, or whose folder is another run's; returns its workload.
 
-
-def _row(cell: Cell, results: dict[str, Any] | None, error: str | None) -> dict[str, Any]:
-    return {
-        "name": cell.name,
-        "settings": cell.settings,
-        "folder": f"cells/{cell.name}",
-        "error": error,
-        "arms": results["arms"] if results else [],
-    }
-
-
-def _finished(cell: Cell, folder: Path) -> dict[str, Any] | None:
-    """The results of a cell that an earlier command finished."""
-    path = folder / RESULTS
-    if not path.is_file():
-        return None
-    try:
-        results: dict[str, Any] = parse_json(path.read_text())
-        is_same = results["schema"] == SCHEMA and results["provenance"][
-            "config_fingerprint"
-        ] == fingerprint(cell.config, read_prompts(cell.config))
-    except (ValueError, KeyError, TypeError):
-        return None
-    return results if is_same else None
-
-
-def _check(
-    cells: Sequence[Cell],
-    folder: Path,
-    finished: dict[str, dict[str, Any] | None],
-    targets: _Targets,
-    processes: Processes,
-) -> None:
-    """Refuse every cell that cannot run, or cannot stay, before one runs."""
-    makes_trees: dict[str, bool] = {}
-    for cell in cells:
-        where, is_finished = folder / "cells" / cell.name, finished[cell.name] is not None
-        try:
-            prompts = read_prompts(cell.config)
-            has_calls = is_finished or read_run(where, fingerprint(cell.config, prompts))
-            rule = get_rule(cell.config.rule)
-            target = targets.of(cell.config)
-            # The first process alone writes down the origin, so it is of its own machine.
-            if has_calls and processes.is_first:
-                check_origin(where, machine(target), target, cell.config.arms)
-            if not is_finished:
-                encode_prompts(prompts, target)
-                for arm in cell.config.arms:
-                    _check_arm(arm, cell.config, target, rule, makes_trees)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"cell {cell.name}: {error}") from error
-        except ValueError as error:
-            raise ValueError(f"cell {cell.name}: {error}") from error
-
-
-def _check_arm(
-    arm: ArmConfig, config: BenchConfig, target: HFTarget, rule: Rule, makes_trees: dict[str, bool]
-) -> None:
-    """Refuse options that no drafter takes, and trees under a rule for chains.
-
-    Args:
-        arm: of the cell.
-        config: of the cell.
-        target: of the cell.
-        rule: of the cell.
-        makes_trees: what is known of arms that were built already.
+    `makes_trees` remembers arms that were built for other cells.
     """
-    key = repr((config.target, arm.type, arm.options, arm.draft_length))
-    if key not in makes_trees:
-        makes_trees[key] = build_arm(config, target, arm).makes_trees
-    if makes_trees[key] and not rule.supports_trees:
-        raise ValueError(
-            f"rule {config.rule!r} judges chains only but the arm {arm.name!r} makes trees; give "
-            "the arm a chain, or the grid another rule"
-        )
+    config = cell.config
+    try:
+        target = targets.of(config.target)
+        groups = make_groups(config, target, progress)
+        with open_store(config, folder / "cells" / cell.name, target, groups) as store:
+            turns = take_turns(groups, config.arm_names, config.repeats)
+            is_finished = all(turn.key in store.done for turn in turns)
+        for arm in () if is_finished else config.arms:
+            key = f"{config.target} {arm}"
+            if key not in makes_trees:
+                makes_trees[key] = build_arm(arm, target, decoding_of(config)).makes_trees
+            if makes_trees[key] and not get_rule(config.rule).supports_trees:
+                raise ValueError(
+                    f"rule {config.rule!r} judges chains only but the arm {arm.name!r} makes "
+                    "trees; give the arm a chain, or the grid another rule"
+                )
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"cell {cell.name}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"cell {cell.name}: {error}") from error
+    return groups

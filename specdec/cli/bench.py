@@ -2,9 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,11 +12,12 @@ import typer
 from specdec.cli.app import app, exit_statuses, progress_bar, quiet_transformers
 
 if TYPE_CHECKING:
-    from specdec.bench.config import BenchConfig
-    from specdec.bench.runner import Processes
+    from specdec.bench.config import RunConfig
     from specdec.bench.sweep import Cell
 
-Progress = Callable[[int, int, str], None]
+# What the last line of output, which is for machines, says of an arm.
+_SUITE_KEYS = ("name", "tau", "decode_tokens_per_s", "speedup_vs_plain", "mismatches", "failed")
+_BENCH_KEYS = (*_SUITE_KEYS, "speedup_vs_hf", "end_to_end_speedup_vs_plain")
 
 
 @app.command()
@@ -28,7 +27,7 @@ def bench(
         str,
         typer.Argument(
             help="a YAML file: one bench, many with a grid: in it, or a suite:; 'demo' for the "
-            "packaged bench, demo/single_turn and so on for the packaged suites"
+            "packaged bench, demo/single-turn and so on for the packaged suites"
         ),
     ],
     overrides: Annotated[
@@ -48,131 +47,123 @@ def bench(
         ),
     ] = False,
 ) -> None:
-    """Measure draft strategies against plain decoding and transformers' generate.
-
-    Under torchrun or accelerate launch, the processes share the prompts, and
-    the results are joined.
-    """
-    from specdec.bench.config import is_suite
+    """Measure draft strategies against plain decoding and transformers' generate."""
+    from specdec.bench.sweep import load_cells
     from specdec.common.files import locked
 
-    if is_suite(config):
-        _check_suite_flags({"--list": only_list, "--auto": auto})
-        with locked(out):
-            bench_suite(config, overrides or [], out)
-        return
-    from specdec.bench.sweep import load_cells
-
-    cells = load_cells(config, overrides or [])  # wrong ones are told before the slow imports
+    cells = load_cells(config, overrides or [])
+    is_suite = "hf_generate" not in cells[0].config.baselines
+    for flag, is_given in {"--list": only_list, "--auto": auto}.items():
+        if is_given and is_suite:
+            raise ValueError(f"{flag} is of benches and grids, and this is a suite; drop it")
     if auto and cells[0].settings:
         raise ValueError(
             f"config {config!r} holds a grid, and --auto plans one bench; drop one of them"
         )
     if only_list:
-        _list(cells)
+        for cell in cells:
+            typer.echo(f"{cell.name or 'one bench'}: {' | '.join(cell.config.arm_names)}")
+        typer.echo(f"cells: {len(cells)}; in each of them every arm decodes the prompts in turn")
         return
-    from specdec.bench.runner import joined_processes, launched_processes
-
     quiet_transformers()
-    with locked(out, is_writer=launched_processes().is_first), joined_processes() as processes:
-        if auto:
-            _planned(cells[0].config, out, processes)
+    with locked(out):
+        if is_suite:
+            _suite(cells[0].config, out)
+        elif auto:
+            _planned(cells[0].config, out)
         elif cells[0].settings:
-            _sweep(cells, out, processes)
+            _sweep(cells, out)
         else:
-            _single(cells[0].config, out, processes)
+            _single(cells[0].config, out)
 
 
-def _list(cells: Sequence["Cell"]) -> None:
-    for cell in cells:
-        config = cell.config
-        names = ["plain", "hf_generate", *(arm.name for arm in config.arms)]
-        typer.echo(f"{cell.name or 'one bench'}: {' | '.join(names)}")
-    typer.echo(f"cells: {len(cells)}; in each of them every arm decodes the prompts in turn")
-
-
-def _single(
-    config: "BenchConfig", out: Path, processes: "Processes", plan: dict[str, Any] | None = None
-) -> None:
+def _single(config: "RunConfig", out: Path, plan: Any = None) -> None:
     from specdec.bench.runner import check_results, run_bench
+    from specdec.report.quick_plots import plot_results
     from specdec.report.tables import planned_table, results_table
 
-    with _progress(processes) as show:
-        results = run_bench(config, out, show, processes=processes)
-    if processes.is_first:
-        _print(lambda width: results_table(results, width))
-        if plan:
-            _print(lambda width: planned_table(plan, results))
-        picture = _picture(results, out / "results.png")
-        said = picture or "none, it needs specdec[plot]"
-        typer.echo(f"Records and results: {out}\nPicture: {said}")
-        _tell_failures(results["arms"])
-        summary = {"schema": results["schema"], "picture": picture and str(picture)}
-        if plan:
-            summary["choice"] = plan["choice"]["name"]
-        typer.echo(json.dumps({**summary, "arms": _summary(results["arms"])}))
+    with progress_bar() as show:
+        results: Any = run_bench(config, out, show)
+    _print(lambda width: results_table(_plain(results), width))
+    if plan:
+        _print(lambda width: planned_table(_plain(plan), _plain(results)))
+    picture = _picture(plot_results, results, out / "results.png")
+    _tell_failures(results.arms)
+    summary = {"schema": results.schema_, "picture": picture}
+    if plan:
+        summary["choice"] = plan.choice.name
+    typer.echo(json.dumps({**summary, "arms": _summary(results.arms, _BENCH_KEYS)}))
     check_results(results)
 
 
-def _planned(config: "BenchConfig", out: Path, processes: "Processes") -> None:
+def _suite(config: "RunConfig", out: Path) -> None:
+    from specdec.bench.runner import check_results, run_bench
+    from specdec.report.quick_plots import plot_suite
+    from specdec.report.tables import suite_tables
+
+    with progress_bar() as show:
+        results: Any = run_bench(config, out, show)
+    for place in (0, 1):
+        _print(lambda width, place=place: suite_tables(_plain(results), width)[place])
+    picture = _picture(plot_suite, results, out / "suite.png")
+    groups = [
+        {"name": group.name, "arms": _summary(group.arms, _SUITE_KEYS)} for group in results.groups
+    ]
+    summary = {"schema": results.schema_, "suite": results.suite, "picture": picture}
+    typer.echo(json.dumps({**summary, "groups": groups}))
+    check_results(results)
+
+
+def _planned(config: Any, out: Path) -> None:
     """Measure what a plan chooses, and the arms that were given."""
-    if processes.num > 1:
-        raise ValueError("--auto measures the costs of one process; start it without a launcher")
     from specdec.bench.arms import add_choice
-    from specdec.planning.plan import choose
+    from specdec.planning.plan import run_plan
 
-    with _progress(processes) as show:
-        chosen = choose(config, out / "plan", show)
-    found = json.loads((out / "plan" / "plan.json").read_text())
-    plan, arms = add_choice(found, chosen.arms, config.arms)
-    before, now = found["choice"]["name"], plan["choice"]["name"]
-    if now != before:
+    with progress_bar() as show:
+        found = run_plan(config, out / "plan", show)
+    plan, arms = add_choice(found, config.arms)
+    if plan.choice.name != found.choice.name:
         typer.echo(
-            f"The plan's choice {before!r} is not the arm of that name in the file; it is measured "
-            f"beside it, as {now!r}"
+            f"The plan's choice {found.choice.name!r} is not the arm of that name in the file; it "
+            f"is measured beside it, as {plan.choice.name!r}"
         )
-    _single(replace(config, arms=arms), out, processes, plan)
+    _single(config.model_copy(update={"arms": arms}), out, plan)
 
 
-def _sweep(cells: Sequence["Cell"], out: Path, processes: "Processes") -> None:
-    from specdec.bench.sweep import SWEEP, check_sweep, run_sweep
+def _sweep(cells: Sequence["Cell"], out: Path) -> None:
+    from specdec.bench.sweep import check_sweep, run_sweep
     from specdec.report.tables import sweep_table
 
-    with _progress(processes) as show:
-        sweep = run_sweep(cells, out, show, processes)
-    if processes.is_first:
-        _print(lambda width: sweep_table(sweep, width))
-        typer.echo(f"Joined results: {out / SWEEP}")
-        for cell in sweep["cells"]:
-            if cell["error"]:
-                typer.echo(f"specdec: cell {cell['name']} failed: {cell['error']}", err=True)
-            _tell_failures(cell["arms"], f"cell {cell['name']}, ")
-        rows = [{**cell, "arms": _summary(cell["arms"])} for cell in sweep["cells"]]
-        typer.echo(json.dumps({"schema": sweep["schema"], "cells": rows}))
+    with progress_bar() as show:
+        sweep = run_sweep(cells, out, show)
+    _print(lambda width: sweep_table(_plain(sweep), width))
+    typer.echo(f"Joined results: {out / sweep.FILE}")
+    rows = []
+    for cell in sweep.cells:
+        if cell.error:
+            typer.echo(f"specdec: cell {cell.name} failed: {cell.error}", err=True)
+        _tell_failures(cell.arms, f"cell {cell.name}, ")
+        arms = _summary(cell.arms, _BENCH_KEYS)
+        rows.append({**cell.model_dump(exclude={"arms"}), "arms": arms})
+    typer.echo(json.dumps({"schema": sweep.schema_, "cells": rows}))
     check_sweep(sweep)
 
 
-def _check_suite_flags(flags: dict[str, bool]) -> None:
-    from specdec.bench.runner import launched_processes
-
-    for flag, is_given in flags.items():
-        if is_given:
-            raise ValueError(f"{flag} is of benches and grids, and this is a suite; drop it")
-    if launched_processes().num > 1:
-        raise ValueError("a suite is served by one process; start it without a launcher")
-
-
-@contextmanager
-def _progress(processes: "Processes") -> Iterator[Progress]:
-    """A bar in the first process alone."""
-    if not processes.is_first:
-        yield lambda done, total, text: None
-        return
-    with progress_bar() as show:
-        yield show
+def _picture(plot: Callable[[Any, Path], object], results: Any, path: Path) -> str | None:
+    """Draw the results; None without matplotlib, which is an extra: the figures stand anyway."""
+    picture = None if find_spec("matplotlib") is None else str(path)
+    if picture:
+        plot(_plain(results), path)
+    shown = picture or "none, it needs specdec[plot]"
+    typer.echo(f"Records and results: {path.parent}\nPicture: {shown}")
+    return picture
 
 
-def _print(table: Callable[[int], Any]) -> None:
+def _plain(results: Any) -> Any:
+    return results.model_dump(mode="json", by_alias=True)
+
+
+def _print(table: Callable[..., Any]) -> None:
     """Show a table that is made for the width of the terminal."""
     from rich.console import Console
 
@@ -180,76 +171,12 @@ def _print(table: Callable[[int], Any]) -> None:
     terminal.print(table(terminal.width))
 
 
-def _tell_failures(arms: list[dict[str, Any]], where: str = "") -> None:
+def _tell_failures(arms: Sequence[Any], where: str = "") -> None:
     for arm in arms:
-        if arm["failed"]:
-            count, reason = f"{arm['failed']} of {arm['prompts']}", arm["failures"][0]["reason"]
-            typer.echo(f"specdec: {where}{arm['name']}: {count} prompts failed: {reason}", err=True)
+        if arm.failed:
+            count, reason = f"{arm.failed} of {arm.prompts}", arm.failures[0].reason
+            typer.echo(f"specdec: {where}{arm.name}: {count} prompts failed: {reason}", err=True)
 
 
-def _picture(results: dict[str, Any], path: Path) -> Path | None:
-    """Draw the results; None without matplotlib, which is an extra: the figures stand anyway."""
-    if find_spec("matplotlib") is None:
-        return None
-    from specdec.report.quick_plots import plot_results
-
-    plot_results(results, path)
-    return path
-
-
-def _summary(arms: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the last line of output, which is for machines, says of arms."""
-    keys = (
-        "name",
-        "tau",
-        "decode_tokens_per_s",
-        "speedup_vs_plain",
-        "speedup_vs_hf",
-        "end_to_end_speedup_vs_plain",
-        "mismatches",
-        "failed",
-    )
-    return [{key: arm[key] for key in keys} for arm in arms]
-
-
-def bench_suite(config: str, overrides: Sequence[str], out: Path) -> None:
-    """Run a suite, show its tables and draw its picture."""
-    from rich.console import Console
-
-    from specdec.bench.config import load_suite
-
-    load_suite(config, overrides)  # wrong ones are told before the slow imports
-    from specdec.bench.suites.runner import check_suite, run_suite
-    from specdec.report.tables import suite_tables
-
-    quiet_transformers()
-    with progress_bar() as show:
-        results = run_suite(config, overrides, out, show)
-    terminal = Console(width=None if sys.stdout.isatty() else 140)
-    for table in suite_tables(results, terminal.width):
-        terminal.print(table)
-    picture = _picture_of_suite(results, out / "suite.png")
-    typer.echo(f"Records and results: {out}\nPicture: {picture or 'none, it needs specdec[plot]'}")
-    typer.echo(json.dumps(_summary_of_suite(results, picture)))
-    check_suite(results)
-
-
-def _picture_of_suite(results: dict[str, Any], path: Path) -> Path | None:
-    """Draw the results; None without matplotlib, which is an extra: the figures stand anyway."""
-    if find_spec("matplotlib") is None:
-        return None
-    from specdec.report.quick_plots import plot_suite
-
-    plot_suite(results, path)
-    return path
-
-
-def _summary_of_suite(results: dict[str, Any], picture: Path | None) -> dict[str, Any]:
-    """The last line of output, for machines."""
-    keys = ("name", "tau", "decode_tokens_per_s", "speedup_vs_plain", "mismatches", "failed")
-    groups = [
-        {"name": group["name"], "arms": [{key: arm[key] for key in keys} for arm in group["arms"]]}
-        for group in results["groups"]
-    ]
-    where = {"schema": results["schema"], "suite": results["suite"]}
-    return {**where, "picture": picture and str(picture), "groups": groups}
+def _summary(arms: Sequence[Any], keys: Sequence[str]) -> list[dict[str, Any]]:
+    return [{key: getattr(arm, key) for key in keys} for arm in arms]

@@ -1,1 +1,0 @@
-"""Suites of `specdec bench`: one turn, many turns, long contexts, many users."""
