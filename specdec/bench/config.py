@@ -231,7 +231,7 @@ def _usual_buckets() -> list[LengthBucket]:
 class SingleTurnConfig(SuiteConfig):
     """Prompts of several lengths, one turn each."""
 
-    suite: Literal["single_turn"]
+    suite: Literal["single_turn"] = "single_turn"
     buckets: Annotated[list[LengthBucket], Field(min_length=1)] = Field(
         default_factory=_usual_buckets
     )
@@ -245,7 +245,7 @@ class SingleTurnConfig(SuiteConfig):
 class MultiTurnConfig(SuiteConfig):
     """Conversations of several turns, each asked after the target's own answers."""
 
-    suite: Literal["multi_turn"]
+    suite: Literal["multi_turn"] = "multi_turn"
     turns: Count = 10
     conversations: Count = 6
 
@@ -256,7 +256,7 @@ class LongContextConfig(SuiteConfig):
     `context_len` is the last edge; None is the target's limit.
     """
 
-    suite: Literal["long_context"]
+    suite: Literal["long_context"] = "long_context"
     context_len: Count | None = None
     bins: Count = 8
     num: Count = 4
@@ -270,7 +270,7 @@ class ConcurrentConfig(SuiteConfig):
     `answer_len` bounds the new tokens of a request; `max_new_tokens` is not used.
     """
 
-    suite: Literal["concurrent"]
+    suite: Literal["concurrent"] = "concurrent"
     users: Annotated[list[Count], Field(min_length=1)] = Field(
         default_factory=lambda: [1, 2, 4, 8, 16]
     )

@@ -405,7 +405,7 @@ class SuiteResults(Results):
     @property
     def parts(self) -> list[tuple[str, list[SuiteArm]]]:
         """Arms that were measured on the same requests, with their place in words."""
-        return [(f", {group.name},", group.arms) for group in self.groups]
+        return [(f" in {group.name}", group.arms) for group in self.groups]
 
 
 class CellResults(Record):

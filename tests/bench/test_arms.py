@@ -1,25 +1,42 @@
 """Arms: the same prompts, tokens and clock whoever decodes."""
 
 import pytest
+import torch
+from pydantic import BaseModel
 from tiny_models import perturbed, tiny_llama, tiny_target
 
-from specdec.bench.arms import build_arms
-from specdec.bench.config import ArmConfig, BenchConfig
+from specdec.bench.arms import add_choice, build_arms
+from specdec.bench.config import ArmConfig, BenchConfig, SamplingOptions
+from specdec.bench.workloads import Request
 
 PROMPTS = [[1, 2, 3], [5, 6, 7, 8, 9], [11]]
 
 
-def arms_of(target, *arms, **settings):
-    return build_arms(BenchConfig(arms=list(arms), max_new_tokens=16, **settings), target)
+def arms_of(target, *arms, batch_size=3, **settings):
+    return build_arms(BenchConfig(arms=list(arms), batch_size=batch_size, **settings), target)
 
 
-def test_transformers_and_our_loop_emit_the_same_tokens_over_ragged_rows_with_early_ends():
+def decode(arm, prompts=PROMPTS, seed=0, num=16):
+    """Runs of one call."""
+    requests = [Request("", "", ids, num, seed + i, user=i) for i, ids in enumerate(prompts)]
+    return arm(requests, lambda: None)
+
+
+def assisted_arm(options):
+    return ArmConfig(name="assisted", type="hf_assisted", options=options)
+
+
+def tokens_of(arm, **options):
+    return [run.tokens for run in decode(arm, **options)]
+
+
+def test_transformers_and_our_loop_emit_the_same_tokens():
     target = tiny_target()
-    whole = [run.tokens for run in arms_of(target)["plain"](PROMPTS, range(3))]
+    whole = tokens_of(arms_of(target)["plain"])
     early = next(t for t in whole[0][2:8] if t not in whole[1])
     target.eos_token_ids = (early,)
     arms = arms_of(target)
-    ours, theirs = arms["plain"](PROMPTS, range(3)), arms["hf_generate"](PROMPTS, range(3))
+    ours, theirs = decode(arms["plain"]), decode(arms["hf_generate"])
     assert [run.tokens for run in ours] == [run.tokens for run in theirs]
     assert ours[0].tokens[-1] == early
     assert len(ours[0].tokens) < len(ours[1].tokens)
@@ -28,48 +45,42 @@ def test_transformers_and_our_loop_emit_the_same_tokens_over_ragged_rows_with_ea
     assert theirs[0].decode_s < theirs[1].decode_s
 
 
-def test_a_checkpoint_s_own_generation_defaults_do_not_change_the_baseline():
+def test_checkpoint_s_defaults_do_not_change_the_baseline():
     target = tiny_target()
     target.model.generation_config.repetition_penalty = 1.9
     target.model.generation_config.no_repeat_ngram_size = 1
     arms = arms_of(target)
-    ours, theirs = arms["plain"](PROMPTS, range(3)), arms["hf_generate"](PROMPTS, range(3))
+    ours, theirs = decode(arms["plain"]), decode(arms["hf_generate"])
     assert [run.tokens for run in ours] == [run.tokens for run in theirs]
     assert target.model.generation_config.repetition_penalty == 1.9
 
 
-def test_a_sampled_arm_repeats_itself_and_leaves_the_global_generator_alone():
-    import torch
-
-    from specdec.bench.config import SamplingOptions
-
+def test_sampled_arm_leaves_the_global_generator_alone():
     sampling = SamplingOptions(temperature=0.9, top_k=20)
     arms = arms_of(tiny_target(), sampling=sampling)
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
     for name in ("plain", "hf_generate"):
-        first, second = arms[name](PROMPTS, range(4, 7)), arms[name](PROMPTS, range(4, 7))
-        assert [run.tokens for run in first] == [run.tokens for run in second]
+        assert tokens_of(arms[name], seed=4) == tokens_of(arms[name], seed=4)
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_bursts_of_assisted_generation_are_counted_once(tmp_path):
+def test_assisted_bursts_are_counted_once(tmp_path):
     target = tiny_target()
     perturbed(tiny_llama(), 0.05).save_pretrained(tmp_path)
     options = {"path": str(tmp_path), "num_draft_tokens": 3}
-    arms = arms_of(target, ArmConfig("assisted", "hf_assisted", options))
+    arms = arms_of(target, assisted_arm(options), batch_size=1)
     for prompt in PROMPTS:
-        (plain,), (assisted,) = arms["plain"]([prompt], [0]), arms["assisted"]([prompt], [0])
+        (plain,), (assisted,) = (decode(arms[name], [prompt]) for name in ("plain", "assisted"))
         assert assisted.tokens == plain.tokens
         assert 1 <= assisted.num_first <= 4
 
 
-def test_an_unknown_option_of_an_assisted_arm_is_named(tmp_path):
+def test_unknown_option_of_an_assisted_arm_is_named(tmp_path):
     perturbed(tiny_llama(), 0.05).save_pretrained(tmp_path)
-    arm = ArmConfig("assisted", "hf_assisted", {"path": str(tmp_path), "num_tokens": 3})
     with pytest.raises(ValueError, match="no option 'num_tokens'"):
-        arms_of(tiny_target(), arm)
+        arms_of(tiny_target(), assisted_arm({"path": str(tmp_path), "num_tokens": 3}), batch_size=1)
 
 
 @pytest.mark.parametrize(
@@ -87,52 +98,97 @@ def test_an_unknown_option_of_an_assisted_arm_is_named(tmp_path):
     ],
 )
 def test_sampling_settings_mean_the_same_in_both_arms(sampling):
-    from specdec.bench.config import SamplingOptions
-
     target = tiny_target()
-    greedy = [run.tokens for run in arms_of(target)["plain"](PROMPTS, range(3))]
+    greedy = tokens_of(arms_of(target)["plain"])
     target.eos_token_ids = (greedy[0][3],)
-    unset = [run.tokens for run in arms_of(target)["plain"](PROMPTS, range(3))]
+    unset = tokens_of(arms_of(target)["plain"])
     arms = arms_of(target, sampling=SamplingOptions(**sampling))
-    ours, theirs = arms["plain"](PROMPTS, range(3)), arms["hf_generate"](PROMPTS, range(3))
+    ours, theirs = decode(arms["plain"]), decode(arms["hf_generate"])
     assert [run.tokens for run in ours] == [run.tokens for run in theirs]
     if sampling.keys() & {"min_new_tokens", "repetition_penalty", "presence_penalty"}:
         assert [run.tokens for run in ours] != unset
 
 
 def test_both_arms_draw_from_the_same_distribution():
-    from specdec.bench.config import SamplingOptions
-
     target = tiny_target()
     sampling = SamplingOptions(temperature=1.5, top_k=5, top_p=0.9)
-    config = BenchConfig(max_new_tokens=1, sampling=sampling)
-    arms = build_arms(config, target)
-    prompts = [[1, 2, 3]] * 400
+    arms = arms_of(target, sampling=sampling, batch_size=400)
     counts = {}
     for name in ("plain", "hf_generate"):
-        tokens = [run.tokens[0] for run in arms[name](prompts, range(400))]
+        tokens = [run.tokens[0] for run in decode(arms[name], [[1, 2, 3]] * 400, num=1)]
         counts[name] = {token: tokens.count(token) / 400 for token in set(tokens)}
     assert set(counts["plain"]) == set(counts["hf_generate"])
     for token, share in counts["plain"].items():
         assert abs(share - counts["hf_generate"][token]) < 0.12
 
 
-def test_a_nearly_full_context_ends_all_arms_at_the_same_place():
-    target = tiny_target()
-    prompts = [[1] * (target.max_context_len - 5), [5, 6, 7]]
-    arms = arms_of(target)
-    ours, theirs = arms["plain"](prompts, range(2)), arms["hf_generate"](prompts, range(2))
-    assert [run.tokens for run in ours] == [run.tokens for run in theirs]
-    assert [len(run.tokens) for run in ours] == [5, 5]
-
-
-def test_an_assistant_with_penalties_stays_lossless(tmp_path):
-    from specdec.bench.config import SamplingOptions
-
+def test_assistant_with_penalties_stays_lossless(tmp_path):
     perturbed(tiny_llama(), 0.05).save_pretrained(tmp_path)
     options = {"path": str(tmp_path), "num_draft_tokens": 3}
     sampling = SamplingOptions(presence_penalty=2.0, frequency_penalty=1.0, min_new_tokens=5)
-    arms = arms_of(tiny_target(), ArmConfig("assisted", "hf_assisted", options), sampling=sampling)
+    arms = arms_of(tiny_target(), assisted_arm(options), sampling=sampling, batch_size=1)
     for prompt in PROMPTS:
-        (plain,), (assisted,) = arms["plain"]([prompt], [0]), arms["assisted"]([prompt], [0])
+        (plain,), (assisted,) = (decode(arms[name], [prompt]) for name in ("plain", "assisted"))
         assert assisted.tokens == plain.tokens
+
+
+class Row(BaseModel):
+    name: str
+    type: str = "ngram"
+    options: dict[str, int] = {}
+
+
+class Plan(BaseModel):
+    choice: Row
+    configurations: list[Row]
+
+
+def ngram(name, draft_length=None, **options):
+    return ArmConfig(name=name, type="ngram", options=options, draft_length=draft_length)
+
+
+def added(choice, *arms):
+    """What becomes of a plan that knows two configurations and chose one."""
+    plan = Plan(choice=choice, configurations=[choice, Row(name="other")])
+    found, arms = add_choice(plan, arms)
+    return found.choice.name, [each.name for each in found.configurations], arms
+
+
+FIVE = Row(name="five", options={"num_draft_tokens": 5})
+
+
+def test_choice_that_is_a_given_arm_is_measured_once():
+    given = ngram("five", num_draft_tokens=5)
+    assert added(FIVE, given) == ("five", ["five", "other"], [given])
+
+
+def test_choice_of_another_name_comes_first():
+    given = ngram("six", num_draft_tokens=6)
+    assert added(FIVE, given)[2] == [ngram("five", num_draft_tokens=5), given]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ngram("five", num_draft_tokens=4),
+        ArmConfig(name="five", type="suffix", options={"num_draft_tokens": 5}),
+        ngram("five", {1: 2}, num_draft_tokens=5),
+    ],
+)
+def test_choice_with_the_name_of_another_configuration_is_renamed(given):
+    name, known, arms = added(FIVE, given)
+    assert arms == [ngram("five (planned)", num_draft_tokens=5), given]
+    assert (name, known) == ("five (planned)", ["five (planned)", "other"])
+    taken = [given, ngram("five (planned)")]
+    assert added(FIVE, *taken)[0] == "five (planned) (planned)"
+
+
+def test_unchosen_configuration_does_not_pass_for_an_arm():
+    _, known, arms = added(Row(name="five"), ngram("other", min_ngram=2))
+    assert [arm.name for arm in arms] == ["five", "other"]
+    assert known == ["five", "other (planned)"]
+
+
+def test_plain_choice_adds_no_arm():
+    name, _, arms = added(Row(name="plain", type="plain"), ngram("five"))
+    assert (name, arms) == ("plain", [ngram("five")])

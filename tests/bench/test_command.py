@@ -1,13 +1,12 @@
 """`specdec bench` and what it hands on: suites, and a plan's choice measured beside the arms."""
 
 import json
-from dataclasses import replace
 
 import pytest
 from checkpoints import save_checkpoint
+from pydantic import BaseModel
 from typer.testing import CliRunner
 
-from specdec.bench.config import ArmConfig
 from specdec.cli import app
 
 
@@ -28,17 +27,23 @@ def command(path, *more):
     return CliRunner().invoke(app, ["bench", str(path), *more, "--out", str(path.parent / "out")])
 
 
-def predicted(name, speedup, **options):
-    return {
-        "name": name,
-        "type": "plain" if name == "plain" else "ngram",
-        "options": options,
-        "predicted_tau": 1.25,
-        "predicted_tau_ci": [1.0, 1.5],
-        "predicted_speedup": speedup,
-        "predicted_speedup_ci": None,
-        "is_timed": True,
-    }
+class Configuration(BaseModel):
+    """What a plan says of a configuration."""
+
+    name: str
+    type: str = "ngram"
+    options: dict[str, int] = {}
+    predicted_tau: float = 1.25
+    predicted_tau_ci: tuple[float, float] = (1.0, 1.5)
+    predicted_speedup: float
+    predicted_speedup_ci: None = None
+    is_timed: bool = True
+
+
+class Plan(BaseModel):
+    choice: Configuration
+    configurations: list[Configuration]
+    trust: None = None
 
 
 @pytest.fixture
@@ -47,18 +52,20 @@ def plan(monkeypatch):
     asked = []
 
     def install(name):
-        def choose(config, folder, progress):
+        def run_plan(config, folder, progress):
             asked.append(config)
-            folder.mkdir(parents=True)
-            known = [predicted("ngram 3", 1.5, num_draft_tokens=3)]
-            known += [predicted("ngram", 1.4), predicted("two", 1.3), predicted("plain", 1.0)]
-            found = next(each for each in known if each["name"] == name)
-            content = {"choice": found, "configurations": known[:3]}
-            (folder / "plan.json").write_text(json.dumps(content))
-            chosen = [ArmConfig(name, "ngram", dict(found["options"]))]
-            return replace(config, arms=[] if name == "plain" else chosen)
+            known = [
+                Configuration(
+                    name="ngram 3", options={"num_draft_tokens": 3}, predicted_speedup=1.5
+                ),
+                Configuration(name="ngram", predicted_speedup=1.4),
+                Configuration(name="two", predicted_speedup=1.3),
+            ]
+            plain = Configuration(name="plain", type="plain", predicted_speedup=1.0)
+            found = next(each for each in [*known, plain] if each.name == name)
+            return Plan(choice=found, configurations=known)
 
-        monkeypatch.setattr("specdec.planning.plan.choose", choose)
+        monkeypatch.setattr("specdec.planning.plan.run_plan", run_plan)
         return asked
 
     return install
@@ -72,7 +79,7 @@ def plan(monkeypatch):
         ("plain", ["ngram", "two"]),
     ],
 )
-def test_auto_measures_the_choice_and_the_arms_beside_what_was_predicted(path, plan, choice, arms):
+def test_auto_measures_choice_and_arms_beside_the_prediction(path, plan, choice, arms):
     asked = plan(choice)
     done = command(path, "--auto")
     assert done.exit_code == 0, done.stderr
@@ -97,7 +104,7 @@ def test_auto_measures_the_choice_and_the_arms_beside_what_was_predicted(path, p
         ("ngram 3", "{name: ngram 3, type: ngram, options: {num_draft_tokens: 5}}"),
     ],
 )
-def test_a_choice_with_the_name_of_another_arm_is_measured_beside_it(path, plan, choice, arm):
+def test_choice_named_like_another_arm_is_renamed(path, plan, choice, arm):
     plan(choice)
     done = command(path, "--auto", f"arms=[{arm}]")
     assert done.exit_code == 0, done.stderr
@@ -118,7 +125,7 @@ def test_a_choice_with_the_name_of_another_arm_is_measured_beside_it(path, plan,
     assert not any(line.startswith(f"{choice}  ") for line in shown)
 
 
-def test_auto_and_a_grid_are_refused_together(path, plan):
+def test_auto_refuses_a_grid(path, plan):
     asked = plan("ngram")
     done = command(path, "--auto", "grid.batch_size=[1,2]")
     assert done.exit_code == 2
@@ -126,35 +133,9 @@ def test_auto_and_a_grid_are_refused_together(path, plan):
     assert asked == []
 
 
-def test_a_file_with_a_suite_in_it_is_run_as_one(path, monkeypatch):
-    ran = []
-    monkeypatch.setattr("specdec.cli.bench.bench_suite", lambda *given: ran.append(given))
-    path.write_text("suite: concurrent\n")
-    done = command(path, "repeats=1")
-    assert done.exit_code == 0, done.stderr
-    assert ran == [(str(path), ["repeats=1"], path.parent / "out")]
-
-
 @pytest.mark.parametrize("flag", ["--list", "--auto"])
-def test_flags_of_benches_are_refused_for_suites(path, flag):
+def test_suite_refuses_flags_of_benches(path, flag):
     path.write_text("suite: concurrent\n")
     done = command(path, flag)
     assert done.exit_code == 2
     assert f"{flag} is of benches and grids" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [([], "a suite is served by one process"), (["--auto"], "costs of one process")],
-)
-def test_what_is_of_one_process_is_refused_under_a_launcher(path, monkeypatch, flags, message):
-    # The processes need not meet for that.
-    monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: None)
-    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
-    if not flags:
-        path.write_text("suite: concurrent\n")
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    done = command(path, *flags)
-    assert done.exit_code == 2
-    assert message in done.stderr

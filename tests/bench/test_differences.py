@@ -8,83 +8,66 @@ from checkpoints import save_checkpoint
 from tiny_models import tiny_target
 from typer.testing import CliRunner
 
-from specdec import SamplingConfig, generate_baseline, load_target
-from specdec.bench import arms
-from specdec.bench.config import BenchConfig, SamplingOptions
+from specdec import generate_baseline, load_target
+from specdec.bench.arms import HFArm
+from specdec.bench.config import SamplingOptions
+from specdec.bench.differences import find_differences
 from specdec.bench.store import Run
-from specdec.bench.summary import find_differences
+from specdec.bench.workloads import Request
 from specdec.cli import app
 
 IDS = [[3, 4, 5], [8, 9]]
+REQUESTS = [Request(str(i), "", ids, 8, 0) for i, ids in enumerate(IDS)]
+BASELINES = ("plain", "hf_generate")
 
 
-def tables(target, config, change):
-    """Runs of three arms, where `change` alters the tokens of the last one."""
-    sampling = SamplingConfig(**vars(config.sampling))
-    rows = generate_baseline(target, IDS, sampling, max_new_tokens=8)
+def compare(change, **settings):
+    """Differences of three arms, where `change` alters the tokens of the last one."""
+    target, sampling = tiny_target(), SamplingOptions(**settings)
+    rows = generate_baseline(target, IDS, sampling.with_seed(0), max_new_tokens=8)
     runs = [[Run(row.tokens, 1, 0.1, 0.1)] for row in rows]
-    return {
-        "plain": runs,
-        "hf_generate": runs,
-        "ngram": [[Run(change(i, run.tokens), 1, 0.1, 0.1)] for i, (run,) in enumerate(runs)],
-    }
-
-
-def gap_by_hand(target, ids):
-    logits = target.model(torch.tensor([ids])).logits[0, -1]
-    best = logits.topk(2).values
-    return float(best[0] - best[1])
+    changed = [[Run(change(i, run.tokens), 1, 0.1, 0.1)] for i, (run,) in enumerate(runs)]
+    tables = {"plain": runs, "hf_generate": runs, "ngram": changed}
+    found = find_differences(REQUESTS, tables, BASELINES, sampling, target)
+    assert found["plain"] == found["hf_generate"] == []
+    return target, [row.tokens for row in rows], found["ngram"]
 
 
 def test_equal_outputs_have_no_differences():
-    target, config = tiny_target(), BenchConfig()
-    found = find_differences(config, tables(target, config, lambda i, t: t), target, IDS)
-    assert found == {"plain": [], "hf_generate": [], "ngram": []}
+    assert compare(lambda i, tokens: tokens)[2] == []
 
 
-def test_a_difference_names_prompt_baseline_position_and_the_gap_of_the_logits_there():
-    target, config = tiny_target(), BenchConfig()
-
+def test_difference_names_place_and_logit_gap():
     def change(index, tokens):
         return tokens if index == 0 else [*tokens[:5], (tokens[5] + 1) % 97, *tokens[6:]]
 
-    runs = tables(target, config, change)
-    found = find_differences(config, runs, target, IDS)
-    assert found["plain"] == found["hf_generate"] == []
-    (difference,) = found["ngram"]
-    gap = difference.pop("top2_gap")
-    assert difference == {"prompt": 1, "against": "plain", "position": 5}
+    target, tokens, (difference,) = compare(change)
+    assert difference[:3] == (1, "plain", 5)
     with torch.no_grad():
-        expected = gap_by_hand(target, IDS[1] + runs["plain"][1][0].tokens[:5])
-    assert gap == pytest.approx(expected, rel=1e-4)
+        logits = target.model(torch.tensor([IDS[1] + tokens[1][:5]])).logits[0, -1]
+    best = logits.topk(2).values
+    assert difference.top2_gap == pytest.approx(float(best[0] - best[1]), rel=1e-4)
 
 
-def test_an_output_that_ends_early_differs_where_it_ends():
-    target, config = tiny_target(), BenchConfig()
-    runs = tables(target, config, lambda i, tokens: tokens[: 3 + i])
-    found = find_differences(config, runs, target, IDS)["ngram"]
-    assert [(d["prompt"], d["position"]) for d in found] == [(0, 3), (1, 4)]
+def test_output_that_ends_early_differs_where_it_ends():
+    found = compare(lambda i, tokens: tokens[: 3 + i])[2]
+    assert [(each.request, each.position) for each in found] == [(0, 3), (1, 4)]
 
 
-def test_the_gap_is_that_of_the_penalised_logits():
-    target = tiny_target()
-    plain = BenchConfig()
-    penalised = BenchConfig(sampling=SamplingOptions(presence_penalty=-50.0))
-    runs = tables(target, penalised, lambda i, tokens: [*tokens[:4], 0])
-    with_penalty = find_differences(penalised, runs, target, IDS)["ngram"][0]["top2_gap"]
-    without = find_differences(plain, runs, target, IDS)["ngram"][0]["top2_gap"]
-    assert with_penalty != pytest.approx(without)
+def test_gap_is_of_the_penalized_logits():
+    def change(index, tokens):
+        return [*tokens[:4], 0]
+
+    gaps = [compare(change, presence_penalty=each)[2][0].top2_gap for each in (-50.0, 0.0)]
+    assert gaps[0] != pytest.approx(gaps[1])
 
 
 def test_sampled_outputs_are_not_compared():
-    target = tiny_target()
-    config = BenchConfig(sampling=SamplingOptions(temperature=1.0))
-    runs = tables(target, config, lambda i, tokens: [0])
-    assert find_differences(config, runs, target, IDS)["ngram"] == []
+    assert compare(lambda i, tokens: [0], temperature=1.0)[2] == []
 
 
 @pytest.mark.parametrize(("dtype", "status"), [("float32", 1), ("bfloat16", 0), ("float16", 0)])
-def test_only_in_float32_do_differences_fail_the_run(tmp_path, monkeypatch, dtype, status):
+def test_differences_fail_the_run_in_float32_alone(tmp_path, monkeypatch, dtype, status):
     save_checkpoint(tmp_path / "target")
     (tmp_path / "prompts.txt").write_text("abcabc\nhello\n")
     (tmp_path / "bench.yaml").write_text(
@@ -92,8 +75,8 @@ def test_only_in_float32_do_differences_fail_the_run(tmp_path, monkeypatch, dtyp
         f"prompts: {{source: {tmp_path / 'prompts.txt'}}}\n"
         "max_new_tokens: 6\nrepeats: 1\nthreads: 1\n"
     )
-    cut = arms._HFArm._cut
-    monkeypatch.setattr(arms._HFArm, "_cut", lambda self, tokens: [*cut(self, tokens)[:4], 1, 2])
+    cut = HFArm._cut
+    monkeypatch.setattr(HFArm, "_cut", lambda self, tokens: [*cut(self, tokens)[:4], 1, 2])
     arguments = ["bench", str(tmp_path / "bench.yaml"), "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == status, done.stderr

@@ -51,7 +51,7 @@ def is_bad_input(done, *words):
     return True
 
 
-def test_a_prompt_that_fails_leaves_the_others_of_its_batch_measured(folder):
+def test_failed_prompt_leaves_its_batch_measured(folder):
     letter = ord("z") - 32
     edit_weights(
         folder / "target",
@@ -60,7 +60,7 @@ def test_a_prompt_that_fails_leaves_the_others_of_its_batch_measured(folder):
     (folder / "prompts.txt").write_text("abcabc\nhello hello\nzzz\nxyxyx\nthree\n")
     done = bench(folder, "batch_size=5")
     assert done.exit_code == 0, done.stderr
-    assert "ngram: 1 of 5 prompts failed: FloatingPointError" in done.stderr
+    assert "ngram: 1 of 5 prompts failed: prompt 2, token 0: the target's logits" in done.stderr
     arms = results(folder)
     for name in ("plain", "ngram"):
         assert arms[name]["failed"] == 1
@@ -71,18 +71,18 @@ def test_a_prompt_that_fails_leaves_the_others_of_its_batch_measured(folder):
         assert arms[name]["mismatches"] == 0
 
 
-def test_logits_that_are_never_numbers_fail_the_run_and_keep_the_reason(folder):
+def test_nan_logits_fail_the_run_with_their_reason(folder):
     edit_weights(folder / "target", lambda w: w["lm_head.weight"].fill_(float("nan")))
     done = bench(folder)
     assert done.exit_code == 1
-    assert "every prompt of the arm 'plain' failed: FloatingPointError" in done.stderr
+    assert "every prompt of the arm 'plain' failed: prompt 0, token 0: the target's" in done.stderr
     assert "check the weights" in done.stderr
     arms = results(folder)
     assert arms["plain"]["failed"] == arms["ngram"]["failed"] == 4
     assert arms["plain"]["decode_tokens_per_s"] is None
 
 
-def test_a_batch_that_does_not_fit_into_memory_says_which_size_does(folder, monkeypatch):
+def test_batch_beyond_memory_says_which_size_fits(folder, monkeypatch):
     prefill = HFTarget.prefill
 
     def small(self, prompts, *arguments, **options):
@@ -100,7 +100,7 @@ def test_a_batch_that_does_not_fit_into_memory_says_which_size_does(folder, monk
     assert fitting.exit_code == 0, fitting.stderr
 
 
-def test_a_prompt_that_does_not_fit_into_memory_alone_says_what_helps(folder, monkeypatch):
+def test_prompt_beyond_memory_says_what_helps(folder, monkeypatch):
     def fail(self, prompts, *arguments, **options):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 b")
 
@@ -117,7 +117,7 @@ def test_a_prompt_that_does_not_fit_into_memory_alone_says_what_helps(folder, mo
 
 
 @pytest.mark.parametrize("kind", ["draft_model", "hf_assisted"])
-def test_a_drafter_that_is_not_there_or_of_another_tokenizer_is_bad_input(folder, kind):
+def test_unfit_drafter_is_bad_input(folder, kind):
     other = save_checkpoint(folder / "other")
     arms = f"arms=[{{type: {kind}, options: {{path: {other}}}}}]"
     save_tokenizer(other, first=8)
@@ -144,7 +144,7 @@ def test_options_that_fit_nothing_are_bad_input(folder, overrides, words):
     assert is_bad_input(bench(folder, *overrides), *words)
 
 
-def test_prompts_that_do_not_fit_the_target_are_bad_input(folder):
+def test_prompts_that_do_not_fit_are_bad_input(folder):
     prompts = folder / "prompts.txt"
     prompts.write_text("abc\n" + "a" * 256 + "\n")
     assert is_bad_input(bench(folder), "prompt 1 has 256 tokens", "holds 256", "shorten")
@@ -153,7 +153,7 @@ def test_prompts_that_do_not_fit_the_target_are_bad_input(folder):
     assert not (folder / "out" / "results.json").exists()
 
 
-def test_a_full_disk_fails_the_run_and_the_same_command_goes_on(folder):
+def test_full_disk_fails_the_run_that_then_resumes(folder):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (6000, hard))
     try:
@@ -164,17 +164,18 @@ def test_a_full_disk_fails_the_run_and_the_same_command_goes_on(folder):
     assert "no space left" in done.stderr
     assert "same command again" in done.stderr
     records = folder / "out" / "records.jsonl"
-    kept = [line for line in records.read_text().splitlines() if '"kind": "call"' in line]
-    assert len(kept) > 0
+    kept = records.read_bytes()
+    assert kept.count(b'"call"') > 0
     done = bench(folder, "batch_size=2")
     assert done.exit_code == 0, done.stderr
-    assert [line for line in records.read_text().splitlines() if line in kept] == kept
+    assert records.read_bytes().startswith(kept)
     assert results(folder)["plain"]["tokens"] == 4 * 8
 
 
-def test_a_run_that_was_killed_goes_on_from_its_records(folder):
+@pytest.mark.slow
+def test_killed_run_goes_on_from_its_records(folder):
     records = folder / "out" / "records.jsonl"
-    overrides = ["repeats=200", "batch_size=1"]
+    overrides = ["repeats=12", "batch_size=1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "specdec", *command(folder, *overrides)],
         stderr=subprocess.DEVNULL,
@@ -182,24 +183,17 @@ def test_a_run_that_was_killed_goes_on_from_its_records(folder):
     )
     try:
         for _ in range(600):
-            if records.exists() and records.read_bytes().count(b'"call", "repeat"') > 20:
+            if records.exists() and records.read_bytes().count(b'"call"') > 20:
                 break
             assert process.poll() is None
             time.sleep(0.1)
     finally:
         process.kill()
     assert process.wait() == -signal.SIGKILL
-    before = [line for line in records.read_text().splitlines() if '"kind": "call"' in line]
-    assert len(before) > 20
-
-    from specdec.bench.config import load_config
-    from specdec.bench.prompts import load_prompts
-    from specdec.bench.runner import fingerprint
-    from specdec.bench.store import RunStore
-
-    config = load_config(str(folder / "bench.yaml"), overrides)
-    prompts = load_prompts(config.prompts.source, config.prompts.num)
-    records.write_bytes(records.read_bytes() + b'{"kind": "call", "repeat": 0, "half')
-    store = RunStore(folder / "out", fingerprint(config, prompts))
-    store.close()
-    assert len(store.done) == len(before)
+    before = records.read_bytes()
+    before = before[: before.rindex(b"\n") + 1]
+    assert 20 < before.count(b'"call"') < 12 * 4 * 3
+    done = bench(folder, *overrides)
+    assert done.exit_code == 0, done.stderr
+    assert records.read_bytes().startswith(before)
+    assert records.read_bytes().count(b'"call"') == 12 * 4 * 3

@@ -1,13 +1,13 @@
 """Grids: every combination once, by a name of its own; what cannot be is named."""
 
 import re
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from specdec.bench.config import BenchConfig, load_config
-from specdec.bench.sweep import load_cells, short_names
+from specdec.bench.grid import short_names
+from specdec.bench.sweep import load_cells
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ arms:
     return str(tmp_path / "bench.yaml")
 
 
-def test_a_grid_is_the_cross_product_and_its_last_key_changes_fastest(path):
+def test_grid_is_a_cross_product_last_key_fastest(path):
     cells = load_cells(path)
     assert [tuple(cell.settings.values()) for cell in cells] == [(0, 1), (0, 4), (0.7, 1), (0.7, 4)]
     for cell in cells:
@@ -40,7 +40,7 @@ def test_a_grid_is_the_cross_product_and_its_last_key_changes_fastest(path):
     assert cells[3].name == "temperature=0.7,batch_size=4"
 
 
-def test_an_arm_s_grid_makes_an_arm_a_combination_named_by_its_template(path):
+def test_arm_s_grid_makes_an_arm_a_combination(path):
     arms = load_cells(path)[0].config.arms
     assert [arm.name for arm in arms] == [
         "ngram",
@@ -49,13 +49,13 @@ def test_an_arm_s_grid_makes_an_arm_a_combination_named_by_its_template(path):
     assert arms[2].options == {"max_nodes": 9, "depth": 2, "width": 3}
 
 
-def test_without_a_template_the_values_are_added_to_the_name(path):
+def test_values_are_added_to_a_plain_name(path):
     override = "arms=[{type: ngram, grid: {min_ngram: [1, 2]}}, {name: a, type: suffix, grid: "
     arms = load_cells(path, [override + "{min_match: [3]}}]"])[0].config.arms
     assert [arm.name for arm in arms] == ["ngram min_ngram=1", "ngram min_ngram=2", "a min_match=3"]
 
 
-def test_an_arm_s_grid_needs_no_sweep_but_a_grid_over_keys_is_one(path, tmp_path):
+def test_grid_over_keys_alone_makes_a_sweep(path, tmp_path):
     single = tmp_path / "one.yaml"
     single.write_text("arms: [{type: ngram, grid: {min_ngram: [1, 2]}}]\n")
     assert len(load_config(str(single)).arms) == 2
@@ -66,13 +66,13 @@ def test_an_arm_s_grid_needs_no_sweep_but_a_grid_over_keys_is_one(path, tmp_path
 
 
 @pytest.mark.parametrize("override", ["batch_size=4", "sampling.temperature=0"])
-def test_a_key_that_is_an_axis_and_a_setting_as_well_is_refused(path, override):
+def test_key_set_twice_is_refused(path, override):
     key = override.partition("=")[0]
     with pytest.raises(ValueError, match=rf"sets both {key} and grid\.{key}; drop one of them"):
         load_cells(path, [override])
 
 
-def test_an_override_sets_an_axis_that_the_file_spells_with_dots(path):
+def test_override_sets_an_axis(path):
     cells = load_cells(path, ["grid.sampling.temperature=[1]", "grid.prompts.num=[2,3]"])
     assert [cell.settings for cell in cells] == [
         {"sampling.temperature": 1, "batch_size": size, "prompts.num": num}
@@ -81,7 +81,7 @@ def test_an_override_sets_an_axis_that_the_file_spells_with_dots(path):
     ]
 
 
-def test_cells_have_names_that_any_file_system_takes(tmp_path, path):
+def test_cells_have_names_for_any_file_system(tmp_path, path):
     sources = [str(tmp_path / "a/b.txt"), str(tmp_path / "a_b.txt")]
     (tmp_path / "bench.yaml").write_text(f"grid: {{prompts.source: {sources}, seed: [0, 1]}}")
     cells = load_cells(path)
@@ -92,7 +92,7 @@ def test_cells_have_names_that_any_file_system_takes(tmp_path, path):
     assert len(long.name) < 200
 
 
-def test_keys_are_shown_by_their_ends_where_these_differ():
+def test_keys_are_shown_by_their_ends():
     assert short_names(["sampling.top_k", "seed", "prompts.seed"]) == {
         "sampling.top_k": "top_k",
         "seed": "seed",
@@ -131,13 +131,13 @@ def test_keys_are_shown_by_their_ends_where_these_differ():
         ),
     ],
 )
-def test_a_wrong_grid_is_named(path, override, message):
+def test_wrong_grid_is_named(path, override, message):
     with pytest.raises(ValueError, match=message):
         load_cells(path, [override])
 
 
 @pytest.mark.parametrize("grid", ["[1]", "{}", "3", ""])
-def test_a_grid_that_maps_nothing_is_named(tmp_path, grid):
+def test_grid_that_maps_nothing_is_named(tmp_path, grid):
     (tmp_path / "bench.yaml").write_text(f"grid: {grid}\n")
     with pytest.raises(
         ValueError, match=r"config grid is .* but must map keys of the configuration"
@@ -148,12 +148,12 @@ def test_a_grid_that_maps_nothing_is_named(tmp_path, grid):
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "bench.md").read_text()
 
 
-def test_the_documented_grid_can_be_run_and_every_key_is_documented(tmp_path):
+def test_documented_grid_runs_and_keys_are_documented(tmp_path):
     (block,) = re.findall(r"```yaml\n(.*?)```", DOCUMENT, re.S)
     (tmp_path / "bench.yaml").write_text(block)
     cells = load_cells(str(tmp_path / "bench.yaml"))
     assert len(cells) == 8
     names = [arm.name for arm in cells[0].config.arms]
     assert names == ["suffix", "eagle3 3x1", "eagle3 3x3", "eagle3 6x1", "eagle3 6x3"]
-    for field in fields(BenchConfig):
-        assert f"`{field.name}" in DOCUMENT, field.name
+    for name in BenchConfig.model_fields:
+        assert f"`{name}" in DOCUMENT, name

@@ -46,7 +46,7 @@ def no_folder(monkeypatch):
     monkeypatch.delenv("SPECDEC_DATA_DIR", raising=False)
 
 
-def test_every_source_is_read_from_the_data_folder(data, monkeypatch):
+def test_source_is_read_from_the_data_folder(data, monkeypatch):
     monkeypatch.setenv("SPECDEC_DATA_DIR", str(data))
     counts = {name: len(load_prompts(name, 99)) for name in SOURCES}
     assert counts == {
@@ -120,7 +120,7 @@ def test_without_a_folder_the_hub_is_asked(
     assert asked == [arguments, arguments]
 
 
-def test_a_hub_that_does_not_answer_is_named_with_what_to_do(no_folder, monkeypatch):
+def test_silent_hub_is_named_with_the_fix(no_folder, monkeypatch):
     def load_dataset(**options):
         raise ConnectionError("no route")
 
@@ -141,13 +141,13 @@ def test_a_hub_that_does_not_answer_is_named_with_what_to_do(no_folder, monkeypa
         ("held_out", "could not be read from the hub"),
     ],
 )
-def test_a_source_that_is_nowhere_says_where_it_comes_from(no_folder, monkeypatch, source, reason):
+def test_missing_source_says_where_it_comes_from(no_folder, monkeypatch, source, reason):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=None))
     with pytest.raises(FileNotFoundError, match=f"{reason}.*SPECDEC_DATA_DIR or prompts.data_dir"):
         load_prompts(source, 1)
 
 
-def test_an_unknown_source_lists_the_known_ones(tmp_path):
+def test_unknown_source_lists_the_known_ones(tmp_path):
     for source in ("gsm9k", str(tmp_path / "no.jsonl")):
         with pytest.raises(ValueError, match="or one of demo, held_out, gsm8k"):
             load_prompts(source, 1)
@@ -188,7 +188,7 @@ def test_sharegpt_conversations_end_at_their_first_user_turn(tmp_path):
     assert prompt.messages == ({"role": "system", "content": "s"}, user("one"))
 
 
-def test_a_text_file_holds_a_prompt_a_line(tmp_path):
+def test_text_file_holds_a_prompt_a_line(tmp_path):
     (tmp_path / "c.txt").write_text("four\n\nfive\n")
     assert [p.text for p in load_prompts(str(tmp_path / "c.txt"), 9)] == ["four", "five"]
 
@@ -213,20 +213,20 @@ def test_a_text_file_holds_a_prompt_a_line(tmp_path):
         ("a.jsonl.gz", b"not gzip", "damaged"),
     ],
 )
-def test_a_file_without_sound_prompts_is_refused_by_place(tmp_path, name, content, message):
+def test_unsound_file_is_refused_by_place(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as raised:
         load_prompts(str(tmp_path / name), 9)
     assert str(tmp_path / name) in str(raised.value)
 
 
-def test_demo_prompts_are_balanced_over_their_domains():
+def test_demo_prompts_are_balanced_over_domains():
     prompts = load_prompts("demo", 12)
     assert [p.domain for p in prompts[:3]] == ["maths", "service", "coffee"]
     assert load_prompts("demo", 5, seed=1) != load_prompts("demo", 5)
 
 
-def test_of_a_folder_of_collected_queries_only_those_held_out_are_asked(tmp_path):
+def test_collected_folder_gives_its_held_out_queries(tmp_path):
     chat = Query("a", (user("hello"), {"role": "assistant", "content": "yes?"}, user("bye")))
     completion = Query("b", text="Once upon", domain="tales")
     split = {"train": [Query("c", (user("seen"),))], "held_out": [chat, completion]}

@@ -7,7 +7,8 @@ from rich.console import Console
 from tiny_suites import save_models, save_suite
 from typer.testing import CliRunner
 
-from specdec.bench.suites.runner import run_suite
+from specdec.bench.runner import run_bench
+from specdec.bench.sweep import load_cells
 from specdec.cli import app
 from specdec.demo import demo_path
 from specdec.report.quick_plots import draw_suite
@@ -30,7 +31,8 @@ def models(tmp_path_factory):
 def results(models, tmp_path_factory):
     def run(name):
         folder = tmp_path_factory.mktemp(name)
-        return run_suite(save_suite(folder, models, name, KEYS[name]), ["repeats=1"], folder / "o")
+        (cell,) = load_cells(save_suite(folder, models, name, KEYS[name]), ["repeats=1"])
+        return run_bench(cell.config, folder / "o").model_dump(mode="json", by_alias=True)
 
     return {name: run(name) for name in KEYS}
 
@@ -135,13 +137,5 @@ def test_a_wrong_suite_ends_with_status_2_and_leaves_nothing(tmp_path):
     out = tmp_path / "out"
     done = CliRunner().invoke(app, ["bench", "demo/concurrent", "users=[0]", "--out", str(out)])
     assert done.exit_code == 2
-    assert "users is [0]" in done.stderr
+    assert "users.0 is 0" in done.stderr
     assert not out.exists()
-
-
-def test_several_processes_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    done = CliRunner().invoke(app, ["bench", "demo/concurrent", "--out", str(tmp_path)])
-    assert done.exit_code == 2
-    assert "a suite is served by one process" in done.stderr

@@ -1,22 +1,19 @@
 """Sweeps: cells are benches, finished ones stay, bad ones are refused, failing ones are told of."""
 
 import json
-import shutil
-from pathlib import Path
+from contextlib import suppress
 
 import pytest
 from checkpoints import save_checkpoint
-from json_schema import violations
 from tiny_models import perturbed, tiny_llama
 from typer.testing import CliRunner
 
 from specdec.bench import runner, sweep
 from specdec.bench.config import load_config
+from specdec.bench.results import BenchResults, SweepResults
 from specdec.bench.runner import run_bench
 from specdec.bench.sweep import check_sweep, load_cells, run_sweep
 from specdec.cli import app
-
-DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -61,52 +58,32 @@ def path(models, tmp_path):
     return write(models, tmp_path, GRID)
 
 
-@pytest.fixture
-def loaded(monkeypatch):
-    """The targets that were loaded."""
-    paths = []
-    load = runner.load_target
-
-    def note(path, **options):
-        paths.append(path)
-        return load(path, **options)
-
-    monkeypatch.setattr(runner, "load_target", note)
-    return paths
-
-
 def untimed(arm):
-    return {
-        key: arm[key]
-        for key in ("name", "tau", "tau_ci", "tokens", "per_depth", "finish", "mismatches")
-    }
+    keys = {"name", "tau", "tau_ci", "tokens", "per_depth", "finish", "mismatches"}
+    return arm.model_dump(include=keys)
 
 
-def test_a_cell_gives_what_a_bench_of_its_configuration_gives(path, models, tmp_path, loaded):
+def test_cell_gives_what_its_bench_gives(path, models, tmp_path, monkeypatch):
+    loaded = []
+    load = sweep.load_target
+    monkeypatch.setattr(sweep, "load_target", lambda path, **o: loaded.append(1) or load(path, **o))
     joined = run_sweep(load_cells(str(path)), tmp_path / "out")
     assert len(loaded) == 1
-    assert json.loads((tmp_path / "out" / "sweep.json").read_text()) == joined
-    schema = json.loads((DOCS / "sweep.schema.json").read_text())
-    arms = json.loads((DOCS / "results.schema.json").read_text())
-    schema["$defs"] = arms["$defs"] | schema["$defs"]
-    assert violations(joined, schema) == []
+    written = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert SweepResults.read(written) == joined
     check_sweep(joined)
-    assert [tuple(cell["settings"].values()) for cell in joined["cells"]] == [
-        (0, 1),
-        (0, 2),
-        (1, 1),
-        (1, 2),
-    ]
-    cell = joined["cells"][3]
+    settings = [tuple(cell.settings.values()) for cell in joined.cells]
+    assert settings == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    cell = joined.cells[3]
     (tmp_path / "single").mkdir()
     single = write(models, tmp_path / "single", SETTINGS)
     alone = run_bench(load_config(str(single)), tmp_path / "alone")
-    assert [untimed(arm) for arm in cell["arms"]] == [untimed(arm) for arm in alone["arms"]]
-    stored = json.loads((tmp_path / "out" / cell["folder"] / "results.json").read_text())
-    assert stored["arms"] == cell["arms"]
+    assert [untimed(arm) for arm in cell.arms] == [untimed(arm) for arm in alone.arms]
+    stored = json.loads((tmp_path / "out" / cell.folder / "results.json").read_text())
+    assert BenchResults.read(stored).arms == cell.arms
 
 
-def test_a_finished_cell_is_not_run_again_and_a_killed_one_goes_on(path, tmp_path, monkeypatch):
+def test_finished_cell_stays_and_killed_one_goes_on(path, tmp_path, monkeypatch):
     out, cells = tmp_path / "out", load_cells(str(path))
 
     def kill(done, total, text):
@@ -119,101 +96,71 @@ def test_a_finished_cell_is_not_run_again_and_a_killed_one_goes_on(path, tmp_pat
     assert (first / "results.json").exists()
     assert not (second / "results.json").exists()
     before = (first / "results.json").read_bytes(), (second / "records.jsonl").read_bytes()
-    runs = []
-    real = sweep.run_bench
-    monkeypatch.setattr(
-        sweep, "run_bench", lambda config, *a, **k: runs.append(config) or real(config, *a, **k)
-    )
+    measured = []
+    real = runner.measure_call
+    monkeypatch.setattr(runner, "measure_call", lambda *a: measured.append(1) or real(*a))
     joined = run_sweep(cells, out)
-    assert runs == [cell.config for cell in cells[1:]]
+    # Four arms and three prompts a cell of batch 1, two batches of them in one of batch 2.
+    assert len(measured) == 4 * (2 + 3 + 2) - 3
     assert (first / "results.json").read_bytes() == before[0]
     assert (second / "records.jsonl").read_bytes().startswith(before[1])
-    assert run_sweep(cells, out)["cells"] == joined["cells"]
-    assert len(runs) == 3
+    assert run_sweep(cells, out).cells == joined.cells
+    assert len(measured) == 4 * (2 + 3 + 2) - 3
 
 
-def test_a_sweep_may_grow_but_a_cell_s_folder_keeps_its_configuration(path, tmp_path):
+def test_sweep_may_grow_but_keep_its_cells_configurations(path, tmp_path):
     out = tmp_path / "out"
     run_sweep(load_cells(str(path), ["grid.batch_size=[1]", "arms=[]"]), out)
     grown = run_sweep(load_cells(str(path), ["grid.batch_size=[1,2]", "arms=[]"]), out)
-    assert len(grown["cells"]) == 4
+    assert len(grown.cells) == 4
     other = load_cells(str(path), ["max_new_tokens=9", "arms=[]"])
-    before = sorted(file.name for file in out.rglob("*"))
-    with pytest.raises(ValueError, match=r"cell temperature=0,batch_size=1: .*another configurat"):
+    before = files_of(out)
+    with pytest.raises(ValueError, match=r"cell temperature=0,batch_size=1: .*max_new_tokens is 8"):
         run_sweep(other, out)
-    assert sorted(file.name for file in out.rglob("*")) == before
-
-
-@pytest.fixture
-def changeable(tmp_path):
-    """Two cells whose words stay while target and draft model change, and how to change one."""
-    for name, amount in (("target", 0.0), ("draft", 0.1)):
-        save_checkpoint(tmp_path / name, perturbed(tiny_llama(), amount))
-    path = write(tmp_path, tmp_path, "grid: {batch_size: [1, 2]}")
-
-    def change(what):
-        save_checkpoint(tmp_path / what, perturbed(tiny_llama(), 0.2))
-
-    return load_cells(str(path), ["arms.0.grid.num_draft_tokens=[3]"]), change
+    assert files_of(out) == before
 
 
 def files_of(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize(
-    ("what", "named"),
-    [("target", "the target's weights was"), ("draft", "the checkpoint of 'draft 3' was")],
-)
-def test_a_finished_cell_of_another_target_or_drafter_is_refused(changeable, tmp_path, what, named):
-    (cells, change), out = changeable, tmp_path / "out"
-    run_sweep(cells[:1], out)
-    before = files_of(out)
-    change(what)
-    with pytest.raises(
-        ValueError,
-        match=rf"cell batch_size=1: .*cells/batch_size=1. holds .* another origin: {named} .* now; "
-        r"choose another --out folder or remove this one",
-    ):
-        run_sweep(cells, out)
-    assert files_of(out) == before
-    shutil.rmtree(out / "cells" / "batch_size=1")
-    check_sweep(run_sweep(cells, out))
-
-
-def test_an_unfinished_cell_of_another_drafter_is_refused_before_any_runs(changeable, tmp_path):
-    (cells, change), out = changeable, tmp_path / "out"
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_cell_of_another_target_is_refused_before_any_runs(tmp_path, is_finished):
+    target, out = save_checkpoint(tmp_path / "target"), tmp_path / "out"
+    save_checkpoint(tmp_path / "draft", perturbed(tiny_llama(), 0.1))
+    cells = load_cells(str(write(tmp_path, tmp_path, "grid: {batch_size: [1, 2]}")), ["arms=[]"])
 
     def kill(done, total, text):
-        if text.startswith("cell 1 of 1") and done == 2:
+        if done == 2 and not is_finished:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with suppress(KeyboardInterrupt):
         run_sweep(cells[1:], out, kill)
-    before = files_of(out)
-    change("draft")
-    with pytest.raises(ValueError, match=r"cell batch_size=2: .*another origin: the checkpoint"):
+    before = files_of(out / "cells" / "batch_size=2")
+    save_checkpoint(target, perturbed(tiny_llama(), 0.2))
+    with pytest.raises(
+        ValueError, match=r"cell batch_size=2: .*is of another target: weights was .* choose anothe"
+    ):
         run_sweep(cells, out)
-    assert files_of(out) == before
+    assert files_of(out / "cells" / "batch_size=2") == before
+    assert not (out / "cells" / "batch_size=1" / "results.json").exists()
 
 
-def test_finished_cells_stay_with_another_commit_but_not_on_another_machine(
-    changeable, tmp_path, monkeypatch
-):
-    (cells, _), out = changeable, tmp_path / "out"
+def test_finished_cells_stay_with_another_commit_not_machine(path, tmp_path, monkeypatch):
+    cells, out = load_cells(str(path), ["grid.batch_size=[1]", "arms=[]"]), tmp_path / "out"
     measured = run_sweep(cells, out)
-    real = sweep.machine
-    monkeypatch.setattr(sweep, "machine", lambda target: real(target) | {"git_commit": "2" * 40})
-    assert run_sweep(cells, out)["cells"] == measured["cells"]
-    monkeypatch.setattr(sweep, "machine", lambda target: real(target) | {"cpu": "Another"})
-    with pytest.raises(ValueError, match=r"cell batch_size=1: .*another origin: cpu was .* now"):
+    real = runner.machine
+    monkeypatch.setattr(runner, "machine", lambda target: real(target) | {"git_commit": "2" * 40})
+    assert run_sweep(cells, out).cells == measured.cells
+    monkeypatch.setattr(runner, "machine", lambda target: real(target) | {"cpu": "Another"})
+    with pytest.raises(ValueError, match=r"cell temperature=0,batch_size=1: .*cpu is .* 'Another'"):
         run_sweep(cells, out)
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["grid.rule=[token,tokens]"], "cell .*rule=tokens: rule is 'tokens': did you mean"),
+        (["grid.rule=[token,tokens]"], "cell .*rule=tokens: .*rule is 'tokens': did you mean"),
         (
             ["grid.rule=[token,block]", "arms=[{type: ngram, options: {num_continuations: 2}}]"],
             "rule=block: rule 'block' judges chains only but the arm 'ngram' makes trees",
@@ -223,18 +170,17 @@ def test_finished_cells_stay_with_another_commit_but_not_on_another_machine(
         (["arms=[{type: draft_model, options: {path: ./gone}}]"], "cell .*'./gone' is not a"),
     ],
 )
-def test_a_cell_that_cannot_run_is_refused_before_any_does(path, tmp_path, overrides, message):
-    cells = load_cells(str(path), overrides)
+def test_impossible_cell_is_refused_before_any_runs(path, tmp_path, overrides, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        run_sweep(cells, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        run_sweep(load_cells(str(path), overrides), tmp_path / "out")
+    assert not list(tmp_path.rglob("results.json"))
 
 
 def command(path, *more):
     return CliRunner().invoke(app, ["bench", str(path), *more])
 
 
-def test_a_failing_cell_is_told_of_and_the_others_finish(path, tmp_path, monkeypatch):
+def test_failing_cell_leaves_the_others_to_finish(path, tmp_path, monkeypatch):
     real = sweep.run_bench
 
     def failing(config, *arguments, **options):
@@ -257,7 +203,7 @@ def test_a_failing_cell_is_told_of_and_the_others_finish(path, tmp_path, monkeyp
     assert command(path, "--out", str(tmp_path / "out")).exit_code == 0
 
 
-def test_list_shows_cells_and_arms_and_runs_nothing(path, tmp_path):
+def test_list_shows_cells_and_runs_nothing(path, tmp_path):
     done = command(path, "--list", "--out", str(tmp_path / "out"))
     assert done.exit_code == 0
     lines = done.stdout.splitlines()
@@ -266,7 +212,7 @@ def test_list_shows_cells_and_arms_and_runs_nothing(path, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bad_grid_is_bad_input(path, tmp_path):
+def test_bad_grid_is_bad_input(path, tmp_path):
     done = command(path, "grid.batchsize=[1]", "--out", str(tmp_path / "out"))
     assert done.exit_code == 2
     assert "did you mean grid.batch_size?" in done.stderr

@@ -1,4 +1,4 @@
-"""The requests of each suite: their lengths, their texts, and that they are the same every time."""
+"""Workloads: lengths and texts of requests, the same every time, and turns that follow answers."""
 
 from itertools import pairwise
 
@@ -7,8 +7,9 @@ from tiny_chat import chatty_target, letter_tokenizer
 from tiny_models import tiny_llama, tiny_target
 from tiny_suites import save_pool
 
-from specdec import generate_baseline
+from specdec import generate_baseline, load_target
 from specdec.bench.config import (
+    BenchConfig,
     ConcurrentConfig,
     LengthBucket,
     LengthRange,
@@ -19,11 +20,15 @@ from specdec.bench.config import (
 from specdec.bench.prompts import load_prompts
 from specdec.bench.workloads import (
     TextPool,
+    bench_group,
     concurrent_groups,
     long_context_groups,
     multi_turn_groups,
     single_turn_groups,
+    unfold_turns,
 )
+from specdec.common.messages import BenchPrompt
+from specdec.demo import demo_path
 from specdec.targets.hf import HFTarget
 
 
@@ -41,73 +46,78 @@ def target():
     return HFTarget(tiny_llama(), letter_tokenizer())
 
 
-def decoded(target, ask):
-    return target.tokenizer.decode(ask.prompt)
+def decoded(target, request):
+    return target.tokenizer.decode(request.prompt)
 
 
-def test_single_turns_have_the_lengths_of_their_bucket_and_whole_texts_of_both_domains(
-    texts, target
-):
+def test_single_turns_fit_their_bucket_with_whole_texts(texts, target):
     config = SingleTurnConfig(
-        buckets=[LengthBucket("short", 1, 30, 4), LengthBucket("long", 60, 90, 4)]
+        buckets=[
+            LengthBucket(name="short", low=1, high=30, num=4),
+            LengthBucket(name="long", low=60, high=90, num=4),
+        ]
     )
     groups = single_turn_groups(config, TextPool(texts, target))
     assert [group.name for group in groups] == ["short (1-30)", "long (60-90)"]
     for group, bucket in zip(groups, config.buckets, strict=True):
         assert len(group.calls) == 4
-        assert all(bucket.low <= len(ask.prompt) <= bucket.high for ask in group.asks)
-        assert [ask.domain for ask in group.asks] == ["maths", "coffee"] * 2
+        assert all(bucket.low <= len(request.prompt) <= bucket.high for request in group.requests)
+        assert [request.domain for request in group.requests] == ["maths", "coffee"] * 2
     known = [text.messages[-1]["content"] for text in texts]
-    for ask in groups[1].asks:
+    for request in groups[1].requests:
         # The letter tokenizer has no line break: it writes "~" for each.
-        turn = decoded(target, ask).replace(" ", "").removeprefix("u:").partition(chr(32 + 40))[0]
+        turn = (
+            decoded(target, request).replace(" ", "").removeprefix("u:").partition(chr(32 + 40))[0]
+        )
         found = turn.split("~~")
         assert set(found) <= {text.replace(" ", "") for text in known}
         assert len(found) == len(set(found)) > 1
-    seeds = [ask.seed for group in groups for ask in group.asks]
+    seeds = [request.seed for group in groups for request in group.requests]
     assert len(set(seeds)) == len(seeds)
 
 
-def test_a_seed_makes_the_same_requests_again_and_another_seed_others(texts, target):
+def test_seed_decides_the_requests(texts, target):
     def prompts(seed):
         groups = single_turn_groups(
-            SingleTurnConfig(seed=seed, buckets=[LengthBucket("some", 20, 90, 4)]),
+            SingleTurnConfig(
+                seed=seed, buckets=[LengthBucket(name="some", low=20, high=90, num=4)]
+            ),
             TextPool(texts, target, seed),
         )
-        return [ask.prompt for ask in groups[0].asks]
+        return [request.prompt for request in groups[0].requests]
 
     assert prompts(1) == prompts(1)
     assert prompts(1) != prompts(2)
 
 
-def test_a_pool_that_is_too_small_is_named_with_what_it_gives(texts, target):
-    config = SingleTurnConfig(buckets=[LengthBucket("vast", 240, 250, 1)])
+def test_too_small_pool_is_named(texts, target):
+    config = SingleTurnConfig(buckets=[LengthBucket(name="vast", low=240, high=250, num=1)])
     with pytest.raises(ValueError, match=r"'vast-0': the 3 texts .* give \d+ tokens .* 240 to 250"):
         single_turn_groups(config, TextPool(texts[:3], target))
 
 
-def test_a_target_without_a_tokenizer_is_refused(texts):
+def test_target_without_tokenizer_is_refused(texts):
     with pytest.raises(ValueError, match="no tokenizer"):
         TextPool(texts, tiny_target())
 
 
-def test_every_turn_is_asked_after_the_target_s_own_answer(texts):
+def test_turn_is_asked_after_the_target_s_answer(texts):
     target = chatty_target()
     config = MultiTurnConfig(turns=4, conversations=2, max_new_tokens=8)
     groups = multi_turn_groups(config, TextPool(texts, target), target, quiet)
     assert [group.value for group in groups] == [1, 2, 3, 4]
     for earlier, later in pairwise(groups):
-        for one, next_one in zip(earlier.asks, later.asks, strict=True):
+        for one, next_one in zip(earlier.requests, later.requests, strict=True):
             answer = generate_baseline(target, [one.prompt], max_new_tokens=8)[0]
             history = decoded(target, one) + answer.text
             assert decoded(target, next_one).replace(" ", "").startswith(history.replace(" ", ""))
             assert len(next_one.prompt) > len(one.prompt) + len(answer.tokens)
-    ids = [ask.id for group in groups for ask in group.asks]
+    ids = [request.id for group in groups for request in group.requests]
     assert ids[:4] == ["talk-0", "talk-1", "talk-0-turn2", "talk-1-turn2"]
-    assert {ask.domain for ask in groups[3].asks} == {"maths", "coffee"}
+    assert {request.domain for request in groups[3].requests} == {"maths", "coffee"}
 
 
-def test_too_many_turns_for_the_pool_or_the_context_are_refused(texts):
+def test_too_many_turns_are_refused(texts):
     target = chatty_target()
     pool = TextPool(texts[:3], target)
     with pytest.raises(ValueError, match="turns is 5 but the 3 texts of the source give 3"):
@@ -117,22 +127,22 @@ def test_too_many_turns_for_the_pool_or_the_context_are_refused(texts):
         multi_turn_groups(long, TextPool(texts, target), target, quiet)
 
 
-def test_long_contexts_leave_room_for_the_answer_in_their_bin_up_to_the_limit(texts):
+def test_long_contexts_leave_room_for_the_answer(texts):
     target = chatty_target()
     config = LongContextConfig(bins=4, num=2, max_new_tokens=8)
     groups = long_context_groups(config, TextPool(texts, target), target, quiet)
     assert [group.value for group in groups] == [64, 128, 192, 256]
     for group in groups:
-        for ask in group.asks:
-            assert group.value - 64 <= len(ask.prompt) <= group.value - 8
+        for request in group.requests:
+            assert group.value - 64 <= len(request.prompt) <= group.value - 8
     # A question is never asked twice, and its answer follows it.
-    longest = decoded(target, groups[-1].asks[0]).replace(" ", "")
+    longest = decoded(target, groups[-1].requests[0]).replace(" ", "")
     questions = [part.partition(chr(32 + 40))[0] for part in longest.split("u:")[1:]]
     assert len(questions) == len(set(questions)) > 2
     assert longest.count("a:") == len(questions)
 
 
-def test_bins_that_cannot_hold_an_answer_and_contexts_beyond_the_target_s_are_refused(texts):
+def test_impossible_bins_are_refused(texts):
     target = chatty_target()
     pool = TextPool(texts, target)
     with pytest.raises(ValueError, match="bins is 8, which makes them 32 tokens wide"):
@@ -143,32 +153,72 @@ def test_bins_that_cannot_hold_an_answer_and_contexts_beyond_the_target_s_are_re
 
 def users(texts, target, **keys):
     config = ConcurrentConfig(
-        users=[1, 3], prompt_len=LengthRange(10, 60), answer_len=LengthRange(2, 9), **keys
+        users=[1, 3],
+        prompt_len=LengthRange(low=10, high=60),
+        answer_len=LengthRange(low=2, high=9),
+        **keys,
     )
     return concurrent_groups(config, TextPool(texts, target, config.seed))
 
 
-def test_users_have_lengths_of_their_own_and_ask_the_same_at_every_load(texts, target):
+def test_users_ask_the_same_at_every_load(texts, target):
     one, three = users(texts, target, requests_per_user=4)
     assert [group.value for group in (one, three)] == [1, 3]
     (alone,), (together,) = one.calls, three.calls
     assert len(alone) == 4
     assert len(together) == 12
-    assert [ask for ask in together if ask.user == 0] == alone
-    assert [ask.user for ask in together[:3]] == [0, 1, 2]
-    assert all(10 <= len(ask.prompt) <= 60 for ask in together)
-    assert all(2 <= ask.max_new_tokens <= 9 for ask in together)
-    assert len({len(ask.prompt) for ask in together}) > 4
-    assert len({ask.max_new_tokens for ask in together}) > 3
-    assert len({ask.seed for ask in together}) == 12
-    assert {ask.arrival_s for ask in together} == {None}
+    assert [request for request in together if request.user == 0] == alone
+    assert [request.user for request in together[:3]] == [0, 1, 2]
+    assert all(10 <= len(request.prompt) <= 60 for request in together)
+    assert all(2 <= request.max_new_tokens <= 9 for request in together)
+    assert len({len(request.prompt) for request in together}) > 4
+    assert len({request.max_new_tokens for request in together}) > 3
+    assert len({request.seed for request in together}) == 12
+    assert {request.arrival_s for request in together} == {None}
 
 
-def test_poisson_arrivals_come_at_the_rate_and_do_not_depend_on_the_load(texts, target):
+def test_poisson_arrivals_come_at_their_rate(texts, target):
     one, three = users(texts, target, requests_per_user=200, arrivals="poisson", rate=4.0)
     (alone,), (together,) = one.calls, three.calls
-    times = [ask.arrival_s for ask in together if ask.user == 0]
-    assert times == [ask.arrival_s for ask in alone] == sorted(times)
-    assert times != [ask.arrival_s for ask in together if ask.user == 1]
+    times = [request.arrival_s for request in together if request.user == 0]
+    assert times == [request.arrival_s for request in alone] == sorted(times)
+    assert times != [request.arrival_s for request in together if request.user == 1]
     # 200 requests at 4 a second: 50 s, with a standard deviation of 50 / sqrt(200).
     assert times[-1] == pytest.approx(50, abs=4 * 50 / 200**0.5)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def test_follow_up_is_asked_after_the_target_s_answer():
+    try:
+        demo_path("target")
+    except FileNotFoundError:
+        pytest.skip("the demo models are not there")
+    target = load_target("demo")
+    first = BenchPrompt("a", "coffee", (user("One latte please."),), follow_ups=("Yes.", "Thanks."))
+    plain = BenchPrompt("b", "coffee", (user("A mocha."),))
+    unfolded = unfold_turns([first, plain], target, max_new_tokens=12)
+    assert [prompt.id for prompt in unfolded] == ["a", "a-turn2", "a-turn3", "b"]
+    answers = [
+        generate_baseline(target, [list(prompt.messages)], max_new_tokens=12)[0].text
+        for prompt in unfolded[:2]
+    ]
+    assert list(unfolded[2].messages) == [
+        user("One latte please."),
+        {"role": "assistant", "content": answers[0]},
+        user("Yes."),
+        {"role": "assistant", "content": answers[1]},
+        user("Thanks."),
+    ]
+    assert not any(prompt.follow_ups for prompt in unfolded)
+
+
+def test_prompt_near_the_context_s_end_bounds_its_call(target):
+    lengths = (target.max_context_len - 5, 3, 4)
+    prompts = [BenchPrompt(str(n), "sea", text="a" * n) for n in lengths]
+    config = BenchConfig(batch_size=2, max_new_tokens=16, seed=3)
+    group = bench_group(config, prompts, target, quiet)
+    assert [[each.max_new_tokens for each in call] for call in group.calls] == [[5, 5], [16]]
+    assert [each.seed for each in group.requests] == [3, 4, 5]

@@ -1,0 +1,309 @@
+"""Figures against cases worked out by hand."""
+
+import pytest
+
+from specdec.bench.config import ArmConfig, BenchConfig, ConcurrentConfig, SingleTurnConfig
+from specdec.bench.load import load_figures
+from specdec.bench.results import BenchResults
+from specdec.bench.runner import check_results
+from specdec.bench.store import Call, Peaks, Run
+from specdec.bench.summary import bench_arms, faster_than_tau, suite_group
+from specdec.bench.workloads import Group, Request
+from specdec.common.stats import jain_index, percentiles, worst_over_mean
+from specdec.engine.metrics import StepRecord
+
+NO_MEMORY = Peaks(0, None, None)
+
+
+def request(name, user=0, domain="maths"):
+    return Request(name, domain, [1, 2], 8, 0, user)
+
+
+def group(*names):
+    return Group("some", 1, [[request(name)] for name in names])
+
+
+def call(*rows, energy_j=None):
+    is_whole = all(isinstance(row, Run) for row in rows)
+    wall_s = max(row.chunk_s[-1] for row in rows) if is_whole else None
+    return Call(list(rows), wall_s, NO_MEMORY, energy_j)
+
+
+# --- Benches ---
+
+
+def timed(num_tokens, decode_s, ttft_s=1.0):
+    return Run([0] * num_tokens, 1, ttft_s, decode_s, [], 0.0, 0.0, [ttft_s, ttft_s + decode_s])
+
+
+def repeats(*rows):
+    """Calls of one prompt: (tokens, seconds after the first token) of each repeat; None failed."""
+    return [call("no" if row is None else timed(*row)) for row in rows]
+
+
+def bench_arm(ours, plain=None, eos=(), domains=None):
+    """The figures of an arm with these calls."""
+    prompts = [request(str(i), domain=(domains or ["a"] * 9)[i]) for i in range(len(ours))]
+    calls = {"plain": plain or ours, "hf_generate": plain or ours, "ngram": ours}
+    config = BenchConfig(arms=[ArmConfig(type="ngram")])
+    whole = Group("prompts", len(ours), [[each] for each in prompts])
+    return bench_arms(config, whole, calls, {name: [] for name in calls}, eos)[-1]
+
+
+ONCE = [repeats((11, 10.0)), repeats((101, 100.0))]  # a second a token
+
+
+@pytest.mark.parametrize(
+    ("ours", "ratio", "interval"),
+    [
+        # The short answer is ten times as fast, and saves next to nothing.
+        ([repeats((11, 1.0)), repeats((101, 90.0))], 110 / 91, (100 / 90, 10.0)),
+        # Another text of another length: tokens a second of all.
+        ([repeats((21, 10.0)), repeats((51, 30.0))], 70 / 40, (50 / 30, 2.0)),
+        # What failed, or decoded nothing, in one arm counts in neither.
+        ([repeats((11, 5.0)), repeats(None)], 2.0, None),
+        ([repeats((11, 5.0)), repeats((1, 0.0))], 2.0, None),
+        ([repeats(None), repeats(None)], None, None),
+    ],
+)
+def test_headline_is_the_ratio_of_total_times(ours, ratio, interval):
+    found = bench_arm(ours, ONCE)
+    assert found.speedup_vs_plain == (ratio and pytest.approx(ratio))
+    assert found.speedup_vs_plain_ci == (interval and pytest.approx(interval))
+    same = bench_arm(ONCE)
+    assert (same.speedup_vs_plain, same.speedup_vs_plain_ci) == (1.0, (1.0, 1.0))
+
+
+def test_slow_repeat_moves_nothing():
+    ours = [repeats((11, 5.0), (11, 5.0), (11, 99.0)), repeats((101, 50.0), None, (101, 50.0))]
+    found = bench_arm(ours, [each * 3 for each in ONCE])
+    assert found.speedup_vs_plain == pytest.approx(2.0)
+    assert found.failed == 1
+
+
+def test_other_ratios_stand_beside_the_headline():
+    found = bench_arm([repeats((11, 1.0)), repeats((101, 90.0))], ONCE)
+    assert found.mean_speedup_vs_plain == pytest.approx((10 + 100 / 90) / 2)
+    assert found.end_to_end_speedup_vs_plain == pytest.approx((11 + 101) / (2 + 91))
+
+
+def test_ended_answer_is_told_from_a_cut_one():
+    ours = [[call(Run([5, last], 1, 0.1, 0.1, [], 0, 0, [0.1]))] for last in (7, 6)]
+    found = bench_arm([*ours, repeats(None)], eos=[7])
+    assert found.finish.model_dump() == {"eos": 1, "length": 1}
+    assert [row and row.finish for row in found.per_prompt] == ["eos", "length", None]
+
+
+def test_bench_waits_are_percentiles_of_medians():
+    ours = [
+        [call(timed(3, 0.2, 1.0)), call(timed(3, 0.2, 9.0)), call(timed(3, 0.8, 2.0))],
+        [call(timed(3, 0.4, 3.0)), call("no"), call(timed(3, 1.2, 5.0))],
+        repeats(None, None, None),
+    ]
+    found = bench_arm(ours)
+    # Medians: 2 and 4 s to the first token, 0.1 and 0.4 s a token; a failed run has no time.
+    assert found.ttft_s == pytest.approx({"p50": 3.0, "p90": 3.8, "p99": 3.98})
+    assert found.itl_s == pytest.approx({"p50": 0.25, "p90": 0.37, "p99": 0.397})
+    assert bench_arm([repeats(None)]).ttft_s == {}
+
+
+def provenance(**config):
+    machine = {
+        **{"command": "x", "git_commit": None, "git_dirty": False, "versions": {}, "date": ""},
+        **{"device": "cpu", "cpu": "", "cpu_count": 1, "threads": 1, "load_average": 0.0},
+    }
+    where = {"dtype": "float32", "quantized": False, "config_fingerprint": ""}
+    return {**machine, **where, "config": BenchConfig(**config).model_dump()}
+
+
+@pytest.mark.parametrize(
+    ("low", "tau", "high", "prompts", "batch_size", "fails"),
+    [
+        (2.3, 2.0, 2.0, 5, 1, True),
+        (2.1, 2.0, 2.0, 5, 1, False),  # within the noise of a machine
+        (2.3, 2.0, 2.2, 5, 1, False),  # within tau's own interval
+        (2.3, 2.0, 2.0, 4, 1, False),  # an interval over next to nothing
+        (2.3, None, None, 5, 1, False),  # transformers' own arms have no steps
+        (2.3, 2.0, 2.0, 5, 4, False),  # rows that end early make a batch cheaper
+    ],
+)
+def test_arm_faster_than_its_tau_fails_the_run(low, tau, high, prompts, batch_size, fails):
+    changes = {
+        **{"name": "a", "tau": tau, "tau_ci": tau and (1.0, high), "prompts": prompts},
+        **{"speedup_vs_plain": 3.0, "speedup_vs_plain_ci": (low, 9.0)},
+    }
+    arm = bench_arm(ONCE).model_copy(update=changes)
+    where = provenance(batch_size=batch_size)
+    results = BenchResults(provenance=where, memory=vars(NO_MEMORY), arms=[arm])
+    said = faster_than_tau(results)
+    assert len(said) == fails
+    if fails:
+        assert "'a' is 3.00 times as fast as plain decoding (at least 2.30) but" in said[0]
+        with pytest.raises(RuntimeError, match="which no speed can pass"):
+            check_results(results)
+    else:
+        check_results(results)
+
+
+# --- Suites ---
+
+
+def served(chunk_s, chunk_tokens, sent_s=0.0, queue_s=0.0, records=()):
+    tokens = list(range(sum(chunk_tokens)))
+    ttft_s, decode_s = chunk_s[0] - sent_s - queue_s, chunk_s[-1] - chunk_s[0]
+    first = chunk_tokens[0]
+    return Run(
+        tokens, first, ttft_s, decode_s, list(records), sent_s, queue_s, chunk_s, chunk_tokens
+    )
+
+
+def suite_arm(whole, calls, plain=None, config=None):
+    calls = {"plain": plain or calls, "arm": calls}
+    return suite_group(config or SingleTurnConfig(), whole, calls, {"plain": [], "arm": []}).arms[1]
+
+
+def test_percentiles_lie_linearly_between_two_values():
+    wanted = (50, 95, 99)
+    found = percentiles([4.0, 1.0, 3.0, 2.0, 5.0], wanted)
+    # Five values: the p-th percentile is at place 4 p / 100, counted from 0.
+    assert found == pytest.approx({"p50": 3.0, "p95": 4.8, "p99": 4.96})
+    assert percentiles([7.0], wanted) == {"p50": 7.0, "p95": 7.0, "p99": 7.0}
+    assert percentiles([], wanted) == {}
+
+
+def test_fairness_is_one_for_equal_speeds():
+    assert jain_index([3.0, 3.0, 3.0]) == pytest.approx(1.0)
+    assert jain_index([5.0, 0.0, 0.0, 0.0]) == pytest.approx(0.25)
+    assert jain_index([1.0, 2.0, 3.0]) == pytest.approx(36 / (3 * 14))
+    assert worst_over_mean([1.0, 2.0, 3.0]) == pytest.approx(0.5)
+    assert jain_index([0.0, 0.0]) is worst_over_mean([0.0, 0.0]) is None
+
+
+def test_waits_of_a_request_begin_with_its_sending():
+    one = served([1.5, 2.0, 3.0], [1, 3, 2], sent_s=0.5, queue_s=0.25)
+    assert one.gaps_s == pytest.approx([0.5, 1.0])
+    figures = suite_arm(group("a"), [[call(one)]])
+    assert figures.ttft_s["p50"] == pytest.approx(1.0)
+    # Five tokens after the first, in 1.5 s: a mean gap of 0.3 s, while chunks are 0.75 s apart.
+    assert figures.itl_s["p50"] == pytest.approx(0.3)
+    assert figures.chunk_gap_s["p50"] == pytest.approx(0.75)
+    assert figures.queue_s["p99"] == pytest.approx(0.25)
+    assert figures.latency_s["p50"] == pytest.approx(2.5)
+    assert figures.decode_tokens_per_s == pytest.approx(5 / 1.5)
+
+
+def test_suite_waits_are_percentiles_of_medians():
+    def one(first_s, last_s, queue_s):
+        return call(served([first_s, last_s], [1, 2], queue_s=queue_s))
+
+    calls = [
+        [one(1.0, 2.0, 0.1), one(9.0, 19.0, 0.9), one(2.0, 4.0, 0.2)],
+        [one(4.0, 8.0, 0.4), one(4.0, 8.0, 0.4), one(4.0, 8.0, 0.4)],
+    ]
+    figures = suite_arm(group("a", "b"), calls)
+    # Medians of the first request and of the second; the slow repeat is none of its own request.
+    for key, (low, high) in {
+        "ttft_s": (2.0, 4.0),
+        "itl_s": (1.0, 2.0),
+        "queue_s": (0.2, 0.4),
+        "latency_s": (4.0, 8.0),
+    }.items():
+        shares = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+        wanted = {name: low + share * (high - low) for name, share in shares.items()}
+        assert getattr(figures, key) == pytest.approx(wanted), key
+    # A request has many gaps, so all count: 1, 10, 2, and three times 4 s.
+    assert figures.chunk_gap_s["p50"] == pytest.approx(4.0)
+    assert figures.chunk_gap_s["p99"] == pytest.approx(10 - 0.05 * 6)
+
+
+def test_request_that_failed_once_keeps_its_other_waits():
+    good, slow = call(served([1.0, 2.0], [1, 3])), call(served([3.0, 6.0], [1, 3]))
+    figures = suite_arm(group("a"), [[good, call("RuntimeError: no"), slow]])
+    assert figures.ttft_s == {"p50": 2.0, "p95": 2.0, "p99": 2.0}
+    figures = suite_arm(group("a"), [[call("RuntimeError: no")]])
+    assert figures.ttft_s == figures.chunk_gap_s == {}
+
+
+def test_suite_speeds_are_paired_by_request():
+    slow = [[call(served([1.0, 3.0], [1, 4]))] * 3, [call(served([1.0, 5.0], [1, 4]))] * 3]
+    times = ((2.0, 3.0, 2.0), (2.0, 2.0, 9.0))  # when the second chunk came, by repeat
+    ours = [[call(served([1.0, end], [1, 4])) for end in ends] for ends in times]
+    figures = suite_arm(group("a", "b"), ours, slow)
+    # Two and four seconds against one each.
+    assert figures.speedup_vs_plain == pytest.approx(6 / 2)
+    assert figures.speedup_vs_plain_ci == pytest.approx((2, 4))
+    # With the prefill: 5 tokens in 3 s against 2 s, and in 5 s against 2 s.
+    assert figures.end_to_end_speedup_vs_plain == pytest.approx((3 + 5) / (2 + 2))
+
+
+def test_tau_and_its_depths_are_of_all_steps():
+    steps = [
+        StepRecord(0, 0, 1, 3, 2, 3, 3, 0.1, 0.2, 0.4, 0.05, 0.01),
+        StepRecord(0, 1, 1, 3, 0, 1, 1, 0.1, 0.2, 0.4, 0.05, 0.01),
+    ]
+    figures = suite_arm(group("a"), [[call(served([1.0, 2.0, 3.0], [1, 3, 1], records=steps))]])
+    assert figures.tau == pytest.approx(2.0)
+    assert figures.per_depth == pytest.approx([0.5, 0.5, 0.0])
+    assert figures.acceptance_rate == pytest.approx(2 / 6)
+    assert figures.time_s.verify == pytest.approx(0.1)
+    assert figures.time_s.wall == pytest.approx(0.8)
+    assert figures.time_s.other == pytest.approx(0.8 - 0.2 - 0.4 - 0.1 - 0.02)
+
+
+def test_load_adds_up_users_and_requests():
+    requests = [request("a", 0), request("b", 1), request("c", 0)]
+    # User 0: 4 tokens in 2 s and 2 tokens in 2 s; user 1: 8 tokens in 8 s.
+    ours = call(
+        served([1.0, 2.0], [1, 3]),
+        served([1.0, 3.0, 8.0], [1, 3, 4]),
+        served([3.0, 4.0], [1, 1], sent_s=2.0),
+    )
+    # Twice as slow.
+    plain = call(
+        served([2.0, 4.0], [1, 3]),
+        served([2.0, 6.0, 16.0], [1, 3, 4]),
+        served([6.0, 8.0], [1, 1], sent_s=4.0),
+    )
+    figures = load_figures(requests, [ours], [plain])
+    assert figures.users == 2
+    assert figures.tokens_per_s == pytest.approx(14 / 8)
+    assert figures.tokens_per_s_vs_plain == pytest.approx(2.0)
+    # User 0 has nothing left to ask after 4 s, when 10 tokens had come.
+    assert figures.full_load_tokens_per_s == pytest.approx(10 / 4)
+    assert figures.user_tokens_per_s == pytest.approx([6 / 4, 8 / 8])
+    assert figures.user_tokens_per_s_mean == pytest.approx(1.25)
+    assert figures.jain_index == pytest.approx(2.5**2 / (2 * (1.5**2 + 1)))
+    assert figures.worst_over_mean == pytest.approx(1 / 1.25)
+    assert figures.user_speed_vs_plain == pytest.approx(2.0)
+    assert figures.user_speed_vs_plain_ci == pytest.approx((2.0, 2.0))
+
+
+def test_user_speed_weighs_requests_by_time_waited():
+    ours = [call(served([1.0, 2.0], [1, 1]), served([1.0, 2.0], [1, 1]))]
+    plain = [call(served([1.0, 2.0], [1, 1]), served([1.0, 10.0], [1, 1]))]
+    figures = load_figures([request("a", 0), request("b", 1)], ours, plain)
+    # 4 tokens in 2 + 2 s against 4 in 2 + 10 s; the plain mean of the ratios is also 3.
+    assert figures.user_speed_vs_plain == pytest.approx(3.0)
+    assert figures.user_speed_vs_plain_ci == pytest.approx((1.0, 5.0))
+
+
+def test_call_with_a_failure_is_not_timed():
+    good = call(served([1.0, 2.0], [1, 3]), served([1.0, 2.0], [1, 3]))
+    bad = call(served([9.0, 99.0], [1, 3]), "RuntimeError: no")
+    users = Group("2 users", 2, [[request("a", 0), request("b", 1)]])
+    figures = suite_arm(users, [[good, bad]], [[good, good]], ConcurrentConfig())
+    assert figures.failed == 1
+    (failure,) = figures.failures
+    assert failure.model_dump() == {"request": "b", "repeat": 1, "reason": "RuntimeError: no"}
+    assert figures.load.tokens_per_s == pytest.approx(8 / 2)
+    assert figures.ttft_s["p99"] > 1.0
+    nothing = suite_arm(users, [[bad]], config=ConcurrentConfig())
+    assert nothing.load.tokens_per_s is nothing.load.jain_index is None
+
+
+def test_energy_is_told_by_token_where_measured():
+    one = served([1.0, 2.0], [1, 3])
+    calls = [[call(one, energy_j=30.0), call(one, energy_j=50.0)]]
+    measured = suite_arm(group("a"), calls).power
+    assert measured.model_dump() == {"energy_j": 80.0, "power_w": 20.0, "energy_j_per_token": 10.0}
+    assert set(suite_arm(group("a"), [[call(one)]]).power.model_dump().values()) == {None}
