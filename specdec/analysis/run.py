@@ -17,8 +17,8 @@ from specdec.analysis.predict import Predictor, check_settings
 from specdec.analysis.teacher_forced import Array, Evidence, gather_facts
 from specdec.analysis.texts import Text, read_texts, target_answers
 from specdec.bench.config import SINGLE_PROMPT_TYPES, ArmConfig, BenchConfig
-from specdec.bench.runner import encode_prompts, fingerprint_of_ids, read_prompts
-from specdec.bench.workloads import unfold_turns
+from specdec.bench.prompts import encode_prompts, load_prompts
+from specdec.bench.workloads import fingerprint_of, unfold_turns
 from specdec.checkpoints import TargetIdentity, identify_target
 from specdec.checkpoints.identity import as_json, check_resumed
 from specdec.common.files import disk_trouble, parse_json, read_json, replace_file
@@ -137,7 +137,7 @@ def run_analysis(
     if answers < 1:
         raise ValueError(f"--answers is {answers} but must be at least 1")
     torch.set_num_threads(config.threads)
-    sampling = SamplingConfig(**vars(config.sampling), seed=config.seed)
+    sampling = config.sampling.with_seed(config.seed)
     check_settings(sampling, config.rule)
     arms = [arm for arm in config.arms if arm.type not in SINGLE_PROMPT_TYPES]
     if not arms:
@@ -154,7 +154,7 @@ def run_analysis(
     mark, known = _fingerprint(config, texts), identify_target(target)
     store = AnalysisStore(folder, mark, known)
     provenance = {
-        "config": asdict(config),
+        "config": config.model_dump(mode="json"),
         "config_fingerprint": mark,
         "text": None if text is None else str(text),
         **machine(target),
@@ -201,7 +201,7 @@ def _texts(
         texts = read_texts(path, target, config.prompts.num, config.max_new_tokens)
         names = [{"id": f"{path.name}-{index}", "domain": ""} for index in range(len(texts))]
     else:
-        prompts = read_prompts(config)
+        prompts = load_prompts(**config.prompts.model_dump())
         prompts = unfold_turns(prompts, target, config.max_new_tokens, progress)
         ids = encode_prompts(prompts, target) * repeats
         texts = target_answers(target, ids, sampling, config.max_new_tokens)
@@ -211,13 +211,13 @@ def _texts(
             **name,
             "num_tokens": len(text.prompt),
             "new_tokens": len(text.tokens),
-            "fingerprint": fingerprint_of_ids(text.prompt),
+            "fingerprint": fingerprint_of(text.prompt),
         }
         for name, text in zip(names, texts, strict=True)
     ]
 
 
 def _fingerprint(config: BenchConfig, texts: list[Text]) -> str:
-    whole = {"config": asdict(config), "texts": [asdict(text) for text in texts]}
+    whole = {"config": config.model_dump(mode="json"), "texts": [asdict(text) for text in texts]}
     text = json.dumps(whole, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

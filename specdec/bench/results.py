@@ -4,6 +4,7 @@ Keys of the files are the names of the fields. Files of older versions are renew
 what they did not measure is None. Definitions stand in docs/bench.md and docs/suites.md.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -354,7 +355,7 @@ class Results(Record):
         """
         try:
             renew(content, domains)
-            return cls.model_validate(content)
+            return cls.model_validate_json(json.dumps(content))
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"])

@@ -1,6 +1,7 @@
 """`specdec train`."""
 
 import json
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,14 +22,13 @@ def train(
     from specdec.train.config import load_train_config
 
     settings = load_train_config(config, overrides or [])
-    from specdec.bench.runner import launched_processes
     from specdec.common.files import locked
     from specdec.train.parity import ParityError
     from specdec.train.run import run_training
 
     quiet_transformers()
     failure = None
-    with locked(out, is_writer=launched_processes().is_first):
+    with locked(out, is_writer=os.environ.get("RANK", "0") == "0"):
         with progress_bar() as show:
             try:
                 results = run_training(settings, out, show)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -15,8 +15,8 @@ from specdec.analysis.predict import Predictor, check_settings
 from specdec.analysis.texts import Text, target_answers
 from specdec.bench.config import ArmConfig, BenchConfig
 from specdec.bench.prompts import load_prompts, render
-from specdec.bench.runner import collect, fingerprint
-from specdec.bench.workloads import unfold_turns
+from specdec.bench.runner import provenance_of
+from specdec.bench.workloads import fingerprint_of, unfold_turns
 from specdec.checkpoints.identity import TARGET, as_json, check_resumed, identify_target
 from specdec.common.files import Journal, replace_file
 from specdec.engine.text import encode
@@ -25,7 +25,6 @@ from specdec.planning.costs import Costs, ForwardCost
 from specdec.planning.measure import FULL, QUICK, Effort, Measurements, Progress, fits
 from specdec.planning.prediction import Acceptance, Forecast, Prediction
 from specdec.planning.times import TimedRun, Workload
-from specdec.sampling.config import SamplingConfig
 from specdec.targets.load import load_target
 
 
@@ -235,13 +234,14 @@ class _Planner:
 
     def __init__(self, config: BenchConfig, effort: Effort, progress: Progress) -> None:
         self.config, self.effort, self.progress = config, effort, progress
-        self.sampling = SamplingConfig(**vars(config.sampling), seed=config.seed)
+        self.sampling = config.sampling.with_seed(config.seed)
         check_settings(self.sampling, config.rule)
         where = config.prompts
         prompts = load_prompts(where.source, where.num, where.data_dir, where.seed)
-        self.mark = fingerprint(config, prompts)
-        self.target = load_target(**vars(config.target))
-        self.provenance = collect(config, self.mark, self.target)
+        asked = fingerprint_of([asdict(prompt) for prompt in prompts])
+        self.target = load_target(**config.target.model_dump())
+        self.provenance = provenance_of(config, asked, self.target)
+        self.mark = self.provenance["config_fingerprint"]
         prompts = unfold_turns(prompts, self.target, config.max_new_tokens, progress)
         tokenizer = self.target.tokenizer
         ids = [encode(render(p, tokenizer), self.target, i) for i, p in enumerate(prompts)]
@@ -365,8 +365,11 @@ class _Planner:
     def _decision(self, ranked: Sequence[Prediction], lengths: Schedule) -> dict[str, Any]:
         best = ranked[0]
         pays = best.speedup > 1 + MARGIN
-        arm = ArmConfig(best.candidate.name, best.candidate.type, best.candidate.options)
-        chosen = asdict(self.config) | {"arms": [asdict(arm)] if pays else []}
+        arm = ArmConfig(
+            name=best.candidate.name, type=best.candidate.type, options=best.candidate.options
+        )
+        chosen = self.config.model_dump(mode="json")
+        chosen |= {"arms": [arm.model_dump(mode="json")] if pays else []}
         return {
             "configurations": [prediction.to_json() for prediction in ranked],
             "choice": best.to_json() if pays else _plain(best),
@@ -466,5 +469,5 @@ def choose(
     """
     plan = run_plan(config, folder, progress, quick=quick)
     chosen = plan["choice"]
-    arms = [ArmConfig(chosen["name"], chosen["type"], dict(chosen["options"]))]
-    return replace(config, arms=[] if chosen["type"] == "plain" else arms)
+    arms = [ArmConfig(name=chosen["name"], type=chosen["type"], options=chosen["options"])]
+    return config.model_copy(update={"arms": [] if chosen["type"] == "plain" else arms})

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from specdec.bench.summary import Work, Works, total_speed
 from specdec.checkpoints.identity import SIZES, differences, identity_of
+from specdec.common.stats import Work, Works, total_speed
 from specdec.report.blocks import Column, Section, Table
 from specdec.report.runs import Run
 

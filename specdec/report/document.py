@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from specdec.bench.results import BenchResults, SuiteResults
 from specdec.bench.summary import faster_than_tau
 from specdec.common.files import locked, replace_file
 from specdec.common.provenance import code
@@ -81,7 +82,10 @@ def build_document(runs: Sequence[Run], allowed: Sequence[str] = ()) -> Document
             matplotlib is not installed.
     """
     for run in runs:  # a sweep's cells have said so themselves
-        if run.kind in ("bench", "suite") and (impossible := faster_than_tau(run.data)):
+        model = {"bench": BenchResults, "suite": SuiteResults}.get(run.kind)
+        if model and (
+            impossible := faster_than_tau(model.model_validate_json(json.dumps(run.data)))
+        ):
             raise ValueError(f"{run.label}: {'; '.join(impossible)}")
     benches = [run for run in runs if run.kind == "bench"]
     differ = check_comparable(benches, allowed)

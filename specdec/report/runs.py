@@ -9,8 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from specdec.bench.summary import Work, Works, total_speed
 from specdec.common.files import parse_json
+from specdec.common.stats import Work, Works, total_speed
 from specdec.registry import DRAFTERS
 
 

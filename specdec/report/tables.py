@@ -7,8 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from specdec.bench.config import in_words
-from specdec.bench.sweep import short_names
+from specdec.bench.grid import in_words, short_names
 from specdec.report.runs import results_title
 
 # Columns that have an interval, the one to give up first at the end.

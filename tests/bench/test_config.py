@@ -91,7 +91,7 @@ def test_assisted_generation_takes_one_prompt(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"- a\n", "config file is .* must be a mapping"),
+        (b"- a\n", "config is .* must be a mapping"),
         (b"arms: {type: ngram}", "arms is .* must be a list"),
         (b"prompts: 3", "prompts is 3 but must be a mapping"),
         (b"a: : b", "mapping values"),

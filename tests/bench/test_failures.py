@@ -155,7 +155,7 @@ def test_prompts_that_do_not_fit_are_bad_input(folder):
 
 def test_full_disk_fails_the_run_that_then_resumes(folder):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, hard))
     try:
         done = bench(folder, "batch_size=2")
     finally:

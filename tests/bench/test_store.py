@@ -7,7 +7,8 @@ import pytest
 from specdec.bench.store import Call, Peaks, Run, Store
 from specdec.engine.metrics import StepRecord
 
-IDENTITY = {"config": {"repeats": 1}, "device": "cpu"}
+TARGET = {"hidden_size": 8, "facts": {"vocab_size": 9}}
+IDENTITY = {"config": {"repeats": 1}, "device": "cpu", "the target": TARGET}
 
 
 def run(num_steps):
@@ -73,8 +74,10 @@ def test_damaged_call_alone_is_decoded_again(tmp_path, damage):
 
 def test_folder_of_another_run_is_refused(tmp_path):
     stored(tmp_path)
-    other = {"config": {"repeats": 2}, "device": "A GPU"}
-    with Store(tmp_path, other, {}) as store:  # nothing was measured, so any run may take it
+    other = {**IDENTITY, "config": {"repeats": 2}, "device": "A GPU"}
+    with Store(
+        tmp_path, other, {"date": ""}
+    ) as store:  # nothing was measured, so any run may take it
         store.add((0, 0, "plain"), call(run(1)))
     with pytest.raises(
         ValueError, match=r"config.repeats is 2 there, not 1; device is 'A GPU' there, not 'cpu'"
