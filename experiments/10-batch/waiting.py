@@ -8,11 +8,9 @@ for what one row waits in all.
 """
 
 import json
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import typer
 
@@ -21,16 +19,11 @@ ARMS = ("plain", "controller")
 
 def rows_of(cell: Path) -> Iterator[tuple[str, float, float, int]]:
     """Arm, seconds of decoding, seconds in steps, and tokens behind the first, of every row."""
-    entries = [json.loads(line) for line in (cell / "records.jsonl").read_text().splitlines()]
-    in_steps: defaultdict[tuple[Any, ...], float] = defaultdict(float)
-    for entry in entries:
-        if entry["kind"] == "step":
-            in_steps[entry["arm"], entry["repeat"], entry["prompt"]] += entry["wall_s"]
-    for entry in entries:
-        if entry["kind"] == "call":
-            for prompt, row in enumerate(entry["rows"]):  # a call holds all prompts
-                key = (entry["arm"], entry["repeat"], prompt)
-                yield entry["arm"], row["decode_s"], in_steps[key], len(row["tokens"]) - 1
+    for line in (cell / "records.jsonl").read_text().splitlines():
+        call = json.loads(line)
+        for row in call.get("rows", ()):
+            in_steps = sum(row["records"]["wall_s"])
+            yield call["arm"], row["decode_s"], in_steps, len(row["tokens"]) - 1
 
 
 def summary(rows: list[tuple[str, float, float, int]]) -> dict[str, float]:
