@@ -54,10 +54,10 @@ def test_without_matplotlib_a_bench_keeps_its_figures(bench, tmp_path, monkeypat
 
 
 def test_an_arm_that_is_not_lossless_fails_the_run_after_its_table(bench, monkeypatch):
-    from specdec.bench import arms
+    from specdec.bench.arms import HFArm
 
-    cut = arms._HFArm._cut
-    monkeypatch.setattr(arms._HFArm, "_cut", lambda self, tokens: [*cut(self, tokens)[:-1], 3])
+    cut = HFArm._cut
+    monkeypatch.setattr(HFArm, "_cut", lambda self, tokens: [*cut(self, tokens)[:-1], 3])
     done = invoke(*bench)
     assert done.exit_code == 1
     assert "outputs differ at temperature 0" in done.stderr
@@ -65,18 +65,18 @@ def test_an_arm_that_is_not_lossless_fails_the_run_after_its_table(bench, monkey
 
 
 def test_an_arm_whose_prompts_all_failed_fails_the_run(bench, monkeypatch):
-    from specdec.bench import arms
+    from specdec.bench.arms import HFArm
 
-    run = arms._HFArm.__call__
+    run = HFArm.__call__
     calls = []
 
-    def fail_after_warm_up(self, prompts, indices):
-        calls.append(indices)
+    def fail_after_warm_up(self, *arguments):
+        calls.append(arguments)
         if len(calls) > 1:
             raise RuntimeError("it broke")
-        return run(self, prompts, indices)
+        return run(self, *arguments)
 
-    monkeypatch.setattr(arms._HFArm, "__call__", fail_after_warm_up)
+    monkeypatch.setattr(HFArm, "__call__", fail_after_warm_up)
     done = invoke(*bench)
     assert done.exit_code == 1
     assert "every prompt of the arm 'hf_generate' failed: RuntimeError: it broke" in done.stderr
@@ -85,16 +85,16 @@ def test_an_arm_whose_prompts_all_failed_fails_the_run(bench, monkeypatch):
 def test_an_interrupted_bench_says_how_to_go_on_and_does(bench, monkeypatch):
     from specdec.bench import runner
 
-    summarise = runner.summarise
+    summarize = runner.summarize
 
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runner, "summarise", interrupt)
+    monkeypatch.setattr(runner, "summarize", interrupt)
     done = invoke(*bench)
     assert done.exit_code == 130
     assert "the same command resumes" in done.stderr
-    monkeypatch.setattr(runner, "summarise", summarise)
+    monkeypatch.setattr(runner, "summarize", summarize)
     assert invoke(*bench).exit_code == 0
 
 

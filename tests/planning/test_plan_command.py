@@ -80,7 +80,11 @@ def test_the_written_configuration_runs_the_choice(planned):
 
 def test_the_controller_of_the_loop_reads_the_plan(planned):
     folder, _, plan = planned
-    arm = ArmConfig("a", plan["configurations"][0]["type"], {}, {"plan": str(folder / "plan.json")})
+    arm = ArmConfig(
+        name="a",
+        type=plan["configurations"][0]["type"],
+        draft_length={"plan": str(folder / "plan.json")},
+    )
     target = load_target(plan["config"].get("target", {}).get("path", "demo"))
     drafter = SimpleNamespace(makes_trees=False)
     controller = load_draft_length(arm, drafter, target)

@@ -17,7 +17,7 @@ from specdec.registry import DRAFTERS, load_drafter
 from tests.tiny_heads import save_tiny_head
 from tests.tiny_models import tiny_target
 
-LOOKUP = ArmConfig("lookup", "ngram", {"num_draft_tokens": 6})
+LOOKUP = ArmConfig(name="lookup", type="ngram", options={"num_draft_tokens": 6})
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def head(target, tmp_path_factory):
 
 
 def arm(name, head, **options):
-    return ArmConfig(name, "eagle3", {"path": head, **options})
+    return ArmConfig(name=name, type="eagle3", options={"path": head, **options})
 
 
 def test_every_rule_names_a_registered_drafter_and_its_options(target):
@@ -144,7 +144,7 @@ def test_a_shape_covers_its_parts_alone():
 
 
 def test_a_configuration_without_a_drafter_cannot_be_planned(target):
-    for arms in ([], [ArmConfig("hf", "hf_prompt_lookup")]):
+    for arms in ([], [ArmConfig(name="hf", type="hf_prompt_lookup")]):
         with pytest.raises(ValueError, match="holds no drafter to plan with"):
             families(arms, target)
 
