@@ -14,7 +14,7 @@ from specdec.common.hub import HUB, find_path
 from specdec.common.messages import BenchPrompt, Message, shuffled
 from specdec.demo import demo_path
 from specdec.engine.interfaces import Target
-from specdec.engine.request import encode
+from specdec.engine.text import encode
 
 DATA_DIR_VARIABLE = "SPECDEC_DATA_DIR"
 HELD_OUT = "held_out"
