@@ -58,16 +58,6 @@ class Masker:
     Digits alone are no phone number unless a word such as "call" stands before them, and no card
     number without an issuer's first digits, its length and a right check digit (Luhn), so that
     order numbers, dates and prices stay.
-
-    Args:
-        phone_region: two capital letters (ISO 3166) whose national phone numbers are found;
-            numbers with + are found anywhere.
-
-    Attributes:
-        counts: number of times that each placeholder was put.
-
-    Raises:
-        ValueError: the region has no phone numbers.
     """
 
     def __init__(self, phone_region: str = "US"):
@@ -165,10 +155,7 @@ def conversation_id(messages: tuple[Message, ...], text: str) -> str:
 
 
 def split_of(conversation: str, held_out: float) -> str:
-    """ "train" or "held_out", by the hash that `conversation_id` gives alone.
-
-    What is held out at a share is held out at every larger one too.
-    """
+    """Split by hash alone: a larger share holds out all that a smaller one does."""
     return "held_out" if int(conversation, 16) < held_out * 16**_HEX_DIGITS else "train"
 
 
@@ -198,9 +185,6 @@ class NearDuplicates:
     same long instructions. System messages are not compared.
 
     Source: Broder 1997, On the resemblance and containment of documents.
-
-    Args:
-        threshold: least similarity of near-duplicates, above 0 and at most 1.
     """
 
     def __init__(self, threshold: float):

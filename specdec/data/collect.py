@@ -69,24 +69,7 @@ def collect(
     data_dir: Path | None = None,
     show: Show = lambda done, total, text: None,
 ) -> CollectReport:
-    """Write the queries of the sources into a folder, with a card and a report.
-
-    Args:
-        sources: as `open_source` takes them.
-        out: folder to make. One that holds the same is left as it is.
-        settings: how queries are read, cleaned and split.
-        append: add to the queries that `out` holds.
-        data_dir: folder with the files of named sources.
-        show: called with things done, things in all, and a text.
-
-    Returns:
-        What `collect.json` in the folder says.
-
-    Raises:
-        FileNotFoundError: a source does not exist.
-        ValueError: too many malformed lines, no query, or a folder that holds something else.
-        OSError: the disk is full; the folder is as it was before.
-    """
+    """Write the queries of the sources into a folder, with a card and a report."""
     begun, where = time.monotonic(), code(_PACKAGES)
     restore(out)
     opened = [
@@ -180,16 +163,7 @@ def _tagged(query: Query) -> Query:
 
 
 class Collector:
-    """Queries as they come in, and what became of the others.
-
-    Args:
-        settings: how queries are read and cleaned.
-        earlier: queries that are there already, by split.
-
-    Attributes:
-        tally: what was dropped.
-        masker: counts the masks in all queries that were read.
-    """
+    """Queries as they come in, and what became of the others."""
 
     def __init__(self, settings: CollectSettings, earlier: dict[str, list[Query]]):
         self.tally = Tally(settings.phone_region)
@@ -200,11 +174,7 @@ class Collector:
         self._found: list[Query] = []
 
     def read(self, source: QuerySource, parts: Parts, show: Show) -> SourceReport:
-        """Take in a source, whose parts have been identified, and count what is in it.
-
-        Raises:
-            ValueError: more malformed lines than are allowed in all.
-        """
+        """Take in a source, whose parts have been identified, and count what is in it."""
         malformed = self.tally.dropped["malformed"]
         queries_before, malformed_before, number = len(self._found), malformed.count, 0
         for number, found in enumerate(source, 1):

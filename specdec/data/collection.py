@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from specdec.common.config import Config
 from specdec.data.cleaning import Masker
 from specdec.data.conversation import Query
-from specdec.data.sources import DataSetIdentity, FileIdentity
+from specdec.data.sources import FORMATS, DataSetIdentity, FileIdentity, Format
 
 # In the order in which a record meets them.
 REASONS = {
@@ -39,40 +39,27 @@ Count = Annotated[int, Field(ge=0)]
 class CollectSettings(Config):
     """How queries are read, cleaned and split."""
 
-    format: Annotated[
-        Literal["jsonl", "json", "text", "csv", "tsv", "parquet"] | None,
-        Field(description="format of files: jsonl, json, text, csv, tsv or parquet"),
-    ] = None
-    column: Annotated[
-        str | None, Field(description="column of a record with the query or conversation")
-    ] = None
-    split: Annotated[str | None, Field(description="split of a data set; train if not given")] = (
-        None
+    format: Format | None = Field(None, description=f"format of files: {', '.join(FORMATS)}")
+    column: str | None = Field(None, description="column of a record with what was asked")
+    split: str | None = Field(None, description="split of a data set; train if not given")
+    subset: str | None = Field(None, description="subset of a data set of the hub")
+    turns: Literal["all", "last", "first"] = Field(
+        "all", description="user turns of conversations to take: all, last or first"
     )
-    subset: Annotated[str | None, Field(description="subset of a data set of the hub")] = None
-    turns: Annotated[
-        Literal["all", "last", "first"],
-        Field(description="user turns of conversations that become queries: all, last or first"),
-    ] = "all"
-    domain: Annotated[str | None, Field(description="domain of all queries")] = None
-    domain_field: Annotated[str, Field(description="field of a record with its domain")] = "domain"
-    mask: Annotated[bool, Field(description="mask addresses, numbers, cards and keys")] = True
-    phone_region: Annotated[str, Field(description="region of national phone numbers")] = "US"
-    min_chars: Annotated[int, Field(ge=1, description="least length of the last user turn")] = 1
-    max_chars: Annotated[int, Field(ge=1, description="greatest length of a whole query")] = 32_000
-    near_duplicates: Annotated[
-        float,
-        Field(ge=0, le=1, description="similarity from which a query is dropped; 0 keeps all"),
-    ] = 0.8
-    held_out: Annotated[
-        float, Field(ge=0, lt=1, description="share of conversations to hold out")
-    ] = 0.1
-    num: Annotated[int | None, Field(ge=1, description="number of queries, drawn by hash")] = None
-    seed: Annotated[int, Field(description="seed of the draw")] = 0
-    tag_language: Annotated[bool, Field(description="tell languages")] = False
-    max_bad: Annotated[int, Field(ge=0, description="malformed lines to skip before stopping")] = (
-        100
+    domain: str | None = Field(None, description="domain of all queries")
+    domain_field: str = Field("domain", description="field of a record with its domain")
+    mask: bool = Field(True, description="mask addresses, numbers, cards and keys")
+    phone_region: str = Field("US", description="region of national phone numbers")
+    min_chars: int = Field(1, ge=1, description="least length of the last user turn")
+    max_chars: int = Field(32_000, ge=1, description="greatest length of a whole query")
+    near_duplicates: float = Field(
+        0.8, ge=0, le=1, description="similarity to drop a query; 0 keeps all"
     )
+    held_out: float = Field(0.1, ge=0, lt=1, description="share of conversations to hold out")
+    num: int | None = Field(None, ge=1, description="number of queries, drawn by hash")
+    seed: int = Field(0, description="seed of the draw")
+    tag_language: bool = Field(False, description="tell languages")
+    max_bad: int = Field(100, ge=0, description="malformed lines to skip before stopping")
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
@@ -93,9 +80,7 @@ class Drop(Config):
     """Records that were dropped for one reason, and the first few of them."""
 
     count: Count = 0
-    examples: Annotated[list[Example], Field(max_length=_NUM_EXAMPLES)] = Field(
-        default_factory=list
-    )
+    examples: list[Example] = Field(default_factory=list, max_length=_NUM_EXAMPLES)
 
 
 class SplitCounts(Config):
@@ -108,16 +93,10 @@ class SplitCounts(Config):
 class SourceReport(Config):
     """A source, and what was in it."""
 
-    name: Annotated[str, Field(description="name as it was given")]
+    name: str = Field(description="name as it was given")
     parts: list[FileIdentity | DataSetIdentity]
-    records: Annotated[Count, Field(description="lines, rows or items, malformed ones included")]
-    queries: Annotated[
-        Count,
-        Field(
-            description="queries that were new and of a fit length; near-duplicates and the draw "
-            "come after"
-        ),
-    ]
+    records: Count = Field(description="lines, rows or items, malformed ones included")
+    queries: Count = Field(description="queries that were new and of a fit length")
     malformed: Count
 
 
@@ -131,46 +110,30 @@ class Earlier(Config):
 class Characters(Config):
     """Lengths of whole queries, all turns together."""
 
-    median: Annotated[int, Field(ge=1)]
-    max: Annotated[int, Field(ge=1)]
+    median: int = Field(ge=1)
+    max: int = Field(ge=1)
 
 
 class CollectReport(Config):
     """`collect.json` of `specdec collect`."""
 
-    schema_: Annotated[Literal["specdec-collect-1"], Field(alias="schema")] = "specdec-collect-1"
-    provenance: Annotated[dict[str, Any], Field(description="command, commit, versions and date")]
-    fingerprint: Annotated[
-        str, Field(description="hash of settings and sources: equal ones give an equal folder")
-    ]
+    schema_: Literal["specdec-collect-1"] = Field("specdec-collect-1", alias="schema")
+    provenance: dict[str, Any] = Field(description="command, commit, versions and date")
+    fingerprint: str = Field(description="hash of settings and sources")
     settings: CollectSettings
-    sources: Annotated[list[SourceReport], Field(min_length=1, description="in the order given")]
-    earlier: Annotated[Earlier | None, Field(description="null for a new folder")]
-    dropped: Annotated[
-        dict[str, Drop], Field(description="drops of this run by reason, those without any too")
-    ]
-    masked: Annotated[
-        dict[str, Count],
-        Field(description="finds that were replaced in queries and recorded answers"),
-    ]
+    sources: list[SourceReport] = Field(min_length=1, description="in the order given")
+    earlier: Earlier | None = Field(description="null for a new folder")
+    dropped: dict[str, Drop] = Field(description="drops of this run by reason")
+    masked: dict[str, Count] = Field(description="finds replaced in queries and answers")
     kept: SplitCounts
-    domains: Annotated[
-        dict[str, SplitCounts], Field(description="queries by domain, which may be empty")
-    ]
-    languages: Annotated[
-        dict[str, Count],
-        Field(description="queries by ISO 639 code, the commonest first; empty if not told"),
-    ]
+    domains: dict[str, SplitCounts] = Field(description="queries by domain, which may be empty")
+    languages: dict[str, Count] = Field(description="queries by ISO 639 code, if told")
     characters: Characters | None
     warnings: list[str]
-    seconds: Annotated[float, Field(ge=0)]
+    seconds: float = Field(ge=0)
 
     def check_kept(self) -> None:
-        """Refuse a collection without queries, and say where they went.
-
-        Raises:
-            ValueError: nothing is kept.
-        """
+        """Refuse a collection without queries, and say where they went."""
         if self.kept.train or self.kept.held_out:
             return
         why = {reason: drop for reason, drop in self.dropped.items() if drop.count}
@@ -187,11 +150,7 @@ def whole_characters(text: str) -> str:
 
 
 class Tally:
-    """Counts of drops by reason, and the first few of each.
-
-    Attributes:
-        dropped: drops by a name of `REASONS`.
-    """
+    """Counts of drops by reason, and the first few of each."""
 
     def __init__(self, phone_region: str) -> None:
         self.dropped = {reason: Drop() for reason in REASONS}

@@ -29,11 +29,7 @@ _NOT_ITS_FAULT = {408, 425, 429, 499}  # too late, too early, too many, and a cl
 
 
 class NoQueryError(Exception):
-    """A sound record that asks nothing which a text model could be asked again.
-
-    Attributes:
-        reason: "no_user_turn", "not_text", "tools", "other_request" or "refused".
-    """
+    """A sound record that asks nothing which a text model could be asked again."""
 
     def __init__(self, reason: str):
         super().__init__(reason)
@@ -54,15 +50,6 @@ def asked_in(record: Any, turns: str = "all") -> Iterator[Asked]:
 
     A request is one query, up to its last user turn. A conversation (ShareGPT, or messages that an
     answer ends) was a request at each of its user turns.
-
-    Args:
-        record: a request, `{"request": ..., "response": ...}`, a line of a batch, a conversation,
-            an object with a question, or the question itself.
-        turns: user turns of a conversation that become queries: "all", "last" or "first".
-
-    Raises:
-        NoQueryError: nothing to ask a text model.
-        ValueError: a record of no known form.
     """
     if isinstance(record, str):
         yield _question(record)
@@ -271,12 +258,7 @@ def write_queries(queries: dict[str, list[Query]], folder: Path) -> None:
 
 
 def read_queries(folder: Path, split: str) -> list[Query]:
-    """Read one split of a folder that `specdec collect` wrote.
-
-    Raises:
-        FileNotFoundError: no such folder.
-        ValueError: it is no such folder, or has no such split.
-    """
+    """Read one split of a folder that `specdec collect` wrote."""
     from datasets import load_from_disk
 
     if not folder.is_dir():

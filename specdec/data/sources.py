@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Annotated, Any, cast
+from typing import IO, Any, Literal, cast, get_args
 
 from pydantic import Field
 
@@ -18,7 +18,8 @@ from specdec.bench.prompts import DATA_DIR_VARIABLE, require_data_dir
 from specdec.common.config import Config
 from specdec.common.hub import HUB, find_path
 
-FORMATS = ("jsonl", "json", "text", "csv", "tsv", "parquet")
+Format = Literal["jsonl", "json", "text", "csv", "tsv", "parquet"]
+FORMATS = get_args(Format)
 _SUFFIXES = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -43,13 +44,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Malformed:
-    """A line that is no record.
-
-    Attributes:
-        where: file and line.
-        text: the line, as far as it can be shown.
-        reason: why it is no record.
-    """
+    """A line that is no record."""
 
     where: str
     text: str
@@ -63,7 +58,7 @@ class FileIdentity(Config):
     """A file that was read."""
 
     path: str
-    bytes: Annotated[int, Field(ge=0)]
+    bytes: int = Field(ge=0)
     sha256: str
 
 
@@ -71,20 +66,15 @@ class DataSetIdentity(Config):
     """A split of a data set that was read."""
 
     data_set: str
-    rows: Annotated[int, Field(ge=0)]
-    fingerprint: Annotated[str, Field(description="fingerprint that `datasets` gives it")]
+    rows: int = Field(ge=0)
+    fingerprint: str = Field(description="fingerprint that `datasets` gives it")
 
 
 class Records:
-    """Records that can be counted, and told from others.
+    """Records that can be counted, and told from others."""
 
-    Attributes:
-        size: bytes or rows.
-        done: number of them that are read.
-    """
-
-    size = 0
-    done = 0
+    size = 0  # bytes or rows
+    done = 0  # of them, read so far
 
     def identity(self) -> FileIdentity | DataSetIdentity:
         """Facts that change when the records do."""
@@ -95,12 +85,7 @@ class Records:
 
 
 class DataSetRecords(Records):
-    """Rows of a split of a `datasets` data set.
-
-    Args:
-        name: name of the split, for messages.
-        rows: the split.
-    """
+    """Rows of a split of a `datasets` data set."""
 
     def __init__(self, name: str, rows: Any):
         self._name, self._rows = name, rows
@@ -118,15 +103,7 @@ class DataSetRecords(Records):
 
 
 class FileRecords(Records):
-    """Records of one file, gzipped or not, read as they are asked for.
-
-    Args:
-        path: the file.
-        form: one of `FORMATS`; None to tell it from suffix and content.
-
-    Raises:
-        ValueError: text that is not UTF-8, or one JSON object of many lines.
-    """
+    """Records of one file, gzipped or not, read as they are asked for."""
 
     def __init__(self, path: Path, form: str | None = None):
         self.path, self.size = path, path.stat().st_size
@@ -305,19 +282,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class NamedSource:
-    """Where a data set's training part is, and what its rows ask.
+    """Where a data set's training part is, and what its rows ask."""
 
-    Attributes:
-        file: its path in the data folder.
-        record: takes the index of a row and the row; a record that asks, or None to leave it out.
-        hub: arguments of `datasets.load_dataset`; None where the hub has no loadable copy.
-        published: where it comes from, if not from the hub.
-    """
-
-    file: str
-    record: Callable[[int, Row], Row | None] = lambda _, row: row
-    hub: Mapping[str, str] | None = None
-    published: str = ""
+    file: str  # in the data folder
+    record: Callable[[int, Row], Row | None] = lambda _, row: row  # None leaves a row out
+    hub: Mapping[str, str] | None = None  # for `datasets.load_dataset`, if there is a loadable copy
+    published: str = ""  # where it comes from, if not from the hub
 
 
 def _dialogue(_: int, row: Row) -> Row:
@@ -363,13 +333,7 @@ NAMED_SOURCES: dict[str, NamedSource] = {
 
 @dataclass(frozen=True)
 class QuerySource:
-    """One source as the user names it.
-
-    Attributes:
-        name: name that was given.
-        parts: its files or splits.
-        named: how its rows ask, for a source of `NAMED_SOURCES`.
-    """
+    """One source as the user names it."""
 
     name: str
     parts: Sequence[Records]
@@ -410,17 +374,6 @@ def open_source(
 
     A folder is one that `datasets` saved, or one of logs (its `.jsonl` and `.jsonl.gz` files), or
     one that `datasets` can load.
-
-    Args:
-        name: name or path; `./sgd` is the folder where `sgd` is the named source.
-        form: format of files, as `form_of` takes it.
-        split: split of a data set; train unless it has only another one.
-        subset: subset of a data set of the hub, which some need.
-        data_dir: where the files of named sources are looked for before the hub is asked.
-
-    Raises:
-        FileNotFoundError: there is no such thing.
-        ValueError: there is, but it is not to be read so.
     """
     if name in NAMED_SOURCES:
         return _named(name, data_dir)

@@ -35,32 +35,16 @@ Size = Annotated[str, AfterValidator(_checked_size)]
 class ProxyConfig(Config):
     """How to reach the server, where to listen, and what to record."""
 
-    upstream: Annotated[str, Field(description="root of the server, as http://127.0.0.1:8000")]
-    out: Annotated[Path, Field(description="folder for requests-00001.jsonl and so on")]
-    upstream_key_env: Annotated[
-        str | None,
-        Field(
-            description="environment variable with the server's key, or user:password, that is "
-            "sent where the client sends none"
-        ),
-    ] = None
-    host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
-    port: Annotated[
-        int, Field(ge=0, le=65535, description="port to listen on; 0 takes a free one")
-    ] = 8800
-    sample: Annotated[
-        float, Field(ge=0, le=1, description="share of requests to record, 0 to 1")
-    ] = 1.0
-    max_body: Annotated[
-        Size, Field(description="larger requests and answers are served, not recorded")
-    ] = "8M"
-    max_file: Annotated[Size, Field(description="size at which the next file begins")] = "256M"
-    max_total: Annotated[
-        Size, Field(description="size of all files at which recording stops; serving goes on")
-    ] = "10G"
-    connect_timeout: Annotated[
-        float, Field(gt=0, description="longest wait for a connection to the server, in seconds")
-    ] = 10.0
-    drain: Annotated[
-        int, Field(ge=0, description="longest wait for running answers at the end, in seconds")
-    ] = 30
+    upstream: str = Field(description="root of the server, as http://127.0.0.1:8000")
+    out: Path = Field(description="folder for requests-00001.jsonl and so on")
+    upstream_key_env: str | None = Field(
+        None, description="environment variable with a key or user:password"
+    )
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8800, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    sample: float = Field(1.0, ge=0, le=1, description="share of requests to record, 0 to 1")
+    max_body: Size = Field("8M", description="larger bodies are served, not recorded")
+    max_file: Size = Field("256M", description="size at which the next file begins")
+    max_total: Size = Field("10G", description="size of all files at which recording stops")
+    connect_timeout: float = Field(10.0, gt=0, description="seconds to wait for a connection")
+    drain: int = Field(30, ge=0, description="seconds that answers may go on at the end")

@@ -57,21 +57,7 @@ def refusal(status: int, message: str, code: str) -> JSONResponse:
 
 
 class Upstream:
-    """An OpenAI-compatible server, reached without cookies, redirects or timeouts of its own.
-
-    Args:
-        url: the server's root; a path is put before every request's path.
-        connect_timeout_s: longest wait for a connection; reading has no limit, as long answers
-            take long.
-        login: a key, or `user:password`, that is sent where the client sends no authorization.
-
-    Attributes:
-        url: as it may be shown.
-        secrets: texts of the login that no record may hold.
-
-    Raises:
-        ValueError: no URL of a server, or one with a login in it.
-    """
+    """An OpenAI-compatible server, reached without cookies, redirects or timeouts of its own."""
 
     def __init__(self, url: str, connect_timeout_s: float, login: str = "") -> None:
         base = _parsed(url)
@@ -92,20 +78,11 @@ class Upstream:
     async def send(
         self, method: str, target: bytes, headers: Headers, body: AsyncIterator[bytes] | None
     ) -> httpx.Response:
-        """Send a request; the answer's body is read by the caller, who closes the answer.
-
-        Args:
-            method: HTTP method.
-            target: path and query as they stand in the request's first line.
-            headers: those that belong to the request from end to end.
-            body: its bytes as they come, or None for a request without.
-
-        Raises:
-            httpx.TransportError: there is no answer.
-        """
+        """Send a request; the answer's body is read by the caller, who closes the answer."""
         # `/v1` at the seam of the URL's path and the request's is said only once.
         if self._prefix.endswith(b"/v1") and (target + b"/").startswith(b"/v1/"):
             target = target.removeprefix(b"/v1")
+        # No limit for reading: long answers take long.
         timeout = {"connect": self._connect_timeout_s, "read": None, "write": None, "pool": None}
         return await self._send(method, self._prefix + target, headers, body, timeout)
 
@@ -273,7 +250,7 @@ class Forwarder:
 
     async def _relay(self, response: httpx.Response, send: Send, exchange: Exchange) -> None:
         headers, status = end_to_end(response.headers.raw), response.status_code
-        exchange.start_answer(status, headers)
+        exchange.start_answer(status, response.headers)
         if exchange.has_answer:  # its head says that its body is empty
             await self._recorder.keep(exchange)
         await send({"type": "http.response.start", "status": status, "headers": headers})

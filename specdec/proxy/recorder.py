@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+import httpx
+
 from specdec.proxy.allowed import REQUEST, RESPONSE, keep
 from specdec.proxy.config import ProxyConfig, parse_size
 from specdec.proxy.records import (
@@ -28,11 +30,6 @@ Headers = list[tuple[bytes, bytes]]
 Say = Callable[[str], None]
 
 
-def header(headers: Headers, name: bytes) -> str:
-    """The first value of a header, in lower case; empty if there is none."""
-    return next((value for key, value in headers if key == name), b"").decode("latin-1").lower()
-
-
 @dataclass
 class Budget:
     """Memory that all exchanges share, and counts of those that are not recorded, by reason."""
@@ -44,12 +41,7 @@ class Budget:
 
 
 class Exchange:
-    """One request and its answer on their way to a record.
-
-    Attributes:
-        is_open: it still takes what passes: it is neither sealed nor given up.
-        ended: the answer came to its regular end.
-    """
+    """One request and its answer on their way to a record."""
 
     def __init__(self, path: str, headers: Headers, query: bytes, budget: Budget) -> None:
         self.id = uuid.uuid4().hex
@@ -82,18 +74,20 @@ class Exchange:
                 self.skip("request too large")
             self._hold()
 
-    def start_answer(self, status: int, headers: Headers) -> None:
+    def start_answer(self, status: int, headers: httpx.Headers) -> None:
         """Take the answer's head."""
         if not self.is_open:
             return
         self._status = status
-        self._secrets |= secrets_outside(headers, b"", named_only=True)
-        is_stream = header(headers, b"content-type").startswith("text/event-stream")
+        self._secrets |= secrets_outside(headers.raw, b"", named_only=True)
+        is_stream = headers.get("content-type", "").lower().startswith("text/event-stream")
         self._answer = JoinedAnswer() if is_stream else PlainAnswer()
-        length = header(headers, b"content-length")
-        self._bytes_left = int(length) if length.isdecimal() else None
+        length = headers.get("content-length", "")
+        # A length beside a transfer coding says nothing.
+        is_told = length.isdecimal() and "transfer-encoding" not in headers
+        self._bytes_left = int(length) if is_told else None
         try:
-            self._inflater = Inflater(header(headers, b"content-encoding"))
+            self._inflater = Inflater(headers.get("content-encoding", "").lower())
         except ValueError:
             self.skip("unknown content coding")
 
@@ -134,11 +128,7 @@ class Exchange:
         self._held = 0
 
     def line(self, secrets: frozenset[str]) -> bytes | None:
-        """The line of its record; None if the request is no JSON object.
-
-        Args:
-            secrets: texts to be redacted besides its own credentials.
-        """
+        """The line of its record; None if the request is no JSON object."""
         request = parse_object(self._request)
         if request is None:
             return None
@@ -178,21 +168,6 @@ class Recorder:
     """Writes one record after the other in a thread of its own.
 
     Its state changes in the event loop's thread alone.
-
-    Args:
-        config: share, limits and sizes of what is recorded.
-        files: where records go.
-        secrets: texts that no record may hold, besides each request's own credentials.
-        say: takes what the operator has to know, a line at a time.
-        chance: decides which requests are sampled.
-        max_held_bytes: memory for requests and answers that are not written yet.
-        max_wait_s: longest wait of an answer's end for its record, in seconds.
-
-    Attributes:
-        files: where records go.
-        recorded: number of records that this process has brought to the disk.
-        trouble: why nothing is recorded now; empty while it is.
-        last_error: the last thing that went wrong; empty if nothing did.
     """
 
     def __init__(

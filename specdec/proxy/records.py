@@ -4,7 +4,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field
 
@@ -16,49 +16,32 @@ from specdec.proxy.redaction import redact
 class Record(Config):
     """A line of `specdec collect proxy`."""
 
-    id: Annotated[str, Field(description="random name of the record")]
-    time: Annotated[str, Field(description="when the request came, ISO 8601 in UTC")]
-    path: Annotated[str, Field(description="endpoint, without what stands before /v1")]
-    model: Annotated[str | None, Field(description="model asked for, else the one that answered")]
-    request: Annotated[
-        dict[Any, Any],
-        Field(description="model, messages, prompt, sampling and tools; secrets are [redacted]"),
-    ]
-    response: Annotated[
-        dict[Any, Any] | None,
-        Field(
-            description="choices, usage and error; a stream is joined to what it would be without "
-            "one; null if it is no JSON object or there was none"
-        ),
-    ]
-    status: Annotated[int | None, Field(description="HTTP status; null without an answer")]
-    complete: Annotated[
-        bool,
-        Field(
-            description="whether the answer is whole: false if the client left, or the upstream "
-            "broke off or sent an error within the stream"
-        ),
-    ]
-    stream: Annotated[bool, Field(description="whether the answer was an event stream")]
-    latency_s: Annotated[
-        float, Field(ge=0, description="seconds from the request's head to the end of the answer")
-    ]
-    ttft_s: Annotated[
-        float | None,
-        Field(
-            ge=0,
-            description="seconds from the request's head to the first text of a stream; null for "
-            "other answers",
-        ),
-    ]
+    id: str = Field(description="random name of the record")
+    time: str = Field(description="when the request came, ISO 8601 in UTC")
+    path: str = Field(description="endpoint, without what stands before /v1")
+    model: str | None = Field(description="model asked for, else the one that answered")
+    request: dict[Any, Any] = Field(
+        description="model, messages, prompt, sampling and tools; secrets are [redacted]"
+    )
+    response: dict[Any, Any] | None = Field(
+        description="choices, usage and error, of a stream as without one; null for no JSON object"
+    )
+    status: int | None = Field(description="HTTP status; null without an answer")
+    complete: bool = Field(
+        description="false if the client left, or the upstream broke off or sent an error"
+    )
+    stream: bool = Field(description="whether the answer was an event stream")
+    latency_s: float = Field(
+        ge=0, description="seconds from the request's head to the end of the answer"
+    )
+    ttft_s: float | None = Field(
+        ge=0,
+        description="seconds from the request's head to the first text of a stream",
+    )
 
 
 def encode(record: Record, secrets: frozenset[str]) -> bytes:
-    """One line of JSON in ASCII with its line end, without the secrets and their like.
-
-    Raises:
-        ValueError: the record holds a number that is not finite, which JSON cannot say.
-    """
+    """One line of JSON in ASCII with its line end, without the secrets and their like."""
     clean = redact(vars(record), secrets)
     return json.dumps(clean, allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n"
 
@@ -85,18 +68,6 @@ class RecordFiles:
     """`requests-00001.jsonl` and so on; a line that `append` returned for is on the disk.
 
     Not for several threads at once. One process at a time holds the folder.
-
-    Args:
-        folder: made, for its owner alone, if it is not there.
-        max_file_bytes: size beyond which a file is followed by the next one.
-        max_total_bytes: size of all files together.
-
-    Attributes:
-        total_bytes: size of all files.
-
-    Raises:
-        ValueError: another proxy records into the folder.
-        OSError: the folder cannot be written, or a link, a pipe or a device stands in it.
     """
 
     def __init__(self, folder: Path, max_file_bytes: int, max_total_bytes: int) -> None:
@@ -114,12 +85,7 @@ class RecordFiles:
         return self._folder / f"requests-{self._number:05d}.jsonl"
 
     def append(self, line: bytes) -> None:
-        """Write a whole line, and return when it is on the disk.
-
-        Raises:
-            TotalReachedError: the files hold as much as they may.
-            OSError: the line is not written, or not surely; the next call tries afresh.
-        """
+        """Write a whole line, and return when it is on the disk."""
         if self.total_bytes + len(line) > self._max_total_bytes:
             self.total_bytes = self._count_total()  # somebody may have taken files away
             if self.total_bytes + len(line) > self._max_total_bytes:

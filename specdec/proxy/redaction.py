@@ -38,18 +38,13 @@ _KEY_LIKE = re.compile(r"(?=[^0-9]*[0-9])(?=[^A-Za-z]*[A-Za-z])[^\s,;=\"']{12,}|
 def secrets_outside(
     headers: Iterable[tuple[bytes, bytes]], query: bytes, named_only: bool = False
 ) -> frozenset[str]:
-    """Find credentials in the headers and the query string of a request or an answer.
-
-    Args:
-        headers: names and values.
-        query: percent-encoded.
-        named_only: pass over a value that only looks like a key, such as an answer's id.
-    """
+    """Find credentials in the headers and the query string of a request or an answer."""
     found: list[str] = []
     for raw_name, raw_value in headers:
         name, value = raw_name.decode("latin-1").lower(), _decoded(raw_value).strip()
         if _is_named(name, _CREDENTIAL_OUTSIDE):
             found += _cookies(value) if _plain(name).endswith("cookie") else _credentials(value)
+        # An answer's id, say, only looks like a key.
         if not named_only and not _PUBLIC_HEADER.fullmatch(name):
             found += _KEY_LIKE.findall(value)
     for pair in re.split("[&;]", query.decode("latin-1")):
@@ -83,11 +78,7 @@ def redact(value: Any, secrets: Iterable[str]) -> Any:
 
 
 class _Redaction:
-    """Replaces credentials in a JSON value.
-
-    Attributes:
-        secrets: those that were given, and those that were found.
-    """
+    """Replaces credentials in a JSON value."""
 
     def __init__(self, secrets: Iterable[str], only_repeated: bool = False) -> None:
         self.secrets = {*secrets, *(quote(secret, safe="") for secret in secrets)}

@@ -26,12 +26,7 @@ _LAST_RECORDS_S = 5.0
 
 
 class Guard:
-    """An ASGI application before another one, which gets what is not refused.
-
-    Args:
-        app: the other application.
-        hosts: values of the header Host that are answered; None for any.
-    """
+    """An ASGI application before another one, which gets what is not refused."""
 
     def __init__(self, app: ASGIApp, hosts: frozenset[str] | None) -> None:
         self._app = app
@@ -82,14 +77,7 @@ def _leaves_root(path: bytes) -> bool:
 def build_application(
     upstream: Upstream, recorder: Recorder, say: Say, hosts: frozenset[str] | None = None
 ) -> Guard:
-    """Build the proxy: `/health`, and every other path passed on.
-
-    Args:
-        upstream: the server behind the proxy; closed at the end.
-        recorder: takes what passes; closed at the end.
-        say: takes what the operator has to know, a line at a time.
-        hosts: values of the header Host that are answered; None for any.
-    """
+    """Build the proxy: `/health`, and every other path passed on."""
     forwarder = Forwarder(upstream, recorder, say)
 
     async def health(request: Request) -> JSONResponse:
@@ -130,16 +118,7 @@ def build_application(
 
 
 def serve(config: ProxyConfig, say: Say) -> None:
-    """Serve until SIGTERM or Ctrl-C; then answers that run may end within the time to drain.
-
-    Args:
-        config: settings of the proxy.
-        say: takes what the operator has to know, a line at a time.
-
-    Raises:
-        ValueError: a wrong upstream, or another proxy that records into the same folder.
-        OSError: the folder cannot be written, or the address is taken.
-    """
+    """Serve until SIGTERM or Ctrl-C; then answers that run may end within the time to drain."""
     login = os.environ.get(config.upstream_key_env or "", "").strip()
     if config.upstream_key_env and not login:
         raise ValueError(

@@ -17,11 +17,7 @@ Response = tuple[dict[str, Any] | None, bool]
 
 
 class Inflater:
-    """Undoes gzip or deflate (RFC 9110, section 8.4.1), as much at a time as arrives.
-
-    Raises:
-        ValueError: the coding is another one.
-    """
+    """Undoes gzip or deflate (RFC 9110, section 8.4.1), as much at a time as arrives."""
 
     def __init__(self, coding: str) -> None:
         if coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
