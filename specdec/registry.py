@@ -27,6 +27,42 @@ def closest(name: str, known: Mapping[str, Any] | list[str]) -> str:
     return f"known: {', '.join(sorted(known))}{hint}"
 
 
+def strategy(kind: Any) -> Any:
+    """The registered class of a strategy, a `specdec.drafters.base.BaseDrafter`.
+
+    Raises:
+        ValueError: no such strategy.
+    """
+    if not isinstance(kind, str) or kind not in DRAFTERS:
+        raise ValueError(
+            f"drafter type is {kind!r} but must be registered; {closest(str(kind), list(DRAFTERS))}"
+        )
+    module, attribute = DRAFTERS[kind].split(":")
+    return getattr(import_module(module), attribute)
+
+
+def trainable_kinds() -> tuple[str, ...]:
+    """Strategies that `specdec train` trains."""
+    return tuple(kind for kind in DRAFTERS if strategy(kind).trained_as)
+
+
+def head_kinds() -> tuple[str, ...]:
+    """Strategies with a draft head."""
+    return tuple(kind for kind in DRAFTERS if strategy(kind).head_class)
+
+
+def head_class(kind: Any) -> Any:
+    """The `specdec.drafters.heads.Head` of a strategy.
+
+    Raises:
+        ValueError: no such strategy, or one without a head.
+    """
+    found = strategy(kind).head_class if kind in DRAFTERS else None
+    if found is None:
+        raise ValueError(f"head kind is {kind!r} but must be one of {', '.join(head_kinds())}")
+    return found
+
+
 def is_registered(drafter: Any) -> bool:
     """Say if a drafter is of a registered class, and so are those inside of it."""
     name = f"{type(drafter).__module__}:{type(drafter).__qualname__}"
@@ -55,12 +91,7 @@ def load_drafter(options: Mapping[str, Any] | str, target: Target) -> Drafter:
         raise ValueError(f"drafter is {options!r:.80} but must be a name, or a mapping with a type")
     settings: dict[str, Any] = {"type": options} if isinstance(options, str) else dict(options)
     name = settings.pop("type", None)
-    if not isinstance(name, str) or name not in DRAFTERS:
-        raise ValueError(
-            f"drafter type is {name!r} but must be registered; {closest(str(name), list(DRAFTERS))}"
-        )
-    module, attribute = DRAFTERS[name].split(":")
-    drafter_class = getattr(import_module(module), attribute)
+    drafter_class = strategy(name)
     build = getattr(drafter_class, "load", drafter_class)
     parameters = inspect.signature(build).parameters
     accepted = [p for p in parameters if p != "target"]

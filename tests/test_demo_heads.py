@@ -8,8 +8,9 @@ import scipy.stats
 from specdec import SamplingConfig, generate, generate_baseline, load_drafter, load_target
 from specdec.bench.config import load_config
 from specdec.bench.prompts import load_prompts, render
-from specdec.checkpoints import KINDS, check_target, identify_target, read_head
+from specdec.checkpoints import check_target, identify_target, read_head
 from specdec.demo import demo_path
+from specdec.registry import head_kinds
 
 HORIZON, NUM_SAMPLES = 4, 400
 HEADS = [
@@ -35,7 +36,7 @@ def prompts(target):
     return [render(prompt, target.tokenizer) for prompt in load_prompts("demo", 6, None, 0)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", head_kinds())
 def test_every_embedded_head_knows_its_target_and_how_it_was_trained(kind, target):
     head = read_head(str(demo_path(kind)))
     assert head.kind == kind

@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parent.parent / "specdec"
 # Ground floor first. A module may import from its own floor's earlier names and from floors below.
 FLOORS = [
     ["verify", "common"],
-    ["sampling", "checkpoints", "demo"],
-    ["engine", "registry"],
+    ["sampling", "demo"],
+    ["engine", "registry", "checkpoints"],
     ["targets"],
     ["drafters"],
     ["bench", "proxy"],

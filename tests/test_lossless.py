@@ -13,8 +13,7 @@ from tiny_heads import save_tiny_head
 from tiny_models import perturbed, tiny_target
 
 from specdec import SamplingConfig, generate, generate_baseline, load_drafter, stream
-from specdec.checkpoints import KINDS
-from specdec.registry import DRAFTERS
+from specdec.registry import DRAFTERS, head_kinds
 from specdec.verify import RULES
 
 PROMPTS = [[5, 6, 7, 8, 5, 6, 7], [3] * 12, [11, 12, 13, 11, 12], [60]]
@@ -80,7 +79,7 @@ def save_drafts(folder, target, amount):
     perturbed(target.model, amount).save_pretrained(folder / "draft_model")
     top = target.config.num_hidden_layers
     options = {"medusa": {}, "eagle": {}, "eagle3": {"taps": [0, top // 2, top]}}
-    for kind in KINDS:
+    for kind in head_kinds():
         save_tiny_head(folder / kind, kind, target, **options[kind])
     return folder
 

@@ -7,9 +7,9 @@ import torch
 from tiny_models import tiny_target
 
 from specdec import Engine, SamplingConfig, generate, load_drafter, stream
+from specdec.drafters.base import BaseDrafter
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.ngram import NgramDrafter
-from specdec.engine.interfaces import BaseDrafter
 from specdec.verify import Draft
 
 PROMPTS = [[5, 6, 7, 8], [9] * 6]

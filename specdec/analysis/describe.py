@@ -17,7 +17,7 @@ from specdec.analysis.teacher_forced import (
 )
 from specdec.analysis.texts import Text
 from specdec.common.stats import bootstrap_interval
-from specdec.drafters.forced import FixedShape, is_forced
+from specdec.drafters.base import FixedShape, is_forced
 from specdec.registry import load_drafter
 from specdec.verify.tree import best_static_tree, from_choices
 
@@ -45,7 +45,7 @@ class Counterfactuals:
 
         So it is where the acceptance of its chains is not worked out.
         """
-        known = self._drafter.shape_options
+        known = self._drafter.shape_options.all
         drawn = FixedShape(from_choices(_chain(1)), self._drafter.children)
         has_chains = self._predictor.why_unknown(drawn) is None
         return {

@@ -13,7 +13,7 @@ import numpy as np
 
 from specdec.analysis.teacher_forced import Array, Evidence
 from specdec.common.stats import Interval, bootstrap_interval
-from specdec.drafters.forced import FixedShape
+from specdec.drafters.base import FixedShape
 from specdec.engine.metrics import AcceptanceStats, StepRecord
 
 

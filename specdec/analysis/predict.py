@@ -9,7 +9,7 @@ from specdec.analysis.expected import Expected, expect
 from specdec.analysis.replay import Watch, replay
 from specdec.analysis.teacher_forced import Evidence, gather_evidence
 from specdec.analysis.texts import Text, check_texts
-from specdec.drafters.forced import FixedShape, is_forced
+from specdec.drafters.base import FixedShape, is_forced
 from specdec.engine.interfaces import Target
 from specdec.engine.metrics import StepRecord
 from specdec.registry import load_drafter
@@ -137,7 +137,7 @@ class Predictor:
             depth: levels, at least; fewer come back of a drafter that has fewer.
             num_siblings: see `Evidence`.
         """
-        same = {k: v for k, v in options.items() if k not in drafter.shape_options}
+        same = {k: v for k, v in options.items() if k not in drafter.shape_options.all}
         key = json.dumps(same, sort_keys=True, default=str)
         known = self._passes.get(key)
         # A drafter that is bound to fewer levels answers with all it has.

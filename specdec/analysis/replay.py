@@ -154,7 +154,7 @@ def _refuse_sampled(draft: Draft, drafter: Any) -> None:
         raise ValueError(
             f"{type(drafter).__name__} samples its drafts and cannot be given a whole text: along "
             "a given text its draws cannot be replayed; choose tokens (children=top), use "
-            "temperature 0, or give it what specdec.drafters.forced describes"
+            "temperature 0, or give it what specdec.drafters.base.Forced describes"
         )
 
 

@@ -9,18 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from specdec.checkpoints.backbone_config import backbone_of, config_of
-from specdec.checkpoints.eagle3 import dtype_name
-from specdec.checkpoints.folder import RawFiles
-from specdec.checkpoints.head import (
-    HeadCheckpoint,
-    TargetIdentity,
-    flag,
-    head_shapes,
-    known_sizes,
-    take_tensors,
-    whole_options,
-)
+from specdec.checkpoints.folder import RawFiles, dtype_name
+from specdec.checkpoints.head import HeadCheckpoint, TargetIdentity, checked
+from specdec.checkpoints.llama_config import ForeignConfig, backbone_of, config_of, whole_options
+from specdec.common.config import validated
 
 NAME, KIND, WEIGHTS = "eagle", "eagle", "model.safetensors"
 # Parts of the target that checkpoints carry along; the head never trained them and uses the
@@ -31,8 +23,13 @@ _CARRIED = (
 )
 
 
+class _Flags(ForeignConfig):
+    bias: bool | None = None
+    qkv_bias: bool | None = None
+
+
 def matches(files: RawFiles) -> bool:
-    """Whether these are the files of this layout."""
+    """Tell if these are the files of this layout."""
     return any(name.startswith(("layers.0.", "fc.")) for name in files.tensors)
 
 
@@ -43,20 +40,15 @@ def read(files: RawFiles) -> HeadCheckpoint:
         ValueError: a size is missing in its config, or a tensor is missing, left over or wrong.
     """
     backbone = backbone_of(files.config, files.config_path)
+    flags = validated(_Flags, files.config, repr(files.config_path))
     options = {
         "backbone": backbone,
-        "bias": flag(files.config, "bias", True, files.config_path),
-        "qkv_bias": flag(files.config, "qkv_bias", False, files.config_path),
+        "bias": flags.bias is not False,
+        "qkv_bias": flags.qkv_bias is True,
     }
-    tensors = take_tensors(
-        files.weights_path,
-        files.tensors,
-        head_shapes(KIND, options),
-        known_sizes(options),
-        carried=_CARRIED,
-    )
     identity = TargetIdentity(None, backbone["hidden_size"], backbone["vocab_size"])
-    return HeadCheckpoint(KIND, options, tensors, target=identity, layout=NAME)
+    checkpoint = HeadCheckpoint(KIND, options, files.tensors, target=identity, layout=NAME)
+    return checked(checkpoint, files.weights_path, carried=_CARRIED)
 
 
 def write(checkpoint: HeadCheckpoint) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -65,7 +57,7 @@ def write(checkpoint: HeadCheckpoint) -> tuple[dict[str, Any], dict[str, Tensor]
     Raises:
         ValueError: an option that this layout cannot hold.
     """
-    options = whole_options(KIND, checkpoint.options, NAME)
+    options = whole_options(checkpoint, NAME)
     config = {"architectures": ["LlamaForCausalLM"], **config_of(options["backbone"])}
     config |= {"bias": options["bias"], "qkv_bias": options["qkv_bias"]}
     config["torch_dtype"] = dtype_name(checkpoint.tensors)

@@ -1,42 +1,60 @@
 """Layout "eagle3": EAGLE-3 as SafeAILab published it and vLLM, SGLang and SpecForge read it.
 
-A Llama `config.json` with `draft_vocab_size`, tensors under `midlayer.` or `layers.0.`.
+A Llama `config.json` with `draft_vocab_size`, tensors under `midlayer.` or `layers.0.`. Layers are
+counted as vLLM does at the top level, which is as we do, and one less inside `eagle_config`, which
+is as SGLang does.
 
 Source: SafeAILab/EAGLE; sgl-project/SpecForge; vLLM and SGLang, `LlamaForCausalLMEagle3`.
 """
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from specdec.checkpoints.backbone_config import backbone_of, config_of
-from specdec.checkpoints.folder import RawFiles
-from specdec.checkpoints.head import (
-    IDS,
-    HeadCheckpoint,
-    TargetIdentity,
-    are_published,
-    check_taps,
-    check_token_map,
-    count,
-    flag,
-    head_shapes,
-    known_sizes,
-    section,
-    take_tensors,
-    taps_of,
-    whole_options,
-)
+from specdec.checkpoints.folder import RawFiles, dtype_name
+from specdec.checkpoints.head import Count, HeadCheckpoint, TargetIdentity, checked
+from specdec.checkpoints.llama_config import ForeignConfig, backbone_of, config_of, whole_options
+from specdec.common.config import validated
 
 NAME, KIND, WEIGHTS = "eagle3", "eagle3", "model.safetensors"
 FLAGS = ("norm_before_residual", "norm_before_fc", "norm_output")
+IDS = "eagle_aux_hidden_state_layer_ids"
+Layers = Annotated[list[int], Field(min_length=1)]
 # A buffer of the rotary embedding, which older transformers saved; it follows from the config.
 _CARRIED = ("midlayer.self_attn.rotary_emb.inv_freq", "layers.0.self_attn.rotary_emb.inv_freq")
 
 
+class Eagle3Keys(ForeignConfig):
+    """Keys that all layouts of EAGLE-3 share; EAGLE-3.1's norms of each tap are not supported."""
+
+    target_hidden_size: Count | None = None
+    draft_vocab_size: Count | None = None
+    norm_before_residual: bool | None = None
+    norm_before_fc: bool | None = None
+    norm_output: bool | None = None
+    eagle_aux_hidden_state_layer_ids: Layers | None = None
+    fc_norm: Literal[False] | None = None
+    use_aux_norm: Literal[False] | None = None
+
+
+class _EngineKeys(ForeignConfig):
+    """SGLang's section; a head on one tap (`use_aux_hidden_state` false) is not supported."""
+
+    norm_before_residual: bool | None = None
+    norm_before_fc: bool | None = None
+    norm_output: bool | None = None
+    use_aux_hidden_state: Literal[True] | None = None
+    eagle_aux_hidden_state_layer_ids: Layers | None = None
+
+
+class _Keys(Eagle3Keys):
+    eagle_config: _EngineKeys | None = None
+
+
 def matches(files: RawFiles) -> bool:
-    """Whether these are the files of this layout."""
+    """Tell if these are the files of this layout."""
     names = files.tensors
     return "draft_vocab_size" in files.config or any(
         name.startswith("midlayer.") or name.endswith("hidden_norm.weight") for name in names
@@ -47,74 +65,53 @@ def read(files: RawFiles) -> HeadCheckpoint:
     """Read a head.
 
     Raises:
-        ValueError: see `head_options` and `head_tensors`.
-    """
-    config, where = files.config, files.config_path
-    # SGLang and vLLM look for this flag in both places.
-    inner = section(config, "eagle_config", where)
-    flags = {name: flag({**config, **inner}, name, False, where) for name in FLAGS}
-    if not flag(inner, "use_aux_hidden_state", True, where):
-        raise ValueError(
-            f"{where!r} has use_aux_hidden_state false: a head on one tap, which specdec does not "
-            "have"
-        )
-    backbone = backbone_of(config, where)
-    options = head_options(config, backbone, flags, files)
-    tensors = head_tensors(options, files)
-    width, vocab_size = options["target_hidden_size"], backbone["vocab_size"]
-    return HeadCheckpoint(
-        KIND, options, tensors, target=TargetIdentity(None, width, vocab_size), layout=NAME
-    )
-
-
-def head_options(
-    config: dict[str, Any], backbone: dict[str, Any], flags: dict[str, bool], files: RawFiles
-) -> dict[str, Any]:
-    """Options of an EAGLE-3 head from the keys that all its layouts share.
-
-    Raises:
-        ValueError: a part that our head does not have, or taps that contradict each other.
+        ValueError: a size is missing in its config, a part that our head does not have, taps that
+            contradict each other, or a tensor that is missing, left over or wrong.
     """
     where = files.config_path
-    for name in ("fc_norm", "use_aux_norm"):
-        if flag(config, name, False, where):
-            raise ValueError(
-                f"{where!r} has {name} true: EAGLE-3.1's norm of each tap, which "
-                "specdec's EAGLE-3 does not have"
-            )
-    options = {
-        "backbone": backbone,
-        "target_hidden_size": count(config, "target_hidden_size", where) or backbone["hidden_size"],
-        "draft_vocab_size": count(config, "draft_vocab_size", where) or backbone["vocab_size"],
-        **flags,
-        # A copy of the target's is kept too: only its trainer knows that it is one.
-        "own_embedding": "embed_tokens.weight" in files.tensors,
-    }
-    taps = taps_of(config, where)
-    return options if taps is None else {**options, "taps": taps}
+    keys = validated(_Keys, files.config, repr(where))
+    inner = keys.eagle_config or _EngineKeys()
+    # SGLang and vLLM look for these flags in both places.
+    flags = {name: getattr(inner, name) for name in FLAGS if getattr(inner, name) is not None}
+    nested = inner.eagle_aux_hidden_state_layer_ids
+    taps = keys.eagle_aux_hidden_state_layer_ids
+    shifted = None if nested is None else [layer + 1 for layer in nested]
+    if None not in (taps, shifted) and taps != shifted:
+        raise ValueError(
+            f"{where!r} contradicts itself: {IDS} is {taps} at the top, where vLLM reads it, and "
+            f"{nested} in eagle_config, where SGLang reads it and counts from one less; it must be "
+            f"{[tap - 1 for tap in taps or []]} there, or be deleted"
+        )
+    keys = keys.model_copy(update={**flags, IDS: taps or shifted})
+    return head_of_keys(keys, backbone_of(files.config, where), files, NAME)
 
 
-def head_tensors(options: dict[str, Any], files: RawFiles) -> dict[str, Tensor]:
-    """Tensors of an EAGLE-3 head under our names, from either name of its layer.
+def head_of_keys(
+    keys: Eagle3Keys, backbone: dict[str, Any], files: RawFiles, layout: str
+) -> HeadCheckpoint:
+    """An EAGLE-3 head from the keys that all its layouts share.
 
     Raises:
         ValueError: a tensor is missing, left over or wrong, or the token maps are.
     """
+    taps = keys.eagle_aux_hidden_state_layer_ids
+    options = {
+        "backbone": backbone,
+        "target_hidden_size": keys.target_hidden_size or backbone["hidden_size"],
+        "draft_vocab_size": keys.draft_vocab_size or backbone["vocab_size"],
+        **{name: getattr(keys, name) is True for name in FLAGS},
+        # A copy of the target's is kept too: only its trainer knows that it is one.
+        "own_embedding": "embed_tokens.weight" in files.tensors,
+        **({} if taps is None else {"taps": taps}),
+    }
     prefix = "midlayer." if any(n.startswith("midlayer.") for n in files.tensors) else "layers.0."
-    sizes = known_sizes(options)
-    is_reduced = sizes["draft_vocab_size"] != sizes["vocab_size"]
-    given = _with_whole_maps(files.tensors, sizes["vocab_size"], is_reduced)
-    tensors = take_tensors(
-        files.weights_path,
-        given,
-        head_shapes(KIND, options, is_reduced),
-        sizes,
-        lambda name: name.replace("midlayer.", prefix),
-        _CARRIED,
+    is_reduced = options["draft_vocab_size"] != backbone["vocab_size"]
+    tensors = _with_whole_maps(files.tensors, backbone["vocab_size"], is_reduced)
+    target = TargetIdentity(None, options["target_hidden_size"], backbone["vocab_size"])
+    checkpoint = HeadCheckpoint(KIND, options, tensors, target=target, layout=layout)
+    return checked(
+        checkpoint, files.weights_path, lambda name: name.replace("midlayer.", prefix), _CARRIED
     )
-    if is_reduced:
-        check_token_map(files.weights_path, tensors["d2t"], tensors["t2d"])
-    return tensors
 
 
 def _with_whole_maps(
@@ -143,7 +140,7 @@ def write(checkpoint: HeadCheckpoint) -> tuple[dict[str, Any], dict[str, Tensor]
     Raises:
         ValueError: an option that this layout cannot hold.
     """
-    options = whole_options(KIND, checkpoint.options, NAME)
+    options = whole_options(checkpoint, NAME)
     if options["norm_before_residual"]:
         raise ValueError(
             f"the layout {NAME!r} cannot hold norm_before_residual=true, which only vLLM reads "
@@ -171,17 +168,34 @@ def shared_config(
     Raises:
         ValueError: taps that engines cannot capture.
     """
-    config = {"draft_vocab_size": options["draft_vocab_size"]}
-    if options["target_hidden_size"] != options["backbone"]["hidden_size"]:
-        config["target_hidden_size"] = options["target_hidden_size"]
-    taps = options.get("taps")
-    if taps is not None:
-        check_taps(taps, target, layout)
-        config[IDS] = taps
+    backbone = options["backbone"]
+    config = {"draft_vocab_size": options.get("draft_vocab_size", backbone["vocab_size"])}
+    width = options.get("target_hidden_size", backbone["hidden_size"])
+    if width != backbone["hidden_size"]:
+        config["target_hidden_size"] = width
+    if "taps" in options:
+        _check_taps(options["taps"], target, layout)
+        config[IDS] = options["taps"]
     return config
 
 
-def dtype_name(tensors: dict[str, Tensor]) -> str:
-    """The dtype of most of the weights, as configs spell it."""
-    dtypes = [str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.ndim == 2]
-    return max(set(dtypes), key=dtypes.count)
+def _check_taps(taps: list[int], target: TargetIdentity | None, layout: str) -> None:
+    """Refuse a layer twice, out of order, or the state behind the target's final norm."""
+    if sorted(set(taps)) != taps:
+        raise ValueError(
+            f"the layout {layout!r} cannot hold the taps {taps}: engines capture a layer once and "
+            "in ascending order; train a head on distinct layers"
+        )
+    num_layers = target.num_layers if target else None
+    if num_layers is not None and taps[-1] >= num_layers:
+        raise ValueError(
+            f"the layout {layout!r} cannot hold the tap {taps[-1]} of a target with {num_layers} "
+            "layers: engines capture before the final norm, hidden_states[-1] is behind it; train "
+            f"a head on layers up to {num_layers - 1}"
+        )
+
+
+def are_published(taps: list[int], target: TargetIdentity | None) -> bool:
+    """Tell if these are the taps that every engine takes when a config names none."""
+    num_layers = target.num_layers if target else None
+    return num_layers is not None and taps == [2, num_layers // 2, num_layers - 3]

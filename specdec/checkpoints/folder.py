@@ -157,6 +157,12 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
     )
 
 
+def dtype_name(tensors: Mapping[str, Tensor]) -> str:
+    """The dtype of most of the weights, as configs spell it."""
+    dtypes = [str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.ndim == 2]
+    return max(set(dtypes), key=dtypes.count)
+
+
 def json_bytes(content: Mapping[str, Any]) -> bytes:
     """A JSON object as the text of a file, a list of numbers on one line.
 

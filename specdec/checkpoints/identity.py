@@ -33,11 +33,7 @@ _IDLE = {
 
 
 def identify_target(target: Any) -> TargetIdentity:
-    """The facts of a target that a head depends on.
-
-    Args:
-        target: an `HFTarget`.
-    """
+    """Collect the facts of an `HFTarget` that a head depends on."""
     return TargetIdentity(
         name=_name(str(getattr(target.model.config, "_name_or_path", "") or "")),
         hidden_size=target.config.hidden_size,
@@ -62,7 +58,7 @@ def check_target(checkpoint: HeadCheckpoint, identity: TargetIdentity, force: bo
 
     Args:
         checkpoint: the head.
-        identity: of the target that is to use it, from `identify_target`.
+        identity: the target that is to use it, from `identify_target`.
         force: take a target with other weights or another tokenizer; never one of another size.
 
     Raises:
@@ -72,20 +68,20 @@ def check_target(checkpoint: HeadCheckpoint, identity: TargetIdentity, force: bo
     known = checkpoint.target
     if known is None:
         return
+    ours, theirs = _called(known), _called(identity)
     renew = "specdec convert HEAD NEW_FOLDER --to specdec --target TARGET"
     for fact, wanted, given in differences(known, identity, "the head", renew):
         if fact in SIZES:
             raise ValueError(
-                f"the head was trained for {_called(known)} with {fact} {wanted}, but "
-                f"{_called(identity)} has {fact} {given}; use the target that it was trained for, "
-                "or train a head for this one"
+                f"the head was trained for {ours} with {fact} {wanted}, but {theirs} has {fact} "
+                f"{given}; use the target that it was trained for, or train a head for this one"
             )
         if not force:
             noun = _NOUNS.get(fact.split(" ")[0], "configuration")
             raise ValueError(
-                f"the head was trained for {_called(known)}, whose {noun} differs from that of "
-                f"{_called(identity)} ({fact} {wanted}, not {given}); use that target, or "
-                "force=true to draft for this one all the same"
+                f"the head was trained for {ours}, whose {noun} differs from that of {theirs} "
+                f"({fact} {wanted}, not {given}); use that target, or force=true to draft for this "
+                "one all the same"
             )
 
 
@@ -95,14 +91,14 @@ _NOUNS = {"tokenizer": "vocabulary", "weights": "set of weights", "magnitude": "
 def differences(
     known: TargetIdentity, given: TargetIdentity, where: str, renew: str, is_resume: bool = False
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Facts that differ, with both values; one that an identity does not know is not compared.
+    """Yield facts that differ, with both values; what an identity does not know is not compared.
 
-    A quantised version of a target is the same one to a head, which drafts well for it: how it is
-    quantised, and weights that are rounded otherwise, count only where a run is to go on.
+    A quantized version of a target is the same one to a head, which drafts well for it: how it is
+    quantized, and weights that are rounded otherwise, count only where a run is to go on.
 
     Args:
-        known: as it was written down.
-        given: of the target that is there.
+        known: the target as it was written down.
+        given: the target that is there.
         where: what holds the known one, for a warning if an older version wrote it.
         renew: the command that writes it anew.
         is_resume: a run is to go on with it.
@@ -128,11 +124,12 @@ def differences(
         return
     if None not in (known.weights, given.weights) and known.weights != given.weights:
         yield "weights", _short(known.weights), _short(given.weights)
-    before, now = known.magnitudes or {}, given.magnitudes or {}
-    for name in (name for name in before if name in now):
-        near = 1e-2 * max(before[name][0], now[name][0]) + 1e-7  # no dtype rounds them by more
-        if any(abs(a - b) > near for a, b in zip(before[name], now[name], strict=True)):
-            yield f"magnitude of {name}", before[name], now[name]
+    now = given.magnitudes or {}
+    for name, ours in (known.magnitudes or {}).items():
+        theirs = now.get(name, ours)
+        near = 1e-2 * max(ours[0], theirs[0]) + 1e-7  # no dtype rounds them by more
+        if any(abs(a - b) > near for a, b in zip(ours, theirs, strict=True)):
+            yield f"magnitude of {name}", ours, theirs
             return
 
 
@@ -151,7 +148,7 @@ def check_resumed(folder: Path, written: Any, given: Any) -> None:
     """Refuse to go on with a run of another target.
 
     Args:
-        folder: of the run.
+        folder: the run.
         written: its target's identity, see `as_json`; None in a run of an older specdec.
         given: that of the target that is there.
 
@@ -168,12 +165,12 @@ def check_resumed(folder: Path, written: Any, given: Any) -> None:
 
 
 def as_json(identity: TargetIdentity) -> dict[str, Any]:
-    """An identity as JSON values, without the name, which changes with a folder."""
+    """Turn an identity into JSON values, without the name, which changes with a folder."""
     return {name: value for name, value in asdict(identity).items() if name != "name"}
 
 
 def identity_of(written: Mapping[str, Any]) -> TargetIdentity:
-    """An identity from JSON values, whatever of it they hold."""
+    """Make an identity of JSON values, whatever of it they hold."""
     known: dict[str, Any] = {each.name: written.get(each.name) for each in fields(TargetIdentity)}
     return TargetIdentity(**known)
 
@@ -209,7 +206,7 @@ def _name(path: str) -> str | None:
 
 
 def _facts(target: Any) -> dict[str, Any]:
-    """Select the facts of a configuration that change what a target says."""
+    """Facts of a configuration that change what a target says."""
     facts = {
         name: value
         for name, value in target.config.to_dict().items()
@@ -224,14 +221,14 @@ def _facts(target: Any) -> dict[str, Any]:
 
 
 def _name_of(name: str, weight: Tensor, model: Any) -> str:
-    """A tensor's name; packed weights are not to be taken for plain ones."""
+    """A tensor's name, that of packed weights with their dtype."""
     name = getattr(model, "names", {}).get(name, name)
     is_plain = weight.is_floating_point() and weight.itemsize > 1
     return name if is_plain else f"{name} ({str(weight.dtype).removeprefix('torch.')})"
 
 
 def magnitude(weight: Tensor) -> list[float]:
-    """Root mean square of sampled weights, and their product with a fixed wave.
+    """Measure sampled weights: their root mean square, and their product with a fixed wave.
 
     The second sees signs and order, which the first does not. Rounding to any floating dtype of
     two bytes moves both by less than a hundredth of the first.
@@ -247,23 +244,20 @@ def _hash_of_weights(model: Any) -> str | None:
     """Hash of the signs of up to `NUM_SAMPLES` weights, taken evenly from every matrix.
 
     Signs are the same in every floating dtype, so that a target keeps its hash whatever dtype it
-    is loaded in; rounded values would not, since they round twice. None for quantised weights,
-    whose signs are another matter, and for weights that are not in memory, all or some.
+    is loaded in. None for quantized weights and where not all of them are in memory.
     """
-    config = model.config
-    if getattr(model, "is_quantized", False) or getattr(config, "quantization_config", None):
-        return None
-    if getattr(model, "is_partial", False):
+    is_quantized = getattr(model, "is_quantized", False)
+    is_quantized = is_quantized or getattr(model.config, "quantization_config", None)
+    if is_quantized or getattr(model, "is_partial", False):
         return None
     matrices = [weight for _, weight in sorted(model.named_parameters()) if weight.ndim > 1]
     return _hash_of_signs(matrices)
 
 
 def hash_of_ends(model: Any) -> str | None:
-    """Hash of the signs of a model's input embedding and vocabulary projection.
+    """Hash the signs of a model's input embedding and vocabulary projection.
 
-    Known where only these two are in memory, and in a quantised model that kept both as they were;
-    None where it did not.
+    It is known where only these two are in memory, and in a quantized model that kept both.
     """
     parts = (model.get_input_embeddings(), model.get_output_embeddings())
     return _hash_of_signs([part.weight for part in parts])
@@ -273,14 +267,11 @@ def _hash_of_signs(matrices: list[Tensor]) -> str | None:
     if not all(m.is_floating_point() and m.itemsize > 1 and not m.is_meta for m in matrices):
         return None
     share = max(1, NUM_SAMPLES // max(1, len(matrices)))
-    signs = [_signs(weight.detach(), share) for weight in matrices]
+    signs = [
+        matrix.detach().reshape(-1)[:: -(-matrix.numel() // share)].signbit().cpu()
+        for matrix in matrices
+    ]
     return hashlib.sha256(torch.cat(signs).numpy().tobytes()).hexdigest() if signs else None
-
-
-def _signs(weight: Tensor, count: int) -> Tensor:
-    """Sign bits [n] of at most `count` weights, on the CPU."""
-    stride = -(-weight.numel() // count)
-    return weight.reshape(-1)[::stride].signbit().cpu()
 
 
 def _short(value: Any) -> Any:
@@ -288,7 +279,7 @@ def _short(value: Any) -> Any:
 
 
 def hash_of_vocabulary(tokenizer: Any) -> str | None:
-    """Hash of a tokenizer's tokens and their ids; None for no tokenizer."""
+    """Hash a tokenizer's tokens and their ids; None for no tokenizer."""
     if tokenizer is None:
         return None
     tokens = json.dumps(sorted(tokenizer.get_vocab().items()))

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from specdec.checkpoints import eagle, eagle3, medusa, speculators, vllm_medusa
-from specdec.checkpoints import specdec as native
 from specdec.checkpoints.folder import (
     CONFIG,
     SIDECAR,
@@ -13,17 +12,26 @@ from specdec.checkpoints.folder import (
     find_folder,
     json_bytes,
     read_raw,
+    read_tensors,
     tensor_bytes,
 )
-from specdec.checkpoints.head import KINDS, HeadCheckpoint, check_checkpoint, check_tree
-from specdec.checkpoints.specdec import check_checksum, completed, described, read_description
+from specdec.checkpoints.head import HeadCheckpoint, checked
+from specdec.checkpoints.sidecar import (
+    Description,
+    check_checksum,
+    completed,
+    describe,
+    read_description,
+)
 from specdec.common.files import whole_folder
 
+# Our own layout: `specdec.json` and the tensors under our names.
+NATIVE, WEIGHTS = "specdec", "model.safetensors"
 # In the order in which they are looked for: an earlier one is told by more.
-_OTHERS: dict[str, Any] = {
+FOREIGN: dict[str, Any] = {
     module.NAME: module for module in (speculators, medusa, vllm_medusa, eagle3, eagle)
 }
-LAYOUTS = (native.NAME, *_OTHERS)
+LAYOUTS = (NATIVE, *FOREIGN)
 
 
 def read_head(path: str | Path, revision: str | None = None) -> HeadCheckpoint:
@@ -40,21 +48,31 @@ def read_head(path: str | Path, revision: str | None = None) -> HeadCheckpoint:
     """
     folder = find_folder(path, revision)
     sidecar = folder / SIDECAR
-    fields = read_description(sidecar) if sidecar.exists() else None
-    if fields is not None and fields["layout"] == native.NAME:
-        checkpoint = native.read(folder, fields)
+    known = read_description(sidecar) if sidecar.exists() else None
+    if known is not None and known.layout == NATIVE:
+        checkpoint = _read_native(folder, known)
     else:
         files = read_raw(folder)
         checkpoint = _layout_of(files).read(files)
-        if fields is None:
+        if known is None:
             return checkpoint
-        checkpoint = completed(checkpoint, fields, str(sidecar))
+        checkpoint = completed(checkpoint, known, str(sidecar))
     check_checksum(sidecar, checkpoint.tensors)
     return checkpoint
 
 
+def _read_native(folder: Path, known: Description) -> HeadCheckpoint:
+    path = folder / WEIGHTS
+    if not path.exists():
+        raise FileNotFoundError(f"{str(folder)!r} has no {WEIGHTS}; the checkpoint is incomplete")
+    checkpoint = HeadCheckpoint(
+        known.kind, known.options, read_tensors(path), known.tree, known.target, known.training
+    )
+    return checked(checkpoint, str(path))
+
+
 def _layout_of(files: RawFiles) -> Any:
-    for module in _OTHERS.values():
+    for module in FOREIGN.values():
         if module.matches(files):
             return module
     raise ValueError(
@@ -63,7 +81,7 @@ def _layout_of(files: RawFiles) -> Any:
     )
 
 
-def write_head(checkpoint: HeadCheckpoint, folder: str | Path, layout: str = "specdec") -> Path:
+def write_head(checkpoint: HeadCheckpoint, folder: str | Path, layout: str = NATIVE) -> Path:
     """Write a head into a folder, whose other files stay; it is replaced at once, or not at all.
 
     Args:
@@ -81,18 +99,13 @@ def write_head(checkpoint: HeadCheckpoint, folder: str | Path, layout: str = "sp
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r} but must be one of {', '.join(LAYOUTS)}")
-    if checkpoint.kind not in KINDS:
-        raise ValueError(f"kind is {checkpoint.kind!r} but must be one of {', '.join(KINDS)}")
-    check_checkpoint(checkpoint, "the head")
-    check_tree(checkpoint.tree, "the head")
     place = Path(folder).expanduser()
-    module = _OTHERS.get(layout, native)
-    others = [n for n in WEIGHT_FILES if n != module.WEIGHTS and (place / n).exists()]
+    files = _files(checked(checkpoint, "the head"), layout)
+    others = [name for name in WEIGHT_FILES if name not in files and (place / name).exists()]
     if others:
         raise ValueError(
             f"{str(place)!r} holds {others[0]} of another checkpoint; give an empty folder"
         )
-    files = _files(checkpoint, layout)
     with whole_folder(place) as partial:
         for name, content in files.items():
             (partial / name).write_bytes(content)
@@ -101,10 +114,10 @@ def write_head(checkpoint: HeadCheckpoint, folder: str | Path, layout: str = "sp
 
 def _files(checkpoint: HeadCheckpoint, layout: str) -> dict[str, bytes]:
     """Name to content, the description last: it completes the checkpoint."""
-    description = json_bytes(described(checkpoint, layout))
-    if layout == native.NAME:
-        return {native.WEIGHTS: tensor_bytes(checkpoint.tensors), SIDECAR: description}
-    module = _OTHERS[layout]
+    description = describe(checkpoint, layout)
+    if layout == NATIVE:
+        return {WEIGHTS: tensor_bytes(checkpoint.tensors), SIDECAR: description}
+    module = FOREIGN[layout]
     if checkpoint.kind != module.KIND:
         raise ValueError(
             f"the layout {layout!r} holds heads of the kind {module.KIND!r}, not "

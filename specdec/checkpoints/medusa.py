@@ -13,24 +13,25 @@ from typing import Any
 from torch import Tensor
 
 from specdec.checkpoints.folder import RawFiles
-from specdec.checkpoints.head import (
-    HeadCheckpoint,
-    TargetIdentity,
-    check_tree,
-    count,
-    filled,
-    head_shapes,
-    take_tensors,
-    text,
-)
+from specdec.checkpoints.head import Count, HeadCheckpoint, TargetIdentity, checked
+from specdec.checkpoints.llama_config import ForeignConfig
+from specdec.common.config import validated
+from specdec.registry import head_class
 
 NAME, KIND, WEIGHTS = "medusa", "medusa", "medusa_lm_head.safetensors"
 _BLOCK = re.compile(r"(\d+)\.(\d+)\.linear\.(weight|bias)")
 _PROJECTION = re.compile(r"(\d+)\.(\d+)\.weight")
 
 
+class _Keys(ForeignConfig):
+    medusa_num_heads: Count | None = None
+    medusa_num_layers: Count | None = None
+    base_model_name_or_path: str | None = None
+    medusa_choices: list[list[int]] | None = None
+
+
 def matches(files: RawFiles) -> bool:
-    """Whether these are the files of this layout."""
+    """Tell if these are the files of this layout."""
     return files.weights.startswith("medusa_lm_head.")
 
 
@@ -40,30 +41,25 @@ def read(files: RawFiles) -> HeadCheckpoint:
     Raises:
         ValueError: the config counts other heads than there are, or wrong tensors.
     """
-    config, where = files.config, files.config_path
-    num_heads, num_layers = _counts(files)
-    options: dict[str, Any] = {
+    keys = validated(_Keys, files.config, repr(files.config_path))
+    num_heads, num_layers = _counts(files, keys)
+    sizes = _sizes(files.tensors)
+    options = {
         "num_heads": num_heads,
         "num_layers": num_layers,
         "own_vocab_head": any(_PROJECTION.fullmatch(name) for name in files.tensors),
+        **sizes,
     }
-    sizes = _sizes(files.tensors)
-    tensors = take_tensors(
-        files.weights_path,
-        files.tensors,
-        head_shapes(KIND, options),
-        sizes,
-        lambda name: _name(name, num_layers),
+    target = TargetIdentity(
+        keys.base_model_name_or_path, sizes["hidden_size"], sizes.get("vocab_size")
     )
-    options |= sizes
-    name = text(config, "base_model_name_or_path", where)
-    target = TargetIdentity(name, sizes["hidden_size"], sizes.get("vocab_size"))
-    tree = config.get("medusa_choices")
-    check_tree(tree, where)
-    return HeadCheckpoint(KIND, options, tensors, tree=tree, target=target, layout=NAME)
+    checkpoint = HeadCheckpoint(
+        KIND, options, files.tensors, keys.medusa_choices, target, layout=NAME
+    )
+    return checked(checkpoint, files.weights_path, lambda name: _name(name, num_layers))
 
 
-def _counts(files: RawFiles) -> tuple[int, int]:
+def _counts(files: RawFiles, keys: _Keys) -> tuple[int, int]:
     """Heads and their layers: those that the config counts, else those that are there."""
     found = [m for name in files.tensors if (m := _BLOCK.fullmatch(name))]
     if not found:
@@ -71,19 +67,20 @@ def _counts(files: RawFiles) -> tuple[int, int]:
             f"{files.weights_path!r} has no tensor named as Medusa's '0.0.linear.weight'; its "
             f"first is {next(iter(files.tensors), 'none')}"
         )
-    there = [1 + max(int(m[group]) for m in found) for group in (1, 2)]
-    counts = []
-    for name, number in zip(("medusa_num_heads", "medusa_num_layers"), there, strict=True):
-        said = count(files.config, name, files.config_path) or number
+    num_heads, num_layers = (1 + max(int(m[group]) for m in found) for group in (1, 2))
+    counted = {
+        "medusa_num_heads": (keys.medusa_num_heads, num_heads),
+        "medusa_num_layers": (keys.medusa_num_layers, num_layers),
+    }
+    for name, (said, number) in counted.items():
         # The configs published first count 2 heads where their files hold 5.
         is_known_mistake = name == "medusa_num_heads" and (said, number) == (2, 5)
-        if said != number and not is_known_mistake:
+        if said not in (None, number) and not is_known_mistake:
             raise ValueError(
                 f"{files.config_path!r} has {name} {said} but {files.weights!r} holds {number}; "
                 "correct the config, or copy the tensors again"
             )
-        counts.append(number)
-    return counts[0], counts[1]
+    return num_heads, num_layers
 
 
 def _name(name: str, num_layers: int) -> str:
@@ -104,18 +101,20 @@ def _sizes(tensors: dict[str, Tensor]) -> dict[str, int]:
     return sizes | ({"vocab_size": mode(rows)} if rows else {})
 
 
-def check_tap(options: dict[str, Any], target: TargetIdentity | None, layout: str) -> None:
-    """Refuse heads that read another state than the target's last, which these layouts imply.
+def checked_options(checkpoint: HeadCheckpoint, layout: str) -> Any:
+    """Options of heads that read the target's last state, as these layouts imply.
 
     Raises:
-        ValueError: naming the tap.
+        ValueError: they read another one.
     """
-    num_layers = target.num_layers if target else None
-    if None not in (options.get("tap"), num_layers) and options["tap"] != num_layers:
+    options = head_class(checkpoint.kind).given(checkpoint.options)
+    num_layers = checkpoint.target.num_layers if checkpoint.target else None
+    if None not in (options.tap, num_layers) and options.tap != num_layers:
         raise ValueError(
-            f"the layout {layout!r} cannot hold the tap {options['tap']}: its heads read the last "
+            f"the layout {layout!r} cannot hold the tap {options.tap}: its heads read the last "
             f"state of the target, {num_layers}; use the layout 'specdec'"
         )
+    return options
 
 
 def write(checkpoint: HeadCheckpoint) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -124,16 +123,15 @@ def write(checkpoint: HeadCheckpoint) -> tuple[dict[str, Any], dict[str, Tensor]
     Raises:
         ValueError: an option that this layout cannot hold.
     """
-    options, target = filled(KIND, checkpoint.options), checkpoint.target
-    check_tap(options, target, NAME)
-    num_layers = options["num_layers"]
+    options = checked_options(checkpoint, NAME)
     config: dict[str, Any] = {
-        "medusa_num_heads": options["num_heads"],
-        "medusa_num_layers": num_layers,
-        "base_model_name_or_path": target.name if target else None,
+        "medusa_num_heads": options.num_heads,
+        "medusa_num_layers": options.num_layers,
+        "base_model_name_or_path": checkpoint.target.name if checkpoint.target else None,
     }
-    if not options["own_vocab_head"]:
+    if not options.own_vocab_head:
         config["version"] = "2"
     if checkpoint.tree is not None:
         config["medusa_choices"] = checkpoint.tree
-    return config, {_name(name, num_layers): t for name, t in checkpoint.tensors.items()}
+    tensors = checkpoint.tensors.items()
+    return config, {_name(name, options.num_layers): tensor for name, tensor in tensors}

@@ -1,36 +1,48 @@
 """Layout "speculators": EAGLE-3 as vLLM's speculators library writes it.
 
-Its `config.json` nests the layer's config, names the target, and says how it normalises.
+Its `config.json` nests the layer's config, names the target, and says how it normalizes.
 
 Source: vllm-project/speculators, `Eagle3SpeculatorConfig`.
 """
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 from torch import Tensor
 
-from specdec.checkpoints.backbone_config import backbone_of, config_of
-from specdec.checkpoints.eagle3 import FLAGS, dtype_name, head_options, head_tensors, shared_config
-from specdec.checkpoints.folder import RawFiles
-from specdec.checkpoints.head import (
-    HeadCheckpoint,
-    TargetIdentity,
-    count,
-    flag,
-    section,
-    text,
-    whole_options,
-)
+from specdec.checkpoints.eagle3 import FLAGS, Eagle3Keys, head_of_keys, shared_config
+from specdec.checkpoints.folder import RawFiles, dtype_name
+from specdec.checkpoints.head import Count, HeadCheckpoint
+from specdec.checkpoints.llama_config import ForeignConfig, backbone_of, config_of, whole_options
+from specdec.common.config import validated
 
 NAME, KIND, WEIGHTS = "speculators", "eagle3", "model.safetensors"
-# Of the library whose layout this is; it wants the key and compares nothing.
+# Version of the library whose layout this is; it wants the key and compares nothing.
 VERSION = "0.9.0"
 # vLLM wants a number here; users set their own when they serve.
 SPECULATIVE_TOKENS = 5
 
 
+class _Verifier(ForeignConfig):
+    name_or_path: str | None = None
+
+
+class _Speculators(ForeignConfig):
+    verifier: _Verifier | None = None
+
+
+class _Keys(Eagle3Keys):
+    speculators_model_type: Literal["eagle3"]
+    speculators_config: _Speculators | None = None
+    transformer_layer_config: dict[str, Any]
+
+
+class _Window(ForeignConfig):
+    sliding_window: Count | None = None
+
+
 def matches(files: RawFiles) -> bool:
-    """Whether these are the files of this layout."""
+    """Tell if these are the files of this layout."""
     return "speculators_model_type" in files.config or "speculators_config" in files.config
 
 
@@ -40,31 +52,23 @@ def read(files: RawFiles) -> HeadCheckpoint:
     Raises:
         ValueError: another algorithm, a part that our head does not have, or wrong tensors.
     """
-    config, where = files.config, files.config_path
-    if config.get("speculators_model_type") != "eagle3":
-        raise ValueError(
-            f"{where!r} has speculators_model_type {config.get('speculators_model_type')!r}; only "
-            "'eagle3' can be read"
-        )
-    if config.get("norm_before_residual") is None:
+    where = files.config_path
+    keys = validated(_Keys, files.config, repr(where))
+    if keys.norm_before_residual is None:
         raise ValueError(
             f"{where!r} lacks norm_before_residual, which vLLM then takes for true and speculators "
             "for false; add the one that the head was trained with"
         )
-    layer = section(config, "transformer_layer_config", where)
-    if not layer:
-        raise ValueError(f"{where!r} lacks transformer_layer_config")
-    flags = {name: flag(config, name, False, where) for name in FLAGS}
-    backbone = backbone_of(layer, f"{where}, transformer_layer_config")
-    options = head_options(config, backbone, flags, files)
-    verifier = section(section(config, "speculators_config", where), "verifier", where)
-    name = text(verifier, "name_or_path", where)
-    identity = TargetIdentity(name, options["target_hidden_size"], backbone["vocab_size"])
+    layer = keys.transformer_layer_config
+    inside = f"{where}, transformer_layer_config"
+    found = head_of_keys(keys, backbone_of(layer, inside), files, NAME)
     training = {}
     if layer.get("layer_types") == ["sliding_attention"]:
-        training["sliding_window"] = count(layer, "sliding_window", where)
-    tensors = head_tensors(options, files)
-    return HeadCheckpoint(KIND, options, tensors, target=identity, training=training, layout=NAME)
+        training = validated(_Window, layer, repr(inside)).model_dump()
+    verifier = keys.speculators_config.verifier if keys.speculators_config else None
+    assert found.target is not None
+    target = replace(found.target, name=verifier.name_or_path if verifier else None)
+    return replace(found, target=target, training=training)
 
 
 def write(checkpoint: HeadCheckpoint) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -73,7 +77,7 @@ def write(checkpoint: HeadCheckpoint) -> tuple[dict[str, Any], dict[str, Tensor]
     Raises:
         ValueError: no name of the target, or taps that engines cannot capture.
     """
-    options = whole_options(KIND, checkpoint.options, NAME)
+    options = whole_options(checkpoint, NAME)
     target = checkpoint.target
     if target is None or target.name is None:
         raise ValueError(

@@ -7,27 +7,34 @@ import re
 from typing import Any
 
 import torch
+from pydantic import AliasChoices, Field
 from torch import Tensor
 
-from specdec.checkpoints.folder import RawFiles
-from specdec.checkpoints.head import (
-    HeadCheckpoint,
-    TargetIdentity,
-    count,
-    filled,
-    flag,
-    head_shapes,
-    take_tensors,
-)
-from specdec.checkpoints.medusa import check_tap
+from specdec.checkpoints.folder import RawFiles, dtype_name
+from specdec.checkpoints.head import Count, HeadCheckpoint, TargetIdentity, checked
+from specdec.checkpoints.llama_config import ForeignConfig
+from specdec.checkpoints.medusa import checked_options
+from specdec.common.config import validated
 
 NAME, KIND, WEIGHTS = "vllm-medusa", "medusa", "model.safetensors"
 # With `original_lm_head` these are copies of the target's projection.
 _COPIES = ("lm_head.weight", "lm_heads.0.weight")
 
 
+class _Keys(ForeignConfig):
+    hidden_size: Count
+    vocab_size: Count
+    num_heads: Count = Field(validation_alias=AliasChoices("num_heads", "medusa_num_heads"))
+    num_hidden_layers: Count = Field(
+        validation_alias=AliasChoices("num_hidden_layers", "medusa_num_layers")
+    )
+    truncated_vocab_size: Count | None = None
+    original_lm_head: bool | None = None
+    medusa_fc_bias: bool | None = None
+
+
 def matches(files: RawFiles) -> bool:
-    """Whether these are the files of this layout."""
+    """Tell if these are the files of this layout."""
     return files.config.get("model_type") == "medusa" or any(
         re.match(r"(medusa_heads\.)?blocks\.\d+\.layers\.", name) for name in files.tensors
     )
@@ -39,38 +46,28 @@ def read(files: RawFiles) -> HeadCheckpoint:
     Raises:
         ValueError: a reduced vocabulary, or a tensor that is missing, left over or wrong.
     """
-    config = files.config
     where = files.config_path
-    sizes = {name: _size(config, where, name) for name in ("hidden_size", "vocab_size")}
-    reduced = count(config, "truncated_vocab_size", where)
-    if reduced not in (None, sizes["vocab_size"]):
+    keys = validated(_Keys, files.config, repr(where))
+    if keys.truncated_vocab_size not in (None, keys.vocab_size):
         raise ValueError(
-            f"{where!r} has truncated_vocab_size {reduced}: Medusa heads with a "
+            f"{where!r} has truncated_vocab_size {keys.truncated_vocab_size}: Medusa heads with a "
             "reduced vocabulary are not supported"
         )
-    options: dict[str, Any] = {
-        "num_heads": _size(config, where, "num_heads", "medusa_num_heads"),
-        "num_layers": _size(config, where, "num_hidden_layers", "medusa_num_layers"),
-        "own_vocab_head": not flag(config, "original_lm_head", False, where),
+    options = {
+        "hidden_size": keys.hidden_size,
+        "vocab_size": keys.vocab_size,
+        "num_heads": keys.num_heads,
+        "num_layers": keys.num_hidden_layers,
+        "own_vocab_head": not keys.original_lm_head,
     }
-    given = {_vllm_name(name): tensor for name, tensor in files.tensors.items()}
-    if not flag(config, "medusa_fc_bias", False, where):
-        given = _with_zero_biases(given, files.weights_path)
-    shapes = head_shapes(KIND, options)
+    tensors = {_vllm_name(name): tensor for name, tensor in files.tensors.items()}
+    if not keys.medusa_fc_bias:
+        tensors = _with_zero_biases(tensors, files.weights_path)
+    target = TargetIdentity(None, keys.hidden_size, keys.vocab_size)
+    checkpoint = HeadCheckpoint(KIND, options, tensors, target=target, layout=NAME)
     # vLLM leaves the map alone where the vocabulary is whole.
-    carried = ("token_map", *(() if options["own_vocab_head"] else _COPIES))
-    tensors = take_tensors(files.weights_path, given, shapes, sizes, _name, carried)
-    options |= sizes
-    target = TargetIdentity(None, sizes["hidden_size"], sizes["vocab_size"])
-    return HeadCheckpoint(KIND, options, tensors, target=target, layout=NAME)
-
-
-def _size(config: dict[str, Any], where: str, *names: str) -> int:
-    """A size under the first of the names that is there."""
-    found = [size for name in names if (size := count(config, name, where))]
-    if not found:
-        raise ValueError(f"{where!r} lacks {names[0]}; copy it from the run that made the heads")
-    return found[0]
+    carried = ("token_map", *(_COPIES if keys.original_lm_head else ()))
+    return checked(checkpoint, files.weights_path, _name, carried)
 
 
 def _vllm_name(name: str) -> str:
@@ -117,24 +114,23 @@ def write(checkpoint: HeadCheckpoint) -> tuple[dict[str, Any], dict[str, Tensor]
     Raises:
         ValueError: an option that this layout cannot hold.
     """
-    options = filled(KIND, checkpoint.options)
-    check_tap(options, checkpoint.target, NAME)
-    if not options["own_vocab_head"]:
+    options = checked_options(checkpoint, NAME)
+    if not options.own_vocab_head:
         raise ValueError(
             f"the layout {NAME!r} cannot hold heads without their own vocabulary projection "
             "(own_vocab_head=false): it wants a copy of the target's; use the layout 'medusa'"
         )
-    weight = checkpoint.tensors["vocab_heads.0.weight"]
+    vocab_size, hidden_size = checkpoint.tensors["vocab_heads.0.weight"].shape
     config = {
         "architectures": ["MedusaModel"],
         "model_type": "medusa",
-        "hidden_size": weight.shape[1],
-        "vocab_size": weight.shape[0],
-        "truncated_vocab_size": weight.shape[0],
-        "num_heads": options["num_heads"],
-        "num_hidden_layers": options["num_layers"],
+        "hidden_size": hidden_size,
+        "vocab_size": vocab_size,
+        "truncated_vocab_size": vocab_size,
+        "num_heads": options.num_heads,
+        "num_hidden_layers": options.num_layers,
         "original_lm_head": False,
         "medusa_fc_bias": True,
-        "torch_dtype": str(weight.dtype).removeprefix("torch."),
+        "torch_dtype": dtype_name(checkpoint.tensors),
     }
     return config, {_name(name): tensor for name, tensor in checkpoint.tensors.items()}

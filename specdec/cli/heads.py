@@ -41,7 +41,7 @@ def _completed(checkpoint: Any, source: str, target: str) -> Any:
     import warnings
     from dataclasses import replace
 
-    from specdec.checkpoints import check_target, identify_target, resolved_options
+    from specdec.checkpoints import check_target, identify_target
     from specdec.drafters.heads import build_head, fill_head
     from specdec.targets.load import load_target
 
@@ -52,7 +52,8 @@ def _completed(checkpoint: Any, source: str, target: str) -> Any:
         check_target(checkpoint, identity)
     head = build_head(checkpoint.kind, checkpoint.options, model)
     fill_head(head, checkpoint.tensors, source)
-    return replace(checkpoint, options=resolved_options(head), target=identity)
+    options = head.options.model_dump(exclude_none=True)
+    return replace(checkpoint, options=options, target=identity)
 
 
 @app.command()
@@ -68,8 +69,9 @@ def inspect(
     from specdec.report.cards import head_facts, head_text
 
     folder = find_folder(_head_source(source), revision)
-    facts = head_facts(read_head(folder), size_on_disk(folder))
-    typer.echo(json.dumps(facts) if as_json else head_text(facts))
+    checkpoint, num_bytes = read_head(folder), size_on_disk(folder)
+    facts = head_facts(checkpoint, num_bytes)
+    typer.echo(json.dumps(facts) if as_json else head_text(checkpoint, num_bytes))
 
 
 def _head_source(source: str) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
@@ -17,7 +17,7 @@ from specdec.checkpoints import TargetIdentity
 from specdec.checkpoints.identity import TARGET, as_json
 from specdec.common.config import Config, read_model
 from specdec.data.answers import AnswerRow, AnswersManifest
-from specdec.drafters.eagle3 import default_taps
+from specdec.registry import head_class, head_kinds
 
 INDEX = "features.json"
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
@@ -113,25 +113,20 @@ class FeatureLayout(Config):
         return sum(prod(shape) * dtype.itemsize for dtype, shape in self.tensors(counts).values())
 
 
-_READ_BY: dict[str, Callable[[int], tuple[int, ...]]] = {
-    "eagle3": default_taps,
-    "eagle": lambda num_layers: (num_layers,),
-    "medusa": lambda num_layers: (num_layers,),
-    "none": lambda num_layers: (),
-}
-
-
 def resolve_taps(names: str, num_layers: int) -> tuple[int, ...]:
     """Find the taps behind names and numbers."""
     taps: set[int] = set()
+    kinds = head_kinds()
     for name in (part.strip() for part in names.split(",")):
-        if name in _READ_BY:
-            taps.update(_READ_BY[name](num_layers))
+        if name in kinds:
+            taps.update(head_class(name).default_taps(num_layers))
+        elif name == "none":
+            continue
         elif name.isascii() and name.isdigit() and int(name) <= num_layers:
             taps.add(int(name))
         else:
             raise ValueError(
-                f"tap {name!r} does not exist; give {', '.join(_READ_BY)} or a number from 0 "
+                f"tap {name!r} does not exist; give {', '.join(kinds)}, none or a number from 0 "
                 f"(the embeddings) to {num_layers} (after the target's final norm)"
             )
     return tuple(sorted(taps))

@@ -10,8 +10,8 @@ from torch.nn.functional import pad
 from specdec.common.arguments import require_counts
 from specdec.demo import demo_path
 from specdec.drafters.adapters import load_adapter
-from specdec.drafters.forced import FixedShape
-from specdec.drafters.tree_growth import CandidatePool
+from specdec.drafters.base import BaseDrafter, DraftShape, FixedShape, ShapeOptions
+from specdec.drafters.tree_growth import DynamicGrowth, child_scores
 from specdec.engine.interfaces import Prompts, Target, TargetOutput
 from specdec.sampling.randomness import row_exponentials
 from specdec.sampling.sampler import Sampler, sample
@@ -27,7 +27,7 @@ FIRST_STREAM = 16
 CATCH_UP = 64
 
 
-class DraftModel:
+class DraftModel(BaseDrafter):
     """Drafts with a language model that shares the target's tokenizer.
 
     A chain (`width` 1) is the argmax at temperature 0 and otherwise sampled from the model's own
@@ -47,9 +47,15 @@ class DraftModel:
     Source: Leviathan et al. 2022, arXiv 2211.17192; trees: EAGLE-2, arXiv 2406.16858.
     """
 
-    taps: tuple[int, ...] = ()
-    shape_options: ClassVar[frozenset[str]] = frozenset(
-        ("num_draft_tokens", "width", "max_nodes", "confidence_threshold")
+    kind, title, trained_as = "draft_model", "Draft model", "language_model"
+    shape_options: ClassVar[ShapeOptions] = ShapeOptions(
+        {
+            "depth": "num_draft_tokens",
+            "width": "width",
+            "nodes": "max_nodes",
+            "threshold": "confidence_threshold",
+        },
+        ("chain", "tree", "threshold"),
     )
     children = "with_replacement"  # of a chain, above temperature 0
 
@@ -153,7 +159,7 @@ class DraftModel:
             return Draft.empty(root.shape[0], root.device)
         logits = self._catch_up()
         if self.makes_trees:
-            draft = self._grow_tree(root.to(self.model.device), logits, num_levels, budget, sampler)
+            draft = self._grow_tree(logits, num_levels, budget, sampler)
         else:
             draft = self._extend_chain(logits, num_levels, budget, sampler)
         if draft.tokens.device == root.device:
@@ -177,6 +183,13 @@ class DraftModel:
         self._committed = [self._committed[row] for row in rows.tolist()]
         self._num_committed = self._num_committed[rows]
         self.model.reorder(rows)
+
+    @property
+    def draft_shape(self) -> DraftShape:
+        """See `BaseDrafter`."""
+        depth = min(self.num_draft_tokens, self.max_nodes)
+        threshold = self.confidence_threshold
+        return DraftShape(depth, self.width, self.max_nodes, self.makes_trees, threshold)
 
     @property
     def fixed_shape(self) -> FixedShape | None:
@@ -313,29 +326,15 @@ class DraftModel:
         return row_exponentials(seeds, counters, stream, self.vocab_size)
 
     def _grow_tree(
-        self,
-        root: Tensor,
-        logits: Tensor,
-        num_levels: int,
-        budget: Sequence[int],
-        sampler: Sampler,
+        self, logits: Tensor, num_levels: int, budget: Sequence[int], sampler: Sampler
     ) -> Draft:
-        pool = CandidatePool(self.width)
-        partial: Draft | None = None
-        nodes = torch.zeros(len(budget), 1, dtype=torch.long, device=logits.device)
+        growth = DynamicGrowth(self.width, self.max_nodes, num_levels)
         newest = logits.unsqueeze(1)  # [B, nodes of the newest level, V]
-        for level in range(num_levels):
-            scores = newest if sampler.is_plain else sampler.scores(newest, partial, nodes)
-            pool.add_level(scores.float().log_softmax(-1))
-            if level + 1 == num_levels:
-                break
-            newest = self._fit(self.model.grow(*pool.newest))
-            if not sampler.is_plain:
-                partial = pool.expanded()
-                last = partial.num_nodes + 1
-                nodes = torch.arange(last - pool.beam_size, last, device=root.device)
-                nodes = nodes.expand(len(root), -1)
-        return pool.best(self.max_nodes, budget)
+        growth.add_level(child_scores(growth, newest, sampler))
+        while not growth.is_done:
+            newest = self._fit(self.model.grow(*growth.newest))
+            growth.add_level(child_scores(growth, newest, sampler))
+        return growth.draft(budget)
 
 
 def _pad_after(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,23 +1,26 @@
-"""EAGLE-3: a one-layer head on three fused taps, with its own recurrent state and vocabulary.
+"""EAGLE-3: a one-layer head on fused taps, with its own recurrent state and vocabulary.
 
 Source: EAGLE-3, arXiv 2503.01840.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from specdec.drafters.feature_head import (
+from specdec.common.config import Config
+from specdec.drafters.backbone import (
+    Backbone,
     DraftAttention,
-    FeatureDrafter,
     LlamaMLP,
     LlamaRMSNorm,
-    Rotary,
-    backbone_config,
+    LlamaRotaryEmbedding,
 )
+from specdec.drafters.feature_head import FeatureDrafter, FeatureHead
+from specdec.drafters.heads import Layer, Size
 from specdec.drafters.training import (
     LossOutput,
     TrainingBatch,
@@ -27,36 +30,32 @@ from specdec.drafters.training import (
 )
 
 
-@dataclass(frozen=True)
-class Eagle3Config:
-    """What makes an EAGLE-3 head.
+class Eagle3Options(Config):
+    """The options of an EAGLE-3 head.
 
     Attributes:
-        backbone: the decoder layer's config.
-        taps: three HF `hidden_states` indices.
+        backbone: the decoder layer.
+        taps: HF `hidden_states` indices, usually three; None for the published ones.
         target_hidden_size: H of the target; the backbone's unless it has an embedding of its own.
-        draft_vocab_size: D; the target's vocabulary if it is as large.
+        draft_vocab_size: D; None for the target's whole vocabulary.
         norm_before_residual: the residual is the normed feature (speculators).
-        norm_before_fc: norm the three taps together before they are fused (speculators).
+        norm_before_fc: norm the taps together before they are fused (speculators).
         norm_output: feed the normed state back, not the raw one (speculators).
         own_embedding: the head brings its embedding instead of sharing the target's.
     """
 
-    backbone: LlamaConfig
-    taps: tuple[int, int, int]
-    target_hidden_size: int
-    draft_vocab_size: int
-    norm_before_residual: bool = False
-    norm_before_fc: bool = False
-    norm_output: bool = False
-    own_embedding: bool = False
-
-
-def default_taps(num_layers: int) -> tuple[int, int, int]:
-    """The published taps, 2, L // 2 and L - 3, kept apart and inside a short target."""
-    low = min(2, num_layers)
-    middle = max(low, num_layers // 2)
-    return low, middle, max(middle, num_layers - 3)
+    backbone: Backbone = Backbone()
+    taps: Annotated[list[Layer], Field(min_length=1)] | None = None
+    target_hidden_size: Size | None = None
+    draft_vocab_size: Size | None = None
+    norm_before_residual: Annotated[
+        bool, Field(description="the normed feature is the residual")
+    ] = False
+    norm_before_fc: Annotated[
+        bool, Field(description="the taps are normed before they are fused")
+    ] = False
+    norm_output: Annotated[bool, Field(description="the normed state is fed back")] = False
+    own_embedding: Annotated[bool, Field(description="its own embedding")] = False
 
 
 class _Layer(nn.Module):
@@ -72,41 +71,93 @@ class _Layer(nn.Module):
         self.post_attention_layernorm = LlamaRMSNorm(size, config.rms_norm_eps)
 
 
-class Eagle3Head(nn.Module):
+class Eagle3Head(FeatureHead):
     """The head. Its parameters are named as in the published checkpoints.
 
-    Args:
-        config: see `Eagle3Config`.
-        embedding: the target's input embedding; not a parameter of the head.
-        vocab_head: the target's vocabulary projection, whose rows the head's own starts from; not a
-            parameter of the head.
+    The rows of its own vocabulary projection start as copies of the target's.
     """
 
+    Options = Eagle3Options
     d2t: Tensor
     t2d: Tensor
 
-    def __init__(self, config: Eagle3Config, embedding: nn.Module, vocab_head: nn.Module) -> None:
-        super().__init__()
-        self.options, self.config, self.taps = config, config.backbone, config.taps
-        size, vocab = config.backbone.hidden_size, config.backbone.vocab_size
-        num_features = len(config.taps) * config.target_hidden_size
+    def __init__(
+        self,
+        options: Mapping[str, Any],
+        target_config: Any,
+        embedding: nn.Module | None = None,
+        vocab_head: nn.Module | None = None,
+    ) -> None:
+        super().__init__(options, target_config, embedding, vocab_head)
+        given = self.given(options)
+        self.config = given.backbone.for_target(target_config)
+        size, vocab, eps = (
+            self.config.hidden_size,
+            self.config.vocab_size,
+            self.config.rms_norm_eps,
+        )
+        self.options = given.model_copy(
+            update={
+                "backbone": Backbone.of(self.config),
+                "taps": given.taps or list(self.default_taps(target_config.num_hidden_layers)),
+                "target_hidden_size": given.target_hidden_size or target_config.hidden_size,
+                "draft_vocab_size": given.draft_vocab_size or vocab,
+            }
+        )
+        self.taps = tuple(self.options.taps)
+        num_features = len(self.taps) * self.options.target_hidden_size
         self.fc = nn.Linear(num_features, size, bias=False)
-        self.midlayer = _Layer(config.backbone)
-        self.norm = LlamaRMSNorm(size, config.backbone.rms_norm_eps)
-        self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
-        if config.norm_before_fc:
-            self.input_norm = LlamaRMSNorm(num_features, config.backbone.rms_norm_eps)
-        if config.own_embedding:
+        self.midlayer = _Layer(self.config)
+        self.norm = LlamaRMSNorm(size, eps)
+        num_drafted = self.options.draft_vocab_size
+        self.lm_head = nn.Linear(size, num_drafted, bias=False)
+        if given.norm_before_fc:
+            self.input_norm = LlamaRMSNorm(num_features, eps)
+        if given.own_embedding:
             self.embed_tokens = nn.Embedding(vocab, size)
-        # A tuple keeps the target's modules out of the head's parameters.
-        self._target_parts: tuple[Any, Any] = (embedding, vocab_head)
-        self.rotary = Rotary(config.backbone)
-        if config.draft_vocab_size < vocab:
-            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
+        self.rotary = LlamaRotaryEmbedding(self.config)
+        if num_drafted < vocab:
+            self.register_buffer("d2t", torch.zeros(num_drafted, dtype=torch.long))
             self.register_buffer("t2d", torch.zeros(vocab, dtype=torch.bool))
-            self.set_draft_vocab(torch.arange(config.draft_vocab_size))
+            self.set_draft_vocab(torch.arange(num_drafted))
         else:
             self._start_from_target(torch.arange(vocab))
+
+    @staticmethod
+    def default_taps(num_layers: int) -> tuple[int, ...]:
+        """The published taps, 2, L // 2 and L - 3, kept apart and inside a short target."""
+        low = min(2, num_layers)
+        middle = max(low, num_layers // 2)
+        return low, middle, max(middle, num_layers - 3)
+
+    @classmethod
+    def target_facts(cls, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """See `Head`; a vocabulary is as large as its map, else as the projection."""
+        named = [
+            tensors[n] for n in ("t2d", "embed_tokens.weight", "lm_head.weight") if n in tensors
+        ]
+        vocab_size = len(named[0]) if named and named[0].ndim else 1
+        return super().target_facts(tensors) | {"vocab_size": vocab_size}
+
+    @classmethod
+    def check_values(cls, tensors: Mapping[str, Tensor]) -> None:
+        """Refuse a draft vocabulary whose two maps do not say the same.
+
+        `d2t` [D] holds offsets: draft id i is target id i + d2t[i]. `t2d` [V] marks these ids.
+        """
+        if "d2t" not in tensors:
+            return
+        ids, t2d = _target_ids(tensors["d2t"].long().cpu()), tensors["t2d"].cpu()
+        if not 0 <= int(ids.min()) <= int(ids.max()) < len(t2d):
+            raise ValueError(
+                f"d2t leads to the target ids {int(ids.min())} to {int(ids.max())}, but there are "
+                f"{len(t2d)}; d2t must hold offsets, target id minus draft id"
+            )
+        marked = torch.zeros_like(t2d).index_fill(0, ids, True)
+        if int(marked.sum()) != len(ids):
+            raise ValueError("d2t leads to a target id twice; copy the file again")
+        if not torch.equal(marked, t2d):
+            raise ValueError("t2d marks other target ids than d2t leads to; copy the file again")
 
     def set_draft_vocab(self, tokens: Tensor) -> None:
         """Draft these target ids [D], ascending; their logits start as the target's."""
@@ -115,20 +166,22 @@ class Eagle3Head(nn.Module):
         self._start_from_target(tokens)
 
     def _start_from_target(self, tokens: Tensor) -> None:
+        if self._target_parts[1] is None:
+            return
         rows = self._target_parts[1].weight
         if rows.shape[1] == self.lm_head.in_features and len(rows) > int(tokens.max()):
             with torch.no_grad():
                 self.lm_head.weight.copy_(rows[tokens.to(rows.device)])
 
     @property
-    def token_map(self) -> Tensor | None:
+    def token_map(self) -> Tensor | None:  # type: ignore[override]
         """Target ids [D] of the draft vocabulary; None if both vocabularies are one."""
         if self.options.draft_vocab_size == self.config.vocab_size:
             return None
-        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+        return _target_ids(self.d2t)
 
     def fuse(self, hidden: dict[int, Tensor]) -> Tensor:
-        """Three taps [..., H_t] to features [..., H]."""
+        """Taps [..., H_t] to features [..., H]."""
         joined = torch.cat([hidden[tap] for tap in self.taps], -1)
         if self.options.norm_before_fc:
             joined = self.input_norm(joined)
@@ -147,9 +200,8 @@ class Eagle3Head(nn.Module):
         normed = layer.hidden_norm(features)
         residual = normed if self.options.norm_before_residual else features
         pair = torch.cat([layer.input_layernorm(self.embed(tokens)), normed], -1)
-        attended, _ = layer.self_attn(
-            pair, self.rotary(features, positions), mask, past_key_values=cache
-        )
+        # By place, because transformers changed the name of the cache.
+        attended, _ = layer.self_attn(pair, self.rotary(features, positions), mask, cache)
         states = residual + attended
         return states + layer.mlp(layer.post_attention_layernorm(states))
 
@@ -161,64 +213,56 @@ class Eagle3Head(nn.Module):
         """The recurrent state."""
         return self.norm(outputs) if self.options.norm_output else outputs
 
+    def loss(  # type: ignore[override]
+        self, batch: TrainingBatch, num_steps: int = 4, decay: float = 0.8
+    ) -> LossOutput:
+        """Training-time test: soft cross-entropy of every step in the draft vocabulary.
+
+        Args:
+            batch: see `TrainingBatch`.
+            num_steps: drafted depths that are trained.
+            decay: weight of a step over that of the step before.
+
+        Raises:
+            ValueError: no steps.
+        """
+        if num_steps < 1:
+            raise ValueError(f"loss.num_steps is {num_steps} but must be at least 1")
+        total = batch.target_logits.new_zeros(())
+        parts: dict[str, Tensor] = {}
+        ids = self.token_map
+        best = batch.target_logits.argmax(-1)  # [B, L]
+        features = self.fuse(batch.hidden)
+        for step, outputs in enumerate(rollout(self, batch.tokens, features, num_steps)):
+            mask = shifted(batch.loss_mask, 2 + step)
+            if ids is not None:
+                # The head cannot say these tokens; what it learned there would be noise.
+                mask = mask & self.t2d[shifted(best, 1 + step)]
+            goal = shifted(batch.target_logits, 1 + step)[mask]  # [places, V]
+            goal = goal if ids is None else goal[:, ids]
+            part = soft_cross_entropy(self.logits(outputs[mask]), goal)
+            total = total + decay**step * part
+            parts[f"cross_entropy_{step + 1}"] = part.detach()
+        return LossOutput(total, parts)
+
+    def describe(self, given: Mapping[str, Any]) -> dict[str, str]:
+        """See `Head`."""
+        said = super().describe(given)
+        said["reads"] = "hidden_states 2, L // 2 and L - 3 of a target with L layers, as published"
+        if given.get("taps"):
+            taps = ", ".join(map(str, given["taps"]))
+            said["reads"] = f"hidden_states {taps} of the target (0 is its embedding)"
+        drafted, vocab = self.options.draft_vocab_size, self.config.vocab_size
+        if drafted < vocab:
+            said["drafts"] = f"{drafted:,} of {vocab:,} tokens"
+        return said
+
+
+def _target_ids(d2t: Tensor) -> Tensor:
+    return d2t + torch.arange(len(d2t), device=d2t.device)
+
 
 class Eagle3Drafter(FeatureDrafter):
     """Drafts trees with an EAGLE-3 head."""
 
-    kind = "eagle3"
-
-
-def build(
-    options: dict[str, Any], target_config: Any, embedding: nn.Module, vocab_head: nn.Module
-) -> Eagle3Head:
-    """A new head for a target.
-
-    Args:
-        options: fields of `Eagle3Config` other than the backbone, and "backbone" with fields of
-            `LlamaConfig`; what is missing follows the target.
-        target_config: the target's text config.
-        embedding: the target's input embedding.
-        vocab_head: the target's vocabulary projection.
-    """
-    options = dict(options)
-    backbone = backbone_config(target_config, **options.pop("backbone", {}))
-    defaults = {
-        "taps": default_taps(target_config.num_hidden_layers),
-        "target_hidden_size": target_config.hidden_size,
-        "draft_vocab_size": backbone.vocab_size,
-    }
-    config = Eagle3Config(backbone, **{**defaults, **options})
-    return Eagle3Head(config, embedding, vocab_head)
-
-
-def loss(
-    head: Eagle3Head, batch: TrainingBatch, num_steps: int = 4, decay: float = 0.8
-) -> LossOutput:
-    """Training-time test: soft cross-entropy of every step in the draft vocabulary.
-
-    Args:
-        head: in train mode.
-        batch: see `TrainingBatch`.
-        num_steps: drafted depths that are trained.
-        decay: weight of a step over that of the step before.
-
-    Raises:
-        ValueError: no steps.
-    """
-    if num_steps < 1:
-        raise ValueError(f"loss.num_steps is {num_steps} but must be at least 1")
-    total = batch.target_logits.new_zeros(())
-    parts: dict[str, Tensor] = {}
-    ids = head.token_map
-    best = batch.target_logits.argmax(-1)  # [B, L]
-    features = head.fuse(batch.hidden)
-    for step, outputs in enumerate(rollout(head, batch.tokens, features, num_steps)):
-        mask = shifted(batch.loss_mask, 2 + step)
-        if ids is not None:
-            # The head cannot say these tokens; what it learned there would be noise.
-            mask = mask & head.t2d[shifted(best, 1 + step)]
-        goal = shifted(batch.target_logits, 1 + step)[mask]  # [places, V]
-        part = soft_cross_entropy(head.logits(outputs[mask]), goal if ids is None else goal[:, ids])
-        total = total + decay**step * part
-        parts[f"cross_entropy_{step + 1}"] = part.detach()
-    return LossOutput(total, parts)
+    kind, title, head_class = "eagle3", "EAGLE-3 head", Eagle3Head

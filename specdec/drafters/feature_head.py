@@ -5,109 +5,33 @@ position i; its output predicts token t_{i+2}. Committed entries hold true featu
 grows behind them on the head's own outputs and is written over by the next step.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Protocol, Self, cast
+from collections.abc import Iterator, Mapping, Sequence
+from math import gcd
+from typing import Any, ClassVar, Self
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import pad
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaMLP,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-)
 
 from specdec.common.arguments import require_counts
 from specdec.demo import demo_path
-from specdec.drafters.forced import FixedShape
-from specdec.drafters.heads import load_head
-from specdec.drafters.training import rollout
-from specdec.drafters.tree_growth import TreeShape, start_growth
+from specdec.drafters.base import BaseDrafter, DraftShape, FixedShape, ShapeOptions
+from specdec.drafters.heads import Head, load_head
+from specdec.drafters.training import TrainingBatch, rollout
+from specdec.drafters.tree_growth import (
+    DynamicGrowth,
+    Growth,
+    StaticGrowth,
+    TreeShape,
+    child_scores,
+)
 from specdec.engine.clock import ForwardClock
 from specdec.engine.interfaces import Prompts, TargetOutput
 from specdec.engine.kv_cache import SlotCache
 from specdec.sampling.sampler import Sampler
-from specdec.targets.attention import NAME as ATTENTION
 from specdec.targets.masks import Masks
 from specdec.verify import Draft, Verdict
-
-Part = tuple[Tensor, dict[int, Tensor], list[int]]
-
-
-class Pending:
-    """What some steps committed: parts of [B, n] tokens with their taps, ragged rows.
-
-    Steps that draft nothing only add to it, so that they cost what plain decoding costs.
-    """
-
-    def __init__(self) -> None:
-        self._parts: list[Part] = []
-        self.num_columns = 0  # of all parts; no row has more entries
-
-    def add(self, tokens: Tensor, taps: dict[int, Tensor], counts: Sequence[int]) -> None:
-        """Add a step: tokens [B, n], each tap [B, n, H]; the first `counts[b]` of row b count."""
-        self._parts.append((tokens, taps, list(counts)))
-        self.num_columns += tokens.shape[1]
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._parts, self.num_columns = [], 0
-
-    def join(self, num_rows: int) -> None:
-        """Rows without an entry come behind the others."""
-        if not self._parts:
-            return
-        tokens, taps, counts = self.take()
-        taps = {tap: _with_rows(states, num_rows) for tap, states in taps.items()}
-        self.add(_with_rows(tokens, num_rows), taps, [*counts, *[0] * num_rows])
-
-    def reorder(self, rows: Tensor) -> None:
-        """Keep these rows."""
-        if not self._parts:
-            return
-        tokens, taps, counts = self.take()
-        kept = [counts[row] for row in rows.tolist()]
-        self.add(tokens[rows], {tap: states[rows] for tap, states in taps.items()}, kept)
-
-    def take(self) -> Part:
-        """All parts as one, every row's entries moved up behind each other; forgets them."""
-        parts = self._parts
-        self.clear()
-        if len(parts) == 1:
-            return parts[0]
-        tokens = torch.cat([part[0] for part in parts], 1)
-        taps = {tap: torch.cat([part[1][tap] for part in parts], 1) for tap in parts[0][1]}
-        counts = [sum(row) for row in zip(*(part[2] for part in parts), strict=True)]
-        if min(counts) == tokens.shape[1]:
-            return tokens, taps, counts
-        index = _places(parts, max(counts)).to(tokens.device)  # [B, longest]
-        tokens = tokens.gather(1, index)
-        taps = {tap: _gather(states, index) for tap, states in taps.items()}
-        return tokens, taps, counts
-
-
-def _with_rows(values: Tensor, num_rows: int) -> Tensor:
-    """Rows of zeros behind those of [B, ...]."""
-    return torch.cat([values, values.new_zeros(num_rows, *values.shape[1:])])
-
-
-def _places(parts: list[Part], width: int) -> Tensor:
-    """The columns of every row's entries, 0 padded."""
-    rows: list[list[int]] = [[] for _ in parts[0][2]]
-    first = 0
-    for tokens, _, counts in parts:
-        for row, count in zip(rows, counts, strict=True):
-            row.extend(range(first, first + count))
-        first += tokens.shape[1]
-    return torch.tensor([row + [0] * (width - len(row)) for row in rows])
-
-
-def _gather(states: Tensor, index: Tensor) -> Tensor:
-    """Entries [B, n, H] at index [B, m]."""
-    return states.gather(1, index.unsqueeze(2).expand(-1, -1, states.shape[2]))
-
 
 # Long prompts are fed in chunks, which bounds the memory of masks and activations.
 CHUNK = 1024
@@ -117,29 +41,153 @@ MAX_PENDING = 256
 CATCH_UP = 64
 
 
-class FeatureHead(Protocol):
-    """What the drafter asks of a head."""
+class FeatureHead(Head):
+    """A head of one Llama layer that predicts the target's next feature.
+
+    Attributes:
+        config: the layer's config.
+    """
 
     config: LlamaConfig
-    taps: tuple[int, ...]
-    token_map: Tensor | None  # [D] target ids of a reduced draft vocabulary, or None
 
     def fuse(self, hidden: dict[int, Tensor]) -> Tensor:
-        """The target's taps, each [..., H], as features [..., F]."""
+        """Turn the target's taps, each [..., H], into features [..., F]."""
+        raise NotImplementedError
 
-    def __call__(
+    def forward(
         self, tokens: Tensor, features: Tensor, positions: Tensor, mask: Any, cache: Any
     ) -> Tensor:
         """Outputs [B, n, F] that stand in for the features of the next tokens."""
+        raise NotImplementedError
 
     def logits(self, outputs: Tensor) -> Tensor:
         """Outputs [..., F] to logits [..., D or V]."""
+        raise NotImplementedError
 
     def carry(self, outputs: Tensor) -> Tensor:
-        """What takes the place of the target's feature one level deeper."""
+        """Take the place of the target's feature one level deeper."""
+        return outputs
+
+    def spread(self, logits: Tensor, vocab_size: int) -> Tensor:
+        """Logits [..., D] in the target's vocabulary: [..., V], -inf where the head has none."""
+        if self.token_map is None:
+            return logits
+        whole = logits.new_full((*logits.shape[:-1], vocab_size), float("-inf"))
+        return whole.index_copy(-1, self.token_map, logits)
+
+    def candidates(self, batch: TrainingBatch, depth: int, width: int) -> Tensor:
+        """See `Head`: the head is fed the text's tokens and its own outputs."""
+        levels = []
+        for outputs in rollout(self, batch.tokens, self.fuse(batch.hidden), depth):
+            logits = self.logits(outputs)
+            best = logits.topk(min(width, logits.shape[-1]), -1).indices
+            levels.append(best if self.token_map is None else self.token_map[best])
+        return torch.stack(levels, 2)
+
+    def guesses(self, batch: TrainingBatch, mask: Tensor) -> Tensor:
+        """See `Head`."""
+        (outputs,) = rollout(self, batch.tokens, self.fuse(batch.hidden), 1)
+        return self.spread(self.logits(outputs[mask]), batch.target_logits.shape[-1])
+
+    @classmethod
+    def target_facts(cls, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Sizes of a layer as wide as the target's, read off its matrices."""
+
+        def rows(ending: str) -> int:
+            found = [t.shape[0] for n, t in tensors.items() if n.endswith(ending) and t.ndim]
+            return found[0] if found else 1
+
+        queries, keys = rows("q_proj.weight"), rows("k_proj.weight")
+        head_dim = gcd(queries, keys) or 1
+        return {
+            "hidden_size": rows("o_proj.weight"),
+            "intermediate_size": rows("gate_proj.weight"),
+            "num_attention_heads": queries // head_dim,
+            "num_key_value_heads": keys // head_dim,
+            "head_dim": head_dim,
+        }
+
+    def sizes(self) -> dict[str, int]:
+        """Sizes of the layer and of what surrounds it."""
+        layer = self.options.backbone
+        return {
+            "hidden_size": layer.hidden_size,
+            "vocab_size": layer.vocab_size,
+            "intermediate_size": layer.intermediate_size,
+            "query_size": layer.num_attention_heads * layer.head_dim,
+            "key_size": layer.num_key_value_heads * layer.head_dim,
+            **super().sizes(),
+        }
+
+    def describe(self, given: Mapping[str, Any]) -> dict[str, str]:
+        """See `Head`; facts of the layer are said where the checkpoint states them."""
+        said = super().describe(given)
+        layer = dict(given.get("backbone") or {})
+        if not layer:
+            return said | {"layer": f"{said['layer']}, the rest as the target"}
+        facts = layer | layer.pop("rope_parameters", {})
+        return said | {"layer": ", ".join(f"{name} {value}" for name, value in facts.items())}
 
 
-class FeatureDrafter:
+class Pending:
+    """What some steps committed: tokens [B, n] with their taps, ragged rows.
+
+    Steps that draft nothing only add to it, so that they cost what plain decoding costs.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Tensor, dict[int, Tensor], list[int]]] = []
+        self.num_columns = 0  # of all parts; no row has more entries
+
+    def add(self, tokens: Tensor, taps: dict[int, Tensor], counts: Sequence[int]) -> None:
+        """Add a step: tokens [B, n], each tap [B, n, H]; the first `counts[b]` of row b count."""
+        self._parts.append((tokens, taps, list(counts)))
+        self.num_columns += tokens.shape[1]
+
+    def join(self, num_rows: int) -> None:
+        """Let rows without an entry come behind the others."""
+
+        def longer(values: Tensor) -> Tensor:
+            return torch.cat([values, values.new_zeros(num_rows, *values.shape[1:])])
+
+        self._parts = [
+            (longer(tokens), {tap: longer(h) for tap, h in taps.items()}, counts + [0] * num_rows)
+            for tokens, taps, counts in self._parts
+        ]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep these rows."""
+        kept = rows.tolist()
+        self._parts = [
+            (tokens[rows], {tap: h[rows] for tap, h in taps.items()}, [counts[row] for row in kept])
+            for tokens, taps, counts in self._parts
+        ]
+
+    def take(self) -> tuple[Tensor, dict[int, Tensor], list[int]]:
+        """All parts as one, every row's entries moved up behind each other; forgets them."""
+        parts, self._parts, self.num_columns = self._parts, [], 0
+        if len(parts) == 1:
+            return parts[0]
+        tokens = torch.cat([part[0] for part in parts], 1)
+        taps = {tap: torch.cat([part[1][tap] for part in parts], 1) for tap in parts[0][1]}
+        counts = [sum(row) for row in zip(*(part[2] for part in parts), strict=True)]
+        if min(counts) == tokens.shape[1]:
+            return tokens, taps, counts
+        is_padding = [
+            torch.arange(part.shape[1]) >= torch.tensor(lengths).unsqueeze(1)
+            for part, _, lengths in parts
+        ]
+        # A stable sort moves padding to the end and keeps the order of the entries.
+        order = torch.cat(is_padding, 1).to(torch.uint8).argsort(1, stable=True)
+        order = order[:, : max(counts)].to(tokens.device)  # [B, longest]
+        taps = {
+            tap: h.gather(1, order.unsqueeze(2).expand(-1, -1, h.shape[2]))
+            for tap, h in taps.items()
+        }
+        return tokens.gather(1, order), taps, counts
+
+
+class FeatureDrafter(BaseDrafter):
     """Drafts trees with a head that reads the target's hidden states.
 
     Args:
@@ -151,9 +199,9 @@ class FeatureDrafter:
             its trained length, because rotary positions matter by their distance only.
     """
 
-    kind = ""  # of `specdec.drafters.heads`
-    shape_options: ClassVar[frozenset[str]] = frozenset(
-        ("depth", "width", "max_nodes", "choices", "children")
+    trained_as = "head"
+    shape_options: ClassVar[ShapeOptions] = ShapeOptions(
+        {"depth": "depth", "width": "width", "nodes": "max_nodes"}, ("chain", "tree"), ("choices",)
     )
 
     @classmethod
@@ -188,16 +236,16 @@ class FeatureDrafter:
         """
         shape = TreeShape(depth, width, max_nodes, choices, children)
         where = str(demo_path(cls.kind)) if path == "demo" else path
-        head, _ = load_head(cls.kind, target, where, force=force)
-        return cls(cast(FeatureHead, head), target.vocab_size, shape, window)
+        head: Any = load_head(cls.kind, target, where, force=force)[0]
+        return cls(head, target.vocab_size, shape, window)
 
     def __init__(
         self, head: FeatureHead, vocab_size: int, shape: TreeShape, window: int | None = None
     ) -> None:
         require_counts(2**30, window=window)
         self.head, self.vocab_size, self.shape, self.window = head, vocab_size, shape, window
-        self.taps = head.taps
-        self.device = next(head.parameters()).device  # type: ignore[attr-defined]
+        self.taps, self.children = head.taps, shape.children
+        self.device = next(head.parameters()).device
         self.clock = ForwardClock(self.device)
         ids = head.token_map
         num_tokens = vocab_size if ids is None else len(ids)
@@ -218,7 +266,7 @@ class FeatureDrafter:
         if join:
             self._pending.join(len(prompts))
         else:
-            self._pending.clear()
+            self._pending = Pending()
         running = self.cache if join else None  # or else it must not stay beside the new one
         outputs, num_committed = self._outputs, self._num_committed
         lengths = [len(prompt) - 1 for prompt in prompts]
@@ -244,17 +292,24 @@ class FeatureDrafter:
         if max(budget) < 1:
             return Draft.empty(len(root), root.device)
         self._catch_up()
-        growth = start_growth(self.shape, self._static, max(budget), sampler, self._num_committed)
+        growth = self._start_growth(max(budget), sampler)
         outputs = self._outputs.unsqueeze(1)  # [B, beam, F]
         with self.clock.forward():
             logits = self.head.logits(outputs)
-        growth.add_level(*self._scores(logits, None, sampler))
+        growth.add_level(*self._scores(logits, growth, sampler))
         while not growth.is_done:
             with self.clock.forward():
                 outputs = self._feed_beam(outputs, growth.origin, *growth.newest)
                 logits = self.head.logits(outputs)
             growth.add_level(*self._scores(logits, growth, sampler))
         return growth.draft(budget)
+
+    def _start_growth(self, budget: int, sampler: Sampler) -> Growth:
+        """Begin a tree without levels that the largest of the rows' budgets cannot pay for."""
+        if self._static:
+            return StaticGrowth(self._static, self.children, budget, sampler, self._num_committed)
+        shape = self.shape
+        return DynamicGrowth(shape.width, shape.max_nodes, min(shape.depth, budget))
 
     def observe(
         self, verdict: Verdict, committed: Sequence[Sequence[int]], hidden: dict[int, Tensor]
@@ -265,7 +320,7 @@ class FeatureDrafter:
         num_new = max(map(len, committed))
         taps = {tap: hidden[tap] for tap in self.taps}
         if verdict.path.shape[1]:
-            places = torch.nn.functional.pad(verdict.path + 1, (1, 0)).clamp(min=0)  # [B, D + 1]
+            places = pad(verdict.path + 1, (1, 0)).clamp(min=0)  # [B, D + 1]
             places = places[:, :num_new].unsqueeze(2)
             taps = {
                 tap: states.gather(1, places.expand(-1, -1, states.shape[2]))
@@ -282,9 +337,11 @@ class FeatureDrafter:
         self._pending.reorder(rows)
 
     @property
-    def children(self) -> str:
-        """See `TreeShape`."""
-        return self.shape.children
+    def draft_shape(self) -> DraftShape:
+        """See `BaseDrafter`."""
+        depth = min(self.shape.depth, self.max_nodes)
+        width = self.shape.width if self.makes_trees else 1
+        return DraftShape(depth, width, self.max_nodes, self.makes_trees)
 
     @property
     def fixed_shape(self) -> FixedShape | None:
@@ -300,7 +357,8 @@ class FeatureDrafter:
         num_levels = min(depth, len(tokens) - 1 - first)
         outputs = rollout(self.head, tokens.unsqueeze(0), features, num_levels, self.window)
         for level, states in enumerate(outputs):
-            yield self._spread(self.head.logits(states[0, first : len(tokens) - 1 - level]))
+            logits = self.head.logits(states[0, first : len(tokens) - 1 - level])
+            yield self.head.spread(logits, self.vocab_size)
 
     @property
     def cache_bytes(self) -> int:
@@ -382,26 +440,12 @@ class FeatureDrafter:
         return self.head(tokens, features, positions, mask, self.cache)
 
     def _scores(
-        self, logits: Tensor, growth: Any, sampler: Sampler
+        self, logits: Tensor, growth: Growth, sampler: Sampler
     ) -> tuple[Tensor, Tensor | None]:
         """Scores of the candidates, and the token ids of their columns if they are not ids."""
-        ids = self.head.token_map
-        if sampler.is_plain and self.shape.children == "top":
-            return logits, ids
-        logits = self._spread(logits)
-        if sampler.is_plain:
-            return logits, None
-        draft, rows = (None, None) if growth is None else growth.expanded()
-        nodes = None if rows is None else rows.expand(len(logits), -1)
-        return sampler.scores(logits, draft, nodes), None
-
-    def _spread(self, logits: Tensor) -> Tensor:
-        """Logits [..., D] in the target's vocabulary: [..., V], -inf where the head has none."""
-        ids = self.head.token_map
-        if ids is None:
-            return logits
-        whole = logits.new_full((*logits.shape[:-1], self.vocab_size), float("-inf"))
-        return whole.index_copy(-1, ids, logits)
+        if sampler.is_plain and self.children == "top":
+            return logits, self.head.token_map
+        return child_scores(growth, self.head.spread(logits, self.vocab_size), sampler), None
 
 
 class _WindowConfig:
@@ -411,80 +455,3 @@ class _WindowConfig:
 
     def __init__(self, window: int | None) -> None:
         self.sliding_window = window
-
-
-_SHARED = (
-    *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
-    *("rms_norm_eps", "max_position_embeddings", "vocab_size"),
-)
-
-
-def backbone_config(target_config: Any, **changes: Any) -> LlamaConfig:
-    """A one-layer Llama config as wide as the target, with the target's rotary scaling.
-
-    Args:
-        target_config: the target's text config.
-        changes: fields of `LlamaConfig` to set otherwise.
-
-    Raises:
-        ValueError: a change of no field, or one that contradicts the others.
-    """
-    unknown = sorted(set(changes) - set(LlamaConfig().to_dict()))
-    if unknown:
-        # LlamaConfig takes any name; a theta beside the target's parameters would do nothing.
-        raise ValueError(
-            f"backbone has {unknown[0]!r}, which is no field of LlamaConfig; check the spelling "
-            "(rotary settings are one field, rope_parameters)"
-        )
-    fields: dict[str, Any] = {name: getattr(target_config, name, None) for name in _SHARED}
-    if fields["intermediate_size"] is None:
-        fields["intermediate_size"] = 4 * fields["hidden_size"]
-    if fields["num_key_value_heads"] is None:
-        fields["num_key_value_heads"] = fields["num_attention_heads"]
-    fields["head_dim"] = getattr(target_config, "head_dim", None)
-    fields = {name: value for name, value in fields.items() if value is not None}
-    rope = _rope_parameters(target_config)
-    if rope is not None:
-        fields["rope_parameters"] = rope
-    try:
-        return LlamaConfig(**{**fields, "num_hidden_layers": 1, "hidden_act": "silu", **changes})
-    except StrictDataclassError as error:
-        reason = error.__cause__ or error
-        raise ValueError(f"the head cannot use its options, backbone: {reason}") from error
-
-
-def _rope_parameters(config: Any) -> dict[str, Any] | None:
-    """The target's rotary parameters; of several kinds of layers, those of full attention."""
-    rope = getattr(config, "rope_parameters", None)
-    if not rope:
-        return None
-    rope = rope.get("full_attention", rope) if isinstance(rope, dict) else rope
-    # Heads rotate all of each head, whatever share of it the target rotates.
-    return {name: value for name, value in rope.items() if name != "partial_rotary_factor"}
-
-
-class DraftAttention(LlamaAttention):
-    """Llama attention whose queries, keys and values may read a wider input than it writes.
-
-    Args:
-        config: of the backbone.
-        input_size: width of the input; None for the hidden size.
-        qkv_bias: give queries, keys and values a bias.
-    """
-
-    def __init__(
-        self, config: LlamaConfig, input_size: int | None = None, qkv_bias: bool = False
-    ) -> None:
-        config._attn_implementation = ATTENTION
-        super().__init__(config, layer_idx=0)
-        width = input_size or config.hidden_size
-        for name in ("q_proj", "k_proj", "v_proj"):
-            size = getattr(self, name).out_features
-            setattr(self, name, nn.Linear(width, size, bias=qkv_bias))
-
-
-class Rotary(LlamaRotaryEmbedding):
-    """Llama's rotary embedding, whose frequencies are no parameters and never saved."""
-
-
-__all__ = ["DraftAttention", "LlamaMLP", "LlamaRMSNorm", "Rotary", "backbone_config"]

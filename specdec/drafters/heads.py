@@ -1,54 +1,171 @@
-"""Draft heads by name: built new for a target, or loaded from a checkpoint."""
+"""Draft heads: what a trainable module says of itself, and how one is built and loaded."""
 
-from importlib import import_module
-from typing import Any
+from collections.abc import Mapping
+from inspect import signature
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from specdec.checkpoints import KINDS, HeadCheckpoint, check_target, identify_target, read_head
+from specdec.checkpoints import HeadCheckpoint, check_target, identify_target, read_head
+from specdec.checkpoints.head import construct, take_tensors
+from specdec.common.config import Config, validated
 from specdec.drafters.training import LossOutput, TrainingBatch
 from specdec.targets.load import LOADING
 
+# Far above any real size, and small enough that shapes of a damaged config still fit 64 bits.
+Size = Annotated[int, Field(ge=1, le=2**28)]
+Layer = Annotated[int, Field(ge=0, le=2**16)]
 
-def build_head(kind: str, options: dict[str, Any], target: Any) -> nn.Module:
-    """A new head for a target, in float32 on its device.
+
+class Head(nn.Module):
+    """A draft head that can be trained. Its class is all that the package knows of its kind.
+
+    A checkpoint holds `options` as JSON and the module's `state_dict`; its shapes are those of the
+    module that the options build.
 
     Args:
-        kind: one of `KINDS`.
-        options: of `specdec.drafters.{kind}.build`.
-        target: an `HFTarget`; the head shares its embedding and vocabulary projection, which are
-            no parameters of the head.
+        options: fields of `Options`; what is left out follows the target.
+        target_config: the target's text config.
+        embedding: the target's input embedding; like `vocab_head` no parameter of the head. Both
+            are None where the head is built for its shapes alone, on the meta device.
+        vocab_head: the target's vocabulary projection.
+
+    Attributes:
+        Options: the head's options; a flag's description is what `specdec inspect` says of it.
+        options: all of them, none left to the target.
+        taps: HF `hidden_states` indices that it reads.
+        max_depth: levels that it can draft; None for any number.
+        token_map: [D] target ids of a reduced draft vocabulary, or None.
+    """
+
+    Options: ClassVar[type[Config]]
+    options: Any
+    taps: tuple[int, ...]
+    max_depth: int | None = None
+    token_map: Tensor | None = None
+
+    def __init__(
+        self,
+        options: Mapping[str, Any],
+        target_config: Any,
+        embedding: nn.Module | None = None,
+        vocab_head: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        # A tuple keeps the target's modules out of the head's parameters.
+        self._target_parts: tuple[Any, Any] = (embedding, vocab_head)
+
+    @classmethod
+    def given(cls, options: Mapping[str, Any]) -> Any:
+        """Check options from JSON, YAML or Python.
+
+        Raises:
+            ValueError: the option, its value and the rule.
+        """
+        plain = {key: list(v) if isinstance(v, tuple) else v for key, v in options.items()}
+        return validated(cls.Options, plain, "head option")
+
+    @staticmethod
+    def default_taps(num_layers: int) -> tuple[int, ...]:
+        """Taps of a new head for a target with so many layers: the state after its final norm."""
+        return (num_layers,)
+
+    @classmethod
+    def target_facts(cls, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Facts of the target's config as a head's tensors tell them, where nothing else does."""
+        return {}
+
+    @classmethod
+    def check_values(cls, tensors: Mapping[str, Tensor]) -> None:
+        """Refuse tensors of the right shapes whose values cannot be meant.
+
+        Raises:
+            ValueError: the tensor and the rule.
+        """
+
+    def loss(self, batch: TrainingBatch, **options: Any) -> LossOutput:
+        """The loss that the head is trained with; a subclass names its options."""
+        raise NotImplementedError
+
+    @classmethod
+    def loss_options(cls) -> dict[str, Any]:
+        """Options of the loss with their defaults."""
+        named = list(signature(cls.loss).parameters.values())[2:]
+        return {option.name: option.default for option in named}
+
+    def candidates(self, batch: TrainingBatch, depth: int, width: int) -> Tensor:
+        """Likeliest ids [B, L, D, width]: at place i for t_{i+2}, t_{i+3}, ..., after the text.
+
+        D is `depth`, or `max_depth` where the head is bound to one.
+        """
+        raise NotImplementedError
+
+    def guesses(self, batch: TrainingBatch, mask: Tensor) -> Tensor:
+        """Logits [places, V] for t_{i+2} at the places i of a mask [B, L].
+
+        Tokens outside a reduced draft vocabulary are -inf.
+        """
+        raise NotImplementedError
+
+    def sizes(self) -> dict[str, int]:
+        """Sizes of the head by name."""
+        known = self.options.model_dump(exclude_none=True)
+        return {name: value for name, value in known.items() if name.endswith("_size")}
+
+    def describe(self, given: Mapping[str, Any]) -> dict[str, str]:
+        """Say what the head reads, drafts, consists of and has.
+
+        Args:
+            given: options that its checkpoint states itself.
+        """
+        fields = type(self.options).model_fields
+        flags = [f.description for name, f in fields.items() if getattr(self.options, name) is True]
+        sizes = self.sizes()
+        size = sizes.get("vocab_size")
+        return {
+            "reads": "the last hidden state of the target, behind its final norm",
+            "drafts": f"all {size:,} tokens" if size else "all tokens of the target",
+            "layer": f"width {sizes.get('hidden_size', '?')}",
+            "has": ", ".join(words for words in flags if words) or "no optional parts",
+        }
+
+
+def build_head(kind: str, options: Mapping[str, Any], target: Any) -> Head:
+    """Build a new head for a target, in float32 on its device.
+
+    Args:
+        kind: a strategy with a head.
+        options: fields of the head's `Options`.
+        target: an `HFTarget`.
 
     Raises:
-        ValueError: no such kind, or an option that it does not have.
+        ValueError: no such kind, or an option that it does not have or cannot use.
     """
-    _check_kind(kind)
-    embedding = target.model.get_input_embeddings()
-    projection = target.model.get_output_embeddings()
-    try:
-        head: nn.Module = _module(kind).build(options, target.config, embedding, projection)
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{kind} head cannot use its options ({error})") from error
+    parts = target.model.get_input_embeddings(), target.model.get_output_embeddings()
+    head: Head = construct(kind, options, target.config, *parts)
     return head.to(target.device)
 
 
-def head_loss(kind: str, head: nn.Module, batch: TrainingBatch, **options: Any) -> LossOutput:
-    """The loss that a head of this kind is trained with; options as in its file."""
-    _check_kind(kind)
-    result: LossOutput = _module(kind).loss(head, batch, **options)
-    return result
+def fill_head(head: Head, tensors: Mapping[str, Tensor], path: str) -> None:
+    """Give a head its tensors, all of them and no others.
+
+    Raises:
+        ValueError: the first tensor that is missing, left over, mis-shaped or not finite, by name.
+    """
+    head.load_state_dict(take_tensors(path, tensors, head))
 
 
 def load_head(
     kind: str, target: Any, path: str, *, force: bool = False, dtype: torch.dtype | None = None
-) -> tuple[nn.Module, HeadCheckpoint]:
+) -> tuple[Head, HeadCheckpoint]:
     """Load a head for a target, in eval mode and the target's dtype.
 
     Args:
         kind: what the drafter needs.
         target: an `HFTarget`.
-        path: folder or hub id in any known layout, or "demo".
+        path: folder or hub id in any known layout.
         force: take a head that was trained for another target of the same shape.
         dtype: of the head; None for the target's.
 
@@ -68,38 +185,3 @@ def load_head(
         head = build_head(kind, checkpoint.options, target)
     fill_head(head, checkpoint.tensors, path)
     return head.to(dtype or target.model.dtype).eval(), checkpoint
-
-
-def fill_head(head: nn.Module, tensors: dict[str, Tensor], path: str) -> None:
-    """Give a head its tensors, all of them and no others.
-
-    Raises:
-        ValueError: the first tensor that is missing, left over, mis-shaped or not finite, by name.
-    """
-    wanted = head.state_dict()
-    for name, tensor in wanted.items():
-        if name not in tensors:
-            raise ValueError(f"{path!r} lacks the tensor {name}; the checkpoint is incomplete")
-        given = tensors[name]
-        if given.shape != tensor.shape:
-            raise ValueError(
-                f"{path!r}: {name} has shape {tuple(given.shape)} but must have "
-                f"{tuple(tensor.shape)}; the checkpoint or its config is of another head"
-            )
-        if given.is_floating_point() and not given.isfinite().all():
-            raise ValueError(f"{path!r}: {name} holds NaN or infinite values; train it again")
-    left = sorted(set(tensors) - set(wanted))
-    if left:
-        raise ValueError(
-            f"{path!r} has {len(left)} tensors that this head does not have, {left[0]} for one"
-        )
-    head.load_state_dict(tensors)
-
-
-def _check_kind(kind: str) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"head kind is {kind!r} but must be one of {', '.join(KINDS)}")
-
-
-def _module(kind: str) -> Any:
-    return import_module(f"specdec.drafters.{kind}")

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from specdec.common.arguments import require_counts
+from specdec.drafters.base import BaseDrafter, ShapeOptions
 from specdec.engine.interfaces import Drafter, HoldsCache, Prompts, TargetOutput
 from specdec.sampling.sampler import Sampler
 from specdec.verify import Draft, Verdict, best_first
@@ -127,7 +129,7 @@ def _confidence(draft: Draft) -> Tensor:
     return draft.confidence.float() * draft.real_nodes()
 
 
-class HybridDrafter:
+class HybridDrafter(BaseDrafter):
     """Merges the drafts of two or more drafters, equal paths joined, the likeliest nodes kept.
 
     How likely a node is, is its drafter's confidence, corrected by how often such nodes were
@@ -144,7 +146,8 @@ class HybridDrafter:
         calibrate: correct the confidences; False takes them as they are.
     """
 
-    makes_trees = True
+    kind, title, makes_trees = "hybrid", "Hybrid", True
+    shape_options: ClassVar[ShapeOptions] = ShapeOptions({"nodes": "max_nodes"}, varies=True)
 
     def __init__(
         self,
@@ -161,7 +164,7 @@ class HybridDrafter:
         self.drafters = list(drafters)
         self.max_nodes, self.enough, self.calibrate = max_nodes, enough, calibrate
         self.taps = tuple(sorted({tap for drafter in drafters for tap in drafter.taps}))
-        self.clock = _SumClock(drafters)
+        self.clock: Any = _SumClock(drafters)
         self._calibration: Calibration | None = None
         # Conditional confidences [S, B, N] and parents [B, N] of a merged draft.
         self._merged: tuple[Tensor, Tensor] | None = None

@@ -3,30 +3,36 @@
 Source: Medusa, arXiv 2401.10774.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, silu
+from torch.nn.functional import cross_entropy, pad, silu
 
+from specdec.common.config import Config
 from specdec.demo import demo_path
-from specdec.drafters.forced import FixedShape
-from specdec.drafters.heads import load_head
+from specdec.drafters.base import BaseDrafter, FixedShape, ShapeOptions
+from specdec.drafters.heads import Head, Layer, Size, load_head
 from specdec.drafters.training import LossOutput, TrainingBatch, shifted
-from specdec.drafters.tree_growth import StaticGrowth, TreeShape, guessed_acceptance
+from specdec.drafters.tree_growth import (
+    StaticGrowth,
+    TreeShape,
+    child_scores,
+    guessed_acceptance,
+)
 from specdec.engine.clock import ForwardClock
 from specdec.engine.interfaces import Prompts, TargetOutput
 from specdec.sampling.sampler import Sampler
 from specdec.verify import Draft, Verdict, best_static_tree
 
 _DEFAULT_NODES, _GUESSED_WIDTH = 24, 8
+_MOST_BLOCKS = 1000  # a number in a config takes no memory, a module does
 
 
-@dataclass(frozen=True)
-class MedusaConfig:
-    """What makes Medusa heads.
+class MedusaOptions(Config):
+    """The options of Medusa heads.
 
     Attributes:
         hidden_size: H of the target.
@@ -38,12 +44,23 @@ class MedusaConfig:
             the target's.
     """
 
-    hidden_size: int
-    vocab_size: int
-    tap: int
-    num_heads: int = 4
-    num_layers: int = 1
-    own_vocab_head: bool = True
+    hidden_size: Size | None = None
+    vocab_size: Size | None = None
+    tap: Layer | None = None
+    num_heads: Size = 4
+    num_layers: Size = 1
+    own_vocab_head: Annotated[bool, Field(description="a vocabulary projection for every head")] = (
+        True
+    )
+
+    @model_validator(mode="after")
+    def _can_be_built(self) -> Self:
+        if self.num_heads * self.num_layers > _MOST_BLOCKS:
+            raise ValueError(
+                f"num_heads {self.num_heads} times num_layers {self.num_layers} of Medusa heads is "
+                f"more than {_MOST_BLOCKS}; is the config damaged?"
+            )
+        return self
 
 
 class ResBlock(nn.Module):
@@ -60,35 +77,55 @@ class ResBlock(nn.Module):
         return states + silu(self.linear(states))
 
 
-class MedusaHeads(nn.Module):
+class MedusaHeads(Head):
     """K heads. Parameters: `blocks.{head}.{layer}.linear.*` and `vocab_heads.{head}.weight`.
 
-    Args:
-        config: see `MedusaConfig`.
-        vocab_head: the target's vocabulary projection; not a parameter of the heads.
+    Their own projections start as copies of the target's.
     """
 
-    def __init__(self, config: MedusaConfig, vocab_head: nn.Module) -> None:
-        super().__init__()
-        self.config, self.taps = config, (config.tap,)
-        size = config.hidden_size
-        self.blocks = nn.ModuleList(
-            nn.ModuleList(ResBlock(size) for _ in range(config.num_layers))
-            for _ in range(config.num_heads)
+    Options = MedusaOptions
+
+    def __init__(
+        self,
+        options: Mapping[str, Any],
+        target_config: Any,
+        embedding: nn.Module | None = None,
+        vocab_head: nn.Module | None = None,
+    ) -> None:
+        super().__init__(options, target_config, embedding, vocab_head)
+        given = self.given(options)
+        tap = target_config.num_hidden_layers if given.tap is None else given.tap
+        size = given.hidden_size or target_config.hidden_size
+        vocab = given.vocab_size or target_config.vocab_size
+        self.options = given.model_copy(
+            update={"hidden_size": size, "vocab_size": vocab, "tap": tap}
         )
-        if config.own_vocab_head:
+        self.taps, self.max_depth = (tap,), given.num_heads
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(ResBlock(size) for _ in range(given.num_layers))
+            for _ in range(given.num_heads)
+        )
+        if given.own_vocab_head:
             self.vocab_heads = nn.ModuleList(
-                nn.Linear(size, config.vocab_size, bias=False) for _ in range(config.num_heads)
+                nn.Linear(size, vocab, bias=False) for _ in range(given.num_heads)
             )
-        # A tuple keeps the target's projection out of the heads' parameters.
-        self._target_head = (vocab_head,)
+            if vocab_head is not None:
+                own = {f"{head}.weight": vocab_head.weight for head in range(given.num_heads)}
+                self.vocab_heads.load_state_dict(own)
+
+    @classmethod
+    def target_facts(cls, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """See `Head`."""
+        block, own = tensors.get("blocks.0.0.linear.bias"), tensors.get("vocab_heads.0.weight")
+        facts = {} if block is None or not block.ndim else {"hidden_size": len(block)}
+        return facts if own is None or not own.ndim else facts | {"vocab_size": len(own)}
 
     def forward(self, feature: Tensor, num_heads: int | None = None) -> Tensor:
         """Logits [..., K, V]: head k guesses the token k + 2 places after the feature [..., H].
 
         `num_heads` asks the first heads only; None asks all K.
         """
-        count = self.config.num_heads if num_heads is None else num_heads
+        count = self.options.num_heads if num_heads is None else num_heads
         return torch.stack([self.guess(k, feature) for k in range(count)], -2)
 
     def guess(self, head: int, feature: Tensor) -> Tensor:
@@ -96,12 +133,57 @@ class MedusaHeads(nn.Module):
         states = feature
         for block in self.blocks[head]:  # type: ignore[attr-defined]
             states = block(states)
-        project = self.vocab_heads[head] if self.config.own_vocab_head else self._target_head[0]
+        project = self.vocab_heads[head] if self.options.own_vocab_head else self._target_parts[1]
         logits: Tensor = project(states)
         return logits
 
+    def candidates(self, batch: TrainingBatch, depth: int, width: int) -> Tensor:
+        """See `Head`."""
+        logits = self(batch.hidden[self.taps[0]])
+        return logits.topk(min(width, logits.shape[-1]), -1).indices
 
-class MedusaDrafter:
+    def guesses(self, batch: TrainingBatch, mask: Tensor) -> Tensor:
+        """See `Head`."""
+        return self.guess(0, batch.hidden[self.taps[0]][mask])
+
+    def loss(  # type: ignore[override]
+        self, batch: TrainingBatch, decay: float = 0.8, objective: str = "cross_entropy"
+    ) -> LossOutput:
+        """Sum over heads of decay^k times the cross-entropy to the text, or the KL to the target.
+
+        Args:
+            batch: see `TrainingBatch`.
+            decay: weight of a head over that of the one before; the first has `decay` itself.
+            objective: "cross_entropy" (Medusa-1) or "kl" (self-distillation).
+        """
+        if objective not in ("cross_entropy", "kl"):
+            raise ValueError(f"objective is {objective!r} but must be 'cross_entropy' or 'kl'")
+        states = batch.hidden[self.taps[0]]
+        total = states.new_zeros((), dtype=torch.float32)
+        parts: dict[str, Tensor] = {}
+        for k in range(self.options.num_heads):
+            mask = shifted(batch.loss_mask, k + 2)
+            logits = self.guess(k, states[mask]).float()  # [places, V]
+            if objective == "kl":
+                goal = shifted(batch.target_logits, k + 1)[mask].float().log_softmax(-1)
+                each = (goal.exp() * (goal - logits.log_softmax(-1))).sum(-1)
+            else:
+                goal = shifted(batch.tokens, k + 2)[mask]
+                each = cross_entropy(logits, goal, reduction="none")
+            part = each.sum() / max(len(each), 1)
+            total = total + decay ** (k + 1) * part
+            parts[f"{objective}_{k + 1}"] = part.detach()
+        return LossOutput(total, parts)
+
+    def describe(self, given: Mapping[str, Any]) -> dict[str, str]:
+        """See `Head`."""
+        said = super().describe(given)
+        heads, layers = self.options.num_heads, self.options.num_layers
+        said["drafts"] += f"; {heads} heads, so as many levels, of {layers} residual blocks each"
+        return said
+
+
+class MedusaDrafter(BaseDrafter):
     """Drafts a static tree from one look at the target's last feature; it has no cache.
 
     Args:
@@ -110,8 +192,9 @@ class MedusaDrafter:
         shape: a static tree, at most as deep as there are heads.
     """
 
-    shape_options: ClassVar[frozenset[str]] = frozenset(
-        ("max_nodes", "choices", "acceptance", "children")
+    kind, title, head_class, trained_as = "medusa", "Medusa heads", MedusaHeads, "head"
+    shape_options: ClassVar[ShapeOptions] = ShapeOptions(
+        {"nodes": "max_nodes"}, ("nodes",), ("choices", "acceptance")
     )
 
     @classmethod
@@ -142,9 +225,9 @@ class MedusaDrafter:
             FileNotFoundError: no such checkpoint.
             ValueError: the checkpoint does not fit, or an option is out of its range.
         """
-        where = str(demo_path("medusa")) if path == "demo" else path
-        heads, checkpoint = load_head("medusa", target, where, force=force)
-        assert isinstance(heads, MedusaHeads)
+        where = str(demo_path(cls.kind)) if path == "demo" else path
+        loaded, checkpoint = load_head(cls.kind, target, where, force=force)
+        heads: Any = loaded
         if choices is None and max_nodes is None and acceptance is None:
             choices = checkpoint.tree
         if choices is None:
@@ -152,22 +235,22 @@ class MedusaDrafter:
             if table is None:
                 table = checkpoint.training.get("acceptance_by_rank")
             if table is None:
-                table = guessed_acceptance(heads.config.num_heads, _GUESSED_WIDTH)
+                table = guessed_acceptance(heads.max_depth, _GUESSED_WIDTH)
             ranks = [row[: target.vocab_size] for row in table]
             choices = best_static_tree(ranks, _DEFAULT_NODES if max_nodes is None else max_nodes)
         return cls(heads, target.vocab_size, TreeShape(choices=choices, children=children))
 
     def __init__(self, heads: MedusaHeads, vocab_size: int, shape: TreeShape) -> None:
         self.heads, self.vocab_size, self.shape = heads, vocab_size, shape
-        self.taps = heads.taps
+        self.taps, self.children = heads.taps, shape.children
         self.device = next(heads.parameters()).device
         self.clock = ForwardClock(self.device)
         self._plan = shape.static_plan(vocab_size, self.device)
         self.makes_trees = not self._plan.is_chain
         depth = self._plan.tree.depth
-        if depth > heads.config.num_heads:
+        if depth > heads.options.num_heads:
             raise ValueError(
-                f"the tree has {depth} levels but there are {heads.config.num_heads} heads, one a "
+                f"the tree has {depth} levels but there are {heads.options.num_heads} heads, one a "
                 "level; choose a shallower tree"
             )
         self.max_nodes = self._plan.num_nodes
@@ -188,28 +271,20 @@ class MedusaDrafter:
         """Fill the tree with the heads' candidates; a level's nodes share their head's guess."""
         if max(budget) < 1:
             return Draft.empty(len(root), root.device)
-        growth = StaticGrowth(
-            self._plan, self.shape.children, max(budget), sampler, self._num_committed
-        )
+        growth = StaticGrowth(self._plan, self.children, max(budget), sampler, self._num_committed)
         with self.clock.forward():
             logits = self.heads(self._feature, growth.num_levels)  # [B, levels, V]
         for level in range(growth.num_levels):
-            growth.add_level(self._scores(logits[:, level : level + 1], growth, level, sampler))
+            beam = growth.origin.shape[1] if level else 1
+            guess = logits[:, level : level + 1].expand(-1, beam, -1)
+            growth.add_level(child_scores(growth, guess, sampler))
         return growth.draft(budget)
-
-    def _scores(self, logits: Tensor, growth: StaticGrowth, level: int, sampler: Sampler) -> Tensor:
-        """Scores [B, beam, V] of the candidates behind each node of the newest beam."""
-        if level == 0:
-            return sampler.scores(logits)
-        draft, rows = growth.expanded()
-        spread = logits.expand(-1, len(rows), -1)
-        return sampler.scores(spread, draft, rows.expand(len(logits), -1))
 
     def observe(
         self, verdict: Verdict, committed: Sequence[Sequence[int]], hidden: dict[int, Tensor]
     ) -> None:
         """Keep the feature where the new root was sampled: the old root's or the last node's."""
-        path = torch.nn.functional.pad(verdict.path + 1, (1, 0))  # [B, D + 1]; 0 is the root
+        path = pad(verdict.path + 1, (1, 0))  # [B, D + 1]; 0 is the root
         place = path.gather(1, verdict.num_accepted.unsqueeze(1)).squeeze(1)
         states = hidden[self.taps[0]]
         self._feature = states[torch.arange(len(states), device=self.device), place]
@@ -218,11 +293,6 @@ class MedusaDrafter:
     def reorder(self, rows: Tensor) -> None:
         """Keep these rows."""
         self._feature, self._num_committed = self._feature[rows], self._num_committed[rows]
-
-    @property
-    def children(self) -> str:
-        """See `TreeShape`."""
-        return self.shape.children
 
     @property
     def fixed_shape(self) -> FixedShape:
@@ -234,59 +304,5 @@ class MedusaDrafter:
     ) -> Iterator[Tensor]:
         """See `Forced`: every head at every place."""
         features = hidden[self.taps[0]][first : len(tokens) - 1]
-        for level in range(min(depth, self.heads.config.num_heads, len(features))):
+        for level in range(min(depth, self.heads.options.num_heads, len(features))):
             yield self.heads.guess(level, features[: len(features) - level])
-
-
-def build(
-    options: dict[str, Any], target_config: Any, embedding: nn.Module, vocab_head: nn.Module
-) -> MedusaHeads:
-    """New heads for a target; their own projections start as copies of the target's.
-
-    Args:
-        options: fields of `MedusaConfig`; what is missing follows the target.
-        target_config: the target's text config.
-        embedding: not used.
-        vocab_head: the target's vocabulary projection.
-    """
-    defaults = {
-        "hidden_size": target_config.hidden_size,
-        "vocab_size": target_config.vocab_size,
-        "tap": target_config.num_hidden_layers,
-    }
-    heads = MedusaHeads(MedusaConfig(**{**defaults, **options}), vocab_head)
-    if heads.config.own_vocab_head:
-        own = {f"{head}.weight": vocab_head.weight for head in range(heads.config.num_heads)}
-        heads.vocab_heads.load_state_dict(own)
-    return heads
-
-
-def loss(
-    heads: MedusaHeads, batch: TrainingBatch, decay: float = 0.8, objective: str = "cross_entropy"
-) -> LossOutput:
-    """Sum over heads of decay^k times the cross-entropy to the text, or the KL to the target.
-
-    Args:
-        heads: in train mode.
-        batch: see `TrainingBatch`.
-        decay: weight of a head over that of the one before; the first has `decay` itself.
-        objective: "cross_entropy" (Medusa-1) or "kl" (self-distillation).
-    """
-    if objective not in ("cross_entropy", "kl"):
-        raise ValueError(f"objective is {objective!r} but must be 'cross_entropy' or 'kl'")
-    states = batch.hidden[heads.taps[0]]
-    total = states.new_zeros((), dtype=torch.float32)
-    parts: dict[str, Tensor] = {}
-    for k in range(heads.config.num_heads):
-        mask = shifted(batch.loss_mask, k + 2)
-        logits = heads.guess(k, states[mask]).float()  # [places, V]
-        if objective == "kl":
-            goal = shifted(batch.target_logits, k + 1)[mask].float().log_softmax(-1)
-            each = (goal.exp() * (goal - logits.log_softmax(-1))).sum(-1)
-        else:
-            goal = shifted(batch.tokens, k + 2)[mask]
-            each = cross_entropy(logits, goal, reduction="none")
-        part = each.sum() / max(len(each), 1)
-        total = total + decay ** (k + 1) * part
-        parts[f"{objective}_{k + 1}"] = part.detach()
-    return LossOutput(total, parts)

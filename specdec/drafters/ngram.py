@@ -1,19 +1,19 @@
 """Prompt lookup: copy what followed the last tokens where they occurred before."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from specdec.common.arguments import require_counts
-from specdec.drafters.training import merge, pack_rows
-from specdec.engine.clock import ForwardClock
+from specdec.drafters.base import BaseDrafter, ShapeOptions
+from specdec.drafters.lookup import merge, pack_rows
 from specdec.engine.interfaces import Prompts, TargetOutput
 from specdec.sampling.sampler import Sampler
 from specdec.verify import Draft, Verdict
 
 
-class NgramDrafter:
+class NgramDrafter(BaseDrafter):
     """Looks the last n tokens up in the row's own prompt and output.
 
     The index lives on the host and grows with the committed tokens, so a step costs a few
@@ -30,7 +30,10 @@ class NgramDrafter:
     Source: prompt lookup decoding (Saxena 2023); LLMA, arXiv 2304.04487.
     """
 
-    taps: tuple[int, ...] = ()
+    kind, title = "ngram", "Prompt lookup"
+    shape_options: ClassVar[ShapeOptions] = ShapeOptions(
+        {"nodes": "num_draft_tokens"}, ("nodes",), ("num_continuations",), varies=True
+    )
     expected: Sequence[float] = ()  # accepted tokens expected of each row's last draft
 
     def __init__(
@@ -57,7 +60,6 @@ class NgramDrafter:
         self.max_nodes = num_draft_tokens
         if self.makes_trees:
             self.max_nodes = max_nodes or num_draft_tokens * num_continuations
-        self.clock = ForwardClock(torch.device("cpu"))
         self._sizes = range(min_ngram, max_ngram + 1)
         self._rows: list[_History] = []
 

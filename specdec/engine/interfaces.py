@@ -8,7 +8,6 @@ next `score` feeds together with the draft.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from threading import Lock
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakValueDictionary
@@ -120,36 +119,6 @@ class Drafter(Protocol):
 
     def reorder(self, rows: Tensor) -> None:
         """Keep only `rows` (int64, each at most once) of the batch, in that order."""
-
-
-class BaseDrafter:
-    """A drafter that remembers nothing and reads no hidden states: add `propose` and use it."""
-
-    taps: tuple[int, ...] = ()
-    max_nodes: int = 8
-    makes_trees: bool = False
-
-    @cached_property
-    def clock(self) -> ForwardClock:
-        """Time of its forwards; none are timed unless `propose` does."""
-        return ForwardClock(torch.device("cpu"))
-
-    def begin(
-        self, prompts: Prompts, output: TargetOutput, sampler: Sampler, *, join: bool = False
-    ) -> None:
-        """Forget the batch before, of which nothing is known."""
-
-    def propose(self, root: Tensor, budget: Sequence[int], sampler: Sampler) -> Draft:
-        """Draft at most `budget[b]` nodes after `root[b]`."""
-        raise NotImplementedError(f"{type(self).__name__} has no propose")
-
-    def observe(
-        self, verdict: Verdict, committed: Sequence[Sequence[int]], hidden: dict[int, Tensor]
-    ) -> None:
-        """Learn nothing."""
-
-    def reorder(self, rows: Tensor) -> None:
-        """Keep rows of which nothing is known."""
 
 
 @runtime_checkable

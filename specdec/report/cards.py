@@ -5,17 +5,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from specdec.checkpoints import HeadCheckpoint
-from specdec.checkpoints.head import filled, known_sizes
+from specdec.checkpoints import HeadCheckpoint, head_of
 from specdec.common.files import replace_file
 from specdec.common.hub import HUB
+from specdec.registry import strategy
 
-_KINDS = {
-    "draft_model": "Draft model",
-    "medusa": "Medusa heads",
-    "eagle": "EAGLE-1 head",
-    "eagle3": "EAGLE-3 head",
-}
 _HERE = "PATH/OF/THIS/FOLDER"
 
 
@@ -69,7 +63,7 @@ def _opening(results: dict[str, Any]) -> str:
     )
     said = f" (hashes: {hashes})" if hashes else ""
     return (
-        f"# {_KINDS[_kind(results)]} for {_target(results)}\n\n"
+        f"# {strategy(_kind(results)).title} for {_target(results)}\n\n"
         "It drafts tokens for speculative decoding: the target verifies them, so what is generated "
         "is the target's own, only sooner. It was trained by `specdec train` on answers of the "
         f"target itself. It is for this target{said} and drafts badly for any other."
@@ -248,16 +242,6 @@ def _cell(value: Any) -> str:
 
 
 SCHEMA = 1
-_TITLES = {"medusa": "Medusa heads", "eagle": "EAGLE-1 head", "eagle3": "EAGLE-3 head"}
-_FLAGS = {
-    "bias": "bias where token and feature are fused",
-    "qkv_bias": "bias of queries, keys and values",
-    "norm_before_residual": "the normed feature is the residual",
-    "norm_before_fc": "the taps are normed before they are fused",
-    "norm_output": "the normed state is fed back",
-    "own_embedding": "its own embedding",
-    "own_vocab_head": "a vocabulary projection for every head",
-}
 
 
 def head_facts(checkpoint: HeadCheckpoint, num_bytes: int) -> dict[str, Any]:
@@ -267,7 +251,7 @@ def head_facts(checkpoint: HeadCheckpoint, num_bytes: int) -> dict[str, Any]:
         checkpoint: the head.
         num_bytes: of its files.
     """
-    options = filled(checkpoint.kind, checkpoint.options)
+    head = head_of(checkpoint)
     # The maps of a draft vocabulary are whole numbers and no parameters.
     weights = [t for t in checkpoint.tensors.values() if t.is_floating_point()]
     target = checkpoint.target
@@ -278,8 +262,8 @@ def head_facts(checkpoint: HeadCheckpoint, num_bytes: int) -> dict[str, Any]:
         "parameters": sum(weight.numel() for weight in weights),
         "dtypes": sorted({str(weight.dtype).removeprefix("torch.") for weight in weights}),
         "bytes": num_bytes,
-        "options": options,
-        "sizes": known_sizes(options, target),
+        "options": type(head).given(checkpoint.options).model_dump(exclude_none=True),
+        "sizes": head.sizes(),
         "tree_nodes": None if checkpoint.tree is None else len(checkpoint.tree),
         "tree_levels": None if checkpoint.tree is None else max(map(len, checkpoint.tree)),
         "target": None if target is None else asdict(target),
@@ -287,23 +271,20 @@ def head_facts(checkpoint: HeadCheckpoint, num_bytes: int) -> dict[str, Any]:
     }
 
 
-def head_text(facts: dict[str, Any]) -> str:
+def head_text(checkpoint: HeadCheckpoint, num_bytes: int) -> str:
     """The facts of `head_facts`, a line each."""
+    facts = head_facts(checkpoint, num_bytes)
     lines = {
         "weights": f"{facts['parameters']:,} parameters in {', '.join(facts['dtypes'])}, "
         f"{facts['bytes']:,} bytes on disk",
-        "reads": _reads(facts),
-        "drafts": _drafts(facts),
-        "layer": _layer(facts),
-        "has": ", ".join(words for name, words in _FLAGS.items() if facts["options"].get(name))
-        or "no optional parts",
+        **head_of(checkpoint).describe(checkpoint.options),
         "tree": f"{facts['tree_nodes']} nodes on {facts['tree_levels']} levels"
         if facts["tree_nodes"]
         else "none of its own",
         "target": _target_of_head(facts["target"]),
         "training": _training_of_head(facts["training"]),
     }
-    title = f"{_TITLES[facts['kind']]} in the layout {facts['layout']!r}"
+    title = f"{strategy(checkpoint.kind).title} in the layout {facts['layout']!r}"
     return "\n".join([title, *(f"  {n:<9} {words or 'not said'}" for n, words in lines.items())])
 
 
@@ -326,37 +307,6 @@ def _short(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name.replace('_', ' ')} {_short(v)}" for name, v in value.items())
     return str(value)
-
-
-def _reads(facts: dict[str, Any]) -> str:
-    if facts["kind"] != "eagle3":
-        return "the last hidden state of the target, behind its final norm"
-    taps = facts["options"].get("taps")
-    if taps is None:
-        return "hidden_states 2, L // 2 and L - 3 of a target with L layers, as published"
-    return f"hidden_states {', '.join(map(str, taps))} of the target (0 is its embedding)"
-
-
-def _drafts(facts: dict[str, Any]) -> str:
-    options, vocab_size = facts["options"], facts["sizes"].get("vocab_size")
-    whole = f"all {vocab_size:,} tokens" if vocab_size else "all tokens of the target"
-    if facts["kind"] == "medusa":
-        depth, layers = options["num_heads"], options["num_layers"]
-        return f"{whole}; {depth} heads, so as many levels, of {layers} residual blocks each"
-    reduced = facts["sizes"].get("draft_vocab_size")
-    return (
-        whole if reduced in (None, vocab_size) else f"{reduced:,} of {vocab_size or '?':,} tokens"
-    )
-
-
-def _layer(facts: dict[str, Any]) -> str:
-    backbone = facts["options"].get("backbone") or {}
-    if not backbone:
-        width = facts["sizes"].get("hidden_size", "?")
-        return f"width {width}" + ("" if facts["kind"] == "medusa" else ", the rest as the target")
-    rope = backbone.get("rope_parameters") or {}
-    words = [f"{name} {value}" for name, value in backbone.items() if name != "rope_parameters"]
-    return ", ".join([*words, *(f"{name} {value}" for name, value in rope.items())])
 
 
 def _target_of_head(target: dict[str, Any] | None) -> str:

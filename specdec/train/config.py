@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from specdec.checkpoints.head import KINDS as HEADS
 from specdec.common.config import load_strict, require_at_least, require_at_most
+from specdec.registry import head_kinds, trainable_kinds
 
-KINDS = (*HEADS, "draft_model")
 PRECISIONS = ("no", "bf16", "fp16")
 SHARDINGS = ("none", "fsdp2")
 TRACKERS = ("none", "tensorboard")
@@ -126,7 +125,7 @@ def load_train_config(path: str, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def _check_choices(config: TrainConfig) -> None:
-    _require_one_of("drafter.kind", config.drafter.kind, KINDS)
+    _require_one_of("drafter.kind", config.drafter.kind, trainable_kinds())
     _require_one_of("log_with", config.log_with, TRACKERS)
     _require_one_of("sharding", config.sharding, SHARDINGS)
     if config.mixed_precision is not None:
@@ -140,12 +139,12 @@ def _check_choices(config: TrainConfig) -> None:
         )
     if config.num_epochs is not None and config.max_steps is not None:
         raise ValueError("config num_epochs and max_steps are both given; remove one")
-    if config.data.pack_len is not None and config.drafter.kind in HEADS:
+    if config.data.pack_len is not None and config.drafter.kind in head_kinds():
         raise ValueError(
             f"config data.pack_len is for draft models; {config.drafter.kind} heads look ahead in "
             "their text, which packing would lead into the next one; remove it"
         )
-    if config.drafter.init is not None and config.drafter.kind not in HEADS:
+    if config.drafter.init is not None and config.drafter.kind not in head_kinds():
         raise ValueError(
             "config drafter.init is for heads; a draft model starts from drafter.options.path"
         )

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib import import_module
-from inspect import signature
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,19 +13,18 @@ from specdec.checkpoints import (
     TargetIdentity,
     check_target,
     read_head,
-    resolved_options,
     write_head,
 )
-from specdec.drafters.heads import build_head, fill_head, head_loss
-from specdec.drafters.medusa import MedusaHeads
-from specdec.drafters.training import LossOutput, TrainingBatch, rollout
+from specdec.drafters.heads import build_head, fill_head
+from specdec.drafters.training import LossOutput, TrainingBatch
+from specdec.registry import head_class
 
 
 class HeadTrainee:
     """A head and its loss.
 
     Args:
-        kind: one of `specdec.checkpoints.KINDS`.
+        kind: a strategy with a head.
         head: in float32, on the target's device.
         identity: of the target.
         loss_options: of `specdec.drafters.{kind}.loss`.
@@ -43,37 +40,22 @@ class HeadTrainee:
         _check_taps(head.taps, identity)
         self.kind, self.module, self.taps = kind, head, tuple(head.taps)
         self.identity, self.loss_options = identity, loss_options
-        self.depth = head.config.num_heads if isinstance(head, MedusaHeads) else None
+        self.depth = head.max_depth
 
     def loss(self, batch: TrainingBatch) -> LossOutput:
         """The loss of the head's own file."""
-        return head_loss(self.kind, self.module, batch, **self.loss_options)
+        result: LossOutput = self.module.loss(batch, **self.loss_options)
+        return result
 
     def candidates(self, batch: TrainingBatch, depth: int, width: int) -> Tensor:
         """See `Trainee`. Feature heads are fed the text's tokens and their own outputs."""
-        head: Any = self.module
-        if isinstance(head, MedusaHeads):
-            return _top(head(batch.hidden[head.taps[0]]), width)
-        levels = []
-        for outputs in rollout(head, batch.tokens, head.fuse(batch.hidden), depth):
-            best = _top(head.logits(outputs), width)
-            levels.append(best if head.token_map is None else head.token_map[best])
-        return torch.stack(levels, 2)
+        found: Tensor = self.module.candidates(batch, depth, width)
+        return found
 
     def guesses(self, batch: TrainingBatch, mask: Tensor) -> Tensor:
         """See `Trainee`."""
-        head: Any = self.module
-        if isinstance(head, MedusaHeads):
-            logits: Tensor = head.guess(0, batch.hidden[head.taps[0]][mask])
-            return logits
-        (outputs,) = rollout(head, batch.tokens, head.fuse(batch.hidden), 1)
-        drafted: Tensor = head.logits(outputs[mask])
-        if head.token_map is None:
-            return drafted
-        vocab_size = batch.target_logits.shape[-1]
-        whole = drafted.new_full((len(drafted), vocab_size), float("-inf"))
-        whole[:, head.token_map] = drafted
-        return whole
+        found: Tensor = self.module.guesses(batch, mask)
+        return found
 
     def units(self) -> list[nn.Module]:
         """None: a head is one layer."""
@@ -84,7 +66,7 @@ class HeadTrainee:
         write_head(
             HeadCheckpoint(
                 kind=self.kind,
-                options=resolved_options(self.module),
+                options=self.module.options.model_dump(exclude_none=True),
                 tensors=weights,
                 target=self.identity,
                 training=training,
@@ -112,7 +94,7 @@ def new_head(
     """A head to train: new, or as a checkpoint left it.
 
     Args:
-        kind: one of `specdec.checkpoints.KINDS`.
+        kind: a strategy with a head.
         options: of a new head's `build`.
         init: folder or hub id of a head for the same target to go on from; it brings its options
             and its draft vocabulary. None for a new one.
@@ -154,17 +136,12 @@ def _check_taps(taps: Sequence[int], target: TargetIdentity) -> None:
 
 
 def _check_loss_options(kind: str, options: dict[str, Any]) -> None:
-    loss = import_module(f"specdec.drafters.{kind}").loss
-    known = list(signature(loss).parameters)[2:]  # behind head and batch
+    known = head_class(kind).loss_options()
     unknown = next((name for name in options if name not in known), None)
     if unknown is not None:
         raise ValueError(
             f"config loss.{unknown} is no option of the {kind} loss; known: {', '.join(known)}"
         )
-
-
-def _top(logits: Tensor, width: int) -> Tensor:
-    return logits.topk(min(width, logits.shape[-1]), -1).indices
 
 
 class Trainee(Protocol):

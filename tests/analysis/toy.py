@@ -10,7 +10,7 @@ from itertools import product
 import torch
 from verify.verify_enumerator import enumerate_law
 
-from specdec.drafters.forced import FixedShape
+from specdec.drafters.base import FixedShape, ShapeOptions
 from specdec.engine.clock import ForwardClock
 from specdec.engine.interfaces import Capabilities, TargetOutput
 from specdec.verify.tree import from_choices
@@ -62,7 +62,7 @@ class ToyDrafter:
     """A drafter with a law of its own at every depth."""
 
     taps: tuple[int, ...] = ()
-    shape_options = frozenset(("choices", "children", "threshold"))
+    shape_options = ShapeOptions({"threshold": "threshold"}, fixed=("choices",))
 
     def __init__(self, choices, children="with_replacement", threshold=0.0):
         self.children = children

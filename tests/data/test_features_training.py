@@ -7,7 +7,6 @@ from tiny_heads import tiny_head
 from tiny_models import tiny_target
 
 from specdec.checkpoints import identify_target
-from specdec.drafters.heads import head_loss
 from specdec.drafters.training import OBJECTIVES, objective, shifted
 from specdec.train.acceptance import count_matches, count_ranks
 from specdec.train.data import OnlineSource, StoredSource, packed
@@ -28,7 +27,7 @@ def losses(kind, head, batch, **options):
     """Loss, and the gradient of everything in one vector."""
     head.zero_grad()
     torch.manual_seed(3)
-    loss = head_loss(kind, head, batch, **options).loss
+    loss = head.loss(batch, **options).loss
     loss.backward()
     gradients = [p.grad.flatten() for p in head.parameters() if p.grad is not None]
     return loss.detach(), torch.cat(gradients)

@@ -353,18 +353,3 @@ def test_an_adapter_on_a_quantised_model_is_not_lost_to_rounding(
     ours = logits_of(drafter.model.model)
     assert off_by(ours, logits_of(adapted)) < 0.01
     assert off_by(ours, logits_of(plain.model)) > 0.1, "the adapter changes nothing"
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_draft_tokens": 0}, "num_draft_tokens is 0 but must be at least 1"),
-        ({"width": 0}, "width is 0 but must be at least 1"),
-        ({"width": 2, "max_nodes": 0}, "max_nodes is 0 but must be at least 1"),
-        ({"confidence_threshold": 1.0}, r"confidence_threshold is 1.0 but must be in \[0, 1\)"),
-        ({"confidence_threshold": -0.1}, r"confidence_threshold is -0.1 but must be in \[0, 1\)"),
-    ],
-)
-def test_an_impossible_option_is_refused_by_name(options, message):
-    with pytest.raises(ValueError, match=message):
-        DraftModel(model_of(tiny_llama(num_layers=1)), VOCAB, **options)

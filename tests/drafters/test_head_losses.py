@@ -8,7 +8,6 @@ import torch
 from scripted import TAPS, VOCAB, lively_head, small_target
 from slow_heads import Continuation, MedusaGuesses, SlowEagle, SlowEagle3
 
-from specdec.drafters.heads import head_loss
 from specdec.drafters.training import TrainingBatch
 
 LENGTH, TOP = 9, 3
@@ -73,7 +72,7 @@ def test_medusas_cross_entropy_is_a_decayed_sum_of_each_heads_mean_over_its_own_
     head, batch = lively_head("medusa", target, num_heads=4, **options), some_batch()
     logits = medusa_guesses(head, target, batch)
     total = 0.0
-    output = head_loss("medusa", head, batch, decay=decay)
+    output = head.loss(batch, decay=decay)
     for k in range(4):
         part = mean(
             [
@@ -98,7 +97,7 @@ def test_medusas_kl_is_that_of_the_targets_law_at_the_place_before_the_token():
             guess = softmax(logits(row, i, k))
             parts.append((goal * (np.log(goal) - np.log(guess))).sum())
         total += 0.8 ** (k + 1) * mean(parts)
-    output = head_loss("medusa", head, batch, objective="kl")
+    output = head.loss(batch, objective="kl")
     assert output.loss.item() == pytest.approx(total, rel=1e-4)
     assert all(part >= 0 for part in output.parts.values())
 
@@ -130,11 +129,11 @@ def test_eagles_loss_is_smooth_l1_to_the_next_feature_and_a_tenth_of_the_soft_cr
         outputs.append(slow.run(tokens, pairs, range(LENGTH - 1), lambda i, j: j <= i).numpy())
     projection = target.model.lm_head.weight.detach().double().numpy()
     distance, cross = eagle_parts(outputs, features, batch, projection)
-    output = head_loss("eagle", head, batch, noise=0.0)
+    output = head.loss(batch, noise=0.0)
     assert float(output.parts["feature"]) == pytest.approx(distance, rel=1e-4)
     assert float(output.parts["cross_entropy_1"]) == pytest.approx(cross, rel=1e-4)
     assert output.loss.item() == pytest.approx(distance + 0.1 * cross, rel=1e-4)
-    louder = head_loss("eagle", head, batch, noise=0.0, cross_entropy_weight=0.7)
+    louder = head.loss(batch, noise=0.0, cross_entropy_weight=0.7)
     assert louder.loss.item() == pytest.approx(distance + 0.7 * cross, rel=1e-4)
 
 
@@ -152,8 +151,8 @@ def test_eagles_noise_is_uniform_wider_for_short_texts_and_only_on_the_heads_inp
 
     head.forward = listen
     torch.manual_seed(0)
-    output = head_loss("eagle", head, batch, noise=0.2)
-    head_loss("eagle", head, batch, noise=0.2)
+    output = head.loss(batch, noise=0.2)
+    head.loss(batch, noise=0.2)
     clean = batch.hidden[TOP]
     width = 0.2 * 512 / LENGTH
     noise = heard[0][0] - clean
@@ -192,7 +191,7 @@ def test_eagle3s_loss_is_that_of_a_chain_drafted_behind_every_place(draft_tokens
                 logits = chain.logits(tuple(text[i + 2 : i + 2 + step]))
                 guess = softmax([logits[token] for token in ids])
                 parts[step].append(-(softmax(goal[ids]) * np.log(guess)).sum())
-    output = head_loss("eagle3", head, batch, num_steps=num_steps, decay=0.7)
+    output = head.loss(batch, num_steps=num_steps, decay=0.7)
     for step, part in enumerate(parts):
         named = float(output.parts[f"cross_entropy_{step + 1}"])
         assert named == pytest.approx(mean(part), rel=1e-4)
@@ -215,15 +214,15 @@ def test_what_lies_behind_the_last_token_to_be_predicted_does_not_matter(kind):
         other.target_logits[row, : end - 1] = batch.target_logits[row, : end - 1]
         for tap in batch.hidden:
             other.hidden[tap][row, : end - 1] = batch.hidden[tap][row, : end - 1]
-    losses = [head_loss(kind, head, each, **LOSSES[kind]).loss.item() for each in (batch, other)]
+    losses = [head.loss(each, **LOSSES[kind]).loss.item() for each in (batch, other)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert losses[0] != head_loss(kind, head, some_batch(7), **LOSSES[kind]).loss.item()
+    assert losses[0] != head.loss(some_batch(7), **LOSSES[kind]).loss.item()
 
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_a_batch_without_a_token_to_predict_costs_nothing_and_teaches_nothing(kind):
     head = lively_head(kind, small_target())
-    loss = head_loss(kind, head, some_batch(8, MASKS[2:]), **LOSSES[kind]).loss
+    loss = head.loss(some_batch(8, MASKS[2:]), **LOSSES[kind]).loss
     assert loss.item() == 0
     loss.backward()
     grads = [weight.grad for weight in head.parameters() if weight.grad is not None]
@@ -234,7 +233,7 @@ def test_a_batch_without_a_token_to_predict_costs_nothing_and_teaches_nothing(ki
 def test_every_weight_of_a_head_is_trained_and_none_of_the_target(kind):
     target = small_target()
     head = lively_head(kind, target)
-    head_loss(kind, head, some_batch(9), **LOSSES[kind]).loss.backward()
+    head.loss(some_batch(9), **LOSSES[kind]).loss.backward()
     untrained = [name for name, weight in head.named_parameters() if weight.grad is None]
     assert untrained == []
     ours = {id(weight) for weight in head.parameters()}

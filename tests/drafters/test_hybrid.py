@@ -5,17 +5,14 @@ import random
 import pytest
 import torch
 from lookup_steps import paths
-from tiny_heads import tiny_head
 from tiny_models import perturbed, tiny_llama, tiny_target
 
 from specdec import generate, generate_baseline
 from specdec.drafters.draft_model import DraftModel
-from specdec.drafters.eagle import EagleDrafter
 from specdec.drafters.hybrid import NUM_BINS, PRIOR_WEIGHT, Calibration, HybridDrafter, merge_drafts
+from specdec.drafters.lookup import pack_rows
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.suffix import SuffixDrafter
-from specdec.drafters.training import pack_rows
-from specdec.drafters.tree_growth import TreeShape
 from specdec.targets.hf import HFTarget
 
 CPU = torch.device("cpu")
@@ -171,21 +168,6 @@ def test_two_drafters_accept_at_least_as_much_as_the_better_one_alone():
 
     both = HybridDrafter([make_lookup(), make_model()], max_nodes=16)
     assert steps(both) < min(steps(make_lookup()), steps(make_model()))
-
-
-def test_what_cannot_be_merged_is_refused():
-    target = tiny_target()
-    lookup = NgramDrafter()
-    with pytest.raises(ValueError, match="drafters holds 1 but a hybrid merges at least two"):
-        HybridDrafter([lookup])
-    with pytest.raises(ValueError, match="max_nodes is 0"):
-        HybridDrafter([lookup, NgramDrafter()], max_nodes=0)
-    with pytest.raises(ValueError, match="use width=2 or more"):
-        HybridDrafter([lookup, DraftModel(target, 97)])
-    shape = TreeShape(children="without_replacement")
-    sampled = EagleDrafter(tiny_head("eagle", target), 97, shape)
-    with pytest.raises(ValueError, match="children='without_replacement'"):
-        HybridDrafter([lookup, sampled])
 
 
 class Asked(Scripted):

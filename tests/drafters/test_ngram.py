@@ -113,18 +113,3 @@ def test_rows_that_leave_or_join_take_their_own_texts_along():
 def test_a_new_batch_forgets_the_one_before():
     drafter = begin(NgramDrafter(1), [[1, 2, 50, 9, 1, 2]])
     assert drafted(begin(drafter, [[9, 1, 2]]), [5]) == [[]]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_draft_tokens": 0}, "num_draft_tokens is 0 but must be at least 1"),
-        ({"num_continuations": -1}, "num_continuations is -1 but must be at least 1"),
-        ({"num_continuations": 2, "max_nodes": 0}, "max_nodes is 0 but must be at least 1"),
-        ({"min_ngram": 0}, "min_ngram is 0 .* 1 <= min_ngram <= max_ngram"),
-        ({"min_ngram": 5, "max_ngram": 4}, "min_ngram is 5 and max_ngram 4"),
-    ],
-)
-def test_an_impossible_option_is_refused_by_name(options, message):
-    with pytest.raises(ValueError, match=message):
-        NgramDrafter(**options)

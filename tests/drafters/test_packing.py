@@ -6,7 +6,7 @@ import pytest
 import torch
 from lookup_steps import chains, paths
 
-from specdec.drafters.training import merge, pack_rows
+from specdec.drafters.lookup import merge, pack_rows
 from specdec.verify.tree import node_depths
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lookup_steps import paths
 
-from specdec.drafters.tree_growth import CandidatePool
+from specdec.drafters.tree_growth import DynamicGrowth
 
 VOCAB = 6
 
@@ -26,18 +26,24 @@ class Law:
 
 def grow(laws, width, num_levels):
     """Grow a pool by laws, one a row; returns it and the paths that were expanded, row by row."""
-    pool = CandidatePool(width)
+    pool = DynamicGrowth(width, 1000, num_levels + 1)
     newest = [[()] for _ in laws]
     expanded = [list(row) for row in newest]
     for level in range(num_levels):
         if level:
-            newest = [row[-pool.beam_size :] for row in paths(pool.expanded())]
+            draft, rows = pool.expanded()
+            newest = [row[-len(rows) :] for row in paths(draft)]
             expanded = [old + new for old, new in zip(expanded, newest, strict=True)]
         log_probs = [
             torch.stack([law(path) for path in row]) for law, row in zip(laws, newest, strict=True)
         ]
         pool.add_level(torch.stack(log_probs))
     return pool, expanded
+
+
+def best(pool, max_nodes, budgets):
+    pool.max_nodes = max_nodes
+    return pool.draft(budgets)
 
 
 def search(law, width, num_levels):
@@ -61,7 +67,7 @@ def test_the_best_nodes_by_cumulative_probability_are_kept(width, num_levels, se
     laws = [Law(seed, row) for row in range(3)]
     pool, expanded = grow(laws, width, num_levels)
     budgets = [0, 4, 100]
-    drafts = {size: paths(pool.best(size, budgets)) for size in (1, 3, 7, 1000)}
+    drafts = {size: paths(best(pool, size, budgets)) for size in (1, 3, 7, 1000)}
     for row, law in enumerate(laws):
         candidates, beams = search(law, width, num_levels)
         assert expanded[row] == beams
@@ -74,7 +80,7 @@ def test_the_best_nodes_by_cumulative_probability_are_kept(width, num_levels, se
 
 def test_a_node_has_at_most_width_children_and_a_level_at_most_width_parents():
     pool, _ = grow([Law(0, 0)], 3, 4)
-    nodes = paths(pool.best(1000, [1000]))[0]
+    nodes = paths(pool.draft([1000]))[0]
     parents_of = {}
     for path in nodes:
         parents_of.setdefault(len(path), []).append(path[:-1])
@@ -88,9 +94,10 @@ def test_the_newest_beam_sees_its_own_ancestors_and_itself_among_the_expanded_no
     for num_levels in (1, 2, 4):
         pool, _ = grow(laws, width, num_levels)
         tokens, visible, levels = pool.newest
-        for row, nodes in enumerate(paths(pool.expanded())):
+        draft, rows = pool.expanded()
+        for row, nodes in enumerate(paths(draft)):
             assert levels.tolist() == [len(path) - 1 for path in nodes]
-            beam = nodes[-pool.beam_size :]
+            beam = nodes[-len(rows) :]
             assert tokens[row].tolist() == [path[-1] for path in beam]
             for seen, path in zip(visible[row].tolist(), beam, strict=True):
                 ancestors = [path[: len(node)] == node for node in nodes]
@@ -112,7 +119,7 @@ def test_under_exact_ties_the_tree_is_still_connected_and_made_of_possible_token
 ):
     logs = [torch.tensor(level).log() for level in levels]
     pool, _ = grow([lambda path: logs[len(path)]] * 2, 3, len(levels))
-    draft = pool.best(max_nodes, [100, 2])
+    draft = best(pool, max_nodes, [100, 2])
     for nodes, budget in zip(paths(draft), (max_nodes, min(max_nodes, 2)), strict=True):
         assert len(set(nodes)) == len(nodes), "a node that lost its parent became another's twin"
         chances = [[levels[depth][token] for depth, token in enumerate(path)] for path in nodes]

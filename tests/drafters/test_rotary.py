@@ -5,7 +5,7 @@ from scripted import DRAFTERS, VOCAB, ScriptedDecoding, lively_head, slow_guesse
 from slow_trees import check_drafts
 from transformers import Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, LlamaForCausalLM
 
-from specdec.drafters.feature_head import backbone_config
+from specdec.drafters.backbone import Backbone
 from specdec.drafters.tree_growth import TreeShape
 from specdec.targets.hf import HFTarget
 
@@ -102,7 +102,7 @@ def test_of_a_target_with_two_kinds_of_layers_the_settings_of_full_attention_cou
             "sliding_attention": {"rope_type": "default", "rope_theta": 5.0},
         },
     )
-    backbone = backbone_config(config)
+    backbone = Backbone().for_target(config)
     assert backbone.rope_parameters == {"rope_type": "linear", "rope_theta": 77.0, "factor": 8.0}
 
 
@@ -112,12 +112,12 @@ def test_a_target_that_turns_a_share_of_each_head_gets_a_head_that_turns_all_of_
         num_attention_heads=4,
         rope_parameters={**ROPES["theta"], "partial_rotary_factor": 0.5},
     )
-    backbone = backbone_config(config)
+    backbone = Backbone().for_target(config)
     assert backbone.rope_parameters == ROPES["theta"]
     assert backbone.head_dim == 8
 
 
 @pytest.mark.parametrize("field", ["rope_theta", "rope_scaling", "hiden_size"])
 def test_a_backbone_field_that_nothing_would_read_is_refused(field):
-    with pytest.raises(ValueError, match=rf"'{field}'.*rope_parameters"):
-        backbone_config(LlamaConfig(), **{field: 77.0})
+    with pytest.raises(ValueError, match=rf"backbone.{field} does not exist.*rope_parameters"):
+        lively_head("eagle", small_target(), backbone={field: 77.0})

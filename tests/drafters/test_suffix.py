@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lookup_steps import begin, drafted, observe, paths, propose
 
-from specdec.drafters.suffix import SuffixDrafter
-from specdec.drafters.suffix_automaton import SuffixAutomaton
+from specdec.drafters.suffix import SuffixAutomaton, SuffixDrafter
 
 ALPHABET = range(3)
 TEXTS = st.lists(st.lists(st.sampled_from(ALPHABET), min_size=1, max_size=25), max_size=3)
@@ -247,21 +246,3 @@ def test_rows_that_leave_or_join_take_their_own_texts_along():
     begin(drafter, [[1, 2, 80, 9, 1, 2]], join=True)
     observe(drafter, [[50], [8], [80]])
     assert drafted(drafter, [5, 5, 5]) == [[9], [], [9]]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_nodes": 0}, "max_nodes is 0 but must be at least 1"),
-        ({"max_match": 0}, "max_match is 0 but must be at least 1"),
-        ({"min_match": 0}, "min_match is 0 but must be at least 1"),
-        ({"width": -2}, "width is -2 but must be at least 1"),
-        ({"min_match": 9, "max_match": 8}, "min_match is 9 and max_match 8"),
-        ({"min_probability": 1.5}, r"min_probability is 1.5 but must be in \[0, 1\]"),
-        ({"factor": 0}, "factor is 0 .* positive"),
-        ({"num_remembered": -1}, "num_remembered -1.* at least 0"),
-    ],
-)
-def test_an_impossible_option_is_refused_by_name(options, message):
-    with pytest.raises(ValueError, match=message):
-        SuffixDrafter(**options)

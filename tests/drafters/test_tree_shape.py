@@ -27,39 +27,6 @@ def first_draft(kind, shape, target=None, **options):
     return drafter, decoding.steps[0].draft
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"depth": 0}, "depth is 0 but must be"),
-        ({"width": -1}, "width is -1 but must be"),
-        ({"max_nodes": 0}, "max_nodes is 0 but must be"),
-        ({"depth": 2.5}, "depth is 2.5 but must be"),
-        ({"max_nodes": "24"}, "max_nodes is '24' but must be"),
-        ({"children": "best"}, "children is 'best' but must be one of top, without_replacement"),
-        ({"choices": []}, r"choices is \[\].*at least one"),
-        ({"choices": [[]]}, r"choices has \(\): a node is a non-empty tuple"),
-        ({"choices": [[0], [-1]]}, r"choices has \(-1,\).*ranks >= 0"),
-        ({"choices": [[0], [0]]}, "names a node twice"),
-        ({"choices": [[0], [1, 0]]}, r"choices has \(1, 0\) but not its parent \(1,\)"),
-        ({"choices": [[0], [0, 0, 0]]}, r"choices has \(0, 0, 0\) but not its parent \(0, 0\)"),
-        ({"choices": [[0], [VOCAB]]}, f"rank {VOCAB} but the drafter has {VOCAB} tokens"),
-    ],
-)
-@pytest.mark.parametrize("kind", ["eagle", "medusa"])
-def test_a_shape_that_no_tree_has_is_refused_by_name(kind, options, message):
-    with pytest.raises(ValueError, match=message):
-        DRAFTERS[kind](lively_head(kind, small_target()), VOCAB, TreeShape(**options))
-
-
-def test_ranks_are_those_of_the_draft_vocabulary():
-    target = small_target()
-    head = lively_head("eagle3", target, draft_tokens=DRAFT_TOKENS)
-    fits = TreeShape(choices=[[0], [len(DRAFT_TOKENS) - 1]])
-    assert DRAFTERS["eagle3"](head, VOCAB, fits).max_nodes == 2
-    with pytest.raises(ValueError, match="rank 10 but the drafter has 10 tokens; use ranks below"):
-        DRAFTERS["eagle3"](head, VOCAB, TreeShape(choices=[[0], [10]]))
-
-
 @pytest.mark.parametrize("children", ["top", "without_replacement", "with_replacement"])
 def test_a_tree_wider_than_the_draft_vocabulary_holds_all_of_it(children):
     shape = TreeShape(depth=2, width=50, max_nodes=40, children=children)
@@ -95,33 +62,6 @@ def test_no_tree_exceeds_its_node_budget_or_its_depth(kind, children, width):
     assert draft.lengths.tolist() == [sizes[width]] * len(PROMPTS)
     longest = max(len(path) for path, _ in drafted_nodes(draft, 0))
     assert longest == 2
-
-
-def test_medusa_refuses_a_tree_deeper_than_its_heads(tmp_path):
-    target = small_target()
-    path = save_tiny_head(tmp_path, "medusa", target, num_heads=2)
-    deep = [[0], [0, 0], [0, 0, 0]]
-    message = "the tree has 3 levels but there are 2 heads"
-    with pytest.raises(ValueError, match=message):
-        MedusaDrafter.load(target, path, choices=deep)
-    with pytest.raises(ValueError, match=message):
-        MedusaDrafter.load(target, path, acceptance=[[0.9], [0.9], [0.9]], max_nodes=3)
-    assert MedusaDrafter.load(target, path, choices=deep[:2]).max_nodes == 2
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_nodes": 0}, "num_nodes is 0 but must be at least 1"),
-        ({"acceptance": []}, "acceptance is empty"),
-        ({"choices": []}, r"choices is \[\]"),
-    ],
-)
-def test_medusa_takes_nothing_for_a_default_that_was_given(tmp_path, options, message):
-    target = small_target()
-    path = save_tiny_head(tmp_path, "medusa", target)
-    with pytest.raises(ValueError, match=message):
-        MedusaDrafter.load(target, path, **options)
 
 
 def test_medusas_tree_is_the_best_one_for_the_given_acceptance(tmp_path):

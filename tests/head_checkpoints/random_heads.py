@@ -5,7 +5,7 @@ from functools import cache
 import torch
 from tiny_models import tiny_target
 
-from specdec.checkpoints import HeadCheckpoint, identify_target, resolved_options
+from specdec.checkpoints import HeadCheckpoint, identify_target
 from specdec.drafters.heads import build_head
 
 NUM_LAYERS = 8
@@ -60,7 +60,7 @@ def random_head(name, dtype=torch.float32, tree=None, training=None):
             head.set_draft_vocab(torch.randperm(61)[:40].sort().values)
     return HeadCheckpoint(
         kind,
-        resolved_options(head),
+        head.options.model_dump(exclude_none=True),
         {
             name: tensor.to(dtype) if tensor.is_floating_point() else tensor
             for name, tensor in head.state_dict().items()

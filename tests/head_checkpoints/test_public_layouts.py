@@ -1,15 +1,17 @@
 """Checkpoints as others publish them, made here by hand and not by our own writers."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from random_heads import target
+from random_heads import random_head, target
 from safetensors.torch import save_file
 
-from specdec.checkpoints import check_target, identify_target, read_head, resolved_options
+from specdec.checkpoints import check_target, identify_target, read_head, write_head
 from specdec.drafters.heads import build_head, fill_head
 
+IDS = "eagle_aux_hidden_state_layer_ids"
 H, V, D, MLP, HEADS, KV, HEAD_DIM = 32, 61, 40, 64, 4, 2, 8
 
 # The keys of the config that SafeAILab trains EAGLE-3 with, at the sizes of the tiny target.
@@ -168,9 +170,9 @@ def test_an_eagle3_head_of_safeailab_or_specforge(tmp_path, prefix, architecture
     assert torch.equal(
         found.tensors["midlayer.mlp.up_proj.weight"], tensors[f"{prefix}.mlp.up_proj.weight"]
     )
-    options = resolved_options(head)
-    assert not any(options[name] for name in ("norm_before_residual", "norm_output"))
-    assert options["own_embedding"] is False
+    options = head.options
+    flags = (options.norm_before_residual, options.norm_output, options.own_embedding)
+    assert flags == (False, False, False)
 
 
 def test_an_eagle3_config_that_counts_its_targets_layers_is_still_a_head(tmp_path):
@@ -213,15 +215,15 @@ def test_flags_of_eagle3_are_found_where_nvidia_puts_them(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"fc_norm": True}, "fc_norm true"),
-        ({"use_aux_norm": True}, "use_aux_norm true"),
-        ({"attention_bias": True}, "attention_bias True"),
-        ({"logit_scale": 0.5}, "logit_scale 0.5"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
-        ({"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state false"),
+        ({"fc_norm": True}, "fc_norm is True"),
+        ({"use_aux_norm": True}, "use_aux_norm is True"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"logit_scale": 0.5}, "logit_scale is 0.5"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state is False"),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 2, 1]}}, "rotary parameters"),
-        ({"hidden_size": None}, "lacks hidden_size"),
-        ({"intermediate_size": "64"}, "intermediate_size '64'"),
+        ({"hidden_size": None}, "hidden_size is None"),
+        ({"intermediate_size": "64"}, "intermediate_size is '64'"),
     ],
 )
 def test_parts_that_our_head_does_not_have_are_refused_by_name(tmp_path, keys, said):
@@ -320,10 +322,10 @@ def test_the_window_that_a_speculators_head_was_trained_with_is_kept(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"speculators_model_type": "dflash"}, "'dflash'; only 'eagle3'"),
+        ({"speculators_model_type": "dflash"}, "'dflash' but must be one of 'eagle3'"),
         ({"norm_before_residual": ...}, "vLLM then takes for true and speculators for false"),
-        ({"transformer_layer_config": ...}, "lacks transformer_layer_config"),
-        ({"fc_norm": True}, "fc_norm true"),
+        ({"transformer_layer_config": ...}, "transformer_layer_config is missing"),
+        ({"fc_norm": True}, "fc_norm is True"),
     ],
 )
 def test_a_speculators_config_that_cannot_be_followed_is_refused(tmp_path, change, said):
@@ -461,3 +463,68 @@ def test_medusa_heads_of_vllm_with_a_reduced_vocabulary_are_refused(tmp_path):
 def test_of_a_head_published_twice_the_safetensors_file_is_read(tmp_path):
     publish(tmp_path, LLAMA, {"x": torch.ones(1)}, "pytorch_model.bin")
     assert read_head(publish(tmp_path, LLAMA, eagle_tensors())).kind == "eagle"
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("keys", "taps"),
+    [
+        ({IDS: [2, 4, 6]}, [2, 4, 6]),
+        ({"eagle_config": {IDS: [1, 3, 5]}}, [2, 4, 6]),
+        ({IDS: [2, 4, 6], "eagle_config": {IDS: [1, 3, 5]}}, [2, 4, 6]),
+        ({IDS: [0, 4, 6], "eagle_config": {IDS: [-1, 3, 5]}}, [0, 4, 6]),
+    ],
+)
+def test_ids_of_either_engine_become_taps(tmp_path, keys, taps):
+    found = read_head(publish(tmp_path, {**EAGLE3, **keys}, eagle3_tensors()))
+    assert found.options["taps"] == taps
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({IDS: [2, 4, 6], "eagle_config": {IDS: [2, 4, 6]}}, r"must be \[1, 3, 5\] there"),
+        ({IDS: "2,4,6"}, "must be a list"),
+        ({IDS: [2, 4, True]}, "2 is True but must be a whole number"),
+        ({"eagle_config": {IDS: []}}, "must be a list of at least 1"),
+        ({IDS: [2, 4]}, r"fc\.weight has shape \(32, 96\) but must have \(32, 64\)"),
+    ],
+)
+def test_ids_that_cannot_be_meant_are_refused(tmp_path, keys, said):
+    publish(tmp_path, {**EAGLE3, **keys}, eagle3_tensors())
+    with pytest.raises(ValueError, match=said):
+        read_head(tmp_path)
+
+
+def test_taps_are_written_for_both_engines(tmp_path):
+    config = config_of(write_head(random_head("eagle3"), tmp_path, "eagle3"))
+    assert config[IDS] == [1, 4, 6]
+    assert config["eagle_config"] == {IDS: [0, 3, 5], "use_aux_hidden_state": True}
+
+
+def test_speculators_writes_the_ids_of_vllm(tmp_path):
+    config = config_of(write_head(random_head("eagle3"), tmp_path, "speculators"))
+    assert config[IDS] == [1, 4, 6]
+    assert "eagle_config" not in config
+
+
+def test_the_published_taps_are_left_for_the_engines_to_find(tmp_path):
+    head = random_head("eagle3-whole")
+    assert head.options["taps"] == [2, 4, 5]
+    config = config_of(write_head(head, tmp_path / "known", "eagle3"))
+    assert IDS not in config
+    assert "eagle_config" not in config
+    unknown = replace(head, target=replace(head.target, num_layers=None))
+    assert config_of(write_head(unknown, tmp_path / "unknown", "eagle3"))[IDS] == [2, 4, 5]
+    assert config_of(write_head(head, tmp_path / "nested", "speculators"))[IDS] == [2, 4, 5]
+
+
+def test_a_head_of_another_engine_that_reads_the_last_layer_is_refused(tmp_path):
+    found = read_head(publish(tmp_path, {**EAGLE3, IDS: [2, 4, 8]}, eagle3_tensors()))
+    identity = random_head("eagle3").target
+    with pytest.raises(ValueError, match=r"hidden_states\[8\].* before the final norm"):
+        check_target(found, identity)
+    check_target(replace(found, layout="specdec"), identity)
