@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import anyio
@@ -80,6 +81,14 @@ class Proxy:
     def ask(self, body=None, path="/v1/chat/completions", **options):
         with self.client() as client:
             return client.post(path, json=body or chat("hello"), **options)
+
+    @contextmanager
+    def stream(self, body=None, path="/v1/chat/completions", **options):
+        with (
+            self.client() as client,
+            client.stream("POST", path, json=body or chat("a"), **options) as response,
+        ):
+            yield response
 
     def health(self):
         with self.client() as client:

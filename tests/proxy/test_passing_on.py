@@ -20,10 +20,7 @@ def test_first_chunk_arrives_before_the_last_is_sent(proxy, upstream):
     arrived = threading.Event()
     first, last = delta(content="one"), delta(content="two") + event("[DONE]")
     upstream.answer = streaming([first, arrived, last])
-    with (
-        proxy.client() as client,
-        client.stream("POST", "/v1/chat/completions", json=chat("a", stream=True)) as response,
-    ):
+    with proxy.stream(chat("a", stream=True)) as response:
         pieces = response.iter_raw()
         assert next(pieces) == first
         arrived.set()
@@ -96,10 +93,7 @@ def test_compressed_answer_passes_and_is_recorded_plain(proxy, upstream):
     body = gzip.compress(delta(content="one") + delta("stop", content=" two") + event("[DONE]"))
     upstream.answer = streaming([body[:20], body[20:]], headers={"content-encoding": "gzip"})
     accepted = {"accept-encoding": "br, gzip;q=0.8, zstd"}
-    with (
-        proxy.client() as client,
-        client.stream("POST", "/v1/chat/completions", json=chat("a"), headers=accepted) as response,
-    ):
+    with proxy.stream(headers=accepted) as response:
         assert b"".join(response.iter_raw()) == body
         assert response.headers["content-encoding"] == "gzip"
     assert dict(upstream.seen[0][1]["headers"])[b"accept-encoding"] == b"gzip;q=0.8"
@@ -120,10 +114,7 @@ def test_client_chooses_codings_of_unrecorded_answers(proxy, upstream):
 
 def test_unknown_coding_is_served_but_not_recorded(proxy, upstream):
     upstream.answer = streaming([b"\x01\x02"], headers={"content-encoding": "br"})
-    with (
-        proxy.client() as client,
-        client.stream("POST", "/v1/completions", json={"prompt": "a"}) as response,
-    ):
+    with proxy.stream() as response:
         assert b"".join(response.iter_raw()) == b"\x01\x02"
     assert proxy.health()["skipped"] == {"unknown content coding": 1}
 
@@ -195,8 +186,7 @@ def test_client_sees_the_upstream_break_off(proxy, upstream, headers, body, cont
     )
     got = bytearray()
     with (
-        proxy.client() as client,
-        client.stream("POST", "/v1/chat/completions", json=chat("a")) as response,
+        proxy.stream() as response,
         pytest.raises(httpx.RemoteProtocolError),
     ):
         list(map(got.extend, response.iter_raw()))
