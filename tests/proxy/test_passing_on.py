@@ -16,6 +16,10 @@ from specdec.proxy.forwarding import end_to_end
 from specdec.proxy.server import hosts_of, listen
 
 
+def content_of(record):
+    return record["response"]["choices"][0]["message"]["content"]
+
+
 def test_first_chunk_arrives_before_the_last_is_sent(proxy, upstream):
     arrived = threading.Event()
     first, last = delta(content="one"), delta(content="two") + event("[DONE]")
@@ -36,7 +40,7 @@ def test_stream_passes_byte_for_byte_however_cut(proxy, upstream, cut):
     assert response.content == whole
     assert response.headers["content-type"].startswith("text/event-stream")
     (record,) = proxy.records()
-    assert record["response"]["choices"][0]["message"]["content"] == "Grüße \U0001f600"
+    assert content_of(record) == "Grüße \U0001f600"
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"])
@@ -98,7 +102,7 @@ def test_compressed_answer_passes_and_is_recorded_plain(proxy, upstream):
         assert response.headers["content-encoding"] == "gzip"
     assert dict(upstream.seen[0][1]["headers"])[b"accept-encoding"] == b"gzip;q=0.8"
     (record,) = proxy.records()
-    assert record["response"]["choices"][0]["message"]["content"] == "one two"
+    assert content_of(record) == "one two"
 
 
 def test_length_beside_a_transfer_coding_is_dropped():
@@ -185,10 +189,7 @@ def test_client_sees_the_upstream_break_off(proxy, upstream, headers, body, cont
         {"type": "http.response.body", "body": body, "more_body": True},
     )
     got = bytearray()
-    with (
-        proxy.stream() as response,
-        pytest.raises(httpx.RemoteProtocolError),
-    ):
+    with proxy.stream() as response, pytest.raises(httpx.RemoteProtocolError):
         list(map(got.extend, response.iter_raw()))
     assert got == body
     proxy.eventually(proxy.records)
@@ -196,7 +197,7 @@ def test_client_sees_the_upstream_break_off(proxy, upstream, headers, body, cont
     assert record["complete"] is False
     assert record["request"] == chat("a")
     if content:
-        assert record["response"]["choices"][0]["message"]["content"] == content
+        assert content_of(record) == content
     assert any("broke off an answer" in line for line in proxy.said)
 
 
@@ -224,13 +225,9 @@ def test_concurrent_streams_do_not_mix(proxy, upstream):
     with ThreadPoolExecutor(30) as pool:
         got = list(pool.map(lambda text: proxy.ask(chat(text)).content, texts))
     assert got == [delta(content=text) * 10 + event("[DONE]") for text in texts]
-    recorded = {
-        record["request"]["messages"][0]["content"]: record["response"]["choices"][0]["message"]
-        for record in proxy.records()
-    }
-    assert {text: message["content"] for text, message in recorded.items()} == {
-        text: text * 10 for text in texts
-    }
+    asked = [record["request"]["messages"][0]["content"] for record in proxy.records()]
+    assert sorted(asked) == sorted(texts)
+    assert [content_of(record) for record in proxy.records()] == [text * 10 for text in asked]
 
 
 @pytest.mark.parametrize(
@@ -286,28 +283,28 @@ http://evil/v1/models evil:443 /v1/%e2%80%a5/admin /v1/%20..%20/x
 """
 
 
-@pytest.mark.parametrize("path", OUTSIDE.split())
-def test_path_outside_the_root_is_refused(proxy, upstream, path):
-    line = raw(proxy, f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n")
-    assert b" 400 " in line
+def test_path_outside_the_root_is_refused(proxy, upstream):
+    lines = {p: raw(proxy, f"GET {p} HTTP/1.1\r\nHost: x\r\n\r\n") for p in OUTSIDE.split()}
+    assert [path for path, line in lines.items() if b" 400 " not in line] == []
     assert upstream.seen == []
 
 
-@pytest.mark.parametrize(
-    ("host", "status"),
-    [
-        *(("localhost:8800", 200), ("LOCALHOST:8800", 200), ("127.0.0.1:8800", 200)),
-        *(("[::1]:8800", 200), ("127.0.0.2:8800", 421), ("localhost", 421), ("localhost:80", 421)),
-        *(("evil.example:8800", 421), ("localhost.evil.example:8800", 421), ("", 421)),
-        *(("localhost:8800\r\nHost: evil.example", 400), ("localhost:8800, evil", 421)),
-        *(("localhost:8800@evil", 421), ("user@localhost:8800", 421)),
-    ],
-)
+HOSTS = {
+    200: ["localhost:8800", "LOCALHOST:8800", "127.0.0.1:8800", "[::1]:8800"],
+    421: ["127.0.0.2:8800", "localhost", "localhost:80", "evil.example:8800", ""]
+    + ["localhost.evil.example:8800", "localhost:8800, evil", "localhost:8800@evil"]
+    + ["user@localhost:8800"],
+    400: ["localhost:8800\r\nHost: evil.example"],
+}
+
+
 @pytest.mark.parametrize("path", ["/v1/models", "/health"])
-def test_only_its_own_hosts_are_answered(start_proxy, upstream, host, status, path):
+@pytest.mark.parametrize("status", HOSTS)
+def test_only_its_own_hosts_are_answered(start_proxy, upstream, status, path):
     proxy = start_proxy(upstream.url, hosts=hosts_of("127.0.0.1", 8800))
-    line = raw(proxy, f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n", close=False)
-    assert f" {status} ".encode() in line
+    for host in HOSTS[status]:
+        line = raw(proxy, f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n", close=False)
+        assert f" {status} ".encode() in line, host
     assert bool(upstream.seen) == (status == 200)
 
 

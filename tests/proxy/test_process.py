@@ -15,6 +15,7 @@ from starlette.responses import StreamingResponse
 from typer.testing import CliRunner
 
 from specdec.cli import app
+from specdec.proxy.config import parse_size
 
 
 @pytest.fixture
@@ -44,7 +45,8 @@ def recorded(folder):
     return [json.loads(line)["request"]["messages"][0]["content"] for line in lines]
 
 
-def test_a_killed_proxy_loses_no_finished_request(start_process, upstream, tmp_path):
+@pytest.mark.slow
+def test_killed_proxy_loses_no_finished_request(start_process, upstream, tmp_path):
     hanging = threading.Event()
 
     async def respond(request):
@@ -85,8 +87,9 @@ def test_a_killed_proxy_loses_no_finished_request(start_process, upstream, tmp_p
     assert recorded(tmp_path) == [*finished, "again"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_proxy_finishes_running_answers(
+def test_stopped_proxy_finishes_running_answers(
     start_process, upstream, tmp_path, ending, monkeypatch
 ):
     monkeypatch.setenv("KEY_OF_UPSTREAM", "not-on-the-command-line")
@@ -122,7 +125,8 @@ def test_a_stopped_proxy_finishes_running_answers(
     assert recorded(tmp_path) == ["a"]
 
 
-def test_an_answer_that_outlasts_the_end_is_cut_and_recorded_so(start_process, upstream, tmp_path):
+@pytest.mark.slow
+def test_answer_that_outlasts_the_end_is_cut(start_process, upstream, tmp_path):
     async def run():
         yield delta(content="one")
         await anyio.sleep(PATIENCE_S)
@@ -163,7 +167,7 @@ def invoke(tmp_path, *options):
         (["--upstream", "http://h", "--upstream-key-env", "NO_SUCH"], "is empty or not set"),
         (["--upstream", "http://h", "--sample", "1.5"], "sample is 1.5 but must be at most 1"),
         (["--upstream", "http://h", "--max-body", "8 parsecs"], "'8 parsecs' is no size"),
-        (["--upstream", "http://h", "--max-file", "0"], "is no size"),
+        (["--upstream", "http://h", "--max-file", "0"], "'0' is no size"),
     ],
 )
 def test_wrong_options_are_told_in_a_line(tmp_path, options, said):
@@ -174,31 +178,19 @@ def test_wrong_options_are_told_in_a_line(tmp_path, options, said):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_proxy_without_its_extra_says_how_to_install_it(tmp_path, monkeypatch):
+def test_missing_extra_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("specdec.cli.collect.find_spec", lambda name: None)
     done = invoke(tmp_path, "--upstream", "http://h")
     assert done.exit_code == 2
     assert "pip install 'specdec[collect]'" in done.stderr
 
 
-def test_a_port_that_is_taken_is_told(tmp_path, upstream):
-    port = upstream.url.rpartition(":")[2]
-    done = invoke(tmp_path, "--upstream", "http://h", "--port", port)
+def test_port_that_is_taken_is_told(tmp_path, upstream):
+    done = invoke(tmp_path, "--upstream", "http://h", "--port", upstream.url.rpartition(":")[2])
     assert done.exit_code == 1
     assert "Address already in use" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("4096", 4096),
-        ("512K", 512 * 1024),
-        ("8M", 8 << 20),
-        ("256MiB", 256 << 20),
-        ("1.5g", 3 << 29),
-    ],
-)
-def test_sizes_are_powers_of_1024(text, size):
-    from specdec.proxy.config import parse_size
-
-    assert parse_size(text) == size
+def test_sizes_are_powers_of_1024():
+    sizes = {"4096": 4096, "512K": 512 * 1024, "8M": 8 << 20, "256MiB": 256 << 20, "1.5g": 3 << 29}
+    assert {text: parse_size(text) for text in sizes} == sizes
