@@ -11,7 +11,7 @@ from typing import Any
 from specdec.common.config import read_model, write_model
 from specdec.common.files import restore, whole_folder
 from specdec.common.messages import Message
-from specdec.common.provenance import code
+from specdec.common.provenance import CodeProvenance, code
 from specdec.data.cleaning import (
     MASKS,
     Masker,
@@ -70,7 +70,7 @@ def collect(
     show: Show = lambda done, total, text: None,
 ) -> CollectReport:
     """Write the queries of the sources into a folder, with a card and a report."""
-    begun, where = time.monotonic(), code(_PACKAGES)
+    begun, where = time.monotonic(), CodeProvenance(**code(_PACKAGES))
     restore(out)
     opened = [
         open_source(

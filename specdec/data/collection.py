@@ -8,6 +8,7 @@ from jinja2 import Environment
 from pydantic import Field, model_validator
 
 from specdec.common.config import Config
+from specdec.common.provenance import CodeProvenance
 from specdec.data.cleaning import Masker
 from specdec.data.conversation import Query
 from specdec.data.sources import FORMATS, DataSetIdentity, FileIdentity, Format
@@ -118,7 +119,7 @@ class CollectReport(Config):
     """`collect.json` of `specdec collect`."""
 
     schema_: Literal["specdec-collect-1"] = Field("specdec-collect-1", alias="schema")
-    provenance: dict[str, Any] = Field(description="command, commit, versions and date")
+    provenance: CodeProvenance
     fingerprint: str = Field(description="hash of settings and sources")
     settings: CollectSettings
     sources: list[SourceReport] = Field(min_length=1, description="in the order given")

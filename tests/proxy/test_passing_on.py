@@ -290,11 +290,10 @@ def test_path_outside_the_root_is_refused(proxy, upstream):
 
 
 HOSTS = {
-    200: ["localhost:8800", "LOCALHOST:8800", "127.0.0.1:8800", "[::1]:8800"],
-    421: ["127.0.0.2:8800", "localhost", "localhost:80", "evil.example:8800", ""]
-    + ["localhost.evil.example:8800", "localhost:8800, evil", "localhost:8800@evil"]
-    + ["user@localhost:8800"],
-    400: ["localhost:8800\r\nHost: evil.example"],
+    200: "localhost:8800|LOCALHOST:8800|127.0.0.1:8800|[::1]:8800",
+    421: "127.0.0.2:8800|localhost|localhost:80|evil.example:8800||localhost.evil.example:8800|"
+    "localhost:8800, evil|localhost:8800@evil|user@localhost:8800",
+    400: "localhost:8800\r\nHost: evil.example",
 }
 
 
@@ -302,7 +301,7 @@ HOSTS = {
 @pytest.mark.parametrize("status", HOSTS)
 def test_only_its_own_hosts_are_answered(start_proxy, upstream, status, path):
     proxy = start_proxy(upstream.url, hosts=hosts_of("127.0.0.1", 8800))
-    for host in HOSTS[status]:
+    for host in HOSTS[status].split("|"):
         line = raw(proxy, f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n", close=False)
         assert f" {status} ".encode() in line, host
     assert bool(upstream.seen) == (status == 200)
