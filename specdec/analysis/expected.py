@@ -1,8 +1,8 @@
 """The expected steps of the loop along texts.
 
 Given the text that is emitted, the steps of the loop are a Markov chain along it: a step that
-starts with s tokens done accepts a number of drafted tokens whose law depends on s alone. So the
-expected number of steps follows from the probabilities that a step starts at each place.
+starts with s tokens done accepts a number of drafted tokens whose distribution depends on s alone.
+So the expected number of steps follows from the probabilities that a step starts at each place.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class Expected:
     """Expectations, one entry a text.
 
     Attributes:
-        tokens: emitted tokens, T; what is certain.
+        tokens: emitted tokens, T; these are certain.
         steps: verify steps.
         drafted: nodes verified.
         accepted_at: steps that accept at depth 1, 2, ...
@@ -45,7 +45,7 @@ class Expected:
     def tau(self) -> float:
         """Accepted length, 1 + A / S; 1.0 if there is no step."""
         steps = sum(self.steps)
-        return 1 + self._accepted().sum() / steps if steps else 1.0
+        return float(1 + self._accepted().sum() / steps) if steps else 1.0
 
     def tau_interval(self) -> Interval:
         """95 % of tau by bootstrap over the prompts that have a step; None for fewer than two."""
@@ -68,7 +68,7 @@ class Expected:
         """Accepted over tested at depth 1, 2, ...; None where none is tested."""
         accepted, tested = (np.sum(part, 0) for part in (self.accepted_at, self.tested_at))
         pairs = zip(np.atleast_1d(accepted), np.atleast_1d(tested), strict=True)
-        return tuple(float(a / t) if t > 1e-9 else None for a, t in pairs)
+        return tuple(min(1.0, float(a / t)) if t > 1e-9 else None for a, t in pairs)
 
     def _accepted(self) -> Array:
         # T - 1 = A + S, as in `specdec.engine.metrics`.
@@ -77,37 +77,29 @@ class Expected:
 
     @classmethod
     def from_records(cls, rows: Sequence[Sequence[StepRecord]]) -> "Expected":
-        """What certain steps amount to, one sequence of records a text."""
+        """Add up certain steps, one sequence of records a text."""
         stats = [AcceptanceStats.from_records(row) for row in rows]
         depth = max((len(each.tested_at) for each in stats), default=0)
+
+        def padded(counts: Sequence[int]) -> list[float]:
+            return [*map(float, counts), *[0.0] * (depth - len(counts))]
+
         return cls(
             tokens=[1.0 + each.num_accepted + each.num_steps for each in stats],
             steps=[float(each.num_steps) for each in stats],
             drafted=[float(each.num_drafted) for each in stats],
-            accepted_at=[_padded(each.accepted_at, depth) for each in stats],
-            tested_at=[_padded(each.tested_at, depth) for each in stats],
+            accepted_at=[padded(each.accepted_at) for each in stats],
+            tested_at=[padded(each.tested_at) for each in stats],
         )
 
 
 def by_prompt(values: Array, prompt_of: Sequence[int]) -> Array:
-    """Sums over the texts of each prompt, for intervals over prompts; see `Expected`."""
+    """Sums over the texts of each prompt, for intervals over prompts."""
     return np.bincount(prompt_of, weights=values) if len(prompt_of) else values
 
 
-def _padded(counts: Sequence[int], depth: int) -> list[float]:
-    return [*map(float, counts), *[0.0] * (depth - len(counts))]
-
-
 def expect(evidence: Evidence, shape: FixedShape, *, sampled: bool) -> Expected:
-    """The expected steps with a draft of a fixed shape, under the token rule.
-
-    Args:
-        evidence: with at least as many levels as the shape, or all that the drafter has; where
-            `sampled`, with as many siblings.
-        shape: nodes, and where a chain ends.
-        sampled: tokens are drawn from the drafter's law, with replacement; otherwise they are its
-            likeliest ones.
-    """
+    """The expected steps with a draft of a fixed shape, under the token rule."""
     starts = np.arange(1, evidence.rank.shape[1] + 1)  # tokens done
     left = np.clip(evidence.num_tokens[:, None] - starts, 0, None)  # [B, S]
     num_nodes = len(shape.tree.parents)
@@ -121,10 +113,11 @@ def expect(evidence: Evidence, shape: FixedShape, *, sampled: bool) -> Expected:
     at_least[..., 0] = left > 0
     tested = np.where(depths[1:] <= left[..., None], tested, 0.0)
     visits = _visits(at_least)  # [B, S]
+    drafted = np.minimum(budget, num_nodes if levels is None else levels)
     return Expected(
         tokens=[float(count) for count in evidence.num_tokens],
         steps=visits.sum(1).tolist(),
-        drafted=(visits * np.minimum(budget, _nodes(levels, num_nodes))).sum(1).tolist(),
+        drafted=(visits * drafted).sum(1).tolist(),
         accepted_at=(visits[..., None] * at_least[..., 1:]).sum(1).tolist(),
         tested_at=(visits[..., None] * tested).sum(1).tolist(),
         drafted_is_exact=not shape.threshold,
@@ -134,10 +127,9 @@ def expect(evidence: Evidence, shape: FixedShape, *, sampled: bool) -> Expected:
 def first_acceptance(evidence: Evidence, shape: FixedShape, *, sampled: bool) -> Array:
     """Probability [B, S] that a step that starts there accepts a token; 0 behind a text's end.
 
-    As though the text went on: what a budget leaves at its end is not counted.
+    The budget at a text's end is ignored, as though the text went on.
     """
-    size = evidence.rank.shape[:2]
-    budget = np.full(size, len(shape.tree.parents))
+    budget = np.full(evidence.rank.shape[:2], len(shape.tree.parents))
     at_least, _ = _reach(evidence, shape, budget, _levels_drafted(evidence, shape), sampled)
     accepted: Array = np.where(evidence.valid[:, :, 0], at_least[..., 1], 0.0)
     return accepted
@@ -152,17 +144,13 @@ def _levels_drafted(evidence: Evidence, shape: FixedShape) -> Array | None:
     return drafted
 
 
-def _nodes(levels: Array | None, num_nodes: int) -> Array | int:
-    return num_nodes if levels is None else levels
-
-
 def _reach(
     evidence: Evidence, shape: FixedShape, budget: Array, levels: Array | None, sampled: bool
 ) -> tuple[Array, Array]:
     """Probabilities that a step accepts at least d tokens [B, S, D + 1], and tests depth d."""
     tree = shape.tree
-    size = (*budget.shape, tree.depth + 1)
-    at_least, tested = np.zeros(size), np.zeros((*budget.shape, tree.depth))
+    at_least = np.zeros((*budget.shape, tree.depth + 1))
+    tested = np.zeros((*budget.shape, tree.depth))
     at_least[..., 0] = 1.0
     reached = [np.ones(budget.shape)]  # of the root, then of every node
     has_child: set[int] = set()
@@ -206,14 +194,11 @@ def _visits(at_least: Array) -> Array:
     return found
 
 
-WIDTH = 10
-
-
-def coverage(evidence: Evidence, width: int = WIDTH) -> list[list[float]]:
+def coverage(evidence: Evidence, width: int = 10) -> list[list[float]]:
     """Share of places where the text takes the candidate of each rank, by depth: [depth][rank].
 
     At a depth those places count where it took one of the first `width` candidates at every depth
-    above: what `best_static_tree` wants to know. Depths without a place are left out.
+    above, as `best_static_tree` expects. Depths without a place are left out.
     """
     counted = evidence.valid.copy()
     table = []

@@ -1,4 +1,4 @@
-"""What drafting along a text would accept, by teacher forcing: the loop's steps, but not the loop.
+"""The loop's steps along a text, from what a trainee drafts at every place of it.
 
 A drafter that is given the text itself says at every place what it would draft there. Where the
 text is the target's greedy one, a draft is accepted as far as it is the text, so that the steps
@@ -12,6 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from specdec.analysis.replay import untimed_step
 from specdec.analysis.texts import Text
 from specdec.drafters.training import shifted
 from specdec.engine.metrics import StepRecord
@@ -34,7 +35,7 @@ class DraftShape:
 
     @classmethod
     def from_choices(cls, choices: Sequence[Sequence[int]]) -> Self:
-        """A static tree, one list of ranks a node; see `specdec.verify.tree.from_choices`."""
+        """A static tree, one list of ranks a node."""
         tree = from_choices(choices)
         children = torch.full((len(tree.parents) + 1, int(tree.ranks.max()) + 1), -1)
         children[tree.parents + 1, tree.ranks] = torch.arange(1, len(tree.parents) + 1)
@@ -47,7 +48,7 @@ class DraftShape:
 
     @property
     def depth(self) -> int:
-        """Levels."""
+        """Number of levels."""
         return self.tree.depth
 
     @property
@@ -57,7 +58,7 @@ class DraftShape:
 
     @property
     def num_nodes(self) -> int:
-        """Nodes, the root not counted."""
+        """Number of nodes, the root not counted."""
         return len(self.tree.parents)
 
     def __str__(self) -> str:
@@ -67,12 +68,9 @@ class DraftShape:
 
 
 def matching_nodes(drafted: Tensor, tokens: Tensor, shape: DraftShape) -> Tensor:
-    """Nodes [B, L, D] that the text takes in the draft behind place i; -1 where it leaves the tree.
+    """Nodes [B, L, D] that the text takes in the draft behind each place; -1 where it leaves it.
 
-    Args:
-        drafted: [B, L, D, width] ids, a trainee's `candidates`.
-        tokens: [B, L] of the texts; what they are padded with is never looked at by `walk`.
-        shape: of the draft.
+    `drafted` [B, L, D, width] holds a trainee's candidates.
     """
     children = shape.children.to(tokens.device)
     node = torch.zeros_like(tokens)
@@ -88,17 +86,10 @@ def matching_nodes(drafted: Tensor, tokens: Tensor, shape: DraftShape) -> Tensor
 def walk(
     index: int, text: Text, path: Sequence[Sequence[int]], shape: DraftShape
 ) -> list[StepRecord]:
-    """The steps that the loop would take along a text; nothing is timed.
-
-    Args:
-        index: of the prompt.
-        text: what is walked, from its first new token to its last.
-        path: [L][D] of prompt and text together, see `matching_nodes`.
-        shape: of the draft.
-    """
+    """The steps that the loop would take along a text; nothing is timed."""
     records: list[StepRecord] = []
     first_child = [min((c for c in row if c > 0), default=None) for row in shape.children.tolist()]
-    num_done = 1  # the first token is prefill's
+    num_done = 1
     while num_done < len(text.tokens):
         place = len(text.prompt) + num_done - 2  # drafts behind the token after it, the root
         # As `Request.budget`: the nodes that can still be kept, beside the step's own token.
@@ -110,18 +101,7 @@ def walk(
         # The last token of a text counts as its step's own, whoever found it.
         num_accepted = min(len(nodes), left - 1)
         records.append(
-            StepRecord(
-                prompt=index,
-                step=len(records),
-                batch_size=1,
-                num_drafted=budget,
-                num_accepted=num_accepted,
-                depth_tested=min(depth_tested, left),
-                num_emitted=num_accepted + 1,
-                draft_s=0.0,
-                target_s=0.0,
-                wall_s=0.0,
-            )
+            untimed_step(index, budget, num_accepted, min(depth_tested, left), len(records))
         )
         num_done += num_accepted + 1
     return records

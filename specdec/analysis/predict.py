@@ -11,7 +11,6 @@ from specdec.analysis.teacher_forced import Evidence, gather_evidence
 from specdec.analysis.texts import Text, check_texts
 from specdec.drafters.base import FixedShape, is_forced
 from specdec.engine.interfaces import Target
-from specdec.engine.metrics import StepRecord
 from specdec.registry import load_drafter
 from specdec.sampling.config import SamplingConfig
 from specdec.verify import get_rule
@@ -28,7 +27,7 @@ class Predictor:
 
     Args:
         target: whose texts these are.
-        texts: what it emits; its own answers at these settings, or others.
+        texts: its own answers at these settings, or others.
         sampling: without penalties.
         seed: text i is sampled with seed + i; matters to a replay of a drafter that looks at it.
         rule: of the loop.
@@ -65,7 +64,7 @@ class Predictor:
             FloatingPointError: NaN in anyone's logits.
         """
         drafter = load_drafter(options, self.target)
-        shape = fixed_shape(drafter)
+        shape = drafter.fixed_shape if is_forced(drafter) else None
         if shape is None:
             return self.replayed(drafter)
         return self.expect(options, drafter, shape)
@@ -73,10 +72,12 @@ class Predictor:
     def expect(self, options: Mapping[str, Any], drafter: Any, shape: FixedShape) -> Expected:
         """The expected steps of a drafter with what `Forced` asks for, in any fixed shape.
 
+        Nothing is accepted of what the drafter does not draft.
+
         Args:
             options: that the drafter was loaded with.
             drafter: the drafter.
-            shape: any; of what the drafter does not draft, nothing is accepted.
+            shape: any.
 
         Raises:
             ValueError: a sampled draft that cannot be worked out.
@@ -84,29 +85,21 @@ class Predictor:
         reason = self.why_unknown(shape)
         if reason is not None:
             raise ValueError(reason)
-        evidence = self.evidence(options, drafter, shape.tree.depth, self.num_siblings(shape))
+        evidence = self.evidence(options, drafter, shape)
         found = expect(evidence, shape, sampled=self.is_sampled(shape))
         return replace(found, prompt_of=self.prompt_of)
 
-    def replayed(self, drafter: Any, **watch: Watch) -> Expected:
-        """The certain steps of a fresh drafter along the texts; see `replay`."""
-        found = Expected.from_records(self.replay(drafter, **watch))
-        return replace(found, prompt_of=self.prompt_of)
-
-    def replay(self, drafter: Any, **watch: Watch) -> list[list[StepRecord]]:
-        """The steps of a fresh drafter along the texts."""
-        return replay(self.target, drafter, self.texts, self.sampling, self.seed, **watch)
+    def replayed(self, drafter: Any, watch: Watch = lambda *step: None) -> Expected:
+        """The certain steps of a fresh drafter along the texts."""
+        rows = replay(self.target, drafter, self.texts, self.sampling, self.seed, watch)
+        return replace(Expected.from_records(rows), prompt_of=self.prompt_of)
 
     def is_sampled(self, shape: FixedShape) -> bool:
-        """Whether a draft's tokens are drawn from a law, at these settings."""
+        """Tell if a draft's tokens are drawn from a distribution, at these settings."""
         return not self.sampling.is_greedy and shape.children != "top"
 
-    def num_siblings(self, shape: FixedShape) -> int:
-        """Draws at a place that a shape needs, see `Evidence`; 1 where none is drawn."""
-        return int(shape.tree.ranks.max()) + 1 if self.is_sampled(shape) else 1
-
     def why_unknown(self, shape: FixedShape) -> str | None:
-        """Why the acceptance of a shape is not worked out at these settings; None where it is."""
+        """The reason why a shape's acceptance is not worked out at these settings, or None."""
         if not self.is_sampled(shape):
             return None
         if self.rule != "token":
@@ -114,7 +107,7 @@ class Predictor:
                 f"rule is {self.rule!r}: above temperature 0 the acceptance of sampled drafts is "
                 "worked out for rule 'token' only; use it, or drafts of chosen tokens"
             )
-        if shape.children == "without_replacement" and self.num_siblings(shape) > 1:
+        if shape.children == "without_replacement" and shape.tree.ranks.max() > 0:
             return (
                 "children is 'without_replacement': above temperature 0 the acceptance of such "
                 "siblings depends on what was drawn, so it is not worked out; use "
@@ -123,50 +116,36 @@ class Predictor:
         return None
 
     def evidence(
-        self,
-        options: Mapping[str, Any],
-        drafter: Any,
-        depth: int = MIN_DEPTH,
-        num_siblings: int = 1,
+        self, options: Mapping[str, Any], drafter: Any, shape: FixedShape | None = None
     ) -> Evidence:
         """The pass behind the predictions of a drafter and of all its shapes.
 
         Args:
             options: that the drafter was loaded with.
             drafter: with what `Forced` asks for.
-            depth: levels, at least; fewer come back of a drafter that has fewer.
-            num_siblings: see `Evidence`.
+            shape: one that must be covered; None asks for no more than one pass always covers.
         """
         same = {k: v for k, v in options.items() if k not in drafter.shape_options.all}
         key = json.dumps(same, sort_keys=True, default=str)
         known = self._passes.get(key)
+        depth, num_siblings = MIN_DEPTH, 1
+        if shape is not None and self.why_unknown(shape) is None:
+            depth = max(depth, shape.tree.depth)
+            if self.is_sampled(shape):
+                num_siblings = int(shape.tree.ranks.max()) + 1
         # A drafter that is bound to fewer levels answers with all it has.
         looked = 0 if known is None else max(known.depth, MIN_DEPTH)
         if known is None or depth > looked or num_siblings > known.num_siblings:
             if not self.sampling.is_greedy:
                 num_siblings = max(num_siblings, MIN_SIBLINGS)
             self._passes[key] = gather_evidence(
-                self.target,
-                drafter,
-                self.texts,
-                self.sampling,
-                max(depth, looked, MIN_DEPTH),
-                num_siblings,
+                self.target, drafter, self.texts, self.sampling, max(depth, looked), num_siblings
             )
         return self._passes[key]
 
 
-def fixed_shape(drafter: Any) -> FixedShape | None:
-    """The nodes that a drafter drafts, where a pass over the text can say what becomes of them."""
-    return drafter.fixed_shape if is_forced(drafter) else None
-
-
 def check_settings(sampling: SamplingConfig, rule: str) -> None:
-    """Refuse what the analysis does not cover.
-
-    Raises:
-        ValueError: penalties, biases, banned words or a minimum length; a lossy rule.
-    """
+    """Refuse penalties and the like, and above temperature 0 rules that are not worked out."""
     if not sampling.is_plain:
         raise ValueError(
             "sampling has penalties, a bias, bad words or min_new_tokens: with them the "

@@ -7,15 +7,15 @@ temperature, so the steps are certain.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from specdec.analysis.acceptance_math import refuse_not_finite
-from specdec.analysis.teacher_forced import FirstTokens, reliability
-from specdec.analysis.texts import Text, seeded
+from specdec.analysis.breakdown import FirstTokens, reliability
+from specdec.analysis.results import Calibration
+from specdec.analysis.texts import Text
 from specdec.engine.interfaces import Drafter, Target, TargetOutput, cache_owners, claimed
 from specdec.engine.metrics import StepRecord
 from specdec.sampling.config import SamplingConfig
@@ -24,7 +24,7 @@ from specdec.targets.taps import read_text
 from specdec.verify import Draft, Verdict, match
 from specdec.verify.tree import node_depths
 
-# Told of every step: its text, the tokens done before it, the draft, and what became of it.
+# Called with every step: its text, the tokens done before it, the draft, and its verdict.
 Watch = Callable[[int, int, Draft, Verdict], None]
 
 
@@ -34,27 +34,15 @@ def replay(
     texts: Sequence[Text],
     sampling: SamplingConfig,
     seed: int = 0,
-    watch: Watch = lambda text, num_done, draft, verdict: None,
+    watch: Watch = lambda *step: None,
 ) -> list[list[StepRecord]]:
     """The steps of a loop with batch size 1 that emits these texts in turn; nothing is timed.
 
     A drafter that remembers past outputs remembers these. Past the end of a text the loop may have
     drafted and accepted more than it kept; that is not replayed.
-
-    Args:
-        target: gives the features; no step of the loop runs it.
-        drafter: fresh, for what it has seen changes what it drafts.
-        texts: see `check_texts`.
-        sampling: text i has seed + i.
-        seed: of the first.
-        watch: called with every step.
-
-    Raises:
-        ValueError: the drafter samples its tokens.
-        FloatingPointError: NaN in the target's logits.
     """
     return [
-        _Row(target, drafter, text, index, seeded(sampling, seed, index)).steps(watch)
+        _Row(target, drafter, text, index, replace(sampling, seed=seed + index)).steps(watch)
         for index, text in enumerate(texts)
     ]
 
@@ -78,13 +66,13 @@ class _Row:
 
     @torch.inference_mode()
     def steps(self, watch: Watch) -> list[StepRecord]:
-        """Walk from the first new token to the last."""
-        text, records = self.text, list[StepRecord]()
+        """Walk from the first new token, which is prefill's, to the last."""
+        records: list[StepRecord] = []
         with claimed(*cache_owners(self.drafter)):
-            if len(text.tokens) > 1:
+            if len(self.text.tokens) > 1:
                 self._begin()
-            num_done = 1  # the first token is prefill's
-            while num_done < len(text.tokens):
+            num_done = 1
+            while num_done < len(self.text.tokens):
                 record = self._step(num_done, watch)
                 records.append(replace(record, step=len(records)))
                 num_done += record.num_emitted
@@ -98,35 +86,29 @@ class _Row:
         self.drafter.begin(begun, TargetOutput(logits, hidden), self.sampler)
 
     def _step(self, num_done: int, watch: Watch) -> StepRecord:
-        text = self.text
-        left = len(text.tokens) - num_done
+        text, left = self.text, len(self.text.tokens) - num_done
         # As `Request.budget`: the nodes that can still be kept, beside the step's own token.
         budget = min(max(0, text.max_tokens - num_done - 1), self.drafter.max_nodes)
         root = torch.tensor([text.tokens[num_done - 1]], device=self.target.device)
         draft = self.drafter.propose(root, [budget], self.sampler)
-        _refuse_sampled(draft, self.drafter)
+        if draft.probs is not None:
+            raise ValueError(
+                f"{type(self.drafter).__name__} samples its drafts and cannot be given a whole "
+                "text: along a given text its draws cannot be replayed; choose tokens "
+                "(children=top), use temperature 0, or give it what "
+                "specdec.drafters.base.Forced describes"
+            )
         depths = node_depths(draft.explicit_parents(), draft.depth)[0]  # [N]
         verdict = self._verdict(draft, depths, num_done)
         watch(self.index, num_done, draft, verdict)
-        tested = int((depths * verdict.tested[0]).max()) if draft.num_nodes else 0
         num_accepted = int(verdict.num_accepted)
+        tested = int((depths * verdict.tested[0]).max()) if draft.num_nodes else 0
         new = text.tokens[num_done : num_done + num_accepted + 1]
         self.drafter.observe(verdict, [new], self._features(depths, num_done))
-        return StepRecord(
-            prompt=self.index,
-            step=0,
-            batch_size=1,
-            num_drafted=int(draft.lengths),
-            num_accepted=num_accepted,
-            depth_tested=min(tested, left),
-            num_emitted=len(new),
-            draft_s=0.0,
-            target_s=0.0,
-            wall_s=0.0,
-        )
+        return untimed_step(self.index, int(draft.lengths), num_accepted, min(tested, left))
 
     def _verdict(self, draft: Draft, depths: Tensor, num_done: int) -> Verdict:
-        """What matching with the text says; its last token counts as the step's own."""
+        """Match the draft with the text, whose last token counts as its step's own."""
         left = torch.tensor(self.text.tokens[num_done:], device=depths.device)
         places = torch.cat([depths.new_zeros(1), depths])  # of root and nodes
         sampled = left[places.clamp(max=len(left) - 1)].unsqueeze(0)
@@ -140,7 +122,7 @@ class _Row:
         return Verdict(tokens, accepted, path, verdict.tested)
 
     def _features(self, depths: Tensor, num_done: int) -> dict[int, Tensor]:
-        """The target's features of root and nodes: those of the text, right on its own path."""
+        """The text's features in place of root and nodes: right on the text's own path."""
         root = len(self.text.prompt) + num_done - 1
         places = root + torch.cat([depths.new_zeros(1), depths])
         return {
@@ -149,18 +131,27 @@ class _Row:
         }
 
 
-def _refuse_sampled(draft: Draft, drafter: Any) -> None:
-    if draft.probs is not None:
-        raise ValueError(
-            f"{type(drafter).__name__} samples its drafts and cannot be given a whole text: along "
-            "a given text its draws cannot be replayed; choose tokens (children=top), use "
-            "temperature 0, or give it what specdec.drafters.base.Forced describes"
-        )
+def untimed_step(
+    prompt: int, num_drafted: int, num_accepted: int, depth_tested: int, step: int = 0
+) -> StepRecord:
+    """A step along a text in a batch of one; it keeps all that it accepts and one token more."""
+    return StepRecord(
+        prompt=prompt,
+        step=step,
+        batch_size=1,
+        num_drafted=num_drafted,
+        num_accepted=num_accepted,
+        depth_tested=depth_tested,
+        num_emitted=num_accepted + 1,
+        draft_s=0.0,
+        target_s=0.0,
+        wall_s=0.0,
+    )
 
 
 @dataclass
 class ReplayNotes:
-    """Takes notes of every step; `note` is what `replay` calls."""
+    """Notes of every step; `note` is the `watch` of a replay."""
 
     text: list[int] = field(default_factory=list)
     step: list[int] = field(default_factory=list)
@@ -169,17 +160,15 @@ class ReplayNotes:
     taken: list[bool] = field(default_factory=list)
 
     def note(self, text: int, num_done: int, draft: Draft, verdict: Verdict) -> None:
-        """One step; a step without a draft accepts nothing."""
+        """Keep one step; a step without a draft accepts nothing."""
         self.text.append(text)
         self.step.append(num_done - 1)
         self.accepted.append(bool(verdict.num_accepted[0] > 0))
-        if draft.confidence is not None and draft.num_nodes:
-            self._note_confidence(draft, draft.confidence, verdict)
-
-    def _note_confidence(self, draft: Draft, confidence: Tensor, verdict: Verdict) -> None:
+        if draft.confidence is None or not draft.num_nodes:
+            return
         path = set(verdict.path[0].tolist())
         parents = draft.explicit_parents()[0].tolist()
-        whole = confidence[0].tolist()
+        whole = draft.confidence[0].tolist()
         for node in range(int(draft.lengths[0])):
             parent = parents[node]
             above = whole[parent] if parent >= 0 else 1.0
@@ -194,6 +183,6 @@ class ReplayNotes:
         steps = np.array(self.step, dtype=np.int64)
         return FirstTokens(np.array(self.text, dtype=np.int64), steps, accepted, None)
 
-    def calibration(self) -> dict[str, Any] | None:
-        """Of the conditional confidence of all nodes whose parent was taken; None without any."""
+    def calibration(self) -> Calibration | None:
+        """Calibration of the conditional confidence of all nodes whose parent was taken."""
         return reliability(np.array(self.confidence), np.array(self.taken, dtype=bool))

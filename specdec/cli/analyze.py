@@ -1,9 +1,8 @@
 """`specdec analyze`."""
 
 import json
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -33,32 +32,25 @@ def analyze(
     from specdec.bench.config import load_config
 
     settings = load_config(config, overrides or [])  # wrong ones are told before the slow imports
-    from rich.console import Console
-
     from specdec.analysis.run import run_analysis
     from specdec.common.files import locked
-    from specdec.report.tables import analysis_table
+    from specdec.report.sections.analysis import analysis_table
+    from specdec.report.tables import print_tables
 
     quiet_transformers()
     with locked(out), progress_bar() as show:
         analysis = run_analysis(settings, out, text, show, answers=answers)
-    terminal = Console(width=None if sys.stdout.isatty() else 140)
-    terminal.print(analysis_table(analysis))
+    print_tables(analysis_table(analysis))
     typer.echo(f"Analysis and evidence: {out}")
-    for each in analysis["drafters"]:
-        if each["not_configured_because"]:
-            typer.echo(f"specdec: {each['name']}: {each['not_configured_because']}", err=True)
-    typer.echo(json.dumps(_summary(analysis)))
-
-
-def _summary(analysis: dict[str, Any]) -> dict[str, Any]:
-    """The last line of output, for machines."""
+    for each in analysis.drafters:
+        if each.not_configured_because:
+            typer.echo(f"specdec: {each.name}: {each.not_configured_because}", err=True)
     drafters = [
         {
-            "name": each["name"],
-            "alpha": each["alpha"],
-            "tau": each["configured"] and each["configured"]["tau"],
+            "name": each.name,
+            "alpha": each.alpha,
+            "tau": each.configured.tau if each.configured else None,
         }
-        for each in analysis["drafters"]
+        for each in analysis.drafters
     ]
-    return {"schema": analysis["schema"], "drafters": drafters}
+    typer.echo(json.dumps({"schema": analysis.schema_, "drafters": drafters}))

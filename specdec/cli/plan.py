@@ -1,7 +1,6 @@
 """`specdec plan`."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -40,46 +39,46 @@ def _plan(config: str, overrides: list[str], out: Path, quick: bool) -> None:
     settings = load_config(config, overrides)  # wrong ones are told before the slow imports
     from specdec.common.files import locked
     from specdec.planning.plan import run_plan
-    from specdec.report.tables import costs_table, not_trusted, plan_table, schedule_table
+    from specdec.report.sections.plan import costs_table, not_trusted, plan_table, schedule_table
+    from specdec.report.tables import print_tables
 
     quiet_transformers()
     with locked(out), progress_bar() as show:
         found = run_plan(settings, out, show, quick=quick)
-    _print(costs_table(found), schedule_table(found), plan_table(found))
-    for reason in found["costs"]["skipped"]:
+    print_tables(costs_table(found), schedule_table(found), plan_table(found))
+    for reason in found.costs.skipped:
         typer.echo(f"specdec: {reason}; it is left out", err=True)
     for warning in not_trusted(found):
         typer.echo(f"specdec: {out / 'plan.json'}: {warning}", err=True)
     typer.echo(f"Plan: {out / 'plan.json'}\nRuns the choice: specdec bench {out / 'bench.yaml'}")
-    keys = ("name", "type", "options", "predicted_speedup", "predicted_speedup_ci")
-    summary = {"schema": found["schema"], "choice": {k: found["choice"][k] for k in keys}}
-    trusted = {"is_trusted": found["trust"]["is_trusted"]}
-    typer.echo(json.dumps({**summary, "schedule": found["schedule"], **trusted}))
+    keys = {"name", "type", "options", "predicted_speedup", "predicted_speedup_ci"}
+    summary = {
+        "schema": found.schema_,
+        "choice": found.choice.model_dump(mode="json", include=keys),
+        "schedule": found.schedule,
+        "is_trusted": found.trust.is_trusted if found.trust else None,
+    }
+    typer.echo(json.dumps(summary))
 
 
 def _estimate(path: str, overrides: list[str], out: Path) -> None:
     from specdec.planning.roofline import estimate, load_hardware
 
     hardware = load_hardware(path, overrides)
-    from specdec.common.files import locked, replace_file
-    from specdec.report.tables import estimate_table
+    from specdec.common.files import locked
+    from specdec.report.sections.plan import estimate_table
+    from specdec.report.tables import print_tables
 
     found = estimate(hardware)
-    file = out / "estimate.json"
     with locked(out):
-        replace_file(file, (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
-    _print(estimate_table(found))
+        found.write(out)
+    print_tables(estimate_table(found))
     typer.echo("This is an estimate. It assumes:")
-    for assumption in found["assumptions"]:
+    for assumption in found.assumptions:
         typer.echo(f"- {assumption}")
-    typer.echo(f"Estimate: {file}")
-    best = [{k: row[k] for k in ("name", "batch_size", "best")} for row in found["drafters"]]
-    typer.echo(json.dumps({"schema": found["schema"], "label": found["label"], "best": best}))
-
-
-def _print(*tables: object) -> None:
-    from rich.console import Console
-
-    terminal = Console(width=None if sys.stdout.isatty() else 140)
-    for table in tables:
-        terminal.print(table)
+    typer.echo(f"Estimate: {out / found.FILE}")
+    best = [
+        {"name": row.name, "batch_size": row.batch_size, "best": row.best.model_dump()}
+        for row in found.drafters
+    ]
+    typer.echo(json.dumps({"schema": found.schema_, "label": found.label, "best": best}))

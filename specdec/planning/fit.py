@@ -1,71 +1,56 @@
-"""Small models of measured times: piecewise linear and plain linear, with what they leave over."""
+"""Small models of measured times, with their residuals."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 from scipy.optimize import nnls
 
+from specdec.bench.results import Record
+
+NotNegative = Annotated[float, Field(ge=0)]
 MAX_KNOTS = 4
+SWEEPS = 50
 
 
-@dataclass(frozen=True)
-class Residuals:
-    """What a fit leaves over, relative to the measured times."""
+class Residuals(Record):
+    """Errors of a fit, relative to the measured times."""
 
-    median: float
-    largest: float
-    rms: float
+    median: NotNegative
+    largest: NotNegative
+    rms: NotNegative
 
     @classmethod
     def of(
         cls, measured: np.ndarray, fitted: np.ndarray, counts: np.ndarray | None = None
     ) -> "Residuals":
-        """Of times [points] against fitted ones [points]; the mean square weighs by `counts`."""
+        """Compare times [points] with fitted ones; the mean square weighs by `counts`."""
         relative = np.abs(fitted / measured - 1)
         return cls(
-            float(np.median(relative)),
-            float(relative.max()),
-            float(np.sqrt(np.average(relative**2, weights=counts))),
+            median=float(np.median(relative)),
+            largest=float(relative.max()),
+            rms=float(np.sqrt(np.average(relative**2, weights=counts))),
         )
 
-    def to_json(self) -> dict[str, float]:
-        """Fields as JSON."""
-        return dict(vars(self))
 
+class PiecewiseLinear(Record):
+    """seconds = constant + per_token n + per_context c + per_token_and_context n c + the sum of
+    slope_change max(0, n - knot), for n new tokens and c cached ones in a row."""
 
-@dataclass(frozen=True)
-class PiecewiseLinear:
-    """Seconds of a forward: linear in the new tokens between knots, and in the context.
-
-    t(n, c) = constant + slope n + sum over knots of change max(0, n - knot) + (context +
-    context_by_tokens n) c.
-
-    Attributes:
-        knots: where the slope changes.
-        coefficients: constant, slope, context, context_by_tokens, then the changes.
-        residuals: relative to the points it was fitted to.
-    """
-
-    knots: tuple[float, ...]
-    coefficients: tuple[float, ...]
+    constant: float
+    per_token: float
+    per_context: float
+    per_token_and_context: float
+    knots: list[float]
+    slope_changes: list[float]
     residuals: Residuals
 
     def __call__(self, new_tokens: float, context: float) -> float:
-        """Seconds."""
+        """Seconds of a forward."""
+        linear = (self.constant, self.per_token, self.per_context, self.per_token_and_context)
         row = _features(np.array([new_tokens], float), np.array([context], float), self.knots)
-        return float(row[0] @ np.array(self.coefficients))
-
-    def to_json(self) -> dict[str, Any]:
-        """Fields as JSON, coefficients in seconds."""
-        names = ("constant", "per_token", "per_context", "per_token_and_context")
-        return {
-            **dict(zip(names, self.coefficients, strict=False)),
-            "knots": list(self.knots),
-            "slope_changes": list(self.coefficients[len(names) :]),
-            "residuals": self.residuals.to_json(),
-        }
+        return float(row[0] @ np.array([*linear, *self.slope_changes]))
 
 
 def _features(tokens: np.ndarray, context: np.ndarray, knots: Sequence[float]) -> np.ndarray:
@@ -76,16 +61,7 @@ def _features(tokens: np.ndarray, context: np.ndarray, knots: Sequence[float]) -
 def fit_piecewise(
     new_tokens: Sequence[float], context: Sequence[float], seconds: Sequence[float]
 ) -> PiecewiseLinear:
-    """Fit relative errors by least squares; knots join one at a time while BIC says they pay.
-
-    Args:
-        new_tokens: [points] tokens of the forward, per row.
-        context: [points] tokens cached before, per row.
-        seconds: [points] above zero.
-
-    Raises:
-        ValueError: no point, or lengths that differ.
-    """
+    """Fit relative errors by least squares; knots join one at a time while BIC says they pay."""
     tokens, cached, times = (np.array(x, float) for x in (new_tokens, context, seconds))
     if not len(times) or not len(tokens) == len(cached) == len(times):
         raise ValueError(
@@ -103,10 +79,15 @@ def fit_piecewise(
             break
         knots, best = sorted([*knots, knot]), found
         free.remove(knot)
-    coefficients, _ = best
-    fitted = _features(tokens, cached, knots) @ coefficients
+    constant, slope, per_context, both, *changes = best[0].tolist()
     return PiecewiseLinear(
-        tuple(knots), tuple(float(c) for c in coefficients), Residuals.of(times, fitted)
+        constant=constant,
+        per_token=slope,
+        per_context=per_context,
+        per_token_and_context=both,
+        knots=knots,
+        slope_changes=changes,
+        residuals=Residuals.of(times, _features(tokens, cached, knots) @ best[0]),
     )
 
 
@@ -118,8 +99,7 @@ def _solve(
     coefficients = np.linalg.lstsq(features, np.ones_like(seconds), rcond=None)[0]
     errors = features @ coefficients - 1
     count = len(seconds)
-    spare = count - features.shape[1]
-    if spare <= 0 and knots:
+    if count <= features.shape[1] and knots:
         return coefficients, np.inf
     # Errors below a tenth of a per cent are no reason for another knot.
     variance = max(float((errors**2).mean()), 1e-6)
@@ -128,30 +108,16 @@ def _solve(
     return coefficients, float(count * np.log(variance) + num_parameters * np.log(count))
 
 
-@dataclass(frozen=True)
-class LinearCost:
-    """Seconds as a sum of non-negative parts.
+class LinearCost(Record):
+    """Seconds as a sum of parts, none of which makes a step cheaper."""
 
-    Attributes:
-        names: of the features.
-        coefficients: seconds for one of each.
-        residuals: relative to what it was fitted to.
-    """
-
-    names: tuple[str, ...]
-    coefficients: tuple[float, ...]
+    coefficients: dict[str, NotNegative]
+    """seconds for one of each feature"""
     residuals: Residuals
 
     def __call__(self, features: Sequence[float]) -> float:
-        """Seconds for these features."""
-        return float(np.dot(features, self.coefficients))
-
-    def to_json(self) -> dict[str, Any]:
-        """Fields as JSON."""
-        return {
-            "coefficients": dict(zip(self.names, self.coefficients, strict=True)),
-            "residuals": self.residuals.to_json(),
-        }
+        """Seconds for these features, in the order of the coefficients."""
+        return float(np.dot(features, list(self.coefficients.values())))
 
 
 def fit_linear(
@@ -161,15 +127,10 @@ def fit_linear(
     scale: Sequence[float],
     counts: Sequence[float] | None = None,
 ) -> LinearCost:
-    """Fit seconds by features, none of which may make a step cheaper.
+    """Fit seconds [points] by features [points, features].
 
-    Args:
-        names: of the features.
-        features: [points, features].
-        seconds: [points].
-        scale: [points] what an error is measured against, above zero: the seconds of the whole
-            step, so that a part that hardly matters does not decide.
-        counts: [points] how many measurements each is the mean of; None for as many.
+    Errors count against `scale`, the seconds of the whole step, so that a part that hardly matters
+    does not decide; `counts` are the measurements that each point is the mean of.
     """
     rows, times = np.array(features, float), np.array(seconds, float)
     whole = np.array(scale, float)
@@ -179,28 +140,17 @@ def fit_linear(
     size = np.maximum(np.abs(rows).max(0), 1e-12)
     found, _ = nnls(rows / size * weights[:, None], times * weights)
     coefficients = found / size
-    fitted = rows @ coefficients
     return LinearCost(
-        tuple(names),
-        tuple(float(c) for c in coefficients),
-        Residuals.of(whole, whole + fitted - times, number),
+        coefficients=dict(zip(names, coefficients.tolist(), strict=True)),
+        residuals=Residuals.of(whole, whole + rows @ coefficients - times, number),
     )
 
 
-SWEEPS = 50
-
-
 def median_polish(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Split a table into effects of its rows and of its columns, added, and what they leave over.
+    """Split a table into effects of its rows and columns; give the columns' and the residuals.
 
-    Medians, so that a moment in which the machine was busy moves nothing but its own cell.
-
-    Args:
-        table: [rows, columns]; nan where nothing was measured, but no row and no column without
-            a value.
-
-    Returns:
-        Effects of the columns, up to a constant, and residuals [rows, columns].
+    With medians a moment in which the machine was busy moves nothing but its own cell. A cell that
+    was not measured is nan, but every row and column has a value.
 
     Source: Tukey 1977, Exploratory Data Analysis.
     """

@@ -1,47 +1,20 @@
 """Acceptance times cost: the speed that a configuration is predicted to have."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import inf
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from specdec.analysis.expected import Expected
+from specdec.common.stats import Interval
 from specdec.planning.candidates import Candidate
 from specdec.planning.costs import Costs, Sizes
+from specdec.planning.results import Configuration, StepMs
 from specdec.planning.times import StepTime
 
 NUM_RESAMPLES = 2000
-
-
-class Expectation(Protocol):
-    """What acceptance says of a configuration, by prompt; see `specdec.analysis.expected`."""
-
-    @property
-    def tokens(self) -> Sequence[float]:
-        """Emitted tokens, prefill's own one included."""
-
-    @property
-    def steps(self) -> Sequence[float]:
-        """Verify steps."""
-
-    @property
-    def drafted(self) -> Sequence[float]:
-        """Nodes drafted in all steps."""
-
-    @property
-    def tested_at(self) -> Sequence[Sequence[float]]:
-        """Steps that judge a token at depth 1, 2, ..., by prompt."""
-
-    @property
-    def tau(self) -> float:
-        """Tokens a step, over all prompts."""
-
-    def tau_interval(self) -> tuple[float, float] | None:
-        """95 % of it."""
-
-
-Predict = Callable[[Mapping[str, Any]], Expectation]
 
 
 @dataclass(frozen=True)
@@ -49,10 +22,7 @@ class Prediction:
     """A configuration's predicted speed.
 
     Attributes:
-        candidate: the configuration.
-        batch_size: rows.
         tau: tokens a step.
-        tau_ci: 95 % interval over prompts; None for one prompt.
         speedup: expected seconds of plain decoding over its own, all prompts together.
         speedup_ci: 95 % interval over prompts, with the error of the costs.
         step: seconds of the mean step.
@@ -63,54 +33,40 @@ class Prediction:
     candidate: Candidate
     batch_size: int
     tau: float
-    tau_ci: tuple[float, float] | None
+    tau_ci: Interval
     speedup: float
-    speedup_ci: tuple[float, float] | None
+    speedup_ci: Interval
     step: StepTime
     plain: StepTime
     is_timed: bool = False
 
-    @property
-    def tokens_per_s(self) -> float:
-        """Of one row."""
-        return self.speedup / self.plain.wall_s
-
-    def to_json(self) -> dict[str, Any]:
-        """Fields as JSON."""
-        return {
-            "name": self.candidate.name,
-            "type": self.candidate.type,
-            "options": self.candidate.options,
-            "is_given": self.candidate.is_given,
-            "is_timed": self.is_timed,
-            "batch_size": self.batch_size,
-            "predicted_tau": self.tau,
-            "predicted_tau_ci": self.tau_ci,
-            "predicted_speedup": self.speedup,
-            "predicted_speedup_ci": self.speedup_ci,
-            "step_ms": {
-                "draft": 1000 * self.step.draft_s,
-                "target": 1000 * self.step.target_s,
-                "other": 1000 * self.step.other_s,
-                "wall": 1000 * self.step.wall_s,
-            },
-            "plain_step_ms": 1000 * self.plain.wall_s,
-        }
+    def described(self) -> Configuration:
+        """The prediction as a plan holds it."""
+        return Configuration(
+            name=self.candidate.name,
+            type=self.candidate.type,
+            options=self.candidate.options,
+            is_given=self.candidate.is_given,
+            is_timed=self.is_timed,
+            batch_size=self.batch_size,
+            predicted_tau=self.tau,
+            predicted_tau_ci=self.tau_ci,
+            predicted_speedup=self.speedup,
+            predicted_speedup_ci=self.speedup_ci,
+            step_ms=StepMs(**self.step.ms()),
+            plain_step_ms=1000 * self.plain.wall_s,
+        )
 
 
 class Acceptance:
-    """Acceptance of candidates, asked once for each.
+    """Acceptance of candidates; each drafter's options are asked about once, for that is dear."""
 
-    Args:
-        predict: of a drafter's options; dear.
-    """
-
-    def __init__(self, predict: Predict) -> None:
+    def __init__(self, predict: Callable[[Mapping[str, Any]], Expected]) -> None:
         self._predict = predict
-        self._known: dict[str, Expectation] = {}
+        self._known: dict[str, Expected] = {}
 
-    def __call__(self, candidate: Candidate) -> Expectation:
-        """What is expected of a candidate."""
+    def __call__(self, candidate: Candidate) -> Expected:
+        """The expected steps of a candidate."""
         if candidate.key not in self._known:
             options = {"type": candidate.type, **candidate.options}
             self._known[candidate.key] = self._predict(options)
@@ -130,15 +86,34 @@ class Forecast:
     def __init__(
         self,
         costs: Costs,
-        expected: Callable[[Candidate], Expectation],
+        expected: Callable[[Candidate], Expected],
         context: float,
         seed: int = 0,
     ) -> None:
-        self.costs, self.expected, self.context, self._seed = costs, expected, context, seed
+        self.costs, self.expected, self.context, self.seed = costs, expected, context, seed
+
+    def with_costs(self, costs: Costs) -> "Forecast":
+        """The same acceptance at other costs."""
+        return Forecast(costs, self.expected, self.context, self.seed)
 
     def __call__(self, candidate: Candidate, batch_size: int) -> Prediction:
         """The prediction of a candidate."""
-        return self._of(candidate, batch_size, self.expected(candidate))
+        expected, plain = self.expected(candidate), self.plain(batch_size)
+        sizes = _sizes(candidate, expected, batch_size)
+        step = self.costs.step(candidate, batch_size, sizes, self.context)
+        ratio = plain.wall_s / step.wall_s
+        error = self.costs.uncertainty(candidate, batch_size)
+        return Prediction(
+            candidate,
+            batch_size,
+            expected.tau,
+            expected.tau_interval(),
+            float(expected.tau * ratio),
+            _interval(expected, ratio, error, self.seed),
+            step,
+            plain,
+            self.costs.is_timed(candidate, batch_size),
+        )
 
     def bound(self, candidate: Candidate, batch_size: int, larger: Candidate) -> float:
         """Speed that a candidate cannot pass: a larger draft's acceptance at its own cost."""
@@ -161,27 +136,9 @@ class Forecast:
         """A step of plain decoding."""
         return self.costs.plain[batch_size].time
 
-    def _of(self, candidate: Candidate, batch_size: int, expected: Expectation) -> Prediction:
-        sizes = _sizes(candidate, expected, batch_size)
-        step = self.costs.step(candidate, batch_size, sizes, self.context)
-        plain = self.plain(batch_size)
-        ratio = plain.wall_s / step.wall_s
-        error = self.costs.uncertainty(candidate, batch_size)
-        return Prediction(
-            candidate,
-            batch_size,
-            expected.tau,
-            expected.tau_interval(),
-            float(expected.tau * ratio),
-            _interval(expected, ratio, error, self._seed),
-            step,
-            plain,
-            self.costs.is_timed(candidate, batch_size),
-        )
 
-
-def _sizes(candidate: Candidate, expected: Expectation, batch_size: int) -> Sizes:
-    """How many nodes the steps draft: as many as the shape has, or fewer, or none.
+def _sizes(candidate: Candidate, expected: Expected, batch_size: int) -> Sizes:
+    """Shares of the steps by the nodes that they draft: all that the shape has, fewer, or none.
 
     A batch is padded to the largest draft of its rows, and drafts nothing where none of them does.
     """
@@ -189,20 +146,17 @@ def _sizes(candidate: Candidate, expected: Expectation, batch_size: int) -> Size
     if batch_size > 1 and not candidate.varies:
         return {nodes: 1.0}
     mean = min(_mean_nodes(expected), nodes)
-    empty = min(_empty_share(expected), 1 - mean / nodes)
+    # Steps that judge no token had nothing drafted.
+    judged = sum(row[0] for row in expected.tested_at if row)
+    empty = max(0.0, 1 - judged / max(sum(expected.steps), 1e-9))
+    empty = min(empty, 1 - mean / nodes)
     if empty >= 1:
         return {0: 1.0}
     empty_batch = empty**batch_size
     return _between(mean * (1 - empty_batch) / (1 - empty), empty_batch)
 
 
-def _empty_share(expected: Expectation) -> float:
-    """Share of the steps that judge no token, because nothing was drafted."""
-    judged = sum(row[0] for row in expected.tested_at if row)
-    return max(0.0, 1 - judged / max(sum(expected.steps), 1e-9))
-
-
-def _mean_nodes(expected: Expectation) -> float:
+def _mean_nodes(expected: Expected) -> float:
     return sum(expected.drafted) / max(sum(expected.steps), 1e-9)
 
 
@@ -219,9 +173,7 @@ def _between(mean: float, empty: float) -> Sizes:
     return {nodes: share for nodes, share in sizes.items() if share > 0}
 
 
-def _interval(
-    expected: Expectation, ratio: float, error: float, seed: int
-) -> tuple[float, float] | None:
+def _interval(expected: Expected, ratio: float, error: float, seed: int) -> Interval:
     """Interval of the speedup: each resample of the prompts at a cost that is off by `error`."""
     tokens, steps = np.array(expected.tokens, float), np.array(expected.steps, float)
     tokens, steps = tokens[steps > 0] - 1, steps[steps > 0]  # the first token is prefill's

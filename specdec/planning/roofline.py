@@ -5,19 +5,31 @@ arXiv 2211.17192, section 3.1.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from specdec.common.config import load_strict, require_at_least
-from specdec.common.provenance import code
+from pydantic import BeforeValidator, Field, model_validator
 
-SPLITS = ("pipeline", "tensor")
+from specdec.bench.results import Record, Results
+from specdec.common.config import Config, load_config
+from specdec.common.provenance import CodeProvenance, code
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Reached = Annotated[float, Field(gt=0, le=1)]
+STATE_BYTES = 2  # of a number that goes from device to device
 
 
-@dataclass
-class Device:
+def _check_alpha(given: Any) -> Any:
+    """Refuse what is no probability, or no list of them; a union's own errors would name both."""
+    values = given if isinstance(given, list) else [given]
+    if not values or not all(type(v) in (int, float) and 0 <= v <= 1 for v in values):
+        raise ValueError("must be a number in [0, 1], or a list of them, one a depth")
+    return given
+
+
+class Device(Config):
     """A device.
 
     Attributes:
@@ -30,30 +42,27 @@ class Device:
     """
 
     name: str = ""
-    bandwidth_tb_s: float = 0.0
-    compute_tflops: float = 0.0
-    memory_gb: float | None = None
-    share: float | None = None
+    bandwidth_tb_s: Positive
+    compute_tflops: Positive
+    memory_gb: NotNegative | None = None
+    share: NotNegative | None = None
 
 
-@dataclass
-class Link:
-    """What joins the devices; one of its transfers follows the other."""
+class Link(Config):
+    """The link that joins the devices; one of its transfers follows the other."""
 
-    bandwidth_gb_s: float = 32.0
-    latency_us: float = 10.0
+    bandwidth_gb_s: Positive = 32.0
+    latency_us: NotNegative = 10.0
 
 
-@dataclass
-class Efficiency:
+class Efficiency(Config):
     """Shares of the stated bandwidth and compute that a forward reaches."""
 
-    bandwidth: float = 0.7
-    compute: float = 0.5
+    bandwidth: Reached = 0.7
+    compute: Reached = 0.5
 
 
-@dataclass
-class Model:
+class Model(Config):
     """A language model.
 
     Attributes:
@@ -67,30 +76,38 @@ class Model:
     """
 
     name: str = "target"
-    parameters_b: float = 0.0
-    bits: float = 16.0
-    kv_bytes_per_token: float = 0.0
-    num_layers: int = 1
-    hidden_size: int = 0
-    overhead_us: float = 0.0
+    parameters_b: Positive
+    bits: Positive = 16.0
+    kv_bytes_per_token: NotNegative = 0.0
+    num_layers: Annotated[int, Field(ge=1)] = 1
+    hidden_size: Annotated[int, Field(ge=0)] = 0
+    overhead_us: NotNegative = 0.0
+
+    def memory_gb(self, rows: int, context: int) -> float:
+        """Weights, keys and values."""
+        cache_gb = rows * context * self.kv_bytes_per_token / 1e9
+        return self.parameters_b * self.bits / 8 + cache_gb
 
 
-@dataclass
 class DraftModel(Model):
     """A draft model, whole on one device.
 
     Attributes:
         device: name of a device.
         alpha: probability that a drafted token is accepted, one number for all depths or the
-            conditional one of each depth.
+            conditional one of each depth, the last of which holds behind the list's end.
     """
 
     device: str = ""
-    alpha: Any = None
+    alpha: Annotated[float | list[float], BeforeValidator(_check_alpha)]
+
+    def alphas(self, depth: int) -> list[float]:
+        """Conditional acceptance at depths 1 to `depth`."""
+        given = self.alpha if isinstance(self.alpha, list) else [self.alpha]
+        return [given[min(level, len(given) - 1)] for level in range(depth)]
 
 
-@dataclass
-class Hardware:
+class Hardware(Config):
     """What a roofline estimate is made from.
 
     Attributes:
@@ -101,179 +118,145 @@ class Hardware:
         max_draft_tokens: longest chain that is tried.
     """
 
-    target: Model = field(default_factory=Model)
-    devices: list[Device] = field(
-        default_factory=list, metadata={"rule": "a list, each like {name: a, bandwidth_tb_s: 1}"}
+    target: Model
+    devices: Annotated[list[Device], Field(min_length=1)]
+    drafters: Annotated[list[DraftModel], Field(min_length=1)]
+    link: Link = Field(default_factory=Link)
+    efficiency: Efficiency = Field(default_factory=Efficiency)
+    split: Literal["pipeline", "tensor"] = "pipeline"
+    context: Annotated[int, Field(ge=0)] = 2048
+    batch_sizes: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = Field(
+        default_factory=lambda: [1]
     )
-    drafters: list[DraftModel] = field(
-        default_factory=list, metadata={"rule": "a list, each like {name: 1B, alpha: 0.7}"}
-    )
-    link: Link = field(default_factory=Link)
-    efficiency: Efficiency = field(default_factory=Efficiency)
-    split: str = "pipeline"
-    context: int = 2048
-    batch_sizes: list[int] = field(default_factory=lambda: [1])
-    max_draft_tokens: int = 12
+    max_draft_tokens: Annotated[int, Field(ge=1)] = 12
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [device.name for device in self.devices]
+        if len(set(names)) < len(names):
+            raise ValueError(f"devices: the names {names} must differ")
+        shares = [device.share for device in self.devices]
+        known = [share for share in shares if share is not None]
+        if known and (len(known) < len(shares) or abs(sum(known) - 1) > 1e-3):
+            raise ValueError(
+                f"devices: the shares {shares} must sum to 1, every device with one, or be left "
+                "out of all"
+            )
+        for index, drafter in enumerate(self.drafters):
+            if drafter.device not in names:
+                raise ValueError(
+                    f"drafters.{index}.device is {drafter.device!r} but must be one of "
+                    f"{', '.join(names)}"
+                )
+        # Between devices states travel: what is left out would cost nothing.
+        if len(names) > 1 and not self.target.hidden_size:
+            raise ValueError("target.hidden_size is 0 but must be above 0; state it")
+        if len(names) > 1 and self.split == "tensor" and self.target.num_layers < 2:
+            raise ValueError(
+                f"target.num_layers is {self.target.num_layers} but must be at least 2 for a "
+                "tensor split; state it"
+            )
+        return self
 
     @property
     def shares(self) -> list[float]:
-        """Of the target on each device, summing to 1."""
-        given = [device.share for device in self.devices]
-        if given[0] is not None:
-            return [share or 0.0 for share in given]
+        """Shares of the target on each device, summing to 1."""
+        if self.devices[0].share is not None:
+            return [device.share or 0.0 for device in self.devices]
         total = sum(device.bandwidth_tb_s for device in self.devices)
         return [device.bandwidth_tb_s / total for device in self.devices]
 
 
 def load_hardware(path: str, overrides: Sequence[str] = ()) -> Hardware:
-    """Read stated parameters from YAML.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a key that does not exist, or a value that cannot be.
-    """
-    hardware = load_strict(Hardware, path, Path(path), overrides, example="context=4096")
-    _check_devices(hardware)
-    _check_models(hardware)
-    if hardware.split not in SPLITS:
-        raise ValueError(f"config split is {hardware.split!r} but must be one of {SPLITS}")
-    require_at_least(hardware, 1, "max_draft_tokens")
-    require_at_least(hardware, 0, "context")
-    require_at_least(hardware.link, 0, "latency_us", prefix="link.")
-    _check_positive(hardware.link, "link.", "bandwidth_gb_s")
-    for name, value in vars(hardware.efficiency).items():
-        _check_share(f"efficiency.{name}", value)
-    if not hardware.batch_sizes or min(hardware.batch_sizes) < 1:
-        raise ValueError(
-            f"config batch_sizes is {hardware.batch_sizes} but must hold numbers of at least 1"
-        )
-    return hardware
+    """Read stated parameters from YAML."""
+    return load_config(Hardware, path, Path(path), overrides, example="context=4096")
 
 
-def _check_models(hardware: Hardware) -> None:
-    if not hardware.drafters:
-        raise ValueError(
-            "config drafters is empty but must hold at least one, like {name: 1B, parameters_b: 1, "
-            "device: a, alpha: 0.7}"
-        )
-    models: list[tuple[str, Model]] = [("target.", hardware.target)]
-    models += [(f"drafters.{i}.", drafter) for i, drafter in enumerate(hardware.drafters)]
-    for prefix, model in models:
-        _check_positive(model, prefix, "parameters_b", "bits")
-        require_at_least(
-            model, 0, "kv_bytes_per_token", "hidden_size", "overhead_us", prefix=prefix
-        )
-        require_at_least(model, 1, "num_layers", prefix=prefix)
-    _check_transfers(hardware)
-    known = [device.name for device in hardware.devices]
-    for index, drafter in enumerate(hardware.drafters):
-        if drafter.device not in known:
-            raise ValueError(
-                f"config drafters.{index}.device is {drafter.device!r} but must be one of "
-                f"{', '.join(known)}"
+class LengthEstimate(Record):
+    """Chains of so many draft tokens."""
+
+    num_draft_tokens: int
+    estimated_tau: float
+    estimated_step_ms: float
+    estimated_speedup: float
+    estimated_tokens_per_s: float
+    """a row"""
+
+
+class DrafterEstimate(Record):
+    """A draft model at one batch size."""
+
+    name: str
+    batch_size: int
+    alpha: float | list[float]
+    estimated_draft_forward_ms: float
+    best: LengthEstimate
+    lengths: list[LengthEstimate]
+
+
+class TargetEstimate(Record):
+    """The target at one batch size."""
+
+    batch_size: int
+    estimated_forward_ms: float
+    estimated_plain_tokens_per_s: float
+    """a row"""
+
+
+class Estimate(Results):
+    """Figures from stated parameters, none of them measured."""
+
+    FILE: ClassVar[str] = "estimate.json"
+
+    schema_: Literal["specdec-estimate-1"] = Field("specdec-estimate-1", alias="schema")
+    label: Literal["estimate: nothing here was measured"] = "estimate: nothing here was measured"
+    provenance: CodeProvenance
+    parameters: dict[str, Any]
+    """as stated, defaults included"""
+    assumptions: list[str]
+    target: list[TargetEstimate]
+    drafters: list[DrafterEstimate]
+    """by batch size, the fastest first"""
+
+
+def estimate(hardware: Hardware) -> Estimate:
+    """Estimate every drafter at every batch size."""
+    target = []
+    for batch_size in hardware.batch_sizes:
+        plain_s = target_s(hardware, batch_size, 1)
+        target.append(
+            TargetEstimate(
+                batch_size=batch_size,
+                estimated_forward_ms=1000 * plain_s,
+                estimated_plain_tokens_per_s=1 / plain_s,
             )
-        for alpha in alphas(drafter, max(1, hardware.max_draft_tokens)):
-            if not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
-                raise ValueError(
-                    f"config drafters.{index}.alpha is {drafter.alpha!r} but must be a number in "
-                    "[0, 1], or a list of them, one a depth"
-                )
-
-
-def _check_transfers(hardware: Hardware) -> None:
-    """Between devices states travel: what is left out would cost nothing."""
-    if len(hardware.devices) > 1:
-        _check_positive(hardware.target, "target.", "hidden_size")
-        if hardware.split == "tensor":
-            require_at_least(hardware.target, 2, "num_layers", prefix="target.")
-
-
-def _check_devices(hardware: Hardware) -> None:
-    if not hardware.devices:
-        raise ValueError("config devices is empty but must hold at least one")
-    for index, device in enumerate(hardware.devices):
-        prefix = f"devices.{index}."
-        _check_positive(device, prefix, "bandwidth_tb_s", "compute_tflops")
-        require_at_least(device, 0, "memory_gb", "share", prefix=prefix)
-    names = [device.name for device in hardware.devices]
-    if len(set(names)) < len(names):
-        raise ValueError(f"config devices: the names {names} must differ")
-    shares = [device.share for device in hardware.devices]
-    known = [share for share in shares if share is not None]
-    if known and (len(known) < len(shares) or abs(sum(known) - 1) > 1e-3):
-        raise ValueError(
-            f"config devices: the shares {shares} must sum to 1, every device with one, or be left "
-            "out of all"
         )
-
-
-def _check_positive(holder: Any, prefix: str, *names: str) -> None:
-    for name in names:
-        value = getattr(holder, name)
-        if not value > 0:
-            raise ValueError(f"config {prefix}{name} is {value} but must be above 0; state it")
-
-
-def _check_share(name: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise ValueError(f"config {name} is {value} but must be above 0 and at most 1")
-
-
-def alphas(drafter: DraftModel, depth: int) -> list[Any]:
-    """Conditional acceptance at depths 1 to `depth`; behind a list's end its last one holds."""
-    if not isinstance(drafter.alpha, list):
-        return [drafter.alpha] * depth
-    if not drafter.alpha:
-        return [None] * depth
-    return [drafter.alpha[min(level, len(drafter.alpha) - 1)] for level in range(depth)]
-
-
-STATE_BYTES = 2  # of a number that goes from device to device
-
-
-def estimate(hardware: Hardware) -> dict[str, Any]:
-    """Estimate every drafter at every batch size.
-
-    Returns:
-        Content of `estimate.json`: times of forwards, and for each drafter and batch size the
-        lengths tried and the best one. Every figure's key begins with "estimated".
-    """
-    rows = [
-        _drafter(hardware, drafter, size)
-        for size in hardware.batch_sizes
+    drafters = [
+        _drafter(hardware, drafter, batch_size)
+        for batch_size in hardware.batch_sizes
         for drafter in hardware.drafters
     ]
-    rows.sort(key=lambda row: (row["batch_size"], -row["best"]["estimated_speedup"]))
-    return {
-        "schema": "specdec-estimate-1",
-        "label": "estimate: nothing here was measured",
-        "provenance": code(("specdec",)),
-        "parameters": asdict(hardware),
-        "assumptions": assumptions(hardware),
-        "target": [
-            {
-                "batch_size": size,
-                "estimated_forward_ms": 1000 * target_s(hardware, size, 1),
-                "estimated_plain_tokens_per_s": 1 / target_s(hardware, size, 1),
-            }
-            for size in hardware.batch_sizes
-        ],
-        "drafters": rows,
-    }
+    drafters.sort(key=lambda row: (row.batch_size, -row.best.estimated_speedup))
+    return Estimate(
+        provenance=CodeProvenance(**code(("specdec",))),
+        parameters=hardware.model_dump(mode="json"),
+        assumptions=assumptions(hardware),
+        target=target,
+        drafters=drafters,
+    )
 
 
 def forward_s(
-    model: Model, device: Device, share: float, hardware: Hardware, batch_size: int, new_tokens: int
+    model: Model,
+    device: Device,
+    share: float,
+    hardware: Hardware,
+    batch_size: int,
+    new_tokens: int,
 ) -> float:
     """Seconds of a share of a forward on one device: its memory traffic or its arithmetic.
 
-    Args:
-        model: whose weights and cache are read once, however many rows there are.
-        device: where.
-        share: of the model.
-        hardware: context and efficiency.
-        batch_size: rows.
-        new_tokens: a row.
+    Weights are read once, however many rows there are; `new_tokens` are those of a row.
     """
     weights = model.parameters_b * 1e9
     moved = weights * model.bits / 8 + batch_size * hardware.context * model.kv_bytes_per_token
@@ -308,7 +291,7 @@ def draft_s(hardware: Hardware, drafter: DraftModel, batch_size: int) -> float:
     return seconds + drafter.overhead_us / 1e6
 
 
-def expected_tokens(conditional: list[float]) -> float:
+def expected_tokens(conditional: Sequence[float]) -> float:
     """Tokens that a step emits: its own, and those accepted.
 
     With one alpha for all depths this is (1 - alpha^(g+1)) / (1 - alpha).
@@ -316,41 +299,39 @@ def expected_tokens(conditional: list[float]) -> float:
     return 1 + sum(prod(conditional[:depth]) for depth in range(1, len(conditional) + 1))
 
 
-def _drafter(hardware: Hardware, drafter: DraftModel, batch_size: int) -> dict[str, Any]:
+def _drafter(hardware: Hardware, drafter: DraftModel, batch_size: int) -> DrafterEstimate:
     one_s = draft_s(hardware, drafter, batch_size)
     plain_s = target_s(hardware, batch_size, 1)
-    conditional = alphas(drafter, hardware.max_draft_tokens)
+    conditional = drafter.alphas(hardware.max_draft_tokens)
     lengths = []
     for length in range(hardware.max_draft_tokens + 1):
         # Without a draft the draft model does not run, and this is plain decoding.
         step_s = length * one_s + target_s(hardware, batch_size, length + 1)
         tokens = expected_tokens(conditional[:length])
         lengths.append(
-            {
-                "num_draft_tokens": length,
-                "estimated_tau": tokens,
-                "estimated_step_ms": 1000 * step_s,
-                "estimated_speedup": tokens * plain_s / step_s,
-                "estimated_tokens_per_s": tokens / step_s,
-            }
+            LengthEstimate(
+                num_draft_tokens=length,
+                estimated_tau=tokens,
+                estimated_step_ms=1000 * step_s,
+                estimated_speedup=tokens * plain_s / step_s,
+                estimated_tokens_per_s=tokens / step_s,
+            )
         )
-    return {
-        "name": drafter.name,
-        "batch_size": batch_size,
-        "alpha": drafter.alpha,
-        "estimated_draft_forward_ms": 1000 * one_s,
-        "best": max(lengths, key=lambda row: row["estimated_speedup"]),
-        "lengths": lengths,
-    }
+    return DrafterEstimate(
+        name=drafter.name,
+        batch_size=batch_size,
+        alpha=drafter.alpha,
+        estimated_draft_forward_ms=1000 * one_s,
+        best=max(lengths, key=lambda row: row.estimated_speedup),
+        lengths=lengths,
+    )
 
 
 def assumptions(hardware: Hardware) -> list[str]:
-    """What the estimate takes for granted, in words."""
+    """Everything that the estimate takes for granted, in words."""
     efficiency, link = hardware.efficiency, hardware.link
-    shares = ", ".join(
-        f"{device.name} {share:.0%}"
-        for device, share in zip(hardware.devices, hardware.shares, strict=True)
-    )
+    pairs = list(zip(hardware.devices, hardware.shares, strict=True))
+    shares = ", ".join(f"{device.name} {share:.0%}" for device, share in pairs)
     how = "one after the other, times add" if hardware.split == "pipeline" else "slowest decides"
     found = [
         "an estimate from stated parameters: nothing was measured, and no interval is given",
@@ -364,36 +345,27 @@ def assumptions(hardware: Hardware) -> list[str]:
         "a draft model reads one token a forward; verifying, sampling and the loop's own work cost "
         "no more than the stated overhead_us",
     ]
-    return [*found, *_what_is_left_out(hardware), *_what_does_not_fit(hardware)]
-
-
-def _what_is_left_out(hardware: Hardware) -> list[str]:
     models = (hardware.target, *hardware.drafters)
-    names = [model.name for model in models if hardware.context and not model.kv_bytes_per_token]
-    if not names:
-        return []
-    return [f"keys and values of {', '.join(names)} are left out: kv_bytes_per_token is 0"]
-
-
-def _what_does_not_fit(hardware: Hardware) -> list[str]:
-    found = []
-    for device, share in zip(hardware.devices, hardware.shares, strict=True):
-        part = share * _memory_gb(hardware, hardware.target)
-        needed = {"": part}
-        for drafter in hardware.drafters:
-            if drafter.device == device.name:
-                needed[f" with the drafter {drafter.name}"] = part + _memory_gb(hardware, drafter)
-        found += [
-            f"DOES NOT FIT: {device.name} holds {device.memory_gb:g} GB but its share of the "
-            f"target{company} takes {size:.1f} GB at batch {max(hardware.batch_sizes)}; the "
-            "estimate stands for a device that holds it"
-            for company, size in needed.items()
-            if device.memory_gb is not None and size > device.memory_gb
-        ]
+    bare = [model.name for model in models if hardware.context and not model.kv_bytes_per_token]
+    if bare:
+        found.append(f"keys and values of {', '.join(bare)} are left out: kv_bytes_per_token is 0")
+    for device, share in pairs:
+        found += _what_does_not_fit(hardware, device, share)
     return found
 
 
-def _memory_gb(hardware: Hardware, model: Model) -> float:
-    """Of weights, keys and values at the largest batch."""
-    rows = max(hardware.batch_sizes) * hardware.context
-    return model.parameters_b * model.bits / 8 + rows * model.kv_bytes_per_token / 1e9
+def _what_does_not_fit(hardware: Hardware, device: Device, share: float) -> list[str]:
+    rows = max(hardware.batch_sizes)
+    part = share * hardware.target.memory_gb(rows, hardware.context)
+    needed = {"": part}
+    for drafter in hardware.drafters:
+        if drafter.device == device.name:
+            beside = drafter.memory_gb(rows, hardware.context)
+            needed[f" with the drafter {drafter.name}"] = part + beside
+    return [
+        f"DOES NOT FIT: {device.name} holds {device.memory_gb:g} GB but its share of the "
+        f"target{company} takes {size:.1f} GB at batch {rows}; the estimate stands for a device "
+        "that holds it"
+        for company, size in needed.items()
+        if device.memory_gb is not None and size > device.memory_gb
+    ]

@@ -1,7 +1,7 @@
-"""Timing whole steps of the loop: short decodings in a few shapes, with plain ones in between."""
+"""Timed steps of the loop: short decodings in a few shapes, with plain ones in between."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -11,7 +11,6 @@ from torch import nn
 
 from specdec.engine.decode import generate
 from specdec.engine.interfaces import Drafter
-from specdec.engine.metrics import StepRecord
 from specdec.engine.request import Result
 from specdec.planning.candidates import Candidate
 from specdec.registry import load_drafter
@@ -19,17 +18,14 @@ from specdec.sampling.config import SamplingConfig
 
 # Share of the slowest and of the fastest steps that a mean leaves out: other programs' noise.
 TRIMMED = 0.1
+# Runs between two plain ones, whose mean is what the machine could do at that moment.
+RUNS_PER_PLAIN = 4
+PARTS = ("draft_s", "target_s", "other_s")
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step by part.
-
-    Attributes:
-        draft_s: in the drafter's forwards.
-        target_s: in the target's forward.
-        other_s: everything else.
-    """
+    """Seconds of a step: in the drafter's forwards, in the target's, and everything else."""
 
     draft_s: float
     target_s: float
@@ -40,21 +36,15 @@ class StepTime:
         """Seconds of the whole step."""
         return self.draft_s + self.target_s + self.other_s
 
-    def times(self, factor: float) -> "StepTime":
-        """All parts, longer or shorter."""
-        return StepTime(factor * self.draft_s, factor * self.target_s, factor * self.other_s)
+    def ms(self) -> dict[str, float]:
+        """Milliseconds of "draft", "target", "other" and "wall"."""
+        parts = ("draft", "target", "other", "wall")
+        return {part: 1000 * getattr(self, f"{part}_s") for part in parts}
 
-
-def mean_step(steps: Sequence[tuple[float, StepTime]]) -> StepTime:
-    """The trimmed mean of steps, each at its scale."""
-    scale = np.array([scale for scale, _ in steps])
-    parts = ("draft_s", "target_s", "other_s")
-    times = [np.array([getattr(step, part) for _, step in steps]) * scale for part in parts]
-    return StepTime(*(float(trim_mean(each, TRIMMED)) for each in times))
-
-
-# Runs between two plain ones, whose mean is what the machine could do at that moment.
-RUNS_PER_PLAIN = 4
+    @classmethod
+    def weighted(cls, parts: Sequence[tuple[float, "StepTime"]]) -> "StepTime":
+        """The sum of steps, each times its weight."""
+        return cls(*(sum(weight * getattr(step, part) for weight, step in parts) for part in PARTS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,23 +53,23 @@ class Step(StepTime):
 
     Attributes:
         context: tokens in the cache, the mean of the rows.
-        nodes: drafted, the most of any row: what the forward was padded to.
+        nodes: drafted, the most of any row: the forward was padded to them.
     """
 
     context: float
     nodes: int
 
 
+def mean_step(steps: Sequence[tuple[float, StepTime]]) -> StepTime:
+    """The trimmed mean of steps, each at its scale."""
+    scale = np.array([scale for scale, _ in steps])
+    times = [np.array([getattr(step, part) for _, step in steps]) * scale for part in PARTS]
+    return StepTime(*(float(trim_mean(each, TRIMMED)) for each in times))
+
+
 @dataclass(frozen=True)
 class Workload:
-    """What is decoded while steps are timed.
-
-    Attributes:
-        prompts: token ids.
-        sampling: of every row.
-        max_new_tokens: of every row.
-        rule: of verification.
-    """
+    """The prompts, as token ids, that are decoded while steps are timed."""
 
     prompts: Sequence[list[int]]
     sampling: SamplingConfig
@@ -101,19 +91,15 @@ class Drafters:
         A drafter that remembers what it saw drafts better there than on a new prompt: ask for
         another generation before it sees a prompt again.
         """
-        key = repr((candidate.type, sorted(candidate.options.items()), generation))
+        key = f"{candidate.key} {generation}"
         if key not in self._built:
             built = load_drafter({"type": candidate.type, **candidate.options}, self._target)
-            _share_weights(built, self._first.setdefault(candidate.drafter, built))
+            owner = self._first.setdefault(candidate.drafter, built)
+            for mine, theirs in zip(_modules(built), _modules(owner), strict=True):
+                for parameter, shared in zip(mine.parameters(), theirs.parameters(), strict=True):
+                    parameter.data = shared.data
             self._built[key] = built
         return self._built[key]
-
-
-def _share_weights(drafter: Drafter, owner: Drafter) -> None:
-    """Let a drafter use the owner's tensors, so that many shapes take the memory of one."""
-    for mine, theirs in zip(_modules(drafter), _modules(owner), strict=True):
-        for parameter, shared in zip(mine.parameters(), theirs.parameters(), strict=True):
-            parameter.data = shared.data
 
 
 def _modules(drafter: Any) -> Iterator[nn.Module]:
@@ -138,15 +124,7 @@ def sequence(candidates: Sequence[Candidate]) -> list[Candidate | None]:
 def time_run(
     target: Any, drafter: Drafter | None, work: Workload, batch_size: int, first: int
 ) -> list[Step]:
-    """Decode `batch_size` prompts from the `first` on, and time the steps that all rows share.
-
-    Args:
-        target: an `HFTarget`.
-        drafter: None decodes plainly.
-        work: what to decode.
-        batch_size: rows; prompts are taken in a circle.
-        first: index of the first prompt.
-    """
+    """Decode `batch_size` prompts from the `first` on, in a circle, and time the full batch."""
     places = [(first + row) % len(work.prompts) for row in range(batch_size)]
     prompts = [work.prompts[place] for place in places]
     room = target.max_context_len - max(map(len, prompts))
@@ -154,7 +132,7 @@ def time_run(
         target,
         drafter,
         prompts,
-        [_seeded(work.sampling, place) for place in places],
+        [replace(work.sampling, seed=work.sampling.seed + place) for place in places],
         max_new_tokens=min(work.max_new_tokens, room),
         batch_size=batch_size,
         rule=work.rule,
@@ -162,10 +140,6 @@ def time_run(
     if any(result.finish_reason == "interrupted" for result in results):
         raise KeyboardInterrupt
     return _steps(results, batch_size)
-
-
-def _seeded(sampling: SamplingConfig, place: int) -> SamplingConfig:
-    return SamplingConfig(**{**vars(sampling), "seed": sampling.seed + place})
 
 
 def _steps(results: list[Result], batch_size: int) -> list[Step]:
@@ -177,43 +151,44 @@ def _steps(results: list[Result], batch_size: int) -> list[Step]:
     steps: list[Step] = []
     contexts = [len(result.prompt_tokens) for result in results]
     for records in zip(*(result.records for result in results), strict=False):
-        if records[0].batch_size != batch_size:
+        shared = records[0]
+        if shared.batch_size != batch_size:
             break
-        steps.append(_step(records, sum(contexts) / batch_size, between))
+        steps.append(
+            Step(
+                shared.draft_s,
+                shared.target_s,
+                max(0.0, shared.wall_s - shared.draft_s - shared.target_s + between),
+                context=sum(contexts) / batch_size,
+                nodes=max(record.num_drafted for record in records),
+            )
+        )
         contexts = [c + r.num_emitted for c, r in zip(contexts, records, strict=True)]
     return steps
-
-
-def _step(records: Sequence[StepRecord], context: float, between: float) -> Step:
-    record = records[0]
-    nodes = max(each.num_drafted for each in records)
-    other = record.wall_s - record.draft_s - record.target_s + between
-    parts = (record.draft_s, record.target_s, max(0.0, other))
-    return Step(*parts, context=context, nodes=nodes)
 
 
 def to_row(steps: Sequence[Step]) -> list[list[float]]:
     """Steps as JSON."""
     return [
-        [round(s.context, 1), s.nodes, *(round(t, 8) for t in (s.draft_s, s.target_s, s.other_s))]
+        [round(s.context, 1), s.nodes, *(round(getattr(s, part), 8) for part in PARTS)]
         for s in steps
     ]
 
 
 def from_row(rows: Sequence[Sequence[float]]) -> list[Step]:
-    """Steps of JSON."""
+    """Steps from JSON."""
     return [Step(*row[2:], context=row[0], nodes=int(row[1])) for row in rows]
 
 
 @dataclass(frozen=True)
 class TimedRun:
-    """A decoding and what plain decoding took around it.
+    """A decoding, beside what plain decoding took around it.
 
     Attributes:
-        candidate: what drafted; None for plain decoding.
+        candidate: None for plain decoding.
         steps: of the full batch.
         plain_s: median seconds of the plain steps around it.
-        round: number of the round; what is of one round was decoded within seconds.
+        round: runs of one round were decoded within seconds.
     """
 
     candidate: Candidate | None
@@ -227,21 +202,16 @@ def timed_runs(
 ) -> list[TimedRun]:
     """Put a round's decodings beside the plain ones around them; those without a step are left out.
 
-    Args:
-        runs: as `sequence` gave them.
-        found: steps of each.
-        number: of the round.
+    `found` are the steps of each of the `runs` that `sequence` gave.
     """
     plain = {
         index: median(step.wall_s for step in steps)
         for index, (run, steps) in enumerate(zip(runs, found, strict=True))
         if run is None and steps
     }
-    if not plain:
-        return []
     timed = []
     for index, (run, steps) in enumerate(zip(runs, found, strict=True)):
-        if not steps:
+        if not steps or not plain:
             continue
         before = max((i for i in plain if i <= index), default=min(plain))
         after = min((i for i in plain if i >= index), default=max(plain))

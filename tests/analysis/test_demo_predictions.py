@@ -7,12 +7,10 @@ import pytest
 from specdec import SamplingConfig, generate, load_drafter, load_target
 from specdec.analysis import predict
 from specdec.analysis.predict import Predictor
-from specdec.analysis.texts import Text, target_answers
+from specdec.analysis.texts import Text, prompt_ids, target_answers
 from specdec.bench.config import load_config
-from specdec.bench.prompts import load_prompts, render
 from specdec.common.stats import tau_interval
 from specdec.engine.metrics import AcceptanceStats
-from specdec.engine.text import encode
 
 NUM_PROMPTS, NUM_NEW = 3, 16
 GREEDY = SamplingConfig()
@@ -98,8 +96,8 @@ def target():
 
 @pytest.fixture(scope="module")
 def prompts(target):
-    found = load_prompts("demo", NUM_PROMPTS, None, 0)
-    return [encode(render(p, target.tokenizer), target, i) for i, p in enumerate(found)]
+    config = load_config("demo", [f"prompts.num={NUM_PROMPTS}"])
+    return prompt_ids(config, target, lambda *progress: None)[1]
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +131,7 @@ def test_every_drafter_of_the_demo_is_here():
 
 
 @pytest.mark.parametrize("options", CASES)
-def test_at_temperature_0_the_predicted_steps_are_the_measured_ones(
-    options, target, prompts, greedy
-):
+def test_greedy_steps_are_the_predicted_ones(options, target, prompts, greedy):
     stats, _ = measured(target, prompts, options, GREEDY)
     found = greedy.predict(options)
     assert found.steps == pytest.approx([each.num_steps for each in stats])
@@ -143,9 +139,7 @@ def test_at_temperature_0_the_predicted_steps_are_the_measured_ones(
 
 
 @pytest.mark.parametrize("name", [name for name in SHAPES if sampled_shapes(name)])
-def test_sampled_drafts_take_the_expected_steps_along_the_loops_texts(
-    name, target, prompts, monkeypatch
-):
+def test_sampled_drafts_take_the_expected_steps(name, target, prompts, monkeypatch):
     # Each pass serves one shape: it need not look further.
     monkeypatch.setattr(predict, "MIN_DEPTH", 1)
     monkeypatch.setattr(predict, "MIN_SIBLINGS", 1)
@@ -161,19 +155,7 @@ def test_sampled_drafts_take_the_expected_steps_along_the_loops_texts(
     assert abs(sum(luck)) <= 3 * sum(each**2 for each in luck) ** 0.5
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_chosen_drafts_take_certain_steps_along_the_loops_texts(name, target, prompts):
-    options = next(
-        case.values[0]
-        for case in reversed(CASES)
-        if case.values[0]["type"] == name and not is_sampled(case.values[0])
-    )
-    stats, texts = measured(target, prompts, options, SETTINGS[1])
-    found = Predictor(target, texts, SETTINGS[1]).predict(options)
-    assert found.steps == pytest.approx([each.num_steps for each in stats])
-
-
-def test_predictions_along_plain_texts_are_the_measured_ones_on_average(target, prompts):
+def test_predictions_along_plain_texts_hold_on_average(target, prompts):
     """Other texts than the loop's, the same law: only means can agree."""
     sampling = SETTINGS[0]
     many = [prompt for prompt in prompts for _ in range(8)]

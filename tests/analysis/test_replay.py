@@ -6,12 +6,17 @@ import pytest
 import torch
 from test_lossless import CASES, resolved, save_drafts
 from test_lossless import PROMPTS as ALL_PROMPTS
-from tiny_models import tiny_target
+from tiny_models import perturbed, tiny_target
 
 from specdec import SamplingConfig, generate, load_drafter
+from specdec.analysis.expected import expect
 from specdec.analysis.predict import Predictor
 from specdec.analysis.replay import replay
+from specdec.analysis.teacher_forced import gather_evidence
 from specdec.analysis.texts import Text, target_answers
+from specdec.drafters.base import BaseDrafter
+from specdec.drafters.draft_model import DraftModel
+from specdec.targets.hf import HFTarget
 from specdec.verify import Draft
 
 PROMPTS, NUM_NEW = ALL_PROMPTS[:3], 14
@@ -42,9 +47,7 @@ def bare(record):
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_replay_and_prediction_take_the_loops_own_steps_at_temperature_0(
-    name, options, target, folder
-):
+def test_greedy_predictions_take_the_loops_own_steps(name, options, target, folder):
     options = resolved(name, options, folder)
     results, texts = decoded(target, options)
     assert target_answers(target, PROMPTS, GREEDY, NUM_NEW) == texts
@@ -71,7 +74,7 @@ CHOSEN = [
 
 
 @pytest.mark.parametrize(("name", "options"), CHOSEN)
-def test_chosen_drafts_are_certain_along_a_sampled_text(name, options, target, folder):
+def test_chosen_drafts_are_certain_along_sampled_texts(name, options, target, folder):
     options = resolved(name, options, folder)
     results, texts = decoded(target, options, SAMPLED)
     found = Predictor(target, texts, SAMPLED).predict(options)
@@ -82,31 +85,37 @@ def test_chosen_drafts_are_certain_along_a_sampled_text(name, options, target, f
 @pytest.mark.parametrize(
     ("name", "options"), [case.values for case in CASES if "hybrid" in case.id]
 )
-def test_drafters_with_a_memory_see_the_texts_in_turn(name, options, target, folder):
+def test_drafters_with_a_memory_see_texts_in_turn(name, options, target, folder):
     options = resolved(name, options, folder)
     _, texts = decoded(target, options)
-    twice = [*texts, *texts]
-    found = replay(target, load_drafter(options, target), twice, GREEDY)
+    found = replay(target, load_drafter(options, target), [*texts, *texts], GREEDY)
     results = generate(
         target, load_drafter(options, target), PROMPTS * 2, max_new_tokens=NUM_NEW, batch_size=1
     )
     assert found == [[bare(record) for record in result.records] for result in results]
 
 
-class SampledByItself:
+def test_a_short_draft_context_ends_drafts_like_the_loop(target):
+    model = HFTarget(perturbed(target.model, 0.1))
+    model.max_context_len = 14
+    drafter = DraftModel(model, target.vocab_size, num_draft_tokens=4)
+    prompt = [5, 6, 7, 8, 5, 6, 7]
+    (result,) = generate(target, drafter, [prompt], max_new_tokens=20)
+    evidence = gather_evidence(target, drafter, [Text(prompt, result.tokens, 20)], GREEDY, 4)
+    found = expect(evidence, drafter.fixed_shape, sampled=False)
+    assert result.stats.num_accepted > 0
+    assert found.steps == [result.stats.num_steps]
+
+
+class SampledByItself(BaseDrafter):
     """A strategy of one's own that samples, and says nothing about whole texts."""
-
-    taps, max_nodes, makes_trees = (), 1, False
-
-    def begin(self, prompts, output, sampler, *, join=False):
-        pass
 
     def propose(self, root, budget, sampler):
         law = torch.full((1, 1, 97), 1 / 97)
         return Draft.chain(torch.tensor([[5]]), probs=law)
 
 
-def test_a_sampled_draft_is_refused_by_a_replay(target):
+def test_a_replay_refuses_sampled_drafts(target):
     with pytest.raises(ValueError, match="samples its drafts and cannot be given a whole text"):
         replay(target, SampledByItself(), [Text([1], [2, 3, 4], 5)], SAMPLED)
 

@@ -62,7 +62,7 @@ class ToyDrafter:
     """A drafter with a law of its own at every depth."""
 
     taps: tuple[int, ...] = ()
-    shape_options = ShapeOptions({"threshold": "threshold"}, fixed=("choices",))
+    shape_options = ShapeOptions({})
 
     def __init__(self, choices, children="with_replacement", threshold=0.0):
         self.children = children

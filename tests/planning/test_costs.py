@@ -1,83 +1,69 @@
+"""Costs: fits find the formulas behind times, and a busy machine is told."""
+
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from specdec.drafters.base import DraftShape
 from specdec.planning import measure
-from specdec.planning.candidates import Candidate, Shape
+from specdec.planning.candidates import Candidate, chain
 from specdec.planning.costs import Costs, ForwardCost
+from specdec.planning.fit import fit_linear, fit_piecewise, median_polish
 from specdec.planning.measure import FULL, Measurements
-from specdec.planning.times import Step, TimedRun
-from tests.planning.toys import CONTEXT, Machine, candidate
+from specdec.planning.times import PARTS, Step, TimedRun
+from tests.planning.toys import CONTEXT, NO_DRAFT, Machine, candidate
 
-SHAPES = [Shape(n, 1, n, False) for n in (1, 2, 3, 4, 6, 8, 12)]
+TOKENS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
+MACHINE = Machine()
+PLAIN = MACHINE.step(NO_DRAFT, 0, 1)
+MIXED = Candidate("mixed", "hybrid", {}, "hybrid", DraftShape(0, 1, 10, True), True)
 
 
-def test_a_configuration_that_is_timed_as_given_costs_the_mean_of_its_steps():
+def test_a_configuration_timed_as_given_costs_its_mean():
     """Long drafts from a lookup are cheap and short ones of a model dear: no line says both."""
-    machine = Machine()
-    plain = machine.step(Shape(0, 1, 0, False), 0, 1)
     cheap, dear = (
         Step(1e-4, 5e-3, 1e-3, context=CONTEXT, nodes=10),
         Step(4e-3, 5e-3, 2e-3, context=CONTEXT, nodes=6),
     )
-    mixed = Candidate("mixed", "hybrid", {}, "hybrid", Shape(0, 1, 10, True), True)
     runs = [
-        TimedRun(None, [plain], plain.wall_s),
-        TimedRun(mixed, [cheap] * 10 + [dear] * 30, plain.wall_s),
+        TimedRun(None, [PLAIN], PLAIN.wall_s),
+        TimedRun(MIXED, [cheap] * 10 + [dear] * 30, PLAIN.wall_s),
     ]
-    found = Costs(ForwardCost(machine.points((1,))), {1: runs}).step(mixed, 1, {7: 1.0}, CONTEXT)
+    found = Costs(ForwardCost(MACHINE.points((1,))), {1: runs}).step(MIXED, 1, {7: 1.0}, CONTEXT)
     assert found.draft_s == pytest.approx(0.25 * 1e-4 + 0.75 * 4e-3)
     assert found.wall_s == pytest.approx(0.25 * cheap.wall_s + 0.75 * dear.wall_s)
 
 
-def test_times_are_brought_to_the_speed_of_the_plain_runs_beside_them():
-    machine = Machine()
-    plain = machine.step(Shape(0, 1, 0, False), 0, 1)
-    slow = Step(0.0, 2 * plain.target_s, 2 * plain.other_s, context=CONTEXT, nodes=0)
-    one = candidate(SHAPES[3])
-    step = machine.step(one.shape, 4, 1)
-    twice = Step(2 * step.draft_s, 2 * step.target_s, 2 * step.other_s, context=CONTEXT, nodes=4)
-    runs = [
-        TimedRun(None, [plain], plain.wall_s),
-        TimedRun(one, [step], plain.wall_s),
-        TimedRun(None, [slow], slow.wall_s),
-        TimedRun(one, [twice], slow.wall_s),
-    ]
-    costs = Costs(ForwardCost(machine.points((1,))), {1: runs})
+def test_times_are_brought_to_one_speed():
+    one = candidate(chain(4))
+    step = MACHINE.step(one.shape, 4, 1)
+    runs = []
+    for slow in (1, 2):  # the machine, as the plain runs beside show
+        for each, own in ((None, PLAIN), (one, step)):
+            parts = {part: slow * getattr(own, part) for part in PARTS}
+            runs.append(TimedRun(each, [replace(own, **parts)], slow * PLAIN.wall_s))
+    costs = Costs(ForwardCost(MACHINE.points((1,))), {1: runs})
     ratio = costs.step(one, 1, {4: 1.0}, CONTEXT).wall_s / costs.plain[1].time.wall_s
-    assert ratio == pytest.approx(step.wall_s / plain.wall_s, rel=1e-3)
+    assert ratio == pytest.approx(step.wall_s / PLAIN.wall_s, rel=1e-3)
 
 
-def test_a_drafter_that_remembers_is_timed_on_every_prompt_once(monkeypatch):
+def test_a_remembering_drafter_meets_each_prompt_once(monkeypatch):
     """Timed three times a round, it meets the prompts of three rounds, and is built anew after."""
-
     seen = []
-
-    class Drafters:
-        def __init__(self, target):
-            pass
-
-        def get(self, run, generation=0):
-            return generation
 
     def time_run(target, drafter, work, batch_size, first):
         seen.append((drafter, first % len(work.prompts)))
         return [Step(0.0, 1e-3, 1e-4, context=CONTEXT, nodes=0)]
 
-    class Journal:
-        entries = ()
-
-        def append(self, row):
-            pass
-
-    class Work:
-        prompts = tuple(range(4))
-
-    monkeypatch.setattr(measure, "Drafters", Drafters)
+    drafters = SimpleNamespace(get=lambda run, generation=0: generation)
+    monkeypatch.setattr(measure, "Drafters", lambda target: drafters)
     monkeypatch.setattr(measure, "time_run", time_run)
-    mixed = Candidate("mixed", "hybrid", {}, "hybrid", Shape(0, 1, 10, True), True)
-    measured = Measurements(None, Work, FULL, Journal(), lambda done, total, text: None)
-    measured.decodings([mixed] * 3, 1, 2)
+    journal = SimpleNamespace(entries=(), append=lambda row: None)
+    work = SimpleNamespace(prompts=tuple(range(4)))
+    measured = Measurements(None, work, FULL, journal, lambda done, total, text: None)
+    measured.decodings([MIXED] * 3, 1, 2)
     drafted = [each for each in seen if each[0] is not None and each[0] >= 0]
     assert len(drafted) == len(set(drafted)) == 6
 
@@ -96,7 +82,85 @@ def test_a_plan_of_a_busy_machine_is_not_trusted(monkeypatch, steps_ms, load, re
         TimedRun(None, [Step(0.0, ms / 1000, 0.0, context=CONTEXT, nodes=0)] * 3, ms / 1000)
         for ms in steps_ms
     ]
-    journal = SimpleNamespace(entries=[{"phase": "forward", "load": load}])
+    journal = SimpleNamespace(entries=[{"point": {}, "load": load}])
     found = Measurements(None, None, FULL, journal, lambda done, total, text: None).trust(runs)
-    assert found["is_trusted"] == (not reason)
-    assert found["reasons"] == ([reason] if reason else [])
+    assert found.is_trusted == (not reason)
+    assert found.reasons == ([reason] if reason else [])
+
+
+def bent(tokens, context):
+    """Flat up to 8 tokens, then a slope; the context adds a little, more for many tokens."""
+    return 4e-3 + 2e-4 * max(0, tokens - 8) + 1e-6 * context + 1e-8 * context * tokens
+
+
+def straight(tokens, context):
+    return 4e-3 + 1e-4 * tokens
+
+
+def fitted(formula, noise=0.0, seed=0):
+    rng = np.random.default_rng(seed)
+    points = [(n, c) for n in TOKENS for c in (64, 256, 1024)]
+    times = [formula(n, c) * (1 + noise * rng.standard_normal()) for n, c in points]
+    return fit_piecewise(*zip(*points, strict=True), times)
+
+
+def test_a_piecewise_fit_finds_the_knot():
+    fit = fitted(bent)
+    assert 8 in fit.knots
+    assert fit.residuals.largest < 1e-6
+    # Also between the points that were measured.
+    assert fit(20, 500) == pytest.approx(bent(20, 500), rel=1e-6)
+    assert fit(5, 100) == pytest.approx(bent(5, 100), rel=1e-6)
+
+
+def test_residuals_show_the_noise():
+    fit = fitted(bent, noise=0.05)
+    assert 0.02 < fit.residuals.rms < 0.08
+    assert fit.residuals.largest >= fit.residuals.rms >= fit.residuals.median > 0
+    assert len(fitted(straight, noise=0.03, seed=1).knots) <= 1
+
+
+def test_a_single_point_is_its_own_fit():
+    assert fit_piecewise([1], [64], [3e-3])(1, 64) == pytest.approx(3e-3)
+    for tokens, times, message in (
+        ([1, 2], [3e-3], "there are 1 times for 2"),
+        ([], [], "0 times"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit_piecewise(tokens, [64] * len(tokens), times)
+
+
+def test_a_sum_of_parts_is_found_again():
+    rows = [(1, n, n * n) for n in range(1, 8)]
+    times = [2e-3 + 5e-4 * n for n in range(1, 8)]
+    fit = fit_linear(("step", "level", "square"), rows, times, times)
+    assert list(fit.coefficients.values()) == pytest.approx([2e-3, 5e-4, 0.0], abs=1e-9)
+    assert fit.residuals.largest < 1e-6
+
+
+def test_no_part_makes_a_step_cheaper():
+    fit = fit_linear(("step", "level"), [(1, 0), (1, 10)], [2e-3, 1e-3], [1e-3, 1e-3])
+    assert min(fit.coefficients.values()) >= 0
+    assert fit.residuals.largest > 0.1
+
+
+def test_means_of_many_measurements_weigh_more():
+    fit = fit_linear(("step",), [(1,), (1,)], [1e-3, 2e-3], [1e-3, 1e-3], [99, 1])
+    assert fit.coefficients["step"] == pytest.approx(1.01e-3)
+    # Errors are told against the whole step, however often it was measured.
+    assert fit.residuals.largest == pytest.approx(0.99)
+
+
+def test_a_median_polish_finds_what_was_added():
+    rows, columns = (
+        np.array([0.0, 5.0, 2.0, -1.0, 9.0])[:, None],
+        np.array([0.0, 1.0, -3.0, 4.0, 6.0]),
+    )
+    table = rows + columns
+    table[2, 3] += 50
+    table[4, 1] = np.nan
+    found, residuals = median_polish(table)
+    assert found - found[0] == pytest.approx(columns)
+    assert residuals[2, 3] == pytest.approx(50)
+    residuals[2, 3] = 0
+    assert np.nanmax(np.abs(residuals)) < 1e-9

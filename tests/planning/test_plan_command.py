@@ -1,6 +1,6 @@
+"""`specdec plan` on the demo: what it writes, and how it goes on after a kill."""
+
 import json
-from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +10,10 @@ from specdec.bench.arms import load_draft_length
 from specdec.bench.config import ArmConfig, load_config
 from specdec.cli import app
 from specdec.planning.measure import Measurements
-from specdec.planning.plan import choose
+from specdec.planning.plan import run_plan
+from specdec.planning.results import Plan
 from specdec.targets.load import load_target
-from tests.json_schema import violations
 
-SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "plan.schema.json").read_text())
 ARMS = (
     "arms=[{name: lookup, type: ngram},"
     "{name: mine, type: eagle3, options: {depth: 3, width: 1}},"
@@ -28,102 +27,93 @@ def run(folder, *overrides):
     return CliRunner().invoke(app, command)
 
 
+def read(folder):
+    return Plan.read(json.loads((folder / "plan.json").read_text()))
+
+
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plan")
     done = run(folder)
     assert done.exit_code == 0, done.output
-    return folder, done, json.loads((folder / "plan.json").read_text())
+    return folder, done, read(folder)
 
 
-def test_the_plan_is_written_as_documented(planned):
-    assert violations(planned[2], SCHEMA) == []
-
-
-def test_every_given_arm_is_predicted_under_its_name(planned):
-    given = {row["name"] for row in planned[2]["configurations"] if row["is_given"]}
-    assert given == {"lookup", "mine"}
-
-
-def test_the_choice_is_the_fastest_prediction_and_the_others_follow(planned):
+def test_the_choice_is_the_fastest_prediction(planned):
     plan = planned[2]
-    rows = [(row["is_timed"], row["predicted_speedup"]) for row in plan["configurations"]]
+    assert {row.name for row in plan.configurations if row.is_given} == {"lookup", "mine"}
+    rows = [(row.is_timed, row.predicted_speedup) for row in plan.configurations]
     assert rows == sorted(rows, reverse=True)
     assert rows[0][0]
-    if plan["choice"]["type"] != "plain":
-        assert plan["choice"] == plan["configurations"][0]
-        assert plan["runners_up"] == plan["configurations"][1:6]
+    if plan.choice.type != "plain":
+        assert plan.choice == plan.configurations[0]
+        assert plan.runners_up == plan.configurations[1:6]
+    for row in plan.configurations:
+        step = row.step_ms
+        assert step.wall == pytest.approx(step.draft + step.target + step.other)
 
 
-def test_a_steps_parts_add_up(planned):
-    for row in planned[2]["configurations"]:
-        step = row["step_ms"]
-        assert step["wall"] == pytest.approx(step["draft"] + step["target"] + step["other"])
-
-
-def test_the_table_and_the_last_line_show_the_choice(planned):
+def test_the_command_shows_the_choice(planned):
     _, done, plan = planned
     for text in ("choice", "tau", "fits of measured times", "nodes to draft"):
         assert text in done.stdout
     last = json.loads(done.stdout.splitlines()[-1])
-    assert last["choice"]["name"] == plan["choice"]["name"]
-    assert last["schedule"] == plan["schedule"]
+    assert last["choice"]["name"] == plan.choice.name
+    assert last["schedule"] == {str(size): nodes for size, nodes in plan.schedule.items()}
 
 
 def test_the_written_configuration_runs_the_choice(planned):
     folder, _, plan = planned
     config = load_config(str(folder / "bench.yaml"))
-    wanted = [] if plan["choice"]["type"] == "plain" else [plan["choice"]["name"]]
+    wanted = [] if plan.choice.type == "plain" else [plan.choice.name]
     assert [arm.name for arm in config.arms] == wanted
     assert (config.prompts.num, config.max_new_tokens, config.threads) == (2, 12, 1)
 
 
-def test_the_controller_of_the_loop_reads_the_plan(planned):
+def test_the_loops_controller_reads_the_plan(planned):
     folder, _, plan = planned
-    arm = ArmConfig(
-        name="a",
-        type=plan["configurations"][0]["type"],
-        draft_length={"plan": str(folder / "plan.json")},
-    )
-    target = load_target(plan["config"].get("target", {}).get("path", "demo"))
+
+    def arm(kind):
+        draft_length = {"plan": str(folder / "plan.json")}
+        return ArmConfig(name="a", type=kind, options={}, draft_length=draft_length)
+
+    target = load_target("demo")
     drafter = SimpleNamespace(makes_trees=False)
-    controller = load_draft_length(arm, drafter, target)
-    limit = controller.choose(1)
+    kind = plan.configurations[0].type
+    limit = load_draft_length(arm(kind), drafter, target).choose(1)
     assert limit is None or limit >= 0
-    assert {"1", "2"} <= set(plan["controller"]["step_s"])
-    other = replace(arm, type="medusa")
+    assert {1, 2} <= set(plan.controller.step_s)
     with pytest.raises(ValueError, match=r"'a' was made for a drafter of type \w+, not medusa"):
-        load_draft_length(other, drafter, target)
+        load_draft_length(arm("medusa"), drafter, target)
     target.vocab_size = 7
     with pytest.raises(ValueError, match="made for a target of vocab_size 3072, not 7"):
-        load_draft_length(arm, drafter, target)
+        load_draft_length(arm(kind), drafter, target)
 
 
 def test_the_same_command_measures_nothing_again(planned):
     folder, _, plan = planned
     before = (folder / "costs.jsonl").read_bytes()
-    config = choose(load_config("demo", SMALL), folder, quick=True)
+    again = run_plan(load_config("demo", SMALL), folder, quick=True)
     assert (folder / "costs.jsonl").read_bytes() == before
-    again = json.loads((folder / "plan.json").read_text())
-    assert again["choice"] == plan["choice"]
-    assert [arm.name for arm in config.arms] == [arm["name"] for arm in plan["config"]["arms"]]
+    assert again.choice == plan.choice
+    assert again.configurations == plan.configurations
 
 
-def test_an_interrupted_plan_goes_on_where_it_was(planned, tmp_path):
-    folder = planned[0]
-    lines = (folder / "costs.jsonl").read_bytes().splitlines(keepends=True)
-    (tmp_path / "costs.jsonl").write_bytes(b"".join(lines[: len(lines) // 2]) + b'{"phase": "lo')
+def test_an_interrupted_plan_goes_on(planned, tmp_path):
+    lines = (planned[0] / "costs.jsonl").read_bytes().splitlines(keepends=True)
+    half = lines[: len(lines) // 2]
+    (tmp_path / "costs.jsonl").write_bytes(b"".join(half) + b'{"phase": "lo')
     assert run(tmp_path).exit_code == 0
     resumed = (tmp_path / "costs.jsonl").read_bytes().splitlines(keepends=True)
-    assert resumed[: len(lines) // 2] == lines[: len(lines) // 2]
-    assert len(resumed) >= len(lines) // 2 + 1
-    assert json.loads((tmp_path / "plan.json").read_text())["costs"]["points"]
+    assert resumed[: len(half)] == half
+    assert len(resumed) > len(half)
+    assert read(tmp_path).costs.points
 
 
 def test_the_folder_of_another_plan_is_refused(planned):
     done = run(planned[0], "max_new_tokens=11")
     assert done.exit_code == 2
-    assert "holds answers of another run" in done.stderr
+    assert "holds another run: plan is" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -135,7 +125,7 @@ def test_the_folder_of_another_plan_is_refused(planned):
         ("sampling.repetition_penalty=1.2", "sampling has penalties"),
     ],
 )
-def test_what_cannot_be_planned_is_refused_before_anything_is_measured(tmp_path, override, message):
+def test_bad_input_is_refused_before_measuring(tmp_path, override, message):
     done = run(tmp_path, override)
     assert done.exit_code == 2
     assert message in done.stderr
@@ -144,9 +134,7 @@ def test_what_cannot_be_planned_is_refused_before_anything_is_measured(tmp_path,
     assert not costs.exists() or costs.read_bytes() == b""
 
 
-def test_a_batch_that_does_not_fit_into_memory_is_left_out_and_named(
-    planned, tmp_path, monkeypatch
-):
+def test_a_batch_beyond_memory_is_named(planned, tmp_path, monkeypatch):
     decodings = Measurements.decodings
 
     def small_machine(self, candidates, batch_size, *rest):
@@ -159,4 +147,15 @@ def test_a_batch_that_does_not_fit_into_memory_is_left_out_and_named(
     done = run(tmp_path)
     assert done.exit_code == 0, done.output
     assert "decoding 2 or more rows with" in done.stderr
-    assert set(json.loads((tmp_path / "plan.json").read_text())["schedule"]) == {"1"}
+    assert set(read(tmp_path).schedule) == {1}
+
+
+@pytest.mark.parametrize("experiment", ["10-batch", "11-prediction"])
+def test_plans_of_older_versions_are_read(experiment, pytestconfig):
+    path = pytestconfig.rootpath / "experiments" / experiment / "plan.json"
+    plan = Plan.read(json.loads(path.read_text()))
+    assert plan.trust is None
+    best = plan.choice
+    wanted = best.predicted_tau * best.plain_step_ms / best.step_ms.wall
+    assert best.predicted_speedup == pytest.approx(wanted)
+    assert best.predicted_speedup_ci[0] < best.predicted_speedup < best.predicted_speedup_ci[1]

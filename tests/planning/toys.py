@@ -1,12 +1,16 @@
-"""Machines and drafters whose laws are known, in place of measured ones."""
+"""Machines and drafters that follow formulas, in place of measured ones."""
 
 from dataclasses import dataclass
 
-from specdec.planning.candidates import Candidate, Shape
-from specdec.planning.costs import Costs, ForwardCost, ForwardPoint
+from specdec.drafters.base import DraftShape
+from specdec.planning.candidates import Candidate, chain
+from specdec.planning.costs import Costs, ForwardCost
+from specdec.planning.results import ForwardPoint
 from specdec.planning.times import Step, TimedRun
 
 CONTEXT = 100.0
+NO_DRAFT = DraftShape(0, 1, 0, False)
+CHAINS = [chain(depth) for depth in range(1, 13)]
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ def tree_tau(alpha, shape):
 
 @dataclass(frozen=True)
 class Machine:
-    """Seconds of a step by law.
+    """Seconds of a step by formula.
 
     `forward_s` is a forward of one token; each further token of each row adds `per_token_s`.
     """
@@ -73,7 +77,15 @@ class Machine:
 
     def points(self, batch_sizes):
         return [
-            ForwardPoint(size, count, context, is_tree, self.forward(size, count), 0.0, 1)
+            ForwardPoint(
+                batch_size=size,
+                new_tokens=count,
+                context=context,
+                is_tree=is_tree,
+                median_s=self.forward(size, count),
+                spread_s=0.0,
+                repeats=1,
+            )
             for size in batch_sizes
             for count in (1, 2, 4, 8, 16, 32, 64)
             for context in (50, 200)
@@ -84,7 +96,7 @@ class Machine:
         """Costs fitted to decodings of these candidates, all steps alike."""
         runs = {}
         for size in batch_sizes:
-            plain = self.step(Shape(0, 1, 0, False), 0, size)
+            plain = self.step(NO_DRAFT, 0, size)
             runs[size] = [TimedRun(None, [plain] * 5, plain.wall_s)]
             runs[size] += [
                 TimedRun(c, [self.step(c.shape, c.shape.nodes, size)] * 5, plain.wall_s)

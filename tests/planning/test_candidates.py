@@ -1,19 +1,15 @@
+"""Families, candidates and their shapes."""
+
+import inspect
 from itertools import pairwise
 
 import pytest
 
 from specdec.bench.config import ArmConfig
-from specdec.planning.candidates import (
-    RULES,
-    Shape,
-    base_options,
-    cut,
-    families,
-    is_searched,
-    to_options,
-)
+from specdec.drafters.base import DraftShape, ShapeOptions
+from specdec.planning.candidates import Candidate, chain, families, is_searched, to_options
 from specdec.planning.times import Drafters, sequence
-from specdec.registry import DRAFTERS, load_drafter
+from specdec.registry import DRAFTERS, load_drafter, strategy
 from tests.tiny_heads import save_tiny_head
 from tests.tiny_models import tiny_target
 
@@ -34,18 +30,13 @@ def arm(name, head, **options):
     return ArmConfig(name=name, type="eagle3", options={"path": head, **options})
 
 
-def test_every_rule_names_a_registered_drafter_and_its_options(target):
-    import inspect
-    from importlib import import_module
-
-    assert set(RULES) <= set(DRAFTERS)
-    for kind, rule in RULES.items():
-        module, name = DRAFTERS[kind].split(":")
-        built = getattr(import_module(module), name)
-        accepted = inspect.signature(getattr(built, "load", built)).parameters
-        options = {*rule.names.values(), *(() if not rule.searched else rule.fixed)}
-        known = {"choices", "acceptance"}  # of any static tree, whatever the drafter takes
-        assert options - known <= set(accepted), kind
+@pytest.mark.parametrize("kind", DRAFTERS)
+def test_shape_options_are_options_of_their_class(kind):
+    built = strategy(kind)
+    accepted = inspect.signature(getattr(built, "load", built)).parameters
+    rule = built.shape_options
+    # Any static tree may be given by `choices` and `acceptance`, whatever the drafter takes.
+    assert {*rule.names.values(), *rule.fixed} - {"choices", "acceptance"} <= set(accepted)
 
 
 def test_arms_that_differ_in_shape_alone_are_one_drafter(target, head):
@@ -59,12 +50,11 @@ def test_arms_that_differ_in_shape_alone_are_one_drafter(target, head):
     assert [[c.name for c in family.given] for family in found] == [["a", "b"], ["c"], ["lookup"]]
     assert len({family.name for family in found}) == 3
     shapes = [c.shape for family in found for c in family.given]
-    assert shapes[0] == Shape(2, 1, 2, False)
-    assert shapes[1] == Shape(3, 2, 5, True)
-    assert shapes[3] == Shape(0, 1, 6, False)
+    wanted = [chain(2), DraftShape(3, 2, 5, True), chain(2), DraftShape(0, 1, 6, False)]
+    assert shapes == wanted
 
 
-def test_every_searched_shape_can_be_built_and_is_what_it_says(target, head):
+def test_every_searched_shape_can_be_built(target, head):
     (family,) = families([arm("a", head, depth=2, width=1)], target)
     found = family.searched()
     assert found[0].name == "a"
@@ -75,7 +65,7 @@ def test_every_searched_shape_can_be_built_and_is_what_it_says(target, head):
         assert drafter.makes_trees == candidate.shape.is_tree
 
 
-def test_a_given_shape_is_not_tried_again_in_other_words(target, head):
+def test_a_given_shape_is_not_tried_again(target, head):
     """Options that were left out have defaults, so that one draft can be written in many ways."""
     for options in ({"width": 1}, {"depth": 9, "width": 1, "max_nodes": 4}):
         (family,) = families([arm("mine", head, **options)], target)
@@ -83,7 +73,7 @@ def test_a_given_shape_is_not_tried_again_in_other_words(target, head):
         assert len(set(shapes)) == len(shapes)
 
 
-def test_drafters_of_one_type_are_told_apart_whatever_their_arms_are_called(target, head):
+def test_drafters_of_one_type_have_different_names(target, head):
     arms = [
         arm("a", head, width=1),
         arm("eagle3", head, width=1, window=16),
@@ -92,7 +82,7 @@ def test_drafters_of_one_type_are_told_apart_whatever_their_arms_are_called(targ
     assert len({family.name for family in families(arms, target)}) == 3
 
 
-def test_a_given_shape_beyond_those_timed_is_timed_as_well(target, head):
+def test_a_given_shape_beyond_those_timed_is_timed(target, head):
     arms = [
         arm("large", head, depth=5, width=8, max_nodes=59),
         arm("part of it", head, depth=5, width=8, max_nodes=40),
@@ -101,49 +91,68 @@ def test_a_given_shape_beyond_those_timed_is_timed_as_well(target, head):
     (family,) = families(arms, target)
     (small,) = families(arms[2:], target)
     more = [c.shape for c in family.timed()][len(small.timed()) :]
-    assert more == [Shape(5, 8, 59, True)]
+    assert more == [DraftShape(5, 8, 59, True)]
 
 
-def test_sampled_or_given_trees_and_unknown_strategies_are_planned_as_configured():
-    assert is_searched("eagle3", {"depth": 3})
-    assert not is_searched("eagle3", {"choices": [[0]]})
-    assert not is_searched("eagle3", {"children": "with_replacement"})
-    assert not is_searched("another", {"power": 3})
-    assert base_options("another", {"power": 3}) == {"power": 3}
+def test_sampled_or_given_trees_are_planned_as_configured():
+    rule = strategy("eagle3").shape_options
+    assert is_searched(rule, {"depth": 3})
+    assert not is_searched(rule, {"choices": [[0]]})
+    assert not is_searched(rule, {"children": "with_replacement"})
+    assert not is_searched(ShapeOptions({}, varies=True), {"power": 3})
 
 
-def test_a_shape_and_its_options_are_the_same_thing():
-    chain, tree = Shape(4, 1, 4, False, 0.3), Shape(4, 3, 9, True)
-    assert to_options("draft_model", {"path": "x"}, chain) == {
-        "path": "x",
-        "num_draft_tokens": 4,
-        "width": 1,
-        "confidence_threshold": 0.3,
-    }
-    assert to_options("eagle", {}, tree) == {"depth": 4, "width": 3, "max_nodes": 9}
-    assert to_options("suffix", {}, Shape(0, 1, 5, False)) == {"max_nodes": 5}
+@pytest.mark.parametrize(
+    ("kind", "shape", "options"),
+    [
+        (
+            "draft_model",
+            chain(4, 0.3),
+            {"num_draft_tokens": 4, "width": 1, "confidence_threshold": 0.3},
+        ),
+        ("eagle", DraftShape(4, 3, 9, True), {"depth": 4, "width": 3, "max_nodes": 9}),
+        ("suffix", DraftShape(0, 1, 5, False), {"max_nodes": 5}),
+    ],
+)
+def test_a_shape_becomes_options(kind, shape, options):
+    assert to_options(strategy(kind).shape_options.names, shape) == options
 
 
-def test_a_chain_is_cut_by_its_length_and_a_budget_by_its_nodes():
-    chain = Shape(6, 1, 6, False)
-    assert cut("draft_model", {"num_draft_tokens": 6}, chain, 2) == (
-        {"num_draft_tokens": 2},
-        Shape(2, 1, 2, False),
-    )
-    assert cut("suffix", {}, Shape(0, 1, 8, False), 3) == ({"max_nodes": 3}, Shape(0, 1, 3, False))
+@pytest.mark.parametrize(
+    ("kind", "options", "shape", "nodes", "wanted"),
+    [
+        ("draft_model", {"num_draft_tokens": 6}, chain(6), 2, {"num_draft_tokens": 2}),
+        ("suffix", {}, DraftShape(0, 1, 8, False), 3, {"max_nodes": 3}),
+        ("eagle", {"width": 2}, DraftShape(5, 2, 7, True), 3, {"depth": 3, "max_nodes": 3}),
+        ("eagle", {"width": 2}, DraftShape(5, 2, 7, True), 7, {}),
+    ],
+)
+def test_a_draft_is_cut_by_its_options(kind, options, shape, nodes, wanted):
+    given = Candidate("mine", kind, options, kind, shape)
+    (found,) = [each for each in given.cuts() if each.shape.nodes == nodes]
+    assert found.options == {**options, **wanted}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("hybrid", {"enough": 3}), ("eagle", {"choices": [[0], [0, 0], [1]]})]
+)
+def test_a_draft_without_such_options_is_not_cut(kind, options):
+    given = Candidate("mine", kind, options, kind, DraftShape(2, 2, 3, True))
+    assert [each.options for each in given.cuts()][-1:] == [options]
+    assert len(list(given.cuts())) == (1 if kind == "eagle" else 3)
 
 
 def test_a_shape_covers_its_parts_alone():
-    tree = Shape(5, 3, 12, True)
-    assert tree.covers(Shape(4, 3, 12, True))
-    assert not tree.covers(Shape(6, 3, 12, True))
-    assert not tree.covers(Shape(5, 4, 12, True))
-    assert not tree.covers(Shape(5, 1, 5, False))
-    assert Shape(6, 1, 6, False).covers(Shape(6, 1, 6, False, 0.4))
-    assert not Shape(6, 1, 6, False, 0.4).covers(Shape(6, 1, 6, False))
+    tree = DraftShape(5, 3, 12, True)
+    assert tree.covers(DraftShape(4, 3, 12, True))
+    assert not tree.covers(DraftShape(6, 3, 12, True))
+    assert not tree.covers(DraftShape(5, 4, 12, True))
+    assert not tree.covers(chain(5))
+    assert chain(6).covers(chain(6, 0.4))
+    assert not chain(6, 0.4).covers(chain(6))
 
 
-def test_a_configuration_without_a_drafter_cannot_be_planned(target):
+def test_a_configuration_needs_a_drafter(target):
     for arms in ([], [ArmConfig(name="hf", type="hf_prompt_lookup")]):
         with pytest.raises(ValueError, match="holds no drafter to plan with"):
             families(arms, target)

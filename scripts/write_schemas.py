@@ -1,0 +1,46 @@
+"""Write docs/*.schema.json, the JSON schemas of all files that commands write, from their models.
+
+python scripts/write_schemas.py
+python scripts/write_schemas.py --check     # fails where a schema is not that of its model
+"""
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+
+DOCS = Path(__file__).parents[1] / "docs"
+MODELS = {
+    "analyze": "specdec.analysis.results:Analysis",
+    "estimate": "specdec.planning.roofline:Estimate",
+    "plan": "specdec.planning.results:Plan",
+    "results": "specdec.bench.results:BenchResults",
+    "suites": "specdec.bench.results:SuiteResults",
+    "sweep": "specdec.bench.results:SweepResults",
+}
+
+
+def schema_text(name: str) -> str:
+    """The schema of a file as its model writes it."""
+    module, attribute = MODELS[name].split(":")
+    model = getattr(import_module(module), attribute)
+    found = model.model_json_schema(mode="serialization")
+    draft = "https://json-schema.org/draft/2020-12/schema"
+    return json.dumps({"$schema": draft, **found}, indent=1) + "\n"
+
+
+def main() -> None:
+    """Write or check every schema."""
+    wrong = []
+    for name in MODELS:
+        path, text = DOCS / f"{name}.schema.json", schema_text(name)
+        if "--check" not in sys.argv:
+            path.write_text(text)
+        elif path.read_text() != text:
+            wrong.append(path.name)
+    if wrong:
+        sys.exit(f"{', '.join(wrong)}: not those of the models; run scripts/write_schemas.py")
+
+
+if __name__ == "__main__":
+    main()
