@@ -1,6 +1,7 @@
 """`specdec analyze`: what it writes, what it refuses, and how it goes on after a kill."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from safetensors.numpy import load_file
@@ -120,6 +121,11 @@ def test_a_killed_analysis_goes_on(config, tmp_path, monkeypatch):
     done, _ = analyze(tmp_path, config, "max_new_tokens=9")
     assert done.exit_code == 2
     assert "configuration with its texts is" in done.stderr
+    identify = run.identify_target
+    monkeypatch.setattr(run, "identify_target", lambda t: replace(identify(t), weights="others"))
+    done, _ = analyze(tmp_path, config)
+    assert done.exit_code == 2
+    assert "another target: weights" in done.stderr
 
 
 def test_more_answers_have_seeds_of_their_own(config, tmp_path):
