@@ -7,7 +7,7 @@ from math import prod
 from statistics import median
 from typing import Any
 
-from specdec.planning.candidates import rule_of
+from specdec.registry import DRAFTERS, strategy
 from specdec.report.comparable import find_differences
 from specdec.report.runs import Run, same_key, with_defaults
 
@@ -275,7 +275,7 @@ def vertical(members: Sequence[Point]) -> str:
 
 def _point(arm: Mapping[str, Any], speedup: float) -> Point | None:
     kind, given = arm["type"], arm["options"]
-    names = rule_of(kind).names
+    names = strategy(kind).shape_options.names if kind in DRAFTERS else {}
     options = with_defaults(kind, given)
     depth, width, nodes = (options.get(names.get(part, "")) for part in ("depth", "width", "nodes"))
     if arm.get("draft_length") or (depth is None and nodes is None):

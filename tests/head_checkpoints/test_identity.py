@@ -10,7 +10,6 @@ from checkpoints import save_checkpoint, save_tokenizer
 from tiny_models import perturbed, tiny_llama, tiny_target
 
 from specdec import load_target
-from specdec.analysis.run import AnalysisStore
 from specdec.checkpoints import HeadCheckpoint, check_target, identify_target
 from specdec.checkpoints.identity import TARGET, as_json, check_resumed, differences
 from specdec.common.files import Journal
@@ -124,22 +123,9 @@ def test_what_signs_do_not_tell_is_seen_and_named(name, tmp_path):
     with pytest.raises(ValueError, match=said):
         check_target(head_for(known), other)
     check_target(head_for(known), other, force=True)
-    store = AnalysisStore(tmp_path / "a", "same", known)
-    store.write(0, {"method": "replay"}, None)
-    AnalysisStore(tmp_path / "a", "same", known)
     fact = f"another target: .*{said.split(',')[0].split()[-1]}"
     with pytest.raises(ValueError, match=fact):
         Journal(tmp_path / "j", {TARGET: as_json(other)}, checks)
-    with pytest.raises(ValueError, match=fact):
-        AnalysisStore(tmp_path / "a", "same", other)
-
-
-def test_a_damaged_target_of_an_analysis_is_told(tmp_path):
-    known = identify_target(tiny_target())
-    AnalysisStore(tmp_path, "same", known).write(0, {"method": "replay"}, None)
-    (tmp_path / "drafters" / "target").write_text("[1]")
-    with pytest.raises(ValueError, match="target' holds list"):
-        AnalysisStore(tmp_path, "same", known)
 
 
 def test_facts_that_only_one_version_knows_and_names_are_not_compared():
