@@ -19,6 +19,12 @@ Repeats = Annotated[int, Field(ge=1, le=4096)]
 SINGLE_PROMPT_TYPES = ("hf_assisted", "hf_prompt_lookup")
 
 
+def refuse_twice(key: str, names: Sequence[Any]) -> None:
+    """Refuse a name that stands twice in a list."""
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{key}: {twice[0]!r} is used twice; rename or drop one")
+
+
 class TargetConfig(Config):
     """The model whose distribution is kept: arguments of `load_target`."""
 
@@ -116,14 +122,12 @@ class RunConfig(Config):
     @property
     def rows(self) -> int:
         """Requests that are decoded together, at most."""
-        return 1
+        return int(getattr(self, "batch_size", getattr(self, "max_rows", 1)))
 
     @model_validator(mode="after")
     def _check_run(self) -> "RunConfig":
         get_rule(self.rule)
-        names = self.arm_names
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"arms: the name {twice[0]!r} is used twice; rename one arm")
+        refuse_twice("arms", self.arm_names)
         if self.sampling.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"sampling.min_new_tokens is {self.sampling.min_new_tokens} but must be at most "
@@ -146,11 +150,6 @@ class BenchConfig(RunConfig):
     prompts_per_call: int = 0
 
     @property
-    def rows(self) -> int:
-        """Requests that are decoded together, at most."""
-        return self.batch_size
-
-    @property
     def call_size(self) -> int:
         """Prompts that an arm is given at a time."""
         return self.prompts_per_call or self.batch_size
@@ -162,17 +161,14 @@ class BenchConfig(RunConfig):
                 f"prompts_per_call is {self.prompts_per_call} but must be 0 or at least "
                 f"batch_size, {self.batch_size}"
             )
-        for arm in self.arms:
-            if arm.type in SINGLE_PROMPT_TYPES and arm.draft_length:
+        for arm in (arm for arm in self.arms if arm.type in SINGLE_PROMPT_TYPES):
+            whose = f"arms: {arm.name!r} is transformers' assisted generation, which takes"
+            if arm.draft_length:
+                raise ValueError(f"{whose} no draft_length; drop it")
+            if self.batch_size > 1:
                 raise ValueError(
-                    f"arms: {arm.name!r} is transformers' assisted generation, which takes no "
-                    "draft_length; drop it"
-                )
-            if arm.type in SINGLE_PROMPT_TYPES and self.batch_size > 1:
-                raise ValueError(
-                    f"arms: {arm.name!r} is transformers' assisted generation, which takes one "
-                    f"prompt at a time, but batch_size is {self.batch_size}; drop the arm or set "
-                    "batch_size=1"
+                    f"{whose} one prompt at a time, but batch_size is {self.batch_size}; drop the "
+                    "arm or set batch_size=1"
                 )
         return self
 
@@ -238,7 +234,7 @@ class SingleTurnConfig(SuiteConfig):
 
     @model_validator(mode="after")
     def _check_names(self) -> "SingleTurnConfig":
-        _refuse_twice("buckets", [bucket.name for bucket in self.buckets])
+        refuse_twice("buckets", [bucket.name for bucket in self.buckets])
         return self
 
 
@@ -282,14 +278,9 @@ class ConcurrentConfig(SuiteConfig):
     max_rows: Count = 16
     max_cache_bytes: Count | None = None
 
-    @property
-    def rows(self) -> int:
-        """Requests that are decoded together, at most."""
-        return self.max_rows
-
     @model_validator(mode="after")
     def _check_users(self) -> "ConcurrentConfig":
-        _refuse_twice("users", [str(num) for num in self.users])
+        refuse_twice("users", self.users)
         return self
 
 
@@ -305,19 +296,8 @@ SUITES: dict[str, type[SuiteConfig]] = {
 }
 
 
-def _refuse_twice(key: str, names: list[str]) -> None:
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"{key}: {twice[0]} is there twice; drop one")
-
-
 def load_config(path: str, overrides: Sequence[str] = ()) -> BenchConfig:
-    """Read the YAML of one bench and overrides; "demo" is the packaged configuration.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a key that does not exist (with the nearest one), a value of a wrong type, or
-            a grid over more than the options of an arm.
-    """
+    """Read the YAML of one bench and overrides; "demo" is the packaged configuration."""
     given = read_config(path, overrides)
     if isinstance(given, dict) and "grid" in given:
         raise ValueError(

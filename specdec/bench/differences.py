@@ -1,7 +1,8 @@
 """Where greedy outputs differ, and how close the target's choice was there."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice, product
 from typing import NamedTuple
 
 from specdec.bench.config import SamplingOptions
@@ -46,25 +47,18 @@ def find_differences(
     if sampling.temperature > 0:
         return found
     gaps = LogitGaps(sampling, target)
-    for name, table in tables.items():
-        for place, request in enumerate(requests):
-            for against, position, prefix in _partings(table[place], tables, baselines, place):
-                gap = gaps.at(tuple(request.prompt), prefix)
-                found[name].append(Difference(place, against, position, gap))
-                break
+    for name, place in product(tables, range(len(requests))):
+        pairs = (
+            (against, ours.tokens, theirs.tokens)
+            for against in baselines
+            for ours, theirs in product(tables[name][place], tables[against][place])
+            if ours and theirs and ours.tokens != theirs.tokens
+        )
+        for against, ours, theirs in islice(pairs, 1):
+            position = first_difference(ours, theirs)
+            gap = gaps.at(tuple(requests[place].prompt), tuple(ours[:position]))
+            found[name].append(Difference(place, against, position, gap))
     return found
-
-
-def _partings(
-    runs: Sequence[Run | None], tables: Mapping[str, Table], baselines: Sequence[str], place: int
-) -> Iterator[tuple[str, int, tuple[int, ...]]]:
-    """The baselines that differ, with the place and the tokens before it."""
-    for against in baselines:
-        for ours in runs:
-            for theirs in tables[against][place]:
-                if ours and theirs and ours.tokens != theirs.tokens:
-                    position = first_difference(ours.tokens, theirs.tokens)
-                    yield against, position, tuple(ours.tokens[:position])
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int:

@@ -144,21 +144,6 @@ class _Live:
     chunk_s: list[float] = field(default_factory=list)
     chunk_tokens: list[int] = field(default_factory=list)
 
-    def run(self, result: Result) -> Run | str:
-        if result.finish_reason == "error":
-            return result.error
-        return Run(
-            result.tokens,
-            self.chunk_tokens[0],
-            result.ttft_s,
-            result.decode_s,
-            result.records,
-            self.sent_s,
-            self.late_s + result.queue_s,
-            self.chunk_s,
-            self.chunk_tokens,
-        )
-
 
 def serve(
     engine: Engine,
@@ -208,7 +193,23 @@ def serve(
                 one.chunk_s.append(now_s)
                 one.chunk_tokens.append(len(chunk.tokens))
             if chunk.finish_reason:
-                rows[one.place] = live.pop(chunk.index).run(engine.result(chunk.index))
+                rows[one.place] = _finished(live.pop(chunk.index), engine.result(chunk.index))
                 users.answer(one.place)
         after_step()
     return [rows[place] for place in range(len(requests))]
+
+
+def _finished(live: _Live, result: Result) -> Run | str:
+    if result.finish_reason == "error":
+        return result.error
+    return Run(
+        tokens=result.tokens,
+        num_first=live.chunk_tokens[0],
+        ttft_s=result.ttft_s,
+        decode_s=result.decode_s,
+        records=result.records,
+        sent_s=live.sent_s,
+        queue_s=live.late_s + result.queue_s,
+        chunk_s=live.chunk_s,
+        chunk_tokens=live.chunk_tokens,
+    )

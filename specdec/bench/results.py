@@ -33,10 +33,8 @@ class Memory(Record):
     """The largest figures of some calls; None where none was taken."""
 
     peak_rss_bytes: Whole | None
-    """resident size of the process, the models of all arms included; the peak of these calls where
-    the system lets a peak be set back, else that of the process so far"""
+    """resident size of the process; of these calls where the system lets a peak be set back"""
     peak_device_bytes: Whole | None
-    """allocated on the CUDA device; null on a CPU"""
     cache_bytes: Whole | None
     """keys and values of all rows; null for transformers' arms"""
 
@@ -45,9 +43,7 @@ class Power(Record):
     """Draw of the whole device by NVML; None where it was not measured."""
 
     energy_j: float | None
-    """sum of all calls of this arm in this group"""
     power_w: float | None
-    """over the seconds of those calls"""
     energy_j_per_token: float | None
 
 
@@ -55,14 +51,11 @@ class StepTimes(Record):
     """Seconds of all steps, a batch's counted once."""
 
     draft: float
-    """the drafter's forwards"""
     target: float
     verify: float | None = None
-    """processing logits and judging; null in files of the first version"""
     commit: float | None = None
     other: float
     wall: float
-    """sum of the others"""
 
 
 class Speeds(Record):
@@ -72,12 +65,10 @@ class Speeds(Record):
     """1 + accepted / steps, tokens a target forward; null for transformers' arms"""
     tau_ci: Interval
     decode_tokens_per_s: float | None
-    """total tokens after the first chunks over their total seconds, of a row; each prompt by its
-    mean tokens and its median speed over repeats"""
+    """total tokens after the first chunks over their total seconds, of a row"""
     decode_tokens_per_s_ci: Interval
     speedup_vs_plain: float | None
-    """total decode seconds of plain over the arm's, over the prompts that both decoded; where texts
-    differ, the ratio of decode_tokens_per_s"""
+    """total decode seconds of plain over the arm's, over the prompts that both decoded"""
     speedup_vs_plain_ci: Interval
 
 
@@ -85,7 +76,6 @@ class BenchSpeeds(Speeds):
     """Speeds with transformers' generate as a second baseline."""
 
     speedup_vs_hf: float | None
-    """as above, against transformers' generate"""
     speedup_vs_hf_ci: Interval
 
 
@@ -100,9 +90,9 @@ class ArmFigures(Speeds):
 
     name: str
     mean_speedup_vs_plain: float | None
-    """mean over prompts of their ratios paired within each repeat; short, easy answers dominate"""
+    """mean over prompts of their ratios, which short, easy answers dominate"""
     end_to_end_speedup_vs_plain: float | None
-    """as speedup_vs_plain with prefill, and the queue of a suite"""
+    """with prefill, and the queue of a suite"""
     end_to_end_speedup_vs_plain_ci: Interval
     acceptance_rate: float | None
     """accepted / drafted; for a tree every node that was verified counts"""
@@ -111,15 +101,12 @@ class ArmFigures(Speeds):
     per_depth_conditional: list[Share]
     """the same over the steps that tested that depth"""
     loop_efficiency: float | None
-    """share of the wall time of decoding in model forwards"""
     time_s: StepTimes
     ttft_s: Percentiles
-    """seconds to the first token, over prompts of the median of their repeats; in a suite from
-    sending, queue included"""
+    """over prompts of the median of their repeats; in a suite queue included"""
     itl_s: Percentiles
     """a prompt's mean time between its tokens after the first chunk"""
     tokens: Whole
-    """emitted in one repeat"""
     failed: Whole
     """prompts that failed in any repeat; they are not timed"""
     mismatches: Whole | None
@@ -132,8 +119,7 @@ class Difference(Record):
     position: Whole
     """of the first output token that differs"""
     top2_gap: Annotated[float, Field(ge=0)] | None
-    """between the target's two best logits there; small for a near tie, null if only one token is
-    allowed"""
+    """between the target's two best logits there; null if only one token is allowed"""
 
 
 class PromptDifference(Difference):
@@ -142,21 +128,11 @@ class PromptDifference(Difference):
     prompt: Whole
     against: Literal["plain", "hf_generate"]
 
-    @property
-    def place(self) -> str:
-        """The prompt in words."""
-        return f"prompt {self.prompt}"
-
 
 class RequestDifference(Difference):
     """A difference from plain decoding in a suite."""
 
     request: str
-
-    @property
-    def place(self) -> str:
-        """The request in words."""
-        return f"request {self.request}"
 
 
 class PromptFailure(Record):
@@ -183,16 +159,13 @@ class PromptFigures(Record):
     accepted: Whole
     tokens: Whole
     tau: float | None
-    """null without a step"""
     decode_tokens: float | None
-    """after the first chunk, the mean of its repeats; null without any"""
+    """mean of its repeats, after the first chunk"""
     decode_s: float | None
-    """their seconds at the median speed; the headline's sums are over these"""
+    """their seconds at the median speed"""
     decode_tokens_per_s: float | None
     speedup_vs_plain: float | None
-    """median over repeats of the ratio paired within each"""
     finish: Literal["eos", "length"]
-    """end of the first repeat"""
 
 
 class Finish(Record):
@@ -206,17 +179,13 @@ class BenchArm(ArmFigures, BenchSpeeds):
     """One arm of a bench; what the first version of results did not hold has a default."""
 
     type: str = ""
-    """a registered drafter, hf_assisted, hf_prompt_lookup, or the baseline's own name"""
     options: dict[str, Any] = {}
     draft_length: dict[str, Any] | None = None
     """the most nodes a row may draft by size of the running batch, or {"plan": path}"""
     batch_tokens_per_s: float | None
-    """tokens of all rows over the wall time of their calls, prefills included; calls with a failed
-    prompt are left out"""
+    """tokens of all rows over the wall time of their calls, prefills included"""
     batch_decode_tokens_per_s: float | None
-    """the same after the first chunks, over the time of the decode steps"""
     other_ms_per_step: float | None
-    """median time in neither model a target step, ms"""
     peak_device_bytes: Whole | None
     cache_bytes: Whole | None
     domains: dict[str, DomainFigures] = {}
@@ -227,25 +196,16 @@ class BenchArm(ArmFigures, BenchSpeeds):
     failures: list[PromptFailure]
     prompts: Whole
 
-    noun: ClassVar[str] = "prompt"
-
-    @property
-    def num_requests(self) -> int:
-        """Prompts that were asked."""
-        return self.prompts
-
 
 class Load(Record):
     """Figures of users at the same time; ranges are from the lowest to the highest repeat."""
 
     users: Whole
     tokens_per_s: float | None
-    """tokens of all users from the start to the last chunk; median of the repeats"""
     tokens_per_s_range: Interval
     full_load_tokens_per_s: float | None
     """the same until the first user has nothing left to ask"""
     tokens_per_s_vs_plain: float | None
-    """ratio paired within each repeat; median of the repeats"""
     tokens_per_s_vs_plain_range: Interval
     user_tokens_per_s: list[float | None]
     """each user's tokens over the seconds waited for them, queue and prefill included"""
@@ -255,7 +215,6 @@ class Load(Record):
     """tokens of all requests over the seconds waited for them, over the same of plain decoding"""
     user_speed_vs_plain_ci: Interval
     jain_index: float | None
-    """fairness of the users' speeds"""
     worst_over_mean: float | None
 
 
@@ -265,9 +224,7 @@ class SuiteArm(ArmFigures):
     chunk_gap_s: Percentiles
     """from one chunk of a request to the next, over all gaps of all requests and repeats"""
     queue_s: Percentiles
-    """from sending to the start of the prefill"""
     latency_s: Percentiles
-    """from sending to the last token"""
     requests: Whole
     differences: list[RequestDifference]
     failures: list[RequestFailure]
@@ -275,13 +232,6 @@ class SuiteArm(ArmFigures):
     power: Power
     load: Load | None
     """users at the same time; null in the other suites"""
-
-    noun: ClassVar[str] = "request"
-
-    @property
-    def num_requests(self) -> int:
-        """Requests that were asked."""
-        return self.requests
 
 
 class PromptInfo(Record):
@@ -291,7 +241,6 @@ class PromptInfo(Record):
     domain: str
     num_tokens: int
     fingerprint: str
-    """hash of its token ids"""
 
 
 class RequestInfo(PromptInfo):
@@ -312,7 +261,6 @@ class GroupResults(Record):
     """place on the axis: the largest number of tokens, the turn, or the number of users"""
     requests: list[RequestInfo]
     arms: list[SuiteArm]
-    """plain first"""
 
 
 class BenchProvenance(MachineProvenance):
@@ -320,7 +268,6 @@ class BenchProvenance(MachineProvenance):
 
     config: BenchConfig
     config_fingerprint: str
-    """hash of configuration and prompts"""
     processes: int = 1
 
 
@@ -341,6 +288,7 @@ class Results(Record):
     """A whole results file."""
 
     FILE: ClassVar[str]
+    NOUN: ClassVar[str] = ""
 
     @classmethod
     def read(cls, content: Any, domains: Sequence[str] = ()) -> Self:
@@ -372,6 +320,7 @@ class BenchResults(Results):
     """results.json of a bench."""
 
     FILE = "results.json"
+    NOUN = "prompt"
 
     schema_: Literal["specdec-bench-1", "specdec-bench-2", "specdec-bench-3"] = Field(
         default="specdec-bench-3", alias="schema"
@@ -379,10 +328,8 @@ class BenchResults(Results):
     provenance: BenchProvenance
     target: TargetIdentity | None = None
     prompts: list[PromptInfo] | None = None
-    """in the order of per_prompt"""
     memory: Memory
     arms: list[BenchArm]
-    """plain and hf_generate first"""
 
     @property
     def parts(self) -> list[tuple[str, list[BenchArm]]]:
@@ -394,6 +341,7 @@ class SuiteResults(Results):
     """suite.json of a suite."""
 
     FILE = "suite.json"
+    NOUN = "request"
 
     schema_: Literal["specdec-suite-1", "specdec-suite-2"] = Field(
         default="specdec-suite-2", alias="schema"
@@ -414,13 +362,10 @@ class CellResults(Record):
 
     name: str
     settings: dict[str, Any]
-    """key of the configuration -> value"""
     folder: str
-    """folder of the cell's own results.json and records, below the sweep's"""
     error: str | None
     """why the cell failed; null for one that stands"""
     arms: list[BenchArm]
-    """as in the cell's results.json; empty if it has none"""
 
 
 class SweepResults(Results):
@@ -433,4 +378,3 @@ class SweepResults(Results):
     )
     provenance: SweepProvenance
     cells: list[CellResults]
-    """the last key of the grid changes fastest"""

@@ -1,7 +1,7 @@
 """Run a bench or a suite: the same requests for every arm, arms in turn, repeated, resumable."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,6 @@ from specdec.bench.workloads import (
     Progress,
     Request,
     fingerprint_of,
-    fingerprint_of_groups,
     make_groups,
     numbered,
 )
@@ -98,7 +97,7 @@ def run_bench(
 
 def open_store(config: RunConfig, folder: Path, target: HFTarget, groups: Sequence[Group]) -> Store:
     """Open the records of a run; `ValueError` if the folder holds another one."""
-    asked = fingerprint_of_groups(groups)
+    asked = fingerprint_of([asdict(group) for group in groups])
     provenance = provenance_of(config, asked, target)  # of now: code may be another at the end
     identity = {
         "config": provenance["config"],
@@ -160,21 +159,20 @@ def check_results(results: BenchResults | SuiteResults) -> None:
         RuntimeError: every request of an arm failed, or one is faster than its tau; see
             `faster_than_tau`.
     """
+    noun = results.NOUN
     is_exact = results.provenance.dtype == "float32" and not results.provenance.quantized
     for place, arms in results.parts:
         for arm in arms:
-            if arm.failed == arm.num_requests:
-                raise RuntimeError(
-                    f"every {arm.noun} of the arm {arm.name!r}{place} failed: "
-                    f"{arm.failures[0].reason}"
-                )
+            if arm.failed == getattr(arm, f"{noun}s"):
+                reason = arm.failures[0].reason
+                raise RuntimeError(f"every {noun} of the arm {arm.name!r}{place} failed: {reason}")
         wrong = {arm.name: arm.mismatches for arm in arms if arm.mismatches}
         if wrong and is_exact:
             first = next(arm.differences[0] for arm in arms if arm.differences)
             raise GreedyMismatchError(
-                f"outputs differ at temperature 0 in float32{place}; {arms[0].noun}s by arm: "
-                f"{wrong}; first: {first.place} from output token {first.position} on (top-2 logit "
-                f"gap {first.top2_gap}); see differences in {results.FILE}"
+                f"outputs differ at temperature 0 in float32{place}; {noun}s by arm: {wrong}; "
+                f"first: {noun} {getattr(first, noun)} from output token {first.position} on "
+                f"(top-2 logit gap {first.top2_gap}); see differences in {results.FILE}"
             )
     if impossible := faster_than_tau(results):
         raise RuntimeError("; ".join(impossible))

@@ -485,8 +485,7 @@ def faster_than_tau(results: BenchResults | SuiteResults) -> list[str]:
     decoded one at a time is at most tau. (In a batch rows that end early leave the others a
     cheaper one.) Intervals over prompts and a tenth of the speedup are put down to noise.
     """
-    config = results.provenance.config
-    if config.rows > 1:
+    if results.provenance.config.rows > 1:
         return []
     return [
         f"the arm {arm.name!r}{place} is {arm.speedup_vs_plain:.2f} times as fast as plain "
@@ -497,6 +496,6 @@ def faster_than_tau(results: BenchResults | SuiteResults) -> list[str]:
         for arm in arms
         if arm.tau_ci
         and arm.speedup_vs_plain_ci
-        and arm.num_requests >= MIN_PROMPTS
+        and getattr(arm, f"{results.NOUN}s") >= MIN_PROMPTS
         and (low := arm.speedup_vs_plain_ci[0]) > (1 + NOISE) * arm.tau_ci[1]
     ]

@@ -51,13 +51,8 @@ class Cell:
 def load_cells(path: str, overrides: Sequence[str] = ()) -> list[Cell]:
     """Read a YAML file whose `grid:` maps keys of the configuration to lists.
 
-    Args:
-        path: the file; "demo" and "demo/concurrent" and so on are packaged ones.
-        overrides: `key=value` each; `grid.sampling.temperature=[0,1]` sets an axis.
-
-    Returns:
-        The cross product, the last key changing fastest; one cell without settings for a file
-        without a grid.
+    The cells are the cross product, the last key changing fastest. A file without a grid is one
+    cell without settings; suites have no grid.
 
     Raises:
         FileNotFoundError: no such file.
@@ -67,8 +62,16 @@ def load_cells(path: str, overrides: Sequence[str] = ()) -> list[Cell]:
     given = read_config(path, overrides)
     if not isinstance(given, dict) or "grid" not in given or "suite" in given:
         return [Cell("", {}, build_config(given))]
-    axes = _axes(given.pop("grid"))
-    for key in axes:
+    grid = given.pop("grid")
+    if not isinstance(grid, dict) or not grid:
+        raise ValueError(
+            f"config grid is {grid!r} but must map keys of the configuration to lists, as in "
+            "{batch_size: [1, 4]}"
+        )
+    known, axes = list(_keys(BenchConfig)), dict[str, list[Any]]()
+    for key, values in _flattened(grid):
+        _check_key(key, known)
+        axes[key] = check_axis(f"grid.{key}", values)
         section, dot, last = key.rpartition(".")
         place = given.get(section) if dot else given
         if isinstance(place, dict) and last in place:
@@ -77,20 +80,6 @@ def load_cells(path: str, overrides: Sequence[str] = ()) -> list[Cell]:
                 f"as grid.{key}=[{place[last]}]"
             )
     return [_cell(given, settings) for settings in cross_product(axes)]
-
-
-def _axes(grid: Any) -> dict[str, list[Any]]:
-    if not isinstance(grid, dict) or not grid:
-        raise ValueError(
-            f"config grid is {grid!r} but must map keys of the configuration to lists, as in "
-            "{batch_size: [1, 4]}"
-        )
-    known = list(_keys(BenchConfig))
-    axes: dict[str, list[Any]] = {}
-    for key, values in _flattened(grid):
-        _check_key(key, known)
-        axes[key] = check_axis(f"grid.{key}", values)
-    return axes
 
 
 def _flattened(grid: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -160,12 +149,8 @@ def run_sweep(
     """Run the cells that are not finished yet and write `sweep.json`.
 
     A target is loaded once for all cells that share it. What a cell cannot do is refused before
-    the first one runs; one that fails later is told of in its "error", and the others go on.
-
-    Args:
-        cells: see `load_cells`.
-        folder: holds `sweep.json` and the cells' own folders, `cells/NAME`.
-        progress: called with calls of the cell done, its calls in all, and what runs next.
+    the first one runs; one that fails later is told of in its "error", and the others go on. The
+    folder holds the cells' own folders, `cells/NAME`.
 
     Raises:
         ValueError: a cell that cannot run, or whose folder is of another run.

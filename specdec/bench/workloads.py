@@ -8,7 +8,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from specdec.bench.config import (
@@ -85,18 +85,8 @@ def fingerprint_of(value: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def fingerprint_of_groups(groups: Sequence[Group]) -> str:
-    """A short hash of everything that is asked."""
-    return fingerprint_of([asdict(group) for group in groups])
-
-
 def make_groups(config: RunConfig, target: Target, progress: Progress) -> list[Group]:
-    """Make the workload of a configuration.
-
-    Raises:
-        FileNotFoundError: the prompts are nowhere.
-        ValueError: prompts that cannot be read, do not fit the context, or are too few.
-    """
+    """Make the workload; `ValueError` for prompts that do not fit the context, or are too few."""
     prompts = load_prompts(**config.prompts.model_dump())
     if isinstance(config, BenchConfig):
         return [bench_group(config, prompts, target, progress)]
@@ -163,12 +153,8 @@ def unfold_turns(
 class TextPool:
     """Texts of a source, which become prompts as long as one wants.
 
-    No text is cut, and none stands twice in a prompt.
-
-    Args:
-        prompts: the pool.
-        target: tokenizer and context that lengths are counted by.
-        seed: with a prompt's name it decides length and texts.
+    No text is cut, and none stands twice in a prompt. Seed and name of a prompt decide its length
+    and its texts.
     """
 
     def __init__(self, prompts: Sequence[BenchPrompt], target: Target, seed: int = 0) -> None:
@@ -205,9 +191,6 @@ class TextPool:
 
         Texts are added, a blank line between two, until the number is reached; one that would go
         beyond `high` is passed over.
-
-        Raises:
-            ValueError: the pool's texts do not give `low` tokens.
         """
         goal = self.draw(f"{name} length", low, high)
         joined: list[str] = []
@@ -225,18 +208,7 @@ class TextPool:
     def conversation(
         self, name: str, domain: str, low: int, high: int, answers: dict[str, str]
     ) -> BenchPrompt:
-        """As many turns as fit into `high` tokens, each question with its own answer.
-
-        Args:
-            name: name of the prompt, which decides the order of its texts.
-            domain: domain whose texts come first.
-            low: tokens that must be reached.
-            high: tokens that must not be exceeded.
-            answers: answer by the id of a text.
-
-        Raises:
-            ValueError: the pool's texts do not give `low` tokens.
-        """
+        """As many turns as fit into `high` tokens, each question with its text's own answer."""
         history: list[dict[str, str]] = []
         best, length = BenchPrompt(name, domain), 0
         for text in self.order(name, domain):

@@ -127,7 +127,7 @@ def test_keys_are_shown_by_their_ends():
         ("arms=[{type: ngram, name: '{', grid: {min_ngram: [2]}}]", "in braces must be an option"),
         (
             "arms=[{type: suffix, name: 'n {a}', options: {a: 1}, grid: {min_match: [2, 3]}}]",
-            "the name 'n 1' is used twice",
+            "arms: 'n 1' is used twice",
         ),
     ],
 )

@@ -5,18 +5,17 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny_models import tiny_target
 
 from specdec.bench.config import ArmConfig, BenchConfig
 from specdec.bench.results import BenchResults, SuiteResults, SweepResults
-from specdec.bench.store import Call, Peaks, Run
-from specdec.bench.summary import bench_arms
+from specdec.bench.runner import run_bench
 from specdec.bench.workloads import Group, Request
-from specdec.engine.metrics import StepRecord
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 MODELS = {"bench": BenchResults, "suite": SuiteResults, "sweep": SweepResults}
 SPEEDS = ("decode_tokens_per_s", "speedup_vs_plain", "speedup_vs_hf")
-REPEATS, TOKENS = 3, 7
+TOKENS = 7
 
 
 def committed():
@@ -38,48 +37,21 @@ def test_committed_file_is_read(model, path):
         assert arms[0].mean_speedup_vs_plain == 1.0
 
 
-def run(ms, place, repeat):
-    """Seven tokens at about this speed; the first prompt is slow in its last repeat."""
-    step_s = ms / 1000 * (1 + 0.1 * place) * (1.5 if (place, repeat) == (0, 2) else 1)
-    steps = range(TOKENS - 1)
-    records = [StepRecord(0, i, 1, 0, 0, 0, 1, 0.0, step_s, step_s) for i in steps]
-    return Run([5] * TOKENS, 1, 0.01, step_s * (TOKENS - 1), records)
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """Results of four prompts of two domains."""
+    group = Group(
+        "prompts", 4, [[Request(str(i), "ab"[i % 2], [i + 1, 7], TOKENS, i)] for i in range(4)]
+    )
+    config = BenchConfig(arms=[ArmConfig(type="ngram", options={"min_ngram": 1})], threads=1)
+    folder = tmp_path_factory.mktemp("bench")
+    return run_bench(config, folder, target=tiny_target(), groups=[group])
 
 
 @pytest.fixture
-def today():
-    """The content of a results.json of four prompts."""
-    config = BenchConfig(arms=[ArmConfig(type="ngram", options={"min_ngram": 2})], repeats=REPEATS)
-    group = Group(
-        "prompts", 4, [[Request(str(i), "ab"[i % 2], [i + 1], TOKENS, i)] for i in range(4)]
-    )
-    calls = {
-        name: [
-            [
-                Call([one := run(ms, place, repeat)], one.ttft_s + one.decode_s, Peaks(9, None, 4))
-                for repeat in range(REPEATS)
-            ]
-            for place in range(4)
-        ]
-        for name, ms in {"plain": 4.0, "hf_generate": 5.0, "ngram": 2.0}.items()
-    }
-    arms = bench_arms(config, group, calls, {name: [] for name in calls}, [])
-    where = {
-        **{"command": "x", "git_commit": None, "git_dirty": False, "versions": {}, "date": ""},
-        **{"device": "cpu", "cpu": "", "cpu_count": 1, "threads": 1, "load_average": 0.0},
-        **{"dtype": "float32", "quantized": False, "config_fingerprint": ""},
-    }
-    prompts = [
-        {"id": r.id, "domain": r.domain, "num_tokens": 1, "fingerprint": r.fingerprint}
-        for r in group.requests
-    ]
-    results = BenchResults(
-        provenance={**where, "config": config.model_dump()},
-        memory={"peak_rss_bytes": 9, "peak_device_bytes": None, "cache_bytes": 4},
-        prompts=prompts,
-        arms=arms,
-    )
-    return json.loads(results.model_dump_json(by_alias=True))
+def today(measured):
+    """The content of their file."""
+    return json.loads(measured.model_dump_json(by_alias=True))
 
 
 def second_version(today):
@@ -105,34 +77,31 @@ def first_version(today):
     return old
 
 
-def same(found, wanted, with_interval):
+def same(found, wanted):
     for key in SPEEDS:
-        near = 1e-9 if with_interval else 0.1
-        assert getattr(found, key) == pytest.approx(getattr(wanted, key), rel=near)
-        interval = getattr(wanted, f"{key}_ci") if with_interval else None
-        assert getattr(found, f"{key}_ci") == (interval and pytest.approx(interval))
+        assert getattr(found, key) == pytest.approx(getattr(wanted, key))
+        assert getattr(found, f"{key}_ci") == pytest.approx(getattr(wanted, f"{key}_ci"))
 
 
-def test_second_version_gets_today_s_figures(today):
-    wanted = BenchResults.read(copy.deepcopy(today))
-    assert json.loads(wanted.model_dump_json(by_alias=True)) == today
+def test_second_version_gets_today_s_figures(measured, today):
+    assert BenchResults.read(copy.deepcopy(today)) == measured
     found = BenchResults.read(second_version(today))
-    for old, new in zip(found.arms, wanted.arms, strict=True):
-        same(old, new, with_interval=True)
+    for old, new in zip(found.arms, measured.arms, strict=True):
+        same(old, new)
         assert old.mean_speedup_vs_plain == new.mean_speedup_vs_plain
         for name, figures in new.domains.items():
-            same(old.domains[name], figures, with_interval=True)
+            same(old.domains[name], figures)
         seconds = [each.decode_s for each in new.per_prompt]
         assert [each.decode_s for each in old.per_prompt] == pytest.approx(seconds)
 
 
-def test_first_version_gets_its_ratio_without_an_interval(today):
-    wanted = BenchResults.read(copy.deepcopy(today))
-    found = BenchResults.read(first_version(today))
-    for old, new in zip(found.arms, wanted.arms, strict=True):
-        same(old, new, with_interval=False)
+def test_first_version_gets_its_ratio_without_an_interval(measured, today):
+    found, plain = BenchResults.read(first_version(today)), measured.arms[0]
+    for old, new in zip(found.arms, measured.arms, strict=True):
+        ratio = new.batch_decode_tokens_per_s / plain.batch_decode_tokens_per_s
+        assert old.speedup_vs_plain == pytest.approx(ratio)
         assert (old.type, old.options) == (new.type, new.options)
-        assert old.per_prompt is old.finish is old.time_s.verify is None
+        assert old.speedup_vs_plain_ci is old.per_prompt is old.finish is old.time_s.verify is None
     batched = first_version(today)
     batched["provenance"]["config"]["batch_size"] = 4  # no row's seconds are its own
     arms = BenchResults.read(batched).arms
