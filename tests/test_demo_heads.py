@@ -37,7 +37,7 @@ def prompts(target):
 
 
 @pytest.mark.parametrize("kind", head_kinds())
-def test_every_embedded_head_knows_its_target_and_how_it_was_trained(kind, target):
+def test_embedded_head_knows_target_and_training(kind, target):
     head = read_head(str(demo_path(kind)))
     assert head.kind == kind
     assert head.target is not None
@@ -48,7 +48,7 @@ def test_every_embedded_head_knows_its_target_and_how_it_was_trained(kind, targe
 
 
 @pytest.mark.parametrize("options", HEADS, ids=str)
-def test_greedy_text_is_the_targets_own_and_takes_fewer_steps(options, target, prompts):
+def test_greedy_text_is_targets_in_fewer_steps(options, target, prompts):
     ours = generate(target, load_drafter(options, target), prompts, max_new_tokens=32)
     plain = generate_baseline(target, prompts, max_new_tokens=32)
     assert [r.tokens for r in ours] == [r.tokens for r in plain]
@@ -57,7 +57,7 @@ def test_greedy_text_is_the_targets_own_and_takes_fewer_steps(options, target, p
 
 
 @pytest.mark.parametrize("options", HEADS, ids=str)
-def test_sampled_tokens_follow_the_targets_law_with_penalties_and_top_p(options, target, prompts):
+def test_sampled_tokens_follow_target_distribution(options, target, prompts):
     sampling = SamplingConfig(
         temperature=0.9, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.1, seed=5
     )

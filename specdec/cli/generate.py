@@ -57,8 +57,11 @@ def generate(
 def drafter_options(text: str) -> Any:
     """A drafter as it is given on the command line, for `load_drafter`."""
     if not text.startswith("{"):
+        from specdec.registry import DRAFTERS, strategy
+
         # The demo's draft model is the only one that can be meant without a path.
-        return {"type": text, "path": "demo"} if text == "draft_model" else text
+        is_model = text in DRAFTERS and strategy(text).trained_as == "language_model"
+        return {"type": text, "path": "demo"} if is_model else text
     try:
         return parse_json(text)
     except ValueError as error:

@@ -178,7 +178,7 @@ class Pending:
             for part, _, lengths in parts
         ]
         # A stable sort moves padding to the end and keeps the order of the entries.
-        order = torch.cat(is_padding, 1).to(torch.uint8).argsort(1, stable=True)
+        order = torch.cat(is_padding, 1).to(torch.uint8).argsort(dim=1, stable=True)
         order = order[:, : max(counts)].to(tokens.device)  # [B, longest]
         taps = {
             tap: h.gather(1, order.unsqueeze(2).expand(-1, -1, h.shape[2]))

@@ -50,7 +50,7 @@ def count_forwards(drafter):
     return calls
 
 
-def test_a_budget_of_none_costs_no_forward_of_the_head_and_the_prompt_one():
+def test_no_budget_costs_no_forward():
     target = tiny_target()
     drafter = eagle3(target)
     calls = count_forwards(drafter)
@@ -59,7 +59,7 @@ def test_a_budget_of_none_costs_no_forward_of_the_head_and_the_prompt_one():
 
 
 @pytest.mark.parametrize(("nodes", "forwards"), [(1, 1), (2, 2), (4, 4), (9, 5)])
-def test_a_chain_feeds_no_level_that_its_budget_cannot_pay_for(nodes, forwards):
+def test_chain_feeds_no_level_beyond_budget(nodes, forwards):
     target = tiny_target()
     drafter = eagle3(target, width=1, depth=5)
     calls = count_forwards(drafter)
@@ -72,7 +72,7 @@ def test_a_chain_feeds_no_level_that_its_budget_cannot_pay_for(nodes, forwards):
     assert len(calls) >= 1 + forwards * (len(full) - 1)
 
 
-def test_medusa_asks_only_the_heads_that_its_budget_reaches():
+def test_medusa_asks_only_heads_within_budget():
     target = tiny_target()
     heads = tiny_head("medusa", target)
     drafter = MedusaDrafter(heads, target.vocab_size, TreeShape(choices=[[0], [0, 0], [0, 0, 0]]))
@@ -100,7 +100,7 @@ def drafts_of(drafter):
 
 @pytest.mark.parametrize("build", [eagle3, draft_model])
 @pytest.mark.parametrize("pause", [1, 3, 70, 150])
-def test_after_a_pause_it_drafts_as_if_there_had_been_none(build, pause):
+def test_pause_changes_no_draft(build, pause):
     target = tiny_target()
     drafter = build(target)
     proposed = drafts_of(drafter)
@@ -119,7 +119,7 @@ def test_after_a_pause_it_drafts_as_if_there_had_been_none(build, pause):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_what_waits_is_given_in_order_however_ragged_its_parts_are(seed):
+def test_pending_parts_keep_order(seed):
     rng = random.Random(seed)
     pending, expected = Pending(), [[], [], []]
     for part in range(rng.randrange(1, 7)):
@@ -155,7 +155,7 @@ def test_rows_that_join_have_nothing_waiting(seed):
     assert taps[3].shape == (4, 4, 1)
 
 
-def test_a_prompt_that_joins_is_fed_alone_while_no_draft_is_asked_for():
+def test_joining_prompt_is_fed_alone():
     target = tiny_target()
     drafter = eagle3(target)
     fed = []
@@ -168,7 +168,7 @@ def test_a_prompt_that_joins_is_fed_alone_while_no_draft_is_asked_for():
 
 
 @pytest.mark.parametrize("build", [eagle3, draft_model])
-def test_rows_draft_after_another_has_joined_as_if_each_were_alone(build):
+def test_joined_rows_draft_as_if_alone(build):
     target = tiny_target()
     drafter = build(target)
     prompts, proposed = [[9, 8], [5, 6, 7, 8, 5, 6], [3] * 12], []
@@ -192,7 +192,7 @@ def test_rows_draft_after_another_has_joined_as_if_each_were_alone(build):
         assert [drafts[place] for drafts in seen] == [drafts[0] for drafts in proposed[:5]]
 
 
-def test_rows_that_join_while_others_have_waited_keep_their_texts():
+def test_rows_that_join_late_keep_texts():
     target = tiny_target()
     drafter = draft_model(target)
     long = [list(torch.arange(100).remainder(90)), [7, 8, 9]]

@@ -80,7 +80,7 @@ def same_draft(ours, theirs):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_what_is_drafted_after_any_steps_equals_a_draft_from_scratch(shape, temperature):
+def test_draft_after_steps_equals_fresh_draft(shape, temperature):
     draw, sampler = random.Random(0), make_sampler(3, SamplingConfig(temperature=temperature))
     model = tiny_llama(num_layers=1)
     drafter = begin(DraftModel(model_of(model), VOCAB, 3, **SHAPES[shape]), PROMPTS, sampler)
@@ -97,7 +97,7 @@ def test_what_is_drafted_after_any_steps_equals_a_draft_from_scratch(shape, temp
         rows = [row + tokens for row, tokens in zip(rows, new, strict=True)]
 
 
-def test_a_greedy_chain_is_what_the_draft_model_alone_would_generate():
+def test_greedy_chain_is_what_model_generates():
     model, sampler = tiny_llama(), make_sampler(3)
     drafter = begin(DraftModel(model_of(model), VOCAB, 4), PROMPTS, sampler)
     drafted = chains(propose(drafter, PROMPTS, [4, 4, 4], sampler))
@@ -111,7 +111,7 @@ def test_a_greedy_chain_is_what_the_draft_model_alone_would_generate():
 SAMPLING = SamplingConfig(temperature=0.6, top_p=0.8)
 
 
-def test_reported_probabilities_are_the_processed_ones_of_a_plain_forward():
+def test_reported_probabilities_are_processed_ones():
     model, sampler = tiny_llama(), make_sampler(3, SAMPLING)
     drafter = begin(DraftModel(model_of(model), VOCAB, 4), PROMPTS, sampler)
     draft = propose(drafter, PROMPTS, [4, 4, 4], sampler)
@@ -137,7 +137,7 @@ def warmed(probs):
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3])
-def test_tokens_are_drawn_from_the_distribution_that_is_reported(threshold):
+def test_tokens_are_drawn_from_reported_distribution(threshold):
     model = model_of(tiny_llama(7, 1))
     drafter = DraftModel(model, 7, 3, confidence_threshold=threshold)
     drafts = row_drafts(drafter, SAMPLING, 1500, 7)
@@ -149,9 +149,7 @@ def test_tokens_are_drawn_from_the_distribution_that_is_reported(threshold):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("threshold", [0.05, 0.4, 0.99])
-def test_a_chain_ends_where_the_product_of_highest_probabilities_falls_below_the_threshold(
-    threshold, temperature
-):
+def test_chain_ends_below_confidence_threshold(threshold, temperature):
     model, sampler = tiny_llama(), make_sampler(3, SamplingConfig(temperature=temperature))
     patient = begin(DraftModel(model_of(model), VOCAB, 5), PROMPTS, sampler)
     whole = chains(propose(patient, PROMPTS, [5, 5, 5], sampler))
@@ -164,7 +162,7 @@ def test_a_chain_ends_where_the_product_of_highest_probabilities_falls_below_the
         assert chain == full[: int((survival >= threshold).sum())]
 
 
-def test_unsure_drafts_end_early_and_the_output_stays_the_targets():
+def test_unsure_drafts_end_early():
     target = model_of(tiny_llama())
     options = {"max_new_tokens": 40, "batch_size": 3}
     plain = generate_baseline(target, PROMPTS, **options)
@@ -194,7 +192,7 @@ def test_a_larger_vocabulary_is_cropped_to_the_targets(shape, temperature):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_smaller_vocabulary_is_padded_with_tokens_that_are_never_drafted(shape, temperature):
+def test_smaller_vocabulary_is_padded(shape, temperature):
     config = SamplingConfig(temperature=temperature)
     model = resized(tiny_llama(), 80)
     drafts = []
@@ -209,7 +207,7 @@ def test_a_smaller_vocabulary_is_padded_with_tokens_that_are_never_drafted(shape
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_token_that_the_draft_model_does_not_know_does_not_stop_decoding(shape):
+def test_unknown_token_does_not_stop_decoding(shape):
     target = model_of(tiny_llama())
     plain = generate_baseline(target, PROMPTS, max_new_tokens=30)
     assert any(token >= 50 for result in plain for token in result.tokens)
@@ -220,7 +218,7 @@ def test_a_token_that_the_draft_model_does_not_know_does_not_stop_decoding(shape
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_draft_model_with_a_shorter_context_stops_drafting_there(shape, batch_size):
+def test_shorter_context_stops_drafting(shape, batch_size):
     base, context = tiny_llama(), 32
     target = model_of(base)
     short = model_of(resized(base, VOCAB, max_position_embeddings=context))
@@ -237,7 +235,7 @@ def test_a_draft_model_with_a_shorter_context_stops_drafting_there(shape, batch_
 
 
 @pytest.mark.parametrize("shape", ["chain", "tree"])
-def test_a_row_past_the_draft_models_context_never_disturbs_rows_that_join_later(shape):
+def test_full_context_never_disturbs_joining_rows(shape):
     base, context = tiny_llama(), 16
     target = model_of(base)
     drafter = DraftModel(
@@ -256,7 +254,7 @@ def base_folder(tmp_path_factory):
     return save_checkpoint(tmp_path_factory.mktemp("base"), tiny_llama())
 
 
-def test_another_tokenizer_is_refused_by_the_tokens_that_differ(base_folder, tmp_path):
+def test_another_tokenizer_is_refused_by_tokens(base_folder, tmp_path):
     save_checkpoint(tmp_path)
     save_tokenizer(tmp_path, first=40)
     target = load_target(str(base_folder))
@@ -286,7 +284,7 @@ def logits_of(model):
         return model(input_ids=torch.tensor([[5, 6, 7, 8, 9, 10]])).logits
 
 
-def test_a_merged_adapter_gives_the_logits_of_the_adapted_model(base_folder, tmp_path):
+def test_merged_adapter_gives_adapted_logits(base_folder, tmp_path):
     pytest.importorskip("peft")
     adapted = save_adapter(load_target(str(base_folder)).model, tmp_path, scale=16)
     target = load_target(str(base_folder))
@@ -320,7 +318,7 @@ def off_by(ours, theirs):
 
 
 @pytest.mark.parametrize("quantization", LINEAR)
-def test_a_quantised_model_serves_as_target_and_as_drafter(wide_folder, quantization):
+def test_quantized_model_is_target_and_drafter(wide_folder, quantization):
     pytest.importorskip("bitsandbytes", reason="quantization needs bitsandbytes")
     whole = load_target(str(wide_folder))
     target = load_target(str(wide_folder), quantization=quantization)
@@ -337,9 +335,7 @@ def test_a_quantised_model_serves_as_target_and_as_drafter(wide_folder, quantiza
 
 
 @pytest.mark.parametrize("quantization", LINEAR)
-def test_an_adapter_on_a_quantised_model_is_not_lost_to_rounding(
-    wide_folder, tmp_path, quantization
-):
+def test_adapter_on_quantized_model_survives_rounding(wide_folder, tmp_path, quantization):
     pytest.importorskip("bitsandbytes", reason="quantization needs bitsandbytes")
     peft = pytest.importorskip("peft")
     save_adapter(load_target(str(wide_folder)).model, tmp_path, scale=0.1)

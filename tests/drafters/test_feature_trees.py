@@ -84,7 +84,7 @@ def decoded(kind, head, target, shape, sampling=None, budget=None):
 
 
 @pytest.mark.parametrize(("kind", "options", "flags", "shape"), CASES)
-def test_every_draft_of_a_decoded_text_is_the_published_tree(kind, options, flags, shape):
+def test_every_draft_is_the_published_tree(kind, options, flags, shape):
     target = small_target()
     head = lively_head(kind, target, **options)
     decoding = decoded(kind, head, target, shape)
@@ -98,7 +98,7 @@ def test_every_draft_of_a_decoded_text_is_the_published_tree(kind, options, flag
 
 
 @pytest.mark.parametrize(("kind", "shape"), KINDS_AND_SHAPES)
-def test_rows_without_or_with_a_small_budget_draft_the_first_or_best_nodes(kind, shape):
+def test_small_budgets_keep_first_or_best_nodes(kind, shape):
     target = small_target()
     head = lively_head(kind, target)
 
@@ -114,9 +114,7 @@ def test_rows_without_or_with_a_small_budget_draft_the_first_or_best_nodes(kind,
 
 @pytest.mark.parametrize(("kind", "shape"), KINDS_AND_SHAPES)
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_chosen_children_feel_penalties_along_their_path_but_no_temperature(
-    kind, shape, temperature
-):
+def test_chosen_children_feel_penalties_but_no_temperature(kind, shape, temperature):
     target = small_target()
     head = lively_head(kind, target, **({"draft_tokens": DRAFT_TOKENS} if kind == "eagle3" else {}))
     sampling = [SamplingConfig(temperature=temperature, repetition_penalty=1.8)]
@@ -130,7 +128,7 @@ def test_chosen_children_feel_penalties_along_their_path_but_no_temperature(
 
 
 @pytest.mark.parametrize("kind", ["eagle", "eagle3"])
-def test_a_long_prompt_is_fed_in_chunks_without_a_difference(kind, monkeypatch):
+def test_chunks_of_prompt_change_nothing(kind, monkeypatch):
     target = small_target()
     head = lively_head(kind, target)
     whole = decoded(kind, head, target, DYNAMIC)
@@ -146,7 +144,7 @@ def test_a_long_prompt_is_fed_in_chunks_without_a_difference(kind, monkeypatch):
                 assert here == pytest.approx(there, rel=1e-4)
 
 
-def test_the_comparison_notices_features_that_are_one_place_off():
+def test_comparison_notices_shifted_features():
     target = small_target()
     head = lively_head("eagle", target)
     decoding = decoded("eagle", head, target, CHAIN)
@@ -163,7 +161,7 @@ def test_the_comparison_notices_features_that_are_one_place_off():
 @pytest.mark.parametrize("kind", ["eagle", "eagle3"])
 @pytest.mark.parametrize("shape", [DYNAMIC, STATIC], ids=["dynamic", "static"])
 @pytest.mark.parametrize("sharpness", [0.0, 1e5])
-def test_under_exact_ties_a_tree_is_still_connected_and_full(kind, shape, sharpness):
+def test_exact_ties_keep_trees_connected(kind, shape, sharpness):
     target = small_target()
     head = lively_head(kind, target)
     projection = target.model.lm_head if kind == "eagle" else head.lm_head
@@ -186,9 +184,7 @@ def test_under_exact_ties_a_tree_is_still_connected_and_full(kind, shape, sharpn
 
 @pytest.mark.parametrize(("kind", "shape"), KINDS_AND_SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_confidence_is_the_product_of_the_heads_softmax_and_never_above_the_parents(
-    kind, shape, dtype
-):
+def test_confidence_is_product_along_path(kind, shape, dtype):
     target = small_target()
     head = lively_head(kind, target).to(dtype)
     target.model.to(dtype)

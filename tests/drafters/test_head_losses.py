@@ -65,9 +65,7 @@ def medusa_guesses(head, target, batch):
 
 @pytest.mark.parametrize("decay", [0.8, 0.5])
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "own_vocab_head": False}])
-def test_medusas_cross_entropy_is_a_decayed_sum_of_each_heads_mean_over_its_own_places(
-    options, decay
-):
+def test_medusa_cross_entropy_is_decayed_sum(options, decay):
     target = small_target()
     head, batch = lively_head("medusa", target, num_heads=4, **options), some_batch()
     logits = medusa_guesses(head, target, batch)
@@ -85,7 +83,7 @@ def test_medusas_cross_entropy_is_a_decayed_sum_of_each_heads_mean_over_its_own_
     assert output.loss.item() == pytest.approx(total, rel=1e-4)
 
 
-def test_medusas_kl_is_that_of_the_targets_law_at_the_place_before_the_token():
+def test_medusa_kl_is_to_target_distribution():
     target = small_target()
     head, batch = lively_head("medusa", target, num_heads=3), some_batch(1)
     logits = medusa_guesses(head, target, batch)
@@ -115,7 +113,7 @@ def eagle_parts(outputs, features, batch, projection):
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": False, "qkv_bias": True}])
-def test_eagles_loss_is_smooth_l1_to_the_next_feature_and_a_tenth_of_the_soft_cross_entropy(
+def test_eagle_loss_is_smooth_l1_and_cross_entropy(
     options,
 ):
     target = small_target()
@@ -137,7 +135,7 @@ def test_eagles_loss_is_smooth_l1_to_the_next_feature_and_a_tenth_of_the_soft_cr
     assert louder.loss.item() == pytest.approx(distance + 0.7 * cross, rel=1e-4)
 
 
-def test_eagles_noise_is_uniform_wider_for_short_texts_and_only_on_the_heads_input():
+def test_eagle_noise_is_uniform_on_input_only():
     target = small_target()
     head = lively_head("eagle", target)
     masks = np.ones((64, LENGTH), dtype=bool)
@@ -169,7 +167,7 @@ def test_eagles_noise_is_uniform_wider_for_short_texts_and_only_on_the_heads_inp
 
 @pytest.mark.parametrize("num_steps", [1, 3, 4])
 @pytest.mark.parametrize("draft_tokens", [None, DRAFT_TOKENS], ids=["whole", "reduced"])
-def test_eagle3s_loss_is_that_of_a_chain_drafted_behind_every_place(draft_tokens, num_steps):
+def test_eagle3_loss_is_that_of_drafted_chains(draft_tokens, num_steps):
     target = small_target()
     head, batch = lively_head("eagle3", target, draft_tokens=draft_tokens), some_batch(4)
     slow = SlowEagle3(head, target.model, TAPS)
@@ -204,7 +202,7 @@ LOSSES = {"medusa": {}, "eagle": {"noise": 0.0}, "eagle3": {"num_steps": 3}}
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_what_lies_behind_the_last_token_to_be_predicted_does_not_matter(kind):
+def test_padding_does_not_change_loss(kind):
     target = small_target()
     head, batch = lively_head(kind, target), some_batch(5, MASKS[:2])
     ends = [9, 4]  # one past the last token to be predicted
@@ -220,7 +218,7 @@ def test_what_lies_behind_the_last_token_to_be_predicted_does_not_matter(kind):
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_a_batch_without_a_token_to_predict_costs_nothing_and_teaches_nothing(kind):
+def test_batch_without_answers_teaches_nothing(kind):
     head = lively_head(kind, small_target())
     loss = head.loss(some_batch(8, MASKS[2:]), **LOSSES[kind]).loss
     assert loss.item() == 0
@@ -230,7 +228,7 @@ def test_a_batch_without_a_token_to_predict_costs_nothing_and_teaches_nothing(ki
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_every_weight_of_a_head_is_trained_and_none_of_the_target(kind):
+def test_loss_trains_head_and_not_target(kind):
     target = small_target()
     head = lively_head(kind, target)
     head.loss(some_batch(9), **LOSSES[kind]).loss.backward()

@@ -40,9 +40,7 @@ def heads_that_say(target, tokens):
 @pytest.mark.parametrize(
     ("said", "num_accepted"), [((0, 5, 0), 1), ((5, 0, 0), 0), ((0, 0, 5), 2), ((0, 0, 0), 3)]
 )
-def test_token_zero_is_accepted_as_often_as_it_was_drafted_on_short_and_long_paths(
-    said, num_accepted
-):
+def test_token_zero_is_no_padding(said, num_accepted):
     target = target_that_says_zero()
     drafter = DRAFTERS["medusa"](heads_that_say(target, said), VOCAB, TreeShape(choices=CHOICES))
     results = generate(target, drafter, PROMPTS, max_new_tokens=40)
@@ -52,7 +50,7 @@ def test_token_zero_is_accepted_as_often_as_it_was_drafted_on_short_and_long_pat
 
 
 @pytest.mark.parametrize("kind", ["eagle", "eagle3"])
-def test_token_zero_alone_is_drafted_and_accepted_to_the_full_depth(kind):
+def test_token_zero_is_accepted_to_full_depth(kind):
     target = target_that_says_zero()
     head = lively_head(kind, target)
     head.logits = lambda outputs: torch.arange(VOCAB, 0, -1.0).expand(*outputs.shape[:-1], -1)
@@ -64,7 +62,7 @@ def test_token_zero_alone_is_drafted_and_accepted_to_the_full_depth(kind):
 
 
 @pytest.mark.parametrize("kind", DRAFTERS)
-def test_the_last_tap_is_the_feature_that_the_targets_projection_reads(kind):
+def test_last_tap_is_what_projection_reads(kind):
     target = small_target()
     head = lively_head(kind, target)
     taps = [3] if kind != "eagle3" else [1, 2, 3]
@@ -80,7 +78,7 @@ BANNED = SamplingConfig(temperature=1.0, bad_words=[[token] for token in range(4
 
 @pytest.mark.parametrize("children", ["top", "without_replacement", "with_replacement"])
 @pytest.mark.parametrize("choices", [CHOICES, None], ids=["static", "computed"])
-def test_a_request_that_bans_the_whole_draft_vocabulary_still_decodes(children, choices):
+def test_banned_draft_vocabulary_still_decodes(children, choices):
     target = small_target()
     head = lively_head("eagle3", target, draft_tokens=[0, 1, 2, 3])
     shape = TreeShape(depth=3, width=3, max_nodes=9, choices=choices, children=children)
@@ -103,7 +101,7 @@ def test_a_request_that_bans_the_whole_draft_vocabulary_still_decodes(children, 
         TreeShape(depth=3, width=3, max_nodes=9),
     ],
 )
-def test_a_head_that_may_say_no_token_reports_numbers(shape):
+def test_banned_vocabulary_reports_finite_numbers(shape):
     target = small_target()
     head = lively_head("eagle3", target, draft_tokens=[0, 1, 2, 3])
     drafter = DRAFTERS["eagle3"](head, VOCAB, shape)

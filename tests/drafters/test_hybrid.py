@@ -58,7 +58,7 @@ def paths_in(pool, row):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_merged_pool_holds_every_path_once_with_each_sources_confidence(seed):
+def test_merged_pool_holds_every_path_once(seed):
     draw = random.Random(seed)
     drafts = [random_draft(draw) for _ in range(3)]
     drafts = [draft for draft in drafts if draft.num_nodes] or [random_draft(random.Random(1))]
@@ -102,7 +102,7 @@ def proposal(hybrid, budgets):
     return hybrid.propose(root, budgets, None)
 
 
-def test_the_likeliest_nodes_of_all_drafters_are_kept_within_each_rows_budget():
+def test_hybrid_keeps_likeliest_nodes_within_budget():
     first = Scripted([(-1, 1), (0, 2), (1, 3)], [0.9, 0.3, 0.2])
     second = Scripted([(-1, 1), (-1, 4), (0, 2), (0, 5)], [0.6, 0.4, 0.5, 0.05])
     hybrid = HybridDrafter([first, second], max_nodes=4, calibrate=False)
@@ -119,7 +119,7 @@ def test_no_nodes_from_anyone_make_an_empty_draft():
     assert proposal(hybrid, [5, 5]).num_nodes == 0
 
 
-def test_calibration_moves_from_the_confidence_to_what_was_seen():
+def test_calibration_moves_toward_acceptance():
     calibration = Calibration(2, CPU)
     confidence = torch.tensor([[[0.95, 0.0]], [[0.05, 0.55]]])  # [S, B, K]
     expected = torch.tensor([[[0.95, 0.05]], [[0.05, 0.55]]])
@@ -136,7 +136,7 @@ def test_calibration_moves_from_the_confidence_to_what_was_seen():
     assert NUM_BINS > 1
 
 
-def test_a_drafter_that_is_sure_but_wrong_loses_its_nodes():
+def test_hybrid_learns_to_drop_wrong_drafter():
     target = tiny_target()
     liar = Scripted([(-1, 96), (0, 96), (1, 96)], [1.0, 1.0, 1.0])
     truth = DraftModel(HFTarget(target.model), 97, num_draft_tokens=3, width=2, max_nodes=6)
@@ -149,7 +149,7 @@ def test_a_drafter_that_is_sure_but_wrong_loses_its_nodes():
     assert late == 3, "the draft model is the target itself, so all of its nodes fit"
 
 
-def test_two_drafters_accept_at_least_as_much_as_the_better_one_alone():
+def test_hybrid_accepts_more_than_either_drafter():
     target = tiny_target()
     prompts = [[5, 6, 7, 8] * 3, [9], [3] * 6]
     draft = perturbed(tiny_llama(), 0.15)
@@ -184,7 +184,7 @@ class Asked(Scripted):
         return super().propose(root, budget, sampler)
 
 
-def test_a_lookup_that_expects_enough_in_every_row_spares_the_drafters_behind_it():
+def test_sure_lookup_spares_later_drafters():
     lookup, neural = Asked([(-1, 1)], [0.9], [5.0, 4.0]), Asked([(-1, 2)], [0.9])
     hybrid = HybridDrafter([lookup, neural], enough=4.5)
     proposal(hybrid, [9, 9])
@@ -197,7 +197,7 @@ def test_a_lookup_that_expects_enough_in_every_row_spares_the_drafters_behind_it
     assert neural.times == 2
 
 
-def test_where_one_drafter_alone_has_nodes_its_draft_is_taken_as_it_is():
+def test_single_draft_is_taken_as_is():
     chain = NgramDrafter(min_ngram=1)
     hybrid = HybridDrafter([Scripted([], []), chain], max_nodes=8)
     hybrid.begin([[1, 2, 1]], None, None)

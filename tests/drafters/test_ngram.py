@@ -19,24 +19,24 @@ def expected_places(tokens, max_ngram, min_ngram, num_places):
     return found[:num_places]
 
 
-def test_the_longest_suffix_decides_before_the_most_recent_one():
+def test_longest_suffix_decides_before_most_recent():
     tokens = [1, 2, 3, 50, 9, 2, 3, 60, 1, 2, 3]
     assert drafted(begin(NgramDrafter(1, 3), [tokens]), [5]) == [[50]]
     assert drafted(begin(NgramDrafter(1, 2), [tokens]), [5]) == [[60]]
 
 
-def test_suffixes_down_to_the_shortest_are_tried_and_none_below_it():
+def test_shortest_suffix_bounds_lookup():
     tokens = [1, 2, 50, 7, 8, 2]
     assert drafted(begin(NgramDrafter(3, 4, min_ngram=1), [tokens]), [5]) == [[50, 7, 8]]
     assert drafted(begin(NgramDrafter(3, 4, min_ngram=2), [tokens]), [5]) == [[]]
 
 
-def test_the_most_recent_of_equally_long_matches_is_copied():
+def test_most_recent_match_is_copied():
     tokens = [1, 2, 50, 1, 2, 60, 1, 2]
     assert drafted(begin(NgramDrafter(2), [tokens]), [5]) == [[60, 1]]
 
 
-def test_the_root_is_part_of_the_suffix_that_is_looked_up():
+def test_root_is_part_of_suffix():
     drafter = begin(NgramDrafter(2), [[1, 2, 50, 51, 9, 1, 2]])
     assert drafted(drafter, [5]) == [[50, 51]]
     observe(drafter, [[50, 9]])  # the new root is 9, and (50, 9) is new
@@ -50,13 +50,13 @@ def test_text_shorter_than_the_shortest_suffix_drafts_nothing():
     assert propose(drafter, [4, 4]).num_nodes == 0
 
 
-def test_several_continuations_become_one_tree_with_equal_beginnings_joined():
+def test_several_continuations_become_one_tree():
     tokens = [1, 2, 7, 8, 30, 1, 2, 7, 9, 31, 1, 2]
     drafter = begin(NgramDrafter(3, num_continuations=2), [tokens])
     assert paths(propose(drafter, [9])) == [[(7,), (7, 9), (7, 9, 31), (7, 8), (7, 8, 30)]]
 
 
-def test_a_place_that_matches_two_suffix_lengths_is_copied_once():
+def test_place_is_copied_once():
     # (8, 1, 2) was followed by 50; (1, 2) by 50 at the same place, and by 60 before that.
     tokens = [1, 2, 60, 8, 1, 2, 50, 8, 1, 2]
     drafter = begin(NgramDrafter(1, max_ngram=3, num_continuations=2), [tokens])
@@ -65,7 +65,7 @@ def test_a_place_that_matches_two_suffix_lengths_is_copied_once():
 
 @pytest.mark.parametrize("num_continuations", [1, 3])
 @pytest.mark.parametrize("seed", range(4))
-def test_drafts_of_a_growing_text_equal_a_scan_of_the_whole_text(seed, num_continuations):
+def test_drafts_equal_scan_of_whole_text(seed, num_continuations):
     draw = random.Random(seed)
     tokens = [draw.randrange(4) for _ in range(6)]
     options = {"num_draft_tokens": 4, "max_ngram": 5, "num_continuations": num_continuations}
@@ -84,7 +84,7 @@ def test_drafts_of_a_growing_text_equal_a_scan_of_the_whole_text(seed, num_conti
         observe(drafter, [new])
 
 
-def test_every_row_keeps_to_its_own_budget_and_zero_drafts_nothing():
+def test_every_row_keeps_its_budget():
     tokens = [1, 2, 7, 8, 9, 10, 1, 2]
     drafter = begin(NgramDrafter(4), [tokens] * 3)
     assert drafted(drafter, [0, 2, 9]) == [[], [7, 8], [7, 8, 9, 10]]
@@ -99,7 +99,7 @@ def test_rows_never_copy_from_each_other():
     assert drafted(drafter, [5, 5, 5]) == [[50], [60], []]
 
 
-def test_rows_that_leave_or_join_take_their_own_texts_along():
+def test_rows_keep_texts_when_others_leave():
     rows = [[1, 2, 50, 9, 1, 2], [1, 2, 60, 9, 1, 2], [1, 2, 70, 9, 1, 2]]
     drafter = begin(NgramDrafter(1), rows)
     drafter.reorder(torch.tensor([0, 2]))

@@ -19,7 +19,7 @@ def test_ragged_chains_are_padded_behind_their_lengths():
     assert (draft.depth, draft.probs, draft.tokens.dtype) == (3, None, torch.int64)
 
 
-def test_ragged_trees_keep_their_parents_and_the_depth_of_the_deepest_row():
+def test_ragged_trees_keep_parents_and_depth():
     rows = [[(-1, 5), (-1, 6), (0, 7), (2, 8)], [(-1, 9)], []]
     draft = pack_rows(rows, CPU, as_chain=False)
     assert paths(draft) == [[(5,), (6,), (5, 7), (5, 7, 8)], [(9,)], []]
@@ -36,7 +36,7 @@ def test_rows_without_nodes_make_an_empty_draft(as_chain):
     assert draft.lengths.tolist() == [0, 0]
 
 
-def test_confidences_stand_at_their_nodes_and_are_zero_on_padding():
+def test_confidences_are_zero_on_padding():
     rows, confidences = [[(-1, 5), (0, 6)], [], [(-1, 8)]], [[0.5, 0.25], [], [0.75]]
     for as_chain in (True, False):
         draft = pack_rows(rows, CPU, as_chain=as_chain, confidences=confidences)
@@ -49,19 +49,19 @@ def joined(continuations, budget):
     return merge([(3, continuation) for continuation in continuations], budget)[0]
 
 
-def test_equal_beginnings_are_joined_and_later_paths_branch_off():
+def test_equal_beginnings_are_joined():
     paths = [[1, 2, 3], [1, 2, 4], [5], [1]]
     assert joined(paths, 9) == [(-1, 1), (0, 2), (1, 3), (1, 4), (-1, 5)]
 
 
-def test_a_longer_match_gives_more_confidence_and_a_child_never_has_more_than_its_parent():
+def test_confidence_grows_with_match_and_falls_along_path():
     nodes, confidences = merge([(4, [1, 2, 3]), (2, [1, 5]), (1, [6])], 9)
     assert nodes == [(-1, 1), (0, 2), (1, 3), (0, 5), (-1, 6)]
     assert confidences == [4 / 5, 4 / 6, 4 / 7, 2 / 4, 1 / 2]
     assert merge([(1, [1]), (9, [1, 2])], 9)[1] == [1 / 2, 1 / 2]
 
 
-def test_earlier_continuations_are_first_in_line_for_the_budget():
+def test_earlier_continuations_take_budget_first():
     continuations = [[1, 2, 3], [1, 4], [5]]
     assert joined(continuations, 4) == [(-1, 1), (0, 2), (1, 3), (0, 4)]
     assert joined(continuations, 2) == [(-1, 1), (0, 2)]
@@ -70,7 +70,7 @@ def test_earlier_continuations_are_first_in_line_for_the_budget():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_merged_tree_is_topological_and_holds_every_prefix_once(seed):
+def test_merged_tree_holds_every_prefix_once(seed):
     draw = random.Random(seed)
     continuations = [[draw.randrange(3) for _ in range(draw.randrange(6))] for _ in range(8)]
     nodes = joined(continuations, 1000)

@@ -78,7 +78,7 @@ def test_the_best_nodes_by_cumulative_probability_are_kept(width, num_levels, se
             assert len(draft[row]) == min(limit, len(candidates))
 
 
-def test_a_node_has_at_most_width_children_and_a_level_at_most_width_parents():
+def test_width_bounds_children_and_parents():
     pool, _ = grow([Law(0, 0)], 3, 4)
     nodes = paths(pool.draft([1000]))[0]
     parents_of = {}
@@ -89,7 +89,7 @@ def test_a_node_has_at_most_width_children_and_a_level_at_most_width_parents():
         assert len(set(level)) <= 3
 
 
-def test_the_newest_beam_sees_its_own_ancestors_and_itself_among_the_expanded_nodes():
+def test_newest_beam_sees_ancestors_and_itself():
     laws, width = [Law(3, row) for row in range(3)], 3
     for num_levels in (1, 2, 4):
         pool, _ = grow(laws, width, num_levels)
@@ -114,9 +114,7 @@ def test_the_newest_beam_sees_its_own_ancestors_and_itself_among_the_expanded_no
         [[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0]],
     ],
 )
-def test_under_exact_ties_the_tree_is_still_connected_and_made_of_possible_tokens(
-    levels, max_nodes
-):
+def test_exact_ties_keep_pool_connected(levels, max_nodes):
     logs = [torch.tensor(level).log() for level in levels]
     pool, _ = grow([lambda path: logs[len(path)]] * 2, 3, len(levels))
     draft = best(pool, max_nodes, [100, 2])

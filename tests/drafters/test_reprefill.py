@@ -121,7 +121,7 @@ def step_beside_a_fresh_start(decoding, name, options, folder, budget=None):
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_decoding_and_a_fresh_prefill_of_the_same_tokens_draft_alike(name, options, folder):
+def test_decoding_and_fresh_prefill_draft_alike(name, options, folder):
     target = tiny_target()
     drafter = build(name, options, target, folder)
     sampling = [SamplingConfig(temperature=0.8), SamplingConfig(repetition_penalty=1.1)]

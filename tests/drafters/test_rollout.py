@@ -38,7 +38,7 @@ def places(step):
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_each_place_and_step_is_the_plain_head_run_on_a_chain_behind_that_place(name):
+def test_rollout_equals_chain_behind_every_place(name):
     kind, options = HEADS[name]
     target, head, hidden, outputs = rolled_out(kind, options)
     slow = (
@@ -60,7 +60,7 @@ def test_each_place_and_step_is_the_plain_head_run_on_a_chain_behind_that_place(
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_the_drafter_gives_the_same_outputs_when_it_drafts_the_texts_own_tokens(name):
+def test_drafter_equals_rollout_on_own_tokens(name):
     kind, options = HEADS[name]
     _, head, hidden, outputs = rolled_out(kind, options)
     prompts = [text[: place + 2] for text in TEXTS for place in places(0)]

@@ -70,7 +70,7 @@ def test_a_head_takes_over_the_targets_rotary_settings(kind, name):
 
 @pytest.mark.parametrize("kind", ["eagle", "eagle3"])
 @pytest.mark.parametrize("name", ["theta", "llama3", "yarn"])
-def test_far_behind_its_trained_length_a_head_drafts_by_the_same_rule(kind, name):
+def test_head_drafts_beyond_trained_length(kind, name):
     target = target_with(ROPES[name])
     head = lively_head(kind, target, backbone={"max_position_embeddings": 16})
     steps = decoded_steps(kind, head, target)
@@ -83,7 +83,7 @@ def test_far_behind_its_trained_length_a_head_drafts_by_the_same_rule(kind, name
 
 
 @pytest.mark.parametrize("kind", ["eagle", "eagle3"])
-def test_a_head_with_rotary_settings_of_its_own_keeps_them(kind):
+def test_head_keeps_own_rotary_settings(kind):
     target = target_with(ROPES["llama3"])
     head = lively_head(kind, target, backbone={"rope_parameters": ROPES["theta"]})
     check_drafts(
@@ -93,7 +93,7 @@ def test_a_head_with_rotary_settings_of_its_own_keeps_them(kind):
     )
 
 
-def test_of_a_target_with_two_kinds_of_layers_the_settings_of_full_attention_count():
+def test_full_attention_gives_rotary_settings():
     config = Gemma3TextConfig(
         hidden_size=32,
         num_attention_heads=4,
@@ -106,7 +106,7 @@ def test_of_a_target_with_two_kinds_of_layers_the_settings_of_full_attention_cou
     assert backbone.rope_parameters == {"rope_type": "linear", "rope_theta": 77.0, "factor": 8.0}
 
 
-def test_a_target_that_turns_a_share_of_each_head_gets_a_head_that_turns_all_of_it():
+def test_partially_rotated_target_gets_fully_rotated_head():
     config = GPTNeoXConfig(
         hidden_size=32,
         num_attention_heads=4,
@@ -118,6 +118,6 @@ def test_a_target_that_turns_a_share_of_each_head_gets_a_head_that_turns_all_of_
 
 
 @pytest.mark.parametrize("field", ["rope_theta", "rope_scaling", "hiden_size"])
-def test_a_backbone_field_that_nothing_would_read_is_refused(field):
+def test_unknown_backbone_field_is_refused(field):
     with pytest.raises(ValueError, match=rf"backbone.{field} does not exist.*rope_parameters"):
         lively_head("eagle", small_target(), backbone={field: 77.0})

@@ -88,7 +88,7 @@ def expected_laws(probs_behind, choices, budget, is_replaced, nodes, parents):
 @pytest.mark.parametrize("children", ["with_replacement", "without_replacement"])
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("name", HEADS)
-def test_the_reported_law_is_the_heads_own_given_the_tokens_drawn_before(name, settings, children):
+def test_reported_distribution_is_given_earlier_draws(name, settings, children):
     kind, options = HEADS[name]
     target, sampling = small_target(), SETTINGS[settings]
     head = lively_head(kind, target, **options)
@@ -123,7 +123,7 @@ def test_the_reported_law_is_the_heads_own_given_the_tokens_drawn_before(name, s
     assert max(decoding.num_accepted) > 1
 
 
-def test_a_rank_left_out_of_the_tree_is_drawn_all_the_same_and_missing_in_the_law():
+def test_left_out_rank_is_drawn_all_the_same():
     target = small_target()
     head = lively_head("eagle", target)
     shape = TreeShape(choices=[[1], [3], [1, 2]], children="without_replacement")
@@ -166,7 +166,7 @@ SHORT = [[0], [1], [0, 0], [1, 0]]
 
 @pytest.mark.parametrize("children", ["with_replacement", "without_replacement"])
 @pytest.mark.parametrize("name", ["medusa", "eagle", "eagle3, draft vocabulary"])
-def test_siblings_and_their_children_are_drawn_as_often_as_their_laws_say(name, children):
+def test_siblings_are_drawn_from_their_distributions(name, children):
     kind, _ = HEADS[name]
     target, prompt = small_target(FEW), [1, 3, 0, 2, 4, 4]
     options = {"draft_tokens": [0, 1, 3, 4]} if kind == "eagle3" else {}

@@ -52,7 +52,7 @@ def follow(automaton, word, longest=100):
 
 @settings(max_examples=60, deadline=None)
 @given(TEXTS)
-def test_every_word_is_known_with_the_counts_of_what_followed_it(texts):
+def test_automaton_counts_what_followed_every_word(texts):
     automaton = automaton_of(texts)
     for word in (word for size in (1, 2, 3, 4) for word in product(ALPHABET, repeat=size)):
         state, length = follow(automaton, word)
@@ -65,7 +65,7 @@ def test_every_word_is_known_with_the_counts_of_what_followed_it(texts):
 
 @settings(max_examples=100, deadline=None)
 @given(TEXTS, TEXTS, st.lists(st.sampled_from(ALPHABET), min_size=1, max_size=6))
-def test_a_match_that_is_held_while_texts_are_added_stays_a_match(before, later, word):
+def test_held_match_survives_added_texts(before, later, word):
     automaton = automaton_of(before)
     _, held = match = follow(automaton, word)
     for text in later:
@@ -81,7 +81,7 @@ def test_a_match_that_is_held_while_texts_are_added_stays_a_match(before, later,
 
 @settings(max_examples=40, deadline=None)
 @given(TEXTS, st.integers(1, 4))
-def test_a_match_never_grows_past_the_longest_that_is_asked_for(texts, longest):
+def test_match_never_exceeds_longest(texts, longest):
     automaton = automaton_of(texts)
     for text in texts:
         state, length = automaton.earlier(*follow(automaton, text, longest))
@@ -128,7 +128,7 @@ def check_chain(chain, texts, tokens, limits):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_growing_text_is_continued_by_what_followed_its_longest_suffix_most_often(seed):
+def test_longest_suffix_is_continued_by_commonest_token(seed):
     draw = random.Random(seed)
     limits = (5, draw.choice([2, 3, 32]), 2, 0.2, draw.choice([0.5, 2.0]))
     tokens = [draw.choice(ALPHABET) for _ in range(4)]
@@ -148,7 +148,7 @@ def test_no_more_than_max_match_tokens_decide():
     assert drafted(begin(SuffixDrafter(1, max_match=2), [tokens]), [5]) == [[8]]
 
 
-def test_matches_below_min_match_and_tokens_below_min_probability_are_not_drafted():
+def test_limits_of_match_and_probability_hold():
     tokens = [1, 2, 8, 1, 2, 9, 5, 2]
     assert drafted(begin(SuffixDrafter(min_match=2), [tokens]), [5]) == [[]]
     assert drafted(begin(SuffixDrafter(1, min_match=1), [tokens]), [5]) == [[8]]
@@ -156,7 +156,7 @@ def test_matches_below_min_match_and_tokens_below_min_probability_are_not_drafte
     assert drafted(begin(picky, [tokens]), [5]) == [[]]
 
 
-def test_a_tree_holds_the_likeliest_paths_and_their_ancestors():
+def test_tree_holds_likeliest_paths():
     # (1, 2) was followed by 3 twice and by 4 once; each of them by other tokens.
     tokens = [1, 2, 3, 5, 1, 2, 3, 6, 1, 2, 4, 7, 1, 2]
     drafter = begin(SuffixDrafter(4, width=2, min_probability=0.3), [tokens])
@@ -166,7 +166,7 @@ def test_a_tree_holds_the_likeliest_paths_and_their_ancestors():
     assert paths(propose(drafter, [1])) == [[(3,)]]
 
 
-def test_every_row_keeps_to_its_own_budget_and_zero_drafts_nothing():
+def test_every_row_keeps_its_budget():
     tokens = [1, 2, 7, 8, 9, 10, 1, 2]
     drafter = begin(SuffixDrafter(3), [tokens] * 3)
     assert drafted(drafter, [0, 2, 9]) == [[], [7, 8], [7, 8, 9]]
@@ -181,7 +181,7 @@ def finished(drafter, *outputs):
     return drafter
 
 
-def test_what_earlier_batches_emitted_is_drafted_from_and_their_prompts_are_not():
+def test_earlier_outputs_are_drafted_from():
     drafter = SuffixDrafter(2)
     begin(drafter, [[40, 41, 42, 1]])
     observe(drafter, [[2, 3, 4]])
@@ -189,19 +189,19 @@ def test_what_earlier_batches_emitted_is_drafted_from_and_their_prompts_are_not(
     assert drafted(drafter, [5, 5]) == [[3, 4], []]
 
 
-def test_the_longer_of_own_and_past_match_drafts_and_ones_own_wins_a_tie():
+def test_longer_match_drafts_and_own_wins_ties():
     drafter = finished(SuffixDrafter(1), [1, 2, 3, 70])
     own = [2, 3, 80, 9, 2, 3]
     begin(drafter, [own, [*own[:-2], 1, 2, 3]])
     assert drafted(drafter, [5, 5]) == [[80], [70]]
 
 
-def test_nothing_continues_across_the_border_of_two_past_outputs():
+def test_nothing_continues_across_past_outputs():
     drafter = finished(SuffixDrafter(2), [1, 2], [3, 4])
     assert drafted(begin(drafter, [[1, 2]]), [5]) == [[]]
 
 
-def test_a_row_that_leaves_is_remembered_for_the_rows_that_stay():
+def test_leaving_row_is_remembered():
     drafter = finished(SuffixDrafter(1), [1, 2, 3, 9])
     begin(drafter, [[4, 7], [5], [6]])
     observe(drafter, [[2, 3], [2, 3, 8], [2, 3, 8]])
@@ -216,7 +216,7 @@ def test_zero_remembered_outputs_forget_every_batch():
 
 
 @pytest.mark.parametrize("num_remembered", [1, 2, 3, 8])
-def test_never_more_past_outputs_are_kept_than_asked_for_and_the_newest_always_is(num_remembered):
+def test_newest_outputs_are_remembered(num_remembered):
     drafter = SuffixDrafter(1, num_remembered=num_remembered)
     outputs = [[100 + 3 * i, 101 + 3 * i, 102 + 3 * i] for i in range(20)]
     for count in range(1, len(outputs) + 1):
@@ -238,7 +238,7 @@ def test_memory_of_past_outputs_stays_bounded():
     assert sum(map(len, drafter._past)) <= 4 * 10
 
 
-def test_rows_that_leave_or_join_take_their_own_texts_along():
+def test_rows_keep_texts_when_others_leave():
     rows = [[1, 2, 50, 9, 1, 2], [1, 2, 60, 9, 1, 2], [1, 2, 70, 9, 1, 2]]
     drafter = begin(SuffixDrafter(1, num_remembered=0), rows)
     drafter.reorder(torch.tensor([0, 2]))

@@ -28,7 +28,7 @@ def first_draft(kind, shape, target=None, **options):
 
 
 @pytest.mark.parametrize("children", ["top", "without_replacement", "with_replacement"])
-def test_a_tree_wider_than_the_draft_vocabulary_holds_all_of_it(children):
+def test_wide_tree_holds_whole_draft_vocabulary(children):
     shape = TreeShape(depth=2, width=50, max_nodes=40, children=children)
     drafter, draft = first_draft("eagle3", shape, draft_tokens=DRAFT_TOKENS)
     assert drafter.max_nodes == 40
@@ -51,7 +51,7 @@ def test_a_tree_wider_than_the_draft_vocabulary_holds_all_of_it(children):
 @pytest.mark.parametrize("kind", ["eagle", "eagle3"])
 @pytest.mark.parametrize("children", ["top", "without_replacement"])
 @pytest.mark.parametrize("width", [1, 3])
-def test_no_tree_exceeds_its_node_budget_or_its_depth(kind, children, width):
+def test_tree_keeps_budget_and_depth(kind, children, width):
     shape = TreeShape(depth=5, width=width, max_nodes=3, children=children)
     drafter, draft = first_draft(kind, shape)
     assert drafter.max_nodes == 3
@@ -64,7 +64,7 @@ def test_no_tree_exceeds_its_node_budget_or_its_depth(kind, children, width):
     assert longest == 2
 
 
-def test_medusas_tree_is_the_best_one_for_the_given_acceptance(tmp_path):
+def test_medusa_tree_is_best_for_acceptance(tmp_path):
     target = small_target()
     path = save_tiny_head(tmp_path, "medusa", target)
     drafter = MedusaDrafter.load(target, path, acceptance=[[0.5, 0.4], [0.9, 0.05]], max_nodes=4)

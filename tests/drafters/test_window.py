@@ -26,7 +26,7 @@ def decoded(kind, head, target, shape, window):
 @pytest.mark.parametrize("kind", ["eagle", "eagle3"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("window", [1, 2, 5])
-def test_a_draft_is_that_of_a_head_which_is_shown_the_last_pairs_only(kind, shape, window):
+def test_window_shows_last_pairs_only(kind, shape, window):
     target = small_target()
     head = lively_head(kind, target)
     decoding = decoded(kind, head, target, SHAPES[shape], window)
@@ -44,7 +44,7 @@ def test_a_draft_is_that_of_a_head_which_is_shown_the_last_pairs_only(kind, shap
 
 
 @pytest.mark.parametrize("kind", ["eagle", "eagle3"])
-def test_a_window_as_long_as_the_text_changes_nothing(kind):
+def test_long_window_changes_nothing(kind):
     target, shape = small_target(), SHAPES["dynamic"]
     head = lively_head(kind, target)
     check_drafts(
@@ -54,7 +54,7 @@ def test_a_window_as_long_as_the_text_changes_nothing(kind):
     )
 
 
-def test_a_window_reaches_back_across_the_chunks_of_a_long_prompt(monkeypatch):
+def test_window_reaches_across_chunks(monkeypatch):
     monkeypatch.setattr(feature_drafter, "CHUNK", 2)
     target, shape = small_target(), SHAPES["static"]
     head = lively_head("eagle3", target)

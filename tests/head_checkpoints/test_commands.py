@@ -42,7 +42,7 @@ def test_convert_writes_every_layout_that_holds_the_head(tmp_path, name):
         assert found.training == {"loss": 1.5}
 
 
-def test_convert_takes_from_the_target_what_the_source_leaves_to_it(tmp_path):
+def test_convert_completes_source_from_target(tmp_path):
     target = save_checkpoint(tmp_path / "tiny", tiny_llama(vocab_size=61, num_layers=8))
     source = publish(tmp_path / "source", EAGLE3, eagle3_tensors())
     refusal = run("convert", source, tmp_path / "one", "--to", "speculators")
@@ -119,7 +119,7 @@ def test_inspect_says_how_heads_differ(tmp_path, name, words):
         assert each in done.output, each
 
 
-def test_inspect_says_what_a_foreign_checkpoint_does_not_say(tmp_path):
+def test_inspect_says_what_checkpoint_leaves_out(tmp_path):
     done = run("inspect", publish(tmp_path, EAGLE3, eagle3_tensors()))
     assert "2, L // 2 and L - 3" in done.output
     assert "no name, hidden_size 32, vocab_size 61\n" in done.output
@@ -153,7 +153,7 @@ def test_inspect_refuses_what_is_no_head(tmp_path):
     assert refused(run("inspect", tmp_path / "none"), "is not a folder")
 
 
-def test_inspect_rounds_what_is_said_of_the_training_and_leaves_tables_to_json(tmp_path):
+def test_inspect_rounds_training_and_leaves_tables_out(tmp_path):
     training = {
         "tokens": 6592637,
         "seconds": 2549.743053397,

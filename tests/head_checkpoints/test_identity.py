@@ -22,7 +22,7 @@ def head_for(identity, **options):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
-def test_a_target_keeps_its_identity_in_every_dtype_and_on_disk(tmp_path, stored, dtype):
+def test_target_keeps_identity_in_every_dtype(tmp_path, stored, dtype):
     model = tiny_llama().to(stored)
     folder = save_checkpoint(tmp_path / "model", model)
     loaded = identify_target(load_target(str(folder), dtype=dtype))
@@ -32,7 +32,7 @@ def test_a_target_keeps_its_identity_in_every_dtype_and_on_disk(tmp_path, stored
     assert not list(differences(loaded, other, "", "", is_resume=True))
 
 
-def test_the_name_is_the_last_folder_so_that_no_path_of_this_machine_is_written(tmp_path):
+def test_name_is_last_folder_of_path(tmp_path):
     folder = save_checkpoint(tmp_path / "secret" / "model")
     assert identify_target(load_target(str(folder))).name == "model"
 
@@ -58,7 +58,7 @@ def test_sizes_are_those_of_the_target():
     assert (identity.hidden_size, identity.vocab_size, identity.num_layers) == (32, 83, 3)
 
 
-def test_a_quantised_target_has_no_hash_of_its_weights():
+def test_quantized_target_has_no_weight_hash():
     target = tiny_target()
     target.model.config.quantization_config = {"quant_method": "bitsandbytes"}
     assert identify_target(target).weights is None
@@ -69,7 +69,7 @@ def test_a_quantised_target_has_no_hash_of_its_weights():
     assert identify_target(target).weights is None
 
 
-def test_another_model_of_the_same_shape_is_refused_unless_forced():
+def test_another_model_is_refused_unless_forced():
     model = tiny_llama()
     known = identify_target(HFTarget(model))
     other = identify_target(HFTarget(perturbed(model, 0.01)))
@@ -108,7 +108,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_signs_do_not_tell_is_seen_and_named(name, tmp_path):
+def test_changes_without_signs_are_named(name, tmp_path):
     target = tiny_target()
     target.config.sliding_window = None
     known = identify_target(target)
@@ -128,7 +128,7 @@ def test_what_signs_do_not_tell_is_seen_and_named(name, tmp_path):
         Journal(tmp_path / "j", {TARGET: as_json(other)}, checks)
 
 
-def test_facts_that_only_one_version_knows_and_names_are_not_compared():
+def test_facts_of_one_version_are_not_compared():
     known = identify_target(tiny_target())
     newer = replace(known, facts={**known.facts, "new_default": 3})
     target = tiny_target()
@@ -138,7 +138,7 @@ def test_facts_that_only_one_version_knows_and_names_are_not_compared():
         check_target(head_for(other), known)
 
 
-def test_a_quantised_version_keeps_its_heads_and_resumes_no_run():
+def test_quantized_version_keeps_heads_and_resumes_nothing():
     known, target = identify_target(tiny_target()), tiny_target()
     target.model.config.quantization_config = {"quant_method": "awq", "bits": 4}
     scale("model.norm.weight", by=1.1)(target)  # as methods do that move scales into norms
@@ -148,7 +148,7 @@ def test_a_quantised_version_keeps_its_heads_and_resumes_no_run():
         check_resumed(Path("run"), as_json(known), as_json(other))
 
 
-def test_an_older_identity_is_compared_as_far_as_it_goes_with_a_warning():
+def test_older_identity_is_compared_with_warning():
     known = identify_target(tiny_target())
     old = replace(known, facts=None, magnitudes=None)
     with pytest.warns(UserWarning, match=r"older versions wrote it.* specdec convert"):

@@ -124,7 +124,7 @@ def test_an_eagle_head_of_safeailab(tmp_path, file):
     assert (head.config.rms_norm_eps, head.config.max_position_embeddings) == (1e-5, 2048)
 
 
-def test_an_eagle_head_without_a_bias_for_a_target_with_biased_attention(tmp_path):
+def test_eagle_head_reads_biased_attention(tmp_path):
     tensors = eagle_tensors()
     del tensors["fc.bias"]
     for name, size in (("q", 32), ("k", 16), ("v", 16)):
@@ -135,7 +135,7 @@ def test_an_eagle_head_without_a_bias_for_a_target_with_biased_attention(tmp_pat
     assert head.layers[0].self_attn.q_proj.bias.sum() == 32
 
 
-def test_an_eagle_config_that_forgets_its_bias_is_told_which_key_to_change(tmp_path):
+def test_eagle_config_without_bias_names_key(tmp_path):
     publish(tmp_path, {**LLAMA, "bias": False}, eagle_tensors())
     with pytest.raises(ValueError, match=r"fc\.bias; is `bias` false in config\.json by mistake"):
         read_head(tmp_path)
@@ -147,7 +147,7 @@ def test_an_eagle_config_that_forgets_its_bias_is_told_which_key_to_change(tmp_p
 
 
 @pytest.mark.parametrize("copied", [{"lm_head.weight": (V, H)}, {}])
-def test_parts_of_the_target_that_an_eagle_head_carries_are_known_one_by_one(tmp_path, copied):
+def test_carried_parts_of_target_are_dropped(tmp_path, copied):
     inverse = {"layers.0.self_attn.rotary_emb.inv_freq": (HEAD_DIM // 2,)}
     tensors = {**eagle_tensors(), **weights(**copied, **inverse)}
     head_of(publish(tmp_path, LLAMA, tensors))
@@ -175,11 +175,11 @@ def test_an_eagle3_head_of_safeailab_or_specforge(tmp_path, prefix, architecture
     assert flags == (False, False, False)
 
 
-def test_an_eagle3_config_that_counts_its_targets_layers_is_still_a_head(tmp_path):
+def test_eagle3_config_may_count_target_layers(tmp_path):
     head_of(publish(tmp_path, {**EAGLE3, "num_hidden_layers": 40}, eagle3_tensors()))
 
 
-def test_an_eagle3_head_narrower_than_its_target_brings_its_embedding(tmp_path):
+def test_narrow_eagle3_head_brings_embedding(tmp_path):
     tensors = {**eagle3_tensors(), **weights(**{"embed_tokens.weight": (V, H)})}
     tensors["fc.weight"] = torch.ones(H, 3 * 48, dtype=torch.float16)
     found = read_head(publish(tmp_path, {**EAGLE3, "target_hidden_size": 48}, tensors))
@@ -205,7 +205,7 @@ def test_maps_that_change_nothing_are_left_out(tmp_path):
         read_head(tmp_path)
 
 
-def test_flags_of_eagle3_are_found_where_nvidia_puts_them(tmp_path):
+def test_eagle3_flags_are_read_from_eagle_config(tmp_path):
     tensors = {**eagle3_tensors(), **weights(**{"input_norm.weight": (3 * H,)})}
     config = {**EAGLE3, "eagle_config": {"norm_before_fc": True, "use_aux_hidden_state": True}}
     head, _ = head_of(publish(tmp_path, config, tensors))
@@ -226,7 +226,7 @@ def test_flags_of_eagle3_are_found_where_nvidia_puts_them(tmp_path):
         ({"intermediate_size": "64"}, "intermediate_size is '64'"),
     ],
 )
-def test_parts_that_our_head_does_not_have_are_refused_by_name(tmp_path, keys, said):
+def test_unsupported_parts_are_refused_by_name(tmp_path, keys, said):
     publish(tmp_path, {**EAGLE3, **keys}, eagle3_tensors())
     with pytest.raises(ValueError, match=said):
         read_head(tmp_path)
@@ -308,7 +308,7 @@ def test_speculators_flags_that_normalise(tmp_path):
     assert options.norm_before_residual is False
 
 
-def test_the_window_that_a_speculators_head_was_trained_with_is_kept(tmp_path):
+def test_window_of_speculators_head_is_kept(tmp_path):
     layer_config = {
         **LLAMA,
         "sliding_window": 2048,
@@ -328,7 +328,7 @@ def test_the_window_that_a_speculators_head_was_trained_with_is_kept(tmp_path):
         ({"fc_norm": True}, "fc_norm is True"),
     ],
 )
-def test_a_speculators_config_that_cannot_be_followed_is_refused(tmp_path, change, said):
+def test_unknown_speculators_config_is_refused(tmp_path, change, said):
     merged = {**speculators_config(), **change}
     config = {key: value for key, value in merged.items() if value is not ...}
     publish(tmp_path, config, eagle3_tensors("layers.0"))
@@ -355,7 +355,7 @@ def test_medusa_heads_of_fasterdecoding(tmp_path, file):
     assert head.taps == (8,)
 
 
-def test_medusa_heads_of_version_2_use_the_targets_projection(tmp_path):
+def test_medusa_version_2_uses_target_projection(tmp_path):
     config = {"version": "2", "medusa_num_heads": 3, "medusa_num_layers": 1}
     tensors = medusa_tensors(3, has_projections=False)
     head, found = head_of(publish(tmp_path, config, tensors, "medusa_lm_head.safetensors"))
@@ -372,7 +372,7 @@ def test_blocks_that_were_one_object_are_two_tensors(tmp_path):
     assert torch.equal(head.blocks[0][1].linear.weight, shared)
 
 
-def test_medusa_configs_that_miscount_as_the_first_published_ones_are_known(tmp_path):
+def test_published_miscount_of_medusa_heads_is_read(tmp_path):
     tensors = medusa_tensors(5, has_projections=True)
     config = {"medusa_num_heads": 2, "medusa_num_layers": 1}
     found = read_head(publish(tmp_path, config, tensors, "medusa_lm_head.pt"))
@@ -382,7 +382,7 @@ def test_medusa_configs_that_miscount_as_the_first_published_ones_are_known(tmp_
         read_head(tmp_path)
 
 
-def test_medusa_heads_beside_their_target_are_read_and_not_the_target(tmp_path):
+def test_medusa_heads_beside_target_are_read(tmp_path):
     publish(tmp_path, LLAMA, weights(**{"model.norm.weight": (H,)}), "model.safetensors")
     config = {**LLAMA, "num_hidden_layers": 32, "medusa_num_heads": 2}
     tensors = medusa_tensors(2, has_projections=True)
@@ -425,7 +425,7 @@ def test_medusa_heads_of_vllm(tmp_path, prefix):
         assert torch.equal(found.tensors[ours], tensors[prefix + theirs])
 
 
-def test_medusa_heads_of_vllm_under_the_names_of_fasterdecoding(tmp_path):
+def test_vllm_medusa_reads_names_of_fasterdecoding(tmp_path):
     tensors = medusa_tensors(2, has_projections=True)
     config = {**VLLM_MEDUSA, "medusa_fc_bias": True}
     _, found = head_of(publish(tmp_path, config, tensors))
@@ -441,7 +441,7 @@ def test_medusa_heads_of_vllm_without_biases_get_zeros(tmp_path):
 
 
 @pytest.mark.parametrize("copy", ["lm_head.weight", "lm_heads.0.weight"])
-def test_medusa_heads_of_vllm_with_the_original_projection_use_the_targets(tmp_path, copy):
+def test_vllm_medusa_may_use_target_projection(tmp_path, copy):
     tensors = vllm_medusa_tensors(True)
     for head in range(2):
         del tensors[f"lm_heads.{head}.weight"]
@@ -452,7 +452,7 @@ def test_medusa_heads_of_vllm_with_the_original_projection_use_the_targets(tmp_p
     assert copy not in found.tensors
 
 
-def test_medusa_heads_of_vllm_with_a_reduced_vocabulary_are_refused(tmp_path):
+def test_vllm_medusa_with_reduced_vocabulary_is_refused(tmp_path):
     publish(tmp_path, {**VLLM_MEDUSA, "truncated_vocab_size": 9}, vllm_medusa_tensors(False))
     with pytest.raises(ValueError, match="truncated_vocab_size 9"):
         read_head(tmp_path)
@@ -460,7 +460,7 @@ def test_medusa_heads_of_vllm_with_a_reduced_vocabulary_are_refused(tmp_path):
     head_of(publish(tmp_path, VLLM_MEDUSA, tensors))
 
 
-def test_of_a_head_published_twice_the_safetensors_file_is_read(tmp_path):
+def test_safetensors_file_is_read_before_torch_file(tmp_path):
     publish(tmp_path, LLAMA, {"x": torch.ones(1)}, "pytorch_model.bin")
     assert read_head(publish(tmp_path, LLAMA, eagle_tensors())).kind == "eagle"
 
@@ -511,7 +511,7 @@ def test_speculators_writes_the_ids_of_vllm(tmp_path):
     assert "eagle_config" not in config
 
 
-def test_the_published_taps_are_left_for_the_engines_to_find(tmp_path):
+def test_published_taps_are_left_out(tmp_path):
     head = random_head("eagle3-whole")
     assert head.options["taps"] == [2, 4, 5]
     config = config_of(write_head(head, tmp_path / "known", "eagle3"))
@@ -522,7 +522,7 @@ def test_the_published_taps_are_left_for_the_engines_to_find(tmp_path):
     assert config_of(write_head(head, tmp_path / "nested", "speculators"))[IDS] == [2, 4, 5]
 
 
-def test_a_head_of_another_engine_that_reads_the_last_layer_is_refused(tmp_path):
+def test_foreign_head_on_last_layer_is_refused(tmp_path):
     found = read_head(publish(tmp_path, {**EAGLE3, IDS: [2, 4, 8]}, eagle3_tensors()))
     identity = random_head("eagle3").target
     with pytest.raises(ValueError, match=r"hidden_states\[8\].* before the final norm"):

@@ -38,7 +38,7 @@ def test_a_head_comes_back_as_it_was_written(tmp_path, name, layout, dtype):
 
 
 @pytest.mark.parametrize(("name", "layout"), [pair for pair in PAIRS if pair[1] != "specdec"])
-def test_the_files_of_the_layout_alone_make_the_same_head(tmp_path, name, layout):
+def test_layout_alone_makes_same_head(tmp_path, name, layout):
     written = random_head(name, tree=TREE)
     folder = write_head(written, tmp_path / "head", layout)
     (folder / "specdec.json").unlink()
@@ -80,7 +80,7 @@ def test_sparse_options_stay_sparse_in_our_own_layout(tmp_path):
 @pytest.mark.parametrize(
     ("name", "layout"), [("eagle", "eagle"), ("eagle3", "eagle3"), ("eagle3", "speculators")]
 )
-def test_sparse_options_are_refused_where_nothing_may_be_left_to_the_target(tmp_path, name, layout):
+def test_foreign_layouts_refuse_sparse_options(tmp_path, name, layout):
     written = random_head(name)
     sparse = {key: value for key, value in written.options.items() if key != "backbone"}
     with pytest.raises(ValueError, match=r"num_attention_heads.*--target"):
@@ -111,7 +111,7 @@ def test_rotary_scaling_reaches_transformers_by_either_spelling(tmp_path, layout
             assert getattr(LlamaConfig(**kept), other) == backbone[other]
 
 
-def test_a_crash_while_writing_leaves_the_old_files_whole(tmp_path, monkeypatch):
+def test_crash_while_writing_keeps_old_files(tmp_path, monkeypatch):
     written = random_head("eagle", training={"step": 1})
     write_head(written, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -125,7 +125,7 @@ def test_a_crash_while_writing_leaves_the_old_files_whole(tmp_path, monkeypatch)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_head_may_be_written_over_itself_but_not_beside_another(tmp_path):
+def test_head_overwrites_itself_but_no_other(tmp_path):
     write_head(random_head("medusa"), tmp_path)
     write_head(random_head("medusa", training={"step": 2}), tmp_path)
     assert read_head(tmp_path).training == {"step": 2}
