@@ -12,8 +12,12 @@ from pathlib import Path
 DOCS = Path(__file__).parents[1] / "docs"
 MODELS = {
     "analyze": "specdec.analysis.results:Analysis",
+    "answers": "specdec.data.answers:AnswersManifest",
+    "collect": "specdec.data.collection:CollectReport",
     "estimate": "specdec.planning.roofline:Estimate",
+    "features": "specdec.data.feature_format:FeatureIndex",
     "plan": "specdec.planning.results:Plan",
+    "recording": "specdec.proxy.records:Record",
     "results": "specdec.bench.results:BenchResults",
     "suites": "specdec.bench.results:SuiteResults",
     "sweep": "specdec.bench.results:SweepResults",
