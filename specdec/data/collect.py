@@ -124,7 +124,7 @@ def _fingerprint(
 
 
 def _report_of(out: Path) -> CollectReport | None:
-    """What the folder says of itself; None if it is not there, or empty."""
+    """The report of a folder; None if the folder is not there, or empty."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:

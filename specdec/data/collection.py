@@ -196,7 +196,7 @@ def kept_facts(splits: dict[str, list[Query]], settings: CollectSettings) -> dic
 
 
 def _warnings(splits: dict[str, list[Query]], settings: CollectSettings) -> list[str]:
-    """What a user should know before training on the queries."""
+    """Warnings that a user should read before training on the queries."""
     warnings = []
     total = sum(map(len, splits.values()))
     if settings.num is not None and total < settings.num:

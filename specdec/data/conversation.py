@@ -1,4 +1,4 @@
-"""Queries: what a record of a log asks, and the folders and files that hold what was asked."""
+"""Find the queries in records of logs; read and write folders and files of queries."""
 
 import hashlib
 import json
@@ -192,7 +192,7 @@ def _list(value: Any, name: str) -> list[Any]:
 
 
 def _answer(response: Any) -> str | None:
-    """What the endpoint answered first; None where it is not in the record."""
+    """The first answer of the endpoint; None where it is not in the record."""
     if isinstance(response, dict) and isinstance(response.get("body"), dict):
         response = response["body"]
     if isinstance(response, dict):
@@ -211,7 +211,7 @@ SPLITS = ("train", "held_out")
 
 @dataclass(frozen=True)
 class Query:
-    """What was asked, without who asked it.
+    """One thing that a user asked, without the user.
 
     Attributes:
         id: hash of the text; the same query has the same one wherever it was found.

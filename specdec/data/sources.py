@@ -36,7 +36,7 @@ _SAVED_TO_DISK = ("dataset_dict.json", "state.json")
 
 @dataclass(frozen=True)
 class Record:
-    """What a line, a row or an item of a list holds, and where it stands."""
+    """The value of a line, a row or an item of a list, and where it stands."""
 
     where: str
     value: Any

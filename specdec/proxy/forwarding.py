@@ -87,7 +87,7 @@ class Upstream:
         return await self._send(method, self._prefix + target, headers, body, timeout)
 
     async def health(self) -> dict[str, Any]:
-        """Whether the server can be reached and what its own `/health` says; not asked often."""
+        """Tell if the server can be reached, and the status of its `/health`; not asked often."""
         async with self._checking:
             if time.monotonic() - self._checked >= _CHECK_EVERY_S:
                 self._health = await self._check()

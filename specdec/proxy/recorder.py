@@ -1,4 +1,4 @@
-"""Bring exchanges to the disk, without ever standing in the way of serving."""
+"""Write exchanges to the disk without ever delaying the server for long."""
 
 import asyncio
 import random
@@ -63,7 +63,7 @@ class Exchange:
 
     @property
     def has_answer(self) -> bool:
-        """Whether all of the answer is here, though its end may still have to pass."""
+        """True once all of the answer is here, though its end may still have to pass."""
         return self._answer is not None and (self._answer.has_ended or self._bytes_left == 0)
 
     def add_request(self, piece: bytes) -> None:
@@ -110,7 +110,7 @@ class Exchange:
         self._hold()
 
     def seal(self) -> None:
-        """Take no more: what it holds now is what is recorded."""
+        """Take no more: it is recorded as it is now."""
         self.is_open = False
         self._latency_s = self._elapsed()
 

@@ -1,4 +1,4 @@
-"""Records: what a line holds, and the files that lines go to."""
+"""Records, and the files that hold one in each line."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What the client and the upstream see of each other through the proxy."""
+"""The client and the upstream see each other through the proxy."""
 
 import gzip
 import socket

@@ -1,4 +1,4 @@
-"""What is recorded of what passes, what is not, and what `specdec collect` reads of it."""
+"""Records of what passes: their content, their limits, and how `specdec collect` reads them."""
 
 import asyncio
 import errno
