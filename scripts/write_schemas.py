@@ -21,6 +21,7 @@ MODELS = {
     "results": "specdec.bench.results:BenchResults",
     "suites": "specdec.bench.results:SuiteResults",
     "sweep": "specdec.bench.results:SweepResults",
+    "train": "specdec.train.results:TrainResults",
 }
 
 

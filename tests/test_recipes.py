@@ -75,7 +75,7 @@ def test_a_wrong_command_in_a_header_would_be_noticed():
         with pytest.raises(Exception, match=r"(?i)no such|missing"):
             parse(words)
     with pytest.raises(ValueError, match="did you mean"):
-        parse(["train", "recipes/eagle.yaml", "max_step=1", "--out", "x"])
+        parse(["train", "recipes/eagle.yaml", "training.max_step=1", "--out", "x"])
 
 
 @pytest.mark.parametrize("recipe", [p for p in RECIPES if p.parent.name == "recipes"], ids=name_of)
@@ -102,7 +102,8 @@ LESS = {
     "from": ("--num", "60"),
     "regenerate": ("--max-new-tokens", "12"),
     "train": (
-        *("max_steps=2", "batch_size=2", "data.max_rows=8", "data.num_validation=2", "threads=1"),
+        *("training.max_steps=2", "training.per_device_train_batch_size=2", "threads=1"),
+        *("data.max_rows=8", "data.num_validation=2"),
         *("parity.num_prompts=2", "parity.max_new_tokens=8"),
     ),
     "bench": ("prompts.num=2", "repeats=1", "max_new_tokens=8", "threads=1"),

@@ -37,7 +37,7 @@ def manifest(train=0, held_out=0, **changes):
     session = {"tokens": 0, "seconds": 0.0, "tokens_per_s": None, "tau": None, "batch_size": 1}
     content = {
         "schema": "specdec-answers-1",
-        "target": {"name": "tiny"},
+        "target": {"name": "tiny", "hidden_size": None},
         **dict.fromkeys(zeros, 0),
         **{key: {} for key in ("identity", "settings", "finish_reasons", "temperatures")},
         **{"counts": counts, "session": session, "endpoint": None, "provenance": {}},

@@ -8,7 +8,7 @@ from tiny_models import tiny_llama
 
 from specdec.engine.decode import generate_baseline
 from specdec.targets.hf import HFTarget
-from specdec.train.config import load_train_config
+from specdec.train.config import TrainingConfig, load_train_config
 
 
 def answer_rows(target, num_rows=20, prompt_len=4, answer_len=10, seed=0):
@@ -35,7 +35,7 @@ def write_rows(path, rows):
 
 
 def write_run(folder, rows=None, **settings):
-    """A folder with target, data and config; the config's path."""
+    """Write target, data and config, whose path is returned; training arguments stand flat."""
     model = tiny_llama(num_layers=3)
     model.save_pretrained(folder / "target")
     rows = answer_rows(HFTarget(model)) if rows is None else rows
@@ -44,12 +44,14 @@ def write_run(folder, rows=None, **settings):
         "target": {"path": str(folder / "target"), "device": "cpu"},
         "data": {"path": str(folder / "answers.jsonl"), "num_validation": len(rows) // 4},
         "threads": 1,
-        "warmup_steps": 2,
-        "batch_size": 5,
         "parity": {"num_prompts": 4, "max_new_tokens": 12},
+        "training": {"warmup_steps": 2, "per_device_train_batch_size": 5},
     }
     for key, value in settings.items():
-        config[key] = {**config[key], **value} if isinstance(config.get(key), dict) else value
+        if key in TrainingConfig.model_fields:
+            config["training"][key] = value
+        else:
+            config[key] = {**config[key], **value} if isinstance(config.get(key), dict) else value
     path = folder / "train.yaml"
     path.write_text(yaml.safe_dump(config))
     return path

@@ -20,24 +20,22 @@ from specdec.checkpoints import identify_target
 from specdec.common.provenance import machine
 from specdec.data.answers import AnswerRow, check_answers_target, load_answers
 from specdec.drafters.training import shifted
+from specdec.registry import strategy
 from specdec.train.acceptance import drafted_places, sum_of_overlaps
-from specdec.train.data import OnlineSource
-from specdec.train.heads import HeadTrainee, new_head
-from specdec.train.qlora import DraftModelOptions, DraftModelTrainee
+from specdec.train.heads import HeadTrainee, Trainee, new_head
+from specdec.train.qlora import DraftModelTrainee
+from specdec.train.sources import OnlineSource
 
 
-def load(kind: str, path: str, target: Any, identity: Any) -> Any:
-    if kind == "draft_model":
-        options = DraftModelOptions.from_dict({"path": path, "method": "full"})
-        trainee: Any = DraftModelTrainee(options, target, {})
-    else:
-        trainee = HeadTrainee(kind, new_head(kind, {}, path, target, identity), identity, {})
-    trainee.module.eval()
-    return trainee
+def load(kind: str, path: str, target: Any, identity: Any) -> Trainee:
+    if strategy(kind).trained_as == "head":
+        head = new_head(kind, {}, path, target, identity)
+        return HeadTrainee(kind, head, identity, {}).eval()
+    return DraftModelTrainee({"path": path, "method": "full"}, target, {}).eval()
 
 
 @torch.no_grad()
-def sums(trainee: Any, source: OnlineSource, rows: list[AnswerRow]) -> np.ndarray:
+def sums(trainee: Trainee, source: OnlineSource, rows: list[AnswerRow]) -> np.ndarray:
     """Of every row: places, and the overlaps at temperatures 0 and 1."""
     found = []
     for row in rows:

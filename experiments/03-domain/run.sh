@@ -35,14 +35,14 @@ for size in 100 500 8000; do
 done
 # Larger sets are not read once in 250 steps of 16 rows.
 for size in 2000 8000; do
-  train qlora "qlora-sgd-$size-long" data.path=$runs/a-sgd-$size max_steps=800 eval_every=200
+  train qlora "qlora-sgd-$size-long" data.path=$runs/a-sgd-$size training.max_steps=800 training.eval_steps=200
 done
 for objective in cross_entropy reverse_kl total_variation; do
   train qlora "qlora-gsm8k-$objective" data.path=$runs/a-gsm8k-2000 loss.objective=$objective
 done
 
 # What a drafter that knows the domain already gains.
-train qlora qlora-demo-gsm8k data.path=$runs/a-gsm8k-2000 drafter.options.path=demo lr=1e-3
+train qlora qlora-demo-gsm8k data.path=$runs/a-gsm8k-2000 drafter.options.path=demo training.learning_rate=1e-3
 
 drafters=(demo=draft_model:demo)
 for name in generic-draft qlora-gsm8k qlora-sgd qlora-sgd-100 qlora-sgd-500 qlora-sgd-8000 \

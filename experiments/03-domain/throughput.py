@@ -14,13 +14,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from accelerate import Accelerator
 
-from specdec.train.checkpoint import RunFolder
 from specdec.train.config import load_train_config
-from specdec.train.data import load_materials, padded
+from specdec.train.data import padded
 from specdec.train.run import make_trainee
-from specdec.train.trainer import Trainer
+from specdec.train.sources import load_materials
+from specdec.train.trainer import Trainer, training_arguments
 
 HERE = Path(__file__).parent
 WARM_UP, STEPS = 5, 40
@@ -40,32 +39,31 @@ class Timed:
 
 
 def measure(data: Path, threads: int) -> dict[str, Any]:
-    overrides = [f"data.path={data}", f"max_steps={WARM_UP + STEPS}", f"threads={threads}"]
+    overrides = [f"data.path={data}", f"training.max_steps={WARM_UP + STEPS}"]
+    overrides += [f"threads={threads}", "training.save_strategy='no'", "data.num_validation=null"]
     config = load_train_config(str(HERE / "generic-eagle3.yaml"), overrides)
-    config.save_every = config.eval_every = 0
-    config.data.num_validation = None
     torch.set_num_threads(threads)
-    materials = load_materials(config, torch.device("cpu"))
-    materials.split.validation.clear()
-    trainee, _ = make_trainee(config, materials.target, materials.identity, materials.split)
-    source = Timed(materials.source(trainee))
     times: list[tuple[float, float, int]] = []
     with tempfile.TemporaryDirectory() as folder:
-        run = RunFolder(Path(folder), {})
-        run.prepare()
-        trainer = Trainer(config, trainee, source, materials.split, run, Accelerator(cpu=True))
+        arguments = training_arguments(config, Path(folder))
+        materials = load_materials(config, arguments.device)
+        materials.split.validation.clear()
+        trainee, _ = make_trainee(config, materials)
+        source = Timed(materials.source(trainee.taps, trainee.dtype))
 
         def note(done: int, total: int, text: str) -> None:
-            times.append((time.perf_counter(), source.seconds, trainer.progress.tokens))
+            tokens = sum(len(row.tokens) for row in trainer.plan.rows(done - 1))
+            times.append((time.perf_counter(), source.seconds, tokens))
 
-        trainer.run(note)
-    # The last step writes a checkpoint before it is told of, and is left out.
-    first, last = times[WARM_UP - 1], times[-2]
-    seconds, in_source, tokens = (last[i] - first[i] for i in range(3))
+        trainer = Trainer(config, trainee, source, materials.split, arguments, {}, note)
+        trainer.run()
+    first, last = times[WARM_UP - 1], times[-1]
+    seconds, in_source = (last[i] - first[i] for i in range(2))
+    tokens = sum(each[2] for each in times[WARM_UP:])
     return {
         "tokens_per_s": tokens / seconds,
         "share_of_source": in_source / seconds,
-        "steps": STEPS - 1,
+        "steps": STEPS,
         "threads": threads,
         "where": materials.where,
     }

@@ -4,11 +4,14 @@ import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from specdec.cli.app import app, exit_statuses, progress_bar, quiet_transformers
+
+if TYPE_CHECKING:
+    from specdec.train.results import Parity, TrainResults
 
 
 @app.command()
@@ -37,44 +40,60 @@ def train(
         if results is None:  # not the first process
             return
         picture = _curves(out)
-        _card(results, out / "drafter", Path(settings.data.path))
+        _card(results, out / "drafter")
     if failure is not None:
         raise failure
-    used = json.dumps(results["drafter"])
+    pushed = _push(results, out / "drafter")
     typer.echo(
-        f"Drafter: {out / 'drafter'}\nCurves: {picture or 'none, they need specdec[plot]'}\n"
-        f"{_parity(results['parity'])}\n"
-        f"Use it: specdec generate --target {settings.target.path} --drafter '{used}' "
-        "--prompt 'Hello'"
+        f"Drafter: {out / 'drafter'}{pushed}\n"
+        f"Curves: {picture or 'none, they need specdec[plot]'}\n{_parity(results.parity)}\n"
+        f"Use it: specdec generate --target {settings.target.path} --drafter "
+        f"'{json.dumps(results.drafter)}' --prompt 'Hello'"
     )
-    keys = ("drafter", "steps", "seconds", "loss", "validation_loss", "offline_tau", "alpha")
-    typer.echo(json.dumps({key: results[key] for key in keys}))
+    keys = {"drafter", "steps", "seconds", "loss", "validation_loss", "offline_tau", "alpha"}
+    typer.echo(results.model_dump_json(include=keys))
 
 
-def _parity(parity: dict[str, Any] | None) -> str:
-    """What the gate found, in a line."""
+def _parity(parity: "Parity | None") -> str:
+    """Say in a line what the gate found."""
     if parity is None:
         return "Parity gate: not run, so nothing says that decoding accepts what training measured"
     return (
-        f"Parity gate: passed, decoding measures tau {parity['measured_tau']:.3f} where offline "
-        f"acceptance predicts {parity['predicted_tau']:.3f} ({parity['shape']}, "
-        f"{parity['num_prompts']} held-out prompts)"
+        f"Parity gate: passed, decoding measures tau {parity.measured_tau:.3f} where offline "
+        f"acceptance predicts {parity.predicted_tau:.3f} ({parity.shape}, "
+        f"{parity.num_prompts} held-out prompts)"
     )
 
 
-def _card(results: dict[str, Any], folder: Path, data: Path) -> None:
+def _card(results: "TrainResults", folder: Path) -> None:
     """Describe the drafter in its folder, with what is known of where its data come from."""
     from specdec.common.files import read_json
     from specdec.data.answers import MANIFEST
     from specdec.report.cards import write_drafter_card
 
-    manifest = data.expanduser() / MANIFEST
+    manifest = Path(results.provenance.config.data.path).expanduser() / MANIFEST
     answers = read_json(manifest) if manifest.is_file() else None
-    write_drafter_card(results, folder, answers)
+    write_drafter_card(results.model_dump(mode="json", by_alias=True), folder, answers)
+
+
+def _push(results: "TrainResults", folder: Path) -> str:
+    """Upload the drafter with its card, where it is asked for; says where to."""
+    chosen = results.provenance.config.training
+    if not chosen.push_to_hub:
+        return ""
+    from huggingface_hub import upload_folder
+
+    done = upload_folder(
+        repo_id=str(chosen.hub_model_id),
+        folder_path=folder,
+        commit_message=f"A drafter of specdec, {results.steps} steps",
+        revision=chosen.hub_revision,
+    )
+    return f", and at {done.commit_url}"
 
 
 def _curves(out: Path) -> Path | None:
-    """Draw the log; None without matplotlib, as `_picture`."""
+    """Draw the log; None without matplotlib."""
     if find_spec("matplotlib") is None:
         return None
     from specdec.report.quick_plots import plot_curves

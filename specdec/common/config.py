@@ -104,8 +104,10 @@ def _rule(kind: str, context: Mapping[str, Any]) -> str:
         **{"too_short": "a list of at least {min_length}", "too_long": "of at most {max_length}"},
         "string_too_short": "not empty",
     }
-    first = kind.split("_")[0]
-    return _WORDS[words[first]] if first in words else bounds.get(kind, "").format(**context)
+    if kind in bounds:
+        return bounds[kind].format(**context)
+    word = words.get(kind.split("_")[0])
+    return "of another kind" if word is None else _WORDS[word]
 
 
 def _fields(model: Any, path: tuple[Any, ...]) -> list[str]:

@@ -149,6 +149,7 @@ def _parity(parity: dict[str, Any] | None) -> str:
 
 def _training(results: dict[str, Any], answers: dict[str, Any] | None) -> str:
     config = results["provenance"]["config"]
+    training = config["training"]
     facts = {
         "data": f"{results['rows']:,} rows, {results['answer_tokens']:,} answer tokens read in "
         f"{results['steps']:,} steps{_answers(answers)}",
@@ -156,8 +157,9 @@ def _training(results: dict[str, Any], answers: dict[str, Any] | None) -> str:
             {k: v for k, v in config["drafter"]["options"].items() if k != "path"}
         ),
         "loss": _settings(config["loss"]),
-        "optimizer": f"lr {config['lr']:g}, batch size {config['batch_size']}, "
-        f"weight decay {config['weight_decay']:g}, warm-up {config['warmup_steps']} steps",
+        "optimizer": f"learning rate {training['learning_rate']:g}, batch size "
+        f"{training['per_device_train_batch_size']}, weight decay {training['weight_decay']:g}, "
+        f"warm-up {training['warmup_steps']:g} steps",
         "trained weights": f"{results['parameters']:,}",
         "loss at the end": f"{_number(results['loss'])}, on held-out rows "
         f"{_number(results['validation_loss'])}",

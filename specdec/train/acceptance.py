@@ -1,59 +1,39 @@
-"""Offline acceptance: how far a head's chain would be accepted, measured without decoding."""
+"""Offline acceptance: how far drafts would be accepted, measured on held-out rows, not decoded."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.functional import pad
 
+from specdec.data.answers import AnswerRow
 from specdec.drafters.training import TrainingBatch, shifted
+from specdec.train.heads import Trainee
+from specdec.train.results import DomainAcceptance, Evaluation
+from specdec.train.sources import Source, seeded
 
 
-@dataclass(frozen=True)
-class OfflineAcceptance:
-    """Expected greedy acceptance of a chain, from texts that the target wrote.
+def chain_acceptance(counts: Tensor) -> tuple[float, list[float | None]]:
+    """Turn sums of `count_matches` into tau, and the share of tested chains that match, per depth.
 
-    Every answer token that has another one behind it is taken as a root, and the head drafts a
-    chain behind it: at depth d it is given the text's own tokens and, above depth 1, its own
-    outputs. Depth d *matches* if the head's argmax is the target's argmax after the true prefix,
-    the answer still goes on there, and every depth above matches too.
-
-    Sums, so that two of them can be added.
-
-    Attributes:
-        num_roots: answer tokens that a chain was drafted behind.
-        tested: per depth, chains that matched above and whose answer goes on.
-        matched: per depth, chains that matched.
+    Tau is 1 + the mean over roots of the matching depths, and 1.0 without a root; the share is None
+    where no chain was tested.
     """
-
-    num_roots: int
-    tested: tuple[int, ...]
-    matched: tuple[int, ...]
-
-    @classmethod
-    def from_counts(cls, counts: Tensor) -> "OfflineAcceptance":
-        """Counts [1 + 2 D] int64 as `count_matches` gives them, or sums of such."""
-        num_roots, *rest = [int(count) for count in counts.tolist()]
-        depth = len(rest) // 2
-        return cls(num_roots, tuple(rest[:depth]), tuple(rest[depth:]))
-
-    @property
-    def accepted_length(self) -> float:
-        """Tau: 1 + the mean over roots of the matching depths. 1.0 if there is no root."""
-        return 1 + sum(self.matched) / self.num_roots if self.num_roots else 1.0
-
-    @property
-    def by_depth(self) -> list[float | None]:
-        """Share of the tested chains that match, per depth; None where none was tested."""
-        pairs = zip(self.matched, self.tested, strict=True)
-        return [matched / tested if tested else None for matched, tested in pairs]
+    num_roots, *rest = counts.tolist()
+    tested, matched = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+    tau = 1 + sum(matched) / num_roots if num_roots else 1.0
+    return tau, [m / t if t else None for m, t in zip(matched, tested, strict=True)]
 
 
 def count_matches(drafted: Tensor, batch: TrainingBatch) -> Tensor:
-    """Counts [1 + 2 D] int64: roots, then tested and matched chains of each depth.
+    """Count roots, then tested and matched chains of each depth: [1 + 2 D] int64.
 
-    Args:
-        drafted: [B, L, D] the first of a trainee's `candidates`.
-        batch: see `TrainingBatch`.
+    Every answer token that has another one behind it is a root, behind which a chain is drafted
+    [B, L, D]: it is given the text's own tokens and, above depth 1, its own outputs. A depth
+    matches if the drafted token is the target's argmax after the true prefix, the answer still goes
+    on there, and every depth above matches too.
     """
     best = batch.target_logits.argmax(-1)  # [B, L], place i says t_{i+1}
     # A root at i + 1 follows the feature at i.
@@ -72,10 +52,6 @@ def count_ranks(drafted: Tensor, batch: TrainingBatch) -> Tensor:
 
     A depth is tested where the target took one of the candidates at every depth above: what
     `best_static_tree` wants to know.
-
-    Args:
-        drafted: [B, L, D, width] candidates, see `Trainee`.
-        batch: see `TrainingBatch`.
     """
     best = batch.target_logits.argmax(-1)
     alive = shifted(batch.loss_mask, 1)
@@ -105,10 +81,6 @@ def sum_of_overlaps(guesses: Tensor, target_logits: Tensor) -> Tensor:
 
     At 0 a place counts 1 if both argmaxes agree; at 1 it counts sum_x min(p(x), q(x)).
 
-    Args:
-        guesses: [places, V] logits of the drafter.
-        target_logits: [places, V] of the same tokens.
-
     Source: Leviathan et al. 2022, arXiv 2211.17192, theorem 3.5.
     """
     same = (guesses.argmax(-1) == target_logits.argmax(-1)).sum()
@@ -116,3 +88,91 @@ def sum_of_overlaps(guesses: Tensor, target_logits: Tensor) -> Tensor:
     # Rounding may lift the overlap of two equal distributions above 1.
     overlaps = torch.minimum(mine, its).sum(-1).clamp(max=1)
     return torch.stack([same.double(), overlaps.sum(dtype=torch.float64)])
+
+
+NUM_RANKS = 10
+Sums = dict[str, Tensor]  # of rows, so that those of several domains or processes can be added
+
+
+def evaluate(
+    trainee: Trainee,
+    source: Source,
+    rows: Sequence[AnswerRow],
+    *,
+    batch_size: int,
+    depth: int,
+    seed: int,
+    accelerator: Accelerator,
+) -> Evaluation:
+    """Measure loss and offline acceptance on held-out rows, which the processes share out."""
+    depth = trainee.max_depth or depth
+    trainee.eval()
+    domains: dict[str, list[AnswerRow]] = {}
+    for row in rows:
+        domains.setdefault(row.domain, []).append(row)
+    sums = {
+        name: _sums(trainee, source, domains[name], batch_size, depth, seed, accelerator)
+        for name in sorted(domains)
+    }
+    trainee.train()
+    total = {key: sum(each[key] for each in sums.values()) for key in next(iter(sums.values()))}
+    loss, tokens = total["losses"].tolist()
+    return Evaluation(
+        validation_loss=loss / tokens,
+        **_acceptance(total),
+        acceptance_by_rank=acceptance_by_rank(total["ranks"]),
+        domains={
+            name: DomainAcceptance(rows=len(domains[name]), **_acceptance(sums[name]))
+            for name in sums
+            if name
+        },
+    )
+
+
+@torch.no_grad()
+def _sums(
+    trainee: Trainee,
+    source: Source,
+    rows: Sequence[AnswerRow],
+    batch_size: int,
+    depth: int,
+    seed: int,
+    accelerator: Accelerator,
+) -> Sums:
+    """Sums over rows, each process having read its share."""
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    ordered = sorted(rows, key=lambda row: len(row.tokens))
+    batches = [ordered[at : at + batch_size] for at in range(0, len(ordered), batch_size)]
+    sums = {
+        "losses": torch.zeros(2, dtype=torch.float64, device=device),  # loss x tokens, tokens
+        "overlaps": torch.zeros(3, dtype=torch.float64, device=device),  # places, sum_of_overlaps
+        "matches": torch.zeros(1 + 2 * depth, dtype=torch.long, device=device),
+        "ranks": torch.zeros(depth, 1 + NUM_RANKS, dtype=torch.long, device=device),
+    }
+    # Processes work in step, as sharded weights ask for: one without a batch repeats the first.
+    for turn in range(rank, -(-len(batches) // world) * world, world):
+        place = turn if turn < len(batches) else 0
+        batch = source.batch(batches[place])
+        with accelerator.autocast():
+            with seeded(device, seed, place):
+                loss, _ = trainee(batch)
+            mask = drafted_places(batch)
+            guessed = trainee.guesses(batch, mask)
+            drafted = trainee.candidates(batch, depth, NUM_RANKS)
+        if place != turn:
+            continue
+        tokens = batch.loss_mask.sum()
+        overlaps = sum_of_overlaps(guessed, shifted(batch.target_logits, 1)[mask])
+        ranks = count_ranks(drafted, batch)  # a small vocabulary has fewer of them
+        sums["losses"] += torch.stack([loss * tokens, tokens]).double()
+        sums["overlaps"] += torch.cat([mask.sum().double().view(1), overlaps])
+        sums["matches"] += count_matches(drafted[..., 0], batch)
+        sums["ranks"] += pad(ranks, (0, 1 + NUM_RANKS - ranks.shape[1]))
+    return {name: accelerator.reduce(each, "sum") for name, each in sums.items()}
+
+
+def _acceptance(sums: Sums) -> dict[str, Any]:
+    tau, by_depth = chain_acceptance(sums["matches"])
+    places, greedy, sampled = sums["overlaps"].tolist()
+    alpha = {"0": greedy / places, "1": sampled / places} if places else None
+    return {"tau": tau, "acceptance": by_depth, "alpha": alpha}

@@ -1,186 +1,206 @@
-"""What a training run is, as strict dataclasses behind YAML and `key=value` overrides."""
+"""What a training run is: pydantic models behind YAML and `key=value` overrides."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
-from specdec.common.config import load_strict, require_at_least, require_at_most
-from specdec.registry import head_kinds, trainable_kinds
+from pydantic import Field, field_validator, model_validator
 
-PRECISIONS = ("no", "bf16", "fp16")
-SHARDINGS = ("none", "fsdp2")
-TRACKERS = ("none", "tensorboard")
+from specdec.common.config import Config, load_config
+from specdec.registry import strategy, trainable_kinds
+
+Count = Annotated[int, Field(ge=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+# Shorter texts hold no token behind a first answer token and its prompt.
+TextLength = Annotated[int, Field(ge=3)]
 
 
-@dataclass
-class TargetConfig:
-    """The model whose answers are learned; see `load_target`.
-
-    `device` is "cpu", "cuda" or None; which GPU, and how many, is the launcher's business.
-    """
+class TargetConfig(Config):
+    """The model whose answers are learned; see `load_target`. The launcher chooses the GPU."""
 
     path: str = "demo"
     dtype: str | None = None
-    device: str | None = None
+    device: Literal["cpu", "cuda"] | None = None
     quantization: str | None = None
 
 
-@dataclass
-class DrafterConfig:
-    """What is trained: a kind, and the options of a new drafter of that kind.
+class DrafterConfig(Config):
+    """What is trained.
 
-    For heads these are the options of `specdec.drafters.{kind}.build`, for "draft_model" those of
-    `DraftModelOptions`. `init` names a head to go on from instead of a new one.
+    Attributes:
+        kind: a trainable strategy of `specdec.registry`.
+        options: of a new head's `Options`, or `DraftModelOptions`.
+        init: folder or hub id of a head to go on from instead of a new one.
     """
 
-    kind: str = ""
-    options: dict[str, Any] = field(
-        default_factory=dict, metadata={"rule": "a mapping of the drafter's options"}
-    )
+    kind: str
+    options: dict[str, Any] = Field(default_factory=dict)
     init: str | None = None
 
+    @field_validator("kind")
+    @classmethod
+    def _is_trainable(cls, kind: str) -> str:
+        if kind not in trainable_kinds():
+            raise ValueError(f"must be one of {', '.join(trainable_kinds())}")
+        return kind
 
-@dataclass
-class DataConfig:
-    """What the target answered: a folder of `specdec regenerate`, or a JSONL file of rows.
+    @property
+    def is_head(self) -> bool:
+        """Whether the strategy drafts with a head, and not with a language model."""
+        return strategy(self.kind).trained_as == "head"
 
-    A folder has its own held-out rows, of which `num_validation` takes the first ones; of a file
-    the last `num_validation` rows, or `validation_fraction` of it, are held out. Longer rows are
-    cut to `max_len` tokens; None: the target's context. `max_rows` takes the first training rows
-    only. `pack_len` puts several rows into lines of so many tokens.
+
+class DataConfig(Config):
+    """What the target answered.
+
+    Attributes:
+        path: folder of `specdec regenerate` or `specdec features`, or a JSONL file of rows.
+        num_validation: held-out rows; the first ones of a folder, the last ones of a file.
+        validation_fraction: the same for a file, as a share of its rows.
+        max_len: tokens that longer rows are cut to; None for the target's context.
+        max_rows: training rows that are read, at most.
+        pack_len: tokens of a line that several rows share; None for a line each.
     """
 
-    path: str = ""
-    num_validation: int | None = None
-    validation_fraction: float | None = None
-    max_len: int | None = None
-    max_rows: int | None = None
-    pack_len: int | None = None
+    path: Annotated[str, Field(min_length=1)]
+    num_validation: Count | None = None
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    max_len: TextLength | None = None
+    max_rows: Count | None = None
+    pack_len: TextLength | None = None
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if self.num_validation is not None and self.validation_fraction is not None:
+            raise ValueError(
+                "data.num_validation and data.validation_fraction are both given; remove one"
+            )
+        return self
 
 
-@dataclass
-class ParityConfig:
-    """The gate at the end: the loop must accept what offline acceptance predicts.
+class ParityConfig(Config):
+    """The gate at the end of a run; see `specdec.train.parity`.
 
-    The trained drafter drafts greedy chains for `num_prompts` held-out prompts, `max_new_tokens`
-    each; 0 prompts: no gate. `max_difference` is relative.
+    Attributes:
+        num_prompts: held-out prompts that are decoded; 0 for no gate.
+        max_new_tokens: of each prompt.
+        batch_size: prompts decoded together.
+        max_difference: relative difference of both taus that is let through.
     """
 
-    num_prompts: int = 32
-    max_new_tokens: int = 64
-    batch_size: int = 8
-    max_difference: float = 0.05
+    num_prompts: Annotated[int, Field(ge=0)] = 32
+    max_new_tokens: Annotated[int, Field(ge=2)] = 64
+    batch_size: Count = 8
+    max_difference: Annotated[float, Field(gt=0)] = 0.05
 
 
-@dataclass
-class TrainConfig:
-    """A whole run. Of `num_epochs` and `max_steps` one is given, and neither means one epoch.
+class TrainingConfig(Config):
+    """Arguments of transformers' `TrainingArguments`, under their names, with our defaults.
 
-    A step takes `batch_size` rows times `gradient_accumulation` times the number of processes.
-    `eval_every` and `save_every` count steps; 0 means at the end only. `mixed_precision` None
-    follows the target's dtype. `sharding` says how several processes hold what is trained: "none"
-    whole in each, "fsdp2" shared out among them; one process alone holds all of it either way.
+    What is not here has no effect on drafters, or is set by other keys. One epoch is trained unless
+    `num_train_epochs` or `max_steps` say otherwise. `bf16` and `fp16` follow the target's dtype
+    where neither is given. Evaluation and checkpoint at the end are there with any strategy.
     """
 
-    target: TargetConfig = field(default_factory=TargetConfig)
-    drafter: DrafterConfig = field(default_factory=DrafterConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    loss: dict[str, Any] = field(
-        default_factory=dict, metadata={"rule": "a mapping of the loss's options"}
-    )
-    draft_vocab_size: int | None = None
-    batch_size: int = 8
-    gradient_accumulation: int = 1
-    num_epochs: int | None = None
-    max_steps: int | None = None
-    lr: float = 1e-3
-    warmup_steps: int = 100
-    weight_decay: float = 0.0
-    max_grad_norm: float = 0.5
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    seed: int = 0
-    threads: int = 2
-    save_every: int = 500
-    eval_every: int = 500
-    eval_depth: int = 5
-    log_with: str = "none"
-    mixed_precision: str | None = None
-    sharding: str = "none"
-    parity: ParityConfig = field(default_factory=ParityConfig)
+    per_device_train_batch_size: Count = 8
+    per_device_eval_batch_size: Count | None = None
+    gradient_accumulation_steps: Count = 1
+    num_train_epochs: Annotated[float, Field(gt=0)] | None = None
+    max_steps: Count | None = None
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    lr_scheduler_type: str = "cosine"
+    lr_scheduler_kwargs: dict[str, Any] | None = None
+    warmup_steps: Annotated[float, Field(ge=0)] = 100
+    optim: str | None = None
+    optim_args: str | None = None
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    adam_beta1: Beta = 0.9
+    adam_beta2: Beta = 0.95
+    adam_epsilon: Annotated[float, Field(gt=0)] | None = None
+    max_grad_norm: Annotated[float, Field(ge=0)] = 0.5
+    seed: Annotated[int, Field(ge=0)] = 0
+    bf16: bool | None = None
+    fp16: bool | None = None
+    tf32: bool | None = None
+    torch_empty_cache_steps: Count | None = None
+
+    logging_strategy: Literal["no", "steps", "epoch"] = "steps"
+    logging_steps: Annotated[float, Field(gt=0)] = 1
+    report_to: str | list[str] = "none"
+    run_name: str | None = None
+    project: str | None = None
+    eval_strategy: Literal["no", "steps", "epoch"] = "steps"
+    eval_steps: Annotated[float, Field(gt=0)] = 500
+    eval_delay: Annotated[float, Field(ge=0)] = 0
+    save_strategy: Literal["no", "steps", "epoch"] = "steps"
+    save_steps: Annotated[float, Field(gt=0)] = 500
+    save_total_limit: Count = 2
+    metric_for_best_model: str | None = None
+    greater_is_better: bool | None = None
+
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private_repo: bool | None = None
+    hub_revision: str | None = None
+
+    fsdp: bool = False
+    fsdp_config: dict[str, Any] | None = None
+    ddp_backend: str | None = None
+    ddp_timeout: Count | None = None
+    ddp_bucket_cap_mb: Count | None = None
+    ddp_find_unused_parameters: bool = False
+    ddp_static_graph: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.num_train_epochs is not None and self.max_steps is not None:
+            raise ValueError(
+                "training.num_train_epochs and training.max_steps are both given; remove one"
+            )
+        if self.push_to_hub and not self.hub_model_id:
+            raise ValueError("training.push_to_hub needs training.hub_model_id; give owner/name")
+        return self
+
+
+class TrainConfig(Config):
+    """A whole run.
+
+    Attributes:
+        loss: options of the drafter's loss.
+        draft_vocab_size: most frequent tokens of the answers that an EAGLE-3 head drafts.
+        eval_depth: levels of the chains whose acceptance is measured.
+        threads: of torch on the CPU.
+        training: see `TrainingConfig`.
+    """
+
+    target: TargetConfig = Field(default_factory=TargetConfig)
+    drafter: DrafterConfig
+    data: DataConfig
+    loss: dict[str, Any] = Field(default_factory=dict)
+    draft_vocab_size: Count | None = None
+    eval_depth: Count = 5
+    threads: Annotated[int, Field(ge=1, le=4096)] = 2
+    parity: ParityConfig = Field(default_factory=ParityConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+
+    @model_validator(mode="after")
+    def _fits_the_kind(self) -> Self:
+        kind = self.drafter.kind
+        if self.drafter.is_head and self.data.pack_len is not None:
+            raise ValueError(
+                f"data.pack_len is for draft models; {kind} heads look ahead in their text, which "
+                "packing would lead into the next one; remove it"
+            )
+        if not self.drafter.is_head and self.drafter.init is not None:
+            raise ValueError(
+                "drafter.init is for heads; a draft model starts from drafter.options.path"
+            )
+        if not self.drafter.is_head and self.draft_vocab_size is not None:
+            raise ValueError("draft_vocab_size is for heads; remove it")
+        return self
 
 
 def load_train_config(path: str, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read YAML and overrides.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a key that does not exist (with the nearest one), or a value of a wrong type or
-            outside its range.
-    """
-    config = load_strict(TrainConfig, path, Path(path), overrides, example="lr=1e-3")
-    _check_choices(config)
-    _check_sizes(config)
-    return config
-
-
-def _check_choices(config: TrainConfig) -> None:
-    _require_one_of("drafter.kind", config.drafter.kind, trainable_kinds())
-    _require_one_of("log_with", config.log_with, TRACKERS)
-    _require_one_of("sharding", config.sharding, SHARDINGS)
-    if config.mixed_precision is not None:
-        _require_one_of("mixed_precision", config.mixed_precision, PRECISIONS)
-    if config.target.device is not None:
-        _require_one_of("target.device", config.target.device, ("cpu", "cuda"))
-    if not config.data.path:
-        raise ValueError(
-            "config data.path is empty but must name answers: a folder that "
-            "specdec regenerate wrote, or a JSONL file"
-        )
-    if config.num_epochs is not None and config.max_steps is not None:
-        raise ValueError("config num_epochs and max_steps are both given; remove one")
-    if config.data.pack_len is not None and config.drafter.kind in head_kinds():
-        raise ValueError(
-            f"config data.pack_len is for draft models; {config.drafter.kind} heads look ahead in "
-            "their text, which packing would lead into the next one; remove it"
-        )
-    if config.drafter.init is not None and config.drafter.kind not in head_kinds():
-        raise ValueError(
-            "config drafter.init is for heads; a draft model starts from drafter.options.path"
-        )
-    if config.data.num_validation is not None and config.data.validation_fraction is not None:
-        raise ValueError(
-            "config data.num_validation and data.validation_fraction are both given; remove one"
-        )
-
-
-def _require_one_of(key: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"config {key} is {value!r} but must be one of {', '.join(choices)}")
-
-
-def _check_sizes(config: TrainConfig) -> None:
-    counts = ("batch_size", "gradient_accumulation", "num_epochs", "max_steps", "threads")
-    require_at_least(config, 1, *counts, "eval_depth", "draft_vocab_size")
-    require_at_most(config, 4096, "threads")
-    require_at_least(config, 0, "warmup_steps", "weight_decay", "save_every", "eval_every", "seed")
-    require_at_least(config.data, 1, "num_validation", "max_rows", prefix="data.")
-    # Shorter texts hold no token behind a first answer token and its prompt.
-    require_at_least(config.data, 3, "max_len", prefix="data.")
-    for name in ("lr", "max_grad_norm"):
-        if not getattr(config, name) > 0:
-            raise ValueError(f"config {name} is {getattr(config, name)} but must be above 0")
-    require_at_least(config.data, 3, "pack_len", prefix="data.")
-    require_at_least(config.parity, 0, "num_prompts", prefix="parity.")
-    require_at_least(config.parity, 2, "max_new_tokens", prefix="parity.")
-    require_at_least(config.parity, 1, "batch_size", prefix="parity.")
-    if not config.parity.max_difference > 0:
-        raise ValueError(
-            f"config parity.max_difference is {config.parity.max_difference} but must be above 0; "
-            "parity.num_prompts=0 turns the gate off"
-        )
-    share = config.data.validation_fraction
-    if share is not None and not 0 < share < 1:
-        raise ValueError(f"config data.validation_fraction is {share} but must be within (0, 1)")
-    if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
-        raise ValueError(f"config betas is {config.betas} but must be two numbers in [0, 1)")
+    """Read YAML and overrides; errors as in `load_config`."""
+    example = "training.learning_rate=1e-3"
+    return load_config(TrainConfig, path, Path(path), overrides, example=example)

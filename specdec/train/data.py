@@ -1,26 +1,17 @@
-"""Which rows are trained on, and which are held out."""
+"""Rows of a run: read and split, laid out as tensors, and planned into steps."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.data import IterableDataset
 
-from specdec.checkpoints import TargetIdentity, identify_target
-from specdec.common.provenance import machine
-from specdec.data.answers import AnswerRow, check_answers_target, load_answers, read_rows
-from specdec.data.feature_format import INDEX
-from specdec.data.feature_store import FeatureStore, StoredRow
-from specdec.drafters.training import TrainingBatch
-from specdec.targets.hf import HFTarget
-from specdec.targets.load import load_target
-from specdec.targets.partial import load_ends
-from specdec.train.config import DataConfig, TrainConfig
-from specdec.train.heads import Trainee, trained_dtype
+from specdec.data.answers import AnswerRow, read_rows
+from specdec.train.config import DataConfig
+from specdec.train.results import DraftVocabulary
 
 # A root and one token to draft behind it.
 MIN_ANSWER_LEN = 2
@@ -44,12 +35,7 @@ class Split:
 
 
 def load_split(config: DataConfig, vocab_size: int, max_len: int) -> Split:
-    """Read the rows, cut long ones, and tell those apart that are for validation.
-
-    Raises:
-        FileNotFoundError: no such file or folder.
-        ValueError: a line that is no row, or too few rows.
-    """
+    """Read the rows, cut long ones, and tell those apart that are for validation."""
     path = Path(config.path).expanduser()
     if path.is_dir():
         training = read_rows(path / "train.jsonl", vocab_size, config.max_rows)
@@ -61,17 +47,7 @@ def load_split(config: DataConfig, vocab_size: int, max_len: int) -> Split:
 def split_rows(
     config: DataConfig, rows: list[AnswerRow], held_out: list[AnswerRow] | None, max_len: int
 ) -> Split:
-    """Cut rows, drop those that hold nothing to draft, and hold some out.
-
-    Args:
-        config: says how many are held out where `held_out` is None.
-        rows: to train on.
-        held_out: for validation.
-        max_len: in tokens.
-
-    Raises:
-        ValueError: too few rows.
-    """
+    """Cut rows, drop those that hold nothing to draft, and hold some out."""
     read = [row.cut(max_len) for row in rows]
     training = [row for row in read if _can_train(row)]
     num_dropped = len(read) - len(training)
@@ -130,11 +106,7 @@ def padded(lengths: Sequence[int]) -> Layout:
 
 
 def packed(lengths: Sequence[int], line_len: int) -> Layout:
-    """As few lines as first-fit makes of it, longest texts first.
-
-    Raises:
-        ValueError: a text is longer than a line.
-    """
+    """As few lines as first-fit makes of it, longest texts first."""
     longest = max(lengths)
     if longest > line_len:
         raise ValueError(
@@ -192,365 +164,105 @@ def collate(
     )
 
 
-class StepPlan:
-    """The rows of every step, a function of the seed and the step alone.
+@dataclass(frozen=True)
+class StepBatch:
+    """A batch of a step.
+
+    Attributes:
+        rows: of the batch.
+        step: optimizer step, counted from 0.
+        place: of the batch in its step.
+        weight: its share of the step's answer tokens; 0 for a batch that is only there so that
+            all processes have equally many.
+    """
+
+    rows: list[AnswerRow]
+    step: int
+    place: int
+    weight: float
+
+
+class StepPlan(IterableDataset):  # type: ignore[type-arg]
+    """The batches of one process in an epoch, a function of the seed and the epoch alone.
 
     Each epoch shuffles the rows, sorts them by length within chunks, cuts them into batches and
-    shuffles those. A step takes `batches_per_step` of them, the last one of an epoch what is left.
-    How many processes share a step changes nothing.
+    shuffles those. A step takes `batches_per_step` of all processes together, the last one of an
+    epoch what is left; how many processes share them changes nothing.
 
-    Args:
-        lengths: of the rows.
-        batch_size: rows of a batch.
-        batches_per_step: of all processes together.
-        seed: of the shuffles.
+    Attributes:
+        epoch: that is iterated over.
+        steps_per_epoch: optimizer steps.
     """
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        rows: Sequence[AnswerRow],
         batch_size: int,
         batches_per_step: int = 1,
         seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
-        self._lengths, self._batch_size, self._seed = lengths, batch_size, seed
-        self._step_size = batches_per_step
-        num_batches = -(-len(lengths) // batch_size)
-        self.steps_per_epoch = -(-num_batches // batches_per_step)
-        self._epoch = -1
-        self._batches: list[list[int]] = []
+        self._rows, self._batch_size, self._seed = rows, batch_size, seed
+        self._step_size, self._rank, self._world = batches_per_step, rank, world
+        self._num_batches = -(-len(rows) // batch_size)
+        self.steps_per_epoch = -(-self._num_batches // batches_per_step)
+        self.epoch = 0
+        self._shuffled: tuple[int, list[list[AnswerRow]]] = (-1, [])
 
-    def batches(self, step: int) -> list[list[int]]:
-        """Row numbers of each batch of a step, counted from 0."""
+    def __len__(self) -> int:
+        return -(-self._num_batches // self._world)
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        for number in range(self._rank, len(self) * self._world, self._world):
+            epoch_step, place = divmod(number, self._step_size)
+            step = self.epoch * self.steps_per_epoch + epoch_step
+            batches = self.batches(step)
+            if place >= len(batches):
+                yield StepBatch(batches[0], step, 0, weight=0.0)
+            else:
+                counts = [sum(row.num_answer_tokens for row in batch) for batch in batches]
+                yield StepBatch(batches[place], step, place, counts[place] / sum(counts))
+
+    def batches(self, step: int) -> list[list[AnswerRow]]:
+        """The batches of a step, of all processes."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._batches = epoch, self._shuffled(epoch)
-        return self._batches[place * self._step_size : (place + 1) * self._step_size]
+        if epoch != self._shuffled[0]:
+            self._shuffled = epoch, self._shuffle(epoch)
+        return self._shuffled[1][place * self._step_size : (place + 1) * self._step_size]
 
-    def _shuffled(self, epoch: int) -> list[list[int]]:
+    def rows(self, step: int) -> list[AnswerRow]:
+        """The rows of a step."""
+        return [row for batch in self.batches(step) for row in batch]
+
+    def _shuffle(self, epoch: int) -> list[list[AnswerRow]]:
         generator = torch.Generator().manual_seed((self._seed << 20) + epoch)
-        order = torch.randperm(len(self._lengths), generator=generator).tolist()
+        order = torch.randperm(len(self._rows), generator=generator).tolist()
         size, chunk_size = self._batch_size, self._batch_size * _CHUNK_BATCHES
         batches = []
         for start in range(0, len(order), chunk_size):
-            chunk = sorted(order[start : start + chunk_size], key=self._lengths.__getitem__)
+            chunk = [self._rows[number] for number in order[start : start + chunk_size]]
+            chunk.sort(key=lambda row: len(row.tokens))
             batches += [chunk[first : first + size] for first in range(0, len(chunk), size)]
         mixed = torch.randperm(len(batches), generator=generator).tolist()
         return [batches[place] for place in mixed]
 
 
-Lay = Callable[[Sequence[int]], Layout]
+def choose_vocabulary(split: Split, size: int, vocab_size: int) -> tuple[Tensor, DraftVocabulary]:
+    """Choose the `size` most frequent ids [size] of the training answers, ascending.
 
-
-class Source(Protocol):
-    """Turns rows into what a drafter is trained on."""
-
-    def batch(self, rows: Sequence[AnswerRow], lay: Lay = padded) -> TrainingBatch:
-        """The rows and the target's view of them.
-
-        Args:
-            rows: of the split that this source is for.
-            lay: where to put texts of given lengths.
-        """
-
-
-class OnlineSource:
-    """Runs the target on every batch.
-
-    Args:
-        target: in eval mode.
-        taps: HF `hidden_states` indices to keep.
-        dtype: of what is returned, the drafter's.
+    Ties go to lower ids.
     """
-
-    def __init__(self, target: HFTarget, taps: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.target, self.taps, self.dtype = target, taps, dtype
-
-    def batch(self, rows: Sequence[AnswerRow], lay: Lay = padded) -> TrainingBatch:
-        """See `Source`."""
-        layout = lay([len(row.tokens) for row in rows])
-        return view(self.target, self.taps, collate(rows, self.target.device, layout), self.dtype)
-
-
-def view(
-    target: HFTarget, taps: tuple[int, ...], batch: TokenBatch, dtype: torch.dtype
-) -> TrainingBatch:
-    """Run the target once over whole texts, without a cache and without gradients.
-
-    No attention mask is needed: padding is at the end, where causal attention never looks back
-    from, and transformers tells packed texts apart by their positions. Of the hidden states only
-    the taps outlive the call.
-
-    Args:
-        target: in eval mode.
-        taps: HF `hidden_states` indices; the last one is after the final norm, as the vocabulary
-            projection reads it.
-        batch: on the target's device.
-        dtype: of what is returned, the drafter's.
-    """
-    positions = {} if batch.positions is None else {"position_ids": batch.positions}
-    with torch.no_grad():
-        out = target.model(
-            input_ids=batch.tokens, output_hidden_states=bool(taps), use_cache=False, **positions
-        )
-    return TrainingBatch(
-        tokens=batch.tokens,
-        loss_mask=batch.loss_mask,
-        hidden={tap: out.hidden_states[tap].to(dtype) for tap in taps},
-        target_logits=out.logits.to(dtype),
-        positions=batch.positions,
+    counts = _counts(split.training, vocab_size)
+    tokens = torch.sort(counts, descending=True, stable=True).indices[:size].sort().values
+    held_out = _counts(split.validation, vocab_size)
+    return tokens, DraftVocabulary(
+        size=size,
+        training_coverage=(counts[tokens].sum() / counts.sum()).item(),
+        validation_coverage=(
+            (held_out[tokens].sum() / held_out.sum()).item() if split.validation else None
+        ),
     )
-
-
-class StoredSource:
-    """Reads what the target made of the rows.
-
-    Batches are those of `OnlineSource` but for what the store rounds: bf16 or int8 taps, and the
-    logits outside the top k, which are all alike (`TopLogits.dense`). Where a store has no logits
-    at all, the vocabulary projection makes them from the last tap. Places whose next token is no
-    answer's have zeros for logits; nothing is learned there.
-
-    Args:
-        store: of the rows that batches are asked for.
-        taps: HF `hidden_states` indices that the drafter reads.
-        dtype: of what is returned, the drafter's.
-        device: of what is returned.
-        projection: of the target, on that device; only used for a store without logits.
-
-    Raises:
-        ValueError: a tap that the store lacks, or no way to the logits.
-    """
-
-    def __init__(
-        self,
-        store: FeatureStore,
-        taps: Sequence[int],
-        dtype: torch.dtype,
-        device: torch.device | str,
-        projection: nn.Module | None = None,
-    ) -> None:
-        store.check_taps(taps)
-        layout = store.layout
-        if not layout.top_k and projection is None:
-            raise ValueError(
-                f"{str(store.folder)!r} holds no logits, and no projection is given to compute "
-                "them with; give the target's, or extract the features with --top-k 64"
-            )
-        self.store, self.taps, self.dtype = store, tuple(taps), dtype
-        self.device, self._projection = torch.device(device), projection
-        last = {layout.num_layers} if not layout.top_k else set()
-        self._read = sorted({*taps, *last})
-
-    def batch(self, rows: Sequence[AnswerRow], lay: Lay = padded) -> TrainingBatch:
-        """See `Source`.
-
-        Raises:
-            KeyError: a row that is not in the store.
-            ValueError: a row whose tokens are not those that are stored under its id.
-        """
-        layout = lay([len(row.tokens) for row in rows])
-        tokens = collate(rows, self.device, layout)
-        sizes = self.store.layout
-        hidden = {tap: self._zeros(*layout.shape, sizes.hidden_size) for tap in self.taps}
-        logits = self._zeros(*layout.shape, sizes.vocab_size)
-        for row, (line, first) in zip(rows, layout.places, strict=True):
-            stored = self._row(row)
-            for tap in self.taps:
-                hidden[tap][line, first : first + len(row.tokens)] = stored.hidden[tap].to(
-                    self.device, self.dtype
-                )
-            logits[line, first + stored.places.to(self.device)] = self._logits(stored)
-        return TrainingBatch(
-            tokens=tokens.tokens,
-            loss_mask=tokens.loss_mask,
-            hidden=hidden,
-            target_logits=logits,
-            positions=tokens.positions,
-        )
-
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
-
-    def _row(self, row: AnswerRow) -> StoredRow:
-        stored = self.store.get(row.id, self._read, max_len=len(row.tokens))
-        if tuple(stored.tokens.tolist()) != row.tokens:
-            raise ValueError(
-                f"row {row.id!r} has other tokens than the row of that id in "
-                f"{str(self.store.folder)!r}; train on the rows of the store itself"
-            )
-        return stored
-
-    def _logits(self, stored: StoredRow) -> Tensor:
-        """Logits [P, V] of a row's places."""
-        if stored.logits is not None:
-            top = stored.logits.to(self.device)
-            return top.dense(self.store.layout.vocab_size, self.dtype)
-        assert self._projection is not None
-        states = stored.hidden[self.store.layout.num_layers][stored.places]
-        weight = next(self._projection.parameters())
-        with torch.no_grad():
-            logits: Tensor = self._projection(states.to(weight.device, weight.dtype))
-        return logits.to(self.device, self.dtype)
-
-
-class Materials(Protocol):
-    """Where rows and batches of a run come from."""
-
-    @property
-    def target(self) -> Any:
-        """An `HFTarget`, or the `TargetEnds` that heads are built from."""
-
-    @property
-    def identity(self) -> TargetIdentity:
-        """Of the target."""
-
-    @property
-    def split(self) -> Split:
-        """Rows to train on and to validate on."""
-
-    @property
-    def where(self) -> dict[str, Any]:
-        """The machine and the code, when the run was started."""
-
-    def source(self, trainee: Trainee) -> Source:
-        """Of the batches that a trainee reads."""
-
-    def whole_target(self) -> HFTarget:
-        """A target that can decode."""
-
-
-@dataclass(frozen=True, eq=False)
-class OnlineMaterials:
-    """The target runs beside the drafter."""
-
-    target: HFTarget
-    identity: TargetIdentity
-    split: Split
-    where: dict[str, Any]
-
-    def source(self, trainee: Trainee) -> Source:
-        """See `Materials`."""
-        return OnlineSource(self.target, trainee.taps, trained_dtype(trainee))
-
-    def whole_target(self) -> HFTarget:
-        """See `Materials`."""
-        return self.target
-
-
-@dataclass(frozen=True, eq=False)
-class StoredMaterials:
-    """What the target made of the rows is read from a feature store."""
-
-    target: Any
-    identity: TargetIdentity
-    split: Split
-    where: dict[str, Any]
-    store: FeatureStore
-    config: TrainConfig
-
-    def source(self, trainee: Trainee) -> Source:
-        """See `Materials`."""
-        ends, dtype = self.target, trained_dtype(trainee)
-        projection = ends.model.get_output_embeddings()
-        return StoredSource(self.store, trainee.taps, dtype, ends.device, projection)
-
-    def whole_target(self) -> HFTarget:
-        """See `Materials`; loaded when it is asked for."""
-        target = _load(self.config, self.target.device)
-        self.store.check_target(identify_target(target))
-        return target
-
-
-def load_materials(config: TrainConfig, device: torch.device) -> Materials:
-    """Open the data of a run, and load as much of the target as it needs.
-
-    Raises:
-        FileNotFoundError: no data, or no target.
-        ValueError: rows or features of another target, a store or answers that are not finished,
-            or too few rows.
-    """
-    path = Path(config.data.path).expanduser()
-    if (path / INDEX).is_file():
-        return _stored(config, path, device)
-    target = _load(config, device)
-    identity = identify_target(target)
-    if path.is_dir():
-        check_answers_target(load_answers(path).manifest, identity)
-    split = load_split(config.data, target.vocab_size, _max_len(config, target))
-    return OnlineMaterials(target, identity, split, machine(target))
-
-
-def _stored(config: TrainConfig, path: Path, device: torch.device) -> StoredMaterials:
-    store = FeatureStore.open(path)
-    ends = load_ends(config.target.path, dtype=config.target.dtype, device=device)
-    store.check_ends(ends)
-    rows = {name: store.rows(name) for name in store.splits()}
-    held_out = rows.get("held_out")
-    limit = config.data.num_validation
-    split = split_rows(
-        config.data,
-        rows["train"][: config.data.max_rows],
-        None if held_out is None else held_out[:limit],
-        _max_len(config, ends),
-    )
-    where = machine(ends)
-    return StoredMaterials(ends, store.index.target, split, where, store, config)
-
-
-def _load(config: TrainConfig, device: torch.device) -> HFTarget:
-    target = load_target(
-        config.target.path,
-        dtype=config.target.dtype,
-        device=device,
-        quantization=config.target.quantization,
-    )
-    target.model.requires_grad_(False)
-    return target
-
-
-def _max_len(config: TrainConfig, target: Any) -> int:
-    max_len = config.data.max_len or target.max_context_len
-    if max_len > target.max_context_len:
-        raise ValueError(
-            f"config data.max_len is {max_len} but the target's context is only "
-            f"{target.max_context_len}"
-        )
-    # A packed line holds any row whole.
-    return int(min(max_len, config.data.pack_len or max_len))
-
-
-@contextmanager
-def seeded(device: torch.device, *numbers: int) -> Iterator[None]:
-    """Noise as a function of these numbers alone, so that there is no generator to save."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        seed = 0
-        for number in numbers:
-            seed = (seed * 1_000_003 + number + 1) % 2**63
-        torch.manual_seed(seed)
-        yield
-
-
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with weight decay; norms and biases without."""
-    weights = [p for p in module.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in weights if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
-def most_frequent(rows: Sequence[AnswerRow], size: int, vocab_size: int) -> Tensor:
-    """The `size` most frequent ids [size] of the answers, ascending; ties go to lower ids."""
-    counts = _counts(rows, vocab_size)
-    order = torch.sort(counts, descending=True, stable=True).indices
-    return order[:size].sort().values
-
-
-def coverage(rows: Sequence[AnswerRow], tokens: Tensor, vocab_size: int) -> float | None:
-    """Share of the answers' tokens that are among these ids; None without rows."""
-    counts = _counts(rows, vocab_size)
-    return (counts[tokens].sum() / counts.sum()).item() if rows else None
 
 
 def _counts(rows: Sequence[AnswerRow], vocab_size: int) -> Tensor:

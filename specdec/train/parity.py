@@ -25,8 +25,9 @@ from specdec.engine.metrics import AcceptanceStats, StepRecord
 from specdec.engine.request import Result
 from specdec.registry import load_drafter
 from specdec.train.config import ParityConfig
-from specdec.train.data import OnlineSource, Source
 from specdec.train.heads import Trainee
+from specdec.train.results import FeatureCheck, Parity, TrainResults
+from specdec.train.sources import OnlineSource, Source
 
 # Stored bf16 or int8, and a target in half precision, stay below a hundredth; the next layer's
 # states are a seventh off or more.
@@ -41,20 +42,13 @@ class ParityError(RuntimeError):
         results: of the run, complete.
     """
 
-    def __init__(self, message: str, results: dict[str, Any]) -> None:
+    def __init__(self, message: str, results: TrainResults) -> None:
         super().__init__(message)
         self.results = results
 
 
 class ParityGate:
-    """Prompts, what the target says to them, and two ways to tau along it.
-
-    Args:
-        source: runs the target beside the drafter.
-        rows: held out, at least one.
-        config: at least one prompt.
-        shape: of the drafts.
-    """
+    """Prompts, what the target says to them, and two ways to tau along it."""
 
     def __init__(
         self,
@@ -79,34 +73,25 @@ class ParityGate:
         trainee: Trainee,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> Steps:
-        """The steps of a drafter in memory, by teacher forcing.
-
-        Args:
-            trainee: put into eval mode meanwhile; where it is sharded, every process must call.
-            autocast: that it is run under.
-        """
+        """Walk the steps of a drafter in memory, by teacher forcing."""
         rows = [
             AnswerRow((*text.prompt, *text.tokens), ((len(text.prompt), len(text.prompt) + 1),))
             for text in self.texts
         ]
-        was_training = trainee.module.training
-        trainee.module.eval()
+        was_training = trainee.training
+        trainee.eval()
         paths: list[list[list[int]]] = []
         for first in range(0, len(rows), self.config.batch_size):
             batch = self.source.batch(rows[first : first + self.config.batch_size])
             with autocast():
                 drafted = trainee.candidates(batch, self.shape.depth, self.shape.width)
             paths += matching_nodes(drafted, batch.tokens, self.shape).tolist()
-        trainee.module.train(was_training)
+        trainee.train(was_training)
         pairs = zip(self.texts, paths, strict=True)
         return [walk(n, text, path, self.shape) for n, (text, path) in enumerate(pairs)]
 
     def measure(self, drafter: dict[str, Any]) -> list[Result]:
-        """Decode with a drafter from its files.
-
-        Args:
-            drafter: options of `load_drafter`, for drafts of the gate's shape.
-        """
+        """Decode with a drafter from its files."""
         target = self.source.target
         return self._finished(generate, target, load_drafter(drafter, target))
 
@@ -121,17 +106,10 @@ class ParityGate:
             raise KeyboardInterrupt
         return results
 
-    def compare_features(self, stored: Source, rows: Sequence[AnswerRow]) -> dict[str, Any]:
-        """How far what a store holds is from what the target gives for the same texts.
+    def compare_features(self, stored: Source, rows: Sequence[AnswerRow]) -> FeatureCheck:
+        """Compare what a store holds with what the target gives for the same texts.
 
         A drafter that learned from the wrong states decodes as badly as it then predicts.
-
-        Args:
-            stored: what the drafter was trained from.
-            rows: of the store.
-
-        Returns:
-            Medians over tokens of the relative difference, by tap and of the largest logits.
         """
         found: dict[str, list[Tensor]] = {}
         for row in rows:
@@ -148,26 +126,17 @@ class ParityGate:
                 apart = (mine.float() - other.float()).norm(dim=-1) / size
                 found.setdefault(name, []).append(apart)
         medians = {name: torch.cat(each).median().item() for name, each in found.items()}
-        return {
-            "num_rows": len(rows),
-            "differences": medians,
-            "max_difference": MAX_FEATURE_DIFFERENCE,
-            "passed": max(medians.values()) <= MAX_FEATURE_DIFFERENCE,
-        }
+        return FeatureCheck(
+            num_rows=len(rows),
+            differences=medians,
+            max_difference=MAX_FEATURE_DIFFERENCE,
+            passed=max(medians.values()) <= MAX_FEATURE_DIFFERENCE,
+        )
 
     def compare(
-        self,
-        predicted: Steps,
-        measured: list[Result],
-        features: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """The verdict, as `docs/train.schema.json` describes it.
-
-        Args:
-            predicted: from `predict`.
-            measured: from `measure`.
-            features: from `compare_features`; None where the target ran beside the drafter.
-        """
+        self, predicted: Steps, measured: list[Result], features: FeatureCheck | None = None
+    ) -> Parity:
+        """Judge what `predict`, `measure` and `compare_features` found."""
         same = [
             result.tokens == text.tokens for result, text in zip(measured, self.texts, strict=True)
         ]
@@ -181,20 +150,20 @@ class ParityGate:
         if ours:
             difference = abs(found["measured_tau"] / expected["predicted_tau"] - 1)
         is_near = difference is not None and difference <= self.config.max_difference
-        return {
-            "shape": str(self.shape),
-            "num_prompts": len(self.prompts),
-            "max_new_tokens": self.config.max_new_tokens,
+        return Parity(
+            shape=str(self.shape),
+            num_prompts=len(self.prompts),
+            max_new_tokens=self.config.max_new_tokens,
             **expected,
             **found,
-            "relative_difference": difference,
-            "max_difference": self.config.max_difference,
-            "mismatches": mismatches,
-            "features": features,
-            "passed": is_near
+            relative_difference=difference,
+            max_difference=self.config.max_difference,
+            mismatches=mismatches,
+            features=features,
+            passed=is_near
             and not (mismatches and self._is_exact)
-            and (features is None or features["passed"]),
-        }
+            and (features is None or features.passed),
+        )
 
     @property
     def _is_exact(self) -> bool:
@@ -208,7 +177,7 @@ class ParityGate:
         interval = tau_interval(map(AcceptanceStats.from_records, steps))
         return {
             f"{name}_tau": stats.accepted_length if steps else None,
-            f"{name}_tau_ci": None if interval is None else list(interval),
+            f"{name}_tau_ci": interval,
             f"{name}_acceptance": by_depth + [None] * (self.shape.depth - len(by_depth)),
         }
 
@@ -239,57 +208,48 @@ def _within_text(result: Result) -> list[StepRecord]:
     return records
 
 
-def require_parity(results: dict[str, Any]) -> None:
-    """Refuse the results of a run whose drafter was not accepted as predicted.
-
-    Args:
-        results: content of `results.json`; without a gate anything passes.
-
-    Raises:
-        ParityError: with both figures, the shape, and where to look.
-    """
-    parity = results["parity"]
-    if parity is None or parity["passed"]:
+def require_parity(results: TrainResults) -> None:
+    """Refuse a run whose drafter was not accepted as predicted; without a gate anything passes."""
+    parity = results.parity
+    if parity is None or parity.passed:
         return
-    where = results["drafter"].get("adapter") or results["drafter"]["path"]
+    where = results.drafter.get("adapter") or results.drafter["path"]
     again = "the same command runs this check again, without training again"
     raise ParityError(
         f"parity gate: {_finding(parity)}. The drafter is in {where!r}; {again}", results
     )
 
 
-def _finding(parity: dict[str, Any]) -> str:
-    features = parity.get("features")
-    if features is not None and not features["passed"]:
-        name, apart = max(features["differences"].items(), key=lambda item: item[1])
+def _finding(parity: Parity) -> str:
+    features = parity.features
+    if features is not None and not features.passed:
+        name, apart = max(features.differences.items(), key=lambda item: item[1])
         return (
             f"the store that it was trained from is not what the target gives: its {name} differ"
-            f"{'s' if name != 'logits' else ''} by {apart:.1%} on {features['num_rows']} rows, but "
-            f"at most {features['max_difference']:.1%} may be. Extract the features again, with "
+            f"{'s' if name != 'logits' else ''} by {apart:.1%} on {features.num_rows} rows, but "
+            f"at most {features.max_difference:.1%} may be. Extract the features again, with "
             "this target, and train again"
         )
-    prompts = f"{parity['num_prompts']} held-out prompts"
-    differing = (
-        f"the outputs for {parity['mismatches']} of {prompts} are not those of plain decoding"
-    )
-    if parity["relative_difference"] is None:
+    prompts = f"{parity.num_prompts} held-out prompts"
+    differing = f"the outputs for {parity.mismatches} of {prompts} are not those of plain decoding"
+    if parity.relative_difference is None:
         return f"{differing}, which leaves nothing to compare; set target.dtype=float32"
-    if parity["relative_difference"] <= parity["max_difference"]:
+    if parity.relative_difference <= parity.max_difference:
         return f"{differing}, though the target computes in float32"
     return (
-        f"with the drafter as it was written, decoding measures tau {parity['measured_tau']:.3f} "
-        f"where offline acceptance predicts {parity['predicted_tau']:.3f}, for a "
-        f"{parity['shape']} on {prompts}: {parity['relative_difference']:.1%} apart, but at most "
-        f"{parity['max_difference']:.1%} may be. {_first_difference(parity)}"
+        f"with the drafter as it was written, decoding measures tau {parity.measured_tau:.3f} "
+        f"where offline acceptance predicts {parity.predicted_tau:.3f}, for a "
+        f"{parity.shape} on {prompts}: {parity.relative_difference:.1%} apart, but at most "
+        f"{parity.max_difference:.1%} may be. {_first_difference(parity)}"
     )
 
 
-def _first_difference(parity: dict[str, Any]) -> str:
+def _first_difference(parity: Parity) -> str:
     """The first depth whose acceptance is off, and what that points to."""
-    pairs = list(zip(parity["predicted_acceptance"], parity["measured_acceptance"], strict=True))
+    pairs = list(zip(parity.predicted_acceptance, parity.measured_acceptance, strict=True))
     gaps = [abs((ours or 0.0) - (theirs or 0.0)) for ours, theirs in pairs]
     most = max(gaps)
-    depth = next(n for n, gap in enumerate(gaps) if gap > parity["max_difference"] or gap == most)
+    depth = next(n for n, gap in enumerate(gaps) if gap > parity.max_difference or gap == most)
     ours, theirs = (f"{value or 0.0:.2f}" for value in pairs[depth])
     hint = (
         "look at what it reads there: its weights, features, taps, tokenizer or vocabulary map"

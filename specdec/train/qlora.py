@@ -1,29 +1,28 @@
 """Draft models in training: the whole model, or a LoRA adapter on a whole or an NF4 base."""
 
 import copy
-import json
-from dataclasses import dataclass, fields
-from inspect import signature
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from torch import Tensor, nn
+from pydantic import Field, model_validator
+from torch import Tensor
 from torch.nn.functional import pad
 
-from specdec.common.files import replace_file
+from specdec.common.config import Config, validated
+from specdec.common.files import write_json
 from specdec.demo import demo_path
 from specdec.drafters.adapters import base_mark, merged_adapter, save_adapter
 from specdec.drafters.draft_model import check_same_tokenizer
-from specdec.drafters.training import OBJECTIVES, LossOutput, TrainingBatch, objective, shifted
+from specdec.drafters.training import TrainingBatch, objective, shifted
 from specdec.targets.load import load_target
+from specdec.train.heads import Trainee
 
-METHODS = ("full", "lora", "qlora")
-EXPORTS = ("merged", "adapter")
+Count = Annotated[int, Field(ge=1)]
 
 
-@dataclass(frozen=True)
-class DraftModelOptions:
+class DraftModelOptions(Config):
     """Options under `drafter.options` of a draft model.
 
     Attributes:
@@ -36,87 +35,43 @@ class DraftModelOptions:
         targets: modules that are adapted: "all-linear", or the ends of their names.
         gradient_checkpointing: compute activations again in the backward pass: less memory, about
             a third more time.
-        export: "merged" writes a plain model that every engine reads; a 4-bit base is dequantised
+        export: "merged" writes a plain model that every engine reads; a 4-bit base is dequantized
             first, because merging into four bits rounds much of the adapter away. "adapter" writes
             the adapter alone.
         dtype: of the base; None: float32 on a CPU and for "full", else the checkpoint's own.
     """
 
     path: str = "demo"
-    method: str = "qlora"
-    rank: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
+    method: Literal["full", "lora", "qlora"] = "qlora"
+    rank: Count = 16
+    alpha: Count = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: str | list[str] = "all-linear"
     gradient_checkpointing: bool = False
-    export: str = "merged"
+    export: Literal["merged", "adapter"] = "merged"
     dtype: str | None = None
 
-    @classmethod
-    def from_dict(cls, given: dict[str, Any]) -> Self:
-        """Check and take options.
+    @model_validator(mode="after")
+    def _fit(self) -> Self:
+        if self.method == "full" and self.export == "adapter":
+            raise ValueError("export is 'adapter', but method 'full' makes none; use export=merged")
+        return self
 
-        Raises:
-            ValueError: an option that does not exist or is out of its range.
-        """
-        known = [field.name for field in fields(cls)]
-        unknown = next((name for name in given if name not in known), None)
-        if unknown is not None:
-            raise ValueError(
-                f"config drafter.options.{unknown} is no option of a draft model; known: "
-                f"{', '.join(known)}"
-            )
-        options = cls(**given)
-        for name, choices in (("method", METHODS), ("export", EXPORTS)):
-            value = getattr(options, name)
-            if value not in choices:
-                raise ValueError(
-                    f"config drafter.options.{name} is {value!r} but must be one of "
-                    f"{', '.join(choices)}"
-                )
-        for name in ("rank", "alpha"):
-            value = getattr(options, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(
-                    f"config drafter.options.{name} is {value!r} but must be at least 1"
-                )
-        if not 0 <= options.dropout < 1:
-            raise ValueError(
-                f"config drafter.options.dropout is {options.dropout} but must be in [0, 1)"
-            )
-        if options.method == "full" and options.export == "adapter":
-            raise ValueError(
-                "config drafter.options.export is 'adapter', but method 'full' makes none; use "
-                "export=merged"
-            )
-        if options.method == "full" and options.dtype is None:
-            # Small steps are lost in half precision; autocast computes in it where asked.
-            return cls(**{**given, "dtype": "float32"})
-        return options
-
-    @property
-    def model_path(self) -> str:
-        """Where the model to start from lies; "demo" is the embedded draft model."""
-        return str(demo_path("draft")) if self.path == "demo" else self.path
-
-    @property
-    def keeps_adapter(self) -> bool:
-        """Whether the adapter is written alone."""
-        return self.export == "adapter"
+    def load(self, device: torch.device) -> Any:
+        """Load the model to start from, an `HFTarget`; "demo" is the embedded draft model."""
+        path = str(demo_path("draft")) if self.path == "demo" else self.path
+        # Small steps are lost in half precision; autocast computes in it where asked.
+        dtype = self.dtype or ("float32" if self.method == "full" else None)
+        quantization = "4bit" if self.method == "qlora" else None
+        return load_target(path, dtype=dtype, device=device, quantization=quantization)
 
     def prepared(self, model: Any) -> Any:
-        """The model with what is to be trained, in train mode.
-
-        Args:
-            model: a transformers causal LM, loaded as `method` asks.
-
-        Raises:
-            ValueError: peft is not installed, or cannot adapt this model.
-        """
+        """Return the model with what is to be trained, in train mode."""
+        reentrant = {"use_reentrant": False}
         if self.method == "full":
             model.requires_grad_(True)
             if self.gradient_checkpointing:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+                model.gradient_checkpointing_enable(reentrant)
             return model.train()
         try:
             from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -126,12 +81,10 @@ class DraftModelOptions:
                 "pip install 'specdec[train]'"
             ) from error
         if self.method == "qlora":
-            model = prepare_model_for_kbit_training(
-                model, self.gradient_checkpointing, {"use_reentrant": False}
-            )
+            model = prepare_model_for_kbit_training(model, self.gradient_checkpointing, reentrant)
         elif self.gradient_checkpointing:
             model.enable_input_require_grads()
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable(reentrant)
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
@@ -145,56 +98,48 @@ class DraftModelOptions:
             raise ValueError(f"config drafter.options.targets {self.targets!r}: {error}") from error
 
 
-def write_training(folder: Path, training: dict[str, Any]) -> None:
-    """Write `training.json`."""
-    text = json.dumps(training, indent=1, allow_nan=False) + "\n"
-    replace_file(folder / "training.json", text.encode())
+class DraftModelLoss(Config):
+    """Options of the loss: what is minimized, and the temperature of both distributions."""
+
+    objective: Literal["cross_entropy", "forward_kl", "reverse_kl", "total_variation"] = (
+        "forward_kl"
+    )
+    temperature: Annotated[float, Field(gt=0)] = 1.0
 
 
-_LOSS_OPTIONS = ("objective", "temperature")
-
-
-class DraftModelTrainee:
+class DraftModelTrainee(Trainee):
     """A causal LM that learns to say what the target says.
-
-    Args:
-        options: see `DraftModelOptions`.
-        target: what it drafts for.
-        loss_options: "objective", one of `OBJECTIVES` (default "forward_kl"), and "temperature".
-
-    Raises:
-        FileNotFoundError: no such model.
-        ValueError: an option that cannot be, or another tokenizer than the target's.
 
     Source: QLoRA, arXiv 2305.14314; distilling drafters: DistillSpec, arXiv 2310.08461.
     """
 
-    kind = "draft_model"
-    taps: tuple[int, ...] = ()
-    depth: int | None = None
+    module: Any
 
     def __init__(
-        self, options: DraftModelOptions, target: Any, loss_options: dict[str, Any]
+        self, options: Mapping[str, Any], target: Any, loss_options: Mapping[str, Any]
     ) -> None:
-        self._options = options
-        self._objective, self._temperature = _checked(loss_options)
-        quantization = "4bit" if options.method == "qlora" else None
-        loaded = load_target(
-            options.model_path, dtype=options.dtype, device=target.device, quantization=quantization
-        )
-        check_same_tokenizer(loaded.tokenizer, target.tokenizer, options.path)
-        self.tokenizer = loaded.tokenizer
-        self._base_mark, self._dtype = base_mark(loaded.model), loaded.model.dtype
-        self.module: Any = options.prepared(loaded.model)
+        chosen = validated(DraftModelOptions, options, "config drafter.options")
+        loss = validated(DraftModelLoss, loss_options, "config loss")
+        loaded = chosen.load(target.device)
+        check_same_tokenizer(loaded.tokenizer, target.tokenizer, chosen.path)
+        mark, dtype = base_mark(loaded.model), loaded.model.dtype
+        super().__init__("draft_model", chosen.prepared(loaded.model), loss.model_dump())
+        self.options, self.tokenizer = chosen, loaded.tokenizer
+        self._base_mark, self._base_dtype = mark, dtype
 
-    def loss(self, batch: TrainingBatch) -> LossOutput:
-        """Mean of the objective over the answers' tokens."""
+    @property
+    def _no_split_modules(self) -> Any:
+        """Decoder layers, which are sharded each by itself; accelerate asks for this name."""
+        return self.module._no_split_modules
+
+    def forward(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the mean of the objective over the answers' tokens."""
         mask = shifted(batch.loss_mask, 1)  # place i says t_{i+1}
         tokens = shifted(batch.tokens, 1)[mask]
-        logits = self._logits(batch)[mask]
+        name, temperature = self.loss_options["objective"], self.loss_options["temperature"]
         goal = batch.target_logits[mask]
-        loss = objective(self._objective, logits, goal, tokens, self._temperature)
-        return LossOutput(loss, {self._objective: loss.detach()})
+        loss = objective(name, self._logits(batch)[mask], goal, tokens, temperature)
+        return loss, {name: loss.detach()}
 
     def candidates(self, batch: TrainingBatch, depth: int, width: int) -> Tensor:
         """See `Trainee`: as long as a draft is right, its context is the text itself."""
@@ -213,64 +158,38 @@ class DraftModelTrainee:
         logits: Tensor = self.module(input_ids=batch.tokens, use_cache=False, **positions).logits
         return logits
 
-    def units(self) -> list[nn.Module]:
-        """The decoder layers."""
-        lists = [list(m) for m in self.module.modules() if isinstance(m, nn.ModuleList)]
-        return max(lists, key=len)
-
     def export(self, folder: Path, training: dict[str, Any], weights: dict[str, Tensor]) -> None:
-        """A plain checkpoint, or an adapter beside the name of its base."""
-        if self._options.keeps_adapter:
+        """Write a plain checkpoint, or an adapter beside the name of its base."""
+        keeps_adapter = self.options.export == "adapter"
+        if keeps_adapter:
             save_adapter(self.module, folder, weights, self._base_mark)
-        elif self._options.method == "full":
+        elif self.options.method == "full":
             self.module.save_pretrained(folder, state_dict=weights)
         else:
             merged_adapter(self.module, self._plain_base(), weights).save_pretrained(folder)
-        if self.tokenizer is not None and not self._options.keeps_adapter:
+        if self.tokenizer is not None and not keeps_adapter:
             self.tokenizer.save_pretrained(folder)
-        write_training(folder, training)
+        self.remember(folder, training)
 
     def remember(self, folder: Path, training: dict[str, Any]) -> None:
         """See `Trainee`."""
-        write_training(folder, training)
+        write_json(folder / "training.json", training)
 
     def _plain_base(self) -> Any:
-        """What an adapter is merged into: never four bits, and no module that may be sharded."""
-        if self._options.method == "qlora":
+        """Return what an adapter is merged into: never four bits, and nothing that is sharded."""
+        if self.options.method == "qlora":
             return copy.deepcopy(self.module).unload().dequantize()
-        return load_target(self._options.model_path, dtype=self._dtype, device="cpu").model
+        dtype = str(self._base_dtype).removeprefix("torch.")
+        return self.options.model_copy(update={"dtype": dtype}).load(torch.device("cpu")).model
 
     def drafter(self, folder: Path) -> dict[str, Any]:
         """See `Trainee`."""
-        if not self._options.keeps_adapter:
-            return {"type": self.kind, "path": str(folder)}
-        quantization = {"quantization": "4bit"} if self._options.method == "qlora" else {}
-        return {
-            "type": self.kind,
-            "path": self._options.path,
-            "adapter": str(folder),
-            **quantization,
-        }
+        if self.options.export == "merged":
+            return super().drafter(folder)
+        quantization = {"quantization": "4bit"} if self.options.method == "qlora" else {}
+        named = {"type": self.kind, "path": self.options.path, "adapter": str(folder)}
+        return named | quantization
 
     def chain(self, depth: int) -> dict[str, Any]:
         """See `Trainee`."""
         return {"num_draft_tokens": depth}
-
-
-def _checked(options: dict[str, Any]) -> tuple[str, float]:
-    """The objective and its temperature."""
-    unknown = next((name for name in options if name not in _LOSS_OPTIONS), None)
-    if unknown is not None:
-        raise ValueError(
-            f"config loss.{unknown} is no option of the draft_model loss; known: "
-            f"{', '.join(_LOSS_OPTIONS)}"
-        )
-    name = options.get("objective", "forward_kl")
-    if name not in OBJECTIVES:
-        raise ValueError(
-            f"config loss.objective is {name!r} but must be one of {', '.join(OBJECTIVES)}"
-        )
-    temperature = options.get("temperature", signature(objective).parameters["temperature"].default)
-    if not isinstance(temperature, int | float) or not temperature > 0:
-        raise ValueError(f"config loss.temperature is {temperature!r} but must be above 0")
-    return name, float(temperature)

@@ -1,266 +1,175 @@
 """A whole training run: from a configuration to a folder with a drafter."""
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from omegaconf import OmegaConf
+import yaml
 
 from specdec.analysis.offline import DraftShape
 from specdec.checkpoints import TargetIdentity
 from specdec.checkpoints.identity import TARGET, as_json
 from specdec.common.files import replace_file, whole_folder
-from specdec.targets.load import find_device
 from specdec.train.config import TrainConfig
-from specdec.train.data import (
-    Materials,
-    OnlineSource,
-    Split,
-    coverage,
-    load_materials,
-    most_frequent,
-    seeded,
-)
-from specdec.train.heads import HeadTrainee, Trainee, new_head, trained_dtype
+from specdec.train.data import choose_vocabulary
+from specdec.train.heads import HeadTrainee, Trainee, new_head
 from specdec.train.parity import ParityGate, require_parity
-from specdec.train.qlora import DraftModelOptions, DraftModelTrainee
-from specdec.train.trainer import Trainer
+from specdec.train.qlora import DraftModelTrainee
+from specdec.train.results import DraftVocabulary, TrainProvenance, TrainResults
+from specdec.train.sources import Materials, OnlineSource, load_materials, seeded
 
-# What may change between sessions of one run: it does not touch what is learned.
-_FREE_KEYS = ("threads", "save_every", "log_with", "parity", "sharding")
+if TYPE_CHECKING:  # they need accelerate, which may be missing
+    from specdec.train.trainer import Trainer
+
+# What changes the weights. The rest may change between sessions of one run.
+_LEARNED = (
+    *("per_device_train_batch_size", "num_train_epochs", "max_steps", "seed", "bf16", "fp16"),
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm"),
+    *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+)
 
 
 def run_training(
     config: TrainConfig,
     out: Path,
     callback: Callable[[int, int, str], None] = lambda done, total, text: None,
-) -> dict[str, Any] | None:
-    """Train a drafter, or go on where a killed run of the same configuration stopped.
+) -> TrainResults | None:
+    """Train a drafter, or go on where a killed run of the same configuration stopped."""
+    _require_packages(config)
+    from specdec.train.checkpoint import unsharded, whole_state
+    from specdec.train.trainer import Trainer, follow_dtype, training_arguments
 
-    Args:
-        config: see `load_train_config`.
-        out: for checkpoints, `log.jsonl`, `results.json` and the drafter itself.
-        callback: called in the first process with steps done, steps in all, and measurements.
-
-    Returns:
-        The content of `results.json`; None in processes other than the first.
-
-    Raises:
-        FileNotFoundError: no data, or no target.
-        ValueError: bad configuration or data, or a folder of another run.
-        PermissionError: the folder cannot be written.
-        FloatingPointError: the loss or its gradients are not finite.
-        Interrupted: SIGTERM or Ctrl-C; the run goes on from a checkpoint.
-        OSError: a checkpoint could not be written.
-        ParityError: the drafter is accepted otherwise than predicted; everything is written.
-    """
-    try:
-        from accelerate import Accelerator, PartialState
-    except ImportError as error:
-        raise ValueError(
-            "training needs accelerate; install it with: pip install 'specdec[train]'"
-        ) from error
-    from specdec.train.checkpoint import RunFolder
-    from specdec.train.trainer import Trainer
-
-    if config.log_with == "tensorboard" and find_spec("tensorboard") is None:
-        raise ValueError(
-            "config log_with is 'tensorboard', which is not installed; install it with: "
-            "pip install 'specdec[train]', or set log_with=none"
-        )
     torch.set_num_threads(config.threads)
-    on_cpu = find_device(config.target.device).type == "cpu"
-    materials = load_materials(config, PartialState(cpu=on_cpu).device)
-    target, split = materials.target, materials.split
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision=_precision(config, target.model.dtype),
-        log_with=None if config.log_with == "none" else config.log_with,
-        project_dir=out,
-    )
-    folder = RunFolder(out, _identity(config, materials.identity, split, accelerator.num_processes))
-    folder.prepare()
-    if accelerator.is_main_process:
-        replace_file(out / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
-    with seeded(accelerator.device, config.seed):
-        trainee, vocabulary = make_trainee(config, target, materials.identity, split)
-    source = materials.source(trainee)
-    trainer = Trainer(config, trainee, source, split, folder, accelerator)
-    trainer.run(callback if accelerator.is_main_process else _ignore)
-    weights = trainer.learner.weights()
-    with trainer.learner.unsharded():
-        if not accelerator.is_main_process:
+    arguments = training_arguments(config, out)
+    materials = load_materials(config, arguments.device)
+    split = materials.split
+    follow_dtype(arguments, materials.target.model.dtype, config)
+    with seeded(arguments.device, config.training.seed):
+        trainee, vocabulary = make_trainee(config, materials)
+    source = materials.source(trainee.taps, trainee.dtype)
+    identity = _identity(config, materials.identity, split.fingerprint, arguments.world_size)
+    trainer = Trainer(config, trainee, source, split, arguments, identity, callback)
+    is_first = trainer.is_world_process_zero()
+    if is_first:
+        text = yaml.safe_dump(config.model_dump(exclude_none=True), sort_keys=False)
+        replace_file(out / "config.yaml", text.encode())
+    trainer.run()
+    weights = whole_state(trainee.module, is_first)
+    with unsharded(trainee):
+        if not is_first:
             return None
-        gate = _parity_gate(config, materials, trainee)
-        expected = None if gate is None else gate.predict(trainee, accelerator.autocast)
-    options = trainee.drafter(out / "drafter")
-    results = training_results(trainer, vocabulary, materials.where, materials.identity, options)
+        gate = expected = None
+        if split.validation and config.parity.num_prompts:
+            beside = OnlineSource(materials.whole_target(), trainee.taps, trainee.dtype)
+            depth = min(config.eval_depth, trainee.max_depth or config.eval_depth)
+            shape = DraftShape.chain(depth)
+            gate = ParityGate(beside, split.validation, config.parity, shape)
+            expected = gate.predict(trainee, trainer.accelerator.autocast)
+    results = _results(trainer, materials, vocabulary, trainee.drafter(out / "drafter"))
     with whole_folder(out / "drafter") as partial:
-        trainee.export(partial, remembered(config, results), weights)
+        trainee.export(partial, results.remembered(), weights)
     if gate is not None and expected is not None:
-        measured = gate.measure({**results["drafter"], **trainee.chain(config.eval_depth)})
+        measured = gate.measure({**results.drafter, **trainee.chain(config.eval_depth)})
         features = None
-        if not isinstance(source, OnlineSource):
+        if materials.store is not None:
             ends = [rows[at] for rows in (split.training, split.validation) for at in (0, -1)]
             features = gate.compare_features(source, ends)
-        results["parity"] = gate.compare(expected, measured, features)
-        trainee.remember(out / "drafter", remembered(config, results))
-    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
-    replace_file(out / "results.json", text.encode())
+        results.parity = gate.compare(expected, measured, features)
+        trainee.remember(out / "drafter", results.remembered())
+    results.write(out)
     require_parity(results)
     return results
 
 
-def _parity_gate(config: TrainConfig, materials: Materials, trainee: Trainee) -> ParityGate | None:
-    """For chains as deep as those of the evaluation; None where nothing is held out for it."""
-    rows = materials.split.validation
-    if not rows or not config.parity.num_prompts:
-        return None
-    source = OnlineSource(materials.whole_target(), trainee.taps, trained_dtype(trainee))
-    depth = min(config.eval_depth, trainee.depth or config.eval_depth)
-    return ParityGate(source, rows, config.parity, DraftShape.chain(depth))
-
-
 def make_trainee(
-    config: TrainConfig, target: Any, identity: TargetIdentity, split: Split
-) -> tuple[Trainee, dict[str, Any] | None]:
-    """What a configuration trains, and the size and coverage of its draft vocabulary.
-
-    Args:
-        config: of the run.
-        target: what it drafts for, or its two ends.
-        identity: of the target.
-        split: rows that a reduced draft vocabulary is chosen from.
-
-    Raises:
-        FileNotFoundError: no such model or head to start from.
-        ValueError: an option that does not exist or cannot be.
-    """
-    kind, options = config.drafter.kind, dict(config.drafter.options)
-    if kind == "draft_model":
-        if config.draft_vocab_size is not None:
-            raise ValueError("config draft_vocab_size is for eagle3 heads; remove it")
-        chosen = DraftModelOptions.from_dict(options)
-        return DraftModelTrainee(chosen, target, config.loss), None
-    if config.draft_vocab_size is not None:
-        options["draft_vocab_size"] = config.draft_vocab_size
-    head: Any = new_head(kind, options, config.drafter.init, target, identity)
+    config: TrainConfig, materials: Materials
+) -> tuple[Trainee, DraftVocabulary | None]:
+    """Make what a configuration trains, and say how much a reduced draft vocabulary covers."""
+    chosen, target = config.drafter, materials.target
+    if not chosen.is_head:
+        return DraftModelTrainee(chosen.options, target, config.loss), None
+    size = config.draft_vocab_size
+    options = chosen.options | ({} if size is None else {"draft_vocab_size": size})
+    head = new_head(chosen.kind, options, chosen.init, target, materials.identity)
     vocabulary = None
-    if config.drafter.init is None:
-        vocabulary = _choose_vocabulary(config, head, target, split)
-    return HeadTrainee(kind, head, identity, config.loss), vocabulary
+    if chosen.init is None and size is not None and size < target.vocab_size:
+        tokens, vocabulary = choose_vocabulary(materials.split, size, target.vocab_size)
+        head.set_draft_vocab(tokens.to(target.device))
+    return HeadTrainee(chosen.kind, head, materials.identity, config.loss), vocabulary
 
 
-def _ignore(done: int, total: int, text: str) -> None:
-    """Show no progress."""
+def _require_packages(config: TrainConfig) -> None:
+    """Refuse to begin without what the run needs at its end."""
+    if find_spec("accelerate") is None:
+        raise ValueError("training needs accelerate; install it with: pip install 'specdec[train]'")
+    from transformers.integrations import get_available_reporting_integrations
 
-
-def _precision(config: TrainConfig, dtype: torch.dtype) -> str:
-    follows = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
-    if config.mixed_precision == "no" and follows != "no":
-        raise ValueError(
-            "config mixed_precision is 'no' but the target is in "
-            f"{str(dtype).removeprefix('torch.')}, and heads use its embedding and projection; "
-            f"set mixed_precision={follows} or target.dtype=float32"
-        )
-    return config.mixed_precision or follows
-
-
-def _choose_vocabulary(
-    config: TrainConfig, head: Any, target: Any, split: Split
-) -> dict[str, Any] | None:
-    """Give the head its draft vocabulary, and say how much of the answers it covers."""
-    size, vocab_size = config.draft_vocab_size, target.vocab_size
-    if size is None or size >= vocab_size:
-        return None
-    tokens = most_frequent(split.training, size, vocab_size)
-    head.set_draft_vocab(tokens.to(target.device))
-    return {
-        "size": size,
-        "training_coverage": coverage(split.training, tokens, vocab_size),
-        "validation_coverage": coverage(split.validation, tokens, vocab_size),
-    }
+    given = config.training.report_to
+    known = {"none", "all", *get_available_reporting_integrations()}
+    for name in [given] if isinstance(given, str) else given:
+        if name not in known:
+            raise ValueError(
+                f"config training.report_to is {name!r}, which is no tracker or is not installed; "
+                "install it (pip install 'specdec[train]' brings tensorboard), or set "
+                "training.report_to=none"
+            )
 
 
 def _identity(
-    config: TrainConfig, target: TargetIdentity, split: Split, num_processes: int
+    config: TrainConfig, target: TargetIdentity, rows: str, num_processes: int
 ) -> dict[str, Any]:
-    """What makes a run the same run: never a path, always what is found there."""
-    settings = {key: value for key, value in asdict(config).items() if key not in _FREE_KEYS}
-    settings["data"].pop("path")
-    settings["target"].pop("path")
+    """Collect what makes a run the same run: never a path, always what is found there."""
+    settings = config.model_dump(
+        mode="json",
+        exclude={
+            "threads": True,
+            "parity": True,
+            "training": True,
+            "data": {"path"},
+            "target": {"path"},
+        },
+    )
+    training = config.training.model_dump(mode="json", include=set(_LEARNED))
     # A step means the same however many processes share its batches.
-    settings["batches_per_step"] = settings.pop("gradient_accumulation") * num_processes
+    num_batches = config.training.gradient_accumulation_steps * num_processes
     known = {"target_weights": target.weights, TARGET: as_json(target)}
-    return {**settings, "rows": split.fingerprint, **known}
+    return {**settings, "training": training, "batches_per_step": num_batches, "rows": rows} | known
 
 
-def training_results(
-    trainer: Trainer,
-    vocabulary: dict[str, Any] | None,
-    where: dict[str, Any],
-    target: TargetIdentity,
+def _results(
+    trainer: "Trainer",
+    materials: Materials,
+    vocabulary: DraftVocabulary | None,
     drafter: dict[str, Any],
-) -> dict[str, Any]:
-    """The content of `results.json`, see `docs/train.schema.json`; "parity" is to be filled in.
-
-    Args:
-        trainer: at its last step.
-        vocabulary: size and coverage of a reduced draft vocabulary.
-        where: the machine and the code, as they were when the run was started.
-        target: whose answers were learned.
-        drafter: options of `load_drafter` for what was trained.
-    """
-    return {
-        "schema": "specdec-train-2",
-        "provenance": {"config": asdict(trainer.config), **where},
-        "target": asdict(target),
-        "drafter": drafter,
-        **_measured(trainer),
-        "draft_vocabulary": vocabulary,
-        "parity": None,
-    }
-
-
-def _measured(trainer: Trainer) -> dict[str, Any]:
-    split = trainer.split
-    progress, step = trainer.progress, trainer.log.last("step")
-    assert step is not None
-    weights = trainer.trainee.module.parameters()
-    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
-    evaluation = trainer.log.last("evaluation") or {}
-    return {
-        "steps": progress.step,
-        "steps_per_epoch": trainer.plan.steps_per_epoch,
-        "rows": len(split.training),
-        "validation_rows": len(split.validation),
-        "dropped_rows": split.num_dropped,
-        "tokens": progress.tokens,
-        "answer_tokens": progress.answer_tokens,
-        "seconds": progress.seconds,
-        "tokens_per_s": progress.tokens / progress.step_seconds,
-        "num_processes": trainer.accelerator.num_processes,
-        "parameters": trained,
-        "loss": step["loss"],
-        "validation_loss": evaluation.get("validation_loss"),
-        "offline_tau": evaluation.get("tau"),
-        "offline_acceptance": evaluation.get("acceptance"),
-        "alpha": evaluation.get("alpha"),
-        "acceptance_by_rank": evaluation.get("acceptance_by_rank"),
-        "domains": evaluation.get("domains"),
-    }
-
-
-def remembered(config: TrainConfig, results: dict[str, Any]) -> dict[str, Any]:
-    """What the drafter says of its training."""
-    keys = ("steps", "tokens", "seconds", "loss", "validation_loss", "offline_tau", "alpha")
-    lists = ("offline_acceptance", "acceptance_by_rank", "domains", "draft_vocabulary")
-    kept = {key: results[key] for key in (*keys, *lists)}
-    if (parity := results["parity"]) is not None:
-        figures = ("shape", "num_prompts", "measured_tau", "measured_tau_ci", "passed")
-        kept["parity"] = {key: parity[key] for key in figures}
-    return {"data": Path(config.data.path).name, **kept, "loss_options": config.loss}
+) -> TrainResults:
+    """Sum a run up; "parity" is to be filled in."""
+    plan, steps, split = trainer.plan, trainer.state.global_step, materials.split
+    rows = [row for step in range(steps) for row in plan.rows(step)]
+    tokens = sum(len(row.tokens) for row in rows)
+    found = trainer.last("evaluation")
+    return TrainResults(
+        provenance=TrainProvenance(config=trainer.config, **materials.where),
+        target=materials.identity,
+        drafter=drafter,
+        steps=steps,
+        steps_per_epoch=plan.steps_per_epoch,
+        rows=len(split.training),
+        validation_rows=len(split.validation),
+        dropped_rows=split.num_dropped,
+        tokens=tokens,
+        answer_tokens=sum(row.num_answer_tokens for row in rows),
+        seconds=trainer.seconds,
+        tokens_per_s=tokens / trainer.step_seconds,
+        num_processes=trainer.args.world_size,
+        parameters=sum(weight.numel() for weight in trainer.model.trained.values()),
+        loss=trainer.last("step")["loss"],
+        validation_loss=found.get("validation_loss"),
+        offline_tau=found.get("tau"),
+        offline_acceptance=found.get("acceptance"),
+        alpha=found.get("alpha"),
+        acceptance_by_rank=found.get("acceptance_by_rank"),
+        domains=found.get("domains"),
+        draft_vocabulary=vocabulary,
+    )

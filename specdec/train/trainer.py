@@ -1,50 +1,60 @@
-"""The training loop of drafters: one process or several, killed and resumed at will."""
+"""Training on transformers' `Trainer`: our batches, losses, evaluation and checkpoints in its loop.
 
-import json
+Rows and noise of a step are functions of the seed and the step, so that a resumed run has no
+random state to restore, and several processes do what one does with more accumulated batches.
+"""
+
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
 import torch
-from accelerate import Accelerator
+import transformers
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils.data import DataLoader
+from transformers import (
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import IntervalStrategy, rotate_checkpoints
 
-from specdec.common.files import append, close_durably, parse_line, replace_file
+from specdec.common.files import LineFile, replace_file
 from specdec.data.answers import AnswerRow
-from specdec.drafters.training import TrainingBatch
+from specdec.targets.load import find_device
+from specdec.train.acceptance import evaluate
 from specdec.train.checkpoint import (
     Progress,
-    RunFolder,
+    newest_checkpoint,
+    read_progress,
+    read_state,
     read_tensors,
-    set_gradient_sync,
-    shard,
     unsharded,
     whole,
-    whole_state,
+    write_checkpoint,
 )
 from specdec.train.config import TrainConfig
-from specdec.train.data import (
-    Layout,
-    Source,
-    Split,
-    StepPlan,
-    packed,
-    padded,
-    parameter_groups,
-    seeded,
-)
-from specdec.train.evaluate import evaluate
-from specdec.train.heads import Trainee, WithLoss
+from specdec.train.data import Layout, Split, StepBatch, StepPlan, packed, padded
+from specdec.train.heads import Trainee
+from specdec.train.sources import Source, seeded
+
+Show = Callable[[int, int, str], None]  # steps done, steps in all, and what was measured
 
 # A launcher passes on to its processes the Ctrl-C that the terminal has sent them already.
 _SAME_PRESS_S = 1.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_NAMED_ROWS = 5
 
 
 class Interrupted(KeyboardInterrupt):
@@ -72,7 +82,7 @@ class Interruption:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in _SIGNALS:
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -82,8 +92,8 @@ class Interruption:
 
     @property
     def counts(self) -> list[float]:
-        """Of Ctrl-C and SIGTERM, 1 for each that came to this process; processes are summed."""
-        return [float(n in self._received) for n in (signal.SIGINT, signal.SIGTERM)]
+        """For Ctrl-C and SIGTERM, 1 if it came to this process; processes are summed."""
+        return [float(number in self._received) for number in _SIGNALS]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -92,259 +102,10 @@ class Interruption:
             raise KeyboardInterrupt
 
 
-def signal_of(counts: list[float]) -> int | None:
-    """The signal that stops a run, of `Interruption.counts` or their sum over processes."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    return next((number for number, count in zip(numbers, counts, strict=True) if count), None)
+class Trainer(transformers.Trainer):
+    """A run from its newest checkpoint to its last step."""
 
-
-class Learner:
-    """Turns losses into steps.
-
-    Args:
-        trainee: on the accelerator's device.
-        config: of the run.
-        accelerator: of this process.
-
-    Raises:
-        ValueError: weights that cannot be sharded as the configuration asks.
-    """
-
-    def __init__(self, trainee: Trainee, config: TrainConfig, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
-        self.model = WithLoss(trainee)
-        num_processes = accelerator.num_processes
-        self._is_sharded = config.sharding == "fsdp2" and num_processes > 1
-        if self._is_sharded:
-            units, precision = trainee.units(), accelerator.mixed_precision
-            shard(self.model, units, accelerator.device, num_processes, precision)
-        optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, config.weight_decay),
-            lr=config.lr,
-            betas=(config.betas[0], config.betas[1]),
-            fused=True,
-        )
-        # What is sharded needs accelerate's mixed precision alone, and not its DDP.
-        self._wrapped: Any = accelerator.prepare_model(self.model, evaluation_mode=self._is_sharded)
-        self._optimizer: Any = accelerator.prepare_optimizer(optimizer)
-
-    def backward(self, batch: TrainingBatch, weight: float, is_last: bool) -> dict[str, Tensor]:
-        """Add a batch's share of a step's gradients.
-
-        Args:
-            batch: of this process.
-            weight: of the batch in the step; the step's weights are 1 over all processes.
-            is_last: of the batches of this process. Processes exchange gradients with it alone.
-
-        Returns:
-            The batch's share of the loss, as "loss", and of its parts.
-        """
-        with self._exchange(is_last):
-            loss, parts = self._wrapped(batch)
-            # Gradients are averaged over processes, and are to be added.
-            self._accelerator.backward(loss * weight * self._accelerator.num_processes)
-        return {name: part * weight for name, part in {"loss": loss.detach(), **parts}.items()}
-
-    def clip(self, max_norm: float) -> float:
-        """Clip the gradients' norm; returns what it was."""
-        norm = self._accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
-        return float(whole(norm))
-
-    def step(self, rate: float) -> None:
-        """Change the weights by their gradients, and forget those."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-
-    def unsharded(self) -> AbstractContextManager[None]:
-        """Hold all weights in this process; see `specdec.train.checkpoint.unsharded`."""
-        return unsharded(self.model)
-
-    def weights(self) -> dict[str, Tensor]:
-        """Trained weights and buffers on the CPU, in the first process; all call together."""
-        return whole_state(self.model.module, self._accelerator.is_main_process)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What training changes, in place: weights and, behind a first step, the optimizer's."""
-        tensors: dict[str, Tensor] = {}
-        for name, weight in self.model.module.named_parameters():
-            if weight.requires_grad:
-                tensors[f"weight.{name}"] = weight.detach()
-                for key, value in self._optimizer.state.get(weight, {}).items():
-                    tensors[f"optimizer.{name}.{key}"] = value
-        return tensors
-
-    def empty_tensors(self) -> dict[str, Tensor]:
-        """The same names before a first step, to be filled from a checkpoint."""
-        optimizer = self._optimizer.optimizer
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-            for weight in group["params"]:
-                weight.grad = torch.zeros_like(weight)
-        optimizer.step()  # by nothing: the optimizer knows best which tensors it keeps
-        optimizer.zero_grad()
-        return self.tensors()
-
-    @property
-    def scaler(self) -> dict[str, float]:
-        """The state of the loss scaler; empty but for float16."""
-        scaler = self._accelerator.scaler
-        return {} if scaler is None else scaler.state_dict()
-
-    @scaler.setter
-    def scaler(self, state: dict[str, float]) -> None:
-        if self._accelerator.scaler is not None and state:
-            self._accelerator.scaler.load_state_dict(state)
-
-    def _exchange(self, is_on: bool) -> AbstractContextManager[Any]:
-        if self._is_sharded:
-            set_gradient_sync(self.model, is_on)
-            return nullcontext()
-        return nullcontext() if is_on else self._accelerator.no_sync(self._wrapped)
-
-
-class TrainLog:
-    """The log of a run. Lines behind the step that a run resumes from are dropped.
-
-    Args:
-        path: of the file; made if it is not there.
-        step: that the run resumes from, 0 for a new one.
-        is_writer: only one process of several writes; the others keep their records in memory.
-    """
-
-    def __init__(self, path: Path, step: int, is_writer: bool = True) -> None:
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        found = map(parse_line, lines)
-        self.records = [record for record in found if 0 < record.get("step", 0) <= step]
-        self._file, self._folder = None, path.parent
-        if is_writer:
-            kept = "".join(json.dumps(record) + "\n" for record in self.records)
-            replace_file(path, kept.encode())
-            self._file = path.open("a", encoding="utf-8")
-
-    def add(self, record: dict[str, Any]) -> None:
-        """Append a record, which has "kind" and "step"; it outlives the process at once.
-
-        Raises:
-            OSError: it could not be written, in words.
-        """
-        self.records.append(record)
-        if self._file:
-            append(self._file, json.dumps(record) + "\n", self._folder)
-
-    def last(self, kind: str) -> dict[str, Any] | None:
-        """The newest record of a kind."""
-        return next((each for each in reversed(self.records) if each["kind"] == kind), None)
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file:
-            close_durably(self._file)
-
-
-_NAMED_ROWS = 5
-
-
-def rows_without_loss(
-    learner: Learner,
-    source: Source,
-    rows: Sequence[AnswerRow],
-    accelerator: Accelerator,
-    seed: Sequence[int],
-) -> list[AnswerRow]:
-    """The rows whose loss is not finite when each is read alone.
-
-    Every process reads all of them, so that all find the same ones.
-
-    Args:
-        learner: all processes call together.
-        source: of the batches.
-        rows: of one step.
-        accelerator: of this process.
-        seed: of the noise.
-    """
-    found = []
-    with torch.no_grad(), learner.unsharded():
-        for row in rows:
-            with seeded(accelerator.device, *seed), accelerator.autocast():
-                loss, _ = learner.model(source.batch([row]))
-            if not loss.isfinite():
-                found.append(row)
-    return found
-
-
-def not_finite(
-    step: int,
-    loss: float,
-    norm: float,
-    rows: Sequence[AnswerRow],
-    culprits: Sequence[AnswerRow],
-    folder: Path,
-) -> FloatingPointError:
-    """What stops the run.
-
-    Args:
-        step: counted from 1.
-        loss: of the step.
-        norm: of its gradients.
-        rows: of the step.
-        culprits: those whose own loss is not finite.
-        folder: of the run.
-    """
-    if culprits:
-        where = f"the loss of {_named(culprits)} alone is not finite, look at it first"
-    elif not math.isfinite(loss):
-        where = f"none of its rows alone has such a loss; it read {_named(rows)}"
-    else:
-        where = f"it read {_named(rows)}"
-    return FloatingPointError(
-        f"step {step}: the loss is {loss} and its gradients' norm {norm}; both must be finite. "
-        f"In this step {where}. The newest checkpoint in {str(folder)!r} is intact; lower lr or "
-        "max_grad_norm, or train in float32, into another --out folder"
-    )
-
-
-def _named(rows: Sequence[AnswerRow]) -> str:
-    names = ", ".join(repr(row.id) for row in rows[:_NAMED_ROWS])
-    more = len(rows) - _NAMED_ROWS
-    plural = "s" if len(rows) > 1 else ""
-    return f"row{plural} {names}" + (f" and {more} more" if more > 0 else "")
-
-
-def learning_rate(step: int, peak: float, num_warmup: int, num_steps: int) -> float:
-    """Linear warm-up to the peak, then half a cosine down to 0 behind the last step.
-
-    Args:
-        step: counted from 0.
-        peak: reached by step `num_warmup - 1`, or at once without warm-up.
-        num_warmup: steps of warm-up.
-        num_steps: of the whole run.
-    """
-    if step < num_warmup:
-        return peak * (step + 1) / num_warmup
-    progress = (step - num_warmup) / max(1, num_steps - num_warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-Callback = Callable[[int, int, str], None]
-
-
-class Trainer:
-    """A run from its newest checkpoint to its last step.
-
-    Args:
-        config: of the run.
-        trainee: on the accelerator's device.
-        source: of the batches.
-        split: the rows.
-        folder: where checkpoints go.
-        accelerator: of this process.
-
-    Raises:
-        ValueError: weights that cannot be sharded; a checkpoint of another run or a damaged one;
-            processes that do not see the same folder.
-    """
+    model: Trainee
 
     def __init__(
         self,
@@ -352,192 +113,394 @@ class Trainer:
         trainee: Trainee,
         source: Source,
         split: Split,
-        folder: RunFolder,
-        accelerator: Accelerator,
+        arguments: TrainingArguments,
+        identity: dict[str, Any],
+        show: Show = lambda done, total, text: None,
     ) -> None:
-        self.config, self.trainee, self.source, self.split = config, trainee, source, split
-        self.folder, self.accelerator = folder, accelerator
+        if not split.validation:
+            arguments.eval_strategy = IntervalStrategy.NO
+        if arguments.fsdp:
+            _require_floats(trainee)
+        self.config, self.source, self.split = config, source, split
+        self.out, self.identity, self.show = Path(str(arguments.output_dir)), identity, show
         self.plan = StepPlan(
-            [len(row.tokens) for row in split.training],
-            config.batch_size,
-            config.gradient_accumulation * accelerator.num_processes,
-            config.seed,
+            split.training,
+            config.training.per_device_train_batch_size,
+            config.training.gradient_accumulation_steps * arguments.world_size,
+            config.training.seed,
+            arguments.process_index,
+            arguments.world_size,
         )
-        epochs = config.num_epochs or 1
-        self.num_steps = config.max_steps or epochs * self.plan.steps_per_epoch
-        self.learner = Learner(trainee, config, accelerator)
-        self.progress = Progress()
-        self._resume()
-        is_writer = accelerator.is_main_process
-        self.log = TrainLog(folder.folder / "log.jsonl", self.progress.step, is_writer)
-        self._interruption = Interruption()
-        self._shared_counts = self._interruption.counts  # over all processes
+        self.seconds, self.step_seconds = 0.0, 0.0  # of earlier sessions; of all steps
+        self.interruption = Interruption()
+        self._started = time.monotonic()
+        self._sums: dict[str, Tensor] = {}  # losses of this process in the running step
+        self._losses: dict[str, float] = {}  # of all processes in the newest step
+        self._signals = self.interruption.counts  # of all processes
+        self._unlogged: list[tuple[dict[str, float], int, float]] = []  # losses, tokens, seconds
+        self._log: LineFile | None = None
+        super().__init__(
+            model=trainee,
+            args=arguments,
+            train_dataset=self.plan,
+            eval_dataset=split.validation,  # type: ignore[arg-type]
+            callbacks=[_Flow(self)],
+        )
+        self.remove_callback(PrinterCallback)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(self.out / "tensorboard")
 
-    def run(self, callback: Callback) -> None:
-        """Train to the last step, evaluating and saving on the way and at the end.
+    def create_accelerator_and_postprocess(self) -> None:
+        """Shard on CPUs too, where accelerate ignores FSDP without a word."""
+        arguments = self.args
+        if arguments.fsdp:
+            dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(arguments.mixed_precision)
+            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+            arguments.fsdp_plugin_args["mixed_precision_policy"] = policy
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if arguments.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**arguments.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
 
-        Args:
-            callback: given steps done, steps in all, and what was measured.
-
-        Raises:
-            FloatingPointError: the loss or its gradients are not finite; checkpoints are kept.
-            Interrupted: SIGTERM or Ctrl-C; a checkpoint was written.
-            OSError: a checkpoint could not be written.
-        """
-        if self.config.log_with != "none":
-            purge = {"purge_step": self.progress.step + 1}
-            tracker = self.config.log_with
-            self.accelerator.init_trackers(tracker, init_kwargs={tracker: purge})
+    def run(self) -> None:
+        """Train to the last step, evaluating and saving on the way and at the end."""
+        checkpoint = newest_checkpoint(self.out, self.identity)
+        state = TrainerState() if checkpoint is None else read_state(checkpoint)
+        self._require_one_folder(state.global_step)
+        if checkpoint is not None:
+            progress = read_progress(checkpoint)
+            self.seconds, self.step_seconds = progress.seconds, progress.step_seconds
+        self._started = time.monotonic()
         try:
-            with self._interruption:
-                self._run(callback)
+            if checkpoint is not None and state.global_step == state.max_steps:
+                read_tensors(checkpoint, self._weights(), "weight.")
+                self.state = state
+                if not self._is_evaluated():
+                    self.open_log()
+            else:
+                with self.interruption:
+                    self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+            if (number := self.signal()) is not None:
+                raise Interrupted(number, self._checkpoint())
+            if self.split.validation and not self._is_evaluated():
+                self.evaluate()
         finally:
-            self.log.close()
-            # Not `end_training`: weights are still to be gathered from all processes.
-            for tracker in self.accelerator.trackers:
-                tracker.finish()
+            self.seconds += time.monotonic() - self._started
+            if self._log:
+                self._log.close()
 
-    def _run(self, callback: Callback) -> None:
-        before, started = self.progress.seconds, time.monotonic()
-        if self._owes_evaluation():
-            self._evaluate()
-        while self.progress.step < self.num_steps:
-            self._log(self._step())
-            if self._signal() is None and self._owes_evaluation():
-                self._evaluate()
-            self.progress.seconds = before + time.monotonic() - started
-            signal = self._signal()
-            if signal is not None or self._is_due(self.config.save_every):
-                self._save()
-            callback(self.progress.step, self.num_steps, self._summary())
-            if signal is not None:
-                raise Interrupted(signal, self.folder.path(self.progress.step))
+    # --- Steps ---
 
-    def _signal(self) -> int | None:
-        """The signal that stops the run; several processes must all have heard of it."""
-        is_alone = self.accelerator.num_processes == 1
-        return signal_of(self._interruption.counts if is_alone else self._shared_counts)
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the batches of this process; what the target makes of them comes with the step."""
+        return DataLoader(self.plan, batch_size=None, collate_fn=lambda batch: {"batch": batch})
 
-    def _is_due(self, every: int) -> bool:
-        step = self.progress.step
-        return step == self.num_steps or (every > 0 and step % every == 0)
-
-    def _owes_evaluation(self) -> bool:
-        """A run that was stopped leaves its evaluation to the next session."""
-        step, newest = self.progress.step, self.log.last("evaluation")
-        is_done = newest is not None and newest["step"] == step
-        is_wanted = bool(self.split.validation) and step > 0 and not is_done
-        return is_wanted and self._is_due(self.config.eval_every)
-
-    def _step(self) -> dict[str, Any]:
-        """One optimizer step; its line of the log."""
-        started, config = time.monotonic(), self.config
-        index = self.progress.step
-        batches = [[self.split.training[n] for n in b] for b in self.plan.batches(index)]
-        rows = [row for batch in batches for row in batch]
-        losses = self._accumulate(index, batches)
-        norm = self.learner.clip(config.max_grad_norm)
-        self._require_finite(losses["loss"], norm, rows)
-        rate = learning_rate(index, config.lr, config.warmup_steps, self.num_steps)
-        self.learner.step(rate)
-        num_tokens, seconds = sum(len(row.tokens) for row in rows), time.monotonic() - started
-        before = self.progress
-        self.progress = replace(
-            before,
-            step=index + 1,
-            tokens=before.tokens + num_tokens,
-            answer_tokens=before.answer_tokens + sum(row.num_answer_tokens for row in rows),
-            step_seconds=before.step_seconds + seconds,
-        )
-        record = {"kind": "step", "step": index + 1, **losses, "lr": rate}
-        known_norm = norm if math.isfinite(norm) else None
-        return record | {"grad_norm": known_norm, "tokens_per_s": num_tokens / seconds}
-
-    def _accumulate(self, index: int, batches: list[list[AnswerRow]]) -> dict[str, float]:
-        """Gradients of a step, each process from its own batches; the losses of all of them."""
-        accelerator = self.accelerator
-        rank, world = accelerator.process_index, accelerator.num_processes
-        counts = [sum(row.num_answer_tokens for row in rows) for rows in batches]
-        # Processes work in step: one that has no batch left repeats the first, for nothing.
-        turns = range(rank, -(-len(batches) // world) * world, world)
-        sums: dict[str, Tensor] = {}
-        for turn in turns:
-            is_real = turn < len(batches)
-            place = turn if is_real else 0
-            weight = counts[place] / sum(counts) if is_real else 0.0
-            batch = self.source.batch(batches[place], self._lay)
-            with seeded(accelerator.device, self.config.seed, index, place):
-                parts = self.learner.backward(batch, weight, is_last=turn == turns[-1])
-            sums = {name: sums.get(name, 0) + part for name, part in parts.items()}
-        return self._reduced(sums)
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Add a batch's share of a step's gradients; all its answer tokens weigh the same."""
+        batch: StepBatch = inputs["batch"]
+        model.train()
+        seen = self.source.batch(batch.rows, self._lay)
+        seed = (self.config.training.seed, batch.step, batch.place)
+        with seeded(self.args.device, *seed), self.accelerator.autocast():
+            loss, parts = model(seen)
+        # Gradients are averaged over processes, and are to be added.
+        self.accelerator.backward(loss * batch.weight * self.accelerator.num_processes)
+        for name, part in {"loss": loss.detach(), **parts}.items():
+            self._sums[name] = self._sums.get(name, 0) + part.float() * batch.weight
+        return loss.detach() * batch.weight
 
     def _lay(self, lengths: Sequence[int]) -> Layout:
         line_len = self.config.data.pack_len
         return padded(lengths) if line_len is None else packed(lengths, line_len)
 
-    def _reduced(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Sums over all processes, which learn of each other's signals with them."""
-        counts = torch.tensor(self._interruption.counts, device=self.accelerator.device)
-        stacked = torch.cat([torch.stack([each.float() for each in sums.values()]), counts])
-        values = self.accelerator.reduce(stacked, "sum").tolist()
-        self._shared_counts = values[len(sums) :]
-        return dict(zip(sums, values, strict=False))
-
-    def _require_finite(self, loss: float, norm: float, rows: Sequence[AnswerRow]) -> None:
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
+        """Refuse what is not finite before a step is taken with it."""
+        norm = float(whole(super()._get_grad_norm(model, grad_norm=grad_norm)))
+        # Processes learn of each other's signals with their losses.
+        counts = torch.tensor(self.interruption.counts, device=self.args.device)
+        shared = torch.cat([torch.stack([*self._sums.values()]), counts])
+        values = self.accelerator.reduce(shared, "sum").tolist()
+        self._losses = dict(zip(self._sums, values, strict=False))
+        self._signals = values[len(self._sums) :]
+        self._sums = {}
         # Under float16 the loss scaler skips a step whose scaled gradients overflow.
         is_scaled = self.accelerator.scaler is not None
-        if math.isfinite(loss) and (is_scaled or math.isfinite(norm)):
-            return
-        index, culprits = self.progress.step, []
-        if not math.isfinite(loss):
-            seed = (self.config.seed, index)
-            culprits = rows_without_loss(self.learner, self.source, rows, self.accelerator, seed)
-        raise not_finite(index + 1, loss, norm, rows, culprits, self.folder.folder)
+        if not math.isfinite(self._losses["loss"]) or not (is_scaled or math.isfinite(norm)):
+            raise self._not_finite(norm)
+        return norm
 
-    def _evaluate(self) -> None:
-        config = self.config
-        with self.learner.unsharded():
+    def _not_finite(self, norm: float) -> FloatingPointError:
+        """Make the error that stops the run; all processes read the rows again."""
+        step, loss = self.state.global_step, self._losses["loss"]
+        rows, culprits = self.plan.rows(step), []
+        if not math.isfinite(loss):
+            with torch.no_grad(), unsharded(self.model), self.accelerator.autocast():
+                for row in rows:
+                    with seeded(self.args.device, self.config.training.seed, step):
+                        alone, _ = self.model(self.source.batch([row]))
+                    culprits += [] if alone.isfinite() else [row]
+        if culprits:
+            where = f"the loss of {_named(culprits)} alone is not finite, look at it first"
+        elif not math.isfinite(loss):
+            where = f"none of its rows alone has such a loss; it read {_named(rows)}"
+        else:
+            where = f"it read {_named(rows)}"
+        return FloatingPointError(
+            f"step {step + 1}: the loss is {loss} and its gradients' norm {norm}; both must be "
+            f"finite. In this step {where}. The newest checkpoint in {str(self.out)!r} is intact; "
+            "lower training.learning_rate or training.max_grad_norm, or train in float32, into "
+            "another --out folder"
+        )
+
+    def end_step(self, seconds: float) -> None:
+        """Count a step that took so long."""
+        tokens = sum(len(row.tokens) for row in self.plan.rows(self.state.global_step - 1))
+        self._unlogged.append((self._losses, tokens, seconds))
+        self.step_seconds += seconds
+
+    def signal(self) -> int | None:
+        """Return the signal that stops the run; several processes must all have heard of it."""
+        is_alone = self.accelerator.num_processes == 1
+        counts = self.interruption.counts if is_alone else self._signals
+        return next((n for n, count in zip(_SIGNALS, counts, strict=True) if count), None)
+
+    # --- Measurements ---
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measure loss and offline acceptance on the held-out rows."""
+        chosen = self.config.training
+        with unsharded(self.model):
             measured = evaluate(
-                self.learner.model,
+                self.model,
                 self.source,
                 self.split.validation,
-                batch_size=config.batch_size,
-                depth=config.eval_depth,
-                seed=config.seed,
+                batch_size=chosen.per_device_eval_batch_size or chosen.per_device_train_batch_size,
+                depth=self.config.eval_depth,
+                seed=chosen.seed,
                 accelerator=self.accelerator,
             )
-        self._log({"kind": "evaluation", "step": self.progress.step} | measured)
+        alpha = {f"alpha_{t}": value for t, value in (measured.alpha or {}).items()}
+        figures = {"loss": measured.validation_loss, "tau": measured.tau, **alpha}
+        metrics = {f"eval_{name}": value for name, value in figures.items()}
+        self._record("evaluation", measured.model_dump(mode="json"), metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
 
-    def _save(self) -> None:
-        self.folder.save(self.progress, self.learner.tensors(), self.learner.scaler)
-
-    def _resume(self) -> None:
-        saved = self.folder.newest()
-        step = torch.tensor(0 if saved is None else saved.progress.step)
-        steps = self.accelerator.gather(step.view(1).to(self.accelerator.device)).tolist()
-        if len(set(steps)) > 1:
-            raise ValueError(
-                f"the processes find checkpoints of different steps {sorted(set(steps))} in "
-                f"{str(self.folder.folder)!r}; put --out where all machines see the same folder"
-            )
-        if saved is None:
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Record the steps since the last record; what `Trainer` sums up is in `results.json`."""
+        if not self._unlogged:
             return
-        read_tensors(saved.folder, self.learner.empty_tensors())
-        self.progress, self.learner.scaler = saved.progress, saved.scaler
-
-    def _log(self, record: dict[str, Any]) -> None:
-        self.log.add(record)
+        losses, tokens, seconds = zip(*self._unlogged, strict=True)
+        self._unlogged = []
+        means = {name: sum(each[name] for each in losses) / len(losses) for name in losses[0]}
+        norm = logs["grad_norm"]
         values = {
-            f"{record['kind']}/{name}": value
-            for name, value in record.items()
-            if isinstance(value, int | float) and name != "step"
+            **means,
+            "learning_rate": logs["learning_rate"],
+            "grad_norm": norm if math.isfinite(norm) else None,
+            "tokens_per_s": sum(tokens) / sum(seconds),
         }
-        self.accelerator.log(values, step=record["step"])
+        self._record("step", values, {n: v for n, v in values.items() if v is not None})
 
-    def _summary(self) -> str:
-        """The newest measurements, for a progress bar."""
-        step, evaluation = self.log.last("step"), self.log.last("evaluation")
-        assert step is not None
-        speed = self.progress.tokens / max(self.progress.step_seconds, 1e-9)
+    def _record(self, kind: str, values: dict[str, Any], figures: dict[str, float]) -> None:
+        """Add a line to the log, and numbers to the trackers."""
+        record = {"kind": kind, "step": self.state.global_step, **values}
+        self.state.log_history.append(record)
+        if self._log:
+            self._log.append(record)
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, figures)
+
+    def open_log(self) -> None:
+        """Begin `log.jsonl` with what the state remembers; lines behind its step are dropped."""
+        if self.is_world_process_zero():
+            replace_file(self.out / "log.jsonl", b"")
+            self._log = LineFile(self.out / "log.jsonl")
+            self._log.append(*self.state.log_history)
+
+    def owes_evaluation(self) -> bool:
+        """Tell whether a run that was stopped left an evaluation to this session."""
+        step, strategy = self.state.global_step, self.args.eval_strategy
+        is_due = strategy == IntervalStrategy.STEPS and step % self.state.eval_steps == 0
+        return step > 0 and is_due and not self._is_evaluated()
+
+    def summary(self) -> str:
+        """Say the newest measurements in a line."""
+        evaluation = self.last("evaluation")
+        losses, tokens, seconds = self._unlogged[-1]
         tau = f", offline tau {evaluation['tau']:.2f}" if evaluation else ""
-        return f"loss {step['loss']:.3f}, {speed:.0f} tokens/s{tau}"
+        return f"loss {losses['loss']:.3f}, {tokens / seconds:.0f} tokens/s{tau}"
+
+    def last(self, kind: str) -> dict[str, Any]:
+        """Return the newest record of a kind; empty if there is none."""
+        return next((r for r in reversed(self.state.log_history) if r["kind"] == kind), {})
+
+    def _is_evaluated(self) -> bool:
+        return self.last("evaluation").get("step") == self.state.global_step
+
+    # --- Checkpoints ---
+
+    def _checkpoint(self) -> Path:
+        return self.out / f"checkpoint-{self.state.global_step}"
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {f"weight.{name}": weight.detach() for name, weight in self.model.trained.items()}
+
+    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Return what training changes, in place: weights and, behind a first step, the optimizer.
+
+        The second part is what the optimizer holds as plain numbers.
+        """
+        tensors, numbers = self._weights(), dict[str, float]()
+        for name, weight in self.model.trained.items():
+            for key, value in self.optimizer.state.get(weight, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{name}.{key}"] = value
+                elif value is not None:
+                    numbers[f"optimizer.{name}.{key}"] = value
+        return tensors, numbers
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write our own checkpoint in place of transformers' pickles."""
+        tensors, numbers = self._tensors()
+        scaler = self.accelerator.scaler
+        progress = Progress(
+            identity=self.identity,
+            seconds=self.seconds + time.monotonic() - self._started,
+            step_seconds=self.step_seconds,
+            scheduler=self.lr_scheduler.state_dict(),
+            scaler={} if scaler is None else scaler.state_dict(),
+            numbers=numbers,
+        )
+        write_checkpoint(self._checkpoint(), progress, self.state, tensors)
+        if self.is_world_process_zero():
+            rotate_checkpoints(str(self.out), self.args.save_total_limit)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Leave the weights to what comes next: they are where they stay only then."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Fill weights and optimizer from our own checkpoint."""
+        if checkpoint is None:
+            return
+        progress, optimizer = read_progress(Path(checkpoint)), self.optimizer.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+            for weight in group["params"]:
+                weight.grad = torch.zeros_like(weight)
+        optimizer.step()  # by nothing: the optimizer knows best which tensors it keeps
+        optimizer.zero_grad()
+        read_tensors(Path(checkpoint), self._tensors()[0])
+        for name, weight in self.model.trained.items():
+            for key in optimizer.state[weight]:
+                number = progress.numbers.get(f"optimizer.{name}.{key}")
+                if number is not None:
+                    optimizer.state[weight][key] = number
+        self.lr_scheduler.load_state_dict(progress.scheduler)
+        for group, rate in zip(
+            optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True
+        ):
+            group["lr"] = rate
+        if self.accelerator.scaler is not None and progress.scaler:
+            self.accelerator.scaler.load_state_dict(progress.scaler)
+
+    def _require_one_folder(self, step: int) -> None:
+        here = torch.tensor([step], device=self.args.device)
+        steps = sorted(set(self.accelerator.gather(here).tolist()))
+        if len(steps) > 1:
+            raise ValueError(
+                f"the processes find checkpoints of different steps {steps} in {str(self.out)!r}; "
+                "put --out where all machines see the same folder"
+            )
+
+
+class _Flow(TrainerCallback):
+    """What happens around a step of our trainer."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self._started = trainer, 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any
+    ) -> None:
+        state.compute_steps(args, state.max_steps)  # a resumed state has those of its session
+        self.trainer.open_log()
+        args.eval_on_start = self.trainer.owes_evaluation()
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
+        plan = self.trainer.plan
+        plan.epoch = state.global_step // plan.steps_per_epoch
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._started = time.monotonic()
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        trainer = self.trainer
+        trainer.end_step(time.monotonic() - self._started)
+        is_stopped = trainer.signal() is not None
+        if is_stopped or state.global_step >= state.max_steps:
+            control.should_log = control.should_save = control.should_training_stop = True
+            # A run that is stopped leaves its evaluation to the next session.
+            control.should_evaluate = bool(trainer.split.validation) and not is_stopped
+        if state.is_world_process_zero:
+            trainer.show(state.global_step, state.max_steps, trainer.summary())
+
+
+def training_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
+    """Make transformers' arguments of a run, whose processes join here."""
+    given = {"num_train_epochs": 1, **config.training.model_dump(exclude_none=True)}
+    arguments = TrainingArguments(
+        output_dir=str(out),
+        use_cpu=find_device(config.target.device).type == "cpu",
+        disable_tqdm=True,
+        logging_nan_inf_filter=False,
+        **given,
+    )
+    # Without a launcher a run is one process on one GPU, and not `DataParallel` on all.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    if arguments.world_size == 1:
+        arguments.fsdp, arguments.fsdp_plugin_args = False, None
+    return arguments
+
+
+def follow_dtype(arguments: TrainingArguments, dtype: torch.dtype, config: TrainConfig) -> None:
+    """Train in the mixed precision that the target's dtype asks for, where none is chosen."""
+    follows = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    if follows is None or config.training.bf16 or config.training.fp16:
+        return
+    if getattr(config.training, follows) is False:
+        raise ValueError(
+            f"config training.{follows} is false but the target is in "
+            f"{str(dtype).removeprefix('torch.')}, and heads use its embedding and projection; "
+            f"set training.{follows}=true or target.dtype=float32"
+        )
+    setattr(arguments, follows, True)
+    arguments.mixed_precision = follows
+
+
+def _require_floats(trainee: Trainee) -> None:
+    for name, weight in trainee.module.named_parameters():
+        if not weight.is_floating_point():
+            raise ValueError(
+                f"config training.fsdp is true, but {name!r} is quantised "
+                f"({str(weight.dtype).removeprefix('torch.')}), which cannot be sharded; set "
+                "training.fsdp=false, where every process holds the base, or "
+                "drafter.options.method=lora"
+            )
+
+
+def _named(rows: Sequence[AnswerRow]) -> str:
+    names = ", ".join(repr(row.id) for row in rows[:_NAMED_ROWS])
+    more = len(rows) - _NAMED_ROWS
+    plural = "s" if len(rows) > 1 else ""
+    return f"row{plural} {names}" + (f" and {more} more" if more > 0 else "")

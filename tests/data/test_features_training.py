@@ -9,8 +9,9 @@ from tiny_models import tiny_target
 from specdec.checkpoints import identify_target
 from specdec.drafters.training import OBJECTIVES, objective, shifted
 from specdec.train.acceptance import count_matches, count_ranks
-from specdec.train.data import OnlineSource, StoredSource, packed
+from specdec.train.data import packed
 from specdec.train.heads import HeadTrainee
+from specdec.train.sources import OnlineSource, StoredSource
 
 KINDS = ("medusa", "eagle", "eagle3")
 

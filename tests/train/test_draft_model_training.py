@@ -13,11 +13,18 @@ from specdec.drafters.training import OBJECTIVES, objective, shifted
 from specdec.registry import load_drafter
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
-from specdec.train.data import OnlineSource, packed, padded
-from specdec.train.qlora import DraftModelOptions, DraftModelTrainee
+from specdec.train.data import packed, padded
+from specdec.train.qlora import DraftModelTrainee
 from specdec.train.run import run_training
+from specdec.train.sources import OnlineSource
 
-RUN = {"max_steps": 3, "lr": 1e-2, "eval_depth": 3, "eval_every": 0, "batch_size": 8}
+RUN = {
+    "max_steps": 3,
+    "learning_rate": 1e-2,
+    "eval_depth": 3,
+    "eval_strategy": "no",
+    "per_device_train_batch_size": 8,
+}
 ROWS = [
     AnswerRow(tuple(range(3, 3 + n)), ((start, n),))
     for n, start in ((9, 4), (4, 0), (12, 5), (3, 1), (7, 2))
@@ -92,7 +99,7 @@ def test_what_is_exported_says_what_was_trained(tmp_path, method, export):
     results = run_training(config, tmp_path / "out")
     before = tiny_llama(num_layers=1, seed=5)
     target = load_target(config.target.path, device="cpu")
-    loaded = load_drafter(results["drafter"], target)
+    loaded = load_drafter(results.drafter, target)
     tokens = torch.tensor([rows[-1]["tokens"]])
     matches = loaded.model.model(tokens).logits.argmax(-1) == target.model(tokens).logits.argmax(-1)
     guessed = before(tokens).logits.argmax(-1) == target.model(tokens).logits.argmax(-1)
@@ -108,7 +115,7 @@ def test_what_is_exported_says_what_was_trained(tmp_path, method, export):
         goal, said = batch.target_logits[mask], shifted(batch.tokens, 1)[mask]
         total += objective("forward_kl", logits, goal, said).item() * len(said)
         count += len(said)
-    assert total / count == pytest.approx(results["validation_loss"], rel=1e-3)
+    assert total / count == pytest.approx(results.validation_loss, rel=1e-3)
 
 
 def test_a_merged_model_is_a_plain_checkpoint_that_others_read(tmp_path):
@@ -125,7 +132,7 @@ def test_an_adapter_for_another_base_is_refused(tmp_path):
     config = tiny_config(
         tmp_path, **RUN, drafter=drafter(tmp_path, 2, method="lora", export="adapter")
     )
-    options = run_training(config, tmp_path / "out")["drafter"]
+    options = run_training(config, tmp_path / "out").drafter
     target = load_target(config.target.path, device="cpu")
     tiny_llama(num_layers=2, seed=6).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="was trained on another base"):
@@ -158,13 +165,13 @@ def test_total_variation_is_one_minus_the_acceptance_rate():
 @pytest.mark.parametrize(
     ("options", "loss", "message"),
     [
-        ({"ranks": 2}, {}, r"drafter.options.ranks is no option of a draft model; known: path"),
-        ({"method": "dora"}, {}, "method is 'dora' but must be one of full, lora, qlora"),
+        ({"ranks": 2}, {}, r"drafter.options key ranks does not exist; did you mean rank"),
+        ({"method": "dora"}, {}, "method is 'dora' but must be one of 'full', 'lora' or 'qlora'"),
         ({"method": "full", "export": "adapter"}, {}, "method 'full' makes none"),
         ({"rank": 0}, {}, "rank is 0 but must be at least 1"),
         ({"method": "lora", "targets": ["nothing"]}, {}, r"targets \['nothing'\]"),
-        ({}, {"decay": 1}, r"loss.decay is no option of the draft_model loss; known: objective"),
-        ({}, {"objective": "mse"}, "objective is 'mse' but must be one of cross_entropy"),
+        ({}, {"decay": 1}, r"loss key decay does not exist; known: objective, temperature"),
+        ({}, {"objective": "mse"}, "objective is 'mse' but must be one of 'cross_entropy'"),
         ({}, {"temperature": 0}, "temperature is 0 but must be above 0"),
     ],
 )
@@ -187,5 +194,5 @@ def test_gradient_checkpointing_changes_no_loss(tmp_path):
 
 def test_demo_is_the_embedded_draft_model_not_the_target():
     target = load_target("demo", device="cpu")
-    trainee = DraftModelTrainee(DraftModelOptions.from_dict({"method": "full"}), target, {})
+    trainee = DraftModelTrainee({"method": "full"}, target, {})
     assert trainee.module.config.num_hidden_layers < target.config.num_hidden_layers

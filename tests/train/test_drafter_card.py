@@ -4,8 +4,6 @@ import json
 
 import pytest
 import yaml
-from json_schema import violations
-from test_run import SCHEMA
 from tiny_models import tiny_llama
 from tiny_training import answer_rows, write_run
 from transformers import AutoModelForCausalLM
@@ -13,10 +11,12 @@ from typer.testing import CliRunner
 
 from specdec.checkpoints import read_head
 from specdec.cli import app
+from specdec.common.config import read_model
 from specdec.registry import load_drafter
 from specdec.report.cards import drafter_card
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
+from specdec.train.results import TrainResults
 
 
 def trained(folder, **settings):
@@ -26,8 +26,8 @@ def trained(folder, **settings):
     path = write_run(folder, rows, max_steps=2, eval_depth=2, **settings)
     done = CliRunner().invoke(app, ["train", str(path), "--out", str(folder / "out")])
     assert done.exit_code == 0, done.output
+    read_model(TrainResults, folder / "out" / "results.json")
     results = json.loads((folder / "out" / "results.json").read_text())
-    assert violations(results, SCHEMA) == []
     return results, (folder / "out" / "drafter" / "README.md").read_text()
 
 

@@ -12,11 +12,10 @@ from specdec.common.files import read_json
 from specdec.data.feature_store import FeatureStore
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
-from specdec.train.data import StoredMaterials
 from specdec.train.parity import ParityError
 from specdec.train.run import run_training
 
-RUN = {"max_steps": 3, "lr": 1e-2, "eval_depth": 3, "eval_every": 0, "batch_size": 5}
+RUN = {"max_steps": 3, "learning_rate": 1e-2, "eval_depth": 3, "eval_strategy": "no"}
 KINDS = {
     "eagle3": {"drafter": {"kind": "eagle3"}, "draft_vocab_size": 40},
     "eagle": {"drafter": {"kind": "eagle"}},
@@ -58,19 +57,19 @@ def config_of(made, folder, kind, path, **more):
 def test_a_whole_store_trains_what_the_target_beside_it_trains(made, tmp_path, kind, monkeypatch):
     online = run_training(config_of(made, tmp_path, kind, made / "answers"), tmp_path / "online")
     loaded = []
-    whole = StoredMaterials.whole_target
     monkeypatch.setattr(
-        StoredMaterials, "whole_target", lambda self: loaded.append(1) or whole(self)
+        "specdec.train.sources.load_target",
+        lambda *args, **kw: loaded.append(1) or load_target(*args, **kw),
     )
     stored = run_training(config_of(made, tmp_path, kind, made / "store"), tmp_path / "stored")
     for ours, theirs in zip(logged(tmp_path / "stored"), logged(tmp_path / "online"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-    assert stored["offline_tau"] == pytest.approx(online["offline_tau"])
-    assert stored["domains"].keys() == online["domains"].keys() == {"a", "b"}
-    assert stored["validation_rows"] == online["validation_rows"] == 5
-    assert stored["parity"]["passed"]
-    assert max(stored["parity"]["features"]["differences"].values()) < 1e-5
-    assert online["parity"]["features"] is None
+    assert stored.offline_tau == pytest.approx(online.offline_tau)
+    assert stored.domains.keys() == online.domains.keys() == {"a", "b"}
+    assert stored.validation_rows == online.validation_rows == 5
+    assert stored.parity.passed
+    assert max(stored.parity.features.differences.values()) < 1e-5
+    assert online.parity.features is None
     assert loaded == [1]  # for the gate alone
 
 
@@ -91,9 +90,9 @@ def test_a_store_that_lies_fails_the_gate(made, tmp_path, kind, said, monkeypatc
     more = {"drafter": {"kind": kind, "options": {"taps": [1, 2]}}} if kind == "eagle3" else {}
     with pytest.raises(ParityError, match=said) as caught:
         run_training(config_of(made, tmp_path, kind, made / "store", **more), tmp_path / "out")
-    parity = caught.value.results["parity"]
-    assert parity["measured_tau"] == parity["predicted_tau"]
-    assert not parity["passed"]
+    parity = caught.value.results.parity
+    assert parity.measured_tau == parity.predicted_tau
+    assert not parity.passed
 
 
 def test_a_store_of_another_target_is_refused(made, tmp_path):
@@ -117,7 +116,12 @@ def test_answers_of_another_target_are_refused(made, tmp_path):
     rows = answer_rows(HFTarget(tiny_llama(num_layers=3)), num_rows=8)
     write_folder(folder, rows)
     manifest = read_json(folder / "answers.json")
-    manifest["target"] = {"name": "theirs", "weights": "ab" * 32, "vocab_size": 97}
+    manifest["target"] = {
+        "name": "theirs",
+        "hidden_size": 32,
+        "weights": "ab" * 32,
+        "vocab_size": 97,
+    }
     (folder / "answers.json").write_text(json.dumps(manifest))
     config = config_of(made, tmp_path, "medusa", folder)
     with pytest.raises(ValueError, match="were written by target 'theirs' with weights abababab"):
@@ -131,8 +135,8 @@ def test_a_head_goes_on_from_another_one_with_its_own_vocabulary(made, tmp_path)
     more = {"drafter": {"kind": "eagle3", "init": init}, "draft_vocab_size": None}
     config = config_of(made, tmp_path, "eagle3", made / "answers", **more)
     after = run_training(config, tmp_path / "second")
-    assert after["validation_loss"] < before["validation_loss"]
-    assert after["draft_vocabulary"] is None
+    assert after.validation_loss < before.validation_loss
+    assert after.draft_vocabulary is None
     for change, message in (
         ({"kind": "eagle", "init": init}, r"holds a head of the kind 'eagle3', not 'eagle'"),
         ({"kind": "eagle3", "init": init, "options": {"taps": [1, 2, 3]}}, "are both given"),

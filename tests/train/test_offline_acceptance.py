@@ -9,14 +9,15 @@ from specdec.checkpoints import identify_target
 from specdec.data.answers import AnswerRow
 from specdec.drafters.training import TrainingBatch
 from specdec.train.acceptance import (
-    OfflineAcceptance,
     acceptance_by_rank,
+    chain_acceptance,
     count_matches,
     count_ranks,
     sum_of_overlaps,
 )
-from specdec.train.data import collate, view
+from specdec.train.data import collate
 from specdec.train.heads import HeadTrainee
+from specdec.train.sources import view
 
 DEPTH = 3
 
@@ -56,7 +57,7 @@ def plain_loop(head, target, rows, chain):
                     if said[depth] != best[root + depth]:
                         break
                     matched[depth] += 1
-    return OfflineAcceptance(num_roots, tuple(tested), tuple(matched))
+    return [num_roots, *tested, *matched]
 
 
 @pytest.mark.parametrize(
@@ -81,9 +82,9 @@ def test_it_is_what_a_plain_loop_over_positions_counts(kind, chain, options):
     batch = view(target, head.taps, collate(rows), torch.float32)
     trainee = HeadTrainee(kind, head, identify_target(target), {})
     drafted = trainee.candidates(batch, DEPTH, 1)[..., 0]
-    counted = OfflineAcceptance.from_counts(count_matches(drafted, batch))
+    counted = count_matches(drafted, batch).tolist()
     assert counted == plain_loop(head, target, rows, chain)
-    assert 0 < counted.matched[-1] < counted.tested[-1]
+    assert 0 < counted[-1] < counted[DEPTH]
 
 
 def test_ranks_are_counted_where_the_target_took_a_candidate_at_every_depth_above():
@@ -104,10 +105,8 @@ def test_ranks_are_counted_where_the_target_took_a_candidate_at_every_depth_abov
 
 
 def test_tau_and_acceptance_by_depth():
-    found = OfflineAcceptance(num_roots=10, tested=(10, 5, 0), matched=(6, 2, 0))
-    assert found.accepted_length == 1.8
-    assert found.by_depth == [0.6, 0.4, None]
-    assert OfflineAcceptance(0, (0,), (0,)).accepted_length == 1.0
+    assert chain_acceptance(torch.tensor([10, 10, 5, 0, 6, 2, 0])) == (1.8, [0.6, 0.4, None])
+    assert chain_acceptance(torch.tensor([0, 0, 0])) == (1.0, [None])
 
 
 def test_alpha_is_the_overlap_of_both_distributions_and_never_above_one():

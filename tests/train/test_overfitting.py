@@ -9,10 +9,11 @@ from specdec.data.answers import AnswerRow
 from specdec.drafters.heads import load_head
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
-from specdec.train.acceptance import OfflineAcceptance, count_matches
-from specdec.train.data import collate, view
+from specdec.train.acceptance import chain_acceptance, count_matches
+from specdec.train.data import collate
 from specdec.train.heads import HeadTrainee
 from specdec.train.run import run_training
+from specdec.train.sources import view
 
 # Without a training-time test EAGLE-1 drifts on its own features from the second depth on.
 KINDS = {
@@ -25,7 +26,7 @@ KINDS = {
             "drafter": {"kind": "eagle"},
             "loss": {"noise": 0.01, "cross_entropy_weight": 1.0},
             "max_steps": 600,
-            "lr": 2e-2,
+            "learning_rate": 2e-2,
         },
         (0.95, 0.85, 0.8),
     ),
@@ -40,20 +41,22 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_twenty_dialogues_are_learned_by_heart(kind, tmp_path):
+def test_head_learns_twenty_dialogues_by_heart(kind, tmp_path):
     settings, wanted = KINDS[kind]
     rows = answer_rows(HFTarget(tiny_llama(num_layers=3)))
     config = tiny_config(
         tmp_path,
         rows + rows,  # held-out rows that the head has seen
         data={"num_validation": 20},
-        **{"batch_size": 20, "lr": 1e-2, "eval_every": 0, "save_every": 0, "eval_depth": 3}
+        **{"per_device_train_batch_size": 20, "learning_rate": 1e-2, "eval_depth": 3}
+        | {"eval_strategy": "no", "save_strategy": "no"}
         | settings,
     )
     results = run_training(config, tmp_path / "out")
-    pairs = zip(results["offline_acceptance"], wanted, strict=True)
-    assert all(found > least for found, least in pairs), results["offline_acceptance"]
+    pairs = zip(results.offline_acceptance, wanted, strict=True)
+    assert all(found > least for found, least in pairs), results.offline_acceptance
 
     target = load_target(config.target.path, device="cpu")
     head, checkpoint = load_head(kind, target, str(tmp_path / "out" / "drafter"))
@@ -61,6 +64,6 @@ def test_twenty_dialogues_are_learned_by_heart(kind, tmp_path):
     seen = view(target, head.taps, batch, target.model.dtype)
     trainee = HeadTrainee(kind, head, identify_target(target), {})
     drafted = trainee.candidates(seen, 3, 1)[..., 0]
-    loaded = OfflineAcceptance.from_counts(count_matches(drafted, seen))
-    assert loaded.by_depth == results["offline_acceptance"]
-    assert checkpoint.training["offline_tau"] == loaded.accepted_length
+    tau, by_depth = chain_acceptance(count_matches(drafted, seen))
+    assert by_depth == results.offline_acceptance
+    assert checkpoint.training["offline_tau"] == tau

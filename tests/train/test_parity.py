@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,11 +24,11 @@ from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
 from specdec.train.checkpoint import whole_state
 from specdec.train.config import ParityConfig, load_train_config
-from specdec.train.data import OnlineSource
 from specdec.train.heads import HeadTrainee
 from specdec.train.parity import ParityError, ParityGate, choose_prompts, require_parity
-from specdec.train.qlora import DraftModelOptions, DraftModelTrainee
+from specdec.train.qlora import DraftModelTrainee
 from specdec.train.run import run_training
+from specdec.train.sources import OnlineSource
 
 DEPTH = 4
 TREE = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0, 0]]
@@ -61,8 +62,7 @@ def head_trainee(kind, target, **options):
 
 def draft_model_trainee(folder, target, amount=0.3, method="full"):
     perturbed(target.model, amount).save_pretrained(folder / "draft")
-    options = DraftModelOptions(path=str(folder / "draft"), method=method)
-    return DraftModelTrainee(options, target, {})
+    return DraftModelTrainee({"path": str(folder / "draft"), "method": method}, target, {})
 
 
 def gate_for(target, trainee, shape, **config):
@@ -95,11 +95,11 @@ def test_heads_accept_in_decoding_exactly_what_is_predicted(tmp_path, kind, opti
     predicted = gate.predict(trainee)
     measured = gate.measure(exported(trainee, tmp_path, shape))
     found = gate.compare(predicted, measured)
-    assert found["passed"], found
-    assert found["mismatches"] == 0
-    assert found["measured_tau"] == pytest.approx(found["predicted_tau"], abs=1e-9)
-    assert found["measured_acceptance"] == pytest.approx(found["predicted_acceptance"])
-    assert 1 < found["predicted_tau"] < 1 + DEPTH
+    assert found.passed, found
+    assert found.mismatches == 0
+    assert found.measured_tau == pytest.approx(found.predicted_tau, abs=1e-9)
+    assert found.measured_acceptance == pytest.approx(found.predicted_acceptance)
+    assert 1 < found.predicted_tau < 1 + DEPTH
     ours = [[(s.num_drafted, s.num_accepted) for s in steps] for steps in predicted]
     theirs = [[(s.num_drafted, s.num_accepted) for s in r.records] for r in measured]
     assert ours == theirs
@@ -115,9 +115,9 @@ def test_draft_models_accept_in_decoding_exactly_what_is_predicted(tmp_path, met
     expected = gate.predict(trainee)
     options = exported(trainee, tmp_path, SHAPES["chain"])
     found = gate.compare(expected, gate.measure(options))
-    assert found["passed"], found
-    assert found["relative_difference"] < (0.01 if method == "qlora" else 1e-9)
-    assert 1.3 < found["predicted_tau"] < 1 + DEPTH
+    assert found.passed, found
+    assert found.relative_difference < (0.01 if method == "qlora" else 1e-9)
+    assert 1.3 < found.predicted_tau < 1 + DEPTH
     assert gate.predict(trainee) == expected  # the drafter in memory is as it was
 
 
@@ -128,21 +128,20 @@ def test_a_text_that_fills_the_context_is_walked_to_its_end(tmp_path):
     measured = gate.measure(exported(trainee, tmp_path, SHAPES["chain"]))
     assert [len(r.prompt_tokens) + len(r.tokens) for r in measured] == [256] * 3
     found = gate.compare(gate.predict(trainee), measured)
-    assert found["measured_tau"] == pytest.approx(found["predicted_tau"], abs=1e-9)
+    assert found.measured_tau == pytest.approx(found.predicted_tau, abs=1e-9)
 
 
 def test_a_drafter_that_is_never_right_is_compared_all_the_same(tmp_path):
     target = tiny_target(vocab_size=97)
     perturbed(tiny_llama(seed=7), 1.0).save_pretrained(tmp_path / "draft")
-    options = DraftModelOptions(path=str(tmp_path / "draft"), method="full")
-    trainee = DraftModelTrainee(options, target, {})
+    trainee = DraftModelTrainee({"path": str(tmp_path / "draft"), "method": "full"}, target, {})
     gate = gate_for(target, trainee, SHAPES["chain"], num_prompts=2, max_new_tokens=5)
     found = gate.compare(
         gate.predict(trainee), gate.measure(exported(trainee, tmp_path, SHAPES["chain"]))
     )
-    assert found["predicted_tau"] == found["measured_tau"] == 1.0
-    assert found["predicted_acceptance"] == [0.0, None, None, None]
-    assert found["passed"]
+    assert found.predicted_tau == found.measured_tau == 1.0
+    assert found.predicted_acceptance == [0.0, None, None, None]
+    assert found.passed
 
 
 def test_the_walk_takes_the_first_nodes_of_a_tree_that_a_budget_keeps():
@@ -189,21 +188,21 @@ def test_a_prompt_whose_output_differs_fails_in_float32_and_is_left_out_in_half_
     measured = gate.measure(exported(trainee, tmp_path, SHAPES["chain"]))
     measured[3].tokens[5] += 1
     found = gate.compare(predicted, measured)
-    assert not found["passed"]
-    assert found["mismatches"] == 1
+    assert not found.passed
+    assert found.mismatches == 1
     with pytest.raises(ParityError, match=r"outputs for 1 of 12 .* not those of plain decoding"):
-        require_parity({"parity": found, "drafter": {"path": "x"}})
+        require_parity(SimpleNamespace(parity=found, drafter={"path": "x"}))
     target.model.config.dtype = torch.bfloat16
     target.model.to(torch.bfloat16)
     found = gate.compare(predicted, measured)
-    assert found["passed"]
-    assert found["mismatches"] == 1
+    assert found.passed
+    assert found.mismatches == 1
     for result in measured:
         result.tokens[0] += 1
     found = gate.compare(predicted, measured)
-    assert not found["passed"]
+    assert not found.passed
     with pytest.raises(ParityError, match="leaves nothing to compare"):
-        require_parity({"parity": found, "drafter": {"path": "x"}})
+        require_parity(SimpleNamespace(parity=found, drafter={"path": "x"}))
 
 
 TRAINED = {
@@ -211,10 +210,10 @@ TRAINED = {
     "draft_vocab_size": 60,
     "loss": {"num_steps": 3},
     "max_steps": 250,
-    "lr": 1e-2,
-    "batch_size": 20,
-    "eval_every": 0,
-    "save_every": 0,
+    "learning_rate": 1e-2,
+    "per_device_train_batch_size": 20,
+    "eval_strategy": "no",
+    "save_strategy": "no",
     "eval_depth": 3,
     "parity": {"num_prompts": 20, "max_new_tokens": 10},
 }
@@ -227,8 +226,8 @@ def trained(tmp_path_factory):
     rows = answer_rows(HFTarget(tiny_llama(num_layers=3)))
     path = write_run(folder, rows + rows, **TRAINED, data={"num_validation": 20})
     results = run_training(load_train_config(str(path)), folder / "out")
-    assert results["parity"]["passed"]
-    assert results["parity"]["predicted_tau"] > 2.5
+    assert results.parity.passed
+    assert results.parity.predicted_tau > 2.5
     return folder
 
 
@@ -288,12 +287,12 @@ def verdict(folder, drafter):
 @pytest.mark.parametrize("name", BREAKAGES)
 def test_a_head_that_is_not_what_was_trained_does_not_pass(trained, tmp_path, name):
     shutil.copytree(trained / "out" / "drafter", tmp_path / "drafter")
-    assert verdict(trained, tmp_path / "drafter")["passed"]
+    assert verdict(trained, tmp_path / "drafter").passed
     BREAKAGES[name](tmp_path / "drafter")
     found = verdict(trained, tmp_path / "drafter")
-    assert not found["passed"]
+    assert not found.passed
     with pytest.raises(ParityError, match=r"They part at depth 1 .*: look at what it reads"):
-        require_parity({"parity": found, "drafter": {"path": "x"}})
+        require_parity(SimpleNamespace(parity=found, drafter={"path": "x"}))
 
 
 def test_a_recurrent_state_that_is_not_fed_back_does_not_pass(trained, monkeypatch):
@@ -304,10 +303,10 @@ def test_a_recurrent_state_that_is_not_fed_back_does_not_pass(trained, monkeypat
 
     monkeypatch.setattr(FeatureDrafter, "_feed_beam", stale)
     found = verdict(trained, trained / "out" / "drafter")
-    assert not found["passed"]
+    assert not found.passed
     message = "They part at depth 2 .* the depths above are right, so look at positions"
     with pytest.raises(ParityError, match=message):
-        require_parity({"parity": found, "drafter": {"path": "x"}})
+        require_parity(SimpleNamespace(parity=found, drafter={"path": "x"}))
 
 
 def test_deeper_levels_at_positions_too_far_by_some_do_not_pass(trained, monkeypatch):
@@ -318,7 +317,7 @@ def test_deeper_levels_at_positions_too_far_by_some_do_not_pass(trained, monkeyp
         return tokens, visible, levels + 7
 
     monkeypatch.setattr(StaticGrowth, "newest", property(moved))
-    assert not verdict(trained, trained / "out" / "drafter")["passed"]
+    assert not verdict(trained, trained / "out" / "drafter").passed
 
 
 def test_a_draft_model_merged_into_four_bits_does_not_pass(tmp_path):
@@ -335,14 +334,15 @@ def test_a_draft_model_merged_into_four_bits_does_not_pass(tmp_path):
 
     changed(tmp_path / "drafter", to_four_bits)
     found = gate.compare(gate.predict(trainee), gate.measure(options))
-    assert not found["passed"]
-    assert found["measured_tau"] < found["predicted_tau"]
+    assert not found.passed
+    assert found.measured_tau < found.predicted_tau
 
 
 def test_the_command_fails_says_why_and_writes_everything_and_runs_the_gate_again(
     tmp_path, monkeypatch
 ):
-    path = write_run(tmp_path, **TRAINED | {"max_steps": 60})
+    parity = {**TRAINED["parity"], "max_difference": 0.01}
+    path = write_run(tmp_path, **TRAINED | {"max_steps": 60, "parity": parity})
     out = tmp_path / "out"
     command = ["train", str(path), "--out", str(out)]
     export = HeadTrainee.export

@@ -17,12 +17,13 @@ from specdec.train.run import run_training
 RUN = {
     "drafter": {"kind": "eagle3"},
     "draft_vocab_size": 40,
-    "batch_size": 4,
-    "lr": 1e-2,
-    "num_epochs": 3,
-    "eval_every": 2,
-    "save_every": 2,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "num_train_epochs": 3,
+    "eval_steps": 2,
+    "save_steps": 2,
 }
+TWICE = ["training.gradient_accumulation_steps=2"]  # what a second process does
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
@@ -59,13 +60,14 @@ app(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_share_the_steps_and_a_sigterm_loses_none_of_them(tmp_path):
-    path = write_run(tmp_path, **RUN, log_with="tensorboard")
+    path = write_run(tmp_path, **RUN, report_to="tensorboard")
     two, script = tmp_path / "two", tmp_path / "stopped.py"
     script.write_text(STOPPED)
     # Enough steps for the signal to come before the last one.
-    long = {**RUN, "num_epochs": 40, "eval_every": 0, "save_every": 0}
+    long = {**RUN, "num_train_epochs": 40, "eval_strategy": "no", "save_strategy": "no"}
     (tmp_path / "long").mkdir()
     stopped = launched(
         str(script), "train", str(write_run(tmp_path / "long", **long)), "--out", str(two)
@@ -80,7 +82,7 @@ def test_two_processes_share_the_steps_and_a_sigterm_loses_none_of_them(tmp_path
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('"offline_tau"') == 1
     assert len(list((two / "tensorboard").glob("events*"))) == 1
-    run_training(load_train_config(str(path), ["gradient_accumulation=2"]), tmp_path / "one")
+    run_training(load_train_config(str(path), TWICE), tmp_path / "one")
     assert_close(two, tmp_path / "one")
     torch.testing.assert_close(drafter(two), drafter(tmp_path / "one"), rtol=0, atol=2e-3)
 
@@ -90,21 +92,17 @@ import math, os, shutil, signal, sys
 from pathlib import Path
 
 from accelerate import PartialState
-from accelerate.state import AcceleratorState
 from torch.distributed.tensor import DTensor
 
-from specdec.drafters.training import LossOutput
-from specdec.train import heads as head_trainee
 from specdec.train.config import load_train_config
-from specdec.train.trainer import Interrupted
+from specdec.train.heads import HeadTrainee
 from specdec.train.run import run_training
-from specdec.train.trainer import Trainer
+from specdec.train.trainer import Interrupted, Trainer
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 
 def run(config, out, *overrides):
-    AcceleratorState._reset_state()
-    settings = load_train_config(str(folder / config), ["sharding=fsdp2", *overrides])
+    settings = load_train_config(str(folder / config), ["training.fsdp=true", *overrides])
     return run_training(settings, folder / out)
 
 def failure(kind, *arguments):
@@ -114,27 +112,27 @@ def failure(kind, *arguments):
         return str(error)
     raise AssertionError(arguments)
 
-real_run, real_step = Trainer.run, Trainer._step
+real_step, real_train = Trainer.training_step, Trainer.train
 
-def checked_run(self, callback):
-    trained = [weight for weight in self.learner.model.parameters() if weight.requires_grad]
-    assert trained and all(isinstance(weight, DTensor) for weight in trained)
-    real_run(self, callback)
-    tensors = self.learner.tensors()
+def checked_train(self, **given):
+    real_train(self, **given)
+    trained = self.model.trained
+    assert trained and all(isinstance(weight, DTensor) for weight in trained.values())
+    tensors, _ = self._tensors()
     kept = [name for name in tensors if name.startswith("optimizer") and tensors[name].ndim]
     assert len(kept) == 2 * len(trained)
     assert all(isinstance(tensors[name], DTensor) for name in kept)
 
-def stopping_step(self):
-    if rank == 1 and self.progress.step == 3 and self.folder.folder.name == "stopped":
+def stopping_step(self, *given):
+    if rank == 1 and self.state.global_step == 3 and self.out.name == "stopped":
         os.kill(os.getpid(), signal.SIGTERM)  # the other process has to hear of it
-    return real_step(self)
+    return real_step(self, *given)
 
-Trainer.run, Trainer._step = checked_run, stopping_step
+Trainer.train, Trainer.training_step = checked_train, stopping_step
 
 run("train.yaml", "two")
 assert "SIGTERM" in failure(Interrupted, "train.yaml", "stopped")
-Trainer._step = real_step
+Trainer.training_step = real_step
 assert (folder / "stopped" / "checkpoint-4").is_dir()
 if rank == 0:
     shutil.copytree(folder / "stopped", folder / "moved")
@@ -142,19 +140,19 @@ PartialState().wait_for_everyone()
 run("train.yaml", "stopped")
 run("train.yaml", "from-one")
 run("full/train.yaml", "full/two")
-run("lora/train.yaml", "lora/two", "mixed_precision=bf16")
+run("lora/train.yaml", "lora/two", "training.bf16=true")
 assert "is quantised" in failure(
     ValueError, "lora/train.yaml", "qlora", "drafter.options.method=qlora"
 )
 apart = failure(ValueError, "train.yaml", "two" if rank else "apart")
 assert "processes find checkpoints of different steps [0, 6]" in apart
 
-def poisoned(kind, head, batch, **options):
-    result = real_loss(kind, head, batch, **options)
-    is_long = batch.tokens.shape[1] > 26 and head.training
-    return LossOutput(result.loss * math.nan if is_long else result.loss, result.parts)
+def poisoned(self, batch):
+    loss, parts = real_forward(self, batch)
+    is_long = batch.tokens.shape[1] > 26 and self.training
+    return (loss * math.nan if is_long else loss), parts
 
-real_loss, head_trainee.head_loss = head_trainee.head_loss, poisoned
+real_forward, HeadTrainee.forward = HeadTrainee.forward, poisoned
 assert "of rows 'line" in failure(FloatingPointError, "train.yaml", "poisoned")
 """
 
@@ -171,14 +169,16 @@ def draft_model_run(folder, method):
     model.tie_weights()
     model.save_pretrained(folder / "draft")
     options = {"path": str(folder / "draft"), "method": method}
-    settings = {"batch_size": 4, "lr": 1e-3, "max_steps": 3, "eval_every": 2}
+    settings = {"learning_rate": 1e-3, "max_steps": 3, "eval_steps": 2}
+    settings["per_device_train_batch_size"] = 4
     write_run(folder, **settings, drafter={"kind": "draft_model", "options": options})
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_sharded_runs_are_those_of_one_process_and_move_between_numbers_of_processes(tmp_path):
-    config = load_train_config(str(write_run(tmp_path, **RUN)), ["gradient_accumulation=2"])
-    config.save_every = 1
+    config = load_train_config(str(write_run(tmp_path, **RUN)), TWICE)
+    config.training.save_steps = 1
     with pytest.raises(KeyboardInterrupt):
         run_training(config, tmp_path / "from-one", stop_at_three)
     for method in ("full", "lora"):
@@ -198,7 +198,7 @@ def test_sharded_runs_are_those_of_one_process_and_move_between_numbers_of_proce
         assert logged(tmp_path / "stopped", kind) == logged(tmp_path / "two", kind)
     for method, tolerance in (("full", 1e-3), ("lora", 2e-2)):
         folder = tmp_path / method
-        alone = load_train_config(str(folder / "train.yaml"), ["gradient_accumulation=2"])
+        alone = load_train_config(str(folder / "train.yaml"), TWICE)
         run_training(alone, folder / "one")
         assert_close(folder / "two", folder / "one", rel=tolerance)
         models = [

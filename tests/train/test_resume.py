@@ -1,4 +1,4 @@
-"""A killed run goes on as if nothing had happened, and keeps to its own folder."""
+"""A stopped or killed run goes on as if nothing had happened, and keeps to its own folder."""
 
 import errno
 import json
@@ -7,23 +7,26 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_training import logged, tiny_config, write_run
 
+from specdec.train import trainer
 from specdec.train.config import load_train_config
 from specdec.train.run import run_training
+from specdec.train.trainer import Interrupted, Interruption
 
-# The noise of EAGLE-1 shows whether random numbers are resumed too.
+# The noise of EAGLE-1 shows whether random numbers are resumed too. Step 6 has an evaluation.
 SETTINGS = {
     "drafter": {"kind": "eagle"},
-    "gradient_accumulation": 2,
-    "batch_size": 3,
+    "gradient_accumulation_steps": 2,
+    "per_device_train_batch_size": 3,
     "max_steps": 9,
-    "save_every": 4,
-    "eval_every": 3,
+    "save_steps": 4,
+    "eval_steps": 3,
 }
 
 
@@ -33,6 +36,15 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     run_training(load_train_config(str(write_run(folder, **SETTINGS))), folder / "out")
     return folder
+
+
+def again(whole, out):
+    """Give the same command again, with another folder."""
+    return run_training(load_train_config(str(whole / "train.yaml")), out)
+
+
+def checkpoints(out):
+    return {path.name for path in out.glob("*checkpoint-*")}
 
 
 def assert_same_run(folder, other):
@@ -59,25 +71,26 @@ run_training(load_train_config(sys.argv[1]), Path(sys.argv[2]), kill)
 """
 
 
-def test_a_killed_run_resumes_to_the_same_bits(whole, tmp_path):
+@pytest.mark.slow
+def test_killed_run_resumes_to_the_same_bits(whole, tmp_path):
     command = [sys.executable, "-c", KILLED, str(whole / "train.yaml"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [record["step"] for record in logged(tmp_path)] == list(range(1, 8))
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert [record["step"] for record in logged(tmp_path)] == list(range(1, 7))
+    assert checkpoints(tmp_path) == {"checkpoint-4"}
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"kind": "step", "st')  # what a kill in the middle of a line leaves
 
     path = tmp_path / "checkpoint-4" / "progress.json"
     content = json.loads(path.read_text())
-    content["progress"]["seconds"] += 1000  # as if the first session had been a long one
+    content["seconds"] += 1000  # as if the first session had been a long one
     path.write_text(json.dumps(content))
-    results = run_training(load_train_config(str(whole / "train.yaml")), tmp_path)
+    results = again(whole, tmp_path)
     assert_same_run(tmp_path, whole / "out")
     uninterrupted = json.loads((whole / "out" / "results.json").read_text())
     for key in ("steps", "tokens", "answer_tokens", "loss", "validation_loss", "offline_tau"):
-        assert results[key] == uninterrupted[key]
-    assert results["seconds"] > 1000
+        assert getattr(results, key) == uninterrupted[key]
+    assert results.seconds > 1000
 
 
 def is_tensors_of(step, file):
@@ -85,44 +98,28 @@ def is_tensors_of(step, file):
     return f"checkpoint-{step}." in path and path.endswith(".safetensors")
 
 
-def test_a_run_that_is_stopped_while_it_saves_resumes_from_the_checkpoint_before(
-    whole, tmp_path, monkeypatch
-):
-    config = load_train_config(str(whole / "train.yaml"))
-    fsync, calls = os.fsync, []
-
-    def interrupted(file):
-        fsync(file)
-        calls.extend([file] * is_tensors_of(8, file))
-        if calls:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run_training(config, tmp_path)
-    monkeypatch.undo()
-    names = {path.name for path in tmp_path.glob("*checkpoint-*")}
-    assert names == {"checkpoint-4", ".checkpoint-8.partial"}
-    run_training(config, tmp_path)
-    assert_same_run(tmp_path, whole / "out")
-
-
-def test_a_full_disk_stops_the_run_and_leaves_the_older_checkpoint(whole, tmp_path, monkeypatch):
-    config = load_train_config(str(whole / "train.yaml"))
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (KeyboardInterrupt(), ""),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "no space left .* the disk is full"),
+    ],
+    ids=["stopped", "full disk"],
+)
+def test_failed_save_leaves_the_older_checkpoint(whole, tmp_path, monkeypatch, error, message):
     fsync = os.fsync
 
-    def full(file):
+    def failing(file):
         if is_tensors_of(8, file):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise error
         fsync(file)
 
-    monkeypatch.setattr(os, "fsync", full)
-    message = r"step 8 could not be written to .*: the disk is full; checkpoint-4 is intact"
-    with pytest.raises(OSError, match=message):
-        run_training(config, tmp_path)
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(type(error), match=message):
+        again(whole, tmp_path)
     monkeypatch.undo()
-    assert {path.name for path in tmp_path.glob("*checkpoint-*")} == {"checkpoint-4"}
-    run_training(config, tmp_path)
+    assert checkpoints(tmp_path) == {"checkpoint-4"}
+    again(whole, tmp_path)
     assert_same_run(tmp_path, whole / "out")
 
 
@@ -141,6 +138,14 @@ def broken(tensors, fault):
     return name
 
 
+@pytest.fixture
+def unfinished(whole, tmp_path):
+    """A folder whose newest checkpoint is that of step 8."""
+    shutil.copytree(whole / "out", tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "checkpoint-9")
+    return tmp_path / "out"
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -151,53 +156,47 @@ def broken(tensors, fault):
         ("nan", "its 'NAME' holds numbers that are not finite"),
     ],
 )
-def test_a_damaged_checkpoint_is_refused_by_the_tensor(whole, tmp_path, fault, message):
-    shutil.copytree(whole / "out", tmp_path / "out")
-    (path,) = (tmp_path / "out" / "checkpoint-9").glob("*.safetensors")
+def test_damaged_checkpoint_is_refused_by_its_tensor(whole, unfinished, fault, message):
+    (path,) = (unfinished / "checkpoint-8").glob("*.safetensors")
     tensors = load_file(path)
     name = broken(tensors, fault)
     save_file(tensors, path)
     with pytest.raises(ValueError, match=message.replace("NAME", name) + ".*; remove it, and"):
-        run_training(load_train_config(str(whole / "train.yaml")), tmp_path / "out")
+        again(whole, unfinished)
 
 
-def test_a_cut_checkpoint_is_refused(whole, tmp_path):
-    shutil.copytree(whole / "out", tmp_path / "out")
-    (path,) = (tmp_path / "out" / "checkpoint-9").glob("*.safetensors")
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"checkpoint-9' is damaged: a file of it cannot be read"):
-        run_training(load_train_config(str(whole / "train.yaml")), tmp_path / "out")
+@pytest.mark.parametrize("suffix", ["safetensors", "json"])
+def test_cut_checkpoint_is_refused(whole, unfinished, suffix):
+    for path in (unfinished / "checkpoint-8").glob(f"*.{suffix}"):
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"checkpoint-8' is damaged: .*; remove it, and"):
+        again(whole, unfinished)
 
 
-def test_checkpoints_hold_no_pickle(whole):
+def test_newest_two_checkpoints_are_kept_without_pickles(whole):
+    assert checkpoints(whole / "out") == {"checkpoint-8", "checkpoint-9"}
     names = {path.suffix for path in (whole / "out" / "checkpoint-9").iterdir()}
     assert names == {".json", ".safetensors"}
 
 
-def test_the_newest_two_checkpoints_are_kept(whole):
-    names = {path.name for path in (whole / "out").glob("*checkpoint-*")}
-    assert names == {"checkpoint-8", "checkpoint-9"}
-
-
-def test_a_finished_run_only_writes_its_results_again(whole):
+def test_finished_run_only_writes_its_results_again(whole):
     before = (whole / "out" / "log.jsonl").read_bytes()
     results = json.loads((whole / "out" / "results.json").read_text())
-    again = run_training(load_train_config(str(whole / "train.yaml")), whole / "out")
+    found = again(whole, whole / "out").model_dump(mode="json", by_alias=True)
     assert (whole / "out" / "log.jsonl").read_bytes() == before
-    assert {k: v for k, v in again.items() if k != "provenance"} == {
-        k: v for k, v in results.items() if k != "provenance"
-    }
+    for key in results.keys() - {"provenance", "seconds"}:
+        assert found[key] == results[key]
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("lr=0.5", r"another lr \(0.001, not 0.5\)"),
-        ("drafter.kind=eagle3", "another drafter.kind"),
-        ("data.num_validation=4", "another data.num_validation"),
+        ("training.learning_rate=0.5", "training.learning_rate is 0.001 there, not 0.5"),
+        ("drafter.kind=eagle3", "drafter.kind is 'eagle' there"),
+        ("data.num_validation=4", "data.num_validation is 5 there, not 4"),
     ],
 )
-def test_a_folder_of_another_configuration_is_refused(whole, override, message):
+def test_folder_of_another_configuration_is_refused(whole, override, message):
     config = load_train_config(str(whole / "train.yaml"), [override])
     before = (whole / "out" / "log.jsonl").read_bytes()
     with pytest.raises(ValueError, match=message + r".*choose another --out folder"):
@@ -205,18 +204,95 @@ def test_a_folder_of_another_configuration_is_refused(whole, override, message):
     assert (whole / "out" / "log.jsonl").read_bytes() == before
 
 
-def test_other_rows_or_another_target_are_refused(whole, tmp_path):
+def test_folder_of_other_rows_is_refused(whole, tmp_path):
     config = tiny_config(tmp_path, **SETTINGS)
     rows = (tmp_path / "answers.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "answers.jsonl").write_text("".join(rows[1:] + rows[:1]))
-    with pytest.raises(ValueError, match="another rows"):
+    with pytest.raises(ValueError, match="rows is "):
         run_training(config, whole / "out")
 
 
-def test_paths_threads_and_saving_may_change_between_sessions(whole, tmp_path):
-    config = tiny_config(tmp_path, **SETTINGS)
-    config.threads, config.save_every = 2, 1
+def test_paths_threads_and_saving_may_change(whole, tmp_path):
+    config = tiny_config(tmp_path, **SETTINGS, logging_steps=2)
+    config.threads, config.training.save_steps = 2, 1
     try:
         run_training(config, whole / "out")
     finally:
         torch.set_num_threads(1)
+
+
+def stopping_at_five(number):
+    def callback(done, total, text):
+        if done == 5:
+            os.kill(os.getpid(), number)
+
+    return callback
+
+
+def assert_stopped_at_six_and_resumes(whole, out):
+    assert checkpoints(out) == {"checkpoint-4", "checkpoint-6"}
+    assert len(logged(out)) == 6
+    again(whole, out)
+    for kind in ("step", "evaluation"):
+        assert logged(out, kind) == logged(whole / "out", kind)
+
+
+COMMAND = """
+import os, signal, sys
+from specdec.cli import app
+from specdec.train import run
+
+def stopping(config, out, show):
+    return real(config, out, lambda done, *_: done == 5 and os.kill(os.getpid(), signal.SIGINT))
+
+real, run.run_training = run.run_training, stopping
+app(["train", sys.argv[1], "--out", sys.argv[2]])
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_writes_a_checkpoint_that_resumes(whole, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", COMMAND, str(whole / "train.yaml"), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 130, done.stderr
+    assert "stopped by Ctrl-C at" in done.stderr
+    assert "checkpoint-6; the same command resumes from there" in " ".join(done.stderr.split())
+    assert_stopped_at_six_and_resumes(whole, out)
+
+
+def test_sigterm_writes_a_checkpoint_and_restores_handlers(whole, tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    config = load_train_config(str(whole / "train.yaml"))
+    with pytest.raises(Interrupted, match=r"SIGTERM at .*checkpoint-6; the same") as caught:
+        run_training(config, tmp_path / "out", stopping_at_five(signal.SIGTERM))
+    assert caught.value.status == 143
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert_stopped_at_six_and_resumes(whole, tmp_path / "out")
+
+
+def test_second_ctrl_c_stops_at_once_but_no_echo(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: now[0])
+    with Interruption() as noted:
+        os.kill(os.getpid(), signal.SIGINT)
+        now[0] += 0.2  # a launcher passes on what the terminal has sent already
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert noted.counts == [1, 1]
+        now[0] += 2
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_other_threads_leave_signals_alone():
+    before, seen = signal.getsignal(signal.SIGINT), []
+
+    def enter():
+        with Interruption():
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [before]
