@@ -34,11 +34,7 @@ def matches(files: RawFiles) -> bool:
 
 
 def read(files: RawFiles) -> HeadCheckpoint:
-    """Read a head.
-
-    Raises:
-        ValueError: a size is missing in its config, or a tensor is missing, left over or wrong.
-    """
+    """Read a head."""
     backbone = backbone_of(files.config, files.config_path)
     flags = validated(_Flags, files.config, repr(files.config_path))
     options = {
@@ -52,11 +48,7 @@ def read(files: RawFiles) -> HeadCheckpoint:
 
 
 def write(checkpoint: HeadCheckpoint) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors of a head.
-
-    Raises:
-        ValueError: an option that this layout cannot hold.
-    """
+    """Config and tensors of a head."""
     options = whole_options(checkpoint, NAME)
     config = {"architectures": ["LlamaForCausalLM"], **config_of(options["backbone"])}
     config |= {"bias": options["bias"], "qkv_bias": options["qkv_bias"]}

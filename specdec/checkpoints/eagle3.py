@@ -62,12 +62,7 @@ def matches(files: RawFiles) -> bool:
 
 
 def read(files: RawFiles) -> HeadCheckpoint:
-    """Read a head.
-
-    Raises:
-        ValueError: a size is missing in its config, a part that our head does not have, taps that
-            contradict each other, or a tensor that is missing, left over or wrong.
-    """
+    """Read a head."""
     where = files.config_path
     keys = validated(_Keys, files.config, repr(where))
     inner = keys.eagle_config or _EngineKeys()
@@ -89,11 +84,7 @@ def read(files: RawFiles) -> HeadCheckpoint:
 def head_of_keys(
     keys: Eagle3Keys, backbone: dict[str, Any], files: RawFiles, layout: str
 ) -> HeadCheckpoint:
-    """An EAGLE-3 head from the keys that all its layouts share.
-
-    Raises:
-        ValueError: a tensor is missing, left over or wrong, or the token maps are.
-    """
+    """An EAGLE-3 head from the keys that all its layouts share."""
     taps = keys.eagle_aux_hidden_state_layer_ids
     options = {
         "backbone": backbone,
@@ -135,11 +126,7 @@ def _with_whole_maps(
 
 
 def write(checkpoint: HeadCheckpoint) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors of a head.
-
-    Raises:
-        ValueError: an option that this layout cannot hold.
-    """
+    """Config and tensors of a head."""
     options = whole_options(checkpoint, NAME)
     if options["norm_before_residual"]:
         raise ValueError(
@@ -163,11 +150,7 @@ def write(checkpoint: HeadCheckpoint) -> tuple[dict[str, Any], dict[str, Tensor]
 def shared_config(
     options: dict[str, Any], target: TargetIdentity | None, layout: str
 ) -> dict[str, Any]:
-    """Keys that all layouts of EAGLE-3 share, layers counted as vLLM does.
-
-    Raises:
-        ValueError: taps that engines cannot capture.
-    """
+    """Keys that all layouts of EAGLE-3 share, layers counted as vLLM does."""
     backbone = options["backbone"]
     config = {"draft_vocab_size": options.get("draft_vocab_size", backbone["vocab_size"])}
     width = options.get("target_hidden_size", backbone["hidden_size"])

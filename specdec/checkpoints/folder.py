@@ -54,12 +54,7 @@ class RawFiles:
 
 
 def read_raw(folder: Path) -> RawFiles:
-    """Read the files of a layout other than our own.
-
-    Raises:
-        FileNotFoundError: no file that could hold a head's tensors.
-        ValueError: a file is corrupt, or two could be meant.
-    """
+    """Read the files of a layout other than our own."""
     found = [name for name in WEIGHT_FILES if (folder / name).exists()]
     config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
     if not found:
@@ -79,15 +74,7 @@ def _seen(config: dict[str, Any]) -> str:
 
 
 def find_folder(path: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint, downloaded if the path is a hub id.
-
-    Args:
-        path: folder, `~` for the home folder; or a hub id.
-        revision: of a hub id.
-
-    Raises:
-        FileNotFoundError: neither a folder nor a repository that can be reached.
-    """
+    """The folder of a checkpoint, downloaded if the path is a hub id."""
     found = find_checkpoint(str(path), "a folder with a head's checkpoint")
     return Path(found) if Path(found).is_dir() else _download(found, revision)
 
@@ -125,11 +112,7 @@ def size_on_disk(folder: Path) -> int:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file or of a torch file, which is never unpickled as objects.
-
-    Raises:
-        ValueError: it is corrupt, or holds anything but named tensors.
-    """
+    """Tensors of a safetensors file or of a torch file, which is never unpickled as objects."""
     try:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
@@ -164,11 +147,7 @@ def dtype_name(tensors: Mapping[str, Tensor]) -> str:
 
 
 def json_bytes(content: Mapping[str, Any]) -> bytes:
-    """A JSON object as the text of a file, a list of numbers on one line.
-
-    Raises:
-        ValueError: a value that JSON cannot hold, such as NaN.
-    """
+    """A JSON object as the text of a file, a list of numbers on one line."""
     try:
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:

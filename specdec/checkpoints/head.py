@@ -67,11 +67,7 @@ class HeadCheckpoint:
 
 
 def construct(kind: str, options: Mapping[str, Any], target_config: Any, *parts: Any) -> Any:
-    """Build the head of a strategy; see `specdec.drafters.heads.Head`.
-
-    Raises:
-        ValueError: no such head, or an option that it does not have or cannot use.
-    """
+    """Build the head of a strategy; see `specdec.drafters.heads.Head`."""
     try:
         return head_class(kind)(options, target_config, *parts)
     except (TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
@@ -83,9 +79,6 @@ def head_of(checkpoint: HeadCheckpoint, where: str = "the head") -> Any:
 
     What its options leave to the target is taken from the target's identity, and from the tensors
     where that is not known.
-
-    Raises:
-        ValueError: an option that the head does not have or cannot use.
     """
     known = {"hidden_size": None, "vocab_size": None, "num_hidden_layers": 0}
     known |= head_class(checkpoint.kind).target_facts(checkpoint.tensors)
@@ -125,18 +118,10 @@ def take_tensors(
     name_of: Callable[[str], str] = str,
     carried: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """A head's tensors under our names.
+    """Check tensors against a module's `state_dict`, and name them as it does.
 
-    Args:
-        where: the file, for messages.
-        given: tensors under the layout's names.
-        head: the module, whose `state_dict` says what must be there.
-        name_of: the layout's name for one of ours.
-        carried: the layout's names of tensors that may be there for nothing.
-
-    Raises:
-        ValueError: a tensor is missing, left over, of a wrong shape or dtype, not finite, or
-            refused by the head.
+    `name_of` gives the layout's name of one of ours, `carried` names tensors that may be there for
+    nothing.
     """
     wanted = head.state_dict()
     names = {ours: name_of(ours) for ours in wanted}
@@ -191,17 +176,7 @@ def checked(
     name_of: Callable[[str], str] = str,
     carried: Collection[str] = (),
 ) -> HeadCheckpoint:
-    """Check tensors and tree of a checkpoint, and name the tensors as we do.
-
-    Args:
-        checkpoint: the head, its tensors under the layout's names.
-        where: the file with the tensors, for messages.
-        name_of: see `take_tensors`.
-        carried: see `take_tensors`.
-
-    Raises:
-        ValueError: see `head_of`, `take_tensors` and `check_tree`.
-    """
+    """Check tensors and tree of a checkpoint, and name the tensors as we do."""
     check_tree(checkpoint.tree, where)
     head = head_of(checkpoint, where)
     return replace(
@@ -210,11 +185,7 @@ def checked(
 
 
 def check_tree(tree: Any, where: str) -> None:
-    """Refuse what is no list of ranks for each node, or a node without its parent.
-
-    Raises:
-        ValueError: the tree or the node.
-    """
+    """Refuse what is no list of ranks for each node, or a node without its parent."""
     if tree is None:
         return
     is_list = isinstance(tree, list) and all(isinstance(node, list) for node in tree)

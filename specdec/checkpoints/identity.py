@@ -145,16 +145,7 @@ def _different_facts(
 
 
 def check_resumed(folder: Path, written: Any, given: Any) -> None:
-    """Refuse to go on with a run of another target.
-
-    Args:
-        folder: the run.
-        written: its target's identity, see `as_json`; None in a run of an older specdec.
-        given: that of the target that is there.
-
-    Raises:
-        ValueError: the first fact that differs.
-    """
+    """Refuse to go on with a run of another target."""
     known, identity = (identity_of(each or {}) for each in (written, given))
     where, renew = repr(str(folder)), "give the command with an empty --out folder"
     for fact, was, now in differences(known, identity, where, renew, is_resume=True):

@@ -52,13 +52,6 @@ def backbone_of(config: dict[str, Any], where: str) -> dict[str, Any]:
     """Options of the layer; what the file leaves out is what transformers takes for it.
 
     Nothing is left to the target, whose own values may be others.
-
-    Args:
-        config: content of a `config.json`.
-        where: the file, for messages.
-
-    Raises:
-        ValueError: a size is missing or no size, or something that our layer does not have.
     """
     facts = validated(LlamaFacts, config, repr(where))
     return {
@@ -121,11 +114,7 @@ def config_of(backbone: dict[str, Any]) -> dict[str, Any]:
 
 
 def whole_options(checkpoint: HeadCheckpoint, layout: str) -> dict[str, Any]:
-    """Options with their defaults that leave no fact of the layer to the target.
-
-    Raises:
-        ValueError: a fact is missing, or one is there that no layout but our own can hold.
-    """
+    """Options with their defaults that leave no fact of the layer to the target."""
     given = head_class(checkpoint.kind).given(checkpoint.options)
     known: dict[str, Any] = given.model_dump(exclude_none=True)
     backbone = known["backbone"]

@@ -36,11 +36,7 @@ def matches(files: RawFiles) -> bool:
 
 
 def read(files: RawFiles) -> HeadCheckpoint:
-    """Read heads.
-
-    Raises:
-        ValueError: the config counts other heads than there are, or wrong tensors.
-    """
+    """Read heads."""
     keys = validated(_Keys, files.config, repr(files.config_path))
     num_heads, num_layers = _counts(files, keys)
     sizes = _sizes(files.tensors)
@@ -102,11 +98,7 @@ def _sizes(tensors: dict[str, Tensor]) -> dict[str, int]:
 
 
 def checked_options(checkpoint: HeadCheckpoint, layout: str) -> Any:
-    """Options of heads that read the target's last state, as these layouts imply.
-
-    Raises:
-        ValueError: they read another one.
-    """
+    """Options of heads that read the target's last state, as these layouts imply."""
     options = head_class(checkpoint.kind).given(checkpoint.options)
     num_layers = checkpoint.target.num_layers if checkpoint.target else None
     if None not in (options.tap, num_layers) and options.tap != num_layers:
@@ -118,11 +110,7 @@ def checked_options(checkpoint: HeadCheckpoint, layout: str) -> Any:
 
 
 def write(checkpoint: HeadCheckpoint) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors of heads.
-
-    Raises:
-        ValueError: an option that this layout cannot hold.
-    """
+    """Config and tensors of heads."""
     options = checked_options(checkpoint, NAME)
     config: dict[str, Any] = {
         "medusa_num_heads": options.num_heads,

@@ -40,11 +40,7 @@ class Description(Config):
 
 
 def describe(checkpoint: HeadCheckpoint, layout: str) -> bytes:
-    """All of a checkpoint but its tensors, as `specdec.json` holds it.
-
-    Raises:
-        ValueError: options or training that JSON cannot hold.
-    """
+    """All of a checkpoint but its tensors, as `specdec.json` holds it."""
     content = {
         "format": 1,
         "layout": layout,
@@ -70,15 +66,7 @@ def _checksum(content: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 
 
 def check_checksum(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Refuse a description or tensors that are not those that were written together.
-
-    Args:
-        path: the description; one of an older version has no checksum.
-        tensors: those of the checkpoint, under our names.
-
-    Raises:
-        ValueError: the checksum is another one.
-    """
+    """Refuse a description or tensors that are not those that were written together."""
     content = read_json(path)
     if "sha256" in content and content.pop("sha256") != _checksum(content, tensors):
         raise ValueError(
@@ -89,11 +77,7 @@ def check_checksum(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_description(path: Path) -> Description:
-    """Read `specdec.json`.
-
-    Raises:
-        ValueError: another format, or fields that are missing, left over or of a wrong type.
-    """
+    """Read `specdec.json`."""
     found = read_model(Description, path)
     try:
         head_class(found.kind).given(found.options)
@@ -104,16 +88,7 @@ def read_description(path: Path) -> Description:
 
 
 def completed(checkpoint: HeadCheckpoint, known: Description, where: str) -> HeadCheckpoint:
-    """A checkpoint in a layout of the field, with what stands beside it.
-
-    Args:
-        checkpoint: as its own files tell it.
-        known: the description beside them.
-        where: the description, for messages.
-
-    Raises:
-        ValueError: both tell a fact and differ.
-    """
+    """A checkpoint in a layout of the field, with what stands beside it."""
     ours = _facts(known.layout, known.kind, known.options, known.target)
     theirs = _facts(checkpoint.layout, checkpoint.kind, checkpoint.options, checkpoint.target)
     if None not in (known.tree, checkpoint.tree):

@@ -47,11 +47,7 @@ def matches(files: RawFiles) -> bool:
 
 
 def read(files: RawFiles) -> HeadCheckpoint:
-    """Read a head.
-
-    Raises:
-        ValueError: another algorithm, a part that our head does not have, or wrong tensors.
-    """
+    """Read a head."""
     where = files.config_path
     keys = validated(_Keys, files.config, repr(where))
     if keys.norm_before_residual is None:
@@ -72,11 +68,7 @@ def read(files: RawFiles) -> HeadCheckpoint:
 
 
 def write(checkpoint: HeadCheckpoint) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors of a head.
-
-    Raises:
-        ValueError: no name of the target, or taps that engines cannot capture.
-    """
+    """Config and tensors of a head."""
     options = whole_options(checkpoint, NAME)
     target = checkpoint.target
     if target is None or target.name is None:

@@ -41,11 +41,7 @@ def matches(files: RawFiles) -> bool:
 
 
 def read(files: RawFiles) -> HeadCheckpoint:
-    """Read heads.
-
-    Raises:
-        ValueError: a reduced vocabulary, or a tensor that is missing, left over or wrong.
-    """
+    """Read heads."""
     where = files.config_path
     keys = validated(_Keys, files.config, repr(where))
     if keys.truncated_vocab_size not in (None, keys.vocab_size):
@@ -81,11 +77,7 @@ def _vllm_name(name: str) -> str:
 
 
 def _with_zero_biases(given: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """A block without a bias computes what ours does with zeros.
-
-    Raises:
-        ValueError: there are biases, which vLLM would drop without a word.
-    """
+    """A block without a bias computes what ours does with zeros."""
     biases = sorted(n for n in given if n.startswith("blocks.") and n.endswith(".bias"))
     if biases:
         raise ValueError(
@@ -109,11 +101,7 @@ def _name(name: str) -> str:
 
 
 def write(checkpoint: HeadCheckpoint) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors of heads.
-
-    Raises:
-        ValueError: an option that this layout cannot hold.
-    """
+    """Config and tensors of heads."""
     options = checked_options(checkpoint, NAME)
     if not options.own_vocab_head:
         raise ValueError(

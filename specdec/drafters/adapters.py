@@ -52,10 +52,6 @@ def load_adapter(model: Any, adapter: str) -> Any:
 
     Returns:
         The peft model.
-
-    Raises:
-        ValueError: peft is not installed, or the adapter was trained on another base.
-        FileNotFoundError: no such adapter.
     """
     try:
         from peft import PeftModel

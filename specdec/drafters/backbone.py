@@ -4,14 +4,13 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from pydantic import field_validator
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaMLP,
     LlamaRMSNorm,
-    LlamaRotaryEmbedding,
 )
 
 from specdec.common.config import Config
@@ -85,24 +84,28 @@ def _rope_parameters(config: Any) -> dict[str, Any] | None:
     return {name: value for name, value in rope.items() if name != "partial_rotary_factor"}
 
 
-class DraftAttention(LlamaAttention):
-    """Llama attention whose queries, keys and values may read a wider input than it writes.
+class DraftLayer(nn.Module):
+    """A Llama layer whose attention may read a wider input than it writes, normed by its caller."""
 
-    Args:
-        config: of the backbone.
-        input_size: width of the input; None for the hidden size.
-        qkv_bias: give queries, keys and values a bias.
-    """
-
-    def __init__(
-        self, config: LlamaConfig, input_size: int | None = None, qkv_bias: bool = False
-    ) -> None:
+    def __init__(self, config: LlamaConfig, input_size: int, qkv_bias: bool = False) -> None:
+        super().__init__()
         config._attn_implementation = ATTENTION
-        super().__init__(config, layer_idx=0)
-        width = input_size or config.hidden_size
+        self.self_attn = LlamaAttention(config, layer_idx=0)
         for name in ("q_proj", "k_proj", "v_proj"):
-            size = getattr(self, name).out_features
-            setattr(self, name, nn.Linear(width, size, bias=qkv_bias))
+            size = getattr(self.self_attn, name).out_features
+            setattr(self.self_attn, name, nn.Linear(input_size, size, bias=qkv_bias))
+        self.mlp = LlamaMLP(config)
+        self.post_attention_layernorm = norm(config)
+
+    def forward(
+        self, states: Tensor, residual: Tensor, rotary: Any, mask: Any, cache: Any
+    ) -> Tensor:
+        """States [B, n, W] and residual [B, n, H] to [B, n, H]."""
+        # By place, because transformers changed the name of the cache.
+        states = residual + self.self_attn(states, rotary, mask, cache)[0]
+        return states + self.mlp(self.post_attention_layernorm(states))
 
 
-__all__ = ["Backbone", "DraftAttention", "LlamaMLP", "LlamaRMSNorm", "LlamaRotaryEmbedding"]
+def norm(config: LlamaConfig, size: int | None = None) -> LlamaRMSNorm:
+    """An RMS norm of the layer's width, or another one."""
+    return LlamaRMSNorm(size or config.hidden_size, config.rms_norm_eps)

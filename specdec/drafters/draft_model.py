@@ -109,9 +109,6 @@ class DraftModel(BaseDrafter):
             path: "demo", a folder or a hub id.
             adapter: folder or hub id of a LoRA adapter; merged, unless the model is quantised.
             quantization: "8bit", "4bit" or None.
-
-        Raises:
-            ValueError: another tokenizer than the target's, or weights that are not finite.
         """
         name = str(demo_path("draft")) if path == "demo" else path
         model = load_target(
@@ -129,14 +126,8 @@ class DraftModel(BaseDrafter):
         if adapter is not None:
             model = _with_adapter(model, adapter, is_quantized=quantization is not None)
         check_same_tokenizer(model.tokenizer, target.tokenizer, path)
-        return cls(
-            model,
-            target.vocab_size,
-            num_draft_tokens,
-            width,
-            max_nodes,
-            confidence_threshold,
-        )
+        shape = num_draft_tokens, width, max_nodes, confidence_threshold
+        return cls(model, target.vocab_size, *shape)
 
     def begin(
         self, prompts: Prompts, output: TargetOutput, sampler: Sampler, *, join: bool = False

@@ -13,16 +13,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
-from transformers import LlamaConfig
 
 from specdec.common.config import Config
-from specdec.drafters.backbone import (
-    Backbone,
-    DraftAttention,
-    LlamaMLP,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-)
+from specdec.drafters.backbone import Backbone, DraftLayer
 from specdec.drafters.feature_head import FeatureDrafter, FeatureHead
 from specdec.drafters.training import (
     LossOutput,
@@ -41,37 +34,18 @@ class EagleOptions(Config):
     qkv_bias: Annotated[bool, Field(description="bias of queries, keys and values")] = False
 
 
-class _Layer(nn.Module):
-    """A Llama layer without a norm before its attention: the features are normed already."""
-
-    def __init__(self, config: LlamaConfig, qkv_bias: bool) -> None:
-        super().__init__()
-        self.self_attn = DraftAttention(config, qkv_bias=qkv_bias)
-        self.mlp = LlamaMLP(config)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-
-
 class EagleHead(FeatureHead):
     """The head. Its parameters are named as in the published checkpoints."""
 
     Options = EagleOptions
 
-    def __init__(
-        self,
-        options: Mapping[str, Any],
-        target_config: Any,
-        embedding: nn.Module | None = None,
-        vocab_head: nn.Module | None = None,
-    ) -> None:
-        super().__init__(options, target_config, embedding, vocab_head)
-        given = self.given(options)
-        self.config = given.backbone.for_target(target_config)
-        self.options = given.model_copy(update={"backbone": Backbone.of(self.config)})
+    def __init__(self, options: Mapping[str, Any], target_config: Any, *parts: Any) -> None:
+        super().__init__(options, target_config, *parts)
         self.taps = (target_config.num_hidden_layers,)
         size = self.config.hidden_size
-        self.fc = nn.Linear(2 * size, size, bias=given.bias)
-        self.layers = nn.ModuleList([_Layer(self.config, given.qkv_bias)])
-        self.rotary = LlamaRotaryEmbedding(self.config)
+        self.fc = nn.Linear(2 * size, size, bias=self.options.bias)
+        # There is no norm before the attention: the features are normed already.
+        self.layers = nn.ModuleList([DraftLayer(self.config, size, self.options.qkv_bias)])
 
     def fuse(self, hidden: dict[int, Tensor]) -> Tensor:
         """The features are the tap itself."""
@@ -81,13 +55,12 @@ class EagleHead(FeatureHead):
         self, tokens: Tensor, features: Tensor, positions: Tensor, mask: Any, cache: Any
     ) -> Tensor:
         """Predicted features [B, n, H], see `FeatureHead`."""
-        layer: Any = self.layers[0]
         embedded = self._target_parts[0](tokens)
         states = self.fc(torch.cat([embedded, features], -1))
-        # By place, because transformers changed the name of the cache.
-        attended, _ = layer.self_attn(states, self.rotary(states, positions), mask, cache)
-        states = states + attended
-        return states + layer.mlp(layer.post_attention_layernorm(states))
+        outputs: Tensor = self.layers[0](
+            states, states, self.rotary(states, positions), mask, cache
+        )
+        return outputs
 
     def logits(self, outputs: Tensor) -> Tensor:
         """Logits [..., V] by the target's own projection."""

@@ -12,13 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from specdec.common.config import Config
-from specdec.drafters.backbone import (
-    Backbone,
-    DraftAttention,
-    LlamaMLP,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-)
+from specdec.drafters.backbone import Backbone, DraftLayer, norm
 from specdec.drafters.feature_head import FeatureDrafter, FeatureHead
 from specdec.drafters.heads import Layer, Size
 from specdec.drafters.training import (
@@ -58,17 +52,12 @@ class Eagle3Options(Config):
     own_embedding: Annotated[bool, Field(description="its own embedding")] = False
 
 
-class _Layer(nn.Module):
-    """A Llama layer that attends over token and feature side by side."""
+class _Layer(DraftLayer):
+    """A layer that attends over token and feature side by side."""
 
     def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        size = config.hidden_size
-        self.self_attn = DraftAttention(config, 2 * size)
-        self.mlp = LlamaMLP(config)
-        self.input_layernorm = LlamaRMSNorm(size, config.rms_norm_eps)
-        self.hidden_norm = LlamaRMSNorm(size, config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(size, config.rms_norm_eps)
+        super().__init__(config, 2 * config.hidden_size)
+        self.input_layernorm, self.hidden_norm = norm(config), norm(config)
 
 
 class Eagle3Head(FeatureHead):
@@ -81,41 +70,23 @@ class Eagle3Head(FeatureHead):
     d2t: Tensor
     t2d: Tensor
 
-    def __init__(
-        self,
-        options: Mapping[str, Any],
-        target_config: Any,
-        embedding: nn.Module | None = None,
-        vocab_head: nn.Module | None = None,
-    ) -> None:
-        super().__init__(options, target_config, embedding, vocab_head)
-        given = self.given(options)
-        self.config = given.backbone.for_target(target_config)
-        size, vocab, eps = (
-            self.config.hidden_size,
-            self.config.vocab_size,
-            self.config.rms_norm_eps,
-        )
-        self.options = given.model_copy(
-            update={
-                "backbone": Backbone.of(self.config),
-                "taps": given.taps or list(self.default_taps(target_config.num_hidden_layers)),
-                "target_hidden_size": given.target_hidden_size or target_config.hidden_size,
-                "draft_vocab_size": given.draft_vocab_size or vocab,
-            }
-        )
-        self.taps = tuple(self.options.taps)
-        num_features = len(self.taps) * self.options.target_hidden_size
-        self.fc = nn.Linear(num_features, size, bias=False)
-        self.midlayer = _Layer(self.config)
-        self.norm = LlamaRMSNorm(size, eps)
-        num_drafted = self.options.draft_vocab_size
+    def __init__(self, options: Mapping[str, Any], target_config: Any, *parts: Any) -> None:
+        super().__init__(options, target_config, *parts)
+        given, config = self.options, self.config
+        size, vocab = config.hidden_size, config.vocab_size
+        num_drafted = given.draft_vocab_size or vocab
+        taps = given.taps or list(self.default_taps(target_config.num_hidden_layers))
+        width = given.target_hidden_size or target_config.hidden_size
+        sizes = {"taps": taps, "target_hidden_size": width, "draft_vocab_size": num_drafted}
+        self.options, self.taps = given.model_copy(update=sizes), tuple(taps)
+        self.fc = nn.Linear(len(taps) * width, size, bias=False)
+        self.midlayer = _Layer(config)
+        self.norm = norm(config)
         self.lm_head = nn.Linear(size, num_drafted, bias=False)
         if given.norm_before_fc:
-            self.input_norm = LlamaRMSNorm(num_features, eps)
+            self.input_norm = norm(config, len(taps) * width)
         if given.own_embedding:
             self.embed_tokens = nn.Embedding(vocab, size)
-        self.rotary = LlamaRotaryEmbedding(self.config)
         if num_drafted < vocab:
             self.register_buffer("d2t", torch.zeros(num_drafted, dtype=torch.long))
             self.register_buffer("t2d", torch.zeros(vocab, dtype=torch.bool))
@@ -200,10 +171,8 @@ class Eagle3Head(FeatureHead):
         normed = layer.hidden_norm(features)
         residual = normed if self.options.norm_before_residual else features
         pair = torch.cat([layer.input_layernorm(self.embed(tokens)), normed], -1)
-        # By place, because transformers changed the name of the cache.
-        attended, _ = layer.self_attn(pair, self.rotary(features, positions), mask, cache)
-        states = residual + attended
-        return states + layer.mlp(layer.post_attention_layernorm(states))
+        outputs: Tensor = layer(pair, residual, self.rotary(features, positions), mask, cache)
+        return outputs
 
     def logits(self, outputs: Tensor) -> Tensor:
         """Logits [..., D] in the draft vocabulary."""
@@ -222,9 +191,6 @@ class Eagle3Head(FeatureHead):
             batch: see `TrainingBatch`.
             num_steps: drafted depths that are trained.
             decay: weight of a step over that of the step before.
-
-        Raises:
-            ValueError: no steps.
         """
         if num_steps < 1:
             raise ValueError(f"loss.num_steps is {num_steps} but must be at least 1")

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from specdec.common.arguments import require_counts
 from specdec.demo import demo_path
+from specdec.drafters.backbone import Backbone
 from specdec.drafters.base import BaseDrafter, DraftShape, FixedShape, ShapeOptions
 from specdec.drafters.heads import Head, load_head
 from specdec.drafters.training import TrainingBatch, rollout
@@ -49,6 +51,13 @@ class FeatureHead(Head):
     """
 
     config: LlamaConfig
+
+    def __init__(self, options: Mapping[str, Any], target_config: Any, *parts: Any) -> None:
+        super().__init__(options, target_config, *parts)
+        given = self.given(options)
+        self.config = given.backbone.for_target(target_config)
+        self.options = given.model_copy(update={"backbone": Backbone.of(self.config)})
+        self.rotary = LlamaRotaryEmbedding(self.config)
 
     def fuse(self, hidden: dict[int, Tensor]) -> Tensor:
         """Turn the target's taps, each [..., H], into features [..., F]."""
@@ -217,22 +226,13 @@ class FeatureDrafter(BaseDrafter):
         window: int | None = None,
         force: bool = False,
     ) -> Self:
-        """Load a head for a target.
+        """Load a head for a target; options from depth to children are those of `TreeShape`.
 
         Args:
             target: what it drafts for.
             path: folder or hub id in any known layout; "demo" for the embedded head.
-            depth: of the tree, and the options behind it: see `TreeShape`.
-            width: see `TreeShape`.
-            max_nodes: see `TreeShape`.
-            choices: see `TreeShape`.
-            children: see `TreeShape`.
             window: see the class.
             force: take a head that was trained for another target of the same shape.
-
-        Raises:
-            FileNotFoundError: no such checkpoint.
-            ValueError: the checkpoint does not fit, or an option is out of its range.
         """
         shape = TreeShape(depth, width, max_nodes, choices, children)
         where = str(demo_path(cls.kind)) if path == "demo" else path

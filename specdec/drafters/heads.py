@@ -28,9 +28,8 @@ class Head(nn.Module):
     Args:
         options: fields of `Options`; what is left out follows the target.
         target_config: the target's text config.
-        embedding: the target's input embedding; like `vocab_head` no parameter of the head. Both
-            are None where the head is built for its shapes alone, on the meta device.
-        vocab_head: the target's vocabulary projection.
+        parts: the target's input embedding and vocabulary projection, no parameters of the head;
+            none where it is built for its shapes alone, on the meta device.
 
     Attributes:
         Options: the head's options; a flag's description is what `specdec inspect` says of it.
@@ -46,16 +45,10 @@ class Head(nn.Module):
     max_depth: int | None = None
     token_map: Tensor | None = None
 
-    def __init__(
-        self,
-        options: Mapping[str, Any],
-        target_config: Any,
-        embedding: nn.Module | None = None,
-        vocab_head: nn.Module | None = None,
-    ) -> None:
+    def __init__(self, options: Mapping[str, Any], target_config: Any, *parts: Any) -> None:
         super().__init__()
         # A tuple keeps the target's modules out of the head's parameters.
-        self._target_parts: tuple[Any, Any] = (embedding, vocab_head)
+        self._target_parts: tuple[Any, ...] = parts or (None, None)
 
     @classmethod
     def given(cls, options: Mapping[str, Any]) -> Any:

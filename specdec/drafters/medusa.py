@@ -85,14 +85,8 @@ class MedusaHeads(Head):
 
     Options = MedusaOptions
 
-    def __init__(
-        self,
-        options: Mapping[str, Any],
-        target_config: Any,
-        embedding: nn.Module | None = None,
-        vocab_head: nn.Module | None = None,
-    ) -> None:
-        super().__init__(options, target_config, embedding, vocab_head)
+    def __init__(self, options: Mapping[str, Any], target_config: Any, *parts: Any) -> None:
+        super().__init__(options, target_config, *parts)
         given = self.given(options)
         tap = target_config.num_hidden_layers if given.tap is None else given.tap
         size = given.hidden_size or target_config.hidden_size
@@ -109,8 +103,8 @@ class MedusaHeads(Head):
             self.vocab_heads = nn.ModuleList(
                 nn.Linear(size, vocab, bias=False) for _ in range(given.num_heads)
             )
-            if vocab_head is not None:
-                own = {f"{head}.weight": vocab_head.weight for head in range(given.num_heads)}
+            if parts:
+                own = {f"{head}.weight": parts[1].weight for head in range(given.num_heads)}
                 self.vocab_heads.load_state_dict(own)
 
     @classmethod
@@ -220,10 +214,6 @@ class MedusaDrafter(BaseDrafter):
                 None for what was measured when the heads were trained.
             children: see `TreeShape`.
             force: take heads that were trained for another target of the same shape.
-
-        Raises:
-            FileNotFoundError: no such checkpoint.
-            ValueError: the checkpoint does not fit, or an option is out of its range.
         """
         where = str(demo_path(cls.kind)) if path == "demo" else path
         loaded, checkpoint = load_head(cls.kind, target, where, force=force)

@@ -106,9 +106,6 @@ def objective(
         target_logits: [places, V] of the target; a larger vocabulary is cut, and so are logits.
         tokens: [places] int64 that the target wrote.
         temperature: that both distributions are compared at.
-
-    Raises:
-        ValueError: no such objective.
     """
     if name not in OBJECTIVES:
         raise ValueError(f"objective is {name!r} but must be one of {', '.join(OBJECTIVES)}")

@@ -65,11 +65,7 @@ class TreeShape:
         return self.choices is not None or self.children != "top" or self.width == 1
 
     def static_plan(self, vocab_size: int, device: torch.device) -> "StaticPlan":
-        """The fixed shape: the given choices, a chain, or the best tree of a guessed acceptance.
-
-        Raises:
-            ValueError: a rank that a draft vocabulary of `vocab_size` tokens does not have.
-        """
+        """The fixed shape: the given choices, a chain, or the best tree of a guessed acceptance."""
         if self.choices is not None:
             highest = max((max(path) for path in self.choices if path), default=0)
             if highest >= vocab_size:
