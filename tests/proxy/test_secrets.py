@@ -3,6 +3,9 @@
 import base64
 import gzip
 import json
+import re
+from collections import defaultdict
+from pathlib import Path
 
 import pytest
 from fake_upstream import answer, chat, delta, event, json_answer, streaming
@@ -15,102 +18,27 @@ BASIC = base64.b64encode(f"me:{PLAIN}".encode()).decode()
 CHAT = "/v1/chat/completions"
 
 
-def turn(content, **more):
-    return {"messages": [{"role": "user", "content": content, **more}]}
+def read_places():
+    """(JSON, whether an answer may not repeat its secret) for each section of the file."""
+    text = Path(__file__).with_name("secret_places.txt").read_text("utf-8")
+    secrets = {"$KEY": KEY, "$PLAIN": PLAIN, "$BASIC": BASIC, "$ESCAPED": KEY.replace("-", "%2D")}
+    for name, secret in secrets.items():
+        text = text.replace(name, secret)
+    found, section = defaultdict(list), ""
+    for line in text.splitlines():
+        if head := re.fullmatch(r"\[(\w+)\]", line):
+            section = head[1]
+        elif section and line:
+            found[section].append((json.loads(line.removeprefix("* ")), line.startswith("* ")))
+    return found
 
 
-def call(arguments, name="f"):
-    function = {"name": name, "arguments": arguments}
-    said = {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "function": function}]}
-    return {"messages": [said, {"role": "user", "content": "go on"}]}
+PLACES = read_places()
 
 
-def tool(schema):
-    return {"tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}]}
-
-
-def prop(**schema):
-    return tool({"type": "object", "properties": {"p": {"type": "string", **schema}}})
-
-
-BODIES = {
-    **{
-        f"at {name}": {name: PLAIN} for name in ("user", "metadata", "x", "logit_bias", "seed", "n")
-    },
-    **{f"in {name}": {name: {"a": [PLAIN]}} for name in ("metadata", "extra_body", "x", "tools")},
-    **{f"as {name}": {name: KEY} for name in ("model", "stop", "suffix", "prompt", "tool_choice")},
-    "stop list": {"stop": ["a", KEY]},
-    "prompts": {"prompt": ["a", f"b {KEY}"]},
-    "token ids": {"prompt": list(PLAIN.encode())},
-    "an unknown key": {PLAIN: 1},
-    "a nested key": {"extra_body": {"x": {PLAIN: [1]}}},
-    "the name of an argument": call(json.dumps({KEY: 1})),
-    "content": turn(f"use {KEY}, please"),
-    "a role": {"messages": [{"role": PLAIN, "content": "x"}]},
-    "a token's id": {"logit_bias": {PLAIN: 1}},
-    "a name of an option": {"stream_options": {PLAIN: True}},
-    "a type": turn([{"type": PLAIN, "text": "x"}]),
-    "a name": turn("x", name=PLAIN),
-    "an unknown field of a turn": turn("x", cache={"id": PLAIN}),
-    "a part": turn([{"type": "text", "text": KEY}]),
-    "an image": turn([{"type": "image_url", "image_url": {"url": f"https://h/i?sig={PLAIN}"}}]),
-    "image data": turn([{"type": "image_url", "image_url": {"url": "data:text/plain," + PLAIN}}]),
-    "a file": turn([{"type": "file", "file": {"file_data": PLAIN, "filename": PLAIN}}]),
-    "sound": turn([{"type": "input_audio", "input_audio": {"data": PLAIN}}]),
-    "a password in words": turn(f"my password is {PLAIN}. Is it good?"),
-    "a login in a text": turn(f"git clone https://me:{PLAIN}@host/x"),
-    "a header in a text": turn(f"curl -H 'Authorization: Basic {BASIC}' h"),
-    "arguments": call(json.dumps({"url": "x", "password": PLAIN})),
-    "deep arguments": call(json.dumps({"a": [{"credentials": {"b": [PLAIN]}}]})),
-    "JSON within arguments": call(json.dumps({"body": json.dumps({"api_key": PLAIN})})),
-    "broken arguments": call('{"api_key": "' + PLAIN),
-    "named arguments": call(json.dumps({"headers": [{"name": "X-Api-Key", "value": PLAIN}]})),
-    "arguments with a type": call(json.dumps({"secret": {"type": "string", "value": PLAIN}})),
-    "an argument called token": call(json.dumps({"token": PLAIN})),
-    "arguments that are no text": call({"passwd": PLAIN}),
-    "a function's name": call("{}", name=KEY),
-    "a tool's answer": {"messages": [{"role": "tool", "content": json.dumps({"secret": PLAIN})}]},
-    "a call's id": {"messages": [{"role": "tool", "tool_call_id": KEY, "content": "x"}]},
-    **{
-        f"a schema's {name}": prop(**{name: PLAIN}) for name in ("default", "const", "example", "x")
-    },
-    "a schema's examples": prop(examples=[PLAIN]),
-    "a schema's enum": prop(enum=[KEY]),
-    "a schema's description": prop(description=f"use {KEY}"),
-    "a schema's property": tool({"type": "object", "properties": {KEY: {"type": "string"}}}),
-    "a password's enum": tool({"properties": {"password": {"type": "string", "enum": [PLAIN]}}}),
-    "a tool's server": {"tools": [{"type": "mcp", "server_url": PLAIN, "headers": {"a": PLAIN}}]},
-    "a format": {"response_format": {"type": "json_schema", "json_schema": {"name": KEY}}},
-    "a format's schema": {"response_format": {"json_schema": {"schema": {"default": PLAIN}}}},
-    "escaped": turn(f"key {KEY.replace('-', '%2D')}"),
-    "beside other letters": turn(f"密钥{KEY}谢谢"),
-    "web search": {"web_search_options": {"user_location": PLAIN}},
-    "prediction": {"prediction": {"type": "content", "content": PLAIN}},
-}
-SENT = {
-    "a bearer": {"headers": {"authorization": f"Bearer {PLAIN}"}},
-    "a bare authorization": {"headers": {"authorization": PLAIN}},
-    "basic": {"headers": {"authorization": f"Basic {BASIC}"}},
-    "another header": {"headers": {"x-team": PLAIN}},
-    "a header with more": {"headers": {"x-signed": f"Credential={PLAIN}, Signed=a"}},
-    "a short cookie": {"headers": {"cookie": f"a=1; s={PLAIN}"}},
-    "a query": {"params": {"api_key": PLAIN}},
-    "another query": {"params": {"team": PLAIN}},
-    **{f"header {name}": {"headers": {name: PLAIN}} for name in ("x-api-key", "Api-Key")},
-    "an admin key": {"headers": {"x-admin-key": PLAIN}},
-    "a proxy's login": {"headers": {"proxy-authorization": f"Bearer {PLAIN}"}},
-    "queries": {"params": {"access_token": PLAIN, "key": "1"}},
-    "a key": {"json": chat("x", api_key=PLAIN)},
-    "keys": {"json": chat("x", api_keys=[PLAIN])},
-    "deep": {"json": chat("x", extra_body={"provider": [{"Authorization": f"Bearer {PLAIN}"}]})},
-}
-
-
-# Its place says that it is a secret, so the answer may not repeat it either.
-REPEATED = {
-    *SENT,
-    *(name for name in BODIES if name.endswith(("arguments", "in words", "a tool's answer"))),
-}
+def schema(**properties):
+    function = {"name": "f", "parameters": {"type": "object", "properties": properties}}
+    return {"tools": [{"type": "function", "function": function}]}
 
 
 def leaks(line):
@@ -118,19 +46,17 @@ def leaks(line):
 
 
 def test_secret_is_recorded_nowhere_it_was_sent(proxy, upstream):
-    found = {}
+    sent = [({"json": {**chat("x"), **body}}, repeated) for body, repeated in PLACES["body"]]
+    sent += [({"json": chat("x"), **options}, repeated) for options, repeated in PLACES["sent"]]
+    assert len(sent) > 70
     with proxy.client() as client:
-        for number, place in enumerate([*BODIES, *SENT], 1):
-            said = PLAIN if place in REPEATED else ""
+        for number, (options, repeated) in enumerate(sent, 1):
+            said = PLAIN if repeated else ""
             parts = (f"you said {said[:6]}", said[6:])
             upstream.answer = streaming([*(delta(content=part) for part in parts), event("[DONE]")])
-            options = {"json": {**chat("x"), **BODIES.get(place, {})}, **SENT.get(place, {})}
-            response = client.post(CHAT, **options)
-            assert response.status_code == 200
+            assert client.post(CHAT, **options).status_code == 200
             lines = proxy.lines()
-            assert len(lines) == number, place
-            found[place] = leaks(lines[-1])
-    assert {place: secrets for place, secrets in found.items() if secrets} == {}
+            assert (len(lines), leaks(lines[-1])) == (number, []), options
 
 
 @pytest.mark.parametrize(
@@ -142,34 +68,12 @@ def test_secret_in_the_path_is_not_recorded(proxy, upstream, path):
     assert leaks(proxy.lines()[0]) == []
 
 
-ANSWERS = {
-    "content": answer(f"it is {KEY}"),
-    "an unknown field": answer("x", provider={"account": PLAIN}),
-    "a fingerprint": answer("x", system_fingerprint=PLAIN),
-    "log probabilities": {"choices": [{"text": "x", "logprobs": {"tokens": [PLAIN]}}]},
-    "an error": {"error": {"message": f"wrong key {KEY}", "detail": PLAIN}},
-    "another error": {"detail": [{"input": PLAIN}]},
-    "headers": {"error": {"message": "x", "headers": {"authorization": PLAIN}}},
-    "arguments": {
-        "choices": [
-            {"message": {"tool_calls": [{"function": {"arguments": f'{{"password":"{PLAIN}"}}'}}]}}
-        ]
-    },
-    "sound": {"choices": [{"message": {"audio": {"data": PLAIN}, "annotations": [PLAIN]}}]},
-    "usage": answer("x", usage={"prompt_tokens": 1, "cost": PLAIN, PLAIN: 1}),
-    "a reason": {"choices": [{"text": "x", "finish_reason": PLAIN}]},
-    "text": {"choices": [{"index": 0, "text": KEY, "prompt_logprobs": [PLAIN]}]},
-}
-
-
 def test_secret_is_recorded_nowhere_it_was_answered(proxy, upstream):
-    found = {}
-    for place, body in ANSWERS.items():
+    for body, _ in PLACES["answer"]:
         upstream.answer = json_answer(body, 400 if "error" in body else 200)
         proxy.ask(chat("x"))
         assert proxy.records()[-1]["response"] is not None
-        found[place] = leaks(proxy.lines()[-1])
-    assert {place: secrets for place, secrets in found.items() if secrets} == {}
+        assert leaks(proxy.lines()[-1]) == [], body
 
 
 def test_key_cut_over_events_is_hidden(proxy, upstream):
@@ -251,8 +155,7 @@ def calls(arguments):
                 calls('{ "user": "me",  "n": 1.50 }'),
                 {"max_tokens": 5, "logprobs": {"content": [{"token": "Hello", "bytes": [1]}]}},
                 {"prompt_cache_key": "k"},
-                prop(type="string", description="yours"),
-                tool({"properties": {"password": {"type": "string", "description": "yours"}}}),
+                schema(password={"type": "string", "description": "yours"}),
                 {"text": "my password is in the drawer: https://example.com/a:b, mailto:me@x.y"},
             )
         ),
