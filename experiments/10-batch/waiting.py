@@ -22,7 +22,7 @@ def rows_of(cell: Path) -> Iterator[tuple[str, float, float, int]]:
     for line in (cell / "records.jsonl").read_text().splitlines():
         call = json.loads(line)
         for row in call.get("rows", ()):
-            in_steps = sum(row["records"]["wall_s"])
+            in_steps = sum(step["wall_s"] for step in row["records"])
             yield call["arm"], row["decode_s"], in_steps, len(row["tokens"]) - 1
 
 

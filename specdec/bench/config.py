@@ -15,6 +15,7 @@ from specdec.verify import get_rule
 
 Count = Annotated[int, Field(ge=1)]
 Repeats = Annotated[int, Field(ge=1, le=4096)]
+SuiteName = Literal["single_turn", "multi_turn", "long_context", "concurrent"]
 
 SINGLE_PROMPT_TYPES = ("hf_assisted", "hf_prompt_lookup")
 
@@ -176,7 +177,7 @@ class BenchConfig(RunConfig):
 class SuiteConfig(RunConfig):
     """A suite: groups of requests; `prompts` is the pool of texts that they are made of."""
 
-    suite: str
+    suite: SuiteName
     prompts: PromptConfig = Field(default_factory=lambda: PromptConfig(num=80))
     max_new_tokens: Count = 48
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from specdec.bench.config import AnySuite, BenchConfig
+from specdec.bench.config import AnySuite, BenchConfig, SuiteName
 from specdec.bench.older import renew
 from specdec.checkpoints.head import TargetIdentity
 from specdec.common.files import replace_file
@@ -20,7 +20,7 @@ from specdec.common.provenance import CodeProvenance, MachineProvenance
 Whole = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Interval = tuple[float, float] | None  # 95 % bootstrap over prompts; None for fewer than two
-Percentiles = dict[Literal["p50", "p90", "p95", "p99"], float]  # seconds; empty without a value
+Percentiles = dict[str, float]  # "p50" and so on -> seconds; empty without a value
 
 
 class Record(BaseModel):
@@ -126,7 +126,7 @@ class PromptDifference(Difference):
     """A difference in a bench; `prompt` is its place in `prompts`."""
 
     prompt: Whole
-    against: Literal["plain", "hf_generate"]
+    against: str
 
 
 class RequestDifference(Difference):
@@ -346,7 +346,7 @@ class SuiteResults(Results):
     schema_: Literal["specdec-suite-1", "specdec-suite-2"] = Field(
         default="specdec-suite-2", alias="schema"
     )
-    suite: Literal["single_turn", "multi_turn", "long_context", "concurrent"]
+    suite: SuiteName
     provenance: SuiteProvenance
     memory: Memory
     groups: list[GroupResults]

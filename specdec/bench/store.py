@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
+
+from pydantic import TypeAdapter
 
 from specdec.checkpoints.identity import TARGET, check_resumed
 from specdec.common.files import Journal
@@ -14,7 +16,6 @@ from specdec.engine.metrics import StepRecord
 
 RECORDS = "records.jsonl"
 Key = tuple[int, int, str]  # repeat, call, arm
-_STEP_KEYS = tuple(each.name for each in fields(StepRecord))
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,9 @@ class Call:
         return [row for row in self.rows if isinstance(row, Run)]
 
 
+_KEYS, _CALL = ("repeat", "call", "arm"), TypeAdapter(Call)
+
+
 class Store:
     """`records.jsonl`: provenance whenever a start measures something, and every finished call.
 
@@ -118,7 +122,8 @@ class Store:
                 if "provenance" in row:
                     self.provenance = dict(row["provenance"])
                 else:
-                    self.done[row["repeat"], row["call"], row["arm"]] = _call(row)
+                    repeat, number, arm = (row.pop(key) for key in _KEYS)
+                    self.done[repeat, number, arm] = _CALL.validate_python(row)
         self._journal.entries.clear()
 
     def add(self, key: Key, call: Call) -> None:
@@ -126,18 +131,8 @@ class Store:
         if self._unwritten:
             self._journal.append({"provenance": self._unwritten})
             self.provenance, self._unwritten = self._unwritten, None
-        repeat, number, arm = key
-        self._journal.append(
-            {
-                "repeat": repeat,
-                "call": number,
-                "arm": arm,
-                "wall_s": call.wall_s,
-                "memory": asdict(call.memory),
-                "energy_j": call.energy_j,
-                "rows": [_brief(row) for row in call.rows],
-            }
-        )
+        where = dict(zip(_KEYS, key, strict=True))
+        self._journal.append({**where, **_CALL.dump_python(call, mode="json")})
         self.done[key] = call
 
     def __enter__(self) -> Self:
@@ -145,24 +140,3 @@ class Store:
 
     def __exit__(self, *error: object) -> None:
         self._journal.close()
-
-
-def _brief(row: Run | str) -> dict[str, Any]:
-    """A run with its steps as columns, which take a third of the space of rows."""
-    if isinstance(row, str):
-        return {"error": row}
-    steps = {key: [getattr(record, key) for record in row.records] for key in _STEP_KEYS}
-    return {**vars(row), "records": steps}
-
-
-def _call(line: dict[str, Any]) -> Call:
-    rows = [_row(each) for each in line["rows"]]
-    return Call(rows, line["wall_s"], Peaks(**line["memory"]), line["energy_j"])
-
-
-def _row(brief: dict[str, Any]) -> Run | str:
-    if "error" in brief:
-        return str(brief["error"])
-    columns = brief.pop("records")
-    values = zip(*(columns[key] for key in _STEP_KEYS), strict=True)
-    return Run(**brief, records=[StepRecord(*each) for each in values])

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from itertools import chain
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from specdec.bench.differences import Difference, find_differences
 from specdec.bench.load import load_figures
 from specdec.bench.results import (
     BenchArm,
+    BenchProvenance,
     BenchResults,
     DomainFigures,
     Finish,
@@ -29,6 +30,7 @@ from specdec.bench.results import (
     RequestInfo,
     StepTimes,
     SuiteArm,
+    SuiteProvenance,
     SuiteResults,
 )
 from specdec.bench.store import Call, Key, Peaks, Run
@@ -69,7 +71,7 @@ def summarize(
         )
         if isinstance(config, BenchConfig):
             return BenchResults(
-                provenance=provenance,
+                provenance=BenchProvenance(**provenance),
                 target=identify_target(target),
                 prompts=[PromptInfo(**_prompt_info(request)) for request in group.requests],
                 memory=memory,
@@ -77,7 +79,8 @@ def summarize(
             )
         found.append(suite_group(config, group, calls, differences))
     assert isinstance(config, SuiteConfig)
-    return SuiteResults(suite=config.suite, provenance=provenance, memory=memory, groups=found)
+    where = SuiteProvenance(**provenance)
+    return SuiteResults(suite=config.suite, provenance=where, memory=memory, groups=found)
 
 
 def calls_of(group: Group, first: int, arm: str, done: Mapping[Key, Call], repeats: int) -> Calls:
@@ -323,7 +326,7 @@ def _failures(calls: Calls) -> list[tuple[int, int, str]]:
     return found
 
 
-def _throughput(calls: Sequence[Call], batch_size: int) -> dict[str, float | None]:
+def _throughput(calls: Sequence[Call], batch_size: int) -> dict[str, Any]:
     """Tokens of all rows a second: over whole calls, prefills included, and while decoding.
 
     Calls with a failed prompt are left out.
@@ -391,7 +394,7 @@ def _per_prompt(
     return found
 
 
-def _finish(run: Run, eos_token_ids: Sequence[int]) -> str:
+def _finish(run: Run, eos_token_ids: Sequence[int]) -> Literal["eos", "length"]:
     return "eos" if run.tokens[-1] in eos_token_ids else "length"
 
 

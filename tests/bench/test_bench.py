@@ -97,7 +97,7 @@ def test_full_batch_changes_no_token(config, tmp_path):
     joined = run_bench(config(*options, "batch_size=2", "prompts_per_call=5"), tmp_path / "joined")
     calls = {row["arm"]: row for row in calls_of(tmp_path / "joined")}
     assert list(calls) == ["plain", "hf_generate", "ngram"]
-    sizes = [n for row in calls["plain"]["rows"] for n in row["records"]["batch_size"]]
+    sizes = [n["batch_size"] for row in calls["plain"]["rows"] for n in row["records"]]
     # Five rows, two at a time: only the last ones of the fifth decode alone.
     assert sizes.count(2) == 4 * 23
     assert arm(joined, "plain").cache_bytes == 2 * arm(alone, "plain").cache_bytes
@@ -117,7 +117,7 @@ def test_arms_take_turns_and_repeats_forget(config, tmp_path):
     first = [row["arm"] for row in rows[::3]]
     assert first == ["plain", "hf_generate", "hf_generate", "suffix"]
     drafts = {
-        (row["repeat"], row["call"]): row["rows"][0]["records"]["num_drafted"]
+        (row["repeat"], row["call"]): [n["num_drafted"] for n in row["rows"][0]["records"]]
         for row in rows
         if row["arm"] == "suffix"
     }

@@ -96,7 +96,7 @@ def test_users_share_a_batch_and_wait_for_a_row(run, tmp_path):
     assert alone[0].load.jain_index == alone[0].load.worst_over_mean == 1.0
     assert 0 < three[0].load.worst_over_mean <= three[0].load.jain_index <= 1
     rows = [row for call in calls_of(tmp_path / "out") for row in call["rows"]]
-    assert {size for row in rows for size in row["records"]["batch_size"]} == {1, 2}
+    assert {step["batch_size"] for row in rows for step in row["records"]} == {1, 2}
     assert three[0].queue_s["p99"] > alone[0].queue_s["p99"]
     # The largest caches of target and drafter.
     assert [arm.memory.cache_bytes for arm in alone] == [ROW, ROW, 2 * ROW]
