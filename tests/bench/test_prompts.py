@@ -49,16 +49,8 @@ def no_folder(monkeypatch):
 def test_source_is_read_from_the_data_folder(data, monkeypatch):
     monkeypatch.setenv("SPECDEC_DATA_DIR", str(data))
     counts = {name: len(load_prompts(name, 99)) for name in SOURCES}
-    assert counts == {
-        "demo": 80,
-        "held_out": 9,
-        "gsm8k": 5,
-        "sgd": 4,
-        "taskmaster4": 3,
-        "spec_bench": 1,
-        "mt_bench": 1,
-        "human_eval": 1,
-    }
+    filed = {"gsm8k": 5, "sgd": 4, "taskmaster4": 3, "spec_bench": 1, "mt_bench": 1}
+    assert counts == {"demo": 80, "held_out": 9, **filed, "human_eval": 1}
 
 
 def test_records_become_prompts(data):
@@ -74,50 +66,34 @@ def test_records_become_prompts(data):
     (question,) = load_prompts("mt_bench", 9, folder)
     assert (question.messages, question.follow_ups) == ((user("Write."),), ("Rewrite.",))
     assert load_prompts("human_eval", 9, folder)[0].text == "def f():\n"
-    assert [p.domain for p in load_prompts("held_out", 4, folder)] == [
-        "gsm8k",
-        "sgd",
-        "taskmaster4",
-        "gsm8k",
-    ]
+    domains = [p.domain for p in load_prompts("held_out", 4, folder)]
+    assert domains == ["gsm8k", "sgd", "taskmaster4", "gsm8k"]
 
 
-@pytest.mark.parametrize(
-    ("source", "arguments", "rows", "ids"),
-    [
-        (
-            "gsm8k",
-            {"path": "openai/gsm8k", "name": "main", "split": "test"},
-            [{"question": "1?", "answer": "1"}],
-            ["gsm8k-0"],
-        ),
-        (
-            "human_eval",
-            {"path": "openai/openai_humaneval", "split": "test"},
-            [{"task_id": "HumanEval/3", "prompt": "def"}],
-            ["HumanEval/3"],
-        ),
-        (
-            "mt_bench",
-            {"path": "HuggingFaceH4/mt_bench_prompts", "split": "train"},
-            [{"prompt_id": 7, "category": "math", "prompt": ["a", "b"], "reference": []}],
-            ["mt_bench-7"],
-        ),
-    ],
-)
-def test_without_a_folder_the_hub_is_asked(
-    no_folder, monkeypatch, tmp_path, source, arguments, rows, ids
-):
+HUB = {
+    "gsm8k": ("openai/gsm8k", {"question": "1?", "answer": "1"}, "gsm8k-0"),
+    "human_eval": ("openai/openai_humaneval", {"task_id": "H/3", "prompt": "def"}, "H/3"),
+    "mt_bench": (
+        "HuggingFaceH4/mt_bench_prompts",
+        {"prompt_id": 7, "category": "math", "prompt": ["a", "b"], "reference": []},
+        "mt_bench-7",
+    ),
+}
+
+
+@pytest.mark.parametrize("source", HUB)
+def test_hub_is_asked_without_a_folder(no_folder, monkeypatch, tmp_path, source):
+    path, row, name = HUB[source]
     asked = []
 
     def load_dataset(**options):
-        asked.append(options)
-        return rows
+        asked.append(options["path"])
+        return [row]
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     for folder in (None, str(tmp_path)):
-        assert [prompt.id for prompt in load_prompts(source, 3, folder)] == ids
-    assert asked == [arguments, arguments]
+        assert [prompt.id for prompt in load_prompts(source, 3, folder)] == [name]
+    assert asked == [path, path]
 
 
 def test_silent_hub_is_named_with_the_fix(no_folder, monkeypatch):
@@ -177,7 +153,7 @@ def test_jsonl_records_hold_text_or_messages(tmp_path):
         assert [(p.id, p.domain) for p in prompts][1] == ("b", "d")
 
 
-def test_sharegpt_conversations_end_at_their_first_user_turn(tmp_path):
+def test_sharegpt_ends_at_its_first_user_turn(tmp_path):
     turns = [("system", "s"), ("human", "one"), ("gpt", "x"), ("human", "two")]
     rows = [
         {"id": "a", "conversations": [{"from": f, "value": v} for f, v in turns]},
