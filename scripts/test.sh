@@ -7,4 +7,4 @@ export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-exec .venv/bin/python -m pytest -q -n 2 --timeout 300 -m "not gpu" "$@"
+exec .venv/bin/python -m pytest -q -n 2 --dist loadfile --timeout 300 --durations 40 -m "not gpu" "$@"
