@@ -6,6 +6,7 @@ from typing import Any
 # Resolved on first use, so that `import specdec` stays as light as torch.
 _PUBLIC = {
     "AcceptanceStats": "specdec.engine.metrics",
+    "BaseDrafter": "specdec.drafters.base",
     "Chunk": "specdec.engine.engine",
     "Draft": "specdec.verify",
     "Drafter": "specdec.engine.interfaces",
