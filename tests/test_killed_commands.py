@@ -1,0 +1,111 @@
+"""A command whose process is killed outright goes on, and ends as if nothing had happened."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from specdec.cli import app
+from specdec.data.conversation import Query, write_queries
+from specdec.data.feature_store import FeatureStore
+
+pytestmark = pytest.mark.slow
+
+
+def lines(path):
+    """Whole lines of a file that a process may be writing to."""
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+
+
+def written_answers(out):
+    names = ("train.jsonl", "held_out.jsonl", "failed.jsonl")
+    return {name: (out / name).read_text() for name in names}
+
+
+def stored_features(out):
+    store = FeatureStore.open(out)
+    store.verify()
+    return store.index.splits
+
+
+def decoded_tokens(out):
+    calls = [row for row in map(json.loads, lines(out / "records.jsonl")) if "arm" in row]
+    return {
+        (call["repeat"], call["call"], call["arm"]): [row["tokens"] for row in call["rows"]]
+        for call in calls
+    }
+
+
+def analyzed_drafters(out):
+    return json.loads((out / "analysis.json").read_text())["drafters"]
+
+
+SMALL = "prompts.num=2 max_new_tokens=24"
+# name -> arguments, what has been written when it is killed, and what must come out the same
+COMMANDS = {
+    "regenerate": (
+        "{here}/queries --target demo --temperature 0 --temperature 0.8 --batch-size 2",
+        lambda out: len(lines(out / "journal.jsonl")) > 20,
+        written_answers,
+    ),
+    "features": (
+        "{here}/answers --target demo --taps 0,1,2,3,4,5,6,7,8 --dtype float32 --shard-mib 1",
+        lambda out: (out / "train-00001.safetensors").exists(),
+        stored_features,
+    ),
+    "bench": (
+        f"demo {SMALL} repeats=2",
+        lambda out: len(lines(out / "records.jsonl")) > 5,
+        decoded_tokens,
+    ),
+    "analyze": (
+        f"demo {SMALL}",
+        lambda out: (out / "drafters" / "2.json").exists(),
+        analyzed_drafters,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with queries and with answers to them."""
+    folder = tmp_path_factory.mktemp("killed")
+    queries = [Query(f"q{i}", ({"role": "user", "content": f"say {i}"},)) for i in range(20)]
+    write_queries({"train": queries[:16], "held_out": queries[16:]}, folder / "queries")
+    run(["regenerate", str(folder / "queries"), "--target", "demo", "--out", folder / "answers"])
+    return folder
+
+
+def run(arguments):
+    done = CliRunner().invoke(app, [str(each) for each in arguments])
+    assert done.exit_code == 0, done.output
+    return done
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_killed_command_resumes(name, here, tmp_path):
+    arguments, has_begun, outcome = COMMANDS[name]
+    command = [name, *arguments.format(here=here).split()]
+    run([*command, "--out", tmp_path / "whole"])
+    out = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "specdec", *command, "--out", out],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not has_begun(out):
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = {path: path.read_bytes() for path in out.rglob("*.jsonl")}
+    run([*command, "--out", out])
+    assert outcome(out) == outcome(tmp_path / "whole")
+    for path, content in before.items():
+        assert path.read_bytes().startswith(content[: content.rfind(b"\n") + 1])
