@@ -45,11 +45,20 @@ def analyzed_drafters(out):
     return json.loads((out / "analysis.json").read_text())["drafters"]
 
 
-SMALL = "prompts.num=2 max_new_tokens=24"
+CONFIG = """
+prompts: {source: demo, num: 2}
+max_new_tokens: 24
+repeats: 4
+arms:
+  - {name: ngram, type: ngram}
+  - {name: suffix, type: suffix}
+  - {name: medusa, type: medusa}
+"""
 # name -> arguments, what has been written when it is killed, and what must come out the same
 COMMANDS = {
     "regenerate": (
-        "{here}/queries --target demo --temperature 0 --temperature 0.8 --batch-size 2",
+        "{here}/queries --target demo --temperature 0 --temperature 0.8 --max-new-tokens 100 "
+        "--batch-size 2",
         lambda out: len(lines(out / "journal.jsonl")) > 20,
         written_answers,
     ),
@@ -59,13 +68,13 @@ COMMANDS = {
         stored_features,
     ),
     "bench": (
-        f"demo {SMALL} repeats=2",
+        "{here}/bench.yaml",
         lambda out: len(lines(out / "records.jsonl")) > 5,
         decoded_tokens,
     ),
     "analyze": (
-        f"demo {SMALL}",
-        lambda out: (out / "drafters" / "2.json").exists(),
+        "{here}/bench.yaml",
+        lambda out: (out / "drafters" / "1.json").exists(),
         analyzed_drafters,
     ),
 }
@@ -73,11 +82,13 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    """A folder with queries and with answers to them."""
+    """A folder with queries, with answers to them, and with a configuration."""
     folder = tmp_path_factory.mktemp("killed")
-    queries = [Query(f"q{i}", ({"role": "user", "content": f"say {i}"},)) for i in range(20)]
-    write_queries({"train": queries[:16], "held_out": queries[16:]}, folder / "queries")
-    run(["regenerate", str(folder / "queries"), "--target", "demo", "--out", folder / "answers"])
+    (folder / "bench.yaml").write_text(CONFIG)
+    queries = [Query(f"q{i}", ({"role": "user", "content": f"say {i}"},)) for i in range(12)]
+    write_queries({"train": queries[:10], "held_out": queries[10:]}, folder / "queries")
+    options = ["--target", "demo", "--max-new-tokens", "100", "--out", folder / "answers"]
+    run(["regenerate", folder / "queries", *options])
     return folder
 
 

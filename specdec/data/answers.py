@@ -98,11 +98,16 @@ def _check_vocabulary(tokens: list[int], vocab_size: int) -> None:
 class AnswerSettings(Config):
     """What decides the answers."""
 
-    temperatures: list[float] = Field([0.0], min_length=1)
+    temperatures: list[float] = Field(
+        default=[0.0], min_length=1, description="each query gets one of them, by hash of its id"
+    )
     top_p: float = 1.0
-    max_new_tokens: int = Field(512, ge=1)
-    turns: Literal["last", "all"] = "last"
-    seed: int = 0
+    max_new_tokens: int = Field(default=512, ge=1, description="limit of an answer")
+    turns: Literal["last", "all"] = Field(
+        default="last",
+        description="the last user turn as recorded, or all after the target's own answers",
+    )
+    seed: int = Field(default=0, description="of temperatures and samples")
 
     @model_validator(mode="after")
     def _check_sampling(self) -> "AnswerSettings":
@@ -150,8 +155,8 @@ class SessionFigures(Config):
     tokens: Count
     seconds: float = Field(ge=0)
     tokens_per_s: float | None
-    tau: float | None  # tokens per forward of a row; None behind an endpoint
-    batch_size: int = Field(ge=1)  # rows decoded together, or dialogues asked at once
+    tau: float | None = Field(description="tokens per forward of a row; None behind an endpoint")
+    batch_size: int = Field(ge=1, description="rows decoded together, or dialogues asked at once")
 
 
 class AnswersManifest(Config):
@@ -160,18 +165,18 @@ class AnswersManifest(Config):
     model_config = ConfigDict(extra="ignore")
 
     schema_: Literal["specdec-answers-1"] = Field(default="specdec-answers-1", alias="schema")
-    target: TargetIdentity
-    endpoint: AskedEndpoint | None
-    identity: dict[str, JsonValue]  # what must be the same for a run to resume in the folder
+    target: TargetIdentity = Field(description="who wrote the answers, as far as it is known")
+    endpoint: AskedEndpoint | None = Field(description="None if the target answered in process")
+    identity: dict[str, JsonValue] = Field(description="must be the same for a run to resume")
     settings: AnswerSettings
     counts: AllCounts
     answers: Count
-    unanswered_turns: Count  # of rows that ended before their last user turn
-    retokenized_answers: Count  # whose tokens were made from a server's text
+    unanswered_turns: Count = Field(description="of rows that ended before their last user turn")
+    retokenized_answers: Count = Field(description="tokens were made from a server's text")
     answer_tokens: Count
-    tokens: Count  # prompts included
-    finish_reasons: dict[str, Count]  # of the answers
-    temperatures: dict[str, Count]  # rows by temperature
+    tokens: Count = Field(description="prompts included")
+    finish_reasons: dict[str, Count] = Field(description="answers by how they ended")
+    temperatures: dict[str, Count] = Field(description="rows by temperature")
     session: SessionFigures
     provenance: dict[str, JsonValue]
 

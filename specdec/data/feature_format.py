@@ -64,12 +64,12 @@ class FeatureLayout(Config):
     # Stores of an older version say how int8 taps, which are gone, were grouped.
     model_config = ConfigDict(extra="ignore")
 
-    taps: tuple[Count, ...]
+    taps: tuple[Count, ...] = Field(description="indices into hidden_states, ascending")
     hidden_size: int = Field(ge=1)
     vocab_size: int = Field(ge=1)
     num_layers: int = Field(ge=1)
-    dtype: Literal["bf16", "float32"] = "bf16"
-    top_k: Count = 64
+    dtype: Literal["bf16", "float32"] = Field(default="bf16", description="of the taps")
+    top_k: Count = Field(default=64, description="logits kept for each place; V keeps all, 0 none")
     logits_dtype: LogitsDtype = "float32"
 
     @model_validator(mode="after")
@@ -181,12 +181,12 @@ class TopLogits:
 
 
 class Shard(Config):
-    """A finished file of a store; `answer_tokens` counts the places with logits."""
+    """A finished file of a store."""
 
     file: str
     rows: Count
     tokens: Count
-    answer_tokens: Count
+    answer_tokens: Count = Field(description="tokens that logits are stored for")
     bytes: Count
     sha256: str
 
@@ -194,11 +194,11 @@ class Shard(Config):
 class SplitRecord(Config):
     """The rows of one split."""
 
-    rows: Count
+    rows: Count = Field(description="that are stored, or will be")
     tokens: Count
-    cut: Count
-    dropped: Count
-    shards: list[Shard] = Field(default_factory=list)
+    cut: Count = Field(description="rows that were longer than max_len")
+    dropped: Count = Field(description="rows without an answer token within max_len")
+    shards: list[Shard] = Field(default_factory=list, description="finished, in order of the rows")
 
 
 class StoreSettings(Config):
@@ -226,11 +226,11 @@ class FeatureIndex(Config):
     ] = "index into Hugging Face hidden_states: 0 embeddings, L after the final norm"
     layout: FeatureLayout
     target: TargetIdentity
-    ends: str | None
+    ends: str | None = Field(description="hash of the embedding and vocabulary projection")
     settings: StoreSettings
     source: StoreSource
     splits: dict[str, SplitRecord]
-    is_complete: bool = False
+    is_complete: bool = Field(default=False, description="every row is stored")
     provenance: dict[str, JsonValue]
 
     def identity(self) -> dict[str, Any]:

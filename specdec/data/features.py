@@ -59,10 +59,10 @@ class FeatureOptions(Config):
 
     taps: str = "eagle3,eagle"
     dtype: Literal["bf16", "float32"] = "bf16"
-    top_k: int = Field(64, ge=0)
-    max_len: int | None = Field(None, ge=1)
-    batch_tokens: int = Field(4096, ge=1)
-    shard_mib: int = Field(512, ge=1)
+    top_k: int = Field(default=64, ge=0)
+    max_len: int | None = Field(default=None, ge=1)
+    batch_tokens: int = Field(default=4096, ge=1)
+    shard_mib: int = Field(default=512, ge=1)
 
 
 @dataclass(frozen=True)
