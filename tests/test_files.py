@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import shutil
 from contextlib import contextmanager
@@ -29,6 +30,12 @@ PACKAGE = Path(files.__file__).parents[1]
 OLD = {"config": "old", "weights": "old", "sub/mine": "old"}
 NEW = {**OLD, "config": "new", "weights": "new"}
 FULL, OTHER = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EIO, "I/O error")
+
+
+def test_one_module_makes_files_durable():
+    primitives = re.compile(r"os\.(replace|rename)\b|\bfsync\b|\bflock\b")
+    users = [path for path in PACKAGE.rglob("*.py") if primitives.search(path.read_text())]
+    assert users == [Path(files.__file__)]
 
 
 def content(folder):

@@ -5,9 +5,8 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args
 
 import yaml
 from omegaconf import OmegaConf
@@ -16,7 +15,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from specdec.common.files import read_json, replace_file
 
-Schema = TypeVar("Schema")
 Model = TypeVar("Model", bound=BaseModel)
 
 # Far more than a configuration holds, and little enough to be read at once.
@@ -107,7 +105,7 @@ def _rule(kind: str, context: Mapping[str, Any]) -> str:
     if kind in bounds:
         return bounds[kind].format(**context)
     word = words.get(kind.split("_")[0])
-    return "of another kind" if word is None else _WORDS[word]
+    return _WORDS[word] if word else ""
 
 
 def _fields(model: Any, path: tuple[Any, ...]) -> list[str]:
@@ -122,18 +120,8 @@ def _fields(model: Any, path: tuple[Any, ...]) -> list[str]:
     return [field.alias or name for name, field in getattr(model, "model_fields", {}).items()]
 
 
-def load_strict(
-    schema: type[Schema], path: str, file: Path, overrides: Sequence[str] = (), example: str = "a=1"
-) -> Schema:
-    """Read YAML and overrides into a dataclass.
-
-    A field's metadata may hold "rule", the words for what a list or a mapping must be.
-    """
-    return build_strict(schema, read_yaml(path, file, overrides, example))
-
-
 def read_yaml(path: str, file: Path, overrides: Sequence[str] = (), example: str = "a=1") -> Any:
-    """The content of a YAML file with overrides; arguments and errors as in `load_strict`."""
+    """The content of a YAML file with overrides; errors as in `load_config`."""
     if not file.is_file():
         raise FileNotFoundError(f"config {path!r} is not a file; give a YAML file")
     with _named(path), file.open(encoding="utf-8-sig") as opened:
@@ -147,11 +135,6 @@ def read_yaml(path: str, file: Path, overrides: Sequence[str] = (), example: str
         plain = OmegaConf.to_container(given)
     _check_numbers(plain, "")
     return plain
-
-
-def build_strict(schema: type[Schema], given: Any) -> Schema:
-    """A dataclass from what `read_yaml` gave; arguments and errors as in `load_strict`."""
-    return _filled(schema(), given, "")
 
 
 @contextmanager
@@ -168,21 +151,6 @@ def _named(path: str) -> Iterator[None]:
     ) as error:
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ValueError(f"config {path!r}: {problem}") from error
-
-
-def require_at_least(config: Any, least: float, *names: str, prefix: str = "") -> None:
-    """Refuse a field, None excepted, that is below its least value."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value >= least:
-            raise ValueError(f"config {prefix}{name} is {value} but must be at least {least}")
-
-
-def require_at_most(config: Any, most: float, *names: str) -> None:
-    """Refuse a field that is above what can be meant."""
-    for name in names:
-        if getattr(config, name) > most:
-            raise ValueError(f"config {name} is {getattr(config, name)} but must be at most {most}")
 
 
 def _check_size(text: str) -> None:
@@ -232,53 +200,3 @@ def _check_numbers(value: Any, key: str) -> None:
         raise ValueError(f"config {key[1:]} is {value} but must be {_WORDS[float]}")
     elif isinstance(value, int) and abs(value) >= 2**63:
         raise ValueError(f"config {key[1:]} is above 2**63 but must be {_WORDS[int]}")
-
-
-def _filled(config: Schema, given: Any, prefix: str) -> Schema:
-    """A dataclass with what is given in place of its own values."""
-    if not isinstance(given, dict):
-        where = f"key {prefix[:-1]}" if prefix else "file"
-        raise ValueError(f"config {where} is {given!r} but must be a mapping of key: value")
-    known = {field.name: field for field in fields(config)}  # type: ignore[arg-type]
-    kinds = get_type_hints(type(config))
-    values = {}
-    for key, value in given.items():
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else ";"
-            raise ValueError(
-                f"config key {prefix}{key} does not exist{hint} known: {', '.join(sorted(known))}"
-            )
-        if is_dataclass(kinds[key]):
-            values[key] = _filled(getattr(config, key), value, f"{prefix}{key}.")
-        else:
-            rule = known[key].metadata.get("rule")
-            values[key] = _value(value, kinds[key], f"{prefix}{key}", rule)
-    return replace(config, **values)  # type: ignore[type-var]
-
-
-def _value(value: Any, kind: Any, key: str, rule: str | None) -> Any:
-    """A value of the kind, which may be `... | None`."""
-    kinds = [each for each in get_args(kind) if each is not type(None)]
-    if type(None) in get_args(kind):
-        if value is None:
-            return None
-        (kind,) = kinds
-    if is_dataclass(kind):
-        return _filled(kind(), value, f"{key}.")  # type: ignore[operator]
-    if get_origin(kind) is dict:
-        if not isinstance(value, dict):
-            raise ValueError(f"config {key} is {value!r} but must be {rule or 'a mapping'}")
-        if odd := [each for each in value if get_args(kind)[0] is str and type(each) is not str]:
-            raise ValueError(f"config {key}.{odd[0]} is a key that must be {_WORDS[str]}")
-        return value
-    if get_origin(kind) is list:
-        if not isinstance(value, list):
-            raise ValueError(f"config {key} is {value!r} but must be {rule or 'a list'}")
-        (item,) = get_args(kind)
-        return [_value(each, item, f"{key}.{index}", None) for index, each in enumerate(value)]
-    if kind is float and type(value) is int:
-        return float(value)
-    if kind in _WORDS and type(value) is not kind:
-        raise ValueError(f"config {key} is {value!r} but must be {_WORDS[kind]}")
-    return value

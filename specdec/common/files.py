@@ -151,12 +151,6 @@ def sync(path: Path) -> None:
             os.close(opened)
 
 
-def move(source: Path, destination: Path) -> None:
-    """Rename a file or folder in one step, durably."""
-    os.replace(source, destination)
-    sync(destination.parent)
-
-
 def replace_file(path: Path, content: bytes, *, private: bool = False) -> None:
     """Replace one file; see `replace_files`."""
     replace_files(path.parent, {path.name: [content]}, private=private)
@@ -428,40 +422,3 @@ def _swap(folder: Path, partial: Path, before: Path) -> None:
 
 def _beside(folder: Path, role: str) -> Path:
     return folder.with_name(f".{folder.name}.{role}")
-
-
-# --- For callers that are still to be rewritten; to go ---
-
-
-def append(file: Any, content: str | bytes, folder: Path) -> None:
-    """To go: use `LineFile`."""
-    try:
-        file.write(content)
-        file.flush()
-        if os.fstat(file.fileno()).st_nlink == 0:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-    except OSError as error:
-        raise disk_trouble(folder, error) from error
-
-
-def close_durably(file: Any) -> None:
-    """To go: use `LineFile`."""
-    with suppress(OSError):
-        os.fsync(file.fileno())
-    with suppress(OSError):
-        file.close()
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """To go: use `replace_file`."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        move(partial, path)
-    except OSError:
-        with suppress(OSError):
-            partial.unlink()
-        raise
