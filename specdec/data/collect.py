@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -242,56 +243,47 @@ class Collector:
             self._refuse(Malformed(record.where, _shown(record.value), str(error)))
             return
         where = whole_characters(record.where)
-        cleaning = _Cleaning(self.masker.mask if settings.mask else str)
+        mask = self.masker.mask if settings.mask else str
+
+        @cache  # the queries of a conversation repeat each other's turns
+        def text(given: str) -> str:
+            return mask(whole_characters(given))
+
+        @cache
+        def turn(role: str, content: str) -> Message:
+            return {"role": role, "content": text(content)}
+
         domain = whole_characters(_domain(record.value, settings, source_name))
         if settings.domain is None:  # a record's own may be a customer's address
-            domain = cleaning.text(domain)
+            domain = text(domain)
         for each in asked:
-            self._add(each, domain, where, cleaning)
+            if self._fits(each, where):
+                messages = tuple(turn(m["role"], m["content"]) for m in each.messages)
+                answer = None if each.answer is None else text(each.answer)
+                self._add(Asked(messages, text(each.text), answer), domain, where)
 
-    def _add(self, asked: Asked, domain: str, where: str, cleaning: "_Cleaning") -> None:
+    def _fits(self, asked: Asked, where: str) -> bool:
         texts = [turn["content"] for turn in asked.messages] or [asked.text]
         length = sum(map(len, texts))
         if len(texts[-1].strip()) < self._settings.min_chars:
             self.tally.drop("too_short", where, texts[-1])
-            return
-        if length > self._settings.max_chars:
+        elif length > self._settings.max_chars:
             self.tally.drop("too_long", where, texts[-1], f"{length} characters")
-            return
-        asked = cleaning.apply(asked)
+        else:
+            return True
+        return False
+
+    def _add(self, asked: Asked, domain: str, where: str) -> None:
         name = query_id(asked.messages, asked.text)
-        if name in self._seen:
-            self.tally.drop("duplicate", where, texts[-1])
-            return
-        self._seen.add(name)
         conversation = conversation_id(asked.messages, asked.text)
-        self._found.append(
-            Query(name, asked.messages, asked.text, asked.answer, domain, "", where, conversation)
+        query = Query(
+            name, asked.messages, asked.text, asked.answer, domain, "", where, conversation
         )
-
-
-class _Cleaning:
-    """Cleans the queries of one record, which repeat each other's turns, and keeps a turn once."""
-
-    def __init__(self, mask: Callable[[str], str]):
-        self._mask = mask
-        self._texts: dict[str, str] = {}
-        self._turns: dict[tuple[str, str], Message] = {}
-
-    def apply(self, asked: Asked) -> Asked:
-        answer = None if asked.answer is None else self.text(asked.answer)
-        return Asked(tuple(map(self._turn, asked.messages)), self.text(asked.text), answer)
-
-    def text(self, text: str) -> str:
-        if text not in self._texts:
-            self._texts[text] = self._mask(whole_characters(text))
-        return self._texts[text]
-
-    def _turn(self, turn: Message) -> Message:
-        key = turn["role"], turn["content"]
-        if key not in self._turns:
-            self._turns[key] = {"role": turn["role"], "content": self.text(turn["content"])}
-        return self._turns[key]
+        if name in self._seen:
+            self.tally.drop("duplicate", where, query.last_turn)
+        else:
+            self._seen.add(name)
+            self._found.append(query)
 
 
 def _column(value: Any, column: str | None) -> Any:
