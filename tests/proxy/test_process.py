@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 
 import anyio
 import httpx
 import pytest
-from fake_upstream import PATIENCE_S, chat, delta, event
+from fake_upstream import PATIENCE_S, chat, delta, event, streaming
 from starlette.responses import StreamingResponse
 from typer.testing import CliRunner
 
@@ -40,6 +41,15 @@ def start_process(tmp_path, upstream):
         process.stderr.close()
 
 
+@contextmanager
+def asking(url, text="a"):
+    with (
+        httpx.Client(base_url=url, timeout=PATIENCE_S, verify=False) as client,
+        client.stream("POST", "/v1/chat/completions", json=chat(text, stream=True)) as response,
+    ):
+        yield response
+
+
 def recorded(folder):
     lines = (folder / "q" / "requests-00001.jsonl").read_bytes().splitlines()
     return [json.loads(line)["request"]["messages"][0]["content"] for line in lines]
@@ -63,27 +73,24 @@ def test_killed_proxy_loses_no_finished_request(start_process, upstream, tmp_pat
 
     upstream.answer = respond
     process, url = start_process()
-    finished = []
-    with httpx.Client(base_url=url, timeout=PATIENCE_S, verify=False) as client:
-        for number in range(10):
-            body = chat(str(number), stream=True)
-            with client.stream("POST", "/v1/chat/completions", json=body) as response:
-                # A client stops reading at [DONE], before the connection's own end of the answer.
-                assert any(b"[DONE]" in piece for piece in response.iter_raw())
-            finished.append(str(number))
-        body = chat("hangs", stream=True)
-        with client.stream("POST", "/v1/chat/completions", json=body):
-            assert hanging.wait(PATIENCE_S)
-            process.send_signal(signal.SIGKILL)
-            process.wait(PATIENCE_S)
+    finished = [str(number) for number in range(10)]
+    for text in finished:
+        with asking(url, text) as response:
+            # A client stops reading at [DONE], before the connection's own end of the answer.
+            assert any(b"[DONE]" in piece for piece in response.iter_raw())
+    with asking(url, "hangs"):
+        assert hanging.wait(PATIENCE_S)
+        process.send_signal(signal.SIGKILL)
+        process.wait(PATIENCE_S)
     assert recorded(tmp_path) == finished
     with (tmp_path / "q" / "requests-00001.jsonl").open("ab") as file:
         file.write(b'{"id": "to')  # what a kill in the middle of a write leaves
     _, url = start_process()
     web_page = {"host": "evil.example:" + url.rpartition(":")[2]}
     assert httpx.get(f"{url}/health", headers=web_page, verify=False).status_code == 421
-    upstream_answer = httpx.post(f"{url}/v1/chat/completions", json=chat("again"), verify=False)
-    assert upstream_answer.status_code == 200
+    with asking(url, "again") as response:
+        assert response.status_code == 200
+        list(response.iter_raw())
     assert recorded(tmp_path) == [*finished, "again"]
 
 
@@ -94,23 +101,11 @@ def test_stopped_proxy_finishes_running_answers(
 ):
     monkeypatch.setenv("KEY_OF_UPSTREAM", "not-on-the-command-line")
     (tmp_path / "q").mkdir(mode=0o755)
-    half, goes_on = threading.Event(), threading.Event()
-
-    async def run():
-        yield delta(content="one")
-        half.set()
-        await anyio.to_thread.run_sync(goes_on.wait, PATIENCE_S)
-        yield delta("stop", content=" two") + event("[DONE]")
-
-    async def respond(request):
-        return StreamingResponse(run(), media_type="text/event-stream")
-
-    upstream.answer = respond
+    goes_on = threading.Event()
+    last = delta("stop", content=" two") + event("[DONE]")
+    upstream.answer = streaming([delta(content="one"), goes_on, last])
     process, url = start_process("--upstream-key-env", "KEY_OF_UPSTREAM")
-    with (
-        httpx.Client(base_url=url, timeout=PATIENCE_S, verify=False) as client,
-        client.stream("POST", "/v1/chat/completions", json=chat("a")) as response,
-    ):
+    with asking(url) as response:
         pieces = response.iter_raw()
         next(pieces)
         process.send_signal(ending)
@@ -127,25 +122,17 @@ def test_stopped_proxy_finishes_running_answers(
 
 @pytest.mark.slow
 def test_answer_that_outlasts_the_end_is_cut(start_process, upstream, tmp_path):
-    async def run():
-        yield delta(content="one")
-        await anyio.sleep(PATIENCE_S)
-
-    async def respond(request):
-        return StreamingResponse(run(), media_type="text/event-stream")
-
-    upstream.answer = respond
+    goes_on = threading.Event()
+    upstream.answer = streaming([delta(content="one"), goes_on])
     process, url = start_process("--drain", "0")
-    with (
-        httpx.Client(base_url=url, timeout=PATIENCE_S, verify=False) as client,
-        client.stream("POST", "/v1/chat/completions", json=chat("a")) as response,
-    ):
+    with asking(url) as response:
         pieces = response.iter_raw()
         next(pieces)
         process.send_signal(signal.SIGTERM)
         with pytest.raises(httpx.RemoteProtocolError):
             list(pieces)
     process.wait(PATIENCE_S)
+    goes_on.set()
     (line,) = (tmp_path / "q" / "requests-00001.jsonl").read_bytes().splitlines()
     record = json.loads(line)
     assert record["complete"] is False

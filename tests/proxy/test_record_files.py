@@ -41,18 +41,6 @@ def test_full_file_is_followed_by_the_next(tmp_path, files_in):
     assert files.total_bytes == 6 * len(LINE)
 
 
-@pytest.mark.parametrize(
-    ("left", "healed"), [(LINE + b'{"n": 2, "te', LINE), (LINE + b'{"n": 2}', LINE + b'{"n": 2}\n')]
-)
-def test_next_start_heals_a_torn_line(tmp_path, files_in, left, healed):
-    (tmp_path / "requests-00001.jsonl").write_bytes(LINE)
-    (tmp_path / "requests-00002.jsonl").write_bytes(left)
-    files = files_in()
-    files.append(LINE)
-    assert list(contents(tmp_path).values()) == [LINE, healed + LINE]
-    assert files.total_bytes == len(LINE + healed + LINE)
-
-
 def test_append_returns_when_the_line_is_on_the_disk(tmp_path, files_in, monkeypatch):
     synced = []
     files = files_in()
