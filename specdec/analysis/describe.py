@@ -40,7 +40,7 @@ def describe(
     predictor: Predictor, facts: TextFacts, name: str, options: Mapping[str, Any]
 ) -> tuple[DrafterAnalysis, Evidence | None]:
     """Analyze a drafter; a replayed one leaves no evidence."""
-    drafter = load_drafter(options, predictor.target)
+    drafter: Any = load_drafter(options, predictor.target)
     inner = {key: value for key, value in options.items() if key != "type"}
     head = {"name": name, "type": options["type"], "options": inner}
     if is_forced(drafter):

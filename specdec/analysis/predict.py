@@ -63,7 +63,7 @@ class Predictor:
             ValueError: options that cannot be used, or a sampled draft that cannot be worked out.
             FloatingPointError: NaN in anyone's logits.
         """
-        drafter = load_drafter(options, self.target)
+        drafter: Any = load_drafter(options, self.target)
         shape = drafter.fixed_shape if is_forced(drafter) else None
         if shape is None:
             return self.replayed(drafter)

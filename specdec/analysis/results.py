@@ -200,7 +200,7 @@ class Analysis(Results):
 
     FILE: ClassVar[str] = "analysis.json"
 
-    schema_: Literal["specdec-analysis-1"] = Field("specdec-analysis-1", alias="schema")
+    schema_: Literal["specdec-analysis-1"] = Field(default="specdec-analysis-1", alias="schema")
     provenance: AnalysisProvenance
     target: TargetIdentity
     prompts: list[AnalyzedPrompt]

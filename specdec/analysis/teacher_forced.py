@@ -99,7 +99,9 @@ def gather_evidence(
     ]
     size = (len(texts), max(1, *(len(text.tokens) - 1 for text in texts)), max(1, *map(len, rows)))
     facts = [f.name for f in fields(Evidence) if f.name not in ("num_tokens", "max_tokens")]
-    arrays = {name: np.zeros(size, _DTYPES.get(name, np.float32)) for name in facts}
+    arrays: dict[str, Array] = {
+        name: np.zeros(size, _DTYPES.get(name, np.float32)) for name in facts
+    }
     arrays["accept"] = np.zeros((*size, num_siblings), np.float32)
     for row, levels in enumerate(rows):
         for level, found in enumerate(levels):

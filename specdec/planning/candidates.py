@@ -197,7 +197,7 @@ def families(arms: Sequence[ArmConfig], target: Any) -> list[Family]:
     for arm in arms:
         if arm.type in SINGLE_PROMPT_TYPES:
             continue
-        drafter = load_drafter({"type": arm.type, **arm.options}, target)
+        drafter: Any = load_drafter({"type": arm.type, **arm.options}, target)
         rule = strategy(arm.type).shape_options
         shape_options = set(rule.names.values()) if is_searched(rule, arm.options) else set()
         base = {key: value for key, value in arm.options.items() if key not in shape_options}

@@ -168,6 +168,7 @@ class DrafterCost:
         levels = min(nodes + 1 if shape.threshold else nodes, shape.depth)
         drafted, is_tree = float(nodes > 0), shape.is_tree and nodes > 0
         forward = self._forward(self._batch_size, nodes + 1, context, is_tree)
+        draft: tuple[float, ...]
         if shape.depth:
             more = max(levels - 1, 0)
             draft = (float(levels > 0), more, more * shape.width, 0.0, 0.0, 0.0)

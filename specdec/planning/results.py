@@ -173,7 +173,9 @@ class Plan(Results):
 
     FILE: ClassVar[str] = "plan.json"
 
-    schema_: Literal["specdec-plan-1", "specdec-plan-2"] = Field("specdec-plan-2", alias="schema")
+    schema_: Literal["specdec-plan-1", "specdec-plan-2"] = Field(
+        default="specdec-plan-2", alias="schema"
+    )
     provenance: BenchProvenance
     target: TargetIdentity
     workload: PlannedWorkload

@@ -208,7 +208,7 @@ class Estimate(Results):
 
     FILE: ClassVar[str] = "estimate.json"
 
-    schema_: Literal["specdec-estimate-1"] = Field("specdec-estimate-1", alias="schema")
+    schema_: Literal["specdec-estimate-1"] = Field(default="specdec-estimate-1", alias="schema")
     label: Literal["estimate: nothing here was measured"] = "estimate: nothing here was measured"
     provenance: CodeProvenance
     parameters: dict[str, Any]
