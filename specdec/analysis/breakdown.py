@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from specdec.analysis.texts import Text
 from specdec.engine.interfaces import Target
 from specdec.targets.taps import read_text
 
+Bin = TypeVar("Bin", EntropyBin, PositionBin)
 CLASSES: tuple[TokenClass, ...] = get_args(TokenClass)
 _WORD_MARKS = ("Ġ", "▁", " ")
 NUM_BINS = 10
@@ -152,14 +153,15 @@ class FirstTokens:
     def entropy_bins(self, facts: TextFacts) -> list[EntropyBin]:
         """By the target's entropy; the last bin has no end."""
         entropy = facts.entropy[self.text, self.step]
-        return [
-            EntropyBin(
-                low=low,
-                high=None if high == np.inf else high,
-                **self._figures((entropy >= low) & (entropy < high)),
-            )
-            for low, high in pairwise([*ENTROPY_EDGES, np.inf])
-        ]
+        return self._binned(EntropyBin, entropy, [*ENTROPY_EDGES, np.inf])
+
+    def positions(self) -> list[PositionBin]:
+        """By the token's place in its answer, in bins that double."""
+        place = self.step + 1
+        edges = [1]
+        while edges[-1] <= max(place, default=0):
+            edges.append(2 * edges[-1])
+        return self._binned(PositionBin, place, edges)
 
     def token_classes(self, facts: TextFacts) -> list[TokenClassBin]:
         """By the class of the token that came; classes that never came are left out."""
@@ -170,15 +172,13 @@ class FirstTokens:
             if (classes == index).any()
         ]
 
-    def positions(self) -> list[PositionBin]:
-        """By the token's place in its answer, in bins that double."""
-        place = self.step + 1
-        last = int(place.max()) if len(place) else 0
-        edges = [1]
-        while edges[-1] <= last:
-            edges.append(2 * edges[-1])
+    def _binned(self, kind: type[Bin], values: Array, edges: Sequence[float]) -> list[Bin]:
         return [
-            PositionBin(low=low, high=high, **self._figures((place >= low) & (place < high)))
+            kind(
+                low=low,
+                high=None if high == np.inf else high,
+                **self._figures((values >= low) & (values < high)),
+            )
             for low, high in pairwise(edges)
         ]
 

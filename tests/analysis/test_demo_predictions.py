@@ -3,6 +3,7 @@
 from itertools import product
 
 import pytest
+import yaml
 
 from specdec import SamplingConfig, generate, load_drafter, load_target
 from specdec.analysis import predict
@@ -15,64 +16,54 @@ from specdec.engine.metrics import AcceptanceStats
 NUM_PROMPTS, NUM_NEW = 3, 16
 GREEDY = SamplingConfig()
 SETTINGS = [SamplingConfig(temperature=1), SamplingConfig(temperature=0.8, top_p=0.9)]
-TREE = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0]]
-
-LOOKUPS = {
-    "ngram": [
-        {"num_draft_tokens": 2},
-        {"num_draft_tokens": 4},
-        {"num_draft_tokens": 8},
-        {"num_draft_tokens": 8, "min_ngram": 1},
-        {"num_continuations": 2},
-        {"num_continuations": 3, "min_ngram": 1, "max_nodes": 6},
-    ],
-    "suffix": [
-        {"max_nodes": 2},
-        {"max_nodes": 4},
-        {"max_nodes": 8},
-        {"max_nodes": 8, "min_match": 1},
-        {"width": 2},
-        {"width": 3, "min_match": 1, "max_nodes": 6},
-    ],
-}
-HEAD = [
-    {"depth": 2, "width": 1},
-    {"depth": 6, "width": 1},
-    {"choices": TREE},
-    {"depth": 5, "width": 2, "max_nodes": 7},
-    {"depth": 4, "width": 1, "children": "with_replacement"},
-    {"depth": 3, "width": 3, "max_nodes": 9, "children": "with_replacement"},
+HEAD = """
+  - {depth: 2, width: 1}
+  - {depth: 6, width: 1}
+  - {choices: [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0]]}
+  - {depth: 5, width: 2, max_nodes: 7}
+  - {depth: 4, width: 1, children: with_replacement}
+  - {depth: 3, width: 3, max_nodes: 9, children: with_replacement}
+"""
+SHAPES = yaml.safe_load(f"""
+ngram:
+  - {{num_draft_tokens: 2}}
+  - {{num_draft_tokens: 4}}
+  - {{num_draft_tokens: 8}}
+  - {{num_draft_tokens: 8, min_ngram: 1}}
+  - {{num_continuations: 2}}
+  - {{num_continuations: 3, min_ngram: 1, max_nodes: 6}}
+suffix:
+  - {{max_nodes: 2}}
+  - {{max_nodes: 4}}
+  - {{max_nodes: 8}}
+  - {{max_nodes: 8, min_match: 1}}
+  - {{width: 2}}
+  - {{width: 3, min_match: 1, max_nodes: 6}}
+draft_model:
+  - {{path: demo, num_draft_tokens: 1}}
+  - {{path: demo, num_draft_tokens: 3}}
+  - {{path: demo, num_draft_tokens: 6}}
+  - {{path: demo, num_draft_tokens: 8, confidence_threshold: 0.4}}
+  - {{path: demo, num_draft_tokens: 4, width: 2}}
+  - {{path: demo, num_draft_tokens: 3, width: 3, max_nodes: 6}}
+medusa:
+  - {{max_nodes: 1}}
+  - {{max_nodes: 6}}
+  - {{max_nodes: 12}}
+  - {{choices: [[0], [0, 0], [0, 0, 0]]}}
+  - {{choices: [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0]]}}
+  - {{max_nodes: 8, children: with_replacement}}
+eagle: {HEAD}
+eagle3: {HEAD}
+""")
+SHAPES["hybrid"] = [
+    {"drafters": [{"type": lookup}, {"type": "eagle3", **SHAPES["eagle3"][index]}], "max_nodes": n}
+    for lookup in ("ngram", "suffix")
+    for index, n in ((0, 4), (1, 10), (3, 8))
 ]
-SHAPES = {
-    **LOOKUPS,
-    "draft_model": [
-        {"num_draft_tokens": 1},
-        {"num_draft_tokens": 3},
-        {"num_draft_tokens": 6},
-        {"num_draft_tokens": 8, "confidence_threshold": 0.4},
-        {"num_draft_tokens": 4, "width": 2},
-        {"num_draft_tokens": 3, "width": 3, "max_nodes": 6},
-    ],
-    "medusa": [
-        {"max_nodes": 1},
-        {"max_nodes": 6},
-        {"max_nodes": 12},
-        {"choices": [[0], [0, 0], [0, 0, 0]]},
-        {"choices": TREE},
-        {"max_nodes": 8, "children": "with_replacement"},
-    ],
-    "eagle": HEAD,
-    "eagle3": HEAD,
-    "hybrid": [
-        {"drafters": [{"type": lookup}, {"type": "eagle3", **head}], "max_nodes": nodes}
-        for lookup in LOOKUPS
-        for head, nodes in [(HEAD[0], 4), (HEAD[1], 10), (HEAD[3], 8)]
-    ],
-}
 CASES = [
-    pytest.param({"type": name, **_path} | shape, id=f"{name}-{index}")
+    pytest.param({"type": name, **shape}, id=f"{name}-{index}")
     for name, shapes in SHAPES.items()
-    for _path in [{"path": "demo"} if name == "draft_model" else {}]
     for index, shape in enumerate(shapes)
 ]
 
@@ -84,7 +75,7 @@ def is_sampled(options):
 
 
 def sampled_shapes(name):
-    """The options of a drafter whose drafts are drawn from a law."""
+    """The options of a drafter whose drafts are drawn from a distribution."""
     given = [case.values[0] for case in CASES if case.values[0]["type"] == name]
     return [options for options in given if is_sampled(options)]
 
@@ -138,6 +129,7 @@ def test_greedy_steps_are_the_predicted_ones(options, target, prompts, greedy):
     assert found.tau == pytest.approx(tau(stats))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in SHAPES if sampled_shapes(name)])
 def test_sampled_drafts_take_the_expected_steps(name, target, prompts, monkeypatch):
     # Each pass serves one shape: it need not look further.
@@ -155,8 +147,9 @@ def test_sampled_drafts_take_the_expected_steps(name, target, prompts, monkeypat
     assert abs(sum(luck)) <= 3 * sum(each**2 for each in luck) ** 0.5
 
 
+@pytest.mark.slow
 def test_predictions_along_plain_texts_hold_on_average(target, prompts):
-    """Other texts than the loop's, the same law: only means can agree."""
+    """Other texts than the loop's, the same distribution: only means can agree."""
     sampling = SETTINGS[0]
     many = [prompt for prompt in prompts for _ in range(8)]
     options = {"type": "draft_model", "path": "demo", "num_draft_tokens": 3}

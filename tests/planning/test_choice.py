@@ -85,17 +85,6 @@ def test_the_optimum_of_a_chain_is_known():
     assert best.speedup == pytest.approx(max(speeds.values()), rel=1e-3)
 
 
-def test_dear_nodes_make_small_trees():
-    dear, free = (
-        found_by_search(forecast(machine.costs(ALL), accepting(0.5)))[0].candidate.shape
-        for machine in (
-            Machine(per_token_s=1e-3),
-            Machine(per_token_s=0.0, node_s=0.0, level_s=1e-5),
-        )
-    )
-    assert free.nodes > dear.nodes
-
-
 def test_slow_given_configurations_are_predicted():
     slow = replace(candidate(DraftShape(12, 1, 12, False)), name="mine", is_given=True)
     found = forecast(Machine(level_s=1e-2).costs(ALL), accepting(0.3))
@@ -228,11 +217,6 @@ def test_drafts_shrink_as_the_batch_grows():
     assert found.nodes[1] > found.nodes[4] > found.nodes[16] == 0
     loop = LoopSchedule(found.nodes)
     assert [loop.choose(size) for size in (1, 5, 64)] == [found.nodes[1], found.nodes[4], 0]
-
-
-def test_free_verification_keeps_drafts_at_every_batch():
-    found = lengths(Machine(per_token_s=0.0))
-    assert found.nodes[1] == found.nodes[4] == found.nodes[16] > 0
 
 
 def test_a_gain_within_the_margin_is_left():

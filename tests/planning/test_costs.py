@@ -1,5 +1,6 @@
 """Costs: fits find the formulas behind times, and a busy machine is told."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from specdec.planning.candidates import Candidate, chain
 from specdec.planning.costs import Costs, ForwardCost
 from specdec.planning.fit import fit_linear, fit_piecewise, median_polish
 from specdec.planning.measure import FULL, Measurements
+from specdec.planning.results import Plan
 from specdec.planning.times import PARTS, Step, TimedRun
 from tests.planning.toys import CONTEXT, NO_DRAFT, Machine, candidate
 
@@ -164,3 +166,14 @@ def test_a_median_polish_finds_what_was_added():
     assert residuals[2, 3] == pytest.approx(50)
     residuals[2, 3] = 0
     assert np.nanmax(np.abs(residuals)) < 1e-9
+
+
+@pytest.mark.parametrize("experiment", ["10-batch", "11-prediction"])
+def test_plans_of_older_versions_are_read(experiment, pytestconfig):
+    path = pytestconfig.rootpath / "experiments" / experiment / "plan.json"
+    plan = Plan.read(json.loads(path.read_text()))
+    assert plan.trust is None
+    best = plan.choice
+    wanted = best.predicted_tau * best.plain_step_ms / best.step_ms.wall
+    assert best.predicted_speedup == pytest.approx(wanted)
+    assert best.predicted_speedup_ci[0] < best.predicted_speedup < best.predicted_speedup_ci[1]

@@ -14,6 +14,7 @@ from specdec.planning.plan import run_plan
 from specdec.planning.results import Plan
 from specdec.targets.load import load_target
 
+pytestmark = pytest.mark.slow  # plans the demo
 ARMS = (
     "arms=[{name: lookup, type: ngram},"
     "{name: mine, type: eagle3, options: {depth: 3, width: 1}},"
@@ -148,14 +149,3 @@ def test_a_batch_beyond_memory_is_named(planned, tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     assert "decoding 2 or more rows with" in done.stderr
     assert set(read(tmp_path).schedule) == {1}
-
-
-@pytest.mark.parametrize("experiment", ["10-batch", "11-prediction"])
-def test_plans_of_older_versions_are_read(experiment, pytestconfig):
-    path = pytestconfig.rootpath / "experiments" / experiment / "plan.json"
-    plan = Plan.read(json.loads(path.read_text()))
-    assert plan.trust is None
-    best = plan.choice
-    wanted = best.predicted_tau * best.plain_step_ms / best.step_ms.wall
-    assert best.predicted_speedup == pytest.approx(wanted)
-    assert best.predicted_speedup_ci[0] < best.predicted_speedup < best.predicted_speedup_ci[1]
