@@ -23,21 +23,22 @@ from specdec.data.cleaning import (
     split_of,
 )
 from specdec.data.collection import (
+    REASON_CHARS,
     CollectReport,
     CollectSettings,
+    DropCounts,
     Earlier,
     SourceReport,
-    Tally,
     card,
     kept_facts,
     whole_characters,
 )
 from specdec.data.conversation import (
     SPLITS,
-    Asked,
     NoQueryError,
     Query,
-    asked_in,
+    RawQuery,
+    find_queries,
     read_queries,
     write_queries,
 )
@@ -100,7 +101,7 @@ def collect(
         settings=settings,
         sources=reports,
         earlier=Earlier(fingerprint=earlier.fingerprint, kept=earlier.kept) if earlier else None,
-        dropped=collector.tally.dropped,
+        dropped=collector.drops.by_reason,
         masked={mask: collector.masker.counts[mask] for mask in MASKS},
         seconds=round(time.monotonic() - begun, 1),
         **kept_facts(splits, settings),
@@ -167,7 +168,7 @@ class Collector:
     """Queries as they come in, and what became of the others."""
 
     def __init__(self, settings: CollectSettings, earlier: dict[str, list[Query]]):
-        self.tally = Tally(settings.phone_region)
+        self.drops = DropCounts(settings.phone_region)
         self.masker = Masker(settings.phone_region)
         self._settings = settings
         self._earlier = [query for queries in earlier.values() for query in queries]
@@ -176,7 +177,7 @@ class Collector:
 
     def read(self, source: QuerySource, parts: Parts, show: Show) -> SourceReport:
         """Take in a source, whose parts have been identified, and count what is in it."""
-        malformed = self.tally.dropped["malformed"]
+        malformed = self.drops.by_reason["malformed"]
         queries_before, malformed_before, number = len(self._found), malformed.count, 0
         for number, found in enumerate(source, 1):
             if isinstance(found, Malformed):
@@ -214,18 +215,19 @@ class Collector:
                 kept.append(index)
             else:
                 twin = f"like {other.source}: {other.last_turn}"
-                self.tally.drop("near_duplicate", query.source, query.last_turn, twin)
+                self.drops.add("near_duplicate", query.source, query.last_turn, twin)
             if number % _SHOW_EVERY == 0:
                 show(number, len(order), "compared")
         show(len(order), len(order), "compared")
-        dropped = self.tally.dropped
+        dropped = self.drops.by_reason
         dropped["not_sampled"].count = len(order) - len(kept) - dropped["near_duplicate"].count
         return [self._found[index] for index in sorted(kept)]
 
     def _refuse(self, line: Malformed) -> None:
-        self.tally.drop("malformed", line.where, line.text, line.reason)
-        if self.tally.dropped["malformed"].count > self._settings.max_bad:
-            quote, reason = self.tally.quote(line.text), self.tally.reason(line.reason)
+        self.drops.add("malformed", line.where, line.text, line.reason)
+        if self.drops.by_reason["malformed"].count > self._settings.max_bad:
+            quote = self.drops.quote(line.text)
+            reason = self.drops.quote(line.reason, REASON_CHARS)
             raise ValueError(
                 f"more than max_bad={self._settings.max_bad} malformed lines; the last is "
                 f"{line.where}: {reason}: {quote!r}; mend the file, name its --format or --column, "
@@ -233,12 +235,12 @@ class Collector:
             )
 
     def _take(self, record: Record, source_name: str) -> None:
-        settings, asked = self._settings, list[Asked]()
+        settings, asked = self._settings, list[RawQuery]()
         try:
-            for each in asked_in(_column(record.value, settings.column), settings.turns):
+            for each in find_queries(_column(record.value, settings.column), settings.turns):
                 asked.append(each)
         except NoQueryError as error:  # the turns before it stand
-            self.tally.drop(error.reason, record.where, _shown(record.value))
+            self.drops.add(error.reason, record.where, _shown(record.value))
         except (ValueError, RecursionError) as error:
             self._refuse(Malformed(record.where, _shown(record.value), str(error)))
             return
@@ -260,27 +262,27 @@ class Collector:
             if self._fits(each, where):
                 messages = tuple(turn(m["role"], m["content"]) for m in each.messages)
                 answer = None if each.answer is None else text(each.answer)
-                self._add(Asked(messages, text(each.text), answer), domain, where)
+                self._add(RawQuery(messages, text(each.text), answer), domain, where)
 
-    def _fits(self, asked: Asked, where: str) -> bool:
+    def _fits(self, asked: RawQuery, where: str) -> bool:
         texts = [turn["content"] for turn in asked.messages] or [asked.text]
         length = sum(map(len, texts))
         if len(texts[-1].strip()) < self._settings.min_chars:
-            self.tally.drop("too_short", where, texts[-1])
+            self.drops.add("too_short", where, texts[-1])
         elif length > self._settings.max_chars:
-            self.tally.drop("too_long", where, texts[-1], f"{length} characters")
+            self.drops.add("too_long", where, texts[-1], f"{length} characters")
         else:
             return True
         return False
 
-    def _add(self, asked: Asked, domain: str, where: str) -> None:
+    def _add(self, asked: RawQuery, domain: str, where: str) -> None:
         name = query_id(asked.messages, asked.text)
         conversation = conversation_id(asked.messages, asked.text)
         query = Query(
             name, asked.messages, asked.text, asked.answer, domain, "", where, conversation
         )
         if name in self._seen:
-            self.tally.drop("duplicate", where, query.last_turn)
+            self.drops.add("duplicate", where, query.last_turn)
         else:
             self._seen.add(name)
             self._found.append(query)

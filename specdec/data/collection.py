@@ -28,11 +28,12 @@ REASONS = {
     "not_sampled": "more than num",
 }
 _NUM_EXAMPLES = 5
-_QUOTE_CHARS, _REASON_CHARS, _READ_CHARS = 120, 300, 4000
+REASON_CHARS = 300
+_QUOTE_CHARS, _READ_CHARS = 120, 4000
 _CARD = Path(__file__).with_name("collection_card.md.jinja")
 _SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M")
 # Share of queries that begin alike from which a split by conversation is lopsided.
-_CROWD = 0.2
+_LOPSIDED_SHARE = 0.2
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -150,33 +151,26 @@ def whole_characters(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-class Tally:
+class DropCounts:
     """Counts of drops by reason, and the first few of each."""
 
     def __init__(self, phone_region: str) -> None:
-        self.dropped = {reason: Drop() for reason in REASONS}
+        self.by_reason = {reason: Drop() for reason in REASONS}
         self._masker = Masker(phone_region)
 
-    def drop(self, reason: str, where: str, text: str, why: str = "") -> None:
+    def add(self, reason: str, where: str, text: str, why: str = "") -> None:
         """Count one, and keep it if it is among the first."""
-        drop = self.dropped[reason]
+        drop = self.by_reason[reason]
         drop.count += 1
         if len(drop.examples) < _NUM_EXAMPLES:
-            place = whole_characters(where)
-            example = Example(where=place, quote=self.quote(text), why=self.reason(why))
+            why = self.quote(why, REASON_CHARS)
+            example = Example(where=whole_characters(where), quote=self.quote(text), why=why)
             drop.examples.append(example)
 
-    def quote(self, text: str) -> str:
-        """The beginning of a text on one line, masked."""
-        return self._shown(text, _QUOTE_CHARS)
-
-    def reason(self, text: str) -> str:
-        """The same of a reason, which may quote its record."""
-        return self._shown(text, _REASON_CHARS)
-
-    def _shown(self, text: str, length: int) -> str:
+    def quote(self, text: str, max_chars: int = _QUOTE_CHARS) -> str:
+        """The beginning of a text, or of a reason that may quote it, masked and on one line."""
         shown = " ".join(self._masker.mask(whole_characters(text[:_READ_CHARS])).split())
-        return shown if len(shown) <= length else f"{shown[: length - 1]}…"
+        return shown if len(shown) <= max_chars else f"{shown[: max_chars - 1]}…"
 
 
 def kept_facts(splits: dict[str, list[Query]], settings: CollectSettings) -> dict[str, Any]:
@@ -206,7 +200,7 @@ def _warnings(splits: dict[str, list[Query]], settings: CollectSettings) -> list
         for domain in sorted({query.domain for query in splits["train"]} - held):
             warnings.append(f"no query of domain {domain!r} is held out; collect more of it")
     starts = Counter(q.conversation for found in splits.values() for q in found).most_common(1)
-    if starts and total > 1 and starts[0][1] > _CROWD * total:
+    if starts and total > 1 and starts[0][1] > _LOPSIDED_SHARE * total:
         warnings.append(
             f"{starts[0][1]} of {total} queries begin with the same user turn and are all in one "
             "split; move fixed examples into the system message to have them split"

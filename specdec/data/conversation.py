@@ -37,7 +37,7 @@ class NoQueryError(Exception):
 
 
 @dataclass(frozen=True)
-class Asked:
+class RawQuery:
     """Messages up to a user's turn, or the text of a completion, and what was answered."""
 
     messages: tuple[Message, ...] = ()
@@ -45,7 +45,7 @@ class Asked:
     answer: str | None = None
 
 
-def asked_in(record: Any, turns: str = "all") -> Iterator[Asked]:
+def find_queries(record: Any, turns: str = "all") -> Iterator[RawQuery]:
     """Find the queries of one record.
 
     A request is one query, up to its last user turn. A conversation (ShareGPT, or messages that an
@@ -56,12 +56,12 @@ def asked_in(record: Any, turns: str = "all") -> Iterator[Asked]:
     elif isinstance(record, list):
         yield from _at_user_turns(record, None, turns)
     elif isinstance(record, dict):
-        yield from _asked_in_object(record, turns)
+        yield from _queries_in_object(record, turns)
     else:
         raise ValueError(f"a record must be an object or text, not {type(record).__name__}")
 
 
-def _asked_in_object(record: dict[str, Any], turns: str) -> Iterator[Asked]:
+def _queries_in_object(record: dict[str, Any], turns: str) -> Iterator[RawQuery]:
     body, response, is_wrapped = _unwrapped(record)
     is_request = is_wrapped or "model" in body
     answer = _answer(response)
@@ -95,7 +95,7 @@ def _unwrapped(record: dict[str, Any]) -> tuple[dict[str, Any], Any, bool]:
     return inner, record.get("response") if is_whole else None, inner is not record
 
 
-def _completions(prompt: Any, answer: str | None) -> Iterator[Asked]:
+def _completions(prompt: Any, answer: str | None) -> Iterator[RawQuery]:
     prompts = prompt if isinstance(prompt, list) else [prompt]
     if not prompts:
         raise ValueError("its prompt is an empty list")
@@ -104,10 +104,10 @@ def _completions(prompt: Any, answer: str | None) -> Iterator[Asked]:
     for each in prompts:
         if not isinstance(each, str):
             raise ValueError(f"its prompt is {type(each).__name__} but must be text")
-        yield Asked(text=each, answer=answer if len(prompts) == 1 else None)
+        yield RawQuery(text=each, answer=answer if len(prompts) == 1 else None)
 
 
-def _plain(row: dict[str, Any]) -> Asked:
+def _plain(row: dict[str, Any]) -> RawQuery:
     answer = next((row[key] for key in _ANSWER_KEYS if isinstance(row.get(key), str)), None)
     if "instruction" in row:
         parts = [row["instruction"], row.get("input") or ""]
@@ -125,13 +125,13 @@ def _plain(row: dict[str, Any]) -> Asked:
     )
 
 
-def _question(text: Any, answer: str | None = None) -> Asked:
+def _question(text: Any, answer: str | None = None) -> RawQuery:
     if not isinstance(text, str):
         raise ValueError(f"its question is {type(text).__name__} but must be text")
-    return Asked(({"role": "user", "content": text},), answer=answer)
+    return RawQuery(({"role": "user", "content": text},), answer=answer)
 
 
-def _at_user_turns(turns: list[Any], answer: str | None, chosen: str) -> Iterator[Asked]:
+def _at_user_turns(turns: list[Any], answer: str | None, chosen: str) -> Iterator[RawQuery]:
     """One query for each user turn that is chosen, with the turn behind it as its answer."""
     roles = [_role(turn) for turn in turns]
     # A piece cut from a longer conversation may begin with an answer to nothing.
@@ -143,7 +143,7 @@ def _at_user_turns(turns: list[Any], answer: str | None, chosen: str) -> Iterato
     for end in {"all": ends, "last": ends[-1:], "first": ends[:1]}[chosen]:
         messages += [_message(turn) for turn in turns[start + len(messages) : end]]
         found = answer if answer is not None else _reply(turns[end:])
-        yield Asked(tuple(messages), answer=found)
+        yield RawQuery(tuple(messages), answer=found)
 
 
 def _reply(turns: list[Any]) -> str | None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec.data.conversation import NoQueryError, asked_in
+from specdec.data.conversation import NoQueryError, find_queries
 from specdec.data.sources import FileRecords, Malformed, form_of
 
 
@@ -24,7 +24,7 @@ def asked(record, turns="all"):
     """(texts of the messages or of the completion, answer) of each query."""
     return [
         ([turn["content"] for turn in each.messages] or each.text, each.answer)
-        for each in asked_in(record, turns)
+        for each in find_queries(record, turns)
     ]
 
 
@@ -46,7 +46,7 @@ CHAT = {"model": "m", "messages": [{"role": "developer", "content": "Be kind."},
 )
 def test_chat_request_is_one_query_in_every_log(record, answer):
     assert asked(record) == [(["Be kind.", "Hello"], answer)]
-    assert [turn["role"] for turn in next(asked_in(record)).messages] == ["system", "user"]
+    assert [turn["role"] for turn in next(find_queries(record)).messages] == ["system", "user"]
 
 
 def test_request_asks_its_last_turn_only():
@@ -98,7 +98,7 @@ def test_conversation_is_a_query_at_each_turn(record):
 def test_tool_call_ends_what_a_conversation_asks():
     call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
     record = {"messages": [user("a"), assistant("b"), user("c"), call, user("d"), assistant("e")]}
-    found = asked_in(record)
+    found = find_queries(record)
     assert [len(next(found).messages), len(next(found).messages)] == [1, 3]
     with pytest.raises(NoQueryError, match="tools"):
         next(found)
@@ -156,7 +156,7 @@ def nested(inner):
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
 def test_any_json_is_asked_or_refused(record):
     try:
-        found = list(asked_in(record))
+        found = list(find_queries(record))
     except (NoQueryError, ValueError):
         return
     assert found

@@ -13,7 +13,7 @@ import pytest
 from fake_upstream import PATIENCE_S, answer, chat, delta, event, json_answer, streaming
 from starlette.responses import Response, StreamingResponse
 
-from specdec.data.conversation import NoQueryError, asked_in
+from specdec.data.conversation import NoQueryError, find_queries
 from specdec.data.sources import open_source
 from specdec.proxy.records import Record
 
@@ -447,7 +447,7 @@ def collected(proxy):
     """The queries in the proxy's folder, or why a record has none."""
     for record in open_source(str(proxy.folder)):
         try:
-            (asked,) = asked_in(record.value)
+            (asked,) = find_queries(record.value)
         except NoQueryError as error:
             yield error.reason
         else:
