@@ -180,30 +180,20 @@ def test_unsure_drafts_end_early():
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_larger_vocabulary_is_cropped_to_the_targets(shape, temperature):
-    sampler = make_sampler(3, SamplingConfig(temperature=temperature))
-    base = tiny_llama()
-    drafts = []
-    for model in (base, resized(base, VOCAB + 15)):
-        drafter = begin(DraftModel(model_of(model), VOCAB, 4, **SHAPES[shape]), PROMPTS, sampler)
-        drafts.append(propose(drafter, PROMPTS, [9, 9, 9], sampler))
-    same_draft(*drafts)
+def test_vocabularies_are_cropped_and_padded(shape, temperature):
+    config, base = SamplingConfig(temperature=temperature), tiny_llama()
 
-
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_smaller_vocabulary_is_padded(shape, temperature):
-    config = SamplingConfig(temperature=temperature)
-    model = resized(tiny_llama(), 80)
-    drafts = []
-    for vocab_size in (80, VOCAB):
+    def draft(model, vocab_size):
         sampler = make_sampler(3, config, vocab_size)
         drafter = DraftModel(model_of(model), vocab_size, 4, **SHAPES[shape])
-        begin(drafter, PROMPTS, sampler)
-        drafts.append(propose(drafter, PROMPTS, [9, 9, 9], sampler))
-    same_draft(*drafts)
-    if drafts[1].probs is not None:
-        assert torch.count_nonzero(drafts[1].probs[:, :, 80:]) == 0
+        return propose(begin(drafter, PROMPTS, sampler), PROMPTS, [9, 9, 9], sampler)
+
+    same_draft(draft(base, VOCAB), draft(resized(base, VOCAB + 15), VOCAB))
+    small = resized(base, 80)
+    padded = draft(small, VOCAB)
+    same_draft(draft(small, 80), padded)
+    if padded.probs is not None:
+        assert torch.count_nonzero(padded.probs[:, :, 80:]) == 0
 
 
 @pytest.mark.parametrize("shape", SHAPES)

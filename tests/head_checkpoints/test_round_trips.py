@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from specdec.checkpoints import (
-    LAYOUTS,
     check_target,
     identify_target,
     read_head,
@@ -22,10 +21,6 @@ TREE = [[0], [1], [0, 0]]
 TRAINING = {"loss": 1.25, "data": ["gsm8k"], "tokens": 1000}
 
 
-def test_every_layout_is_tested():
-    assert {layout for _, layout in PAIRS} == set(LAYOUTS)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("name", "layout"), PAIRS)
 def test_a_head_comes_back_as_it_was_written(tmp_path, name, layout, dtype):
@@ -35,6 +30,8 @@ def test_a_head_comes_back_as_it_was_written(tmp_path, name, layout, dtype):
     assert same_tensors(found.tensors, written.tensors)
     assert (found.kind, found.options, found.tree) == (written.kind, written.options, TREE)
     assert (found.target, found.training, found.layout) == (written.target, TRAINING, layout)
+    head, _ = load_head(written.kind, target(), str(folder), dtype=dtype)
+    assert same_tensors(head.state_dict(), written.tensors)
 
 
 @pytest.mark.parametrize(("name", "layout"), [pair for pair in PAIRS if pair[1] != "specdec"])
@@ -61,15 +58,6 @@ def test_converting_through_every_layout_ends_where_it_began(tmp_path, name):
     assert same_tensors(head.tensors, written.tensors)
     assert (head.options, head.tree, head.target) == (written.options, TREE, written.target)
     assert head.training == TRAINING
-
-
-@pytest.mark.parametrize("name", HEADS)
-def test_a_loaded_head_drafts_with_what_was_written(tmp_path, name):
-    written = random_head(name)
-    for layout in LAYOUTS_OF[name]:
-        folder = write_head(written, tmp_path / layout, layout)
-        head, _ = load_head(written.kind, target(), str(folder))
-        assert same_tensors(head.state_dict(), written.tensors)
 
 
 def test_sparse_options_stay_sparse_in_our_own_layout(tmp_path):

@@ -8,8 +8,7 @@ import torch
 from random_heads import HEADS, PAIRS, random_head
 from safetensors.torch import load_file, save_file
 
-from specdec.checkpoints import HeadCheckpoint, read_head, write_head
-from specdec.checkpoints.layouts import FOREIGN
+from specdec.checkpoints import LAYOUTS, HeadCheckpoint, read_head, write_head
 
 WEIGHTS = {"medusa": "medusa_lm_head.safetensors"}
 
@@ -30,7 +29,7 @@ def refusal(folder, path, tensors):
 
 def test_tables_cover_all_kinds_and_layouts():
     assert {kind for kind, _ in HEADS.values()} == {"medusa", "eagle", "eagle3"}
-    assert {layout for _, layout in PAIRS} == {"specdec", *FOREIGN}
+    assert {layout for _, layout in PAIRS} == set(LAYOUTS)
 
 
 def spoiled(value, wrong):

@@ -1,12 +1,15 @@
-"""Token trees on the host become one padded draft."""
+"""What lookup drafters share: texts become one padded draft, and rows keep to themselves."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
-from lookup_steps import chains, paths
+from lookup_steps import begin, chains, drafted, observe, paths, propose
 
 from specdec.drafters.lookup import merge, pack_rows
+from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.suffix import SuffixDrafter
 from specdec.verify.tree import node_depths
 
 CPU = torch.device("cpu")
@@ -81,3 +84,26 @@ def test_merged_tree_holds_every_prefix_once(seed):
     assert draft.depth == node_depths(draft.parents, draft.num_nodes).max()
     for budget in range(len(nodes)):
         assert joined(continuations, budget) == nodes[:budget]
+
+
+LOOKUPS = [NgramDrafter, partial(SuffixDrafter, num_remembered=0)]
+
+
+@pytest.mark.parametrize("make", LOOKUPS)
+def test_every_row_keeps_its_budget(make):
+    tokens = [1, 2, 7, 8, 9, 10, 1, 2]
+    drafter = begin(make(4), [tokens] * 3)
+    assert drafted(drafter, [0, 2, 9]) == [[], [7, 8], [7, 8, 9, 10]]
+    assert propose(drafter, [0, 0, 0]).num_nodes == 0
+
+
+@pytest.mark.parametrize("make", LOOKUPS)
+def test_rows_keep_their_own_texts(make):
+    drafter = begin(make(1), [[1, 2, token, 9, 1, 2] for token in (50, 60, 70)] + [[3, 4, 1, 2]])
+    assert drafted(drafter, [5] * 4) == [[50], [60], [70], []]
+    drafter.reorder(torch.tensor([0, 2]))
+    assert drafted(drafter, [5, 5]) == [[50], [70]]
+    begin(drafter, [[1, 2, 80, 9, 1, 2]], join=True)
+    assert drafted(drafter, [5] * 3) == [[50], [70], [80]]
+    observe(drafter, [[50], [8], [80]])
+    assert drafted(drafter, [5] * 3) == [[9], [], [9]]
