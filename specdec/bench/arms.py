@@ -30,7 +30,7 @@ class Decoding:
         sampling: settings of every request.
         rule: verification rule of our engine.
         max_rows: requests decoded together, at most.
-        max_cache_bytes: see `Engine`.
+        max_cache_bytes: limit of the engine's caches; None for no limit.
     """
 
     sampling: SamplingOptions

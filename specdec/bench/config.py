@@ -1,4 +1,4 @@
-"""What a bench or a suite runs: typed configurations behind YAML and `key=value` overrides."""
+"""Configurations of benches and suites, behind YAML files and `key=value` overrides."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,7 +101,7 @@ class SamplingOptions(Config):
 
 
 class RunConfig(Config):
-    """What benches and suites share; the baselines are always measured beside the arms."""
+    """Keys that benches and suites share; baselines are always measured beside the arms."""
 
     baselines: ClassVar[tuple[str, ...]] = ("plain",)
 
@@ -117,7 +117,7 @@ class RunConfig(Config):
 
     @property
     def arm_names(self) -> list[str]:
-        """Baselines first."""
+        """Names of all arms, baselines first."""
         return [*self.baselines, *(arm.name for arm in self.arms)]
 
     @property

@@ -27,7 +27,7 @@ def calls_of(group: Group, first: int, arm: str, done: Mapping[Key, Call], repea
 
 
 def table_of(calls: Calls) -> Table:
-    """What each request of a group gave in each repeat."""
+    """Runs of each request of a group in each repeat."""
     return [
         [None if isinstance(row, str) else row for row in rows]
         for repeats in calls
@@ -117,7 +117,7 @@ def headline(table: Table, plain: Table) -> dict[str, Any]:
 def arm_figures(
     table: Table, plain: Table, waited: Measure, ttft: Measure, wanted: Sequence[int]
 ) -> dict[str, Any]:
-    """What every arm has; `waited` and `ttft` are seconds of a run, with or without a queue."""
+    """Figures that every arm has; `waited` and `ttft` are seconds of a run, queue or not."""
     records = records_of(chain(*table))
     stats, times = AcceptanceStats.from_records(records), step_times(records)
     assert abs(1 + sum(stats.acceptance_at_depth) - stats.accepted_length) < 1e-9

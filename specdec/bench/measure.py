@@ -130,7 +130,7 @@ class _Users:
         self._busy.discard(self._requests[place].user)
 
     def next_arrival_s(self) -> float:
-        """When the next request is sent, while none is on its way."""
+        """Time at which the next request is sent, while none is on its way."""
         return min(self._requests[queue[0]].arrival_s or 0.0 for queue in self._queues.values())
 
 

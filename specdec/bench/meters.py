@@ -58,7 +58,7 @@ class PowerMeter:
 
     @property
     def is_measuring(self) -> bool:
-        """Whether there is a device whose power can be read."""
+        """True if there is a device whose power can be read."""
         return self._has_counter or self._power_w() is not None
 
     def start(self) -> None:

@@ -66,7 +66,7 @@ def load_prompts(
 
 
 def render(prompt: BenchPrompt, tokenizer: Any) -> list[Message] | str:
-    """What `generate` takes: messages where the tokenizer has a chat template, else text."""
+    """Make what `generate` takes: messages if the tokenizer has a chat template, else text."""
     if not prompt.messages:
         return prompt.text
     if tokenizer is not None and getattr(tokenizer, "chat_template", None):

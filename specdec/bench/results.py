@@ -152,7 +152,7 @@ class RequestFailure(Record):
 
 
 class PromptFigures(Record):
-    """What one prompt gave; counts are sums over its repeats."""
+    """Figures of one prompt; counts are sums over its repeats."""
 
     steps: Whole
     drafted: Whole

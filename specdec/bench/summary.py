@@ -103,7 +103,7 @@ def bench_arms(
         config: the bench.
         group: its prompts.
         calls: calls by arm.
-        differences: see `find_differences`.
+        differences: differences by arm, from `find_differences`.
         eos_token_ids: an answer that ends with none of them was cut at its length.
     """
     tables = {name: table_of(each) for name, each in calls.items()}
@@ -232,7 +232,7 @@ def _domains(
 def _per_prompt(
     table: Table, plain: Table, eos_token_ids: Sequence[int]
 ) -> list[PromptFigures | None]:
-    """What each prompt gave, sums over its repeats; None for one that always failed."""
+    """Figures of each prompt, sums over its repeats; None for one that always failed."""
     found: list[PromptFigures | None] = []
     for row, work, ratio in zip(
         table, decode_work(table), paired_ratios(table, plain), strict=True

@@ -26,7 +26,7 @@ class BenchPrompt:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to answer or to continue."""
+        """True if there is nothing to answer or to continue."""
         last = self.messages[-1]["content"] if self.messages else self.text
         return not last.strip()
 

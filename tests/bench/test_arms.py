@@ -148,7 +148,7 @@ def ngram(name, draft_length=None, **options):
 
 
 def added(choice, *arms):
-    """What becomes of a plan that knows two configurations and chose one."""
+    """Outcome for a plan that knows two configurations and chose one."""
     plan = Plan(choice=choice, configurations=[choice, Row(name="other")])
     found, arms = add_choice(plan, arms)
     return found.choice.name, [each.name for each in found.configurations], arms

@@ -28,7 +28,7 @@ def command(path, *more):
 
 
 class Configuration(BaseModel):
-    """What a plan says of a configuration."""
+    """One configuration of a plan."""
 
     name: str
     type: str = "ngram"
@@ -48,7 +48,7 @@ class Plan(BaseModel):
 
 @pytest.fixture
 def plan(monkeypatch):
-    """What a plan would choose, without its measurements: a name, or "plain"."""
+    """Install a plan, without its measurements, that chooses a name, or "plain"."""
     asked = []
 
     def install(name):

@@ -1,4 +1,4 @@
-"""What goes wrong in a bench, through the command: the exit status, the message, what is kept."""
+"""Failures of a bench, through the command: exit status, message, and kept calls."""
 
 import json
 import resource

@@ -1,4 +1,4 @@
-"""What is read of power and memory, and that nothing is told where nothing can be read."""
+"""Meters of power and memory, which tell nothing where nothing can be read."""
 
 import sys
 from types import SimpleNamespace
