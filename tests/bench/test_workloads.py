@@ -7,7 +7,7 @@ from tiny_chat import chatty_target, letter_tokenizer
 from tiny_models import tiny_llama, tiny_target
 from tiny_suites import save_pool
 
-from specdec import generate_baseline, load_target
+from specdec import generate_baseline
 from specdec.bench.config import (
     BenchConfig,
     ConcurrentConfig,
@@ -15,20 +15,12 @@ from specdec.bench.config import (
     LengthRange,
     LongContextConfig,
     MultiTurnConfig,
+    PromptConfig,
     SingleTurnConfig,
 )
 from specdec.bench.prompts import load_prompts
-from specdec.bench.workloads import (
-    TextPool,
-    bench_group,
-    concurrent_groups,
-    long_context_groups,
-    multi_turn_groups,
-    single_turn_groups,
-    unfold_turns,
-)
+from specdec.bench.workloads import bench_group, make_groups, unfold_turns
 from specdec.common.messages import BenchPrompt
-from specdec.demo import demo_path
 from specdec.targets.hf import HFTarget
 
 
@@ -37,8 +29,8 @@ def quiet(done, total, text):
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    return load_prompts(str(save_pool(tmp_path_factory.mktemp("pool"))), 80)
+def pool(tmp_path_factory):
+    return str(save_pool(tmp_path_factory.mktemp("pool")))
 
 
 @pytest.fixture(scope="module")
@@ -46,65 +38,83 @@ def target():
     return HFTarget(tiny_llama(), letter_tokenizer())
 
 
+@pytest.fixture
+def make(pool, target):
+    """Make the groups of a suite from all texts of the pool, or from fewer."""
+
+    def make(config, asked=target, num=80):
+        config.prompts = PromptConfig(source=pool, num=num)
+        return make_groups(config, asked, quiet)
+
+    return make
+
+
+def bucket(low, high, num=4, name="some"):
+    return LengthBucket(name=name, low=low, high=high, num=num)
+
+
 def decoded(target, request):
     return target.tokenizer.decode(request.prompt)
 
 
-def test_single_turns_fit_their_bucket_with_whole_texts(texts, target):
-    config = SingleTurnConfig(
-        buckets=[
-            LengthBucket(name="short", low=1, high=30, num=4),
-            LengthBucket(name="long", low=60, high=90, num=4),
-        ]
-    )
-    groups = single_turn_groups(config, TextPool(texts, target))
+def test_single_turns_fit_their_bucket_with_whole_texts(make, pool, target):
+    buckets = [bucket(1, 30, name="short"), bucket(60, 90, name="long")]
+    groups = make(SingleTurnConfig(buckets=buckets))
     assert [group.name for group in groups] == ["short (1-30)", "long (60-90)"]
-    for group, bucket in zip(groups, config.buckets, strict=True):
+    for group, wanted in zip(groups, buckets, strict=True):
         assert len(group.calls) == 4
-        assert all(bucket.low <= len(request.prompt) <= bucket.high for request in group.requests)
-        assert [request.domain for request in group.requests] == ["maths", "coffee"] * 2
-    known = [text.messages[-1]["content"] for text in texts]
+        assert all(wanted.low <= len(each.prompt) <= wanted.high for each in group.requests)
+        assert [each.domain for each in group.requests] == ["maths", "coffee"] * 2
+    known = {p.messages[-1]["content"].replace(" ", "") for p in load_prompts(pool, 80)}
     for request in groups[1].requests:
         # The letter tokenizer has no line break: it writes "~" for each.
-        turn = (
-            decoded(target, request).replace(" ", "").removeprefix("u:").partition(chr(32 + 40))[0]
-        )
-        found = turn.split("~~")
-        assert set(found) <= {text.replace(" ", "") for text in known}
+        text = decoded(target, request).replace(" ", "").removeprefix("u:")
+        found = text.partition(chr(32 + 40))[0].split("~~")
+        assert set(found) <= known
         assert len(found) == len(set(found)) > 1
     seeds = [request.seed for group in groups for request in group.requests]
     assert len(set(seeds)) == len(seeds)
 
 
-def test_seed_decides_the_requests(texts, target):
-    def prompts(seed):
-        groups = single_turn_groups(
-            SingleTurnConfig(
-                seed=seed, buckets=[LengthBucket(name="some", low=20, high=90, num=4)]
-            ),
-            TextPool(texts, target, seed),
-        )
-        return [request.prompt for request in groups[0].requests]
-
-    assert prompts(1) == prompts(1)
-    assert prompts(1) != prompts(2)
+def test_seed_decides_the_requests(make):
+    once, again, other = (
+        make(SingleTurnConfig(seed=seed, buckets=[bucket(20, 90)])) for seed in (1, 1, 2)
+    )
+    assert once == again
+    assert once[0].requests[0].prompt != other[0].requests[0].prompt
 
 
-def test_too_small_pool_is_named(texts, target):
-    config = SingleTurnConfig(buckets=[LengthBucket(name="vast", low=240, high=250, num=1)])
-    with pytest.raises(ValueError, match=r"'vast-0': the 3 texts .* give \d+ tokens .* 240 to 250"):
-        single_turn_groups(config, TextPool(texts[:3], target))
+@pytest.mark.parametrize(
+    ("config", "num", "message"),
+    [
+        (
+            SingleTurnConfig(buckets=[bucket(240, 250, name="vast")]),
+            3,
+            r"'vast-0': the 3 texts .* give \d+ tokens .* 240 to 250",
+        ),
+        (MultiTurnConfig(turns=5), 3, "turns is 5 but the 3 texts of the source give 3"),
+        (
+            MultiTurnConfig(turns=12, conversations=1, max_new_tokens=40),
+            80,
+            r"context holds 256.* lower turns or max_new_tokens",
+        ),
+        (LongContextConfig(max_new_tokens=32), 80, "bins is 8, which makes them 32 tokens wide"),
+        (LongContextConfig(context_len=512), 80, "512 but the target's context holds 256"),
+    ],
+)
+def test_impossible_workload_is_named(make, config, num, message):
+    with pytest.raises(ValueError, match=message):
+        make(config, chatty_target(), num)
 
 
-def test_target_without_tokenizer_is_refused(texts):
+def test_target_without_tokenizer_is_refused(make):
     with pytest.raises(ValueError, match="no tokenizer"):
-        TextPool(texts, tiny_target())
+        make(SingleTurnConfig(), tiny_target())
 
 
-def test_turn_is_asked_after_the_target_s_answer(texts):
+def test_turn_is_asked_after_the_target_s_answer(make):
     target = chatty_target()
-    config = MultiTurnConfig(turns=4, conversations=2, max_new_tokens=8)
-    groups = multi_turn_groups(config, TextPool(texts, target), target, quiet)
+    groups = make(MultiTurnConfig(turns=4, conversations=2, max_new_tokens=8), target)
     assert [group.value for group in groups] == [1, 2, 3, 4]
     for earlier, later in pairwise(groups):
         for one, next_one in zip(earlier.requests, later.requests, strict=True):
@@ -117,20 +127,9 @@ def test_turn_is_asked_after_the_target_s_answer(texts):
     assert {request.domain for request in groups[3].requests} == {"maths", "coffee"}
 
 
-def test_too_many_turns_are_refused(texts):
+def test_long_contexts_leave_room_for_the_answer(make):
     target = chatty_target()
-    pool = TextPool(texts[:3], target)
-    with pytest.raises(ValueError, match="turns is 5 but the 3 texts of the source give 3"):
-        multi_turn_groups(MultiTurnConfig(turns=5), pool, target, quiet)
-    long = MultiTurnConfig(turns=12, conversations=1, max_new_tokens=40)
-    with pytest.raises(ValueError, match=r"context holds 256.* lower turns or max_new_tokens"):
-        multi_turn_groups(long, TextPool(texts, target), target, quiet)
-
-
-def test_long_contexts_leave_room_for_the_answer(texts):
-    target = chatty_target()
-    config = LongContextConfig(bins=4, num=2, max_new_tokens=8)
-    groups = long_context_groups(config, TextPool(texts, target), target, quiet)
+    groups = make(LongContextConfig(bins=4, num=2, max_new_tokens=8), target)
     assert [group.value for group in groups] == [64, 128, 192, 256]
     for group in groups:
         for request in group.requests:
@@ -142,27 +141,14 @@ def test_long_contexts_leave_room_for_the_answer(texts):
     assert longest.count("a:") == len(questions)
 
 
-def test_impossible_bins_are_refused(texts):
-    target = chatty_target()
-    pool = TextPool(texts, target)
-    with pytest.raises(ValueError, match="bins is 8, which makes them 32 tokens wide"):
-        long_context_groups(LongContextConfig(max_new_tokens=32), pool, target, quiet)
-    with pytest.raises(ValueError, match="context_len is 512 but the target's context holds 256"):
-        long_context_groups(LongContextConfig(context_len=512), pool, target, quiet)
+@pytest.fixture
+def users(make):
+    lengths = {"prompt_len": LengthRange(low=10, high=60), "answer_len": LengthRange(low=2, high=9)}
+    return lambda **keys: make(ConcurrentConfig(users=[1, 3], **lengths, **keys))
 
 
-def users(texts, target, **keys):
-    config = ConcurrentConfig(
-        users=[1, 3],
-        prompt_len=LengthRange(low=10, high=60),
-        answer_len=LengthRange(low=2, high=9),
-        **keys,
-    )
-    return concurrent_groups(config, TextPool(texts, target, config.seed))
-
-
-def test_users_ask_the_same_at_every_load(texts, target):
-    one, three = users(texts, target, requests_per_user=4)
+def test_users_ask_the_same_at_every_load(users):
+    one, three = users(requests_per_user=4)
     assert [group.value for group in (one, three)] == [1, 3]
     (alone,), (together,) = one.calls, three.calls
     assert len(alone) == 4
@@ -177,8 +163,8 @@ def test_users_ask_the_same_at_every_load(texts, target):
     assert {request.arrival_s for request in together} == {None}
 
 
-def test_poisson_arrivals_come_at_their_rate(texts, target):
-    one, three = users(texts, target, requests_per_user=200, arrivals="poisson", rate=4.0)
+def test_poisson_arrivals_come_at_their_rate(users):
+    one, three = users(requests_per_user=200, arrivals="poisson", rate=4.0)
     (alone,), (together,) = one.calls, three.calls
     times = [request.arrival_s for request in together if request.user == 0]
     assert times == [request.arrival_s for request in alone] == sorted(times)
@@ -192,13 +178,9 @@ def user(text):
 
 
 def test_follow_up_is_asked_after_the_target_s_answer():
-    try:
-        demo_path("target")
-    except FileNotFoundError:
-        pytest.skip("the demo models are not there")
-    target = load_target("demo")
-    first = BenchPrompt("a", "coffee", (user("One latte please."),), follow_ups=("Yes.", "Thanks."))
-    plain = BenchPrompt("b", "coffee", (user("A mocha."),))
+    target = chatty_target()
+    first = BenchPrompt("a", "coffee", (user("one latte"),), follow_ups=("yes", "thanks"))
+    plain = BenchPrompt("b", "coffee", (user("a mocha"),))
     unfolded = unfold_turns([first, plain], target, max_new_tokens=12)
     assert [prompt.id for prompt in unfolded] == ["a", "a-turn2", "a-turn3", "b"]
     answers = [
@@ -206,11 +188,11 @@ def test_follow_up_is_asked_after_the_target_s_answer():
         for prompt in unfolded[:2]
     ]
     assert list(unfolded[2].messages) == [
-        user("One latte please."),
+        user("one latte"),
         {"role": "assistant", "content": answers[0]},
-        user("Yes."),
+        user("yes"),
         {"role": "assistant", "content": answers[1]},
-        user("Thanks."),
+        user("thanks"),
     ]
     assert not any(prompt.follow_ups for prompt in unfolded)
 
