@@ -7,67 +7,54 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
-import matplotlib
 import numpy as np
 import prediction
 import typer
-from results import HERE, Arms, arms_of, cells_of, groups_of, read, speed
+from results import HERE, Arms, arms_of, cells_of, groups_of, read, strategies
 
-from specdec.report.quick_plots import plot_results
+from specdec.report.figures.bench import plot_results
+from specdec.report.figures.style import GREY, draw_series, new_figure, to_png
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-# Okabe and Ito's colours, which stay apart for colour-blind readers too, and marks for print.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKS = "osD^vP*"
 DOMAINS = ("gsm8k", "sgd", "taskmaster4")
 RULES = ("token", "block", "traversal")
 FAMILIES = ("eagle3", "eagle", "draft model", "medusa", "lookup", "hybrid")
 
 
-def errors(arms: list[dict[str, Any]]) -> list[list[float]]:
-    """Distances from the speeds down to and up to the ends of their intervals."""
-    ends = [arm["speedup_vs_plain_ci"] or 2 * [speed(arm)] for arm in arms]
-    low = [max(0.0, speed(arm) - end[0]) for arm, end in zip(arms, ends, strict=True)]
-    return [low, [max(0.0, end[1] - speed(arm)) for arm, end in zip(arms, ends, strict=True)]]
-
-
-def curve(axes: Any, number: int, at: list[float], arms: list[dict[str, Any]], label: str) -> None:
-    """Speeds with intervals against something, in the number's colour and mark."""
+def curve(axes: Any, number: int, at: list[float], arms: list[Any], label: str) -> None:
+    """Draw speeds with intervals against something, in the number's color and mark."""
     is_log = axes.get_xscale() == "log"
     places = np.log2(at) if is_log else np.array(at)
     places = places + 0.012 * (number - 2) * np.ptp(places)  # so that intervals stay apart
     at = list(2**places if is_log else places)
-    style = {"color": COLOURS[number], "marker": MARKS[number], "capsize": 3, "linewidth": 1.4}
-    axes.errorbar(at, [speed(arm) for arm in arms], errors(arms), label=label, **style)
+    speeds = [arm.speedup_vs_plain for arm in arms]
+    draw_series(axes, number, label, at, speeds, [arm.speedup_vs_plain_ci for arm in arms])
+
+
+def beside(axes: Any, number: int, label: str, found: list[Any], key: str, gap: float) -> None:
+    """Draw a figure of several arms as points with intervals, one arm below the other."""
+    places = [place + gap * (number - 1) for place in range(len(found))]
+    values = [getattr(each, key) for each in found]
+    ends = [getattr(each, f"{key}_ci") for each in found]
+    draw_series(axes, number, label, values, places, x_intervals=ends, linestyle="none")
 
 
 def finish(axes: Any, x: str, title: str) -> None:
-    """Labels, and a line where plain decoding is."""
-    axes.axhline(1, color="#777777", linewidth=1, linestyle=":")
+    """Label a panel, and mark where plain decoding is."""
+    axes.axhline(1, color=GREY, linewidth=1, linestyle=":")
     axes.set_xlabel(x)
     axes.set_ylabel("speed / plain decoding")
     axes.set_title(title, fontsize=10)
 
 
-def strategies(arms: Arms) -> list[str]:
-    return [name for name in arms if name not in ("plain", "hf_generate")]
-
-
 def drafters() -> Any:
     cells = cells_of(read("05-drafters/sweep.json"), "sampling.temperature")
-    figure, parts = plt.subplots(1, 2, figsize=(10.5, 5), sharey=True, sharex=True)
+    figure, parts = new_figure(5, 10.5, columns=2, sharey=True, sharex=True)
     for axes, (temperature, arms) in zip(parts, cells.items(), strict=True):
         names = strategies(arms)
         for number, domain in enumerate(DOMAINS):
-            found = [arms[name]["domains"][domain] for name in names]
-            places = [place + 0.22 * (number - 1) for place in range(len(names))]
-            style = {"color": COLOURS[number], "fmt": MARKS[number], "capsize": 2, "markersize": 5}
-            axes.errorbar(
-                [speed(each) for each in found], places, xerr=errors(found), label=domain, **style
-            )
-        axes.axvline(1, color="#777777", linewidth=1, linestyle=":")
+            found = [arms[name].domains[domain] for name in names]
+            beside(axes, number, domain, found, "speedup_vs_plain", 0.22)
+        axes.axvline(1, color=GREY, linewidth=1, linestyle=":")
         axes.set_yticks(range(len(names)), names)
         axes.set_xlabel("speed / plain decoding")
         axes.set_title(f"T = {temperature:g}", fontsize=10)
@@ -78,7 +65,7 @@ def drafters() -> Any:
 
 def shapes() -> Any:
     arms = arms_of(read("06-shapes/results.json"))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.4))
+    figure, (left, right) = new_figure(4.4, 10.5, columns=2)
     left.set_xscale("log", base=2)
     for number, family in enumerate(("draft model", "eagle3 chain", "medusa")):
         found = {int(n.rsplit(" ", 1)[1]): arms[n] for n in arms if n.startswith(family)}
@@ -100,8 +87,8 @@ def _heat_map(figure: Any, axes: Any, arms: Arms) -> None:
     grid = np.full((len(depths), len(sizes)), np.nan)
     for (depth, size), arm in trees.items():
         row, column = depths.index(depth), sizes.index(size)
-        grid[row, column] = speed(arm)
-        text = f"{speed(arm):.2f}\ntau {arm['tau']:.2f}"
+        grid[row, column] = arm.speedup_vs_plain
+        text = f"{arm.speedup_vs_plain:.2f}\ntau {arm.tau:.2f}"
         axes.annotate(
             text, (column, row), ha="center", va="center", fontsize=8, bbox=WHITE, color="black"
         )
@@ -119,7 +106,7 @@ WHITE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
 
 def draft_size() -> Any:
     arms = arms_of(read("07-draft-size/results.json"))
-    figure, axes = plt.subplots(figsize=(6.4, 4.4))
+    figure, (axes,) = new_figure(4.4)
     for number, size in enumerate(("1 layer", "4 layers", "8 layers")):
         found = {int(n.split(", ")[1]): arms[n] for n in arms if n.startswith(f"{size}, ")}
         curve(axes, number, list(found), list(found.values()), size)
@@ -132,7 +119,7 @@ def sampling() -> Any:
     by_temperature = cells_of(read("08-sampling/temperature.json"), "sampling.temperature")
     by_top_p = cells_of(read("08-sampling/top-p.json"), "sampling.top_p")
     by_top_p[1] = by_temperature[1]
-    figure, parts = plt.subplots(1, 2, figsize=(10.5, 4.4), sharey=True)
+    figure, parts = new_figure(4.4, 10.5, columns=2, sharey=True)
     both = (("temperature", by_temperature), ("top-p, at T = 1", by_top_p))
     for axes, (setting, cells) in zip(parts, both, strict=True):
         for number, name in enumerate(strategies(by_temperature[1])):
@@ -143,7 +130,7 @@ def sampling() -> Any:
 
 
 def rules() -> Any:
-    figure, parts = plt.subplots(1, 2, figsize=(10.5, 4.4))
+    figure, parts = new_figure(4.4, 10.5, columns=2)
     for axes, kind in zip(parts, ("chains", "trees"), strict=True):
         cells = cells_of(read(f"09-rules/{kind}.json"), "sampling.temperature", "rule")
         names = strategies(next(iter(cells.values())))
@@ -153,13 +140,7 @@ def rules() -> Any:
             if rule not in kinds:
                 continue
             found = [cells[temperature, rule][name] for name, temperature in groups]
-            places = [place + 0.2 * (number - 1) for place in range(len(groups))]
-            taus = [arm["tau"] for arm in found]
-            ends = [arm["tau_ci"] or 2 * [arm["tau"]] for arm in found]
-            low = [tau - end[0] for tau, end in zip(taus, ends, strict=True)]
-            high = [end[1] - tau for tau, end in zip(taus, ends, strict=True)]
-            style = {"color": COLOURS[number], "fmt": MARKS[number], "capsize": 2}
-            axes.errorbar(taus, places, xerr=[low, high], label=rule, **style)
+            beside(axes, number, rule, found, "tau", 0.2)
         axes.set_yticks(range(len(groups)), [f"{name}, T = {t:g}" for name, t in groups])
         axes.invert_yaxis()
         axes.set_xlabel("tau")
@@ -173,7 +154,7 @@ def _firsts(cells: dict[Any, Arms]) -> list[Any]:
 
 
 def batch() -> Any:
-    figure, parts = plt.subplots(1, 3, figsize=(13, 4.4), sharey=True)
+    figure, parts = new_figure(4.4, 13, columns=3, sharey=True)
     titles = ("fixed", "held-out", "hostile")
     for axes, kind in zip(parts, titles, strict=True):
         cells = cells_of(read(f"10-batch/{kind}.json"), "batch_size")
@@ -187,18 +168,18 @@ def batch() -> Any:
 
 
 def predicted() -> Any:
-    figure, parts = plt.subplots(1, 2, figsize=(10.5, 5.2), sharex=True, sharey=True)
+    figure, parts = new_figure(5.2, 10.5, columns=2, sharex=True, sharey=True)
     for axes, kind in zip(parts, ("same", "fresh"), strict=True):
         found = prediction.pairs(kind)
         for number, family in enumerate(FAMILIES):
-            some = [pair for pair in found if _family(pair[1]) == family]
-            places = [pair[0]["predicted_speedup"] for pair in some]
-            arms = [pair[1] for pair in some]
-            style = {"color": COLOURS[number], "fmt": MARKS[number], "capsize": 2, "markersize": 5}
-            axes.errorbar(places, list(map(speed, arms)), errors(arms), label=family, **style)
+            some = [each for each in found if _family(each.arm.type) == family]
+            predicted = [each.planned.predicted_speedup for each in some]
+            measured = [each.arm.speedup_vs_plain for each in some]
+            ends = [each.arm.speedup_vs_plain_ci for each in some]
+            draw_series(axes, number, family, predicted, measured, ends, linestyle="none")
         ends = np.array(axes.get_xlim())
-        axes.plot(ends, ends, color="#777777", linewidth=1)
-        axes.fill_between(ends, 0.93 * ends, 1.07 * ends, color="#777777", alpha=0.15, linewidth=0)
+        axes.plot(ends, ends, color=GREY, linewidth=1)
+        axes.fill_between(ends, 0.93 * ends, 1.07 * ends, color=GREY, alpha=0.15, linewidth=0)
         axes.set_xlabel("planned speed / plain decoding")
         axes.set_ylabel("measured")
         axes.set_title(f"{kind} prompts; grey: within 7 %", fontsize=10)
@@ -206,41 +187,33 @@ def predicted() -> Any:
     return figure
 
 
-def _family(arm: dict[str, Any]) -> str:
-    kind: str = arm["type"]
+def _family(kind: str) -> str:
     return {"ngram": "lookup", "suffix": "lookup", "draft_model": "draft model"}.get(kind, kind)
 
 
 def serving() -> Any:
-    figure, grid = plt.subplots(2, 2, figsize=(10.5, 8), sharey=True)
+    figure, panels = new_figure(8, 10.5, rows=2, columns=2, sharey=True)
     words = {"single-turn": "prompt", "multi-turn": "turn"}
     words |= {"long-context": "tokens of context, at most", "concurrent": "users at the same time"}
     seen: list[str] = []  # an arm has the same colour in all parts
-    for axes, (name, title) in zip(grid.flat, words.items(), strict=True):
+    for axes, (name, title) in zip(panels, words.items(), strict=True):
         groups = groups_of(f"12-serving/{name}.json")
-        if name == "concurrent":
-            groups = {users: _as_users_see(arms) for users, arms in groups.items()}
         places = [float(number) for number in range(len(groups))]
         shown = strategies(next(iter(groups.values())))
         seen += [arm for arm in shown if arm not in seen]
         for arm in shown:
-            curve(axes, seen.index(arm), places, [arms[arm] for arms in groups.values()], arm)
+            some = [arms[arm] for arms in groups.values()]
+            if name == "concurrent":  # the speed that a user sees, waiting included
+                speeds = [each.load.user_speed_vs_plain for each in some]
+                ends = [each.load.user_speed_vs_plain_ci for each in some]
+                draw_series(axes, seen.index(arm), arm, places, speeds, ends)
+            else:
+                curve(axes, seen.index(arm), places, some, arm)
         numbers = [re.findall(r"\d+", group) for group in groups]
         axes.set_xticks(places, groups if name == "single-turn" else [n[-1] for n in numbers])
         axes.legend(frameon=False, fontsize=8)
         finish(axes, title, name)
     return figure
-
-
-def _as_users_see(arms: Arms) -> Arms:
-    """The arms with the speed that a user sees, waiting included."""
-    return {
-        name: {
-            "speedup_vs_plain": arm["load"]["user_speed_vs_plain"],
-            "speedup_vs_plain_ci": arm["load"]["user_speed_vs_plain_ci"],
-        }
-        for name, arm in arms.items()
-    }
 
 
 def redraw(name: str) -> None:
@@ -271,9 +244,8 @@ def main(
             redraw(name)
             continue
         figure = PLOTS[name]()
-        figure.tight_layout()
         path = HERE / name / "plot.png"
-        figure.savefig(path, dpi=150)
+        path.write_bytes(to_png(figure))
         print(path)
 
 

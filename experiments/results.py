@@ -5,69 +5,69 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from specdec.report.runs import renew
+from specdec.bench.results import BenchArm, SuiteArm, SweepResults
+
+from specdec.report.runs import read_file
+from specdec.report.tables import Column
 
 HERE = Path(__file__).parent
-Arms = dict[str, dict[str, Any]]
+Arms = dict[str, Any]  # name -> arm
+KNOWN = ("specdec-bench", "specdec-sweep", "specdec-suite", "specdec-plan", "specdec-analysis")
 
 
 @cache
-def read(name: str) -> dict[str, Any]:
-    """A results file, by its path below this folder; speeds of older ones are those of today."""
-    content: dict[str, Any] = json.loads((HERE / name).read_text())
-    if isinstance(content, dict):
-        renew(content, dealt(content) if name.startswith("05") else ())  # others show no domains
+def read(name: str) -> Any:
+    """Read a results file, by its path below this folder, as its model; other files as they are."""
+    content = json.loads((HERE / name).read_text())
+    if name.startswith("05") and "cells" in content:
+        return SweepResults.read(content, dealt(content))
+    if isinstance(content, dict) and content.get("schema", "").startswith(KNOWN):
+        return read_file(HERE / name)[1]
     return content
 
 
 def dealt(content: dict[str, Any]) -> list[str]:
-    """Domains of a sweep's prompts, which an older one does not hold: they are dealt in turn."""
-    arms = [arm for cell in content.get("cells", ()) for arm in cell["arms"]]
-    names = list(arms[0]["domains"]) if arms else []
-    return [names[place % len(names)] for place in range(arms[0]["prompts"])] if arms else []
+    """Give the domains of a sweep's prompts, which an older one does not hold: in turn."""
+    arms = [arm for cell in content["cells"] for arm in cell["arms"]]
+    names = list(arms[0]["domains"])
+    return [names[place % len(names)] for place in range(arms[0]["prompts"])]
 
 
-def arms_of(run: dict[str, Any]) -> Arms:
-    """The arms of a run or of a sweep's cell, by name."""
-    return {arm["name"]: arm for arm in run["arms"]}
+def arms_of(run: Any) -> Arms:
+    """Give the arms of a run, a sweep's cell or a suite's group, by name."""
+    return {arm.name: arm for arm in run.arms}
 
 
-def cells_of(sweep: dict[str, Any], *keys: str) -> dict[Any, Arms]:
-    """The arms of a sweep's cells, by the values of these settings: one value, or a tuple."""
+def cells_of(sweep: SweepResults, *keys: str) -> dict[Any, Arms]:
+    """Give the arms of a sweep's cells, by the values of these settings: one value, or a tuple."""
     found = {}
-    for cell in sweep["cells"]:
-        values = tuple(cell["settings"][key] for key in keys)
+    for cell in sweep.cells:
+        values = tuple(cell.settings[key] for key in keys)
         found[values if len(keys) > 1 else values[0]] = arms_of(cell)
     return found
 
 
 def groups_of(suite: str) -> dict[str, Arms]:
-    """The arms of a suite's groups, by the groups' names; the suite by its path."""
-    return {group["name"]: arms_of(group) for group in read(suite)["groups"]}
+    """Give the arms of a suite's groups, by the groups' names; the suite by its path."""
+    return {group.name: arms_of(group) for group in read(suite).groups}
 
 
-def speed(arm: dict[str, Any]) -> float:
-    """Total decode time of plain decoding over the arm's, for the same prompts."""
-    ratio: float = arm["speedup_vs_plain"]
-    return ratio
+def strategies(arms: Arms) -> list[str]:
+    """Name the arms that draft."""
+    return [name for name in arms if name not in ("plain", "hf_generate")]
 
 
-def figure(arm: dict[str, Any], key: str) -> str:
-    """A figure with its interval; "-" where there is none."""
-    if arm[key] is None:
-        return "-"
-    interval = arm.get(f"{key}_ci")
-    if interval is None or interval[0] == interval[1] == arm[key]:
-        return f"{arm[key]:.2f}"
-    return f"{arm[key]:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
+def figure(arm: Any, key: str) -> str:
+    """Write a figure with its interval; "-" where there is none."""
+    return Column(key, key, digits=2).cell(arm)
 
 
-def brief(arm: dict[str, Any]) -> str:
-    """Speed and accepted length in little room."""
-    return f"{speed(arm):.2f} ({arm['tau']:.2f})"
+def brief(arm: BenchArm | SuiteArm) -> str:
+    """Write speed and accepted length in little room."""
+    return f"{arm.speedup_vs_plain:.2f} ({arm.tau:.2f})"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Write a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -11,7 +11,20 @@ from typing import Annotated, Any
 
 import prediction
 import typer
-from results import HERE, Arms, arms_of, brief, cells_of, figure, groups_of, read, speed, table
+from results import (
+    HERE,
+    Arms,
+    arms_of,
+    brief,
+    cells_of,
+    figure,
+    groups_of,
+    read,
+    strategies,
+    table,
+)
+
+from specdec.report.tables import Column
 
 DOMAINS = ("gsm8k", "sgd", "taskmaster4")
 SIZES = ("1 layer", "4 layers", "8 layers")
@@ -40,6 +53,9 @@ WORDS = {
 }
 SPEEDS = ("tau", "speedup_vs_plain", "end_to_end_speedup_vs_plain", "speedup_vs_hf")
 HEAD = ["arm", "tau", "vs plain", "with prefill", "vs transformers `generate`"]
+OTHER_MS = Column("other_ms_per_step", "", 2).cell
+EFFICIENCY = Column("loop_efficiency", "", 3).cell
+ACCEPTED = Column("acceptance_rate", "", 0, "%", scale=100).cell
 # Of 03-domain: the run that made it, and its arm in the benches.
 TRAINED = {
     "draft model, generic": ("generic-draft", "draft generic"),
@@ -58,7 +74,7 @@ def measured() -> dict[str, str]:
     return {"measured": table(HEAD, rows), "domains": _trained(with_alpha=True)}
 
 
-def _figures(arm: dict[str, Any]) -> list[str]:
+def _figures(arm: Any) -> list[str]:
     return [figure(arm, key) for key in SPEEDS]
 
 
@@ -69,7 +85,7 @@ def core() -> dict[str, str]:
         [
             WORDS.get(name, name),
             *_figures(arm),
-            *_loop(arm, ("other_ms_per_step", "loop_efficiency")),
+            *(cell(arm) for cell in (OTHER_MS, EFFICIENCY)),
         ]
         for name, arm in one.items()
     ]
@@ -84,7 +100,7 @@ def core() -> dict[str, str]:
                     figure(arm, "tau"),
                     *_throughput(arm, one[name], "batch_decode_tokens_per_s"),
                     *_throughput(arm, one[name], "batch_tokens_per_s"),
-                    *_loop(arm, ("loop_efficiency",)),
+                    EFFICIENCY(arm),
                 ]
                 for name, arm in eight.items()
             ],
@@ -92,13 +108,9 @@ def core() -> dict[str, str]:
     }
 
 
-def _loop(arm: dict[str, Any], keys: tuple[str, ...]) -> list[str]:
-    digits = {"other_ms_per_step": 2, "loop_efficiency": 3}
-    return ["-" if arm[key] is None else f"{arm[key]:.{digits[key]}f}" for key in keys]
-
-
-def _throughput(arm: dict[str, Any], alone: dict[str, Any], key: str) -> list[str]:
-    return [f"{arm[key]:.0f}", f"{arm[key] / alone[key]:.2f}"]
+def _throughput(arm: Any, alone: Any, key: str) -> list[str]:
+    ours, theirs = (getattr(each, key) for each in (arm, alone))
+    return [f"{ours:.0f}", f"{ours / theirs:.2f}"]
 
 
 def heads() -> dict[str, str]:
@@ -111,8 +123,8 @@ def heads() -> dict[str, str]:
                 [
                     each,
                     *_figures(arm),
-                    f"{arm['acceptance_rate']:.0%}" if arm["acceptance_rate"] else "-",
-                    *_loop(arm, ("loop_efficiency",)),
+                    ACCEPTED(arm) if arm.acceptance_rate else "-",
+                    EFFICIENCY(arm),
                 ]
                 for each, arm in found[name].items()
             ],
@@ -161,10 +173,10 @@ def drafters() -> dict[str, str]:
     }
 
 
-def _drafter_row(arm: dict[str, Any]) -> list[str]:
+def _drafter_row(arm: Any) -> list[str]:
     keys = ("tau", "speedup_vs_plain", "speedup_vs_hf")
-    speeds = (figure(arm["domains"][domain], "speedup_vs_plain") for domain in DOMAINS)
-    return [arm["name"], *(figure(arm, key) for key in keys), *speeds]
+    speeds = (figure(arm.domains[domain], "speedup_vs_plain") for domain in DOMAINS)
+    return [arm.name, *(figure(arm, key) for key in keys), *speeds]
 
 
 def shapes() -> dict[str, str]:
@@ -211,7 +223,9 @@ def _tree_table(arms: Arms) -> str:
 
 def _constant_row(arms: Arms, constant: str, names: tuple[str, str]) -> list[str]:
     name, family = names
-    best = max((each for each in arms if each.startswith(family)), key=lambda n: speed(arms[n]))
+    best = max(
+        (each for each in arms if each.startswith(family)), key=lambda n: arms[n].speedup_vs_plain
+    )
     keys = ("tau", "speedup_vs_plain")
     theirs, ours = ([figure(arms[each], key) for key in keys] for each in (name, best))
     return [constant, *theirs, best, *ours]
@@ -223,17 +237,18 @@ def draft_size() -> dict[str, str]:
     training = read("07-draft-size/training.json")
     lengths = sorted({int(name.split(", ")[1]) for name in arms if ", " in name})
     fastest = [
-        max((arms[f"{size}, {n}"] for n in lengths), key=lambda arm: speed(arm)) for size in SIZES
+        max((arms[f"{size}, {n}"] for n in lengths), key=lambda arm: arm.speedup_vs_plain)
+        for size in SIZES
     ]
     rows = [
         [
             size,
             f"{training[size]['parameters']:,}",
-            f"{100 * arms[f'{size}, 1']['per_depth'][0]:.1f} %",
-            arm["name"].split(", ")[1],
+            f"{100 * arms[f'{size}, 1'].per_depth[0]:.1f} %",
+            arm.name.split(", ")[1],
             figure(arm, "tau"),
             figure(arm, "speedup_vs_plain"),
-            f"{100 * arm['time_s']['draft'] / arm['time_s']['wall']:.0f} %",
+            f"{100 * arm.time_s.draft / arm.time_s.wall:.0f} %",
         ]
         for size, arm in zip(SIZES, fastest, strict=True)
     ]
@@ -267,7 +282,7 @@ def sampling() -> dict[str, str]:
 
 
 def _by_setting(name: str, cells: dict[Any, Arms]) -> str:
-    arms = [arm for arm in next(iter(cells.values())) if arm not in ("plain", "hf_generate")]
+    arms = strategies(next(iter(cells.values())))
     rows = [[arm, *(brief(found[arm]) for found in cells.values())] for arm in arms]
     return table(["arm", *(f"{name} = {value:g}" for value in cells)], rows)
 
@@ -282,9 +297,7 @@ def rules() -> dict[str, str]:
 
 def _rule_table(cells: dict[Any, Arms]) -> str:
     rows = []
-    for arm in [
-        name for name in next(iter(cells.values())) if name not in ("plain", "hf_generate")
-    ]:
+    for arm in strategies(next(iter(cells.values()))):
         for (temperature, rule), arms in cells.items():
             keys = ("tau", "speedup_vs_plain")
             shown = (figure(arms[arm], key) for key in keys)
@@ -292,22 +305,22 @@ def _rule_table(cells: dict[Any, Arms]) -> str:
     return table(["draft", "T", "rule", "tau", "vs plain", "verify, ms a step"], rows)
 
 
-def _judging_ms(arm: dict[str, Any]) -> float:
-    steps = sum(each["steps"] for each in arm["per_prompt"] if each)
-    return 1000 * arm["time_s"]["verify"] / (steps or 1)
+def _judging_ms(arm: Any) -> float:
+    steps = sum(each.steps for each in arm.per_prompt if each)
+    return 1000 * arm.time_s.verify / (steps or 1)
 
 
 def batch() -> dict[str, str]:
     """Experiment 10: fixed lengths over batch sizes, the schedule, and what follows it."""
     fixed = cells_of(read("10-batch/fixed.json"), "batch_size")
-    names = [name for name in fixed[1] if name not in ("plain", "hf_generate")]
+    names = strategies(fixed[1])
     plain = [
         "plain, tokens/s",
-        *(f"{arms['plain']['batch_decode_tokens_per_s']:.0f}" for arms in fixed.values()),
+        *(f"{arms['plain'].batch_decode_tokens_per_s:.0f}" for arms in fixed.values()),
     ]
     head = ["arm", *(f"batch {size}" for size in fixed)]
     rows = [[name, *(brief(arms[name]) for arms in fixed.values())] for name in names]
-    schedule = read("10-batch/plan.json")["schedule"]
+    schedule = {str(size): n for size, n in read("10-batch/plan.json").schedule.items()}
     found = {"fixed": table(head, [plain, *rows])}
     found["schedule"] = table(
         ["batch", *schedule], [["drafted tokens", *(str(n) for n in schedule.values())]]
@@ -327,7 +340,7 @@ def batch() -> dict[str, str]:
     found["users"] = table(
         ["arm", *(f"{group}, {what}" for group in users for what in ("a user", "all"))],
         [
-            [name, *(text for arms in users.values() for text in _user_speeds(arms[name]["load"]))]
+            [name, *(text for arms in users.values() for text in _user_speeds(arms[name].load))]
             for name in ("always", "controller")
         ],
     )
@@ -344,27 +357,27 @@ def _waiting_rows() -> list[list[str]]:
     ]
 
 
-def _user_speeds(load: dict[str, Any]) -> list[str]:
-    low, high = load["tokens_per_s_vs_plain_range"]
-    every = f"{load['tokens_per_s_vs_plain']:.2f} ({low:.2f} to {high:.2f})"
+def _user_speeds(load: Any) -> list[str]:
+    low, high = load.tokens_per_s_vs_plain_range
+    every = f"{load.tokens_per_s_vs_plain:.2f} ({low:.2f} to {high:.2f})"
     return [figure(load, "user_speed_vs_plain"), every]
 
 
 def predicted() -> dict[str, str]:
     """Experiment 11: every configuration, and how well the plan did as a whole."""
     found = {kind: prediction.pairs(kind) for kind in ("same", "fresh")}
-    fresh = {planned["name"]: (planned, arm) for planned, arm in found["fresh"]}
+    fresh = {each.planned.name: each for each in found["fresh"]}
     rows = [
         [
-            planned["name"],
-            f"{planned['predicted_tau']:.2f}",
-            f"{arm['tau']:.2f}",
-            figure(planned, "predicted_speedup"),
-            figure(arm, "speedup_vs_plain"),
-            f"{100 * prediction.error((planned, arm)):+.1f} %",
-            f"{100 * prediction.error(fresh[planned['name']]):+.1f} %",
+            each.planned.name,
+            f"{each.planned.predicted_tau:.2f}",
+            f"{each.arm.tau:.2f}",
+            figure(each.planned, "predicted_speedup"),
+            figure(each.arm, "speedup_vs_plain"),
+            f"{100 * each.error:+.1f} %",
+            f"{100 * fresh[each.planned.name].error:+.1f} %",
         ]
-        for planned, arm in found["same"]
+        for each in found["same"]
     ]
     head = ["configuration", "tau planned", "measured", "vs plain planned", "measured", "error"]
     totals = {kind: prediction.summary(each) for kind, each in found.items()}
@@ -408,7 +421,7 @@ def serving() -> dict[str, str]:
     found["latency"] = table(
         ["seconds to the whole answer, median", *some],
         [
-            [name, *(f"{arms[name]['latency_s']['p50']:.2f}" for arms in some.values())]
+            [name, *(f"{arms[name].latency_s['p50']:.2f}" for arms in some.values())]
             for name in next(iter(some.values()))
         ],
     )
@@ -422,19 +435,20 @@ def serving() -> dict[str, str]:
 
 def _by_group(groups: dict[str, Arms]) -> str:
     names = [name for name in next(iter(groups.values())) if name != "plain"]
-    plain = (f"{arms['plain']['decode_tokens_per_s']:.0f}" for arms in groups.values())
+    plain = (f"{arms['plain'].decode_tokens_per_s:.0f}" for arms in groups.values())
     rows = [[name, *(brief(arms[name]) for arms in groups.values())] for name in names]
     return table(["arm", *groups], [["plain, tokens/s", *plain], *rows])
 
 
-def _load_row(arm: dict[str, Any]) -> list[str]:
-    load = arm["load"]
+def _load_row(arm: Any) -> list[str]:
+    load = arm.load
     waits = [
-        ", ".join(f"{1000 * value:.0f}" for value in list(arm[key].values())[:count]) + " ms"
+        ", ".join(f"{1000 * value:.0f}" for value in list(getattr(arm, key).values())[:count])
+        + " ms"
         for key, count in (("ttft_s", 2), ("chunk_gap_s", 3))
     ]
-    speeds = [f"{load['tokens_per_s']:.0f}", figure(load, "user_speed_vs_plain")]
-    return [arm["name"], *speeds, *waits, f"{load['jain_index']:.2f}"]
+    speeds = [f"{load.tokens_per_s:.0f}", figure(load, "user_speed_vs_plain")]
+    return [arm.name, *speeds, *waits, f"{load.jain_index:.2f}"]
 
 
 # By the folder of the README; that of the repository is "..".

@@ -7,10 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from specdec.report.figures.style import COLORS, new_figure, to_png
 
 HERE = Path(__file__).parent
 SIZES = {
@@ -29,7 +26,7 @@ OBJECTIVES = {
     "reverse KL": "qlora-gsm8k-reverse_kl",
     "total variation": "qlora-gsm8k-total_variation",
 }
-BLUE, ORANGE = "#0072B2", "#D55E00"
+BLUE, ORANGE = COLORS[0], COLORS[3]
 
 
 def read(domain: str) -> dict[str, Any]:
@@ -44,16 +41,16 @@ def bars(values: list[dict[str, Any]]) -> tuple[list[float], list[list[float]]]:
 
 def growth() -> None:
     found = read("sgd")
-    figure, axes = plt.subplots(figsize=(6.4, 4.4))
-    for temperature, colour, marker in (("0", BLUE, "o"), ("1", ORANGE, "s")):
+    figure, (axes,) = new_figure(4.4)
+    for temperature, color, marker in (("0", BLUE, "o"), ("1", ORANGE, "s")):
         for (budget, runs), line in zip(SIZES.items(), ("-", "--"), strict=True):
             heights, errors = bars([found[name]["alpha"][temperature] for name in runs.values()])
-            style = {"color": colour, "marker": marker, "capsize": 4, "linestyle": line}
+            style = {"color": color, "marker": marker, "capsize": 4, "linestyle": line}
             axes.errorbar(
                 list(runs), heights, errors, label=f"T = {temperature}, {budget}", **style
             )
         start = found["generic-draft"]["alpha"][temperature]["value"]
-        axes.axhline(start, color=colour, linestyle=":", linewidth=1)
+        axes.axhline(start, color=color, linestyle=":", linewidth=1)
     axes.annotate("generic: no queries", (8000, start - 0.012), ha="right", va="top", fontsize=8)
     sizes = list(SIZES["250 steps"])
     axes.set_xscale("log")
@@ -64,26 +61,24 @@ def growth() -> None:
     axes.set_ylabel("alpha on held-out queries")
     axes.set_title("QLoRA draft model; 95 % intervals", fontsize=10)
     axes.legend(frameon=False, loc="upper left", ncol=2, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(HERE / "growth.png", dpi=160)
+    (HERE / "growth.png").write_bytes(to_png(figure))
 
 
 def objectives() -> None:
     found = read("gsm8k")
-    figure, axes = plt.subplots(figsize=(6.4, 4.4))
-    for offset, temperature, colour, hatch in ((-0.2, "0", BLUE, ""), (0.2, "1", ORANGE, "//")):
+    figure, (axes,) = new_figure(4.4)
+    for offset, temperature, color, hatch in ((-0.2, "0", BLUE, ""), (0.2, "1", ORANGE, "//")):
         values = [found[name]["alpha"][temperature] for name in OBJECTIVES.values()]
         heights, errors = bars(values)
         places = [number + offset for number in range(len(OBJECTIVES))]
-        style = {"color": colour, "hatch": hatch, "capsize": 3, "label": f"T = {temperature}"}
+        style = {"color": color, "hatch": hatch, "capsize": 3, "label": f"T = {temperature}"}
         axes.bar(places, heights, 0.38, yerr=errors, **style)
     axes.set_xticks(range(len(OBJECTIVES)), list(OBJECTIVES), fontsize=9)
     axes.set_ylim(0, 0.8)
     axes.set_ylabel("alpha on held-out queries (gsm8k)")
     axes.set_title("QLoRA draft model, 250 steps each; 95 % intervals", fontsize=10)
     axes.legend(frameon=False, loc="upper left", ncol=2)
-    figure.tight_layout()
-    figure.savefig(HERE / "objectives.png", dpi=160)
+    (HERE / "objectives.png").write_bytes(to_png(figure))
 
 
 if __name__ == "__main__":

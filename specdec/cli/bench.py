@@ -1,7 +1,6 @@
 """`specdec bench`."""
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -79,14 +78,14 @@ def bench(
 
 def _single(config: "RunConfig", out: Path, plan: Any = None) -> None:
     from specdec.bench.runner import check_results, run_bench
-    from specdec.report.quick_plots import plot_results
-    from specdec.report.tables import planned_table, results_table
+    from specdec.report.figures.bench import plot_results
+    from specdec.report.sections.bench import results_table
+    from specdec.report.sections.plan import planned_table
+    from specdec.report.tables import print_tables
 
     with progress_bar() as show:
         results: Any = run_bench(config, out, show)
-    _print(lambda width: results_table(_plain(results), width))
-    if plan:
-        _print(lambda width: planned_table(_plain(plan), _plain(results)))
+    print_tables(results_table(results), *([planned_table(plan, results)] if plan else []))
     picture = _picture(plot_results, results, out / "results.png")
     _tell_failures(results.arms)
     summary = {"schema": results.schema_, "picture": picture}
@@ -98,13 +97,12 @@ def _single(config: "RunConfig", out: Path, plan: Any = None) -> None:
 
 def _suite(config: "RunConfig", out: Path) -> None:
     from specdec.bench.runner import check_results, run_bench
-    from specdec.report.quick_plots import plot_suite
-    from specdec.report.tables import suite_tables
+    from specdec.report.sections.suite import plot_suite, suite_tables
+    from specdec.report.tables import print_tables
 
     with progress_bar() as show:
         results: Any = run_bench(config, out, show)
-    for place in (0, 1):
-        _print(lambda width, place=place: suite_tables(_plain(results), width)[place])
+    print_tables(*suite_tables(results))
     picture = _picture(plot_suite, results, out / "suite.png")
     groups = [
         {"name": group.name, "arms": _summary(group.arms, _SUITE_KEYS)} for group in results.groups
@@ -132,11 +130,12 @@ def _planned(config: Any, out: Path) -> None:
 
 def _sweep(cells: Sequence["Cell"], out: Path) -> None:
     from specdec.bench.sweep import check_sweep, run_sweep
-    from specdec.report.tables import sweep_table
+    from specdec.report.sections.bench import sweep_table
+    from specdec.report.tables import print_tables
 
     with progress_bar() as show:
         sweep = run_sweep(cells, out, show)
-    _print(lambda width: sweep_table(_plain(sweep), width))
+    print_tables(sweep_table(sweep))
     typer.echo(f"Joined results: {out / sweep.FILE}")
     rows = []
     for cell in sweep.cells:
@@ -153,22 +152,10 @@ def _picture(plot: Callable[[Any, Path], object], results: Any, path: Path) -> s
     """Draw the results; None without matplotlib, which is an extra: the figures stand anyway."""
     picture = None if find_spec("matplotlib") is None else str(path)
     if picture:
-        plot(_plain(results), path)
+        plot(results, path)
     shown = picture or "none, it needs specdec[plot]"
     typer.echo(f"Records and results: {path.parent}\nPicture: {shown}")
     return picture
-
-
-def _plain(results: Any) -> Any:
-    return results.model_dump(mode="json", by_alias=True)
-
-
-def _print(table: Callable[..., Any]) -> None:
-    """Show a table that is made for the width of the terminal."""
-    from rich.console import Console
-
-    terminal = Console(width=None if sys.stdout.isatty() else 140)
-    terminal.print(table(terminal.width))
 
 
 def _tell_failures(arms: Sequence[Any], where: str = "") -> None:

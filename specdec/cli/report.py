@@ -20,12 +20,12 @@ def report(
     ] = None,
 ) -> None:
     """Put measurements into one page: tables, pictures, comparisons."""
-    from specdec.report.document import write_report
+    from specdec.report.page import write_report
 
     found = write_report(runs, out, allow or [])
-    for warning in found["warnings"]:
+    for warning in found.warnings:
         typer.echo(f"specdec: {warning}", err=True)
-    typer.echo(f"Page: {out / 'index.html'}\nMarkdown: {out / 'report.md'}")
-    figures = sum(len(section["figures"]) for section in found["sections"])
-    summary = {"schema": found["schema"], "page": str(out / "index.html"), "figures": figures}
-    typer.echo(json.dumps(summary))
+    page = str(out / "index.html")
+    typer.echo(f"Page: {page}\nMarkdown: {out / 'report.md'}")
+    figures = sum(len(section.figures) for section in found.sections)
+    typer.echo(json.dumps({"schema": found.schema_, "page": page, "figures": figures}))

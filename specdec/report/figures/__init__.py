@@ -1,1 +1,1 @@
-"""The pictures of a report, one kind a file; each returns the bytes of a PNG."""
+"""The pictures, all in the style of `style.py`."""

@@ -1,22 +1,31 @@
-"""How all pictures look: readable in print, without colour, and on a small screen."""
+"""The look of all pictures, readable in print and without color. Only here is matplotlib imported.
 
+A series has a place, from which it gets its color, marker and line; plain decoding is at -1.
+"""
+
+from collections.abc import Sequence
 from io import BytesIO
 from textwrap import fill
 from typing import Any
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers.
+# Okabe and Ito's colors, which stay apart for color-blind readers.
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000")
 MARKERS = "osD^vP*X<>"
-# Grey print tells bars apart by these.
-HATCHES = ("", "///", "...", "xxx", "\\\\\\")
 LINES = ("-", "--", "-.", ":")
+HATCHES = ("", "///", "...", "xxx", "\\\\\\")
 GREY = "#666666"
-WIDTH = 6.4  # inches; a phone shows it at about half that
-_DPI = 130
+WIDTH = 6.4  # inches
+
+Interval = Sequence[float] | None
 
 
-def new_figure(height: float, width: float = WIDTH) -> Any:
-    """An empty figure.
+def new_figure(
+    height: float, width: float = WIDTH, rows: int = 1, columns: int = 1, **shared: bool
+) -> Any:
+    """Make a figure and its panels; `shared` may hold `sharex` and `sharey`.
+
+    Returns:
+        The figure, and its axes in a list, row by row.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -25,48 +34,95 @@ def new_figure(height: float, width: float = WIDTH) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError(
-            "a report needs matplotlib for its pictures; install it with: pip install "
-            "'specdec[plot]'"
+            "pictures need matplotlib; install it with: pip install 'specdec[plot]'"
         ) from error
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
 
 
 def to_png(figure: Any) -> bytes:
-    """Draw it."""
+    """Draw it, without version and date, which would change the bytes of the same picture."""
     content = BytesIO()
-    # Without the version and the date, which would change the bytes of the same picture.
-    figure.savefig(content, format="png", dpi=_DPI, metadata={"Software": None})
+    figure.savefig(content, format="png", dpi=130, metadata={"Software": None})
     return content.getvalue()
 
 
-def color(place: int) -> str:
-    """Of the arm or drafter at this place."""
-    return COLORS[place % len(COLORS)]
+def look(place: int) -> dict[str, Any]:
+    """Give color, marker and line of a series."""
+    if place < 0:
+        return {"color": GREY, "marker": "x", "linestyle": "-"}
+    return {
+        "color": COLORS[place % len(COLORS)],
+        "marker": MARKERS[place % len(MARKERS)],
+        "linestyle": LINES[place % len(LINES)],
+    }
 
 
-def marker(place: int) -> str:
-    """Of the arm or drafter at this place; with the colour it is unique for long."""
-    return MARKERS[place % len(MARKERS)]
-
-
-def line(place: int) -> str:
-    """Line style of the arm or drafter at this place."""
-    return LINES[place % len(LINES)]
-
-
-def label(text: str, width: int = 24) -> str:
-    """A name on as many lines as it needs; a dollar sign is no formula."""
+def label(text: str, width: int = 34) -> str:
+    """Break a name into lines; a dollar sign begins no formula."""
     return fill(text, width).replace("$", r"\$")
 
 
-def error_bars(value: float, interval: Any) -> list[list[float]]:
-    """As matplotlib takes them; none where there is no interval."""
-    low, high = interval or (value, value)
-    return [[max(0.0, value - low)], [max(0.0, high - value)]]
+def error_bars(values: Sequence[float], intervals: Sequence[Interval]) -> list[list[float]]:
+    """Give lengths below and above, as matplotlib takes them; 0 where there is no interval."""
+    ends = [interval or (value, value) for value, interval in zip(values, intervals, strict=True)]
+    below = [max(0.0, value - low) for value, (low, _) in zip(values, ends, strict=True)]
+    return [below, [max(0.0, high - v) for v, (_, high) in zip(values, ends, strict=True)]]
+
+
+def draw_series(
+    axes: Any,
+    place: int,
+    name: str,
+    x: Sequence[float],
+    y: Sequence[float | None],
+    y_intervals: Sequence[Interval] | None = None,
+    x_intervals: Sequence[Interval] | None = None,
+    **changes: Any,
+) -> None:
+    """Draw points with their intervals, joined by a line; points without a value are left out.
+
+    Args:
+        axes: panel to draw on.
+        place: number of the series, -1 for plain decoding.
+        name: name in the legend.
+        x: places on the axis.
+        y: a value each.
+        y_intervals: an interval each.
+        x_intervals: an interval each.
+        changes: arguments of `errorbar` in place of the usual ones.
+    """
+    bars = [each or [None] * len(x) for each in (x_intervals, y_intervals)]
+    known = [row for row in zip(x, y, *bars, strict=True) if row[1] is not None]
+    xs, ys, x_ends, y_ends = zip(*known, strict=True) if known else ((), (), (), ())
+    usual = {"markersize": 5, "linewidth": 1.4, "elinewidth": 1, "capsize": 2, **look(place)}
+    axes.errorbar(
+        xs,
+        ys,
+        xerr=error_bars(xs, x_ends) if x_intervals else None,
+        yerr=error_bars(ys, y_ends) if y_intervals else None,
+        label=label(name),
+        **(usual | changes),
+    )
+
+
+def finish(axes: Any, x: str, y: str = "", title: str = "", line_at: float | None = None) -> None:
+    """Label a panel; `line_at` marks a height to compare with, as 1 for plain decoding."""
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    if line_at is not None:
+        axes.axhline(line_at, color=GREY, linewidth=0.8)
+
+
+def whole_numbers(axes: Any) -> None:
+    """Put ticks of the horizontal axis at whole numbers alone."""
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def legend_below(figure: Any, axes: Any, columns: int = 2) -> None:
-    """One legend for all panels, under them."""
+    """Put one legend for all panels under them."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)

@@ -1,0 +1,162 @@
+"""Tables in a terminal: nothing is cut off at any width, and figures are those of the results."""
+
+from copy import deepcopy
+
+import made_runs
+import pytest
+from rich.console import Console
+from specdec.bench.results import BenchResults, SuiteResults, SweepResults
+
+from specdec.report.sections.bench import results_table, sweep_table
+from specdec.report.sections.suite import suite_tables
+from specdec.report.tables import Column, Table
+
+
+def lines(table, width):
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table.fit(width))
+    return [line.rstrip() for line in console.export_text().splitlines()]
+
+
+def results(change=lambda content: None):
+    content = made_runs.bench()
+    for arm in content["arms"]:
+        arm["name"] = arm["name"].replace(" <b>&amp;</b>", "")
+    change(content)
+    return BenchResults.read(content)
+
+
+@pytest.mark.parametrize(("width", "num_intervals"), [(80, 0), (100, 1), (140, 3)])
+def test_table_gives_up_intervals_before_cutting(width, num_intervals):
+    text = lines(results_table(results()), width)
+    assert max(map(len, text)) <= width
+    assert not any("…" in line for line in text)
+    row = next(line for line in text if line.startswith("ngram"))
+    assert row.count("[") == num_intervals
+    assert row.split()[-2:] == ["0", "0"]
+    assert any(line.startswith("eagle3 chain 4 ") for line in text)
+
+
+def test_long_name_goes_on_in_next_line():
+    name = "a head with many nodes and an adapter"
+    found = results(lambda content: content["arms"][2].update(name=name))
+    text = "\n".join(lines(results_table(found), 80))
+    assert "…" not in text
+    assert all(word in text for word in name.split())
+
+
+def test_caption_says_how_near_ties_were():
+    def differ(content):
+        content["arms"][2]["differences"] = [
+            {"prompt": 0, "against": "plain", "position": 1, "top2_gap": gap}
+            for gap in (0.02, 0.03125, None)
+        ]
+
+    assert not any("apart" in line for line in lines(results_table(results()), 140))
+    assert any("0.031 apart" in line for line in lines(results_table(results(differ)), 140))
+
+
+def test_arms_without_figures_show_dashes():
+    def forget(content):
+        for arm in content["arms"]:
+            arm |= {"speedup_vs_plain": None, "speedup_vs_plain_ci": None, "per_depth": []}
+
+    assert any(" - " in line for line in lines(results_table(results(forget)), 80))
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    content = made_runs.sweep(tmp_path)
+    plain, eagle3 = (deepcopy(content["cells"][0]["arms"][place]) for place in (0, 2))
+    eagle3["name"] = "eagle3"
+    figures = next(iter(eagle3["domains"].values())) | {"tau": 0.94, "speedup_vs_plain": 0.62}
+    for arm in (plain, eagle3):
+        arm["domains"] = {"sea": figures, "land": figures}
+    only = {**plain, "domains": {"sea": figures}}
+    settings = [(0.0, "/data/a.txt"), (0.5, "/data/b.txt"), (1.0, "/data/b.txt")]
+    content["cells"] = [
+        {
+            **content["cells"][0],
+            "settings": {"sampling.temperature": temperature, "prompts.source": source},
+            "arms": arms,
+        }
+        for (temperature, source), arms in zip(settings, [[plain, eagle3], [only], []], strict=True)
+    ]
+    return SweepResults.read(content)
+
+
+def test_sweep_names_settings_once_and_keeps_failed_cells(sweep):
+    rows = [line.split()[:3] for line in lines(sweep_table(sweep), 140)]
+    assert ["0", "a.txt", "plain"] in rows
+    assert ["0.5", "b.txt", "plain"] in rows
+    assert ["1", "b.txt", "failed"] in rows
+    assert any(row[0] == "eagle3" for row in rows if row)
+
+
+@pytest.mark.parametrize(
+    ("width", "num_intervals", "has_domains"),
+    [(140, 3, True), (90, 1, True), (80, 2, False), (56, 0, False)],
+)
+def test_sweep_gives_up_intervals_then_domains(sweep, width, num_intervals, has_domains):
+    text = lines(sweep_table(sweep), width)
+    assert max(map(len, text)) <= width
+    assert not any("…" in line for line in text)
+    row = next(line for line in text if line.strip().startswith("eagle3"))
+    assert row.count("[") == num_intervals
+    assert any("sea" in line for line in text) == has_domains
+    assert ("0.94  0.62" in row) == has_domains
+    # A domain that a cell does not have is a dash.
+    second = next(line for line in text if line.startswith("0.5"))
+    assert second.endswith(" -") == has_domains
+
+
+@pytest.mark.parametrize("name", ["single-turn", "multi-turn", "long-context", "concurrent"])
+def test_suite_tables_hold_every_group_once(name):
+    found = SuiteResults.read(made_runs.suite(name))
+    first, waiting = ("\n".join(lines(table, 140)) for table in suite_tables(found))
+    for text in (first, waiting):
+        assert max(map(len, text.splitlines())) <= 140
+        for group in found.groups:
+            assert text.count(group.name) == 1
+    assert "power: not measured" in first
+    assert "J/token" not in first
+    assert "chunk gap" in waiting.replace("\n", " ")
+    assert ("queue" in waiting) == (name == "concurrent")
+
+
+def test_suite_tables_show_figures_of_results():
+    content = made_runs.suite()
+    arm = content["groups"][1]["arms"][2]
+    arm["load"] |= {
+        "tokens_per_s": 1234.0,
+        "user_speed_vs_plain": 1.75,
+        "user_speed_vs_plain_ci": [1.5, 2.0],
+        "jain_index": 0.875,
+    }
+    arm["memory"] |= {"cache_bytes": 77 * 2**20, "peak_device_bytes": 88 * 2**20}
+    arm["power"] = {"energy_j": 5.0, "power_w": 60.0, "energy_j_per_token": 0.125}
+    arm["ttft_s"] = {"p50": 0.0111, "p95": 0.0222, "p99": 0.0333}
+    first, waiting = suite_tables(SuiteResults.read(content))
+    text = lines(first, 160)
+    line = next(line for line in text if "1234" in line)
+    for figure in (arm["name"], "1.75 [1.50, 2.00]", "0.875", "77", "88", "0.125"):
+        assert figure in line
+    assert "power: not measured" not in "\n".join(text)
+    assert any("11.1    22.2    33.3" in line for line in lines(waiting, 160))
+
+
+def test_table_gives_values_and_intervals_as_data():
+    columns = [Column("a", "a", 1), Column("b.c", "b\nc", 0, scale=1000), Column("d", "d")]
+    rows = [{"a": 0.123, "a_ci": (0.1, 0.2), "b": {"c": 0.5}}]
+    table = Table(id="t", caption="c", columns=columns, rows=rows)
+    assert table.cells() == [["0.1 [0.1, 0.2]", "500", "-"]]
+    assert table.model_dump(mode="json") == {
+        "id": "t",
+        "caption": "c",
+        "columns": [
+            {"key": "a", "title": "a"},
+            {"key": "b.c", "title": "b c"},
+            {"key": "d", "title": "d"},
+        ],
+        "rows": [{"a": 0.123, "a_ci": [0.1, 0.2], "b.c": 0.5, "d": None}],
+    }
