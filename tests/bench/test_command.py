@@ -139,3 +139,24 @@ def test_suite_refuses_flags_of_benches(path, flag):
     done = command(path, flag)
     assert done.exit_code == 2
     assert f"{flag} is of benches and grids" in done.stderr
+
+
+def test_packaged_suite_ends_with_a_summary(tmp_path):
+    pytest.importorskip("matplotlib")
+    small = ["repeats=1", "threads=1", "users=[2]", "requests_per_user=1"]
+    small.append("answer_len={low: 3, high: 4}")
+    done = CliRunner().invoke(app, ["bench", "demo/concurrent", *small, "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.stderr
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert last["schema"] == "specdec-suite-2"
+    assert [group["name"] for group in last["groups"]] == ["2 users"]
+    assert all(arm["mismatches"] == 0 for arm in last["groups"][0]["arms"])
+    assert (tmp_path / "suite.png").stat().st_size > 20_000
+
+
+def test_wrong_suite_leaves_nothing(tmp_path):
+    out = tmp_path / "out"
+    done = CliRunner().invoke(app, ["bench", "demo/concurrent", "users=[0]", "--out", str(out)])
+    assert done.exit_code == 2
+    assert "users.0 is 0" in done.stderr
+    assert not out.exists()
