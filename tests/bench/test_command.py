@@ -38,6 +38,7 @@ class Configuration(BaseModel):
     predicted_speedup: float
     predicted_speedup_ci: None = None
     is_timed: bool = True
+    batch_size: int = 1
 
 
 class Plan(BaseModel):
