@@ -3,18 +3,20 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from specdec.checkpoints import HeadCheckpoint, head_of
 from specdec.common.files import replace_file
 from specdec.common.hub import HUB
-from specdec.data.answers import AnswersManifest
 from specdec.registry import strategy
 from specdec.report.render import markdown_table
 from specdec.report.tables import Column, Table
-from specdec.train.results import TrainResults
+
+if TYPE_CHECKING:
+    from specdec.data.answers import AnswersManifest
+    from specdec.train.results import TrainResults
 
 _HERE = "PATH/OF/THIS/FOLDER"
 _SCHEMA = 1
@@ -25,7 +27,7 @@ _TRAINING = {
 
 
 def write_drafter_card(
-    results: TrainResults, folder: Path, answers: AnswersManifest | None = None
+    results: "TrainResults", folder: Path, answers: "AnswersManifest | None" = None
 ) -> None:
     """Write `README.md` into a drafter's folder, with a header as the hub reads it.
 
@@ -37,7 +39,7 @@ def write_drafter_card(
     replace_file(folder / "README.md", drafter_card(results, answers).encode())
 
 
-def drafter_card(results: TrainResults, answers: AnswersManifest | None = None) -> str:
+def drafter_card(results: "TrainResults", answers: "AnswersManifest | None" = None) -> str:
     """Describe a trained drafter: use, measurements, training and limits."""
     environment = Environment(
         loader=PackageLoader("specdec.report"),
@@ -72,7 +74,7 @@ def drafter_card(results: TrainResults, answers: AnswersManifest | None = None) 
     )
 
 
-def _header(results: TrainResults) -> str:
+def _header(results: "TrainResults") -> str:
     from huggingface_hub import ModelCardData
 
     kind, config = results.drafter["type"], results.provenance.config
@@ -86,7 +88,7 @@ def _header(results: TrainResults) -> str:
     ).to_yaml()
 
 
-def _acceptance(results: TrainResults) -> str | None:
+def _acceptance(results: "TrainResults") -> str | None:
     """Make a table of the acceptance on held-out rows; None where there were none."""
     if not results.validation_rows:
         return None
