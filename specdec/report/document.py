@@ -16,7 +16,8 @@ class Figure(Config):
     alt: str
     png: bytes = Field(exclude=True, repr=False)
 
-    @computed_field
+    @computed_field  # type: ignore[prop-decorator]
+    @property
     def file(self) -> str:
         """Name of the PNG beside `report.json`."""
         return f"{self.id}.png"

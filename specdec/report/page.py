@@ -117,7 +117,10 @@ def build_report(runs: Sequence[Run], allowed: Sequence[str] = ()) -> Report:
         title=f"Speculative decoding: {', '.join(dict.fromkeys(run.label for run in runs))}",
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         provenance=code(("specdec", "matplotlib", "jinja2")),
-        runs=[ReportedRun(label=run.label, kind=run.kind, schema=run.schema) for run in runs],
+        runs=[
+            ReportedRun.model_validate({"label": r.label, "kind": r.kind, "schema": r.schema})
+            for r in runs
+        ],
         warnings=_warnings(runs, differences),
         sections=sections,
     )

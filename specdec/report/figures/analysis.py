@@ -49,8 +49,8 @@ def expected_tau(drafters: Sequence[DrafterAnalysis]) -> bytes:
     """Draw tau against drafted tokens a step: a line of chains and one of trees a drafter."""
     figure, (axes,) = new_figure(4.0 + 0.13 * len(drafters))
     for place, drafter in enumerate(drafters):
-        chains = {"linestyle": "-"}
-        trees = {"linestyle": "--", "markerfacecolor": "white"}
+        chains: dict[str, Any] = {"linestyle": "-"}
+        trees: dict[str, Any] = {"linestyle": "--", "markerfacecolor": "white"}
         for key, look in (("chains", chains), ("trees", trees)):
             found = getattr(drafter.expected, key)
             if found:

@@ -27,7 +27,7 @@ from specdec.report.runs import title_of
 from specdec.report.tables import Column, lookup
 
 _BASELINES = ("plain", "hf_generate")
-Curve = tuple[str, Sequence[float], Sequence[float]]
+Values = Sequence[float | None]
 
 
 def plot_results(results: BenchResults, path: Path) -> None:
@@ -148,16 +148,16 @@ def _limits(values: Any) -> tuple[float, float]:
     return min(found) - margin, max(found) + margin
 
 
-def acceptance_by_depth(curves: Sequence[Curve]) -> bytes:
+def acceptance_by_depth(curves: Sequence[tuple[str, Values, Values]]) -> bytes:
     """Draw (name, unconditional, conditional) by depth, a panel each, one above the other."""
     titles = ("accepted at this depth / all steps", "accepted / steps that tested it")
     figure, panels = new_figure(6.4 + 0.13 * len(curves), rows=2)
-    for which, (axes, title) in enumerate(zip(panels, titles, strict=True), start=1):
-        for place, curve in enumerate(curves):
+    for which, (axes, title) in enumerate(zip(panels, titles, strict=True)):
+        for place, (name, *shares) in enumerate(curves):
             # Curves that coincide stay visible: the later ones are thinner.
             width = 2.6 - 1.6 * place / max(1, len(curves) - 1)
-            depths = range(1, 1 + len(curve[which]))
-            draw_series(axes, place, curve[0], depths, curve[which], linewidth=width)
+            depths = range(1, 1 + len(shares[which]))
+            draw_series(axes, place, name, depths, shares[which], linewidth=width)
         finish(axes, "depth in the draft", "share", title)
         axes.set_ylim(0, 1.02)
         whole_numbers(axes)

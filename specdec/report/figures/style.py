@@ -20,7 +20,7 @@ Interval = Sequence[float] | None
 
 
 def new_figure(
-    height: float, width: float = WIDTH, rows: int = 1, columns: int = 1, **shared: bool
+    height: float, width: float = WIDTH, rows: int = 1, columns: int = 1, **shared: Any
 ) -> Any:
     """Make a figure and its panels; `shared` may hold `sharex` and `sharey`.
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from specdec.bench.grid import in_words, short_names
-from specdec.bench.results import BenchResults, SweepResults
+from specdec.bench.results import BenchArm, BenchResults, SweepResults
 from specdec.report.breakdown import PARTS, Breakdown, break_down, explain_speedup
 from specdec.report.document import Section
 from specdec.report.figures.bench import (
@@ -64,7 +64,8 @@ def sweep_table(sweep: SweepResults, label: str = "") -> Table:
     for cell in sweep.cells:
         settings = {key: last_part(in_words(value)) for key, value in cell.settings.items()}
         # What failed before it measured anything keeps its place in the table.
-        for arm in cell.arms or [None]:
+        kept: list[BenchArm | None] = [*cell.arms] or [None]
+        for arm in kept:
             shares = {f"domain {name}": _domain(arm, name) for name in domains}
             rows.append({**settings, "name": "failed", **(vars(arm) if arm else {}), **shares})
     return Table(
@@ -209,8 +210,8 @@ def add_speedup(section: Section, run: Run) -> None:
     arms = {arm.name: arm for arm in run.arms}
     found = {each.name: each for each in _breakdowns(run)}
     plain = found.pop("plain", None)
-    falls = [explain_speedup(arms[name], each, plain) for name, each in found.items() if plain]
-    falls = [fall for fall in falls if fall is not None]
+    explained = (explain_speedup(arms[name], each, plain) for name, each in found.items() if plain)
+    falls = [fall for fall in explained if fall is not None]
     if not falls:
         section.missing.append(f"{run.label} has no arm with a speedup to explain.")
         return
