@@ -1,7 +1,6 @@
 """`specdec analyze`."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -33,17 +32,15 @@ def analyze(
     from specdec.bench.config import load_config
 
     settings = load_config(config, overrides or [])  # wrong ones are told before the slow imports
-    from rich.console import Console
-
     from specdec.analysis.run import run_analysis
     from specdec.common.files import locked
-    from specdec.report.tables import analysis_table
+    from specdec.report.sections.analysis import analysis_table
+    from specdec.report.tables import print_tables
 
     quiet_transformers()
     with locked(out), progress_bar() as show:
         analysis = run_analysis(settings, out, text, show, answers=answers)
-    terminal = Console(width=None if sys.stdout.isatty() else 140)
-    terminal.print(analysis_table(analysis.model_dump(mode="json", by_alias=True)))
+    print_tables(analysis_table(analysis))
     typer.echo(f"Analysis and evidence: {out}")
     for each in analysis.drafters:
         if each.not_configured_because:

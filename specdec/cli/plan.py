@@ -1,7 +1,6 @@
 """`specdec plan`."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -40,16 +39,16 @@ def _plan(config: str, overrides: list[str], out: Path, quick: bool) -> None:
     settings = load_config(config, overrides)  # wrong ones are told before the slow imports
     from specdec.common.files import locked
     from specdec.planning.plan import run_plan
-    from specdec.report.tables import costs_table, not_trusted, plan_table, schedule_table
+    from specdec.report.sections.plan import costs_table, not_trusted, plan_table, schedule_table
+    from specdec.report.tables import print_tables
 
     quiet_transformers()
     with locked(out), progress_bar() as show:
         found = run_plan(settings, out, show, quick=quick)
-    dumped = found.model_dump(mode="json", by_alias=True)
-    _print(costs_table(dumped), schedule_table(dumped), plan_table(dumped))
+    print_tables(costs_table(found), schedule_table(found), plan_table(found))
     for reason in found.costs.skipped:
         typer.echo(f"specdec: {reason}; it is left out", err=True)
-    for warning in not_trusted(dumped):
+    for warning in not_trusted(found):
         typer.echo(f"specdec: {out / 'plan.json'}: {warning}", err=True)
     typer.echo(f"Plan: {out / 'plan.json'}\nRuns the choice: specdec bench {out / 'bench.yaml'}")
     keys = {"name", "type", "options", "predicted_speedup", "predicted_speedup_ci"}
@@ -67,12 +66,13 @@ def _estimate(path: str, overrides: list[str], out: Path) -> None:
 
     hardware = load_hardware(path, overrides)
     from specdec.common.files import locked
-    from specdec.report.tables import estimate_table
+    from specdec.report.sections.plan import estimate_table
+    from specdec.report.tables import print_tables
 
     found = estimate(hardware)
     with locked(out):
         found.write(out)
-    _print(estimate_table(found.model_dump(mode="json", by_alias=True)))
+    print_tables(estimate_table(found))
     typer.echo("This is an estimate. It assumes:")
     for assumption in found.assumptions:
         typer.echo(f"- {assumption}")
@@ -82,11 +82,3 @@ def _estimate(path: str, overrides: list[str], out: Path) -> None:
         for row in found.drafters
     ]
     typer.echo(json.dumps({"schema": found.schema_, "label": found.label, "best": best}))
-
-
-def _print(*tables: object) -> None:
-    from rich.console import Console
-
-    terminal = Console(width=None if sys.stdout.isatty() else 140)
-    for table in tables:
-        terminal.print(table)
