@@ -103,14 +103,17 @@ def test_configurations_load(path):
         assert cell.config.arms
 
 
+KEYS = ("steps", "accepted")
+
+
 def test_domains_of_an_older_sweep_are_those_of_its_taus(tables):
-    for cell in tables.read("05-drafters/sweep.json")["cells"]:
-        for arm in cell["arms"]:
-            for place, figures in enumerate(arm["domains"].values()):
-                each = arm["per_prompt"][place :: len(arm["domains"])]
-                steps, accepted = (sum(row[key] for row in each) for key in ("steps", "accepted"))
+    for cell in tables.read("05-drafters/sweep.json").cells:
+        for arm in cell.arms:
+            for place, figures in enumerate(arm.domains.values()):
+                each = arm.per_prompt[place :: len(arm.domains)]
+                steps, accepted = (sum(getattr(row, key) for row in each) for key in KEYS)
                 if steps:
-                    assert figures["tau"] == pytest.approx(1 + accepted / steps)
+                    assert figures.tau == pytest.approx(1 + accepted / steps)
 
 
 def test_the_script_runs_every_experiment():
