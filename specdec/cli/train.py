@@ -67,13 +67,13 @@ def _parity(parity: "Parity | None") -> str:
 
 def _card(results: "TrainResults", folder: Path) -> None:
     """Describe the drafter in its folder, with what is known of where its data come from."""
-    from specdec.common.files import read_json
-    from specdec.data.answers import MANIFEST
+    from specdec.common.config import read_model
+    from specdec.data.answers import MANIFEST, AnswersManifest
     from specdec.report.cards import write_drafter_card
 
     manifest = Path(results.provenance.config.data.path).expanduser() / MANIFEST
-    answers = read_json(manifest) if manifest.is_file() else None
-    write_drafter_card(results.model_dump(mode="json", by_alias=True), folder, answers)
+    answers = read_model(AnswersManifest, manifest) if manifest.is_file() else None
+    write_drafter_card(results, folder, answers)
 
 
 def _push(results: "TrainResults", folder: Path) -> str:
@@ -96,7 +96,8 @@ def _curves(out: Path) -> Path | None:
     """Draw the log; None without matplotlib."""
     if find_spec("matplotlib") is None:
         return None
-    from specdec.report.quick_plots import plot_curves
+    from specdec.report.figures.analysis import plot_curves
 
-    plot_curves(out / "log.jsonl", out / "curves.png")
+    log = (out / "log.jsonl").read_text().splitlines()
+    plot_curves([json.loads(line) for line in log], out / "curves.png")
     return out / "curves.png"
