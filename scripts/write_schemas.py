@@ -18,6 +18,7 @@ MODELS = {
     "features": "specdec.data.feature_format:FeatureIndex",
     "plan": "specdec.planning.results:Plan",
     "recording": "specdec.proxy.records:Record",
+    "report": "specdec.report.document:Report",
     "results": "specdec.bench.results:BenchResults",
     "suites": "specdec.bench.results:SuiteResults",
     "sweep": "specdec.bench.results:SweepResults",

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, computed_field
 
 from specdec.common.config import Config
+from specdec.common.provenance import CodeProvenance
 from specdec.report.tables import Column, Table
 
 
@@ -99,7 +100,7 @@ class Report(Config):
     schema_: Literal["specdec-report-1"] = Field(default="specdec-report-1", alias="schema")
     title: str
     date: str
-    provenance: dict[str, Any]
+    provenance: CodeProvenance
     runs: list[ReportedRun]
     warnings: list[str]
     sections: list[Section]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from specdec.bench.summary import faster_than_tau
 from specdec.common.files import locked, replace_file
-from specdec.common.provenance import code
+from specdec.common.provenance import CodeProvenance, code
 from specdec.report.compare import (
     Difference,
     add_comparison,
@@ -116,7 +116,7 @@ def build_report(runs: Sequence[Run], allowed: Sequence[str] = ()) -> Report:
     return Report(
         title=f"Speculative decoding: {', '.join(dict.fromkeys(run.label for run in runs))}",
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        provenance=code(("specdec", "matplotlib", "jinja2")),
+        provenance=CodeProvenance(**code(("specdec", "matplotlib", "jinja2"))),
         runs=[
             ReportedRun.model_validate({"label": r.label, "kind": r.kind, "schema": r.schema})
             for r in runs
