@@ -5,9 +5,9 @@ from statistics import median
 
 from results import read
 from scipy.stats import spearmanr
+
 from specdec.bench.results import BenchArm
 from specdec.planning.results import Plan
-
 from specdec.report.sections.plan import Match, match_plan
 
 

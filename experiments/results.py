@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from specdec.bench.results import BenchArm, SuiteArm, SweepResults
-
 from specdec.report.runs import read_file
 from specdec.report.tables import Column
 

@@ -16,8 +16,8 @@ import typer
 sys.path.insert(0, str(Path(__file__).parents[1]))  # of what all experiments share
 
 from prediction import chosen, covers, join, summary
-from specdec.planning.results import Configuration
 
+from specdec.planning.results import Configuration
 from specdec.report.runs import read_file
 from specdec.report.sections.plan import Match
 

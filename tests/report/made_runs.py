@@ -7,7 +7,6 @@ from pathlib import Path
 
 from specdec.analysis.results import Analysis
 from specdec.bench.results import BenchResults, SuiteResults
-
 from specdec.planning.roofline import estimate, load_hardware
 
 ROOT = Path(__file__).parents[2]

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import made_runs
 import pytest
-from specdec.bench.results import BenchResults
 
+from specdec.bench.results import BenchResults
 from specdec.report.breakdown import OUTSIDE, Breakdown, break_down, count_steps, explain_speedup
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"

@@ -2,8 +2,8 @@
 
 import made_runs
 import pytest
-from specdec.bench.results import BenchResults, SuiteResults
 
+from specdec.bench.results import BenchResults, SuiteResults
 from specdec.report.figures.bench import bench_panels
 from specdec.report.sections.suite import draw_suite
 

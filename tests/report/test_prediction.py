@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import made_runs
 import pytest
+
 from specdec.bench.results import BenchResults
 from specdec.planning.results import Plan
-
 from specdec.report.document import Section
 from specdec.report.runs import Run
 from specdec.report.sections.plan import add_predictions, match_plan, summarize

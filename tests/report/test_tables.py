@@ -5,8 +5,8 @@ from copy import deepcopy
 import made_runs
 import pytest
 from rich.console import Console
-from specdec.bench.results import BenchResults, SuiteResults, SweepResults
 
+from specdec.bench.results import BenchResults, SuiteResults, SweepResults
 from specdec.report.sections.bench import results_table, sweep_table
 from specdec.report.sections.suite import suite_tables
 from specdec.report.tables import Column, Table
