@@ -70,26 +70,12 @@ class DataSetIdentity(Config):
     fingerprint: str = Field(description="fingerprint that `datasets` gives it")
 
 
-class Records:
-    """Records that can be counted, and told from others."""
-
-    size = 0  # bytes or rows
-    done = 0  # of them, read so far
-
-    def identity(self) -> FileIdentity | DataSetIdentity:
-        """Facts that change when the records do."""
-        raise NotImplementedError
-
-    def __iter__(self) -> Iterator[Found]:
-        raise NotImplementedError
-
-
-class DataSetRecords(Records):
-    """Rows of a split of a `datasets` data set."""
+class DataSetRecords:
+    """Rows of a split of a `datasets` data set; `size` counts them, `done` those that are read."""
 
     def __init__(self, name: str, rows: Any):
         self._name, self._rows = name, rows
-        self.size = len(rows)
+        self.size, self.done = len(rows), 0
 
     def identity(self) -> DataSetIdentity:
         """Facts that change when the rows do."""
@@ -102,11 +88,11 @@ class DataSetRecords(Records):
             yield Record(f"{self._name}#{index}", row)
 
 
-class FileRecords(Records):
+class FileRecords:
     """Records of one file, gzipped or not, read as they are asked for."""
 
     def __init__(self, path: Path, form: str | None = None):
-        self.path, self.size = path, path.stat().st_size
+        self.path, self.size, self.done = path, path.stat().st_size, 0  # in bytes
         self._form = form_of(path, form)
 
     def identity(self) -> FileIdentity:
@@ -144,6 +130,9 @@ class FileRecords(Records):
                         yield Record(f"{self.path}#{number}", row)
         except ArrowException as error:
             raise ValueError(f"{self.path} is no Parquet file, or damaged: {error}") from error
+
+
+Records = FileRecords | DataSetRecords
 
 
 def form_of(path: Path, form: str | None = None) -> str:
