@@ -5,14 +5,17 @@ import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from specdec.cli.app import app, exit_statuses, options_from, progress_bar
-from specdec.data.collection import REASONS, CollectReport, CollectSettings
+from specdec.data.config import CollectSettings
 from specdec.proxy.config import ProxyConfig
+
+if TYPE_CHECKING:
+    from specdec.data.collection import CollectReport
 
 DEFAULT_COMMAND = "from"
 
@@ -78,7 +81,7 @@ def collect(
     _print(report, out)
 
 
-def _print(report: CollectReport, out: Path) -> None:
+def _print(report: "CollectReport", out: Path) -> None:
     """Print what was kept and dropped: a table for people, a last line for machines."""
     from rich.console import Console
 
@@ -91,9 +94,11 @@ def _print(report: CollectReport, out: Path) -> None:
     typer.echo(json.dumps({"out": str(out), **facts, "dropped": dropped}))
 
 
-def _table(report: CollectReport) -> Any:
+def _table(report: "CollectReport") -> Any:
     from rich.markup import escape
     from rich.table import Table
+
+    from specdec.data.collection import REASONS
 
     table = Table("", "queries", "for example", box=None, pad_edge=False)
     for domain, counts in report.domains.items():

@@ -25,7 +25,6 @@ from specdec.data.cleaning import (
 from specdec.data.collection import (
     REASON_CHARS,
     CollectReport,
-    CollectSettings,
     DropCounts,
     Earlier,
     SourceReport,
@@ -33,6 +32,7 @@ from specdec.data.collection import (
     kept_facts,
     whole_characters,
 )
+from specdec.data.config import CollectSettings
 from specdec.data.conversation import (
     SPLITS,
     NoQueryError,

@@ -2,16 +2,17 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from jinja2 import Environment
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from specdec.common.config import Config
 from specdec.common.provenance import CodeProvenance
 from specdec.data.cleaning import Masker
+from specdec.data.config import CollectSettings
 from specdec.data.conversation import Query
-from specdec.data.sources import FORMATS, DataSetIdentity, FileIdentity, Format
+from specdec.data.sources import DataSetIdentity, FileIdentity
 
 # In the order in which a record meets them.
 REASONS = {
@@ -36,38 +37,6 @@ _SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M")
 _LOPSIDED_SHARE = 0.2
 
 Count = Annotated[int, Field(ge=0)]
-
-
-class CollectSettings(Config):
-    """How queries are read, cleaned and split."""
-
-    format: Format | None = Field(None, description=f"format of files: {', '.join(FORMATS)}")
-    column: str | None = Field(None, description="column of a record with what was asked")
-    split: str | None = Field(None, description="split of a data set; train if not given")
-    subset: str | None = Field(None, description="subset of a data set of the hub")
-    turns: Literal["all", "last", "first"] = Field(
-        "all", description="user turns of conversations to take: all, last or first"
-    )
-    domain: str | None = Field(None, description="domain of all queries")
-    domain_field: str = Field("domain", description="field of a record with its domain")
-    mask: bool = Field(True, description="mask addresses, numbers, cards and keys")
-    phone_region: str = Field("US", description="region of national phone numbers")
-    min_chars: int = Field(1, ge=1, description="least length of the last user turn")
-    max_chars: int = Field(32_000, ge=1, description="greatest length of a whole query")
-    near_duplicates: float = Field(
-        0.8, ge=0, le=1, description="similarity to drop a query; 0 keeps all"
-    )
-    held_out: float = Field(0.1, ge=0, lt=1, description="share of conversations to hold out")
-    num: int | None = Field(None, ge=1, description="number of queries, drawn by hash")
-    seed: int = Field(0, description="seed of the draw")
-    tag_language: bool = Field(False, description="tell languages")
-    max_bad: int = Field(100, ge=0, description="malformed lines to skip before stopping")
-
-    @model_validator(mode="after")
-    def _check_lengths(self) -> Self:
-        if self.max_chars < self.min_chars:
-            raise ValueError(f"max_chars is {self.max_chars} but must be at least min_chars")
-        return self
 
 
 class Example(Config):

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Literal, cast, get_args
+from typing import IO, Any, cast
 
 from pydantic import Field
 
@@ -18,8 +18,6 @@ from specdec.bench.prompts import DATA_DIR_VARIABLE, require_data_dir
 from specdec.common.config import Config
 from specdec.common.hub import HUB, find_path
 
-Format = Literal["jsonl", "json", "text", "csv", "tsv", "parquet"]
-FORMATS = get_args(Format)
 _SUFFIXES = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from specdec.cli import app
 from specdec.common.config import read_model
 from specdec.data.collect import collect
-from specdec.data.collection import CollectReport, CollectSettings
+from specdec.data.collection import CollectReport
+from specdec.data.config import CollectSettings
 from specdec.data.conversation import SPLITS, read_queries
 
 DISHES = ("pasta", "sushi", "borscht", "mole", "couscous", "pho", "paella", "ramen", "goulash")
