@@ -227,7 +227,7 @@ class EndpointAnswers:
     def facts(self) -> AnswererFacts:
         """Say what is known of the server and its target."""
         asked = self.asked
-        known = TargetIdentity(asked.model, tokenizer=hash_of_vocabulary(self.chat.tokenizer))
+        known = TargetIdentity(asked.model, None, tokenizer=hash_of_vocabulary(self.chat.tokenizer))
         identity = {"endpoint": asked.url, "model": asked.model, "api": asked.api}
         where = code(("specdec", "transformers", "tokenizers", "httpx"))
         return AnswererFacts(known, asked, identity, where)

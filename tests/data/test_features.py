@@ -191,7 +191,7 @@ def test_folder_of_another_store_is_refused(tmp_path):
 def test_answers_of_another_target_are_refused(tmp_path):
     path = write_folder(tmp_path / "answers", random_rows())
     manifest = json.loads((path / "answers.json").read_text())
-    manifest["target"] = {"name": "other", "weights": "0" * 64}
+    manifest["target"] |= {"name": "other", "weights": "0" * 64}
     (path / "answers.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="written by target 'other'"):
         feature_plan(path, tiny_target())
