@@ -44,9 +44,7 @@ def describe(
     inner = {key: value for key, value in options.items() if key != "type"}
     head = {"name": name, "type": options["type"], "options": inner}
     if is_forced(drafter):
-        evidence = predictor.evidence(options, drafter, drafter.fixed_shape)
-        found = _forced(predictor, facts, drafter, options, evidence)
-        return DrafterAnalysis(**head, method="evidence", **found), evidence
+        return _forced(predictor, facts, drafter, options, head)
     notes = ReplayNotes()
     configured = predictor.replayed(drafter, notes.note)
     replayed = DrafterAnalysis(
@@ -65,33 +63,36 @@ def _forced(
     facts: TextFacts,
     drafter: Any,
     options: Mapping[str, Any],
-    evidence: Evidence,
-) -> dict[str, Any]:
+    head: dict[str, Any],
+) -> tuple[DrafterAnalysis, Evidence]:
+    shape: FixedShape | None = drafter.fixed_shape
+    evidence = predictor.evidence(options, drafter, shape)
     configured, reason = None, None
     try:
         configured = predictor.predict(options)
     except ValueError as error:
         reason = str(error)
-    shape: FixedShape | None = drafter.fixed_shape
     known = evidence.valid[:, :, 0]
     alpha, alpha_ci = _alpha(evidence, predictor.prompt_of)
-    return {
-        "alpha": alpha,
-        "alpha_ci": alpha_ci,
-        "configured": configured and _configured_figures(configured),
-        "not_configured_because": reason,
-        "per_depth_conditional": list(configured.conditional_acceptance_at_depth)
+    depth = shape.tree.depth if shape else evidence.depth
+    found = DrafterAnalysis(
+        **head,
+        method="evidence",
+        alpha=alpha,
+        alpha_ci=alpha_ci,
+        configured=configured and _configured_figures(configured),
+        not_configured_because=reason,
+        per_depth_conditional=list(configured.conditional_acceptance_at_depth)
         if configured
         else [],
-        "impossible": float(1 - evidence.possible[:, :, 0][known].mean()) if known.any() else 0.0,
-        "coverage": coverage(evidence),
-        "calibration": reliability(
-            *chain_confidence(evidence, shape.tree.depth if shape else evidence.depth)
-        ),
+        impossible=float(1 - evidence.possible[:, :, 0][known].mean()) if known.any() else 0.0,
+        coverage=coverage(evidence),
+        calibration=reliability(*chain_confidence(evidence, depth)),
         **_by_place(_first_tokens(predictor, evidence, shape), facts),
-        "hardest": hardest_contexts(evidence, predictor.texts, predictor.target.tokenizer),
-        "expected": _counterfactuals(predictor, options, drafter, evidence),
-    }
+        hardest=hardest_contexts(evidence, predictor.texts, predictor.target.tokenizer),
+        expected=_counterfactuals(predictor, options, drafter, evidence),
+    )
+    return found, evidence
 
 
 def _figures(expected: Expected) -> dict[str, Any]:
@@ -161,22 +162,24 @@ def _counterfactuals(
     Chains are left out where the acceptance of the drafter's chains is not worked out.
     """
     children, depth = drafter.children, min(evidence.depth, LONGEST_CHAIN)
-    shown = "top" if predictor.sampling.is_greedy else children
     known = drafter.shape_options.all
-    has_chains = predictor.why_unknown(_chain(1, children)) is None
 
     def figures(shape: FixedShape) -> dict[str, Any]:
         return _figures(predictor.expect(options, drafter, shape))
 
-    found = Counterfactuals(chains=[], trees=[], thresholds=[])
-    for length in range(1, depth + 1) if has_chains else ():
-        figures_of_chain = figures(_chain(length, children))
-        found.chains.append(ChainFigures(length=length, children=shown, **figures_of_chain))
-    for threshold in THRESHOLDS if has_chains and "confidence_threshold" in known else ():
-        figures_of_chain = figures(_chain(depth, children, threshold))
-        found.thresholds.append(
-            ThresholdFigures(threshold=threshold, length=depth, **figures_of_chain)
-        )
+    found = Counterfactuals()
+    if predictor.why_unknown(_chain(1, children)) is None:
+        shown = "top" if predictor.sampling.is_greedy else children
+        found.chains = [
+            ChainFigures(length=length, children=shown, **figures(_chain(length, children)))
+            for length in range(1, depth + 1)
+        ]
+        found.thresholds = [
+            ThresholdFigures(
+                threshold=least, length=depth, **figures(_chain(depth, children, least))
+            )
+            for least in (THRESHOLDS if "confidence_threshold" in known else ())
+        ]
     table = coverage(evidence) if "choices" in known else []
     for num_nodes in TREE_SIZES:
         choices = best_static_tree(table, num_nodes) if table else []
