@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +15,7 @@ from specdec.proxy.config import ProxyConfig
 
 if TYPE_CHECKING:
     from specdec.data.collection import CollectReport
+    from specdec.report.tables import Table
 
 DEFAULT_COMMAND = "from"
 
@@ -83,9 +83,9 @@ def collect(
 
 def _print(report: "CollectReport", out: Path) -> None:
     """Print what was kept and dropped: a table for people, a last line for machines."""
-    from rich.console import Console
+    from specdec.report.tables import print_tables
 
-    Console(width=None if sys.stdout.isatty() else 140).print(_table(report))
+    print_tables(_table(report))
     for warning in report.warnings:
         typer.echo(f"specdec: {warning}", err=True)
     typer.echo(f"Queries: {out}\nCard: {out / 'README.md'}")
@@ -94,24 +94,29 @@ def _print(report: "CollectReport", out: Path) -> None:
     typer.echo(json.dumps({"out": str(out), **facts, "dropped": dropped}))
 
 
-def _table(report: "CollectReport") -> Any:
+def _table(report: "CollectReport") -> "Table":
     from rich.markup import escape
-    from rich.table import Table
 
     from specdec.data.collection import REASONS
+    from specdec.report.tables import Column, Table
 
-    table = Table("", "queries", "for example", box=None, pad_edge=False)
+    rows: list[tuple[str, int, str]] = []
     for domain, counts in report.domains.items():
-        for split, count in counts:
-            table.add_row(f"kept: {split} {escape(domain)}".rstrip(), str(count), "")
+        rows += [(f"kept: {split} {domain}".rstrip(), count, "") for split, count in counts]
     for name, drop in report.dropped.items():
-        if drop.count:
-            shown = " ".join(f"{each.where} {each.quote}" for each in drop.examples[:1]).strip()
-            table.add_row(f"dropped: {REASONS[name]}", str(drop.count), escape(shown))
-    for mask, count in report.masked.items():
-        if count:
-            table.add_row(f"masked: {mask}", str(count), "")
-    return table
+        shown = " ".join(f"{each.where} {each.quote}" for each in drop.examples[:1]).strip()
+        rows += [(f"dropped: {REASONS[name]}", drop.count, shown)] if drop.count else []
+    rows += [(f"masked: {mask}", count, "") for mask, count in report.masked.items() if count]
+    return Table(
+        id="collection",
+        caption="",
+        columns=[
+            Column("fate", ""),
+            Column("queries", "queries", 0),
+            Column("example", "for example"),
+        ],
+        rows=[{"fate": escape(f), "queries": n, "example": escape(e)} for f, n, e in rows],
+    )
 
 
 @collect_app.command("proxy")
