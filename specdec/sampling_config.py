@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import cache, wraps
 from inspect import signature
 from numbers import Integral, Real
 from sys import float_info
@@ -204,6 +204,7 @@ def _fits(value: Any, hint: Any) -> bool:
     return hint is Any or isinstance(value, hint)
 
 
+@cache
 def _says(hint: Any) -> str:
     """Words for a hint; empty for one that is not checked."""
     inner = [_says(each) for each in get_args(hint)]

@@ -18,7 +18,7 @@ from specdec.registry import DRAFTERS
 from specdec.verify import RULES
 
 PROMPTS = [[5, 6, 7, 8, 5, 6, 7], [3] * 12, [11, 12, 13, 11, 12], [60]]
-HORIZON, SMALL_VOCAB, NUM_SAMPLES = 4, 5, 1000
+HORIZON, SMALL_VOCAB, NUM_SAMPLES = 4, 5, 3000
 
 # Random heads guess badly, so their trees are wide: something must be accepted.
 WIDE = {"depth": 3, "width": 24, "max_nodes": 60}
