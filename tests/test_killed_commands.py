@@ -49,6 +49,7 @@ CONFIG = """
 prompts: {source: demo, num: 2}
 max_new_tokens: 24
 repeats: 4
+threads: 1
 arms:
   - {name: ngram, type: ngram}
   - {name: suffix, type: suffix}

@@ -141,6 +141,7 @@ def test_run_killed_anywhere_resumes_to_the_same_tokens(target, tmp_path, monkey
         assert contents(folder) == contents(tmp_path / "whole")
         assert manifest.session.tokens == manifest.answer_tokens - known
         assert known > 2 * num_forwards
+        assert drafter is None or manifest.session.tau > 1
 
 
 def read_whole(path):
