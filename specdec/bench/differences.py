@@ -6,13 +6,11 @@ from itertools import islice, product
 from typing import NamedTuple
 
 from specdec.bench.config import SamplingOptions
-from specdec.bench.store import Run
+from specdec.bench.figures import Table
 from specdec.bench.workloads import Request
 from specdec.engine.interfaces import claimed
 from specdec.sampling.sampler import Sampler
 from specdec.targets.hf import HFTarget
-
-Table = Sequence[Sequence[Run | None]]  # [request][repeat]; None where it failed
 
 
 class Difference(NamedTuple):

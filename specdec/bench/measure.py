@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from specdec.bench.config import SamplingOptions
-from specdec.bench.meters import MemoryWatch, PowerMeter
+from specdec.bench.meters import PowerMeter, read_peaks, reset_peaks
 from specdec.bench.store import Call, Run
 from specdec.bench.workloads import Request
 from specdec.engine.engine import Engine
@@ -38,14 +38,15 @@ class Arm(Protocol):
 
 def measure_call(arm: Arm, requests: Requests, device: torch.device, meter: PowerMeter) -> Call:
     """Decode a call and measure it."""
-    watch = MemoryWatch(device)
+    reset_peaks(device)
     meter.start()
     started = time.perf_counter()
     rows = decode_healthy(arm, requests, meter.look)
     took_s = time.perf_counter() - started
     energy_j = meter.stop()
+    peaks = read_peaks(device, arm.cache_bytes)
     is_whole = all(isinstance(row, Run) for row in rows)
-    return Call(rows, took_s if is_whole else None, watch.peaks(arm.cache_bytes), energy_j)
+    return Call(rows, took_s if is_whole else None, peaks, energy_j)
 
 
 def decode_healthy(

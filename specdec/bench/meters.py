@@ -15,31 +15,24 @@ _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _RESET_PEAK = "5"
 
 
-class MemoryWatch:
-    """Watches from its creation on.
+def reset_peaks(device: torch.device) -> None:
+    """Begin to watch memory.
 
     Linux lets a process set its peak back, so that the peak is the call's own; elsewhere it is
     the process's so far.
     """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        with suppress(OSError):
-            _RESET.write_text(_RESET_PEAK)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-
-    def peaks(self, cache_bytes: int | None) -> Peaks:
-        """The peaks since the start, with what the arm says of its caches."""
-        on_cuda = self._device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated(self._device) if on_cuda else None
-        return Peaks(_peak_rss_bytes(), peak, cache_bytes)
+    with suppress(OSError):
+        _RESET.write_text(_RESET_PEAK)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
-def _peak_rss_bytes() -> int:
+def read_peaks(device: torch.device, cache_bytes: int | None) -> Peaks:
+    """Peaks since `reset_peaks`, with what the arm says of its caches."""
     lines = _STATUS.read_text().splitlines() if _STATUS.exists() else []
     kib = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
-    return 1024 * kib[0] if kib else peak_rss_bytes()
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return Peaks(1024 * kib[0] if kib else peak_rss_bytes(), peak, cache_bytes)
 
 
 class PowerMeter:
@@ -55,11 +48,6 @@ class PowerMeter:
         self._handle = _handle(self._nvml, device)
         self._has_counter = self._counter_j() is not None
         self.start()
-
-    @property
-    def is_measuring(self) -> bool:
-        """True if there is a device whose power can be read."""
-        return self._has_counter or self._power_w() is not None
 
     def start(self) -> None:
         """Begin a call."""

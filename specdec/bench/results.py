@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from specdec.bench.config import AnySuite, BenchConfig, SuiteName
 from specdec.bench.older import renew
 from specdec.checkpoints.head import TargetIdentity
-from specdec.common.files import replace_file
+from specdec.common.config import write_model
 from specdec.common.provenance import CodeProvenance, MachineProvenance
 
 Whole = Annotated[int, Field(ge=0)]
@@ -313,7 +313,7 @@ class Results(Record):
 
     def write(self, folder: Path) -> None:
         """Replace the file in its folder."""
-        replace_file(folder / self.FILE, self.model_dump_json(by_alias=True, indent=1).encode())
+        write_model(folder / self.FILE, self)
 
 
 class BenchResults(Results):
