@@ -56,14 +56,14 @@ HEAD = ["arm", "tau", "vs plain", "with prefill", "vs transformers `generate`"]
 OTHER_MS = Column("other_ms_per_step", "", 2).cell
 EFFICIENCY = Column("loop_efficiency", "", 3).cell
 ACCEPTED = Column("acceptance_rate", "", 0, "%", scale=100).cell
-# Of 03-domain: the run that made it, and its arm in the benches.
+# Drafters of 03-domain, and their arms in its benches.
 TRAINED = {
-    "draft model, generic": ("generic-draft", "draft generic"),
-    "draft model, QLoRA on gsm8k": ("qlora-gsm8k", "draft for gsm8k"),
-    "draft model, QLoRA on sgd": ("qlora-sgd", "draft for sgd"),
-    "EAGLE-3, generic": ("generic-eagle3", "eagle3 generic"),
-    "EAGLE-3, trained on for gsm8k": ("eagle3-gsm8k", "eagle3 for gsm8k"),
-    "EAGLE-3, trained on for sgd": ("eagle3-sgd", "eagle3 for sgd"),
+    "draft model, generic": "draft generic",
+    "draft model, QLoRA on gsm8k": "draft for gsm8k",
+    "draft model, QLoRA on sgd": "draft for sgd",
+    "EAGLE-3, generic": "eagle3 generic",
+    "EAGLE-3, trained on for gsm8k": "eagle3 for gsm8k",
+    "EAGLE-3, trained on for sgd": "eagle3 for sgd",
 }
 
 
@@ -71,7 +71,7 @@ def measured() -> dict[str, str]:
     """The README of the repository."""
     arms = arms_of(read("02-heads/t0/results.json"))
     rows = [[WORDS.get(name, name), *_figures(arm)] for name, arm in arms.items()]
-    return {"measured": table(HEAD, rows), "domains": _trained(with_alpha=True)}
+    return {"measured": table(HEAD, rows)}
 
 
 def _figures(arm: Any) -> list[str]:
@@ -137,22 +137,13 @@ def heads() -> dict[str, str]:
 
 def domain() -> dict[str, str]:
     """Experiment 03, what its own tables.py does not print: speeds."""
-    return {"speeds": _trained(with_alpha=False)}
-
-
-def _trained(*, with_alpha: bool) -> str:
-    """Alpha or tau, and speed, of the drafters that were trained on two domains."""
-    first = "alpha" if with_alpha else "tau"
     rows = [[name] for name in TRAINED]
     for domain in DOMAINS[:2]:
-        alphas = read(f"03-domain/alpha-{domain}.json")["drafters"]
         arms = arms_of(read(f"03-domain/bench-{domain}/results.json"))
-        for row, (run, name) in zip(rows, TRAINED.values(), strict=True):
-            alpha = f"{100 * alphas[run]['alpha']['0']['value']:.1f} %"
-            row += [alpha if with_alpha else figure(arms[name], "tau")]
-            row += [figure(arms[name], "speedup_vs_plain")]
-    heads = [f"{domain}: {what}" for domain in DOMAINS[:2] for what in (first, "speed")]
-    return table(["drafter", *heads], rows)
+        for row, name in zip(rows, TRAINED.values(), strict=True):
+            row += [figure(arms[name], key) for key in ("tau", "speedup_vs_plain")]
+    heads = [f"{domain}: {what}" for domain in DOMAINS[:2] for what in ("tau", "speed")]
+    return {"speeds": table(["drafter", *heads], rows)}
 
 
 def recipes() -> dict[str, str]:
