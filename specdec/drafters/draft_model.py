@@ -135,9 +135,6 @@ class DraftModel(BaseDrafter):
         """Cache all but each prompt's root."""
         committed = [self._known(prompt) for prompt in prompts]
         self._committed = [*self._committed, *committed] if join else committed
-        self._num_committed = torch.tensor(
-            [len(row) for row in self._committed], device=self.model.device
-        )
         limit = self.model.max_context_len
         self.model.prefill([row[:-1][:limit] for row in committed], join=join)
 
@@ -166,13 +163,11 @@ class DraftModel(BaseDrafter):
             lengths.append(min(cached, len(row) + len(new) - 1))
             row.extend(self._known(new))
         self.model.rollback(lengths)
-        self._num_committed += verdict.num_accepted.to(self.model.device) + 1
 
     def reorder(self, rows: Tensor) -> None:
         """Keep these rows."""
         rows = rows.to(self.model.device)
         self._committed = [self._committed[row] for row in rows.tolist()]
-        self._num_committed = self._num_committed[rows]
         self.model.reorder(rows)
 
     @property
@@ -255,7 +250,9 @@ class DraftModel(BaseDrafter):
     def _fit(self, logits: Tensor) -> Tensor:
         """Crop or pad the last dimension to the target's vocabulary."""
         missing = self.vocab_size - logits.shape[-1]
-        if missing <= 0:
+        if missing == 0:
+            return logits
+        if missing < 0:
             return logits[..., : self.vocab_size]
         return pad(logits, (0, missing), value=float("-inf"))
 
@@ -264,31 +261,33 @@ class DraftModel(BaseDrafter):
     ) -> Draft:
         # A row whose context is full drafts nothing and must not grow with its neighbours.
         counts = [int(limit > 0) for limit in budget]
-        chosen: list[Tensor] = []
+        chosen: list[Tensor] = []  # [B, 1] of each level
         reported: list[Tensor] = []
-        lengths = torch.tensor(budget, device=logits.device).clamp(max=num_levels)
-        survival = torch.ones(len(budget), device=logits.device)
+        lengths = torch.tensor([min(n, num_levels) for n in budget], device=logits.device)
+        if not sampler.is_greedy:  # the numbers of committed tokens
+            counters = torch.tensor([len(row) for row in self._committed], device=logits.device)
+        survival: Tensor | float = 1.0
         is_ragged = bool(self.confidence_threshold) or min(budget) < num_levels
         for level in range(num_levels):
             scores = self._scores(logits, chosen, sampler)  # [B, V]
             if self.confidence_threshold:
-                survival = survival * scores.float().softmax(-1).amax(-1)
+                survival = scores.float().softmax(-1).amax(-1) * survival
                 ended = survival < self.confidence_threshold
                 lengths = torch.where(ended, lengths.clamp(max=level), lengths)
                 # Only where it costs no synchronisation does an ended batch save its forwards.
                 if logits.device.type == "cpu" and bool((lengths <= level).all()):
                     break
             if sampler.is_greedy:
-                chosen.append(scores.argmax(-1))
+                chosen.append(scores.argmax(-1, keepdim=True))
             else:
                 probs = sampler.probs(scores.unsqueeze(1)).squeeze(1)
                 reported.append(probs)
-                chosen.append(sample(probs, self._noise(sampler, level)))
+                chosen.append(sample(probs, self._noise(sampler, counters, level)).unsqueeze(1))
             if level + 1 < num_levels:
-                logits = self._fit(self.model.feed(chosen[-1].unsqueeze(1), counts))
+                logits = self._fit(self.model.feed(chosen[-1], counts))
         if not chosen:
             return Draft.empty(len(budget), logits.device)
-        tokens = torch.stack(chosen, 1)  # [B, N]
+        tokens = torch.cat(chosen, 1)  # [B, N]
         if is_ragged:
             tokens, lengths = _pad_after(tokens, lengths)
         return Draft.chain(tokens, lengths, torch.stack(reported, 1) if reported else None)
@@ -297,11 +296,11 @@ class DraftModel(BaseDrafter):
         """Process the newest level's logits [B, V] in the context of the chain so far."""
         if sampler.is_plain:
             return logits
-        partial = Draft.chain(torch.stack(chosen, 1)) if chosen else None
+        partial = Draft.chain(torch.cat(chosen, 1)) if chosen else None
         nodes = torch.full((len(logits), 1), len(chosen), device=logits.device)
         return sampler.scores(logits.unsqueeze(1), partial, nodes).squeeze(1)
 
-    def _noise(self, sampler: Sampler, level: int) -> Tensor:
+    def _noise(self, sampler: Sampler, counters: Tensor, level: int) -> Tensor:
         """Noise [B, V] that draws a level of the chain.
 
         Where the target draws by position, its own noise: two distributions p and q then choose
@@ -309,11 +308,9 @@ class DraftModel(BaseDrafter):
 
         Source: Daliri, Musco and Suresh 2024, arXiv 2408.07978.
         """
-        seeds = sampler.seeds.to(self._num_committed.device)
-        if sampler.shared_stream is None:
-            counters, stream = self._num_committed, FIRST_STREAM + level
-        else:
-            counters, stream = self._num_committed + level, sampler.shared_stream
+        seeds, stream = sampler.seeds.to(counters.device), FIRST_STREAM + level
+        if sampler.shared_stream is not None:
+            counters, stream = counters + level, sampler.shared_stream
         return row_exponentials(seeds, counters, stream, self.vocab_size)
 
     def _grow_tree(

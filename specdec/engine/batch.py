@@ -265,7 +265,7 @@ class Batch:
         best, likeliest = scores.max(-1)  # [B, N + 1]; a NaN wins the maximum
         # Rows past a draft's length hold anything; only real ones must be finite.
         rows = torch.arange(best.shape[1], device=best.device)
-        is_finite = (best.isfinite() | (rows > draft.lengths.unsqueeze(1))).all(1)
+        is_finite = ((best.abs() < torch.inf) | (rows > draft.lengths.unsqueeze(1))).all(1)
         if self.sampler.is_greedy:
             return match(likeliest, draft), is_finite
         probs = self.sampler.probs(scores)

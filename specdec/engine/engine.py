@@ -161,9 +161,9 @@ class Engine:
     @torch.inference_mode()
     def advance(self) -> list[Chunk]:
         """Do a `step` for callers that need no text, which then costs nothing: it stays empty."""
-        if self.num_running or self.num_waiting:
-            claim(self._batch.owners, self._batch)
         running = list(self._batch.rows)
+        if self.num_waiting and not running:  # rows that run hold the claim
+            claim(self._batch.owners, self._batch)
         joining = self._scheduler.schedule(running)
         with self._preempting_on_error(running, joining):
             if joining:

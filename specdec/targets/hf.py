@@ -62,7 +62,7 @@ class HFTarget:
         self._cache_name = "cache" if "cache" in arguments else "past_key_values"  # older versions
         self._scored_tree = False
         self._reserved: int | None = None  # slots of the next prefill's rows
-        self._places = torch.arange(0, device=self.device)
+        self._places = torch.empty(1, 0, dtype=torch.long, device=self.device)
         self.cache = self._empty_cache()
         check_target(self)
         self.clock.take()
@@ -181,7 +181,7 @@ class HFTarget:
         self.cache.extend(counts)
         last = [max(count - 1, 0) for count in counts]
         if len(set(last)) == 1:
-            return logits[:, last[0]]
+            return logits.select(1, last[0])
         rows = torch.arange(len(counts), device=self.device)
         return logits[rows, torch.tensor(last, device=self.device)]
 
@@ -219,13 +219,16 @@ class HFTarget:
         self, tokens: Tensor, taps: Sequence[int], logits_to_keep: int | Tensor = 0
     ) -> TargetOutput:
         """Feed tokens [B, n] behind every row's committed ones."""
-        cache, width = self.cache, tokens.shape[1]
+        cache = self.cache
+        batch, width = tokens.shape
         end = cache.open(width)
         mask = self._masks.chain(cache, width)
         if cache.is_uniform:
-            if end > len(self._places):
-                self._places = self._clamp(torch.arange(cache.capacity, device=self.device))
-            positions = self._places[end - width : end].expand(len(tokens), -1)
+            if end > self._places.shape[1]:
+                places = torch.arange(cache.capacity, device=self.device)
+                self._places = self._clamp(places.unsqueeze(0))
+            positions = self._places[:, end - width : end]
+            positions = positions if batch == 1 else positions.expand(batch, -1)
         else:
             places = torch.arange(width, device=self.device)
             positions = self._clamp(cache.device_lengths.unsqueeze(1) + places)

@@ -110,11 +110,12 @@ def _match_chain(sampled: Tensor, draft: Draft) -> Verdict:
     num_nodes, depth = draft.num_nodes, draft.depth
     steps = torch.arange(num_nodes + 1, device=sampled.device)
     real = steps[:num_nodes] < draft.lengths.unsqueeze(1)
-    kept = ((sampled[:, :num_nodes] == draft.tokens) & real).cumprod(1)  # [B, N] 1 while accepted
+    is_equal = sampled.narrow(1, 0, num_nodes) == draft.tokens
+    kept = (is_equal & real).cumprod(1)  # [B, N] 1 while accepted
     num_accepted = kept.sum(1)
     reached = steps <= num_accepted.unsqueeze(1)  # [B, N + 1]
     tokens = torch.where(reached, sampled, -1)
-    path = kept * steps[1:] - 1
+    path = torch.where(reached[:, 1:], steps[:num_nodes], -1)
     if depth != num_nodes:
         tokens, path = _resize(tokens, depth + 1), _resize(path, depth)
     return Verdict(tokens, num_accepted, path, reached[:, :num_nodes] & real)
