@@ -69,11 +69,6 @@ CASES = [
 FORGET = {"suffix": {"num_remembered": 0}, "hybrid": {"calibrate": False}}
 
 
-def remembers(name, options):
-    """Whether what a drafter has seen changes what it drafts for other prompts."""
-    return name in FORGET and not FORGET[name].items() <= options.items()
-
-
 def save_drafts(folder, target, amount):
     """A draft model and every kind of head, each in a folder of its own."""
     perturbed(target.model, amount).save_pretrained(folder / "draft_model")
@@ -85,13 +80,30 @@ def save_drafts(folder, target, amount):
 
 
 @pytest.fixture(scope="module")
-def draft_folder(tmp_path_factory):
-    return save_drafts(tmp_path_factory.mktemp("drafts"), tiny_target(), 0.15)
+def target():
+    return tiny_target()
 
 
 @pytest.fixture(scope="module")
-def small_vocab_folder(tmp_path_factory):
-    return save_drafts(tmp_path_factory.mktemp("small"), tiny_target(SMALL_VOCAB, 1), 0.3)
+def small_target():
+    return tiny_target(SMALL_VOCAB, 1)
+
+
+@pytest.fixture(scope="module")
+def draft_folder(tmp_path_factory, target):
+    return save_drafts(tmp_path_factory.mktemp("drafts"), target, 0.15)
+
+
+@pytest.fixture(scope="module")
+def small_vocab_folder(tmp_path_factory, small_target):
+    return save_drafts(tmp_path_factory.mktemp("small"), small_target, 0.3)
+
+
+@pytest.fixture(scope="module")
+def greedy(target):
+    """Plain greedy decoding of PROMPTS and one that is nearly as long as the context."""
+    prompts = [*PROMPTS, [5, 6, 7, 8] * (target.max_context_len // 4 - 4)]
+    return prompts, generate_baseline(target, prompts, max_new_tokens=40)
 
 
 def build(name, options, target, folder):
@@ -111,18 +123,22 @@ def resolved(name, options, folder):
     return options
 
 
-@pytest.mark.parametrize(("name", "options"), CASES)
-def test_greedy_output_equals_transformers_generate(name, options, draft_folder):
-    target = tiny_target()
-    drafter = build(name, options, target, draft_folder)
-    speculative = generate(target, drafter, PROMPTS, max_new_tokens=40)
-    plain = generate_baseline(target, PROMPTS, max_new_tokens=40)
-    for prompt, ours, alone in zip(PROMPTS, speculative, plain, strict=True):
+def test_plain_decoding_equals_transformers_generate(target, greedy):
+    for prompt, result in zip(*greedy, strict=True):
         theirs = target.model.generate(
             torch.tensor([prompt]), do_sample=False, max_new_tokens=40, pad_token_id=0
         )
-        assert ours.tokens == alone.tokens == theirs[0, len(prompt) :].tolist()
-    steps = sum(result.stats.num_steps for result in speculative)
+        room = target.max_context_len - len(prompt)
+        assert result.tokens == theirs[0, len(prompt) :].tolist()[:room]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_greedy_output_equals_plain_decoding(name, options, target, greedy, draft_folder):
+    drafter = build(name, options, target, draft_folder)
+    prompts, plain = greedy
+    drafted = generate(target, drafter, prompts, max_new_tokens=40)
+    assert [r.tokens for r in drafted] == [r.tokens for r in plain]
+    steps = sum(result.stats.num_steps for result in drafted)
     assert steps < sum(result.stats.num_steps for result in plain), "nothing was ever accepted"
 
 
@@ -142,11 +158,9 @@ class EveryStepAnother:
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_draft_length_keeps_greedy_output(name, options, draft_folder):
-    target = tiny_target()
+def test_draft_length_keeps_greedy_output(name, options, target, greedy, draft_folder):
     drafter = build(name, options, target, draft_folder)
-    prompts = [*PROMPTS, [5, 6, 7, 8] * (target.max_context_len // 4 - 4)]
-    plain = generate_baseline(target, prompts, max_new_tokens=40)
+    prompts, plain = greedy
     for batch_size in (1, 3):
         lengths = EveryStepAnother()
         drafted = generate(
@@ -164,34 +178,27 @@ def test_draft_length_keeps_greedy_output(name, options, draft_folder):
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_a_row_does_not_depend_on_its_batch(name, options, draft_folder):
-    target = tiny_target()
+def test_row_does_not_depend_on_its_batch(name, options, target, draft_folder):
+    # With shared memory of past outputs drafts differ, and with them the random numbers used.
+    options = {**options, **FORGET.get(name, {})}
     drafter = build(name, options, target, draft_folder)
     configs = [SamplingConfig(temperature=0.8, seed=s) for s in (1, 2, 3, 4)]
     together = generate(target, drafter, PROMPTS, configs, max_new_tokens=24)
-    if remembers(name, options):
-        drafter = build(name, options, target, draft_folder)  # forget what it has seen
     alone = generate(target, drafter, PROMPTS, configs, max_new_tokens=24, batch_size=1)
-    plain = generate_baseline(target, PROMPTS, configs, max_new_tokens=24)
-    # With shared memory of past outputs the drafts differ, and with them the random numbers used.
-    if not remembers(name, options):
-        assert [r.tokens for r in together] == [r.tokens for r in alone]
-    assert [len(r.tokens) for r in together] == [len(r.tokens) for r in plain]
+    assert [r.tokens for r in together] == [r.tokens for r in alone]
+    assert [len(r.tokens) for r in together] == [24] * len(PROMPTS)
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_joining_row_decodes_as_if_alone(name, options, temperature, draft_folder):
-    target = tiny_target()
+def test_joining_row_decodes_as_if_alone(name, options, temperature, target, draft_folder):
     full = target.max_context_len - 8  # leaves room for eight tokens only, so it ends first
     prompts = [[5, 6, 7, 8] * (full // 4), [9], [3] * 12, [11, 12, 13, 11, 12], [60] * 5]
     configs = [
         SamplingConfig(temperature=temperature, repetition_penalty=1.2 if s == 4 else 1, seed=s)
         for s in range(5)
     ]
-    if remembers(name, options):
-        options = {**options, **FORGET[name]}
-    drafter = build(name, options, target, draft_folder)
+    drafter = build(name, {**options, **FORGET.get(name, {})}, target, draft_folder)
     alone = generate(target, drafter, prompts, configs, max_new_tokens=24, batch_size=1)
     joined = generate(target, drafter, prompts, configs, max_new_tokens=24, batch_size=3)
     assert [r.tokens for r in joined] == [r.tokens for r in alone]
@@ -280,51 +287,49 @@ SETTINGS = [
 )
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_sampled_sequences_follow_target_distribution(
-    name, options, sampling, lengths, small_vocab_folder
+    name, options, sampling, lengths, small_target, small_vocab_folder
 ):
-    target = tiny_target(SMALL_VOCAB, 1)
     draft_length = EveryStepAnother(lengths) if lengths else None
-    drafter = build(name, narrow(options), target, small_vocab_folder)
+    drafter = build(name, narrow(options), small_target, small_vocab_folder)
     prompt = [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
-    counts, depth = sampled(target, drafter, prompt, sampling, draft_length=draft_length)
+    counts, depth = sampled(small_target, drafter, prompt, sampling, draft_length=draft_length)
     assert depth >= 3, "no draft was judged three levels deep"
-    assert p_value(counts, exact_distribution(target, prompt, sampling)) > 1e-4
+    assert p_value(counts, exact_distribution(small_target, prompt, sampling)) > 1e-4
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_match_rule_keeps_every_sampled_token(name, options, draft_folder):
-    target = tiny_target()
+def test_match_rule_keeps_every_sampled_token(name, options, target, matched, draft_folder):
     drafter = build(name, options, target, draft_folder)
-    configs = [SamplingConfig(temperature=0.8 * (s > 0), seed=s) for s in range(4)]
+    configs, plain = matched
     drafted = generate(
         target, drafter, PROMPTS, configs, max_new_tokens=24, batch_size=3, rule="match"
     )
-    plain = generate_baseline(target, PROMPTS, configs, max_new_tokens=24)
     assert [r.tokens for r in drafted] == [r.tokens for r in plain]
     # Random Medusa heads never guess what is sampled.
     assert name == "medusa" or any(r.stats.num_accepted for r in drafted), "nothing was accepted"
+
+
+@pytest.fixture(scope="module")
+def matched(target):
+    """One greedy row and sampled ones, decoded plainly."""
+    configs = [SamplingConfig(temperature=0.8 * (s > 0), seed=s) for s in range(4)]
+    return configs, generate_baseline(target, PROMPTS, configs, max_new_tokens=24)
 
 
 CHAIN_RULES = [name for name, rule in RULES.items() if rule.lossless]
 
 
 @pytest.mark.parametrize("rule", CHAIN_RULES)
-def test_lossless_rule_keeps_the_distribution(rule, small_vocab_folder):
-    target = tiny_target(SMALL_VOCAB, 1)
-    drafter = build("draft_model", {}, target, small_vocab_folder)
+def test_lossless_rule_keeps_the_distribution(rule, small_target, small_vocab_folder):
+    drafter = build("draft_model", {}, small_target, small_vocab_folder)
     prompt, sampling = [0, 1, 2], SamplingConfig(temperature=0.9)
-    counts, depth = sampled(target, drafter, prompt, sampling, rule=rule)
+    counts, depth = sampled(small_target, drafter, prompt, sampling, rule=rule)
     assert depth >= 3
-    assert p_value(counts, exact_distribution(target, prompt, sampling)) > 1e-4
+    assert p_value(counts, exact_distribution(small_target, prompt, sampling)) > 1e-4
 
 
-def test_wrong_distribution_is_noticed():
-    target = tiny_target(SMALL_VOCAB, 1)
-    results = generate_baseline(
-        target, [[0, 1, 2]] * NUM_SAMPLES, SamplingConfig(temperature=0.8), max_new_tokens=HORIZON
-    )
-    counts = Counter(tuple(result.tokens) for result in results)
-    assert (
-        p_value(counts, exact_distribution(target, [0, 1, 2], SamplingConfig(temperature=1.0)))
-        < 1e-6
-    )
+def test_wrong_distribution_is_noticed(small_target):
+    prompt, sampling = [0, 1, 2], SamplingConfig(temperature=0.8)
+    counts, _ = sampled(small_target, None, prompt, sampling)
+    wrong = exact_distribution(small_target, prompt, SamplingConfig(temperature=1.0))
+    assert p_value(counts, wrong) < 1e-6

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from functools import cache, wraps
 from inspect import signature
 from numbers import Integral, Real
 from sys import float_info
@@ -22,12 +22,13 @@ def plain(value: Any) -> Any:
 def checked(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
     """Refuse arguments that do not fit the annotations of their parameters."""
     own = signature(function)
+    hints = {name: parameter.annotation for name, parameter in own.parameters.items()}
 
     @wraps(function)
     def call(*args: Given.args, **options: Given.kwargs) -> Answer:
         bound = own.bind(*args, **options)
         for name, value in bound.arguments.items():
-            bound.arguments[name] = fit(name, value, own.parameters[name].annotation)
+            bound.arguments[name] = fit(name, value, hints[name])
         return function(*bound.args, **bound.kwargs)
 
     return call
@@ -73,6 +74,7 @@ def _fits(value: Any, hint: Any) -> bool:
     return hint is Any or isinstance(value, hint)
 
 
+@cache
 def _describe(hint: Any) -> str:
     """Put a hint into words; empty for one that is not checked."""
     inner = [_describe(each) for each in get_args(hint)]
