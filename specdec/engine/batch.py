@@ -66,7 +66,18 @@ class HostStep:
 
 
 class Batch:
-    """Rows that share every forward: they join when there is room and leave when they finish."""
+    """Rows that share every forward: they join when there is room and leave when they finish.
+
+    Attributes:
+        rows: the running requests.
+        sampler: their settings and contexts.
+        root: [B] int64, the last token of every row.
+        num_committed: [B] int64 committed tokens, the counter of each row's randomness.
+    """
+
+    sampler: Sampler
+    root: Tensor
+    num_committed: Tensor
 
     def __init__(
         self,
@@ -137,9 +148,7 @@ class Batch:
             root = torch.cat([self.root, root])
             num_committed = torch.cat([self.num_committed, num_committed])
         self.rows = [*self.rows, *requests]
-        self.sampler, self.root = sampler, root
-        # Committed tokens of every row: the counter that its randomness is drawn from.
-        self.num_committed = num_committed
+        self.sampler, self.root, self.num_committed = sampler, root, num_committed
 
     def _make_sampler(self, rows: list[Request]) -> Sampler:
         """Build the sampler of these rows, with what they have emitted so far."""

@@ -171,6 +171,7 @@ class SlotCache(Cache):
         self._slot_layers = [_SlotLayer(self._slots, banks[kind]) for kind in kinds]
         super().__init__(layers=list(self._slot_layers))
         self.device = device
+        self._device_lengths: Tensor | None = None
         self._set_lengths([0] * batch_size)
 
     @property
@@ -296,7 +297,7 @@ class SlotCache(Cache):
     def _set_lengths(self, lengths: list[int]) -> None:
         self.lengths = lengths
         self.is_uniform = len(set(lengths)) <= 1
-        self._device_lengths: Tensor | None = None
+        self._device_lengths = None
 
 
 def _resized(states: Tensor, num_rows: int, capacity: int) -> Tensor:
