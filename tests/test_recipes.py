@@ -58,7 +58,7 @@ def parse(words):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
-def test_a_recipe_is_read_strictly_and_names_its_commands(path):
+def test_recipe_is_strict_and_names_its_commands(path):
     load_train_config(str(path))
     found = commands(header(path))
     assert ["train", name_of(path), "--out"] in [words[:3] for words in found]
@@ -66,7 +66,7 @@ def test_a_recipe_is_read_strictly_and_names_its_commands(path):
         parse(words)
 
 
-def test_a_wrong_command_in_a_header_would_be_noticed():
+def test_wrong_command_in_a_header_is_noticed():
     for words in (
         ["collect", "a", "--output", "b"],
         ["trian", "a"],
@@ -79,7 +79,7 @@ def test_a_wrong_command_in_a_header_would_be_noticed():
 
 
 @pytest.mark.parametrize("recipe", [p for p in RECIPES if p.parent.name == "recipes"], ids=name_of)
-def test_a_recipe_for_a_large_target_adds_its_memory_up(recipe):
+def test_recipe_adds_its_memory_up(recipe):
     lines = header(recipe).split("in GB:\n")[1].split("\n")
     total = next(i for i, line in enumerate(lines) if line.startswith("sum"))
     figures = [re.search(r"\s{2,}(\d+\.\d)$", line) for line in lines[:total]]
@@ -110,8 +110,9 @@ LESS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", DEMO, ids=name_of)
-def test_a_demo_recipe_runs_as_its_header_says(place, path, monkeypatch):
+def test_demo_recipe_runs_as_its_header_says(place, path, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setenv("SPECDEC_DATA_DIR", str(place / "data"))
     for words in commands(header(path)):
@@ -131,7 +132,8 @@ def test_a_demo_recipe_runs_as_its_header_says(place, path, monkeypatch):
         assert read_head(str(place / exported[2])).layout == exported[-1]
 
 
-def test_the_story_of_a_domain_ends_with_a_table_and_a_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_domain_story_ends_with_a_table(tmp_path, monkeypatch):
     monkeypatch.setenv("SPECDEC_DATA_DIR", str(write_queries(tmp_path / "data")))
     overrides = [word for each in LESS["train"] for word in ("--override", each)]
     sizes = ["--num", "60", "--max-new-tokens", "8", "--prompts", "2"]

@@ -115,7 +115,8 @@ def evaluate(
         for name in sorted(domains)
     }
     trainee.train()
-    total = {key: sum(each[key] for each in sums.values()) for key in next(iter(sums.values()))}
+    names = next(iter(sums.values()))
+    total = {name: torch.stack([each[name] for each in sums.values()]).sum(0) for name in names}
     loss, tokens = total["losses"].tolist()
     return Evaluation(
         validation_loss=loss / tokens,

@@ -34,15 +34,15 @@ _PROGRESS = "progress.json"
 
 
 class Progress(Config, ser_json_inf_nan="constants"):
-    """What a checkpoint says beside its tensors and the state of transformers' `Trainer`.
+    """A checkpoint but for its tensors and the state of transformers' `Trainer`.
 
     Attributes:
         identity: facts that make a run the same run.
-        seconds: of all sessions, evaluation and saving included.
-        step_seconds: of the training steps alone.
+        seconds: duration of all sessions, evaluation and saving included.
+        step_seconds: duration of the training steps alone.
         scheduler: state of the learning rate's schedule.
         scaler: state of the loss scaler; empty but for float16.
-        numbers: of the optimizer's state, what is no tensor.
+        numbers: plain numbers of the optimizer's state.
     """
 
     identity: dict[str, Any]
@@ -153,7 +153,7 @@ def _expected() -> Iterator[None]:
 
 
 def _cause(error: CheckpointException) -> BaseException:
-    """What happened in the first process that failed."""
+    """Find the error of the first process that failed."""
     causes = [cause for cause, _ in error.failures.values()]
     return next((each for each in causes if isinstance(each, KeyboardInterrupt)), causes[0])
 

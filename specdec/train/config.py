@@ -1,4 +1,4 @@
-"""What a training run is: pydantic models behind YAML and `key=value` overrides."""
+"""Configuration of a training run: pydantic models behind YAML and `key=value` overrides."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,11 +25,11 @@ class TargetConfig(Config):
 
 
 class DrafterConfig(Config):
-    """What is trained.
+    """The drafter that is trained.
 
     Attributes:
         kind: a trainable strategy of `specdec.registry`.
-        options: of a new head's `Options`, or `DraftModelOptions`.
+        options: fields of a new head's `Options`, or of `DraftModelOptions`.
         init: folder or hub id of a head to go on from instead of a new one.
     """
 
@@ -46,12 +46,12 @@ class DrafterConfig(Config):
 
     @property
     def is_head(self) -> bool:
-        """Whether the strategy drafts with a head, and not with a language model."""
+        """Tell whether the strategy drafts with a head, and not with a language model."""
         return strategy(self.kind).trained_as == "head"
 
 
 class DataConfig(Config):
-    """What the target answered.
+    """Texts that the target wrote.
 
     Attributes:
         path: folder of `specdec regenerate` or `specdec features`, or a JSONL file of rows.
@@ -83,7 +83,7 @@ class ParityConfig(Config):
 
     Attributes:
         num_prompts: held-out prompts that are decoded; 0 for no gate.
-        max_new_tokens: of each prompt.
+        max_new_tokens: length of each answer.
         batch_size: prompts decoded together.
         max_difference: relative difference of both taus that is let through.
     """
@@ -169,7 +169,7 @@ class TrainConfig(Config):
         loss: options of the drafter's loss.
         draft_vocab_size: most frequent tokens of the answers that an EAGLE-3 head drafts.
         eval_depth: levels of the chains whose acceptance is measured.
-        threads: of torch on the CPU.
+        threads: torch threads on the CPU.
         training: see `TrainingConfig`.
     """
 

@@ -87,16 +87,10 @@ _CHUNK_BATCHES = 32
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each text of a batch stands.
+    """Where each text of a batch stands."""
 
-    Attributes:
-        places: (line, first column) of each text.
-        shape: lines and columns of the batch.
-        is_packed: some line holds several texts.
-    """
-
-    places: tuple[tuple[int, int], ...]
-    shape: tuple[int, int]
+    places: tuple[tuple[int, int], ...]  # line and first column of each text
+    shape: tuple[int, int]  # lines and columns
     is_packed: bool = False
 
 
@@ -127,13 +121,7 @@ def packed(lengths: Sequence[int], line_len: int) -> Layout:
 
 @dataclass(frozen=True, eq=False)
 class TokenBatch:
-    """Texts as tensors.
-
-    Attributes:
-        tokens: [B, L] int64, padded with 0 at the end.
-        loss_mask: [B, L] bool, the target's own answers.
-        positions: [B, L] int64, each token's place in its own text; None without packing.
-    """
+    """Texts as tensors: the part of a `TrainingBatch` that needs no target."""
 
     tokens: Tensor
     loss_mask: Tensor
@@ -169,9 +157,9 @@ class StepBatch:
     """A batch of a step.
 
     Attributes:
-        rows: of the batch.
+        rows: texts of the batch.
         step: optimizer step, counted from 0.
-        place: of the batch in its step.
+        place: number of the batch in its step.
         weight: its share of the step's answer tokens; 0 for a batch that is only there so that
             all processes have equally many.
     """
@@ -182,7 +170,7 @@ class StepBatch:
     weight: float
 
 
-class StepPlan(IterableDataset):  # type: ignore[type-arg]
+class StepPlan(IterableDataset):
     """The batches of one process in an epoch, a function of the seed and the epoch alone.
 
     Each epoch shuffles the rows, sorts them by length within chunks, cuts them into batches and
@@ -190,7 +178,7 @@ class StepPlan(IterableDataset):  # type: ignore[type-arg]
     epoch what is left; how many processes share them changes nothing.
 
     Attributes:
-        epoch: that is iterated over.
+        epoch: number of the epoch that is iterated over.
         steps_per_epoch: optimizer steps.
     """
 

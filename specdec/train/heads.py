@@ -45,7 +45,7 @@ class Trainee(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights that are trained."""
+        """The dtype of the trained weights."""
         return next(iter(self.trained.values())).dtype
 
     def candidates(self, batch: TrainingBatch, depth: int, width: int) -> Tensor:
@@ -63,7 +63,7 @@ class Trainee(nn.Module):
         raise NotImplementedError
 
     def export(self, folder: Path, training: dict[str, Any], weights: dict[str, Tensor]) -> None:
-        """Write the drafter."""
+        """Write the drafter; `weights` are whole, where the module's own may be spread out."""
         raise NotImplementedError
 
     def remember(self, folder: Path, training: dict[str, Any]) -> None:

@@ -39,7 +39,7 @@ class ParityError(RuntimeError):
     """The drafter does not accept in decoding what was predicted.
 
     Attributes:
-        results: of the run, complete.
+        results: the complete results of the run.
     """
 
     def __init__(self, message: str, results: TrainResults) -> None:
@@ -167,7 +167,7 @@ class ParityGate:
 
     @property
     def _is_exact(self) -> bool:
-        """Whether both arms must say the same: in half precision batch shapes round differently."""
+        """Both arms must say the same; in half precision batch shapes round differently."""
         model = self.source.target.model
         return model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
 

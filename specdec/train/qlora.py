@@ -29,16 +29,16 @@ class DraftModelOptions(Config):
         path: the model to start from: "demo", a folder or a hub id.
         method: "full" trains all weights; "lora" a low-rank adapter on the model as it is; "qlora"
             the same on a base in 4-bit NF4, through bitsandbytes.
-        rank: of the adapter.
+        rank: rank of the adapter.
         alpha: the adapter's output is scaled by alpha / rank.
-        dropout: of the adapter's input.
+        dropout: dropout of the adapter's input.
         targets: modules that are adapted: "all-linear", or the ends of their names.
         gradient_checkpointing: compute activations again in the backward pass: less memory, about
             a third more time.
         export: "merged" writes a plain model that every engine reads; a 4-bit base is dequantized
             first, because merging into four bits rounds much of the adapter away. "adapter" writes
             the adapter alone.
-        dtype: of the base; None: float32 on a CPU and for "full", else the checkpoint's own.
+        dtype: dtype of the base; None: float32 on a CPU and for "full", else the checkpoint's own.
     """
 
     path: str = "demo"

@@ -57,7 +57,7 @@ class DraftVocabulary(Config):
 
 
 class FeatureCheck(Config):
-    """What a store holds against what the target gives on a few of its rows.
+    """A store against what the target gives on a few of its rows.
 
     Attributes:
         differences: medians over tokens of the relative difference, by tap and of the largest
@@ -77,7 +77,7 @@ class Parity(Config):
     Attributes:
         shape: the drafts, in words.
         predicted_tau: None where every output differs.
-        predicted_acceptance: of the steps that judged a token at a depth, the share that took it.
+        predicted_acceptance: share of the steps that judged a token at a depth and took it.
         relative_difference: |measured / predicted - 1|; more than `max_difference` fails.
         mismatches: prompts whose output is not that of plain decoding; left out of the comparison,
             and a failure in float32.
@@ -115,10 +115,10 @@ class TrainResults(Config):
         rows: trained on.
         dropped_rows: left out because no answer of two tokens fits into `data.max_len`.
         tokens: read in all steps, without padding; `answer_tokens` of them the target wrote.
-        seconds: of all sessions, evaluation and saving included.
+        seconds: duration of all sessions, evaluation and saving included.
         tokens_per_s: `tokens` over the seconds of the training steps alone.
         parameters: trained weights.
-        loss: of the last step that was logged.
+        loss: the newest logged loss.
         parity: None where no gate was run.
     """
 
@@ -152,7 +152,7 @@ class TrainResults(Config):
         write_json(folder / "results.json", self.model_dump(mode="json", by_alias=True))
 
     def remembered(self) -> dict[str, Any]:
-        """What the drafter says of its training, JSON values."""
+        """Collect what the drafter says of its training, JSON values."""
         keys = ("steps", "tokens", "seconds", "loss", "validation_loss", "offline_tau", "alpha")
         lists = ("offline_acceptance", "acceptance_by_rank", "domains", "draft_vocabulary")
         kept = self.model_dump(mode="json", include={*keys, *lists})

@@ -92,7 +92,7 @@ def make_trainee(
         return DraftModelTrainee(chosen.options, target, config.loss), None
     size = config.draft_vocab_size
     options = chosen.options | ({} if size is None else {"draft_vocab_size": size})
-    head = new_head(chosen.kind, options, chosen.init, target, materials.identity)
+    head: Any = new_head(chosen.kind, options, chosen.init, target, materials.identity)
     vocabulary = None
     if chosen.init is None and size is not None and size < target.vocab_size:
         tokens, vocabulary = choose_vocabulary(materials.split, size, target.vocab_size)
@@ -150,6 +150,7 @@ def _results(
     tokens = sum(len(row.tokens) for row in rows)
     found = trainer.last("evaluation")
     return TrainResults(
+        schema="specdec-train-3",
         provenance=TrainProvenance(config=trainer.config, **materials.where),
         target=materials.identity,
         drafter=drafter,

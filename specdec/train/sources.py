@@ -133,9 +133,9 @@ class Materials:
     """The target, the rows, and where their features come from.
 
     Attributes:
-        config: of the run.
+        config: configuration of the run.
         target: an `HFTarget`; with a store the `TargetEnds` that heads are built from.
-        identity: of the target.
+        identity: identity of the target.
         split: rows to train on and to validate on.
         where: the machine and the code, when the run was started.
         store: None where the target runs beside the drafter.

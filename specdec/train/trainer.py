@@ -106,6 +106,8 @@ class Trainer(transformers.Trainer):
     """A run from its newest checkpoint to its last step."""
 
     model: Trainee
+    optimizer: Any
+    lr_scheduler: Any
 
     def __init__(
         self,
@@ -143,7 +145,7 @@ class Trainer(transformers.Trainer):
             model=trainee,
             args=arguments,
             train_dataset=self.plan,
-            eval_dataset=split.validation,  # type: ignore[arg-type]
+            eval_dataset=split.validation,
             callbacks=[_Flow(self)],
         )
         self.remove_callback(PrinterCallback)
@@ -182,7 +184,9 @@ class Trainer(transformers.Trainer):
                     self.open_log()
             else:
                 with self.interruption:
-                    self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+                    self.train(
+                        resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
+                    )
             if (number := self.signal()) is not None:
                 raise Interrupted(number, self._checkpoint())
             if self.split.validation and not self._is_evaluated():
@@ -423,7 +427,7 @@ class Trainer(transformers.Trainer):
 
 
 class _Flow(TrainerCallback):
-    """What happens around a step of our trainer."""
+    """Everything that happens around a step of our trainer."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self._started = trainer, 0.0
@@ -469,7 +473,7 @@ def training_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
     # Without a launcher a run is one process on one GPU, and not `DataParallel` on all.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     if arguments.world_size == 1:
-        arguments.fsdp, arguments.fsdp_plugin_args = False, None
+        arguments.fsdp = arguments.fsdp_plugin_args = None
     return arguments
 
 

@@ -36,7 +36,7 @@ def drafter(folder, num_layers=1, **options):
     return {"kind": "draft_model", "options": {"path": str(folder / "draft"), **options}}
 
 
-def test_packing_puts_every_text_whole_into_as_few_lines_as_fit():
+def test_packing_keeps_texts_whole_in_few_lines():
     layout = packed([9, 4, 12, 3, 7], 13)
     assert layout.shape == (3, 13)
     columns = [set() for _ in range(3)]
@@ -48,7 +48,7 @@ def test_packing_puts_every_text_whole_into_as_few_lines_as_fit():
         packed([9, 12], 11)
 
 
-def test_packed_texts_are_read_as_if_each_had_a_line_of_its_own():
+def test_packed_texts_do_not_see_each_other():
     source = OnlineSource(tiny_target(), (1, 2), torch.float32)
     apart = source.batch(ROWS, padded)
     layout = packed([len(row.tokens) for row in ROWS], 13)
@@ -92,7 +92,7 @@ def test_packing_changes_no_loss(tmp_path, method):
         ("qlora", "adapter"),
     ],
 )
-def test_what_is_exported_says_what_was_trained(tmp_path, method, export):
+def test_export_says_what_was_trained(tmp_path, method, export):
     rows = answer_rows(HFTarget(tiny_llama(num_layers=3)))
     given = drafter(tmp_path, method=method, export=export)
     config = tiny_config(tmp_path, rows, **{**RUN, "max_steps": 30}, drafter=given)
@@ -118,7 +118,7 @@ def test_what_is_exported_says_what_was_trained(tmp_path, method, export):
     assert total / count == pytest.approx(results.validation_loss, rel=1e-3)
 
 
-def test_a_merged_model_is_a_plain_checkpoint_that_others_read(tmp_path):
+def test_merged_model_is_a_plain_checkpoint(tmp_path):
     config = tiny_config(tmp_path, **RUN, drafter=drafter(tmp_path, method="qlora"))
     run_training(config, tmp_path / "out")
     folder = tmp_path / "out" / "drafter"
@@ -128,7 +128,7 @@ def test_a_merged_model_is_a_plain_checkpoint_that_others_read(tmp_path):
     assert model.dtype == torch.float32
 
 
-def test_an_adapter_for_another_base_is_refused(tmp_path):
+def test_adapter_for_another_base_is_refused(tmp_path):
     config = tiny_config(
         tmp_path, **RUN, drafter=drafter(tmp_path, 2, method="lora", export="adapter")
     )
@@ -143,7 +143,7 @@ def test_an_adapter_for_another_base_is_refused(tmp_path):
         load_drafter({**options, "path": str(tmp_path / "shallower")}, target)
 
 
-def test_every_objective_is_zero_or_least_for_the_target_itself():
+def test_objectives_are_least_for_the_target_itself():
     generator = torch.Generator().manual_seed(0)
     goal, other = torch.randn(2, 6, 9, generator=generator)
     tokens = goal.argmax(-1)
@@ -192,7 +192,7 @@ def test_gradient_checkpointing_changes_no_loss(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_demo_is_the_embedded_draft_model_not_the_target():
+def test_demo_is_the_embedded_draft_model():
     target = load_target("demo", device="cpu")
     trainee = DraftModelTrainee({"method": "full"}, target, {})
     assert trainee.module.config.num_hidden_layers < target.config.num_hidden_layers

@@ -54,7 +54,7 @@ def config_of(made, folder, kind, path, **more):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_whole_store_trains_what_the_target_beside_it_trains(made, tmp_path, kind, monkeypatch):
+def test_store_trains_what_the_target_trains(made, tmp_path, kind, monkeypatch):
     online = run_training(config_of(made, tmp_path, kind, made / "answers"), tmp_path / "online")
     loaded = []
     monkeypatch.setattr(
@@ -77,7 +77,7 @@ def test_a_whole_store_trains_what_the_target_beside_it_trains(made, tmp_path, k
     ("kind", "said"),
     [("eagle3", "its tap [12] differs by"), ("draft_model", "its logits differ by")],
 )
-def test_a_store_that_lies_fails_the_gate(made, tmp_path, kind, said, monkeypatch):
+def test_lying_store_fails_the_gate(made, tmp_path, kind, said, monkeypatch):
     get = FeatureStore.get
 
     def lying(self, row_id, taps=None, max_len=None):
@@ -95,7 +95,7 @@ def test_a_store_that_lies_fails_the_gate(made, tmp_path, kind, said, monkeypatc
     assert not parity.passed
 
 
-def test_a_store_of_another_target_is_refused(made, tmp_path):
+def test_store_of_another_target_is_refused(made, tmp_path):
     tiny_llama(num_layers=3, seed=3).save_pretrained(tmp_path / "other")
     config = config_of(made, tmp_path, "medusa", made / "store")
     config.target.path = str(tmp_path / "other")
@@ -103,7 +103,7 @@ def test_a_store_of_another_target_is_refused(made, tmp_path):
         run_training(config, tmp_path / "out")
 
 
-def test_a_tap_that_the_store_lacks_is_refused(made, tmp_path):
+def test_missing_tap_is_refused(made, tmp_path):
     target = load_target(str(made / "target"), device="cpu")
     extract(made / "answers", target, tmp_path / "store", taps="3")
     config = config_of(made, tmp_path, "eagle3", tmp_path / "store")
@@ -128,7 +128,7 @@ def test_answers_of_another_target_are_refused(made, tmp_path):
         run_training(config, tmp_path / "out")
 
 
-def test_a_head_goes_on_from_another_one_with_its_own_vocabulary(made, tmp_path):
+def test_head_goes_on_from_another_one(made, tmp_path):
     first = config_of(made, tmp_path, "eagle3", made / "answers")
     before = run_training(first, tmp_path / "first")
     init = str(tmp_path / "first" / "drafter")

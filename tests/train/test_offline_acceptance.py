@@ -70,7 +70,7 @@ def plain_loop(head, target, rows, chain):
     ],
 )
 @torch.no_grad()
-def test_it_is_what_a_plain_loop_over_positions_counts(kind, chain, options):
+def test_counts_are_those_of_a_plain_loop(kind, chain, options):
     # Of three tokens a random head is right often enough.
     target = tiny_target(vocab_size=3)
     head = tiny_head(kind, target, **options)
@@ -87,7 +87,7 @@ def test_it_is_what_a_plain_loop_over_positions_counts(kind, chain, options):
     assert 0 < counted[-1] < counted[DEPTH]
 
 
-def test_ranks_are_counted_where_the_target_took_a_candidate_at_every_depth_above():
+def test_ranks_are_counted_behind_taken_candidates():
     # Two depths, two candidates each; the target's choices at t_2 .. t_5 are 7, 8, 9, 7.
     logits = torch.zeros(1, 6, 10)
     for place, token in enumerate([0, 7, 8, 9, 7, 0]):
@@ -109,7 +109,7 @@ def test_tau_and_acceptance_by_depth():
     assert chain_acceptance(torch.tensor([0, 0, 0])) == (1.0, [None])
 
 
-def test_alpha_is_the_overlap_of_both_distributions_and_never_above_one():
+def test_alpha_is_the_overlap_of_distributions():
     generator = torch.Generator().manual_seed(0)
     mine, its = torch.randn(2, 40, 11, generator=generator)
     greedy, sampled = sum_of_overlaps(mine, its).tolist()

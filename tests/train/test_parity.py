@@ -32,18 +32,18 @@ from specdec.train.sources import OnlineSource
 
 DEPTH = 4
 TREE = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0, 0]]
-SHAPES = {"chain": DraftShape.chain(DEPTH), "tree": DraftShape.from_choices(TREE)}
+CHAIN, BRANCHES = DraftShape.chain(DEPTH), DraftShape.from_choices(TREE)
 
 
 def rows_for(target, count=12, seed=0):
     """Rows of which only the prompts are used, of unlike lengths."""
     generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for number in range(count):
-        length = 4 + number % 5
-        tokens = torch.randint(target.vocab_size, (length + 6,), generator=generator).tolist()
-        rows.append(AnswerRow(tuple(tokens), ((length, length + 6),)))
-    return rows
+    lengths = [4 + number % 5 for number in range(count)]
+    texts = [torch.randint(target.vocab_size, (n + 6,), generator=generator) for n in lengths]
+    return [
+        AnswerRow(tuple(text.tolist()), ((n, n + 6),))
+        for text, n in zip(texts, lengths, strict=True)
+    ]
 
 
 def few_tokens(eos=()):
@@ -60,40 +60,43 @@ def head_trainee(kind, target, **options):
     return HeadTrainee(kind, head, identify_target(target), {})
 
 
-def draft_model_trainee(folder, target, amount=0.3, method="full"):
-    perturbed(target.model, amount).save_pretrained(folder / "draft")
+def draft_model_trainee(folder, target, model=None, method="full", amount=0.3):
+    perturbed(model or target.model, amount).save_pretrained(folder / "draft")
     return DraftModelTrainee({"path": str(folder / "draft"), "method": method}, target, {})
 
 
-def gate_for(target, trainee, shape, **config):
-    settings = ParityConfig(**{"num_prompts": 12, "max_new_tokens": 24, "batch_size": 5} | config)
-    source = OnlineSource(target, trainee.taps, torch.float32)
-    return ParityGate(source, rows_for(target), settings, shape)
-
-
-def exported(trainee, folder, shape):
-    """Options of the exported drafter, for drafts of this shape."""
+def export(trainee, folder, shape):
+    """Write the drafter; returns its options for drafts of this shape."""
     trainee.export(folder / "drafter", {}, whole_state(trainee.module, is_kept=True))
-    is_chain = shape.num_nodes == shape.depth
-    drafts = trainee.chain(shape.depth) if is_chain else {"choices": TREE}
+    drafts = trainee.chain(shape.depth) if shape is CHAIN else {"choices": TREE}
     return {**trainee.drafter(folder / "drafter"), **drafts}
 
 
+def both(trainee, target, folder, shape=CHAIN, break_it=lambda folder: None, **config):
+    """The gate, and what it predicts and measures for the exported drafter."""
+    settings = ParityConfig(**{"num_prompts": 12, "max_new_tokens": 24, "batch_size": 5} | config)
+    source = OnlineSource(target, trainee.taps, torch.float32)
+    gate = ParityGate(source, rows_for(target), settings, shape)
+    predicted, options = gate.predict(trainee), export(trainee, folder, shape)
+    break_it(folder / "drafter")
+    return gate, predicted, gate.measure(options)
+
+
 @pytest.mark.parametrize("eos", [(), (1,)], ids=["length", "eos"])
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
-    ("kind", "options"),
-    [("medusa", {}), ("eagle", {}), ("eagle3", {}), ("eagle3", {"draft_vocab_size": 2})],
+    ("kind", "options", "shape"),
+    [
+        *[
+            (kind, {}, shape)
+            for kind in ("medusa", "eagle", "eagle3")
+            for shape in (CHAIN, BRANCHES)
+        ],
+        ("eagle3", {"draft_vocab_size": 2}, CHAIN),
+    ],
 )
-def test_heads_accept_in_decoding_exactly_what_is_predicted(tmp_path, kind, options, shape, eos):
+def test_head_accepts_exactly_what_is_predicted(tmp_path, kind, options, shape, eos):
     target = few_tokens(eos)
-    shape = SHAPES[shape]
-    if "draft_vocab_size" in options and shape is SHAPES["tree"]:
-        pytest.skip("the tree asks for three candidates, of a vocabulary of two")
-    trainee = head_trainee(kind, target, **options)
-    gate = gate_for(target, trainee, shape)
-    predicted = gate.predict(trainee)
-    measured = gate.measure(exported(trainee, tmp_path, shape))
+    gate, predicted, measured = both(head_trainee(kind, target, **options), target, tmp_path, shape)
     found = gate.compare(predicted, measured)
     assert found.passed, found
     assert found.mismatches == 0
@@ -101,50 +104,41 @@ def test_heads_accept_in_decoding_exactly_what_is_predicted(tmp_path, kind, opti
     assert found.measured_acceptance == pytest.approx(found.predicted_acceptance)
     assert 1 < found.predicted_tau < 1 + DEPTH
     ours = [[(s.num_drafted, s.num_accepted) for s in steps] for steps in predicted]
-    theirs = [[(s.num_drafted, s.num_accepted) for s in r.records] for r in measured]
-    assert ours == theirs
-    ends = {result.finish_reason for result in measured}
-    assert ends == ({"eos", "length"} if eos else {"length"})
+    assert ours == [[(s.num_drafted, s.num_accepted) for s in r.records] for r in measured]
+    assert {r.finish_reason for r in measured} == ({"eos", "length"} if eos else {"length"})
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-def test_draft_models_accept_in_decoding_exactly_what_is_predicted(tmp_path, method):
+def test_draft_model_accepts_what_is_predicted(tmp_path, method):
     target = HFTarget(tiny_llama(vocab_size=64), None)
     trainee = draft_model_trainee(tmp_path, target, method=method)
-    gate = gate_for(target, trainee, SHAPES["chain"])
-    expected = gate.predict(trainee)
-    options = exported(trainee, tmp_path, SHAPES["chain"])
-    found = gate.compare(expected, gate.measure(options))
+    gate, predicted, measured = both(trainee, target, tmp_path)
+    found = gate.compare(predicted, measured)
     assert found.passed, found
     assert found.relative_difference < (0.01 if method == "qlora" else 1e-9)
     assert 1.3 < found.predicted_tau < 1 + DEPTH
-    assert gate.predict(trainee) == expected  # the drafter in memory is as it was
+    assert gate.predict(trainee) == predicted  # the drafter in memory is as it was
 
 
-def test_a_text_that_fills_the_context_is_walked_to_its_end(tmp_path):
-    target = few_tokens()
-    trainee = head_trainee("eagle", target)
-    gate = gate_for(target, trainee, SHAPES["chain"], num_prompts=3, max_new_tokens=1000)
-    measured = gate.measure(exported(trainee, tmp_path, SHAPES["chain"]))
+def test_text_that_fills_the_context_is_walked(tmp_path):
+    target, config = few_tokens(), {"num_prompts": 3, "max_new_tokens": 1000}
+    gate, predicted, measured = both(head_trainee("eagle", target), target, tmp_path, **config)
     assert [len(r.prompt_tokens) + len(r.tokens) for r in measured] == [256] * 3
-    found = gate.compare(gate.predict(trainee), measured)
+    found = gate.compare(predicted, measured)
     assert found.measured_tau == pytest.approx(found.predicted_tau, abs=1e-9)
 
 
-def test_a_drafter_that_is_never_right_is_compared_all_the_same(tmp_path):
+def test_drafter_that_is_never_right_is_compared(tmp_path):
     target = tiny_target(vocab_size=97)
-    perturbed(tiny_llama(seed=7), 1.0).save_pretrained(tmp_path / "draft")
-    trainee = DraftModelTrainee({"path": str(tmp_path / "draft"), "method": "full"}, target, {})
-    gate = gate_for(target, trainee, SHAPES["chain"], num_prompts=2, max_new_tokens=5)
-    found = gate.compare(
-        gate.predict(trainee), gate.measure(exported(trainee, tmp_path, SHAPES["chain"]))
-    )
+    trainee = draft_model_trainee(tmp_path, target, tiny_llama(seed=7), amount=1.0)
+    gate, *sides = both(trainee, target, tmp_path, num_prompts=2, max_new_tokens=5)
+    found = gate.compare(*sides)
     assert found.predicted_tau == found.measured_tau == 1.0
     assert found.predicted_acceptance == [0.0, None, None, None]
     assert found.passed
 
 
-def test_the_walk_takes_the_first_nodes_of_a_tree_that_a_budget_keeps():
+def test_walk_takes_the_nodes_that_a_budget_keeps():
     shape = DraftShape.from_choices([[0], [1], [1, 0], [1, 0, 0]])
     # Behind the prompt 7 the target says 1, 2, 3, 4, 5; every draft has its path down the tree.
     tokens = torch.tensor([[7, 1, 2, 3, 4, 5]])
@@ -167,9 +161,11 @@ def test_the_walk_takes_the_first_nodes_of_a_tree_that_a_budget_keeps():
     assert steps(100, num_tokens=1) == []
 
 
-def test_prompts_come_from_all_domains_in_turn_and_end_before_the_longest_answer():
+def test_prompts_come_from_all_domains_in_turn():
     rows = [
-        AnswerRow((1, 2, 3, 4, 5, 6), ((1, 2), (3, 6)), domain="b"),
+        AnswerRow(
+            (1, 2, 3, 4, 5, 6), ((1, 2), (3, 6)), domain="b"
+        ),  # ends before the longest answer
         AnswerRow((7, 8, 9), ((0, 3),), domain="b"),
         AnswerRow((4, 5, 6), ((1, 3),), domain="b"),
         AnswerRow((2, 2, 2), ((2, 3),), domain="a"),
@@ -178,20 +174,19 @@ def test_prompts_come_from_all_domains_in_turn_and_end_before_the_longest_answer
     assert len(choose_prompts(rows, 9)) == 4
 
 
-def test_a_prompt_whose_output_differs_fails_in_float32_and_is_left_out_in_half_precision(
-    tmp_path,
-):
+def refused(found, message):
+    assert not found.passed
+    with pytest.raises(ParityError, match=message):
+        require_parity(SimpleNamespace(parity=found, drafter={"path": "x"}))
+
+
+def test_other_output_fails_in_float32_alone(tmp_path):
     target = few_tokens()
-    trainee = head_trainee("medusa", target)
-    gate = gate_for(target, trainee, SHAPES["chain"])
-    predicted = gate.predict(trainee)
-    measured = gate.measure(exported(trainee, tmp_path, SHAPES["chain"]))
+    gate, predicted, measured = both(head_trainee("medusa", target), target, tmp_path)
     measured[3].tokens[5] += 1
     found = gate.compare(predicted, measured)
-    assert not found.passed
     assert found.mismatches == 1
-    with pytest.raises(ParityError, match=r"outputs for 1 of 12 .* not those of plain decoding"):
-        require_parity(SimpleNamespace(parity=found, drafter={"path": "x"}))
+    refused(found, r"outputs for 1 of 12 .* not those of plain decoding")
     target.model.config.dtype = torch.bfloat16
     target.model.to(torch.bfloat16)
     found = gate.compare(predicted, measured)
@@ -199,10 +194,7 @@ def test_a_prompt_whose_output_differs_fails_in_float32_and_is_left_out_in_half_
     assert found.mismatches == 1
     for result in measured:
         result.tokens[0] += 1
-    found = gate.compare(predicted, measured)
-    assert not found.passed
-    with pytest.raises(ParityError, match="leaves nothing to compare"):
-        require_parity(SimpleNamespace(parity=found, drafter={"path": "x"}))
+    refused(gate.compare(predicted, measured), "leaves nothing to compare")
 
 
 TRAINED = {
@@ -231,6 +223,17 @@ def trained(tmp_path_factory):
     return folder
 
 
+def change(folder, edit):
+    """Change tensors as somebody who covers his tracks."""
+    path = folder / "specdec.json"
+    if path.exists():
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps({key: content[key] for key in content if key != "sha256"}))
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
 def wrong_tap(folder):
     path = folder / "specdec.json"
     content = json.loads(path.read_text())
@@ -239,35 +242,31 @@ def wrong_tap(folder):
     path.write_text(json.dumps(content))
 
 
-def changed(folder, change):
-    """Change tensors as somebody who covers his tracks."""
-    path = folder / "specdec.json"
-    if path.exists():
-        content = json.loads(path.read_text())
-        path.write_text(json.dumps({key: content[key] for key in content if key != "sha256"}))
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
 def shifted_map(folder):
-    def change(tensors):
+    def edit(tensors):
         places = torch.arange(60)
         tensors["d2t"] = (tensors["d2t"] + places).roll(1) - places
 
-    changed(folder, change)
+    change(folder, edit)
 
 
 def perturbed_weights(folder):
-    def change(tensors):
+    def edit(tensors):
         weight = tensors["fc.weight"]
         noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
         tensors["fc.weight"] = weight + weight.std() * noise
 
-    changed(folder, change)
+    change(folder, edit)
 
 
-BREAKAGES = {"wrong tap": wrong_tap, "shifted map": shifted_map, "weights": perturbed_weights}
+def four_bits(folder):
+    def edit(tensors):
+        for name, weight in tensors.items():
+            if weight.ndim == 2:
+                scale = weight.abs().amax(1, keepdim=True) / 7
+                tensors[name] = (weight / scale).round() * scale
+
+    change(folder, edit)
 
 
 def verdict(folder, drafter):
@@ -284,32 +283,26 @@ def verdict(folder, drafter):
     return gate.compare(gate.predict(trainee), gate.measure(options))
 
 
-@pytest.mark.parametrize("name", BREAKAGES)
-def test_a_head_that_is_not_what_was_trained_does_not_pass(trained, tmp_path, name):
+@pytest.mark.parametrize("break_it", [wrong_tap, shifted_map, perturbed_weights])
+def test_changed_head_does_not_pass(trained, tmp_path, break_it):
     shutil.copytree(trained / "out" / "drafter", tmp_path / "drafter")
     assert verdict(trained, tmp_path / "drafter").passed
-    BREAKAGES[name](tmp_path / "drafter")
-    found = verdict(trained, tmp_path / "drafter")
-    assert not found.passed
-    with pytest.raises(ParityError, match=r"They part at depth 1 .*: look at what it reads"):
-        require_parity(SimpleNamespace(parity=found, drafter={"path": "x"}))
+    break_it(tmp_path / "drafter")
+    refused(
+        verdict(trained, tmp_path / "drafter"), "They part at depth 1 .*: look at what it reads"
+    )
 
 
-def test_a_recurrent_state_that_is_not_fed_back_does_not_pass(trained, monkeypatch):
+def test_state_not_fed_back_does_not_pass(trained, monkeypatch):
     feed = FeatureDrafter._feed_beam
-
-    def stale(self, outputs, *rest):
-        return feed(self, outputs * 0, *rest)
-
-    monkeypatch.setattr(FeatureDrafter, "_feed_beam", stale)
-    found = verdict(trained, trained / "out" / "drafter")
-    assert not found.passed
+    monkeypatch.setattr(
+        FeatureDrafter, "_feed_beam", lambda self, outputs, *rest: feed(self, outputs * 0, *rest)
+    )
     message = "They part at depth 2 .* the depths above are right, so look at positions"
-    with pytest.raises(ParityError, match=message):
-        require_parity(SimpleNamespace(parity=found, drafter={"path": "x"}))
+    refused(verdict(trained, trained / "out" / "drafter"), message)
 
 
-def test_deeper_levels_at_positions_too_far_by_some_do_not_pass(trained, monkeypatch):
+def test_positions_too_far_do_not_pass(trained, monkeypatch):
     newest = StaticGrowth.newest.fget
 
     def moved(self):
@@ -320,38 +313,26 @@ def test_deeper_levels_at_positions_too_far_by_some_do_not_pass(trained, monkeyp
     assert not verdict(trained, trained / "out" / "drafter").passed
 
 
-def test_a_draft_model_merged_into_four_bits_does_not_pass(tmp_path):
+def test_draft_model_in_four_bits_does_not_pass(tmp_path):
     target = HFTarget(tiny_llama(vocab_size=64), None)
     trainee = draft_model_trainee(tmp_path, target, amount=0.1)
-    gate = gate_for(target, trainee, SHAPES["chain"])
-    options = exported(trainee, tmp_path, SHAPES["chain"])
-
-    def to_four_bits(tensors):
-        for name, weight in tensors.items():
-            if weight.ndim == 2:
-                scale = weight.abs().amax(1, keepdim=True) / 7
-                tensors[name] = (weight / scale).round() * scale
-
-    changed(tmp_path / "drafter", to_four_bits)
-    found = gate.compare(gate.predict(trainee), gate.measure(options))
+    gate, predicted, measured = both(trainee, target, tmp_path, break_it=four_bits)
+    found = gate.compare(predicted, measured)
     assert not found.passed
     assert found.measured_tau < found.predicted_tau
 
 
-def test_the_command_fails_says_why_and_writes_everything_and_runs_the_gate_again(
-    tmp_path, monkeypatch
-):
+def test_failed_gate_writes_everything_and_runs_again(tmp_path, monkeypatch):
     parity = {**TRAINED["parity"], "max_difference": 0.01}
     path = write_run(tmp_path, **TRAINED | {"max_steps": 60, "parity": parity})
     out = tmp_path / "out"
     command = ["train", str(path), "--out", str(out)]
-    export = HeadTrainee.export
-
-    def broken(self, folder, *rest):
-        export(self, folder, *rest)
-        perturbed_weights(folder)
-
-    monkeypatch.setattr(HeadTrainee, "export", broken)
+    write = HeadTrainee.export
+    monkeypatch.setattr(
+        HeadTrainee,
+        "export",
+        lambda self, folder, *rest: write(self, folder, *rest) or perturbed_weights(folder),
+    )
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 1, done.output
     parity = json.loads((out / "results.json").read_text())["parity"]
@@ -375,7 +356,7 @@ def test_the_command_fails_says_why_and_writes_everything_and_runs_the_gate_agai
     [{"data": {"num_validation": None}}, {"parity": {"num_prompts": 0}}],
     ids=["no held-out rows", "turned off"],
 )
-def test_without_a_gate_the_command_says_so(tmp_path, settings):
+def test_command_says_that_no_gate_was_run(tmp_path, settings):
     path = write_run(tmp_path, drafter={"kind": "medusa"}, max_steps=1, **settings)
     done = CliRunner().invoke(app, ["train", str(path), "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output

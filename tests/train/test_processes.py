@@ -62,7 +62,7 @@ app(sys.argv[1:])
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_processes_share_the_steps_and_a_sigterm_loses_none_of_them(tmp_path):
+def test_two_processes_share_steps_and_signals(tmp_path):
     path = write_run(tmp_path, **RUN, report_to="tensorboard")
     two, script = tmp_path / "two", tmp_path / "stopped.py"
     script.write_text(STOPPED)
@@ -176,7 +176,7 @@ def draft_model_run(folder, method):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_sharded_runs_are_those_of_one_process_and_move_between_numbers_of_processes(tmp_path):
+def test_sharded_runs_equal_those_of_one_process(tmp_path):
     config = load_train_config(str(write_run(tmp_path, **RUN)), TWICE)
     config.training.save_steps = 1
     with pytest.raises(KeyboardInterrupt):

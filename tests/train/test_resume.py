@@ -271,7 +271,7 @@ def test_sigterm_writes_a_checkpoint_and_restores_handlers(whole, tmp_path):
     assert_stopped_at_six_and_resumes(whole, tmp_path / "out")
 
 
-def test_second_ctrl_c_stops_at_once_but_no_echo(monkeypatch):
+def test_second_ctrl_c_stops_at_once(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(trainer.time, "monotonic", lambda: now[0])
     with Interruption() as noted:

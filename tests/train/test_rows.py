@@ -120,7 +120,7 @@ def epoch(plan, number=0):
     return [plan.batches(step) for step in range(first, first + plan.steps_per_epoch)]
 
 
-def test_every_epoch_holds_every_row_once():
+def test_epoch_holds_every_row_once():
     plan = StepPlan(TEXTS, batch_size=8, batches_per_step=3)
     for number in range(2):
         rows = [row.id for step in epoch(plan, number) for batch in step for row in batch]

@@ -153,7 +153,7 @@ def infinite_slope(head, loss):
     ],
     ids=["loss", "gradient"],
 )
-def test_what_is_not_finite_stops_the_run(tmp_path, monkeypatch, wrong, named):
+def test_loss_that_is_not_finite_stops_training(tmp_path, monkeypatch, wrong, named):
     config = tiny_config(tmp_path, **RUN, drafter=MEDUSA)
     calls = []
 
@@ -203,7 +203,7 @@ def test_row_whose_loss_is_not_finite_is_named(tmp_path, monkeypatch):
         ({"optim": "adamm"}, "adamm"),
     ],
 )
-def test_what_cannot_be_trained_is_named(tmp_path, settings, message):
+def test_impossible_settings_are_named(tmp_path, settings, message):
     drafter = {"kind": "eagle3", **settings.pop("drafter", {})}
     config = tiny_config(tmp_path, **RUN, drafter=drafter, **settings)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
