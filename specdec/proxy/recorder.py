@@ -236,7 +236,8 @@ class Recorder:
         if isinstance(error, TotalReachedError):
             self._stop("--max-total reached", f"{self._config.max_total} are on the disk")
         elif isinstance(error, OSError):
-            self._stop("disk cannot be written", str(error))
+            # The system's words: files' own advise to give the command again, which nobody has to.
+            self._stop("disk cannot be written", str(error.__cause__ or error))
         elif error is not None:
             # Whatever a request may hold, it is served; a fault in recording it is counted.
             self.budget.skipped["fault of the recorder"] += 1
