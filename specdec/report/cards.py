@@ -29,13 +29,7 @@ _TRAINING = {
 def write_drafter_card(
     results: "TrainResults", folder: Path, answers: "AnswersManifest | None" = None
 ) -> None:
-    """Write `README.md` into a drafter's folder, with a header as the hub reads it.
-
-    Args:
-        results: results of the training run.
-        folder: folder of the drafter.
-        answers: manifest of the answers that it was trained on.
-    """
+    """Write `README.md` into a drafter's folder, with a header as the hub reads it."""
     replace_file(folder / "README.md", drafter_card(results, answers).encode())
 
 

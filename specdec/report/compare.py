@@ -71,7 +71,7 @@ def _settings(run: Run) -> dict[str, Any]:
         prompts = f"{len(run.data.prompts)} prompts with the fingerprint {short}"
     return {
         **run.provenance,
-        "schema": run.schema,
+        "schema": run.data.schema_,
         "target": target,
         "prompts": prompts,
         "seed": config.get("seed") if temperature else None,  # nothing is drawn at 0
@@ -92,14 +92,7 @@ def _differing(key: str, ours: Any, theirs: Any) -> list[tuple[str, Any, Any]]:
 def check_comparable(
     runs: Sequence[Run], allowed: Sequence[str] = ()
 ) -> dict[str, list[Difference]]:
-    """Refuse benches that may not be set side by side; each is compared with the first.
-
-    Returns:
-        The differences that were allowed, by label of the run.
-
-    Raises:
-        ValueError: no such field, or runs differ in a field that was not allowed.
-    """
+    """Refuse benches that differ from the first; gives the allowed differences by label."""
     unknown = [field for field in allowed if field not in MUST_AGREE]
     if unknown:
         raise ValueError(f"--allow is {unknown[0]!r} but must be one of {', '.join(MUST_AGREE)}")
@@ -158,7 +151,7 @@ def add_comparison(section: Section, runs: Sequence[Run]) -> None:
         ]
         section.tabulate("pairs", f"{other.label} against {first.label}", columns, rows)
         for run, another in ((first, other), (other, first)):
-            alone = {arm.name for arm in run.arms} - {arm.name for arm in another.arms}
+            alone = {arm.name for arm in run.data.arms} - {arm.name for arm in another.data.arms}
             if alone:
                 said = ", ".join(sorted(alone))
                 section.missing.append(f"Arms that only {run.label} has: {said}.")
@@ -170,9 +163,9 @@ def add_comparison(section: Section, runs: Sequence[Run]) -> None:
 
 
 def _pairs(first: Run, other: Run) -> list[dict[str, Any]]:
-    theirs = {arm.name: arm for arm in other.arms}
+    theirs = {arm.name: arm for arm in other.data.arms}
     rows = []
-    for arm in first.arms:
+    for arm in first.data.arms:
         if arm.name in theirs:
             old, old_plain, new, new_plain = _paired_works((first, other), (arm.name, "plain"))
             rows.append(
@@ -197,7 +190,7 @@ def _paired_works(runs: Sequence[Run], arms: Sequence[str]) -> list[Works]:
 
 def _work_by_prompt(run: Run, name: str) -> dict[Any, Work]:
     """Give decoding by prompt; the same prompt given twice is told apart by its turn."""
-    arm = next(arm for arm in run.arms if arm.name == name)
+    arm = next(arm for arm in run.data.arms if arm.name == name)
     found: dict[Any, Work] = {}
     seen: dict[str, int] = {}
     for prompt, figures in zip(run.data.prompts or (), arm.per_prompt or (), strict=False):

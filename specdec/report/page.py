@@ -64,17 +64,7 @@ _HARDEST = (
 
 
 def write_report(folders: Sequence[Path], out: Path, allowed: Sequence[str] = ()) -> Report:
-    """Write `index.html`, `report.md` with PNGs, and `report.json`.
-
-    Args:
-        folders: folders of runs.
-        out: folder to write to, made if it is not there.
-        allowed: fields in which benches may differ and be compared all the same.
-
-    Raises:
-        FileNotFoundError, ValueError: runs that cannot be read, or compared.
-        OSError: the folder cannot be written.
-    """
+    """Write `index.html`, `report.md` with PNGs, and `report.json`."""
     report = build_report(read_runs(folders), allowed)
     page, text = html_page(report), markdown(report)
     with locked(out):
@@ -88,16 +78,7 @@ def write_report(folders: Sequence[Path], out: Path, allowed: Sequence[str] = ()
 
 
 def build_report(runs: Sequence[Run], allowed: Sequence[str] = ()) -> Report:
-    """Make every section.
-
-    Args:
-        runs: measurements.
-        allowed: fields in which benches may differ and be compared all the same.
-
-    Raises:
-        ValueError: benches that are not comparable, an arm that is faster than its tau, or
-            matplotlib is not installed.
-    """
+    """Make every section; benches that differ in fields `allowed` are compared all the same."""
     for run in runs:  # a sweep's cells have said so themselves
         if run.kind in ("bench", "suite") and (impossible := faster_than_tau(run.data)):
             raise ValueError(f"{run.label}: {'; '.join(impossible)}")
@@ -118,7 +99,7 @@ def build_report(runs: Sequence[Run], allowed: Sequence[str] = ()) -> Report:
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         provenance=CodeProvenance(**code(("specdec", "matplotlib", "jinja2"))),
         runs=[
-            ReportedRun.model_validate({"label": r.label, "kind": r.kind, "schema": r.schema})
+            ReportedRun.model_validate({"label": r.label, "kind": r.kind, "schema": r.data.schema_})
             for r in runs
         ],
         warnings=_warnings(runs, differences),
@@ -176,7 +157,7 @@ def _warnings(runs: Sequence[Run], differences: dict[str, list[Difference]]) -> 
             found += [
                 f"{run.label}: outputs of {arm.name} differ from plain decoding on "
                 f"{arm.mismatches} prompts."
-                for arm in run.arms
+                for arm in run.data.arms
                 if arm.mismatches
             ]
         elif run.kind == "plan":

@@ -39,11 +39,6 @@ class Run:
     data: Any
 
     @property
-    def schema(self) -> str:
-        """The schema of the file."""
-        return self.data.schema_
-
-    @property
     def provenance(self) -> dict[str, Any]:
         """Where the figures come from, as plain values."""
         found: dict[str, Any] = self.data.provenance.model_dump()
@@ -60,20 +55,9 @@ class Run:
         found = getattr(self.data, "target", None)
         return asdict(found) if isinstance(found, TargetIdentity) else None
 
-    @property
-    def arms(self) -> Sequence[Any]:
-        """The arms of a bench."""
-        return self.data.arms
-
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read every known file of every folder.
-
-    Raises:
-        FileNotFoundError: no such folder.
-        ValueError: the same folder twice, a folder without a known file, or a file that is damaged
-            or of an unknown schema.
-    """
+    """Read every known file of every folder."""
     places = [folder.resolve() for folder in folders]
     twice = [folder for folder in folders if places.count(folder.resolve()) > 1]
     if twice:
@@ -98,14 +82,7 @@ def read_cells(sweep: Run) -> list[Run]:
 
 
 def read_file(file: Path) -> tuple[str, Any]:
-    """Read a results file of any version.
-
-    Returns:
-        The kind of run that its schema tells, and the model.
-
-    Raises:
-        ValueError: it is damaged; the message names the file and the first key at fault.
-    """
+    """Read a results file of any version: kind of run, and model."""
     content = read_json(file)
     schema = str(content.get("schema"))
     kind = schema.removeprefix("specdec-").rpartition("-")[0]

@@ -41,12 +41,7 @@ class Point:
 
 
 def find_points(arms: Iterable[Any], key: str) -> list[Point]:
-    """Find every arm, or configuration of a plan, whose strategy has a shape.
-
-    Args:
-        arms: arms or configurations.
-        key: "speedup_vs_plain" or "predicted_speedup".
-    """
+    """Find every arm, or configuration of a plan, whose strategy has a shape."""
     found = [_point(arm, getattr(arm, key)) for arm in arms if getattr(arm, key)]
     return [point for point in found if point is not None]
 

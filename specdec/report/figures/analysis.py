@@ -64,13 +64,7 @@ def expected_tau(drafters: Sequence[DrafterAnalysis]) -> bytes:
 
 
 def plot_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write loss and held-out acceptance of a training run as a PNG.
-
-    Args:
-        records: mappings of `kind` "step" (step, loss) or "evaluation" (step, validation_loss,
-            acceptance, tau).
-        path: file to write.
-    """
+    """Write loss and held-out acceptance of a training run, rows of its log, as a PNG."""
     steps = [each for each in records if each["kind"] == "step"]
     evaluations = [each for each in records if each["kind"] == "evaluation"]
     figure, (left, right) = new_figure(4.4, width=11, columns=2)

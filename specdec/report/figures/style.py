@@ -22,14 +22,7 @@ Interval = Sequence[float] | None
 def new_figure(
     height: float, width: float = WIDTH, rows: int = 1, columns: int = 1, **shared: Any
 ) -> Any:
-    """Make a figure and its panels; `shared` may hold `sharex` and `sharey`.
-
-    Returns:
-        The figure, and its axes in a list, row by row.
-
-    Raises:
-        ValueError: matplotlib is not installed.
-    """
+    """Make a figure and its panels, row by row; `shared` may hold `sharex` and `sharey`."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -80,18 +73,7 @@ def draw_series(
     x_intervals: Sequence[Interval] | None = None,
     **changes: Any,
 ) -> None:
-    """Draw points with their intervals, joined by a line; points without a value are left out.
-
-    Args:
-        axes: panel to draw on.
-        place: number of the series, -1 for plain decoding.
-        name: name in the legend.
-        x: places on the axis.
-        y: a value each.
-        y_intervals: an interval each.
-        x_intervals: an interval each.
-        changes: arguments of `errorbar` in place of the usual ones.
-    """
+    """Draw points with their intervals, joined by a line; points without a value are left out."""
     bars = [each or [None] * len(x) for each in (x_intervals, y_intervals)]
     known = [row for row in zip(x, y, *bars, strict=True) if row[1] is not None]
     xs, ys, x_ends, y_ends = zip(*known, strict=True) if known else ((), (), (), ())

@@ -102,10 +102,10 @@ def add_results(section: Section, run: Run) -> None:
     section.text += [
         f"{run.label}: {arm.failed} of {arm.prompts} prompts of {arm.name} failed and are not "
         f"timed: {arm.failures[0].reason}"
-        for arm in run.arms
+        for arm in run.data.arms
         if arm.failed
     ]
-    if all(arm.per_prompt is None for arm in run.arms):
+    if all(arm.per_prompt is None for arm in run.data.arms):
         section.missing.append(
             f"{run.label} is of the first version of results, without figures by prompt or task, "
             "or times of verify and commit: for intervals of speeds, and in a batch for speeds but "
@@ -117,8 +117,8 @@ def add_domains(section: Section, run: Run) -> None:
     """Show every arm in every domain."""
     rows = [
         {"domain": name, "arm": arm.name, **vars(figures)}
-        for name in dict.fromkeys(name for arm in run.arms for name in arm.domains)
-        for arm in run.arms
+        for name in dict.fromkeys(name for arm in run.data.arms for name in arm.domains)
+        for arm in run.data.arms
         if (figures := arm.domains.get(name))
     ]
     if not rows:
@@ -131,7 +131,7 @@ def add_domains(section: Section, run: Run) -> None:
 
 def add_speed(section: Section, run: Run) -> None:
     """Draw speed against tau."""
-    arms = [arm for arm in run.arms if arm.tau and arm.speedup_vs_plain]
+    arms = [arm for arm in run.data.arms if arm.tau and arm.speedup_vs_plain]
     if not arms:
         section.missing.append(f"{run.label} has no arm with a tau and a speed.")
         return
@@ -147,7 +147,7 @@ def add_speed(section: Section, run: Run) -> None:
 
 def add_acceptance(section: Section, run: Run) -> None:
     """Draw and list acceptance by depth."""
-    arms = [arm for arm in run.arms if arm.per_depth]
+    arms = [arm for arm in run.data.arms if arm.per_depth]
     if not arms:
         section.missing.append(f"No arm of {run.label} drafted anything.")
         return
@@ -173,7 +173,7 @@ def add_acceptance(section: Section, run: Run) -> None:
 def add_time(section: Section, run: Run) -> None:
     """Show milliseconds of a token by part."""
     found = _breakdowns(run)
-    without = [arm.name for arm in run.arms if arm.name not in {each.name for each in found}]
+    without = [arm.name for arm in run.data.arms if arm.name not in {each.name for each in found}]
     if without:
         section.missing.append(
             f"{run.label}: no times of steps of {', '.join(without)}: the loop is not ours."
@@ -207,7 +207,7 @@ def add_time(section: Section, run: Run) -> None:
 
 def add_speedup(section: Section, run: Run) -> None:
     """Show the way from tau down to the measured speedup."""
-    arms = {arm.name: arm for arm in run.arms}
+    arms = {arm.name: arm for arm in run.data.arms}
     found = {each.name: each for each in _breakdowns(run)}
     plain = found.pop("plain", None)
     explained = (explain_speedup(arms[name], each, plain) for name, each in found.items() if plain)
@@ -231,5 +231,5 @@ def add_speedup(section: Section, run: Run) -> None:
 
 
 def _breakdowns(run: Run) -> list[Breakdown]:
-    found = [break_down(arm, run.config["repeats"]) for arm in run.arms]
+    found = [break_down(arm, run.config["repeats"]) for arm in run.data.arms]
     return [each for each in found if each is not None]

@@ -232,7 +232,7 @@ def add_predictions(section: Section, runs: Sequence[Run]) -> None:
                 )
             else:
                 size = bench.config["batch_size"]
-                matches += match_plan(plan.data, bench.arms, size, bench.label)
+                matches += match_plan(plan.data, bench.data.arms, size, bench.label)
     if not matches:
         section.missing.append(
             "No configuration of a plan was measured: none has an arm of the same type, options "
@@ -270,7 +270,7 @@ def add_shapes(section: Section, runs: Sequence[Run]) -> None:
     """Draw trees as heat maps and chains as lines, measured and predicted."""
     for run in runs:
         if run.kind == "bench":
-            _draw(section, find_points(run.arms, "speedup_vs_plain"), run.label, "measured")
+            _draw(section, find_points(run.data.arms, "speedup_vs_plain"), run.label, "measured")
         elif run.kind == "sweep":
             for cell in run.data.cells:
                 found = find_points(cell.arms, "speedup_vs_plain")

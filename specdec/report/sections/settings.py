@@ -36,7 +36,7 @@ def _facts(run: Run) -> dict[str, Any]:
     load = where.get("load_average")
     keys = ("rule", "batch_size", "max_new_tokens", "repeats", "seed")
     return {
-        "schema": run.schema,
+        "schema": run.data.schema_,
         "date": where.get("date"),
         "commit": _noted(commit, where.get("git_dirty") and "changed"),
         "command": where.get("command"),

@@ -39,7 +39,6 @@ _SUITES = {
 }
 _ALONE = [TAU, ACCEPTED, SPEED, VS_PLAIN, WITH_PREFILL, EFFICIENCY]
 _LOAD = [
-    Column("load.users", "users", 0, is_wide=True),
     Column("tau", "tau", 2, term="tau"),
     Column("load.tokens_per_s", "tokens/s\nall users", 0),
     Column("load.tokens_per_s_vs_plain", "vs\nplain", 2),
