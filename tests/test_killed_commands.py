@@ -48,7 +48,7 @@ def analyzed_drafters(out):
 CONFIG = """
 prompts: {source: demo, num: 2}
 max_new_tokens: 24
-repeats: 4
+repeats: 3
 threads: 1
 arms:
   - {name: ngram, type: ngram}
@@ -75,7 +75,7 @@ COMMANDS = {
     ),
     "analyze": (
         "{here}/bench.yaml",
-        lambda out: (out / "drafters" / "1.json").exists(),
+        lambda out: len(lines(out / "drafters" / "drafters.jsonl")) > 2,
         analyzed_drafters,
     ),
 }

@@ -2,10 +2,6 @@
 
 import json
 import resource
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -170,30 +166,3 @@ def test_full_disk_fails_the_run_that_then_resumes(folder):
     assert done.exit_code == 0, done.stderr
     assert records.read_bytes().startswith(kept)
     assert results(folder)["plain"]["tokens"] == 4 * 8
-
-
-@pytest.mark.slow
-def test_killed_run_goes_on_from_its_records(folder):
-    records = folder / "out" / "records.jsonl"
-    overrides = ["repeats=12", "batch_size=1"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "specdec", *command(folder, *overrides)],
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
-    try:
-        for _ in range(600):
-            if records.exists() and records.read_bytes().count(b'"call"') > 20:
-                break
-            assert process.poll() is None
-            time.sleep(0.1)
-    finally:
-        process.kill()
-    assert process.wait() == -signal.SIGKILL
-    before = records.read_bytes()
-    before = before[: before.rindex(b"\n") + 1]
-    assert 20 < before.count(b'"call"') < 12 * 4 * 3
-    done = bench(folder, *overrides)
-    assert done.exit_code == 0, done.stderr
-    assert records.read_bytes().startswith(before)
-    assert records.read_bytes().count(b'"call"') == 12 * 4 * 3
