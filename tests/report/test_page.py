@@ -43,6 +43,7 @@ def driver(tmp_path_factory):
         yield driver
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 400])
 def test_page_is_whole_offline_and_fits_the_screen(driver, out, width):
     asked = show(driver, out / "index.html", width)
@@ -59,6 +60,7 @@ def test_page_is_whole_offline_and_fits_the_screen(driver, out, width):
     assert page == [width, width]
 
 
+@pytest.mark.slow
 def test_paper_cuts_off_no_table(driver, out):
     width = 718  # A4 with the usual margins
     show(driver, out / "index.html", width, media="print")
@@ -69,6 +71,7 @@ def test_paper_cuts_off_no_table(driver, out):
     assert [name for name, end in ends if end > width] == []
 
 
+@pytest.mark.slow
 def test_sections_arms_and_links_are_complete(driver, out):
     show(driver, out / "index.html", 1280)
     headings = driver.execute_script(
@@ -87,6 +90,7 @@ def test_sections_arms_and_links_are_complete(driver, out):
     assert len([href for href, _ in targets if href.startswith("#def-")]) > 10
 
 
+@pytest.mark.slow
 def test_page_shows_figures_of_the_data(driver, out):
     show(driver, out / "index.html", 1280)
     cells = driver.execute_script(
@@ -104,6 +108,7 @@ def test_page_shows_figures_of_the_data(driver, out):
         assert row[4] == f"{speed:.2f}" + (f" [{low:.2f}, {high:.2f}]" if low < high else "")
 
 
+@pytest.mark.slow
 def test_text_of_runs_is_never_markup(driver, out):
     show(driver, out / "index.html", 1280)
     context = driver.execute_script("return document.querySelector('blockquote').textContent")
@@ -133,6 +138,7 @@ return [page, ...['p', 'a', 'del', 'mark', 'td', '.note', 'figcaption'].map(sele
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True])
 def test_text_contrasts_in_light_and_dark(driver, out, dark):
     show(driver, out / "index.html", 1280, dark=dark)

@@ -43,13 +43,18 @@ def results_table(results: BenchResults, label: str = "") -> Table:
             Column("prompts", "prompts", 0, is_wide=True),
             *CHECKS,
         ],
-        rows=results.arms,
+        rows=[row_of(arm) for arm in results.arms],
         legend=[
             "acc.: accepted / drafted; speeds are of total times",
             "HF: transformers' generate; differ: prompts whose greedy tokens differ",
             *([apart] if known else []),
         ],
     )
+
+
+def row_of(arm: Any) -> dict[str, Any]:
+    """Give the figures of an arm; one that drafts nothing has no share of accepted tokens."""
+    return {**vars(arm), "acceptance_rate": arm.acceptance_rate or None}
 
 
 def sweep_table(sweep: SweepResults, label: str = "") -> Table:

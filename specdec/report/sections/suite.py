@@ -18,6 +18,7 @@ from specdec.report.sections.bench import (
     TAU,
     VS_PLAIN,
     WITH_PREFILL,
+    row_of,
 )
 from specdec.report.tables import Column, Table
 
@@ -79,7 +80,9 @@ def suite_tables(results: SuiteResults, label: str = "") -> list[Table]:
             caption=caption,
             columns=[Column("group", _SUITES[results.suite][0]), ARM, *columns],
             rows=[
-                {"group": group.name, **vars(arm)} for group in results.groups for arm in group.arms
+                {"group": group.name, **row_of(arm)}
+                for group in results.groups
+                for arm in group.arms
             ],
             legend=legend,
             num_grouped=1,
