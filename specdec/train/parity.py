@@ -29,8 +29,8 @@ from specdec.train.heads import Trainee
 from specdec.train.results import FeatureCheck, Parity, TrainResults
 from specdec.train.sources import OnlineSource, Source
 
-# Stored bf16 or int8, and a target in half precision, stay below a hundredth; the next layer's
-# states are a seventh off or more.
+# Stored bf16, and a target in half precision, stay below a hundredth; the next layer's states are
+# a seventh off or more.
 MAX_FEATURE_DIFFERENCE = 0.05
 Steps = list[list[StepRecord]]  # of each prompt
 
