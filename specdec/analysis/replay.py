@@ -5,7 +5,7 @@ and any strategy of one's own. Chosen tokens are accepted where they are the tex
 temperature, so the steps are certain.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,13 +16,21 @@ from specdec.analysis.acceptance_math import refuse_not_finite
 from specdec.analysis.breakdown import FirstTokens, reliability
 from specdec.analysis.results import Calibration
 from specdec.analysis.texts import Text
-from specdec.engine.interfaces import Drafter, Target, TargetOutput, cache_owners, claimed
+from specdec.drafters.base import BaseDrafter
+from specdec.engine.interfaces import (
+    Drafter,
+    Prompts,
+    Target,
+    TargetOutput,
+    cache_owners,
+    claimed,
+)
 from specdec.engine.metrics import StepRecord
 from specdec.sampling.config import SamplingConfig
 from specdec.sampling.sampler import Sampler
 from specdec.targets.taps import read_text
 from specdec.verify import Draft, Verdict, match
-from specdec.verify.tree import node_depths
+from specdec.verify.tree import StaticTree, node_depths
 
 # Called with every step: its text, the tokens done before it, the draft, and its verdict.
 Watch = Callable[[int, int, Draft, Verdict], None]
@@ -105,7 +113,18 @@ class _Row:
         tested = int((depths * verdict.tested[0]).max()) if draft.num_nodes else 0
         new = text.tokens[num_done : num_done + num_accepted + 1]
         self.drafter.observe(verdict, [new], self._features(depths, num_done))
-        return untimed_step(self.index, int(draft.lengths), num_accepted, min(tested, left))
+        return StepRecord(
+            prompt=self.index,
+            step=0,
+            batch_size=1,
+            num_drafted=int(draft.lengths),
+            num_accepted=num_accepted,
+            depth_tested=min(tested, left),
+            num_emitted=len(new),
+            draft_s=0.0,
+            target_s=0.0,
+            wall_s=0.0,
+        )
 
     def _verdict(self, draft: Draft, depths: Tensor, num_done: int) -> Verdict:
         """Match the draft with the text, whose last token counts as its step's own."""
@@ -131,22 +150,39 @@ class _Row:
         }
 
 
-def untimed_step(
-    prompt: int, num_drafted: int, num_accepted: int, depth_tested: int, step: int = 0
-) -> StepRecord:
-    """A step along a text in a batch of one; it keeps all that it accepts and one token more."""
-    return StepRecord(
-        prompt=prompt,
-        step=step,
-        batch_size=1,
-        num_drafted=num_drafted,
-        num_accepted=num_accepted,
-        depth_tested=depth_tested,
-        num_emitted=num_accepted + 1,
-        draft_s=0.0,
-        target_s=0.0,
-        wall_s=0.0,
-    )
+class MadeDrafts(BaseDrafter):
+    """Drafts along texts that were made beforehand, at every place of them.
+
+    Args:
+        candidates: [L, D, width] ids of each text that has a step, in turn, a trainee's
+            `candidates`: row i drafts behind the token after place i.
+        tree: nodes of every draft, in the order in which a budget keeps them.
+    """
+
+    def __init__(self, candidates: Iterable[Tensor], tree: StaticTree) -> None:
+        self._candidates, self._tree = iter(candidates), tree
+        self.max_nodes, self.makes_trees = len(tree.parents), True
+
+    def begin(
+        self, prompts: Prompts, output: TargetOutput, sampler: Sampler, *, join: bool = False
+    ) -> None:
+        """Go on with the next text."""
+        self._drafts, self._place = next(self._candidates), len(prompts[0]) - 2
+
+    def propose(self, root: Tensor, budget: Sequence[int], sampler: Sampler) -> Draft:
+        """The first nodes of the tree."""
+        count, tree = budget[0], self._tree
+        if not count:
+            return Draft.empty(1, root.device)
+        levels, ranks = tree.depths[:count] - 1, tree.ranks[:count]
+        tokens = self._drafts[self._place, levels, ranks].unsqueeze(0).to(root.device)
+        return Draft.tree(tokens, tree.parents[:count].to(root.device), depth=int(levels.max()) + 1)
+
+    def observe(
+        self, verdict: Verdict, committed: Sequence[Sequence[int]], hidden: dict[int, Tensor]
+    ) -> None:
+        """Move on by what was kept."""
+        self._place += len(committed[0])
 
 
 @dataclass

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.analysis.offline import DraftShape, matching_nodes, walk
+from specdec.analysis.replay import MadeDrafts, replay
 from specdec.analysis.texts import Text
 from specdec.common.stats import tau_interval
 from specdec.data.answers import AnswerRow
@@ -24,10 +24,12 @@ from specdec.engine.decode import generate, generate_baseline
 from specdec.engine.metrics import AcceptanceStats, StepRecord
 from specdec.engine.request import Result
 from specdec.registry import load_drafter
+from specdec.sampling.config import SamplingConfig
 from specdec.train.config import ParityConfig
 from specdec.train.heads import Trainee
 from specdec.train.results import FeatureCheck, Parity, TrainResults
 from specdec.train.sources import OnlineSource, Source
+from specdec.verify.tree import StaticTree
 
 # Stored bf16, and a target in half precision, stay below a hundredth; the next layer's states are
 # a seventh off or more.
@@ -55,7 +57,7 @@ class ParityGate:
         source: OnlineSource,
         rows: Sequence[AnswerRow],
         config: ParityConfig,
-        shape: DraftShape,
+        shape: StaticTree,
     ) -> None:
         self.source, self.config, self.shape = source, config, shape
         self.prompts = choose_prompts(rows, config.num_prompts)
@@ -80,15 +82,21 @@ class ParityGate:
         ]
         was_training = trainee.training
         trainee.eval()
-        paths: list[list[list[int]]] = []
+        drafted: list[Tensor] = []
         for first in range(0, len(rows), self.config.batch_size):
             batch = self.source.batch(rows[first : first + self.config.batch_size])
             with autocast():
-                drafted = trainee.candidates(batch, self.shape.depth, self.shape.width)
-            paths += matching_nodes(drafted, batch.tokens, self.shape).tolist()
+                drafted += trainee.candidates(batch, self.shape.depth, self._width).cpu()
         trainee.train(was_training)
-        pairs = zip(self.texts, paths, strict=True)
-        return [walk(n, text, path, self.shape) for n, (text, path) in enumerate(pairs)]
+        pairs = zip(drafted, self.texts, strict=True)
+        made = [each for each, text in pairs if len(text.tokens) > 1]
+        drafter = MadeDrafts(made, self.shape)
+        return replay(self.source.target, drafter, self.texts, SamplingConfig())
+
+    @property
+    def _width(self) -> int:
+        """Candidates that are asked for at each level."""
+        return int(self.shape.ranks.max()) + 1
 
     def measure(self, drafter: dict[str, Any]) -> list[Result]:
         """Decode with a drafter from its files."""
@@ -151,7 +159,7 @@ class ParityGate:
             difference = abs(found["measured_tau"] / expected["predicted_tau"] - 1)
         is_near = difference is not None and difference <= self.config.max_difference
         return Parity(
-            shape=str(self.shape),
+            shape=_in_words(self.shape),
             num_prompts=len(self.prompts),
             max_new_tokens=self.config.max_new_tokens,
             **expected,
@@ -180,6 +188,13 @@ class ParityGate:
             f"{name}_tau_ci": interval,
             f"{name}_acceptance": by_depth + [None] * (self.shape.depth - len(by_depth)),
         }
+
+
+def _in_words(shape: StaticTree) -> str:
+    nodes, levels = len(shape.parents), shape.depth
+    if nodes == levels:
+        return f"chain of {levels} tokens"
+    return f"tree of {nodes} nodes on {levels} levels"
 
 
 def choose_prompts(rows: Sequence[AnswerRow], count: int) -> list[list[int]]:

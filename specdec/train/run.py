@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from specdec.analysis.offline import DraftShape
 from specdec.checkpoints import TargetIdentity
 from specdec.checkpoints.identity import TARGET, as_json
 from specdec.common.files import replace_file, whole_folder
@@ -19,6 +18,7 @@ from specdec.train.parity import ParityGate, require_parity
 from specdec.train.qlora import DraftModelTrainee
 from specdec.train.results import DraftVocabulary, TrainProvenance, TrainResults
 from specdec.train.sources import Materials, OnlineSource, load_materials, seeded
+from specdec.verify.tree import from_choices
 
 if TYPE_CHECKING:  # they need accelerate, which may be missing
     from specdec.train.trainer import Trainer
@@ -64,7 +64,7 @@ def run_training(
         if split.validation and config.parity.num_prompts:
             beside = OnlineSource(materials.whole_target(), trainee.taps, trainee.dtype)
             depth = min(config.eval_depth, trainee.max_depth or config.eval_depth)
-            shape = DraftShape.chain(depth)
+            shape = from_choices([(0,) * level for level in range(1, depth + 1)])
             gate = ParityGate(beside, split.validation, config.parity, shape)
             expected = gate.predict(trainee, trainer.accelerator.autocast)
     results = _results(trainer, materials, vocabulary, trainee.drafter(out / "drafter"))

@@ -12,7 +12,7 @@ from tiny_models import perturbed, tiny_llama, tiny_target
 from tiny_training import answer_rows, logged, write_run
 from typer.testing import CliRunner
 
-from specdec.analysis.offline import DraftShape, matching_nodes, walk
+from specdec.analysis.replay import MadeDrafts, replay
 from specdec.analysis.texts import Text
 from specdec.checkpoints import identify_target
 from specdec.cli import app
@@ -20,6 +20,7 @@ from specdec.data.answers import AnswerRow
 from specdec.drafters.feature_head import FeatureDrafter
 from specdec.drafters.tree_growth import StaticGrowth
 from specdec.registry import load_drafter
+from specdec.sampling.config import SamplingConfig
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
 from specdec.train.checkpoint import whole_state
@@ -29,10 +30,11 @@ from specdec.train.parity import ParityError, ParityGate, choose_prompts, requir
 from specdec.train.qlora import DraftModelTrainee
 from specdec.train.run import run_training
 from specdec.train.sources import OnlineSource
+from specdec.verify.tree import from_choices
 
 DEPTH = 4
 TREE = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0, 0]]
-CHAIN, BRANCHES = DraftShape.chain(DEPTH), DraftShape.from_choices(TREE)
+CHAIN, BRANCHES = from_choices([(0,) * n for n in range(1, DEPTH + 1)]), from_choices(TREE)
 
 
 def rows_for(target, count=12, seed=0):
@@ -138,21 +140,17 @@ def test_drafter_that_is_never_right_is_compared(tmp_path):
     assert found.passed
 
 
-def test_walk_takes_the_nodes_that_a_budget_keeps():
-    shape = DraftShape.from_choices([[0], [1], [1, 0], [1, 0, 0]])
-    # Behind the prompt 7 the target says 1, 2, 3, 4, 5; every draft has its path down the tree.
-    tokens = torch.tensor([[7, 1, 2, 3, 4, 5]])
-    drafted = torch.zeros(1, 6, 3, 2, dtype=torch.long)
-    drafted[0, 0] = torch.tensor([[9, 2], [3, 9], [4, 9]])
-    drafted[0, 1:] = 8
-    path = matching_nodes(drafted, tokens, shape)
-    assert path[0, 0].tolist() == [2, 3, 4]
-    assert path[0, 1:].eq(-1).all()
+def test_a_budget_keeps_the_first_nodes_of_a_tree():
+    tree = from_choices([[0], [1], [1, 0], [1, 0, 0]])
+    # Behind the prompt 7 the target says 1, 2, 3, 4, 5; the first draft has its path down the tree.
+    drafted = torch.full((6, 3, 2), 8)
+    drafted[0] = torch.tensor([[9, 2], [3, 9], [4, 9]])
+    target = tiny_target()
 
     def steps(max_tokens, num_tokens=5):
         text = Text([7], [1, 2, 3, 4, 5][:num_tokens], max_tokens)
-        walked = walk(0, text, path[0].tolist(), shape)
-        return [(s.num_drafted, s.num_accepted, s.depth_tested) for s in walked]
+        (records,) = replay(target, MadeDrafts([drafted], tree), [text], SamplingConfig())
+        return [(s.num_drafted, s.num_accepted, s.depth_tested) for s in records]
 
     assert steps(100) == [(4, 3, 3)]
     assert steps(5) == [(3, 2, 2), (0, 0, 0)]  # three nodes: one level less
@@ -278,7 +276,7 @@ def verdict(folder, drafter):
     source = OnlineSource(target, trainee.taps, torch.float32)
     rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     rows = [AnswerRow(tuple(r["tokens"]), tuple(map(tuple, r["answers"]))) for r in rows[:20]]
-    gate = ParityGate(source, rows, config.parity, DraftShape.chain(3))
+    gate = ParityGate(source, rows, config.parity, from_choices([(0,), (0, 0), (0, 0, 0)]))
     options = {**trainee.drafter(drafter), **trainee.chain(3)}
     return gate.compare(gate.predict(trainee), gate.measure(options))
 
