@@ -4,6 +4,7 @@ import json
 
 import torch
 
+from specdec.common.provenance import code
 from specdec.data.answers import AnswersManifest
 from specdec.data.feature_store import FeatureStore
 from specdec.data.features import FeatureOptions, FeaturePlan, extract_features
@@ -40,7 +41,7 @@ def manifest(train=0, held_out=0, **changes):
         "target": {"name": "tiny", "hidden_size": None},
         **dict.fromkeys(zeros, 0),
         **{key: {} for key in ("identity", "settings", "finish_reasons", "temperatures")},
-        **{"counts": counts, "session": session, "endpoint": None, "provenance": {}},
+        **{"counts": counts, "session": session, "endpoint": None, "provenance": code()},
         **changes,
     }
     AnswersManifest.model_validate_json(json.dumps(content))

@@ -30,7 +30,7 @@ def main(folder: Path, sizes: list[int]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         manifest = answers.manifest.model_copy(deep=True)
         manifest.counts.train.rows = size
-        manifest.provenance["first_rows_by_id"] = size
+        manifest.identity["first_rows_by_id"] = size
         write_answers(out, {"train": training[:size], "held_out": held_out}, [], manifest)
 
 

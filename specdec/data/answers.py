@@ -12,6 +12,7 @@ from specdec.checkpoints import TargetIdentity
 from specdec.checkpoints.identity import differences
 from specdec.common.config import Config, read_model, validated
 from specdec.common.files import parse_json, replace_file, replace_files
+from specdec.common.provenance import CodeProvenance, MachineProvenance
 from specdec.sampling.config import SamplingConfig
 
 MANIFEST, FAILED, JOURNAL = "answers.json", "failed.jsonl", "journal.jsonl"
@@ -131,7 +132,7 @@ class AnswererFacts:
     target: TargetIdentity
     endpoint: AskedEndpoint | None
     identity: dict[str, Any]
-    provenance: dict[str, Any]
+    provenance: CodeProvenance
 
 
 class SplitCounts(Config):
@@ -178,7 +179,7 @@ class AnswersManifest(Config):
     finish_reasons: dict[str, Count] = Field(description="answers by how they ended")
     temperatures: dict[str, Count] = Field(description="rows by temperature")
     session: SessionFigures
-    provenance: dict[str, JsonValue]
+    provenance: MachineProvenance | CodeProvenance
 
 
 @dataclass(frozen=True)

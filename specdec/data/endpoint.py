@@ -19,7 +19,7 @@ from specdec.checkpoints.identity import hash_of_vocabulary
 from specdec.common.config import validated
 from specdec.common.files import Journal
 from specdec.common.messages import Message
-from specdec.common.provenance import code
+from specdec.common.provenance import CodeProvenance, code
 from specdec.data.answers import AnswererFacts, AnswerSettings, AskedEndpoint
 from specdec.data.dialogue import Answer, Chat, Dialogue, EndpointDownError, Session
 
@@ -229,7 +229,7 @@ class EndpointAnswers:
         asked = self.asked
         known = TargetIdentity(asked.model, None, tokenizer=hash_of_vocabulary(self.chat.tokenizer))
         identity = {"endpoint": asked.url, "model": asked.model, "api": asked.api}
-        where = code(("specdec", "transformers", "tokenizers", "httpx"))
+        where = CodeProvenance(**code(("specdec", "transformers", "tokenizers", "httpx")))
         return AnswererFacts(known, asked, identity, where)
 
     def replay(self, dialogues: Sequence[Dialogue], entries: Iterable[dict[str, Any]]) -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field, JsonValue, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor
 
 from specdec.checkpoints import TargetIdentity
 from specdec.checkpoints.identity import TARGET, as_json
 from specdec.common.config import Config, read_model
+from specdec.common.provenance import MachineProvenance
 from specdec.data.answers import AnswerRow, AnswersManifest
 from specdec.registry import head_class, head_kinds
 
@@ -231,7 +232,7 @@ class FeatureIndex(Config):
     source: StoreSource
     splits: dict[str, SplitRecord]
     is_complete: bool = Field(default=False, description="every row is stored")
-    provenance: dict[str, JsonValue]
+    provenance: MachineProvenance
 
     def identity(self) -> dict[str, Any]:
         """Collect what must be the same for a run to resume."""

@@ -20,7 +20,7 @@ from specdec.checkpoints import TargetIdentity
 from specdec.checkpoints.identity import TARGET, check_resumed, hash_of_ends, identify_target
 from specdec.common.config import Config, write_model
 from specdec.common.files import check_same_run, replace_file
-from specdec.common.provenance import machine
+from specdec.common.provenance import MachineProvenance, machine
 from specdec.data.answers import (
     AnswerRow,
     AnswersManifest,
@@ -150,7 +150,7 @@ class FeaturePlan:
             ),
             source=StoreSource(rows=_fingerprint(splits), answers=manifest),
             splits={split: _record(found) for split, found in splits.items()},
-            provenance=machine(target),
+            provenance=MachineProvenance(**machine(target)),
         )
 
     @property

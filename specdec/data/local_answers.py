@@ -5,7 +5,7 @@ from typing import Any
 
 from specdec.checkpoints.identity import TARGET, as_json, identify_target
 from specdec.common.files import Journal
-from specdec.common.provenance import machine
+from specdec.common.provenance import MachineProvenance, machine
 from specdec.data.answers import AnswererFacts, AnswerSettings
 from specdec.data.dialogue import Answer, Chat, Dialogue, Session
 from specdec.engine.decode import Chunk, Stream, stream
@@ -40,12 +40,13 @@ class LocalAnswers:
 
     def facts(self) -> AnswererFacts:
         """Identify the target and the machine."""
-        known, where = identify_target(self._target), machine(self._target)
+        known = identify_target(self._target)
+        where = MachineProvenance(**machine(self._target))
         identity = {
             "target_weights": known.weights,
             TARGET: as_json(known),
-            "dtype": where["dtype"],
-            "quantized": where["quantized"],
+            "dtype": where.dtype,
+            "quantized": where.quantized,
         }
         return AnswererFacts(known, None, identity, where)
 

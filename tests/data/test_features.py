@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from specdec.cli import app
 from specdec.cli.features import features as features_command
 from specdec.common import files
+from specdec.common.provenance import machine
 from specdec.data import features
 from specdec.data.feature_format import Counts, FeatureIndex, FeatureLayout, resolve_taps
 from specdec.data.feature_store import FeatureStore
@@ -44,14 +45,15 @@ def test_index_describes_the_store(tmp_path, small_files):
     sizes = {shard.file: shard.bytes for shard in split.shards}
     on_disk = {path.name: path.stat().st_size for path in (tmp_path / "store").iterdir()}
     assert on_disk == {**sizes, "features.json": on_disk["features.json"]}
-    assert store.index.provenance["dtype"] == "float32"
+    assert store.index.provenance.dtype == "float32"
     store.verify()
 
 
 def test_run_killed_anywhere_resumes_to_the_same_bytes(tmp_path, small_files, monkeypatch):
     path = write_folder(tmp_path / "answers", random_rows(), random_rows(3, seed=1))
     target, replace_files = tiny_target(), files.replace_files
-    monkeypatch.setattr(features, "machine", lambda target: {"device": "cpu"})
+    where = machine(target)
+    monkeypatch.setattr(features, "machine", lambda target: where)
     extract(path, target, tmp_path / "whole")
     whole = contents(tmp_path / "whole")
     num_writes = 2 * (len(whole) - 1) + 2  # an index after each file, one before and one after all
