@@ -86,7 +86,7 @@ def head_of_keys(
 ) -> HeadCheckpoint:
     """An EAGLE-3 head from the keys that all its layouts share."""
     taps = keys.eagle_aux_hidden_state_layer_ids
-    options = {
+    options: dict[str, Any] = {
         "backbone": backbone,
         "target_hidden_size": keys.target_hidden_size or backbone["hidden_size"],
         "draft_vocab_size": keys.draft_vocab_size or backbone["vocab_size"],

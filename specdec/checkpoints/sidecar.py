@@ -115,7 +115,7 @@ def _facts(
     layout: str, kind: str, options: dict[str, Any], target: TargetIdentity | None
 ) -> dict[str, Any]:
     """What a description and the files beside it may both tell, without what neither says."""
-    facts = {"layout": layout, "kind": kind}
+    facts: dict[str, Any] = {"layout": layout, "kind": kind}
     facts |= head_class(kind).given(options).model_dump(exclude_none=True)
     for name, value in facts.pop("backbone", {}).items():
         is_rope = name == "rope_parameters"

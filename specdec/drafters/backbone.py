@@ -53,7 +53,7 @@ class Backbone(Config):
         Raises:
             ValueError: fields that contradict each other.
         """
-        fields = {name: getattr(target_config, name, None) for name in _SHARED}
+        fields: dict[str, Any] = {name: getattr(target_config, name, None) for name in _SHARED}
         fields["intermediate_size"] = fields["intermediate_size"] or 4 * fields["hidden_size"]
         if fields["num_key_value_heads"] is None:
             fields["num_key_value_heads"] = fields["num_attention_heads"]

@@ -368,7 +368,7 @@ class FeatureDrafter(BaseDrafter):
     def bytes_for(self, num_rows: int, num_slots: int) -> int:
         """See `HoldsCache`."""
         config = self.head.config
-        dtype = next(self.head.parameters()).dtype  # type: ignore[attr-defined]
+        dtype = next(self.head.parameters()).dtype
         heads = config.num_key_value_heads or config.num_attention_heads
         size = config.head_dim or config.hidden_size // config.num_attention_heads
         return num_rows * (num_slots + self._num_fed) * 2 * heads * size * dtype.itemsize
