@@ -1,6 +1,6 @@
 """Acceptance of the first drafted token by kind of place, and calibration of confidences."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar, get_args
@@ -172,7 +172,7 @@ class FirstTokens:
             if (classes == index).any()
         ]
 
-    def _binned(self, kind: type[Bin], values: Array, edges: Sequence[float]) -> list[Bin]:
+    def _binned(self, kind: Callable[..., Bin], values: Array, edges: Sequence[float]) -> list[Bin]:
         return [
             kind(
                 low=low,

@@ -80,7 +80,7 @@ def _forced(
         method="evidence",
         alpha=alpha,
         alpha_ci=alpha_ci,
-        configured=configured and _configured_figures(configured),
+        configured=_configured_figures(configured) if configured else None,
         not_configured_because=reason,
         per_depth_conditional=list(configured.conditional_acceptance_at_depth)
         if configured

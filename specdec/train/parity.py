@@ -90,7 +90,7 @@ class ParityGate:
         trainee.train(was_training)
         pairs = zip(drafted, self.texts, strict=True)
         made = [each for each, text in pairs if len(text.tokens) > 1]
-        drafter = MadeDrafts(made, self.shape)
+        drafter: Any = MadeDrafts(made, self.shape)
         return replay(self.source.target, drafter, self.texts, SamplingConfig())
 
     @property
