@@ -28,7 +28,7 @@ _DAMAGE = (SafetensorError, RuntimeError, EOFError, ValueError, pickle.Unpicklin
 
 @dataclass(frozen=True, eq=False)
 class RawFiles:
-    """What a layout other than our own is made of.
+    """The files of a layout other than our own.
 
     Attributes:
         folder: for messages.
@@ -68,7 +68,7 @@ def read_raw(folder: Path) -> RawFiles:
 
 
 def _seen(config: dict[str, Any]) -> str:
-    """What a folder holds in place of a head."""
+    """Words for a folder that holds another model."""
     layers = config.get("num_hidden_layers")
     return f"; its config.json is that of a model of {layers} layers" if layers else ""
 

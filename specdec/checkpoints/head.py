@@ -18,7 +18,7 @@ Count = Annotated[int, Field(ge=1)]
 
 @checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class TargetIdentity:
-    """What a head remembers of the target that it was trained for; None where it is not known.
+    """The target that a head was trained for; None where a fact is not known.
 
     Attributes:
         name: hub id, or the last folder of a path; for people.

@@ -1,4 +1,4 @@
-"""Which target a head was trained for: facts to compare, and the refusal of another one."""
+"""The identity of a target: facts to compare, and the refusal of another one."""
 
 import hashlib
 import json

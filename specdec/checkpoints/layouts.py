@@ -39,7 +39,7 @@ def read_head(path: str | Path, revision: str | None = None) -> HeadCheckpoint:
 
     Args:
         path: folder (`~` is the home folder) or hub id.
-        revision: of a hub id.
+        revision: branch, tag or commit of a hub id.
 
     Raises:
         FileNotFoundError: no such folder or hub id, or a file is missing.

@@ -114,7 +114,7 @@ def completed(checkpoint: HeadCheckpoint, known: Description, where: str) -> Hea
 def _facts(
     layout: str, kind: str, options: dict[str, Any], target: TargetIdentity | None
 ) -> dict[str, Any]:
-    """What a description and the files beside it may both tell, without what neither says."""
+    """Facts that a description and the files beside it may both tell."""
     facts: dict[str, Any] = {"layout": layout, "kind": kind}
     facts |= head_class(kind).given(options).model_dump(exclude_none=True)
     for name, value in facts.pop("backbone", {}).items():

@@ -21,7 +21,7 @@ def save_adapter(model: Any, folder: Path, weights: dict[str, Tensor], mark: str
     Args:
         model: a peft model.
         folder: made if it is not there.
-        weights: of the adapter, by their names in the model's state dict.
+        weights: the adapter's, by their names in the model's state dict.
         mark: see `base_mark`.
     """
     model.save_pretrained(folder, state_dict=weights)
@@ -33,7 +33,7 @@ def merged_adapter(model: Any, base: Any, weights: dict[str, Tensor]) -> Any:
 
     Args:
         model: the peft model; it stays as it is.
-        base: its base, once more and not quantised; it is changed.
+        base: its base, once more and not quantized; it is changed.
         weights: see `save_adapter`.
     """
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -108,7 +108,7 @@ def _check_names(adapted: Any, folder: Path) -> None:
 
 
 def base_mark(model: Any) -> str:
-    """Hash of the signs of the input embedding, which no quantisation touches."""
+    """Hash of the signs of the input embedding, which no quantization touches."""
     weight = model.get_input_embeddings().weight.detach()
     stride = max(1, weight.numel() // 2**20)
     signs = weight.reshape(-1)[::stride].signbit().cpu()

@@ -1,4 +1,4 @@
-"""What all draft strategies share, and what each class says about its method.
+"""Defaults of all draft strategies, and the facts that each class states about its method.
 
 A registered class derives from `BaseDrafter`. Nothing outside its file knows a strategy by name:
 planner, trainer, reports and checkpoints ask the class that `specdec.registry.strategy` returns.
@@ -50,7 +50,7 @@ class DraftShape:
 
 @dataclass(frozen=True)
 class ShapeOptions:
-    """How a draft's shape becomes options of a strategy.
+    """Options of a strategy that set the shape of its drafts.
 
     Attributes:
         names: the option of each of "depth", "width", "nodes" and "threshold" that there is.
@@ -150,7 +150,7 @@ class Forced(Protocol):
 
     @property
     def children(self) -> str:
-        """How its fixed shapes take tokens above temperature 0, see `FixedShape`."""
+        """Manner in which its fixed shapes take tokens above temperature 0, see `FixedShape`."""
 
     @property
     def fixed_shape(self) -> FixedShape | None:

@@ -107,7 +107,7 @@ class DraftModel(BaseDrafter):
             target: what it drafts for; device and dtype default to the target's device and float32
                 on a CPU, the checkpoint's dtype elsewhere.
             path: "demo", a folder or a hub id.
-            adapter: folder or hub id of a LoRA adapter; merged, unless the model is quantised.
+            adapter: folder or hub id of a LoRA adapter; merged, unless the model is quantized.
             quantization: "8bit", "4bit" or None.
         """
         name = str(demo_path("draft")) if path == "demo" else path
@@ -172,7 +172,7 @@ class DraftModel(BaseDrafter):
 
     @property
     def draft_shape(self) -> DraftShape:
-        """See `BaseDrafter`."""
+        """The shape of its drafts."""
         depth = min(self.num_draft_tokens, self.max_nodes)
         threshold = self.confidence_threshold
         return DraftShape(depth, self.width, self.max_nodes, self.makes_trees, threshold)
@@ -188,7 +188,7 @@ class DraftModel(BaseDrafter):
     def forced(
         self, tokens: Tensor, hidden: dict[int, Tensor], depth: int, first: int
     ) -> Iterator[Tensor]:
-        """See `Forced`: all levels read off one pass over the text."""
+        """Read all levels off one pass over a text."""
         limit, num_tokens = self.model.max_context_len, len(tokens)
         size = (num_tokens - 1 - first, self.vocab_size)
         logits = torch.full(size, float("-inf"), device=self.model.device)
@@ -204,19 +204,19 @@ class DraftModel(BaseDrafter):
 
     @property
     def cache_bytes(self) -> int:
-        """See `HoldsCache`."""
+        """Bytes of keys and values that are allocated now."""
         return self.model.cache_bytes
 
     def bytes_for(self, num_rows: int, num_slots: int) -> int:
-        """See `HoldsCache`."""
+        """Count the bytes for so many rows with so many committed tokens."""
         return self.model.bytes_for(num_rows, num_slots + self._num_fed)
 
     def reserve(self, num_rows: int, num_slots: int, *, join: bool) -> None:
-        """See `HoldsCache`."""
+        """Allocate exactly this much for the next batch, or for the running one."""
         self.model.reserve(num_rows, num_slots + self._num_fed, join=join)
 
     def wipe(self, rows: Sequence[int]) -> None:
-        """See `HoldsCache`."""
+        """Zero rows that may hold NaN."""
         self.model.wipe(rows)
 
     @property

@@ -75,7 +75,7 @@ class EagleHead(FeatureHead):
             batch: see `TrainingBatch`.
             noise: width of the uniform noise on the features, for texts of 512 tokens; shorter
                 ones get more of it, as published.
-            cross_entropy_weight: of the second part.
+            cross_entropy_weight: weight of the second part.
         """
         features = self.fuse(batch.hidden)
         length = features.shape[1]

@@ -103,7 +103,7 @@ class Eagle3Head(FeatureHead):
 
     @classmethod
     def target_facts(cls, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """See `Head`; a vocabulary is as large as its map, else as the projection."""
+        """Read sizes; a vocabulary is as large as its map, else as the projection."""
         named = [
             tensors[n] for n in ("t2d", "embed_tokens.weight", "lm_head.weight") if n in tensors
         ]
@@ -212,7 +212,7 @@ class Eagle3Head(FeatureHead):
         return LossOutput(total, parts)
 
     def describe(self, given: Mapping[str, Any]) -> dict[str, str]:
-        """See `Head`."""
+        """Say what the head reads, drafts, consists of and has."""
         said = super().describe(given)
         said["reads"] = "hidden_states 2, L // 2 and L - 3 of a target with L layers, as published"
         if given.get("taps"):

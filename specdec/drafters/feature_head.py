@@ -85,7 +85,7 @@ class FeatureHead(Head):
         return whole.index_copy(-1, self.token_map, logits)
 
     def candidates(self, batch: TrainingBatch, depth: int, width: int) -> Tensor:
-        """See `Head`: the head is fed the text's tokens and its own outputs."""
+        """Feed the head the text's tokens and its own outputs, and take its likeliest ids."""
         levels = []
         for outputs in rollout(self, batch.tokens, self.fuse(batch.hidden), depth):
             logits = self.logits(outputs)
@@ -94,7 +94,7 @@ class FeatureHead(Head):
         return torch.stack(levels, 2)
 
     def guesses(self, batch: TrainingBatch, mask: Tensor) -> Tensor:
-        """See `Head`."""
+        """Guess the token two places ahead of every place of a mask."""
         (outputs,) = rollout(self, batch.tokens, self.fuse(batch.hidden), 1)
         return self.spread(self.logits(outputs[mask]), batch.target_logits.shape[-1])
 
@@ -129,7 +129,7 @@ class FeatureHead(Head):
         }
 
     def describe(self, given: Mapping[str, Any]) -> dict[str, str]:
-        """See `Head`; facts of the layer are said where the checkpoint states them."""
+        """Describe the head, and its layer where the checkpoint states facts of it."""
         said = super().describe(given)
         layer = dict(given.get("backbone") or {})
         if not layer:
@@ -139,7 +139,7 @@ class FeatureHead(Head):
 
 
 class Pending:
-    """What some steps committed: tokens [B, n] with their taps, ragged rows.
+    """Committed tokens [B, n] of some steps with their taps, in ragged rows.
 
     Steps that draft nothing only add to it, so that they cost what plain decoding costs.
     """
@@ -338,7 +338,7 @@ class FeatureDrafter(BaseDrafter):
 
     @property
     def draft_shape(self) -> DraftShape:
-        """See `BaseDrafter`."""
+        """The shape of its drafts."""
         depth = min(self.shape.depth, self.max_nodes)
         width = self.shape.width if self.makes_trees else 1
         return DraftShape(depth, width, self.max_nodes, self.makes_trees)
@@ -351,7 +351,7 @@ class FeatureDrafter(BaseDrafter):
     def forced(
         self, tokens: Tensor, hidden: dict[int, Tensor], depth: int, first: int
     ) -> Iterator[Tensor]:
-        """See `Forced`: the head on its own outputs, at every place at once."""
+        """Run the head on its own outputs, at every place of a text at once."""
         row = {tap: states.unsqueeze(0) for tap, states in hidden.items()}
         features = self.head.fuse(row)  # [1, L, F]
         num_levels = min(depth, len(tokens) - 1 - first)
@@ -362,11 +362,11 @@ class FeatureDrafter(BaseDrafter):
 
     @property
     def cache_bytes(self) -> int:
-        """See `HoldsCache`."""
+        """Bytes of keys and values that are allocated now."""
         return self.cache.num_bytes
 
     def bytes_for(self, num_rows: int, num_slots: int) -> int:
-        """See `HoldsCache`."""
+        """Count the bytes for so many rows with so many committed tokens."""
         config = self.head.config
         dtype = next(self.head.parameters()).dtype
         heads = config.num_key_value_heads or config.num_attention_heads
@@ -374,7 +374,7 @@ class FeatureDrafter(BaseDrafter):
         return num_rows * (num_slots + self._num_fed) * 2 * heads * size * dtype.itemsize
 
     def reserve(self, num_rows: int, num_slots: int, *, join: bool) -> None:
-        """See `HoldsCache`."""
+        """Allocate exactly this much for the next batch, or for the running one."""
         # What joins is cached apart at first, as tightly as it can be.
         self._reserved = 0 if join else num_slots + self._num_fed
         if join:
@@ -383,7 +383,7 @@ class FeatureDrafter(BaseDrafter):
             self.cache = SlotCache(1, 1, 1, self.device)
 
     def wipe(self, rows: Sequence[int]) -> None:
-        """See `HoldsCache`."""
+        """Zero rows that may hold NaN."""
         self.cache.wipe(rows)
 
     @property

@@ -160,7 +160,7 @@ def load_head(
         target: an `HFTarget`.
         path: folder or hub id in any known layout.
         force: take a head that was trained for another target of the same shape.
-        dtype: of the head; None for the target's.
+        dtype: dtype of the head; None for the target's.
 
     Raises:
         FileNotFoundError: no such checkpoint.

@@ -27,7 +27,7 @@ class Calibration:
 
     Args:
         num_sources: S.
-        device: of the counts.
+        device: where the counts are.
     """
 
     def __init__(self, num_sources: int, device: torch.device) -> None:
@@ -265,20 +265,20 @@ class HybridDrafter(BaseDrafter):
 
     @property
     def cache_bytes(self) -> int:
-        """See `HoldsCache`."""
+        """Bytes of keys and values that are allocated now."""
         return sum(drafter.cache_bytes for drafter in self._caching)
 
     def bytes_for(self, num_rows: int, num_slots: int) -> int:
-        """See `HoldsCache`."""
+        """Count the bytes for so many rows with so many committed tokens."""
         return sum(drafter.bytes_for(num_rows, num_slots) for drafter in self._caching)
 
     def reserve(self, num_rows: int, num_slots: int, *, join: bool) -> None:
-        """See `HoldsCache`."""
+        """Allocate exactly this much for the next batch, or for the running one."""
         for drafter in self._caching:
             drafter.reserve(num_rows, num_slots, join=join)
 
     def wipe(self, rows: Sequence[int]) -> None:
-        """See `HoldsCache`."""
+        """Zero rows that may hold NaN."""
         for drafter in self._caching:
             drafter.wipe(rows)
 

@@ -1,4 +1,4 @@
-"""What lookup drafters share: copied texts, merged into one tree and packed into a draft."""
+"""Copied texts of lookup drafters, merged into one tree and packed into a draft."""
 
 from collections.abc import Sequence
 

@@ -109,7 +109,7 @@ class MedusaHeads(Head):
 
     @classmethod
     def target_facts(cls, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """See `Head`."""
+        """Read sizes off the matrices."""
         block, own = tensors.get("blocks.0.0.linear.bias"), tensors.get("vocab_heads.0.weight")
         facts = {} if block is None or not block.ndim else {"hidden_size": len(block)}
         return facts if own is None or not own.ndim else facts | {"vocab_size": len(own)}
@@ -132,12 +132,12 @@ class MedusaHeads(Head):
         return logits
 
     def candidates(self, batch: TrainingBatch, depth: int, width: int) -> Tensor:
-        """See `Head`."""
+        """Find the likeliest ids of every place and depth."""
         logits = self(batch.hidden[self.taps[0]])
         return logits.topk(min(width, logits.shape[-1]), -1).indices
 
     def guesses(self, batch: TrainingBatch, mask: Tensor) -> Tensor:
-        """See `Head`."""
+        """Guess the token two places ahead of every place of a mask."""
         return self.guess(0, batch.hidden[self.taps[0]][mask])
 
     def loss(  # type: ignore[override]
@@ -170,7 +170,7 @@ class MedusaHeads(Head):
         return LossOutput(total, parts)
 
     def describe(self, given: Mapping[str, Any]) -> dict[str, str]:
-        """See `Head`."""
+        """Say what the head reads, drafts, consists of and has."""
         said = super().describe(given)
         heads, layers = self.options.num_heads, self.options.num_layers
         said["drafts"] += f"; {heads} heads, so as many levels, of {layers} residual blocks each"
@@ -292,7 +292,7 @@ class MedusaDrafter(BaseDrafter):
     def forced(
         self, tokens: Tensor, hidden: dict[int, Tensor], depth: int, first: int
     ) -> Iterator[Tensor]:
-        """See `Forced`: every head at every place."""
+        """Run every head at every place of a text."""
         features = hidden[self.taps[0]][first : len(tokens) - 1]
         for level in range(min(depth, self.heads.options.num_heads, len(features))):
             yield self.heads.guess(level, features[: len(features) - level])

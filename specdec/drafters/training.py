@@ -1,4 +1,4 @@
-"""What a draft head is trained on: texts with what the target made of them."""
+"""Batches, losses and rollouts that drafters are trained with."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -101,7 +101,7 @@ def objective(
     """One of `OBJECTIVES`; 0 for no places.
 
     Args:
-        name: of the objective.
+        name: the objective.
         logits: [places, V] of the drafter, with their graph.
         target_logits: [places, V] of the target; a larger vocabulary is cut, and so are logits.
         tokens: [places] int64 that the target wrote.

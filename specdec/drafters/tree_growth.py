@@ -84,7 +84,7 @@ class TreeShape:
 
 @dataclass(frozen=True, eq=False)
 class _Level:
-    """What one level of a static tree needs, as index tensors.
+    """Index tensors of one level of a static tree.
 
     Attributes:
         parent_places: [nodes] places of their parents in the beam before.
@@ -173,11 +173,11 @@ class StaticGrowth:
     """Fills a `StaticTree` with tokens, level by level.
 
     Args:
-        plan: of the shape, see `plan_levels`.
+        plan: the shape, see `plan_levels`.
         children: "top" takes each node's likeliest children, which is a point mass; the others
             sample them from the processed distribution and report its q.
         budget: the largest of the rows' budgets, at least 1; levels behind it are left out.
-        sampler: of the batch; turns scores into the distribution that is sampled.
+        sampler: sampler of the batch; turns scores into the distribution that is sampled.
         counters: [B] int64 committed tokens, the counter of the rows' randomness.
     """
 

@@ -118,7 +118,7 @@ class ScriptedDecoding:
 
     @property
     def sampler(self):
-        """Of the rows as they are now."""
+        """Sampler of the rows as they are now."""
         return Sampler(self._configs, self.target.vocab_size, None, self.rows, ())
 
     @torch.inference_mode()

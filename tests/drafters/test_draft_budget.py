@@ -1,4 +1,4 @@
-"""What a drafter does for a small budget, for none, and after steps in which it had none."""
+"""Drafts for a small budget, for none, and after steps without one."""
 
 import random
 

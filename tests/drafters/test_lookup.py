@@ -1,4 +1,4 @@
-"""What lookup drafters share: texts become one padded draft, and rows keep to themselves."""
+"""Lookup drafters: texts become one padded draft, and rows keep to themselves."""
 
 import random
 from functools import partial
