@@ -71,11 +71,12 @@ def write_model(path: Path, content: BaseModel, *, private: bool = False) -> Non
 
 def _fault(model: type[BaseModel], error: ValidationError) -> str:
     """Say what pydantic found first, unknown keys before all others."""
-    found = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")[0]
+    unknown = ("extra_forbidden", "unexpected_keyword_argument")  # the latter of dataclasses
+    found = sorted(error.errors(), key=lambda each: each["type"] not in unknown)[0]
     kind, context = found["type"], found.get("ctx", {})
     keys = [str(part) for part in found["loc"]]
     key, value = ".".join(keys), found["input"]
-    if kind == "extra_forbidden":
+    if kind in unknown:
         known = _fields(model, found["loc"][:-1])
         near = difflib.get_close_matches(keys[-1], known, n=1)
         hint = f"; did you mean {'.'.join([*keys[:-1], near[0]])}?" if near else ";"

@@ -153,6 +153,7 @@ def test_damaged_description_is_named(tmp_path, file, content):
         ({"tree": [0, 1]}, "tree.0 is 0 but must be a list"),
         ({"target": {"name": "x"}}, "target.hidden_size is missing"),
         ({"target": "x"}, "target is 'x'"),
+        ({"target": {"name": "x", "hidden_size": 3, "size": 1}}, "target.size does not exist"),
         ({"surprise": 1}, "surprise does not exist"),
     ],
 )
