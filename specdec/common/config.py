@@ -44,7 +44,7 @@ def load_config(
 
 
 def validated(model: type[Model], given: Any, noun: str = "config") -> Model:
-    """A model from plain values; its first fault is one line with key, value and rule."""
+    """Build a model from plain values; its first fault is one line with key, value and rule."""
     try:
         return model.model_validate(given)
     except ValidationError as error:
@@ -110,7 +110,7 @@ def _rule(kind: str, context: Mapping[str, Any]) -> str:
 
 
 def _fields(model: Any, path: tuple[Any, ...]) -> list[str]:
-    """Names of the fields of the model that a path leads to."""
+    """List the fields of the model that a path leads to."""
     for part in path:
         field = getattr(model, "model_fields", {}).get(part)
         hint = field.annotation if field else model
@@ -122,7 +122,7 @@ def _fields(model: Any, path: tuple[Any, ...]) -> list[str]:
 
 
 def read_yaml(path: str, file: Path, overrides: Sequence[str] = (), example: str = "a=1") -> Any:
-    """The content of a YAML file with overrides; errors as in `load_config`."""
+    """Read a YAML file with overrides into plain values."""
     if not file.is_file():
         raise FileNotFoundError(f"config {path!r} is not a file; give a YAML file")
     with _named(path), file.open(encoding="utf-8-sig") as opened:

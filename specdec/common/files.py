@@ -12,7 +12,7 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, Self
 
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MAX_JSON = 2**28
 _AT_CWD, _SWAP = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fs.h
 
@@ -69,7 +69,7 @@ def disk_trouble(folder: Path, error: OSError) -> OSError:
     """Put the error of a write into words; one that is in words already stays."""
     if error.errno is None:
         return error
-    if error.errno in NO_SPACE:
+    if error.errno in _NO_SPACE:
         return OSError(
             f"no space left in {str(folder)!r} ({error.strerror}): the disk is full; what was "
             "finished is kept: make room and give the same command again"
@@ -217,7 +217,7 @@ class LineFile:
 
     @property
     def is_in_place(self) -> bool:
-        """Whether the path still names this file; else lines would be lost with it."""
+        """True while the path still names this file; else lines would be lost with it."""
         try:
             return os.path.samestat(self._stat(self.path), os.fstat(self._file.fileno()))
         except FileNotFoundError:
@@ -273,7 +273,10 @@ class LineFile:
 
 
 class Journal(LineFile):
-    """What a run has finished so far, a JSON line each; the first line says which run it is."""
+    """Everything a run has finished, a JSON line each; the first line says which run it is.
+
+    `entries` holds the rows of earlier runs; whoever has read them may clear them.
+    """
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 def find_path(name: str, wanted: str) -> Path | str:
-    """The path that is here, or the id of what is to be had from the hub, which the log says."""
+    """Find a path that is here, or the id of something on the hub, which the log then says."""
     hub_id = name.removeprefix(HUB)
     if hub_id != name:
         if not _ID.fullmatch(hub_id):
@@ -43,7 +43,7 @@ def find_path(name: str, wanted: str) -> Path | str:
 
 
 def find_checkpoint(name: str, wanted: str) -> str:
-    """A folder that is here, or the id of a repository on the hub; errors as in `find_path`."""
+    """Find a folder that is here, or the id of a repository on the hub."""
     found = find_path(name, wanted)
     if isinstance(found, Path) and not found.is_dir():
         raise FileNotFoundError(f"{name!r} is not a folder; give {wanted}, or a hub id")

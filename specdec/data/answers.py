@@ -42,7 +42,7 @@ class AnswerRow:
 
 
 class _GivenLine(Config):
-    """What is read of a line; its other keys may hold anything."""
+    """A line as far as it is read; its other keys may hold anything."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -97,7 +97,7 @@ def _check_vocabulary(tokens: list[int], vocab_size: int) -> None:
 
 
 class AnswerSettings(Config):
-    """What decides the answers."""
+    """Settings that decide the answers."""
 
     temperatures: list[float] = Field(
         default=[0.0], min_length=1, description="each query gets one of them, by hash of its id"
@@ -151,7 +151,7 @@ class AllCounts(Config):
 
 
 class SessionFigures(Config):
-    """What the last command that decoded anything did; a resumed run did more before."""
+    """Speed of the last command that decoded anything; a resumed run did more before."""
 
     tokens: Count
     seconds: float = Field(ge=0)

@@ -163,7 +163,7 @@ class Dialogue:
         return None if more is None else self.written + more
 
     def next_messages(self) -> list[Message]:
-        """The conversation in front of the next answer, with the texts of the earlier ones."""
+        """Make the conversation in front of the next answer, with the texts of the earlier ones."""
         messages: list[Message] = []
         for turn, answer in zip(self.asked, self.answers, strict=False):
             messages += [*turn, {"role": "assistant", "content": answer.text or ""}]

@@ -60,7 +60,7 @@ class Counts:
 
 
 class FeatureLayout(Config):
-    """What is kept of a target's view of a text."""
+    """The part of a target's view of a text that is kept."""
 
     # Stores of an older version say how int8 taps, which are gone, were grouped.
     model_config = ConfigDict(extra="ignore")

@@ -27,7 +27,7 @@ from specdec.targets.partial import TargetEnds
 
 @dataclass(frozen=True, eq=False)
 class StoredRow:
-    """What is stored of n tokens of a row, P of which logits are stored for."""
+    """The stored features of n tokens of a row, P of which have logits."""
 
     tokens: Tensor  # [n] int64
     hidden: dict[int, Tensor]  # tap -> [n, H], bfloat16 or float32

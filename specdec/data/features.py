@@ -55,7 +55,7 @@ _HEADER_BYTES = 4096
 
 
 class FeatureOptions(Config):
-    """What to keep, and how to go about it."""
+    """Options of `specdec features`: what to keep, and how to go about it."""
 
     taps: str = "eagle3,eagle"
     dtype: Literal["bf16", "float32"] = "bf16"
@@ -228,7 +228,7 @@ def extract_features(
 
 
 def _resumed(out: Path, ours: FeatureIndex) -> FeatureIndex:
-    """The index that an earlier run left, but for files that are gone; or a new one."""
+    """Take up the index that an earlier run left, but for files that are gone; or begin one."""
     new = ours.model_copy(deep=True)
     if not (out / INDEX).exists():
         return new
@@ -340,7 +340,7 @@ def fill_shard(content: ShardContent, target: HFTarget, batch_tokens: int) -> It
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Numbers of rows of like length, at most `batch_tokens` with padding, longest first."""
+    """Group rows of like length, at most `batch_tokens` with padding, longest first."""
     batches: list[list[int]] = []
     longest = 0
     for number in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
@@ -355,7 +355,7 @@ def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
 def _read(
     target: HFTarget, layout: FeatureLayout, rows: Sequence[AnswerRow]
 ) -> tuple[dict[int, Tensor], list[TopLogits]]:
-    """Taps [B, L, H], and the top logits of each row's places unless the store has none.
+    """Make taps [B, L, H], and the top logits of each row's places unless the store has none.
 
     No attention mask is needed: padding is at the end, where causal attention never looks back
     from.

@@ -162,7 +162,7 @@ def _manifest(
 
 
 def _finished(out: Path) -> AnswersManifest | None:
-    """The manifest of a folder that is whole; None where something must be written again."""
+    """Read the manifest of a folder that is whole; None where something must be written again."""
     try:
         return load_answers(out).manifest
     except (FileNotFoundError, ValueError):
