@@ -130,6 +130,7 @@ CALLS = [
     (lambda t: Schedule(None), "nodes is None"),
     (lambda t: load_target(None), "path is None"),
     (lambda t: load_target("demo", dtype=5), "dtype is 5"),
+    (lambda t: load_target("demo", quantization="3bit"), "quantization is '3bit'"),
     (lambda t: load_target("demo", device=[]), r"device is \[\]"),
     (lambda t: load_target("demo", trust_remote_code="no"), "trust_remote_code is 'no'"),
     (lambda t: HFTarget("demo"), "model is a str"),

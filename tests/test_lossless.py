@@ -280,6 +280,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampling", "lengths"),
     [(SETTINGS[0], ()), (SETTINGS[1], ()), (SETTINGS[0], (1, 12, 12, 0))],

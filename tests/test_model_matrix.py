@@ -22,6 +22,7 @@ def expected_texts(model):
     return texts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "variant", "changes", "refusal"), CASES)
 @pytest.mark.filterwarnings("ignore")
 def test_family_equals_generate_or_is_refused(name, variant, changes, refusal):

@@ -1,14 +1,13 @@
 """Families of transformers models: trees, ragged batches, rollback, taps, loading."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from tiny_models import perturbed, tiny_llama
+from tiny_models import tiny_llama
 
-from specdec import generate, load_target
+from specdec import generate
 from specdec.drafters.draft_model import DraftModel
 from specdec.targets.hf import HFTarget, max_context_len
 from specdec.verify import Draft, match
@@ -282,26 +281,3 @@ def test_recurrent_model_is_refused_by_name():
     )
     with pytest.raises(ValueError, match="MambaForCausalLM"):
         HFTarget(transformers.MambaForCausalLM(config))
-
-
-def test_failed_loading_is_explained(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is not a folder"):
-        load_target(str(tmp_path / "nothing"))
-    with pytest.raises(FileNotFoundError, match=r"config\.json"):
-        load_target(str(tmp_path))
-    perturbed(tiny_llama(), 0.1).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="dtype"):
-        load_target(str(tmp_path), dtype="float31")
-    with pytest.raises(ValueError, match="quantization"):
-        load_target(str(tmp_path), quantization="3bit")
-    assert load_target(str(tmp_path)).tokenizer is None
-    weights = tmp_path / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="corrupt or truncated"):
-        load_target(str(tmp_path))
-    weights.write_bytes(whole)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    with pytest.raises(ValueError, match="does not fit its config"):
-        load_target(str(tmp_path))

@@ -17,6 +17,7 @@ def test_the_manuals_examples_run(block, capsys):
     assert capsys.readouterr().out.startswith(("tensor([[", "engine: passed"))
 
 
+@pytest.mark.slow
 def test_importing_verify_loads_torch_alone():
     script = (
         "import torch, sys; before = set(sys.modules); import specdec.verify.conformance;"
