@@ -147,7 +147,7 @@ class SlotCache(Cache):
         num_layers: attention layers of the model.
         batch_size: rows.
         capacity: slots per row to begin with; doubled when they are used up.
-        device: where slot indices live.
+        device: device of slot indices.
         plan: `plan` of an earlier cache of the same model: layers of equal shape then share their
             storage, and an accepted path moves by one gather instead of one a layer.
 

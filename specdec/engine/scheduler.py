@@ -1,4 +1,4 @@
-"""Which requests run: first come, first served, as many together as rows and memory allow."""
+"""Scheduling: first come, first served, as many requests together as rows and memory allow."""
 
 from collections import deque
 from collections.abc import Sequence

@@ -61,7 +61,7 @@ def row_uniforms(seeds: Tensor, counters: Tensor, stream: int, size: int) -> Ten
         seeds: [B] int64, one per row.
         counters: [B] int64 on the same device; never reuse one for a second draw of the same
             `seeds` and `stream`. The number of committed tokens of the row is a good choice.
-        stream: what the draw is for; different streams are independent.
+        stream: purpose of the draw; different streams are independent.
         size: numbers per row. A longer draw begins with the shorter one.
 
     Returns:

@@ -26,7 +26,7 @@ class Sampler:
     Args:
         configs: one per row.
         vocab_size: V of the logits to process.
-        device: where the logits live.
+        device: device of the logits.
         prompts: token ids, one sequence per row.
         eos_token_ids: tokens that `min_new_tokens` bans; ids past the vocabulary are ignored.
         shared_stream: the stream that the target draws each token from, at the token's position,

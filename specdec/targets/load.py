@@ -43,11 +43,11 @@ def load_target(
         path: "demo" (the embedded model), a folder, or a hub id; `hub:owner/name` is always one.
         dtype: "float32", "bfloat16", "float16", "auto" or a torch dtype. None: float32 on a CPU,
             the checkpoint's own elsewhere.
-        device: where to put it; None: CUDA if there is one, else the CPU.
+        device: device of the model; None: CUDA if there is one, else the CPU.
         device_map: passed to transformers instead of `device`, to spread a model over devices.
         quantization: "8bit" or "4bit" through bitsandbytes; a checkpoint that is stored quantized
             needs none.
-        revision: of a hub id.
+        revision: revision of a hub id.
         trust_remote_code: run Python code that the checkpoint brings. Off unless asked for.
 
     Raises:

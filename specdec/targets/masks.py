@@ -1,4 +1,4 @@
-"""Who may look at whom: 4D masks for chains and trees behind ragged prefixes."""
+"""Attention masks: 4D masks for chains and trees behind ragged prefixes."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ class Masks:
 
     Args:
         config: the text config; says which layers slide and how far they look.
-        device: of the masks.
+        device: device of the masks.
         dtype: None for boolean masks, which "sdpa" takes; "eager" attention adds its mask to the
             scores, and needs a mask of this floating dtype.
     """
@@ -30,28 +30,26 @@ class Masks:
         self._causal = torch.ones(0, 0, dtype=torch.bool, device=device)
 
     def chain(self, cache: SlotCache, num_new: int) -> Any:
-        """Mask for `num_new` tokens a row, each behind the one before."""
+        """Mask `num_new` tokens a row, each behind the one before; None where all is seen."""
         end = max(cache.lengths) + num_new
         # At the edge itself nothing is out of sight yet, but transformers would make its own mask.
         is_windowed = 0 < self.window <= end
         if cache.is_uniform and not is_windowed:
             if num_new == 1:
-                return None  # sees everything there is
-            start = end - num_new
-            shared = self._tril(end)[start:end, :end]
-            return self._give(shared.expand(len(cache.lengths), 1, -1, -1), None)
+                return None
+            shared = self._tril(end)[end - num_new : end, :end]
+            return self._by_layer(shared.expand(len(cache.lengths), 1, -1, -1))
         slots = torch.arange(end, device=self._device)
         queries = cache.device_lengths.unsqueeze(1) + torch.arange(num_new, device=self._device)
         ahead = queries.unsqueeze(2) - slots  # [B, n, K] how far the key lies back
-        full = ahead >= 0
-        sliding = full & (ahead < self.window) if is_windowed else None
-        return self._give(full.unsqueeze(1), None if sliding is None else sliding.unsqueeze(1))
+        full = (ahead >= 0).unsqueeze(1)
+        return self._by_layer(full, (ahead < self.window).unsqueeze(1) if is_windowed else None)
 
     def tree(self, cache: SlotCache, own: Tensor, depths: Tensor) -> Any:
-        """Mask for the last n of S uncommitted tokens, which lie behind the committed ones.
+        """Mask the last n of S uncommitted tokens, which lie behind the committed ones.
 
         Args:
-            cache: whose committed tokens everyone sees.
+            cache: holds the committed tokens, which everyone sees.
             own: [B, n, S] bool, which uncommitted tokens each new one sees, itself included.
             depths: [B, S] int64, how far behind the first uncommitted position each one stands.
         """
@@ -63,20 +61,20 @@ class Masks:
         seen = own.gather(2, inside.unsqueeze(1).expand(batch, num_new, end))
         full = (seen & (offset < num_open).unsqueeze(1)) | (offset < 0).unsqueeze(1)
         if not 0 < self.window < end:
-            return self._give(full.unsqueeze(1), None)
+            return self._by_layer(full.unsqueeze(1))
         # Relative to the first uncommitted position: prefix slots lie at `offset`.
         position = torch.where(offset < 0, offset, depths.gather(1, inside))
         queries = depths[:, num_open - num_new :]
         near = queries.unsqueeze(2) - position.unsqueeze(1) < self.window
-        return self._give(full.unsqueeze(1), (full & near).unsqueeze(1))
+        return self._by_layer(full.unsqueeze(1), near.unsqueeze(1))
 
-    def _give(self, full: Tensor, sliding: Tensor | None) -> Any:
-        full = self._additive(full)
-        narrow = full if sliding is None else self._additive(sliding)
+    def _by_layer(self, full: Tensor, near: Tensor | None = None) -> Any:
+        """Return the mask, or one for each type of layer; sliding layers see only what is near."""
+        sliding = full if near is None else full & near
         if self._layer_types is None:
-            return narrow
-        masks = {"full_attention": full, "sliding_attention": narrow}
-        return {name: masks[name] for name in self._layer_types}
+            return self._additive(sliding)
+        masks = {"full_attention": full, "sliding_attention": sliding}
+        return {name: self._additive(masks[name]) for name in self._layer_types}
 
     def _additive(self, mask: Tensor) -> Tensor:
         if self._dtype is None:
@@ -85,7 +83,7 @@ class Masks:
         return torch.zeros_like(mask, dtype=self._dtype).masked_fill_(~mask, hidden)
 
     def _tril(self, size: int) -> Tensor:
-        """A causal mask of at least this size, built once and sliced."""
+        """Return a causal mask of at least this size, built once and sliced."""
         if self._causal.shape[0] < size:
             size = max(2 * self._causal.shape[0], size, 256)
             self._causal = torch.ones(size, size, dtype=torch.bool, device=self._device).tril()

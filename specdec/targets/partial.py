@@ -97,7 +97,7 @@ def load_ends(
         path: as in `load_target`; of a hub id only the files that hold the two are downloaded.
         dtype: as in `load_target`.
         device: as in `load_target`.
-        revision: of a hub id.
+        revision: revision of a hub id.
 
     Raises:
         FileNotFoundError: no such folder or hub id, or no safetensors in it.

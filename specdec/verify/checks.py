@@ -146,7 +146,7 @@ def _tree_faults(parents: Tensor, real: Tensor, depth: int) -> Iterator[Fault]:
 
 
 def _distribution_faults(name: str, probs: Tensor, real: Tensor) -> Iterator[Fault]:
-    """Where the `real` rows of [B, R, V] are no distributions; NaN fails the comparisons."""
+    """Find `real` rows of [B, R, V] that are no distributions; NaN fails the comparisons."""
     lowest = probs.amin(2)
     yield name, real & ~(lowest >= 0), lowest, "probabilities are not negative or NaN"
     total = probs.sum(2, dtype=torch.promote_types(probs.dtype, torch.float32))

@@ -372,7 +372,7 @@ def check_drafter(
             that samples but reports no probs is noted: lossless, but accepted less than it could.
         vocab_size: V.
         num_drafts: seeds 0 .. num_drafts - 1.
-        subject: what the report calls it.
+        subject: its name in the report.
         false_alarm: probability that an honest drafter is refused.
     """
     drafts = [propose(seed) for seed in range(num_drafts)]
@@ -484,10 +484,10 @@ def check_engine(
         engine: (target_probs, draft, *, uniforms, noise) -> Verdict. Its randomness must be what it
             is given; uniforms and noise are float64. All tensors are on the CPU: an adapter of a
             GPU engine moves them, and its verdict back.
-        rule: what the engine claims to implement: `lossless` and `supports_trees` are read.
-        dtype: of the probabilities handed in; float32 is held to 1e-6, float64 to 1e-12.
-        seed: of the random worlds.
-        subject: what the report calls it.
+        rule: the rule that the engine claims to implement.
+        dtype: dtype of the probabilities; float32 is held to 1e-6, float64 to 1e-12.
+        seed: seed of the random worlds.
+        subject: its name in the report.
     """
     chosen = get_rule(rule)
     generator = torch.Generator().manual_seed(seed)
