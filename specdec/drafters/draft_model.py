@@ -235,6 +235,8 @@ class DraftModel(BaseDrafter):
         width = max(counts)
         padded = [row + [0] * (width - len(row)) for row in pending]
         tokens = torch.tensor(padded, device=self.model.device)
+        if width <= CATCH_UP:
+            return self._fit(self.model.feed(tokens, counts))
         logits = self.model.feed(tokens[:, :CATCH_UP], [min(n, CATCH_UP) for n in counts])
         for start in range(CATCH_UP, width, CATCH_UP):
             left = [min(max(n - start, 0), CATCH_UP) for n in counts]
