@@ -36,7 +36,7 @@ class Point:
 
     @property
     def length(self) -> int:
-        """That number."""
+        """Length of the chain, or its budget of nodes."""
         return (self.nodes if self.depth is None else self.depth) or 0
 
 

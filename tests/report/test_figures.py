@@ -1,5 +1,7 @@
 """Pictures: no label is cut off, every arm keeps its color, and gaps stay gaps."""
 
+import re
+
 import made_runs
 import pytest
 
@@ -83,3 +85,14 @@ def test_suite_draws_intervals_and_leaves_out_gaps():
     assert list(line.lines[0].get_ydata()) == [1.2]
     ((low, high),) = [segment[:, 1] for segment in line.lines[2][0].get_segments()]
     assert (low, high) == pytest.approx((1.0, 1.5))
+
+
+def imported(text):
+    return re.findall(r"^ *(?:import|from) (\w+)", text, re.M)
+
+
+def test_one_module_imports_matplotlib():
+    folders = (made_runs.ROOT / name for name in ("specdec", "experiments"))
+    files = [path for folder in folders for path in folder.rglob("*.py")]
+    found = [path.name for path in files if "matplotlib" in imported(path.read_text())]
+    assert found == ["style.py"]
