@@ -131,7 +131,9 @@ def test_commit_repeats_and_order_of_prompts_may_differ():
 
 
 def test_oldest_runs_are_compared_by_paths_and_sources():
-    first = read_file(made_runs.ROOT / "experiments" / "02-heads" / "t0" / "results.json")[1]
+    first = read_file(
+        made_runs.ROOT / "experiments" / "03-domain" / "bench-gsm8k" / "results.json"
+    )[1]
     config = first.provenance.config
     moved = config.model_copy(
         update={
@@ -145,7 +147,7 @@ def test_oldest_runs_are_compared_by_paths_and_sources():
         Run("bench", "b", Path("b"), first.model_copy(update={"provenance": where})),
     ]
     assert check_comparable([runs[0], runs[0]]) == {"a": []}
-    with pytest.raises(ValueError, match=r"target\.path is .*prompts\.num is '60' in 'a' and '4'"):
+    with pytest.raises(ValueError, match=r"target\.path is .*prompts\.num is '40' in 'a' and '4'"):
         check_comparable(runs)
 
 
