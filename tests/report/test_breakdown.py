@@ -44,8 +44,8 @@ def test_factors_multiply_to_measured_speedup(path):
     assert bool(falls) == (one_row or results.schema_ != "specdec-bench-1")
     for fall in falls:
         assert fall.tau * prod(fall.factors.values()) == pytest.approx(fall.measured, rel=1e-12)
-        # The speedup is the steps' own, but for little.
-        assert fall.factors[OUTSIDE] == pytest.approx(1, abs=0.1 if one_row else 1)
+        # The speedup is the steps' own, but for a slow repeat, which moves no median.
+        assert fall.factors[OUTSIDE] == pytest.approx(1, abs=0.15 if one_row else 1)
 
 
 def test_parts_of_a_step_add_up_to_wall_time():
