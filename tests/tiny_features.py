@@ -6,8 +6,9 @@ import torch
 
 from specdec.common.provenance import code
 from specdec.data.answers import AnswersManifest
+from specdec.data.config import FeatureOptions
 from specdec.data.feature_store import FeatureStore
-from specdec.data.features import FeatureOptions, FeaturePlan, extract_features
+from specdec.data.features import FeaturePlan, extract_features
 
 
 def random_rows(num_rows=9, longest=40, vocab_size=97, seed=0):

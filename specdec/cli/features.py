@@ -6,31 +6,28 @@ from typing import Annotated
 
 import typer
 
-from specdec.cli.app import app, exit_statuses, progress_bar, quiet_transformers
+from specdec.cli.app import (
+    app,
+    exit_statuses,
+    options_from,
+    progress_bar,
+    quiet_transformers,
+)
+from specdec.data.config import FeatureOptions
 
 
 @app.command()
 @exit_statuses()
+@options_from(FeatureOptions, "options")
 def features(
     answers: Annotated[
         Path, typer.Argument(help="a folder that regenerate wrote, or a JSONL file; see --check")
     ],
+    options: FeatureOptions,
     target: Annotated[str | None, typer.Option(help="'demo', a folder or a hub id")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the store; a killed run resumes")] = (
         None
     ),
-    taps: Annotated[
-        str, typer.Option(help="eagle3, eagle, medusa, none, or hidden_states indices, with commas")
-    ] = "eagle3,eagle",
-    dtype: Annotated[str, typer.Option(help="of the taps: bf16 or float32")] = "bf16",
-    top_k: Annotated[
-        int, typer.Option(help="logits kept a token; 0: they are computed from the last tap")
-    ] = 64,
-    max_len: Annotated[
-        int | None, typer.Option(help="rows are cut to so many tokens; default: the context")
-    ] = None,
-    batch_tokens: Annotated[int, typer.Option(help="that the target reads at once")] = 4096,
-    shard_mib: Annotated[int, typer.Option(help="MiB of a file, which is held in memory")] = 512,
     target_dtype: Annotated[str | None, typer.Option(help="as --dtype of generate")] = None,
     device: Annotated[str | None, typer.Option()] = None,
     quantization: Annotated[str | None, typer.Option(help="8bit or 4bit")] = None,
@@ -47,15 +44,11 @@ def features(
         return
     if target is None or (out is None and not dry_run):
         raise ValueError("--target and --out must be given (--dry-run needs no --out)")
-    from specdec.common.config import validated
     from specdec.common.files import locked
-    from specdec.data.features import FeatureOptions, FeaturePlan, extract_features, free_bytes
+    from specdec.data.features import FeaturePlan, extract_features, free_bytes
     from specdec.targets.load import load_target
     from specdec.targets.partial import load_ends
 
-    given = {"taps": taps, "dtype": dtype, "top_k": top_k, "max_len": max_len}
-    given |= {"batch_tokens": batch_tokens, "shard_mib": shard_mib}
-    options = validated(FeatureOptions, given, noun="option")
     quiet_transformers()
     if dry_run:
         plan = FeaturePlan(answers, load_ends(target, dtype=target_dtype, device=device), options)

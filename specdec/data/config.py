@@ -1,4 +1,4 @@
-"""Settings of a collection; options of `specdec collect` come from them, so little is loaded."""
+"""Settings of collections and feature stores; command options come from them, so little is loaded."""
 
 from typing import Literal, Self, get_args
 
@@ -41,3 +41,25 @@ class CollectSettings(Config):
         if self.max_chars < self.min_chars:
             raise ValueError(f"max_chars is {self.max_chars} but must be at least min_chars")
         return self
+
+
+class FeatureOptions(Config):
+    """Options of `specdec features`: what to keep, and how to go about it."""
+
+    taps: str = Field(
+        default="eagle3,eagle",
+        description="eagle3, eagle, medusa, none, or hidden_states indices, with commas",
+    )
+    dtype: Literal["bf16", "float32"] = Field(
+        default="bf16", description="of the taps: bf16 or float32"
+    )
+    top_k: int = Field(
+        default=64, ge=0, description="logits kept a token; 0: computed from the last tap"
+    )
+    max_len: int | None = Field(
+        default=None, ge=1, description="rows are cut to so many tokens; default: the context"
+    )
+    batch_tokens: int = Field(
+        default=4096, ge=1, description="padded tokens that the target reads at once"
+    )
+    shard_mib: int = Field(default=512, ge=1, description="MiB of a file, which is held in memory")

@@ -9,16 +9,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from pydantic import Field
 from safetensors.torch import save
 from torch import Tensor
 
 from specdec.checkpoints import TargetIdentity
 from specdec.checkpoints.identity import TARGET, check_resumed, hash_of_ends, identify_target
-from specdec.common.config import Config, write_model
+from specdec.common.config import write_model
 from specdec.common.files import check_same_run, replace_file
 from specdec.common.provenance import MachineProvenance, machine
 from specdec.data.answers import (
@@ -28,6 +27,7 @@ from specdec.data.answers import (
     load_answers,
     read_rows,
 )
+from specdec.data.config import FeatureOptions
 from specdec.data.conversation import SPLITS
 from specdec.data.feature_format import (
     INDEX,
@@ -52,17 +52,6 @@ from specdec.targets.partial import TargetEnds
 _MIB = 2**20
 # A header names a handful of tensors; this is more than it ever has.
 _HEADER_BYTES = 4096
-
-
-class FeatureOptions(Config):
-    """Options of `specdec features`: what to keep, and how to go about it."""
-
-    taps: str = "eagle3,eagle"
-    dtype: Literal["bf16", "float32"] = "bf16"
-    top_k: int = Field(default=64, ge=0)
-    max_len: int | None = Field(default=None, ge=1)
-    batch_tokens: int = Field(default=4096, ge=1)
-    shard_mib: int = Field(default=512, ge=1)
 
 
 @dataclass(frozen=True)
