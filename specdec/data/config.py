@@ -1,4 +1,4 @@
-"""Settings of collections and feature stores; command options come from them, so little is loaded."""
+"""Settings of collections and feature stores; options come from them, so little is loaded."""
 
 from typing import Literal, Self, get_args
 
