@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from own_queries import write_queries
+from typer.testing import CliRunner
+
+from specdec.cli import app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -21,7 +25,7 @@ def test_python_blocks_run(block):
     exec(compile(block, "README.md", "exec"), {})
 
 
-def test_the_readme_drafter_fits_the_protocol_and_is_lossless():
+def test_drafter_of_the_readme_is_lossless():
     from tiny_models import tiny_target
 
     from specdec import Drafter, generate, generate_baseline
@@ -38,20 +42,32 @@ def test_the_readme_drafter_fits_the_protocol_and_is_lossless():
 COMMANDS = [[line for line in block if line.startswith("specdec")] for block in BLOCKS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("commands", [block for block in COMMANDS if block])
-def test_specdec_commands_run_one_after_the_other(commands, tmp_path, monkeypatch):
+def test_commands_run_one_after_the_other(commands, tmp_path, monkeypatch):
     monkeypatch.setenv("SPECDEC_DATA_DIR", str(write_queries(tmp_path / "data")))
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    threads = torch.get_num_threads()
     for command in commands:
-        done = subprocess.run(
-            [sys.executable, "-m", *shlex.split(command)],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            check=False,
-        )
-        assert done.returncode == 0, f"{command}: {done.stderr}"
+        done = CliRunner().invoke(app, shlex.split(command)[1:])
+        assert done.exit_code == 0, f"{command}: {done.output}"
         assert done.stdout.strip()
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [COMMANDS[-1][0], "specdec --help"])
+def test_command_runs_as_a_process(command, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", *shlex.split(command)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
 
 
 @pytest.mark.parametrize("command", [line for line in SHELL if line.startswith("bash")])
