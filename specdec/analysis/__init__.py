@@ -1,1 +1,1 @@
-"""What a drafter's acceptance is made of, and what it would be in another shape."""
+"""Analysis of a drafter's acceptance, as it is and in other shapes."""

@@ -1,1 +1,1 @@
-"""Which drafter, how many tokens, how fast: costs of this machine combined with acceptance."""
+"""Planning: costs of this machine and acceptance, combined into a choice of drafter and shape."""

@@ -104,7 +104,7 @@ class MeasuredCosts(Record):
 
 
 class Trust(Record):
-    """Whether the times are those of a quiet machine."""
+    """The verdict on the times: those of a quiet machine, or not to be trusted."""
 
     is_trusted: bool
     reasons: list[str]
@@ -169,7 +169,7 @@ class Controller(Record):
 
 
 class Plan(Results):
-    """What `specdec plan` measured and chose; costs.jsonl beside it holds every timed run."""
+    """Measurements and choice of `specdec plan`; costs.jsonl beside it holds every timed run."""
 
     FILE: ClassVar[str] = "plan.json"
 

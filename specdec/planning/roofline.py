@@ -108,7 +108,7 @@ class DraftModel(Model):
 
 
 class Hardware(Config):
-    """What a roofline estimate is made from.
+    """The inputs of a roofline estimate.
 
     Attributes:
         split: of the target: "pipeline" puts layers one after the other, so that times add;
