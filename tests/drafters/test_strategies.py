@@ -131,6 +131,7 @@ def write_yaml(path, content):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # it measures costs, which take long on a busy machine
 def test_new_trained_head_is_one_file(tmp_path, monkeypatch):
     monkeypatch.setitem(DRAFTERS, "toy", f"{__name__}:ToyDrafter")
     assert "toy" in trainable_kinds()
