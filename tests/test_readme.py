@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from own_queries import write_queries
 from typer.testing import CliRunner
 
@@ -48,12 +47,10 @@ def test_commands_run_one_after_the_other(commands, tmp_path, monkeypatch):
     monkeypatch.setenv("SPECDEC_DATA_DIR", str(write_queries(tmp_path / "data")))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    threads = torch.get_num_threads()
     for command in commands:
         done = CliRunner().invoke(app, shlex.split(command)[1:])
         assert done.exit_code == 0, f"{command}: {done.output}"
         assert done.stdout.strip()
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.slow

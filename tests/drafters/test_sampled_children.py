@@ -91,7 +91,7 @@ def expected_laws(probs_behind, choices, budget, is_replaced, nodes, parents):
 def test_reported_distribution_is_given_earlier_draws(name, settings, children):
     kind, options = HEADS[name]
     target, sampling = small_target(), SETTINGS[settings]
-    head = lively_head(kind, target, **options)
+    head = lively_head(kind, target, seed=3, **options)
     drafter = DRAFTERS[kind](head, VOCAB, TreeShape(choices=CHOICES, children=children))
     decoding = ScriptedDecoding(target, drafter, PROMPTS, sampling)
     for step in range(4):
@@ -170,7 +170,7 @@ def test_siblings_are_drawn_from_their_distributions(name, children):
     kind, _ = HEADS[name]
     target, prompt = small_target(FEW), [1, 3, 0, 2, 4, 4]
     options = {"draft_tokens": [0, 1, 3, 4]} if kind == "eagle3" else {}
-    head = lively_head(kind, target, **options)
+    head = lively_head(kind, target, seed=3, **options)
     drafter = DRAFTERS[kind](head, FEW, TreeShape(choices=SHORT, children=children))
     prompts, config = [prompt] * NUM_SAMPLES, SamplingConfig(temperature=1.5)
     hidden = {
