@@ -44,8 +44,10 @@ def test_factors_multiply_to_measured_speedup(path):
     assert bool(falls) == (one_row or results.schema_ != "specdec-bench-1")
     for fall in falls:
         assert fall.tau * prod(fall.factors.values()) == pytest.approx(fall.measured, rel=1e-12)
-        # The speedup is the steps' own, but for a slow repeat, which moves no median.
-        assert fall.factors[OUTSIDE] == pytest.approx(1, abs=0.15 if one_row else 1)
+    # The speedup is the steps' own, but for one arm's slow repeat, which moves no median.
+    away = sorted(abs(fall.factors[OUTSIDE] - 1) for fall in falls) if one_row else []
+    assert all(each < 0.1 for each in away[:-1])
+    assert all(each < 0.15 for each in away)
 
 
 def test_parts_of_a_step_add_up_to_wall_time():
