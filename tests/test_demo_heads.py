@@ -12,6 +12,8 @@ from specdec.checkpoints import check_target, identify_target, read_head
 from specdec.demo import demo_path
 from specdec.registry import head_kinds
 
+pytestmark = pytest.mark.slow
+
 HORIZON, NUM_SAMPLES = 4, 400
 HEADS = [
     {"type": "medusa"},

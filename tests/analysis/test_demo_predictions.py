@@ -13,6 +13,8 @@ from specdec.bench.config import load_config
 from specdec.common.stats import tau_interval
 from specdec.engine.metrics import AcceptanceStats
 
+pytestmark = pytest.mark.slow
+
 NUM_PROMPTS, NUM_NEW = 3, 16
 GREEDY = SamplingConfig()
 SETTINGS = [SamplingConfig(temperature=1), SamplingConfig(temperature=0.8, top_p=0.9)]
@@ -129,7 +131,6 @@ def test_greedy_steps_are_the_predicted_ones(options, target, prompts, greedy):
     assert found.tau == pytest.approx(tau(stats))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in SHAPES if sampled_shapes(name)])
 def test_sampled_drafts_take_the_expected_steps(name, target, prompts, monkeypatch):
     # Each pass serves one shape: it need not look further.
@@ -147,7 +148,6 @@ def test_sampled_drafts_take_the_expected_steps(name, target, prompts, monkeypat
     assert abs(sum(luck)) <= 3 * sum(each**2 for each in luck) ** 0.5
 
 
-@pytest.mark.slow
 def test_predictions_along_plain_texts_hold_on_average(target, prompts):
     """Other texts than the loop's, the same distribution: only means can agree."""
     sampling = SETTINGS[0]

@@ -18,6 +18,8 @@ from specdec.train.qlora import DraftModelTrainee
 from specdec.train.run import run_training
 from specdec.train.sources import OnlineSource
 
+pytestmark = pytest.mark.slow
+
 RUN = {
     "max_steps": 3,
     "learning_rate": 1e-2,

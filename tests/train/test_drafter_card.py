@@ -19,6 +19,8 @@ from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
 from specdec.train.results import Parity, TrainResults
 
+pytestmark = pytest.mark.slow
+
 
 def trained(folder, **settings):
     """Results and card of a run on rows of two domains."""

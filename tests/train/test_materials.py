@@ -15,6 +15,8 @@ from specdec.targets.load import load_target
 from specdec.train.parity import ParityError
 from specdec.train.run import run_training
 
+pytestmark = pytest.mark.slow
+
 RUN = {"max_steps": 3, "learning_rate": 1e-2, "eval_depth": 3, "eval_strategy": "no"}
 KINDS = {
     "eagle3": {"drafter": {"kind": "eagle3"}, "draft_vocab_size": 40},

@@ -32,6 +32,8 @@ from specdec.train.run import run_training
 from specdec.train.sources import OnlineSource
 from specdec.verify.tree import from_choices
 
+pytestmark = pytest.mark.slow
+
 DEPTH = 4
 TREE = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0, 0]]
 CHAIN, BRANCHES = from_choices([(0,) * n for n in range(1, DEPTH + 1)]), from_choices(TREE)

@@ -19,6 +19,8 @@ from specdec.train.config import load_train_config
 from specdec.train.run import run_training
 from specdec.train.trainer import Interrupted, Interruption
 
+pytestmark = pytest.mark.slow
+
 # The noise of EAGLE-1 shows whether random numbers are resumed too. Step 6 has an evaluation.
 SETTINGS = {
     "drafter": {"kind": "eagle"},
@@ -71,7 +73,6 @@ run_training(load_train_config(sys.argv[1]), Path(sys.argv[2]), kill)
 """
 
 
-@pytest.mark.slow
 def test_killed_run_resumes_to_the_same_bits(whole, tmp_path):
     command = [sys.executable, "-c", KILLED, str(whole / "train.yaml"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, check=False)
@@ -250,7 +251,6 @@ app(["train", sys.argv[1], "--out", sys.argv[2]])
 """
 
 
-@pytest.mark.slow
 def test_ctrl_c_writes_a_checkpoint_that_resumes(whole, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-c", COMMAND, str(whole / "train.yaml"), str(out)]

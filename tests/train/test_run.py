@@ -17,6 +17,8 @@ from specdec.train.heads import HeadTrainee
 from specdec.train.results import TrainResults
 from specdec.train.run import run_training
 
+pytestmark = pytest.mark.slow
+
 RUN = {"max_steps": 4, "eval_steps": 2, "save_steps": 2}
 MEDUSA, EAGLE = {"kind": "medusa"}, {"kind": "eagle"}
 

@@ -13,6 +13,8 @@ from specdec.verify.conformance import (
     check_rule,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("rule", ["token", "block", "traversal"])
 def test_the_lossless_rules_conform(rule):
