@@ -30,7 +30,7 @@ class Predictor:
         texts: its own answers at these settings, or others.
         sampling: without penalties.
         seed: text i is sampled with seed + i; matters to a replay of a drafter that looks at it.
-        rule: of the loop.
+        rule: verification rule of the loop.
 
     Raises:
         ValueError: bad texts, settings that depend on the context, or a rule whose acceptance
@@ -57,7 +57,7 @@ class Predictor:
         """The expected steps of a drafter.
 
         Args:
-            options: of `load_drafter`.
+            options: options of `load_drafter`.
 
         Raises:
             ValueError: options that cannot be used, or a sampled draft that cannot be worked out.

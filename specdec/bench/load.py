@@ -22,7 +22,7 @@ def load_figures(requests: Sequence[Request], calls: Sequence[Call], plain: Sequ
 
     Args:
         requests: requests of the call.
-        calls: what the arm gave, a call a repeat.
+        calls: calls of the arm, one a repeat.
         plain: the same of plain decoding.
     """
     users = sorted({request.user for request in requests})

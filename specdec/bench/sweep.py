@@ -40,7 +40,7 @@ class Cell:
     Attributes:
         name: name of its folder, made from the settings.
         settings: configuration key -> value.
-        config: what is run.
+        config: configuration to run.
     """
 
     name: str

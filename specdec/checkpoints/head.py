@@ -48,11 +48,11 @@ class HeadCheckpoint:
 
     Attributes:
         kind: strategy in the registry whose head it is.
-        options: of that head's class, JSON values only; taps are Hugging Face `hidden_states`
-            indices.
+        options: JSON values for that head's class; taps are indices of Hugging Face's
+            `hidden_states`.
         tensors: under the names of the head's `state_dict`.
         tree: choices of a static tree that came with it; None for none.
-        target: what it was trained for; None if the layout does not say.
+        target: identity of the model it was trained for; None if the layout does not say.
         training: how it was trained (data, tokens seen, seconds, loss, acceptance), JSON values.
         layout: the layout that it was read from.
     """

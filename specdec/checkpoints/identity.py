@@ -99,7 +99,7 @@ def differences(
     Args:
         known: the target as it was written down.
         given: the target that is there.
-        where: what holds the known one, for a warning if an older version wrote it.
+        where: holder of the known one, for a warning if an older version wrote it.
         renew: the command that writes it anew.
         is_resume: a run is to go on with it.
     """

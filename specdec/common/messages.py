@@ -12,7 +12,7 @@ class BenchPrompt:
 
     Attributes:
         id: unique in its source.
-        domain: what results are grouped by.
+        domain: group of its results.
         messages: the conversation up to a user turn; empty for plain text.
         text: plain text; empty for a conversation.
         follow_ups: later user turns, each asked after the model's own answer.

@@ -104,8 +104,8 @@ class DraftModel(BaseDrafter):
         """Load the model for a target.
 
         Args:
-            target: what it drafts for; device and dtype default to the target's device and float32
-                on a CPU, the checkpoint's dtype elsewhere.
+            target: the model it drafts for; device and dtype default to its device and float32 on a
+                CPU, the checkpoint's dtype elsewhere.
             path: "demo", a folder or a hub id.
             adapter: folder or hub id of a LoRA adapter; merged, unless the model is quantized.
             quantization: "8bit", "4bit" or None.

@@ -229,7 +229,7 @@ class FeatureDrafter(BaseDrafter):
         """Load a head for a target; options from depth to children are those of `TreeShape`.
 
         Args:
-            target: what it drafts for.
+            target: the model it drafts for.
             path: folder or hub id in any known layout; "demo" for the embedded head.
             window: see the class.
             force: take a head that was trained for another target of the same shape.

@@ -156,7 +156,7 @@ def load_head(
     """Load a head for a target, in eval mode and the target's dtype.
 
     Args:
-        kind: what the drafter needs.
+        kind: strategy that the head must be of.
         target: an `HFTarget`.
         path: folder or hub id in any known layout.
         force: take a head that was trained for another target of the same shape.

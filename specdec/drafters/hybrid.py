@@ -138,8 +138,7 @@ class HybridDrafter(BaseDrafter):
     emitted.
 
     Args:
-        drafters: what to merge; lookups first, then neural ones. Their tokens must be chosen, not
-            sampled.
+        drafters: lookups first, then neural ones. Their tokens must be chosen, not sampled.
         max_nodes: node budget of the merged tree.
         enough: accepted tokens that a lookup must expect in every row for the drafters behind it
             not to be asked at all in this step; None asks all of them every time.

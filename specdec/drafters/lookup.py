@@ -23,7 +23,7 @@ def pack_rows(
         rows: nodes of each row in topological order.
         device: where the draft goes.
         as_chain: every row is a chain, so no parents are needed.
-        confidences: of each row's nodes, see `Draft`; None for no estimate.
+        confidences: estimates for each row's nodes, see `Draft`; None for no estimate.
     """
     width = max(map(len, rows), default=0)
     if width == 0:

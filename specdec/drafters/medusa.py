@@ -205,7 +205,7 @@ class MedusaDrafter(BaseDrafter):
         """Load heads for a target, with the tree that is given, comes with them, or is best.
 
         Args:
-            target: what they draft for.
+            target: the model they draft for.
             path: folder or hub id in any known layout; "demo" for the embedded heads.
             max_nodes: compute the best tree of this many nodes; None takes the checkpoint's own
                 tree where it has one, and 24 where not.

@@ -56,11 +56,11 @@ class Candidate:
     """A drafter in a shape: something that a bench arm could be.
 
     Attributes:
-        name: of the arm.
-        type: of the drafter.
-        options: of the arm.
+        name: name of the arm.
+        type: registered strategy.
+        options: options of the arm.
         drafter: name of the drafter without its shape; candidates that share it share weights.
-        shape: what it costs by.
+        shape: draft shape, by which it costs.
         is_given: an arm of the configuration, not one that a search thought of.
     """
 
@@ -106,7 +106,7 @@ class Family:
     """One drafter of the configuration: its arms, and the shapes it can take.
 
     Attributes:
-        name: of the drafter.
+        name: name of the drafter.
         kind: its type.
         base: its options without the shape.
         given: its arms.

@@ -60,7 +60,7 @@ class ForwardCost:
     """Seconds of a target forward, between the measured batches by linear interpolation.
 
     Attributes:
-        points: what it was fitted to.
+        points: measurements that it was fitted to.
         fits: by batch size, in order.
     """
 

@@ -135,9 +135,9 @@ class Measurements:
 
     Args:
         target: an `HFTarget`.
-        work: what the timed decodings decode.
+        work: prompts of the timed decodings.
         effort: how much is measured.
-        journal: of the plan's folder.
+        journal: records in the plan's folder.
         progress: called with points done, points in all, and what runs next.
     """
 

@@ -45,7 +45,7 @@ def run_plan(
 
     Args:
         config: target, prompts, sampling, and arms, which say which drafters there are.
-        folder: what was measured is kept there in `costs.jsonl`, and not measured again.
+        folder: keeps the measurements in `costs.jsonl`, none of which is made again.
         progress: called with points done, points in all, and what runs next.
         quick: measure few points once, to try things out.
 

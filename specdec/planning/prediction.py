@@ -77,10 +77,10 @@ class Forecast:
     """Predicts configurations from costs and acceptance.
 
     Args:
-        costs: of this machine.
+        costs: measured costs of this machine.
         expected: acceptance of a candidate.
         context: tokens in the cache, the mean over the workload.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
     """
 
     def __init__(

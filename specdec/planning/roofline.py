@@ -34,10 +34,10 @@ class Device(Config):
 
     Attributes:
         name: for drafters to say where they run.
-        bandwidth_tb_s: of its memory, TB/s.
+        bandwidth_tb_s: memory bandwidth, TB/s.
         compute_tflops: dense, in the type that is multiplied in, TFLOP/s.
         memory_gb: GB; None if it does not matter.
-        share: of the target's layers or, split by tensors, of each layer; None for a share in
+        share: part of the target's layers or, split by tensors, of each layer; None for a share in
             proportion to the bandwidth. Either all devices state one or none does.
     """
 
@@ -68,11 +68,11 @@ class Model(Config):
     Attributes:
         name: for the table.
         parameters_b: weights that a forward reads, billions.
-        bits: of a weight, scales included.
-        kv_bytes_per_token: of keys and values, all layers.
+        bits: bits of a weight, scales included.
+        kv_bytes_per_token: bytes of keys and values, all layers.
         num_layers: for what a tensor split sends.
-        hidden_size: of the state that goes from device to device.
-        overhead_us: of a forward beside memory and compute: launches, sampling.
+        hidden_size: size of the state that goes from device to device.
+        overhead_us: time of a forward beside memory and compute: launches, sampling.
     """
 
     name: str = "target"
@@ -111,8 +111,8 @@ class Hardware(Config):
     """The inputs of a roofline estimate.
 
     Attributes:
-        split: of the target: "pipeline" puts layers one after the other, so that times add;
-            "tensor" divides every layer, so that the slowest device decides.
+        split: "pipeline" puts the target's layers one after the other, so that times add; "tensor"
+            divides every layer, so that the slowest device decides.
         context: tokens cached in every row.
         batch_sizes: rows.
         max_draft_tokens: longest chain that is tried.

@@ -26,8 +26,8 @@ def search(
 
     Args:
         candidates: distinct configurations.
-        predict: of one; dear.
-        bound: of a candidate's speed, given a larger one whose prediction is known; cheap.
+        predict: the prediction of one candidate; dear.
+        bound: the most speed of a candidate, given a larger one whose prediction is known; cheap.
         wanted: how many of the fastest.
         progress: called with candidates settled, candidates in all, and what comes next.
 

@@ -186,7 +186,7 @@ class TimedRun:
 
     Attributes:
         candidate: None for plain decoding.
-        steps: of the full batch.
+        steps: steps of the full batch.
         plain_s: median seconds of the plain steps around it.
         round: runs of one round were decoded within seconds.
     """
