@@ -26,10 +26,14 @@ SHAPE = {
     "pad_token_id": None,
 }
 SLIDING = {"sliding_window": 6}
-# One of each kind of positions and masks; tests/model_matrix.py has the other families.
 FAMILIES = {
     "Llama": SHAPE,
+    "Qwen2": SHAPE,
+    "Qwen3": {**SHAPE, "head_dim": 8},
     "Mistral": {**SHAPE, **SLIDING},
+    "Phi3": SHAPE,
+    "Olmo2": SHAPE,
+    "GPTNeoX": {k: v for k, v in SHAPE.items() if k != "num_key_value_heads"},
     "GPT2": {
         "vocab_size": VOCAB,
         "n_embd": 32,
