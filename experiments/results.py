@@ -18,18 +18,9 @@ KNOWN = ("specdec-bench", "specdec-sweep", "specdec-suite", "specdec-plan", "spe
 def read(name: str) -> Any:
     """Read a results file, by its path below this folder, as its model; other files as they are."""
     content = json.loads((HERE / name).read_text())
-    if name.startswith("05") and "cells" in content:
-        return SweepResults.read(content, dealt(content))
     if isinstance(content, dict) and content.get("schema", "").startswith(KNOWN):
         return read_file(HERE / name)[1]
     return content
-
-
-def dealt(content: dict[str, Any]) -> list[str]:
-    """Give the domains of a sweep's prompts, which an older one does not hold: in turn."""
-    arms = [arm for cell in content["cells"] for arm in cell["arms"]]
-    names = list(arms[0]["domains"])
-    return [names[place % len(names)] for place in range(arms[0]["prompts"])]
 
 
 def arms_of(run: Any) -> Arms:

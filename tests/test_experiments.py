@@ -106,7 +106,7 @@ def test_configurations_load(path):
 KEYS = ("steps", "accepted")
 
 
-def test_domains_of_an_older_sweep_are_those_of_its_taus(tables):
+def test_domains_of_a_sweep_are_those_of_its_taus(tables):
     for cell in tables.read("05-drafters/sweep.json").cells:
         for arm in cell.arms:
             for place, figures in enumerate(arm.domains.values()):

@@ -1,18 +1,15 @@
 """Results of benches, suites and sweeps: what is written, what is read, and their JSON schemas.
 
-Keys of the files are the names of the fields. Files of older versions are renewed as they are read;
-what they did not measure is None. Definitions stand in docs/bench.md and docs/suites.md.
+Keys of the files are the names of the fields; docs/bench.md and docs/suites.md define them.
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from specdec.bench.config import AnySuite, BenchConfig, SuiteName
-from specdec.bench.older import renew
 from specdec.checkpoints.head import TargetIdentity
 from specdec.common.config import write_model
 from specdec.common.provenance import CodeProvenance, MachineProvenance
@@ -117,9 +114,9 @@ class Difference(Record):
     """The first place where an arm's greedy tokens left a baseline's."""
 
     position: Whole
-    """of the first output token that differs"""
+    """place of the first output token that differs"""
     top2_gap: Annotated[float, Field(ge=0)] | None
-    """between the target's two best logits there; null if only one token is allowed"""
+    """gap between the target's two best logits there; null if only one token is allowed"""
 
 
 class PromptDifference(Difference):
@@ -176,7 +173,7 @@ class Finish(Record):
 
 
 class BenchArm(ArmFigures, BenchSpeeds):
-    """One arm of a bench; what the first version of results did not hold has a default."""
+    """One arm of a bench."""
 
     type: str = ""
     options: dict[str, Any] = {}
@@ -291,25 +288,14 @@ class Results(Record):
     NOUN: ClassVar[str] = ""
 
     @classmethod
-    def read(cls, content: Any, domains: Sequence[str] = ()) -> Self:
-        """Make the model from parsed JSON of this version or an older one.
-
-        Args:
-            content: the parsed file; it is changed.
-            domains: domains of the prompts, where an older file does not hold them.
-
-        Raises:
-            ValueError: the first key that is missing, unknown or of a wrong kind.
-        """
+    def read(cls, content: Any) -> Self:
+        """Make the model from parsed JSON; a `ValueError` names the first key that is wrong."""
         try:
-            renew(content, domains)
             return cls.model_validate_json(json.dumps(content))
         except ValidationError as error:
             first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
+            key = ".".join(map(str, first["loc"]))
             raise ValueError(f"{key}: {first['msg']}; restore the file, or run it again") from error
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"{error} is missing; restore the file, or run it again") from error
 
     def write(self, folder: Path) -> None:
         """Replace the file in its folder."""
@@ -322,9 +308,7 @@ class BenchResults(Results):
     FILE = "results.json"
     NOUN = "prompt"
 
-    schema_: Literal["specdec-bench-1", "specdec-bench-2", "specdec-bench-3"] = Field(
-        default="specdec-bench-3", alias="schema"
-    )
+    schema_: Literal["specdec-bench-3"] = Field("specdec-bench-3", alias="schema")
     provenance: BenchProvenance
     target: TargetIdentity | None = None
     prompts: list[PromptInfo] | None = None
@@ -343,9 +327,7 @@ class SuiteResults(Results):
     FILE = "suite.json"
     NOUN = "request"
 
-    schema_: Literal["specdec-suite-1", "specdec-suite-2"] = Field(
-        default="specdec-suite-2", alias="schema"
-    )
+    schema_: Literal["specdec-suite-2"] = Field("specdec-suite-2", alias="schema")
     suite: SuiteName
     provenance: SuiteProvenance
     memory: Memory
@@ -373,8 +355,6 @@ class SweepResults(Results):
 
     FILE = "sweep.json"
 
-    schema_: Literal["specdec-sweep-1", "specdec-sweep-2"] = Field(
-        default="specdec-sweep-2", alias="schema"
-    )
+    schema_: Literal["specdec-sweep-2"] = Field("specdec-sweep-2", alias="schema")
     provenance: SweepProvenance
     cells: list[CellResults]
