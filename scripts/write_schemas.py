@@ -13,7 +13,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 MODELS = {
     "analyze": "specdec.analysis.results:Analysis",
     "answers": "specdec.data.answers:AnswersManifest",
-    "collect": "specdec.data.collection:CollectReport",
+    "collect": "specdec.data.collect:CollectReport",
     "estimate": "specdec.planning.roofline:Estimate",
     "features": "specdec.data.feature_format:FeatureIndex",
     "plan": "specdec.planning.results:Plan",

@@ -24,7 +24,7 @@ from specdec.common.files import (
     replace_files,
     whole_folder,
 )
-from specdec.data.conversation import read_query_splits
+from specdec.data.queries import read_query_splits
 
 PACKAGE = Path(files.__file__).parents[1]
 OLD = {"config": "old", "weights": "old", "sub/mine": "old"}

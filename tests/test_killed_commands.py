@@ -11,8 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from specdec.cli import app
-from specdec.data.conversation import Query, write_queries
+from specdec.common.messages import Query
 from specdec.data.feature_store import FeatureStore
+from specdec.data.queries import write_queries
 
 pytestmark = pytest.mark.slow
 

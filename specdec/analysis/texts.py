@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from specdec.bench.config import BenchConfig
-from specdec.bench.prompts import encode_prompts, load_prompts, read_lines
+from specdec.bench.prompts import encode_prompts, load_prompts
 from specdec.bench.workloads import unfold_turns
 from specdec.checkpoints import identify_target
 from specdec.common.messages import BenchPrompt
+from specdec.common.records import read_objects
 from specdec.data.answers import MANIFEST, AnswerRow, check_answers_target, load_answers, read_rows
 from specdec.engine.decode import generate_baseline
 from specdec.engine.interfaces import Target
@@ -121,7 +122,7 @@ def _from_folder(path: Path, target: Target, num: int, max_new_tokens: int) -> I
 
 
 def _from_lines(path: Path, target: Target, num: int, max_new_tokens: int) -> Iterator[Text]:
-    rows = list(read_lines(path))
+    rows = list(read_objects(path))
     if rows and "tokens" in rows[0]:
         yield from _from_rows(read_rows(path, target.vocab_size, num), target, max_new_tokens)
         return

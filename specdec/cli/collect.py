@@ -14,7 +14,7 @@ from specdec.data.config import CollectSettings
 from specdec.proxy.config import ProxyConfig
 
 if TYPE_CHECKING:
-    from specdec.data.collection import CollectReport
+    from specdec.data.collect import CollectReport
     from specdec.report.tables import Table
 
 DEFAULT_COMMAND = "from"
@@ -65,8 +65,8 @@ def collect(
     _require("collecting", "datasets", "datasketch", "phonenumbers", "py3langid", "stdnum")
     from datasets.utils.logging import disable_progress_bar
 
-    from specdec.bench.prompts import DATA_DIR_VARIABLE
     from specdec.common.files import locked
+    from specdec.common.records import DATA_DIR_VARIABLE
     from specdec.data.collect import collect as collect_queries
 
     disable_progress_bar()
@@ -97,7 +97,7 @@ def _print(report: "CollectReport", out: Path) -> None:
 def _table(report: "CollectReport") -> "Table":
     from rich.markup import escape
 
-    from specdec.data.collection import REASONS
+    from specdec.data.collect import REASONS
     from specdec.report.tables import Column, Table
 
     rows: list[tuple[str, int, str]] = []

@@ -52,9 +52,9 @@ def regenerate(
     """Let the target answer the queries itself; the same command resumes and retries failures."""
     from specdec.common.config import validated
     from specdec.data.answers import AnswerSettings
-    from specdec.data.conversation import read_query_splits
     from specdec.data.dialogue import load_chat
     from specdec.data.local_answers import LocalAnswers
+    from specdec.data.queries import read_query_splits
     from specdec.data.regenerate import Answerer
     from specdec.data.regenerate import regenerate as answer
     from specdec.registry import load_drafter

@@ -12,7 +12,7 @@ from zlib import crc32
 
 import numpy as np
 
-from specdec.common.messages import Message
+from specdec.common.messages import Message, Query
 from specdec.common.secrets import (
     API_KEY,
     KEY_BLOCK,
@@ -23,7 +23,6 @@ from specdec.common.secrets import (
     find_secrets,
     read_rules,
 )
-from specdec.data.conversation import Query
 
 if TYPE_CHECKING:  # datasketch is an extra
     from datasketch import MinHash
@@ -48,8 +47,13 @@ _PHONE_CUE = re.compile(
     r"(?:(?!order|invoice|ticket|account|reference|booking|case|tracking|\bid\b|#)\D){0,24}$",
     re.IGNORECASE,
 )
-_CUE_REACH = 40
-_MIN_CUED_DIGITS = 9
+_CUE_REACH, _MIN_CUED_DIGITS = 40, 9
+_HEX_DIGITS = 16
+_SHINGLE_LEN, _NUM_PERM = 5, 64
+# Missed ones cost more than candidates that the exact comparison then refuses.
+_FALSE_POSITIVE_WEIGHT, _FALSE_NEGATIVE_WEIGHT = 0.1, 0.9
+# Standard errors of the estimate below the threshold, from which comparing is a waste.
+_SLACK = 3.0
 
 
 class Masker:
@@ -71,7 +75,6 @@ class Masker:
         self._region = phone_region
 
     def mask(self, text: str) -> str:
-        """The text with a placeholder for every find."""
         read = Text(text)
         find_secrets(read)
         for rule in _personal_rules():
@@ -131,26 +134,19 @@ def _iban(match: re.Match[str]) -> Span | None:
     return None
 
 
-_HEX_DIGITS = 16
-
-
-def plain(text: str) -> str:
-    """The text without what near-duplicates differ in: case, width and runs of white space."""
+def _plain(text: str) -> str:
+    """Drop what near-duplicates differ in: case, width and runs of white space."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def query_id(messages: tuple[Message, ...], text: str) -> str:
-    """A hash of exactly this query."""
     return _digest(json.dumps([messages, text], sort_keys=True))
 
 
 def conversation_id(messages: tuple[Message, ...], text: str) -> str:
-    """A hash that all queries of one conversation share, and those that differ in a number.
-
-    It is that of the first user's turn, without case, punctuation and the values of numbers.
-    """
+    """Hash the first user's turn, without case, punctuation and the values of numbers."""
     first = next((turn["content"] for turn in messages if turn["role"] == "user"), text)
-    words = re.sub(r"[\W_]+", " ", re.sub(r"\d+(?:[.,]\d+)*", "0", plain(first))).strip()
+    words = re.sub(r"[\W_]+", " ", re.sub(r"\d+(?:[.,]\d+)*", "0", _plain(first))).strip()
     return _digest(words or first)
 
 
@@ -160,20 +156,12 @@ def split_of(conversation: str, held_out: float) -> str:
 
 
 def sample_rank(query: str, seed: int) -> str:
-    """The key that orders a draw of query ids: its first 500 are among its first 2,000."""
+    """Make the key that orders a draw: its first 500 are among its first 2,000."""
     return _digest(f"{seed}:{query}")
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:_HEX_DIGITS]
-
-
-_SHINGLE_LEN = 5
-_NUM_PERM = 64
-# Missed ones cost more than candidates that the exact comparison then refuses.
-_FALSE_POSITIVE_WEIGHT, _FALSE_NEGATIVE_WEIGHT = 0.1, 0.9
-# Standard errors of the estimate below the threshold, from which comparing is a waste.
-_SLACK = 3.0
 
 
 class NearDuplicates:
@@ -199,16 +187,15 @@ class NearDuplicates:
         self._seen: list[tuple[Query, MinHash]] = []
 
     def seen(self, query: Query) -> Query | None:
-        """The earlier query that this one nearly repeats; without any it is added, and None."""
+        """Find the earlier query that this one nearly repeats; without any it is added."""
         context, last = _parts(query)
         sketch = self._sketch(context, last)
         for index in sorted(self._index.query(sketch)):
             earlier, its_sketch = self._seen[index]
             if its_sketch.jaccard(sketch) < self._least_estimate:
                 continue
-            its_context, its_last = _parts(earlier)
-            alike = min(_similarity(its_last, last), _similarity(its_context, context))
-            if alike >= self._threshold:
+            pairs = zip(_parts(earlier), (context, last), strict=True)
+            if all(_similarity(*pair) >= self._threshold for pair in pairs):
                 return earlier
         self._index.insert(len(self._seen), sketch, check_duplication=False)
         self._seen.append((query, sketch))
@@ -231,9 +218,9 @@ class NearDuplicates:
 
 
 def _parts(query: Query) -> tuple[str, str]:
-    """Comparable texts of what stands before the last turn, and of the turn."""
+    """Make comparable texts of what stands before the last turn, and of the turn."""
     before = (turn["content"] for turn in query.messages[:-1] if turn["role"] != "system")
-    return plain(" ".join(before)), plain(query.last_turn)
+    return _plain(" ".join(before)), _plain(query.last_turn)
 
 
 def _shingles(text: str) -> set[str]:

@@ -3,16 +3,21 @@
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from specdec.common.config import read_model, write_model
+from jinja2 import Environment
+from pydantic import Field
+
+from specdec.common.config import Config, read_model, write_model
 from specdec.common.files import restore, whole_folder
-from specdec.common.messages import Message
+from specdec.common.messages import Message, NoQueryError, Query, find_queries, read_queries
 from specdec.common.provenance import CodeProvenance, code
+from specdec.common.records import Record, Source
 from specdec.data.cleaning import (
     MASKS,
     Masker,
@@ -22,48 +27,105 @@ from specdec.data.cleaning import (
     sample_rank,
     split_of,
 )
-from specdec.data.collection import (
-    REASON_CHARS,
-    CollectReport,
-    DropCounts,
-    Earlier,
-    SourceReport,
-    card,
-    kept_facts,
-    whole_characters,
-)
 from specdec.data.config import CollectSettings
-from specdec.data.conversation import (
-    SPLITS,
-    NoQueryError,
-    Query,
-    RawQuery,
-    find_queries,
-    read_queries,
-    write_queries,
-)
-from specdec.data.sources import (
-    DataSetIdentity,
-    FileIdentity,
-    Malformed,
-    QuerySource,
-    Record,
-    open_source,
-)
+from specdec.data.queries import SPLITS, write_queries
+from specdec.data.sources import DataSetIdentity, FileIdentity, identify, open_source
 
-Show = Callable[[int, int, str], None]
-Parts = list[FileIdentity | DataSetIdentity]
-
-SCHEMA = "specdec-collect-1"
-REPORT = "collect.json"
+# In the order in which a record meets them.
+REASONS = {
+    "malformed": "lines that are no record",
+    "refused": "requests that the server refused",
+    "other_request": "requests of another kind, such as embeddings",
+    "no_user_turn": "records without a user's turn",
+    "not_text": "images, audio or token ids in place of text",
+    "tools": "tool calls before the last user turn",
+    "too_short": "shorter than min_chars",
+    "too_long": "longer than max_chars",
+    "duplicate": "the same as another",
+    "near_duplicate": "nearly the same as another",
+    "not_sampled": "more than num",
+}
+_SCHEMA, _REPORT = "specdec-collect-1", "collect.json"
 _PACKAGES = ("specdec", "datasets", "datasketch", "phonenumbers", "py3langid", "python-stdnum")
 _SHOW_EVERY = 500
-# Letters below which a language is a guess.
-_TOLD_LETTERS = 20
+_NUM_EXAMPLES = 5
+_QUOTE_CHARS, _REASON_CHARS, _READ_CHARS = 120, 300, 4000
+_CARD = Path(__file__).with_name("collection_card.md.jinja")
+_SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M")
+_LOPSIDED_SHARE = 0.2  # of queries that begin alike: a split by conversation is lopsided
+_TOLD_LETTERS = 20  # below which a language is a guess
+
+Count = Annotated[int, Field(ge=0)]
+Show = Callable[[int, int, str], None]
+
+
+class Example(Config):
+    """A record that was dropped; its quote is masked and cut short."""
+
+    where: str
+    quote: str
+    why: str
+
+
+class Drop(Config):
+    """Records that were dropped for one reason, and the first few of them."""
+
+    count: Count = 0
+    examples: list[Example] = Field(default_factory=list, max_length=_NUM_EXAMPLES)
+
+
+class SplitCounts(Config):
+    """Queries in each split."""
+
+    train: Count
+    held_out: Count
+
+
+class SourceReport(Config):
+    """A source, and what was in it."""
+
+    name: str = Field(description="name as it was given")
+    parts: list[FileIdentity | DataSetIdentity]
+    records: Count = Field(description="lines, rows or items, malformed ones included")
+    queries: Count = Field(description="queries that were new and of a fit length")
+    malformed: Count
+
+
+class Earlier(Config):
+    """The folder that was added to."""
+
+    fingerprint: str
+    kept: SplitCounts
+
+
+class Characters(Config):
+    """Lengths of whole queries, all turns together."""
+
+    median: int = Field(ge=1)
+    max: int = Field(ge=1)
+
+
+class CollectReport(Config):
+    """`collect.json` of `specdec collect`."""
+
+    schema_: Literal["specdec-collect-1"] = Field(default="specdec-collect-1", alias="schema")
+    provenance: CodeProvenance
+    fingerprint: str = Field(description="hash of settings and sources")
+    settings: CollectSettings
+    sources: list[SourceReport] = Field(min_length=1, description="in the order given")
+    earlier: Earlier | None = Field(description="null for a new folder")
+    dropped: dict[str, Drop] = Field(description="drops of this run by reason")
+    masked: dict[str, Count] = Field(description="finds replaced in queries and answers")
+    kept: SplitCounts
+    domains: dict[str, SplitCounts] = Field(description="queries by domain, which may be empty")
+    languages: dict[str, Count] = Field(description="queries by ISO 639 code, if told")
+    characters: Characters | None
+    warnings: list[str]
+    seconds: float = Field(ge=0)
 
 
 def collect(
-    sources: Sequence[str],
+    names: Sequence[str],
     out: Path,
     settings: CollectSettings,
     *,
@@ -74,63 +136,63 @@ def collect(
     """Write the queries of the sources into a folder, with a card and a report."""
     begun, where = time.monotonic(), CodeProvenance(**code(_PACKAGES))
     restore(out)
-    opened = [
-        open_source(
-            name,
-            form=settings.format,
-            split=settings.split,
-            subset=settings.subset,
-            data_dir=data_dir,
+    given = {"form": settings.format, "split": settings.split, "subset": settings.subset}
+    sources = [open_source(name, **given, data_dir=data_dir) for name in names]
+    reports = [
+        SourceReport(
+            name=_whole(source.name),
+            parts=[identify(part) for part in source.parts],
+            **{"records": 0, "queries": 0, "malformed": 0},
         )
-        for name in sources
+        for source in sources
     ]
-    inputs = [[part.identity() for part in source.parts] for source in opened]
-    fingerprint = _fingerprint(settings, opened, inputs)
+    inputs = [each.model_dump(include={"name", "parts"}) for each in reports]
+    facts = json.dumps([_SCHEMA, settings.model_dump(), inputs], sort_keys=True)
+    fingerprint = hashlib.sha256(facts.encode()).hexdigest()[:16]
     earlier = _report_of(out)
     if earlier is not None and earlier.fingerprint == fingerprint:
         return earlier
     splits = _splits_of(out, earlier, settings, append)
-    collector = Collector(settings, splits)
-    reports = [collector.read(*each, show) for each in zip(opened, inputs, strict=True)]
+    collector = _Collector(settings, [query for found in splits.values() for query in found])
+    for each in zip(sources, reports, strict=True):
+        collector.read(*each, show)
     for query in collector.kept(show):
-        query = _tagged(query) if settings.tag_language else query
         splits[split_of(query.conversation, settings.held_out)].append(query)
+    counts = SplitCounts(**{split: len(found) for split, found in splits.items()})
+    if not counts.train + counts.held_out:
+        raise ValueError(f"{', '.join(names)}: no query is left ({collector.reasons()})")
+    queries = [query for found in splits.values() for query in found]
+    by_domain = {split: Counter(q.domain for q in found) for split, found in splits.items()}
+    domains = sorted({query.domain for query in queries})
+    sizes = sorted(sum(len(t["content"]) for t in q.messages) + len(q.text) for q in queries)
     report = CollectReport(
         provenance=where,
         fingerprint=fingerprint,
         settings=settings,
         sources=reports,
         earlier=Earlier(fingerprint=earlier.fingerprint, kept=earlier.kept) if earlier else None,
-        dropped=collector.drops.by_reason,
+        dropped=collector.dropped,
         masked={mask: collector.masker.counts[mask] for mask in MASKS},
+        kept=counts,
+        domains={d: SplitCounts(**{s: by_domain[s][d] for s in splits}) for d in domains},
+        languages=dict(Counter(q.language for q in queries if q.language).most_common()),
+        characters=Characters(median=sizes[len(sizes) // 2], max=sizes[-1]),
+        warnings=_warnings(splits, settings),
         seconds=round(time.monotonic() - begun, 1),
-        **kept_facts(splits, settings),
     )
-    report.check_kept()
     with whole_folder(out, private=True) as partial:
         write_queries(splits, partial)
-        write_model(partial / REPORT, report)
-        (partial / "README.md").write_bytes(card(report))
+        write_model(partial / _REPORT, report)
+        (partial / "README.md").write_bytes(_card(report))
     return report
 
 
-def _fingerprint(
-    settings: CollectSettings, sources: Sequence[QuerySource], inputs: Sequence[Parts]
-) -> str:
-    named = [
-        {"name": source.name, "parts": [part.model_dump() for part in parts]}
-        for source, parts in zip(sources, inputs, strict=True)
-    ]
-    text = json.dumps([SCHEMA, settings.model_dump(), named], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def _report_of(out: Path) -> CollectReport | None:
-    """The report of a folder; None if the folder is not there, or empty."""
+    """Read the report of a folder; None if the folder is not there, or empty."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
-        return read_model(CollectReport, out / REPORT)
+        return read_model(CollectReport, out / _REPORT)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{str(out)!r} exists and holds no collected queries ({error}); give another --out"
@@ -140,7 +202,7 @@ def _report_of(out: Path) -> CollectReport | None:
 def _splits_of(
     out: Path, earlier: CollectReport | None, settings: CollectSettings, append: bool
 ) -> dict[str, list[Query]]:
-    """The queries that are there already, by split."""
+    """Read the queries that are there already, by split."""
     if earlier is None:
         return {split: [] for split in SPLITS}
     if not append:
@@ -156,136 +218,142 @@ def _splits_of(
     return {split: read_queries(out, split) for split in SPLITS}
 
 
-def _tagged(query: Query) -> Query:
-    """The query with the language of its last turn, where this is long enough to tell."""
-    import py3langid
-
-    is_told = sum(map(str.isalpha, query.last_turn)) >= _TOLD_LETTERS
-    return replace(query, language=py3langid.classify(query.last_turn)[0] if is_told else "")
-
-
-class Collector:
+class _Collector:
     """Queries as they come in, and what became of the others."""
 
-    def __init__(self, settings: CollectSettings, earlier: dict[str, list[Query]]):
-        self.drops = DropCounts(settings.phone_region)
-        self.masker = Masker(settings.phone_region)
-        self._settings = settings
-        self._earlier = [query for queries in earlier.values() for query in queries]
-        self._seen = {query.id for query in self._earlier}
+    def __init__(self, settings: CollectSettings, earlier: list[Query]):
+        self.dropped = {reason: Drop() for reason in REASONS}
+        self.masker, self._quoter = Masker(settings.phone_region), Masker(settings.phone_region)
+        self._settings, self._earlier = settings, earlier
+        self._seen = {query.id for query in earlier}
         self._found: list[Query] = []
 
-    def read(self, source: QuerySource, parts: Parts, show: Show) -> SourceReport:
-        """Take in a source, whose parts have been identified, and count what is in it."""
-        malformed = self.drops.by_reason["malformed"]
-        queries_before, malformed_before, number = len(self._found), malformed.count, 0
-        for number, found in enumerate(source, 1):
-            if isinstance(found, Malformed):
-                self._refuse(found)
-            else:
-                self._take(found, source.name if source.named else "")
-            if number % _SHOW_EVERY == 0:
-                show(source.done_percent, 100, f"% of {source.name}")
-        return SourceReport(
-            name=whole_characters(source.name),
-            parts=parts,
-            records=number,
-            queries=len(self._found) - queries_before,
-            malformed=malformed.count - malformed_before,
-        )
+    def read(self, source: Source, report: SourceReport, show: Show) -> None:
+        """Take in a source and count what is in it."""
+        malformed = self.dropped["malformed"]
+        queries_before, malformed_before = len(self._found), malformed.count
+        size = max(1, sum(part.size for part in source.parts))
+        for record in source:
+            report.records += 1
+            self._take(record, source.name if source.named else "")
+            if report.records % _SHOW_EVERY == 0:
+                done = 100 * sum(part.done for part in source.parts) // size
+                show(done, 100, f"% of {source.name}")
+        report.queries = len(self._found) - queries_before
+        report.malformed = malformed.count - malformed_before
 
     def kept(self, show: Show) -> list[Query]:
-        """The drawn queries that no other one nearly repeats, in the order they came in."""
-        settings = self._settings
+        """Draw queries that no other one nearly repeats; they keep the order they came in."""
+        settings, found = self._settings, self._found
         near = NearDuplicates(settings.near_duplicates) if settings.near_duplicates else None
         if near:
             for query in self._earlier:
                 near.seen(query)
         # By hash and not by place: what is kept must not change with the order of the sources.
-        order = sorted(
-            range(len(self._found)), key=lambda i: sample_rank(self._found[i].id, settings.seed)
-        )
+        order = sorted(range(len(found)), key=lambda i: sample_rank(found[i].id, settings.seed))
         kept: list[int] = []
         for number, index in enumerate(order):
             if len(kept) == settings.num:
                 break
-            query = self._found[index]
-            other = near.seen(query) if near else None
-            if other is None:
-                kept.append(index)
-            else:
+            query = found[index]
+            if other := near.seen(query) if near else None:
                 twin = f"like {other.source}: {other.last_turn}"
-                self.drops.add("near_duplicate", query.source, query.last_turn, twin)
+                self._drop("near_duplicate", query.source, query.last_turn, twin)
+            else:
+                kept.append(index)
             if number % _SHOW_EVERY == 0:
                 show(number, len(order), "compared")
         show(len(order), len(order), "compared")
-        dropped = self.drops.by_reason
-        dropped["not_sampled"].count = len(order) - len(kept) - dropped["near_duplicate"].count
-        return [self._found[index] for index in sorted(kept)]
+        num_near = self.dropped["near_duplicate"].count
+        self.dropped["not_sampled"].count = len(order) - len(kept) - num_near
+        tag = _tagged if settings.tag_language else lambda query: query
+        return [tag(found[index]) for index in sorted(kept)]
 
-    def _refuse(self, line: Malformed) -> None:
-        self.drops.add("malformed", line.where, line.text, line.reason)
-        if self.drops.by_reason["malformed"].count > self._settings.max_bad:
-            quote = self.drops.quote(line.text)
-            reason = self.drops.quote(line.reason, REASON_CHARS)
-            raise ValueError(
-                f"more than max_bad={self._settings.max_bad} malformed lines; the last is "
-                f"{line.where}: {reason}: {quote!r}; mend the file, name its --format or --column, "
-                "or raise --max-bad"
-            )
+    def reasons(self) -> str:
+        """Say how many were dropped and why, with the first one."""
+        why = {reason: drop for reason, drop in self.dropped.items() if drop.count}
+        counts = ", ".join(f"{drop.count} {reason}" for reason, drop in why.items())
+        first = next((example for drop in why.values() for example in drop.examples), None)
+        shown = f"; the first: {first.where}: {first.why} {first.quote!r}" if first else ""
+        return f"{counts or 'no records'}{shown}"
 
     def _take(self, record: Record, source_name: str) -> None:
-        settings, asked = self._settings, list[RawQuery]()
+        settings, where, asked = self._settings, _whole(record.where), list[Query]()
+        fault = record.fault
         try:
-            for each in find_queries(_column(record.value, settings.column), settings.turns):
-                asked.append(each)
+            if not fault:
+                for each in find_queries(_column(record.value, settings.column), settings.turns):
+                    asked.append(each)
         except NoQueryError as error:  # the turns before it stand
-            self.drops.add(error.reason, record.where, _shown(record.value))
+            self._drop(error.reason, where, record.value)
         except (ValueError, RecursionError) as error:
-            self._refuse(Malformed(record.where, _shown(record.value), str(error)))
+            fault = str(error)
+        if fault:
+            self._drop("malformed", where, record.value, fault)
             return
-        where = whole_characters(record.where)
         mask = self.masker.mask if settings.mask else str
 
         @cache  # the queries of a conversation repeat each other's turns
         def text(given: str) -> str:
-            return mask(whole_characters(given))
+            return mask(_whole(given))
 
         @cache
         def turn(role: str, content: str) -> Message:
             return {"role": role, "content": text(content)}
 
-        domain = whole_characters(_domain(record.value, settings, source_name))
-        if settings.domain is None:  # a record's own may be a customer's address
-            domain = text(domain)
+        domain = settings.domain
+        if domain is None:  # a record's own may be a customer's address
+            given = record.value if isinstance(record.value, dict) else {}
+            own = given.get(settings.domain_field)
+            domain = text(source_name if own is None else str(own))
         for each in asked:
-            if self._fits(each, where):
+            texts = [message["content"] for message in each.messages] or [each.text]
+            length = sum(map(len, texts))
+            if len(texts[-1].strip()) < settings.min_chars:
+                self._drop("too_short", where, texts[-1])
+            elif length > settings.max_chars:
+                self._drop("too_long", where, texts[-1], f"{length} characters")
+            else:
                 messages = tuple(turn(m["role"], m["content"]) for m in each.messages)
                 answer = None if each.answer is None else text(each.answer)
-                self._add(RawQuery(messages, text(each.text), answer), domain, where)
+                self._add(Query("", messages, text(each.text), answer, _whole(domain), "", where))
 
-    def _fits(self, asked: RawQuery, where: str) -> bool:
-        texts = [turn["content"] for turn in asked.messages] or [asked.text]
-        length = sum(map(len, texts))
-        if len(texts[-1].strip()) < self._settings.min_chars:
-            self.drops.add("too_short", where, texts[-1])
-        elif length > self._settings.max_chars:
-            self.drops.add("too_long", where, texts[-1], f"{length} characters")
-        else:
-            return True
-        return False
-
-    def _add(self, asked: RawQuery, domain: str, where: str) -> None:
-        name = query_id(asked.messages, asked.text)
-        conversation = conversation_id(asked.messages, asked.text)
-        query = Query(
-            name, asked.messages, asked.text, asked.answer, domain, "", where, conversation
-        )
+    def _add(self, query: Query) -> None:
+        name = query_id(query.messages, query.text)
         if name in self._seen:
-            self.drops.add("duplicate", where, query.last_turn)
-        else:
-            self._seen.add(name)
-            self._found.append(query)
+            self._drop("duplicate", query.source, query.last_turn)
+            return
+        self._seen.add(name)
+        conversation = conversation_id(query.messages, query.text)
+        self._found.append(replace(query, id=name, conversation=conversation))
+
+    def _drop(self, reason: str, where: str, value: Any, why: str = "") -> None:
+        """Count a record that is dropped, and keep it if it is among the first."""
+        drop = self.dropped[reason]
+        drop.count += 1
+        is_last = reason == "malformed" and drop.count > self._settings.max_bad
+        if len(drop.examples) == _NUM_EXAMPLES and not is_last:
+            return
+        is_text = isinstance(value, str)
+        quote = value if is_text else json.dumps(value, ensure_ascii=False, default=str)
+        quote, why = self._quote(quote, _QUOTE_CHARS), self._quote(why, _REASON_CHARS)
+        if is_last:
+            raise ValueError(
+                f"more than max_bad={self._settings.max_bad} malformed lines; the last is "
+                f"{where}: {why}: {quote!r}; mend the file, name its --format or --column, or "
+                "raise --max-bad"
+            )
+        drop.examples.append(Example(where=where, quote=quote, why=why))
+
+    def _quote(self, text: str, max_chars: int) -> str:
+        """Quote the beginning of a text, or of a reason that may quote it, masked, on one line."""
+        shown = " ".join(self._quoter.mask(_whole(text[:_READ_CHARS])).split())
+        return shown if len(shown) <= max_chars else f"{shown[: max_chars - 1]}…"
+
+
+def _whole(text: str) -> str:
+    """Replace halves of characters, which logs that cut it hold and no file takes."""
+    return text.encode(errors="replace").decode()
 
 
 def _column(value: Any, column: str | None) -> Any:
@@ -297,12 +365,48 @@ def _column(value: Any, column: str | None) -> Any:
     return value[column]
 
 
-def _domain(record: Any, settings: CollectSettings, source_name: str) -> str:
-    if settings.domain is not None:
-        return settings.domain
-    given = record.get(settings.domain_field) if isinstance(record, dict) else None
-    return source_name if given is None else str(given)
+def _tagged(query: Query) -> Query:
+    """Add the language of the last turn, where this is long enough to tell."""
+    import py3langid
+
+    is_told = sum(map(str.isalpha, query.last_turn)) >= _TOLD_LETTERS
+    return replace(query, language=py3langid.classify(query.last_turn)[0] if is_told else "")
 
 
-def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+def _warnings(splits: dict[str, list[Query]], settings: CollectSettings) -> list[str]:
+    """List what a user should read before training on the queries."""
+    warnings = []
+    total = sum(map(len, splits.values()))
+    if settings.num is not None and total < settings.num:
+        warnings.append(f"{total} queries were there, fewer than num={settings.num}")
+    if settings.held_out:
+        domains = [{query.domain for query in splits[split]} for split in SPLITS]
+        for domain in sorted(domains[0] - domains[1]):
+            warnings.append(f"no query of domain {domain!r} is held out; collect more of it")
+    starts = Counter(query.conversation for found in splits.values() for query in found)
+    largest = starts.most_common(1)[0][1]
+    if total > 1 and largest > _LOPSIDED_SHARE * total:
+        warnings.append(
+            f"{largest} of {total} queries begin with the same user turn and are all in one "
+            "split; move fixed examples into the system message to have them split"
+        )
+    return warnings
+
+
+def _card(report: CollectReport) -> bytes:
+    """Make a README.md with a header as the hub reads it."""
+    total, told = report.kept.train + report.kept.held_out, report.languages
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    # Text that neither ends the cell nor is taken for a tag.
+    environment.filters["cell"] = lambda v: str(v).replace("|", "\\|").replace("<", "&lt;")
+    text = environment.from_string(_CARD.read_text("utf-8")).render(
+        r=report,
+        # The others are mostly guessed wrong.
+        languages=sorted(n for n, count in told.items() if 100 * count >= sum(told.values())),
+        size=next((name for n, name in enumerate(_SIZES, 3) if total < 10**n), "n>10M"),
+        reasons=REASONS,
+        masked=[f"`{mask}` {count} times" for mask, count in report.masked.items() if count],
+        told=[f"{name} {count}" for name, count in told.items()],
+        settings=[f"{name}={value}" for name, value in report.settings if value is not None],
+    )
+    return text.encode(errors="replace")

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from specdec.common.hub import find_checkpoint
-from specdec.common.messages import Message
-from specdec.data.conversation import Query
+from specdec.common.messages import Message, Query
 from specdec.demo import demo_path
 from specdec.targets.load import load_tokenizer
 

@@ -28,7 +28,6 @@ from specdec.data.answers import (
     read_rows,
 )
 from specdec.data.config import FeatureOptions
-from specdec.data.conversation import SPLITS
 from specdec.data.feature_format import (
     INDEX,
     Counts,
@@ -46,6 +45,7 @@ from specdec.data.feature_format import (
     row_name,
 )
 from specdec.data.feature_store import file_hash
+from specdec.data.queries import SPLITS
 from specdec.targets.hf import HFTarget
 from specdec.targets.partial import TargetEnds
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from specdec.checkpoints.identity import TARGET, check_resumed, hash_of_vocabulary
 from specdec.common.files import Journal
+from specdec.common.messages import Query
 from specdec.data.answers import (
     JOURNAL,
     AllCounts,
@@ -24,7 +25,6 @@ from specdec.data.answers import (
     write_answers,
     write_failed,
 )
-from specdec.data.conversation import SPLITS, Query
 from specdec.data.dialogue import (
     Answer,
     Chat,
@@ -34,6 +34,7 @@ from specdec.data.dialogue import (
     Session,
     plan_dialogues,
 )
+from specdec.data.queries import SPLITS
 
 
 class Answerer(Protocol):

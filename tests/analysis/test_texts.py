@@ -57,8 +57,8 @@ def test_pieces_of_a_long_text_leave_a_prompt(target, tmp_path):
     ("name", "content", "message"),
     [
         ("a.txt", "x", "holds no text of at least one token behind a prompt"),
-        ("a.jsonl", row("a", "b") + "\n{nonsense", "line 2 is not JSON"),
-        ("a.jsonl", "5", "line 1 is '5' but must be an object"),
+        ("a.jsonl", row("a", "b") + "\n{nonsense", ":2: not JSON"),
+        ("a.jsonl", "5", ":1: 5 is no object"),
         ("a.jsonl", '{"prompt": "a"}', 'row 1: a row must be an object with "prompt" and "answer"'),
         ("a.jsonl", row([{"role": "user", "content": "a"}], "b"), 'row 1: .*"answer", both text'),
         ("a.jsonl", row("a", None), 'row 1: .*"answer", both text'),

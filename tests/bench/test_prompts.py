@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from specdec.bench.prompts import SOURCES, load_prompts
-from specdec.data.conversation import Query, write_queries
+from specdec.common.messages import Query
+from specdec.data.queries import write_queries
 
 
 def user(text):
@@ -104,7 +105,7 @@ def test_silent_hub_is_named_with_the_fix(no_folder, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"openai/gsm8k could not be read.*ConnectionErr"):
         load_prompts("gsm8k", 1)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(FileNotFoundError, match=r"needs the package datasets.*specdec\[train\]"):
+    with pytest.raises(FileNotFoundError, match=r"needs datasets.*specdec\[collect\]"):
         load_prompts("gsm8k", 1)
 
 
@@ -112,14 +113,14 @@ def test_silent_hub_is_named_with_the_fix(no_folder, monkeypatch):
     ("source", "reason"),
     [
         ("sgd", "loading script"),
-        ("taskmaster4", "not on the hub"),
-        ("spec_bench", "not on the hub"),
-        ("held_out", "could not be read from the hub"),
+        ("taskmaster4", "nor on the hub"),
+        ("spec_bench", "nor on the hub"),
+        ("held_out", "could not be read"),
     ],
 )
 def test_missing_source_says_where_it_comes_from(no_folder, monkeypatch, source, reason):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=None))
-    with pytest.raises(FileNotFoundError, match=f"{reason}.*SPECDEC_DATA_DIR or prompts.data_dir"):
+    with pytest.raises(FileNotFoundError, match=f"{reason}.*SPECDEC_DATA_DIR, or prompts.data_dir"):
         load_prompts(source, 1)
 
 
@@ -131,7 +132,7 @@ def test_unknown_source_lists_the_known_ones(tmp_path):
 
 def test_records_of_another_source_are_refused(data):
     write_lines(data / "gsm8k/test.jsonl", [{"instruction": "x"}])
-    with pytest.raises(ValueError, match=r"gsm8k/test.jsonl .*original's records.*question"):
+    with pytest.raises(ValueError, match=r"gsm8k/test.jsonl:1 is no record of gsm8k.*question"):
         load_prompts("gsm8k", 1, str(data))
 
 
@@ -176,16 +177,24 @@ def test_text_file_holds_a_prompt_a_line(tmp_path):
         ("a.jsonl", b"", "holds no prompts"),
         ("a.json", b"[]", "holds no prompts"),
         ("a.jsonl", b'{"prompt": "x"}\n{"prompt": ""}\n', "prompt '1' is empty"),
-        ("a.jsonl", b'{"messages": []}\n', "record 0 .*no user turn"),
-        ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', "record 0 .*'content' is missing"),
-        ("a.jsonl", b'{"prompt": 3}\n', "record 0 .*content 3 but both must be text"),
-        ("a.jsonl", b'{"promt": "x"}\n', "record 0 .*'promt'.* but needs messages"),
-        ("a.jsonl", b'{"prompt": "x"}\n{"prom', "line 2 is not JSON .*end in .txt"),
-        ("a.jsonl", b"[1]\n", "line 1 .*must be an object"),
-        ("a.json", b'{"prompt": "x"}', "holds one dict but must hold a list"),
-        ("a.json", b"[3]", "record 0 is no prompt"),
+        ("a.jsonl", b'{"messages": []}\n', ":1 is no prompt: .*no_user_turn"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user"}]}\n',
+            ":1 is no prompt: its content",
+        ),
+        ("a.jsonl", b'{"prompt": 3}\n', ":1 is no prompt: its question is int but must be text"),
+        (
+            "a.jsonl",
+            b'{"promt": "x", "x": 1}\n',
+            "its keys are .'promt', .* must be messages",
+        ),
+        ("a.jsonl", b'{"prompt": "x"}\n{"prom', ":2: not JSON"),
+        ("a.jsonl", b"[1]\n", "#1 is no prompt: a record must be an object"),
+        ("a.json", b'{\n"prompt": "x"}', "one object over many lines.*give a list"),
+        ("a.json", b"[3]", "#1 is no prompt"),
         ("a.json", b"{", "is not JSON"),
-        ("a.txt", b"\xff\xfe\xfa", "not UTF-8"),
+        ("a.txt", b"\xfa\xff", ":1: not UTF-8"),
         ("a.jsonl.gz", b"not gzip", "damaged"),
     ],
 )

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from specdec.cli import app
 from specdec.common.config import read_model
-from specdec.data.collect import collect
-from specdec.data.collection import CollectReport
+from specdec.common.messages import read_queries
+from specdec.data.collect import CollectReport, collect
 from specdec.data.config import CollectSettings
-from specdec.data.conversation import SPLITS, read_queries
+from specdec.data.queries import SPLITS
 
 DISHES = ("pasta", "sushi", "borscht", "mole", "couscous", "pho", "paella", "ramen", "goulash")
 ASKS = ("How long do I cook {}?", "Which wine goes with {}?", "Where was {} invented, and by whom?")

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
+from specdec.common.messages import Query
 from specdec.data.cleaning import NearDuplicates, conversation_id, query_id, sample_rank, split_of
-from specdec.data.conversation import Query
 
 QUESTION = (
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in "

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec.data.conversation import NoQueryError, find_queries
-from specdec.data.sources import FileRecords, Malformed, form_of
+from specdec.common.messages import NoQueryError, find_queries
+from specdec.common.records import RecordFile, form_of
 
 
 def user(text):
@@ -213,10 +213,10 @@ def written(path, form):
     [("jsonl", 7), ("csv", 7), ("parquet", 7), ("json", 1), ("json", 7), ("json", 1 << 20)],
 )
 def test_every_format_gives_the_same_records(tmp_path, form, chunk, monkeypatch):
-    monkeypatch.setattr("specdec.data.sources._CHUNK_CHARS", chunk)
+    monkeypatch.setattr("specdec.common.records._CHUNK_CHARS", chunk)
     path = tmp_path / f"rows.{form}"
     written(path, form)
-    records = FileRecords(path)
+    records = RecordFile(path)
     assert [record.value for record in records] == ROWS
     assert records.done == records.size
 
@@ -224,13 +224,13 @@ def test_every_format_gives_the_same_records(tmp_path, form, chunk, monkeypatch)
 def test_malformed_lines_are_told_with_their_place(tmp_path):
     lines = tmp_path / "a.jsonl"
     lines.write_bytes(b'{"text": "a"}\n{"text": \n\xff\xfe\n{"text": "b"}\n{"te')
-    found = list(FileRecords(lines))
-    assert [type(each) is Malformed for each in found] == [False, True, True, False, True]
+    found = list(RecordFile(lines))
+    assert [bool(each.fault) for each in found] == [False, True, True, False, True]
     assert [each.where.rpartition(":")[2] for each in found] == ["1", "2", "3", "4", "5"]
     table = tmp_path / "a.csv"
     table.write_bytes(b'text,b\nx,1\nonly one\n"a"b,1\n\xff,1\ny,2\n')
-    found = list(FileRecords(table))
-    assert [type(each) is Malformed for each in found] == [False, True, True, True, False]
+    found = list(RecordFile(table))
+    assert [bool(each.fault) for each in found] == [False, True, True, True, False]
     assert [each.where.rpartition(":")[2] for each in found] == ["2", "3", "4", "5", "6"]
 
 
@@ -238,12 +238,12 @@ def test_broken_off_files_give_what_they_have(tmp_path):
     path = tmp_path / "a.json"
     for rest in ('{"text": "b"', '{"text": "b"}, ', "", "oops]"):
         path.write_text('[{"text": "a"}, ' + rest)
-        first, *_, last = FileRecords(path)
+        first, *_, last = RecordFile(path)
         assert first.value == {"text": "a"}
-        assert "breaks off" in last.reason
+        assert "breaks off" in last.fault
     zipped = tmp_path / "a.jsonl.gz"
     content = gzip.compress(b"".join(b'{"text": "%d"}\n' % n for n in range(50_000)))
     zipped.write_bytes(content[: len(content) // 2])
-    *some, last = FileRecords(zipped)
+    *some, last = RecordFile(zipped)
     assert 0 < len(some) < 50_000
-    assert "damaged" in last.reason
+    assert "damaged" in last.fault

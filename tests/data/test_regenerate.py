@@ -10,8 +10,8 @@ from tiny_chat import END, chatty_target
 from specdec import SamplingConfig, generate_baseline, load_drafter
 from specdec.checkpoints import identify_target
 from specdec.common.config import validated
+from specdec.common.messages import Query
 from specdec.data.answers import AnswerSettings, check_answers_target, load_answers
-from specdec.data.conversation import Query
 from specdec.data.dialogue import plan_dialogues
 from specdec.data.local_answers import LocalAnswers
 from specdec.data.regenerate import regenerate as regenerate_with

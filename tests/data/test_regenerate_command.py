@@ -8,7 +8,8 @@ from tiny_chat import END, chatty_model, letter_tokenizer
 from typer.testing import CliRunner
 
 from specdec.cli import app
-from specdec.data.conversation import Query, write_queries
+from specdec.common.messages import Query
+from specdec.data.queries import write_queries
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ LOCAL, SERVER = ["--target", "demo"], ["--endpoint", "http://h/v1"]
         ("", [*LOCAL, "--turns", "first"], "turns is 'first'"),
         ("", [*LOCAL, "--temperature", "-1"], "temperature is -1.0"),
         ("", LOCAL, "holds no queries"),
-        ("{", LOCAL, "line 1 is not JSON"),
+        ("{", LOCAL, ":1: not JSON"),
         ('{"id": "a"}', LOCAL, 'needs either "messages" or "text"'),
         ('{"text": 5}', LOCAL, "text is 5"),
         ('{"messages": [{"role": "user"}]}', LOCAL, "messages.0.content is missing"),

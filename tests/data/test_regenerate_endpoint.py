@@ -9,9 +9,9 @@ from fake_endpoint import FakeEndpoint, letters
 from tenacity import RetryCallState
 from tiny_chat import END, TEMPLATE, letter_tokenizer
 
+from specdec.common.messages import Query
 from specdec.data import endpoint as endpoint_module
 from specdec.data.answers import AnswerSettings, load_answers
-from specdec.data.conversation import Query
 from specdec.data.dialogue import Chat, EndpointDownError
 from specdec.data.endpoint import Endpoint, EndpointAnswers
 from specdec.data.regenerate import regenerate

@@ -13,7 +13,7 @@ import pytest
 from fake_upstream import PATIENCE_S, answer, chat, delta, event, json_answer, streaming
 from starlette.responses import Response, StreamingResponse
 
-from specdec.data.conversation import NoQueryError, find_queries
+from specdec.common.messages import NoQueryError, find_queries
 from specdec.data.sources import open_source
 from specdec.proxy.records import Record
 
