@@ -15,7 +15,7 @@ MODELS = {
     "answers": "specdec.data.answers:AnswersManifest",
     "collect": "specdec.data.collect:CollectReport",
     "estimate": "specdec.planning.roofline:Estimate",
-    "features": "specdec.data.feature_format:FeatureIndex",
+    "features": "specdec.data.feature_store:FeatureIndex",
     "plan": "specdec.planning.results:Plan",
     "recording": "specdec.proxy.records:Record",
     "report": "specdec.report.document:Report",

@@ -18,7 +18,7 @@ from scipy.stats import bootstrap
 from specdec import load_target
 from specdec.checkpoints import identify_target
 from specdec.common.provenance import machine
-from specdec.data.answers import AnswerRow, check_answers_target, load_answers
+from specdec.data.answers import AnswerRow, check_answers_target, load_answers, read_rows
 from specdec.drafters.training import shifted
 from specdec.registry import strategy
 from specdec.train.acceptance import drafted_places, sum_of_overlaps
@@ -70,9 +70,8 @@ def main(
     torch.set_num_threads(1)
     target = load_target("demo", device="cpu")
     identity = identify_target(target)
-    folder = load_answers(answers)
-    check_answers_target(folder.manifest, identity)
-    rows = [row.cut(512) for row in folder.rows("held_out", target.vocab_size)]
+    check_answers_target(load_answers(answers), identity)
+    rows = [row.cut(512) for row in read_rows(answers / "held_out.jsonl", target.vocab_size)]
     rows = [row for row in rows if row.num_answer_tokens > 1][:num]
     results = {}
     for given in drafters:

@@ -8,27 +8,27 @@ random one; the held-out rows are the same in all.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import typer
 
-from specdec.data.answers import AnswerLine, load_answers, write_answers
+from specdec.data.answers import load_answers, write_answers
 
 
-def read(path: Path) -> list[AnswerLine]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [AnswerLine(**{"retokenized": None, **row}) for row in rows]
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def main(folder: Path, sizes: list[int]) -> None:
     answers = load_answers(folder)
-    training = sorted(read(answers.path("train")), key=lambda row: row.id)
-    held_out = read(answers.path("held_out"))
+    training = sorted(read(folder / "train.jsonl"), key=lambda row: row["id"])
+    held_out = read(folder / "held_out.jsonl")
     for size in sizes:
         if size > len(training):
             raise typer.BadParameter(f"{size} rows are asked for but {folder} has {len(training)}")
         out = folder.with_name(f"{folder.name}-{size}")
         out.mkdir(parents=True, exist_ok=True)
-        manifest = answers.manifest.model_copy(deep=True)
+        manifest = answers.model_copy(deep=True)
         manifest.counts.train.rows = size
         manifest.identity["first_rows_by_id"] = size
         write_answers(out, {"train": training[:size], "held_out": held_out}, [], manifest)

@@ -115,10 +115,10 @@ def _from_folder(path: Path, target: Target, num: int, max_new_tokens: int) -> I
         raise FileNotFoundError(
             f"--text {str(path)!r} holds no {MANIFEST}; give a folder that specdec regenerate wrote"
         )
-    answers = load_answers(path)
-    check_answers_target(answers.manifest, identify_target(target))
-    split = "held_out" if answers.num_rows("held_out") else "train"
-    return _from_rows(answers.rows(split, target.vocab_size, num), target, max_new_tokens)
+    manifest = load_answers(path)
+    check_answers_target(manifest, identify_target(target))
+    file = path / ("held_out.jsonl" if manifest.counts.held_out.rows else "train.jsonl")
+    return _from_rows(read_rows(file, target.vocab_size, num), target, max_new_tokens)
 
 
 def _from_lines(path: Path, target: Target, num: int, max_new_tokens: int) -> Iterator[Text]:

@@ -52,9 +52,9 @@ def features(
     quiet_transformers()
     if dry_run:
         plan = FeaturePlan(answers, load_ends(target, dtype=target_dtype, device=device), options)
-        per_token, free = plan.num_bytes / plan.total.tokens, free_bytes(out or Path())
+        per_token, free = plan.num_bytes / plan.num_tokens, free_bytes(out or Path())
         size = {"bytes_per_token": round(per_token, 2), "bytes": plan.num_bytes, "free_bytes": free}
-        typer.echo(json.dumps({**size, "tokens": plan.total.tokens}))
+        typer.echo(json.dumps({**size, "tokens": plan.num_tokens}))
         return
     assert out is not None
     with locked(out):

@@ -53,9 +53,8 @@ def regenerate(
     from specdec.common.config import validated
     from specdec.data.answers import AnswerSettings
     from specdec.data.dialogue import load_chat
-    from specdec.data.local_answers import LocalAnswers
     from specdec.data.queries import read_query_splits
-    from specdec.data.regenerate import Answerer
+    from specdec.data.regenerate import Answerer, LocalAnswers
     from specdec.data.regenerate import regenerate as answer
     from specdec.registry import load_drafter
     from specdec.targets.load import load_target
@@ -79,7 +78,7 @@ def regenerate(
             key = os.environ.get(api_key_variable, "")
             server = Endpoint(endpoint, str(model), key, attempts, timeout, concurrency)
             chat = load_chat(str(tokenizer or target))
-            answers = EndpointAnswers(server, chat, settings, api, concurrency)
+            answers = EndpointAnswers(server, chat, settings, api)
         manifest = answer(found, out, answers, show)
     counts = manifest.counts
     failed = counts.train.failed + counts.held_out.failed

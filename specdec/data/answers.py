@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, JsonValue, model_validator
 from specdec.checkpoints import TargetIdentity
 from specdec.checkpoints.identity import differences
 from specdec.common.config import Config, read_model, validated
-from specdec.common.files import parse_json, replace_file, replace_files
+from specdec.common.files import parse_json, replace_files
 from specdec.common.provenance import CodeProvenance, MachineProvenance
 from specdec.sampling.config import SamplingConfig
 
@@ -41,19 +41,19 @@ class AnswerRow:
         return replace(self, tokens=self.tokens[:max_len], answers=tuple(spans))
 
 
-class _GivenLine(Config):
+class _Line(Config):
     """A line as far as it is read; its other keys may hold anything."""
 
     model_config = ConfigDict(extra="ignore")
 
     tokens: list[int]
     answers: list[Annotated[list[int], Field(min_length=2, max_length=2)]] = Field(min_length=1)
-    id: JsonValue = None
-    domain: JsonValue = ""
+    id: Any = None
+    domain: Any = ""
     temperature: float | None = None
 
     @model_validator(mode="after")
-    def _check_spans(self) -> "_GivenLine":
+    def _check_spans(self) -> "_Line":
         before = 0
         for start, end in self.answers:
             if not before <= start < end <= len(self.tokens):
@@ -74,26 +74,17 @@ def read_rows(path: Path, vocab_size: int, max_rows: int | None = None) -> Itera
             if max_rows is not None and number > max_rows:
                 return
             try:
-                line = validated(_GivenLine, parse_json(text), noun="row")
-                _check_vocabulary(line.tokens, vocab_size)
+                line = validated(_Line, parse_json(text), noun="row")
+                if wrong := [token for token in line.tokens if not 0 <= token < vocab_size]:
+                    raise ValueError(
+                        f"token id {wrong[0]} is outside the target's vocabulary of {vocab_size}; "
+                        "the answers must be written with the target's own tokenizer"
+                    )
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
-            yield AnswerRow(
-                tuple(line.tokens),
-                tuple((start, end) for start, end in line.answers),
-                f"line {number}" if line.id is None else str(line.id),
-                str(line.domain),
-                line.temperature,
-            )
-
-
-def _check_vocabulary(tokens: list[int], vocab_size: int) -> None:
-    wrong = next((token for token in tokens if not 0 <= token < vocab_size), None)
-    if wrong is not None:
-        raise ValueError(
-            f"token id {wrong} is outside the target's vocabulary of {vocab_size}; the answers "
-            "must be written with the target's own tokenizer"
-        )
+            name = f"line {number}" if line.id is None else str(line.id)
+            spans = tuple((start, end) for start, end in line.answers)
+            yield AnswerRow(tuple(line.tokens), spans, name, str(line.domain), line.temperature)
 
 
 class AnswerSettings(Config):
@@ -123,16 +114,6 @@ class AskedEndpoint(Config):
     url: str
     model: str
     api: Literal["chat", "completion"]
-
-
-@dataclass(frozen=True)
-class AnswererFacts:
-    """Facts of who answers."""
-
-    target: TargetIdentity
-    endpoint: AskedEndpoint | None
-    identity: dict[str, Any]
-    provenance: CodeProvenance
 
 
 class SplitCounts(Config):
@@ -182,53 +163,29 @@ class AnswersManifest(Config):
     provenance: MachineProvenance | CodeProvenance
 
 
-@dataclass(frozen=True)
-class AnswersFolder:
-    """A finished folder of `specdec regenerate`."""
-
-    folder: Path
-    manifest: AnswersManifest
-
-    def path(self, split: str) -> Path:
-        """The JSONL file of a split, "train" or "held_out"."""
-        return self.folder / f"{split}.jsonl"
-
-    def num_rows(self, split: str) -> int:
-        """Number of rows of a split."""
-        counts: SplitCounts = getattr(self.manifest.counts, split)
-        return counts.rows
-
-    def rows(self, split: str, vocab_size: int, max_rows: int | None = None) -> Iterator[AnswerRow]:
-        """Read the rows of a split; arguments as in `read_rows`."""
-        return read_rows(self.path(split), vocab_size, max_rows)
-
-
-def load_answers(folder: Path) -> AnswersFolder:
-    """Open a folder that `specdec regenerate` has finished."""
+def load_answers(folder: Path) -> AnswersManifest:
+    """Read the manifest of a folder that `specdec regenerate` has finished, and count its rows."""
     if not (folder / MANIFEST).is_file():
         unfinished = (folder / JOURNAL).is_file()
         fix = "give the command that made it again, to finish it" if unfinished else "give one"
         raise FileNotFoundError(f"{str(folder)!r} holds no finished answers ({MANIFEST}); {fix}")
-    answers = AnswersFolder(folder, read_model(AnswersManifest, folder / MANIFEST))
-    for split in AllCounts.model_fields:
-        path, count = answers.path(split), answers.num_rows(split)
+    manifest = read_model(AnswersManifest, folder / MANIFEST)
+    for split, counts in manifest.counts:
+        path = folder / f"{split}.jsonl"
         if not path.is_file():
             raise FileNotFoundError(f"{str(path)!r} is missing; copy the folder again")
         with path.open("rb") as lines:
             found = sum(1 for _ in lines)
-        if found != count:
+        if found != counts.rows:
             raise ValueError(
-                f"{str(path)!r} has {found} rows but {MANIFEST} counts {count}; give the command "
-                "that made it again"
+                f"{str(path)!r} has {found} rows but {MANIFEST} counts {counts.rows}; give the "
+                "command that made it again"
             )
-    return answers
+    return manifest
 
 
 def check_answers_target(manifest: AnswersManifest, identity: TargetIdentity) -> None:
-    """Refuse answers that another target wrote.
-
-    What the manifest or the target does not know is not compared, nor are names.
-    """
+    """Refuse answers that another target wrote; what either does not know is not compared."""
     known = manifest.target
     for fact, wrote, given in differences(known, identity, MANIFEST, "specdec regenerate"):
         raise ValueError(
@@ -238,51 +195,21 @@ def check_answers_target(manifest: AnswersManifest, identity: TargetIdentity) ->
         )
 
 
-@dataclass(frozen=True)
-class AnswerLine:
-    """A line of `train.jsonl` or `held_out.jsonl`."""
-
-    id: str
-    domain: str
-    language: str
-    tokens: list[int]
-    answers: list[list[int]]
-    temperature: float
-    seed: int
-    finish_reason: str  # "eos", "length", or why later turns have no answer
-    text: str
-    retokenized: bool | None  # tokens were made from a server's text; left out if not
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A line of `failed.jsonl`: a query without an answer."""
-
-    id: str
-    split: str
-    domain: str
-    reason: str
-
-
 def write_answers(
     folder: Path,
-    rows: Mapping[str, Iterable[AnswerLine]],
-    failed: Iterable[Failure],
-    manifest: AnswersManifest,
+    rows: Mapping[str, Iterable[Mapping[str, Any]]],
+    failed: Iterable[Mapping[str, Any]],
+    manifest: AnswersManifest | None,
 ) -> None:
     """Replace all files of a folder; the manifest goes first and comes last."""
-    text = manifest.model_dump_json(by_alias=True, indent=1) + "\n"
     files = {f"{split}.jsonl": _lines(each) for split, each in rows.items()}
-    files |= {FAILED: _lines(failed), MANIFEST: iter([text.encode()])}
+    files[FAILED] = _lines(failed)
+    if manifest:
+        text = manifest.model_dump_json(by_alias=True, indent=1) + "\n"
+        files[MANIFEST] = iter([text.encode()])
     replace_files(folder, files, private=True)
 
 
-def write_failed(folder: Path, failed: Iterable[Failure]) -> None:
-    """Replace the list of failures alone, where a run ends before its time."""
-    replace_file(folder / FAILED, b"".join(_lines(failed)), private=True)
-
-
-def _lines(rows: Iterable[AnswerLine | Failure]) -> Iterator[bytes]:
+def _lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
     for row in rows:
-        content = {name: value for name, value in vars(row).items() if value is not None}
-        yield json.dumps(content).encode() + b"\n"
+        yield json.dumps(row).encode() + b"\n"

@@ -20,8 +20,9 @@ from specdec.common.config import validated
 from specdec.common.files import Journal
 from specdec.common.messages import Message
 from specdec.common.provenance import CodeProvenance, code
-from specdec.data.answers import AnswererFacts, AnswerSettings, AskedEndpoint
-from specdec.data.dialogue import Answer, Chat, Dialogue, EndpointDownError, Session
+from specdec.data.answers import AnswerSettings, AskedEndpoint
+from specdec.data.dialogue import Answer, Chat, Dialogue
+from specdec.data.regenerate import EndpointDownError, Session
 
 # Of the client errors these pass by themselves: a timeout, a conflict, too many requests.
 _PASSING = (408, 409, 429)
@@ -48,13 +49,13 @@ class Unavailable(Exception):  # noqa: N818
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer of a server."""
+    """An answer of a server, with token ids where it gives them."""
 
     text: str
-    finish_reason: str
-    token_ids: list[int] | None = None
-    prompt_token_ids: list[int] | None = None
-    num_tokens: int | None = None
+    has_ended: bool
+    token_ids: list[int] | None
+    prompt_token_ids: list[int] | None
+    num_tokens: int | None
 
 
 class Endpoint:
@@ -73,14 +74,27 @@ class Endpoint:
         timeout_s: float = 600.0,
         concurrency: int = 16,
     ) -> None:
-        if attempts < 1 or timeout_s <= 0:
+        if min(attempts, concurrency) < 1 or timeout_s <= 0:
             raise ValueError(
-                f"attempts is {attempts} and timeout {timeout_s}: give at least one attempt and a "
-                "positive number of seconds"
+                f"attempts is {attempts}, concurrency {concurrency} and timeout {timeout_s}: give "
+                "at least 1 of the first two and a positive number of seconds"
             )
-        self.url, self.model = _checked_url(url), model
-        self._api_key, self._attempts = api_key, attempts
-        self._asks_for_ids = True
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"endpoint is {url!r} but must be a URL, as http://localhost:8000/v1")
+        if parts.username or parts.password or parts.query:
+            raise ValueError(
+                "endpoint holds a user name, a password or a query, which would be written into "
+                "the answers; give the key in an environment variable, see --api-key-variable"
+            )
+        self.url, self.model, self.concurrency = url.rstrip("/"), model, concurrency
+        self._api_key, self._asks_for_ids = api_key, True
+        self._attempts = AsyncRetrying(
+            stop=stop_after_attempt(attempts),
+            wait=_wait_s,
+            retry=retry_if_exception_type(Unavailable),
+            reraise=True,
+        )
         self._client = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, 10.0), pool=None),
@@ -93,13 +107,7 @@ class Endpoint:
 
     async def ask(self, path: str, body: Mapping[str, Any]) -> Reply:
         """Ask once, and again where that can help."""
-        attempts = AsyncRetrying(
-            stop=stop_after_attempt(self._attempts),
-            wait=_wait_s,
-            retry=retry_if_exception_type(Unavailable),
-            reraise=True,
-        )
-        return _reply(await attempts(self._post, path, {"model": self.model, **body}))
+        return await self._attempts.copy()(self._post, path, {"model": self.model, **body})
 
     async def is_alive(self) -> bool:
         """Ask whether the server answers at all."""
@@ -109,44 +117,36 @@ class Endpoint:
             return False
         return reply.status_code < 500
 
-    async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    async def _post(self, path: str, body: dict[str, Any]) -> Reply:
         asked = {**body, "return_token_ids": True} if self._asks_for_ids else body
         try:
             reply = await self._client.post(f"{self.url}/{path}", json=asked)
         except httpx.TransportError as error:
             raise Unavailable(f"{type(error).__name__} {error}".strip()) from error
+        status, text = reply.status_code, " ".join(reply.text.split())[:300]
         if reply.is_success:
-            return _content(reply)
+            try:
+                content = reply.json()
+            except ValueError as error:
+                # A proxy in front of a server that is going down answers with pages like that.
+                raise Unavailable(f"the answer is no JSON: {text!r:.100}") from error
+            if not isinstance(content, dict) or not content.get("choices"):
+                raise Refused(f"the answer holds no choices: {text!r}")
+            return _reply(content)
         if "return_token_ids" in asked and "return_token_ids" in reply.text:
             self._asks_for_ids = False  # a server that takes no field it does not know
             return await self._post(path, body)
-        raise self._error(reply)
-
-    def _error(self, reply: httpx.Response) -> Exception:
-        status, text = reply.status_code, " ".join(reply.text.split())[:300]
         reason = f"HTTP {status}: {text}"
         if self._api_key:
             reason = reason.replace(self._api_key, "***")
         if status in _PASSING or status >= 500:
-            return Unavailable(reason, _retry_after_s(reply))
+            raise Unavailable(reason, _retry_after_s(reply))
         if status in _FATAL:
-            return ValueError(
+            raise ValueError(
                 f"{self.url} refuses model {self.model!r} ({reason}); check --endpoint (up to and "
                 "with /v1), --model and the API key's environment variable"
             )
-        return Refused(reason)
-
-
-def _checked_url(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"endpoint is {url!r} but must be a URL such as http://localhost:8000/v1")
-    if parts.username or parts.password or parts.query:
-        raise ValueError(
-            "endpoint holds a user name, a password or a query, which would be written into the "
-            "answers; give the key in an environment variable, see --api-key-variable"
-        )
-    return url.rstrip("/")
+        raise Refused(reason)
 
 
 def _wait_s(state: RetryCallState) -> float:
@@ -168,17 +168,6 @@ def _retry_after_s(reply: httpx.Response) -> float | None:
     return None
 
 
-def _content(reply: httpx.Response) -> dict[str, Any]:
-    try:
-        content = reply.json()
-    except ValueError as error:
-        # A proxy in front of a server that is going down answers with pages like that.
-        raise Unavailable(f"the answer is no JSON: {reply.text[:100]!r}") from error
-    if not isinstance(content, dict) or not content.get("choices"):
-        raise Refused(f"the answer holds no choices: {reply.text[:300]!r}")
-    return content
-
-
 def _reply(content: dict[str, Any]) -> Reply:
     choice = content["choices"][0]
     message = choice.get("message") or {"content": choice.get("text")}
@@ -193,10 +182,10 @@ def _reply(content: dict[str, Any]) -> Reply:
     text, usage = message.get("content"), content.get("usage") or {}
     return Reply(
         text=text if isinstance(text, str) else "",
-        finish_reason="length" if reason == "length" else "stop",
+        has_ended=reason != "length",
         token_ids=token_ids,
         prompt_token_ids=_ids(content.get("prompt_token_ids") or choice.get("prompt_token_ids")),
-        num_tokens=usage.get("completion_tokens"),
+        num_tokens=len(token_ids) if token_ids else usage.get("completion_tokens"),
     )
 
 
@@ -206,31 +195,21 @@ def _ids(given: Any) -> list[int] | None:
 
 
 class EndpointAnswers:
-    """Answers dialogues through an endpoint."""
+    """Answers dialogues through an endpoint, as many at once as it takes."""
 
     def __init__(
-        self,
-        endpoint: Endpoint,
-        chat: Chat,
-        settings: AnswerSettings,
-        api: str = "chat",
-        concurrency: int = 16,
+        self, endpoint: Endpoint, chat: Chat, settings: AnswerSettings, api: str = "chat"
     ) -> None:
-        if concurrency < 1:
-            raise ValueError(f"concurrency is {concurrency} but must be at least 1")
+        self.chat, self.settings, self.batch_size = chat, settings, endpoint.concurrency
         asked = {"url": endpoint.url, "model": endpoint.model, "api": api}
-        self.asked = validated(AskedEndpoint, asked, noun="endpoint's")
-        self.chat, self.settings, self.batch_size = chat, settings, concurrency
-        self._endpoint = endpoint
+        self.endpoint: AskedEndpoint | None = validated(AskedEndpoint, asked, noun="endpoint's")
+        vocabulary = hash_of_vocabulary(chat.tokenizer)
+        self.target = TargetIdentity(endpoint.model, None, tokenizer=vocabulary)
+        self.facts = {"endpoint": endpoint.url, "model": endpoint.model, "api": api}
+        packages = ("specdec", "transformers", "tokenizers", "httpx")
+        self.provenance = CodeProvenance(**code(packages))
+        self._server = endpoint
         self._unavailable_in_a_row = 0
-
-    def facts(self) -> AnswererFacts:
-        """Say what is known of the server and its target."""
-        asked = self.asked
-        known = TargetIdentity(asked.model, None, tokenizer=hash_of_vocabulary(self.chat.tokenizer))
-        identity = {"endpoint": asked.url, "model": asked.model, "api": asked.api}
-        where = CodeProvenance(**code(("specdec", "transformers", "tokenizers", "httpx")))
-        return AnswererFacts(known, asked, identity, where)
 
     def replay(self, dialogues: Sequence[Dialogue], entries: Iterable[dict[str, Any]]) -> None:
         """Bring the dialogues to where the journal ends."""
@@ -244,18 +223,17 @@ class EndpointAnswers:
     def run(self, dialogues: Sequence[Dialogue], journal: Journal, session: Session) -> None:
         """Answer all that can be answered."""
         waiting = deque(dialogue for dialogue in dialogues if not dialogue.is_done)
-        session.begin(len(dialogues) - len(waiting), len(dialogues))
+        session.begin(dialogues)
+
+        async def answer_all() -> None:
+            async with aclosing(self._server), asyncio.TaskGroup() as workers:
+                for _ in range(min(self.batch_size, len(waiting))):
+                    workers.create_task(self._work(waiting, journal, session))
+
         try:
-            asyncio.run(self._answer_all(waiting, journal, session))
+            asyncio.run(answer_all())
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
-
-    async def _answer_all(
-        self, waiting: deque[Dialogue], journal: Journal, session: Session
-    ) -> None:
-        async with aclosing(self._endpoint), asyncio.TaskGroup() as workers:
-            for _ in range(min(self.batch_size, len(waiting))):
-                workers.create_task(self._work(waiting, journal, session))
 
     async def _work(self, waiting: deque[Dialogue], journal: Journal, session: Session) -> None:
         while waiting:
@@ -273,31 +251,29 @@ class EndpointAnswers:
     async def _check_alive(self, error: Unavailable) -> None:
         """Tell a query that the server cannot answer from a server that is gone."""
         self._unavailable_in_a_row += 1
-        is_alive = await self._endpoint.is_alive()
+        is_alive = await self._server.is_alive()
         if not is_alive or self._unavailable_in_a_row >= max(3, self.batch_size):
             raise EndpointDownError(
-                f"the endpoint {self._endpoint.url} answers no more ({error}); finished answers "
+                f"the endpoint {self._server.url} answers no more ({error}); finished answers "
                 "are kept, and the same command goes on with the others"
             )
 
     async def _answer_turn(self, dialogue: Dialogue, journal: Journal, session: Session) -> None:
         """Ask for the next answer and keep it, unless the dialogue cannot go on."""
-        messages = dialogue.next_messages()
-        prompt = dialogue.next_prompt(self.chat)
+        messages, prompt = dialogue.next_messages(), dialogue.next_prompt(self.chat)
         if not prompt:
-            dialogue.stop("template", "the prompt has no tokens")
             return
-        options = {
+        body: dict[str, Any] = {
             "temperature": dialogue.temperature,
             "top_p": self.settings.top_p,
             "max_tokens": self.settings.max_new_tokens,
             "seed": dialogue.seed % _SEEDS,
         }
-        if self.asked.api == "chat" and messages:
-            reply = await self._endpoint.ask("chat/completions", {"messages": messages, **options})
+        if self.facts["api"] == "chat" and messages:
+            reply = await self._server.ask("chat/completions", {"messages": messages, **body})
             prompt = reply.prompt_token_ids or self.chat.tokens(self.chat.text(messages))
         else:
-            reply = await self._endpoint.ask("completions", {"prompt": prompt, **options})
+            reply = await self._server.ask("completions", {"prompt": prompt, **body})
         self._unavailable_in_a_row = 0
         if prompt[: len(dialogue.written)] != dialogue.written:
             # The template writes earlier answers in another way than the target did.
@@ -313,30 +289,21 @@ class EndpointAnswers:
     def _answer(
         self, dialogue: Dialogue, reply: Reply, prompt: list[int], messages: Sequence[Message]
     ) -> Answer:
-        has_ended, is_retokenized = reply.finish_reason == "stop", reply.token_ids is None
-        tokens = reply.token_ids or self._retokenized(dialogue, reply.text, prompt, messages)
-        if has_ended and not self.chat.is_end(tokens[-1:]):
-            end = self.chat.end_of_turn(messages)
-            tokens, is_retokenized = [*tokens, *([] if end is None else [end])], True
+        chat, tokens, is_retokenized = self.chat, reply.token_ids or [], not reply.token_ids
+        if is_retokenized:
+            # Prompt and answer are read together.
+            before = chat.text(messages) if messages else dialogue.query.text
+            whole = chat.tokens(before + reply.text, special=not messages)
+            if whole[: len(prompt)] != prompt:
+                raise Refused(
+                    "prompt and answer read together do not begin with the tokens of the prompt; "
+                    "use a server that gives token ids, such as vLLM"
+                )
+            tokens = whole[len(prompt) :]
+        if reply.has_ended and not chat.ends.intersection(tokens[-1:]):
+            tokens, is_retokenized = [*tokens, *chat.end_of_turn(messages)], True
         if not tokens:
             raise Refused("the answer is empty")
-        num_tokens = reply.num_tokens if reply.token_ids is None else len(tokens)
-        was_cut = num_tokens is not None and num_tokens < self.settings.max_new_tokens
-        reason = "eos" if has_ended else "context" if was_cut else "length"
+        was_cut = reply.num_tokens is not None and reply.num_tokens < self.settings.max_new_tokens
+        reason = "eos" if reply.has_ended else "context" if was_cut else "length"
         return Answer(prompt, tokens, reason, reply.text, is_retokenized)
-
-    def _retokenized(
-        self, dialogue: Dialogue, text: str, prompt: list[int], messages: Sequence[Message]
-    ) -> list[int]:
-        """Read prompt and answer together; return the tokens behind the prompt."""
-        chat = self.chat
-        if messages:
-            whole = chat.tokens(chat.text(messages) + text)
-        else:
-            whole = chat.raw_tokens(dialogue.query.text + text)
-        if whole[: len(prompt)] != prompt:
-            raise Refused(
-                "prompt and answer read together do not begin with the tokens of the prompt; use "
-                "a server that gives token ids, such as vLLM"
-            )
-        return whole[len(prompt) :]

@@ -1,28 +1,214 @@
-"""Reading a feature store: any row at any time, by as many processes as like to."""
+"""Feature stores: their index and files, and reading any row at any time, in many processes."""
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
+from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from specdec.checkpoints import TargetIdentity
-from specdec.checkpoints.identity import differences, hash_of_ends, identify_target
-from specdec.data.answers import AnswerRow
-from specdec.data.feature_format import (
-    Counts,
-    FeatureIndex,
-    Shard,
-    TopLogits,
-    logit_places,
-    read_index,
-)
+from specdec.checkpoints.identity import TARGET, as_json, differences, hash_of_ends, identify_target
+from specdec.common.config import Config, read_model
+from specdec.common.provenance import MachineProvenance
+from specdec.data.answers import AnswerRow, AnswersManifest
 from specdec.targets.partial import TargetEnds
+
+INDEX = "features.json"
+
+Count = Annotated[int, Field(ge=0)]
+LogitsDtype = Literal["float32", "bfloat16", "float16"]
+
+
+def logit_places(row: AnswerRow) -> list[int]:
+    """List the places whose next token is an answer's: the only ones that logits teach at."""
+    return list(chain.from_iterable(range(max(s, 1) - 1, e - 1) for s, e in row.answers))
+
+
+def row_name(row: AnswerRow) -> bytes:
+    """Name a row by a line of JSON: id, domain and temperature."""
+    return json.dumps([row.id, row.domain, row.temperature]).encode() + b"\n"
+
+
+class FeatureLayout(Config):
+    """The part of a target's view of a text that is kept."""
+
+    taps: tuple[Count, ...] = Field(description="indices into hidden_states, ascending")
+    hidden_size: int = Field(ge=1)
+    vocab_size: int = Field(ge=1)
+    num_layers: int = Field(ge=1)
+    dtype: Literal["bf16", "float32"] = Field(default="bf16", description="of the taps")
+    top_k: Count = Field(default=64, description="logits kept for each place; V keeps all, 0 none")
+    logits_dtype: LogitsDtype = "float32"
+
+    @model_validator(mode="after")
+    def _check_logits(self) -> "FeatureLayout":
+        if self.top_k > self.vocab_size:
+            raise ValueError(
+                f"top_k is {self.top_k} but must be within 0 and the target's vocabulary of "
+                f"{self.vocab_size}"
+            )
+        if not self.top_k and self.num_layers not in self.taps:
+            raise ValueError(
+                f"top_k is 0, and without logits they are computed from tap {self.num_layers}, "
+                f"the state after the target's final norm, which is not among the taps "
+                f"{list(self.taps)}; add it to --taps, or keep logits with --top-k 64"
+            )
+        return self
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Dtype of every tensor of a file."""
+        ids = torch.int16 if self.vocab_size <= 2**15 else torch.int32
+        found = {"tokens": ids, "row_names": torch.uint8}
+        found |= dict.fromkeys(("row_lens", "answer_counts", "answers"), torch.int32)
+        taps = torch.bfloat16 if self.dtype == "bf16" else torch.float32
+        found |= {f"hidden.{tap}": taps for tap in self.taps}
+        if self.top_k:
+            found["top_logits"] = getattr(torch, self.logits_dtype)
+            if self.top_k < self.vocab_size:
+                found |= {"top_ids": ids, "rest": torch.float32}
+        return found
+
+    def num_bytes(self, num_tokens: int, num_places: int) -> int:
+        """Size of so many tokens, of which so many places have logits."""
+        sizes = {name: dtype.itemsize for name, dtype in self.dtypes.items()}
+        token = sizes["tokens"] + sum(sizes[f"hidden.{t}"] for t in self.taps) * self.hidden_size
+        logit = sizes.get("top_logits", 0) + sizes.get("top_ids", 0)
+        return num_tokens * token + num_places * (self.top_k * logit + sizes.get("rest", 0))
+
+    def row_bytes(self, row: AnswerRow) -> int:
+        """Size of a row, its name, spans and counts included."""
+        counts = 4 * (2 + 2 * len(row.answers))
+        size = self.num_bytes(len(row.tokens), len(logit_places(row)))
+        return size + counts + len(row_name(row))
+
+
+@dataclass(frozen=True, eq=False)
+class TopLogits:
+    """Logits of N places.
+
+    With Z = sum(exp(values)) + exp(rest), exp(values) / Z are the exact probabilities of the kept
+    tokens and exp(rest) / Z is that of all others together.
+    """
+
+    values: Tensor
+    ids: Tensor | None
+    rest: Tensor | None
+
+    @classmethod
+    def of(cls, logits: Tensor, top_k: int) -> "TopLogits":
+        """Keep the largest of logits [N, V]."""
+        if top_k == logits.shape[-1]:
+            return cls(logits, None, None)
+        ids = logits.topk(top_k, -1).indices
+        # Of equal logits topk takes any, argmax the first; training compares argmaxes.
+        best = logits.argmax(-1)
+        is_missing = (ids != best.unsqueeze(-1)).all(-1)
+        ids[is_missing, 0] = best[is_missing]
+        # Not Z minus the kept ones: where the rest is small, that difference would be noise.
+        rest = logits.float().scatter(-1, ids, -math.inf).logsumexp(-1)
+        return cls(logits.gather(-1, ids), ids, rest)
+
+    def to(self, device: torch.device) -> "TopLogits":
+        """Copy to another device."""
+        copies = (None if part is None else part.to(device) for part in (self.ids, self.rest))
+        return TopLogits(self.values.to(device), *copies)
+
+    def dense(self, vocab_size: int, dtype: torch.dtype) -> Tensor:
+        """Make logits [N, V]: the kept ones exact, the others all alike, with their exact sum.
+
+        Probabilities of kept tokens, the argmax, and any divergence's share of the kept tokens are
+        thereby exact (up to `dtype`); among the other tokens the target's order is lost.
+        """
+        if self.ids is None or self.rest is None:
+            return self.values.to(dtype)
+        each = self.rest - math.log(vocab_size - self.values.shape[-1])
+        # No other logit was larger than the least kept one; rounding shall not make it so.
+        each = torch.minimum(each, self.values.float().amin(-1)).to(dtype)
+        whole = each.unsqueeze(-1).repeat(1, vocab_size)
+        return whole.scatter_(-1, self.ids, self.values.to(dtype))
+
+
+class Shard(Config):
+    """A finished file of a store."""
+
+    file: str
+    rows: Count
+    tokens: Count
+    answer_tokens: Count = Field(description="tokens that logits are stored for")
+    bytes: Count
+    sha256: str
+
+
+class SplitRecord(Config):
+    """The rows of one split."""
+
+    rows: Count = Field(description="that are stored, or will be")
+    tokens: Count
+    cut: Count = Field(description="rows that were longer than max_len")
+    dropped: Count = Field(description="rows without an answer token within max_len")
+    shards: list[Shard] = Field(default_factory=list, description="finished, in order of the rows")
+
+
+class StoreSettings(Config):
+    """Settings that the layout does not tell; see `FeatureOptions`."""
+
+    max_len: int = Field(ge=1)
+    batch_tokens: int = Field(ge=1)
+    shard_mib: int = Field(ge=1)
+    target_dtype: str
+
+
+class StoreSource(Config):
+    """Where the rows came from: a hash of them, and the manifest of their answers, if any."""
+
+    rows: str
+    answers: AnswersManifest | None
+
+
+class FeatureIndex(Config):
+    """The content of `features.json`."""
+
+    schema_: Literal["specdec.features/1"] = Field(default="specdec.features/1", alias="schema")
+    tap_convention: Literal[
+        "index into Hugging Face hidden_states: 0 embeddings, L after the final norm"
+    ] = "index into Hugging Face hidden_states: 0 embeddings, L after the final norm"
+    layout: FeatureLayout
+    target: TargetIdentity
+    ends: str | None = Field(description="hash of the embedding and vocabulary projection")
+    settings: StoreSettings
+    source: StoreSource
+    splits: dict[str, SplitRecord]
+    is_complete: bool = Field(default=False, description="every row is stored")
+    provenance: MachineProvenance
+
+    @property
+    def shards(self) -> list[Shard]:
+        """Finished files of all splits."""
+        return [shard for split in self.splits.values() for shard in split.shards]
+
+    def identity(self) -> dict[str, Any]:
+        """Collect what must be the same for a run to resume."""
+        same = self.model_dump(include={"layout", "ends", "settings"})
+        return {**same, "rows": self.source.rows, TARGET: as_json(self.target)}
+
+
+def read_index(folder: Path) -> FeatureIndex:
+    """Read the index of a store, finished or not."""
+    if not (folder / INDEX).is_file():
+        raise FileNotFoundError(
+            f"{str(folder)!r} is no feature store, it has no {INDEX}; make one with "
+            "`specdec features`"
+        )
+    return read_model(FeatureIndex, folder / INDEX)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,22 +251,22 @@ class FeatureStore:
             raise ValueError(
                 f"{str(where)!r} is not finished; give the command that began it again, it goes on"
             )
-        for path, shard in store._shards():
+        for shard in store.index.shards:
+            path = where / shard.file
             if not path.is_file():
                 raise FileNotFoundError(
                     f"{str(path)!r} is missing; copy it again, or give the command that made the "
                     "store again: finished files are kept"
                 )
-            size = path.stat().st_size
-            if size != shard.bytes:
+            if (size := path.stat().st_size) != shard.bytes:
                 raise _damaged(path, f"it has {size:,} bytes, not {shard.bytes:,}")
         return store
 
     def verify(self) -> None:
         """Read every file whole and refuse one whose hash differs."""
-        for path, shard in self._shards():
-            if file_hash(path) != shard.sha256:
-                raise _damaged(path, "its content is not what was written")
+        for shard in self.index.shards:
+            if file_hash(self.folder / shard.file) != shard.sha256:
+                raise _damaged(self.folder / shard.file, "its content is not what was written")
 
     def check_target(self, identity: TargetIdentity) -> None:
         """Refuse another target than the one whose features these are."""
@@ -119,32 +305,23 @@ class FeatureStore:
         """Read what is stored of a row, or of its first `max_len` tokens."""
         wanted = self.layout.taps if taps is None else tuple(taps)
         self.check_taps(wanted)
-        entry = self._entry(row_id)
+        entries = (self._read(split).get(row_id) for split in self.splits())
+        entry = next((entry for entry in entries if entry), None)
+        if entry is None:
+            raise KeyError(f"{str(self.folder)!r} has no row {row_id!r}")
         row = entry.row if max_len is None else entry.row.cut(max_len)
-        places = logit_places(row)
+        places, read = logit_places(row), entry.file.get_slice
         tokens = slice(entry.first_token, entry.first_token + len(row.tokens))
         span = slice(entry.first_place, entry.first_place + len(places))
-        return StoredRow(
-            torch.tensor(row.tokens),
-            {tap: entry.file.get_slice(f"hidden.{tap}")[tokens] for tap in wanted},
-            torch.tensor(places, dtype=torch.long),
-            self._logits(entry.file, span),
-        )
-
-    def _logits(self, file: Any, places: slice) -> TopLogits | None:
-        if not self.layout.top_k:
-            return None
-        values = file.get_slice("top_logits")[places]
-        if self.layout.top_k == self.layout.vocab_size:
-            return TopLogits(values, None, None)
-        ids = file.get_slice("top_ids")[places].long()
-        return TopLogits(values, ids, file.get_slice("rest")[places])
-
-    def _entry(self, row_id: str) -> _Entry:
-        for split in self.splits():
-            if row_id in self._read(split):
-                return self._read(split)[row_id]
-        raise KeyError(f"{str(self.folder)!r} has no row {row_id!r}")
+        logits = None
+        if self.layout.top_k:
+            logits = TopLogits(read("top_logits")[span], None, None)
+            if self.layout.top_k < self.layout.vocab_size:
+                ids, rest = read("top_ids")[span].long(), read("rest")[span]
+                logits = TopLogits(logits.values, ids, rest)
+        hidden = {tap: read(f"hidden.{tap}")[tokens] for tap in wanted}
+        where = torch.tensor(places, dtype=torch.long)
+        return StoredRow(torch.tensor(row.tokens), hidden, where, logits)
 
     def _read(self, split: str) -> dict[str, _Entry]:
         """Find where the rows of a split are."""
@@ -153,15 +330,19 @@ class FeatureStore:
                 f"{str(self.folder)!r} has no split {split!r}, only {', '.join(self.splits())}"
             )
         if split not in self._entries:
-            self._entries[split] = {
-                entry.row.id: entry
-                for shard in self.index.splits[split].shards
-                for entry in self._entries_of(shard)
-            }
+            shards = self.index.splits[split].shards
+            entries = chain.from_iterable(map(self._entries_of, shards))
+            self._entries[split] = {entry.row.id: entry for entry in entries}
         return self._entries[split]
 
     def _entries_of(self, shard: Shard) -> Iterator[_Entry]:
-        file = self._opened(shard)
+        path = self.folder / shard.file
+        try:
+            file: Any = safe_open(str(path), "pt")  # mapped: tensors are read where asked for
+        except (SafetensorError, OSError) as error:
+            raise _damaged(path, str(error)) from error
+        if set(file.keys()) != self.layout.dtypes.keys():
+            raise _damaged(path, "it does not hold the tensors that the index promises")
         names = file.get_tensor("row_names").numpy().tobytes().splitlines()
         lens = file.get_tensor("row_lens").tolist()
         num_answers = file.get_tensor("answer_counts").tolist()
@@ -169,33 +350,10 @@ class FeatureStore:
         tokens = file.get_tensor("tokens").tolist()
         token = span = place = 0
         for name, length, count in zip(names, lens, num_answers, strict=True):
-            row = AnswerRow(
-                tuple(tokens[token : token + length]),
-                tuple(spans[span : span + count]),
-                *json.loads(name),
-            )
+            given = tuple(tokens[token : token + length]), tuple(spans[span : span + count])
+            row = AnswerRow(*given, *json.loads(name))
             yield _Entry(row, file, token, place)
             token, span, place = token + length, span + count, place + len(logit_places(row))
-
-    def _opened(self, shard: Shard) -> Any:
-        """Map a file, whose tensors are then read where they are asked for."""
-        path = self.folder / shard.file
-        try:
-            file: Any = safe_open(str(path), "pt")
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise _damaged(path, str(error)) from error
-        spans, name_bytes = (shapes.get(name, [0])[0] for name in ("answers", "row_names"))
-        counts = Counts(shard.rows, shard.tokens, spans, shard.answer_tokens, name_bytes)
-        promised = self.layout.tensors(counts)
-        if shapes != {name: list(shape) for name, (_, shape) in promised.items()}:
-            raise _damaged(path, "it does not hold the tensors that the index promises")
-        return file
-
-    def _shards(self) -> Iterator[tuple[Path, Shard]]:
-        for split in self.index.splits.values():
-            for shard in split.shards:
-                yield self.folder / shard.file, shard
 
     def _other_target(self, fact: str, ours: object, theirs: object) -> ValueError:
         name = self.index.target.name or "a target"

@@ -4,10 +4,9 @@ import hashlib
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,9 +27,8 @@ from specdec.data.answers import (
     read_rows,
 )
 from specdec.data.config import FeatureOptions
-from specdec.data.feature_format import (
+from specdec.data.feature_store import (
     INDEX,
-    Counts,
     FeatureIndex,
     FeatureLayout,
     LogitsDtype,
@@ -39,13 +37,13 @@ from specdec.data.feature_format import (
     StoreSettings,
     StoreSource,
     TopLogits,
+    file_hash,
     logit_places,
     read_index,
-    resolve_taps,
     row_name,
 )
-from specdec.data.feature_store import file_hash
 from specdec.data.queries import SPLITS
+from specdec.registry import head_class, head_kinds
 from specdec.targets.hf import HFTarget
 from specdec.targets.partial import TargetEnds
 
@@ -54,18 +52,26 @@ _MIB = 2**20
 _HEADER_BYTES = 4096
 
 
-@dataclass(frozen=True)
-class SplitRows:
-    """The rows of a split."""
-
-    rows: list[AnswerRow]
-    cut: int
-    dropped: int
+def resolve_taps(names: str, num_layers: int) -> tuple[int, ...]:
+    """Find the taps behind names and numbers."""
+    taps: set[int] = set()
+    kinds = head_kinds()
+    for name in (part.strip() for part in names.split(",")):
+        if name in kinds:
+            taps.update(head_class(name).default_taps(num_layers))
+        elif name.isascii() and name.isdigit() and int(name) <= num_layers:
+            taps.add(int(name))
+        elif name != "none":
+            raise ValueError(
+                f"tap {name!r} does not exist; give {', '.join(kinds)}, none or a number from 0 "
+                f"(the embeddings) to {num_layers} (after the target's final norm)"
+            )
+    return tuple(sorted(taps))
 
 
 def read_splits(
     path: Path, identity: TargetIdentity, vocab_size: int, max_len: int
-) -> tuple[dict[str, SplitRows], AnswersManifest | None]:
+) -> tuple[dict[str, tuple[list[AnswerRow], SplitRecord]], AnswersManifest | None]:
     """Read the rows of a folder of answers, or of a JSONL file, which is all for training.
 
     Rows that share an id are told apart by a number behind it.
@@ -73,19 +79,25 @@ def read_splits(
     where, manifest = path.expanduser(), None
     files = {SPLITS[0]: where}
     if where.is_dir():
-        answers = load_answers(where)
-        manifest = answers.manifest
+        manifest = load_answers(where)
         check_answers_target(manifest, identity)
-        files = {split: answers.path(split) for split in SPLITS}
+        files = {split: where / f"{split}.jsonl" for split in SPLITS}
     seen: Counter[str] = Counter()
     splits = {}
     for split, file in files.items():
         given = list(read_rows(file, vocab_size))
-        kept = [row for row in (each.cut(max_len) for each in given) if row.answers]
-        num_cut = sum(len(row.tokens) > max_len for row in given)
-        rows = [_with_own_id(row, seen) for row in kept]
-        splits[split] = SplitRows(rows, num_cut, len(given) - len(kept))
-    if not any(split.rows for split in splits.values()):
+        cut = [row.cut(max_len) for row in given]
+        rows = [_with_own_id(row, seen) for row in cut if row.answers]
+        splits[split] = (
+            rows,
+            SplitRecord(
+                rows=len(rows),
+                tokens=sum(len(row.tokens) for row in rows),
+                cut=sum(len(row.tokens) > max_len for row in given),
+                dropped=len(given) - len(rows),
+            ),
+        )
+    if not any(rows for rows, _ in splits.values()):
         raise ValueError(f"{str(path)!r} holds no row with an answer within {max_len} tokens")
     return splits, manifest
 
@@ -122,37 +134,33 @@ class FeaturePlan:
         identity = identify_target(target)
         splits, manifest = read_splits(path, identity, target.vocab_size, max_len)
         self.shards = {
-            f"{split}-{number:05d}.safetensors": (split, rows)
-            for split, found in splits.items()
-            for number, rows in enumerate(self._share_out(found.rows, options.shard_mib * _MIB))
+            f"{split}-{number:05d}.safetensors": (split, shard)
+            for split, (rows, _) in splits.items()
+            for number, shard in enumerate(self._share_out(rows, options.shard_mib * _MIB))
         }
-        self.total = Counts.of([row for found in splits.values() for row in found.rows])
+        self.num_tokens = sum(record.tokens for _, record in splits.values())
+        kept = options.model_dump(include={"batch_tokens", "shard_mib"})
         self.index = FeatureIndex(
             layout=self.layout,
             target=identity,
             ends=hash_of_ends(target.model),
-            settings=StoreSettings(
-                max_len=max_len,
-                batch_tokens=options.batch_tokens,
-                shard_mib=options.shard_mib,
-                target_dtype=dtype,
-            ),
+            settings=StoreSettings(max_len=max_len, target_dtype=dtype, **kept),
             source=StoreSource(rows=_fingerprint(splits), answers=manifest),
-            splits={split: _record(found) for split, found in splits.items()},
+            splits={split: record for split, (_, record) in splits.items()},
             provenance=MachineProvenance(**machine(target)),
         )
 
     @property
     def num_bytes(self) -> int:
         """Size of the store, without the headers of its files and its index."""
-        return self.layout.num_bytes(self.total)
+        return sum(self.layout.row_bytes(row) for _, rows in self.shards.values() for row in rows)
 
     def _share_out(self, rows: Sequence[AnswerRow], shard_bytes: int) -> list[list[AnswerRow]]:
         """Put rows into files of at most so many bytes, unless a single row has more."""
         shards: list[list[AnswerRow]] = []
         room = 0
         for row in rows:
-            size = self.layout.num_bytes(Counts.of([row]))
+            size = self.layout.row_bytes(row)
             if size > room:
                 shards.append([])
                 room = shard_bytes
@@ -161,18 +169,12 @@ class FeaturePlan:
         return shards
 
 
-def _fingerprint(splits: dict[str, SplitRows]) -> str:
+def _fingerprint(splits: dict[str, tuple[list[AnswerRow], SplitRecord]]) -> str:
     whole = hashlib.sha256()
-    for split, found in splits.items():
-        whole.update(split.encode())
-        for row in found.rows:
-            whole.update(repr(row).encode())
+    for split, (rows, _) in splits.items():
+        for piece in (split, *map(repr, rows)):
+            whole.update(piece.encode())
     return whole.hexdigest()
-
-
-def _record(found: SplitRows) -> SplitRecord:
-    tokens = sum(len(row.tokens) for row in found.rows)
-    return SplitRecord(rows=len(found.rows), tokens=tokens, cut=found.cut, dropped=found.dropped)
 
 
 def free_bytes(out: Path) -> int:
@@ -190,142 +192,102 @@ def extract_features(
     """Fill a store, or resume a killed run of the same command."""
     out = out.expanduser()
     index = _resumed(out, plan.index)
-    finished = {shard.file for split in index.splits.values() for shard in split.shards}
+    finished = {shard.file for shard in index.shards}
     missing = {name: each for name, each in plan.shards.items() if name not in finished}
-    _check_room(plan, [rows for _, rows in missing.values()], out)
+    left = [row for _, rows in missing.values() for row in rows]
+    needed = sum(map(plan.layout.row_bytes, left)) + len(missing) * _HEADER_BYTES
+    if needed > (free := free_bytes(out)):
+        raise ValueError(
+            f"the store needs {needed:,} bytes ({plan.num_bytes / plan.num_tokens:,.1f} per token) "
+            f"but only {free:,} are free at {str(out)!r}; give another --out, or store less: fewer "
+            "--taps, --dtype bf16, a smaller --top-k or fewer rows (--dry-run tells the size)"
+        )
     index.is_complete = not missing
     out.mkdir(parents=True, exist_ok=True)
     write_model(out / INDEX, index)
-    total = plan.total.tokens
-    before = done = total - sum(len(row.tokens) for _, rows in missing.values() for row in rows)
-    started = time.monotonic()
-    speed = 0.0
+    before = done = plan.num_tokens - sum(len(row.tokens) for row in left)
+    started, speed = time.monotonic(), 0.0
     for name, (split, rows) in missing.items():
-        content = ShardContent(plan.layout, rows)
-        for num_tokens in fill_shard(content, target, index.settings.batch_tokens):
+
+        def show(num_tokens: int, name: str = name) -> None:
+            nonlocal done, speed
             done += num_tokens
             speed = (done - before) / max(time.monotonic() - started, 1e-9)
-            progress(done, total, f"{name}, {speed:.0f} tokens/s")
-        replace_file(out / name, content.to_bytes())
+            progress(done, plan.num_tokens, f"{name}, {speed:.0f} tokens/s")
+
+        tensors = fill_shard(target, plan.layout, rows, index.settings.batch_tokens, show)
+        replace_file(out / name, save(tensors))
+        shard = Shard(
+            file=name,
+            rows=len(rows),
+            tokens=len(tensors["tokens"]),
+            answer_tokens=sum(len(logit_places(row)) for row in rows),
+            bytes=(out / name).stat().st_size,
+            sha256=file_hash(out / name),
+        )
         shards = index.splits[split].shards
-        shards.append(_shard(out / name, content.counts))
+        shards.append(shard)
         shards.sort(key=lambda each: each.file)
         write_model(out / INDEX, index)
     index.is_complete = True
     write_model(out / INDEX, index)
-    return _summary(index, plan.total, speed)
+    num_bytes = sum(shard.bytes for shard in index.shards)
+    return {
+        "bytes": num_bytes,
+        "bytes_per_token": round(num_bytes / plan.num_tokens, 2),
+        "tokens": plan.num_tokens,
+        "answer_tokens": sum(shard.answer_tokens for shard in index.shards),
+        "files": len(index.shards),
+        "tokens_per_s": round(speed, 1),
+        "splits": {n: split.model_dump(exclude={"shards"}) for n, split in index.splits.items()},
+    }
 
 
 def _resumed(out: Path, ours: FeatureIndex) -> FeatureIndex:
     """Take up the index that an earlier run left, but for files that are gone; or begin one."""
-    new = ours.model_copy(deep=True)
-    if not (out / INDEX).exists():
-        return new
-    index = read_index(out)
-    if not any(split.shards for split in index.splits.values()):
-        return new  # nothing is kept of a run that finished no file: its folder serves any other
+    index = read_index(out) if (out / INDEX).exists() else None
+    if index is None or not index.shards:
+        # Nothing is kept of a run that finished no file: its folder serves any other.
+        return ours.model_copy(deep=True)
     checks = {TARGET: partial(check_resumed, out)}
     check_same_run(out, index.identity(), ours.identity(), checks)
+    sizes = {path.name: path.stat().st_size for path in out.iterdir()}
     for split in index.splits.values():
-        split.shards = [shard for shard in split.shards if _is_whole(out / shard.file, shard)]
+        split.shards = [each for each in split.shards if sizes.get(each.file) == each.bytes]
     return index
 
 
-def _is_whole(path: Path, shard: Shard) -> bool:
-    return path.is_file() and path.stat().st_size == shard.bytes
-
-
-def _check_room(plan: FeaturePlan, missing: Sequence[Sequence[AnswerRow]], out: Path) -> None:
-    """Refuse a store that the disk cannot hold."""
-    sizes = (plan.layout.num_bytes(Counts.of(rows)) + _HEADER_BYTES for rows in missing)
-    needed, free = sum(sizes), free_bytes(out)
-    if needed > free:
-        per_token = plan.num_bytes / plan.total.tokens
-        raise ValueError(
-            f"the store needs {needed:,} bytes ({per_token:,.1f} per token) but only {free:,} are "
-            f"free at {str(out)!r}; give another --out, or store less: fewer --taps, --dtype bf16, "
-            "a smaller --top-k or fewer rows (--dry-run tells the size)"
-        )
-
-
-def _shard(path: Path, counts: Counts) -> Shard:
-    return Shard(
-        file=path.name,
-        rows=counts.rows,
-        tokens=counts.tokens,
-        answer_tokens=counts.places,
-        bytes=path.stat().st_size,
-        sha256=file_hash(path),
-    )
-
-
-def _summary(index: FeatureIndex, counts: Counts, speed: float) -> dict[str, Any]:
-    shards = [shard for split in index.splits.values() for shard in split.shards]
-    num_bytes = sum(shard.bytes for shard in shards)
-    return {
-        "bytes": num_bytes,
-        "bytes_per_token": round(num_bytes / counts.tokens, 2),
-        "tokens": counts.tokens,
-        "answer_tokens": counts.places,
-        "files": len(shards),
-        "tokens_per_s": round(speed, 1),
-        "splits": {
-            name: split.model_dump(exclude={"shards"}) for name, split in index.splits.items()
-        },
+def fill_shard(
+    target: HFTarget,
+    layout: FeatureLayout,
+    rows: Sequence[AnswerRow],
+    batch_tokens: int,
+    show: Callable[[int], None],
+) -> dict[str, Tensor]:
+    """Make the tensors of a file, in batches that do not depend on other files."""
+    kept: list[dict[str, Tensor]] = [{}] * len(rows)
+    for numbers in _batches([len(row.tokens) for row in rows], batch_tokens):
+        batch = [rows[number] for number in numbers]
+        for number, found in zip(numbers, _read(target, layout, batch), strict=True):
+            # A copy: a view would keep the whole batch.
+            kept[number] = {
+                name: values.to("cpu", layout.dtypes[name], copy=True)
+                for name, values in found.items()
+            }
+        show(sum(len(row.tokens) for row in batch))
+    plain: dict[str, Sequence[Any]] = {
+        "tokens": [token for row in rows for token in row.tokens],
+        "row_lens": [len(row.tokens) for row in rows],
+        "answer_counts": [len(row.answers) for row in rows],
+        "answers": [span for row in rows for span in row.answers],
+        "row_names": list(b"".join(map(row_name, rows))),
     }
-
-
-class ShardContent:
-    """The tensors of a file; rows are put into their places in any order."""
-
-    def __init__(self, layout: FeatureLayout, rows: Sequence[AnswerRow]) -> None:
-        self.layout, self.rows, self.counts = layout, rows, Counts.of(rows)
-        self.tensors = {
-            name: torch.empty(shape, dtype=dtype)
-            for name, (dtype, shape) in layout.tensors(self.counts).items()
-        }
-        self._first_token = [0, *accumulate(len(row.tokens) for row in rows)]
-        self._first_place = [0, *accumulate(len(logit_places(row)) for row in rows)]
-        self._fill("tokens", [token for row in rows for token in row.tokens])
-        self._fill("row_lens", [len(row.tokens) for row in rows])
-        self._fill("answer_counts", [len(row.answers) for row in rows])
-        self._fill("answers", [span for row in rows for span in row.answers])
-        self._fill("row_names", list(b"".join(row_name(row) for row in rows)))
-
-    def _fill(self, name: str, values: Sequence[object]) -> None:
-        self.tensors[name].copy_(torch.tensor(values).view(self.tensors[name].shape))
-
-    def put_hidden(self, row: int, tap: int, states: Tensor) -> None:
-        """Keep a tap [n, H] of the row with this number."""
-        start = self._first_token[row]
-        self.tensors[f"hidden.{tap}"][start : start + len(states)].copy_(states)
-
-    def put_logits(self, row: int, top: TopLogits) -> None:
-        """Keep the logits of the row's `logit_places`."""
-        start = self._first_place[row]
-        span = slice(start, start + len(top.values))
-        self.tensors["top_logits"][span].copy_(top.values)
-        if top.ids is not None and top.rest is not None:
-            self.tensors["top_ids"][span].copy_(top.ids)
-            self.tensors["rest"][span].copy_(top.rest)
-
-    def to_bytes(self) -> bytes:
-        """Make a safetensors file; the same content gives the same bytes."""
-        return save(self.tensors)
-
-
-def fill_shard(content: ShardContent, target: HFTarget, batch_tokens: int) -> Iterator[int]:
-    """Run the target over a file's rows, in batches that do not depend on other files."""
-    layout = content.layout
-    for numbers in _batches([len(row.tokens) for row in content.rows], batch_tokens):
-        rows = [content.rows[number] for number in numbers]
-        hidden, logits = _read(target, layout, rows)
-        for line, number in enumerate(numbers):
-            for tap, states in hidden.items():
-                content.put_hidden(number, tap, states[line, : len(rows[line].tokens)])
-            if layout.top_k:
-                content.put_logits(number, logits[line])
-        yield sum(len(row.tokens) for row in rows)
+    return {
+        name: torch.tensor(plain[name], dtype=dtype)
+        if name in plain
+        else torch.cat([found.pop(name) for found in kept])
+        for name, dtype in layout.dtypes.items()
+    }
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -343,8 +305,8 @@ def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
 @torch.no_grad()
 def _read(
     target: HFTarget, layout: FeatureLayout, rows: Sequence[AnswerRow]
-) -> tuple[dict[int, Tensor], list[TopLogits]]:
-    """Make taps [B, L, H], and the top logits of each row's places unless the store has none.
+) -> list[dict[str, Tensor]]:
+    """Run the target over rows; of each its taps [n, H] and the top logits of its places.
 
     No attention mask is needed: padding is at the end, where causal attention never looks back
     from.
@@ -361,17 +323,20 @@ def _read(
         # One column tells whether logits that are not stored can be had from the last tap.
         logits_to_keep=torch.tensor(columns or [0], device=target.device),
     )
-    hidden = {tap: out.hidden_states[tap] for tap in layout.taps}
-    _check_finite(hidden, out.logits, rows)
+    hidden = {f"hidden.{tap}": out.hidden_states[tap] for tap in layout.taps}
+    _check_finite({**hidden, "logits": out.logits}, rows)
     if not layout.top_k:
-        _check_projection(target, hidden[layout.num_layers][:, :1], out.logits)
-        return hidden, []
+        _check_projection(target, hidden[f"hidden.{layout.num_layers}"][:, :1], out.logits)
     column_of = {place: column for column, place in enumerate(columns)}
-    wanted = [torch.tensor([column_of[p] for p in each], dtype=torch.long) for each in places]
-    return hidden, [
-        TopLogits.of(out.logits[line, each.to(target.device)], layout.top_k)
-        for line, each in enumerate(wanted)
-    ]
+    found = []
+    for line, row in enumerate(rows):
+        found.append({name: states[line, : len(row.tokens)] for name, states in hidden.items()})
+        if layout.top_k:
+            wanted = [column_of[place] for place in places[line]]
+            top = TopLogits.of(out.logits[line, wanted], layout.top_k)
+            named = {"top_logits": top.values, "top_ids": top.ids, "rest": top.rest}
+            found[-1] |= {name: each for name, each in named.items() if each is not None}
+    return found
 
 
 def _check_projection(target: HFTarget, states: Tensor, logits: Tensor) -> None:
@@ -385,9 +350,8 @@ def _check_projection(target: HFTarget, states: Tensor, logits: Tensor) -> None:
         )
 
 
-def _check_finite(hidden: dict[int, Tensor], logits: Tensor, rows: Sequence[AnswerRow]) -> None:
-    named = {f"hidden_states[{tap}]": states for tap, states in hidden.items()}
-    for name, values in {**named, "logits": logits}.items():
+def _check_finite(found: dict[str, Tensor], rows: Sequence[AnswerRow]) -> None:
+    for name, values in found.items():
         is_finite = values.isfinite().flatten(1).all(-1)
         if not is_finite.all():
             row = rows[int(is_finite.logical_not().nonzero()[0])]

@@ -2,50 +2,97 @@
 
 import hashlib
 import json
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from specdec.checkpoints.identity import TARGET, check_resumed, hash_of_vocabulary
+from specdec.checkpoints import TargetIdentity
+from specdec.checkpoints.identity import (
+    TARGET,
+    as_json,
+    check_resumed,
+    hash_of_vocabulary,
+    identify_target,
+)
 from specdec.common.files import Journal
 from specdec.common.messages import Query
+from specdec.common.provenance import CodeProvenance, MachineProvenance, machine
 from specdec.data.answers import (
     JOURNAL,
     AllCounts,
-    AnswererFacts,
-    AnswerLine,
     AnswerSettings,
     AnswersManifest,
-    Failure,
+    AskedEndpoint,
     SessionFigures,
     SplitCounts,
     load_answers,
     write_answers,
-    write_failed,
 )
-from specdec.data.dialogue import (
-    Answer,
-    Chat,
-    Dialogue,
-    EndpointDownError,
-    Progress,
-    Session,
-    plan_dialogues,
-)
+from specdec.data.dialogue import Answer, Chat, Dialogue, plan_dialogues
 from specdec.data.queries import SPLITS
+from specdec.engine.decode import stream
+from specdec.engine.interfaces import Drafter
+from specdec.sampling.config import SamplingConfig
+from specdec.targets.hf import HFTarget
+
+Progress = Callable[[int, int, str], None]
+
+# Rows of one call of the loop, in batches: enough that its end, where the batch runs empty, is
+# less than a hundredth of it, and few enough that what the loop remembers of them stays small.
+BATCHES_PER_CALL = 64
+
+
+class EndpointDownError(RuntimeError):
+    """The endpoint answers no more; what it has answered is kept."""
+
+
+class Session:
+    """Counts since the command was given; what earlier ones did is not in it."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._done, self._total = progress, 0, 0
+        self.tokens = self.prefills = self.forwards = 0
+        self.seconds = self._last_time = 0.0
+
+    def begin(self, dialogues: Sequence[Dialogue]) -> None:
+        """Start the clock, and count what is done already."""
+        self._done, self._total = sum(each.is_done for each in dialogues), len(dialogues)
+        self._last_time = time.perf_counter()
+        self.add(0, 0)
+
+    def add(self, tokens: int, ended: int) -> None:
+        """Count new tokens, the time since the last call, and dialogues that have ended."""
+        now = time.perf_counter()
+        self.seconds, self._last_time = self.seconds + now - self._last_time, now
+        self.tokens, self._done = self.tokens + tokens, self._done + ended
+        rate = self.tokens / self.seconds if self.seconds else 0
+        self._progress(self._done, self._total, f"{self.tokens:,} tokens, {rate:,.0f}/s")
+
+    def figures(self, batch_size: int) -> SessionFigures:
+        """Figures of the manifest."""
+        tau = (self.tokens - self.prefills) / self.forwards if self.forwards else None
+        return SessionFigures(
+            tokens=self.tokens,
+            seconds=self.seconds,
+            tokens_per_s=self.tokens / self.seconds if self.tokens and self.seconds else None,
+            tau=tau,
+            batch_size=batch_size,
+        )
 
 
 class Answerer(Protocol):
-    """`LocalAnswers` or `EndpointAnswers`."""
+    """`LocalAnswers` or `EndpointAnswers`; `facts` are those that make it the same run."""
 
     chat: Chat
     settings: AnswerSettings
     batch_size: int
-
-    def facts(self) -> AnswererFacts:
-        """Say who answers."""
+    target: TargetIdentity
+    endpoint: AskedEndpoint | None
+    provenance: CodeProvenance
+    facts: dict[str, Any]
 
     def replay(self, dialogues: Sequence[Dialogue], entries: Iterable[dict[str, Any]]) -> None:
         """Bring the dialogues to where the journal ends."""
@@ -62,52 +109,74 @@ def regenerate(
 ) -> AnswersManifest:
     """Answer queries, or resume a killed run of the same ones."""
     tokenizer, settings = answers.chat.tokenizer, answers.settings
-    _check_tokenizer(tokenizer, queries)
-    facts = answers.facts()  # as it is now: the code may be another when the run ends
+    if tokenizer is None:
+        raise ValueError("the target has no tokenizer; put its tokenizer files beside its weights")
     template = getattr(tokenizer, "chat_template", None)
+    if not template and any(query.messages for found in queries.values() for query in found):
+        raise ValueError(
+            "the queries are chats but the target's tokenizer has no chat template; give the "
+            "instruction-tuned target, or put its chat_template.jinja beside its tokenizer"
+        )
     identity = {
-        **{f"{split}_queries": _query_hash(queries[split]) for split in SPLITS},
+        **{f"{split}_queries": _hash_of_queries(queries[split]) for split in SPLITS},
         **settings.model_dump(),
         "target_tokenizer": hash_of_vocabulary(tokenizer),
         "chat_template": _short_hash([json.dumps(template).encode()]) if template else None,
-        **facts.identity,
+        **answers.facts,
     }
     checks = {TARGET: partial(check_resumed, out)} if TARGET in identity else {}
     dialogues = plan_dialogues(queries, settings.temperatures, settings.seed, settings.turns)
     session = Session(progress)
     with Journal(out / JOURNAL, identity, checks, private=True) as journal:
-        _replay(answers, dialogues, journal)
+        try:
+            answers.replay(dialogues, journal.entries)
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"a line of {str(journal.path)!r} holds no answer of this run ({error}); remove "
+                "the line, or the folder"
+            ) from error
+        journal.entries.clear()
         try:
             answers.run(dialogues, journal, session)
         except EndpointDownError:
             for dialogue in dialogues:
                 if not dialogue.is_done:
                     dialogue.failure = "not answered yet: the endpoint answers no more"
-            write_failed(out, _failures(dialogues))
+            write_answers(out, {}, _failures(dialogues), None)
             raise
-    if not session.tokens and (known := _finished(out)):
-        return known  # the folder is whole already, and nothing was added
-    manifest = _manifest(dialogues, answers, facts, identity, session)
-    rows = {split: _lines(dialogues, split, tokenizer) for split in SPLITS}
+    if not session.tokens:
+        try:
+            return load_answers(out)  # the folder is whole already, and nothing was added
+        except (FileNotFoundError, ValueError):
+            pass  # something must be written again
+    done = [dialogue for dialogue in dialogues if not dialogue.failure]
+    assert all(each.is_done for each in done), "a query is neither answered nor listed as failed"
+    kept = [answer for dialogue in done for answer in dialogue.kept]
+    manifest = AnswersManifest(
+        target=answers.target,
+        endpoint=answers.endpoint,
+        identity=identity,
+        settings=settings,
+        counts=AllCounts(**{split: _counts(dialogues, split) for split in SPLITS}),
+        answers=len(kept),
+        unanswered_turns=sum(len(each.asked) - len(each.kept) for each in done),
+        retokenized_answers=sum(answer.is_retokenized for answer in kept),
+        answer_tokens=sum(len(answer.tokens) for answer in kept),
+        tokens=sum(len(d.kept[-1].prompt) + len(d.kept[-1].tokens) for d in done),
+        finish_reasons=dict(Counter(answer.finish_reason for answer in kept)),
+        temperatures={str(t): n for t, n in Counter(d.temperature for d in done).items()},
+        session=session.figures(answers.batch_size),
+        provenance=answers.provenance,
+    )
+    rows = {split: _rows(done, split, tokenizer) for split in SPLITS}
     failed = _failures(dialogues)
     write_answers(out, rows, failed, manifest)
-    if len(failed) == len(dialogues):
-        raise RuntimeError(f"every query failed: {failed[0].reason}")
+    if not done:
+        raise RuntimeError(f"every query failed: {failed[0]['reason']}")
     return manifest
 
 
-def _check_tokenizer(tokenizer: Any, queries: Mapping[str, list[Query]]) -> None:
-    if tokenizer is None:
-        raise ValueError("the target has no tokenizer; put its tokenizer files beside its weights")
-    has_chat = any(query.messages for members in queries.values() for query in members)
-    if has_chat and not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            "the queries are chats but the target's tokenizer has no chat template; give the "
-            "instruction-tuned target, or put its chat_template.jinja beside its tokenizer"
-        )
-
-
-def _query_hash(queries: Iterable[Query]) -> str:
+def _hash_of_queries(queries: Iterable[Query]) -> str:
     return _short_hash(json.dumps([q.id, q.messages, q.text]).encode() + b"\n" for q in queries)
 
 
@@ -118,98 +187,142 @@ def _short_hash(pieces: Iterable[bytes]) -> str:
     return whole.hexdigest()[:16]
 
 
-def _replay(answers: Answerer, dialogues: Sequence[Dialogue], journal: Journal) -> None:
-    try:
-        answers.replay(dialogues, journal.entries)
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"a line of {str(journal.path)!r} holds no answer of this run ({error}); remove the "
-            "line, or the folder"
-        ) from error
-    journal.entries.clear()
-
-
-def _manifest(
-    dialogues: Sequence[Dialogue],
-    answers: Answerer,
-    facts: AnswererFacts,
-    identity: dict[str, Any],
-    session: Session,
-) -> AnswersManifest:
-    done = [dialogue for dialogue in dialogues if not dialogue.failure]
-    kept = [answer for dialogue in done for answer in dialogue.kept]
-    return AnswersManifest(
-        target=facts.target,
-        endpoint=facts.endpoint,
-        identity=identity,
-        settings=answers.settings,
-        counts=AllCounts(**{split: _counts(dialogues, split) for split in SPLITS}),
-        answers=len(kept),
-        unanswered_turns=sum(dialogue.num_unanswered for dialogue in done),
-        retokenized_answers=sum(answer.is_retokenized for answer in kept),
-        answer_tokens=sum(len(answer.tokens) for answer in kept),
-        tokens=sum(len(d.kept[-1].prompt) + len(d.kept[-1].tokens) for d in done),
-        finish_reasons=dict(Counter(answer.finish_reason for answer in kept)),
-        temperatures={str(t): n for t, n in Counter(d.temperature for d in done).items()},
-        session=SessionFigures(
-            tokens=session.tokens,
-            seconds=session.seconds,
-            tokens_per_s=session.tokens_per_s,
-            tau=session.tau,
-            batch_size=answers.batch_size,
-        ),
-        provenance=facts.provenance,
-    )
-
-
-def _finished(out: Path) -> AnswersManifest | None:
-    """Read the manifest of a folder that is whole; None where something must be written again."""
-    try:
-        return load_answers(out).manifest
-    except (FileNotFoundError, ValueError):
-        return None
-
-
 def _counts(dialogues: Iterable[Dialogue], split: str) -> SplitCounts:
-    members = [dialogue for dialogue in dialogues if dialogue.split == split]
-    failed = sum(bool(dialogue.failure) for dialogue in members)
-    rows = sum(not dialogue.failure and dialogue.is_done for dialogue in members)
-    assert rows + failed == len(members), "a query is neither answered nor listed as failed"
-    return SplitCounts(queries=len(members), rows=rows, failed=failed)
+    has_failed = [bool(dialogue.failure) for dialogue in dialogues if dialogue.split == split]
+    num, failed = len(has_failed), sum(has_failed)
+    return SplitCounts(queries=num, rows=num - failed, failed=failed)
 
 
-def _failures(dialogues: Iterable[Dialogue]) -> list[Failure]:
+def _failures(dialogues: Iterable[Dialogue]) -> list[dict[str, str]]:
     return [
-        Failure(id=d.query.id, split=d.split, domain=d.query.domain, reason=d.failure)
+        {"id": d.query.id, "split": d.split, "domain": d.query.domain, "reason": d.failure}
         for d in dialogues
         if d.failure
     ]
 
 
-def _lines(dialogues: Iterable[Dialogue], split: str, tokenizer: Any) -> Iterator[AnswerLine]:
-    """Make the rows of a split while they are written."""
-    for dialogue in dialogues:
-        if dialogue.split == split and not dialogue.failure:
-            yield _line(dialogue, tokenizer)
+def _rows(dialogues: Iterable[Dialogue], split: str, tokenizer: Any) -> Iterator[dict[str, Any]]:
+    """Make the lines of `train.jsonl` or `held_out.jsonl` while they are written."""
+    for dialogue in (each for each in dialogues if each.split == split):
+        query, kept = dialogue.query, dialogue.kept
+        texts = [
+            tokenizer.decode(a.tokens, skip_special_tokens=True) if a.text is None else a.text
+            for a in kept
+        ]
+        yield {
+            "id": query.id,
+            "domain": query.domain,
+            "language": query.language,
+            "tokens": kept[-1].prompt + kept[-1].tokens,
+            "answers": [[len(a.prompt), len(a.prompt) + len(a.tokens)] for a in kept],
+            "temperature": dialogue.temperature,
+            "seed": dialogue.seed,
+            # "eos", "length", or why later turns have no answer.
+            "finish_reason": dialogue.ended_by or dialogue.answers[-1].finish_reason,
+            "text": "\n".join(texts),
+            **({"retokenized": True} if any(a.is_retokenized for a in kept) else {}),
+        }
 
 
-def _line(dialogue: Dialogue, tokenizer: Any) -> AnswerLine:
-    query, kept = dialogue.query, dialogue.kept
-    return AnswerLine(
-        id=query.id,
-        domain=query.domain,
-        language=query.language,
-        tokens=kept[-1].prompt + kept[-1].tokens,
-        answers=[[len(each.prompt), len(each.prompt) + len(each.tokens)] for each in kept],
-        temperature=dialogue.temperature,
-        seed=dialogue.seed,
-        finish_reason=dialogue.ended_by or dialogue.answers[-1].finish_reason,
-        text="\n".join(_text(answer, tokenizer) for answer in kept),
-        retokenized=True if any(answer.is_retokenized for answer in kept) else None,
-    )
+class LocalAnswers:
+    """Answers of a target in this process: batched, and journalled token by token.
 
+    The rule is "match" and a row's random numbers are a function of its seed and the position: a
+    row that was killed and goes on behind its journalled tokens draws what it would have drawn.
+    """
 
-def _text(answer: Answer, tokenizer: Any) -> str:
-    if answer.text is not None:
-        return answer.text
-    return str(tokenizer.decode(answer.tokens, skip_special_tokens=True))
+    def __init__(
+        self,
+        target: HFTarget,
+        settings: AnswerSettings,
+        drafter: Drafter | None = None,
+        batch_size: int = 32,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size} but must be at least 1")
+        self.chat = Chat(target.tokenizer, target.eos_token_ids)
+        self.settings, self.batch_size = settings, batch_size
+        self._target, self._drafter = target, drafter
+        self.endpoint: AskedEndpoint | None = None
+        self.target, where = identify_target(target), MachineProvenance(**machine(target))
+        self.provenance: CodeProvenance = where
+        self.facts = {
+            "target_weights": self.target.weights,
+            TARGET: as_json(self.target),
+            "dtype": where.dtype,
+            "quantized": where.quantized,
+        }
+
+    def replay(self, dialogues: Sequence[Dialogue], entries: Iterable[dict[str, Any]]) -> None:
+        """Bring the dialogues to where the journal ends."""
+        for index, turn, start, tokens, finish_reason in (
+            step for entry in entries for step in entry.get("step", ())
+        ):
+            dialogue = dialogues[index]
+            if not dialogue.open_answer and turn == len(dialogue.answers):
+                self._open(dialogue)
+            answer = dialogue.open_answer
+            # Behind a line that was damaged everything is written again.
+            if answer and turn == len(dialogue.answers) - 1 and start == len(answer.tokens):
+                self._add(dialogue, answer, tokens, finish_reason)
+
+    def run(self, dialogues: Sequence[Dialogue], journal: Journal, session: Session) -> None:
+        """Answer all that can be answered; a turn of all dialogues after the other."""
+        while True:
+            for dialogue in dialogues:
+                if not dialogue.is_done and not dialogue.open_answer:
+                    self._open(dialogue)
+            session.begin(dialogues)
+            ready = [dialogue for dialogue in dialogues if dialogue.open_answer]
+            if not ready:
+                return
+            # Begun rows first; then by length: rows that join together pad little, and a target
+            # that has no memory for the longest says so at once.
+            ready.sort(key=lambda d: (not d.answers[-1].tokens, -len(d.written)))
+            size = BATCHES_PER_CALL * self.batch_size
+            for first in range(0, len(ready), size):
+                self._decode(ready[first : first + size], journal, session)
+
+    def _open(self, dialogue: Dialogue) -> None:
+        prompt, max_len = dialogue.next_prompt(self.chat), self._target.max_context_len
+        if len(prompt) >= max_len:
+            reason = f"the prompt has {len(prompt)} tokens but the target's context holds {max_len}"
+            dialogue.stop("context", f"{reason}, new tokens included")
+        elif prompt:
+            dialogue.answers.append(Answer(prompt))
+
+    def _decode(self, dialogues: Sequence[Dialogue], journal: Journal, session: Session) -> None:
+        limit, top_p = self.settings.max_new_tokens, self.settings.top_p
+        decoding = stream(
+            self._target,
+            self._drafter,
+            [dialogue.written for dialogue in dialogues],
+            [SamplingConfig(d.temperature, top_p=top_p, seed=d.seed) for d in dialogues],
+            max_new_tokens=[limit - len(dialogue.answers[-1].tokens) for dialogue in dialogues],
+            batch_size=self.batch_size,
+            rule="match",
+        )
+        # A row's first tokens come out of its prefill.
+        session.prefills += len(dialogues)
+        session.forwards -= len(dialogues)
+        for chunks in decoding.steps():
+            step: list[list[Any]] = []
+            for chunk in chunks:
+                dialogue = dialogues[chunk.index]
+                answer = dialogue.answers[-1]
+                place = [dialogue.index, len(dialogue.answers) - 1, len(answer.tokens)]
+                step.append([*place, chunk.tokens, chunk.finish_reason])
+                self._add(dialogue, answer, chunk.tokens, chunk.finish_reason)
+            journal.append({"step": step})
+            session.forwards += len(chunks)
+            ended = sum(bool(c.finish_reason) and dialogues[c.index].is_done for c in chunks)
+            session.add(sum(len(chunk.tokens) for chunk in chunks), ended)
+
+    def _add(
+        self, dialogue: Dialogue, answer: Answer, tokens: list[int], finish_reason: str | None
+    ) -> None:
+        answer.tokens += tokens
+        if finish_reason:
+            limit = self.settings.max_new_tokens
+            was_cut = finish_reason == "length" and len(answer.tokens) < limit
+            dialogue.finish("context" if was_cut else finish_reason)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from specdec.checkpoints import TargetIdentity, identify_target
 from specdec.common.provenance import machine
 from specdec.data.answers import AnswerRow, check_answers_target, load_answers
-from specdec.data.feature_format import INDEX
-from specdec.data.feature_store import FeatureStore, StoredRow
+from specdec.data.feature_store import INDEX, FeatureStore, StoredRow
 from specdec.drafters.training import TrainingBatch
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
@@ -183,7 +182,7 @@ def load_materials(config: TrainConfig, device: torch.device) -> Materials:
     target = _load(config, device)
     identity = identify_target(target)
     if path.is_dir():
-        check_answers_target(load_answers(path).manifest, identity)
+        check_answers_target(load_answers(path), identity)
     split = load_split(config.data, target.vocab_size, _max_len(config, target))
     return Materials(config, target, identity, split, machine(target))
 

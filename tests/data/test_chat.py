@@ -63,19 +63,16 @@ def test_a_template_that_refuses_a_conversation_says_why():
 
 
 def test_the_end_of_a_turn_is_the_templates_or_else_the_tokenizers():
-    assert chat("{{ m['content'] + 'EOT' }}").end_of_turn(ASKED[0]) == END
-    assert chat("{{ m['content'] + '/' }}").end_of_turn(ASKED[0]) == END
-    assert chat("{{ m['content'] }}").end_of_turn([]) == END
-    assert chat("").is_end([END])
-    assert not chat("").is_end([])
+    assert chat("{{ m['content'] + 'EOT' }}").end_of_turn(ASKED[0]) == [END]
+    assert chat("{{ m['content'] + '/' }}").end_of_turn(ASKED[0]) == [END]
+    assert chat("{{ m['content'] }}").end_of_turn([]) == [END]
 
 
 def test_a_chat_is_loaded_without_the_targets_weights(tmp_path):
     letter_tokenizer().save_pretrained(tmp_path)
-    assert load_chat(str(tmp_path)).is_end([END])
+    assert load_chat(str(tmp_path)).ends == {END}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
-    loaded = load_chat(str(tmp_path))
-    assert [loaded.is_end([token]) for token in (3, 4, END, 5)] == [True, True, True, False]
+    assert load_chat(str(tmp_path)).ends == {3, 4, END}
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         load_chat(str(tmp_path / "nothing"))
     (tmp_path / "empty").mkdir()

@@ -12,8 +12,7 @@ from tiny_models import tiny_llama, tiny_target
 from specdec.checkpoints import identify_target
 from specdec.data import features
 from specdec.data.answers import read_rows
-from specdec.data.feature_format import TopLogits, logit_places
-from specdec.data.feature_store import FeatureStore
+from specdec.data.feature_store import FeatureStore, TopLogits, logit_places
 from specdec.targets.partial import load_ends
 
 

@@ -18,8 +18,8 @@ from specdec.cli.features import features as features_command
 from specdec.common import files
 from specdec.common.provenance import machine
 from specdec.data import features
-from specdec.data.feature_format import Counts, FeatureIndex, FeatureLayout, resolve_taps
-from specdec.data.feature_store import FeatureStore
+from specdec.data.feature_store import FeatureLayout, FeatureStore
+from specdec.data.features import resolve_taps
 from specdec.drafters.heads import build_head
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
@@ -84,9 +84,9 @@ def test_resumed_run_repeats_no_finished_file(tmp_path, small_files, monkeypatch
     (tmp_path / "store" / "train-00001.safetensors").unlink()
     filled, shown, fill = [], [], features.fill_shard
 
-    def counted(content, *arguments):
-        filled.append(content)
-        return fill(content, *arguments)
+    def counted(*arguments):
+        filled.append(arguments)
+        return fill(*arguments)
 
     monkeypatch.setattr(features, "fill_shard", counted)
     extract(path, target, tmp_path / "store", lambda done, total, text: shown.append((done, total)))
@@ -203,7 +203,7 @@ def test_states_that_are_not_finite_name_the_row(tmp_path):
     target = tiny_target()
     target.model.model.layers[1].mlp.down_proj.weight.data.fill_(float("inf"))
     path = write_folder(tmp_path / "answers", random_rows())
-    with pytest.raises(FloatingPointError, match=r"hidden_states\[2\] of row 'row 0'"):
+    with pytest.raises(FloatingPointError, match=r"hidden.2 of row 'row 0'"):
         extract(path, target, tmp_path / "store")
 
 
@@ -297,7 +297,7 @@ def test_bad_input_ends_with_status_two(command, change, message, tmp_path, monk
 
 
 # A target of 8B, half of whose tokens are answers.
-HALF = Counts(rows=0, tokens=10**8, spans=0, places=5 * 10**7, name_bytes=0)
+HALF = {"num_tokens": 10**8, "num_places": 5 * 10**7}
 LARGE = {"hidden_size": 4096, "vocab_size": 128_256, "num_layers": 32, "logits_dtype": "bfloat16"}
 
 
@@ -310,19 +310,10 @@ def test_documented_sizes_are_those_of_the_code(line):
         top_k=int(top_k.replace(",", "")),
         **LARGE,
     )
-    num_bytes = layout.num_bytes(HALF)
+    num_bytes = layout.num_bytes(**HALF)
     assert (per_token, size) == (f"{num_bytes / 1e8:,.0f}", f"{num_bytes / 1e9:,.0f} GB")
 
 
 def test_every_option_is_documented():
     names = set(signature(features_command).parameters) - {"answers", "device"}
     assert not [name for name in names if f"--{name.replace('_', '-')}" not in DOCS]
-
-
-def test_index_of_an_older_version_is_read(tmp_path):
-    store = make_store(tmp_path, tiny_target())
-    index = json.loads((tmp_path / "store" / "features.json").read_text())
-    index["layout"]["group_size"] = 128
-    (tmp_path / "store" / "features.json").write_text(json.dumps(index))
-    assert isinstance(FeatureStore.open(tmp_path / "store").index, FeatureIndex)
-    assert FeatureStore.open(tmp_path / "store").index == store.index

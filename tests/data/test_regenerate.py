@@ -11,9 +11,9 @@ from specdec import SamplingConfig, generate_baseline, load_drafter
 from specdec.checkpoints import identify_target
 from specdec.common.config import validated
 from specdec.common.messages import Query
-from specdec.data.answers import AnswerSettings, check_answers_target, load_answers
+from specdec.data.answers import AnswerSettings, check_answers_target, load_answers, read_rows
 from specdec.data.dialogue import plan_dialogues
-from specdec.data.local_answers import LocalAnswers
+from specdec.data.regenerate import LocalAnswers
 from specdec.data.regenerate import regenerate as regenerate_with
 
 MIX = AnswerSettings(temperatures=[0.0, 0.8], max_new_tokens=24, seed=5)
@@ -98,12 +98,13 @@ def test_rows_hold_what_the_target_wrote_in_order(target, tmp_path):
             assert (row["finish_reason"] == "eos") == (row["tokens"][-1] == END)
             assert (row["text"], row["domain"]) == (alone.text, query.domain)
     assert {row["temperature"] for row in rows} == {0.0, 0.8}
-    answers = load_answers(tmp_path)
-    assert answers.manifest == manifest
-    assert answers.num_rows("train") == len(queries["train"])
+    assert load_answers(tmp_path) == manifest
+    assert manifest.counts.train.rows == len(queries["train"])
     assert manifest.answer_tokens == manifest.session.tokens
     assert manifest.answer_tokens == sum(
-        row.num_answer_tokens for split in queries for row in answers.rows(split, target.vocab_size)
+        row.num_answer_tokens
+        for split in queries
+        for row in read_rows(tmp_path / f"{split}.jsonl", target.vocab_size)
     )
     assert regenerate(queries, tmp_path, target) == manifest, "given again, it changes nothing"
 

@@ -12,9 +12,9 @@ from tiny_chat import END, TEMPLATE, letter_tokenizer
 from specdec.common.messages import Query
 from specdec.data import endpoint as endpoint_module
 from specdec.data.answers import AnswerSettings, load_answers
-from specdec.data.dialogue import Chat, EndpointDownError
+from specdec.data.dialogue import Chat
 from specdec.data.endpoint import Endpoint, EndpointAnswers
-from specdec.data.regenerate import regenerate
+from specdec.data.regenerate import EndpointDownError, regenerate
 
 SETTINGS = AnswerSettings(temperatures=[0.0, 0.7], top_p=0.9, max_new_tokens=32, seed=3)
 ALL_TURNS = AnswerSettings(**{**SETTINGS.model_dump(), "turns": "all"})
@@ -39,7 +39,9 @@ def queries(num=10):
 
 
 def ask(server, out, found=None, settings=SETTINGS, tokenizer=None, **options):
-    given = {key: options.pop(key) for key in ("api_key", "attempts") if key in options}
+    given = {
+        key: options.pop(key) for key in ("api_key", "attempts", "concurrency") if key in options
+    }
     chat = Chat(tokenizer or letter_tokenizer(), (END,))
     answers = EndpointAnswers(Endpoint(server.url, "a-model", **given), chat, settings, **options)
     return regenerate(found or queries(), out, answers)
@@ -74,7 +76,7 @@ def test_rows_hold_the_servers_tokens_in_order(server, tmp_path):
         assert "retokenized" not in row
     asked = {"url": server.url, "model": "a-model", "api": "chat"}
     assert manifest.endpoint.model_dump() == asked
-    assert load_answers(tmp_path).manifest == manifest
+    assert load_answers(tmp_path) == manifest
     body = server.requests[0]
     assert (body["model"], body["top_p"], body["max_tokens"]) == ("a-model", 0.9, 32)
     assert {body["temperature"] for body in server.requests} == {0.0, 0.7}
@@ -126,7 +128,7 @@ def test_what_may_pass_is_tried_again(server, tmp_path, status):
     failing = "drop" if status == "drop" else (status, {}, {"error": "not now"})
     server.respond = lambda number, body: failing if number % 2 else None
     ask(server, tmp_path, queries(4), concurrency=1)
-    assert load_answers(tmp_path).num_rows("train") == 2
+    assert load_answers(tmp_path).counts.train.rows == 2
     assert len(server.requests) == 8
 
 
