@@ -11,7 +11,7 @@ from specdec.checkpoints import read_head
 from specdec.common.hub import find_path
 from specdec.data.dialogue import load_chat
 from specdec.data.sources import open_source
-from specdec.targets.partial import load_ends
+from specdec.targets.load import load_ends
 
 TARGET = tiny_target()
 PATHS = """

@@ -10,8 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from specdec.checkpoints import identify_target
 from specdec.checkpoints.identity import hash_of_ends
 from specdec.drafters.heads import build_head
-from specdec.targets.load import load_target
-from specdec.targets.partial import load_ends
+from specdec.targets.load import load_ends, load_target
 
 
 def keep_only_the_ends(weights):
@@ -58,7 +57,7 @@ def test_the_ends_tell_what_the_target_tells(tmp_path):
     assert ends.model.dtype == target.model.dtype
     assert ends.config.to_dict() == target.config.to_dict()
     assert ends.tokenizer.get_vocab() == target.tokenizer.get_vocab()
-    assert ends.model.projection.weight is ends.model.embedding.weight
+    assert ends.model.lm_head.weight is ends.model.model.embed_tokens.weight
     states = torch.randn(3, 32)
     wanted = target.model.get_output_embeddings()(states)
     assert ends.model.get_output_embeddings()(states).equal(wanted)
@@ -78,8 +77,8 @@ def test_sharded_checkpoints_and_other_dtypes_are_read(tmp_path):
     assert not (tmp_path / "model.safetensors").exists()
     ends = load_ends(str(tmp_path), device="cpu", dtype="bfloat16")
     assert ends.tokenizer is None
-    assert ends.model.embedding.weight.equal(model.model.embed_tokens.weight.bfloat16())
-    assert ends.model.projection.weight.equal(model.lm_head.weight.bfloat16())
+    assert ends.model.model.embed_tokens.weight.equal(model.model.embed_tokens.weight.bfloat16())
+    assert ends.model.lm_head.weight.equal(model.lm_head.weight.bfloat16())
     for file in tmp_path.glob("*.safetensors"):
         if not {"lm_head.weight", "model.embed_tokens.weight"} & load_file(file).keys():
             file.unlink()  # these are never asked for
@@ -97,7 +96,7 @@ def test_names_without_the_prefix_of_the_base_model_are_found(tmp_path):
 
     edit_weights(tmp_path, strip)
     ends = load_ends(str(tmp_path), device="cpu")
-    assert ends.model.embedding.weight.equal(model.transformer.wte.weight)
+    assert ends.model.transformer.wte.weight.equal(model.transformer.wte.weight)
     assert ends.max_context_len == 64
 
 

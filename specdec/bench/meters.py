@@ -1,5 +1,7 @@
 """Meters of a call: peak memory, and the energy of a CUDA device."""
 
+import resource
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -9,7 +11,6 @@ from typing import Any
 import torch
 
 from specdec.bench.store import Peaks
-from specdec.targets.load import peak_rss_bytes
 
 _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _RESET_PEAK = "5"
@@ -25,6 +26,12 @@ def reset_peaks(device: torch.device) -> None:
         _RESET.write_text(_RESET_PEAK)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_rss_bytes() -> int:
+    """Return the largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # KiB everywhere else
 
 
 def read_peaks(device: torch.device, cache_bytes: int | None) -> Peaks:

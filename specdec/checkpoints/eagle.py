@@ -1,56 +1,385 @@
-"""Layout "eagle": EAGLE-1, which EAGLE-2 shares, as SafeAILab publishes it.
+"""Layouts whose head is one Llama layer: EAGLE-1, EAGLE-3, and EAGLE-3 as speculators writes it."""
 
-A Llama `config.json` of one layer with `bias` and `qkv_bias`; tensors under our own names.
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Annotated, Any, Literal, Self
 
-Source: SafeAILab/EAGLE.
-"""
-
-from typing import Any
-
+import torch
+from pydantic import AliasChoices, AliasPath, Field, model_validator
 from torch import Tensor
 
-from specdec.checkpoints.folder import RawFiles, dtype_name
-from specdec.checkpoints.head import HeadCheckpoint, TargetIdentity, checked
-from specdec.checkpoints.llama_config import ForeignConfig, backbone_of, config_of, whole_options
-from specdec.common.config import validated
+from specdec.checkpoints.folder import RawFiles
+from specdec.checkpoints.foreign import ForeignConfig, Layout, dtype_name
+from specdec.checkpoints.head import Count, HeadCheckpoint, TargetIdentity
+from specdec.registry import head_class
 
-NAME, KIND, WEIGHTS = "eagle", "eagle", "model.safetensors"
-# Parts of the target that checkpoints carry along; the head never trained them and uses the
-# target's own. Old transformers saved a buffer of the rotary embedding, too.
-_CARRIED = (
-    *("embed_tokens.weight", "lm_head.weight"),
-    "layers.0.self_attn.rotary_emb.inv_freq",
+# Facts that every layout but our own must state.
+FACTS = (
+    *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "hidden_act", "rms_norm_eps", "max_position_embeddings", "vocab_size"),
+    "rope_parameters",
 )
+FLAGS = ("norm_before_residual", "norm_before_fc", "norm_output")
+IDS = "eagle_aux_hidden_state_layer_ids"
+# Old transformers saved a buffer of the rotary embedding; it follows from the config.
+_BUFFERS = tuple(f"{layer}.self_attn.rotary_emb.inv_freq" for layer in ("layers.0", "midlayer"))
+_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+Positive = Annotated[float, Field(gt=0)]
+One = Annotated[float, Field(ge=1, le=1)]
+Layers = Annotated[list[int], Field(min_length=1)]
 
 
-class _Flags(ForeignConfig):
-    bias: bool | None = None
-    qkv_bias: bool | None = None
+class LlamaLayer(ForeignConfig):
+    """A Llama `config.json`, of transformers 4 or 5; what it leaves out is transformers' default.
+
+    Nothing is left to the target, whose own values may be others. The last four have a single value
+    with which our layer computes the same.
+    """
+
+    hidden_size: Count
+    intermediate_size: Count
+    num_attention_heads: Count
+    vocab_size: Count
+    num_key_value_heads: Count = 0
+    head_dim: Count = 0
+    max_position_embeddings: Count = 2048
+    hidden_act: str = "silu"
+    rms_norm_eps: Positive = 1e-6
+    rope_theta: Positive | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    attention_bias: Literal[False] = False
+    mlp_bias: Literal[False] = False
+    logit_scale: One = 1
+    partial_rotary_factor: One = 1
+
+    @model_validator(mode="after")
+    def _fill(self) -> Self:
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        new, scaling = self.rope_parameters or {}, self.rope_scaling or {}
+        theta = self.rope_theta
+        rope = _plain_rope(new or scaling, theta)
+        base = rope["rope_theta"]
+        if new and (scaling or theta) and rope != (old := _plain_rope(scaling, theta or base)):
+            raise ValueError(
+                f"contradicts itself: rope_parameters say {rope}, rope_theta and rope_scaling say "
+                f"{old}; delete the wrong ones"
+            )
+        if rope["rope_type"] not in _ROPE_TYPES or rope.get("partial_rotary_factor", 1) != 1:
+            raise ValueError(
+                f"has the rotary parameters {rope}, which specdec's heads do not have; rope_type "
+                f"must be one of {', '.join(_ROPE_TYPES)}, and all of a head is rotated"
+            )
+        if type(base) not in (int, float) or not 0 < base < float("inf"):
+            raise ValueError(f"has rope_theta {base!r} but must have a number above 0")
+        self.rope_parameters = rope | {"rope_theta": float(base)}
+        return self
+
+    def backbone(self) -> dict[str, Any]:
+        return self.model_dump(include={*FACTS})
 
 
-def matches(files: RawFiles) -> bool:
-    """Tell if these are the files of this layout."""
-    return any(name.startswith(("layers.0.", "fc.")) for name in files.tensors)
+def _plain_rope(rope: dict[str, Any], theta: float | None = None) -> dict[str, Any]:
+    """Name rotary parameters as transformers 5 does, with type and theta."""
+    kept = {name: value for name, value in rope.items() if name != "type"}
+    kept["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    kept["rope_theta"] = rope.get("rope_theta") or theta or 10000.0
+    return dict(sorted(kept.items()))
 
 
-def read(files: RawFiles) -> HeadCheckpoint:
-    """Read a head."""
-    backbone = backbone_of(files.config, files.config_path)
-    flags = validated(_Flags, files.config, repr(files.config_path))
-    options = {
-        "backbone": backbone,
-        "bias": flags.bias is not False,
-        "qkv_bias": flags.qkv_bias is True,
+def _llama_config(backbone: dict[str, Any]) -> dict[str, Any]:
+    """Make a one-layer Llama `config.json`, its rotary part in both spellings."""
+    rope = _plain_rope(backbone["rope_parameters"])
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    return {
+        **{name: backbone[name] for name in FACTS},
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "tie_word_embeddings": False,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else scaling,
+        "rope_parameters": rope,
     }
-    identity = TargetIdentity(None, backbone["hidden_size"], backbone["vocab_size"])
-    checkpoint = HeadCheckpoint(KIND, options, files.tensors, target=identity, layout=NAME)
-    return checked(checkpoint, files.weights_path, carried=_CARRIED)
 
 
-def write(checkpoint: HeadCheckpoint) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors of a head."""
-    options = whole_options(checkpoint, NAME)
-    config = {"architectures": ["LlamaForCausalLM"], **config_of(options["backbone"])}
-    config |= {"bias": options["bias"], "qkv_bias": options["qkv_bias"]}
-    config["torch_dtype"] = dtype_name(checkpoint.tensors)
-    return config, checkpoint.tensors
+def _whole_options(checkpoint: HeadCheckpoint, layout: str) -> dict[str, Any]:
+    """Options with their defaults that leave no fact of the layer to the target."""
+    given = head_class(checkpoint.kind).given(checkpoint.options)
+    known: dict[str, Any] = given.model_dump(exclude_none=True)
+    backbone = known["backbone"]
+    if missing := [name for name in FACTS if name not in backbone]:
+        raise ValueError(
+            f"the layout {layout!r} states every fact of the head, but its options leave "
+            f"{', '.join(missing)} of the backbone to the target; give the target too "
+            "(specdec convert --target), or save the head with all of head.options"
+        )
+    if extra := [name for name in sorted(backbone) if backbone[name] and name not in FACTS]:
+        raise ValueError(
+            f"the layout {layout!r} cannot hold the option backbone.{extra[0]}; use the layout "
+            "'specdec', or train a head without it"
+        )
+    return known
+
+
+class Eagle(Layout, LlamaLayer):
+    """EAGLE-1, which EAGLE-2 shares, as SafeAILab publishes it; tensors under our own names.
+
+    Source: SafeAILab/EAGLE.
+    """
+
+    name, kind = "eagle", "eagle"
+    # Copies of parts of the target, which the head never trained; it uses the target's own.
+    carried = ("embed_tokens.weight", "lm_head.weight", *_BUFFERS)
+    bias: bool = True
+    qkv_bias: bool = False
+
+    @staticmethod
+    def matches(files: RawFiles) -> bool:
+        return any(name.startswith(("layers.0.", "fc.")) for name in files.tensors)
+
+    def parse(self, files: RawFiles) -> HeadCheckpoint:
+        options = {"backbone": self.backbone(), "bias": self.bias, "qkv_bias": self.qkv_bias}
+        target = TargetIdentity(None, self.hidden_size, self.vocab_size)
+        return HeadCheckpoint(self.kind, options, files.tensors, target=target)
+
+    @classmethod
+    def config(cls, checkpoint: HeadCheckpoint) -> dict[str, Any]:
+        options = _whole_options(checkpoint, cls.name)
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            **_llama_config(options["backbone"]),
+            **{name: options[name] for name in ("bias", "qkv_bias")},
+            "torch_dtype": dtype_name(checkpoint.tensors),
+        }
+
+
+def _flag(name: str) -> Any:
+    """Make the field of a flag, which SGLang and vLLM look for in two places."""
+    return Field(None, validation_alias=AliasChoices(AliasPath("eagle_config", name), name))
+
+
+class _Eagle3Layout(Layout):
+    """Keys that all layouts of EAGLE-3 share.
+
+    EAGLE-3.1's norms of each tap and heads on one tap are not supported.
+    """
+
+    kind, carried = "eagle3", _BUFFERS
+    target_hidden_size: Count | None = None
+    draft_vocab_size: Count | None = None
+    norm_before_residual: bool | None = _flag("norm_before_residual")
+    norm_before_fc: bool | None = _flag("norm_before_fc")
+    norm_output: bool | None = _flag("norm_output")
+    eagle_config: dict[str, Any] | None = None
+    taps: Layers | None = Field(None, validation_alias=IDS)
+    sglang_taps: Layers | None = Field(None, validation_alias=AliasPath("eagle_config", IDS))
+    fc_norm: Literal[False] = False
+    use_aux_norm: Literal[False] = False
+    use_aux_hidden_state: Literal[True] = Field(
+        True, validation_alias=AliasPath("eagle_config", "use_aux_hidden_state")
+    )
+
+    def head(self, files: RawFiles, layer: LlamaLayer) -> HeadCheckpoint:
+        vocab_size, taps = layer.vocab_size, self.taps
+        if self.sglang_taps:
+            shifted = [layer + 1 for layer in self.sglang_taps]
+            if taps not in (None, shifted):
+                raise ValueError(
+                    f"{files.config_path!r} contradicts itself: {IDS} is {taps} at the top, where "
+                    f"vLLM reads it, and {self.sglang_taps} in eagle_config, where SGLang reads it "
+                    f"and counts from one less; it must be {[t - 1 for t in taps or ()]} there, or "
+                    "be deleted"
+                )
+            taps = shifted
+        options: dict[str, Any] = {
+            "backbone": layer.backbone(),
+            "target_hidden_size": self.target_hidden_size or layer.hidden_size,
+            "draft_vocab_size": self.draft_vocab_size or vocab_size,
+            **{flag: getattr(self, flag) is True for flag in FLAGS},
+            # A copy of the target's is kept too: only its trainer knows that it is one.
+            "own_embedding": "embed_tokens.weight" in files.tensors,
+            **({"taps": taps} if taps else {}),
+        }
+        tensors = _with_whole_maps(files.tensors, options["draft_vocab_size"], vocab_size)
+        target = TargetIdentity(None, options["target_hidden_size"], vocab_size)
+        return HeadCheckpoint(self.kind, options, tensors, target=target)
+
+
+class Eagle3(_Eagle3Layout, LlamaLayer):
+    """EAGLE-3 as SafeAILab published it and vLLM, SGLang and SpecForge read it.
+
+    A Llama `config.json` with `draft_vocab_size`, tensors under `midlayer.` or `layers.0.`. Layers
+    are counted as vLLM does at the top level, which is as we do, and one less inside
+    `eagle_config`, which is as SGLang does.
+
+    Source: SafeAILab/EAGLE; sgl-project/SpecForge; vLLM and SGLang, `LlamaForCausalLMEagle3`.
+    """
+
+    name = "eagle3"
+
+    @staticmethod
+    def matches(files: RawFiles) -> bool:
+        return "draft_vocab_size" in files.config or any(
+            name.startswith("midlayer.") or name.endswith("hidden_norm.weight")
+            for name in files.tensors
+        )
+
+    def parse(self, files: RawFiles) -> HeadCheckpoint:
+        return self.head(files, self)
+
+    @classmethod
+    def naming(cls, checkpoint: HeadCheckpoint) -> Callable[[str], str]:
+        is_ours = any(name.startswith("midlayer.") for name in checkpoint.tensors)
+        return str if is_ours else Speculators.naming(checkpoint)
+
+    @classmethod
+    def config(cls, checkpoint: HeadCheckpoint) -> dict[str, Any]:
+        options, target = _whole_options(checkpoint, cls.name), checkpoint.target
+        if options["norm_before_residual"]:
+            raise ValueError(
+                f"the layout {cls.name!r} cannot hold norm_before_residual=true, which only vLLM "
+                "reads there: other engines would draft wrongly; write the layout 'speculators'"
+            )
+        config = {
+            "architectures": ["LlamaForCausalLMEagle3"],
+            **_llama_config(options["backbone"]),
+            **_eagle3_config(options, target, cls.name),
+            **{flag: True for flag in FLAGS if options[flag]},
+            "torch_dtype": dtype_name(checkpoint.tensors),
+        }
+        num_layers, taps = target.num_layers if target else None, config.get(IDS)
+        if num_layers and taps == [2, num_layers // 2, num_layers - 3]:
+            # Engines find these by themselves, for all targets and without counting differently.
+            del config[IDS]
+        elif taps:
+            config["eagle_config"] = {IDS: [tap - 1 for tap in taps], "use_aux_hidden_state": True}
+        return config
+
+
+def _eagle3_config(
+    options: dict[str, Any], target: TargetIdentity | None, layout: str
+) -> dict[str, Any]:
+    """Make the keys that all layouts of EAGLE-3 share, layers counted as vLLM does.
+
+    A layer twice, out of order, or the state behind the target's final norm is refused.
+    """
+    size, vocab_size = (options["backbone"][name] for name in ("hidden_size", "vocab_size"))
+    config = {"draft_vocab_size": options.get("draft_vocab_size", vocab_size)}
+    if options.get("target_hidden_size", size) != size:
+        config["target_hidden_size"] = options["target_hidden_size"]
+    if "taps" not in options:
+        return config
+    taps, num_layers = options["taps"], target.num_layers if target else None
+    if sorted(set(taps)) != taps:
+        raise ValueError(
+            f"the layout {layout!r} cannot hold the taps {taps}: engines capture a layer once and "
+            "in ascending order; train a head on distinct layers"
+        )
+    if num_layers and taps[-1] >= num_layers:
+        raise ValueError(
+            f"the layout {layout!r} cannot hold the tap {taps[-1]} of a target with {num_layers} "
+            "layers: engines capture before the final norm, hidden_states[-1] is behind it; train "
+            f"a head on layers up to {num_layers - 1}"
+        )
+    return config | {IDS: taps}
+
+
+def _with_whole_maps(
+    given: dict[str, Tensor], num_drafted: int, vocab_size: int
+) -> dict[str, Tensor]:
+    """Keep both token maps, or none where the vocabularies are one.
+
+    No engine reads `t2d`, so some checkpoints leave it out; others ship maps that change nothing.
+    """
+    d2t, t2d = given.get("d2t"), given.get("t2d")
+    if d2t is None or d2t.dtype not in (torch.int64, torch.int32):
+        return given
+    if num_drafted != vocab_size:
+        ids = (d2t.long() + torch.arange(len(d2t))).clamp(0, vocab_size - 1)
+        made = torch.zeros(vocab_size, dtype=torch.bool).index_fill(0, ids, True)
+        return {**given, "d2t": d2t.long(), "t2d": made if t2d is None else t2d}
+    dropped = {"d2t"} if not d2t.any() else set()
+    if dropped and t2d is not None and t2d.all():
+        dropped.add("t2d")
+    return {name: tensor for name, tensor in given.items() if name not in dropped}
+
+
+class _WindowedLayer(LlamaLayer):
+    sliding_window: Count | None = None
+    layer_types: Any = None
+
+
+class Speculators(_Eagle3Layout):
+    """EAGLE-3 as vLLM's speculators library writes it.
+
+    Its `config.json` nests the layer's config, names the target, and says how it normalizes.
+
+    Source: vllm-project/speculators, `Eagle3SpeculatorConfig`.
+    """
+
+    name = "speculators"
+    speculators_model_type: Literal["eagle3"]
+    speculators_config: dict[str, Any] | None = None
+    verifier: str | None = Field(
+        None, validation_alias=AliasPath("speculators_config", "verifier", "name_or_path")
+    )
+    transformer_layer_config: _WindowedLayer
+
+    @staticmethod
+    def matches(files: RawFiles) -> bool:
+        return "speculators_model_type" in files.config or "speculators_config" in files.config
+
+    def parse(self, files: RawFiles) -> HeadCheckpoint:
+        if self.norm_before_residual is None:
+            raise ValueError(
+                f"{files.config_path!r} lacks norm_before_residual, which vLLM then takes for true "
+                "and speculators for false; add the one that the head was trained with"
+            )
+        layer = self.transformer_layer_config
+        found = self.head(files, layer)
+        assert found.target is not None
+        target = replace(found.target, name=self.verifier)
+        is_windowed = layer.layer_types == ["sliding_attention"]
+        training = {"sliding_window": layer.sliding_window} if is_windowed else {}
+        return replace(found, target=target, training=training)
+
+    @classmethod
+    def naming(cls, checkpoint: HeadCheckpoint) -> Callable[[str], str]:
+        return lambda name: name.replace("midlayer.", "layers.0.")
+
+    @classmethod
+    def config(cls, checkpoint: HeadCheckpoint) -> dict[str, Any]:
+        options, target = _whole_options(checkpoint, cls.name), checkpoint.target
+        if target is None or target.name is None:
+            raise ValueError(
+                f"the layout {cls.name!r} names its target, which this checkpoint does not know; "
+                "give the target too (specdec convert --target)"
+            )
+        layer = _llama_config(options["backbone"])
+        if window := checkpoint.training.get("sliding_window"):
+            layer |= {"sliding_window": window, "layer_types": ["sliding_attention"]}
+        method = {
+            "proposal_type": "greedy",
+            "speculative_tokens": 5,  # vLLM wants a number; users set their own when they serve
+            "verifier_accept_k": 1,
+            "accept_tolerance": 0.0,
+        }
+        return {
+            "architectures": ["Eagle3Speculator"],
+            "speculators_model_type": "eagle3",
+            "speculators_version": "0.9.0",  # the library wants the key and compares nothing
+            "speculators_config": {
+                "algorithm": "eagle3",
+                "proposal_methods": [method],
+                "default_proposal_method": "greedy",
+                "verifier": {"name_or_path": target.name, "architectures": []},
+            },
+            "transformer_layer_config": layer,
+            **_eagle3_config(options, target, cls.name),
+            **{flag: options[flag] for flag in FLAGS},
+            "fc_norm": False,
+            "embed_requires_grad": options["own_embedding"],
+            "tie_word_embeddings": False,
+            "torch_dtype": dtype_name(checkpoint.tensors),
+        }

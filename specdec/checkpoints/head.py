@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Annotated, Any
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
@@ -14,6 +14,17 @@ from specdec.registry import head_class
 from specdec.verify.tree import from_choices
 
 Count = Annotated[int, Field(ge=1)]
+
+
+def _is_tree(choices: list[list[int]]) -> list[list[int]]:
+    try:
+        from_choices(choices)
+    except ValueError as error:
+        raise ValueError(f"must be a tree: {error}") from error
+    return choices
+
+
+Tree = Annotated[list[list[int]], AfterValidator(_is_tree)]
 
 
 @checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
@@ -67,7 +78,7 @@ class HeadCheckpoint:
 
 
 def construct(kind: str, options: Mapping[str, Any], target_config: Any, *parts: Any) -> Any:
-    """Build the head of a strategy; see `specdec.drafters.heads.Head`."""
+    """Build the `specdec.drafters.heads.Head` of a strategy."""
     try:
         return head_class(kind)(options, target_config, *parts)
     except (TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
@@ -96,19 +107,30 @@ def head_of(checkpoint: HeadCheckpoint, where: str = "the head") -> Any:
         raise ValueError(f"{where!r}: {error}") from error
 
 
+def checked(
+    checkpoint: HeadCheckpoint,
+    where: str,
+    name_of: Callable[[str], str] = str,
+    carried: Collection[str] = (),
+) -> HeadCheckpoint:
+    """Check the tensors of a checkpoint, and name them as we do."""
+    head = head_of(checkpoint, where)
+    tensors = take_tensors(where, checkpoint.tensors, head, name_of, carried)
+    return replace(checkpoint, tensors=tensors)
+
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGERS = (torch.int64, torch.int32)
 # Why a tensor that is left over is there.
-_REASONS = (
-    ("fc_norm", "EAGLE-3.1's norm of each tap is not supported"),
-    ("aux_norm", "EAGLE-3.1's norm of each tap is not supported"),
-    ("q_norm", "layers of Qwen3 are not supported"),
-    ("k_norm", "layers of Qwen3 are not supported"),
-    ("mask_hidden", "P-EAGLE is not supported"),
-    ("_scale", "quantized heads are not supported"),
-    ("layers.1.", "heads of several layers are not supported"),
-    ("token_map", "Medusa heads with a reduced vocabulary are not supported"),
-    ("fc.bias", "is `bias` false in config.json by mistake?"),
-)
+_REASONS = {
+    **dict.fromkeys(("fc_norm", "aux_norm"), "EAGLE-3.1's norm of each tap is not supported"),
+    **dict.fromkeys(("q_norm", "k_norm"), "layers of Qwen3 are not supported"),
+    "mask_hidden": "P-EAGLE is not supported",
+    "_scale": "quantized heads are not supported",
+    "layers.1.": "heads of several layers are not supported",
+    "token_map": "Medusa heads with a reduced vocabulary are not supported",
+    "fc.bias": "is `bias` false in config.json by mistake?",
+}
 
 
 def take_tensors(
@@ -133,9 +155,10 @@ def take_tensors(
                 f"{where!r} lacks the tensor {name}{others}; the checkpoint is incomplete or its "
                 "config is of another head, copy or download both again"
             )
-        _check_tensor(where, name, given[name], wanted[ours])
+        if fault := _fault(given[name], wanted[ours]):
+            raise ValueError(f"{where!r}: {name} {fault}")
     if left:
-        reason = next((words for part, words in _REASONS if part in left[0]), "")
+        reason = next((words for part, words in _REASONS.items() if part in left[0]), "")
         raise ValueError(
             f"{where!r} has {len(left)} tensors that its config does not ask for: "
             f"{', '.join(left[:3])}; {reason or 'the config or the tensors are of another head'}"
@@ -148,53 +171,16 @@ def take_tensors(
     return tensors
 
 
-def _check_tensor(where: str, name: str, tensor: Tensor, wanted: Tensor) -> None:
-    dtypes: tuple[torch.dtype, ...] = (wanted.dtype,)
-    if wanted.is_floating_point():
-        dtypes = _FLOATS
-    elif wanted.dtype == torch.int64:
-        dtypes = torch.int64, torch.int32
+def _fault(tensor: Tensor, wanted: Tensor) -> str | None:
+    kinds = _FLOATS if wanted.is_floating_point() else _INTEGERS
+    dtypes = kinds if wanted.dtype in kinds else (wanted.dtype,)
     if tensor.dtype not in dtypes:
-        raise ValueError(
-            f"{where!r}: {name} is of {tensor.dtype} but must be of {' or '.join(map(str, dtypes))}"
-        )
+        return f"is of {tensor.dtype} but must be of {' or '.join(map(str, dtypes))}"
     if tensor.shape != wanted.shape:
-        raise ValueError(
-            f"{where!r}: {name} has shape {tuple(tensor.shape)} but must have "
-            f"{tuple(wanted.shape)}; the tensor or the config is of another head"
+        return (
+            f"has shape {tuple(tensor.shape)} but must have {tuple(wanted.shape)}; the tensor or "
+            "the config is of another head"
         )
     if tensor.is_floating_point() and not tensor.isfinite().all():
-        raise ValueError(
-            f"{where!r}: {name} holds NaN or infinite values; copy the file again, or train the "
-            "head again with a smaller learning rate"
-        )
-
-
-def checked(
-    checkpoint: HeadCheckpoint,
-    where: str,
-    name_of: Callable[[str], str] = str,
-    carried: Collection[str] = (),
-) -> HeadCheckpoint:
-    """Check tensors and tree of a checkpoint, and name the tensors as we do."""
-    check_tree(checkpoint.tree, where)
-    head = head_of(checkpoint, where)
-    return replace(
-        checkpoint, tensors=take_tensors(where, checkpoint.tensors, head, name_of, carried)
-    )
-
-
-def check_tree(tree: Any, where: str) -> None:
-    """Refuse what is no list of ranks for each node, or a node without its parent."""
-    if tree is None:
-        return
-    is_list = isinstance(tree, list) and all(isinstance(node, list) for node in tree)
-    if not is_list or not all(type(rank) is int for node in tree for rank in node):
-        raise ValueError(
-            f"{where!r}: the tree is {str(tree)[:60]} but must be a list with one list of ranks "
-            "for each node, as [[0], [1], [0, 0]]"
-        )
-    try:
-        from_choices(tree)
-    except ValueError as error:
-        raise ValueError(f"{where!r}: no tree ({error})") from error
+        return "holds NaN or infinite values; copy it again, or train with a smaller learning rate"
+    return None

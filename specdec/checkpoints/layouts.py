@@ -1,37 +1,61 @@
-"""Every layout by its name: which one a folder is in, and the way in and out."""
+"""Every layout by its name: the way in and out, and `specdec.json` beside the tensors.
 
+In our own layout `specdec.json` is all there is to know of a head; beside another one it keeps what
+that cannot hold.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from specdec.checkpoints import eagle, eagle3, medusa, speculators, vllm_medusa
+import torch
+from torch import Tensor
+
+from specdec.checkpoints.eagle import Eagle, Eagle3, Speculators
 from specdec.checkpoints.folder import (
     CONFIG,
     SIDECAR,
     WEIGHT_FILES,
-    RawFiles,
     find_folder,
     json_bytes,
     read_raw,
     read_tensors,
     tensor_bytes,
 )
-from specdec.checkpoints.head import HeadCheckpoint, checked
-from specdec.checkpoints.sidecar import (
-    Description,
-    check_checksum,
-    completed,
-    describe,
-    read_description,
-)
-from specdec.common.files import whole_folder
+from specdec.checkpoints.head import HeadCheckpoint, TargetIdentity, Tree, checked, head_of
+from specdec.checkpoints.medusa import Medusa, VllmMedusa
+from specdec.common.config import Config, read_model, validated
+from specdec.common.files import flat, read_json, whole_folder
+from specdec.registry import head_class
 
 # Our own layout: `specdec.json` and the tensors under our names.
 NATIVE, WEIGHTS = "specdec", "model.safetensors"
 # In the order in which they are looked for: an earlier one is told by more.
 FOREIGN: dict[str, Any] = {
-    module.NAME: module for module in (speculators, medusa, vllm_medusa, eagle3, eagle)
+    layout.name: layout for layout in (Speculators, Medusa, VllmMedusa, Eagle3, Eagle)
 }
 LAYOUTS = (NATIVE, *FOREIGN)
+
+
+class Description(Config):
+    """Content of `specdec.json`; the fields are those of `HeadCheckpoint`.
+
+    Attributes:
+        format: version of this content.
+        sha256: hash of the rest and of the tensors; None where it was deleted.
+    """
+
+    format: Literal[1] = 1
+    layout: str
+    kind: str
+    options: dict[str, Any]
+    tree: Tree | None
+    target: TargetIdentity | None
+    training: dict[str, Any]
+    sha256: str | None = None
 
 
 def read_head(path: str | Path, revision: str | None = None) -> HeadCheckpoint:
@@ -48,37 +72,91 @@ def read_head(path: str | Path, revision: str | None = None) -> HeadCheckpoint:
     """
     folder = find_folder(path, revision)
     sidecar = folder / SIDECAR
-    known = read_description(sidecar) if sidecar.exists() else None
-    if known is not None and known.layout == NATIVE:
-        checkpoint = _read_native(folder, known)
+    if not sidecar.exists():
+        return _read_foreign(folder)
+    known = read_model(Description, sidecar)
+    try:
+        head_class(known.kind).given(known.options)
+    except ValueError as error:
+        raise ValueError(f"{str(sidecar)!r}: {error}") from error
+    if known.layout == NATIVE:
+        weights = folder / WEIGHTS
+        if not weights.exists():
+            raise FileNotFoundError(
+                f"{str(folder)!r} has no {WEIGHTS}; the checkpoint is incomplete"
+            )
+        tensors = read_tensors(weights)
+        checkpoint = HeadCheckpoint(
+            known.kind, known.options, tensors, known.tree, known.target, known.training
+        )
+        checkpoint = checked(checkpoint, str(weights))
     else:
-        files = read_raw(folder)
-        checkpoint = _layout_of(files).read(files)
-        if known is None:
-            return checkpoint
-        checkpoint = completed(checkpoint, known, str(sidecar))
-    check_checksum(sidecar, checkpoint.tensors)
+        checkpoint = _completed(_read_foreign(folder), known, str(sidecar))
+    content = read_json(sidecar)
+    if "sha256" in content and content.pop("sha256") != _checksum(content, checkpoint.tensors):
+        raise ValueError(
+            f"{str(sidecar)!r} or the tensors beside it have changed since they were written (the "
+            "SHA-256 is another one); copy both again or, if that was on purpose, delete sha256 "
+            "there"
+        )
     return checkpoint
 
 
-def _read_native(folder: Path, known: Description) -> HeadCheckpoint:
-    path = folder / WEIGHTS
-    if not path.exists():
-        raise FileNotFoundError(f"{str(folder)!r} has no {WEIGHTS}; the checkpoint is incomplete")
-    checkpoint = HeadCheckpoint(
-        known.kind, known.options, read_tensors(path), known.tree, known.target, known.training
-    )
-    return checked(checkpoint, str(path))
-
-
-def _layout_of(files: RawFiles) -> Any:
-    for module in FOREIGN.values():
-        if module.matches(files):
-            return module
+def _read_foreign(folder: Path) -> HeadCheckpoint:
+    files = read_raw(folder)
+    for layout in FOREIGN.values():
+        if layout.matches(files):
+            found: HeadCheckpoint = layout.read(files)
+            return found
     raise ValueError(
-        f"{files.weights_path!r} holds no draft head in a known layout ({', '.join(LAYOUTS)}); "
-        f"its first tensors are {', '.join(sorted(files.tensors)[:3]) or 'none'}"
+        f"{files.weights_path!r} holds no draft head in a known layout ({', '.join(LAYOUTS)}); its "
+        f"first tensors are {', '.join(sorted(files.tensors)[:3]) or 'none'}"
     )
+
+
+def _completed(found: HeadCheckpoint, known: Description, where: str) -> HeadCheckpoint:
+    """Add what stands beside a checkpoint in a layout of the field, which it must not contradict.
+
+    Options are compared as the heads have them that are built of either.
+    """
+    whole = replace(
+        found,
+        options=known.options,
+        tree=found.tree or known.tree,
+        target=known.target or found.target,
+        training=known.training,
+    )
+
+    def facts() -> Iterator[tuple[str, Any, Any]]:
+        yield "layout", known.layout, found.layout
+        yield "kind", known.kind, found.kind
+        yield "tree", known.tree or found.tree, whole.tree
+        for size in ("hidden_size", "vocab_size"):
+            told, seen = (getattr(each.target, size, None) for each in (known, found))
+            yield f"target.{size}", told or seen, seen or told
+        heads = head_of(whole, where), head_of(replace(whole, options=found.options), where)
+        ours, theirs = (dict(flat(head.options.model_dump())) for head in heads)
+        for name, value in theirs.items():
+            yield name, ours.get(name), value
+
+    for name, told, seen in facts():
+        if told != seen:
+            raise ValueError(
+                f"{where!r} says {name} {told!r}, but the files beside it say {seen!r}; if they "
+                "were changed on purpose, delete specdec.json"
+            )
+    return whole
+
+
+def _checksum(content: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """Hash a description without its hash, and the tensors under our names."""
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        # Layouts keep the maps of a draft vocabulary in integers of their own.
+        plain = tensor.detach().cpu() if tensor.is_floating_point() else tensor.cpu().long()
+        digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
+        digest.update(plain.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def write_head(checkpoint: HeadCheckpoint, folder: str | Path, layout: str = NATIVE) -> Path:
@@ -114,18 +192,18 @@ def write_head(checkpoint: HeadCheckpoint, folder: str | Path, layout: str = NAT
 
 def _files(checkpoint: HeadCheckpoint, layout: str) -> dict[str, bytes]:
     """Name to content, the description last: it completes the checkpoint."""
-    description = describe(checkpoint, layout)
+    facts = {**vars(checkpoint), "layout": layout}
+    tensors = facts.pop("tensors")
+    content = validated(Description, facts, "the head").model_dump(exclude={"sha256"})
+    json_bytes(content)  # what no file can hold is refused here
+    sealed = {SIDECAR: json_bytes({**content, "sha256": _checksum(content, tensors)})}
     if layout == NATIVE:
-        return {WEIGHTS: tensor_bytes(checkpoint.tensors), SIDECAR: description}
-    module = FOREIGN[layout]
-    if checkpoint.kind != module.KIND:
+        return {WEIGHTS: tensor_bytes(tensors), **sealed}
+    foreign = FOREIGN[layout]
+    if checkpoint.kind != foreign.kind:
         raise ValueError(
-            f"the layout {layout!r} holds heads of the kind {module.KIND!r}, not "
+            f"the layout {layout!r} holds heads of the kind {foreign.kind!r}, not "
             f"{checkpoint.kind!r}; use the layout 'specdec'"
         )
-    config, tensors = module.write(checkpoint)
-    return {
-        module.WEIGHTS: tensor_bytes(tensors),
-        CONFIG: json_bytes(config),
-        SIDECAR: description,
-    }
+    config, tensors = foreign.write(checkpoint)
+    return {foreign.weights: tensor_bytes(tensors), CONFIG: json_bytes(config), **sealed}

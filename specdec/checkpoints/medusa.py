@@ -1,103 +1,23 @@
-"""Layout "medusa": heads as FasterDecoding publishes them.
-
-`medusa_lm_head.safetensors` or `.pt`: version 1 with a vocabulary projection for every head,
-version 2 without, and a small `config.json`.
-
-Source: FasterDecoding/Medusa.
-"""
+"""Layouts of Medusa heads: as FasterDecoding publishes them, and as vLLM serves them."""
 
 import re
+from collections.abc import Callable
 from statistics import mode
 from typing import Any
 
-from torch import Tensor
+import torch
+from pydantic import AliasChoices, Field
 
 from specdec.checkpoints.folder import RawFiles
-from specdec.checkpoints.head import Count, HeadCheckpoint, TargetIdentity, checked
-from specdec.checkpoints.llama_config import ForeignConfig
-from specdec.common.config import validated
+from specdec.checkpoints.foreign import Layout, dtype_name
+from specdec.checkpoints.head import Count, HeadCheckpoint, TargetIdentity, Tree
 from specdec.registry import head_class
 
-NAME, KIND, WEIGHTS = "medusa", "medusa", "medusa_lm_head.safetensors"
 _BLOCK = re.compile(r"(\d+)\.(\d+)\.linear\.(weight|bias)")
-_PROJECTION = re.compile(r"(\d+)\.(\d+)\.weight")
+_PROJECTION = re.compile(r"(\d+)\.\d+\.weight")
 
 
-class _Keys(ForeignConfig):
-    medusa_num_heads: Count | None = None
-    medusa_num_layers: Count | None = None
-    base_model_name_or_path: str | None = None
-    medusa_choices: list[list[int]] | None = None
-
-
-def matches(files: RawFiles) -> bool:
-    """Tell if these are the files of this layout."""
-    return files.weights.startswith("medusa_lm_head.")
-
-
-def read(files: RawFiles) -> HeadCheckpoint:
-    """Read heads."""
-    keys = validated(_Keys, files.config, repr(files.config_path))
-    num_heads, num_layers = _counts(files, keys)
-    sizes = _sizes(files.tensors)
-    options = {
-        "num_heads": num_heads,
-        "num_layers": num_layers,
-        "own_vocab_head": any(_PROJECTION.fullmatch(name) for name in files.tensors),
-        **sizes,
-    }
-    target = TargetIdentity(
-        keys.base_model_name_or_path, sizes["hidden_size"], sizes.get("vocab_size")
-    )
-    checkpoint = HeadCheckpoint(
-        KIND, options, files.tensors, keys.medusa_choices, target, layout=NAME
-    )
-    return checked(checkpoint, files.weights_path, lambda name: _name(name, num_layers))
-
-
-def _counts(files: RawFiles, keys: _Keys) -> tuple[int, int]:
-    """Heads and their layers: those that the config counts, else those that are there."""
-    found = [m for name in files.tensors if (m := _BLOCK.fullmatch(name))]
-    if not found:
-        raise ValueError(
-            f"{files.weights_path!r} has no tensor named as Medusa's '0.0.linear.weight'; its "
-            f"first is {next(iter(files.tensors), 'none')}"
-        )
-    num_heads, num_layers = (1 + max(int(m[group]) for m in found) for group in (1, 2))
-    counted = {
-        "medusa_num_heads": (keys.medusa_num_heads, num_heads),
-        "medusa_num_layers": (keys.medusa_num_layers, num_layers),
-    }
-    for name, (said, number) in counted.items():
-        # The configs published first count 2 heads where their files hold 5.
-        is_known_mistake = name == "medusa_num_heads" and (said, number) == (2, 5)
-        if said not in (None, number) and not is_known_mistake:
-            raise ValueError(
-                f"{files.config_path!r} has {name} {said} but {files.weights!r} holds {number}; "
-                "correct the config, or copy the tensors again"
-            )
-    return num_heads, num_layers
-
-
-def _name(name: str, num_layers: int) -> str:
-    """The layout's name of one of our tensors."""
-    if name.startswith("blocks."):
-        return name.removeprefix("blocks.")
-    return f"{name.split('.')[1]}.{num_layers}.weight"
-
-
-def _sizes(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """H, and V where heads bring their own projections: what most tensors say.
-
-    Nothing else tells them, and it is the odd tensor out that is to be named.
-    """
-    widths = [tensor.shape[-1] for tensor in tensors.values() if tensor.ndim]
-    rows = [len(t) for name, t in tensors.items() if _PROJECTION.fullmatch(name) and t.ndim]
-    sizes = {"hidden_size": mode(widths)}
-    return sizes | ({"vocab_size": mode(rows)} if rows else {})
-
-
-def checked_options(checkpoint: HeadCheckpoint, layout: str) -> Any:
+def _options(checkpoint: HeadCheckpoint, layout: str) -> Any:
     """Options of heads that read the target's last state, as these layouts imply."""
     options = head_class(checkpoint.kind).given(checkpoint.options)
     num_layers = checkpoint.target.num_layers if checkpoint.target else None
@@ -109,17 +29,157 @@ def checked_options(checkpoint: HeadCheckpoint, layout: str) -> Any:
     return options
 
 
-def write(checkpoint: HeadCheckpoint) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors of heads."""
-    options = checked_options(checkpoint, NAME)
-    config: dict[str, Any] = {
-        "medusa_num_heads": options.num_heads,
-        "medusa_num_layers": options.num_layers,
-        "base_model_name_or_path": checkpoint.target.name if checkpoint.target else None,
-    }
-    if not options.own_vocab_head:
-        config["version"] = "2"
-    if checkpoint.tree is not None:
-        config["medusa_choices"] = checkpoint.tree
-    tensors = checkpoint.tensors.items()
-    return config, {_name(name, options.num_layers): tensor for name, tensor in tensors}
+class Medusa(Layout):
+    """`medusa_lm_head.safetensors` or `.pt`, and a small `config.json`.
+
+    Version 1 has a vocabulary projection for every head, version 2 has none.
+
+    Source: FasterDecoding/Medusa.
+    """
+
+    name, kind, weights = "medusa", "medusa", "medusa_lm_head.safetensors"
+    medusa_num_heads: Count | None = None
+    medusa_num_layers: Count | None = None
+    base_model_name_or_path: str | None = None
+    medusa_choices: Tree | None = None
+
+    @staticmethod
+    def matches(files: RawFiles) -> bool:
+        return "/medusa_lm_head." in files.weights_path
+
+    def parse(self, files: RawFiles) -> HeadCheckpoint:
+        tensors = files.tensors
+        blocks = [found for name in tensors if (found := _BLOCK.fullmatch(name))]
+        if not blocks:
+            raise ValueError(
+                f"{files.weights_path!r} has no tensor named as Medusa's '0.0.linear.weight'; its "
+                f"first is {next(iter(tensors), 'none')}"
+            )
+        num_heads, num_layers = (1 + max(int(block[group]) for block in blocks) for group in (1, 2))
+        for key, number in (("medusa_num_heads", num_heads), ("medusa_num_layers", num_layers)):
+            said = getattr(self, key)
+            # The configs published first count 2 heads where their files hold 5.
+            is_known_mistake = (key, said, number) == ("medusa_num_heads", 2, 5)
+            if said not in (None, number) and not is_known_mistake:
+                raise ValueError(
+                    f"{files.config_path!r} has {key} {said} but {files.weights_path!r} holds "
+                    f"{number}; correct the config, or copy the tensors again"
+                )
+        # Nothing else tells the sizes, and it is the odd tensor out that is to be named.
+        sizes: dict[str, Any] = {
+            "hidden_size": mode(t.shape[-1] for t in tensors.values() if t.ndim)
+        }
+        projections = [tensor for name, tensor in tensors.items() if _PROJECTION.fullmatch(name)]
+        if rows := [len(tensor) for tensor in projections if tensor.ndim]:
+            sizes["vocab_size"] = mode(rows)
+        counts = {"num_heads": num_heads, "num_layers": num_layers}
+        options = {**counts, "own_vocab_head": bool(projections), **sizes}
+        target = TargetIdentity(self.base_model_name_or_path, **sizes)
+        return HeadCheckpoint(self.kind, options, tensors, self.medusa_choices, target)
+
+    @classmethod
+    def naming(cls, checkpoint: HeadCheckpoint) -> Callable[[str], str]:
+        num_layers = head_class(cls.kind).given(checkpoint.options).num_layers
+        return lambda name: re.sub(
+            r"^vocab_heads\.(\d+)", rf"\1.{num_layers}", name.removeprefix("blocks.")
+        )
+
+    @classmethod
+    def config(cls, checkpoint: HeadCheckpoint) -> dict[str, Any]:
+        options = _options(checkpoint, cls.name)
+        return {
+            "medusa_num_heads": options.num_heads,
+            "medusa_num_layers": options.num_layers,
+            "base_model_name_or_path": checkpoint.target.name if checkpoint.target else None,
+            **({} if options.own_vocab_head else {"version": "2"}),
+            **({"medusa_choices": checkpoint.tree} if checkpoint.tree else {}),
+        }
+
+
+class VllmMedusa(Layout):
+    """Medusa heads as vLLM up to 0.32 serves them; later ones dropped Medusa.
+
+    Source: vLLM 0.32, `MedusaConfig` and `Medusa`.
+    """
+
+    name, kind = "vllm-medusa", "medusa"
+    carried = ("token_map",)  # vLLM leaves it alone where the vocabulary is whole
+    hidden_size: Count
+    vocab_size: Count
+    num_heads: Count = Field(validation_alias=AliasChoices("num_heads", "medusa_num_heads"))
+    num_hidden_layers: Count = Field(
+        validation_alias=AliasChoices("num_hidden_layers", "medusa_num_layers")
+    )
+    truncated_vocab_size: Count | None = None
+    original_lm_head: bool = False
+    medusa_fc_bias: bool = False
+
+    @staticmethod
+    def matches(files: RawFiles) -> bool:
+        return files.config.get("model_type") == "medusa" or any(
+            re.match(r"(medusa_heads\.)?blocks\.\d+\.layers\.", name) for name in files.tensors
+        )
+
+    def parse(self, files: RawFiles) -> HeadCheckpoint:
+        if self.truncated_vocab_size not in (None, self.vocab_size):
+            raise ValueError(
+                f"{files.config_path!r} has truncated_vocab_size {self.truncated_vocab_size}: "
+                "Medusa heads with a reduced vocabulary are not supported"
+            )
+        tensors = {}
+        for name, tensor in files.tensors.items():
+            name = name.removeprefix("medusa_heads.")
+            # vLLM takes the names of FasterDecoding for its own, too.
+            name = re.sub(rf"^{_BLOCK.pattern}$", r"blocks.\1.layers.\2.\3", name)
+            name = re.sub(rf"^{_PROJECTION.pattern}$", r"lm_heads.\1.weight", name)
+            is_copy = self.original_lm_head and name in ("lm_head.weight", "lm_heads.0.weight")
+            if not is_copy:
+                tensors[name] = tensor
+        if not self.medusa_fc_bias:  # zeros do what a block without a bias does
+            blocks = {name: len(t) for name, t in tensors.items() if name.startswith("blocks.")}
+            if biases := sorted(name for name in blocks if name.endswith(".bias")):
+                raise ValueError(
+                    f"{files.weights_path!r} has the tensor {biases[0]}, which its config does not "
+                    "ask for: set medusa_fc_bias to true in config.json"
+                )
+            for name, size in blocks.items():
+                bias = torch.zeros(size, dtype=tensors[name].dtype)
+                tensors[name.removesuffix("weight") + "bias"] = bias
+        options = {
+            "hidden_size": self.hidden_size,
+            "vocab_size": self.vocab_size,
+            "num_heads": self.num_heads,
+            "num_layers": self.num_hidden_layers,
+            "own_vocab_head": not self.original_lm_head,
+        }
+        target = TargetIdentity(None, self.hidden_size, self.vocab_size)
+        return HeadCheckpoint(self.kind, options, tensors, target=target)
+
+    @classmethod
+    def naming(cls, checkpoint: HeadCheckpoint) -> Callable[[str], str]:
+        return lambda name: re.sub(
+            r"^blocks\.(\d+)\.(\d+)\.linear", r"blocks.\1.layers.\2", name
+        ).replace("vocab_heads.", "lm_heads.")
+
+    @classmethod
+    def config(cls, checkpoint: HeadCheckpoint) -> dict[str, Any]:
+        options = _options(checkpoint, cls.name)
+        if not options.own_vocab_head:
+            raise ValueError(
+                f"the layout {cls.name!r} cannot hold heads without their own vocabulary "
+                "projection (own_vocab_head=false): it wants a copy of the target's; use the "
+                "layout 'medusa'"
+            )
+        vocab_size, hidden_size = checkpoint.tensors["vocab_heads.0.weight"].shape
+        return {
+            "architectures": ["MedusaModel"],
+            "model_type": "medusa",
+            "hidden_size": hidden_size,
+            "vocab_size": vocab_size,
+            "truncated_vocab_size": vocab_size,
+            "num_heads": options.num_heads,
+            "num_hidden_layers": options.num_layers,
+            "original_lm_head": False,
+            "medusa_fc_bias": True,
+            "torch_dtype": dtype_name(checkpoint.tensors),
+        }

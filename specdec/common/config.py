@@ -3,8 +3,7 @@
 import difflib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -13,17 +12,22 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from specdec.common.files import read_json, replace_file
+from specdec.common.files import first_line, read_json, replace_file
 
 Model = TypeVar("Model", bound=BaseModel)
 
 # Far more than a configuration holds, and little enough to be read at once.
 _MAX_CHARS, _MAX_VALUES, _MAX_DEPTH = 2**20, 50_000, 50
-_WORDS = {
-    int: "a whole number of at most 63 bits",
-    float: "a finite number",
-    bool: "true or false",
-    str: "text, in quotes where YAML reads something else",
+_INTEGER, _FINITE = "a whole number of at most 63 bits", "a finite number"
+# Rules by the kind of pydantic's error, or by its first word.
+_RULES = {
+    **{"int": _INTEGER, "float": _FINITE, "finite": _FINITE, "bool": "true or false"},
+    "string": "text, in quotes where YAML reads something else",
+    **{"greater_than_equal": "at least {ge}", "greater_than": "above {gt}"},
+    **{"less_than_equal": "at most {le}", "less_than": "below {lt}"},
+    **{"literal_error": "one of {expected}", "string_too_short": "not empty"},
+    **{"list_type": "a list", "tuple_type": "a list"},
+    **{"too_short": "a list of at least {min_length}", "too_long": "of at most {max_length}"},
 }
 
 
@@ -88,61 +92,37 @@ def _fault(model: type[BaseModel], error: ValidationError) -> str:
         return f"{key} is {value!r:.200} but {text}" if text.startswith("must ") else text
     if kind in ("dict_type", "model_type", "model_attributes_type", "dataclass_type"):
         return f"{key} is {value!r:.200} but must be a mapping of key: value".lstrip()
-    rule = _rule(kind, context)
+    rule = (_RULES.get(kind) or _RULES.get(kind.split("_")[0], "")).format(**context)
     return f"{key} is {value!r:.200}{f' but must be {rule}' if rule else ': ' + found['msg']}"
 
 
-def _rule(kind: str, context: Mapping[str, Any]) -> str:
-    """Put the rule behind a kind of pydantic's errors into words; empty for an unknown kind."""
-    words = {"int": int, "float": float, "bool": bool, "string": str, "finite": float}
-    bounds = {
-        **{"greater_than_equal": "at least {ge}", "greater_than": "above {gt}"},
-        **{"less_than_equal": "at most {le}", "less_than": "below {lt}"},
-        "literal_error": "one of {expected}",
-        **{"list_type": "a list", "tuple_type": "a list"},
-        **{"too_short": "a list of at least {min_length}", "too_long": "of at most {max_length}"},
-        "string_too_short": "not empty",
-    }
-    if kind in bounds:
-        return bounds[kind].format(**context)
-    word = words.get(kind.split("_")[0])
-    return _WORDS[word] if word else ""
-
-
 def _fields(model: Any, path: tuple[Any, ...]) -> list[str]:
-    """List the fields of the model that a path leads to."""
+    """List the fields of the model or dataclass that a path leads to."""
     for part in path:
-        field = getattr(model, "model_fields", {}).get(part)
+        field = getattr(model, "__pydantic_fields__", {}).get(part)
         hint = field.annotation if field else model
         inner = [hint, *get_args(hint), *(each for one in get_args(hint) for each in get_args(one))]
-        models = [one for one in inner if isinstance(one, type) and issubclass(one, BaseModel)]
-        tagged = [one for one in models if part == getattr(one, "model_fields", {}).get("type")]
+        models = [one for one in inner if hasattr(one, "__pydantic_fields__")]
+        tagged = [one for one in models if part == one.__pydantic_fields__.get("type")]
         model = (tagged or models or [model])[0]
-    return [field.alias or name for name, field in getattr(model, "model_fields", {}).items()]
+    fields = getattr(model, "__pydantic_fields__", {})
+    return [field.alias or name for name, field in fields.items()]
 
 
 def read_yaml(path: str, file: Path, overrides: Sequence[str] = (), example: str = "a=1") -> Any:
     """Read a YAML file with overrides into plain values."""
     if not file.is_file():
         raise FileNotFoundError(f"config {path!r} is not a file; give a YAML file")
-    with _named(path), file.open(encoding="utf-8-sig") as opened:
-        text = opened.read(_MAX_CHARS)
-        if opened.read(1):
-            raise yaml.YAMLError(f"more than {_MAX_CHARS:,} characters are no configuration")
+    try:
+        with file.open(encoding="utf-8-sig") as opened:
+            text = opened.read(_MAX_CHARS)
+            if opened.read(1):
+                raise yaml.YAMLError(f"more than {_MAX_CHARS:,} characters are no configuration")
         _check_size(text)
         given = OmegaConf.create(text)
         for override in overrides:
             _override(given, override, example)
         plain = OmegaConf.to_container(given)
-    _check_numbers(plain, "")
-    return plain
-
-
-@contextmanager
-def _named(path: str) -> Iterator[None]:
-    """Say of which file, and of which key in it, an error is."""
-    try:
-        yield
     except RecursionError as error:
         raise ValueError(f"config {path!r} is nested in itself; write it flat") from error
     # The last three are of explicit tags that do not fit, as in `!!bool x`.
@@ -150,8 +130,10 @@ def _named(path: str) -> Iterator[None]:
         *(OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError),
         *(OverflowError, KeyError, AttributeError),
     ) as error:
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or first_line(error)
         raise ValueError(f"config {path!r}: {problem}") from error
+    _check_numbers(plain, "")
+    return plain
 
 
 def _check_size(text: str) -> None:
@@ -198,6 +180,6 @@ def _check_numbers(value: Any, key: str) -> None:
         for name, each in value.items() if isinstance(value, dict) else enumerate(value):
             _check_numbers(each, f"{key}.{name}")
     elif isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"config {key[1:]} is {value} but must be {_WORDS[float]}")
+        raise ValueError(f"config {key[1:]} is {value} but must be {_FINITE}")
     elif isinstance(value, int) and abs(value) >= 2**63:
-        raise ValueError(f"config {key[1:]} is above 2**63 but must be {_WORDS[int]}")
+        raise ValueError(f"config {key[1:]} is above 2**63 but must be {_INTEGER}")

@@ -17,6 +17,11 @@ _MAX_JSON = 2**28
 _AT_CWD, _SWAP = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fs.h
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of a message, or the error's type if it has none."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 def parse_json(text: str | bytes) -> Any:
     """Parse JSON text; an object that holds a key twice is a `ValueError`."""
     try:
@@ -101,7 +106,7 @@ def check_same_run(
     checks = checks or {}
     written, given = json.loads(json.dumps([written, given]))  # tuples are lists there
     was, now = ({k: v for k, v in run.items() if k not in checks} for run in (written, given))
-    theirs, ours = dict(_flat(was)), dict(_flat(now))
+    theirs, ours = dict(flat(was)), dict(flat(now))
     different = [k for k in sorted(theirs | ours) if theirs.get(k) != ours.get(k)]
     if different:
         facts = (f"{k} is {theirs.get(k)!r:.60} there, not {ours.get(k)!r:.60}" for k in different)
@@ -110,10 +115,11 @@ def check_same_run(
         check(written.get(key), given.get(key))
 
 
-def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested mappings, each with its keys as one: `a.b`."""
     for key, value in facts.items():
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

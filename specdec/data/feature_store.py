@@ -19,7 +19,7 @@ from specdec.checkpoints.identity import TARGET, as_json, differences, hash_of_e
 from specdec.common.config import Config, read_model
 from specdec.common.provenance import MachineProvenance
 from specdec.data.answers import AnswerRow, AnswersManifest
-from specdec.targets.partial import TargetEnds
+from specdec.targets.load import TargetEnds
 
 INDEX = "features.json"
 

@@ -32,7 +32,7 @@ from specdec.engine.clock import ForwardClock
 from specdec.engine.interfaces import Prompts, TargetOutput
 from specdec.engine.kv_cache import SlotCache
 from specdec.sampling.sampler import Sampler
-from specdec.targets.masks import Masks
+from specdec.targets.attention import Masks
 from specdec.verify import Draft, Verdict
 
 # Long prompts are fed in chunks, which bounds the memory of masks and activations.

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from specdec.engine.clock import ForwardClock
 from specdec.engine.interfaces import Capabilities, Prompts, TargetOutput
 from specdec.engine.kv_cache import SlotCache
-from specdec.targets.masks import Masks
+from specdec.targets.attention import Masks
 from specdec.targets.probe import check_target
 from specdec.targets.taps import TapReader
 from specdec.verify import Draft, Verdict
@@ -70,7 +70,6 @@ class HFTarget:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens in the cache, per row."""
         return self.cache.lengths
 
     def prefill(
@@ -137,15 +136,12 @@ class HFTarget:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of keys and values that are allocated now."""
         return self.cache.num_bytes
 
     def bytes_for(self, num_rows: int, num_slots: int) -> int:
-        """Return the bytes for so many rows with so many tokens each."""
         return num_rows * num_slots * self._layout[1]
 
     def reserve(self, num_rows: int, num_slots: int, *, join: bool) -> None:
-        """Allocate exactly this, with `join` for the running batch and else for the next one."""
         # What joins is cached apart at first, as tightly as it can be.
         self._reserved = 0 if join else num_slots
         if join:
@@ -154,7 +150,6 @@ class HFTarget:
             self.cache = self._empty_cache()
 
     def wipe(self, rows: Sequence[int]) -> None:
-        """Zero rows that may hold NaN."""
         self.cache.wipe(rows)
 
     def score(self, root: Tensor, draft: Draft, taps: Sequence[int] = ()) -> TargetOutput:
@@ -186,15 +181,10 @@ class HFTarget:
         return logits[rows, torch.tensor(last, device=self.device)]
 
     def grow(self, tokens: Tensor, visible: Tensor, depths: Tensor) -> Tensor:
-        """Feed the newest level of a tree that grows behind the committed tokens; logits [B, n, V].
+        """Feed the newest level [B, n] of a tree that grows uncommitted; logits [B, n, V].
 
-        Commits nothing: the next `feed` or `score` writes over the tree.
-
-        Args:
-            tokens: [B, n] int64.
-            visible: [B, n, S] bool, which of the S nodes fed so far each one sees; the last n of
-                them are the new ones.
-            depths: [S] int64, levels of these nodes, 0 for the first.
+        `visible` [B, n, S] says which of the S nodes fed so far, the new ones last, each new one
+        sees; `depths` [S] are the levels of these nodes. The next `feed` or `score` writes over it.
         """
         batch, num_new, num_open = visible.shape
         self.cache.open(num_new, behind=num_open - num_new)
@@ -208,15 +198,13 @@ class HFTarget:
         self.cache.extend([count + 1 for count in num_accepted])
 
     def reorder(self, rows: Tensor) -> None:
-        """Keep only these rows."""
         self.cache.reorder(rows)
 
     def rollback(self, lengths: Sequence[int]) -> None:
-        """Forget the cached tokens behind `lengths[b]`."""
         self.cache.rollback(lengths)
 
     def _forward_chain(
-        self, tokens: Tensor, taps: Sequence[int], logits_to_keep: int | Tensor = 0
+        self, tokens: Tensor, taps: Sequence[int], keep: int | Tensor = 0
     ) -> TargetOutput:
         """Feed tokens [B, n] behind every row's committed ones."""
         cache = self.cache
@@ -232,28 +220,22 @@ class HFTarget:
         else:
             places = torch.arange(width, device=self.device)
             positions = self._clamp(cache.device_lengths.unsqueeze(1) + places)
-        return self._forward(tokens, positions, mask, taps, logits_to_keep)
+        return self._forward(tokens, positions, mask, taps, keep)
 
     def _forward_tree(
         self, tokens: Tensor, visible: Tensor, depths: Tensor, own: Tensor, taps: Sequence[int]
     ) -> TargetOutput:
         """Feed nodes of a tree; `own` are the depths [B, n] of these alone."""
         positions = self._clamp(self.cache.device_lengths.unsqueeze(1) + own)
-        return self._forward(
-            tokens, positions, self._masks.tree(self.cache, visible, depths), taps, 0
-        )
+        mask = self._masks.tree(self.cache, visible, depths)
+        return self._forward(tokens, positions, mask, taps, 0)
 
     def _clamp(self, places: Tensor) -> Tensor:
         """Keep padding of a row that is nearly full inside the model's position table."""
         return places.clamp(max=self.max_context_len - 1)
 
     def _forward(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        mask: Any,
-        taps: Sequence[int],
-        logits_to_keep: int | Tensor,
+        self, tokens: Tensor, positions: Tensor, mask: Any, taps: Sequence[int], keep: int | Tensor
     ) -> TargetOutput:
         def forward(output_hidden_states: bool) -> Any:
             return self.model(
@@ -261,7 +243,7 @@ class HFTarget:
                 attention_mask=mask,
                 position_ids=positions,
                 use_cache=True,
-                logits_to_keep=logits_to_keep,
+                logits_to_keep=keep,
                 output_hidden_states=output_hidden_states,
                 **{self._cache_name: self.cache},
             )
@@ -276,9 +258,6 @@ def max_context_len(config: Any) -> int:
 
     Behind that length all frequencies are others, also those that cached keys were turned by, and a
     draft that reaches over the edge would change its own root. A warning says so.
-
-    Raises:
-        ValueError: the config names no length.
     """
     names = ("max_position_embeddings", "n_positions", "max_seq_len")
     stated = max(int(getattr(config, name, None) or 0) for name in names)

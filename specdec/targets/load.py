@@ -1,23 +1,25 @@
-"""Load a target from a folder, the hub, or the package itself."""
+"""Load a target, or its two ends alone, from a folder, the hub, or the package itself."""
 
-import resource
-import sys
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from specdec.checkpoints.folder import CONFIG
 from specdec.common.arguments import checked
-from specdec.common.files import read_json
+from specdec.common.files import first_line, read_json
 from specdec.common.hub import find_checkpoint
 from specdec.demo import demo_path
 from specdec.engine.scheduler import is_out_of_memory
-from specdec.targets.hf import HFTarget
+from specdec.targets.hf import HFTarget, eos_token_ids, max_context_len
 
 QUANTIZATIONS = ("8bit", "4bit")
+_WEIGHTS = "model.safetensors"
 # While transformers builds a model it patches torch for the whole process: one at a time.
 LOADING = RLock()
 
@@ -73,17 +75,19 @@ def load_target(
         options["quantization_config"] = _quantization(quantization, chosen)
     if device_map is not None or quantization is not None:
         options["device_map"] = device_map or {"": str(chosen)}
-    loaded: Any
     try:
         with LOADING:
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(where, **options)
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(where, **options)
         model, info = loaded
-        _check_complete(where, info)
-        _check_files(where, revision, model)
+        _check_stored(where, revision, model, info)
         if "device_map" not in options:
             model = model.to(chosen)
         if chosen.type == "cpu":
-            _compute_in_float32(model)
+            # bitsandbytes takes bfloat16 kernels that some CPUs have, whatever the compute dtype
+            # says: they round scales, and cannot pack rows that are shorter than a block.
+            for module in model.modules():
+                if hasattr(module, "support_avx512bf16_for_cpu"):
+                    module.support_avx512bf16_for_cpu = False
         target = HFTarget(model.eval())
     except IncompleteCheckpointError:
         raise
@@ -98,7 +102,7 @@ def check_path(path: str) -> str:
     if path == "demo":
         return str(demo_path("target"))
     where = find_checkpoint(path, "'demo', a folder with a checkpoint")
-    if Path(where).is_dir() and not (Path(where) / "config.json").is_file():
+    if Path(where).is_dir() and not (Path(where) / CONFIG).is_file():
         raise FileNotFoundError(f"{path!r} has no config.json; is it a transformers checkpoint?")
     return where
 
@@ -170,40 +174,27 @@ def _quantization(name: str, device: torch.device) -> Any:
     )
 
 
-def _compute_in_float32(model: Any) -> None:
-    """Keep 4-bit layers off the bfloat16 kernels that some CPUs have.
+def _check_stored(path: str, revision: str | None, model: Any, info: Mapping[str, Any]) -> None:
+    """Refuse files that do not fit their config, also where transformers takes them.
 
-    bitsandbytes takes them in eval mode whatever the compute dtype says, packs the weights anew for
-    them, with rounded scales, and cannot pack rows that are shorter than a block.
+    It says nothing of whole numbers as weights, and of damaged JSON.
     """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    from safetensors import safe_open
+    from transformers.utils import cached_file
 
-
-def _check_complete(path: str, info: Any) -> None:
+    misfit = f"{path!r} does not fit its config"
     for name, stored, wanted in sorted(info.get("mismatched_keys", ())):
         raise IncompleteCheckpointError(
-            f"{path!r} does not fit its config: {name} has shape {tuple(stored)} but must have "
-            f"{tuple(wanted)}; the checkpoint or its config.json is of another model"
+            f"{misfit}: {name} has shape {tuple(stored)} but must have {tuple(wanted)}; the "
+            "checkpoint or its config.json is of another model"
         )
     for kind in ("missing", "unexpected"):
-        names = sorted(str(name) for name in info.get(f"{kind}_keys", ()))
-        if names:
+        if names := sorted(str(name) for name in info.get(f"{kind}_keys", ())):
             raise IncompleteCheckpointError(
-                f"{path!r} does not fit its config: {kind} tensors ({len(names)}), "
-                f"{names[0]} for one; the checkpoint is incomplete or of another model"
+                f"{misfit}: {kind} tensors ({len(names)}), {names[0]} for one; the checkpoint is "
+                "incomplete or of another model"
             )
-
-
-def _check_files(path: str, revision: str | None, model: Any) -> None:
-    """Refuse what transformers takes without a word: whole numbers as weights, damaged JSON."""
-    from huggingface_hub import try_to_load_from_cache
-    from safetensors import safe_open
-
-    folder = Path(path)
-    if not folder.is_dir():
-        folder = Path(try_to_load_from_cache(path, CONFIG, revision=revision) or path).parent
+    folder = Path(cached_file(path, CONFIG, revision=revision) or path).parent
     if (settings := folder / "generation_config.json").exists():
         read_json(settings)
     if getattr(model, "is_quantized", False):
@@ -211,9 +202,9 @@ def _check_files(path: str, revision: str | None, model: Any) -> None:
     weights = {name for name, weight in model.named_parameters() if weight.is_floating_point()}
     weights |= {name.removeprefix(f"{model.base_model_prefix}.") for name in weights}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as stored:
-            for name in weights.intersection(stored.keys()):
-                if (dtype := stored.get_slice(name).get_dtype())[0] in "IUB" and dtype != "BF16":
+        with safe_open(file, "pt") as opened:
+            for name in weights.intersection(opened.keys()):
+                if (dtype := opened.get_slice(name).get_dtype())[0] in "IUB" and dtype != "BF16":
                     raise IncompleteCheckpointError(
                         f"{str(file)!r} holds {name} as {dtype}, but its config says nothing of a "
                         "quantization; the file is damaged or config.json is of another model"
@@ -228,7 +219,7 @@ def _explained(path: str, error: Exception, device: torch.device) -> Exception:
     if "afetensor" in type(error).__name__ or "header" in text.lower():
         return ValueError(
             f"{path!r} holds a safetensors file that cannot be read ({text}); it is corrupt or "
-            f"truncated, copy or download it again"
+            "truncated, copy or download it again"
         )
     kind = FileNotFoundError if isinstance(error, OSError) else ValueError
     return kind(f"{path!r} could not be loaded: {text}")
@@ -238,10 +229,10 @@ def _does_not_fit(path: str, device: torch.device) -> Exception:
     """Return the error of too little memory, or of a config that asks for more than there is."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    stored = sum(file.stat().st_size for file in Path(path).expanduser().glob("*.safetensors"))
-    asked, free = 0, _free_bytes(device)
+    stored, asked, free = 0, 0, ""
     # A hub id has no files here, and a model with code of its own is not built.
     with LOADING, suppress(ValueError, OSError), torch.device("meta"):
+        stored = sum(file.stat().st_size for file in Path(path).expanduser().glob("*.safetensors"))
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
         asked = sum(weight.numel() for weight in model.parameters())
     if 0 < 8 * stored < asked:  # no format packs more than four weights into a byte
@@ -249,28 +240,136 @@ def _does_not_fit(path: str, device: torch.device) -> Exception:
             f"{path!r} could not be loaded: its config.json asks for {asked:,} weights, but its "
             f"files hold only {stored:,} bytes; is a size in it wrong?"
         )
-    message = f"no memory for the weights of {path!r} on {device}"
-    if stored and free is not None:
-        message += f": its files hold {stored:,} bytes, and {free:,} are free"
-    return MemoryError(f"{message}; use a smaller dtype, quantization=4bit or another device")
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    """Return the bytes that can still be allocated; None where that is not known."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    info = Path("/proc/meminfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    kib = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    return 1024 * kib[0] if kib else None
+        free = f"{torch.cuda.mem_get_info(device)[0]:,} bytes"
+    with suppress(OSError):
+        info = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = free or info["MemAvailable"].strip()
+    return MemoryError(
+        f"no memory for the weights of {path!r} on {device}: its files hold {stored:,} bytes, and "
+        f"{free or 'fewer'} are free; use a smaller dtype, quantization=4bit or another device"
+    )
 
 
-def peak_rss_bytes() -> int:
-    """Return the largest resident size of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak  # KiB everywhere else
+@dataclass(frozen=True, eq=False)
+class TargetEnds:
+    """A target that cannot run, for code that only builds heads for it.
+
+    Its attributes mean what they mean in `HFTarget`. All weights of its model but those of its
+    embedding and its vocabulary projection are on the meta device.
+    """
+
+    model: Any
+    tokenizer: Any
+    config: Any
+    device: torch.device
+    vocab_size: int
+    max_context_len: int
+    eos_token_ids: tuple[int, ...]
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of a message, or the error's type if it has none."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def load_ends(
+    path: str,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+) -> TargetEnds:
+    """Load the embedding and the vocabulary projection of a causal LM, and nothing else.
+
+    Draft heads are built from these two alone; with stored features the rest of the target, nearly
+    all of its weights, need not be in memory while they are trained. Arguments are those of
+    `load_target`; of a hub id only the files that hold the two are downloaded.
+
+    Raises:
+        FileNotFoundError: no such folder or hub id, or no safetensors in it.
+        ValueError: the checkpoint does not hold the two, or not of the shapes that its config
+            asks for; or they do more than to look up and to multiply.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    where, chosen = check_path(path), find_device(device)
+    try:
+        config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"{path!r} could not be loaded: {first_line(error)}") from error
+    text_config, wanted = config.get_text_config(), find_dtype(dtype, chosen)
+    if wanted == "auto":
+        wanted = text_config.dtype or torch.float32
+    with LOADING, torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=wanted)
+    with suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(
+            where, revision=revision or "main"
+        )
+    embedding, projection = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    for noun, module, kind in (
+        ("embedding", embedding, nn.Embedding),
+        ("vocabulary projection", projection, nn.Linear),
+    ):
+        if type(module) is not kind:
+            raise ValueError(
+                f"the {noun} of {where!r} is a {type(module).__name__}, which does more than "
+                f"nn.{kind.__name__}; train beside the whole target"
+            )
+    parts = [
+        (embedding, "weight"),
+        *((projection, part) for part, _ in projection.named_parameters()),
+    ]
+    if is_tied := text_config.tie_word_embeddings:
+        parts.remove((projection, "weight"))
+    for module, part in parts:
+        name, shape = f"{names[id(module)]}.{part}", getattr(module, part).shape
+        stored = _read_stored(where, revision, name, model.base_model_prefix, shape)
+        setattr(module, part, nn.Parameter(stored.to(chosen, wanted)))
+    if is_tied:
+        projection.weight = embedding.weight
+    return TargetEnds(
+        model.eval().requires_grad_(False),
+        load_tokenizer(where, revision, trust_remote_code=False),
+        text_config,
+        embedding.weight.device,
+        len(projection.weight),
+        max_context_len(text_config),
+        eos_token_ids(model),
+    )
+
+
+def _read_stored(
+    where: str, revision: str | None, name: str, prefix: str, shape: torch.Size
+) -> Tensor:
+    """Read one tensor of a checkpoint, with or without the prefix of the base model."""
+    from safetensors import SafetensorError, safe_open
+    from transformers.utils import cached_file
+
+    def find(file: str) -> str | None:
+        return cached_file(
+            where, file, revision=revision, _raise_exceptions_for_missing_entries=False
+        )
+
+    index = find(f"{_WEIGHTS}.index.json")
+    files = read_json(Path(index))["weight_map"] if index else {}
+    names = (name, name.removeprefix(f"{prefix}."))
+    file = next((files[each] for each in names if each in files), _WEIGHTS)
+    path = find(file)
+    if path is None:
+        raise FileNotFoundError(
+            f"{where!r} has no {file}; only safetensors are read, copy or download it again"
+        )
+    try:
+        with safe_open(path, "pt") as opened:
+            found = next((each for each in names if each in opened.keys()), None)  # noqa: SIM118
+            tensor = None if found is None else opened.get_tensor(found)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path!r} cannot be read ({first_line(error)}); it is corrupt or truncated, copy or "
+            "download it again"
+        ) from error
+    if tensor is None or tensor.shape != shape or not tensor.is_floating_point():
+        seen = "nothing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise ValueError(
+            f"{where!r} must hold {name} as floats of the shape {tuple(shape)} but holds {seen}; "
+            "the checkpoint is incomplete, quantized or of another model"
+        )
+    return tensor

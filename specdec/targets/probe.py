@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec.common.files import first_line
 from specdec.engine.scheduler import is_out_of_memory
 from specdec.targets.attention import use_grouped_attention
 from specdec.verify import Draft
@@ -29,15 +30,9 @@ _EXACT, _ROUNDED = 1e-3, 0.1
 
 
 def check_target(target: Any) -> None:
-    """Refuse a model whose logits through the target's cache are not its own.
+    """Refuse a model whose logits through a new `HFTarget`'s cache are not its own.
 
     It also calls `use_grouped_attention`, after the model's own forward.
-
-    Args:
-        target: an `HFTarget` that has just been built; its batch is forgotten.
-
-    Raises:
-        ValueError: the model's class, what was asked of it, and how far off its answer is.
     """
     model, config = target.model, target.config
     name = f"{type(model).__name__} with {getattr(config, '_attn_implementation', None)} attention"
@@ -57,10 +52,9 @@ def check_target(target: Any) -> None:
     except Exception as error:  # whatever modeling code raises
         if is_out_of_memory(error):
             raise
-        text = str(error).splitlines()[0] if str(error) else ""
         raise ValueError(
             f"{name} does not run with specdec's cache and 4D masks ({type(error).__name__}: "
-            f"{text}); use another model"
+            f"{first_line(error)}); use another model"
         ) from error
     is_exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
     is_exact = is_exact and torch.get_float32_matmul_precision() == "highest"
@@ -86,11 +80,9 @@ def _compare(target: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
     ids = torch.arange(num_rows * _TEXT_LEN, device=device) * 7 + num_ids // 2
     texts = (ids % num_ids).view(num_rows, -1)
     places = torch.arange(_TEXT_LEN, device=device)
-    own = model(  # as `generate` calls it
-        input_ids=texts,
-        attention_mask=torch.ones_like(texts),
-        position_ids=places.expand(num_rows, -1),
-        use_cache=False,
+    ones, positions = torch.ones_like(texts), places.expand(num_rows, -1)  # as `generate` has them
+    own = model(
+        input_ids=texts, attention_mask=ones, position_ids=positions, use_cache=False
     ).logits
     use_grouped_attention(model)
     rows = torch.arange(num_rows, device=device).unsqueeze(1)

@@ -20,45 +20,42 @@ CHUNK = 512
 
 
 class TapReader:
-    """Runs forwards and hands out taps, HF `hidden_states` indices.
+    """Runs forwards of a causal LM and hands out taps, HF `hidden_states` indices.
 
-    Args:
-        model: a transformers causal LM, its modeling file untouched.
-        num_layers: L; tap L is behind the final norm.
+    Tap `num_layers` is behind the final norm.
     """
 
     def __init__(self, model: Any, num_layers: int) -> None:
         self._num_layers = num_layers
         self._decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
-        self._layers = _find_layers(self._decoder, num_layers)
-        self._is_trusted = self._layers is not None
+        children = [] if self._decoder is None else self._decoder.children()
+        found = [m for m in children if isinstance(m, nn.ModuleList) and len(m) == num_layers]
+        # Untrusted where layers cannot be told from other lists of modules.
+        self._is_trusted = len(found) == 1
+        self._layers: Any = found[0] if self._is_trusted else None
         self._hooked: set[int] = set()
         self._proven: set[int] = set()
-        self._is_open = False
-        self._seen: dict[int, Tensor] = {}
+        self._seen: dict[int, Tensor] | None = None  # while a forward is watched
 
     def run(
         self, forward: Callable[[bool], Any], taps: Sequence[int]
     ) -> tuple[Any, dict[int, Tensor]]:
-        """Return the output of a forward, and its taps.
-
-        Args:
-            forward: runs the model, given `output_hidden_states`.
-            taps: hidden states to read; none costs nothing.
-        """
+        """Return the output of a forward, which is given `output_hidden_states`, and its taps."""
         if not taps:
             return forward(False), {}
         if not self._is_trusted:
             out = forward(True)
             return out, {tap: out.hidden_states[tap] for tap in taps}
         is_proof = not self._proven.issuperset(taps)
-        self._hook(taps)
-        self._is_open = True
+        for tap in set(taps) - self._hooked:
+            self._hooked.add(tap)
+            self._hook(tap)
+        seen: dict[int, Tensor] = {}
+        self._seen = seen
         try:
             out = forward(is_proof)
         finally:
-            self._is_open = False
-            seen, self._seen = self._seen, {}
+            self._seen = None
         if not is_proof:
             return out, {tap: seen[tap] for tap in taps}
         # One difference from the model's own record ends the use of hooks.
@@ -67,36 +64,21 @@ class TapReader:
         self._proven.update(taps)
         return out, own
 
-    def _hook(self, taps: Sequence[int]) -> None:
-        for tap in set(taps) - self._hooked:
-            self._hooked.add(tap)
-            if tap == self._num_layers:
-                self._decoder.register_forward_hook(self._keep_output)
-            else:
-                assert self._layers is not None
-                self._layers[tap].register_forward_pre_hook(self._keeper(tap), with_kwargs=True)
-
-    def _keeper(self, tap: int) -> Callable[..., None]:
-        """Make a hook that keeps the input of a layer."""
-
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            states = args[0] if args else kwargs.get("hidden_states")
-            if self._is_open and isinstance(states, Tensor):
+    def _hook(self, tap: int) -> None:
+        def keep(states: Any) -> None:
+            if self._seen is not None and isinstance(states, Tensor):
                 self._seen[tap] = states
 
-        return keep
+        def keep_input(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            keep(args[0] if args else kwargs.get("hidden_states"))
 
-    def _keep_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        states = getattr(output, "last_hidden_state", None)
-        if self._is_open and states is not None:
-            self._seen[self._num_layers] = states
+        def keep_output(module: Any, args: Any, output: Any) -> None:
+            keep(getattr(output, "last_hidden_state", None))
 
-
-def _find_layers(decoder: Any, num_layers: int) -> nn.ModuleList | None:
-    """Return the decoder's layers; None where they cannot be told from other lists of modules."""
-    children = [] if decoder is None else decoder.children()
-    found = [m for m in children if isinstance(m, nn.ModuleList) and len(m) == num_layers]
-    return found[0] if len(found) == 1 else None
+        if tap == self._num_layers:
+            self._decoder.register_forward_hook(keep_output)
+        else:
+            self._layers[tap].register_forward_pre_hook(keep_input, with_kwargs=True)
 
 
 def _is_same(own: Tensor, seen: Tensor) -> bool:
@@ -120,16 +102,13 @@ class Reading:
 def read_text(
     target: Target, tokens: Sequence[int], first: int, taps: Sequence[int] = ()
 ) -> Reading:
-    """Teacher-force a text. The batch that the model was decoding is forgotten.
+    """Teacher-force a text; the batch that the model was decoding is forgotten.
 
     Args:
         target: a target, or a draft model's own.
         tokens: L ids, at most its context.
         first: index of the first token whose logits are wanted, in [1, L).
         taps: hidden states to return.
-
-    Raises:
-        RuntimeError: a loop has rows on the target.
     """
     with claimed(target):
         output = target.prefill([tokens[:first]], taps)

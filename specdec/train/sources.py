@@ -15,8 +15,7 @@ from specdec.data.answers import AnswerRow, check_answers_target, load_answers
 from specdec.data.feature_store import INDEX, FeatureStore, StoredRow
 from specdec.drafters.training import TrainingBatch
 from specdec.targets.hf import HFTarget
-from specdec.targets.load import load_target
-from specdec.targets.partial import load_ends
+from specdec.targets.load import load_ends, load_target
 from specdec.train.config import TrainConfig
 from specdec.train.data import Layout, Split, TokenBatch, collate, load_split, padded, split_rows
 

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from specdec.bench import meters
-from specdec.bench.meters import PowerMeter, read_peaks, reset_peaks
+from specdec.bench.meters import PowerMeter, peak_rss_bytes, read_peaks, reset_peaks
 from specdec.bench.store import Peaks
-from specdec.targets.load import peak_rss_bytes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -360,7 +360,7 @@ def test_wrong_options_are_told_in_one_line(log, out, options, message):
 
 
 def test_missing_extra_is_told_in_one_line(log, out, monkeypatch):
-    monkeypatch.setattr("specdec.cli.data.find_spec", lambda name: None)
+    monkeypatch.setattr("specdec.cli.collect.find_spec", lambda name: None)
     result = run(log, "--out", out)
     assert result.exit_code == 2
     assert "pip install 'specdec[collect]'" in result.stderr

@@ -13,7 +13,7 @@ from specdec.checkpoints import identify_target
 from specdec.data import features
 from specdec.data.answers import read_rows
 from specdec.data.feature_store import FeatureStore, TopLogits, logit_places
-from specdec.targets.partial import load_ends
+from specdec.targets.load import load_ends
 
 
 @pytest.fixture(autouse=True)

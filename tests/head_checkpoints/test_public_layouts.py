@@ -222,7 +222,7 @@ def test_eagle3_flags_are_read_from_eagle_config(tmp_path):
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state is False"),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 2, 1]}}, "rotary parameters"),
-        ({"hidden_size": None}, "hidden_size is None"),
+        ({"hidden_size": None}, "hidden_size is missing"),
         ({"intermediate_size": "64"}, "intermediate_size is '64'"),
     ],
 )

@@ -153,7 +153,10 @@ def test_damaged_description_is_named(tmp_path, file, content):
         ({"tree": [0, 1]}, "tree.0 is 0 but must be a list"),
         ({"target": {"name": "x"}}, "target.hidden_size is missing"),
         ({"target": "x"}, "target is 'x'"),
-        ({"target": {"name": "x", "hidden_size": 3, "size": 1}}, "target.size does not exist"),
+        (
+            {"target": {"name": "x", "hidden_size": 3, "size": 1}},
+            "target.size does not exist; known: facts, hidden",
+        ),
         ({"surprise": 1}, "surprise does not exist"),
     ],
 )
@@ -270,7 +273,7 @@ def test_maps_that_disagree_are_named(tmp_path, layout, change, said):
         (lambda c: {"training": {"loss": float("nan")}}, "JSON"),
         (lambda c: {"training": {"when": object()}}, "JSON"),
         (lambda c: {"tree": [[1, 1]]}, "not its parent"),
-        (lambda c: {"tree": [0, 1]}, "one list of ranks"),
+        (lambda c: {"tree": [0, 1]}, "tree.0 is 0 but must be a list"),
     ],
 )
 @pytest.mark.parametrize("layout", ["specdec", "eagle3", "speculators"])

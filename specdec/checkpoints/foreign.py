@@ -1,0 +1,76 @@
+"""What the layouts of the field have in common: `config.json`, and tensors under other names."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from statistics import mode
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, model_validator
+from torch import Tensor
+
+from specdec.checkpoints.folder import RawFiles
+from specdec.checkpoints.head import HeadCheckpoint, checked
+from specdec.common.config import Config, validated
+
+
+def _without_nulls(given: Any) -> Any:
+    if not isinstance(given, dict):
+        return given
+    return {key: _without_nulls(value) for key, value in given.items() if value is not None}
+
+
+class ForeignConfig(Config):
+    """Keys of a `config.json` that are read; null stands for a key that is not there."""
+
+    model_config = ConfigDict(extra="ignore")
+    _drop_nulls = model_validator(mode="before")(_without_nulls)
+
+
+class Layout(ForeignConfig):
+    """A layout of the field: the keys of its `config.json`, and how they and its tensors are meant.
+
+    Attributes:
+        name: name of the layout.
+        kind: kind of its heads.
+        weights: file of the tensors that is written.
+        carried: tensors that may be there for nothing.
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[str]
+    weights: ClassVar[str] = "model.safetensors"
+    carried: ClassVar[tuple[str, ...]] = ()
+
+    @staticmethod
+    def matches(files: RawFiles) -> bool:
+        raise NotImplementedError
+
+    def parse(self, files: RawFiles) -> HeadCheckpoint:
+        """Read a head, its tensors under the names of the file."""
+        raise NotImplementedError
+
+    @classmethod
+    def config(cls, checkpoint: HeadCheckpoint) -> dict[str, Any]:
+        """Make the `config.json` of a head."""
+        raise NotImplementedError
+
+    @classmethod
+    def naming(cls, checkpoint: HeadCheckpoint) -> Callable[[str], str]:
+        """Make the function from our name of a tensor to the layout's."""
+        return str
+
+    @classmethod
+    def read(cls, files: RawFiles) -> HeadCheckpoint:
+        keys = validated(cls, files.config, repr(files.config_path))
+        found = replace(keys.parse(files), layout=cls.name)
+        return checked(found, files.weights_path, cls.naming(found), cls.carried)
+
+    @classmethod
+    def write(cls, checkpoint: HeadCheckpoint) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        config, name_of = cls.config(checkpoint), cls.naming(checkpoint)
+        return config, {name_of(name): tensor for name, tensor in checkpoint.tensors.items()}
+
+
+def dtype_name(tensors: Mapping[str, Tensor]) -> str:
+    """Name the dtype of most of the weights, as configs spell it."""
+    return mode(str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.ndim == 2)

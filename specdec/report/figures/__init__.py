@@ -1,0 +1,1 @@
+"""The pictures, all in the style of `style.py`."""

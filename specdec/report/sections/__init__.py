@@ -1,0 +1,1 @@
+"""The sections of a report; each function turns runs into one of them."""
