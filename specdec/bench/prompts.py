@@ -35,16 +35,11 @@ HELD_OUT = "held_out"
 def load_prompts(
     source: str, num: int, data_dir: str | None = None, seed: int = 0
 ) -> list[BenchPrompt]:
-    """Take `num` prompts of a source; the same ones for the same seed.
+    """Take up to `num` prompts of a source; the same ones for the same seed.
 
-    Args:
-        source: a name in `SOURCES`; a file of records (`find_queries`) or of text, a prompt a
-            line; or a folder that `specdec collect` wrote, whose held-out queries are taken.
-        num: prompts to take, at most; seed 0 keeps the order of "demo", "held_out", files and
-            folders.
-        data_dir: folder of the named sources; default: the variable SPECDEC_DATA_DIR, then the
-            hub where the source is there.
-        seed: decides the order.
+    A source is a name in `SOURCES` (in `data_dir` or SPECDEC_DATA_DIR, else on the hub), a file of
+    records (`find_queries`) or of text, a prompt a line, or a folder that `specdec collect` wrote,
+    whose held-out queries are taken. Seed 0 keeps the order, but for the data sets in `_SHUFFLED`.
     """
     if source in SOURCES:
         folder = data_dir or os.environ.get(DATA_DIR_VARIABLE)
@@ -116,7 +111,6 @@ def _read_named(name: str, folder: Path | None) -> list[BenchPrompt]:
 
 
 def _in_turn(prompts: Sequence[BenchPrompt]) -> list[BenchPrompt]:
-    """Take domains in turn, so that any number of first prompts is balanced."""
     seen: Counter[str] = Counter()
     turns = []
     for prompt in prompts:

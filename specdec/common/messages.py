@@ -1,7 +1,9 @@
 """What users asked: chat messages or text, found in records of many forms."""
 
+import hashlib
 import random
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,61 +25,43 @@ _NOT_ITS_FAULT = {408, 425, 429, 499}  # too late, too early, too many, and a cl
 
 @dataclass(frozen=True)
 class BenchPrompt:
-    """One prompt: chat messages, or text that is continued as it is.
+    """One prompt: chat messages, or text that is continued as it is."""
 
-    Attributes:
-        id: unique in its source.
-        domain: group of its results.
-        messages: the conversation up to a user turn; empty for plain text.
-        text: plain text; empty for a conversation.
-        follow_ups: later user turns, each asked after the model's own answer.
-    """
-
-    id: str
-    domain: str
-    messages: tuple[Message, ...] = ()
+    id: str  # unique in its source
+    domain: str  # group of its results
+    messages: tuple[Message, ...] = ()  # the conversation up to a user turn; empty for plain text
     text: str = ""
-    follow_ups: tuple[str, ...] = ()
+    follow_ups: tuple[str, ...] = ()  # later user turns, each asked after the model's own answer
 
     @property
     def is_empty(self) -> bool:
-        """True if there is nothing to answer or to continue."""
         last = self.messages[-1]["content"] if self.messages else self.text
         return not last.strip()
 
 
+def short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def shuffled(prompts: list[BenchPrompt], seed: int = 0) -> list[BenchPrompt]:
-    """Put the same prompts in another order, decided by the seed alone."""
     return random.Random(seed).sample(prompts, len(prompts))
 
 
 @dataclass(frozen=True)
 class Query:
-    """One thing that a user asked, without the user.
+    """One thing that a user asked, without the user."""
 
-    Attributes:
-        id: hash of the text; the same query has the same one wherever it was found.
-        messages: the chat up to a user's turn; empty for a completion.
-        text: the raw prompt of a completion; empty for a chat.
-        answer: recorded answer, for reference; drafters are never trained on it.
-        domain: a tag that splits and results are told apart by; may be empty.
-        language: ISO 639 code; may be empty.
-        source: the file and line, or the data set and row, that it came from.
-        conversation: hash of its first user turn; queries that share it are in the same split.
-    """
-
-    id: str
-    messages: tuple[Message, ...] = ()
-    text: str = ""
-    answer: str | None = None
-    domain: str = ""
-    language: str = ""
-    source: str = ""
-    conversation: str = ""
+    id: str  # hash of the text; the same query has the same one wherever it was found
+    messages: tuple[Message, ...] = ()  # the chat up to a user's turn; empty for a completion
+    text: str = ""  # the raw prompt of a completion
+    answer: str | None = None  # as recorded; drafters are never trained on it
+    domain: str = ""  # a tag that splits and results are told apart by
+    language: str = ""  # ISO 639 code
+    source: str = ""  # the file and line, or the data set and row, that it came from
+    conversation: str = ""  # hash of its first user turn; queries that share it share a split
 
     @property
     def last_turn(self) -> str:
-        """The turn that is asked last; all of a completion."""
         return self.messages[-1]["content"] if self.messages else self.text
 
 
@@ -116,16 +100,11 @@ def find_queries(record: Any, turns: str = "all") -> Iterator[Query]:
     answer ends) was a request at each of its user turns.
     """
     if isinstance(record, str):
-        yield _question(record.strip())
+        record = {"text": record.strip()}
     elif isinstance(record, list):
-        yield from _at_user_turns(record, None, turns)
-    elif isinstance(record, dict):
-        yield from _queries_in_object(record, turns)
-    else:
+        record = {"conversation": record}
+    elif not isinstance(record, dict):
         raise ValueError(f"a record must be an object or text, not {type(record).__name__}")
-
-
-def _queries_in_object(record: dict[str, Any], turns: str) -> Iterator[Query]:
     body = record.get("request", record)
     body = body.get("body", body) if isinstance(body, dict) else body
     if not isinstance(body, dict):
@@ -154,7 +133,6 @@ def _queries_in_object(record: dict[str, Any], turns: str) -> Iterator[Query]:
 
 
 def _answer(response: Any) -> str | None:
-    """Find the first answer of the endpoint; None where it is not in the record."""
     try:
         body = response.get("body") if isinstance(response.get("body"), dict) else response
         choice = body["choices"][0]
@@ -199,7 +177,6 @@ def _question(text: Any, answer: str | None = None) -> Query:
 
 
 def _at_user_turns(turns: list[Any], answer: str | None, chosen: str) -> Iterator[Query]:
-    """Make one query for each user turn that is chosen, with the turn behind it as its answer."""
     roles = [_role(turn) for turn in turns]
     # A piece cut from a longer conversation may begin with an answer to nothing.
     start = next((i for i, role in enumerate(roles) if role != "assistant"), len(roles))
@@ -211,10 +188,8 @@ def _at_user_turns(turns: list[Any], answer: str | None, chosen: str) -> Iterato
         messages += [_message(turn) for turn in turns[start + len(messages) : end]]
         found = answer
         if answer is None and roles[end : end + 1] == ["assistant"]:
-            try:
+            with suppress(NoQueryError):  # a tool call, or an image
                 found = _content(turns[end])
-            except NoQueryError:  # a tool call, or an image
-                found = None
         yield Query("", tuple(messages), answer=found)
 
 

@@ -120,7 +120,6 @@ def read_objects(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def sound(records: Iterable[Record]) -> Iterator[Record]:
-    """Refuse the first record with a fault."""
     for record in records:
         if record.fault:
             raise ValueError(f"{record.where}: {record.fault}")
@@ -222,8 +221,6 @@ Records = RecordFile | DataSetRecords
 
 @dataclass(frozen=True)
 class NamedSource:
-    """A published data set: what is made of its rows, and where they are."""
-
     file: str  # in the data folder
     record: Callable[[int, Row], Any] = lambda _, row: row  # None leaves a row out
     hub: Mapping[str, str] | None = None  # for `datasets.load_dataset`, if there is a loadable copy
@@ -232,8 +229,6 @@ class NamedSource:
 
 @dataclass(frozen=True)
 class Source:
-    """Records of files or data sets, one behind the other."""
-
     name: str
     parts: Sequence[Records]
     named: NamedSource | None = None

@@ -30,27 +30,17 @@ _BLANK = "\0"  # stands where something was found already, so that no later patt
 
 @dataclass(frozen=True)
 class Rule:
-    """A pattern for something to mask.
-
-    Attributes:
-        pattern: its group `secret` or `bare` is masked, or the whole match without these groups.
-        mask: the placeholder.
-        words: a text without any of them, in lower case, is not searched; empty for all texts.
-        check: returns the span to mask, or None for a match that is none.
-    """
-
     pattern: re.Pattern[str]
     mask: str
-    words: tuple[str, ...]
-    check: Check
+    words: tuple[str, ...] = ()  # a text without any of them, in lower case, is not searched
+    # Span to mask, or None for a match that is none.
+    check: Check = lambda match: secret_span(match)
 
 
 class Text:
-    """A text in plain characters, in which what was found is blotted out.
+    """A text in plain characters (`seen`), in which what was found is blotted out.
 
-    Attributes:
-        seen: the text in NFKC, with ASCII dashes, without invisible characters and escapes.
-        found: (start, end, mask) of each find, as places in the original.
+    `found` holds the (start, end, mask) of each find, as places in the original.
     """
 
     def __init__(self, original: str) -> None:
@@ -60,7 +50,6 @@ class Text:
         self._lower = self.seen.lower()
 
     def find(self, rule: Rule) -> None:
-        """Note everything that a rule finds."""
         if rule.words and not any(word in self._lower for word in rule.words):
             return
         parts: list[str] = []
@@ -75,13 +64,12 @@ class Text:
         self.seen = "".join([*parts, self.seen[place:]])
 
     def note(self, start: int, end: int, mask: str) -> None:
-        """Note a find at places of `seen`."""
         if self._starts:
             start, end = self._starts[start], self._ends[end - 1]
         self.found.append((start, end, mask))
 
     def masked(self, mask: str | None = None) -> str:
-        """The original with its mask, or with a given one, for every find."""
+        """Put its mask, or a given one, in the place of every find."""
         parts, place = [], 0
         for start, end, own in sorted(self.found):
             parts += [self.original[place : max(start, place)], mask or own]
@@ -90,7 +78,6 @@ class Text:
 
 
 def find_secrets(text: Text) -> None:
-    """Find keys, key blocks and passwords."""
     for rule in _secret_rules():
         text.find(rule)
 
@@ -100,9 +87,8 @@ def read_rules(path: Path, checks: Mapping[str, Check]) -> dict[str, list[Rule]]
     parts = pattern_parts(path)
 
     def rule(row: dict[str, Any]) -> Rule:
-        pattern = re.sub(r"@(\w+)@", lambda name: parts[name[1]], _without_layout(row["pattern"]))
+        pattern, words = _filled(row["pattern"], parts), tuple(row.get("words", ()))
         check = checks[row["check"]] if "check" in row else secret_span
-        words = tuple(row.get("words", ()))
         return Rule(re.compile(pattern), row.get("mask", API_KEY), words, check)
 
     sections = tomllib.loads(path.read_text("utf-8"))
@@ -111,11 +97,16 @@ def read_rules(path: Path, checks: Mapping[str, Check]) -> dict[str, list[Rule]]
 
 @cache
 def pattern_parts(path: Path = _RULES) -> dict[str, str]:
-    """Named parts of the patterns in a file of rules."""
     parts: dict[str, str] = {}
     for name, text in tomllib.loads(path.read_text("utf-8"))["parts"].items():
-        parts[name] = re.sub(r"@(\w+)@", lambda part: parts[part[1]], _without_layout(text))
+        parts[name] = _filled(text, parts)
     return parts
+
+
+def _filled(pattern: str, parts: Mapping[str, str]) -> str:
+    """Put parts into a pattern, and take out its layout."""
+    joined = "".join(line.lstrip() for line in pattern.split("\n"))
+    return re.sub(r"@(\w+)@", lambda part: parts[part[1]], joined)
 
 
 def secret_span(match: re.Match[str]) -> Span:
@@ -138,29 +129,20 @@ def _secret_rules() -> list[Rule]:
 
 def _gitleaks_rules() -> list[Rule]:
     """The vendored rules; ASCII classes let a key end, and begin, beside a letter of any script."""
-    rows = (line.split("\t") for line in _GITLEAKS.read_text("utf-8").splitlines())
-    return [
-        Rule(
-            re.compile(rf"(?<![A-Za-z0-9])(?:{pattern})[A-Za-z0-9_-]*", re.ASCII),
-            API_KEY,
-            tuple(words.split()),
-            secret_span,
-        )
-        for _, words, pattern in (row for row in rows if row[0][:1] != "#")
-    ]
-
-
-def _without_layout(pattern: str) -> str:
-    return "".join(line.lstrip() for line in pattern.split("\n"))
+    rules = []
+    for line in _GITLEAKS.read_text("utf-8").splitlines():
+        if not line.startswith("#"):
+            _, words, pattern = line.split("\t")
+            whole = re.compile(rf"(?<![A-Za-z0-9])(?:{pattern})[A-Za-z0-9_-]*", re.ASCII)
+            rules.append(Rule(whole, API_KEY, tuple(words.split())))
+    return rules
 
 
 def _plain(text: str) -> tuple[str, list[int], list[int]]:
     """The text in plain characters, and where each one starts and ends in the original."""
     if text.isascii() and not _ESCAPED.search(text):
         return text, [], []
-    plain: list[str] = []
-    starts: list[int] = []
-    ends: list[int] = []
+    plain, starts, ends = list[str](), list[int](), list[int]()
     for match in _CHARACTER.finditer(text):
         new = chr(int(match[1], 16)) if match[1] else html.unescape(match[0])
         if not new.isascii():
@@ -173,7 +155,6 @@ def _plain(text: str) -> tuple[str, list[int], list[int]]:
 
 
 def _login(match: re.Match[str]) -> Span | None:
-    """Accept base64 of `user:password`."""
     try:
         login = base64.b64decode(match["secret"] + "=" * (-len(match["secret"]) % 4)).decode()
     except ValueError:
@@ -200,11 +181,7 @@ def _named(match: re.Match[str]) -> Span | None:
     """Accept a value that is no placeholder, without the punctuation behind it."""
     start, end = secret_span(match)
     value = match.string[start:end].rstrip(" .,:?")
-    if not value or _placeholder().fullmatch(value) or len(set(value)) < 3:
+    placeholder = pattern_parts()["placeholder"]
+    if len(set(value)) < 3 or re.fullmatch(placeholder, value, re.IGNORECASE):
         return None
     return start, start + len(value)
-
-
-@cache
-def _placeholder() -> re.Pattern[str]:
-    return re.compile(pattern_parts()["placeholder"], re.IGNORECASE)

@@ -32,11 +32,9 @@ class AnswerRow:
 
     @property
     def num_answer_tokens(self) -> int:
-        """Number of tokens that the target wrote."""
         return sum(end - start for start, end in self.answers)
 
     def cut(self, max_len: int) -> "AnswerRow":
-        """Keep the first `max_len` tokens."""
         spans = ((start, min(end, max_len)) for start, end in self.answers if start < max_len)
         return replace(self, tokens=self.tokens[:max_len], answers=tuple(spans))
 

@@ -1,6 +1,5 @@
 """Clean queries: masks for personal data and secrets, near-duplicates, the split and the draw."""
 
-import hashlib
 import json
 import re
 import unicodedata
@@ -12,7 +11,7 @@ from zlib import crc32
 
 import numpy as np
 
-from specdec.common.messages import Message, Query
+from specdec.common.messages import Message, Query, short_hash
 from specdec.common.secrets import (
     API_KEY,
     KEY_BLOCK,
@@ -48,10 +47,9 @@ _PHONE_CUE = re.compile(
     re.IGNORECASE,
 )
 _CUE_REACH, _MIN_CUED_DIGITS = 40, 9
-_HEX_DIGITS = 16
 _SHINGLE_LEN, _NUM_PERM = 5, 64
-# Missed ones cost more than candidates that the exact comparison then refuses.
-_FALSE_POSITIVE_WEIGHT, _FALSE_NEGATIVE_WEIGHT = 0.1, 0.9
+# Of false positives and negatives: the exact comparison then refuses the former.
+_WEIGHTS = (0.1, 0.9)
 # Standard errors of the estimate below the threshold, from which comparing is a waste.
 _SLACK = 3.0
 
@@ -102,7 +100,6 @@ def _personal_rules() -> list[Rule]:
 
 
 def _called(match: re.Match[str]) -> Span | None:
-    """Accept a number behind a word such as "call", in whatever country it is written so."""
     digits = sum(map(str.isdigit, match[0]))
     is_phone = digits >= _MIN_CUED_DIGITS and not _DATE.match(match[0])
     return match.span() if is_phone and _follows_cue(match.string, match.start()) else None
@@ -140,28 +137,24 @@ def _plain(text: str) -> str:
 
 
 def query_id(messages: tuple[Message, ...], text: str) -> str:
-    return _digest(json.dumps([messages, text], sort_keys=True))
+    return short_hash(json.dumps([messages, text], sort_keys=True))
 
 
 def conversation_id(messages: tuple[Message, ...], text: str) -> str:
     """Hash the first user's turn, without case, punctuation and the values of numbers."""
     first = next((turn["content"] for turn in messages if turn["role"] == "user"), text)
     words = re.sub(r"[\W_]+", " ", re.sub(r"\d+(?:[.,]\d+)*", "0", _plain(first))).strip()
-    return _digest(words or first)
+    return short_hash(words or first)
 
 
 def split_of(conversation: str, held_out: float) -> str:
     """Split by hash alone: a larger share holds out all that a smaller one does."""
-    return "held_out" if int(conversation, 16) < held_out * 16**_HEX_DIGITS else "train"
+    return "held_out" if int(conversation, 16) < held_out * 16 ** len(conversation) else "train"
 
 
 def sample_rank(query: str, seed: int) -> str:
     """Make the key that orders a draw: its first 500 are among its first 2,000."""
-    return _digest(f"{seed}:{query}")
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:_HEX_DIGITS]
+    return short_hash(f"{seed}:{query}")
 
 
 class NearDuplicates:
@@ -178,11 +171,10 @@ class NearDuplicates:
     def __init__(self, threshold: float):
         from datasketch import MinHash, MinHashLSH
 
-        weights = (_FALSE_POSITIVE_WEIGHT, _FALSE_NEGATIVE_WEIGHT)
         self._threshold = threshold
         error = (threshold * (1 - threshold) / (_NUM_PERM / 2)) ** 0.5
         self._least_estimate = threshold - _SLACK * error
-        self._index = MinHashLSH(min(threshold, 0.99), _NUM_PERM, weights=weights)
+        self._index = MinHashLSH(min(threshold, 0.99), _NUM_PERM, weights=_WEIGHTS)
         self._blank = MinHash(_NUM_PERM, hashfunc=crc32)
         self._seen: list[tuple[Query, MinHash]] = []
 
@@ -202,7 +194,7 @@ class NearDuplicates:
         return None
 
     def _sketch(self, context: str, last: str) -> "MinHash":
-        """Hashes of both parts in turn, so that a band of them agrees only where both parts do."""
+        """Take hashes of both parts in turn: a band of them agrees only where both parts do."""
         sketch = self._minima(last)
         if context:
             both = np.empty_like(sketch.hashvalues)
@@ -218,7 +210,6 @@ class NearDuplicates:
 
 
 def _parts(query: Query) -> tuple[str, str]:
-    """Make comparable texts of what stands before the last turn, and of the turn."""
     before = (turn["content"] for turn in query.messages[:-1] if turn["role"] != "system")
     return _plain(" ".join(before)), _plain(query.last_turn)
 

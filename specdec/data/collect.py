@@ -1,6 +1,5 @@
 """From sources to a folder of queries: read, mask, drop duplicates, draw, split, write."""
 
-import hashlib
 import json
 import time
 from collections import Counter
@@ -15,7 +14,14 @@ from pydantic import Field
 
 from specdec.common.config import Config, read_model, write_model
 from specdec.common.files import restore, whole_folder
-from specdec.common.messages import Message, NoQueryError, Query, find_queries, read_queries
+from specdec.common.messages import (
+    Message,
+    NoQueryError,
+    Query,
+    find_queries,
+    read_queries,
+    short_hash,
+)
 from specdec.common.provenance import CodeProvenance, code
 from specdec.common.records import Record, Source
 from specdec.data.cleaning import (
@@ -51,7 +57,6 @@ _SHOW_EVERY = 500
 _NUM_EXAMPLES = 5
 _QUOTE_CHARS, _REASON_CHARS, _READ_CHARS = 120, 300, 4000
 _CARD = Path(__file__).with_name("collection_card.md.jinja")
-_SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M")
 _LOPSIDED_SHARE = 0.2  # of queries that begin alike: a split by conversation is lopsided
 _TOLD_LETTERS = 20  # below which a language is a guess
 
@@ -147,12 +152,22 @@ def collect(
         for source in sources
     ]
     inputs = [each.model_dump(include={"name", "parts"}) for each in reports]
-    facts = json.dumps([_SCHEMA, settings.model_dump(), inputs], sort_keys=True)
-    fingerprint = hashlib.sha256(facts.encode()).hexdigest()[:16]
+    facts = [_SCHEMA, settings.model_dump(), inputs]
+    fingerprint = short_hash(json.dumps(facts, sort_keys=True))
     earlier = _report_of(out)
     if earlier is not None and earlier.fingerprint == fingerprint:
         return earlier
-    splits = _splits_of(out, earlier, settings, append)
+    if earlier is not None and not append:
+        raise ValueError(
+            f"{str(out)!r} holds queries of other sources or settings; give another --out, or "
+            "--append to add to them"
+        )
+    if earlier is not None and earlier.settings.held_out != settings.held_out:
+        raise ValueError(
+            f"held_out is {settings.held_out} but {str(out)!r} was split at "
+            f"{earlier.settings.held_out}; give the same, so that no query moves"
+        )
+    splits = {split: read_queries(out, split) if earlier else [] for split in SPLITS}
     collector = _Collector(settings, [query for found in splits.values() for query in found])
     for each in zip(sources, reports, strict=True):
         collector.read(*each, show)
@@ -160,7 +175,11 @@ def collect(
         splits[split_of(query.conversation, settings.held_out)].append(query)
     counts = SplitCounts(**{split: len(found) for split, found in splits.items()})
     if not counts.train + counts.held_out:
-        raise ValueError(f"{', '.join(names)}: no query is left ({collector.reasons()})")
+        why = {reason: drop for reason, drop in collector.dropped.items() if drop.count}
+        reasons = ", ".join(f"{drop.count} {reason}" for reason, drop in why.items())
+        first = next((example for drop in why.values() for example in drop.examples), None)
+        shown = f"; the first: {first.where}: {first.why} {first.quote!r}" if first else ""
+        raise ValueError(f"{', '.join(names)}: no query is left ({reasons or 'no records'}){shown}")
     queries = [query for found in splits.values() for query in found]
     by_domain = {split: Counter(q.domain for q in found) for split, found in splits.items()}
     domains = sorted({query.domain for query in queries})
@@ -199,25 +218,6 @@ def _report_of(out: Path) -> CollectReport | None:
         ) from error
 
 
-def _splits_of(
-    out: Path, earlier: CollectReport | None, settings: CollectSettings, append: bool
-) -> dict[str, list[Query]]:
-    """Read the queries that are there already, by split."""
-    if earlier is None:
-        return {split: [] for split in SPLITS}
-    if not append:
-        raise ValueError(
-            f"{str(out)!r} holds queries of other sources or settings; give another --out, or "
-            "--append to add to them"
-        )
-    if earlier.settings.held_out != settings.held_out:
-        raise ValueError(
-            f"held_out is {settings.held_out} but {str(out)!r} was split at "
-            f"{earlier.settings.held_out}; give the same, so that no query moves"
-        )
-    return {split: read_queries(out, split) for split in SPLITS}
-
-
 class _Collector:
     """Queries as they come in, and what became of the others."""
 
@@ -229,7 +229,6 @@ class _Collector:
         self._found: list[Query] = []
 
     def read(self, source: Source, report: SourceReport, show: Show) -> None:
-        """Take in a source and count what is in it."""
         malformed = self.dropped["malformed"]
         queries_before, malformed_before = len(self._found), malformed.count
         size = max(1, sum(part.size for part in source.parts))
@@ -266,16 +265,8 @@ class _Collector:
         show(len(order), len(order), "compared")
         num_near = self.dropped["near_duplicate"].count
         self.dropped["not_sampled"].count = len(order) - len(kept) - num_near
-        tag = _tagged if settings.tag_language else lambda query: query
-        return [tag(found[index]) for index in sorted(kept)]
-
-    def reasons(self) -> str:
-        """Say how many were dropped and why, with the first one."""
-        why = {reason: drop for reason, drop in self.dropped.items() if drop.count}
-        counts = ", ".join(f"{drop.count} {reason}" for reason, drop in why.items())
-        first = next((example for drop in why.values() for example in drop.examples), None)
-        shown = f"; the first: {first.where}: {first.why} {first.quote!r}" if first else ""
-        return f"{counts or 'no records'}{shown}"
+        queries = [found[index] for index in sorted(kept)]
+        return [_tagged(query) for query in queries] if settings.tag_language else queries
 
     def _take(self, record: Record, source_name: str) -> None:
         settings, where, asked = self._settings, _whole(record.where), list[Query]()
@@ -303,29 +294,26 @@ class _Collector:
 
         domain = settings.domain
         if domain is None:  # a record's own may be a customer's address
-            given = record.value if isinstance(record.value, dict) else {}
-            own = given.get(settings.domain_field)
+            row = record.value if isinstance(record.value, dict) else {}
+            own = row.get(settings.domain_field)
             domain = text(source_name if own is None else str(own))
         for each in asked:
             texts = [message["content"] for message in each.messages] or [each.text]
             length = sum(map(len, texts))
             if len(texts[-1].strip()) < settings.min_chars:
                 self._drop("too_short", where, texts[-1])
-            elif length > settings.max_chars:
+                continue
+            if length > settings.max_chars:
                 self._drop("too_long", where, texts[-1], f"{length} characters")
+                continue
+            found = tuple(turn(m["role"], m["content"]) for m in each.messages), text(each.text)
+            answer = None if each.answer is None else text(each.answer)
+            query = Query(query_id(*found), *found, answer, _whole(domain), source=where)
+            if query.id in self._seen:
+                self._drop("duplicate", where, query.last_turn)
             else:
-                messages = tuple(turn(m["role"], m["content"]) for m in each.messages)
-                answer = None if each.answer is None else text(each.answer)
-                self._add(Query("", messages, text(each.text), answer, _whole(domain), "", where))
-
-    def _add(self, query: Query) -> None:
-        name = query_id(query.messages, query.text)
-        if name in self._seen:
-            self._drop("duplicate", query.source, query.last_turn)
-            return
-        self._seen.add(name)
-        conversation = conversation_id(query.messages, query.text)
-        self._found.append(replace(query, id=name, conversation=conversation))
+                self._seen.add(query.id)
+                self._found.append(replace(query, conversation=conversation_id(*found)))
 
     def _drop(self, reason: str, where: str, value: Any, why: str = "") -> None:
         """Count a record that is dropped, and keep it if it is among the first."""
@@ -346,7 +334,6 @@ class _Collector:
         drop.examples.append(Example(where=where, quote=quote, why=why))
 
     def _quote(self, text: str, max_chars: int) -> str:
-        """Quote the beginning of a text, or of a reason that may quote it, masked, on one line."""
         shown = " ".join(self._quoter.mask(_whole(text[:_READ_CHARS])).split())
         return shown if len(shown) <= max_chars else f"{shown[: max_chars - 1]}…"
 
@@ -374,7 +361,6 @@ def _tagged(query: Query) -> Query:
 
 
 def _warnings(splits: dict[str, list[Query]], settings: CollectSettings) -> list[str]:
-    """List what a user should read before training on the queries."""
     warnings = []
     total = sum(map(len, splits.values()))
     if settings.num is not None and total < settings.num:
@@ -394,19 +380,8 @@ def _warnings(splits: dict[str, list[Query]], settings: CollectSettings) -> list
 
 
 def _card(report: CollectReport) -> bytes:
-    """Make a README.md with a header as the hub reads it."""
-    total, told = report.kept.train + report.kept.held_out, report.languages
     environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     # Text that neither ends the cell nor is taken for a tag.
     environment.filters["cell"] = lambda v: str(v).replace("|", "\\|").replace("<", "&lt;")
-    text = environment.from_string(_CARD.read_text("utf-8")).render(
-        r=report,
-        # The others are mostly guessed wrong.
-        languages=sorted(n for n, count in told.items() if 100 * count >= sum(told.values())),
-        size=next((name for n, name in enumerate(_SIZES, 3) if total < 10**n), "n>10M"),
-        reasons=REASONS,
-        masked=[f"`{mask}` {count} times" for mask, count in report.masked.items() if count],
-        told=[f"{name} {count}" for name, count in told.items()],
-        settings=[f"{name}={value}" for name, value in report.settings if value is not None],
-    )
-    return text.encode(errors="replace")
+    template = environment.from_string(_CARD.read_text("utf-8"))
+    return template.render(r=report, reasons=REASONS).encode(errors="replace")

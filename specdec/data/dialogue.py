@@ -81,8 +81,6 @@ def load_chat(path: str) -> Chat:
 
 @dataclass
 class Answer:
-    """An answer of the target, finished or not."""
-
     prompt: list[int]  # earlier answers included
     tokens: list[int] = field(default_factory=list)  # its end-of-turn token included
     finish_reason: str = ""  # "eos", "length", "context" (it is full); empty while unfinished
@@ -92,8 +90,6 @@ class Answer:
 
 @dataclass
 class Dialogue:
-    """A query, its answers, and how they are sampled."""
-
     index: int  # among all queries of all splits
     split: str
     query: Query
@@ -106,13 +102,11 @@ class Dialogue:
 
     @property
     def open_answer(self) -> Answer | None:
-        """The answer that is being written."""
         is_open = self.answers and not self.answers[-1].finish_reason
         return self.answers[-1] if is_open else None
 
     @property
     def is_done(self) -> bool:
-        """True if nothing is left to ask."""
         if self.failure or self.ended_by:
             return True
         if self.open_answer or not self.answers:
@@ -148,7 +142,6 @@ class Dialogue:
         return self.written + more
 
     def next_messages(self) -> list[Message]:
-        """Make the conversation in front of the next answer, with the texts of the earlier ones."""
         messages: list[Message] = []
         for turn, answer in zip(self.asked, self.answers, strict=False):
             messages += [*turn, {"role": "assistant", "content": answer.text or ""}]
@@ -162,7 +155,6 @@ class Dialogue:
             self.failure = reason
 
     def finish(self, reason: str) -> None:
-        """End the open answer."""
         answer = self.answers[-1]
         answer.finish_reason = reason
         if not self.kept:
@@ -194,7 +186,6 @@ def plan_dialogues(
 
 
 def _asked(query: Query, turns: str) -> list[list[Message]]:
-    """Find the messages in front of every answer."""
     if not query.messages:
         if not query.text.strip():
             raise ValueError("the query is empty")

@@ -49,8 +49,6 @@ class Unavailable(Exception):  # noqa: N818
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer of a server, with token ids where it gives them."""
-
     text: str
     has_ended: bool
     token_ids: list[int] | None
@@ -95,24 +93,18 @@ class Endpoint:
             retry=retry_if_exception_type(Unavailable),
             reraise=True,
         )
-        self._client = httpx.AsyncClient(
+        self.client = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, 10.0), pool=None),
             limits=httpx.Limits(max_connections=concurrency),
         )
 
-    async def aclose(self) -> None:
-        """Close its connections."""
-        await self._client.aclose()
-
     async def ask(self, path: str, body: Mapping[str, Any]) -> Reply:
-        """Ask once, and again where that can help."""
         return await self._attempts.copy()(self._post, path, {"model": self.model, **body})
 
     async def is_alive(self) -> bool:
-        """Ask whether the server answers at all."""
         try:
-            reply = await self._client.get(f"{self.url}/models", timeout=10.0)
+            reply = await self.client.get(f"{self.url}/models", timeout=10.0)
         except httpx.HTTPError:
             return False
         return reply.status_code < 500
@@ -120,7 +112,7 @@ class Endpoint:
     async def _post(self, path: str, body: dict[str, Any]) -> Reply:
         asked = {**body, "return_token_ids": True} if self._asks_for_ids else body
         try:
-            reply = await self._client.post(f"{self.url}/{path}", json=asked)
+            reply = await self.client.post(f"{self.url}/{path}", json=asked)
         except httpx.TransportError as error:
             raise Unavailable(f"{type(error).__name__} {error}".strip()) from error
         status, text = reply.status_code, " ".join(reply.text.split())[:300]
@@ -159,7 +151,6 @@ def _wait_s(state: RetryCallState) -> float:
 
 
 def _retry_after_s(reply: httpx.Response) -> float | None:
-    """Read the header, which holds seconds or a date."""
     text = reply.headers.get("retry-after", "")
     with suppress(ValueError):
         return max(0.0, float(text))
@@ -212,7 +203,6 @@ class EndpointAnswers:
         self._unavailable_in_a_row = 0
 
     def replay(self, dialogues: Sequence[Dialogue], entries: Iterable[dict[str, Any]]) -> None:
-        """Bring the dialogues to where the journal ends."""
         for entry in entries:
             dialogue = dialogues[entry["dialogue"]]
             # Behind a line that was damaged everything is asked again.
@@ -221,12 +211,11 @@ class EndpointAnswers:
                 dialogue.finish(dialogue.answers[-1].finish_reason)
 
     def run(self, dialogues: Sequence[Dialogue], journal: Journal, session: Session) -> None:
-        """Answer all that can be answered."""
         waiting = deque(dialogue for dialogue in dialogues if not dialogue.is_done)
         session.begin(dialogues)
 
         async def answer_all() -> None:
-            async with aclosing(self._server), asyncio.TaskGroup() as workers:
+            async with aclosing(self._server.client), asyncio.TaskGroup() as workers:
                 for _ in range(min(self.batch_size, len(waiting))):
                     workers.create_task(self._work(waiting, journal, session))
 
@@ -245,21 +234,17 @@ class EndpointAnswers:
                 dialogue.stop("refused", str(error))
             except Unavailable as error:
                 dialogue.failure = str(error)
-                await self._check_alive(error)
+                # It may be this query that the server cannot answer, or the server may be gone.
+                self._unavailable_in_a_row += 1
+                is_alive = await self._server.is_alive()
+                if not is_alive or self._unavailable_in_a_row >= max(3, self.batch_size):
+                    raise EndpointDownError(
+                        f"the endpoint {self._server.url} answers no more ({error}); finished "
+                        "answers are kept, and the same command goes on with the others"
+                    ) from error
             session.add(0, ended=1)
 
-    async def _check_alive(self, error: Unavailable) -> None:
-        """Tell a query that the server cannot answer from a server that is gone."""
-        self._unavailable_in_a_row += 1
-        is_alive = await self._server.is_alive()
-        if not is_alive or self._unavailable_in_a_row >= max(3, self.batch_size):
-            raise EndpointDownError(
-                f"the endpoint {self._server.url} answers no more ({error}); finished answers "
-                "are kept, and the same command goes on with the others"
-            )
-
     async def _answer_turn(self, dialogue: Dialogue, journal: Journal, session: Session) -> None:
-        """Ask for the next answer and keep it, unless the dialogue cannot go on."""
         messages, prompt = dialogue.next_messages(), dialogue.next_prompt(self.chat)
         if not prompt:
             return

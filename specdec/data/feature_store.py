@@ -33,7 +33,6 @@ def logit_places(row: AnswerRow) -> list[int]:
 
 
 def row_name(row: AnswerRow) -> bytes:
-    """Name a row by a line of JSON: id, domain and temperature."""
     return json.dumps([row.id, row.domain, row.temperature]).encode() + b"\n"
 
 
@@ -65,7 +64,6 @@ class FeatureLayout(Config):
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Dtype of every tensor of a file."""
         ids = torch.int16 if self.vocab_size <= 2**15 else torch.int32
         found = {"tokens": ids, "row_names": torch.uint8}
         found |= dict.fromkeys(("row_lens", "answer_counts", "answers"), torch.int32)
@@ -78,7 +76,6 @@ class FeatureLayout(Config):
         return found
 
     def num_bytes(self, num_tokens: int, num_places: int) -> int:
-        """Size of so many tokens, of which so many places have logits."""
         sizes = {name: dtype.itemsize for name, dtype in self.dtypes.items()}
         token = sizes["tokens"] + sum(sizes[f"hidden.{t}"] for t in self.taps) * self.hidden_size
         logit = sizes.get("top_logits", 0) + sizes.get("top_ids", 0)
@@ -105,7 +102,6 @@ class TopLogits:
 
     @classmethod
     def of(cls, logits: Tensor, top_k: int) -> "TopLogits":
-        """Keep the largest of logits [N, V]."""
         if top_k == logits.shape[-1]:
             return cls(logits, None, None)
         ids = logits.topk(top_k, -1).indices
@@ -118,7 +114,6 @@ class TopLogits:
         return cls(logits.gather(-1, ids), ids, rest)
 
     def to(self, device: torch.device) -> "TopLogits":
-        """Copy to another device."""
         copies = (None if part is None else part.to(device) for part in (self.ids, self.rest))
         return TopLogits(self.values.to(device), *copies)
 
@@ -192,17 +187,14 @@ class FeatureIndex(Config):
 
     @property
     def shards(self) -> list[Shard]:
-        """Finished files of all splits."""
         return [shard for split in self.splits.values() for shard in split.shards]
 
     def identity(self) -> dict[str, Any]:
-        """Collect what must be the same for a run to resume."""
         same = self.model_dump(include={"layout", "ends", "settings"})
         return {**same, "rows": self.source.rows, TARGET: as_json(self.target)}
 
 
 def read_index(folder: Path) -> FeatureIndex:
-    """Read the index of a store, finished or not."""
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(
             f"{str(folder)!r} is no feature store, it has no {INDEX}; make one with "
@@ -223,8 +215,6 @@ class StoredRow:
 
 @dataclass(frozen=True, eq=False)
 class _Entry:
-    """A row, and where it starts in its file."""
-
     row: AnswerRow
     file: Any
     first_token: int
@@ -263,13 +253,11 @@ class FeatureStore:
         return store
 
     def verify(self) -> None:
-        """Read every file whole and refuse one whose hash differs."""
         for shard in self.index.shards:
             if file_hash(self.folder / shard.file) != shard.sha256:
                 raise _damaged(self.folder / shard.file, "its content is not what was written")
 
     def check_target(self, identity: TargetIdentity) -> None:
-        """Refuse another target than the one whose features these are."""
         known, where = self.index.target, repr(str(self.folder))
         for fact, ours, theirs in differences(known, identity, where, "specdec features"):
             raise self._other_target(fact, ours, theirs)
@@ -282,7 +270,6 @@ class FeatureStore:
         self.check_target(identify_target(ends))
 
     def check_taps(self, taps: Sequence[int]) -> None:
-        """Refuse taps that are not stored."""
         for tap in taps:
             if tap not in self.layout.taps:
                 raise ValueError(
@@ -292,7 +279,6 @@ class FeatureStore:
                 )
 
     def splits(self) -> tuple[str, ...]:
-        """List the names of the splits."""
         return tuple(self.index.splits)
 
     def rows(self, split: str) -> list[AnswerRow]:
@@ -324,7 +310,6 @@ class FeatureStore:
         return StoredRow(torch.tensor(row.tokens), hidden, where, logits)
 
     def _read(self, split: str) -> dict[str, _Entry]:
-        """Find where the rows of a split are."""
         if split not in self.index.splits:
             raise ValueError(
                 f"{str(self.folder)!r} has no split {split!r}, only {', '.join(self.splits())}"
@@ -365,7 +350,6 @@ class FeatureStore:
 
 
 def file_hash(path: Path) -> str:
-    """Hash a file's content with SHA-256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

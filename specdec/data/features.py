@@ -53,7 +53,6 @@ _HEADER_BYTES = 4096
 
 
 def resolve_taps(names: str, num_layers: int) -> tuple[int, ...]:
-    """Find the taps behind names and numbers."""
     taps: set[int] = set()
     kinds = head_kinds()
     for name in (part.strip() for part in names.split(",")):
@@ -178,7 +177,6 @@ def _fingerprint(splits: dict[str, tuple[list[AnswerRow], SplitRecord]]) -> str:
 
 
 def free_bytes(out: Path) -> int:
-    """Find the free bytes of the disk that a folder is on, or will be."""
     there = next(each for each in (out, *out.absolute().parents) if each.exists())
     return shutil.disk_usage(there).free
 

@@ -1,16 +1,15 @@
 """Collected queries on the disk: folders of `specdec collect`, and files of one's own."""
 
-import hashlib
 import json
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, model_validator
 
 from specdec.common.config import Config, validated
-from specdec.common.messages import Query, read_queries
+from specdec.common.messages import Query, read_queries, short_hash
 from specdec.common.records import read_objects
 
 SPLITS = ("train", "held_out")
@@ -50,6 +49,22 @@ class _Row(Config):
     domain: Any = None
     language: Any = None
 
+    @model_validator(mode="after")
+    def _check_kind(self) -> "_Row":
+        if (self.messages is None) == (self.text is None):
+            raise ValueError('it needs either "messages" or "text"')
+        return self
+
+    def query(self, row: dict[str, Any]) -> Query:
+        whole = json.dumps([row.get("messages"), row.get("text")], sort_keys=True)
+        return Query(
+            id=str(self.id or short_hash(whole)),
+            messages=tuple(turn.model_dump() for turn in self.messages or ()),
+            text=self.text or "",
+            domain=str(self.domain or ""),
+            language=str(self.language or ""),
+        )
+
 
 def read_query_splits(path: Path) -> dict[str, list[Query]]:
     """Read the queries of every split, of a folder that `write_queries` made or of a file.
@@ -62,11 +77,8 @@ def read_query_splits(path: Path) -> dict[str, list[Query]]:
         splits = {split: read_queries(path, split) for split in SPLITS}
     elif path.is_file():
         for number, row in enumerate(read_objects(path), 1):
-            try:
-                given = validated(_Row, row, "its")
-                splits[given.split].append(_query(given, row))
-            except ValueError as error:
-                raise ValueError(f"{path}, query {number}: {error}") from error
+            given = validated(_Row, row, f"{path}, query {number}:")
+            splits[given.split].append(given.query(row))
     else:
         raise FileNotFoundError(
             f"{str(path)!r} does not exist; give a folder that collect wrote, or a JSONL file"
@@ -81,16 +93,3 @@ def read_query_splits(path: Path) -> dict[str, list[Query]]:
             "by id, and a query in two splits would be trained on and held out"
         )
     return splits
-
-
-def _query(given: _Row, row: dict[str, Any]) -> Query:
-    if (given.messages is None) == (given.text is None):
-        raise ValueError('it needs either "messages" or "text"')
-    whole = json.dumps([row.get("messages"), row.get("text")], sort_keys=True)
-    return Query(
-        id=str(given.id or hashlib.sha256(whole.encode()).hexdigest()[:16]),
-        messages=tuple(turn.model_dump() for turn in given.messages or ()),
-        text=given.text or "",
-        domain=str(given.domain or ""),
-        language=str(given.language or ""),
-    )

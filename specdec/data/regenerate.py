@@ -1,6 +1,5 @@
 """The target answers collected queries itself: what drafters are trained on."""
 
-import hashlib
 import json
 import time
 from collections import Counter
@@ -18,7 +17,7 @@ from specdec.checkpoints.identity import (
     identify_target,
 )
 from specdec.common.files import Journal
-from specdec.common.messages import Query
+from specdec.common.messages import Query, short_hash
 from specdec.common.provenance import CodeProvenance, MachineProvenance, machine
 from specdec.data.answers import (
     JOURNAL,
@@ -58,7 +57,6 @@ class Session:
         self.seconds = self._last_time = 0.0
 
     def begin(self, dialogues: Sequence[Dialogue]) -> None:
-        """Start the clock, and count what is done already."""
         self._done, self._total = sum(each.is_done for each in dialogues), len(dialogues)
         self._last_time = time.perf_counter()
         self.add(0, 0)
@@ -68,19 +66,12 @@ class Session:
         now = time.perf_counter()
         self.seconds, self._last_time = self.seconds + now - self._last_time, now
         self.tokens, self._done = self.tokens + tokens, self._done + ended
-        rate = self.tokens / self.seconds if self.seconds else 0
+        rate = self.tokens_per_s or 0
         self._progress(self._done, self._total, f"{self.tokens:,} tokens, {rate:,.0f}/s")
 
-    def figures(self, batch_size: int) -> SessionFigures:
-        """Figures of the manifest."""
-        tau = (self.tokens - self.prefills) / self.forwards if self.forwards else None
-        return SessionFigures(
-            tokens=self.tokens,
-            seconds=self.seconds,
-            tokens_per_s=self.tokens / self.seconds if self.tokens and self.seconds else None,
-            tau=tau,
-            batch_size=batch_size,
-        )
+    @property
+    def tokens_per_s(self) -> float | None:
+        return self.tokens / self.seconds if self.tokens and self.seconds else None
 
 
 class Answerer(Protocol):
@@ -118,10 +109,10 @@ def regenerate(
             "instruction-tuned target, or put its chat_template.jinja beside its tokenizer"
         )
     identity = {
-        **{f"{split}_queries": _hash_of_queries(queries[split]) for split in SPLITS},
+        **{f"{split}_queries": _hash_of(queries[split]) for split in SPLITS},
         **settings.model_dump(),
         "target_tokenizer": hash_of_vocabulary(tokenizer),
-        "chat_template": _short_hash([json.dumps(template).encode()]) if template else None,
+        "chat_template": short_hash(json.dumps(template)) if template else None,
         **answers.facts,
     }
     checks = {TARGET: partial(check_resumed, out)} if TARGET in identity else {}
@@ -152,6 +143,7 @@ def regenerate(
     done = [dialogue for dialogue in dialogues if not dialogue.failure]
     assert all(each.is_done for each in done), "a query is neither answered nor listed as failed"
     kept = [answer for dialogue in done for answer in dialogue.kept]
+    num_decoded = session.tokens - session.prefills
     manifest = AnswersManifest(
         target=answers.target,
         endpoint=answers.endpoint,
@@ -165,7 +157,15 @@ def regenerate(
         tokens=sum(len(d.kept[-1].prompt) + len(d.kept[-1].tokens) for d in done),
         finish_reasons=dict(Counter(answer.finish_reason for answer in kept)),
         temperatures={str(t): n for t, n in Counter(d.temperature for d in done).items()},
-        session=session.figures(answers.batch_size),
+        session=SessionFigures(
+            tokens=session.tokens,
+            seconds=session.seconds,
+            tokens_per_s=session.tokens_per_s,
+            tau=(session.tokens - session.prefills) / session.forwards
+            if session.forwards
+            else None,
+            batch_size=answers.batch_size,
+        ),
         provenance=answers.provenance,
     )
     rows = {split: _rows(done, split, tokenizer) for split in SPLITS}
@@ -176,15 +176,8 @@ def regenerate(
     return manifest
 
 
-def _hash_of_queries(queries: Iterable[Query]) -> str:
-    return _short_hash(json.dumps([q.id, q.messages, q.text]).encode() + b"\n" for q in queries)
-
-
-def _short_hash(pieces: Iterable[bytes]) -> str:
-    whole = hashlib.sha256()
-    for piece in pieces:
-        whole.update(piece)
-    return whole.hexdigest()[:16]
+def _hash_of(queries: Iterable[Query]) -> str:
+    return short_hash("".join(json.dumps([q.id, q.messages, q.text]) + "\n" for q in queries))
 
 
 def _counts(dialogues: Iterable[Dialogue], split: str) -> SplitCounts:
@@ -202,7 +195,6 @@ def _failures(dialogues: Iterable[Dialogue]) -> list[dict[str, str]]:
 
 
 def _rows(dialogues: Iterable[Dialogue], split: str, tokenizer: Any) -> Iterator[dict[str, Any]]:
-    """Make the lines of `train.jsonl` or `held_out.jsonl` while they are written."""
     for dialogue in (each for each in dialogues if each.split == split):
         query, kept = dialogue.query, dialogue.kept
         texts = [
@@ -254,7 +246,6 @@ class LocalAnswers:
         }
 
     def replay(self, dialogues: Sequence[Dialogue], entries: Iterable[dict[str, Any]]) -> None:
-        """Bring the dialogues to where the journal ends."""
         for index, turn, start, tokens, finish_reason in (
             step for entry in entries for step in entry.get("step", ())
         ):

@@ -39,7 +39,6 @@ class DataSetIdentity(Config):
 
 
 def identify(part: Records) -> FileIdentity | DataSetIdentity:
-    """Facts that change when the records do."""
     if not isinstance(part, RecordFile):
         fingerprint = part.rows._fingerprint
         return DataSetIdentity(data_set=part.name, rows=part.size, fingerprint=fingerprint)
