@@ -14,14 +14,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from specdec.checkpoints import TargetIdentity
 from specdec.checkpoints.identity import TARGET, check_resumed, hash_of_ends, identify_target
 from specdec.common.config import write_model
 from specdec.common.files import check_same_run, replace_file
 from specdec.common.provenance import MachineProvenance, machine
 from specdec.data.answers import (
     AnswerRow,
-    AnswersManifest,
     check_answers_target,
     load_answers,
     read_rows,
@@ -68,40 +66,8 @@ def resolve_taps(names: str, num_layers: int) -> tuple[int, ...]:
     return tuple(sorted(taps))
 
 
-def read_splits(
-    path: Path, identity: TargetIdentity, vocab_size: int, max_len: int
-) -> tuple[dict[str, tuple[list[AnswerRow], SplitRecord]], AnswersManifest | None]:
-    """Read the rows of a folder of answers, or of a JSONL file, which is all for training.
-
-    Rows that share an id are told apart by a number behind it.
-    """
-    where, manifest = path.expanduser(), None
-    files = {SPLITS[0]: where}
-    if where.is_dir():
-        manifest = load_answers(where)
-        check_answers_target(manifest, identity)
-        files = {split: where / f"{split}.jsonl" for split in SPLITS}
-    seen: Counter[str] = Counter()
-    splits = {}
-    for split, file in files.items():
-        given = list(read_rows(file, vocab_size))
-        cut = [row.cut(max_len) for row in given]
-        rows = [_with_own_id(row, seen) for row in cut if row.answers]
-        splits[split] = (
-            rows,
-            SplitRecord(
-                rows=len(rows),
-                tokens=sum(len(row.tokens) for row in rows),
-                cut=sum(len(row.tokens) > max_len for row in given),
-                dropped=len(given) - len(rows),
-            ),
-        )
-    if not any(rows for rows, _ in splits.values()):
-        raise ValueError(f"{str(path)!r} holds no row with an answer within {max_len} tokens")
-    return splits, manifest
-
-
 def _with_own_id(row: AnswerRow, seen: Counter[str]) -> AnswerRow:
+    """Tell rows that share an id apart by a number behind it."""
     name = row.id
     while seen[name]:
         seen[row.id] += 1
@@ -111,7 +77,10 @@ def _with_own_id(row: AnswerRow, seen: Counter[str]) -> AnswerRow:
 
 
 class FeaturePlan:
-    """The rows, what is kept of them, and how they are shared out among files."""
+    """The rows of answers, what is kept of them, and how they are shared out among files.
+
+    Answers are a folder, or a JSONL file, which is all for training.
+    """
 
     def __init__(self, path: Path, target: HFTarget | TargetEnds, options: FeatureOptions) -> None:
         max_len = options.max_len or target.max_context_len
@@ -130,22 +99,39 @@ class FeaturePlan:
             top_k=options.top_k,
             logits_dtype=cast(LogitsDtype, dtype),
         )
-        identity = identify_target(target)
-        splits, manifest = read_splits(path, identity, target.vocab_size, max_len)
-        self.shards = {
-            f"{split}-{number:05d}.safetensors": (split, shard)
-            for split, (rows, _) in splits.items()
-            for number, shard in enumerate(self._share_out(rows, options.shard_mib * _MIB))
-        }
-        self.num_tokens = sum(record.tokens for _, record in splits.values())
+        self.shards: dict[str, tuple[str, list[AnswerRow]]] = {}  # file -> split, rows
+        where, identity, manifest = path.expanduser(), identify_target(target), None
+        files = {SPLITS[0]: where}
+        if where.is_dir():
+            manifest = load_answers(where)
+            check_answers_target(manifest, identity)
+            files = {split: where / f"{split}.jsonl" for split in SPLITS}
+        seen, splits, whole = Counter[str](), dict[str, SplitRecord](), hashlib.sha256()
+        for split, file in files.items():
+            given = list(read_rows(file, target.vocab_size))
+            cut = [row.cut(max_len) for row in given]
+            rows = [_with_own_id(row, seen) for row in cut if row.answers]
+            for piece in (split, *map(repr, rows)):
+                whole.update(piece.encode())
+            splits[split] = SplitRecord(
+                rows=len(rows),
+                tokens=sum(len(row.tokens) for row in rows),
+                cut=sum(len(row.tokens) > max_len for row in given),
+                dropped=len(given) - len(rows),
+            )
+            for number, shard in enumerate(self._share_out(rows, options.shard_mib * _MIB)):
+                self.shards[f"{split}-{number:05d}.safetensors"] = split, shard
+        self.num_tokens = sum(split.tokens for split in splits.values())
+        if not self.num_tokens:
+            raise ValueError(f"{str(path)!r} holds no row with an answer within {max_len} tokens")
         kept = options.model_dump(include={"batch_tokens", "shard_mib"})
         self.index = FeatureIndex(
             layout=self.layout,
             target=identity,
             ends=hash_of_ends(target.model),
             settings=StoreSettings(max_len=max_len, target_dtype=dtype, **kept),
-            source=StoreSource(rows=_fingerprint(splits), answers=manifest),
-            splits={split: record for split, (_, record) in splits.items()},
+            source=StoreSource(rows=whole.hexdigest(), answers=manifest),
+            splits=splits,
             provenance=MachineProvenance(**machine(target)),
         )
 
@@ -166,14 +152,6 @@ class FeaturePlan:
             shards[-1].append(row)
             room -= size
         return shards
-
-
-def _fingerprint(splits: dict[str, tuple[list[AnswerRow], SplitRecord]]) -> str:
-    whole = hashlib.sha256()
-    for split, (rows, _) in splits.items():
-        for piece in (split, *map(repr, rows)):
-            whole.update(piece.encode())
-    return whole.hexdigest()
 
 
 def free_bytes(out: Path) -> int:
@@ -205,15 +183,16 @@ def extract_features(
     write_model(out / INDEX, index)
     before = done = plan.num_tokens - sum(len(row.tokens) for row in left)
     started, speed = time.monotonic(), 0.0
+
+    def show(name: str, num_tokens: int) -> None:
+        nonlocal done, speed
+        done += num_tokens
+        speed = (done - before) / max(time.monotonic() - started, 1e-9)
+        progress(done, plan.num_tokens, f"{name}, {speed:.0f} tokens/s")
+
     for name, (split, rows) in missing.items():
-
-        def show(num_tokens: int, name: str = name) -> None:
-            nonlocal done, speed
-            done += num_tokens
-            speed = (done - before) / max(time.monotonic() - started, 1e-9)
-            progress(done, plan.num_tokens, f"{name}, {speed:.0f} tokens/s")
-
-        tensors = fill_shard(target, plan.layout, rows, index.settings.batch_tokens, show)
+        size = index.settings.batch_tokens
+        tensors = fill_shard(target, plan.layout, rows, size, partial(show, name))
         replace_file(out / name, save(tensors))
         shard = Shard(
             file=name,

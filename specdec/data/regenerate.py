@@ -161,9 +161,7 @@ def regenerate(
             tokens=session.tokens,
             seconds=session.seconds,
             tokens_per_s=session.tokens_per_s,
-            tau=(session.tokens - session.prefills) / session.forwards
-            if session.forwards
-            else None,
+            tau=num_decoded / session.forwards if session.forwards else None,
             batch_size=answers.batch_size,
         ),
         provenance=answers.provenance,
