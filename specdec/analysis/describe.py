@@ -1,43 +1,56 @@
 """The analysis of one drafter: its configured draft, other shapes, and where it fails."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, get_args
 
 import numpy as np
+import torch
 
-from specdec.analysis.breakdown import (
-    FirstTokens,
-    TextFacts,
-    chain_confidence,
-    reliability,
+from specdec.analysis.predict import (
+    Expected,
+    Predictor,
+    coverage,
+    first_acceptance,
+    ratio_interval,
 )
-from specdec.analysis.expected import Expected, by_prompt, coverage, first_acceptance
-from specdec.analysis.predict import Predictor
-from specdec.analysis.replay import ReplayNotes
 from specdec.analysis.results import (
+    Calibration,
+    CalibrationBin,
     ChainFigures,
     ConfiguredFigures,
     Counterfactuals,
     DrafterAnalysis,
+    EntropyBin,
     HardContext,
+    PositionBin,
     ThresholdFigures,
+    TokenClass,
+    TokenClassBin,
     TreeFigures,
 )
-from specdec.analysis.teacher_forced import Evidence
+from specdec.analysis.teacher_forced import CHUNK, Array, Evidence, refuse_not_finite
 from specdec.analysis.texts import Text
-from specdec.common.stats import Interval, bootstrap_interval
 from specdec.drafters.base import FixedShape, is_forced
+from specdec.engine.interfaces import Target
 from specdec.registry import load_drafter
+from specdec.targets.taps import read_text
+from specdec.verify import Draft, Verdict
 from specdec.verify.tree import best_static_tree, from_choices
 
 LONGEST_CHAIN = 10
 TREE_SIZES = (2, 4, 8, 12, 16, 24, 32, 48)
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 NUM_CONTEXTS, NUM_BEFORE = 20, 32
+NUM_BINS = 10
+ENTROPY_EDGES = (0.0, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # nats
+CLASSES: tuple[TokenClass, ...] = get_args(TokenClass)
+_WORD_MARKS = ("Ġ", "▁", " ")
 
 
 def describe(
-    predictor: Predictor, facts: TextFacts, name: str, options: Mapping[str, Any]
+    predictor: Predictor, facts: "TextFacts", name: str, options: Mapping[str, Any]
 ) -> tuple[DrafterAnalysis, Evidence | None]:
     """Analyze a drafter; a replayed one leaves no evidence."""
     drafter: Any = load_drafter(options, predictor.target)
@@ -45,22 +58,22 @@ def describe(
     head = {"name": name, "type": options["type"], "options": inner}
     if is_forced(drafter):
         return _forced(predictor, facts, drafter, options, head)
-    notes = ReplayNotes()
+    notes = _Notes()
     configured = predictor.replayed(drafter, notes.note)
-    replayed = DrafterAnalysis(
+    text, step, accepted = np.array(notes.starts, np.int64).reshape(-1, 3).T
+    found = DrafterAnalysis(
         **head,
         method="replay",
-        configured=_configured_figures(configured),
-        per_depth_conditional=list(configured.conditional_acceptance_at_depth),
-        calibration=notes.calibration(),
-        **_by_place(notes.first_tokens(), facts),
+        **_configured(configured),
+        calibration=reliability(np.array(notes.confidence), np.array(notes.taken, bool)),
+        **_by_place(facts, text, step, accepted, None),
     )
-    return replayed, None
+    return found, None
 
 
 def _forced(
     predictor: Predictor,
-    facts: TextFacts,
+    facts: "TextFacts",
     drafter: Any,
     options: Mapping[str, Any],
     head: dict[str, Any],
@@ -72,25 +85,28 @@ def _forced(
         configured = predictor.predict(options)
     except ValueError as error:
         reason = str(error)
-    known = evidence.valid[:, :, 0]
-    alpha, alpha_ci = _alpha(evidence, predictor.prompt_of)
-    depth = shape.tree.depth if shape else evidence.depth
+    valid, overlaps = evidence.valid[:, :, 0], evidence.overlap[:, :, 0].astype(np.float64)
+    rows, steps = np.nonzero(valid)
+    totals = overlaps.sum(1), valid.sum(1).astype(np.float64)
+    depth, table = shape.tree.depth if shape else evidence.depth, coverage(evidence)
+    # A draft whose shape is not fixed is looked at as its likeliest token.
+    first, accepted = shape or _chain(1, "top"), None
+    if predictor.why_unknown(first) is None:
+        sampled = predictor.is_sampled(first)
+        accepted = first_acceptance(evidence, first, sampled=sampled)[rows, steps]
     found = DrafterAnalysis(
         **head,
         method="evidence",
-        alpha=alpha,
-        alpha_ci=alpha_ci,
-        configured=_configured_figures(configured) if configured else None,
+        alpha=float(totals[0].sum() / totals[1].sum()) if len(rows) else None,
+        alpha_ci=ratio_interval(*totals, predictor.prompt_of),
+        **_configured(configured),
         not_configured_because=reason,
-        per_depth_conditional=list(configured.conditional_acceptance_at_depth)
-        if configured
-        else [],
-        impossible=float(1 - evidence.possible[:, :, 0][known].mean()) if known.any() else 0.0,
-        coverage=coverage(evidence),
-        calibration=reliability(*chain_confidence(evidence, depth)),
-        **_by_place(_first_tokens(predictor, evidence, shape), facts),
+        impossible=float(1 - evidence.possible[rows, steps, 0].mean()) if len(rows) else 0.0,
+        coverage=table,
+        calibration=reliability(*_chain_confidence(evidence, depth)),
+        **_by_place(facts, rows, steps, accepted, overlaps[rows, steps]),
         hardest=hardest_contexts(evidence, predictor.texts, predictor.target.tokenizer),
-        expected=_counterfactuals(predictor, options, drafter, evidence),
+        expected=_counterfactuals(predictor, options, drafter, evidence, table),
     )
     return found, evidence
 
@@ -104,49 +120,18 @@ def _figures(expected: Expected) -> dict[str, Any]:
     }
 
 
-def _configured_figures(expected: Expected) -> ConfiguredFigures:
-    return ConfiguredFigures(
+def _configured(expected: Expected | None) -> dict[str, Any]:
+    if expected is None:
+        return {"configured": None, "per_depth_conditional": []}
+    figures = ConfiguredFigures(
         **_figures(expected),
         tokens=expected.tokens,
         steps=expected.steps,
         accepted_at=[float(sum(column)) for column in zip(*expected.accepted_at, strict=True)],
         tested_at=[float(sum(column)) for column in zip(*expected.tested_at, strict=True)],
     )
-
-
-def _alpha(evidence: Evidence, prompt_of: Sequence[int]) -> tuple[float | None, Interval]:
-    """The mean overlap over all places, with its interval over prompts."""
-    valid = evidence.valid[:, :, 0]
-    overlaps = np.where(valid, evidence.overlap[:, :, 0], 0).sum(1, dtype=np.float64)
-    sums = by_prompt(overlaps, prompt_of)
-    counts = by_prompt(valid.sum(1).astype(np.float64), prompt_of)
-    has_place = counts > 0
-    interval = bootstrap_interval(
-        (sums[has_place], counts[has_place]), lambda s, c, axis: s.sum(axis=axis) / c.sum(axis=axis)
-    )
-    return float(sums.sum() / counts.sum()) if counts.sum() else None, interval
-
-
-def _first_tokens(
-    predictor: Predictor, evidence: Evidence, shape: FixedShape | None
-) -> FirstTokens:
-    """Every place; a draft whose shape is not fixed is looked at as its likeliest token."""
-    shape = shape or _chain(1, "top")
-    rows, steps = np.nonzero(evidence.valid[:, :, 0])
-    accepted = None
-    if predictor.why_unknown(shape) is None:
-        found = first_acceptance(evidence, shape, sampled=predictor.is_sampled(shape))
-        accepted = found[rows, steps]
-    overlap = evidence.overlap[rows, steps, 0].astype(np.float64)
-    return FirstTokens(rows, steps, accepted, overlap)
-
-
-def _by_place(first: FirstTokens, facts: TextFacts) -> dict[str, Any]:
-    return {
-        "entropy_bins": first.entropy_bins(facts),
-        "token_classes": first.token_classes(facts),
-        "positions": first.positions(),
-    }
+    conditional = expected.conditional_acceptance_at_depth
+    return {"configured": figures, "per_depth_conditional": conditional}
 
 
 def _chain(length: int, children: str, threshold: float = 0.0) -> FixedShape:
@@ -155,7 +140,11 @@ def _chain(length: int, children: str, threshold: float = 0.0) -> FixedShape:
 
 
 def _counterfactuals(
-    predictor: Predictor, options: Mapping[str, Any], drafter: Any, evidence: Evidence
+    predictor: Predictor,
+    options: Mapping[str, Any],
+    drafter: Any,
+    evidence: Evidence,
+    table: Sequence[Sequence[float]],
 ) -> Counterfactuals:
     """Expectations for other shapes, as far as the drafter has an option for them.
 
@@ -175,14 +164,11 @@ def _counterfactuals(
             for length in range(1, depth + 1)
         ]
         found.thresholds = [
-            ThresholdFigures(
-                threshold=least, length=depth, **figures(_chain(depth, children, least))
-            )
-            for least in (THRESHOLDS if "confidence_threshold" in known else ())
+            ThresholdFigures(threshold=t, length=depth, **figures(_chain(depth, children, t)))
+            for t in (THRESHOLDS if "confidence_threshold" in known else ())
         ]
-    table = coverage(evidence) if "choices" in known else []
-    for num_nodes in TREE_SIZES:
-        choices = best_static_tree(table, num_nodes) if table else []
+    for num_nodes in TREE_SIZES if table and "choices" in known else ():
+        choices = best_static_tree(table, num_nodes)
         if len(choices) < num_nodes:
             break
         found.trees.append(
@@ -204,19 +190,17 @@ def hardest_contexts(
 
     Places where the drafter's likeliest token is the text's are left out.
     """
-    wrong = evidence.valid[:, :, 0] & (evidence.rank[:, :, 0] != 0)
-    rows, steps = np.nonzero(wrong)
-    overlap = evidence.overlap[rows, steps, 0]
-    surprise = evidence.draft_prob[rows, steps, 0]
-    order = np.lexsort((surprise, overlap))[:NUM_CONTEXTS]
 
     def said(tokens: Sequence[int]) -> str:
         if tokenizer is None:
             return " ".join(map(str, tokens))
         return str(tokenizer.decode(list(tokens)))
 
+    wrong = evidence.valid[:, :, 0] & (evidence.rank[:, :, 0] != 0)
+    rows, steps = np.nonzero(wrong)
+    order = np.lexsort((evidence.draft_prob[rows, steps, 0], evidence.overlap[rows, steps, 0]))
     found = []
-    for row, step in zip(rows[order].tolist(), steps[order].tolist(), strict=True):
+    for row, step in np.stack([rows, steps], 1)[order[:NUM_CONTEXTS]].tolist():
         text, position = texts[row], step + 1
         found.append(
             HardContext(
@@ -231,3 +215,169 @@ def hardest_contexts(
             )
         )
     return found
+
+
+@dataclass
+class _Notes:
+    """Notes of a replay: text, step and acceptance of every start, and judged confidences."""
+
+    starts: list[tuple[int, int, bool]] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
+    taken: list[bool] = field(default_factory=list)
+
+    def note(self, text: int, num_done: int, draft: Draft, verdict: Verdict) -> None:
+        """Keep one step; a step without a draft accepts nothing."""
+        self.starts.append((text, num_done - 1, bool(verdict.num_accepted[0] > 0)))
+        if draft.confidence is None or not draft.num_nodes:
+            return
+        path = set(verdict.path[0].tolist())
+        parents = draft.explicit_parents()[0].tolist()
+        whole = draft.confidence[0].tolist()
+        for node, parent in enumerate(parents[: int(draft.lengths[0])]):
+            above = whole[parent] if parent >= 0 else 1.0
+            # Judged or not: had the step come this far, this child would be the text's or not.
+            if (parent < 0 or parent in path) and above > 0:
+                self.confidence.append(min(1.0, whole[node] / above))
+                self.taken.append(node in path)
+
+
+def reliability(confidence: Array, taken: Array) -> Calibration | None:
+    """Bins of equal width over [0, 1], and the expected calibration error.
+
+    Source: Guo et al. 2017, arXiv 1706.04599, equation 3.
+    """
+    if not len(confidence):
+        return None
+    places = np.clip((confidence * NUM_BINS).astype(int), 0, NUM_BINS - 1)
+    bins, error = [], 0.0
+    for index in range(NUM_BINS):
+        inside = places == index
+        shown, worth = _mean(confidence, inside), _mean(taken, inside)
+        if shown is not None and worth is not None:
+            error += inside.mean() * abs(shown - worth)
+        bins.append(
+            CalibrationBin(
+                low=index / NUM_BINS,
+                high=(index + 1) / NUM_BINS,
+                count=int(inside.sum()),
+                confidence=shown,
+                acceptance=worth,
+            )
+        )
+    return Calibration(bins=bins, ece=error)
+
+
+def _chain_confidence(evidence: Evidence, depth: int) -> tuple[Array, Array]:
+    """Confidence in the likeliest token and whether it is the text's, along chains that hold.
+
+    At every place and level down to `depth` where the likeliest tokens above are the text's: what
+    a chain of likeliest tokens would be judged at.
+    """
+    is_best = (evidence.rank == 0) & evidence.valid
+    reached = evidence.valid[:, :, :depth].copy()
+    reached[:, :, 1:] &= np.logical_and.accumulate(is_best, 2)[:, :, : depth - 1]
+    confidence = evidence.confidence[:, :, :depth][reached].astype(np.float64)
+    return confidence, is_best[:, :, :depth][reached]
+
+
+@dataclass(frozen=True, eq=False)
+class TextFacts:
+    """One row a text, one column a step that might start there, as in `Evidence`.
+
+    Attributes:
+        entropy: [B, S] float32 of the target's next token, in nats, at temperature 1.
+        token_class: [B, S] int8 of the next token, an index into `CLASSES`; -1 without a
+            tokenizer and behind a text's end.
+    """
+
+    entropy: Array
+    token_class: Array
+
+
+@torch.inference_mode()
+def gather_facts(target: Target, texts: Sequence[Text]) -> TextFacts:
+    """Run the target once over every text."""
+    size = (len(texts), max(1, *(len(text.tokens) - 1 for text in texts)))
+    found = TextFacts(np.zeros(size, np.float32), np.full(size, -1, np.int8))
+    for index, text in enumerate(texts):
+        count = len(text.tokens) - 1
+        if not count:
+            continue
+        logits = read_text(target, [*text.prompt, *text.tokens[:-1]], len(text.prompt)).logits
+        refuse_not_finite("target", logits, index)
+        parts = [torch.special.entr(p.float().softmax(-1)).sum(-1) for p in logits.split(CHUNK)]
+        found.entropy[index, :count] = torch.cat(parts).cpu().numpy()
+        if target.tokenizer is not None:
+            found.token_class[index, :count] = classify(text.tokens, target.tokenizer)[1:]
+    return found
+
+
+def classify(tokens: Sequence[int], tokenizer: Any) -> list[int]:
+    """The class of every token, as an index into `CLASSES`."""
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    pieces = tokenizer.convert_ids_to_tokens(list(tokens))
+    found, before = [], " "
+    for token, piece in zip(tokens, pieces, strict=True):
+        said = str(tokenizer.decode([token]))
+        starts = str(piece or "").startswith(_WORD_MARKS) or not before[-1:].isalnum()
+        found.append(CLASSES.index("special" if token in special else _class(said, starts)))
+        before = said or before
+    return found
+
+
+def _class(said: str, starts_word: bool) -> TokenClass:
+    core = said.strip()
+    if not core:
+        return "newline" if "\n" in said else "space" if said else "other"
+    if core[0].isdigit():
+        return "digit"
+    if not any(letter.isalnum() for letter in core):
+        # Half a character is no punctuation.
+        return "other" if "\ufffd" in core else "punctuation"
+    return "word_start" if starts_word else "word_piece"
+
+
+def _by_place(
+    facts: TextFacts, text: Array, step: Array, accepted: Array | None, overlap: Array | None
+) -> dict[str, Any]:
+    """Figures of first drafted tokens by the target's entropy, the token that came, and its place.
+
+    Args:
+        facts: facts of all texts.
+        text: [n] texts of the places where a step might start, or did.
+        step: [n] tokens done before each, less one.
+        accepted: [n] probability that it accepts a token; None where it is not worked out.
+        overlap: [n] sum_x min(p(x), q(x)); None for a drafter without a distribution.
+    """
+
+    def figures(inside: Array) -> dict[str, Any]:
+        means = {"alpha": _mean(overlap, inside), "acceptance": _mean(accepted, inside)}
+        return {"count": int(inside.sum()), **means}
+
+    entropy, place = facts.entropy[text, step], step + 1
+    classes = facts.token_class[text, step]
+    doubling = [2**n for n in range(int(max(place, default=0)).bit_length() + 1)]
+    return {
+        "entropy_bins": [
+            EntropyBin(
+                low=low,
+                high=high if high < np.inf else None,
+                **figures((entropy >= low) & (entropy < high)),
+            )
+            for low, high in pairwise([*ENTROPY_EDGES, np.inf])
+        ],
+        "token_classes": [
+            TokenClassBin(name=name, **figures(classes == index))
+            for index, name in enumerate(CLASSES)
+            if (classes == index).any()
+        ],
+        "positions": [
+            PositionBin(low=low, high=high, **figures((place >= low) & (place < high)))
+            for low, high in pairwise(doubling)
+        ],
+    }
+
+
+def _mean(values: Array | None, inside: Array) -> float | None:
+    """Mean of shares; rounding may have lifted one above 1."""
+    return min(1.0, float(values[inside].mean())) if values is not None and inside.any() else None

@@ -1,26 +1,214 @@
-"""The steps that any drafter would take along texts, from one pass or from a replay."""
+"""The expected steps of the loop along texts, for any drafter: from one pass, or from a replay.
+
+Given the text that is emitted, the steps of the loop are a Markov chain along it: a step that
+starts with s tokens done accepts a number of drafted tokens whose distribution depends on s alone.
+So the expected number of steps follows from the probabilities that a step starts at each place.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from specdec.analysis.expected import Expected, expect
+import numpy as np
+
 from specdec.analysis.replay import Watch, replay
-from specdec.analysis.teacher_forced import Evidence, gather_evidence
+from specdec.analysis.teacher_forced import Array, Evidence, gather_evidence
 from specdec.analysis.texts import Text, check_texts
+from specdec.common.stats import Interval, bootstrap_interval
 from specdec.drafters.base import FixedShape, is_forced
 from specdec.engine.interfaces import Target
+from specdec.engine.metrics import AcceptanceStats, StepRecord
 from specdec.registry import load_drafter
 from specdec.sampling.config import SamplingConfig
 from specdec.verify import get_rule
+from specdec.verify.tree import StaticTree
 
 # A pass looks at least this deep and wide, so that one serves many shapes.
 MIN_DEPTH, MIN_SIBLINGS = 10, 4
 
 
+@dataclass(frozen=True)
+class Expected:
+    """Expectations, one entry a text.
+
+    Attributes:
+        tokens: emitted tokens, T; these are certain.
+        steps: verify steps.
+        drafted: nodes verified.
+        accepted_at: steps that accept at depth 1, 2, ...
+        tested_at: steps that judge a token at depth 1, 2, ...
+        drafted_is_exact: False where sampled chains end by a threshold: behind a rejection they
+            are counted as though the text had gone on as drafted.
+        prompt_of: number of each text's prompt; answers to one prompt are no independent texts.
+            Empty where each has its own.
+    """
+
+    tokens: list[float]
+    steps: list[float]
+    drafted: list[float]
+    accepted_at: list[list[float]]
+    tested_at: list[list[float]]
+    drafted_is_exact: bool = True
+    prompt_of: Sequence[int] = ()
+
+    @property
+    def _accepted(self) -> Array:
+        # T - 1 = A + S, as in `specdec.engine.metrics`.
+        accepted: Array = np.array(self.tokens) - 1 - np.array(self.steps)
+        return accepted
+
+    @property
+    def tau(self) -> float:
+        """Accepted length, 1 + A / S; 1.0 if there is no step."""
+        steps = sum(self.steps)
+        return float(1 + self._accepted.sum() / steps) if steps else 1.0
+
+    def tau_interval(self) -> Interval:
+        found = ratio_interval(self._accepted, np.array(self.steps), self.prompt_of)
+        return found and (1 + found[0], 1 + found[1])
+
+    @property
+    def nodes_per_step(self) -> float:
+        """D / S; 0.0 if there is no step."""
+        steps = sum(self.steps)
+        return sum(self.drafted) / steps if steps else 0.0
+
+    @property
+    def conditional_acceptance_at_depth(self) -> list[float | None]:
+        """Accepted over tested at depth 1, 2, ...; None where none is tested."""
+        sums = [np.atleast_1d(np.sum(part, 0)) for part in (self.accepted_at, self.tested_at)]
+        return [min(1.0, float(a / t)) if t > 1e-9 else None for a, t in zip(*sums, strict=True)]
+
+    @classmethod
+    def from_records(cls, rows: Sequence[Sequence[StepRecord]]) -> "Expected":
+        """Add up certain steps, one sequence of records a text."""
+        stats = [AcceptanceStats.from_records(row) for row in rows]
+        depth = max((len(each.tested_at) for each in stats), default=0)
+
+        def padded(counts: Sequence[int]) -> list[float]:
+            return [*map(float, counts), *[0.0] * (depth - len(counts))]
+
+        return cls(
+            tokens=[1.0 + each.num_accepted + each.num_steps for each in stats],
+            steps=[float(each.num_steps) for each in stats],
+            drafted=[float(each.num_drafted) for each in stats],
+            accepted_at=[padded(each.accepted_at) for each in stats],
+            tested_at=[padded(each.tested_at) for each in stats],
+        )
+
+
+def ratio_interval(over: Array, under: Array, prompt_of: Sequence[int]) -> Interval:
+    """95 % of a ratio of sums over texts, by bootstrap over the prompts that have any."""
+    if len(prompt_of):
+        over, under = (np.bincount(prompt_of, weights=each) for each in (over, under))
+    some = under > 0
+    return bootstrap_interval(
+        (over[some], under[some]), lambda o, u, axis: o.sum(axis=axis) / u.sum(axis=axis)
+    )
+
+
+def expect(evidence: Evidence, shape: FixedShape, *, sampled: bool) -> Expected:
+    """The expected steps with a draft of a fixed shape, under the token rule."""
+    starts = np.arange(1, evidence.rank.shape[1] + 1)  # tokens done
+    left = np.clip(evidence.num_tokens[:, None] - starts, 0, None)  # [B, S]
+    # As `Request.budget`: the nodes that can still be kept, beside the step's own token.
+    budget = np.clip(evidence.max_tokens[:, None] - starts - 1, 0, _drafted(evidence, shape))
+    at_least, tested = _reach(evidence, shape.tree, budget, sampled)
+    depths = np.arange(at_least.shape[2])
+    # The last token of a text counts as its step's own, whoever found it.
+    at_least = np.where(depths <= left[..., None] - 1, at_least, 0.0)
+    at_least[..., 0] = left > 0
+    tested = np.where(depths[1:] <= left[..., None], tested, 0.0)
+    visits = _visits(at_least)  # [B, S]
+    return Expected(
+        tokens=[float(count) for count in evidence.num_tokens],
+        steps=visits.sum(1).tolist(),
+        drafted=(visits * budget).sum(1).tolist(),
+        accepted_at=(visits[..., None] * at_least[..., 1:]).sum(1).tolist(),
+        tested_at=(visits[..., None] * tested).sum(1).tolist(),
+        drafted_is_exact=not shape.threshold,
+    )
+
+
+def first_acceptance(evidence: Evidence, shape: FixedShape, *, sampled: bool) -> Array:
+    """Probability [B, S] that a step that starts there accepts a token; 0 behind a text's end.
+
+    The budget at a text's end is ignored, as though the text went on.
+    """
+    at_least, _ = _reach(evidence, shape.tree, _drafted(evidence, shape), sampled)
+    accepted: Array = np.where(evidence.valid[:, :, 0], at_least[..., 1], 0.0)
+    return accepted
+
+
+def _drafted(evidence: Evidence, shape: FixedShape) -> Array:
+    """Nodes [B, S] of a draft, those of a chain that its threshold leaves."""
+    nodes: Array = np.full(evidence.rank.shape[:2], len(shape.tree.parents))
+    if shape.threshold:
+        survival = np.cumprod(evidence.confidence.astype(np.float64), 2)
+        nodes = np.minimum(nodes, (survival >= shape.threshold).sum(2))
+    return nodes
+
+
+def _reach(
+    evidence: Evidence, tree: StaticTree, budget: Array, sampled: bool
+) -> tuple[Array, Array]:
+    """Probabilities that a step accepts at least d tokens [B, S, D + 1], and tests depth d."""
+    at_least = np.zeros((*budget.shape, tree.depth + 1))
+    tested = np.zeros((*budget.shape, tree.depth))
+    at_least[..., 0] = 1.0
+    reached, valid = [np.ones(budget.shape)], evidence.valid  # of the root, then of every node
+    has_child: set[int] = set()
+    nodes = zip(tree.parents.tolist(), tree.ranks.tolist(), tree.depths.tolist(), strict=True)
+    for node, (parent, rank, depth) in enumerate(nodes, 1):
+        above, level = reached[parent + 1] * (node <= budget), depth - 1
+        if parent not in has_child:
+            # Of a node's children the first is the last to fall to a budget.
+            tested[..., level] += above
+            has_child.add(parent)
+        taken: Array | float = 0.0  # what the drafter does not draft
+        if level < evidence.depth:
+            is_it = (evidence.rank[:, :, level] == rank) & valid[:, :, level]
+            taken = evidence.accept[:, :, level, rank] if sampled else is_it
+        reached.append(above * taken)
+        at_least[..., depth] += reached[-1]
+    return at_least, tested
+
+
+def _visits(at_least: Array) -> Array:
+    """Probability [B, S] that a step starts at each place."""
+    num_rows, num_steps, size = at_least.shape
+    exactly = at_least.copy()
+    exactly[..., :-1] -= at_least[..., 1:]
+    visits = np.zeros((num_rows, num_steps + size))
+    visits[:, 0] = at_least[:, 0, 0]
+    for start in range(num_steps):
+        # Behind `a` accepted tokens and the step's own the next one starts.
+        visits[:, start + 1 : start + 1 + size] += visits[:, start, None] * exactly[:, start]
+    found: Array = visits[:, :num_steps] * (at_least[..., 0] > 0)
+    return found
+
+
+def coverage(evidence: Evidence, width: int = 10) -> list[list[float]]:
+    """Share of places where the text takes the candidate of each rank, by depth: [depth][rank].
+
+    At a depth those places count where it took one of the first `width` candidates at every depth
+    above, as `best_static_tree` expects. Depths without a place are left out.
+    """
+    reached, table = evidence.valid[:, :, 0], []
+    for level in range(evidence.depth):
+        reached = reached & evidence.valid[:, :, level]
+        if not reached.any():
+            break
+        ranks = evidence.rank[:, :, level]
+        hits = np.bincount(ranks[reached & (ranks < width)], minlength=width)
+        table.append([round(float(share), 6) for share in hits / reached.sum()])
+        reached = reached & (ranks < width)
+    return table
+
+
 class Predictor:
-    """Predicts acceptance along texts.
+    """Predicts acceptance along texts, and remembers what it was asked.
 
     A drafter with what `Forced` asks for, and a draft of a fixed shape, is looked at once: other
     shapes of it cost no model at all. Every other drafter is replayed.
@@ -52,6 +240,7 @@ class Predictor:
         self.prompt_of = [prompts.setdefault(tuple(t.prompt), len(prompts)) for t in texts]
         self.sampling, self.seed, self.rule = sampling, seed, rule
         self._passes: dict[str, Evidence] = {}
+        self._predicted: dict[str, Expected] = {}
 
     def predict(self, options: Mapping[str, Any]) -> Expected:
         """The expected steps of a drafter.
@@ -63,27 +252,21 @@ class Predictor:
             ValueError: options that cannot be used, or a sampled draft that cannot be worked out.
             FloatingPointError: NaN in anyone's logits.
         """
-        drafter: Any = load_drafter(options, self.target)
-        shape = drafter.fixed_shape if is_forced(drafter) else None
-        if shape is None:
-            return self.replayed(drafter)
-        return self.expect(options, drafter, shape)
+        key = _key(options)
+        if key not in self._predicted:
+            drafter: Any = load_drafter(options, self.target)
+            shape = drafter.fixed_shape if is_forced(drafter) else None
+            self._predicted[key] = (
+                self.replayed(drafter) if shape is None else self.expect(options, drafter, shape)
+            )
+        return self._predicted[key]
 
     def expect(self, options: Mapping[str, Any], drafter: Any, shape: FixedShape) -> Expected:
         """The expected steps of a drafter with what `Forced` asks for, in any fixed shape.
 
-        Nothing is accepted of what the drafter does not draft.
-
-        Args:
-            options: that the drafter was loaded with.
-            drafter: the drafter.
-            shape: any.
-
-        Raises:
-            ValueError: a sampled draft that cannot be worked out.
+        `options` are those that it was loaded with. Nothing is accepted of what it does not draft.
         """
-        reason = self.why_unknown(shape)
-        if reason is not None:
+        if reason := self.why_unknown(shape):
             raise ValueError(reason)
         evidence = self.evidence(options, drafter, shape)
         found = expect(evidence, shape, sampled=self.is_sampled(shape))
@@ -110,32 +293,25 @@ class Predictor:
         if shape.children == "without_replacement" and shape.tree.ranks.max() > 0:
             return (
                 "children is 'without_replacement': above temperature 0 the acceptance of such "
-                "siblings depends on what was drawn, so it is not worked out; use "
-                "children=with_replacement or top, or measure it with specdec bench"
+                "siblings depends on what was drawn; use children=with_replacement or top, or "
+                "measure it with specdec bench"
             )
         return None
 
     def evidence(
         self, options: Mapping[str, Any], drafter: Any, shape: FixedShape | None = None
     ) -> Evidence:
-        """The pass behind the predictions of a drafter and of all its shapes.
-
-        Args:
-            options: that the drafter was loaded with.
-            drafter: with what `Forced` asks for.
-            shape: one that must be covered; None asks for no more than one pass always covers.
-        """
-        same = {k: v for k, v in options.items() if k not in drafter.shape_options.all}
-        key = json.dumps(same, sort_keys=True, default=str)
-        known = self._passes.get(key)
+        """The pass behind the predictions of a drafter and of all its shapes, this one at least."""
+        key = _key({k: v for k, v in options.items() if k not in drafter.shape_options.all})
         depth, num_siblings = MIN_DEPTH, 1
         if shape is not None and self.why_unknown(shape) is None:
             depth = max(depth, shape.tree.depth)
             if self.is_sampled(shape):
                 num_siblings = int(shape.tree.ranks.max()) + 1
+        known = self._passes.get(key)
         # A drafter that is bound to fewer levels answers with all it has.
-        looked = 0 if known is None else max(known.depth, MIN_DEPTH)
-        if known is None or depth > looked or num_siblings > known.num_siblings:
+        looked = max(known.depth, MIN_DEPTH) if known else 0
+        if known is None or depth > looked or num_siblings > known.accept.shape[3]:
             if not self.sampling.is_greedy:
                 num_siblings = max(num_siblings, MIN_SIBLINGS)
             self._passes[key] = gather_evidence(
@@ -144,16 +320,18 @@ class Predictor:
         return self._passes[key]
 
 
+def _key(options: Mapping[str, Any]) -> str:
+    return json.dumps(options, sort_keys=True, default=str)
+
+
 def check_settings(sampling: SamplingConfig, rule: str) -> None:
     """Refuse penalties and the like, and above temperature 0 rules that are not worked out."""
     if not sampling.is_plain:
         raise ValueError(
-            "sampling has penalties, a bias, bad words or min_new_tokens: with them the "
-            "distributions depend on what was emitted, and acceptance is not worked out; leave "
-            "them out, or measure with specdec bench"
+            "sampling has penalties, a bias, bad words or min_new_tokens, with which acceptance "
+            "depends on what was emitted; leave them out, or measure with specdec bench"
         )
-    chosen = get_rule(rule)
-    if not sampling.is_greedy and chosen.name not in ("token", "match"):
+    if get_rule(rule).name not in ("token", "match") and not sampling.is_greedy:
         raise ValueError(
             f"rule is {rule!r}: above temperature 0 acceptance is worked out for rule 'token' (and "
             "'match' with drafts of chosen tokens); use it, or measure with specdec bench"

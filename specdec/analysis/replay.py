@@ -6,15 +6,12 @@ temperature, so the steps are certain.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.analysis.acceptance_math import refuse_not_finite
-from specdec.analysis.breakdown import FirstTokens, reliability
-from specdec.analysis.results import Calibration
+from specdec.analysis.teacher_forced import refuse_not_finite
 from specdec.analysis.texts import Text
 from specdec.drafters.base import BaseDrafter
 from specdec.engine.interfaces import (
@@ -36,6 +33,7 @@ from specdec.verify.tree import StaticTree, node_depths
 Watch = Callable[[int, int, Draft, Verdict], None]
 
 
+@torch.inference_mode()
 def replay(
     target: Target,
     drafter: Drafter,
@@ -49,105 +47,87 @@ def replay(
     A drafter that remembers past outputs remembers these. Past the end of a text the loop may have
     drafted and accepted more than it kept; that is not replayed.
     """
-    return [
-        _Row(target, drafter, text, index, replace(sampling, seed=seed + index)).steps(watch)
-        for index, text in enumerate(texts)
-    ]
-
-
-class _Row:
-    """One text on its way."""
-
-    def __init__(
-        self, target: Target, drafter: Drafter, text: Text, index: int, sampling: SamplingConfig
-    ) -> None:
-        self.target, self.drafter, self.text, self.index = target, drafter, text, index
-        self.sampler = Sampler(
-            [sampling], target.vocab_size, target.device, [text.prompt], target.eos_token_ids
+    rows: list[list[StepRecord]] = []
+    for index, text in enumerate(texts):
+        rows.append([])
+        if len(text.tokens) < 2:
+            continue  # prefill emits the first token
+        settings = [replace(sampling, seed=seed + index)]
+        sampler = Sampler(
+            settings, target.vocab_size, target.device, [text.prompt], target.eos_token_ids
         )
-        self.hidden: dict[int, Tensor] = {}  # tap -> [L, H]
-        if drafter.taps and len(text.tokens) > 1:
-            given = [*text.prompt, *text.tokens[:-1]]
-            reading = read_text(target, given, len(text.prompt), drafter.taps)
-            refuse_not_finite("target", reading.logits, index)
-            self.hidden = reading.hidden
-
-    @torch.inference_mode()
-    def steps(self, watch: Watch) -> list[StepRecord]:
-        """Walk from the first new token, which is prefill's, to the last."""
-        records: list[StepRecord] = []
-        with claimed(*cache_owners(self.drafter)):
-            if len(self.text.tokens) > 1:
-                self._begin()
+        hidden = _hidden(target, drafter, text, index)
+        with claimed(*cache_owners(drafter)):
+            logits = torch.zeros(1, 1, target.vocab_size, device=target.device)
+            known = {tap: states[None, : len(text.prompt)] for tap, states in hidden.items()}
+            begun = [[*text.prompt, text.tokens[0]]]
+            drafter.begin(begun, TargetOutput(logits, known), sampler)
             num_done = 1
-            while num_done < len(self.text.tokens):
-                record = self._step(num_done, watch)
-                records.append(replace(record, step=len(records)))
-                num_done += record.num_emitted
-        return records
+            while num_done < len(text.tokens):
+                # As `Request.budget`: nodes that can still be kept, beside the step's own token.
+                budget = min(max(0, text.max_tokens - num_done - 1), drafter.max_nodes)
+                root = torch.tensor([text.tokens[num_done - 1]], device=target.device)
+                draft = drafter.propose(root, [budget], sampler)
+                if draft.probs is not None:
+                    raise ValueError(
+                        f"{type(drafter).__name__} samples its drafts and cannot be given a whole "
+                        "text, along which its draws cannot be replayed; choose tokens "
+                        "(children=top), use temperature 0, or give it what "
+                        "specdec.drafters.base.Forced describes"
+                    )
+                depths = node_depths(draft.explicit_parents(), draft.depth)[0]  # [N]
+                places = torch.cat([depths.new_zeros(1), depths])  # of root and nodes
+                verdict = _verdict(draft, places, text.tokens[num_done:])
+                watch(index, num_done, draft, verdict)
+                new = text.tokens[num_done : num_done + int(verdict.num_accepted) + 1]
+                # The text's features in place of root and nodes: right on the text's own path.
+                seen = places + len(text.prompt) + num_done - 1
+                features = {
+                    tap: states[None, seen.clamp(max=len(states) - 1)]
+                    for tap, states in hidden.items()
+                }
+                drafter.observe(verdict, [new], features)
+                tested = int((depths * verdict.tested[0]).max()) if draft.num_nodes else 0
+                rows[-1].append(
+                    StepRecord(
+                        prompt=index,
+                        step=len(rows[-1]),
+                        batch_size=1,
+                        num_drafted=int(draft.lengths),
+                        num_accepted=int(verdict.num_accepted),
+                        depth_tested=min(tested, len(text.tokens) - num_done),
+                        num_emitted=len(new),
+                        draft_s=0.0,
+                        target_s=0.0,
+                        wall_s=0.0,
+                    )
+                )
+                num_done += len(new)
+    return rows
 
-    def _begin(self) -> None:
-        prompt = self.text.prompt
-        logits = torch.zeros(1, 1, self.target.vocab_size, device=self.target.device)
-        hidden = {tap: states[: len(prompt)].unsqueeze(0) for tap, states in self.hidden.items()}
-        begun = [[*prompt, self.text.tokens[0]]]
-        self.drafter.begin(begun, TargetOutput(logits, hidden), self.sampler)
 
-    def _step(self, num_done: int, watch: Watch) -> StepRecord:
-        text, left = self.text, len(self.text.tokens) - num_done
-        # As `Request.budget`: the nodes that can still be kept, beside the step's own token.
-        budget = min(max(0, text.max_tokens - num_done - 1), self.drafter.max_nodes)
-        root = torch.tensor([text.tokens[num_done - 1]], device=self.target.device)
-        draft = self.drafter.propose(root, [budget], self.sampler)
-        if draft.probs is not None:
-            raise ValueError(
-                f"{type(self.drafter).__name__} samples its drafts and cannot be given a whole "
-                "text: along a given text its draws cannot be replayed; choose tokens "
-                "(children=top), use temperature 0, or give it what "
-                "specdec.drafters.base.Forced describes"
-            )
-        depths = node_depths(draft.explicit_parents(), draft.depth)[0]  # [N]
-        verdict = self._verdict(draft, depths, num_done)
-        watch(self.index, num_done, draft, verdict)
-        num_accepted = int(verdict.num_accepted)
-        tested = int((depths * verdict.tested[0]).max()) if draft.num_nodes else 0
-        new = text.tokens[num_done : num_done + num_accepted + 1]
-        self.drafter.observe(verdict, [new], self._features(depths, num_done))
-        return StepRecord(
-            prompt=self.index,
-            step=0,
-            batch_size=1,
-            num_drafted=int(draft.lengths),
-            num_accepted=num_accepted,
-            depth_tested=min(tested, left),
-            num_emitted=len(new),
-            draft_s=0.0,
-            target_s=0.0,
-            wall_s=0.0,
-        )
+def _hidden(target: Target, drafter: Drafter, text: Text, index: int) -> dict[int, Tensor]:
+    """Hidden states of the text that the drafter reads: tap -> [L, H]."""
+    if not drafter.taps:
+        return {}
+    given = [*text.prompt, *text.tokens[:-1]]
+    reading = read_text(target, given, len(text.prompt), drafter.taps)
+    refuse_not_finite("target", reading.logits, index)
+    return reading.hidden
 
-    def _verdict(self, draft: Draft, depths: Tensor, num_done: int) -> Verdict:
-        """Match the draft with the text, whose last token counts as its step's own."""
-        left = torch.tensor(self.text.tokens[num_done:], device=depths.device)
-        places = torch.cat([depths.new_zeros(1), depths])  # of root and nodes
-        sampled = left[places.clamp(max=len(left) - 1)].unsqueeze(0)
-        verdict = match(sampled, draft)
-        if int(verdict.num_accepted) < len(left):
-            return verdict
-        path, tokens = verdict.path.clone(), verdict.tokens.clone()
-        path[:, len(left) - 1 :] = -1
-        tokens[:, len(left) :] = -1
-        accepted = torch.full_like(verdict.num_accepted, len(left) - 1)
-        return Verdict(tokens, accepted, path, verdict.tested)
 
-    def _features(self, depths: Tensor, num_done: int) -> dict[int, Tensor]:
-        """The text's features in place of root and nodes: right on the text's own path."""
-        root = len(self.text.prompt) + num_done - 1
-        places = root + torch.cat([depths.new_zeros(1), depths])
-        return {
-            tap: states[places.clamp(max=len(states) - 1)].unsqueeze(0)
-            for tap, states in self.hidden.items()
-        }
+def _verdict(draft: Draft, places: Tensor, left: Sequence[int]) -> Verdict:
+    """Match a draft with what is left of a text, whose last token counts as its step's own."""
+    tokens = torch.tensor(left, device=places.device)
+    verdict = match(tokens[places.clamp(max=len(left) - 1)].unsqueeze(0), draft)
+    if int(verdict.num_accepted) < len(left):
+        return verdict
+    path, tokens = verdict.path.clone(), verdict.tokens.clone()
+    path[:, len(left) - 1 :] = -1
+    tokens[:, len(left) :] = -1
+    return Verdict(
+        tokens, torch.full_like(verdict.num_accepted, len(left) - 1), path, verdict.tested
+    )
 
 
 class MadeDrafts(BaseDrafter):
@@ -166,11 +146,9 @@ class MadeDrafts(BaseDrafter):
     def begin(
         self, prompts: Prompts, output: TargetOutput, sampler: Sampler, *, join: bool = False
     ) -> None:
-        """Go on with the next text."""
         self._drafts, self._place = next(self._candidates), len(prompts[0]) - 2
 
     def propose(self, root: Tensor, budget: Sequence[int], sampler: Sampler) -> Draft:
-        """The first nodes of the tree."""
         count, tree = budget[0], self._tree
         if not count:
             return Draft.empty(1, root.device)
@@ -181,44 +159,4 @@ class MadeDrafts(BaseDrafter):
     def observe(
         self, verdict: Verdict, committed: Sequence[Sequence[int]], hidden: dict[int, Tensor]
     ) -> None:
-        """Move on by what was kept."""
         self._place += len(committed[0])
-
-
-@dataclass
-class ReplayNotes:
-    """Notes of every step; `note` is the `watch` of a replay."""
-
-    text: list[int] = field(default_factory=list)
-    step: list[int] = field(default_factory=list)
-    accepted: list[bool] = field(default_factory=list)
-    confidence: list[float] = field(default_factory=list)
-    taken: list[bool] = field(default_factory=list)
-
-    def note(self, text: int, num_done: int, draft: Draft, verdict: Verdict) -> None:
-        """Keep one step; a step without a draft accepts nothing."""
-        self.text.append(text)
-        self.step.append(num_done - 1)
-        self.accepted.append(bool(verdict.num_accepted[0] > 0))
-        if draft.confidence is None or not draft.num_nodes:
-            return
-        path = set(verdict.path[0].tolist())
-        parents = draft.explicit_parents()[0].tolist()
-        whole = draft.confidence[0].tolist()
-        for node in range(int(draft.lengths[0])):
-            parent = parents[node]
-            above = whole[parent] if parent >= 0 else 1.0
-            # Judged or not: had the step come this far, this child would be the text's or not.
-            if (parent < 0 or parent in path) and above > 0:
-                self.confidence.append(min(1.0, whole[node] / above))
-                self.taken.append(node in path)
-
-    def first_tokens(self) -> FirstTokens:
-        """The places where steps started."""
-        accepted = np.array(self.accepted, dtype=np.float64)
-        steps = np.array(self.step, dtype=np.int64)
-        return FirstTokens(np.array(self.text, dtype=np.int64), steps, accepted, None)
-
-    def calibration(self) -> Calibration | None:
-        """Calibration of the conditional confidence of all nodes whose parent was taken."""
-        return reliability(np.array(self.confidence), np.array(self.taken, dtype=bool))

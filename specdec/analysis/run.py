@@ -1,6 +1,5 @@
 """`specdec analyze`: texts, then every drafter of a bench's configuration along them."""
 
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -8,8 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.numpy import load_file, save
 
-from specdec.analysis.breakdown import gather_facts
-from specdec.analysis.describe import describe
+from specdec.analysis.describe import describe, gather_facts
 from specdec.analysis.predict import Predictor, check_settings
 from specdec.analysis.results import (
     Analysis,
@@ -17,17 +15,13 @@ from specdec.analysis.results import (
     AnalyzedPrompt,
     DrafterAnalysis,
 )
-from specdec.analysis.texts import Text, prompt_ids, read_texts, target_answers
+from specdec.analysis.texts import prompt_ids, read_texts, target_answers
 from specdec.bench.config import SINGLE_PROMPT_TYPES, ArmConfig, BenchConfig
-from specdec.bench.workloads import fingerprint_of
+from specdec.bench.workloads import Progress, fingerprint_of
 from specdec.checkpoints.identity import TARGET, as_json, check_resumed, identify_target
 from specdec.common.files import Journal, replace_file
 from specdec.common.provenance import machine
-from specdec.sampling.config import SamplingConfig
-from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
-
-Progress = Callable[[int, int, str], None]
 
 
 def run_analysis(
@@ -49,8 +43,14 @@ def run_analysis(
         raise ValueError("config arms holds no drafter; give at least one, like {type: ngram}")
     progress(0, len(arms), "texts")
     target = load_target(**config.target.model_dump())
-    repeats = 1 if sampling.is_greedy else answers
-    texts, prompts = _texts(config, target, sampling, text, repeats, progress)
+    if text is not None:
+        texts = read_texts(text, target, config.prompts.num, config.max_new_tokens)
+        names = [(f"{text.name}-{index}", "") for index in range(len(texts))]
+    else:
+        repeats = 1 if sampling.is_greedy else answers
+        prompts, ids = prompt_ids(config, target, progress)
+        texts = target_answers(target, ids * repeats, sampling, config.max_new_tokens)
+        names = [(prompt.id, prompt.domain) for prompt in prompts] * repeats
     predictor = Predictor(target, texts, sampling, config.seed, config.rule)
     mark = fingerprint_of([config.model_dump(mode="json"), [asdict(each) for each in texts]])
     known = identify_target(target)
@@ -66,7 +66,16 @@ def run_analysis(
             text=None if text is None else str(text),
         ),
         target=known,
-        prompts=prompts,
+        prompts=[
+            AnalyzedPrompt(
+                id=name,
+                domain=domain,
+                num_tokens=len(each.prompt),
+                new_tokens=len(each.tokens),
+                fingerprint=fingerprint_of(each.prompt),
+            )
+            for (name, domain), each in zip(names, texts, strict=True)
+        ],
         drafters=drafters,
         left_out=[arm.name for arm in config.arms if arm.type in SINGLE_PROMPT_TYPES],
     )
@@ -74,7 +83,7 @@ def run_analysis(
         f"{each.name}/{field}": array
         for index, each in enumerate(drafters)
         if each.method == "evidence"
-        for field, array in load_file(_evidence_path(folder / "drafters", index)).items()
+        for field, array in load_file(folder / "drafters" / f"{index}.safetensors").items()
     }
     replace_file(folder / "evidence.safetensors", save(arrays))
     analysis.write(folder)
@@ -95,40 +104,9 @@ def _drafters(
         options = {"type": arm.type, **arm.options}
         found[arm.name], evidence = describe(predictor, facts, arm.name, options)
         if evidence is not None:
-            content = save(evidence.arrays())
-            replace_file(_evidence_path(journal.path.parent, index), content)
+            path = journal.path.parent / f"{index}.safetensors"
+            replace_file(path, save(evidence.arrays()))
         # The row, which makes the drafter count, is written last.
         journal.append(found[arm.name].model_dump(mode="json"))
     progress(len(arms), len(arms), "done")
     return [found[arm.name] for arm in arms]
-
-
-def _evidence_path(folder: Path, index: int) -> Path:
-    return folder / f"{index}.safetensors"
-
-
-def _texts(
-    config: BenchConfig,
-    target: HFTarget,
-    sampling: SamplingConfig,
-    path: Path | None,
-    repeats: int,
-    progress: Progress,
-) -> tuple[list[Text], list[AnalyzedPrompt]]:
-    if path is not None:
-        texts = read_texts(path, target, config.prompts.num, config.max_new_tokens)
-        names = [(f"{path.name}-{index}", "") for index in range(len(texts))]
-    else:
-        prompts, ids = prompt_ids(config, target, progress)
-        texts = target_answers(target, ids * repeats, sampling, config.max_new_tokens)
-        names = [(prompt.id, prompt.domain) for prompt in prompts] * repeats
-    return texts, [
-        AnalyzedPrompt(
-            id=name,
-            domain=domain,
-            num_tokens=len(text.prompt),
-            new_tokens=len(text.tokens),
-            fingerprint=fingerprint_of(text.prompt),
-        )
-        for (name, domain), text in zip(names, texts, strict=True)
-    ]

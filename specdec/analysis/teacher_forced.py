@@ -1,14 +1,13 @@
 """A drafter's distributions at every place of texts, against the target's."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.analysis.acceptance_math import compare, refuse_not_finite
 from specdec.analysis.texts import Text
 from specdec.engine.interfaces import Target
 from specdec.sampling.config import SamplingConfig
@@ -16,6 +15,9 @@ from specdec.sampling.sampler import Sampler
 from specdec.targets.taps import read_text
 
 Array = np.ndarray[Any, Any]
+# Rows are compared in chunks, which bounds the memory of vocabularies.
+CHUNK = 128
+_DTYPES = {"rank": np.int32, "best_draft": np.int32, "best_target": np.int32, "possible": np.bool_}
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,11 +67,6 @@ class Evidence:
         return int(self.rank.shape[2])
 
     @property
-    def num_siblings(self) -> int:
-        """W."""
-        return int(self.accept.shape[3])
-
-    @property
     def valid(self) -> Array:
         """[B, S, D] bool, the text has a token there."""
         steps, depths = np.arange(self.rank.shape[1]), np.arange(self.depth)
@@ -78,12 +75,10 @@ class Evidence:
 
     def arrays(self) -> dict[str, Array]:
         """All fields by name, for a file."""
-        return {f.name: np.ascontiguousarray(getattr(self, f.name)) for f in fields(self)}
+        return {name: np.ascontiguousarray(array) for name, array in vars(self).items()}
 
 
-_DTYPES = {"rank": np.int32, "best_draft": np.int32, "best_target": np.int32, "possible": np.bool_}
-
-
+@torch.inference_mode()
 def gather_evidence(
     target: Target,
     drafter: Any,
@@ -93,14 +88,26 @@ def gather_evidence(
     num_siblings: int = 1,
 ) -> Evidence:
     """Teacher-force target and drafter over texts, one after the other."""
-    rows = [
-        _levels(target, drafter, text, index, sampling, depth, num_siblings)
-        for index, text in enumerate(texts)
-    ]
+    rows: list[list[dict[str, Tensor]]] = []
+    for index, text in enumerate(texts):
+        rows.append([])
+        if len(text.tokens) < 2:
+            continue  # a text of one token, which prefill emits, has no step
+        given, first = [*text.prompt, *text.tokens[:-1]], len(text.prompt)
+        reading = read_text(target, given, first, drafter.taps)
+        refuse_not_finite("target", reading.logits, index)
+        emitted = torch.tensor(text.tokens[1:], device=target.device)
+        tokens = torch.tensor(given, device=target.device)
+        sampler = Sampler([sampling], target.vocab_size, target.device, [text.prompt], ())
+        guesses = drafter.forced(tokens, reading.hidden, depth, first - 1)
+        for level, logits in enumerate(guesses):
+            refuse_not_finite("drafter", logits, index, may_ban=True)
+            pair = (logits, reading.logits[level:])
+            rows[-1].append(_compare(*pair, emitted[level:], sampler, num_siblings))
     size = (len(texts), max(1, *(len(text.tokens) - 1 for text in texts)), max(1, *map(len, rows)))
-    facts = [f.name for f in fields(Evidence) if f.name not in ("num_tokens", "max_tokens")]
+    names = [name for name in Evidence.__annotations__ if not name.endswith("_tokens")]
     arrays: dict[str, Array] = {
-        name: np.zeros(size, _DTYPES.get(name, np.float32)) for name in facts
+        name: np.zeros(size, _DTYPES.get(name, np.float32)) for name in names
     }
     arrays["accept"] = np.zeros((*size, num_siblings), np.float32)
     for row, levels in enumerate(rows):
@@ -114,30 +121,82 @@ def gather_evidence(
     )
 
 
-@torch.inference_mode()
-def _levels(
-    target: Target,
-    drafter: Any,
-    text: Text,
-    index: int,
-    sampling: SamplingConfig,
-    depth: int,
-    num_siblings: int,
-) -> list[dict[str, Tensor]]:
-    """Facts [T - 1 - k] of every level k; none of a text of one token, which prefill emits."""
-    if len(text.tokens) < 2:
-        return []
-    given = [*text.prompt, *text.tokens[:-1]]
-    reading = read_text(target, given, len(text.prompt), drafter.taps)
-    refuse_not_finite("target", reading.logits, index)
-    emitted = torch.tensor(text.tokens[1:], device=target.device)
-    tokens = torch.tensor(given, device=target.device)
-    sampler = Sampler([sampling], target.vocab_size, target.device, [text.prompt], ())
-    levels = []
-    guesses = drafter.forced(tokens, reading.hidden, depth, len(text.prompt) - 1)
-    for level, logits in enumerate(guesses):
-        refuse_not_finite("drafter", logits, index, may_ban=True)
-        levels.append(
-            compare(logits, reading.logits[level:], emitted[level:], sampler, num_siblings)
+def refuse_not_finite(name: str, logits: Tensor, text: int, *, may_ban: bool = False) -> None:
+    """Refuse NaN in logits [n, V] along a text; `may_ban` allows rows that are all -inf."""
+    best = logits.amax(-1)
+    wrong = best.isnan() | (best == float("inf")) if may_ban else ~best.isfinite()
+    if bool(wrong.any()):
+        raise FloatingPointError(
+            f"text {text}, new token {int(wrong.nonzero()[0]) + 1}: the {name}'s logits are NaN or "
+            "infinite; check the weights, or load with dtype float32 or bfloat16"
         )
-    return levels
+
+
+def _compare(
+    draft_logits: Tensor, target_logits: Tensor, tokens: Tensor, sampler: Sampler, num_siblings: int
+) -> dict[str, Tensor]:
+    """Facts of n places, on the CPU, under the names of the fields of `Evidence`."""
+    parts = []
+    for draft, target, token in zip(
+        *(each.split(CHUNK) for each in (draft_logits, target_logits, tokens)), strict=True
+    ):
+        # The models' own distributions: temperature 1, unfiltered.
+        q, p = draft.float().softmax(-1).nan_to_num(0.0), target.float().softmax(-1).nan_to_num(0.0)
+        confidence, best_draft = q.max(-1)
+        facts = {
+            "rank": _ranks(draft, token),
+            "draft_prob": _at(q, token),
+            "target_prob": _at(p, token),
+            "confidence": confidence,
+            "best_draft": best_draft,
+            "best_target": target.argmax(-1),
+            "draft_entropy": torch.special.entr(q).sum(-1),
+            "target_entropy": torch.special.entr(p).sum(-1),
+        }
+        # The distributions that are sampled; empty where the drafter can say nothing.
+        q, p = (sampler.probs(each.unsqueeze(0))[0] for each in (draft, target))
+        q = q.nan_to_num(0.0).masked_fill(~draft.amax(-1, keepdim=True).isfinite(), 0.0)
+        facts["possible"] = _at(p, token) > 0
+        # Rounding may lift the overlap of two equal distributions above 1.
+        facts["overlap"] = torch.minimum(p, q).sum(-1).clamp(max=1)
+        facts["accept"] = _sibling_acceptance(p, q, token, num_siblings)
+        parts.append(facts)
+    return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+
+
+def _at(rows: Tensor, tokens: Tensor) -> Tensor:
+    return rows.gather(1, tokens.unsqueeze(1)).squeeze(1)
+
+
+def _ranks(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Number [n] of tokens before each row's own [n], earlier ones first where logits tie.
+
+    A token that cannot be said stands behind all of them, at V.
+    """
+    own = _at(logits, tokens).unsqueeze(1)
+    before = torch.arange(logits.shape[1], device=logits.device) < tokens.unsqueeze(1)
+    rank = ((logits > own) | ((logits == own) & before)).sum(-1)
+    return torch.where(own.squeeze(1) == float("-inf"), logits.shape[1], rank)
+
+
+def _sibling_acceptance(p: Tensor, q: Tensor, tokens: Tensor, num_siblings: int) -> Tensor:
+    """Probability [n, num_siblings] that the j-th of siblings drawn from q is the one accepted.
+
+    Given that the step emits the text's token x, over the draws and the uniforms of the token
+    rule: with p_1 = p and p_{j+1} the normalized positive part of p_j - q, the j-th is accepted
+    and is x with probability prod_{l<j} (1 - sum min(p_l, q)) min(p_j, q)(x). The residuals do not
+    depend on what was drawn, because draws are with replacement.
+
+    Source: Leviathan et al. 2022, arXiv 2211.17192; SpecInfer, arXiv 2305.09781.
+    """
+    emitted, tiny = _at(p, tokens), torch.finfo(p.dtype).tiny
+    weights, survival = p, torch.ones_like(emitted)
+    accepted = []
+    for _ in range(num_siblings):
+        residual = weights / weights.sum(-1, keepdim=True).clamp(min=tiny)
+        both = torch.minimum(residual, q)
+        accepted.append(survival * _at(both, tokens))
+        survival = survival * (1 - both.sum(-1)).clamp(min=0)
+        weights = (residual - q).clamp(min=0)
+    given = torch.stack(accepted, 1) / emitted.clamp(min=tiny).unsqueeze(1)
+    return given.masked_fill(emitted.unsqueeze(1) == 0, 0.0).clamp(max=1)

@@ -1,6 +1,6 @@
 """The texts that acceptance is worked out along."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Any
 
 from specdec.bench.config import BenchConfig
 from specdec.bench.prompts import encode_prompts, load_prompts
-from specdec.bench.workloads import unfold_turns
+from specdec.bench.workloads import Progress, unfold_turns
 from specdec.checkpoints import identify_target
 from specdec.common.messages import BenchPrompt
 from specdec.common.records import read_objects
@@ -55,7 +55,7 @@ def target_answers(
 
 
 def prompt_ids(
-    config: BenchConfig, target: HFTarget, progress: Callable[[int, int, str], None]
+    config: BenchConfig, target: HFTarget, progress: Progress
 ) -> tuple[list[BenchPrompt], list[list[int]]]:
     """The prompts of a bench, later turns of a conversation unfolded, and their ids."""
     prompts = load_prompts(**config.prompts.model_dump())
@@ -67,29 +67,27 @@ def check_texts(texts: Sequence[Text], target: Target) -> None:
     """Refuse texts that the target cannot have written."""
     if not texts:
         raise ValueError("texts is empty but must hold at least one text")
+    room, size = target.max_context_len, target.vocab_size
     for index, text in enumerate(texts):
-        if not text.prompt or not text.tokens:
-            raise ValueError(
-                f"text {index} has {len(text.prompt)} prompt tokens and {len(text.tokens)} new "
-                "ones but needs at least one of each"
-            )
-        if len(text.tokens) > text.max_tokens:
-            raise ValueError(
-                f"text {index} has {len(text.tokens)} new tokens but was allowed "
-                f"{text.max_tokens}; raise max_tokens"
-            )
-        num_tokens = len(text.prompt) + len(text.tokens)
-        if num_tokens > target.max_context_len:
-            raise ValueError(
-                f"text {index} has {num_tokens} tokens but the target's context holds "
-                f"{target.max_context_len}; cut it"
-            )
-        wrong = [t for t in (*text.prompt, *text.tokens) if not 0 <= t < target.vocab_size]
-        if wrong:
-            raise ValueError(
-                f"text {index} holds token {wrong[0]} but ids of this target are in "
-                f"[0, {target.vocab_size}); was it written by another target?"
-            )
+        old, new = len(text.prompt), len(text.tokens)
+        wrong = next((t for t in (*text.prompt, *text.tokens) if not 0 <= t < size), None)
+        for is_fault, fault in (
+            (not old or not new, f"has {old} prompt tokens and {new} new ones; give one of each"),
+            (
+                new > text.max_tokens,
+                f"has {new} new tokens but was allowed {text.max_tokens}; raise max_tokens",
+            ),
+            (
+                old + new > room,
+                f"has {old + new} tokens but the target's context holds {room}; cut it",
+            ),
+            (
+                wrong is not None,
+                f"holds token {wrong} but ids are in [0, {size}); give texts of this target",
+            ),
+        ):
+            if is_fault:
+                raise ValueError(f"text {index} {fault}")
 
 
 def read_texts(path: Path, target: Target, num: int, max_new_tokens: int) -> list[Text]:

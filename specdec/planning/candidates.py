@@ -1,6 +1,6 @@
 """The configurations that are compared: those given, and other shapes of their drafters."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,7 +9,6 @@ from specdec.drafters.base import DraftShape, ShapeOptions
 from specdec.registry import load_drafter, strategy
 
 NODES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
-TIMED_NODES = (1, 3, 6, 12, 20, 32)
 # A drafter of which one shape is timed alone has as many decodings as others have shapes.
 TIMES_GIVEN = 3
 
@@ -19,34 +18,30 @@ def chain(depth: int, threshold: float = 0.0) -> DraftShape:
     return DraftShape(depth, 1, depth, False, threshold)
 
 
-def _trees() -> Iterator[DraftShape]:
-    for depth in (2, 3, 4, 6, 8):
-        for width in (2, 3):
-            # The first level's children and each beam's after it: all that can be drafted.
-            most = width + (depth - 1) * width * width
-            for nodes in (4, 6, 8, 12, 16, 24):
-                if depth < nodes <= most:
-                    yield DraftShape(depth, width, nodes, True)
+def budget(nodes: int) -> DraftShape:
+    return DraftShape(0, 1, nodes, False)
 
 
 # Shapes by the kind that a strategy lets be searched; "nodes" are budgets of the given kind.
 SEARCHED = {
     "chain": [chain(depth) for depth in range(1, 13)],
-    "tree": list(_trees()),
-    "nodes": [DraftShape(0, 1, nodes, False) for nodes in NODES],
+    "tree": [
+        DraftShape(depth, width, nodes, True)
+        for depth in (2, 3, 4, 6, 8)
+        for width in (2, 3)
+        for nodes in (4, 6, 8, 12, 16, 24)
+        # The first level's children and each beam's after it: all that can be drafted.
+        if depth < nodes <= width + (depth - 1) * width * width
+    ],
+    "nodes": [budget(nodes) for nodes in NODES],
     "threshold": [chain(d, t) for d in (6, 12) for t in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)],
 }
+_TIMED_TREES = ((2, 2, 4), (4, 2, 8), (4, 4, 12), (8, 2, 12), (6, 3, 16), (8, 4, 24))
 # Shapes whose steps are timed; the fit says the rest.
 TIMED = {
     "chain": [chain(depth) for depth in (1, 2, 4, 8, 12)],
-    "tree": [
-        DraftShape(depth, width, nodes, True)
-        for depth, width, nodes in (
-            *((2, 2, 4), (4, 2, 8), (4, 4, 12)),
-            *((8, 2, 12), (6, 3, 16), (8, 4, 24)),
-        )
-    ],
-    "nodes": [DraftShape(0, 1, nodes, False) for nodes in TIMED_NODES],
+    "tree": [DraftShape(*sizes, is_tree=True) for sizes in _TIMED_TREES],
+    "nodes": [budget(nodes) for nodes in (1, 3, 6, 12, 20, 32)],
     "threshold": [],
 }
 
@@ -56,11 +51,7 @@ class Candidate:
     """A drafter in a shape: something that a bench arm could be.
 
     Attributes:
-        name: name of the arm.
-        type: registered strategy.
-        options: options of the arm.
         drafter: name of the drafter without its shape; candidates that share it share weights.
-        shape: draft shape, by which it costs.
         is_given: an arm of the configuration, not one that a search thought of.
     """
 
@@ -77,52 +68,65 @@ class Candidate:
         return repr((self.type, sorted(self.options.items())))
 
     @property
+    def rule(self) -> ShapeOptions:
+        return strategy(self.type).shape_options
+
+    @property
     def varies(self) -> bool:
         """Its drafts are often shorter than its shape, or empty."""
-        return bool(self.shape.threshold) or strategy(self.type).shape_options.varies
+        return bool(self.shape.threshold) or self.rule.varies
 
-    def cuts(self) -> Iterator["Candidate"]:
+    @property
+    def is_fixed(self) -> bool:
+        return not self.rule.names or any(option in self.options for option in self.rule.fixed)
+
+    @property
+    def is_searched(self) -> bool:
+        """Other shapes than the given one are tried."""
+        is_sampled = self.options.get("children", "top") != "top"
+        return bool(self.rule.searched) and not is_sampled and not self.is_fixed
+
+    def reshaped(self, shape: DraftShape) -> "Candidate":
+        """The drafter in another shape, by the strategy's options for depth, width and so on."""
+        names, words = self.rule.names, f"chain {shape.depth}"
+        wanted: dict[str, Any] = {"depth": shape.depth, "width": shape.width}
+        if shape.threshold:
+            wanted["threshold"] = shape.threshold
+            words += f" above {shape.threshold:g}"
+        if shape.is_tree or "depth" not in names:
+            wanted["nodes"] = shape.nodes
+            words = f"tree {shape.depth}x{shape.width} of {shape.nodes}"
+        if "depth" not in names:
+            words = f"{shape.nodes} nodes"
+        options = {names[part]: value for part, value in wanted.items() if part in names}
+        name, options = f"{self.drafter} {words}", {**self.options, **options}
+        return Candidate(name, self.type, options, self.drafter, shape)
+
+    def cuts(self) -> list["Candidate"]:
         """The candidate with at most 1, 2, 3, ... nodes where an option says so, itself last."""
-        rule, shape = strategy(self.type).shape_options, self.shape
-        is_fixed = not rule.names or any(option in self.options for option in rule.fixed)
-        for nodes in () if is_fixed else (n for n in NODES if n < shape.nodes):
-            depth = min(shape.depth, nodes)
-            changed = {"depth": depth} if "depth" in rule.names else {}
-            if shape.is_tree or "depth" not in rule.names:
-                changed["nodes"] = nodes
-            options = {rule.names[part]: value for part, value in changed.items()}
-            yield Candidate(
-                f"{nodes} nodes",
-                self.type,
-                {**self.options, **options},
-                self.drafter,
-                replace(shape, depth=depth, nodes=nodes),
-            )
-        yield replace(self, name=f"{shape.nodes} nodes")
+        sizes = [] if self.is_fixed else [n for n in NODES if n < self.shape.nodes]
+        shapes = [replace(self.shape, depth=min(self.shape.depth, n), nodes=n) for n in sizes]
+        return [*map(self.reshaped, shapes), self]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Family:
     """One drafter of the configuration: its arms, and the shapes it can take.
 
     Attributes:
-        name: name of the drafter.
-        kind: its type.
-        base: its options without the shape.
+        base: the drafter, with the options that do not shape its drafts.
         given: its arms.
     """
 
-    name: str
-    kind: str
-    base: dict[str, Any]
+    base: Candidate
     given: list[Candidate] = field(default_factory=list)
 
     def searched(self) -> list[Candidate]:
         """The given configurations first, then every other shape."""
         # By shape and not by options: an arm may leave out what is the default.
         given = {candidate.shape for candidate in self.given}
-        found = [self._candidate(shape) for shape in self._shapes(SEARCHED) if shape not in given]
-        return [*self.given, *found]
+        others = [shape for shape in self._shapes(SEARCHED) if shape not in given]
+        return [*self.given, *map(self.base.reshaped, others)]
 
     def timed(self) -> list[Candidate]:
         """The shapes whose steps are timed, from which the others follow."""
@@ -130,62 +134,23 @@ class Family:
         if not shapes:
             return self.given * TIMES_GIVEN
         # A fit is not believed beyond what was timed: the largest given shapes are timed as well.
-        by_size = sorted(
-            (candidate.shape for candidate in self.given),
-            key=lambda shape: (shape.nodes, shape.depth, shape.width),
-            reverse=True,
-        )
-        for shape in by_size:
+        for shape in sorted((candidate.shape for candidate in self.given), key=largest_first):
             plain = replace(shape, threshold=0.0)
             if not any(timed.covers(plain) for timed in shapes):
                 shapes.append(plain)
-        return [self._candidate(shape) for shape in shapes]
+        return [*map(self.base.reshaped, shapes)]
 
     def _shapes(self, table: Mapping[str, Sequence[DraftShape]]) -> list[DraftShape]:
         """Shapes of a table; none where the drafter is planned as configured."""
-        rule = strategy(self.kind).shape_options
-        if not is_searched(rule, self.base):
-            return []
-        found = [shape for kind in rule.searched for shape in table[kind]]
-        if self.given[0].shape.is_tree and "nodes" in rule.searched:
+        kinds = self.base.rule.searched if self.base.is_searched else ()
+        found = [shape for kind in kinds for shape in table[kind]]
+        if self.given[0].shape.is_tree and "nodes" in kinds:
             return [replace(shape, is_tree=shape.nodes > 1) for shape in found]
         return found
 
-    def _candidate(self, shape: DraftShape) -> Candidate:
-        names = strategy(self.kind).shape_options.names
-        return Candidate(
-            f"{self.name} {label(names, shape)}",
-            self.kind,
-            {**self.base, **to_options(names, shape)},
-            self.name,
-            shape,
-        )
 
-
-def is_searched(rule: ShapeOptions, options: Mapping[str, Any]) -> bool:
-    """Tell if other shapes than the given one are tried."""
-    is_sampled = options.get("children", "top") != "top"
-    return bool(rule.searched) and not is_sampled and not any(o in options for o in rule.fixed)
-
-
-def to_options(names: Mapping[str, str], shape: DraftShape) -> dict[str, Any]:
-    """The options of a shape, under a strategy's names for its parts."""
-    wanted: dict[str, Any] = {"depth": shape.depth, "width": shape.width}
-    if shape.threshold:
-        wanted["threshold"] = shape.threshold
-    if shape.is_tree or "depth" not in names:
-        wanted["nodes"] = shape.nodes
-    return {names[part]: value for part, value in wanted.items() if part in names}
-
-
-def label(names: Mapping[str, str], shape: DraftShape) -> str:
-    """A shape in words, as in "chain 5" or "tree 5x2 of 7"."""
-    if "depth" not in names:
-        return f"{shape.nodes} nodes"
-    if shape.is_tree:
-        return f"tree {shape.depth}x{shape.width} of {shape.nodes}"
-    ending = f" above {shape.threshold:g}" if shape.threshold else ""
-    return f"chain {shape.depth}{ending}"
+def largest_first(shape: DraftShape) -> tuple[float, ...]:
+    return (-shape.nodes, -shape.depth, -shape.width, shape.threshold)
 
 
 def families(arms: Sequence[ArmConfig], target: Any) -> list[Family]:
@@ -198,26 +163,17 @@ def families(arms: Sequence[ArmConfig], target: Any) -> list[Family]:
         if arm.type in SINGLE_PROMPT_TYPES:
             continue
         drafter: Any = load_drafter({"type": arm.type, **arm.options}, target)
-        rule = strategy(arm.type).shape_options
-        shape_options = set(rule.names.values()) if is_searched(rule, arm.options) else set()
-        base = {key: value for key, value in arm.options.items() if key not in shape_options}
-        key = repr(sorted({"type": arm.type, **base}.items()))
-        if key not in found:
-            taken = {family.name for family in found.values()}
-            found[key] = Family(_unused_name(arm, taken), arm.type, base)
-        family = found[key]
-        family.given.append(
-            Candidate(arm.name, arm.type, dict(arm.options), family.name, drafter.draft_shape, True)
-        )
+        given = Candidate(arm.name, arm.type, arm.options, "", drafter.draft_shape, is_given=True)
+        shaping = given.rule.names.values() if given.is_searched else ()
+        rest = {key: value for key, value in arm.options.items() if key not in shaping}
+        taken = {family.base.drafter for family in found.values()}
+        names = (arm.type, arm.name, *(f"{arm.name} {n}" for n in range(2, len(taken) + 2)))
+        name = next(each for each in names if each not in taken)
+        base = replace(given, name=name, drafter=name, options=rest, is_given=False)
+        family = found.setdefault(base.key, Family(base))
+        family.given.append(replace(given, drafter=family.base.drafter))
     if not found:
         raise ValueError(
-            "config arms holds no drafter to plan with; add at least one, for instance "
-            "{type: ngram}"
+            "config arms holds no drafter to plan with; add at least one, like {type: ngram}"
         )
     return list(found.values())
-
-
-def _unused_name(arm: ArmConfig, taken: set[str]) -> str:
-    """The drafter's type; where another is called so, the arm's name, numbered if it must be."""
-    names = [arm.type, arm.name, *(f"{arm.name} {n}" for n in range(2, len(taken) + 2))]
-    return next(name for name in names if name not in taken)

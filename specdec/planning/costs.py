@@ -1,44 +1,256 @@
-"""The cost of a step on this machine, as one function of all that was measured."""
+"""The cost of a step on this machine: small fits to all that was timed, with their residuals.
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+A step is an array of seconds in the drafter, in the target, and of everything else.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.optimize import nnls
 from scipy.stats import trim_mean
 
 from specdec.drafters.base import DraftShape
 from specdec.planning.candidates import Candidate
-from specdec.planning.fit import Residuals, fit_linear, fit_piecewise, median_polish
+from specdec.planning.measure import TimedRun
 from specdec.planning.results import (
+    Array,
     DrafterFit,
     ForwardFit,
     ForwardPoint,
+    LinearCost,
     MeasuredCosts,
     PartTime,
+    PiecewiseLinear,
     PlainStep,
+    Residuals,
     StepPoint,
+    bent,
 )
-from specdec.planning.times import PARTS, TRIMMED, Step, StepTime, TimedRun, mean_step
-
-FEATURES = {
-    "draft_s": ("step", "level", "fed_node", "drafted", "node", "root_of_nodes"),
-    "target_s": ("forward", "step"),
-    "other_s": ("step", "drafted", "level", "candidate", "node", "tree"),
-}
 
 # Drafted nodes of a step and how often: {nodes: share}.
 Sizes = Mapping[int, float]
 
+MAX_KNOTS = 4
+SWEEPS = 50
+# Share of the slowest and of the fastest steps that a mean leaves out: other programs' noise.
+TRIMMED = 0.1
+FEATURES = {
+    "draft": ("step", "level", "fed_node", "drafted", "node", "root_of_nodes"),
+    "target": ("forward", "step"),
+    "other": ("step", "drafted", "level", "candidate", "node", "tree"),
+}
 
-def forward_points(cells: Iterable[Mapping[str, Any]]) -> list[ForwardPoint]:
-    """Medians over the repeats of timed cells {"batch", "context", "chain", "tree"}."""
+
+class Costs:
+    """All that was measured, as one function of drafter, shape, batch and context.
+
+    Attributes:
+        measured: measurements and fits as a plan holds them.
+        plain: the mean step of plain decoding by batch size.
+    """
+
+    def __init__(self, cells: Sequence[Mapping[str, Any]]) -> None:
+        points = _forward_points(cells)
+        if not points:
+            raise ValueError(
+                "no target forward was timed, nothing fitted into memory; use a smaller target, "
+                "dtype or batch"
+            )
+        self.measured = MeasuredCosts(
+            points=points,
+            skipped=sorted({cell["skipped"] for cell in cells if "skipped" in cell}),
+            forward={
+                size: _fit_forward(points, size) for size in {p.batch_size: 1 for p in points}
+            },
+            plain={},
+            drafters=[],
+        )
+        self.plain: dict[int, Array] = {}
+        self._fits: dict[tuple[str, int], DrafterFit] = {}
+        self._given: dict[tuple[str, int], Array] = {}
+        self._timed: dict[tuple[str, int], tuple[Array, float]] = {}
+
+    def add(self, batch_size: int, runs: Sequence[TimedRun]) -> None:
+        """Fit decodings of one batch size, of all drafters and plain ones.
+
+        Their times are brought to a common plain step: each run is compared with the plain ones of
+        its own moment.
+        """
+        plain = [run for run in runs if run.candidate is None]
+        if not plain:
+            raise ValueError(
+                "no step of plain decoding could be timed; give prompts and max_new_tokens that "
+                "leave at least two tokens to decode"
+            )
+        moments = np.array([run.plain_s for run in plain])
+        common_s = float(np.median(moments))
+        mean = trim_mean(np.concatenate([run.at(common_s) for run in plain])[:, 2:], TRIMMED)
+        ms = to_ms(mean)
+        self.plain[batch_size] = mean
+        self.measured.plain[batch_size] = PlainStep(
+            **{f"{part}_ms": ms[part] for part in ("target", "other", "wall")},
+            relative_error=float(moments.std() / moments.mean() / len(moments) ** 0.5),
+        )
+        by_drafter: dict[str, list[TimedRun]] = {}
+        for run in runs:
+            if run.candidate is not None:
+                by_drafter.setdefault(run.candidate.drafter, []).append(run)
+        for name, own in by_drafter.items():
+            self._fit(name, batch_size, own, common_s)
+
+    def _fit(self, name: str, batch_size: int, runs: Sequence[TimedRun], common_s: float) -> None:
+        """Fit a drafter's steps, in groups of one shape that drafted as many nodes."""
+        groups: dict[tuple[DraftShape, int], list[Array]] = {}
+        for run in runs:
+            assert run.candidate is not None
+            for step in run.at(common_s):
+                groups.setdefault((run.candidate.shape, int(step[1])), []).append(step)
+        contexts = [float(np.mean([step[0] for step in steps])) for steps in groups.values()]
+        times = np.array([trim_mean(np.array(steps)[:, 2:], TRIMMED) for steps in groups.values()])
+        counts = np.array([len(steps) for steps in groups.values()])
+        walls = times.sum(1)
+        rows = [
+            self._features(shape, nodes, batch_size, context)
+            for (shape, nodes), context in zip(groups, contexts, strict=True)
+        ]
+        fits = {
+            part: fit_linear(names, [row[part] for row in rows], times[:, place], walls, counts)
+            for place, (part, names) in enumerate(FEATURES.items())
+        }
+        fitted = np.array([[fit(row[part]) for part, fit in fits.items()] for row in rows])
+        points = []
+        for place, (shape, nodes) in enumerate(groups):
+            ours, theirs = to_ms(times[place]), to_ms(fitted[place])
+            parts = {p: PartTime(measured_ms=ours[p], fitted_ms=theirs[p]) for p in ours}
+            context, steps = round(contexts[place], 1), int(counts[place])
+            points.append(
+                StepPoint(shape=shape, nodes=nodes, context=context, steps=steps, **parts)
+            )
+        isolated = np.array([row["target"][0] for row in rows])
+        self._fits[name, batch_size] = DrafterFit(
+            drafter=name,
+            batch_size=batch_size,
+            points=points,
+            loop_over_isolated_forward=float(np.median(times[:, 1] / isolated)),
+            **fits,
+            residuals=Residuals.of(walls, fitted.sum(1), counts),
+        )
+        self.measured.drafters.append(self._fits[name, batch_size])
+        # Given configurations are known as they were timed, too, whatever each step drafted.
+        for given in (run.candidate for run in runs if run.candidate and run.candidate.is_given):
+            own = [shape == given.shape for shape, _ in groups]
+            self._given[given.key, batch_size] = np.average(times[own], 0, counts[own])
+
+    def time(self, batch_size: int, runs: Sequence[TimedRun]) -> None:
+        """Take configurations' own times in place of those that follow from the fits.
+
+        Args:
+            batch_size: rows.
+            runs: decodings of the same rounds, plain ones among them: a machine's speed moves, and
+                what was timed at another moment cannot be compared within a few percent.
+        """
+        by_key: dict[str, list[TimedRun]] = {}
+        for run in runs:
+            by_key.setdefault(run.candidate.key if run.candidate else "", []).append(run)
+        if len(by_key) < 2:
+            return
+        rounds = sorted({run.round for run in runs})
+        table = np.array([[_log_wall(own, n) for own in by_key.values()] for n in rounds])
+        effects, residuals = median_polish(table)
+        ratios = np.exp(effects - effects[list(by_key).index("")])
+        # Standard errors of the columns' medians, from the residuals' own medians.
+        sigma = 1.4826 * np.nanmedian(np.abs(residuals), axis=0)
+        errors = sigma * np.sqrt(np.pi / 2 / np.isfinite(residuals).sum(0))
+        for place, (key, own) in enumerate(by_key.items()):
+            mean = trim_mean(np.concatenate([run.steps for run in own])[:, 2:], TRIMMED)
+            scale = ratios[place] * self.plain[batch_size].sum() / mean.sum()
+            self._timed[key, batch_size] = scale * mean, float(errors[place])
+
+    def is_timed(self, candidate: Candidate, batch_size: int) -> bool:
+        """Tell if its own steps were timed."""
+        return (candidate.key, batch_size) in self._timed
+
+    def step(self, candidate: Candidate, batch_size: int, sizes: Sizes, context: float) -> Array:
+        """The mean step of a candidate whose drafts have these sizes: its own, if it was timed."""
+        key = (candidate.key, batch_size)
+        if key in self._timed:
+            return self._timed[key][0]
+        if key in self._given:
+            return self._given[key]
+        return self._fitted(candidate, batch_size, sizes, context)
+
+    def full_step(self, candidate: Candidate, batch_size: int, context: float) -> Array:
+        """A step that drafts all the nodes of a candidate, by the fits wherever there are some.
+
+        A finalist and its cuts are then timed by one ruler; and where drafts vary, what was timed
+        is a mean over steps that mostly drafted fewer.
+        """
+        is_mean = candidate.varies or self.is_timed(candidate, batch_size)
+        step = self._fitted if is_mean else self.step
+        return step(candidate, batch_size, {candidate.shape.nodes: 1.0}, context)
+
+    def uncertainty(self, candidate: Candidate, batch_size: int) -> float:
+        """Relative error of a step's time against plain's, one standard deviation."""
+        if self.is_timed(candidate, batch_size):
+            own = self._timed[candidate.key, batch_size][1]
+        else:
+            own = self._fits[candidate.drafter, batch_size].residuals.rms
+        return float(np.hypot(own, self.measured.plain[batch_size].relative_error))
+
+    def _fitted(self, candidate: Candidate, batch_size: int, sizes: Sizes, context: float) -> Array:
+        fit = self._fits[candidate.drafter, batch_size]
+        step = np.zeros(3)
+        for nodes, share in sizes.items():
+            features = self._features(candidate.shape, nodes, batch_size, context)
+            step += share * np.array([getattr(fit, part)(row) for part, row in features.items()])
+        return step
+
+    def _features(
+        self, shape: DraftShape, nodes: int, batch_size: int, context: float
+    ) -> dict[str, tuple[float, ...]]:
+        """The features of each part of a step, as `FEATURES` names them."""
+        # A chain that a threshold ends has looked one token further.
+        levels = min(nodes + 1 if shape.threshold else nodes, shape.depth)
+        drafted, is_tree = float(nodes > 0), shape.is_tree and nodes > 0
+        draft: tuple[float, ...] = (1.0, 0.0, 0.0, drafted, nodes, nodes**0.5)
+        if shape.depth:
+            more = max(levels - 1, 0)
+            draft = (float(levels > 0), more, more * shape.width, 0.0, 0.0, 0.0)
+        forward = self._forward_s(batch_size, nodes + 1, context, is_tree)
+        candidates = levels * shape.width * is_tree
+        other = (1.0, drafted, levels, candidates, nodes, float(is_tree))
+        return {"draft": draft, "target": (forward, 1.0), "other": other}
+
+    def _forward_s(self, batch_size: int, new_tokens: int, context: float, is_tree: bool) -> float:
+        """Seconds of a forward, between the measured batches by linear interpolation."""
+        fits = self.measured.forward
+        sizes, times = list(fits), [fit(new_tokens, context, is_tree) for fit in fits.values()]
+        if batch_size > sizes[-1]:
+            return times[-1] * batch_size / sizes[-1]
+        return float(np.interp(batch_size, sizes, times))
+
+
+def to_ms(step: Array) -> dict[str, float]:
+    """Milliseconds of "draft", "target", "other" and "wall"."""
+    draft, target, other = (1000 * step).tolist()
+    return {"draft": draft, "target": target, "other": other, "wall": draft + target + other}
+
+
+def _log_wall(runs: Sequence[TimedRun], number: int) -> float:
+    """Logarithm of the mean step of a round's runs; nan if there is none."""
+    means = [trim_mean(run.steps[:, 2:].sum(1), TRIMMED) for run in runs if run.round == number]
+    return float(np.log(np.median(means))) if means else np.nan
+
+
+def _forward_points(cells: Sequence[Mapping[str, Any]]) -> list[ForwardPoint]:
+    """Medians over the repeats of cells as `Measurements.forwards` gives them."""
     found: dict[tuple[int, int, int, bool], list[float]] = {}
-    for cell in cells:
-        for kind in ("chain", "tree"):
-            for count, seconds in cell.get(kind, {}).items():
-                key = (cell["batch"], int(count), cell["context"], kind == "tree")
-                found.setdefault(key, []).append(seconds)
+    for cell, kind in itertools.product(cells, ("chain", "tree")):
+        for count, seconds in cell.get(kind, {}).items():
+            key = (cell["batch"], int(count), cell["context"], kind == "tree")
+            found.setdefault(key, []).append(seconds)
     points = []
     for (batch_size, new_tokens, context, is_tree), times in sorted(found.items()):
         low, middle, high = np.quantile(times, [0.25, 0.5, 0.75]).tolist()
@@ -56,314 +268,94 @@ def forward_points(cells: Iterable[Mapping[str, Any]]) -> list[ForwardPoint]:
     return points
 
 
-class ForwardCost:
-    """Seconds of a target forward, between the measured batches by linear interpolation.
-
-    Attributes:
-        points: measurements that it was fitted to.
-        fits: by batch size, in order.
-    """
-
-    def __init__(self, points: Sequence[ForwardPoint]) -> None:
-        if not points:
-            raise ValueError(
-                "no target forward was timed, nothing fitted into memory; use a smaller target, "
-                "dtype or batch"
-            )
-        self.points = list(points)
-        self.fits: dict[int, ForwardFit] = {}
-        for batch in sorted({p.batch_size for p in points}):
-            chains = [p for p in points if p.batch_size == batch and not p.is_tree]
-            trees = [p for p in points if p.batch_size == batch and p.is_tree]
-            chain = fit_piecewise(
-                [p.new_tokens for p in chains],
-                [p.context for p in chains],
-                [p.median_s for p in chains],
-            )
-            tree = None
-            if trees:
-                rows = [(1.0, p.new_tokens) for p in trees]
-                extra = [p.median_s - chain(p.new_tokens, p.context) for p in trees]
-                tree = fit_linear(("tree", "token"), rows, extra, [p.median_s for p in trees])
-            self.fits[batch] = ForwardFit(chain=chain, tree_extra=tree)
-
-    def __call__(self, batch_size: int, new_tokens: int, context: float, is_tree: bool) -> float:
-        """Seconds of a forward over `new_tokens` in each of `batch_size` rows."""
-        sizes, times = list(self.fits), []
-        for fit in self.fits.values():
-            seconds = fit.chain(new_tokens, context)
-            if is_tree and fit.tree_extra:
-                seconds += fit.tree_extra((1.0, new_tokens))
-            times.append(max(seconds, 1e-9))
-        if batch_size > sizes[-1]:
-            return times[-1] * batch_size / sizes[-1]
-        return float(np.interp(batch_size, sizes, times))
+def _fit_forward(points: Sequence[ForwardPoint], batch_size: int) -> ForwardFit:
+    own = [point for point in points if point.batch_size == batch_size]
+    chains, trees = ([p for p in own if p.is_tree == is_tree] for is_tree in (False, True))
+    chain = fit_piecewise(
+        [p.new_tokens for p in chains], [p.context for p in chains], [p.median_s for p in chains]
+    )
+    if not trees:
+        return ForwardFit(chain=chain, tree_extra=None)
+    extra = [p.median_s - chain(p.new_tokens, p.context) for p in trees]
+    rows, times = [(1.0, p.new_tokens) for p in trees], [p.median_s for p in trees]
+    return ForwardFit(chain=chain, tree_extra=fit_linear(("tree", "token"), rows, extra, times))
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Steps of one shape that drafted as many nodes."""
+def fit_piecewise(
+    new_tokens: Sequence[float], context: Sequence[float], seconds: Sequence[float]
+) -> PiecewiseLinear:
+    """Fit relative errors by least squares; knots join one at a time while BIC says they pay."""
+    tokens, cached, times = (np.array(x, float) for x in (new_tokens, context, seconds))
 
-    shape: DraftShape
-    nodes: int
-    context: float
-    time: StepTime
-    count: int
+    def solve(knots: list[float]) -> tuple[float, list[float], Array]:
+        """BIC, knots and coefficients."""
+        features = bent(tokens, cached, knots) / times[:, None]
+        found = np.linalg.lstsq(features, np.ones_like(times), rcond=None)[0]
+        if len(times) <= features.shape[1] and knots:
+            return np.inf, knots, found
+        # Errors below a tenth of a per cent are no reason for another knot.
+        variance = max(float(np.mean((features @ found - 1) ** 2)), 1e-6)
+        # A knot is two parameters: its place was chosen as well.
+        num_parameters = features.shape[1] + len(knots)
+        bic = len(times) * np.log(variance) + num_parameters * np.log(len(times))
+        return float(bic), knots, found
 
-
-class DrafterCost:
-    """A step with one drafter at one batch size, for any of its shapes.
-
-    The runs' times are brought to a common plain step of `plain_s` seconds: each run is compared
-    with the plain ones of its own moment.
-
-    Attributes:
-        fit: fits, with the points that they were made from.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        batch_size: int,
-        runs: Sequence[TimedRun],
-        plain_s: float,
-        forward: ForwardCost,
-    ) -> None:
-        self._forward, self._batch_size = forward, batch_size
-        groups = _groups(runs, plain_s)
-        walls, counts = [g.time.wall_s for g in groups], [g.count for g in groups]
-        features = [self._features(g.shape, g.nodes, g.context) for g in groups]
-        self._parts = {
-            part: fit_linear(
-                names,
-                [row[part] for row in features],
-                [getattr(g.time, part) for g in groups],
-                walls,
-                counts,
-            )
-            for part, names in FEATURES.items()
-        }
-        fitted = [self._step(g.shape, g.nodes, g.context) for g in groups]
-        isolated = [row["target_s"][0] for row in features]
-        ratios = [g.time.target_s / s for g, s in zip(groups, isolated, strict=True)]
-        self._given = _timed_as_given(runs, groups)
-        self.fit = DrafterFit(
-            drafter=name,
-            batch_size=batch_size,
-            points=[_point(g, step) for g, step in zip(groups, fitted, strict=True)],
-            loop_over_isolated_forward=float(np.median(ratios)),
-            draft=self._parts["draft_s"],
-            target=self._parts["target_s"],
-            other=self._parts["other_s"],
-            residuals=Residuals.of(
-                np.array(walls), np.array([step.wall_s for step in fitted]), np.array(counts, float)
-            ),
-        )
-
-    def _features(
-        self, shape: DraftShape, nodes: int, context: float
-    ) -> dict[str, tuple[float, ...]]:
-        """The features of each part of a step, in the order of `FEATURES`."""
-        # A chain that a threshold ends has looked one token further.
-        levels = min(nodes + 1 if shape.threshold else nodes, shape.depth)
-        drafted, is_tree = float(nodes > 0), shape.is_tree and nodes > 0
-        forward = self._forward(self._batch_size, nodes + 1, context, is_tree)
-        draft: tuple[float, ...]
-        if shape.depth:
-            more = max(levels - 1, 0)
-            draft = (float(levels > 0), more, more * shape.width, 0.0, 0.0, 0.0)
-        else:
-            draft = (1.0, 0.0, 0.0, drafted, nodes, nodes**0.5)
-        candidates = levels * shape.width * is_tree
-        other = (1.0, drafted, levels, candidates, nodes, float(is_tree))
-        return {"draft_s": draft, "target_s": (forward, 1.0), "other_s": other}
-
-    def _step(self, shape: DraftShape, nodes: int, context: float) -> StepTime:
-        features = self._features(shape, nodes, context)
-        return StepTime(*(self._parts[part](features[part]) for part in PARTS))
-
-    def __call__(self, shape: DraftShape, sizes: Sizes, context: float) -> StepTime:
-        """The mean step of a shape whose drafts have these sizes.
-
-        A drafter whose shapes are not searched has been timed as it is, and that time is taken.
-        """
-        return self._given.get(shape) or self.fitted(shape, sizes, context)
-
-    def fitted(self, shape: DraftShape, sizes: Sizes, context: float) -> StepTime:
-        """The mean step by the fits, even where the shape was timed."""
-        return StepTime.weighted(
-            [(share, self._step(shape, nodes, context)) for nodes, share in sizes.items()]
-        )
-
-
-def _groups(runs: Sequence[TimedRun], plain_s: float) -> list[_Group]:
-    """Means of the steps by shape and nodes drafted, at the speed of the common plain step."""
-    found: dict[tuple[DraftShape, int], list[tuple[float, Step]]] = {}
-    for run in runs:
-        assert run.candidate is not None
-        for step in run.steps:
-            key = (run.candidate.shape, step.nodes)
-            found.setdefault(key, []).append((plain_s / run.plain_s, step))
-    return [
-        _Group(*key, float(np.mean([s.context for _, s in steps])), mean_step(steps), len(steps))
-        for key, steps in found.items()
-    ]
-
-
-def _timed_as_given(
-    runs: Sequence[TimedRun], groups: Sequence[_Group]
-) -> dict[DraftShape, StepTime]:
-    """Mean steps of the given configurations, whatever they drafted in each."""
-    found = {}
-    for shape in {run.candidate.shape for run in runs if run.candidate and run.candidate.is_given}:
-        own = [group for group in groups if group.shape == shape]
-        total = sum(group.count for group in own)
-        found[shape] = StepTime.weighted([(group.count / total, group.time) for group in own])
-    return found
-
-
-def _point(group: _Group, fitted: StepTime) -> StepPoint:
-    times = zip(group.time.ms().items(), fitted.ms().values(), strict=True)
-    return StepPoint(
-        shape=group.shape,
-        nodes=group.nodes,
-        context=round(group.context, 1),
-        steps=group.count,
-        **{part: PartTime(measured_ms=ours, fitted_ms=theirs) for (part, ours), theirs in times},
+    # Between the first and the last number of tokens that was measured.
+    places = sorted(set(tokens.tolist()))[1:-1]
+    best = solve([])
+    while len(best[1]) < MAX_KNOTS:
+        tried = [solve(sorted([*best[1], each])) for each in places if each not in best[1]]
+        found = min(tried, key=lambda each: each[0], default=best)
+        if found[0] >= best[0]:
+            break
+        best = found
+    _, knots, coefficients = best
+    constant, slope, per_context, both, *changes = coefficients.tolist()
+    return PiecewiseLinear(
+        constant=constant,
+        per_token=slope,
+        per_context=per_context,
+        per_token_and_context=both,
+        knots=knots,
+        slope_changes=changes,
+        residuals=Residuals.of(times, bent(tokens, cached, knots) @ coefficients),
     )
 
 
-def _timed_costs(finals: Sequence[TimedRun], plain: StepTime) -> dict[str, tuple[StepTime, float]]:
-    """Mean steps of the configurations that were timed in the same rounds, by `Candidate.key`.
+def fit_linear(
+    names: Sequence[str],
+    features: Sequence[Sequence[float]],
+    seconds: Any,
+    scale: Any,
+    counts: Any = 1,
+) -> LinearCost:
+    """Fit seconds [points] by features [points, features].
 
-    With each comes its relative error, one standard deviation. Plain decodings are among the
-    `finals`, and are put in proportion to the `plain` step.
+    Errors count against `scale`, the seconds of the whole step, so that a part that hardly matters
+    does not decide; `counts` are the measurements that each point is the mean of.
     """
-    by_key: dict[str, list[TimedRun]] = {}
-    for run in finals:
-        by_key.setdefault(run.candidate.key if run.candidate else "", []).append(run)
-    if len(by_key) < 2:
-        return {}
-    numbers = sorted({run.round for run in finals})
-    table = np.array([[_log_wall(own, number) for own in by_key.values()] for number in numbers])
-    effects, residuals = median_polish(table)
-    ratios = np.exp(effects - effects[list(by_key).index("")])
-    # Standard errors of the columns' medians, from the residuals' own medians.
-    sigma = 1.4826 * np.nanmedian(np.abs(residuals), axis=0)
-    errors = sigma * np.sqrt(np.pi / 2 / np.isfinite(residuals).sum(0))
-    found = {}
-    for place, (key, own) in enumerate(by_key.items()):
-        mean = mean_step([(1.0, step) for run in own for step in run.steps])
-        scale = float(ratios[place]) * plain.wall_s / mean.wall_s
-        found[key] = StepTime.weighted([(scale, mean)]), float(errors[place])
-    del found[""]
-    return found
+    rows, times, whole = (np.array(x, float) for x in (features, seconds, scale))
+    number = np.broadcast_to(np.array(counts, float), whole.shape)
+    weights = number**0.5 / whole
+    # Columns of very different size would stop the solver early.
+    size = np.maximum(np.abs(rows).max(0), 1e-12)
+    coefficients = nnls(rows / size * weights[:, None], times * weights)[0] / size
+    return LinearCost(
+        coefficients=dict(zip(names, coefficients.tolist(), strict=True)),
+        residuals=Residuals.of(whole, whole + rows @ coefficients - times, number),
+    )
 
 
-def _log_wall(runs: Sequence[TimedRun], number: int) -> float:
-    """Logarithm of the mean step of a round's runs; nan if there is none."""
-    means = [
-        trim_mean([s.wall_s for s in run.steps], TRIMMED) for run in runs if run.round == number
-    ]
-    return float(np.log(np.median(means))) if means else np.nan
+def median_polish(table: Array) -> tuple[Array, Array]:
+    """Split a table into effects of its rows and columns; give the columns' and the residuals.
 
+    With medians a moment in which the machine was busy moves nothing but its own cell. A cell that
+    was not measured is nan, but every row and column has a value.
 
-class PlainCost:
-    """A step of plain decoding at one batch size.
-
-    Attributes:
-        middle_s: median seconds; all moments are brought to it, as the drafters' runs are.
-        time: the mean step.
-        error: relative error of the mean over the moments; the drift between them is divided out
-            elsewhere.
+    Source: Tukey 1977, Exploratory Data Analysis.
     """
-
-    def __init__(self, runs: Sequence[TimedRun]) -> None:
-        walls = [run.plain_s for run in runs]
-        if not walls:
-            raise ValueError(
-                "no step of plain decoding could be timed; give prompts and max_new_tokens that "
-                "leave at least two tokens to decode"
-            )
-        self.middle_s = float(np.median(walls))
-        steps = [(self.middle_s / run.plain_s, step) for run in runs for step in run.steps]
-        self.time = mean_step(steps)
-        self.error = float(np.std(walls) / np.mean(walls) / len(walls) ** 0.5)
-
-    def described(self) -> PlainStep:
-        """The step as a plan holds it."""
-        times = {f"{part}_ms": ms for part, ms in self.time.ms().items() if part != "draft"}
-        return PlainStep(**times, relative_error=self.error)
-
-
-class Costs:
-    """All that was measured, as one function of drafter, shape, batch and context.
-
-    Args:
-        forward: the target's forwards.
-        runs: timed decodings by batch size, of the shapes that the fits are made from.
-        finals: timed decodings of configurations whose own times are taken instead of the fits'.
-        final_size: batch size of `finals`.
-    """
-
-    def __init__(
-        self,
-        forward: ForwardCost,
-        runs: Mapping[int, Sequence[TimedRun]],
-        finals: Sequence[TimedRun] = (),
-        final_size: int = 1,
-    ) -> None:
-        self.forward = forward
-        self.plain: dict[int, PlainCost] = {}
-        self.drafters: dict[tuple[str, int], DrafterCost] = {}
-        for size, timed in runs.items():
-            self.plain[size] = PlainCost([run for run in timed if run.candidate is None])
-            by_drafter: dict[str, list[TimedRun]] = {}
-            for run in timed:
-                if run.candidate is not None:
-                    by_drafter.setdefault(run.candidate.drafter, []).append(run)
-            for name, own in by_drafter.items():
-                plain_s = self.plain[size].middle_s
-                self.drafters[name, size] = DrafterCost(name, size, own, plain_s, forward)
-        costs = _timed_costs(finals, self.plain[final_size].time) if finals else {}
-        self._timed = {(key, final_size): cost for key, cost in costs.items()}
-
-    def is_timed(self, candidate: Candidate, batch_size: int) -> bool:
-        """Tell if its own steps were timed."""
-        return (candidate.key, batch_size) in self._timed
-
-    def step(self, candidate: Candidate, batch_size: int, sizes: Sizes, context: float) -> StepTime:
-        """The mean step of a candidate: its own, if it was timed."""
-        if self.is_timed(candidate, batch_size):
-            return self._timed[candidate.key, batch_size][0]
-        return self.drafters[candidate.drafter, batch_size](candidate.shape, sizes, context)
-
-    def full_step(self, candidate: Candidate, batch_size: int, context: float) -> StepTime:
-        """A step that drafts all the nodes of a candidate, by the fits wherever there are some.
-
-        A finalist and its cuts are then timed by one ruler; and where drafts vary, what was timed
-        is a mean over steps that mostly drafted fewer.
-        """
-        sizes = {candidate.shape.nodes: 1.0}
-        drafter = self.drafters[candidate.drafter, batch_size]
-        if candidate.varies or self.is_timed(candidate, batch_size):
-            return drafter.fitted(candidate.shape, sizes, context)
-        return drafter(candidate.shape, sizes, context)
-
-    def uncertainty(self, candidate: Candidate, batch_size: int) -> float:
-        """Relative error of a step's time against plain's, one standard deviation."""
-        if self.is_timed(candidate, batch_size):
-            own = self._timed[candidate.key, batch_size][1]
-        else:
-            own = self.drafters[candidate.drafter, batch_size].fit.residuals.rms
-        return float(np.hypot(own, self.plain[batch_size].error))
-
-    def described(self, skipped: Sequence[str]) -> MeasuredCosts:
-        """The costs as a plan holds them."""
-        return MeasuredCosts(
-            points=self.forward.points,
-            skipped=list(skipped),
-            forward=self.forward.fits,
-            plain={size: cost.described() for size, cost in self.plain.items()},
-            drafters=[cost.fit for cost in self.drafters.values()],
-        )
+    columns = np.zeros(table.shape[1])
+    for _ in range(SWEEPS):
+        rows = np.nanmedian(table - columns, axis=1, keepdims=True)
+        columns = np.nanmedian(table - rows, axis=0)
+    return columns, table - rows - columns

@@ -1,40 +1,37 @@
-"""Everything that is timed for a plan, point by point, kept in a journal as it comes."""
+"""Everything that is timed for a plan, point by point, kept in a journal as it comes.
+
+Steps of the loop are timed in short decodings in a few shapes, with plain ones in between.
+"""
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
+from math import inf
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
+from specdec.bench.workloads import Progress
 from specdec.common.files import Journal
-from specdec.engine.interfaces import claimed
+from specdec.engine.decode import generate
+from specdec.engine.interfaces import Drafter, claimed
 from specdec.engine.scheduler import is_out_of_memory
 from specdec.planning.candidates import Candidate
-from specdec.planning.costs import ForwardCost, forward_points
 from specdec.planning.results import Trust
-from specdec.planning.times import (
-    Drafters,
-    TimedRun,
-    Workload,
-    from_row,
-    sequence,
-    time_run,
-    timed_runs,
-    to_row,
-)
-from specdec.registry import strategy
+from specdec.registry import load_drafter
+from specdec.sampling.config import SamplingConfig
 from specdec.verify import Draft
 
 # More than a quiet machine has: between the same steps, and of load for each core.
 MAX_SPREAD, MAX_LOAD = 0.4, 1.25
-
-Progress = Callable[[int, int, str], None]
+# Runs between two plain ones, whose mean is what the machine could do at that moment.
+RUNS_PER_PLAIN = 4
 
 
 @dataclass(frozen=True)
@@ -61,60 +58,74 @@ class Effort:
     contexts: tuple[int, ...] = (64, 256, 1024)
     repeats: int = 3
 
-    def fitted_to(self, max_context_len: int, batch_size: int) -> "Effort":
-        """The same, as far as the target's context holds it, the batch size among the batches."""
-        room = max(1, max_context_len - max(self.new_tokens))
-        return replace(
-            self,
-            new_tokens=tuple(n for n in self.new_tokens if n < max_context_len),
-            batches=tuple(sorted({*self.batches, batch_size})),
-            contexts=tuple(sorted({min(context, room) for context in self.contexts})),
-        )
-
 
 FULL = Effort()
 QUICK = Effort(2, 1, 4, 2, (1, 2, 4, 8, 16), (1, 2), (16, 64), 1)
 
 
-def time_cell(target: Any, effort: Effort, batch: int, context: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Workload:
+    """The prompts, as token ids, that are decoded while steps are timed."""
+
+    prompts: Sequence[list[int]]
+    sampling: SamplingConfig
+    max_new_tokens: int
+    rule: str
+
+
+@dataclass(frozen=True, eq=False)
+class TimedRun:
+    """A decoding, beside what plain decoding took around it.
+
+    Attributes:
+        candidate: None for plain decoding.
+        steps: [steps, 5] steps of the full batch: tokens in the cache, the mean of the rows;
+            nodes drafted, the most of any row; and seconds in the drafter, in the target, and of
+            everything else.
+        plain_s: median seconds of the plain steps around it.
+        round: runs of one round were decoded within seconds.
+    """
+
+    candidate: Candidate | None
+    steps: np.ndarray
+    plain_s: float
+    round: int = 0
+
+    def at(self, plain_s: float) -> np.ndarray:
+        """The steps at the speed at which a plain step takes `plain_s`."""
+        scale = plain_s / self.plain_s
+        return self.steps * np.array([1, 1, scale, scale, scale])
+
+
+@torch.inference_mode()
+def time_cell(
+    target: Any, batch: int, context: int, counts: Sequence[int], kinds: Sequence[str]
+) -> dict[str, Any]:
     """Time every number of new tokens behind one cached context; the target's cache is overwritten.
 
     The result is {"chain": {new_tokens: seconds}, "tree": {...}}, or {"skipped": reason} where it
     does not fit into memory.
     """
+    root = torch.zeros(batch, dtype=torch.long, device=target.device)
+    times: dict[str, dict[int, float]] = {kind: {} for kind in kinds}
     try:
         with claimed(target):
-            return _time_cell(target, effort, batch, context)
+            target.prefill([[token % target.vocab_size for token in range(context)]] * batch)
+            target.score(root, _draft("chain", batch, max(counts), target.device))
+            for _, count, kind in product(range(2), counts, kinds):
+                if kind == "tree" and count <= 2:
+                    continue
+                draft = _draft(kind, batch, count, target.device)
+                # Nothing is committed, so every call meets the same cache.
+                target.clock.take()
+                target.score(root, draft)
+                # Other programs only ever add time.
+                times[kind][count] = min(times[kind].get(count, inf), target.clock.take())
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = f"batch {batch} with a context of {context} does not fit into memory"
-    return {"skipped": reason}
-
-
-@torch.inference_mode()
-def _time_cell(target: Any, effort: Effort, batch: int, context: int) -> dict[str, Any]:
-    kinds = ["chain"]
-    if context == effort.contexts[len(effort.contexts) // 2]:
-        kinds.append("tree")
-    root = torch.zeros(batch, dtype=torch.long, device=target.device)
-    target.prefill([[token % target.vocab_size for token in range(context)]] * batch)
-    times: dict[str, dict[int, list[float]]] = {kind: {} for kind in kinds}
-    _seconds(target, root, _draft("chain", batch, max(effort.new_tokens), target.device))
-    for _ in range(2):
-        for count in effort.new_tokens:
-            for kind in kinds if count > 2 else ["chain"]:
-                draft = _draft(kind, batch, count, target.device)
-                times[kind].setdefault(count, []).append(_seconds(target, root, draft))
-    # Other programs only ever add time.
-    return {k: {n: min(each) for n, each in found.items()} for k, found in times.items()}
-
-
-def _seconds(target: Any, root: torch.Tensor, draft: Draft) -> float:
-    """Seconds of the forward alone; nothing is committed, so every call meets the same cache."""
-    target.clock.take()
-    target.score(root, draft)
-    return float(target.clock.take())
+        return {"skipped": f"batch {batch} with a context of {context} does not fit into memory"}
+    return times
 
 
 def _draft(kind: str, batch: int, new_tokens: int, device: torch.device) -> Draft:
@@ -130,16 +141,107 @@ def _draft(kind: str, batch: int, new_tokens: int, device: torch.device) -> Draf
     return Draft.tree(tokens, parents.expand(batch, -1), lengths, (nodes + 1) // 2)
 
 
-class Measurements:
-    """Measures what the journal does not hold yet.
+class Drafters:
+    """Builds drafters for timing; those that differ in their shape alone share their weights."""
 
-    Args:
-        target: an `HFTarget`.
-        work: prompts of the timed decodings.
-        effort: how much is measured.
-        journal: records in the plan's folder.
-        progress: called with points done, points in all, and what runs next.
+    def __init__(self, target: Any) -> None:
+        self._target = target
+        self._built: dict[tuple[str, int], Drafter] = {}
+        self._first: dict[str, Drafter] = {}
+
+    def get(self, candidate: Candidate, generation: int = 0) -> Drafter:
+        """The drafter of a candidate, built at the first call of each generation.
+
+        A drafter that remembers what it saw drafts better there than on a new prompt: ask for
+        another generation before it sees a prompt again.
+        """
+        key = (candidate.key, generation)
+        if key not in self._built:
+            built = load_drafter({"type": candidate.type, **candidate.options}, self._target)
+            owner = self._first.setdefault(candidate.drafter, built)
+            for mine, theirs in zip(_parameters(built), _parameters(owner), strict=True):
+                mine.data = theirs.data
+            self._built[key] = built
+        return self._built[key]
+
+
+def _parameters(drafter: Any) -> Iterator[nn.Parameter]:
+    """Parameters of the networks that a drafter holds, itself or in a model of its own."""
+    for value in vars(drafter).values():
+        module = value if isinstance(value, nn.Module) else getattr(value, "model", None)
+        if isinstance(module, nn.Module):
+            yield from module.parameters()
+
+
+def sequence(candidates: Sequence[Candidate]) -> list[Candidate | None]:
+    """The runs of a round: None is plain decoding, first, last, and after every few others."""
+    runs: list[Candidate | None] = [None]
+    for first in range(0, len(candidates), RUNS_PER_PLAIN):
+        runs += [*candidates[first : first + RUNS_PER_PLAIN], None]
+    return runs
+
+
+def time_run(
+    target: Any, drafter: Drafter | None, work: Workload, batch_size: int, first: int
+) -> list[list[float]]:
+    """Decode `batch_size` prompts from the `first` on, in a circle; give steps as in `TimedRun`."""
+    places = [(first + row) % len(work.prompts) for row in range(batch_size)]
+    prompts = [work.prompts[place] for place in places]
+    room = target.max_context_len - max(map(len, prompts))
+    results = generate(
+        target,
+        drafter,
+        prompts,
+        [replace(work.sampling, seed=work.sampling.seed + place) for place in places],
+        max_new_tokens=min(work.max_new_tokens, room),
+        batch_size=batch_size,
+        rule=work.rule,
+    )
+    if any(result.finish_reason == "interrupted" for result in results):
+        raise KeyboardInterrupt
+    longest = max(results, key=lambda result: len(result.records))
+    # Between steps the loop retires rows and hands out tokens: time that no record holds.
+    recorded = sum(record.wall_s for record in longest.records)
+    between = max(0.0, longest.decode_s - recorded) / max(1, len(longest.records))
+    steps: list[list[float]] = []
+    contexts = [len(result.prompt_tokens) for result in results]
+    # Rows that began together share their steps.
+    for records in zip(*(result.records for result in results), strict=False):
+        shared = records[0]
+        if shared.batch_size != batch_size:
+            break
+        other_s = max(0.0, shared.wall_s - shared.draft_s - shared.target_s + between)
+        times = [round(each, 8) for each in (shared.draft_s, shared.target_s, other_s)]
+        nodes = max(record.num_drafted for record in records)
+        steps.append([round(sum(contexts) / batch_size, 1), nodes, *times])
+        contexts = [c + r.num_emitted for c, r in zip(contexts, records, strict=True)]
+    return steps
+
+
+def timed_runs(
+    runs: Sequence[Candidate | None], found: Sequence[Sequence[Sequence[float]]], number: int = 0
+) -> list[TimedRun]:
+    """Put a round's decodings beside the plain ones around them; those without a step are left out.
+
+    `found` are the steps of each of the `runs` that `sequence` gave.
     """
+    tables = [np.array(steps, float).reshape(-1, 5) for steps in found]
+    plain = {
+        place: float(np.median(table[:, 2:].sum(1)))
+        for place, (run, table) in enumerate(zip(runs, tables, strict=True))
+        if run is None and len(table)
+    }
+    timed = []
+    for place, (run, table) in enumerate(zip(runs, tables, strict=True)):
+        if len(table) and plain:
+            before = max((each for each in plain if each <= place), default=min(plain))
+            after = min((each for each in plain if each >= place), default=max(plain))
+            timed.append(TimedRun(run, table, (plain[before] + plain[after]) / 2, number))
+    return timed
+
+
+class Measurements:
+    """Measures what the journal does not hold yet."""
 
     def __init__(
         self, target: Any, work: Workload, effort: Effort, journal: Journal, progress: Progress
@@ -148,19 +250,23 @@ class Measurements:
         self._journal, self._progress = journal, progress
         self._known = {_key(row["point"]): row for row in journal.entries}
 
-    def forwards(self, batch_size: int) -> tuple[ForwardCost, list[str]]:
-        """The cost of the target's forwards, the given batch size among them; what did not fit."""
-        effort = self._effort.fitted_to(self._target.max_context_len, batch_size)
-        cells = list(product(range(effort.repeats), effort.contexts, effort.batches))
+    def forwards(self, batch_size: int) -> list[dict[str, Any]]:
+        """Cells of the target's forwards as `time_cell` gives them, the batch size among them."""
+        effort, most = self._effort, self._target.max_context_len
+        room = max(1, most - max(effort.new_tokens))
+        contexts = sorted({min(context, room) for context in effort.contexts})
+        counts = [count for count in effort.new_tokens if count < most]
+        batches = sorted({*effort.batches, batch_size})
+        cells = list(product(range(effort.repeats), contexts, batches))
         rows: list[dict[str, Any]] = []
         for done, (repeat, context, batch) in enumerate(cells):
             self._progress(done, len(cells), f"forwards of {batch} rows behind {context} tokens")
             point = {"phase": "forward", "repeat": repeat, "batch": batch, "context": context}
-            cell = self._row(point, partial(time_cell, self._target, effort, batch, context))
-            rows.append({**point, **cell})
+            kinds = ("chain", "tree") if context == contexts[len(contexts) // 2] else ("chain",)
+            measure = partial(time_cell, self._target, batch, context, counts, kinds)
+            rows.append({**point, **self._row(point, measure)})
         self._progress(len(cells), len(cells), "forwards")
-        skipped = sorted({row["skipped"] for row in rows if "skipped" in row})
-        return ForwardCost(forward_points(rows)), skipped
+        return rows
 
     def decodings(
         self, candidates: Sequence[Candidate], batch_size: int, rounds: int, phase: str = "loop"
@@ -192,16 +298,16 @@ class Measurements:
                 here = point(index, slot, run)
                 what = f"steps of {batch_size} rows: {here['name']}"
                 self._progress(index * len(runs) + slot, rounds * len(runs), what)
-                row = self._row(here, partial(self._decode, drafters, run, batch_size, turn))
-                steps.append(from_row(row["steps"]))
+                decode = partial(self._decode, drafters, run, batch_size, turn)
+                steps.append(self._row(here, decode)["steps"])
             found += timed_runs(runs, steps, index)
         self._progress(rounds * len(runs), rounds * len(runs), "steps")
         return found
 
     def trust(self, runs: Sequence[TimedRun]) -> Trust:
         """Judge if the machine was quiet, by plain decodings of one batch size and by the load."""
-        plain = [run for run in runs if run.candidate is None]
-        steps_ms = [1000 * median(step.wall_s for step in run.steps) for run in plain]
+        plain = [run.steps[:, 2:].sum(1) for run in runs if run.candidate is None]
+        steps_ms = [1000 * float(np.median(walls)) for walls in plain]
         low, middle, high = np.quantile(steps_ms, [0.1, 0.5, 0.9]).tolist()
         load = median(row.get("load", 0.0) for row in self._known.values())
         cores = os.cpu_count() or 1
@@ -223,10 +329,10 @@ class Measurements:
         """Decode the prompts of a turn; each drafter sees a prompt once, as in a bench."""
         first = turn * batch_size
         generation = 0
-        if run and strategy(run.type).shape_options.varies:
+        if run and run.rule.varies:
             generation = (first + batch_size - 1) // len(self._work.prompts)
         drafter = drafters.get(run, generation) if run else None
-        return {"steps": to_row(time_run(self._target, drafter, self._work, batch_size, first))}
+        return {"steps": time_run(self._target, drafter, self._work, batch_size, first)}
 
     def _row(self, point: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The journal's row of this point, measured now if it is not there."""

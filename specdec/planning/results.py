@@ -1,13 +1,16 @@
 """The content of `plan.json`: what is written, what is read, and its JSON schema."""
 
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+import numpy as np
+from pydantic import Field, NonNegativeFloat
 
 from specdec.bench.results import BenchProvenance, Interval, Record, Results, Whole
 from specdec.checkpoints import TargetIdentity
 from specdec.drafters.base import DraftShape
-from specdec.planning.fit import LinearCost, NotNegative, PiecewiseLinear, Residuals
+
+Array = np.ndarray[Any, Any]
 
 
 class PlannedWorkload(Record):
@@ -16,8 +19,62 @@ class PlannedWorkload(Record):
     prompts: Whole
     tokens: Whole
     """of the target's own answers, along which acceptance is worked out"""
-    mean_context: NotNegative
+    mean_context: NonNegativeFloat
     """tokens in the cache at the mean step, for which steps are predicted"""
+
+
+class Residuals(Record):
+    """Errors of a fit, relative to the measured times."""
+
+    median: NonNegativeFloat
+    largest: NonNegativeFloat
+    rms: NonNegativeFloat
+
+    @classmethod
+    def of(cls, measured: Array, fitted: Array, counts: Array | None = None) -> "Residuals":
+        """Compare times [points] with fitted ones; the mean square weighs by `counts`."""
+        relative = np.abs(fitted / measured - 1)
+        return cls(
+            median=float(np.median(relative)),
+            largest=float(relative.max()),
+            rms=float(np.sqrt(np.average(relative**2, weights=counts))),
+        )
+
+
+def bent(tokens: Array, context: Array, knots: Sequence[float]) -> Array:
+    """Features [points, 4 + knots] of a piecewise linear forward."""
+    bends = [np.maximum(0.0, tokens - knot) for knot in knots]
+    return np.stack([np.ones_like(tokens), tokens, context, tokens * context, *bends], 1)
+
+
+class PiecewiseLinear(Record):
+    """seconds = constant + per_token n + per_context c + per_token_and_context n c + the sum of
+    slope_change max(0, n - knot), for n new tokens and c cached ones in a row."""
+
+    constant: float
+    per_token: float
+    per_context: float
+    per_token_and_context: float
+    knots: list[float]
+    slope_changes: list[float]
+    residuals: Residuals
+
+    def __call__(self, new_tokens: float, context: float) -> float:
+        linear = (self.constant, self.per_token, self.per_context, self.per_token_and_context)
+        (row,) = bent(np.array([float(new_tokens)]), np.array([float(context)]), self.knots)
+        return float(row @ np.array([*linear, *self.slope_changes]))
+
+
+class LinearCost(Record):
+    """Seconds as a sum of parts, none of which makes a step cheaper."""
+
+    coefficients: dict[str, NonNegativeFloat]
+    """seconds for one of each feature"""
+    residuals: Residuals
+
+    def __call__(self, features: Sequence[float]) -> float:
+        """Seconds for these features, in the order of the coefficients."""
+        return float(np.dot(features, list(self.coefficients.values())))
 
 
 class ForwardPoint(Record):
@@ -29,8 +86,8 @@ class ForwardPoint(Record):
     context: Whole
     """tokens cached before"""
     is_tree: bool
-    median_s: NotNegative
-    spread_s: NotNegative
+    median_s: NonNegativeFloat
+    spread_s: NonNegativeFloat
     """of the middle half of the repeats"""
     repeats: Whole
 
@@ -42,14 +99,20 @@ class ForwardFit(Record):
     tree_extra: LinearCost | None
     """what a tree mask adds; null where it was not measured"""
 
+    def __call__(self, new_tokens: float, context: float, is_tree: bool) -> float:
+        seconds = self.chain(new_tokens, context)
+        if is_tree and self.tree_extra:
+            seconds += self.tree_extra((1.0, new_tokens))
+        return max(seconds, 1e-9)
+
 
 class PlainStep(Record):
     """A step of plain decoding in the loop."""
 
-    target_ms: NotNegative
-    other_ms: NotNegative
-    wall_ms: NotNegative
-    relative_error: NotNegative
+    target_ms: NonNegativeFloat
+    other_ms: NonNegativeFloat
+    wall_ms: NonNegativeFloat
+    relative_error: NonNegativeFloat
     """standard error over the moments it was measured at"""
 
 
@@ -81,7 +144,7 @@ class DrafterFit(Record):
     drafter: str
     batch_size: Whole
     points: list[StepPoint]
-    loop_over_isolated_forward: NotNegative
+    loop_over_isolated_forward: NonNegativeFloat
     """median ratio of the target's forward in the loop to the isolated one"""
     draft: LinearCost
     target: LinearCost
@@ -112,7 +175,7 @@ class Trust(Record):
     plain_step_ms_range: tuple[float, float]
     """10th and 90th percentile over the moments at which plain decoding was timed, at the planned
     batch size"""
-    load_average: NotNegative
+    load_average: NonNegativeFloat
     """the median while points were measured"""
 
 
@@ -125,7 +188,21 @@ class StepMs(Record):
     wall: float
 
 
-class Configuration(Record):
+class PredictedSpeed(Record):
+    """Acceptance times cost, at one batch size."""
+
+    batch_size: Whole
+    is_timed: bool
+    """step times, and predicted_speedup with them, come from its own timed steps; otherwise from
+    the fits. Plain steps are always timed, predicted_tau is always worked out from acceptance"""
+    predicted_tau: float
+    predicted_speedup: NonNegativeFloat
+    """expected total seconds of plain decoding over its own"""
+    predicted_speedup_ci: Interval
+    """with the error of the costs"""
+
+
+class Configuration(PredictedSpeed):
     """A configuration and its predicted speed."""
 
     name: str
@@ -134,37 +211,22 @@ class Configuration(Record):
     options: dict[str, Any]
     is_given: bool
     """an arm of the configuration, not one that the search thought of"""
-    is_timed: bool
-    """step_ms, and predicted_speedup with it, come from its own timed steps; otherwise from the
-    fits. plain_step_ms is always timed, predicted_tau always worked out from acceptance"""
-    batch_size: Whole
-    predicted_tau: float
     predicted_tau_ci: Interval
-    predicted_speedup: NotNegative
-    """expected total seconds of plain decoding over its own"""
-    predicted_speedup_ci: Interval
-    """with the error of the costs"""
     step_ms: StepMs
-    plain_step_ms: NotNegative
+    plain_step_ms: NonNegativeFloat
 
 
-class ScheduledLength(Record):
+class ScheduledLength(PredictedSpeed):
     """A draft length that was compared for a batch size."""
 
-    batch_size: Whole
     nodes: Whole
-    predicted_tau: float
-    predicted_speedup: NotNegative
-    predicted_speedup_ci: Interval
-    is_timed: bool = False
-    """as in a configuration; false in plans of older versions"""
 
 
 class Controller(Record):
     """The table from which the online controller decides."""
 
     drafter: str
-    step_s: dict[int, dict[int, NotNegative]]
+    step_s: dict[int, dict[int, NonNegativeFloat]]
     """seconds of a whole step by batch size and nodes; 0 nodes is plain decoding"""
 
 
@@ -173,15 +235,13 @@ class Plan(Results):
 
     FILE: ClassVar[str] = "plan.json"
 
-    schema_: Literal["specdec-plan-1", "specdec-plan-2"] = Field(
-        default="specdec-plan-2", alias="schema"
-    )
+    schema_: Literal["specdec-plan-2"] = Field(default="specdec-plan-2", alias="schema")
     provenance: BenchProvenance
     target: TargetIdentity
     workload: PlannedWorkload
     costs: MeasuredCosts
-    trust: Trust | None = None
-    """null in plans of older versions"""
+    trust: Trust | None
+    """null where it was not judged"""
     configurations: list[Configuration]
     """all that were predicted: those that were timed as they are, the fastest first, then the
     others, the fastest by the fits first; of a searched drafter's other shapes none is among the
@@ -195,14 +255,3 @@ class Plan(Results):
     controller: Controller
     config: dict[str, Any]
     """of the bench that runs the choice, as in bench.yaml"""
-
-    @model_validator(mode="after")
-    def _renew(self) -> Self:
-        """Turn an old plan's mean of ratios into a ratio of totals; its costs' error is unknown."""
-        if self.schema_ == "specdec-plan-1":
-            for each in (*self.configurations, self.choice, *self.runners_up):
-                ratio = each.plain_step_ms / each.step_ms.wall
-                interval = each.predicted_tau_ci
-                each.predicted_speedup = each.predicted_tau * ratio
-                each.predicted_speedup_ci = interval and (interval[0] * ratio, interval[1] * ratio)
-        return self

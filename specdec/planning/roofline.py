@@ -5,18 +5,24 @@ arXiv 2211.17192, section 3.1.
 """
 
 from collections.abc import Sequence
-from math import prod
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+import numpy as np
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from specdec.bench.results import Record, Results
 from specdec.common.config import Config, load_config
 from specdec.common.provenance import CodeProvenance, code
 
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
 Reached = Annotated[float, Field(gt=0, le=1)]
 STATE_BYTES = 2  # of a number that goes from device to device
 
@@ -42,17 +48,17 @@ class Device(Config):
     """
 
     name: str = ""
-    bandwidth_tb_s: Positive
-    compute_tflops: Positive
-    memory_gb: NotNegative | None = None
-    share: NotNegative | None = None
+    bandwidth_tb_s: PositiveFloat
+    compute_tflops: PositiveFloat
+    memory_gb: NonNegativeFloat | None = None
+    share: NonNegativeFloat | None = None
 
 
 class Link(Config):
     """The link that joins the devices; one of its transfers follows the other."""
 
-    bandwidth_gb_s: Positive = 32.0
-    latency_us: NotNegative = 10.0
+    bandwidth_gb_s: PositiveFloat = 32.0
+    latency_us: NonNegativeFloat = 10.0
 
 
 class Efficiency(Config):
@@ -76,17 +82,16 @@ class Model(Config):
     """
 
     name: str = "target"
-    parameters_b: Positive
-    bits: Positive = 16.0
-    kv_bytes_per_token: NotNegative = 0.0
-    num_layers: Annotated[int, Field(ge=1)] = 1
-    hidden_size: Annotated[int, Field(ge=0)] = 0
-    overhead_us: NotNegative = 0.0
+    parameters_b: PositiveFloat
+    bits: PositiveFloat = 16.0
+    kv_bytes_per_token: NonNegativeFloat = 0.0
+    num_layers: PositiveInt = 1
+    hidden_size: NonNegativeInt = 0
+    overhead_us: NonNegativeFloat = 0.0
 
     def memory_gb(self, rows: int, context: int) -> float:
         """Weights, keys and values."""
-        cache_gb = rows * context * self.kv_bytes_per_token / 1e9
-        return self.parameters_b * self.bits / 8 + cache_gb
+        return self.parameters_b * self.bits / 8 + rows * context * self.kv_bytes_per_token / 1e9
 
 
 class DraftModel(Model):
@@ -101,11 +106,6 @@ class DraftModel(Model):
     device: str = ""
     alpha: Annotated[float | list[float], BeforeValidator(_check_alpha)]
 
-    def alphas(self, depth: int) -> list[float]:
-        """Conditional acceptance at depths 1 to `depth`."""
-        given = self.alpha if isinstance(self.alpha, list) else [self.alpha]
-        return [given[min(level, len(given) - 1)] for level in range(depth)]
-
 
 class Hardware(Config):
     """The inputs of a roofline estimate.
@@ -119,35 +119,27 @@ class Hardware(Config):
     """
 
     target: Model
-    devices: Annotated[list[Device], Field(min_length=1)]
-    drafters: Annotated[list[DraftModel], Field(min_length=1)]
-    link: Link = Field(default_factory=Link)
-    efficiency: Efficiency = Field(default_factory=Efficiency)
+    devices: list[Device] = Field(min_length=1)
+    drafters: list[DraftModel] = Field(min_length=1)
+    link: Link = Link()
+    efficiency: Efficiency = Efficiency()
     split: Literal["pipeline", "tensor"] = "pipeline"
-    context: Annotated[int, Field(ge=0)] = 2048
-    batch_sizes: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = Field(
-        default_factory=lambda: [1]
-    )
-    max_draft_tokens: Annotated[int, Field(ge=1)] = 12
+    context: NonNegativeInt = 2048
+    batch_sizes: list[PositiveInt] = Field(default_factory=lambda: [1], min_length=1)
+    max_draft_tokens: PositiveInt = 12
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        names = [device.name for device in self.devices]
+        names, shares = ([getattr(d, key) for d in self.devices] for key in ("name", "share"))
+        stated = [share for share in shares if share is not None]
         if len(set(names)) < len(names):
             raise ValueError(f"devices: the names {names} must differ")
-        shares = [device.share for device in self.devices]
-        known = [share for share in shares if share is not None]
-        if known and (len(known) < len(shares) or abs(sum(known) - 1) > 1e-3):
-            raise ValueError(
-                f"devices: the shares {shares} must sum to 1, every device with one, or be left "
-                "out of all"
-            )
+        if stated and (len(stated) < len(shares) or abs(sum(stated) - 1) > 1e-3):
+            raise ValueError(f"devices: the shares {shares} must sum to 1, or be left out of all")
         for index, drafter in enumerate(self.drafters):
             if drafter.device not in names:
-                raise ValueError(
-                    f"drafters.{index}.device is {drafter.device!r} but must be one of "
-                    f"{', '.join(names)}"
-                )
+                place, known = f"drafters.{index}.device", ", ".join(names)
+                raise ValueError(f"{place} is {drafter.device!r} but must be one of {known}")
         # Between devices states travel: what is left out would cost nothing.
         if len(names) > 1 and not self.target.hidden_size:
             raise ValueError("target.hidden_size is 0 but must be above 0; state it")
@@ -158,13 +150,36 @@ class Hardware(Config):
             )
         return self
 
-    @property
-    def shares(self) -> list[float]:
-        """Shares of the target on each device, summing to 1."""
-        if self.devices[0].share is not None:
-            return [device.share or 0.0 for device in self.devices]
+    def shares(self, model: Model) -> list[tuple[Device, float]]:
+        """The devices that hold a model, and the part of it on each."""
+        if isinstance(model, DraftModel):
+            return [(device, 1.0) for device in self.devices if device.name == model.device]
         total = sum(device.bandwidth_tb_s for device in self.devices)
-        return [device.bandwidth_tb_s / total for device in self.devices]
+        is_stated = self.devices[0].share is not None
+        return [
+            (d, d.share or 0.0 if is_stated else d.bandwidth_tb_s / total) for d in self.devices
+        ]
+
+    def forward_s(self, model: Model, batch_size: int, new_tokens: Any) -> Any:
+        """Seconds of a forward over all devices of a model, with what they send each other.
+
+        On each device it is memory traffic or arithmetic. Weights are read once, however many rows
+        there are; `new_tokens`, a number or an array of them, are those of a row.
+        """
+        weights, parts = model.parameters_b * 1e9, []
+        moved = weights * model.bits / 8 + batch_size * self.context * model.kv_bytes_per_token
+        multiplied = 2 * weights * batch_size * new_tokens
+        for device, share in self.shares(model):
+            memory_s = moved / (device.bandwidth_tb_s * 1e12 * self.efficiency.bandwidth)
+            compute_s = multiplied / (device.compute_tflops * 1e12 * self.efficiency.compute)
+            parts.append(share * np.maximum(memory_s, compute_s))
+        state = batch_size * new_tokens * model.hidden_size * STATE_BYTES
+        hop = self.link.latency_us / 1e6 + state / (self.link.bandwidth_gb_s * 1e9)
+        others = len(parts) - 1
+        # A ring of all devices, twice a layer: behind the attention and behind the MLP.
+        tensor_s = np.max(parts, 0) + 2 * model.num_layers * others * hop
+        seconds = np.sum(parts, 0) + others * hop if self.split == "pipeline" else tensor_s
+        return seconds + model.overhead_us / 1e6
 
 
 def load_hardware(path: str, overrides: Sequence[str] = ()) -> Hardware:
@@ -221,9 +236,9 @@ class Estimate(Results):
 
 def estimate(hardware: Hardware) -> Estimate:
     """Estimate every drafter at every batch size."""
-    target = []
+    target, drafters = [], []
     for batch_size in hardware.batch_sizes:
-        plain_s = target_s(hardware, batch_size, 1)
+        plain_s = float(hardware.forward_s(hardware.target, batch_size, 1))
         target.append(
             TargetEstimate(
                 batch_size=batch_size,
@@ -231,106 +246,56 @@ def estimate(hardware: Hardware) -> Estimate:
                 estimated_plain_tokens_per_s=1 / plain_s,
             )
         )
-    drafters = [
-        _drafter(hardware, drafter, batch_size)
-        for batch_size in hardware.batch_sizes
-        for drafter in hardware.drafters
-    ]
-    drafters.sort(key=lambda row: (row.batch_size, -row.best.estimated_speedup))
+        drafters += [_drafter(hardware, drafter, batch_size) for drafter in hardware.drafters]
     return Estimate(
         provenance=CodeProvenance(**code(("specdec",))),
         parameters=hardware.model_dump(mode="json"),
-        assumptions=assumptions(hardware),
+        assumptions=_assumptions(hardware),
         target=target,
-        drafters=drafters,
+        drafters=sorted(drafters, key=lambda row: (row.batch_size, -row.best.estimated_speedup)),
     )
 
 
-def forward_s(
-    model: Model,
-    device: Device,
-    share: float,
-    hardware: Hardware,
-    batch_size: int,
-    new_tokens: int,
-) -> float:
-    """Seconds of a share of a forward on one device: its memory traffic or its arithmetic.
-
-    Weights are read once, however many rows there are; `new_tokens` are those of a row.
-    """
-    weights = model.parameters_b * 1e9
-    moved = weights * model.bits / 8 + batch_size * hardware.context * model.kv_bytes_per_token
-    multiplied = 2 * weights * batch_size * new_tokens
-    memory_s = moved / (device.bandwidth_tb_s * 1e12 * hardware.efficiency.bandwidth)
-    compute_s = multiplied / (device.compute_tflops * 1e12 * hardware.efficiency.compute)
-    return share * max(memory_s, compute_s)
-
-
-def target_s(hardware: Hardware, batch_size: int, new_tokens: int) -> float:
-    """Seconds of a target forward over all its devices, with what they send each other."""
-    target = hardware.target
-    parts = [
-        forward_s(target, device, share, hardware, batch_size, new_tokens)
-        for device, share in zip(hardware.devices, hardware.shares, strict=True)
-    ]
-    state = batch_size * new_tokens * target.hidden_size * STATE_BYTES
-    hop = hardware.link.latency_us / 1e6 + state / (hardware.link.bandwidth_gb_s * 1e9)
-    others = len(parts) - 1
-    if hardware.split == "pipeline":
-        seconds = sum(parts) + others * hop
-    else:
-        # A ring of all devices, twice a layer: behind the attention and behind the MLP.
-        seconds = max(parts) + 2 * target.num_layers * others * hop
-    return seconds + target.overhead_us / 1e6
-
-
-def draft_s(hardware: Hardware, drafter: DraftModel, batch_size: int) -> float:
-    """Seconds of one forward of a draft model, one token a row."""
-    device = next(d for d in hardware.devices if d.name == drafter.device)
-    seconds = forward_s(drafter, device, 1.0, hardware, batch_size, 1)
-    return seconds + drafter.overhead_us / 1e6
-
-
-def expected_tokens(conditional: Sequence[float]) -> float:
-    """Tokens that a step emits: its own, and those accepted.
+def expected_tokens(alpha: float | Sequence[float], longest: int) -> np.ndarray:
+    """Tokens that steps emit, their own and those accepted, for drafts of 0, 1, ... tokens.
 
     With one alpha for all depths this is (1 - alpha^(g+1)) / (1 - alpha).
     """
-    return 1 + sum(prod(conditional[:depth]) for depth in range(1, len(conditional) + 1))
+    given = np.atleast_1d(alpha)
+    conditional = given[np.minimum(np.arange(longest), len(given) - 1)]
+    return np.cumsum([1.0, *np.cumprod(conditional)])
 
 
 def _drafter(hardware: Hardware, drafter: DraftModel, batch_size: int) -> DrafterEstimate:
-    one_s = draft_s(hardware, drafter, batch_size)
-    plain_s = target_s(hardware, batch_size, 1)
-    conditional = drafter.alphas(hardware.max_draft_tokens)
-    lengths = []
-    for length in range(hardware.max_draft_tokens + 1):
-        # Without a draft the draft model does not run, and this is plain decoding.
-        step_s = length * one_s + target_s(hardware, batch_size, length + 1)
-        tokens = expected_tokens(conditional[:length])
-        lengths.append(
-            LengthEstimate(
-                num_draft_tokens=length,
-                estimated_tau=tokens,
-                estimated_step_ms=1000 * step_s,
-                estimated_speedup=tokens * plain_s / step_s,
-                estimated_tokens_per_s=tokens / step_s,
-            )
+    draft_s = float(hardware.forward_s(drafter, batch_size, 1))
+    counts = np.arange(hardware.max_draft_tokens + 1)
+    # Without a draft the draft model does not run, and this is plain decoding.
+    step_s = counts * draft_s + hardware.forward_s(hardware.target, batch_size, counts + 1)
+    tokens = expected_tokens(drafter.alpha, hardware.max_draft_tokens)
+    lengths = [
+        LengthEstimate(
+            num_draft_tokens=int(count),
+            estimated_tau=tokens[count],
+            estimated_step_ms=1000 * step_s[count],
+            estimated_speedup=tokens[count] * step_s[0] / step_s[count],
+            estimated_tokens_per_s=tokens[count] / step_s[count],
         )
+        for count in counts
+    ]
     return DrafterEstimate(
         name=drafter.name,
         batch_size=batch_size,
         alpha=drafter.alpha,
-        estimated_draft_forward_ms=1000 * one_s,
+        estimated_draft_forward_ms=1000 * draft_s,
         best=max(lengths, key=lambda row: row.estimated_speedup),
         lengths=lengths,
     )
 
 
-def assumptions(hardware: Hardware) -> list[str]:
+def _assumptions(hardware: Hardware) -> list[str]:
     """Everything that the estimate takes for granted, in words."""
-    efficiency, link = hardware.efficiency, hardware.link
-    pairs = list(zip(hardware.devices, hardware.shares, strict=True))
+    target, efficiency, link = hardware.target, hardware.efficiency, hardware.link
+    pairs, context = hardware.shares(target), hardware.context
     shares = ", ".join(f"{device.name} {share:.0%}" for device, share in pairs)
     how = "one after the other, times add" if hardware.split == "pipeline" else "slowest decides"
     found = [
@@ -340,32 +305,27 @@ def assumptions(hardware: Hardware) -> list[str]:
         f"the target is split by {hardware.split} ({how}): {shares}",
         f"a transfer between devices takes {link.latency_us:g} us and its bytes at "
         f"{link.bandwidth_gb_s:g} GB/s; states are {STATE_BYTES} bytes a number",
-        f"every row has {hardware.context} tokens cached; attention's own arithmetic is left out",
+        f"every row has {context} tokens cached; attention's own arithmetic is left out",
         "drafts are chains; each depth's alpha is given, and does not depend on what came before",
         "a draft model reads one token a forward; verifying, sampling and the loop's own work cost "
         "no more than the stated overhead_us",
     ]
-    models = (hardware.target, *hardware.drafters)
-    bare = [model.name for model in models if hardware.context and not model.kv_bytes_per_token]
+    models = (target, *hardware.drafters)
+    bare = [model.name for model in models if context and not model.kv_bytes_per_token]
     if bare:
         found.append(f"keys and values of {', '.join(bare)} are left out: kv_bytes_per_token is 0")
-    for device, share in pairs:
-        found += _what_does_not_fit(hardware, device, share)
-    return found
-
-
-def _what_does_not_fit(hardware: Hardware, device: Device, share: float) -> list[str]:
     rows = max(hardware.batch_sizes)
-    part = share * hardware.target.memory_gb(rows, hardware.context)
-    needed = {"": part}
-    for drafter in hardware.drafters:
-        if drafter.device == device.name:
-            beside = drafter.memory_gb(rows, hardware.context)
-            needed[f" with the drafter {drafter.name}"] = part + beside
-    return [
-        f"DOES NOT FIT: {device.name} holds {device.memory_gb:g} GB but its share of the "
-        f"target{company} takes {size:.1f} GB at batch {rows}; the estimate stands for a device "
-        "that holds it"
-        for company, size in needed.items()
-        if device.memory_gb is not None and size > device.memory_gb
-    ]
+    for device, share in pairs:
+        part = share * target.memory_gb(rows, context)
+        needed = {"": part}
+        for each in hardware.drafters:
+            if each.device == device.name:
+                needed[f" with the drafter {each.name}"] = part + each.memory_gb(rows, context)
+        found += [
+            f"DOES NOT FIT: {device.name} holds {device.memory_gb:g} GB but its share of the "
+            f"target{company} takes {size:.1f} GB at batch {rows}; the estimate stands for a "
+            "device that holds it"
+            for company, size in needed.items()
+            if device.memory_gb is not None and size > device.memory_gb
+        ]
+    return found

@@ -10,8 +10,7 @@ from tiny_models import perturbed, tiny_llama, tiny_target
 from typer.testing import CliRunner
 
 from specdec import SamplingConfig
-from specdec.analysis.breakdown import gather_facts
-from specdec.analysis.describe import describe
+from specdec.analysis.describe import describe, gather_facts
 from specdec.analysis.predict import Predictor
 from specdec.analysis.results import Analysis
 from specdec.analysis.run import run_analysis

@@ -7,9 +7,8 @@ import pytest
 from toy import VOCAB, ToyDrafter, ToyLoop, ToyTarget, law, top_p
 
 from specdec import SamplingConfig, load_target
-from specdec.analysis.breakdown import CLASSES, classify, reliability
-from specdec.analysis.expected import Expected, expect
-from specdec.analysis.predict import Predictor
+from specdec.analysis.describe import CLASSES, classify, reliability
+from specdec.analysis.predict import Expected, Predictor, expect
 from specdec.analysis.teacher_forced import gather_evidence
 from specdec.analysis.texts import Text
 

@@ -9,8 +9,7 @@ from test_lossless import PROMPTS as ALL_PROMPTS
 from tiny_models import perturbed, tiny_target
 
 from specdec import SamplingConfig, generate, load_drafter
-from specdec.analysis.expected import expect
-from specdec.analysis.predict import Predictor
+from specdec.analysis.predict import Predictor, expect
 from specdec.analysis.replay import replay
 from specdec.analysis.teacher_forced import gather_evidence
 from specdec.analysis.texts import Text, target_answers

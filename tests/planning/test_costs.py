@@ -1,7 +1,6 @@
 """Costs: fits find the formulas behind times, and a busy machine is told."""
 
 import json
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,45 +9,37 @@ import pytest
 from specdec.drafters.base import DraftShape
 from specdec.planning import measure
 from specdec.planning.candidates import Candidate, chain
-from specdec.planning.costs import Costs, ForwardCost
-from specdec.planning.fit import fit_linear, fit_piecewise, median_polish
-from specdec.planning.measure import FULL, Measurements
+from specdec.planning.costs import Costs, fit_linear, fit_piecewise, median_polish
+from specdec.planning.measure import FULL, Measurements, TimedRun
 from specdec.planning.results import Plan
-from specdec.planning.times import PARTS, Step, TimedRun
-from tests.planning.toys import CONTEXT, NO_DRAFT, Machine, candidate
+from tests.planning.toys import CONTEXT, NO_DRAFT, Machine, candidate, steps
 
 TOKENS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
 MACHINE = Machine()
-PLAIN = MACHINE.step(NO_DRAFT, 0, 1)
 MIXED = Candidate("mixed", "hybrid", {}, "hybrid", DraftShape(0, 1, 10, True), True)
+
+
+def quiet(done, total, text):
+    """Show no progress."""
 
 
 def test_a_configuration_timed_as_given_costs_its_mean():
     """Long drafts from a lookup are cheap and short ones of a model dear: no line says both."""
-    cheap, dear = (
-        Step(1e-4, 5e-3, 1e-3, context=CONTEXT, nodes=10),
-        Step(4e-3, 5e-3, 2e-3, context=CONTEXT, nodes=6),
-    )
-    runs = [
-        TimedRun(None, [PLAIN], PLAIN.wall_s),
-        TimedRun(MIXED, [cheap] * 10 + [dear] * 30, PLAIN.wall_s),
-    ]
-    found = Costs(ForwardCost(MACHINE.points((1,))), {1: runs}).step(MIXED, 1, {7: 1.0}, CONTEXT)
-    assert found.draft_s == pytest.approx(0.25 * 1e-4 + 0.75 * 4e-3)
-    assert found.wall_s == pytest.approx(0.25 * cheap.wall_s + 0.75 * dear.wall_s)
+    cheap, dear = np.array([1e-4, 5e-3, 1e-3]), np.array([4e-3, 5e-3, 2e-3])
+    mixed = np.concatenate([steps(cheap, 10, 10), steps(dear, 6, 30)])
+    costs = Costs(MACHINE.cells())
+    costs.add(1, [MACHINE.run(None), TimedRun(MIXED, mixed, MACHINE.wall(NO_DRAFT, 0))])
+    found = costs.step(MIXED, 1, {7: 1.0}, CONTEXT)
+    assert found == pytest.approx(0.25 * cheap + 0.75 * dear)
 
 
 def test_times_are_brought_to_one_speed():
-    one = candidate(chain(4))
-    step = MACHINE.step(one.shape, 4, 1)
-    runs = []
-    for slow in (1, 2):  # the machine, as the plain runs beside show
-        for each, own in ((None, PLAIN), (one, step)):
-            parts = {part: slow * getattr(own, part) for part in PARTS}
-            runs.append(TimedRun(each, [replace(own, **parts)], slow * PLAIN.wall_s))
-    costs = Costs(ForwardCost(MACHINE.points((1,))), {1: runs})
-    ratio = costs.step(one, 1, {4: 1.0}, CONTEXT).wall_s / costs.plain[1].time.wall_s
-    assert ratio == pytest.approx(step.wall_s / PLAIN.wall_s, rel=1e-3)
+    one, costs = candidate(chain(4)), Costs(MACHINE.cells())
+    plain_s = MACHINE.wall(NO_DRAFT, 0)
+    pairs = [(each, slow) for slow in (1, 2) for each in (None, one)]
+    costs.add(1, [MACHINE.run(each, scale=n, plain_s=n * plain_s) for each, n in pairs])
+    ratio = costs.step(one, 1, {4: 1.0}, CONTEXT).sum() / costs.plain[1].sum()
+    assert ratio == pytest.approx(MACHINE.wall(one.shape, 4) / plain_s, rel=1e-3)
 
 
 def test_a_remembering_drafter_meets_each_prompt_once(monkeypatch):
@@ -57,15 +48,14 @@ def test_a_remembering_drafter_meets_each_prompt_once(monkeypatch):
 
     def time_run(target, drafter, work, batch_size, first):
         seen.append((drafter, first % len(work.prompts)))
-        return [Step(0.0, 1e-3, 1e-4, context=CONTEXT, nodes=0)]
+        return steps((0.0, 1e-3, 1e-4), 0).tolist()
 
     drafters = SimpleNamespace(get=lambda run, generation=0: generation)
     monkeypatch.setattr(measure, "Drafters", lambda target: drafters)
     monkeypatch.setattr(measure, "time_run", time_run)
     journal = SimpleNamespace(entries=(), append=lambda row: None)
     work = SimpleNamespace(prompts=tuple(range(4)))
-    measured = Measurements(None, work, FULL, journal, lambda done, total, text: None)
-    measured.decodings([MIXED] * 3, 1, 2)
+    Measurements(None, work, FULL, journal, quiet).decodings([MIXED] * 3, 1, 2)
     drafted = [each for each in seen if each[0] is not None and each[0] >= 0]
     assert len(drafted) == len(set(drafted)) == 6
 
@@ -80,12 +70,9 @@ def test_a_remembering_drafter_meets_each_prompt_once(monkeypatch):
 )
 def test_a_plan_of_a_busy_machine_is_not_trusted(monkeypatch, steps_ms, load, reason):
     monkeypatch.setattr(measure.os, "cpu_count", lambda: 2)
-    runs = [
-        TimedRun(None, [Step(0.0, ms / 1000, 0.0, context=CONTEXT, nodes=0)] * 3, ms / 1000)
-        for ms in steps_ms
-    ]
+    runs = [TimedRun(None, steps((0.0, ms / 1000, 0.0), 0), ms / 1000) for ms in steps_ms]
     journal = SimpleNamespace(entries=[{"point": {}, "load": load}])
-    found = Measurements(None, None, FULL, journal, lambda done, total, text: None).trust(runs)
+    found = Measurements(None, None, FULL, journal, quiet).trust(runs)
     assert found.is_trusted == (not reason)
     assert found.reasons == ([reason] if reason else [])
 
@@ -93,10 +80,6 @@ def test_a_plan_of_a_busy_machine_is_not_trusted(monkeypatch, steps_ms, load, re
 def bent(tokens, context):
     """Flat up to 8 tokens, then a slope; the context adds a little, more for many tokens."""
     return 4e-3 + 2e-4 * max(0, tokens - 8) + 1e-6 * context + 1e-8 * context * tokens
-
-
-def straight(tokens, context):
-    return 4e-3 + 1e-4 * tokens
 
 
 def fitted(formula, noise=0.0, seed=0):
@@ -110,26 +93,16 @@ def test_a_piecewise_fit_finds_the_knot():
     fit = fitted(bent)
     assert 8 in fit.knots
     assert fit.residuals.largest < 1e-6
-    # Also between the points that were measured.
-    assert fit(20, 500) == pytest.approx(bent(20, 500), rel=1e-6)
-    assert fit(5, 100) == pytest.approx(bent(5, 100), rel=1e-6)
+    for point in ((20, 500), (5, 100)):  # between the points that were measured
+        assert fit(*point) == pytest.approx(bent(*point), rel=1e-6)
+    assert fit_piecewise([1], [64], [3e-3])(1, 64) == pytest.approx(3e-3)
 
 
 def test_residuals_show_the_noise():
     fit = fitted(bent, noise=0.05)
     assert 0.02 < fit.residuals.rms < 0.08
     assert fit.residuals.largest >= fit.residuals.rms >= fit.residuals.median > 0
-    assert len(fitted(straight, noise=0.03, seed=1).knots) <= 1
-
-
-def test_a_single_point_is_its_own_fit():
-    assert fit_piecewise([1], [64], [3e-3])(1, 64) == pytest.approx(3e-3)
-    for tokens, times, message in (
-        ([1, 2], [3e-3], "there are 1 times for 2"),
-        ([], [], "0 times"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            fit_piecewise(tokens, [64] * len(tokens), times)
+    assert len(fitted(lambda n, c: 4e-3 + 1e-4 * n, noise=0.03, seed=1).knots) <= 1
 
 
 def test_a_sum_of_parts_is_found_again():
@@ -154,11 +127,8 @@ def test_means_of_many_measurements_weigh_more():
 
 
 def test_a_median_polish_finds_what_was_added():
-    rows, columns = (
-        np.array([0.0, 5.0, 2.0, -1.0, 9.0])[:, None],
-        np.array([0.0, 1.0, -3.0, 4.0, 6.0]),
-    )
-    table = rows + columns
+    columns = np.array([0.0, 1.0, -3.0, 4.0, 6.0])
+    table = np.array([0.0, 5.0, 2.0, -1.0, 9.0])[:, None] + columns
     table[2, 3] += 50
     table[4, 1] = np.nan
     found, residuals = median_polish(table)
@@ -169,11 +139,9 @@ def test_a_median_polish_finds_what_was_added():
 
 
 @pytest.mark.parametrize("experiment", ["10-batch", "11-prediction"])
-def test_plans_of_older_versions_are_read(experiment, pytestconfig):
+def test_committed_plans_are_read(experiment, pytestconfig):
     path = pytestconfig.rootpath / "experiments" / experiment / "plan.json"
-    plan = Plan.read(json.loads(path.read_text()))
-    assert plan.trust is None
-    best = plan.choice
+    best = Plan.read(json.loads(path.read_text())).choice
     wanted = best.predicted_tau * best.plain_step_ms / best.step_ms.wall
     assert best.predicted_speedup == pytest.approx(wanted)
     assert best.predicted_speedup_ci[0] < best.predicted_speedup < best.predicted_speedup_ci[1]

@@ -7,15 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from specdec.cli import app
-from specdec.planning.roofline import (
-    Estimate,
-    Hardware,
-    draft_s,
-    estimate,
-    expected_tokens,
-    load_hardware,
-    target_s,
-)
+from specdec.planning.roofline import Estimate, Hardware, estimate, expected_tokens, load_hardware
 
 RECIPE = str(Path(__file__).parents[2] / "recipes" / "roofline-70b.yaml")
 A = {"name": "a", "bandwidth_tb_s": 2.0, "compute_tflops": 100.0}
@@ -42,6 +34,10 @@ def hardware(**changes):
     return Hardware(**{**settings, **changes})
 
 
+def target_s(given, batch_size, new_tokens):
+    return given.forward_s(given.target, batch_size, new_tokens)
+
+
 def test_a_pipeline_adds_devices_and_link():
     # 10 GB of weights and 0.1 GB of cache, two thirds at 2 TB/s and one third at 1 TB/s.
     memory_s = 10.1e9 * (2 / 3 / 2e12 + 1 / 3 / 1e12)
@@ -65,20 +61,20 @@ def test_many_tokens_are_bound_by_arithmetic():
 def test_efficiency_and_overhead_lengthen_a_forward():
     late = {**DRAFTER, "overhead_us": 50.0}
     half = hardware(efficiency={"bandwidth": 0.5, "compute": 1.0}, drafters=[late])
-    assert draft_s(half, half.drafters[0], 1) == pytest.approx(1.01e9 / 0.5e12 + 50e-6)
+    assert half.forward_s(half.drafters[0], 1, 1) == pytest.approx(1.01e9 / 0.5e12 + 50e-6)
 
 
 @pytest.mark.parametrize(("alpha", "length"), [(0.0, 4), (0.5, 1), (0.8, 6)])
 def test_expected_tokens_are_the_geometric_sum(alpha, length):
-    formula = (1 - alpha ** (length + 1)) / (1 - alpha)
-    assert expected_tokens([alpha] * length) == pytest.approx(formula)
+    formula = [(1 - alpha ** (n + 1)) / (1 - alpha) for n in range(length + 1)]
+    assert expected_tokens(alpha, length) == pytest.approx(formula)
 
 
 def test_expected_tokens_follow_alphas_by_depth():
-    assert expected_tokens([0.8, 0.5, 0.1]) == pytest.approx(1 + 0.8 + 0.4 + 0.04)
-    assert expected_tokens([1.0] * 5) == 6
-    (drafter,) = hardware(drafters=[{**DRAFTER, "alpha": [0.8, 0.5]}]).drafters
-    assert drafter.alphas(4) == [0.8, 0.5, 0.5, 0.5]
+    assert expected_tokens([0.8, 0.5, 0.1], 3)[-1] == pytest.approx(1 + 0.8 + 0.4 + 0.04)
+    assert expected_tokens(1.0, 5)[-1] == 6
+    # The last one holds behind the list's end.
+    assert expected_tokens([0.8, 0.5], 4) == pytest.approx(expected_tokens([0.8, 0.5, 0.5, 0.5], 4))
 
 
 def test_the_best_length_is_the_fastest_tried():
@@ -88,7 +84,7 @@ def test_the_best_length_is_the_fastest_tried():
     assert len(speeds) == 7
     assert speeds[0] == 1.0
     assert found.best.estimated_speedup == max(speeds)
-    step_s = 2 * draft_s(given, given.drafters[0], 1) + target_s(given, 1, 3)
+    step_s = 2 * given.forward_s(given.drafters[0], 1, 1) + target_s(given, 1, 3)
     assert speeds[2] == pytest.approx(1.75 * target_s(given, 1, 1) / step_s)
     never = hardware(drafters=[{**DRAFTER, "alpha": 0.0}])
     assert estimate(never).drafters[0].best.num_draft_tokens == 0
@@ -165,5 +161,4 @@ def test_bad_parameters_are_refused_by_name(overrides, message):
 
 def test_a_missing_file_is_bad_input(tmp_path):
     done = CliRunner().invoke(app, ["plan", "nowhere.yaml", "--roofline", "--out", str(tmp_path)])
-    assert done.exit_code == 2
-    assert "nowhere.yaml" in done.stderr
+    assert (done.exit_code, "nowhere.yaml" in done.stderr) == (2, True)

@@ -2,29 +2,24 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
+from specdec.analysis.predict import Expected
 from specdec.drafters.base import DraftShape
 from specdec.planning.candidates import Candidate, chain
-from specdec.planning.costs import Costs, ForwardCost
-from specdec.planning.results import ForwardPoint
-from specdec.planning.times import Step, TimedRun
+from specdec.planning.costs import Costs
+from specdec.planning.measure import TimedRun
 
 CONTEXT = 100.0
 NO_DRAFT = DraftShape(0, 1, 0, False)
 CHAINS = [chain(depth) for depth in range(1, 13)]
 
 
-@dataclass(frozen=True)
-class ToyExpected:
-    """Acceptance of one prompt or more."""
+class ToyExpected(Expected):
+    """Acceptance of one prompt or more, without the cost of an interval."""
 
-    tokens: list
-    steps: list
-    drafted: list
-    tested_at: list
-
-    @property
-    def tau(self):
-        return (sum(self.tokens) - len(self.tokens)) / sum(self.steps)
+    def __init__(self, tokens, steps, drafted, judging):
+        super().__init__(tokens, steps, drafted, [], [[each] for each in judging])
 
     def tau_interval(self):
         return None
@@ -32,11 +27,8 @@ class ToyExpected:
 
 def expected(tau, nodes, num_steps=100.0, num_prompts=3):
     """The same tau for every prompt, with every draft as large as it may be."""
-    tokens, drafted = 1 + tau * num_steps, nodes * num_steps
-    steps = [num_steps] * num_prompts
-    return ToyExpected(
-        [tokens] * num_prompts, steps, [drafted] * num_prompts, [[num_steps]] * num_prompts
-    )
+    each = (1 + tau * num_steps, num_steps, nodes * num_steps, num_steps)
+    return ToyExpected(*([value] * num_prompts for value in each))
 
 
 def chain_tau(alpha, length):
@@ -65,46 +57,45 @@ class Machine:
     def forward(self, batch_size, new_tokens):
         return self.forward_s + self.per_token_s * (batch_size * new_tokens - 1)
 
-    def step(self, shape, nodes, batch_size):
+    def times(self, shape, nodes, batch_size=1):
+        """Seconds in the drafter, in the target, and of everything else."""
         levels = min(shape.depth or nodes, nodes)
-        return Step(
-            self.level_s * levels,
-            self.forward(batch_size, nodes + 1),
-            self.rest_s + self.node_s * nodes,
-            context=CONTEXT,
-            nodes=nodes,
-        )
+        forward = self.forward(batch_size, nodes + 1)
+        return np.array([self.level_s * levels, forward, self.rest_s + self.node_s * nodes])
 
-    def points(self, batch_sizes):
+    def wall(self, shape, nodes, batch_size=1):
+        return self.times(shape, nodes, batch_size).sum()
+
+    def cells(self, batch_sizes=(1,)):
+        def times(batch):
+            return {count: self.forward(batch, count) for count in (1, 2, 4, 8, 16, 32, 64)}
+
         return [
-            ForwardPoint(
-                batch_size=size,
-                new_tokens=count,
-                context=context,
-                is_tree=is_tree,
-                median_s=self.forward(size, count),
-                spread_s=0.0,
-                repeats=1,
-            )
-            for size in batch_sizes
-            for count in (1, 2, 4, 8, 16, 32, 64)
+            {"batch": batch, "context": context, "chain": times(batch), "tree": times(batch)}
+            for batch in batch_sizes
             for context in (50, 200)
-            for is_tree in (False, True)
         ]
+
+    def run(self, candidate, batch_size=1, scale=1.0, round=0, plain_s=None):
+        """Five steps of a candidate, None for plain decoding; `scale` is of its three parts."""
+        shape = candidate.shape if candidate else NO_DRAFT
+        times = self.times(shape, shape.nodes, batch_size) * scale
+        plain_s = self.wall(NO_DRAFT, 0, batch_size) if plain_s is None else plain_s
+        return TimedRun(candidate, steps(times, shape.nodes), plain_s, round)
 
     def costs(self, timed, batch_sizes=(1,), finals=()):
         """Costs fitted to decodings of these candidates, all steps alike."""
-        runs = {}
+        costs = Costs(self.cells(batch_sizes))
         for size in batch_sizes:
-            plain = self.step(NO_DRAFT, 0, size)
-            runs[size] = [TimedRun(None, [plain] * 5, plain.wall_s)]
-            runs[size] += [
-                TimedRun(c, [self.step(c.shape, c.shape.nodes, size)] * 5, plain.wall_s)
-                for c in timed
-            ]
-        return Costs(ForwardCost(self.points(batch_sizes)), runs, finals)
+            costs.add(size, [self.run(each, size) for each in (None, *timed)])
+        costs.time(1, finals)
+        return costs
 
 
-def candidate(shape, kind="eagle", drafter="eagle"):
+def steps(times, nodes, count=5):
+    return np.array([[CONTEXT, nodes, *times]] * count)
+
+
+def candidate(shape, kind="eagle"):
     options = {"depth": shape.depth, "width": shape.width, "max_nodes": shape.nodes}
-    return Candidate(str(shape), kind, options, drafter, shape)
+    return Candidate(str(shape), kind, options, kind, shape)
