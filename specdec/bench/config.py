@@ -1,12 +1,13 @@
 """Configurations of benches and suites, behind YAML files and `key=value` overrides."""
 
+import itertools
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from specdec.bench.grid import expand_arms
 from specdec.common.config import Config, read_yaml, validated
 from specdec.demo import demo_path
 from specdec.engine.draft_length import Schedule
@@ -18,12 +19,7 @@ Repeats = Annotated[int, Field(ge=1, le=4096)]
 SuiteName = Literal["single_turn", "multi_turn", "long_context", "concurrent"]
 
 SINGLE_PROMPT_TYPES = ("hf_assisted", "hf_prompt_lookup")
-
-
-def refuse_twice(key: str, names: Sequence[Any]) -> None:
-    """Refuse a name that stands twice in a list."""
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"{key}: {twice[0]!r} is used twice; rename or drop one")
+_MOST_CELLS = 10_000
 
 
 class TargetConfig(Config):
@@ -56,22 +52,25 @@ class ArmConfig(Config):
     options: dict[str, Any] = Field(default_factory=dict)
     draft_length: dict[Any, Any] | None = None
 
-    @model_validator(mode="after")
-    def _check(self) -> "ArmConfig":
-        self.name = self.name or self.type
-        option = self.draft_length
-        if option is None or (set(option) == {"plan"} and isinstance(option["plan"], str)):
-            return self
+    @field_validator("draft_length")
+    @classmethod
+    def _check_schedule(cls, given: dict[Any, Any] | None) -> dict[Any, Any] | None:
+        if given is None or (set(given) == {"plan"} and isinstance(given["plan"], str)):
+            return given
         # JSON keeps batch sizes under text keys.
-        option = {int(k) if str(k).isdigit() else k: nodes for k, nodes in option.items()}
+        nodes = {int(size) if str(size).isdigit() else size: n for size, n in given.items()}
         try:
-            Schedule(option)
+            Schedule(nodes)
         except ValueError as error:
             raise ValueError(
-                f"arms: draft_length of {self.name!r}: {error}; it must map batch sizes to numbers "
-                "of nodes, as in {1: 6, 8: 0}, or be {plan: PATH} of a plan.json"
+                "must map batch sizes to numbers of nodes, as in {1: 6, 8: 0}, or be {plan: PATH} "
+                f"of a plan.json: {error}"
             ) from error
-        self.draft_length = dict(sorted(option.items()))
+        return dict(sorted(nodes.items()))
+
+    @model_validator(mode="after")
+    def _fill_name(self) -> "ArmConfig":
+        self.name = self.name or self.type
         return self
 
 
@@ -89,10 +88,7 @@ class SamplingOptions(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "SamplingOptions":
-        try:
-            self.with_seed(0)
-        except ValueError as error:
-            raise ValueError(f"sampling.{error}") from error
+        self.with_seed(0)
         return self
 
     def with_seed(self, seed: int) -> SamplingConfig:
@@ -116,19 +112,48 @@ class RunConfig(Config):
     rule: str = "token"
 
     @property
+    def all_arms(self) -> list[ArmConfig]:
+        """The arms, baselines first."""
+        return [*(ArmConfig(type=name) for name in self.baselines), *self.arms]
+
+    @property
     def arm_names(self) -> list[str]:
         """Names of all arms, baselines first."""
-        return [*self.baselines, *(arm.name for arm in self.arms)]
+        return [arm.name for arm in self.all_arms]
 
     @property
     def rows(self) -> int:
         """Requests that are decoded together, at most."""
         return int(getattr(self, "batch_size", getattr(self, "max_rows", 1)))
 
+    @field_validator("arms", mode="before")
+    @classmethod
+    def _expand_grids(cls, given: Any) -> Any:
+        """Replace every arm that has a grid by one arm a combination."""
+        if not isinstance(given, list):
+            return given
+        return [each for place, arm in enumerate(given) for each in _expand(arm, f"arms.{place}")]
+
+    @field_validator("arms", "users", "buckets", check_fields=False)
+    @classmethod
+    def _refuse_twice(cls, given: list[Any], info: ValidationInfo) -> list[Any]:
+        names = [getattr(each, "name", each) for each in given]
+        if info.field_name == "arms":
+            names += cls.baselines
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{info.field_name}: {twice[0]!r} is used twice; rename or drop one")
+        return given
+
     @model_validator(mode="after")
     def _check_run(self) -> "RunConfig":
         get_rule(self.rule)
-        refuse_twice("arms", self.arm_names)
+        for arm in (arm for arm in self.arms if arm.type in SINGLE_PROMPT_TYPES):
+            if self.rows > 1 or arm.draft_length or "hf_generate" not in self.baselines:
+                raise ValueError(
+                    f"arms: {arm.name!r} is transformers' assisted generation, which takes one "
+                    f"prompt at a time (here {self.rows}), no draft_length (here "
+                    f"{arm.draft_length}) and no part in a suite; drop the arm, or set batch_size=1"
+                )
         if self.sampling.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"sampling.min_new_tokens is {self.sampling.min_new_tokens} but must be at most "
@@ -150,11 +175,6 @@ class BenchConfig(RunConfig):
     batch_size: Count = 1
     prompts_per_call: int = 0
 
-    @property
-    def call_size(self) -> int:
-        """Prompts that an arm is given at a time."""
-        return self.prompts_per_call or self.batch_size
-
     @model_validator(mode="after")
     def _check_bench(self) -> "BenchConfig":
         if self.prompts_per_call and self.prompts_per_call < self.batch_size:
@@ -162,15 +182,6 @@ class BenchConfig(RunConfig):
                 f"prompts_per_call is {self.prompts_per_call} but must be 0 or at least "
                 f"batch_size, {self.batch_size}"
             )
-        for arm in (arm for arm in self.arms if arm.type in SINGLE_PROMPT_TYPES):
-            whose = f"arms: {arm.name!r} is transformers' assisted generation, which takes"
-            if arm.draft_length:
-                raise ValueError(f"{whose} no draft_length; drop it")
-            if self.batch_size > 1:
-                raise ValueError(
-                    f"{whose} one prompt at a time, but batch_size is {self.batch_size}; drop the "
-                    "arm or set batch_size=1"
-                )
         return self
 
 
@@ -180,17 +191,6 @@ class SuiteConfig(RunConfig):
     suite: SuiteName
     prompts: PromptConfig = Field(default_factory=lambda: PromptConfig(num=80))
     max_new_tokens: Count = 48
-
-    @model_validator(mode="after")
-    def _check_arms(self) -> "SuiteConfig":
-        for arm in self.arms:
-            if arm.type in SINGLE_PROMPT_TYPES:
-                raise ValueError(
-                    f"arms: {arm.name!r} is transformers' assisted generation, but rows join and "
-                    "leave a suite's batch, which only our own loop does; drop the arm, or compare "
-                    "with it in a bench without suite"
-                )
-        return self
 
 
 class LengthRange(Config):
@@ -220,23 +220,18 @@ class LengthBucket(LengthRange):
         return self
 
 
-def _usual_buckets() -> list[LengthBucket]:
-    edges = {"short": (1, 48), "medium": (128, 256), "long": (512, 1024)}
-    return [LengthBucket(name=name, low=low, high=high) for name, (low, high) in edges.items()]
-
-
 class SingleTurnConfig(SuiteConfig):
     """Prompts of several lengths, one turn each."""
 
     suite: Literal["single_turn"] = "single_turn"
-    buckets: Annotated[list[LengthBucket], Field(min_length=1)] = Field(
-        default_factory=_usual_buckets
+    buckets: list[LengthBucket] = Field(
+        default_factory=lambda: [
+            LengthBucket(name="short", low=1, high=48),
+            LengthBucket(name="medium", low=128, high=256),
+            LengthBucket(name="long", low=512, high=1024),
+        ],
+        min_length=1,
     )
-
-    @model_validator(mode="after")
-    def _check_names(self) -> "SingleTurnConfig":
-        refuse_twice("buckets", [bucket.name for bucket in self.buckets])
-        return self
 
 
 class MultiTurnConfig(SuiteConfig):
@@ -268,9 +263,7 @@ class ConcurrentConfig(SuiteConfig):
     """
 
     suite: Literal["concurrent"] = "concurrent"
-    users: Annotated[list[Count], Field(min_length=1)] = Field(
-        default_factory=lambda: [1, 2, 4, 8, 16]
-    )
+    users: list[Count] = Field(default_factory=lambda: [1, 2, 4, 8, 16], min_length=1)
     requests_per_user: Count = 3
     prompt_len: LengthRange = Field(default_factory=LengthRange)
     answer_len: LengthRange = Field(default_factory=lambda: LengthRange(low=16, high=96))
@@ -278,11 +271,6 @@ class ConcurrentConfig(SuiteConfig):
     rate: Annotated[float, Field(gt=0)] = 1.0
     max_rows: Count = 16
     max_cache_bytes: Count | None = None
-
-    @model_validator(mode="after")
-    def _check_users(self) -> "ConcurrentConfig":
-        refuse_twice("users", self.users)
-        return self
 
 
 AnySuite = Annotated[
@@ -297,53 +285,106 @@ SUITES: dict[str, type[SuiteConfig]] = {
 }
 
 
+# --- Files ---
+
+
 def load_config(path: str, overrides: Sequence[str] = ()) -> BenchConfig:
     """Read the YAML of one bench and overrides; "demo" is the packaged configuration."""
     given = read_config(path, overrides)
-    if isinstance(given, dict) and "grid" in given:
+    if more := {"grid", "suite"} & set(given if isinstance(given, dict) else ()):
         raise ValueError(
-            f"config {path!r} holds a grid, but one configuration is wanted here: give a file "
-            "without it; specdec bench runs grids"
+            f"config {path!r} holds a {min(more)}, but one bench is wanted here: give a file "
+            "without it; specdec bench runs those"
         )
-    config = build_config(given)
-    if not isinstance(config, BenchConfig):
-        raise ValueError(
-            f"config {path!r} is of a suite, but a bench is wanted here: give a file without suite"
-        )
-    return config
+    return validated(BenchConfig, given)
 
 
 def read_config(path: str, overrides: Sequence[str] = ()) -> Any:
     """The content of a YAML file, or of a packaged one ("demo", "demo/concurrent" ...)."""
-    file = Path(path)
-    name = path.removeprefix("demo/").replace("-", "_")
-    if path == "demo":
-        file = demo_path("bench.yaml")
-    elif path.startswith("demo/") and not file.is_file():
-        if name not in SUITES:
+    suites = [name.replace("_", "-") for name in SUITES]
+    packaged = {"demo": "bench.yaml", **{f"demo/{name}": f"suite-{name}.yaml" for name in suites}}
+    file, name = Path(path), path.replace("_", "-")
+    if path == "demo" or (path.startswith("demo/") and not file.is_file()):
+        if name not in packaged:
             raise ValueError(
-                f"config {path!r} is neither a file nor a packaged suite; those are "
-                + ", ".join(f"demo/{suite.replace('_', '-')}" for suite in SUITES)
+                f"config {path!r} is neither a file nor packaged; those are {', '.join(packaged)}"
             )
-        file = demo_path(f"suite-{name.replace('_', '-')}.yaml")
+        file = demo_path(packaged[name])
     if changed := [each for each in overrides if each.startswith("suite=")]:
         raise ValueError(
-            f"override {changed[0]} would change the suite of the configuration, and each has keys "
-            "of its own; give another file"
+            f"override {changed[0]} would change the suite, and each has keys of its own; give "
+            "another file"
         )
     return read_yaml(path, file, overrides, example="repeats=1")
 
 
 def build_config(given: Any) -> RunConfig:
-    """The bench or the suite that plain values describe; grids of arms are multiplied out."""
-    if not isinstance(given, dict):
+    """The bench or the suite that plain values describe."""
+    if not isinstance(given, dict) or "suite" not in given:
         return validated(BenchConfig, given)
-    if "arms" in given:
-        given = {**given, "arms": expand_arms(given["arms"])}
-    if "suite" not in given:
-        return validated(BenchConfig, given)
-    if str(given["suite"]) not in SUITES:
+    name = str(given["suite"])
+    if name not in SUITES:
+        raise ValueError(f"config suite is {name!r} but must be one of {', '.join(SUITES)}")
+    return validated(SUITES[name], given)
+
+
+# --- Grids ---
+
+
+def combinations(grid: Any, where: str) -> list[dict[str, Any]]:
+    """Every combination of one value a key of a grid; the last key changes fastest."""
+    if not isinstance(grid, dict) or not grid:
+        raise ValueError(f"{where} is {grid!r} but must map keys to lists, as in {{depth: [3, 5]}}")
+    for key, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{where}.{key} is {values!r} but must be a list, as in [1, 2]")
+        if twice := [value for place, value in enumerate(values) if value in values[:place]]:
+            raise ValueError(f"{where}.{key} holds {twice[0]!r} twice; drop one of them")
+    if (num := prod(map(len, grid.values()))) > _MOST_CELLS:
+        raise ValueError(f"{where} has {num:,} combinations but must have at most {_MOST_CELLS:,}")
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def _expand(arm: Any, where: str) -> list[Any]:
+    """The arms of an arm's grid; what is no mapping is left for the configuration to refuse."""
+    if not isinstance(arm, dict) or "grid" not in arm:
+        return [arm]
+    rest = {key: value for key, value in arm.items() if key != "grid"}
+    options = rest.get("options") or {}
+    if not isinstance(options, dict):
+        return [rest]
+    cells = combinations(arm["grid"], f"{where}.grid")
+    if both := [key for key in cells[0] if key in options]:
         raise ValueError(
-            f"config suite is {given['suite']!r} but must be one of {', '.join(SUITES)}"
+            f"{where}: grid and options both set {both[0]!r}; drop it from one of them"
         )
-    return validated(SUITES[str(given["suite"])], given)
+    return [
+        {**rest, "name": _arm_name(rest, options, cell, where), "options": {**options, **cell}}
+        for cell in cells
+    ]
+
+
+def _arm_name(arm: dict[str, Any], options: dict[str, Any], cell: Any, where: str) -> str:
+    """Name with options in braces filled in, as in "eagle3 {depth}"; without any, cell added."""
+    template = str(arm.get("name") or arm.get("type") or "")
+    if "{" not in template:
+        return " ".join([template, *(f"{key}={in_words(value)}" for key, value in cell.items())])
+    known = {key: in_words(value) for key, value in {**options, **cell}.items()}
+    try:
+        return template.format_map(known)
+    except (KeyError, ValueError, IndexError, AttributeError) as error:
+        raise ValueError(
+            f"{where}.name is {template!r}, but what stands in braces must be an option of "
+            f"the arm: {', '.join(sorted(known))}"
+        ) from error
+
+
+def in_words(value: Any) -> str:
+    """A value as it is shown in names."""
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """The last part of each key, or the whole where two end alike."""
+    ends = [key.rpartition(".")[2] for key in keys]
+    return {key: end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)}

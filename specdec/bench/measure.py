@@ -1,42 +1,83 @@
 """Measuring one call of one arm: requests are served to their end, and every failure is kept."""
 
+import resource
+import sys
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from specdec.bench.config import SamplingOptions
-from specdec.bench.meters import PowerMeter, read_peaks, reset_peaks
-from specdec.bench.store import Call, Run
+from specdec.bench.results import Memory
 from specdec.bench.workloads import Request
 from specdec.engine.engine import Engine
-from specdec.engine.request import Result
+from specdec.engine.metrics import StepRecord
 from specdec.engine.scheduler import is_out_of_memory
 
 # What ends one request but not the run: it is counted as failed and never timed.
 PROMPT_ERRORS = (ValueError, RuntimeError, MemoryError, FloatingPointError)
+_RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+_OF_RESULT = ("tokens", "ttft_s", "decode_s", "records")
 Requests = Sequence[Request]
 
 
+@dataclass(frozen=True)
+class Run:
+    """One request decoded once by one arm; times are seconds."""
+
+    tokens: list[int]  # cut after the first end-of-sequence token, counted alike in all arms
+    num_first: int  # tokens of the first chunk, which the decode speed leaves out
+    ttft_s: float  # from the start of its own prefill to the first chunk
+    decode_s: float  # from the first chunk to the last
+    records: list[StepRecord] = field(default_factory=list)  # none of transformers' arms
+    sent_s: float = 0.0  # after the call's start
+    queue_s: float = 0.0  # from sending to the start of its prefill
+    chunk_s: list[float] = field(default_factory=list)  # after the call's start
+    chunk_tokens: list[int] = field(default_factory=list)
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds from sending to the last token: queue and prefill included."""
+        return self.queue_s + self.ttft_s + self.decode_s
+
+    @property
+    def gaps_s(self) -> list[float]:
+        """Seconds between one chunk and the next."""
+        return [b - a for a, b in pairwise(self.chunk_s)]
+
+
+@dataclass(frozen=True)
+class Call:
+    """Requests that one arm served together."""
+
+    rows: list[Run | str]  # in their order; the reason of one that failed
+    wall_s: float | None  # prefills included; None if a request failed
+    memory: Memory
+    energy_j: float | None = None  # of the whole device; None where it was not measured
+
+    @property
+    def runs(self) -> list[Run]:
+        """The requests that did not fail."""
+        return [row for row in self.rows if isinstance(row, Run)]
+
+
 class Arm(Protocol):
-    """Decodes the requests of a call.
+    """Decodes the requests of a call, each to a run or to the reason why it failed."""
 
-    Attributes:
-        cache_bytes: largest keys and values of the last call; None where they are not known.
-        makes_trees: its drafts may branch.
-    """
-
-    cache_bytes: int | None
+    cache_bytes: int | None  # largest keys and values of the last call, where they are known
     makes_trees: bool
 
-    def __call__(self, requests: Requests, after_step: Callable[[], None]) -> list[Run | str]:
-        """Decode; returns a run for each request, or the reason why it failed."""
+    def __call__(self, requests: Requests, after_step: Callable[[], None]) -> list[Run | str]: ...
 
 
-def measure_call(arm: Arm, requests: Requests, device: torch.device, meter: PowerMeter) -> Call:
+def measure_call(arm: Arm, requests: Requests, device: torch.device, meter: "PowerMeter") -> Call:
     """Decode a call and measure it."""
     reset_peaks(device)
     meter.start()
@@ -44,9 +85,69 @@ def measure_call(arm: Arm, requests: Requests, device: torch.device, meter: Powe
     rows = decode_healthy(arm, requests, meter.look)
     took_s = time.perf_counter() - started
     energy_j = meter.stop()
-    peaks = read_peaks(device, arm.cache_bytes)
     is_whole = all(isinstance(row, Run) for row in rows)
-    return Call(rows, took_s if is_whole else None, peaks, energy_j)
+    memory = read_peaks(device, arm.cache_bytes)
+    return Call(rows, took_s if is_whole else None, memory, energy_j)
+
+
+# --- Serving ---
+
+
+def serve(
+    engine: Engine,
+    requests: Requests,
+    sampling: SamplingOptions,
+    after_step: Callable[[], None] = lambda: None,
+) -> list[Run | str]:
+    """Serve every request to its end: a run for each, or the reason why it failed.
+
+    A request with a time of arrival counts as sent then, even if the engine was in the middle of a
+    step: its user waits for that too. `after_step` is called outside of what a step measures.
+    """
+    waiting = list(range(len(requests)))
+    busy: set[int] = set()  # users whose request is on its way
+    live: dict[int, tuple[int, Run]] = {}  # number in the engine -> place, and what came so far
+    rows: dict[int, Run | str] = {}
+    started = time.perf_counter()
+    while waiting or live:
+        now_s = time.perf_counter() - started
+        for place in tuple(waiting):
+            one = requests[place]
+            if one.user in busy if one.arrival_s is None else one.arrival_s > now_s:
+                continue
+            waiting.remove(place)
+            busy.add(one.user)
+            sent_s = now_s if one.arrival_s is None else one.arrival_s
+            index = engine.submit(
+                one.prompt, sampling.with_seed(one.seed), max_new_tokens=one.max_new_tokens
+            )
+            live[index] = place, Run([], 0, 0.0, 0.0, sent_s=sent_s, queue_s=now_s - sent_s)
+        if not live:
+            first_s = min(requests[place].arrival_s or 0.0 for place in waiting)
+            time.sleep(max(0.0, first_s - now_s))
+            continue
+        chunks = engine.advance()
+        now_s = time.perf_counter() - started
+        for chunk in chunks:
+            place, run = live[chunk.index]
+            if chunk.tokens:
+                run.chunk_s.append(now_s)
+                run.chunk_tokens.append(len(chunk.tokens))
+            if chunk.finish_reason:
+                del live[chunk.index]
+                busy.discard(requests[place].user)
+                result = engine.result(chunk.index)
+                rows[place] = result.error or replace(
+                    run,
+                    num_first=run.chunk_tokens[0],
+                    queue_s=run.queue_s + result.queue_s,
+                    **{key: getattr(result, key) for key in _OF_RESULT},
+                )
+        after_step()
+    return [rows[place] for place in range(len(requests))]
+
+
+# --- Failures ---
 
 
 def decode_healthy(
@@ -56,18 +157,17 @@ def decode_healthy(
     rows, reason, out_of_memory = _try(arm, requests, after_step)
     if rows is not None:
         return rows
-    users = [request.user for request in requests]
-    if len(requests) == 1 or len(set(users)) < len(users):
+    users = {request.user for request in requests}
+    if len(requests) == 1 or len(users) < len(requests):
         return [reason] * len(requests)  # a user's requests follow each other
     if out_of_memory:
         return [f"{reason}; {_largest_batch(arm, requests, after_step)}"] * len(requests)
-    alone = [_try(arm, [request], after_step)[:2] for request in requests]
-    healthy = [place for place, (found, _) in enumerate(alone) if found is not None]
+    alone = [_try(arm, [request], after_step) for request in requests]
+    healthy = [request for request, one in zip(requests, alone, strict=True) if one[0] is not None]
     if len(healthy) == len(requests):
         return [reason] * len(requests)  # only together do they fail
-    again = decode_healthy(arm, [requests[p] for p in healthy], after_step) if healthy else []
-    kept = dict(zip(healthy, again, strict=True))
-    return [kept.get(place, why) for place, (_, why) in enumerate(alone)]
+    again = iter(decode_healthy(arm, healthy, after_step) if healthy else [])
+    return [why if found is None else next(again) for found, why, _ in alone]
 
 
 def _try(
@@ -96,121 +196,89 @@ def _largest_batch(arm: Arm, requests: Requests, after_step: Callable[[], None])
     return "one prompt alone does not fit, lower max_new_tokens or use a smaller target.dtype"
 
 
-class _Users:
-    """Senders of requests: each at its time of arrival, or when the one before is answered."""
-
-    def __init__(self, requests: Requests) -> None:
-        self._requests = requests
-        self._queues: dict[int, deque[int]] = {}
-        for place, request in enumerate(requests):
-            self._queues.setdefault(request.user, deque()).append(place)
-        self._busy: set[int] = set()
-
-    @property
-    def are_done(self) -> bool:
-        return not self._queues
-
-    def due(self, now_s: float) -> list[int]:
-        """Places of the requests to send now, in the order of the call; they count as sent."""
-        found = []
-        for user, queue in list(self._queues.items()):
-            while queue and self._is_due(self._requests[queue[0]], now_s):
-                found.append(queue.popleft())
-                self._busy.add(user)
-            if not queue:
-                del self._queues[user]
-        return sorted(found)
-
-    def _is_due(self, request: Request, now_s: float) -> bool:
-        if request.arrival_s is None:
-            return request.user not in self._busy
-        return request.arrival_s <= now_s
-
-    def answer(self, place: int) -> None:
-        """A request is answered; its user is free."""
-        self._busy.discard(self._requests[place].user)
-
-    def next_arrival_s(self) -> float:
-        """Time at which the next request is sent, while none is on its way."""
-        return min(self._requests[queue[0]].arrival_s or 0.0 for queue in self._queues.values())
+# --- Memory and power ---
 
 
-@dataclass
-class _Live:
-    """A request on its way: its place in the call, and what came so far."""
-
-    place: int
-    sent_s: float
-    late_s: float
-    chunk_s: list[float] = field(default_factory=list)
-    chunk_tokens: list[int] = field(default_factory=list)
+def reset_peaks(device: torch.device) -> None:
+    """Begin to watch memory; only Linux lets a process set its peak back to the call's own."""
+    with suppress(OSError):
+        _RESET.write_text("5")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
-def serve(
-    engine: Engine,
-    requests: Requests,
-    sampling: SamplingOptions,
-    after_step: Callable[[], None] = lambda: None,
-) -> list[Run | str]:
-    """Serve every request to its end.
-
-    A request with a time of arrival counts as sent then, even if the engine was in the middle of
-    a step: its user waits for that too.
-
-    Args:
-        engine: idle engine.
-        requests: a user's in their order.
-        sampling: settings of all; each request has its own seed.
-        after_step: called after every step, outside of what it measures.
-
-    Returns:
-        What each request gave, in their order, or the reason why it failed.
-
-    Raises:
-        ValueError: a request can never fit.
-    """
-    users, live = _Users(requests), dict[int, _Live]()
-    rows: dict[int, Run | str] = {}
-    started = time.perf_counter()
-    while live or not users.are_done:
-        now_s = time.perf_counter() - started
-        for place in users.due(now_s):
-            request = requests[place]
-            sent_s = now_s if request.arrival_s is None else request.arrival_s
-            index = engine.submit(
-                request.prompt,
-                sampling.with_seed(request.seed),
-                max_new_tokens=request.max_new_tokens,
-            )
-            live[index] = _Live(place, sent_s, now_s - sent_s)
-        if not live:
-            time.sleep(max(0.0, users.next_arrival_s() - now_s))
-            continue
-        chunks = engine.advance()
-        now_s = time.perf_counter() - started
-        for chunk in chunks:
-            one = live[chunk.index]
-            if chunk.tokens:
-                one.chunk_s.append(now_s)
-                one.chunk_tokens.append(len(chunk.tokens))
-            if chunk.finish_reason:
-                rows[one.place] = _finished(live.pop(chunk.index), engine.result(chunk.index))
-                users.answer(one.place)
-        after_step()
-    return [rows[place] for place in range(len(requests))]
+def peak_rss_bytes() -> int:
+    """The largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # KiB everywhere else
 
 
-def _finished(live: _Live, result: Result) -> Run | str:
-    if result.finish_reason == "error":
-        return result.error
-    return Run(
-        tokens=result.tokens,
-        num_first=live.chunk_tokens[0],
-        ttft_s=result.ttft_s,
-        decode_s=result.decode_s,
-        records=result.records,
-        sent_s=live.sent_s,
-        queue_s=live.late_s + result.queue_s,
-        chunk_s=live.chunk_s,
-        chunk_tokens=live.chunk_tokens,
+def read_peaks(device: torch.device, cache_bytes: int | None) -> Memory:
+    """Peaks since `reset_peaks`, with what the arm says of its caches."""
+    lines = _STATUS.read_text().splitlines() if _STATUS.exists() else []
+    is_cuda = device.type == "cuda"
+    kib = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
+    return Memory(
+        peak_rss_bytes=1024 * kib[0] if kib else peak_rss_bytes(),
+        peak_device_bytes=torch.cuda.max_memory_allocated(device) if is_cuda else None,
+        cache_bytes=cache_bytes,
     )
+
+
+class PowerMeter:
+    """The energy of one device from `start` to `stop`, other processes on it included.
+
+    NVML's energy counter is read where the GPU has one (Volta and later); else its power is read
+    at every `look`, and summed up. Without a CUDA device, or without the package nvidia-ml-py
+    (module pynvml), nothing is measured.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._read = _nvml_reader(device)
+        self.start()
+
+    def start(self) -> None:
+        """Begin a call."""
+        self._first_j = self._read("nvmlDeviceGetTotalEnergyConsumption")  # millijoules
+        self._looks: list[tuple[float, float]] = []
+        self.look()
+
+    def look(self) -> None:
+        """Take in the power now, where there is no counter."""
+        if self._first_j is None:
+            power_w = self._read("nvmlDeviceGetPowerUsage")  # milliwatts
+            self._looks += [] if power_w is None else [(time.perf_counter(), power_w)]
+
+    def stop(self) -> float | None:
+        """Joules since the start; None where nothing was measured."""
+        if self._first_j is not None:
+            last_j = self._read("nvmlDeviceGetTotalEnergyConsumption")
+            return None if last_j is None else last_j - self._first_j
+        self.look()
+        if not self._looks:
+            return None
+        seconds, watts = zip(*self._looks, strict=True)
+        return float(np.trapezoid(watts, seconds))
+
+
+def _nvml_reader(device: torch.device) -> Callable[[str], float | None]:
+    """A function of NVML by name: a thousandth of what it says of the device, or None."""
+    if device.type != "cuda" or find_spec("pynvml") is None:
+        return lambda name: None
+    import pynvml
+
+    # By its UUID: CUDA_VISIBLE_DEVICES renumbers torch's devices alone.
+    uuid = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+    except pynvml.NVMLError:
+        return lambda name: None
+
+    def read(name: str) -> float | None:
+        try:
+            return float(getattr(pynvml, name)(handle)) / 1000
+        except pynvml.NVMLError:
+            return None
+
+    return read

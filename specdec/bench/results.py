@@ -234,6 +234,8 @@ class SuiteArm(ArmFigures):
 class PromptInfo(Record):
     """A prompt of a bench."""
 
+    model_config = ConfigDict(from_attributes=True)
+
     id: str
     domain: str
     num_tokens: int
@@ -308,7 +310,7 @@ class BenchResults(Results):
     FILE = "results.json"
     NOUN = "prompt"
 
-    schema_: Literal["specdec-bench-3"] = Field("specdec-bench-3", alias="schema")
+    schema_: Literal["specdec-bench-3"] = Field(default="specdec-bench-3", alias="schema")
     provenance: BenchProvenance
     target: TargetIdentity | None = None
     prompts: list[PromptInfo] | None = None
@@ -327,7 +329,7 @@ class SuiteResults(Results):
     FILE = "suite.json"
     NOUN = "request"
 
-    schema_: Literal["specdec-suite-2"] = Field("specdec-suite-2", alias="schema")
+    schema_: Literal["specdec-suite-2"] = Field(default="specdec-suite-2", alias="schema")
     suite: SuiteName
     provenance: SuiteProvenance
     memory: Memory
@@ -355,6 +357,6 @@ class SweepResults(Results):
 
     FILE = "sweep.json"
 
-    schema_: Literal["specdec-sweep-2"] = Field("specdec-sweep-2", alias="schema")
+    schema_: Literal["specdec-sweep-2"] = Field(default="specdec-sweep-2", alias="schema")
     provenance: SweepProvenance
     cells: list[CellResults]

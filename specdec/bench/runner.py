@@ -1,29 +1,24 @@
 """Run a bench or a suite: the same requests for every arm, arms in turn, repeated, resumable."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import TypeAdapter
 
 from specdec.bench.arms import build_arms
 from specdec.bench.config import RunConfig
-from specdec.bench.measure import PROMPT_ERRORS, Arm, measure_call
-from specdec.bench.meters import PowerMeter
+from specdec.bench.measure import PROMPT_ERRORS, Arm, Call, PowerMeter, measure_call
 from specdec.bench.results import BenchResults, SuiteResults
-from specdec.bench.store import Key, Store
 from specdec.bench.summary import faster_than_tau, summarize
-from specdec.bench.workloads import (
-    Group,
-    Progress,
-    Request,
-    fingerprint_of,
-    make_groups,
-    numbered,
-)
-from specdec.checkpoints.identity import TARGET, as_json, identify_target
+from specdec.bench.workloads import Group, Progress, Request, fingerprint_of, make_groups
+from specdec.checkpoints.identity import TARGET, as_json, check_resumed, identify_target
+from specdec.common.files import Journal
 from specdec.common.provenance import machine
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
@@ -31,18 +26,19 @@ from specdec.targets.load import load_target
 _WARM_UP_TOKENS = 32
 # Facts of the machine that make a run the same run.
 _MACHINE = ("device", "cpu", "cpu_count", "dtype", "quantized")
+_CALL = TypeAdapter(Call)
 
 
 class GreedyMismatchError(RuntimeError):
     """At temperature 0 in float32 two arms disagreed: something is not lossless."""
 
 
-class Turn(NamedTuple):
-    """One call of one arm in one repeat."""
+class Key(NamedTuple):
+    """One call of one arm in one repeat; calls are numbered through all groups."""
 
-    key: Key
-    group: str
-    requests: list[Request]
+    repeat: int
+    call: int
+    arm: str
 
 
 def run_bench(
@@ -55,44 +51,102 @@ def run_bench(
 ) -> BenchResults | SuiteResults:
     """Measure what is not in the folder yet and write `results.json`, or `suite.json`, there.
 
-    Args:
-        config: a bench or a suite.
-        folder: holds `records.jsonl` and the results.
-        progress: called with calls done, calls in all, and what runs next.
-        target: target of the configuration, where it is loaded already.
-        groups: workload of the configuration, where it is made already.
-
-    Returns:
-        The results; `check_results` says whether they stand.
-
-    Raises:
-        ValueError: bad configuration or prompts, or a folder of another configuration, target or
-            machine.
-        OSError: the folder cannot be written, or is full; finished calls are kept.
+    Target and groups (the workload) are given where they are there already; `check_results` says
+    whether the results stand. A full disk is an `OSError`, and finished calls are kept.
     """
     torch.set_num_threads(config.threads)
     target = target or load_target(**config.target.model_dump())
     groups = groups or make_groups(config, target, progress)
     with open_store(config, folder, target, groups) as store:
         turns = list(take_turns(groups, config.arm_names, config.repeats))
-        missing = [turn for turn in turns if turn.key not in store.done]
+        missing = [turn for turn in turns if turn[0] not in store.done]
+
+        def show(text: str) -> None:
+            progress(len(store.done), len(turns), text)
+
         if missing:
-            short = _warm_up_requests(groups, config.rows)
-            for name, arm in build_arms(config, target).items():
-                progress(len(store.done), len(turns), f"warm-up {name}")
-                _warm_up(arm, short)
+            _warm_up(build_arms(config, target), groups, config.rows, show)
         meter = PowerMeter(target.device)
-        for _, together in groupby(missing, key=lambda turn: (turn.key[0], turn.group)):
+        for (repeat, group), together in groupby(missing, lambda turn: (turn[0].repeat, turn[1])):
             arms = build_arms(config, target)  # nothing that one group left behind helps the next
-            for (repeat, number, name), group, requests in together:
-                where = f"{name}, repeat {repeat + 1}, {group}, call {number + 1}"
-                progress(len(store.done), len(turns), where)
-                call = measure_call(arms[name], requests, target.device, meter)
-                store.add((repeat, number, name), call)
-                progress(len(store.done), len(turns), name)
+            for key, _, requests in together:
+                show(f"{key.arm}, repeat {repeat + 1}, {group}, call {key.call + 1}")
+                store.add(key, measure_call(arms[key.arm], requests, target.device, meter))
+        show("all calls")
     results = summarize(config, target, groups, store.done, store.provenance)
     results.write(folder)
     return results
+
+
+def take_turns(
+    groups: Sequence[Group], names: Sequence[str], repeats: int
+) -> Iterator[tuple[Key, str, list[Request]]]:
+    """Every call of every arm, with its group: all arms serve a call before the next one begins.
+
+    Another arm goes first each time, so that none always meets a cold machine.
+    """
+    calls = [(group.name, requests) for group in groups for requests in group.calls]
+    for repeat in range(repeats):
+        for number, (group, requests) in enumerate(calls):
+            leader = (repeat + number) % len(names)
+            for name in (*names[leader:], *names[:leader]):
+                yield Key(repeat, number, name), group, requests
+
+
+def _warm_up(
+    arms: Mapping[str, Arm], groups: Sequence[Group], rows: int, show: Callable[[str], None]
+) -> None:
+    """Have every arm decode the first requests of the largest call, cut short."""
+    largest = max((call for group in groups for call in group.calls), key=len)
+    firsts = {request.user: request for request in reversed(largest)}
+    short = [
+        replace(each, max_new_tokens=min(_WARM_UP_TOKENS, each.max_new_tokens), arrival_s=None)
+        for each in reversed(firsts.values())
+    ]
+    for name, arm in arms.items():
+        show(f"warm-up {name}")
+        try:
+            arm(short[:rows], lambda: None)
+        except ValueError:
+            raise  # the requests are sound, so the options are not
+        except PROMPT_ERRORS:
+            pass  # the measurement meets it again, and keeps the reason
+
+
+# --- Records ---
+
+
+class Store(Journal):
+    """`records.jsonl`: every finished call, and the provenance of each start that measured any.
+
+    What a killed run or a full disk left of a call is dropped, and that call decoded again.
+    """
+
+    def __init__(
+        self, folder: Path, identity: Mapping[str, Any], provenance: dict[str, Any]
+    ) -> None:
+        checks = {TARGET: partial(check_resumed, folder)}
+        super().__init__(folder / "records.jsonl", identity, checks)
+        self._unwritten: dict[str, Any] | None = provenance
+        self.done: dict[tuple[int, int, str], Call] = {}
+        self.provenance = provenance  # of the last start that measured anything
+        for row in self.entries:
+            # A line that is whole and says something else is one more that is damaged.
+            with suppress(KeyError, TypeError, AttributeError, ValueError):
+                if "provenance" in row:
+                    self.provenance = dict(row["provenance"])
+                else:
+                    key = Key(*(row.pop(name) for name in Key._fields))
+                    self.done[key] = _CALL.validate_python(row)
+        self.entries.clear()
+
+    def add(self, key: Key, call: Call) -> None:
+        """Keep a finished call."""
+        if self._unwritten:
+            self.append({"provenance": self._unwritten})
+            self.provenance, self._unwritten = self._unwritten, None
+        self.append({**key._asdict(), **_CALL.dump_python(call, mode="json")})
+        self.done[key] = call
 
 
 def open_store(config: RunConfig, folder: Path, target: HFTarget, groups: Sequence[Group]) -> Store:
@@ -115,37 +169,7 @@ def provenance_of(config: RunConfig, asked: str, target: HFTarget) -> dict[str, 
     return {"config": content, "config_fingerprint": mark, **machine(target)}
 
 
-def take_turns(groups: Sequence[Group], names: Sequence[str], repeats: int) -> Iterator[Turn]:
-    """Every call of every arm: all arms serve a call before the next call begins.
-
-    Another arm goes first each time, so that none always meets a cold machine.
-    """
-    for repeat in range(repeats):
-        for first, group in numbered(groups):
-            for number, requests in enumerate(group.calls, first):
-                leader = (repeat + number) % len(names)
-                for name in (*names[leader:], *names[:leader]):
-                    yield Turn((repeat, number, name), group.name, requests)
-
-
-def _warm_up_requests(groups: Sequence[Group], max_rows: int) -> list[Request]:
-    """The first requests of the largest call, cut short, as many as are decoded together."""
-    largest = max((call for group in groups for call in group.calls), key=len)
-    firsts = {request.user: request for request in reversed(largest)}
-    short = [
-        replace(each, max_new_tokens=min(_WARM_UP_TOKENS, each.max_new_tokens), arrival_s=None)
-        for each in reversed(firsts.values())
-    ]
-    return short[:max_rows]
-
-
-def _warm_up(arm: Arm, requests: Sequence[Request]) -> None:
-    try:
-        arm(requests, lambda: None)
-    except ValueError:
-        raise  # the requests are sound, so the options are not
-    except PROMPT_ERRORS:
-        pass  # the measurement meets it again, and keeps the reason
+# --- What cannot be ---
 
 
 def check_results(results: BenchResults | SuiteResults) -> None:
@@ -153,11 +177,6 @@ def check_results(results: BenchResults | SuiteResults) -> None:
 
     In half precision, or quantized, greedy tokens may differ where two logits nearly tie: that is
     reported, and fails nothing.
-
-    Raises:
-        GreedyMismatchError: tokens differ at temperature 0 in float32.
-        RuntimeError: every request of an arm failed, or one is faster than its tau; see
-            `faster_than_tau`.
     """
     noun = results.NOUN
     is_exact = results.provenance.dtype == "float32" and not results.provenance.quantized

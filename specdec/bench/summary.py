@@ -1,90 +1,134 @@
 """From finished calls to results: arms of benches and of suites."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from functools import cache, partial
+from itertools import chain, count, islice, product
 from statistics import median
 from typing import Any, Literal
 
-from specdec.bench.config import ArmConfig, BenchConfig, RunConfig, SuiteConfig
-from specdec.bench.differences import Difference, find_differences
+from specdec.bench import results as models
+from specdec.bench.config import BenchConfig, ConcurrentConfig, RunConfig, SamplingOptions
 from specdec.bench.figures import (
-    Calls,
     Table,
+    acceptance,
     arm_figures,
-    calls_of,
     decode_work,
-    headline,
     largest_memory,
+    load_figures,
     over_requests,
     paired_ratios,
     records_of,
+    runs_of,
+    speeds,
     step_times,
-    table_of,
 )
-from specdec.bench.load import load_figures
-from specdec.bench.results import (
-    BenchArm,
-    BenchProvenance,
-    BenchResults,
-    DomainFigures,
-    Finish,
-    GroupResults,
-    Power,
-    PromptDifference,
-    PromptFailure,
-    PromptFigures,
-    PromptInfo,
-    RequestDifference,
-    RequestFailure,
-    RequestInfo,
-    SuiteArm,
-    SuiteProvenance,
-    SuiteResults,
-)
-from specdec.bench.store import Call, Key, Run
-from specdec.bench.workloads import Group, Request, numbered
+from specdec.bench.measure import Call, Run
+from specdec.bench.workloads import Group, Request
 from specdec.checkpoints.identity import identify_target
-from specdec.common.stats import percentiles, total_speed
-from specdec.engine.metrics import AcceptanceStats
+from specdec.common.stats import percentiles
+from specdec.engine.interfaces import claimed
+from specdec.sampling.sampler import Sampler
 from specdec.targets.hf import HFTarget
 
 # Fewer prompts than this all lie on one side of the truth by chance in more than 5 % of runs.
 MIN_PROMPTS = 5
 # Share of a speedup that is put down to the machine.
 NOISE = 0.1
+Calls = Mapping[str, Sequence[Sequence[Call]]]  # arm -> [call][repeat]
+Differences = Mapping[str, Sequence[models.PromptDifference]]  # by arm
 
 
 def summarize(
     config: RunConfig,
     target: HFTarget,
     groups: Sequence[Group],
-    done: Mapping[Key, Call],
+    done: Mapping[tuple[int, int, str], Call],
     provenance: dict[str, Any],
-) -> BenchResults | SuiteResults:
+) -> models.BenchResults | models.SuiteResults:
     """Make the results of a run whose calls are all done."""
-    memory = largest_memory(done.values())
-    found = []
-    for first, group in numbered(groups):
+    memory, numbers, found = largest_memory(done.values()), count(), []
+    for group in groups:
+        own = list(islice(numbers, len(group.calls)))
         calls = {
-            name: calls_of(group, first, name, done, config.repeats) for name in config.arm_names
+            name: [[done[r, number, name] for r in range(config.repeats)] for number in own]
+            for name in config.arm_names
         }
         tables = {name: table_of(each) for name, each in calls.items()}
-        differences = find_differences(
-            group.requests, tables, config.baselines, config.sampling, target
-        )
+        differences = find_differences(group.requests, tables, config, target)
         if isinstance(config, BenchConfig):
-            return BenchResults(
-                provenance=BenchProvenance(**provenance),
+            return models.BenchResults(
+                provenance=models.BenchProvenance(**provenance),
                 target=identify_target(target),
-                prompts=[PromptInfo(**_prompt_info(request)) for request in group.requests],
+                prompts=[models.PromptInfo.model_validate(each) for each in group.requests],
                 memory=memory,
                 arms=bench_arms(config, group, calls, differences, target.eos_token_ids),
             )
         found.append(suite_group(config, group, calls, differences))
-    assert isinstance(config, SuiteConfig)
-    where = SuiteProvenance(**provenance)
-    return SuiteResults(suite=config.suite, provenance=where, memory=memory, groups=found)
+    where = models.SuiteProvenance(**provenance)
+    suite = where.config.suite
+    return models.SuiteResults(suite=suite, provenance=where, memory=memory, groups=found)
+
+
+def table_of(calls: Sequence[Sequence[Call]]) -> Table:
+    """The rows of each request of a group in each repeat."""
+    by_call = (zip(*(call.rows for call in repeats), strict=True) for repeats in calls)
+    return [list(row) for row in chain(*by_call)]
+
+
+def find_differences(
+    requests: Sequence[Request], tables: Mapping[str, Table], config: RunConfig, target: HFTarget
+) -> dict[str, list[models.PromptDifference]]:
+    """Find, by arm, the requests whose greedy tokens differ from a baseline's; none when sampling.
+
+    Half precision rounds differently in batches of other shapes, so that near ties may fall the
+    other way: the gap between the two best logits at the first difference says whether it was one.
+    """
+    found: dict[str, list[models.PromptDifference]] = {name: [] for name in tables}
+    gap = cache(partial(_top2_gap, target, config.sampling))  # arms often differ at one place
+    for name, place in product(tables, range(len(requests))):
+        pairs = (
+            (against, ours.tokens, theirs.tokens)
+            for against in config.baselines
+            for ours in runs_of(tables[name][place])
+            for theirs in runs_of(tables[against][place])
+            if ours.tokens != theirs.tokens and not config.sampling.temperature
+        )
+        for against, ours, theirs in islice(pairs, 1):
+            equal = [a == b for a, b in zip(ours, theirs, strict=False)]
+            position = [*equal, False].index(False)
+            top2_gap = gap(tuple(requests[place].prompt), tuple(ours[:position]))
+            found[name].append(
+                models.PromptDifference(
+                    prompt=place, against=against, position=position, top2_gap=top2_gap
+                )
+            )
+    return found
+
+
+def _top2_gap(
+    target: HFTarget, sampling: SamplingOptions, prompt: Sequence[int], output: Sequence[int]
+) -> float | None:
+    """Gap between the two best processed logits; None where one token alone is allowed."""
+    eos, configs = target.eos_token_ids, [sampling.with_seed(0)]
+    sampler = Sampler(configs, target.vocab_size, target.device, [prompt], eos)
+    with claimed(target):
+        logits = target.prefill([[*prompt, *output]]).logits
+    if output:
+        sampler.observe(logits.new_tensor([output]).long())
+    best = sampler.scores(logits)[0, 0].float().topk(2).values
+    gap = float(best[0] - best[1])
+    return gap if math.isfinite(gap) else None
+
+
+def _failures(table: Table) -> list[models.PromptFailure]:
+    return [
+        models.PromptFailure(prompt=place, repeat=repeat, reason=row)
+        for repeat, rows in enumerate(zip(*table, strict=True))
+        for place, row in enumerate(rows)
+        if isinstance(row, str)
+    ]
 
 
 # --- Benches ---
@@ -93,250 +137,146 @@ def summarize(
 def bench_arms(
     config: BenchConfig,
     group: Group,
-    calls: Mapping[str, Calls],
-    differences: Mapping[str, Sequence[Difference]],
-    eos_token_ids: Sequence[int],
-) -> list[BenchArm]:
-    """Figures of every arm of a bench.
-
-    Args:
-        config: the bench.
-        group: its prompts.
-        calls: calls by arm.
-        differences: differences by arm, from `find_differences`.
-        eos_token_ids: an answer that ends with none of them was cut at its length.
-    """
-    tables = {name: table_of(each) for name, each in calls.items()}
-    baselines = [ArmConfig(type=name) for name in config.baselines]
-    return [
-        _bench_arm(
-            config, arm, group, calls[arm.name], tables, differences[arm.name], eos_token_ids
-        )
-        for arm in (*baselines, *config.arms)
-    ]
-
-
-def _bench_arm(
-    config: BenchConfig,
-    arm: ArmConfig,
-    group: Group,
     calls: Calls,
-    tables: Mapping[str, Table],
-    differences: Sequence[Difference],
+    differences: Differences,
     eos_token_ids: Sequence[int],
-) -> BenchArm:
-    table, plain = tables[arm.name], tables["plain"]
-    flat = [call for repeats in calls for call in repeats]
-    records = records_of(chain(*table))
-    gaps_s = [record.wall_s - record.draft_s - record.target_s for record in records]
-    memory = largest_memory(flat)
-    lengths = arm.draft_length
-    firsts = [row[0] for row in table if row[0] is not None]
-    ends = Counter(_finish(run, eos_token_ids) for run in firsts)
-    return BenchArm(
-        name=arm.name,
-        type=arm.type,
-        options=arm.options,
-        draft_length=None if lengths is None else {str(key): v for key, v in lengths.items()},
-        **arm_figures(
-            table,
-            plain,
-            waited=lambda run: run.ttft_s + run.decode_s,
-            ttft=lambda run: run.ttft_s,
-            wanted=(50, 90, 99),
-        ),
-        **_speed_vs_hf(table, tables["hf_generate"]),
-        **_throughput(flat, config.batch_size),
-        other_ms_per_step=1000 * median(gaps_s) if gaps_s else None,
-        peak_device_bytes=memory.peak_device_bytes,
-        cache_bytes=memory.cache_bytes,
-        domains=_domains(table, plain, tables["hf_generate"], group.requests),
-        per_prompt=_per_prompt(table, plain, eos_token_ids),
-        finish=Finish(eos=ends["eos"], length=ends["length"]),
-        mismatches=None if config.sampling.temperature > 0 else len(differences),
-        differences=[
-            PromptDifference(prompt=place, against=against, position=position, top2_gap=gap)
-            for place, against, position, gap in differences
-        ],
-        failures=[
-            PromptFailure(prompt=place, repeat=repeat, reason=reason)
-            for repeat, place, reason in sorted(_failures(calls))
-        ],
-        prompts=len(table),
-    )
-
-
-def _speed_vs_hf(table: Table, hf: Table) -> dict[str, Any]:
-    return total_speed("speedup_vs_hf", [decode_work(table)], [decode_work(hf)])
-
-
-def _prompt_info(request: Request) -> dict[str, Any]:
-    return {
-        "id": request.id,
-        "domain": request.domain,
-        "num_tokens": len(request.prompt),
-        "fingerprint": request.fingerprint,
-    }
-
-
-def _failures(calls: Calls) -> list[tuple[int, int, str]]:
-    """Repeat, place of the request, and reason of every failure."""
-    found, place = [], 0
-    for repeats in calls:
-        for repeat, call in enumerate(repeats):
-            found += [
-                (repeat, place + i, row) for i, row in enumerate(call.rows) if isinstance(row, str)
-            ]
-        place += len(repeats[0].rows)
-    return found
-
-
-def _throughput(calls: Sequence[Call], batch_size: int) -> dict[str, Any]:
-    """Tokens of all rows a second: over whole calls, prefills included, and while decoding.
-
-    Calls with a failed prompt are left out.
-    """
-    timed = [(call.runs, call.wall_s) for call in calls if call.wall_s]
-    tokens = sum(len(run.tokens) for runs, _ in timed for run in runs)
-    later = sum(len(run.tokens) - run.num_first for runs, _ in timed for run in runs)
-    decoding = sum(_decoding_s(runs, batch_size) for runs, _ in timed)
-    return {
-        "batch_tokens_per_s": tokens / sum(wall_s for _, wall_s in timed) if timed else None,
-        "batch_decode_tokens_per_s": later / decoding if decoding else None,
-    }
-
-
-def _decoding_s(runs: list[Run], batch_size: int) -> float:
-    """Seconds of a call's decode steps; without records, of its batches' first to last chunks."""
-    records = records_of(runs)
-    if records:
-        return step_times(records).wall
-    batches = [runs[first : first + batch_size] for first in range(0, len(runs), batch_size)]
-    return sum(max(run.decode_s for run in batch) for batch in batches)
-
-
-def _domains(
-    table: Table, plain: Table, hf: Table, requests: Sequence[Request]
-) -> dict[str, DomainFigures]:
-    """The headline of every domain, in the order in which they first appear."""
-    found = {}
-    for domain in dict.fromkeys(request.domain for request in requests):
-        rows = [place for place, request in enumerate(requests) if request.domain == domain]
-        ours, theirs, hfs = ([each[row] for row in rows] for each in (table, plain, hf))
-        found[domain] = DomainFigures(
-            prompts=len(rows), **headline(ours, theirs), **_speed_vs_hf(ours, hfs)
-        )
-    return found
-
-
-def _per_prompt(
-    table: Table, plain: Table, eos_token_ids: Sequence[int]
-) -> list[PromptFigures | None]:
-    """Figures of each prompt, sums over its repeats; None for one that always failed."""
-    found: list[PromptFigures | None] = []
-    for row, work, ratio in zip(
-        table, decode_work(table), paired_ratios(table, plain), strict=True
-    ):
-        runs = [run for run in row if run is not None]
-        if not runs:
-            found.append(None)
-            continue
-        stats = AcceptanceStats.from_records(records_of(runs))
-        found.append(
-            PromptFigures(
-                steps=stats.num_steps,
-                drafted=stats.num_drafted,
-                accepted=stats.num_accepted,
-                tokens=sum(len(run.tokens) for run in runs),
-                tau=stats.accepted_length if stats.num_steps else None,
-                decode_tokens=work and work.tokens,
-                decode_s=work and work.seconds,
-                decode_tokens_per_s=work and work.tokens / work.seconds,
-                speedup_vs_plain=ratio,
-                finish=_finish(runs[0], eos_token_ids),
+) -> list[models.BenchArm]:
+    """Figures of every arm; an answer that ends with no end-of-sequence id was cut."""
+    tables = {name: table_of(each) for name, each in calls.items()}
+    baselines = {"plain": tables["plain"], "hf": tables["hf_generate"]}
+    by_domain: dict[str, list[int]] = {}
+    for place, request in enumerate(group.requests):
+        by_domain.setdefault(request.domain, []).append(place)
+    arms = []
+    for arm in config.all_arms:
+        table, own = tables[arm.name], list(chain(*calls[arm.name]))
+        gaps_s = [one.wall_s - one.draft_s - one.target_s for one in records_of(chain(*table))]
+        ends = Counter(_finish(run, eos_token_ids) for run in runs_of(row[0] for row in table))
+        domains = {
+            domain: models.DomainFigures(
+                prompts=len(rows),
+                **speeds(
+                    [table[row] for row in rows],
+                    {name: [each[row] for row in rows] for name, each in baselines.items()},
+                ),
             )
+            for domain, rows in by_domain.items()
+        }
+        found = models.BenchArm(
+            **arm.model_dump(mode="json"),
+            **arm_figures(table, baselines, (50, 90, 99), has_queue=False),
+            **_throughput(own, config.batch_size),
+            other_ms_per_step=1000 * median(gaps_s) if gaps_s else None,
+            **largest_memory(own).model_dump(exclude={"peak_rss_bytes"}),
+            domains=domains,
+            per_prompt=_per_prompt(table, baselines["plain"], eos_token_ids),
+            finish=models.Finish(eos=ends["eos"], length=ends["length"]),
+            mismatches=None if config.sampling.temperature > 0 else len(differences[arm.name]),
+            differences=list(differences[arm.name]),
+            failures=_failures(table),
+            prompts=len(table),
         )
-    return found
+        arms.append(found)
+    return arms
 
 
 def _finish(run: Run, eos_token_ids: Sequence[int]) -> Literal["eos", "length"]:
     return "eos" if run.tokens[-1] in eos_token_ids else "length"
 
 
+def _throughput(calls: Iterable[Call], batch_size: int) -> dict[str, Any]:
+    """Tokens of all rows a second: over whole calls, prefills included, and while decoding.
+
+    Calls with a failed prompt are left out.
+    """
+    tokens, later, wall_s, decode_s = 0, 0, 0.0, 0.0
+    for call in (call for call in calls if call.wall_s):
+        runs, records = call.runs, records_of(call.runs)
+        # Without records, of transformers: from first to last chunks of its batches.
+        batches = [runs[first : first + batch_size] for first in range(0, len(runs), batch_size)]
+        waits = (max(run.decode_s for run in batch) for batch in batches)
+        decode_s += step_times(records).wall if records else sum(waits)
+        wall_s += call.wall_s or 0.0
+        tokens += sum(len(run.tokens) for run in runs)
+        later += sum(len(run.tokens) - run.num_first for run in runs)
+    return {
+        "batch_tokens_per_s": tokens / wall_s if wall_s else None,
+        "batch_decode_tokens_per_s": later / decode_s if decode_s else None,
+    }
+
+
+def _per_prompt(
+    table: Table, plain: Table, eos_token_ids: Sequence[int]
+) -> list[models.PromptFigures | None]:
+    """Figures of each prompt, sums over its repeats; None for one that always failed."""
+    found: list[models.PromptFigures | None] = []
+    ratios = paired_ratios(table, plain)
+    for row, work, ratio in zip(table, decode_work(table), ratios, strict=True):
+        runs, stats = runs_of(row), acceptance(row)
+        figures = runs and models.PromptFigures(
+            steps=stats.num_steps,
+            drafted=stats.num_drafted,
+            accepted=stats.num_accepted,
+            tokens=sum(len(run.tokens) for run in runs),
+            tau=stats.accepted_length if stats.num_steps else None,
+            decode_tokens=work and work.tokens,
+            decode_s=work and work.seconds,
+            decode_tokens_per_s=work and work.tokens / work.seconds,
+            speedup_vs_plain=ratio,
+            finish=_finish(runs[0], eos_token_ids),
+        )
+        found.append(figures or None)
+    return found
+
+
 # --- Suites ---
 
 
 def suite_group(
-    config: RunConfig,
-    group: Group,
-    calls: Mapping[str, Calls],
-    differences: Mapping[str, Sequence[Difference]],
-) -> GroupResults:
+    config: RunConfig, group: Group, calls: Calls, differences: Differences
+) -> models.GroupResults:
     """The requests of a group, and the figures of every arm."""
-    requests = [
-        RequestInfo(
-            **_prompt_info(request),
-            user=request.user,
-            max_new_tokens=request.max_new_tokens,
-            arrival_s=request.arrival_s,
-        )
-        for request in group.requests
-    ]
-    arms = [
-        _suite_arm(config, name, group, each, calls["plain"], differences[name])
-        for name, each in calls.items()
-    ]
-    return GroupResults(name=group.name, value=group.value, requests=requests, arms=arms)
-
-
-def _suite_arm(
-    config: RunConfig,
-    name: str,
-    group: Group,
-    calls: Calls,
-    plain: Calls,
-    differences: Sequence[Difference],
-) -> SuiteArm:
-    table, wanted = table_of(calls), (50, 95, 99)
-    runs = [run for row in table for run in row if run is not None]
-    flat = [call for repeats in calls for call in repeats]
     ids = [request.id for request in group.requests]
-    has_users = isinstance(config, SuiteConfig) and config.suite == "concurrent"
-    return SuiteArm(
-        name=name,
-        **arm_figures(
-            table,
-            table_of(plain),
-            waited=lambda run: run.waited_s,
-            ttft=lambda run: run.queue_s + run.ttft_s,
-            wanted=wanted,
-        ),
-        queue_s=over_requests(table, lambda run: run.queue_s, wanted),
-        latency_s=over_requests(table, lambda run: run.waited_s, wanted),
-        chunk_gap_s=percentiles([gap for run in runs for gap in run.gaps_s], wanted),
-        requests=len(table),
-        mismatches=None if config.sampling.temperature > 0 else len(differences),
-        differences=[
-            RequestDifference(request=ids[place], position=position, top2_gap=gap)
-            for place, _, position, gap in differences
-        ],
-        failures=[
-            RequestFailure(request=ids[place], repeat=repeat, reason=reason)
-            for repeat, place, reason in _failures(calls)
-        ],
-        memory=largest_memory(flat),
-        power=_power(flat),
-        load=load_figures(group.requests, calls[0], plain[0]) if has_users else None,
-    )
+    baselines, wanted = {"plain": table_of(calls["plain"])}, (50, 95, 99)
+    is_load = isinstance(config, ConcurrentConfig)
+    arms = []
+    for name, each in calls.items():
+        table, own = table_of(each), list(chain(*each))
+        gaps_s = [gap for run in runs_of(chain(*table)) for gap in run.gaps_s]
+        arm = models.SuiteArm(
+            name=name,
+            **arm_figures(table, baselines, wanted, has_queue=True),
+            queue_s=over_requests(table, lambda run: run.queue_s, wanted),
+            latency_s=over_requests(table, lambda run: run.waited_s, wanted),
+            chunk_gap_s=percentiles(gaps_s, wanted),
+            requests=len(table),
+            mismatches=None if config.sampling.temperature > 0 else len(differences[name]),
+            differences=[
+                models.RequestDifference(
+                    request=ids[one.prompt], position=one.position, top2_gap=one.top2_gap
+                )
+                for one in differences[name]
+            ],
+            failures=[
+                models.RequestFailure(request=ids[one.prompt], **one.model_dump(exclude={"prompt"}))
+                for one in _failures(table)
+            ],
+            memory=largest_memory(own),
+            power=_power(own),
+            load=load_figures(group.requests, each[0], calls["plain"][0]) if is_load else None,
+        )
+        arms.append(arm)
+    requests = [models.RequestInfo.model_validate(each) for each in group.requests]
+    return models.GroupResults(name=group.name, value=group.value, requests=requests, arms=arms)
 
 
-def _power(calls: Iterable[Call]) -> Power:
+def _power(calls: Iterable[Call]) -> models.Power:
     """Energy of the calls that were measured, over their seconds and over their tokens."""
     measured = [call for call in calls if call.energy_j is not None and call.wall_s]
     energy_j = sum(call.energy_j or 0.0 for call in measured)
     seconds = sum(call.wall_s or 0.0 for call in measured)
     tokens = sum(len(run.tokens) for call in measured for run in call.runs)
-    return Power(
+    return models.Power(
         energy_j=energy_j if measured else None,
         power_w=energy_j / seconds if measured else None,
         energy_j_per_token=energy_j / tokens if tokens else None,
@@ -346,15 +286,13 @@ def _power(calls: Iterable[Call]) -> Power:
 # --- What cannot be ---
 
 
-def faster_than_tau(results: BenchResults | SuiteResults) -> list[str]:
+def faster_than_tau(results: models.BenchResults | models.SuiteResults) -> list[str]:
     """Complaints about arms that were faster than their tau, which no drafter can be.
 
     A step costs at least what a step of plain decoding costs, so the speedup of rows that are
     decoded one at a time is at most tau. (In a batch rows that end early leave the others a
     cheaper one.) Intervals over prompts and a tenth of the speedup are put down to noise.
     """
-    if results.provenance.config.rows > 1:
-        return []
     return [
         f"the arm {arm.name!r}{place} is {arm.speedup_vs_plain:.2f} times as fast as plain "
         f"decoding (at least {low:.2f}) but accepts only {arm.tau:.2f} tokens a step (at most "
@@ -362,7 +300,8 @@ def faster_than_tau(results: BenchResults | SuiteResults) -> list[str]:
         "ran; measure again in a new folder with nothing else running"
         for place, arms in results.parts
         for arm in arms
-        if arm.tau_ci
+        if results.provenance.config.rows == 1
+        and arm.tau_ci
         and arm.speedup_vs_plain_ci
         and getattr(arm, f"{results.NOUN}s") >= MIN_PROMPTS
         and (low := arm.speedup_vs_plain_ci[0]) > (1 + NOISE) * arm.tau_ci[1]

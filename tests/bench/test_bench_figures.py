@@ -3,16 +3,16 @@
 import pytest
 
 from specdec.bench.config import ArmConfig, BenchConfig, ConcurrentConfig, SingleTurnConfig
-from specdec.bench.load import load_figures
-from specdec.bench.results import BenchResults
+from specdec.bench.figures import load_figures
+from specdec.bench.measure import Call, Run
+from specdec.bench.results import BenchResults, Memory
 from specdec.bench.runner import check_results
-from specdec.bench.store import Call, Peaks, Run
 from specdec.bench.summary import bench_arms, faster_than_tau, suite_group
 from specdec.bench.workloads import Group, Request
 from specdec.common.stats import jain_index, percentiles, worst_over_mean
 from specdec.engine.metrics import StepRecord
 
-NO_MEMORY = Peaks(0, None, None)
+NO_MEMORY = Memory(peak_rss_bytes=0, peak_device_bytes=None, cache_bytes=None)
 
 
 def request(name, user=0, domain="maths"):
@@ -134,7 +134,7 @@ def test_arm_faster_than_its_tau_fails_the_run(low, tau, high, prompts, batch_si
     }
     arm = bench_arm(ONCE).model_copy(update=changes)
     where = provenance(batch_size=batch_size)
-    results = BenchResults(provenance=where, memory=vars(NO_MEMORY), arms=[arm])
+    results = BenchResults(provenance=where, memory=NO_MEMORY, arms=[arm])
     said = faster_than_tau(results)
     assert len(said) == fails
     if fails:

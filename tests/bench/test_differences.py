@@ -10,15 +10,14 @@ from typer.testing import CliRunner
 
 from specdec import generate_baseline, load_target
 from specdec.bench.arms import HFArm
-from specdec.bench.config import SamplingOptions
-from specdec.bench.differences import find_differences
-from specdec.bench.store import Run
+from specdec.bench.config import BenchConfig, SamplingOptions
+from specdec.bench.measure import Run
+from specdec.bench.summary import find_differences
 from specdec.bench.workloads import Request
 from specdec.cli import app
 
 IDS = [[3, 4, 5], [8, 9]]
 REQUESTS = [Request(str(i), "", ids, 8, 0) for i, ids in enumerate(IDS)]
-BASELINES = ("plain", "hf_generate")
 
 
 def compare(change, **settings):
@@ -28,7 +27,7 @@ def compare(change, **settings):
     runs = [[Run(row.tokens, 1, 0.1, 0.1)] for row in rows]
     changed = [[Run(change(i, run.tokens), 1, 0.1, 0.1)] for i, (run,) in enumerate(runs)]
     tables = {"plain": runs, "hf_generate": runs, "ngram": changed}
-    found = find_differences(REQUESTS, tables, BASELINES, sampling, target)
+    found = find_differences(REQUESTS, tables, BenchConfig(sampling=sampling), target)
     assert found["plain"] == found["hf_generate"] == []
     return target, [row.tokens for row in rows], found["ngram"]
 
@@ -42,7 +41,7 @@ def test_difference_names_place_and_logit_gap():
         return tokens if index == 0 else [*tokens[:5], (tokens[5] + 1) % 97, *tokens[6:]]
 
     target, tokens, (difference,) = compare(change)
-    assert difference[:3] == (1, "plain", 5)
+    assert (difference.prompt, difference.against, difference.position) == (1, "plain", 5)
     with torch.no_grad():
         logits = target.model(torch.tensor([IDS[1] + tokens[1][:5]])).logits[0, -1]
     best = logits.topk(2).values
@@ -51,7 +50,7 @@ def test_difference_names_place_and_logit_gap():
 
 def test_output_that_ends_early_differs_where_it_ends():
     found = compare(lambda i, tokens: tokens[: 3 + i])[2]
-    assert [(each.request, each.position) for each in found] == [(0, 3), (1, 4)]
+    assert [(each.prompt, each.position) for each in found] == [(0, 3), (1, 4)]
 
 
 def test_gap_is_of_the_penalized_logits():
@@ -76,7 +75,7 @@ def test_differences_fail_the_run_in_float32_alone(tmp_path, monkeypatch, dtype,
         "max_new_tokens: 6\nrepeats: 1\nthreads: 1\n"
     )
     cut = HFArm._cut
-    monkeypatch.setattr(HFArm, "_cut", lambda self, tokens: [*cut(self, tokens)[:4], 1, 2])
+    monkeypatch.setattr(HFArm, "_cut", lambda *given: [*cut(*given)[:4], 1, 2])
     arguments = ["bench", str(tmp_path / "bench.yaml"), "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == status, done.stderr

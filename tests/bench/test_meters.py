@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from specdec.bench import meters
-from specdec.bench.meters import PowerMeter, peak_rss_bytes, read_peaks, reset_peaks
-from specdec.bench.store import Peaks
+from specdec.bench import measure
+from specdec.bench.measure import PowerMeter, peak_rss_bytes, read_peaks, reset_peaks
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -38,6 +37,7 @@ def fake_nvml(monkeypatch, energy_mj=(), power_mw=(), has_device=True):
         return f"handle of {uuid}"
 
     nvml = SimpleNamespace(
+        __spec__=True,
         NVMLError=NVMLError,
         nvmlInit=lambda: None,
         nvmlDeviceGetHandleByUUID=handle,
@@ -53,13 +53,13 @@ def fake_nvml(monkeypatch, energy_mj=(), power_mw=(), has_device=True):
 def clock(monkeypatch):
     clock = SimpleNamespace(now=100.0)
     clock.perf_counter = lambda: clock.now
-    monkeypatch.setattr("specdec.bench.meters.time", clock)
+    monkeypatch.setattr("specdec.bench.measure.time", clock)
     return clock
 
 
 def test_energy_is_the_counter_s_difference(monkeypatch, clock):
-    # One reading to see whether there is a counter, one at creation, one at each start and stop.
-    fake_nvml(monkeypatch, energy_mj=[1000, 1000, 5000, 25_000])
+    # One reading at creation, one at each start and stop.
+    fake_nvml(monkeypatch, energy_mj=[1000, 5000, 25_000])
     meter = PowerMeter(CUDA)
     meter.start()
     clock.now += 4
@@ -93,7 +93,7 @@ def test_nothing_is_measured_without_nvml_or_gpu(monkeypatch):
     assert PowerMeter(CPU).stop() is None
 
 
-@pytest.mark.skipif(not meters._RESET.exists(), reason="only Linux lets a peak be set back")
+@pytest.mark.skipif(not measure._RESET.exists(), reason="only Linux lets a peak be set back")
 def test_peak_is_the_call_s_own():
     peaks = []
     for size in (50_000_000, 1):  # 200 MB, gone at once
@@ -104,6 +104,6 @@ def test_peak_is_the_call_s_own():
 
 
 def test_peak_is_the_process_s_where_no_other_is_told(monkeypatch, tmp_path):
-    monkeypatch.setattr(meters, "_RESET", tmp_path / "none" / "clear_refs")
-    monkeypatch.setattr(meters, "_STATUS", tmp_path / "none" / "status")
-    assert read_peaks(CPU, 7) == Peaks(peak_rss_bytes(), None, 7)
+    monkeypatch.setattr(measure, "_RESET", tmp_path / "none" / "clear_refs")
+    monkeypatch.setattr(measure, "_STATUS", tmp_path / "none" / "status")
+    assert read_peaks(CPU, 7).peak_rss_bytes == peak_rss_bytes()

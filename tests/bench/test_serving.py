@@ -85,7 +85,7 @@ class BusyEngine:
             queue_s=0.5,
             records=[],
             finish_reason=reason,
-            error="no memory",
+            error="no memory" if index == 1 else "",
         )
 
 

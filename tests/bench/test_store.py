@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from specdec.bench.store import Call, Peaks, Run, Store
+from specdec.bench.measure import Call, Run
+from specdec.bench.results import Memory
+from specdec.bench.runner import Key, Store
 from specdec.engine.metrics import StepRecord
 
 TARGET = {"hidden_size": 8, "facts": {"vocab_size": 9}}
@@ -19,7 +21,7 @@ def run(num_steps):
 
 def call(*rows):
     return Call(
-        list(rows), 1.5, Peaks(peak_rss_bytes=9, peak_device_bytes=None, cache_bytes=4), 2.5
+        list(rows), 1.5, Memory(peak_rss_bytes=9, peak_device_bytes=None, cache_bytes=4), 2.5
     )
 
 
@@ -27,7 +29,7 @@ def stored(folder, *calls):
     """A folder with these calls; returns its file and its lines."""
     with Store(folder, IDENTITY, {"date": "first"}) as store:
         for number, each in enumerate(calls):
-            store.add((0, number, "model"), each)
+            store.add(Key(0, number, "model"), each)
     path = folder / "records.jsonl"
     return path, path.read_bytes().splitlines(keepends=True)
 
@@ -48,7 +50,7 @@ def test_provenance_is_of_the_last_start_that_measured(tmp_path):
     store = reopened(tmp_path)
     assert store.provenance == {"date": "first"}
     with Store(tmp_path, IDENTITY, {"date": "third"}) as store:
-        store.add((0, 1, "model"), call(run(1)))
+        store.add(Key(0, 1, "model"), call(run(1)))
     assert store.provenance == reopened(tmp_path).provenance == {"date": "third"}
 
 
@@ -68,7 +70,7 @@ def test_damaged_call_alone_is_decoded_again(tmp_path, damage):
     path.write_bytes(b"".join([*lines[:3], damage(lines[3])]))
     assert set(reopened(tmp_path).done) == {(0, 0, "model")}
     with Store(tmp_path, IDENTITY, {}) as store:
-        store.add((0, 1, "model"), call(run(3)))
+        store.add(Key(0, 1, "model"), call(run(3)))
     assert set(reopened(tmp_path).done) == {(0, 0, "model"), (0, 1, "model")}
 
 
@@ -78,7 +80,7 @@ def test_folder_of_another_run_is_refused(tmp_path):
     with Store(
         tmp_path, other, {"date": ""}
     ) as store:  # nothing was measured, so any run may take it
-        store.add((0, 0, "plain"), call(run(1)))
+        store.add(Key(0, 0, "plain"), call(run(1)))
     with pytest.raises(
         ValueError, match=r"config.repeats is 2 there, not 1; device is 'A GPU' there, not 'cpu'"
     ):

@@ -215,4 +215,4 @@ def test_list_shows_cells_and_runs_nothing(path, tmp_path):
 def test_bad_grid_is_bad_input(path, tmp_path):
     done = command(path, "grid.batchsize=[1]", "--out", str(tmp_path / "out"))
     assert done.exit_code == 2
-    assert "did you mean grid.batch_size?" in done.stderr
+    assert "did you mean batch_size?" in done.stderr

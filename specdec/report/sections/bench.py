@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from specdec.bench.grid import in_words, short_names
+from specdec.bench.config import in_words, short_names
 from specdec.bench.results import BenchArm, BenchResults, SweepResults
 from specdec.report.breakdown import PARTS, Breakdown, break_down, explain_speedup
 from specdec.report.document import Section
