@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-from specdec.engine.clock import ForwardClock
+from specdec.engine.metrics import ForwardClock
 from specdec.verify import Draft
 
 DOCS = Path(__file__).parents[1] / "docs" / "models.md"

@@ -1,5 +1,8 @@
 """Arguments of callers are taken in every plain form, or refused by name at the edge."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -182,3 +185,20 @@ def test_wrong_draft_length_answer_is_refused(target):
     for answer in (-1, True, 2.5, "3"):
         with pytest.raises(ValueError, match="draft_length chose"):
             generate(target, "ngram", "Hi", draft_length=Answers(answer))
+
+
+BLOCK = r"```python\n(.*?)```"
+DOCS = Path(__file__).parent.parent / "docs"
+EXAMPLES = [
+    pytest.param(block, expected, id=f"{page} {number}")
+    for page, outputs in (("engine", ["length"]), ("verify", ["tensor([[", "engine: passed"]))
+    for number, (block, expected) in enumerate(
+        zip(re.findall(BLOCK, (DOCS / f"{page}.md").read_text(), re.S), outputs, strict=True)
+    )
+]
+
+
+@pytest.mark.parametrize(("block", "expected"), EXAMPLES)
+def test_example_of_a_manual_runs(block, expected, capsys):
+    exec(compile(block, "example", "exec"), {})
+    assert expected in capsys.readouterr().out

@@ -1,7 +1,6 @@
 """The engine: requests that come at any time, order, memory, cancelling."""
 
 import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -236,11 +235,3 @@ def test_overdue_requests_end_and_others_go_on(target):
     results = [engine.result(index) for index in (late, waits, other)]
     assert [result.finish_reason for result in results] == ["time", "time", "length"]
     assert [len(result.tokens) for result in results] == [1, 0, 5]
-
-
-def test_example_of_the_documentation_runs(capsys):
-    text = (Path(__file__).parent.parent / "docs/engine.md").read_text()
-    names = {}
-    exec(text.split("```python\n")[1].split("```")[0], names)
-    assert len(names["result"].tokens) == 16
-    assert "length" in capsys.readouterr().out

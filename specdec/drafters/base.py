@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from specdec.engine.clock import ForwardClock
 from specdec.engine.interfaces import Prompts, TargetOutput
+from specdec.engine.metrics import ForwardClock
 from specdec.sampling.sampler import Sampler
 from specdec.verify import Draft, Verdict
 from specdec.verify.tree import StaticTree

@@ -28,9 +28,9 @@ from specdec.drafters.tree_growth import (
     TreeShape,
     child_scores,
 )
-from specdec.engine.clock import ForwardClock
 from specdec.engine.interfaces import Prompts, TargetOutput
 from specdec.engine.kv_cache import SlotCache
+from specdec.engine.metrics import ForwardClock
 from specdec.sampling.sampler import Sampler
 from specdec.targets.attention import Masks
 from specdec.verify import Draft, Verdict

@@ -22,8 +22,8 @@ from specdec.drafters.tree_growth import (
     child_scores,
     guessed_acceptance,
 )
-from specdec.engine.clock import ForwardClock
 from specdec.engine.interfaces import Prompts, TargetOutput
+from specdec.engine.metrics import ForwardClock
 from specdec.sampling.sampler import Sampler
 from specdec.verify import Draft, Verdict, best_static_tree
 

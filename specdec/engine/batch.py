@@ -3,66 +3,27 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from specdec.common.arguments import fit
-from specdec.engine.clock import ForwardClock
 from specdec.engine.draft_length import DraftLength
 from specdec.engine.interfaces import Drafter, HoldsCache, Target, cache_owners, release
-from specdec.engine.metrics import StepRecord
+from specdec.engine.metrics import ForwardClock, StepRecord
 from specdec.engine.request import Request
 from specdec.registry import is_registered
 from specdec.sampling.randomness import row_exponentials, row_uniforms
 from specdec.sampling.sampler import Sampler, sample
 from specdec.verify import Draft, Rule, Verdict, get_rule, match, verify
-from specdec.verify.checks import Fault, check_draft, draft_faults, refuse
+from specdec.verify.checks import Fault, check_shapes, draft_faults, refuse
 from specdec.verify.tree import node_depths
 
 # Streams of the per-row randomness; drafters take theirs from 16 upwards.
 UNIFORM_STREAM, NOISE_STREAM = 0, 1
-# The rule under which the loop samples every node itself.
-MATCH = "match"
 BUDGET = "no more nodes may be drafted than the row's budget"
-
-
-@dataclass(frozen=True)
-class HostStep:
-    """The values of a step that the host needs, one entry a row.
-
-    Attributes:
-        tokens: new tokens of the verdict; none in a row that is not finite.
-        num_accepted: draft tokens among them.
-        num_drafted: nodes of the draft.
-        depth_tested: levels that were judged.
-        is_finite: all logits that were looked at are numbers.
-    """
-
-    tokens: list[list[int]]
-    num_accepted: list[int]
-    num_drafted: list[int]
-    depth_tested: list[int]
-    is_finite: list[bool]
-
-    @classmethod
-    def fetch(cls, verdict: Verdict, draft: Draft, is_finite: Tensor) -> "HostStep":
-        """Bring the values to the host, with the one synchronization of a step."""
-        if draft.parents is None or not draft.num_nodes:
-            depth_tested = verdict.tested.sum(1)
-        else:
-            depth_tested = (node_depths(draft.parents, draft.depth) * verdict.tested).amax(1)
-        counts = [verdict.num_accepted, draft.lengths, depth_tested, is_finite]
-        values = torch.cat([torch.stack(counts, 1), verdict.tokens], 1).tolist()
-        return cls(
-            tokens=[row[4 : 5 + row[0]] if row[3] else [] for row in values],
-            num_accepted=[row[0] for row in values],
-            num_drafted=[row[1] for row in values],
-            depth_tested=[row[2] for row in values],
-            is_finite=[bool(row[3]) for row in values],
-        )
 
 
 class Batch:
@@ -87,9 +48,9 @@ class Batch:
         draft_length: DraftLength | None = None,
         check: bool = False,
     ) -> None:
-        self.target, self.drafter = target, drafter
-        self.rule = MATCH if get_rule(rule).judge is None else rule
-        self.draft_length = draft_length
+        self.target, self.drafter, self.draft_length = target, drafter, draft_length
+        self.rule = get_rule(rule)
+        self._samples_nodes = self.rule.judge is None  # rule "match": the loop draws every token
         self.taps = drafter.taps if drafter else ()
         self._checks_drafts = drafter is not None and (check or not is_registered(drafter))
         self.owners = cache_owners(target, drafter)
@@ -110,40 +71,35 @@ class Batch:
         """
         started = time.perf_counter()
         cached = [[*row.prompt, *row.tokens[:-1]] for row in requests]
-        is_running = bool(self.rows)
+        joins, device = bool(self.rows), self.target.device
         sampler = self._make_sampler(requests)
-        output = self.target.prefill(cached, self.taps, join=is_running)
-        num_committed = torch.tensor([len(tokens) for tokens in cached], device=self.target.device)
-        scores = sampler.scores(output.logits)[:, 0]
+        output = self.target.prefill(cached, self.taps, join=joins)
+        num_committed = torch.tensor([len(tokens) for tokens in cached], device=device)
+        scores = sampler.scores(output.logits)
+        if sampler.is_greedy:
+            drawn = scores[:, 0].argmax(-1)
+        else:
+            noise = self._noise(sampler.seeds, num_committed)
+            drawn = sample(sampler.probs(scores)[:, 0], noise)
         last = [row.tokens[-1] if row.tokens else -1 for row in requests]
-        known = torch.tensor(last, device=self.target.device)
-        new = self._draw(sampler, scores, num_committed).masked_fill(known >= 0, -1)
+        known = torch.tensor(last, device=device)
+        new = drawn.masked_fill(known >= 0, -1)
         root = torch.maximum(new, known)
-        tokens, is_finite = torch.stack([root, scores.amax(-1).isfinite().long()]).tolist()
-        _fail_not_finite(requests, is_finite)
+        is_finite = scores[:, 0].amax(-1).isfinite().long()
+        tokens, healthy = torch.stack([root, is_finite]).tolist()
+        _fail_not_finite(requests, healthy)
         sampler.observe(new.unsqueeze(1))
         if self.drafter:
             begun = [[*before, token] for before, token in zip(cached, tokens, strict=True)]
-            self.drafter.begin(begun, output, sampler, join=is_running)
+            self.drafter.begin(begun, output, sampler, join=joins)
             self.drafter.clock.take()
         self.target.clock.take()
         for row, token in zip(requests, tokens, strict=True):
             row.started = row.started or started
             if not row.error and not row.tokens:
                 row.accept([token])
-        self._join(requests, sampler, root, num_committed + 1)
-
-    def _draw(self, sampler: Sampler, scores: Tensor, num_committed: Tensor) -> Tensor:
-        """Draw a token [B] behind every row, from scores [B, V]."""
-        if sampler.is_greedy:
-            return scores.argmax(-1)
-        probs = sampler.probs(scores.unsqueeze(1))[:, 0]
-        return sample(probs, self._noise(sampler.seeds, num_committed))
-
-    def _join(
-        self, requests: list[Request], sampler: Sampler, root: Tensor, num_committed: Tensor
-    ) -> None:
-        if self.rows:
+        num_committed = num_committed + 1
+        if joins:
             sampler = self._make_sampler([*self.rows, *requests])
             root = torch.cat([self.root, root])
             num_committed = torch.cat([self.num_committed, num_committed])
@@ -154,7 +110,7 @@ class Batch:
         """Build the sampler of these rows, with what they have emitted so far."""
         target = self.target
         configs, prompts = [row.sampling for row in rows], [row.prompt for row in rows]
-        shared = NOISE_STREAM if self.rule == MATCH else None
+        shared = NOISE_STREAM if self._samples_nodes else None
         sampler = Sampler(
             configs, target.vocab_size, target.device, prompts, target.eos_token_ids, shared
         )
@@ -170,51 +126,47 @@ class Batch:
         draft, faults, is_valid = self._propose()
         output = self.target.score(self.root, draft, self.taps)
         with self._verify_clock.forward():
-            verdict, is_finite = self._judge(output.logits, draft)
-            is_healthy = is_finite if is_valid is None else is_finite & is_valid
-            host = HostStep.fetch(verdict, draft, is_healthy)
-        if faults and not all(host.is_finite):
+            verdict, is_healthy = self._judge(output.logits, draft)
+            if is_valid is not None:
+                is_healthy = is_healthy & is_valid
+            counts, tokens = _to_host(verdict, draft, is_healthy)
+        if faults and not all(counts["is_healthy"]):
             with self._blaming_the_drafter():
-                refuse(faults, get_rule(self.rule).name)
-        _fail_not_finite(self.rows, host.is_finite)
+                refuse(faults, self.rule.name)
+        _fail_not_finite(self.rows, counts["is_healthy"])
         drafting_s = self.drafter.clock.take() if self.drafter else 0.0
         with self._commit_clock.forward():
-            self.target.commit(verdict, host.num_accepted)
+            self.target.commit(verdict, counts["num_accepted"])
             self.sampler.observe(verdict.tokens)
             if self.drafter:
-                self.drafter.observe(verdict, host.tokens, output.hidden)
+                self.drafter.observe(verdict, tokens, output.hidden)
             self.root = verdict.tokens.gather(1, verdict.num_accepted.unsqueeze(1)).squeeze(1)
             self.num_committed = self.num_committed + verdict.num_accepted + 1
         observing_s = self.drafter.clock.take() if self.drafter else 0.0
-        self._record(
-            host,
-            [row.accept(new) for row, new in zip(self.rows, host.tokens, strict=True)],
-            draft_s=drafting_s + observing_s,
-            target_s=self.target.clock.take(),
-            verify_s=self._verify_clock.take(),
+        kept = [row.accept(new) for row, new in zip(self.rows, tokens, strict=True)]
+        times = {
+            "draft_s": drafting_s + observing_s,
+            "target_s": self.target.clock.take(),
+            "verify_s": self._verify_clock.take(),
             # The drafter's forwards in `observe` are drafting.
-            commit_s=max(0.0, self._commit_clock.take_completed() - observing_s),
-            wall_s=time.perf_counter() - started,
-        )
-
-    def _record(self, host: HostStep, kept: list[int], **times: float) -> None:
-        """Add a record of the step to every healthy row, and let the draft length learn."""
+            "commit_s": max(0.0, self._commit_clock.take(wait=False) - observing_s),
+            "wall_s": time.perf_counter() - started,
+        }
         records = []
         for i, row in enumerate(self.rows):
-            if row.error:
-                continue
-            record = StepRecord(
-                prompt=row.index,
-                step=len(row.records),
-                batch_size=len(self.rows),
-                num_drafted=host.num_drafted[i],
-                num_accepted=kept[i] - 1,
-                depth_tested=max(host.depth_tested[i], kept[i] - 1),
-                num_emitted=kept[i],
-                **times,
-            )
-            row.records.append(record)
-            records.append(record)
+            if not row.error:
+                record = StepRecord(
+                    prompt=row.index,
+                    step=len(row.records),
+                    batch_size=len(self.rows),
+                    num_drafted=counts["num_drafted"][i],
+                    num_accepted=kept[i] - 1,
+                    depth_tested=max(counts["depth_tested"][i], kept[i] - 1),
+                    num_emitted=kept[i],
+                    **times,
+                )
+                row.records.append(record)
+                records.append(record)
         if self.draft_length and records:
             self.draft_length.learn(records)
 
@@ -244,7 +196,7 @@ class Batch:
         The faults are told once the step's one synchronization has shown that there is one.
         """
         vocab_size, device = self.target.vocab_size, self.target.device
-        check_draft(draft, len(self.rows), vocab_size, device, get_rule(self.rule).name)
+        check_shapes(draft, self.rule.name, len(self.rows), vocab_size, device)
         if draft.num_nodes > drafter.max_nodes:
             raise ValueError(f"it has {draft.num_nodes} nodes but max_nodes is {drafter.max_nodes}")
         if draft.parents is not None and not drafter.makes_trees:
@@ -278,33 +230,26 @@ class Batch:
         if self.sampler.is_greedy:
             return match(likeliest, draft), is_finite
         probs = self.sampler.probs(scores)
-        if self.rule == MATCH:
-            return match(sample(probs, self._noise_by_node(draft)), draft), is_finite
         seeds, counters = self.sampler.seeds, self.num_committed
-        verdict = verify(
-            probs,
-            draft,
-            rule=self.rule,
-            uniforms=row_uniforms(seeds, counters, UNIFORM_STREAM, draft.num_nodes),
-            noise=self._noise(seeds, counters),
-            check=False,
-        )
-        return verdict, is_finite
+        if not self._samples_nodes:
+            uniforms = row_uniforms(seeds, counters, UNIFORM_STREAM, draft.num_nodes)
+            noise = self._noise(seeds, counters)
+            verdict = verify(
+                probs, draft, rule=self.rule, uniforms=uniforms, noise=noise, check=False
+            )
+            return verdict, is_finite
+        # Noise by position [B, N + 1, V], so that a token's draw ignores the draft.
+        if draft.parents is None:
+            depths = rows[1:].expand(draft.batch_size, -1)
+        else:
+            depths = node_depths(draft.explicit_parents(), draft.depth)
+        positions = counters.unsqueeze(1) + pad(depths, (1, 0))
+        seeds = seeds.unsqueeze(1).expand_as(positions)
+        noise = self._noise(seeds.flatten(), positions.flatten()).view_as(probs)
+        return match(sample(probs, noise), draft), is_finite
 
     def _noise(self, seeds: Tensor, counters: Tensor) -> Tensor:
         return row_exponentials(seeds, counters, NOISE_STREAM, self.target.vocab_size)
-
-    def _noise_by_node(self, draft: Draft) -> Tensor:
-        """Draw noise [B, N + 1, V] by position, so that a token's draw ignores the draft."""
-        if draft.parents is None:
-            depths = torch.arange(draft.num_nodes, device=self.root.device) + 1
-            depths = depths.expand(draft.batch_size, -1)
-        else:
-            depths = node_depths(draft.explicit_parents(), draft.depth)
-        positions = self.num_committed.unsqueeze(1) + pad(depths, (1, 0))  # [B, N + 1]
-        seeds = self.sampler.seeds.unsqueeze(1).expand_as(positions)
-        noise = self._noise(seeds.flatten(), positions.flatten())
-        return noise.view(*positions.shape, -1)
 
     def clear(self) -> None:
         """Drop all rows; those admitted next begin a new batch, whatever state caches are in."""
@@ -331,6 +276,27 @@ class Batch:
         if self.drafter:
             self.drafter.reorder(rows)
         self.root, self.num_committed = self.root[rows], self.num_committed[rows]
+
+
+def _to_host(
+    verdict: Verdict, draft: Draft, is_healthy: Tensor
+) -> tuple[dict[str, list[int]], list[list[int]]]:
+    """Bring counts and new tokens of every row to the host, a step's one synchronization."""
+    if draft.parents is None or not draft.num_nodes:
+        depth_tested = verdict.tested.sum(1)
+    else:
+        depth_tested = (node_depths(draft.parents, draft.depth) * verdict.tested).amax(1)
+    counts = {
+        "num_accepted": verdict.num_accepted,
+        "num_drafted": draft.lengths,
+        "depth_tested": depth_tested,
+        "is_healthy": is_healthy,
+    }
+    values = torch.cat([torch.stack([*counts.values()], 1), verdict.tokens], 1).tolist()
+    columns = zip(*(row[: len(counts)] for row in values), strict=True)
+    host = {name: list(column) for name, column in zip(counts, columns, strict=True)}
+    # A row that is not healthy has no tokens.
+    return host, [row[4 : 5 + row[0]] if row[3] else [] for row in values]
 
 
 def _fail_not_finite(rows: list[Request], is_finite: Sequence[int]) -> None:

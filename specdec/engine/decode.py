@@ -18,14 +18,53 @@ from specdec.verify import Rule
 __all__ = ["Chunk", "Stream", "generate", "generate_baseline", "stream"]
 
 Settings = SamplingConfig | Mapping[str, Any] | None
-Sampling = Settings | Sequence[Settings]
 
 
 def generate(
     target: Target | str,
     drafter: Drafter | Mapping[str, Any] | str | None,
     prompts: Prompt | Sequence[Prompt],
-    sampling: Sampling = None,
+    sampling: Settings | Sequence[Settings] = None,
+    **options: Any,
+) -> list[Result]:
+    """Decode prompts speculatively to their ends; arguments and errors as in `stream`.
+
+    The output follows the target's own distribution. KeyboardInterrupt ends the call early and
+    returns what there is.
+
+    Returns:
+        One result per prompt, in order.
+
+    Raises:
+        FloatingPointError: the target's logits are not finite.
+
+    Source: Leviathan et al. 2022, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318.
+    """
+    run = stream(target, drafter, prompts, sampling, **options)
+    try:
+        for _ in run.steps():
+            pass
+    except KeyboardInterrupt:
+        pass  # unfinished rows say "interrupted"
+    return run.results()
+
+
+def generate_baseline(
+    target: Target | str,
+    prompts: Prompt | Sequence[Prompt],
+    sampling: Settings | Sequence[Settings] = None,
+    **options: Any,
+) -> list[Result]:
+    """Decode plainly, one token per forward, in the same loop; arguments as in `generate`."""
+    return generate(target, None, prompts, sampling, **options)
+
+
+@checked
+def stream(
+    target: Target | str,
+    drafter: Drafter | Mapping[str, Any] | str | None,
+    prompts: Prompt | Sequence[Prompt],
+    sampling: Settings | Sequence[Settings] = None,
     *,
     max_new_tokens: int | Sequence[int] = 128,
     stop: str | Sequence[str] | None = None,
@@ -34,14 +73,13 @@ def generate(
     rule: str | Rule = "token",
     draft_length: DraftLengths = None,
     check: bool = False,
-) -> list[Result]:
-    """Decode prompts speculatively; the output follows the target's own distribution.
+) -> "Stream":
+    """Decode prompts speculatively, and yield `Chunk`s as they come.
 
     A row's output depends on its prompt, its sampling settings and its seed, not on its batch;
     with a `draft_length` that follows the batch (`Schedule`) or other rows (`OnlineController`)
     this holds at temperature 0 and for the rule "match" alone: elsewhere the tokens drawn depend
     on the batch too, and only their distribution does not.
-    KeyboardInterrupt ends the call early and returns what there is.
 
     Args:
         target: the model whose distribution is kept; a string is loaded by `load_target`.
@@ -67,79 +105,12 @@ def generate(
             `OnlineController` learns it.
         check: also check every draft of a registered drafter; those of others always are.
 
-    Returns:
-        One result per prompt, in order.
-
     Raises:
         ValueError: a prompt, an option or a combination that cannot work, by name.
         TypeError: an argument of a wrong kind, by name.
-        FloatingPointError: the target's logits are not finite.
-        RuntimeError: another loop has rows on this target or drafter.
-
-    Source: Leviathan et al. 2022, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318.
+        FloatingPointError: the target's logits are not finite; while it decodes.
+        RuntimeError: another loop has rows on this target or drafter; while it decodes.
     """
-    run = stream(
-        target,
-        drafter,
-        prompts,
-        sampling,
-        max_new_tokens=max_new_tokens,
-        stop=stop,
-        max_time_s=max_time_s,
-        batch_size=batch_size,
-        rule=rule,
-        draft_length=draft_length,
-        check=check,
-    )
-    try:
-        for _ in run.steps():
-            pass
-    except KeyboardInterrupt:
-        pass  # unfinished rows say "interrupted"
-    return run.results()
-
-
-def generate_baseline(
-    target: Target | str,
-    prompts: Prompt | Sequence[Prompt],
-    sampling: Sampling = None,
-    *,
-    max_new_tokens: int | Sequence[int] = 128,
-    stop: str | Sequence[str] | None = None,
-    max_time_s: float | None = None,
-    batch_size: int | None = None,
-    rule: str | Rule = "token",
-) -> list[Result]:
-    """Decode plainly, one token per forward, in the same loop; arguments as in `generate`."""
-    return generate(
-        target,
-        None,
-        prompts,
-        sampling,
-        max_new_tokens=max_new_tokens,
-        stop=stop,
-        max_time_s=max_time_s,
-        batch_size=batch_size,
-        rule=rule,
-    )
-
-
-@checked
-def stream(
-    target: Target | str,
-    drafter: Drafter | Mapping[str, Any] | str | None,
-    prompts: Prompt | Sequence[Prompt],
-    sampling: Sampling = None,
-    *,
-    max_new_tokens: int | Sequence[int] = 128,
-    stop: str | Sequence[str] | None = None,
-    max_time_s: float | None = None,
-    batch_size: int | None = None,
-    rule: str | Rule = "token",
-    draft_length: DraftLengths = None,
-    check: bool = False,
-) -> "Stream":
-    """Decode as `generate` does, with the same arguments and errors, and yield `Chunk`s."""
     target, rows = resolve_target(target), split_prompts(prompts)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size} but must be at least 1")
@@ -169,8 +140,7 @@ def _one_each(name: str, given: Any, num_prompts: int) -> list[Any]:
         return [given] * num_prompts
     if len(given) != num_prompts:
         raise ValueError(
-            f"{name} has {len(given)} entries for {num_prompts} prompts; give one for all or one "
-            "for each"
+            f"{name} has {len(given)} entries for {num_prompts} prompts; give one or one for each"
         )
     return list(given)
 

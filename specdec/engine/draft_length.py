@@ -1,7 +1,6 @@
 """How many nodes the next step may draft: by a schedule, or learned as decoding goes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil, log2
 from typing import Any, Protocol
@@ -48,18 +47,17 @@ class Schedule:
     """
 
     def __init__(self, nodes: Mapping[int, int | None]) -> None:
-        nodes = fit("nodes", nodes, Mapping[Any, Any])
-        if 1 not in nodes:
-            raise ValueError(f"nodes is {dict(nodes)} but needs an entry for batch size 1; add it")
-        for batch_size, count in nodes.items():
-            if fit("batch size", batch_size, int) < 1:
-                raise ValueError(f"batch size {batch_size!r} must be a whole number of at least 1")
-            if (fit(f"nodes for batch size {batch_size}", count, int | None) or 0) < 0:
+        self._nodes = dict(fit("nodes", nodes, Mapping[Any, Any]))
+        if 1 not in self._nodes:
+            raise ValueError(f"nodes is {self._nodes} but needs an entry for batch size 1; add it")
+        for size, count in self._nodes.items():
+            if fit("batch size", size, int) < 1:
+                raise ValueError(f"batch size {size!r} must be a whole number of at least 1")
+            if (fit(f"nodes for batch size {size}", count, int | None) or 0) < 0:
                 raise ValueError(
-                    f"nodes for batch size {batch_size} is {count!r} but must be a whole number of "
-                    "at least 0, or None for no limit"
+                    f"nodes for batch size {size} is {count!r} but must be at least 0, or None for "
+                    "no limit"
                 )
-        self._nodes = dict(nodes)
 
     def choose(self, batch_size: int) -> int | None:
         """Return the entry of the batch size."""
@@ -73,20 +71,14 @@ class ChainAcceptance:
     """Estimates acceptance by depth, each given that the depth above was accepted.
 
     A depth that is seldom tested leans on the estimate of the depth above.
-
-    Args:
-        max_nodes: longest chain.
-        half_life: steps after which an observation counts half.
-        acceptance: first belief by depth; depths behind its end are like the last of it.
     """
 
-    def __init__(
-        self, max_nodes: int, half_life: float, acceptance: Sequence[float] | None = None
-    ) -> None:
-        known = list(acceptance or [GUESS])[:max_nodes]
-        self._rates = known + [known[-1]] * (max_nodes - len(known))
-        self._weights = [MEASURED_WEIGHT if acceptance else GUESS_WEIGHT] * max_nodes
-        self._keep = 0.5 ** (1 / half_life)
+    def __init__(self, budgets: Sequence[int], keep: float, acceptance: Sequence[float]) -> None:
+        longest = max(budgets)
+        known = list(acceptance or [GUESS])[:longest]
+        self._rates = known + [known[-1]] * (longest - len(known))
+        self._weights = [MEASURED_WEIGHT if acceptance else GUESS_WEIGHT] * longest
+        self._keep = keep  # share of an observation's weight that a step leaves
 
     def expected(self) -> list[float]:
         """Return the accepted tokens of a chain of 0, 1, ... nodes."""
@@ -100,9 +92,7 @@ class ChainAcceptance:
     def learn(self, records: Sequence[StepRecord], chosen: int) -> None:
         """Take in a step: depth d was tested where d - 1 were accepted and d drafted."""
         self._weights = [weight * self._keep for weight in self._weights]
-        if not chosen:
-            return
-        for record in records:
+        for record in records if chosen else ():
             deepest = min(record.num_drafted, record.num_accepted + 1, len(self._rates))
             for depth in range(deepest):
                 self._weights[depth] = max(self._weights[depth], LEAST_WEIGHT) + 1
@@ -114,22 +104,16 @@ class TreeAcceptance:
     """Estimates accepted tokens by node budget: a smaller tree is not the top of a larger one.
 
     A budget that was seldom tried leans on the others: accepted tokens grow about with the
-    logarithm of a tree's size (Sequoia, arXiv 2402.12374).
-
-    Args:
-        budgets: numbers of nodes that may be asked for.
-        half_life: steps after which an observation counts half.
-        acceptance: first belief by depth; its first entry sets the scale.
+    logarithm of a tree's size (Sequoia, arXiv 2402.12374). Of the first belief, which is by depth,
+    the first entry sets the scale.
     """
 
-    def __init__(
-        self, budgets: Sequence[int], half_life: float, acceptance: Sequence[float] | None = None
-    ) -> None:
+    def __init__(self, budgets: Sequence[int], keep: float, acceptance: Sequence[float]) -> None:
         self._scale = (acceptance or [GUESS])[0]
+        self._scale_weight = MEASURED_WEIGHT if acceptance else GUESS_WEIGHT
         self._weights = dict.fromkeys(budgets, 0.0)
         self._means = {nodes: self._usual(nodes) for nodes in budgets}
-        self._scale_weight = MEASURED_WEIGHT if acceptance else GUESS_WEIGHT
-        self._keep = 0.5 ** (1 / half_life)
+        self._keep = keep
 
     def _usual(self, nodes: int) -> float:
         return self._scale * log2(1 + nodes)
@@ -138,8 +122,7 @@ class TreeAcceptance:
         """Return the accepted tokens of trees of 0, 1, ... nodes; 0 where none may be asked for."""
         totals = [0.0] * (max(self._means) + 1)
         for nodes, mean in self._means.items():
-            weight = self._weights[nodes]
-            lean = LEAST_WEIGHT * self._usual(nodes)
+            weight, lean = self._weights[nodes], LEAST_WEIGHT * self._usual(nodes)
             totals[nodes] = (weight * mean + lean) / (weight + LEAST_WEIGHT)
         return totals
 
@@ -147,11 +130,9 @@ class TreeAcceptance:
         """Take in a step that was asked for `chosen` nodes a row."""
         self._weights = {nodes: weight * self._keep for nodes, weight in self._weights.items()}
         self._scale_weight *= self._keep
-        if not chosen:
-            return
         for record in records:
             # A drafter that found fewer, or a row near its end, says little about this budget.
-            if 2 * record.num_drafted < chosen:
+            if not chosen or 2 * record.num_drafted < chosen:
                 continue
             self._weights[chosen] += 1
             error = record.num_accepted - self._means[chosen]
@@ -159,14 +140,6 @@ class TreeAcceptance:
             self._scale_weight = max(self._scale_weight, LEAST_WEIGHT) + 1
             error = record.num_accepted - self._usual(chosen)
             self._scale += error / self._scale_weight / log2(1 + chosen)
-
-
-@dataclass
-class _Switch:
-    """Drafting is on or off at a batch size, judged when there had been so many drafts."""
-
-    is_on: bool = False
-    num_drafts: int = -1
 
 
 class OnlineController:
@@ -208,7 +181,8 @@ class OnlineController:
         half_life: float = 30.0,
         probe_share: float = 0.005,
     ) -> None:
-        _check_costs(step_s)
+        if not step_s:
+            raise ValueError("step_s is empty but needs the costs of at least one batch size")
         if acceptance is not None and not (acceptance and all(0 <= x <= 1 for x in acceptance)):
             raise ValueError(
                 f"acceptance is {list(acceptance)} but must be one share in [0, 1] a depth, or None"
@@ -219,19 +193,18 @@ class OnlineController:
                 "must be at least 0, half_life positive and probe_share in (0, 1)"
             )
         # In units of a plain step of the same batch size: batch sizes then share one account.
-        self._ratios = {size: _ratios(costs) for size, costs in step_s.items()}
+        self._ratios = {size: _ratios(size, costs) for size, costs in step_s.items()}
         self._budgets = {
             size: sorted(set(costs) - {0}) if trees else list(range(1, max(costs) + 1))
             for size, costs in step_s.items()
         }
         self._margin, self._probe_share = margin, probe_share
         every = sorted({nodes for budgets in self._budgets.values() for nodes in budgets})
-        self._acceptance: ChainAcceptance | TreeAcceptance
-        if trees:
-            self._acceptance = TreeAcceptance(every, half_life, acceptance)
-        else:
-            self._acceptance = ChainAcceptance(max(every), half_life, acceptance)
-        self._switches = {size: _Switch() for size in step_s}
+        estimator = TreeAcceptance if trees else ChainAcceptance
+        self._acceptance = estimator(every, 0.5 ** (1 / half_life), acceptance or [])
+        # Drafting is on at these sizes; and the drafts there had been when each size was judged.
+        self._is_on = dict.fromkeys(step_s, False)
+        self._judged_at = dict.fromkeys(step_s, -1)
         self._credit = FIRST_CREDIT
         self._most_credit = 2 * max(max(ratios) for ratios in self._ratios.values())
         # Shared by all batch sizes: a probe learns how texts are accepted.
@@ -244,53 +217,50 @@ class OnlineController:
     def choose(self, batch_size: int) -> int:
         """Return the nodes that pay best, a probe, or 0."""
         # Of two equally near sizes the larger one, at which drafting pays less.
-        self._size = min(self._ratios, key=lambda size: (abs(size - batch_size), -size))
-        self._is_probe = False
-        switch = self._switches[self._size]
+        size = self._size = min(self._ratios, key=lambda size: (abs(size - batch_size), -size))
+        self._is_probe, self._chosen = False, 0
         # Without a draft nothing was learned since: a step that is off costs next to nothing.
-        is_settled = not switch.is_on and switch.num_drafts == self._num_drafts
-        self._chosen = 0 if is_settled else self._best()
-        if not switch.is_on:
-            self._chosen = self._probe()
+        if self._is_on[size] or self._judged_at[size] != self._num_drafts:
+            self._chosen = self._best(size)
+        if not self._is_on[size]:
+            self._chosen = self._probe(size)
         return self._chosen
 
-    def _best(self) -> int:
+    def _best(self, size: int) -> int:
         """Return the nodes with the most tokens per second that the credit can pay for, or 0."""
-        ratios, switch = self._ratios[self._size], self._switches[self._size]
-        expected = self._acceptance.expected()
-        speeds = {n: (1 + expected[n]) / ratios[n] for n in self._budgets[self._size]}
-        was_on, switch.num_drafts = switch.is_on, self._num_drafts
-        switch.is_on = max(speeds.values()) > (1.0 if was_on else 1 + self._margin)
-        if was_on and not switch.is_on:
-            self._pause, self._waited = FIRST_PAUSE, 0
-        affordable = {n: speed for n, speed in speeds.items() if self._can_pay(n) and speed > 1}
-        if not switch.is_on or not affordable:
+        expected, ratios = self._acceptance.expected(), self._ratios[size]
+        speeds = {nodes: (1 + expected[nodes]) / ratios[nodes] for nodes in self._budgets[size]}
+        was_on, self._judged_at[size] = self._is_on[size], self._num_drafts
+        self._is_on[size] = max(speeds.values()) > (1.0 if was_on else 1 + self._margin)
+        if not self._is_on[size]:
+            if was_on:
+                self._pause, self._waited = FIRST_PAUSE, 0
             return 0
-        return max(affordable, key=lambda nodes: affordable[nodes])
+        affordable = [n for n, speed in speeds.items() if speed > 1 and self._can_pay(size, n)]
+        return max(affordable, key=lambda nodes: speeds[nodes], default=0)
 
-    def _probe(self) -> int:
+    def _probe(self, size: int) -> int:
         """Return the nodes of a short draft where one is due, or 0."""
-        ratios = self._ratios[self._size]
-        could_pay = any(1 + n > (1 + self._margin) * ratios[n] for n in self._budgets[self._size])
-        shortest = self._budgets[self._size][0]
+        ratios, budgets = self._ratios[size], self._budgets[size]
+        could_pay = any(1 + nodes > (1 + self._margin) * ratios[nodes] for nodes in budgets)
+        shortest = budgets[0]
         self._waited += 1
-        if not could_pay or self._waited < self._pause or not self._can_pay(shortest):
+        if not could_pay or self._waited < self._pause or not self._can_pay(size, shortest):
             return 0
-        longest_pause = (ratios[shortest] - 1) / self._probe_share
-        self._waited = 0
-        self._pause = max(FIRST_PAUSE, min(2 * self._pause, ceil(longest_pause)))
-        self._is_probe = True
+        longest_pause = ceil((ratios[shortest] - 1) / self._probe_share)
+        self._pause = max(FIRST_PAUSE, min(2 * self._pause, longest_pause))
+        self._waited, self._is_probe = 0, True
         return shortest
 
-    def _can_pay(self, nodes: int) -> bool:
+    def _can_pay(self, size: int, nodes: int) -> bool:
         """Tell if the credit covers a draft of which nothing is accepted."""
-        return self._ratios[self._size][nodes] - 1 <= self._credit
+        return self._ratios[size][nodes] - 1 <= self._credit
 
     def learn(self, records: Sequence[StepRecord]) -> None:
         """Take in the step's records, and book what its draft saved or cost."""
         self._acceptance.learn(records, self._chosen)
         # While drafting is believed to pay, bad luck must not keep it off for long.
-        is_trusted = self._switches[self._size].is_on and self._found_some
+        is_trusted = self._is_on[self._size] and self._found_some
         earned = self._probe_share * (TRUSTED if is_trusted else 1)
         if self._chosen:
             # A drafter that found nothing may have searched for it as long as for one node.
@@ -305,25 +275,17 @@ class OnlineController:
         self._credit = min(self._most_credit, self._credit + earned)
 
 
-def _ratios(costs: Mapping[int, float]) -> list[float]:
+def _ratios(size: int, costs: Mapping[int, float]) -> list[float]:
     """Return the cost of a step of 0, 1, ... nodes over that of a plain step, interpolated."""
+    if size < 1 or 0 not in costs or not 0 <= min(costs) < max(costs) <= MOST_NODES:
+        raise ValueError(
+            f"step_s[{size}] has the nodes {sorted(costs)} but must hold 0 (plain decoding) and at "
+            f"least one draft of up to {MOST_NODES} nodes, for a batch size of at least 1"
+        )
+    if min(costs.values()) <= 0:
+        raise ValueError(f"step_s[{size}] is {dict(costs)} but seconds must be positive")
     ratios = [1.0]
     for low, high in pairwise(sorted(costs)):
         slope = (costs[high] - costs[low]) / (high - low)
         ratios += [(costs[low] + slope * (n - low)) / costs[0] for n in range(low + 1, high + 1)]
     return ratios
-
-
-def _check_costs(step_s: Mapping[int, Mapping[int, float]]) -> None:
-    if not step_s:
-        raise ValueError("step_s is empty but needs the costs of at least one batch size")
-    for size, costs in step_s.items():
-        if size < 1 or 0 not in costs or len(costs) < 2 or min(costs) < 0:
-            raise ValueError(
-                f"step_s[{size}] has the nodes {sorted(costs)} but must hold 0 (plain decoding) and"
-                " at least one draft, for a batch size of at least 1"
-            )
-        if max(costs) > MOST_NODES:
-            raise ValueError(f"step_s[{size}] has {max(costs)} nodes but {MOST_NODES} are the most")
-        if min(costs.values()) <= 0:
-            raise ValueError(f"step_s[{size}] is {dict(costs)} but seconds must be positive")

@@ -69,7 +69,11 @@ class Engine:
         check: bool = False,
     ) -> None:
         target = resolve_target(target)
-        drafter = _resolve_drafter(drafter, target)
+        if isinstance(drafter, str | Mapping):
+            drafter = load_drafter(drafter, target)
+        elif drafter is not None:
+            hint = "load_drafter, or None for plain decoding"
+            _require_members("drafter", drafter, Drafter, hint)
         _check_combination(target, drafter, max_rows, rule)
         self.target, self.drafter = target, drafter
         self._batch = Batch(target, drafter, rule, _resolve_draft_length(draft_length), check)
@@ -120,8 +124,7 @@ class Engine:
             max_time_s: seconds from now, after which it ends with what there is.
 
         Raises:
-            ValueError: a prompt or an option that cannot work, or a request that can never fit
-                into the cache's limit.
+            ValueError: a prompt or an option that cannot work, or a request that never fits.
         """
         index, sampling = self._num_submitted, SamplingConfig.of(sampling)
         stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
@@ -152,11 +155,12 @@ class Engine:
                 alone ends with an error. Any other error ends those that were joining, or all rows
                 if none was. The next step tells who has ended like this.
         """
-        return [self._with_text(chunk) for chunk in self.advance()]
-
-    def _with_text(self, chunk: Chunk) -> Chunk:
-        stream = self._requests[chunk.index].text_stream
-        return replace(chunk, text=stream.push(chunk.tokens, bool(chunk.finish_reason)))
+        chunks = self.advance()
+        streams = [self._requests[chunk.index].text_stream for chunk in chunks]
+        return [
+            replace(chunk, text=stream.push(chunk.tokens, bool(chunk.finish_reason)))
+            for chunk, stream in zip(chunks, streams, strict=True)
+        ]
 
     @torch.inference_mode()
     def advance(self) -> list[Chunk]:
@@ -172,10 +176,21 @@ class Engine:
                 self._batch.admit(joining)
             elif running:
                 self._batch.step()
-            self._end_overdue()
+            now = time.perf_counter()
+            for request in [*self._batch.rows, *self._scheduler.waiting]:
+                if request.deadline < now:
+                    request.finish_reason = request.finish_reason or "time"
+            self._ended += self._scheduler.remove_ended()
             self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache_bytes)
             self._batch.retire()
-        return self._report([*running, *joining])
+        chunks = []
+        for row in [*running, *joining, *self._ended]:
+            new = row.tokens[row.num_reported :]
+            if (new or row.finish_reason) and row.index in self._requests:
+                row.num_reported = len(row.tokens)
+                chunks.append(Chunk(row.index, new, "", row.finish_reason or None))
+        self._ended = []
+        return chunks
 
     @contextmanager
     def _preempting_on_error(
@@ -188,24 +203,6 @@ class Engine:
             self._batch.clear()
             self._ended += self._scheduler.preempt(running, joining, error)
             raise
-
-    def _end_overdue(self) -> None:
-        now = time.perf_counter()
-        for request in [*self._batch.rows, *self._scheduler.waiting]:
-            if request.deadline < now:
-                request.finish_reason = request.finish_reason or "time"
-        self._ended += self._scheduler.remove_ended()
-
-    def _report(self, rows: Sequence[Request]) -> list[Chunk]:
-        """Return what the caller has not been told: tokens of these rows, and who has ended."""
-        chunks = []
-        for row in [*rows, *self._ended]:
-            new = row.tokens[row.num_reported :]
-            if (new or row.finish_reason) and row.index in self._requests:
-                row.num_reported = len(row.tokens)
-                chunks.append(Chunk(row.index, new, "", row.finish_reason or None))
-        self._ended = []
-        return chunks
 
     @torch.inference_mode()
     def cancel(self, index: int) -> None:
@@ -246,8 +243,7 @@ class Engine:
         request = self._find(index)
         if not request.finish_reason:
             raise ValueError(f"request {index} has not ended; call step() until it has, or cancel")
-        del self._requests[request.index]
-        return request.result()
+        return self._requests.pop(request.index).result()
 
     def _find(self, index: int) -> Request:
         index = fit("index", index, int)
@@ -262,16 +258,6 @@ def resolve_target(given: Target | str) -> Target:
         return load_target(os.fspath(given))
     hint = "wrap it: HFTarget(model, tokenizer)" if hasattr(given, "generate") else "load_target"
     _require_members("target", given, Target, hint)
-    return given
-
-
-def _resolve_drafter(
-    given: Drafter | Mapping[str, Any] | str | None, target: Target
-) -> Drafter | None:
-    if isinstance(given, str | Mapping):
-        return load_drafter(given, target)
-    if given is not None:
-        _require_members("drafter", given, Drafter, "load_drafter, or None for plain decoding")
     return given
 
 
@@ -291,9 +277,8 @@ def _require_members(name: str, given: Any, protocol: Any, hint: str) -> None:
     members = [*protocol.__annotations__, *(each for each in vars(protocol) if each[0] != "_")]
     missing = [member for member in members if not hasattr(given, member)]
     if missing or isinstance(given, type):
-        shown = f"the class {given.__name__}" if isinstance(given, type) else repr(given)[:80]
         raise TypeError(
-            f"{name} is {shown} but must be an object with the members of "
+            f"{name} is {given!r:.80} but must be an object with the members of "
             f"{protocol.__module__}.{protocol.__name__}; it lacks {', '.join(missing) or 'none'}; "
             f"use {hint}"
         )
@@ -307,25 +292,24 @@ def _check_combination(
         raise ValueError(f"max_rows is {max_rows} but must be at least 1")
     if max_rows > 1 and not target.capabilities.batched:
         raise ValueError(f"max_rows is {max_rows} but this target takes one row; set it to 1")
-    chosen_rule = get_rule(rule)
-    makes_trees = drafter is not None and drafter.makes_trees
-    if makes_trees and not chosen_rule.supports_trees:
-        raise ValueError(f"rule {rule!r} judges chains only but this drafter makes trees")
-    if makes_trees and not target.capabilities.trees:
-        raise ValueError("this target scores chains only but the drafter makes trees")
+    supports_trees = get_rule(rule).supports_trees
+    if drafter is not None and drafter.makes_trees:
+        if not supports_trees:
+            raise ValueError(f"rule {rule!r} judges chains only but this drafter makes trees")
+        if not target.capabilities.trees:
+            raise ValueError("this target scores chains only but the drafter makes trees")
     num_layers = getattr(getattr(target, "config", None), "num_hidden_layers", float("inf"))
     for each in cache_owners(drafter):
-        name = type(each).__name__
-        vocab_size = getattr(each, "vocab_size", target.vocab_size)
-        if vocab_size != target.vocab_size and isinstance(each, Drafter):
+        name, fix = type(each).__name__, "load a drafter for this target"
+        size = getattr(each, "vocab_size", target.vocab_size)
+        if size != target.vocab_size and isinstance(each, Drafter):
             raise ValueError(
-                f"vocab_size of this {name} is {vocab_size} but the target's is "
-                f"{target.vocab_size}; load a drafter for this target"
+                f"vocab_size of this {name} is {size} but the target has {target.vocab_size}; {fix}"
             )
         taps = getattr(each, "taps", ())
         wrong = [tap for tap in taps if not 0 <= tap <= num_layers or not target.capabilities.taps]
         if wrong:
             raise ValueError(
                 f"taps of this {name} are {tuple(taps)} but the target has no hidden states "
-                f"{wrong}; load a drafter for this target"
+                f"{wrong}; {fix}"
             )

@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from specdec.engine.clock import ForwardClock
+from specdec.engine.metrics import ForwardClock
 from specdec.sampling.sampler import Sampler
 from specdec.verify import Draft, Verdict
 

@@ -6,7 +6,8 @@ again and nothing but an accepted tree path is ever moved.
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,15 +15,15 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
+@dataclass
 class _Slots:
     """The slots that the next forward writes, shared by all layers."""
 
-    def __init__(self, num_rows: int, capacity: int) -> None:
-        self.num_rows = num_rows
-        self.capacity = capacity
-        self.start = 0  # of every row, where all are equal
-        self.end = 0  # one past the last slot that any row uses
-        self.index: Tensor | None = None  # [B, n] slots of ragged rows
+    num_rows: int
+    capacity: int
+    start: int = 0  # of every row, where all are equal
+    end: int = 0  # one past the last slot that any row uses
+    index: Tensor | None = None  # [B, n] slots of ragged rows
 
 
 class _Bank:
@@ -34,31 +35,33 @@ class _Bank:
     def __init__(self, slots: _Slots) -> None:
         self._slots = slots
         self.layers: list[_SlotLayer] = []
-        self.states: list[Tensor] = []  # keys and values, once their shape is known
+        self.states: dict[str, Tensor] = {}  # keys and values, once their shape is known
 
     def allocate(self, keys: Tensor, values: Tensor) -> None:
         """Make room, for states [..., heads, any length, head_dim] like these."""
-        shape = (len(self.layers), self._slots.num_rows, self._slots.capacity)
-        self._bind([_allocate(like, *shape) for like in (keys, values)])
+        for name, like in (("keys", keys), ("values", values)):
+            self._put(name, _allocate(like, len(self.layers), self._slots))
 
-    def _bind(self, states: list[Tensor]) -> None:
-        self.states = states
-        for layer, keys, values in zip(self.layers, *states, strict=True):
-            layer.keys, layer.values, layer.dtype = keys, values, keys.dtype
+    def _put(self, name: str, states: Tensor) -> None:
+        self.states[name] = states
+        for layer, own in zip(self.layers, states, strict=True):
+            setattr(layer, name, own)
             layer.is_initialized = True
 
     def resize(self, num_rows: int) -> None:
         """Allocate this many rows of the slots there are now; only one part stands twice."""
-        for part in range(len(self.states)):
-            changed = list(self.states)
-            changed[part] = _resized(self.states[part], num_rows, self._slots.capacity)
-            self._bind(changed)
-            del changed
+        slots = _Slots(num_rows, self._slots.capacity)
+        for name, states in list(self.states.items()):
+            changed = _allocate(states, len(self.layers), slots)
+            rows, width = min(num_rows, states.shape[1]), min(slots.capacity, states.shape[3])
+            changed[:, :rows, :, :width] = states[:, :rows, :, :width]
+            self._put(name, changed)
+            del states, changed
 
     def grow(self) -> None:
         """Make room for the rows and slots there are now."""
         if self.states:
-            self.resize(max(self.states[0].shape[1], self._slots.num_rows))
+            self.resize(max(self.states["keys"].shape[1], self._slots.num_rows))
 
     def move(self, sources: Tensor, first: Tensor, start: int) -> None:
         """Copy slots [B, D] to the D slots from `first` [B] on in every layer, reading first.
@@ -66,7 +69,7 @@ class _Bank:
         A single row is copied to the slots from `start` on, which is cheaper.
         """
         batch, count = sources.shape
-        for states in self.states:
+        for states in self.states.values():
             where = sources.to(states.device)
             if batch == 1:
                 row = states[:, 0]
@@ -77,20 +80,15 @@ class _Bank:
             steps = torch.arange(count, device=states.device)
             slots[:, rows, first.to(states.device).unsqueeze(1) + steps] = slots[:, rows, where]
 
-    def select(self, rows: Tensor, places: Tensor, num_slots: int) -> None:
-        """Copy the first slots of `rows` to the rows at `places`, all reads before all writes."""
-        for states in self.states:
-            live = states[:, :, :, :num_slots]
-            live[:, places.to(states.device)] = live[:, rows.to(states.device)]
-
     def append(self, other: "_Bank", first: int, num_slots: int) -> None:
         """Put another cache's rows at `first` and after; rows without a token hold no keys yet."""
         if not self.states and other.states:
-            self.allocate(other.states[0][0], other.states[1][0])
-        if self.states and self.states[0].shape[1] < self._slots.num_rows:
+            self.allocate(other.states["keys"][0], other.states["values"][0])
+        if self.states and self.states["keys"].shape[1] < self._slots.num_rows:
             self.grow()
-        for own, joining in zip(self.states, other.states, strict=False):
-            own[:, first : first + joining.shape[1], :, :num_slots] = joining[:, :, :, :num_slots]
+        for name, joining in other.states.items():
+            rows = slice(first, first + joining.shape[1])
+            self.states[name][:, rows, :, :num_slots] = joining[:, :, :, :num_slots]
 
 
 class _SlotLayer(CacheLayerMixin):
@@ -136,8 +134,6 @@ class _SlotLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
-
-    get_max_cache_shape = get_max_length  # its name in older transformers
 
 
 class SlotCache(Cache):
@@ -200,16 +196,14 @@ class SlotCache(Cache):
             for layer in self._slot_layers
         ]
 
+    def _states(self) -> Iterator[Tensor]:
+        for bank in self._banks:
+            yield from bank.states.values()
+
     @property
     def num_bytes(self) -> int:
         """Bytes of keys and values allocated now."""
-        return sum(states.nbytes for bank in self._banks for states in bank.states)
-
-    @property
-    def bytes_per_row(self) -> int:
-        """Bytes of keys and values that each row's slots take now."""
-        every = (states for bank in self._banks for states in bank.states)
-        return sum(states.nbytes // states.shape[1] for states in every)
+        return sum(states.nbytes for states in self._states())
 
     def open(self, num_new: int, behind: int = 0) -> int:
         """Make room for `num_new` tokens a row, `behind` the committed ones; returns the end slot.
@@ -260,12 +254,13 @@ class SlotCache(Cache):
 
     def reorder(self, rows: Tensor) -> None:
         """Keep only these rows, in any order; only rows that change their place are copied."""
-        kept = rows.tolist()
+        kept, end = rows.tolist(), max(self.lengths)
         places = [place for place, row in enumerate(kept) if place != row]
         if places:
-            moved = torch.tensor([[kept[place] for place in places], places], device=self.device)
-            for bank in self._banks:
-                bank.select(moved[0], moved[1], max(self.lengths))
+            moved = torch.tensor([places, [kept[place] for place in places]], device=self.device)
+            for states in self._states():
+                live, (to, source) = states[:, :, :, :end], moved.to(states.device)
+                live[:, to] = live[:, source]  # all reads before all writes
         self._slots.num_rows = len(kept)
         self._set_lengths([self.lengths[row] for row in kept])
 
@@ -280,19 +275,16 @@ class SlotCache(Cache):
 
     def wipe(self, rows: Sequence[int]) -> None:
         """Zero these rows: a masked place still takes part in 0 * value, and 0 * NaN is NaN."""
-        for bank in self._banks:
-            for states in bank.states:
-                states[:, list(rows)] = 0
+        for states in self._states():
+            states[:, list(rows)] = 0
 
     def _grow(self, num_slots: int) -> None:
         """Double the slots of every row until they suffice."""
-        slots = self._slots
-        if num_slots <= slots.capacity:
-            return
-        while slots.capacity < num_slots:
-            slots.capacity *= 2
-        for bank in self._banks:
-            bank.grow()
+        if num_slots > self._slots.capacity:
+            while self._slots.capacity < num_slots:
+                self._slots.capacity *= 2
+            for bank in self._banks:
+                bank.grow()
 
     def _set_lengths(self, lengths: list[int]) -> None:
         self.lengths = lengths
@@ -300,30 +292,21 @@ class SlotCache(Cache):
         self._device_lengths = None
 
 
-def _resized(states: Tensor, num_rows: int, capacity: int) -> Tensor:
-    changed = _allocate(states, states.shape[0], num_rows, capacity)
-    rows, slots = min(num_rows, states.shape[1]), min(capacity, states.shape[3])
-    changed[:, :rows, :, :slots] = states[:, :rows, :, :slots]
-    return changed
-
-
-def _allocate(like: Tensor, num_layers: int, num_rows: int, capacity: int) -> Tensor:
+def _allocate(like: Tensor, num_layers: int, slots: _Slots) -> Tensor:
     """Allocate zeros, because a masked slot still takes part in 0 * value, and 0 * NaN is NaN."""
-    shape = (num_layers, num_rows, like.shape[-3], capacity, like.shape[-1])
+    shape = (num_layers, slots.num_rows, like.shape[-3], slots.capacity, like.shape[-1])
     try:
         return like.new_zeros(shape)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
             raise
         wanted = math.prod(shape) * like.element_size()
-        message = (
-            f"no memory for {wanted:,} bytes of keys or values of {num_layers} layers (batch "
-            f"{num_rows}, {capacity} slots a row)"
-        )
-        if like.device.type != "cuda":
-            raise MemoryError(f"{message}; lower batch_size or max_new_tokens") from error
-        free, _ = torch.cuda.mem_get_info(like.device)
-        fits = max(0, int(num_rows * free / wanted))
+        hint = "lower batch_size or max_new_tokens"
+        if like.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(like.device)
+            fits = max(0, int(slots.num_rows * free / wanted))
+            hint = f"{free:,} bytes are free, enough for these at batch_size {fits}"
         raise MemoryError(
-            f"{message}; {free:,} bytes are free, enough for these at batch_size {fits}"
+            f"no memory for {wanted:,} bytes of keys or values of {num_layers} layers (batch "
+            f"{slots.num_rows}, {slots.capacity} slots a row); {hint}"
         ) from error

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from specdec.engine.interfaces import Target
 from specdec.engine.metrics import AcceptanceStats, StepRecord
-from specdec.engine.text import TextStream
+from specdec.engine.text import TextStream, first_stop
 from specdec.sampling.config import SamplingConfig
 
 
@@ -78,6 +78,8 @@ class Request:
     finish_reason: str = ""
     error: str = ""
     num_reported: int = 0  # tokens that the caller has been given
+    # Times of its submission, its first prefill, its first token and its last one; 0 for none.
+    submitted: float = field(default_factory=time.perf_counter)
     started: float = 0.0
     first_token: float = 0.0
     last_token: float = 0.0
@@ -93,7 +95,6 @@ class Request:
             raise ValueError(f"max_time_s is {self.max_time_s} but must be positive, or None")
         room = self.target.max_context_len - len(self.prompt)
         self.max_tokens = min(self.max_new_tokens, room)
-        self.submitted = time.perf_counter()
         self.deadline = self.submitted + (self.max_time_s or float("inf"))
         self.text_stream = TextStream(self.target.tokenizer, self.stop)
         self._eos = frozenset(self.target.eos_token_ids)
@@ -114,7 +115,7 @@ class Request:
             kept += 1
             if token in self._eos:
                 self.finish_reason = "eos"
-            elif self.stop and self._has_stop_string():
+            elif self.stop and first_stop(self._text(self._stop_window), self.stop) is not None:
                 self.finish_reason = "stop"
             elif len(self.tokens) >= self.max_tokens:
                 self.finish_reason = "length"
@@ -124,21 +125,24 @@ class Request:
         self.first_token = self.first_token or self.last_token
         return kept
 
+    def _text(self, num_last: int = 0) -> str:
+        """Return the text of the last tokens, 0 for all."""
+        tokens = self.tokens[-num_last:]
+        return str(self.target.tokenizer.decode(tokens, skip_special_tokens=True))
+
     def fail(self, reason: str) -> None:
         """End with an error."""
         self.finish_reason, self.error = "error", reason
 
-    def _has_stop_string(self) -> bool:
-        tail = self.tokens[-self._stop_window :]
-        text = self.target.tokenizer.decode(tail, skip_special_tokens=True)
-        return any(stop in text for stop in self.stop)
-
     def result(self) -> Result:
         """Return what there is now; an unfinished request was interrupted."""
+        text = "" if self.target.tokenizer is None else self._text()
+        if self.finish_reason == "stop":
+            text = text[: first_stop(text, self.stop)]
         return Result(
             prompt_tokens=self.prompt,
             tokens=self.tokens,
-            text=self._final_text(),
+            text=text,
             finish_reason=self.finish_reason or "interrupted",
             records=self.records,
             ttft_s=self.first_token - self.started if self.first_token else 0.0,
@@ -146,12 +150,3 @@ class Request:
             queue_s=self.started - self.submitted if self.started else 0.0,
             error=self.error,
         )
-
-    def _final_text(self) -> str:
-        if self.target.tokenizer is None:
-            return ""
-        text: str = self.target.tokenizer.decode(self.tokens, skip_special_tokens=True)
-        if self.finish_reason != "stop":
-            return text
-        ends = [end for end in map(text.find, self.stop) if end >= 0]
-        return text[: min(ends, default=len(text))]

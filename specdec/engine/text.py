@@ -26,7 +26,7 @@ def split_prompts(given: Any) -> list[Any]:
         raise ValueError("prompts is empty but must hold at least one prompt")
     if all(_is_id(each) or _is_message(each) for each in rows):
         return [rows]
-    if any(_is_message(each) for each in rows):
+    if any(map(_is_message, rows)):
         raise TypeError("prompts mixes messages with prompts; give every chat as its own list")
     return list(rows)
 
@@ -47,14 +47,28 @@ def encode(prompt: Prompt, target: Target, index: int = 0) -> list[int]:
             vocabulary, or text without a tokenizer.
         TypeError: something other than a prompt.
     """
-    ids = _one_prompt(prompt, index)
-    if isinstance(ids, str) or (ids and isinstance(ids[0], Mapping)):
-        if target.tokenizer is None:
-            raise ValueError(f"prompt {index} is text but the target has no tokenizer; pass ids")
-        try:
-            ids = ids and tokenize(ids, target.tokenizer)
-        except Exception as error:  # of any template or tokenizer
-            raise ValueError(f"prompt {index} cannot be tokenized: {error}") from error
+    row = _unwrap(prompt)
+    row = [row] if _is_message(row) else row
+    if _is_list(row) and len(row) == 1 and isinstance(plain(row[0]), list):
+        row = plain(row[0])  # a batch of one
+    is_text = isinstance(row, str)
+    if not is_text and not _is_list(row):
+        raise TypeError(
+            f"prompt {index} is {prompt!r:.60} but must be text, chat messages or token ids"
+        )
+    is_chat = bool(row) and isinstance(row[0], Mapping)
+    for each in () if is_text else row:
+        if not (_is_message(each) if is_chat else _is_id(each)):
+            must = "{'role': ..., 'content': ...}" if is_chat else "a whole number"
+            raise TypeError(f"prompt {index} holds {each!r:.60} but each entry must be {must}")
+    if (is_text or is_chat) and target.tokenizer is None:
+        raise ValueError(f"prompt {index} is text but the target has no tokenizer; pass ids")
+    try:
+        ids = (
+            tokenize(row, target.tokenizer) if row and (is_text or is_chat) else list(map(int, row))
+        )
+    except Exception as error:  # of any template or tokenizer
+        raise ValueError(f"prompt {index} cannot be tokenized: {error}") from error
     if not ids:
         raise ValueError(f"prompt {index} is empty but needs at least one token to continue from")
     if len(ids) >= target.max_context_len:
@@ -79,26 +93,6 @@ def tokenize(prompt: Any, tokenizer: Any) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _one_prompt(given: Any, index: int) -> Any:
-    """Return a prompt as a string, a list of ids or a list of messages."""
-    row = _unwrap(given)
-    row = [row] if _is_message(row) else row
-    if _is_list(row) and len(row) == 1 and isinstance(plain(row[0]), list):
-        row = plain(row[0])  # a batch of one
-    if isinstance(row, str):
-        return row
-    if not _is_list(row):
-        raise TypeError(
-            f"prompt {index} is {given!r:.60} but must be text, chat messages or token ids"
-        )
-    is_chat = bool(row) and isinstance(row[0], Mapping)
-    for each in row:
-        if not (_is_message(each) if is_chat else _is_id(each)):
-            must = "{'role': ..., 'content': ...}" if is_chat else "a whole number"
-            raise TypeError(f"prompt {index} holds {each!r:.60} but each entry must be {must}")
-    return list(row) if is_chat else [int(each) for each in row]
-
-
 def _unwrap(given: Any) -> Any:
     """Take off a tokenizer's wrapping and padding, and turn arrays into lists."""
     if not isinstance(given, Mapping) or "input_ids" not in given:
@@ -114,12 +108,9 @@ def _unwrap(given: Any) -> Any:
 
 def _without_padding(ids: Any, mask: Any) -> list[Any]:
     pairs = [(plain(each), is_real) for each, is_real in zip(plain(ids), plain(mask), strict=True)]
-    is_batch = any(isinstance(each, list) for each, _ in pairs)
-    return [
-        _without_padding(each, is_real) if is_batch else each
-        for each, is_real in pairs
-        if is_batch or is_real
-    ]
+    if any(isinstance(each, list) for each, _ in pairs):
+        return [_without_padding(each, is_real) for each, is_real in pairs]
+    return [each for each, is_real in pairs if is_real]
 
 
 def _is_list(value: Any) -> bool:
@@ -127,7 +118,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _is_id(value: Any) -> bool:
-    return type(value) is int or type(plain(value)) is int
+    return type(plain(value)) is int
 
 
 def _is_message(value: Any) -> bool:
@@ -154,27 +145,23 @@ class TextStream:
         if self._tokenizer is None:
             return ""
         self._tokens.extend(tokens)
-        self._pending += self._new_text(is_last)
-        cuts = [i for i in map(self._pending.find, self._stop) if i >= 0]
-        if cuts:
-            self._pending = self._pending[: min(cuts)]
-        held = 0 if is_last or cuts else self._held_len()
-        end = len(self._pending) - held
-        settled, self._pending = self._pending[:end], self._pending[end:]
-        return settled
-
-    def _new_text(self, is_last: bool) -> str:
         # The settled tokens in front keep the tokenizer's spacing right at the seam.
         context = self._tokens[max(0, self._num_settled - 6) : self._num_settled]
-        fresh = self._tokens[self._num_settled :]
+        both = context + self._tokens[self._num_settled :]
         before = self._tokenizer.decode(context, skip_special_tokens=True)
-        text = self._tokenizer.decode([*context, *fresh], skip_special_tokens=True)
-        if text.endswith("\ufffd") and not is_last:
-            return ""  # half a character: wait for its other bytes
-        self._num_settled = len(self._tokens)
-        return str(text[len(before) :])
+        text = str(self._tokenizer.decode(both, skip_special_tokens=True))
+        if is_last or not text.endswith("\ufffd"):  # half a character waits for its other bytes
+            self._num_settled = len(self._tokens)
+            self._pending += text[len(before) :]
+        cut = first_stop(self._pending, self._stop)
+        end = len(self._pending) if cut is None else cut
+        if not is_last and cut is None:  # hold back what could begin a stop string
+            starts = (stop[:size] for stop in self._stop for size in range(1, len(stop)))
+            end -= max((len(each) for each in starts if self._pending.endswith(each)), default=0)
+        settled, self._pending = self._pending[:end], self._pending[end:cut]
+        return settled
 
-    def _held_len(self) -> int:
-        """Return the length of the longest end of the text that could begin a stop string."""
-        starts = (stop[:size] for stop in self._stop for size in range(1, len(stop)))
-        return max((len(start) for start in starts if self._pending.endswith(start)), default=0)
+
+def first_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Return where the first of the stop strings begins; None without one."""
+    return min((place for place in map(text.find, stop) if place >= 0), default=None)

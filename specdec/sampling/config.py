@@ -1,7 +1,7 @@
 """`SamplingConfig`: how one row turns logits into tokens."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
@@ -9,6 +9,61 @@ from typing import Any
 # Below this, logits / temperature overflows float32 for logits of ordinary size.
 MIN_TEMPERATURE = 1e-5
 _LARGEST = 3.4e38  # in float32, which logits are processed in
+
+
+def _is_finite(value: Any) -> bool:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    return is_number and bool(abs(value) <= _LARGEST)  # NaN fails the comparison
+
+
+def _is_count(value: Any) -> bool:
+    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    return is_integer and 0 <= int(value) < 2**63
+
+
+def _is_list_of(holds: Callable[[Any], bool], value: Any) -> bool:
+    is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return is_list and all(map(holds, value))
+
+
+def _is_bias(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        _is_count(token) and (_is_finite(bias) or bias == -math.inf)
+        for token, bias in value.items()
+    )
+
+
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "temperature": (
+        lambda t: _is_finite(t) and (t == 0 or t >= MIN_TEMPERATURE),
+        f"0 or at least {MIN_TEMPERATURE}; use 0 for greedy decoding",
+    ),
+    "top_k": (_is_count, "a whole number >= 0; use 0 to keep all"),
+    "top_p": (
+        lambda p: _is_finite(p) and 0 < p <= 1,
+        "in (0, 1]; use 1 to keep all tokens, or temperature 0 for greedy decoding",
+    ),
+    "min_p": (lambda p: _is_finite(p) and 0 <= p <= 1, "in [0, 1]; use 0 to keep all"),
+    "repetition_penalty": (
+        lambda penalty: _is_finite(penalty) and penalty > 1 / _LARGEST,
+        "finite and > 0 in float32; use 1 for none",
+    ),
+    "presence_penalty": (_is_finite, "finite in float32; use 0 for none"),
+    "frequency_penalty": (_is_finite, "finite in float32; use 0 for none"),
+    "logit_bias": (
+        _is_bias,
+        "a mapping from token ids >= 0 to numbers that are finite in float32, or -inf; use -inf "
+        "to ban a token, {} for none",
+    ),
+    "bad_words": (
+        lambda words: _is_list_of(
+            lambda word: _is_list_of(_is_count, word) and len(word) > 0, words
+        ),
+        "non-empty sequences of token ids >= 0; use [[id], ...] to ban single tokens",
+    ),
+    "min_new_tokens": (_is_count, "a whole number in [0, 2**63); use 0 for none"),
+    "seed": (_is_count, "a whole number in [0, 2**63); use the seed modulo 2**63"),
+}
 
 
 @dataclass(frozen=True)
@@ -48,53 +103,10 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, holds, rule in self._rules():
-            if not holds:
-                raise ValueError(f"{name} is {getattr(self, name)!r} but must be {rule}")
-
-    def _rules(self) -> Iterator[tuple[str, bool, str]]:
-        """List the field, if its rule holds, and the rule; a later rule relies on earlier ones."""
-        temperature = _is_finite(self.temperature) and (
-            self.temperature == 0 or self.temperature >= MIN_TEMPERATURE
-        )
-        yield (
-            "temperature",
-            temperature,
-            f"0 or at least {MIN_TEMPERATURE}; use 0 for greedy decoding",
-        )
-        yield "top_k", _is_count(self.top_k), "a whole number >= 0; use 0 to keep all"
-        top_p = _is_finite(self.top_p) and 0 < self.top_p <= 1
-        yield (
-            "top_p",
-            top_p,
-            "in (0, 1]; use 1 to keep all tokens, or temperature 0 for greedy decoding",
-        )
-        min_p = _is_finite(self.min_p) and 0 <= self.min_p <= 1
-        yield "min_p", min_p, "in [0, 1]; use 0 to keep all"
-        repetition = _is_finite(self.repetition_penalty) and self.repetition_penalty > 1 / _LARGEST
-        yield "repetition_penalty", repetition, "finite and > 0 in float32; use 1 for none"
-        for name in ("presence_penalty", "frequency_penalty"):
-            yield name, _is_finite(getattr(self, name)), "finite in float32; use 0 for none"
-        is_bias = isinstance(self.logit_bias, Mapping) and all(map(_is_count, self.logit_bias))
-        yield "logit_bias", is_bias, "a mapping from token ids >= 0 to numbers; use {} for none"
-        finite = all(_is_finite(bias) or bias == -math.inf for bias in self.logit_bias.values())
-        yield (
-            "logit_bias",
-            finite,
-            "finite or -inf for every token, in float32; use -inf to ban a token",
-        )
-        words = _is_list(self.bad_words) and all(
-            _is_list(word) and word and all(map(_is_count, word)) for word in self.bad_words
-        )
-        yield (
-            "bad_words",
-            words,
-            "non-empty sequences of token ids >= 0; use [[id], ...] to ban single tokens",
-        )
-        for name, hint in (("min_new_tokens", "0 for none"), ("seed", "the seed modulo 2**63")):
+        for name, (holds, rule) in _RULES.items():
             value = getattr(self, name)
-            fits = _is_count(value) and value < 2**63
-            yield name, fits, f"a whole number in [0, 2**63); use {hint}"
+            if not holds(value):
+                raise ValueError(f"{name} is {value!r} but must be {rule}")
 
     @property
     def is_greedy(self) -> bool:
@@ -104,13 +116,9 @@ class SamplingConfig:
     @property
     def is_plain(self) -> bool:
         """The logits are used as they are, whatever the context."""
-        return (
-            self.repetition_penalty == 1
-            and self.presence_penalty == 0
-            and self.frequency_penalty == 0
-            and self.min_new_tokens == 0
-            and not self.logit_bias
-            and not self.bad_words
+        amounts = (self.presence_penalty, self.frequency_penalty, self.min_new_tokens)
+        return self.repetition_penalty == 1 and not (
+            any(amounts) or self.logit_bias or self.bad_words
         )
 
     @classmethod
@@ -124,16 +132,3 @@ class SamplingConfig:
             raise TypeError(
                 f"sampling is {given!r} but must be a SamplingConfig, its fields or None: {error}"
             ) from error
-
-
-def _is_finite(value: Any) -> bool:
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    return is_number and bool(abs(value) <= _LARGEST)  # NaN fails the comparison
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)

@@ -7,7 +7,7 @@ Shapes: B rows, N draft nodes, M logits rows (any of the N + 1), D tree depth, V
 W bad words of a row, L the longest bad word. Contexts are listed newest token first.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,14 @@ _NEVER = -2  # matches no context: the prefix of a word that only pads its row
 class Penalties:
     """The context-dependent part of a batch's sampling settings, and the committed context."""
 
+    # Only where there are penalties of tokens that occurred; counts are of the output alone.
+    in_prompt: Tensor  # bool [B, V]
+    counts: Tensor  # [B, V]
+    # Only where there are bad words of several tokens.
+    prefixes: Tensor  # [B, W, L - 1] all but a word's last token, newest first
+    last: Tensor  # [B, W] a word's last token
+    tail: Tensor  # [B, L - 1] newest committed tokens, newest first
+
     def __init__(
         self,
         configs: Sequence[SamplingConfig],
@@ -35,27 +43,53 @@ class Penalties:
         self.vocab_size = vocab_size
         eos = sorted({token for token in eos_token_ids if 0 <= token < vocab_size})
         self.eos = torch.tensor(eos, dtype=torch.long, device=device)
-        words = [_bad_words(config, eos_token_ids) for config in configs]
-
-        self.bias = _bias(configs, words, vocab_size)
-        self.repetition = _per_row(configs, "repetition_penalty", neutral=1.0)
-        self.presence = _per_row(configs, "presence_penalty", neutral=0.0)
-        self.frequency = _per_row(configs, "frequency_penalty", neutral=0.0)
         min_new = torch.tensor([config.min_new_tokens for config in configs])
         self.eos_ban_len = min_new if min_new.any() and eos else None  # [B], counts down
-        self.prefixes, self.last = _prefix_table(words)
-        self.tail = None if self.prefixes is None else _tails(prompts, self.prefixes.shape[-1])
 
-        self.in_prompt = self.counts = None
-        if any(p is not None for p in (self.repetition, self.presence, self.frequency)):
-            self.in_prompt = _occurring(prompts, vocab_size)  # [B, V]
-            self.counts = torch.zeros(len(configs), vocab_size)  # [B, V] in the output
+        bias = torch.zeros(len(configs), vocab_size)
+        longer: list[list[list[int]]] = []  # bad words of several tokens
+        for row, config in enumerate(configs):
+            check_tokens(config, vocab_size, row)
+            for token, value in config.logit_bias.items():
+                bias[row, token] = float(value)
+            for word in config.bad_words:
+                if len(word) == 1 and word[0] not in eos_token_ids:
+                    bias[row, word[0]] = -torch.inf
+            longer.append([list(word) for word in config.bad_words if len(word) > 1])
+        self.bias = bias if bias.any() else None
+        self.has_words = any(longer)
+        if self.has_words:
+            self._tabulate(longer, prompts)
+
+        self.repetition = _per_row([config.repetition_penalty for config in configs], neutral=1.0)
+        self.presence = _per_row([config.presence_penalty for config in configs])
+        self.frequency = _per_row([config.frequency_penalty for config in configs])
+        amounts = (self.repetition, self.presence, self.frequency)
+        self.has_penalties = any(amount is not None for amount in amounts)
+        if self.has_penalties:
+            self.counts = torch.zeros_like(bias)
+            self.in_prompt = torch.zeros_like(bias, dtype=torch.bool)
+            for row, prompt in enumerate(prompts):
+                ids = torch.tensor(list(prompt), dtype=torch.long)
+                self.in_prompt[row, ids[(ids >= 0) & (ids < vocab_size)]] = True
         self._map_rows(lambda rows: rows.to(device))
 
+    def _tabulate(self, words: Sequence[list[list[int]]], prompts: Sequence[Sequence[int]]) -> None:
+        width = max(len(word) for row in words for word in row) - 1
+        self.prefixes = torch.full((len(words), max(map(len, words)), width), _NEVER)
+        self.last = torch.zeros(self.prefixes.shape[:2], dtype=torch.long)
+        for row, row_words in enumerate(words):
+            for column, word in enumerate(row_words):
+                newest_first = word[-2::-1] + [_ANY] * (width - len(word) + 1)
+                self.prefixes[row, column] = torch.tensor(newest_first)
+                self.last[row, column] = word[-1]
+        tails = [list(prompt)[: -width - 1 : -1] for prompt in prompts]
+        self.tail = torch.tensor([tail + [-1] * (width - len(tail)) for tail in tails])
+
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        for name in _ROW_TENSORS:
-            rows = getattr(self, name)
-            setattr(self, name, None if rows is None else change(rows))
+        for name, value in list(vars(self).items()):
+            if isinstance(value, Tensor) and name != "eos":
+                setattr(self, name, change(value))
 
     def keep(self, rows: Tensor) -> None:
         """Keep `rows` [K], int64 on the sampler's device, in that order."""
@@ -63,28 +97,27 @@ class Penalties:
 
     def observe(self, tokens: Tensor) -> None:
         """Extend the committed context by `tokens` [B, T], -1 padded at the end."""
-        if self.counts is not None:
+        if self.has_penalties:
             known = (tokens >= 0) & (tokens < self.vocab_size)
             index = tokens.clamp(0, self.vocab_size - 1)
             self.counts.scatter_add_(1, index, known.to(self.counts.dtype))
         num_new = (tokens >= 0).sum(1, keepdim=True)  # [B, 1]
         if self.eos_ban_len is not None:
             self.eos_ban_len = self.eos_ban_len - num_new.squeeze(1)
-        if self.tail is not None:
+        if self.has_words:
             newest_first = torch.cat([tokens.flip(1), self.tail], 1)
             window = torch.arange(self.tail.shape[1], device=tokens.device)
-            self.tail = newest_first.gather(1, tokens.shape[1] - num_new + window)  # [B, L - 1]
+            self.tail = newest_first.gather(1, tokens.shape[1] - num_new + window)
 
     def apply(self, logits: Tensor, draft: Draft | None, nodes: Tensor | None) -> Tensor:
         """Return processed logits [B, M, V] in at least float32; arguments as `Sampler.scores`."""
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        scores = logits.to(dtype, copy=True)
+        scores = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
         path = _path_tokens(draft, nodes, logits.shape[:2], logits.device)
         if self.bias is not None:
             scores += self.bias.unsqueeze(1)
-        if self.counts is not None:
+        if self.has_penalties:
             scores = self._penalize(scores, path)
-        if self.tail is not None:
+        if self.has_words:
             self._ban_words_(scores, path)
         if self.eos_ban_len is not None:
             depth = (path >= 0).sum(2)  # [B, M]
@@ -97,16 +130,13 @@ class Penalties:
         """Penalize by the committed context, then redo the tokens that occur on each path."""
         # Padding points at some token too; its value is right, because every entry counts how
         # often its *own* token is on the path. So duplicates agree and no entry needs a mask.
-        assert self.in_prompt is not None
-        assert self.counts is not None
         index = path.clamp(0, self.vocab_size - 1)  # [B, M, D]
         on_path = (index.unsqueeze(3) == path.unsqueeze(2)).sum(3)
         in_prompt, counts = self.in_prompt.unsqueeze(1), self.counts.unsqueeze(1)  # [B, 1, V]
-        shape = scores.shape
         redone = self._penalized(
             scores.gather(2, index),
-            in_prompt.expand(shape).gather(2, index),
-            counts.expand(shape).gather(2, index) + on_path,
+            in_prompt.expand_as(scores).gather(2, index),
+            counts.expand_as(scores).gather(2, index) + on_path,
         )
         return self._penalized(scores, in_prompt, counts).scatter_(2, index, redone)
 
@@ -122,21 +152,16 @@ class Penalties:
         return scores
 
     def _ban_words_(self, scores: Tensor, path: Tensor) -> None:
-        assert self.tail is not None
-        assert self.prefixes is not None
-        assert self.last is not None
-        context = _newest(path, self.tail).unsqueeze(2)  # [B, M, 1, L - 1]
-        prefixes = self.prefixes.unsqueeze(1)  # [B, 1, W, L - 1]
+        num_rows, width = path.shape[1], self.tail.shape[1]
+        depth = (path >= 0).sum(2, keepdim=True)  # [B, M, 1]
+        step = torch.arange(width, device=path.device)
+        both = torch.cat([path, self.tail.unsqueeze(1).expand(-1, num_rows, -1)], 2)
+        newest = both.gather(2, torch.where(step < depth, step, step - depth + path.shape[2]))
+        context, prefixes = newest.unsqueeze(2), self.prefixes.unsqueeze(1)  # [B, M, W, L - 1]
         completes = ((context == prefixes) | (prefixes == _ANY)).all(3)  # [B, M, W]
         ban = torch.zeros_like(completes, dtype=scores.dtype).masked_fill_(completes, -torch.inf)
         # Added, not written: words that share their last token must not overwrite each other.
         scores.scatter_add_(2, self.last.unsqueeze(1).expand_as(ban), ban)
-
-
-_ROW_TENSORS = (
-    *("bias", "repetition", "presence", "frequency", "eos_ban_len"),
-    *("prefixes", "last", "tail", "in_prompt", "counts"),
-)
 
 
 def check_tokens(config: SamplingConfig, vocab_size: int, row: int) -> None:
@@ -149,6 +174,12 @@ def check_tokens(config: SamplingConfig, vocab_size: int, row: int) -> None:
                     f"{name} of row {row} has token {token} but the vocabulary ends at "
                     f"{vocab_size - 1}; use ids of this model's tokenizer"
                 )
+
+
+def _per_row(values: Sequence[float], neutral: float = 0.0) -> Tensor | None:
+    if all(value == neutral for value in values):
+        return None
+    return torch.tensor([float(value) for value in values]).view(-1, 1, 1)
 
 
 def _path_tokens(
@@ -168,73 +199,3 @@ def _path_tokens(
             climb = climb.gather(1, nodes.unsqueeze(2).expand(-1, -1, depth))
     of_row = pad(draft.tokens, (1, 0), value=-1)  # [B, N + 1]
     return of_row.gather(1, climb.flatten(1)).unflatten(1, climb.shape[1:])
-
-
-def _newest(path: Tensor, tail: Tensor) -> Tensor:
-    """Return the newest tokens of path and committed tail together: [B, M, L - 1]."""
-    num_rows, width = path.shape[1], tail.shape[1]
-    depth = (path >= 0).sum(2, keepdim=True)  # [B, M, 1]
-    step = torch.arange(width, device=path.device)
-    both = torch.cat([path, tail.unsqueeze(1).expand(-1, num_rows, -1)], 2)  # [B, M, D + L - 1]
-    return both.gather(2, torch.where(step < depth, step, step - depth + path.shape[2]))
-
-
-def _per_row(configs: Sequence[SamplingConfig], name: str, neutral: float) -> Tensor | None:
-    values = [float(getattr(config, name)) for config in configs]
-    if all(value == neutral for value in values):
-        return None
-    return torch.tensor(values).view(-1, 1, 1)
-
-
-def _occurring(prompts: Iterable[Sequence[int]], vocab_size: int) -> Tensor:
-    """Mark the tokens of each prompt: bool [B, V]. Ids past the vocabulary cannot be generated."""
-    rows = []
-    for prompt in prompts:
-        ids = torch.tensor(list(prompt), dtype=torch.long)
-        known = ids[(ids >= 0) & (ids < vocab_size)]
-        rows.append(torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, known, True))
-    return torch.stack(rows)
-
-
-def _tails(prompts: Sequence[Sequence[int]], width: int) -> Tensor:
-    """Return the last `width` tokens of each prompt, newest first: [B, width], -1 padded."""
-    tails = [list(prompt)[: -width - 1 : -1] for prompt in prompts]
-    return torch.tensor([tail + [-1] * (width - len(tail)) for tail in tails])
-
-
-def _bad_words(config: SamplingConfig, eos_token_ids: Sequence[int]) -> list[list[int]]:
-    """Return the row's bad words without lone end-of-sequence tokens."""
-    words = [list(word) for word in config.bad_words]
-    return [word for word in words if len(word) > 1 or word[0] not in eos_token_ids]
-
-
-def _bias(
-    configs: Sequence[SamplingConfig], words: Sequence[list[list[int]]], vocab_size: int
-) -> Tensor | None:
-    """Sum up what never changes: logit biases, and -inf for bad words of one token: [B, V]."""
-    bias = torch.zeros(len(configs), vocab_size)
-    for row, (config, row_words) in enumerate(zip(configs, words, strict=True)):
-        check_tokens(config, vocab_size, row)
-        for token, value in config.logit_bias.items():
-            bias[row, token] = float(value)
-        for word in row_words:
-            if len(word) == 1:
-                bias[row, word[0]] = -torch.inf
-    return bias if bias.any() else None
-
-
-def _prefix_table(words: Sequence[list[list[int]]]) -> tuple[Tensor | None, Tensor | None]:
-    """Tabulate bad words of several tokens: prefixes [B, W, L - 1] newest first, last [B, W]."""
-    longer = [[word for word in row if len(word) > 1] for row in words]
-    num_words = max(map(len, longer), default=0)
-    if num_words == 0:
-        return None, None
-    width = max(len(word) for row in longer for word in row) - 1
-    prefixes = torch.full((len(longer), num_words, width), _NEVER)
-    last = torch.zeros(len(longer), num_words, dtype=torch.long)
-    for row, row_words in enumerate(longer):
-        for column, word in enumerate(row_words):
-            newest_first = word[-2::-1] + [_ANY] * (width - len(word) + 1)
-            prefixes[row, column] = torch.tensor(newest_first)
-            last[row, column] = word[-1]
-    return prefixes, last

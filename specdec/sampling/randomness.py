@@ -51,7 +51,7 @@ def _row_bits(seeds: Tensor, counters: Tensor, stream: int, size: int) -> Tensor
         raise ValueError(f"size is {size} but must be at least 0: it counts the numbers of a row")
     keys = _mix(seeds * _SEED_STEP + counters * _COUNTER_STEP + _int64(stream * _STREAM_STEP))
     columns = torch.arange(1, size + 1, device=seeds.device).mul_(_COLUMN_STEP)
-    return _mix(keys[:, None] + columns)  # [B, size]
+    return _mix(keys[:, None] + columns)
 
 
 def row_uniforms(seeds: Tensor, counters: Tensor, stream: int, size: int) -> Tensor:
@@ -85,10 +85,6 @@ def row_exponentials(seeds: Tensor, counters: Tensor, stream: int, size: int) ->
     Returns:
         [B, size] float32 in [0, 36.8]. Equal on all devices as far as their float64 `log1p` agree
         after rounding to float32.
-
-    Raises:
-        TypeError: seeds or counters are not int64.
-        ValueError: their shapes differ, or size is negative.
     """
     bits = _row_bits(seeds, counters, stream, size)
     negated = _shift_right(bits, 11).to(torch.float64).mul_(-(2.0**-53))

@@ -75,24 +75,21 @@ class Sampler:
             return
         greedy = [config.is_greedy for config in configs]
         rows = [SamplingConfig(temperature=1) if config.is_greedy else config for config in configs]
-        self._greedy = self._column(greedy) if any(greedy) else None
-        self._temperature = self._column([float(row.temperature) for row in rows])
-
         top_k = [row.top_k if 0 < row.top_k < self.vocab_size else 0 for row in rows]
-        self._max_k = max(top_k)
-        self._top_k = self._column(top_k)
-
         limited = [i for i, row in enumerate(rows) if row.top_p < 1]
+
+        def column(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, device=self.device).view(-1, 1, 1)
+
+        self._greedy = column(greedy) if any(greedy) else None
+        self._temperature = column([float(row.temperature) for row in rows])
+        self._max_k, self._top_k = max(top_k), column(top_k)
         self._num_top_p = len(limited)
         self._top_p_rows = torch.tensor(limited, dtype=torch.long, device=self.device)
         # In double precision, as transformers does: 1 - 0.9 in float32 is another number.
-        self._tail_mass = self._column([1 - float(rows[i].top_p) for i in limited])
-
+        self._tail_mass = column([1 - float(rows[i].top_p) for i in limited])
         self._uses_min_p = any(row.min_p > 0 for row in rows)
-        self._min_p = self._column([float(row.min_p) for row in rows])
-
-    def _column(self, values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, device=self.device).view(-1, 1, 1)
+        self._min_p = column([float(row.min_p) for row in rows])
 
     def scores(
         self, logits: Tensor, draft: Draft | None = None, nodes: Tensor | None = None
@@ -124,10 +121,7 @@ class Sampler:
                 f"{expected}; pass nodes for logits of some of the draft's {num_nodes + 1} rows"
             )
         if nodes is not None and nodes.shape != expected[:2]:
-            raise ValueError(
-                f"nodes has shape {tuple(nodes.shape)} but must be {expected[:2]}, one index for "
-                "each logits row"
-            )
+            raise ValueError(f"nodes has shape {tuple(nodes.shape)} but must be {expected[:2]}")
         if self._penalties is None:
             return logits
         return self._penalties.apply(logits, draft, nodes)

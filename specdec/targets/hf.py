@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from specdec.engine.clock import ForwardClock
 from specdec.engine.interfaces import Capabilities, Prompts, TargetOutput
 from specdec.engine.kv_cache import SlotCache
+from specdec.engine.metrics import ForwardClock
 from specdec.targets.attention import Masks
 from specdec.targets.probe import check_target
 from specdec.targets.taps import TapReader

@@ -7,16 +7,18 @@ Each check returns a `Report` that says in words what is violated and by how muc
     check_drafter(lambda seed: my_drafter(prompt, seed)).raise_if_failed()
 """
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
+from math import log
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot, pad
 
-from specdec.verify.checks import check_values
+from specdec.verify.checks import draft_faults, refuse
 from specdec.verify.draft import Draft, Verdict
 from specdec.verify.rules import Rule, get_rule, verify
 
@@ -24,282 +26,19 @@ __all__ = ["ConformanceError", "Finding", "Report", "check_drafter", "check_engi
 
 # Called like `specdec.verify.verify`: (target_probs, draft, *, uniforms, noise) -> Verdict.
 Engine = Callable[..., Verdict]
+# The float64 distribution [V] after every prefix that is shorter than a horizon.
+World = dict[tuple[int, ...], Tensor]
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 CHAIN_SHAPE = (-1, 0, 1)
 TREE_SHAPES = ((-1, -1, 0, 0), (-1, 0, 0, 1), (-1, 0, -1, 2))
 SIBLING_KINDS = ("deterministic", "independent", "without replacement")
+PROCESSING = ((1.0, 1.0), (0.4, 0.8), (0.0, 1.0))  # temperature, top-p
 _VOCAB_SIZE = 3
 _HORIZON = 4  # emitted positions whose joint distribution is compared
-_PROCESSING = ((1.0, 1.0), (0.4, 0.8), (0.0, 1.0))  # temperature, top-p
 _BITS = 53  # of a float64 in [0, 1)
 _LARGEST = 1.0 - 2.0**-_BITS
 _REJECTED_NOISE = 1e30
-
-
-@dataclass(frozen=True, eq=False)
-class VerdictDistribution:
-    """The behavior of a rule on each draft row, over all its randomness.
-
-    Attributes:
-        thresholds: [B, N] float64, node i is accepted iff its uniform is below; NaN for a node that
-            never decides anything.
-        spread: [B, N] float64, how far the thresholds of one node lie apart between contexts; 0 for
-            a rule that judges each node by one number.
-        paths: [B, K, D] accepted nodes of each of the K outcomes, -1 padded; outcomes may repeat.
-        probs: [B, K] float64 probability of the outcome.
-        last_probs: [B, K, V] float64 distribution of the last token given the outcome.
-    """
-
-    thresholds: Tensor
-    spread: Tensor
-    paths: Tensor
-    probs: Tensor
-    last_probs: Tensor
-
-
-def verdict_distribution(engine: Engine, target_probs: Tensor, draft: Draft) -> VerdictDistribution:
-    """Integrate out the uniforms and the noise of `engine` for every row of a small draft."""
-    thresholds, spread = _find_thresholds(engine, target_probs, draft)
-    accept = _patterns(draft.num_nodes)  # [K, N]
-    cut = thresholds.nan_to_num(0.5).unsqueeze(1)  # [B, 1, N]
-    uniforms = torch.where(accept, cut / 2, (cut + 1) / 2).clamp(max=_LARGEST)
-    probs = torch.where(accept, cut, 1 - cut).prod(2)
-    last_probs, paths = _find_last_probs(engine, target_probs, draft, uniforms)
-    return VerdictDistribution(thresholds, spread, paths, probs, last_probs)
-
-
-def _patterns(num_nodes: int) -> Tensor:
-    """List all accept / reject decisions, bool [2 ** N, N]."""
-    return torch.tensor(list(product((True, False), repeat=num_nodes))).view(-1, num_nodes)
-
-
-def _find_thresholds(engine: Engine, target_probs: Tensor, draft: Draft) -> tuple[Tensor, Tensor]:
-    """Bisect each node's uniform in every context of the others' extremes: two [B, N]."""
-    batch_size, num_nodes = draft.tokens.shape
-    if num_nodes == 0:
-        return torch.empty(batch_size, 0).double(), torch.empty(batch_size, 0).double()
-    contexts = _patterns(num_nodes).double() * _LARGEST  # [K, N], float64 throughout
-    num_contexts = contexts.shape[0]
-    rows = num_nodes * num_contexts
-    repeated = draft.map_rows(lambda t: t.repeat_interleave(rows, 0))
-    target = target_probs.repeat_interleave(rows, 0)
-    base = contexts.repeat(batch_size * num_nodes, 1)  # [B * N * K, N]
-    column = torch.arange(num_nodes).repeat_interleave(num_contexts).repeat(batch_size).unsqueeze(1)
-    noise = torch.ones(batch_size * rows, target_probs.shape[2], dtype=torch.float64)
-
-    def path_at(value: Tensor) -> Tensor:
-        uniforms = base.scatter(1, column, value.unsqueeze(1))
-        return engine(target, repeated, uniforms=uniforms, noise=noise).path
-
-    low = torch.zeros(batch_size * rows, dtype=torch.float64)
-    high = torch.full_like(low, _LARGEST)
-    accepted, rejected = path_at(low), path_at(high)
-    decides = (accepted != rejected).any(1)
-    for _ in range(_BITS):
-        middle = (low + high) / 2
-        below = (path_at(middle) == accepted).all(1)
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    # A node that accepts even the largest uniform in every context is certain: see below.
-    found = torch.where(decides, high, torch.nan).view(batch_size, num_nodes, num_contexts)
-    thresholds = found.nanmean(2)
-    top = found.nan_to_num(-1.0).amax(2)
-    spread = (top - found.nan_to_num(2.0).amin(2)).where(~thresholds.isnan(), 0.0)
-    return torch.where(thresholds.isnan(), thresholds, top), spread
-
-
-def _find_last_probs(
-    engine: Engine, target_probs: Tensor, draft: Draft, uniforms: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Bisect the noise of each token against the likeliest one: [B, K, V], and paths [B, K, D]."""
-    batch_size, num_patterns, _ = uniforms.shape
-    vocab_size = target_probs.shape[2]
-
-    def run(copies: int, noise: Tensor) -> Verdict:
-        return engine(
-            target_probs.repeat_interleave(num_patterns * copies, 0),
-            draft.map_rows(lambda t: t.repeat_interleave(num_patterns * copies, 0)),
-            uniforms=uniforms.flatten(0, 1).repeat_interleave(copies, 0),
-            noise=noise,
-        )
-
-    def last_token(verdict: Verdict) -> Tensor:
-        return verdict.tokens.gather(1, verdict.num_accepted.unsqueeze(1)).squeeze(1)
-
-    flat = batch_size * num_patterns
-    plain = run(1, torch.ones(flat, vocab_size, dtype=torch.float64))
-    likeliest = last_token(plain).repeat_interleave(vocab_size).unsqueeze(1)  # [B * K * V, 1]
-    tokens = torch.arange(vocab_size).repeat(flat)
-    noise = torch.full((flat * vocab_size, vocab_size), _REJECTED_NOISE, dtype=torch.float64)
-    noise.scatter_(1, likeliest, 1.0)
-    low = torch.zeros(flat * vocab_size, dtype=torch.float64)
-    high = torch.ones_like(low)
-    for _ in range(_BITS):
-        middle = (low + high) / 2
-        wins = last_token(run(vocab_size, noise.scatter(1, tokens[:, None], middle[:, None])))
-        below = wins == tokens
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    ratio = torch.where(likeliest.squeeze(1) == tokens, 1.0, low).view(flat, vocab_size)
-    last_probs = (ratio / ratio.sum(1, keepdim=True)).view(batch_size, num_patterns, vocab_size)
-    return last_probs, plain.path.view(batch_size, num_patterns, -1)
-
-
-@dataclass(frozen=True)
-class World:
-    """A table of conditional distributions: prefix -> float64 [V]."""
-
-    table: dict[tuple[int, ...], Tensor]
-    vocab_size: int
-    horizon: int
-
-    @classmethod
-    def random(
-        cls,
-        vocab_size: int,
-        horizon: int,
-        generator: torch.Generator,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-    ) -> "World":
-        """Draw random logits for every prefix; temperature 0 gives one-hot rows."""
-        table = {}
-        for length in range(horizon):
-            for prefix in product(range(vocab_size), repeat=length):
-                logits = torch.randn(vocab_size, generator=generator, dtype=torch.float64)
-                table[prefix] = _process(logits, temperature, top_p)
-        return cls(table, vocab_size, horizon)
-
-    def rounded(self, dtype: torch.dtype) -> "World":
-        """Return the world as `dtype` sees it, normalized again."""
-        rows = {prefix: row.to(dtype).double() for prefix, row in self.table.items()}
-        return World(
-            {prefix: row / row.sum() for prefix, row in rows.items()}, self.vocab_size, self.horizon
-        )
-
-    def joint(self) -> Tensor:
-        """Compute the distribution of the first `horizon` tokens: [V, ..., V]."""
-        return self.continuation(())
-
-    def continuation(self, prefix: tuple[int, ...]) -> Tensor:
-        """Compute the distribution of the tokens after `prefix`, up to the horizon."""
-        if len(prefix) == self.horizon:
-            return torch.ones((), dtype=torch.float64)
-        after = [self.continuation((*prefix, token)) for token in range(self.vocab_size)]
-        row = self.table[prefix]
-        return torch.stack([row[token] * after[token] for token in range(self.vocab_size)])
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """Every draft a drafter can produce, as the rows of one batch, and how likely each is.
-
-    Attributes:
-        draft: B = number of realizations.
-        target_probs: [B, N + 1, V].
-        weights: [B] float64, summing to one.
-    """
-
-    draft: Draft
-    target_probs: Tensor
-    weights: Tensor
-
-
-def build_case(
-    target: World,
-    drafter: World,
-    shape: tuple[int, ...],
-    kind: str,
-    dtype: torch.dtype,
-    as_chain: bool = False,
-) -> Case:
-    """Enumerate the drafts of one tree shape; `kind` is one of `SIBLING_KINDS`."""
-    realizations = _realizations(drafter, shape, kind)
-    tokens = torch.tensor([tokens for tokens, _, _ in realizations])
-    target_rows = []
-    for path_tokens, _, _ in realizations:
-        paths = [_prefix(shape, path_tokens, node) for node in range(len(shape))]
-        target_rows.append(torch.stack([target.table[path] for path in [(), *paths]]))
-    probs = None
-    if kind != "deterministic":
-        probs = torch.stack([torch.stack(rows) for _, rows, _ in realizations]).to(dtype)
-    depth = max(len(_prefix(shape, (0,) * len(shape), node)) for node in range(len(shape)))
-    draft = Draft.tree(tokens, torch.tensor(shape), depth=depth, probs=probs)
-    if as_chain:
-        draft = Draft.chain(tokens, probs=probs)
-    weights = torch.tensor([weight for _, _, weight in realizations], dtype=torch.float64)
-    return Case(draft, torch.stack(target_rows).to(dtype), weights)
-
-
-def emitted_joint(case: Case, verdicts: VerdictDistribution, target: World) -> Tensor:
-    """Compute the distribution of the first `horizon` tokens when a rule emits them.
-
-    What the rule does not emit is sampled from the target afterwards.
-    """
-    joint = torch.zeros_like(target.joint())
-    outcome_probs = verdicts.probs * case.weights.unsqueeze(1)
-    tokens = case.draft.tokens.tolist()
-    for row, outcome in (outcome_probs > 0).nonzero().tolist():
-        path = [node for node in verdicts.paths[row, outcome].tolist() if node >= 0]
-        prefix = tuple(tokens[row][node] for node in path)
-        for token, prob in enumerate(verdicts.last_probs[row, outcome].tolist()):
-            if prob > 0:
-                emitted = (*prefix, token)
-                share = outcome_probs[row, outcome] * prob
-                joint[emitted] += share * target.continuation(emitted)
-    return joint
-
-
-def total_variation(first: Tensor, second: Tensor) -> float:
-    """Compute half the absolute difference of two distributions."""
-    return 0.5 * (first - second).abs().sum().item()
-
-
-def _process(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    if temperature == 0:
-        return torch.nn.functional.one_hot(logits.argmax(), logits.numel()).double()
-    probs = torch.softmax(logits / temperature, 0)
-    ranked, order = probs.sort(descending=True)
-    dropped = order[ranked.cumsum(0) - ranked >= top_p]
-    probs[dropped] = 0
-    return probs / probs.sum()
-
-
-def _prefix(shape: tuple[int, ...], tokens: tuple[int, ...], node: int) -> tuple[int, ...]:
-    """Spell the tokens from the root's child down to `node`."""
-    parent = shape[node]
-    above = () if parent < 0 else _prefix(shape, tokens, parent)
-    return (*above, tokens[node])
-
-
-def _realizations(
-    drafter: World, shape: tuple[int, ...], kind: str
-) -> list[tuple[tuple[int, ...], list[Tensor], float]]:
-    """List tokens, distribution of each node, and probability of every draft of the drafter."""
-    partial: list[tuple[tuple[int, ...], list[Tensor], float]] = [((), [], 1.0)]
-    for node, parent in enumerate(shape):
-        grown = []
-        for tokens, rows, weight in partial:
-            above = () if parent < 0 else _prefix(shape, tokens, parent)
-            earlier = [tokens[i] for i in range(node) if shape[i] == parent]
-            row = _node_probs(drafter.table[above], earlier, kind)
-            for token in row.nonzero().flatten().tolist():
-                grown.append(((*tokens, token), [*rows, row], weight * row[token].item()))
-        partial = grown
-    return partial
-
-
-def _node_probs(row: Tensor, earlier: list[int], kind: str) -> Tensor:
-    if kind == "deterministic":  # the drafter's best tokens in order
-        best = row.argsort(descending=True)[len(earlier)]
-        return torch.nn.functional.one_hot(best, row.numel()).double()
-    if kind == "independent" or not earlier:
-        return row
-    left = row.clone()
-    left[earlier] = 0
-    if left.sum() == 0:  # the drafter has run out of tokens: any true distribution will do
-        left = torch.ones_like(row)
-        left[earlier] = 0
-    return left / left.sum()
 
 
 @dataclass(frozen=True)
@@ -332,7 +71,7 @@ class Report:
     subject: str
     num_cases: int
     findings: tuple[Finding, ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -344,120 +83,12 @@ class Report:
         verdict = "passed" if self.passed else f"{len(self.findings)} violations"
         lines = [f"{self.subject}: {verdict} ({self.num_cases} cases)"]
         lines += [f"  violated: {finding}" for finding in self.findings]
-        lines += [f"  note: {note}" for note in self.notes]
-        return "\n".join(lines)
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
     def raise_if_failed(self) -> None:
         """Raise `ConformanceError` with the whole report if anything was violated."""
         if not self.passed:
             raise ConformanceError(str(self))
-
-
-def check_drafter(
-    propose: Callable[[int], Draft],
-    vocab_size: int,
-    num_drafts: int = 400,
-    subject: str = "drafter",
-    false_alarm: float = 1e-6,
-) -> Report:
-    """Check that the `probs` a drafter reports are the distribution of the tokens it draws.
-
-    A token drawn from q has, given everything before it, E[1(x = v)] = q(v) for every v and
-    E[q(x)] = sum of q^2. Both differences are summed over drafts and nodes and must be zero within
-    chance. An argmax reported with full probabilities fails the second; a tree pruned after its
-    tokens were seen, or a temperature that was left out, fails one of the two.
-
-    Args:
-        propose: draws a draft for one fixed context; only the seed differs between calls. A drafter
-            that samples but reports no probs is noted: lossless, but accepted less than it could.
-        vocab_size: V.
-        num_drafts: seeds 0 .. num_drafts - 1.
-        subject: its name in the report.
-        false_alarm: probability that an honest drafter is refused.
-    """
-    drafts = [propose(seed) for seed in range(num_drafts)]
-    findings = _check_proposals(drafts, vocab_size)
-    notes: tuple[str, ...] = ()
-    if not findings and all(draft.probs is None for draft in drafts):
-        notes = _note_sampled_point_mass(drafts)
-    elif not findings:
-        findings = _check_reported_probs(drafts, vocab_size, false_alarm)
-    return Report(subject, num_drafts, tuple(findings), notes)
-
-
-def _check_proposals(drafts: Sequence[Draft], vocab_size: int) -> list[Finding]:
-    """Check every draft's own values, with the checks of `verify`."""
-    for seed, draft in enumerate(drafts):
-        if (draft.probs is None) != (drafts[0].probs is None):
-            return [Finding("probs", f"seed {seed} and seed 0 disagree on reporting probs")]
-        target = torch.zeros(draft.batch_size, draft.num_nodes + 1, vocab_size)
-        target[:, :, 0] = 1
-        try:
-            check_values(target.to(draft.tokens.device), draft, "any", None, None)
-        except (ValueError, RuntimeError) as error:
-            return [Finding("draft", f"seed {seed}: {error}")]
-    return []
-
-
-def _note_sampled_point_mass(drafts: Sequence[Draft]) -> tuple[str, ...]:
-    first = drafts[0]
-    for seed, draft in enumerate(drafts):
-        same = draft.tokens.shape == first.tokens.shape and torch.equal(draft.tokens, first.tokens)
-        if not same:
-            cost = "lossless, but reporting probs would get more of them accepted"
-            return (f"seeds 0 and {seed} drew other tokens and no probs are reported: {cost}",)
-    return ()
-
-
-def _check_reported_probs(
-    drafts: Sequence[Draft], vocab_size: int, false_alarm: float
-) -> list[Finding]:
-    num_tests = vocab_size + 1
-    # Bernstein's inequality for martingales: increments are at most 1.
-    budget = math.log(2 * num_tests / false_alarm)
-    counts = torch.zeros(vocab_size, dtype=torch.float64)
-    count_variance = torch.zeros_like(counts)
-    match_sum, match_variance, num_drawn = 0.0, 0.0, 0
-    for draft in drafts:
-        assert draft.probs is not None
-        real = draft.real_nodes()
-        probs = draft.probs[real].double().cpu()  # [R, V]
-        drawn = torch.nn.functional.one_hot(draft.tokens[real].cpu(), vocab_size).double()
-        counts += (drawn - probs).sum(0)
-        count_variance += (probs * (1 - probs)).sum(0)
-        expected = (probs * probs).sum(1)
-        match_sum += ((drawn * probs).sum(1) - expected).sum().item()
-        match_variance += ((probs**3).sum(1) - expected**2).sum().item()
-        num_drawn += probs.shape[0]
-
-    findings = []
-    if abs(match_sum) > _chance(match_variance, budget):
-        direction = "more" if match_sum > 0 else "less"
-        findings.append(
-            Finding(
-                "reported probs",
-                f"drawn tokens are {direction} likely under the reported probs than draws from "
-                f"them would be, by {abs(match_sum) / max(num_drawn, 1):.2g} a token over "
-                f"{num_drawn} tokens. Argmax and top-k are point masses: report probs=None",
-            )
-        )
-    limits = torch.tensor([_chance(variance, budget) for variance in count_variance.tolist()])
-    excess = counts.abs() - limits
-    if num_drawn and excess.max() > 0:
-        token = int(excess.argmax())
-        findings.append(
-            Finding(
-                "reported probs",
-                f"token {token} was drawn {counts[token]:+.0f} times against what the reported "
-                f"probs say, over {num_drawn} tokens; chance explains {limits[token]:.0f}",
-            )
-        )
-    return findings
-
-
-def _chance(variance: float, budget: float) -> float:
-    """Bound a sum of zero-mean increments of at most 1 with this variance, by Bernstein."""
-    return budget / 3 + math.sqrt(budget * budget / 9 + 2 * budget * variance)
 
 
 def check_rule(rule: str | Rule, dtype: torch.dtype = torch.float64, seed: int = 0) -> Report:
@@ -489,48 +120,37 @@ def check_engine(
         seed: seed of the random worlds.
         subject: its name in the report.
     """
-    chosen = get_rule(rule)
+    chosen, most = get_rule(rule), TOLERANCE[dtype]
     generator = torch.Generator().manual_seed(seed)
-    findings: list[Finding] = []
-    worst = 0.0
-    cases = _cases(generator, dtype, chosen.supports_trees)
-    for name, case, target in cases:
+    shapes = (CHAIN_SHAPE, *TREE_SHAPES) if chosen.supports_trees else (CHAIN_SHAPE,)
+    cases = []
+    for index, (shape, kind) in enumerate(product(shapes, SIBLING_KINDS)):
+        temperature, top_p = PROCESSING[index % len(PROCESSING)]
+        name = f"parents {shape}, {kind} siblings, temperature {temperature}, top-p {top_p}"
+        target = random_world(_VOCAB_SIZE, _HORIZON, generator, dtype, temperature, top_p)
+        drafter = random_world(_VOCAB_SIZE, _HORIZON, generator, dtype)
+        case = build_case(target, drafter, shape, kind, dtype, as_chain=shape == CHAIN_SHAPE)
+        cases.append((name, target, case))
+    biases, findings = [], []
+    for name, target, case in cases:
         verdicts = verdict_distribution(engine, case.target_probs, case.draft)
-        bias = total_variation(emitted_joint(case, verdicts, target), target.joint())
-        worst = max(worst, bias)
-        if chosen.lossless and not bias <= TOLERANCE[dtype]:
-            message = f"{name}: total variation to the target is {bias:.2g} over 4 positions"
-            findings.append(Finding("losslessness", f"{message}, at most {TOLERANCE[dtype]:g}"))
-        if verdicts.spread.numel() and verdicts.spread.max() > TOLERANCE[dtype]:
-            message = f"{name}: a node's acceptance depends on uniforms of nodes judged elsewhere"
-            findings.append(
-                Finding("one number a node", f"{message} by {verdicts.spread.max():.2g}")
-            )
-        findings += _check_contract(engine, case, name, generator)
-    notes = () if chosen.lossless else (f"lossy by declaration: total variation up to {worst:.2g}",)
-    return Report(subject, len(cases), tuple(findings), notes)
+        biases.append(total_variation(emitted_joint(case, verdicts, target), joint(target)))
+        broken = []
+        if chosen.lossless and not biases[-1] <= most:
+            message = f"total variation to the target is {biases[-1]:.2g} over 4 positions"
+            broken.append(("losslessness", f"{message}, at most {most:g}"))
+        if (spread := verdicts.spread.max().item()) > most:
+            message = "a node's acceptance depends on uniforms of nodes judged elsewhere"
+            broken.append(("one number a node", f"{message} by {spread:.2g}"))
+        broken += _broken_contracts(engine, case, generator)
+        findings += [Finding(check, f"{name}: {message}") for check, message in broken]
+    note = f"lossy by declaration: total variation up to {max(biases):.2g}"
+    return Report(subject, len(cases), tuple(findings), () if chosen.lossless else (note,))
 
 
-def _cases(
-    generator: torch.Generator, dtype: torch.dtype, supports_trees: bool
-) -> list[tuple[str, Case, World]]:
-    shapes = (CHAIN_SHAPE, *TREE_SHAPES) if supports_trees else (CHAIN_SHAPE,)
-    cases: list[tuple[str, Case, World]] = []
-    for index, shape in enumerate(shapes):
-        for kind in SIBLING_KINDS:
-            temperature, top_p = _PROCESSING[len(cases) % len(_PROCESSING)]
-            target = World.random(_VOCAB_SIZE, _HORIZON, generator, temperature, top_p)
-            target = target.rounded(dtype)
-            drafter = World.random(_VOCAB_SIZE, _HORIZON, generator).rounded(dtype)
-            case = build_case(target, drafter, shape, kind, dtype, as_chain=index == 0)
-            name = f"parents {shape}, {kind} siblings, temperature {temperature}, top-p {top_p}"
-            cases.append((name, case, target))
-    return cases
-
-
-def _check_contract(
-    engine: Engine, case: Case, name: str, generator: torch.Generator
-) -> list[Finding]:
+def _broken_contracts(
+    engine: Engine, case: "Case", generator: torch.Generator
+) -> Iterator[tuple[str, str]]:
     """Check what holds for every draw: padding, neighbours, and the outputs' bookkeeping."""
     draft, target_probs = case.draft, case.target_probs
     lengths = torch.randint(0, draft.num_nodes + 1, draft.lengths.shape, generator=generator)
@@ -541,29 +161,335 @@ def _check_contract(
         "noise": -torch.rand(target_probs[:, 0].shape, generator=generator).double().log(),
     }
     clean = engine(target_probs, ragged, **randomness)
-    findings = []
 
-    poisoned = target_probs.clone()
+    poisoned, probs = target_probs.clone(), draft.probs
     poisoned[:, 1:][~real] = torch.nan
-    probs = draft.probs
     if probs is not None:
         probs = probs.masked_fill(~real.unsqueeze(2), torch.nan)
     dirty = engine(poisoned, replace(ragged, probs=probs), **randomness)
-    if not torch.equal(clean.tokens, dirty.tokens):
-        row = int((clean.tokens != dirty.tokens).any(1).nonzero()[0])
-        findings.append(Finding("padding", f"{name}: NaN past the length of row {row} changed it"))
+    changed = (clean.tokens != dirty.tokens).any(1)
+    if changed.any():
+        yield "padding", f"NaN past the length of row {int(changed.nonzero()[0])} changed it"
 
     some = torch.arange(draft.batch_size // 2 + 1).flip(0)
     moved = {key: value[some] for key, value in randomness.items()}
     apart = engine(target_probs[some], ragged.map_rows(lambda t: t[some]), **moved)
-    if not torch.equal(apart.tokens, clean.tokens[some]):
-        row = int(some[(apart.tokens != clean.tokens[some]).any(1)][0])
-        findings.append(Finding("neighbours", f"{name}: other rows in the batch change row {row}"))
+    changed = (apart.tokens != clean.tokens[some]).any(1)
+    if changed.any():
+        yield "neighbours", f"other rows in the batch change row {int(some[changed][0])}"
 
-    on_path = torch.zeros_like(torch.nn.functional.pad(real, (0, 1)))
+    on_path = torch.zeros_like(pad(real, (0, 1)))
     on_path = on_path.scatter(1, clean.path % (draft.num_nodes + 1), True)[:, :-1]
     if (on_path & ~clean.tested).any() or (clean.tested & ~real).any():
-        findings.append(Finding("tested", f"{name}: path, tested and real nodes are not nested"))
+        yield "tested", "path, tested and real nodes are not nested"
     if not torch.equal((clean.tokens >= 0).sum(1), clean.num_accepted + 1):
-        findings.append(Finding("tokens", f"{name}: a row emits other than num_accepted + 1"))
-    return findings
+        yield "tokens", "a row emits other than num_accepted + 1"
+
+
+def check_drafter(
+    propose: Callable[[int], Draft],
+    vocab_size: int,
+    num_drafts: int = 400,
+    subject: str = "drafter",
+    false_alarm: float = 1e-6,
+) -> Report:
+    """Check that the `probs` a drafter reports are the distribution of the tokens it draws.
+
+    A token drawn from q has, given everything before it, E[1(x = v)] = q(v) for every v and
+    E[q(x)] = sum of q^2. Both differences are summed over drafts and nodes and must be zero within
+    chance. An argmax reported with full probabilities fails the second; a tree pruned after its
+    tokens were seen, or a temperature that was left out, fails one of the two.
+
+    Args:
+        propose: draws a draft for one fixed context; only the seed differs between calls. A drafter
+            that samples but reports no probs is noted: lossless, but accepted less than it could.
+        vocab_size: V.
+        num_drafts: seeds 0 .. num_drafts - 1.
+        subject: its name in the report.
+        false_alarm: probability that an honest drafter is refused.
+    """
+    drafts = [propose(seed) for seed in range(num_drafts)]
+    first = drafts[0]
+    notes: tuple[str, ...] = ()
+    for seed, draft in enumerate(drafts):
+        if (draft.probs is None) != (first.probs is None):
+            finding = Finding("probs", f"seed {seed} and seed 0 disagree on reporting probs")
+            return Report(subject, num_drafts, (finding,))
+        try:
+            refuse(draft_faults(draft, vocab_size), "any")
+        except (ValueError, RuntimeError) as error:
+            return Report(subject, num_drafts, (Finding("draft", f"seed {seed}: {error}"),))
+        if draft.probs is None and not notes and not torch.equal(draft.tokens, first.tokens):
+            cost = "lossless, but reporting probs would get more of them accepted"
+            notes = (f"seeds 0 and {seed} drew other tokens and no probs are reported: {cost}",)
+    if first.probs is None:
+        return Report(subject, num_drafts, (), notes)
+
+    rows = [
+        (d.probs[d.real_nodes()], d.tokens[d.real_nodes()]) for d in drafts if d.probs is not None
+    ]
+    probs, tokens = (torch.cat(each).cpu() for each in zip(*rows, strict=True))
+    probs = probs.double()  # [R, V]
+    drawn = one_hot(tokens, vocab_size).double()
+    expected = (probs * probs).sum(1)
+    # Statistic v counts token v; the last one is how likely the drawn tokens are.
+    excess = torch.cat([(drawn - probs).sum(0), ((drawn * probs).sum(1) - expected).sum()[None]])
+    variance = (probs * (1 - probs)).sum(0), ((probs**3).sum(1) - expected**2).sum()[None]
+    # Bernstein's inequality for martingales: increments are at most 1.
+    budget = log(2 * (vocab_size + 1) / false_alarm)
+    limits = budget / 3 + (budget * budget / 9 + 2 * budget * torch.cat(variance)).sqrt()
+    is_off = excess.abs() > limits
+    messages = []
+    if is_off[-1]:
+        messages.append(
+            f"drawn tokens are {'more' if excess[-1] > 0 else 'less'} likely under the reported "
+            f"probs than draws from them would be, by {excess[-1].abs() / len(probs):.2g} a token "
+            f"over {len(probs)} tokens. Argmax and top-k are point masses: report probs=None"
+        )
+    if is_off[:-1].any():
+        token = int((excess.abs() - limits)[:-1].argmax())
+        messages.append(
+            f"token {token} was drawn {excess[token]:+.0f} times against what the reported probs "
+            f"say, over {len(probs)} tokens; chance explains {limits[token]:.0f}"
+        )
+    findings = tuple(Finding("reported probs", message) for message in messages)
+    return Report(subject, num_drafts, findings)
+
+
+@dataclass(frozen=True, eq=False)
+class VerdictDistribution:
+    """The behavior of a rule on each draft row, over all its randomness.
+
+    Attributes:
+        spread: [B, N] float64, how far the thresholds of one node lie apart between contexts; 0 for
+            a rule that judges each node by one number.
+        paths: [B, K, D] accepted nodes of each of the K outcomes, -1 padded; outcomes may repeat.
+        probs: [B, K] float64 probability of the outcome.
+        last_probs: [B, K, V] float64 distribution of the last token given the outcome.
+    """
+
+    spread: Tensor
+    paths: Tensor
+    probs: Tensor
+    last_probs: Tensor
+
+
+def verdict_distribution(engine: Engine, target_probs: Tensor, draft: Draft) -> VerdictDistribution:
+    """Integrate out the uniforms and the noise of `engine` for every row of a small draft."""
+    patterns = list(product((True, False), repeat=draft.num_nodes))
+    accept = torch.tensor(patterns).view(-1, draft.num_nodes)  # [K, N] all decisions
+    thresholds, spread = _find_thresholds(engine, target_probs, draft, accept.double() * _LARGEST)
+    cut = thresholds.nan_to_num(0.5).unsqueeze(1)  # [B, 1, N]
+    uniforms = torch.where(accept, cut / 2, (cut + 1) / 2).clamp(max=_LARGEST)
+    probs = torch.where(accept, cut, 1 - cut).prod(2)
+    paths, last_probs = _find_last_probs(engine, target_probs, draft, uniforms)
+    return VerdictDistribution(spread, paths, probs, last_probs)
+
+
+def _bisect(is_below: Callable[[Tensor], Tensor], high: Tensor) -> tuple[Tensor, Tensor]:
+    """Enclose, for each entry of `high`, where `is_below` turns false between 0 and `high`."""
+    low = torch.zeros_like(high)
+    for _ in range(_BITS):
+        middle = (low + high) / 2
+        below = is_below(middle)
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return low, high
+
+
+def _find_thresholds(
+    engine: Engine, target_probs: Tensor, draft: Draft, contexts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Find the uniform below which each node is accepted, and how far contexts disagree: [B, N].
+
+    Every node is bisected in every one of the `contexts` [K, N], uniforms of the other nodes. NaN
+    marks a node that never decides anything.
+    """
+    batch_size, num_nodes = draft.tokens.shape
+    num_contexts = len(contexts)
+    rows = num_nodes * num_contexts
+    repeated = draft.map_rows(lambda t: t.repeat_interleave(rows, 0))
+    target = target_probs.repeat_interleave(rows, 0)
+    base = contexts.repeat(batch_size * num_nodes, 1)  # [B * N * K, N]
+    column = torch.arange(num_nodes).repeat_interleave(num_contexts).repeat(batch_size).unsqueeze(1)
+    noise = torch.ones(batch_size * rows, target_probs.shape[2], dtype=torch.float64)
+
+    def path_at(value: Tensor) -> Tensor:
+        uniforms = base.scatter(1, column, value.unsqueeze(1))
+        return engine(target, repeated, uniforms=uniforms, noise=noise).path
+
+    largest = torch.full((batch_size * rows,), _LARGEST, dtype=torch.float64)
+    accepted = path_at(torch.zeros_like(largest))
+    decides = (accepted != path_at(largest)).any(1)
+    _, high = _bisect(lambda middle: (path_at(middle) == accepted).all(1), largest)
+    # A node that accepts even the largest uniform in every context is certain: see below.
+    found = torch.where(decides, high, torch.nan).view(batch_size, num_nodes, num_contexts)
+    is_idle = found.isnan().all(2)
+    top = found.nan_to_num(-1.0).amax(2)
+    spread = (top - found.nan_to_num(2.0).amin(2)).masked_fill(is_idle, 0.0)
+    return top.masked_fill(is_idle, torch.nan), spread
+
+
+def _find_last_probs(
+    engine: Engine, target_probs: Tensor, draft: Draft, uniforms: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Bisect the noise of each token against the likeliest one: paths [B, K, D], and [B, K, V]."""
+    batch_size, num_patterns, _ = uniforms.shape
+    vocab_size, flat = target_probs.shape[2], batch_size * num_patterns
+
+    def run(copies: int, noise: Tensor) -> tuple[Tensor, Tensor]:
+        verdict = engine(
+            target_probs.repeat_interleave(num_patterns * copies, 0),
+            draft.map_rows(lambda t: t.repeat_interleave(num_patterns * copies, 0)),
+            uniforms=uniforms.flatten(0, 1).repeat_interleave(copies, 0),
+            noise=noise,
+        )
+        return verdict.path, verdict.tokens.gather(1, verdict.num_accepted.unsqueeze(1)).squeeze(1)
+
+    paths, likeliest = run(1, torch.ones(flat, vocab_size, dtype=torch.float64))
+    likeliest = likeliest.repeat_interleave(vocab_size)  # [B * K * V]
+    tokens = torch.arange(vocab_size).repeat(flat)
+    noise = torch.full((flat * vocab_size, vocab_size), _REJECTED_NOISE, dtype=torch.float64)
+    noise.scatter_(1, likeliest.unsqueeze(1), 1.0)
+
+    def wins(middle: Tensor) -> Tensor:
+        return run(vocab_size, noise.scatter(1, tokens[:, None], middle[:, None]))[1] == tokens
+
+    low, _ = _bisect(wins, torch.ones(flat * vocab_size, dtype=torch.float64))
+    ratio = torch.where(likeliest == tokens, 1.0, low).view(batch_size, num_patterns, vocab_size)
+    return paths.view(batch_size, num_patterns, -1), ratio / ratio.sum(2, keepdim=True)
+
+
+def random_world(
+    vocab_size: int,
+    horizon: int,
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float64,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> World:
+    """Draw random logits after every prefix, and see them as `dtype`; temperature 0 is one-hot."""
+    world = {}
+    for length in range(horizon):
+        for prefix in product(range(vocab_size), repeat=length):
+            logits = torch.randn(vocab_size, generator=generator, dtype=torch.float64)
+            row = one_hot(logits.argmax(), vocab_size).double()
+            if temperature > 0:
+                row = torch.softmax(logits / temperature, 0)
+                ranked, order = row.sort(descending=True)
+                row[order[ranked.cumsum(0) - ranked >= top_p]] = 0
+            row = (row / row.sum()).to(dtype).double()
+            world[prefix] = row / row.sum()
+    return world
+
+
+def joint(world: World, prefix: tuple[int, ...] = ()) -> Tensor:
+    """Compute the distribution of the tokens after `prefix`, up to the horizon: [V, ..., V]."""
+    if prefix not in world:
+        return torch.ones((), dtype=torch.float64)
+    row = world[prefix]
+    return torch.stack([row[token] * joint(world, (*prefix, token)) for token in range(len(row))])
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """Every draft a drafter can produce, as the rows of one batch, and how likely each is.
+
+    Attributes:
+        draft: B = number of realizations.
+        target_probs: [B, N + 1, V].
+        weights: [B] float64, summing to one.
+    """
+
+    draft: Draft
+    target_probs: Tensor
+    weights: Tensor
+
+
+def build_case(
+    target: World,
+    drafter: World,
+    shape: tuple[int, ...],
+    kind: str,
+    dtype: torch.dtype,
+    as_chain: bool = False,
+) -> Case:
+    """Enumerate the drafts of one tree shape; `kind` is one of `SIBLING_KINDS`."""
+    drafts = list(_realizations(drafter, shape, kind))
+    nodes = range(-1, len(shape))
+    rows = [[target[_spell(shape, tokens, node)] for node in nodes] for tokens, _, _ in drafts]
+    tokens = torch.tensor([tokens for tokens, _, _ in drafts])
+    probs = None
+    if kind != "deterministic":
+        probs = torch.stack([torch.stack(rows) for _, rows, _ in drafts]).to(dtype)
+    depth = max(len(_spell(shape, shape, node)) for node in nodes)
+    draft = Draft.tree(tokens, torch.tensor(shape), depth=depth, probs=probs)
+    if as_chain:
+        draft = Draft.chain(tokens, probs=probs)
+    weights = torch.tensor([weight for _, _, weight in drafts], dtype=torch.float64)
+    return Case(draft, torch.stack([torch.stack(row) for row in rows]).to(dtype), weights)
+
+
+def _spell(shape: tuple[int, ...], tokens: tuple[int, ...], node: int) -> tuple[int, ...]:
+    """Spell the tokens from the root's child down to `node`."""
+    return () if node < 0 else (*_spell(shape, tokens, shape[node]), tokens[node])
+
+
+def _realizations(
+    drafter: World,
+    shape: tuple[int, ...],
+    kind: str,
+    tokens: tuple[int, ...] = (),
+    rows: tuple[Tensor, ...] = (),
+    weight: float = 1.0,
+) -> Iterator[tuple[tuple[int, ...], tuple[Tensor, ...], float]]:
+    """List tokens, distribution of each node, and probability of every draft of the drafter."""
+    node = len(tokens)
+    if node == len(shape):
+        yield tokens, rows, weight
+        return
+    earlier = [tokens[i] for i in range(node) if shape[i] == shape[node]]
+    row = drafter[_spell(shape, tokens, shape[node])]
+    if kind == "deterministic":  # the drafter's best tokens in order
+        row = one_hot(row.argsort(descending=True)[len(earlier)], len(row)).double()
+    elif kind == "without replacement" and earlier:
+        left = row.index_fill(0, torch.tensor(earlier), 0)
+        if left.sum() == 0:  # the drafter has run out of tokens: any true distribution will do
+            left = torch.ones_like(row).index_fill(0, torch.tensor(earlier), 0)
+        row = left / left.sum()
+    for token in row.nonzero().flatten().tolist():
+        grown = (*tokens, token), (*rows, row), weight * row[token].item()
+        yield from _realizations(drafter, shape, kind, *grown)
+
+
+def emitted(case: Case, verdicts: VerdictDistribution, row: int) -> dict[tuple[int, ...], float]:
+    """Compute the probability of the tokens that one step can emit for one draft."""
+    found: dict[tuple[int, ...], float] = defaultdict(float)
+    tokens = case.draft.tokens[row].tolist()
+    outcomes = (
+        each[row].tolist() for each in (verdicts.paths, verdicts.probs, verdicts.last_probs)
+    )
+    for path, prob, last_probs in zip(*outcomes, strict=True):
+        prefix = tuple(tokens[node] for node in path if node >= 0)
+        for token, share in enumerate(last_probs):
+            found[(*prefix, token)] += prob * share
+    return found
+
+
+def emitted_joint(case: Case, verdicts: VerdictDistribution, target: World) -> Tensor:
+    """Compute the distribution of the first tokens, up to the horizon, when a rule emits them.
+
+    What the rule does not emit is sampled from the target afterwards.
+    """
+    total: dict[tuple[int, ...], float] = defaultdict(float)
+    for row, weight in enumerate(case.weights.tolist()):
+        for tokens, prob in emitted(case, verdicts, row).items():
+            total[tokens] += weight * prob
+    found = torch.zeros_like(joint(target))
+    for tokens, prob in total.items():
+        found[tokens] += prob * joint(target, tokens)
+    return found
+
+
+def total_variation(first: Tensor, second: Tensor) -> float:
+    """Compute half the absolute difference of two distributions."""
+    return 0.5 * (first - second).abs().sum().item()

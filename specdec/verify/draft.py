@@ -4,7 +4,8 @@ Shapes everywhere in this package: B rows, N draft nodes, D tree depth, V vocabu
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,9 +62,10 @@ class Draft:
         confidence: Tensor | None = None,
     ) -> "Draft":
         """Build a chain from [B, N] tokens; `lengths` None means that every row is full."""
+        num_nodes = tokens.shape[1]
         if lengths is None:
-            lengths = _full_lengths(tokens)
-        return cls(tokens, lengths, None, probs, tokens.shape[1], confidence)
+            lengths = tokens.new_full(tokens.shape[:1], num_nodes, dtype=torch.long)
+        return cls(tokens, lengths, None, probs, num_nodes, confidence)
 
     @classmethod
     def tree(
@@ -79,33 +81,21 @@ class Draft:
 
         `depth` None means N, which is always enough; the true depth makes verification cheaper.
         """
-        if lengths is None:
-            lengths = _full_lengths(tokens)
+        chain = cls.chain(tokens, lengths, probs, confidence)
         if parents.dim() == 1:
             parents = parents.expand(tokens.shape)
-        deepest = tokens.shape[1] if depth is None else depth
-        return cls(tokens, lengths, parents, probs, deepest, confidence)
+        return replace(chain, parents=parents, depth=chain.depth if depth is None else depth)
 
     @classmethod
     def empty(cls, batch_size: int, device: torch.device | str | None = None) -> "Draft":
         """Build a draft with no nodes: every row decodes one token plainly."""
-        tokens = torch.empty(batch_size, 0, dtype=torch.long, device=device)
-        return cls.chain(tokens)
+        return cls.chain(torch.empty(batch_size, 0, dtype=torch.long, device=device))
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> "Draft":
         """Apply a change to every tensor, for example to select rows or to move them."""
-
-        def changed(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else change(tensor)
-
-        return Draft(
-            change(self.tokens),
-            change(self.lengths),
-            changed(self.parents),
-            changed(self.probs),
-            self.depth,
-            changed(self.confidence),
-        )
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items()}
+        return replace(self, **changed)
 
     def real_nodes(self) -> Tensor:
         """Mark the nodes that are not padding, bool [B, N]."""
@@ -114,10 +104,10 @@ class Draft:
 
     def explicit_parents(self) -> Tensor:
         """Return parents [B, N] also for a chain, with -1 on padding."""
-        if self.parents is not None:
-            return self.parents.masked_fill(~self.real_nodes(), -1)
-        columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)
-        return torch.where(columns < self.lengths.unsqueeze(1), columns - 1, -1)
+        parents = self.parents
+        if parents is None:
+            parents = torch.arange(-1, self.num_nodes - 1, device=self.tokens.device)
+        return torch.where(self.real_nodes(), parents, -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,8 +126,3 @@ class Verdict:
     num_accepted: Tensor
     path: Tensor
     tested: Tensor
-
-
-def _full_lengths(tokens: Tensor) -> Tensor:
-    batch_size, num_nodes = tokens.shape
-    return torch.full((batch_size,), num_nodes, dtype=torch.long, device=tokens.device)

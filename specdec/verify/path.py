@@ -59,9 +59,8 @@ def follow(accepted: Tensor, parents: Tensor, depth: int) -> tuple[Tensor, Tenso
     visited = torch.cat(walk, 1)  # [B, D]
     live = visited % end  # 0 where the walk has ended
 
-    judged_up_to = torch.zeros_like(child)
     on_path = pad(visited, (1, 0))  # the root is always on the path
-    judged_up_to = judged_up_to.scatter(1, on_path, child.gather(1, on_path))
+    judged_up_to = torch.zeros_like(child).scatter(1, on_path, child.gather(1, on_path))
     tested = rows <= judged_up_to.gather(1, above)
     return live - 1, live.amax(1), tested
 
@@ -87,15 +86,15 @@ def match(sampled: Tensor, draft: Draft) -> Verdict:
     """
     if sampled.dtype.is_floating_point or sampled.dtype.is_complex:
         raise TypeError(f"sampled must hold token ids, got {sampled.dtype} (rule 'match')")
-    num_nodes = draft.num_nodes
-    if sampled.shape != (draft.batch_size, num_nodes + 1):
+    needed = (draft.batch_size, draft.num_nodes + 1)
+    if sampled.shape != needed:
         raise ValueError(
             f"sampled has shape {tuple(sampled.shape)} but rule 'match' needs one token per node "
-            f"and one for the root: {(draft.batch_size, num_nodes + 1)}"
+            f"and one for the root: {needed}"
         )
     if draft.parents is None:
         return _match_chain(sampled, draft)
-    if num_nodes == 0 or draft.depth == 0:
+    if draft.num_nodes == 0 or draft.depth == 0:
         return plain(draft, sampled[:, 0])
     real = draft.real_nodes()
     parents = draft.parents.masked_fill(~real, -1)
@@ -107,20 +106,15 @@ def match(sampled: Tensor, draft: Draft) -> Verdict:
 
 def _match_chain(sampled: Tensor, draft: Draft) -> Verdict:
     # The hot path of greedy decoding: every operation here is paid once a step.
-    num_nodes, depth = draft.num_nodes, draft.depth
+    num_nodes = draft.num_nodes
     steps = torch.arange(num_nodes + 1, device=sampled.device)
     real = steps[:num_nodes] < draft.lengths.unsqueeze(1)
     is_equal = sampled.narrow(1, 0, num_nodes) == draft.tokens
-    kept = (is_equal & real).cumprod(1)  # [B, N] 1 while accepted
-    num_accepted = kept.sum(1)
+    num_accepted = (is_equal & real).cumprod(1).sum(1)
     reached = steps <= num_accepted.unsqueeze(1)  # [B, N + 1]
     tokens = torch.where(reached, sampled, -1)
     path = torch.where(reached[:, 1:], steps[:num_nodes], -1)
-    if depth != num_nodes:
-        tokens, path = _resize(tokens, depth + 1), _resize(path, depth)
+    if draft.depth != num_nodes:  # what is cut is padding: `depth` covers the longest path
+        behind = (0, draft.depth - num_nodes)
+        tokens, path = pad(tokens, behind, value=-1), pad(path, behind, value=-1)
     return Verdict(tokens, num_accepted, path, reached[:, :num_nodes] & real)
-
-
-def _resize(columns: Tensor, width: int) -> Tensor:
-    """Cut or pad with -1; what is cut is padding, because `depth` covers the longest path."""
-    return pad(columns[:, :width], (0, max(0, width - columns.shape[1])), value=-1)

@@ -3,10 +3,6 @@
 import torch
 from torch import Tensor
 
-# What a missing uniform stands for: where target rows are one-hot every acceptance probability is
-# exactly 0 or 1, and any number strictly between decides alike.
-ANY_UNIFORM = 0.5
-
 
 def work_dtype(target_probs: Tensor) -> torch.dtype:
     """Name the dtype of the arithmetic: float32, or float64 for float64 input."""
@@ -52,19 +48,17 @@ def has_mass(weights: Tensor) -> Tensor:
     return weights.amax(1, keepdim=True) > 128 * torch.finfo(weights.dtype).tiny
 
 
-def draw(weights: Tensor, noise: Tensor | None) -> Tensor:
+def draw(weights: Tensor, noise: Tensor) -> Tensor:
     """Draw one token per row proportionally to `weights`.
 
     Args:
         weights: [B, V] non-negative, not necessarily normalized, with mass in every row.
-        noise: [B, V] Exp(1); None takes the largest weight, which is the draw of a one-hot row.
+        noise: [B, V] Exp(1).
 
     Returns:
         [B] int64. A token of weight zero is never drawn, also where its noise is zero.
 
     Source: the exponential race; argmax(w / e) is categorical(w) for e i.i.d. Exp(1).
     """
-    if noise is None:
-        return weights.max(1).indices
     # Without the floor 0 / 0 would be NaN, and NaN wins every maximum.
     return (weights / noise.clamp(min=torch.finfo(noise.dtype).tiny)).max(1).indices

@@ -5,16 +5,18 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 
+import torch
 from torch import Tensor
 
-from specdec.verify.block import judge_block
-from specdec.verify.checks import check_shapes, check_unbranched, check_values
+from specdec.verify.checks import check_shapes, draft_faults, randomness_faults, refuse
 from specdec.verify.draft import Draft, Verdict
+from specdec.verify.path import emit, plain
+from specdec.verify.residual import draw, select_row, token_probs, work_dtype
 from specdec.verify.token import judge_token
-from specdec.verify.traversal import judge_traversal
-from specdec.verify.typical import judge_typical
+from specdec.verify.traversal import judge_block, judge_traversal
+from specdec.verify.tree import node_paths
 
-Judge = Callable[[Tensor, Draft, Tensor | None, Tensor | None], Verdict]
+Judge = Callable[[Tensor, Draft, Tensor, Tensor], Verdict]
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,8 @@ class Rule:
 
     Attributes:
         name: its name in reports and in `verify(rule=...)`.
-        judge: (target_probs, draft, uniforms, noise) -> Verdict, without checks; None when the
-            engine samples the tokens itself, as in `match`.
+        judge: (target_probs, draft, uniforms, noise) -> Verdict, without checks, of a draft with
+            nodes; None when the engine samples the tokens itself, as in `match`.
         lossless: emitted tokens have the target's joint distribution, provided that `Draft.probs`
             is the true distribution of every node given its path and its earlier siblings.
         supports_trees: branching drafts are allowed.
@@ -41,8 +43,45 @@ class Rule:
     needs_uniforms: bool = True
 
 
+def _judge_typical(
+    target_probs: Tensor,
+    draft: Draft,
+    uniforms: Tensor,
+    noise: Tensor,
+    *,
+    epsilon: float,
+    alpha: float,
+) -> Verdict:
+    real = draft.real_nodes()
+    tokens = draft.tokens.masked_fill(~real, 0)
+    parents = draft.explicit_parents()
+    own = token_probs(target_probs, parents + 1, tokens)
+    entropy = torch.special.entr(target_probs.to(work_dtype(target_probs))).sum(2)
+    thresholds = (alpha * torch.exp(-entropy)).clamp(max=epsilon)  # [B, N + 1]
+    accepted = real & (own > thresholds.gather(1, parents + 1))
+
+    paths = node_paths(parents, draft.depth)  # [B, N, D]
+    on_path = paths >= 0
+    steps = paths.clamp(min=0).flatten(1)  # [B, N * D]
+    kept = (accepted.gather(1, steps).view_as(paths) | ~on_path).all(2)
+    likelihood = own.log().gather(1, steps).view_as(paths).masked_fill(~on_path, 0).sum(2)
+
+    length = on_path.sum(2).masked_fill(~kept, 0)
+    num_accepted = length.amax(1)
+    longest = kept & (length == num_accepted.unsqueeze(1))
+    best = likelihood.masked_fill(~longest, float("-inf")).argmax(1)  # any node where none is kept
+    batch = torch.arange(best.shape[0], device=best.device)
+    path = paths[batch, best].masked_fill((num_accepted == 0).unsqueeze(1), -1)
+    last = draw(select_row(target_probs, path.amax(1) + 1), noise)
+    return emit(draft, path, num_accepted, last, real)
+
+
 def typical(epsilon: float = 0.09, alpha: float = 0.3) -> Rule:
-    """Build the typical rule with its two thresholds, Medusa's defaults.
+    """Build the typical rule with its two thresholds, Medusa's defaults. It is lossy.
+
+    It accepts x where P(x) > min(epsilon, alpha exp(-entropy(P))) and follows the longest path;
+    among the longest the likeliest wins. `uniforms` are not used: only the last token is drawn,
+    from the target itself. `tested` marks every real node.
 
     Raises:
         ValueError: a threshold is not above 0.
@@ -52,7 +91,7 @@ def typical(epsilon: float = 0.09, alpha: float = 0.3) -> Rule:
     for name, value in (("epsilon", epsilon), ("alpha", alpha)):
         if not value > 0:
             raise ValueError(f"{name} is {value} but must be above 0 (rule 'typical')")
-    judge = partial(judge_typical, epsilon=epsilon, alpha=alpha)
+    judge = partial(_judge_typical, epsilon=epsilon, alpha=alpha)
     return Rule("typical", judge, lossless=False, needs_draft_probs=False, needs_uniforms=False)
 
 
@@ -121,11 +160,30 @@ def verify(
             f"rule {chosen.name!r} judges tokens that the engine sampled itself: "
             "call specdec.verify.match(sampled, draft)"
         )
-    check_shapes(target_probs, draft, chosen.name, uniforms, noise)
-    if check:
-        check_values(
-            target_probs, draft, chosen.name, uniforms, noise, needs_uniforms=chosen.needs_uniforms
+    if target_probs.dim() != 3 or not target_probs.shape[2]:
+        shape = tuple(target_probs.shape)
+        raise ValueError(
+            f"target_probs has shape {shape} but rule {chosen.name!r} needs [B, N + 1, V]"
         )
-        if not chosen.supports_trees:
-            check_unbranched(draft, chosen.name)
+    batch_size, _, vocab_size = target_probs.shape
+    check_shapes(
+        draft,
+        chosen.name,
+        batch_size,
+        vocab_size,
+        target_probs.device,
+        target_probs=target_probs,
+        uniforms=uniforms,
+        noise=noise,
+    )
+    if check:
+        refuse(draft_faults(draft, vocab_size, chosen.supports_trees), chosen.name)
+        reads = chosen.needs_uniforms
+        refuse(randomness_faults(draft, target_probs, uniforms, noise, reads), chosen.name)
+    if noise is None:  # rows are one-hot: any noise draws their token, and ...
+        noise = torch.ones_like(target_probs[:, 0])
+    if draft.num_nodes == 0 or draft.depth == 0:
+        return plain(draft, draw(target_probs[:, 0].to(work_dtype(target_probs)), noise))
+    if uniforms is None:  # ... all acceptances are 0 or 1, and this is between them
+        uniforms = torch.full_like(draft.tokens, 0.5, dtype=noise.dtype)
     return chosen.judge(target_probs, draft, uniforms, noise)

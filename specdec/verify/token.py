@@ -8,34 +8,33 @@ import torch
 from torch import Tensor
 
 from specdec.verify.draft import Draft, Verdict
-from specdec.verify.path import chain_path, emit, follow, plain
-from specdec.verify.residual import (
-    ANY_UNIFORM,
-    draw,
-    has_mass,
-    select_row,
-    strike,
-    token_probs,
-    work_dtype,
-)
+from specdec.verify.path import chain_path, emit, follow
+from specdec.verify.residual import draw, has_mass, select_row, strike, token_probs, work_dtype
 
 
-def judge_token(
-    target_probs: Tensor, draft: Draft, uniforms: Tensor | None, noise: Tensor | None
-) -> Verdict:
+def judge_token(target_probs: Tensor, draft: Draft, uniforms: Tensor, noise: Tensor) -> Verdict:
     """Accept each child x in order with probability min(1, p'(x) / q'(x)).
 
     A rejection turns p' into the normalized positive part of p' - q'; when no child survives, the
     corrected token is drawn from p'. `tested` marks exactly the children judged along the path.
     """
-    if draft.num_nodes == 0 or draft.depth == 0:
-        return plain(draft, draw(target_probs[:, 0].to(work_dtype(target_probs)), noise))
-    judged_by = ANY_UNIFORM if uniforms is None else uniforms
     if draft.parents is None:
-        return _judge_chain(target_probs, draft, judged_by, noise)
+        return _judge_chain(target_probs, draft, uniforms, noise)
+    real = draft.real_nodes()
+    tokens = draft.tokens.masked_fill(~real, 0)
+    parents = draft.parents.masked_fill(~real, -1)
+    judge = _judge_point_masses if draft.probs is None else _judge_sampled
+    path, last, tested = judge(target_probs, draft, tokens, parents, real, uniforms, noise)
+    return emit(draft, path, (path >= 0).sum(1), last, tested & real)
+
+
+def chain_ratio(target_probs: Tensor, draft: Draft, real: Tensor, steps: Tensor) -> Tensor:
+    """Compute p(x) / q(x) of a chain's `real` [B, N] nodes, numbered by `steps` [N]: [B, N]."""
+    tokens = draft.tokens.masked_fill(~real, 0)
+    ratio = token_probs(target_probs, steps.expand_as(tokens), tokens)
     if draft.probs is None:
-        return _judge_point_mass_tree(target_probs, draft, judged_by, noise)
-    return _judge_sampled_tree(target_probs, draft, judged_by, noise)
+        return ratio
+    return ratio / draft.probs.gather(2, tokens.unsqueeze(2)).squeeze(2)
 
 
 def chain_residual(
@@ -55,25 +54,15 @@ def chain_residual(
     return torch.where(is_rejected & has_mass(left), left, row)
 
 
-def _judge_chain(
-    target_probs: Tensor, draft: Draft, uniforms: Tensor | float, noise: Tensor | None
-) -> Verdict:
+def _judge_chain(target_probs: Tensor, draft: Draft, uniforms: Tensor, noise: Tensor) -> Verdict:
     steps = torch.arange(draft.num_nodes, device=draft.tokens.device)
     real = steps < draft.lengths.unsqueeze(1)
-    tokens = draft.tokens.masked_fill(~real, 0)
-    ratio = token_probs(target_probs, steps.unsqueeze(0).expand_as(tokens), tokens)
-    if draft.probs is not None:
-        ratio = ratio / draft.probs.gather(2, tokens.unsqueeze(2)).squeeze(2)
+    ratio = chain_ratio(target_probs, draft, real, steps)
     num_accepted = ((uniforms < ratio) & real).cumprod(1).sum(1)
     row = select_row(target_probs, num_accepted)
     last = draw(chain_residual(row, draft, num_accepted), noise)
     tested = (steps <= num_accepted.unsqueeze(1)) & real
     return emit(draft, chain_path(num_accepted, draft.depth), num_accepted, last, tested)
-
-
-def earlier_siblings(parents: Tensor) -> Tensor:
-    """Mark siblings judged before a node: bool [B, N, N], [b, i, j] true when j comes before i."""
-    return (parents.unsqueeze(2) == parents.unsqueeze(1)).tril(-1)
 
 
 def point_masses(
@@ -85,43 +74,46 @@ def point_masses(
         mass [B, N], the target probability of the node's token, 0 for a token that an earlier
         sibling already took and for padding; and the sum of the earlier siblings' masses [B, N].
     """
-    before = earlier_siblings(parents)
+    # [b, i, j] is true when sibling j is judged before i.
+    before = (parents.unsqueeze(2) == parents.unsqueeze(1)).tril(-1)
     repeated = (before & (tokens.unsqueeze(2) == tokens.unsqueeze(1))).any(2)
     mass = token_probs(target_probs, parents + 1, tokens).masked_fill(repeated | ~real, 0)
     return mass, (before * mass.unsqueeze(1)).sum(2)
 
 
-def _judge_point_mass_tree(
-    target_probs: Tensor, draft: Draft, uniforms: Tensor | float, noise: Tensor | None
-) -> Verdict:
-    assert draft.parents is not None
-    real = draft.real_nodes()
-    tokens = draft.tokens.masked_fill(~real, 0)
-    parents = draft.parents.masked_fill(~real, -1)
+def _judge_point_masses(
+    target_probs: Tensor,
+    draft: Draft,
+    tokens: Tensor,
+    parents: Tensor,
+    real: Tensor,
+    uniforms: Tensor,
+    noise: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     # Zeroing the earlier siblings and renormalizing is p(x) / (1 - their sum): no residual needed.
     mass, before = point_masses(target_probs, tokens, parents, real)
     left = (1 - before).clamp(min=torch.finfo(before.dtype).tiny)
-    accepted = uniforms < mass / left
-    path, last_row, tested = follow(accepted, parents, draft.depth)
+    path, last_row, tested = follow(uniforms < mass / left, parents, draft.depth)
     rejected = (parents + 1 == last_row.unsqueeze(1)) & real
-    last = draw(strike(select_row(target_probs, last_row), tokens, rejected), noise)
-    return emit(draft, path, (path >= 0).sum(1), last, tested & real)
+    return path, draw(strike(select_row(target_probs, last_row), tokens, rejected), noise), tested
 
 
-def _judge_sampled_tree(
-    target_probs: Tensor, draft: Draft, uniforms: Tensor | float, noise: Tensor | None
-) -> Verdict:
+def _judge_sampled(
+    target_probs: Tensor,
+    draft: Draft,
+    tokens: Tensor,
+    parents: Tensor,
+    real: Tensor,
+    uniforms: Tensor,
+    noise: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Judge siblings against residuals over the whole vocabulary.
 
     Node order is topological with siblings in order, so one pass over the N columns meets every
     node after its parent and its earlier siblings; elsewhere a row stands still.
     """
-    assert draft.parents is not None
     assert draft.probs is not None
     dtype = work_dtype(target_probs)
-    real = draft.real_nodes()
-    tokens = draft.tokens.masked_fill(~real, 0)
-    parents = draft.parents.masked_fill(~real, -1)
     current = torch.zeros_like(draft.lengths)
     weights = target_probs[:, 0].to(dtype)  # p' times `mass`: rejections need no division
     mass = torch.ones_like(weights[:, :1])
@@ -131,8 +123,7 @@ def _judge_sampled_tree(
         draft_row = draft.probs[:, node].to(dtype)
         ratio = weights.gather(1, token) / (mass * draft_row.gather(1, token))
         judged = real[:, node] & (parents[:, node] + 1 == current)
-        threshold = uniforms[:, node] if isinstance(uniforms, Tensor) else uniforms
-        accepted = judged & (threshold < ratio.squeeze(1))
+        accepted = judged & (uniforms[:, node] < ratio.squeeze(1))
         rejected = (judged & ~accepted).unsqueeze(1)
         left = (weights - mass * draft_row).clamp(min=0)
         weights = torch.where(rejected, left, weights)
@@ -143,5 +134,4 @@ def _judge_sampled_tree(
         accepted_columns.append(accepted)
     path, last_row, tested = follow(torch.stack(accepted_columns, 1), parents, draft.depth)
     weights = torch.where(has_mass(weights), weights, select_row(target_probs, last_row))
-    last = draw(weights, noise)
-    return emit(draft, path, (path >= 0).sum(1), last, tested & real)
+    return path, draw(weights, noise), tested

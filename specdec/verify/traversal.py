@@ -1,30 +1,70 @@
-"""Traversal verification: judge a tree bottom-up, leaves before their parents.
+"""Block and traversal verification: judge a chain or a tree as a whole, the deepest nodes first.
 
-Source: Weng et al., arXiv 2505.12398, Algorithm 2.
+Sources: Sun et al., arXiv 2403.10444, Algorithm 2 (block); Weng et al., arXiv 2505.12398,
+Algorithm 2 (traversal).
 """
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from specdec.verify.block import judge_block, keep_probability
 from specdec.verify.draft import Draft, Verdict
-from specdec.verify.path import emit, follow
-from specdec.verify.residual import (
-    ANY_UNIFORM,
-    draw,
-    has_mass,
-    select_row,
-    strike,
-    work_dtype,
-)
-from specdec.verify.token import point_masses
+from specdec.verify.path import chain_path, emit, follow
+from specdec.verify.residual import draw, has_mass, select_row, strike, work_dtype
+from specdec.verify.token import chain_ratio, chain_residual, point_masses
 from specdec.verify.tree import ancestor_mask
 
 
-def judge_traversal(
-    target_probs: Tensor, draft: Draft, uniforms: Tensor | None, noise: Tensor | None
-) -> Verdict:
+def keep_probability(left: Tensor, reach: Tensor) -> Tensor:
+    """Update a node's acceptance probability after all its children were rejected.
+
+    Args:
+        left: S, the mass of [a P - Q]+.
+        reach: a, the probability before.
+
+    Returns:
+        S / (S + (1 - a)). In this order, because a = 1 must give exactly 1, or the largest uniform
+        rejects what may not be rejected. Nothing over nothing is 1: the target row is the fallback.
+    """
+    total = left + (1 - reach)
+    return torch.where(total > 0, left / total, 1.0)
+
+
+def judge_block(target_probs: Tensor, draft: Draft, uniforms: Tensor, noise: Tensor) -> Verdict:
+    """Accept the longest prefix that the draft, taken as a block, still allows.
+
+    On average at least as many tokens as the token rule, and lossless alike. With deterministic
+    drafts (`probs` None) both accept equally many in expectation. `draft.parents` are taken to
+    spell a chain; branching is refused under checks.
+
+    `tested` marks every real node: uniforms are compared from the deepest node up, and the nodes
+    above an accepted one are on its path.
+    """
+    real = draft.real_nodes()
+    steps = torch.arange(draft.num_nodes, device=real.device)
+    ratio = chain_ratio(target_probs, draft, real, steps)
+    reach = [ratio[:, 0].clamp(max=1)]
+    for node in range(1, draft.num_nodes):
+        reach.append((reach[-1] * ratio[:, node]).clamp(max=1))
+    before = torch.stack(reach, 1)  # [B, N] a of every node before the rest was rejected
+
+    inner = before[:, :-1]
+    if draft.probs is None:
+        left = inner * (1 - ratio[:, 1:])  # the sum of [a P - one-hot]+, as a <= 1
+    else:
+        scaled = inner.unsqueeze(2) * target_probs[:, 1:-1]
+        left = (scaled - draft.probs[:, 1:]).clamp_(min=0).sum(2)
+    after = torch.where(real[:, 1:], keep_probability(left, inner), inner)
+    accepted = real & (uniforms < torch.cat((after, before[:, -1:]), 1))
+
+    num_accepted = (accepted * (steps + 1)).amax(1)
+    scale = pad(before, (1, 0), value=1.0).gather(1, num_accepted.unsqueeze(1))
+    row = select_row(target_probs, num_accepted)
+    last = draw(chain_residual(row, draft, num_accepted, scale), noise)
+    return emit(draft, chain_path(num_accepted, draft.depth), num_accepted, last, real)
+
+
+def judge_traversal(target_probs: Tensor, draft: Draft, uniforms: Tensor, noise: Tensor) -> Verdict:
     """Accept the first node, children before parents and siblings in order, with u < its final a.
 
     Lossless. On a chain it is block verification. On balanced trees it accepts more than the token
@@ -33,7 +73,7 @@ def judge_traversal(
 
     `tested` marks the nodes whose uniform was compared, up to the accepted one, and its path.
     """
-    if draft.parents is None or draft.num_nodes == 0 or draft.depth == 0:
+    if draft.parents is None:
         return judge_block(target_probs, draft, uniforms, noise)
     real = draft.real_nodes()
     tokens = draft.tokens.masked_fill(~real, 0)
@@ -45,12 +85,16 @@ def judge_traversal(
         final = _point_mass_acceptance(target_probs, tokens, parents, real, draft.depth)
     else:
         final, weights = _sampled_acceptance(target_probs, draft.probs, tokens, parents, real)
-    accepted = real & ((ANY_UNIFORM if uniforms is None else uniforms) < final)
+    accepted = real & (uniforms < final)
 
     above = ancestor_mask(parents, draft.depth)  # [b, i, j]: j is i or above it
     holds_accepted = (above & accepted.unsqueeze(2)).any(1)
     path, last_row, beside = follow(holds_accepted, parents, draft.depth)
-    tested = real & _compared(path, beside, above)
+    on_path = torch.zeros_like(pad(beside, (0, 1)))
+    on_path = on_path.scatter(1, path % (draft.num_nodes + 1), True)[:, :-1]
+    # Compared are the path and every subtree that hangs off it before the accepted node.
+    rejected = beside & ~on_path
+    tested = on_path | (above & rejected.unsqueeze(1)).any(2)
 
     row = select_row(target_probs, last_row)
     if weights is None:
@@ -58,22 +102,7 @@ def judge_traversal(
     else:
         left = select_row(weights, last_row)
         row = torch.where(has_mass(left), left, row)
-    return emit(draft, path, (path >= 0).sum(1), draw(row, noise), tested)
-
-
-def _compared(path: Tensor, beside: Tensor, above: Tensor) -> Tensor:
-    """Mark the path and every subtree that hangs off it before the accepted node, [B, N].
-
-    Args:
-        path: [B, D] accepted nodes.
-        beside: [B, N] children of path nodes up to the path's own child, from `follow`.
-        above: [B, N, N] from `ancestor_mask`.
-    """
-    num_nodes = beside.shape[1]
-    on_path = torch.zeros_like(pad(beside, (0, 1)))
-    on_path = on_path.scatter(1, path % (num_nodes + 1), True)[:, :num_nodes]
-    hanging = beside & ~on_path  # roots of the rejected subtrees
-    return on_path | (above & hanging.unsqueeze(1)).any(2)
+    return emit(draft, path, (path >= 0).sum(1), draw(row, noise), real & tested)
 
 
 def _point_mass_acceptance(
@@ -122,8 +151,7 @@ def _sampled_acceptance(
         total = mass + (1 - parent_reach)
         # A row with nothing left, and nothing to reject it, keeps its state: the fallback.
         updated = real[:, node] & (total > 0)
-        weights[batch, row] = torch.where(
-            updated.unsqueeze(1), left / total.unsqueeze(1), parent_weights
-        )
+        left = torch.where(updated.unsqueeze(1), left / total.unsqueeze(1), parent_weights)
+        weights[batch, row] = left
         reach[batch, row] = torch.where(updated, mass / total, parent_reach)
     return reach[:, 1:], weights

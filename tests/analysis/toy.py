@@ -11,7 +11,7 @@ import torch
 from verify.verify_enumerator import enumerate_law
 
 from specdec.drafters.base import FixedShape, ShapeOptions
-from specdec.engine.clock import ForwardClock
+from specdec.engine.metrics import ForwardClock
 from specdec.engine.interfaces import Capabilities, TargetOutput
 from specdec.verify.tree import from_choices
 

@@ -15,14 +15,19 @@ from specdec.verify import (
     verify,
 )
 
-RULES = ("token", "block", "traversal", "typical")
+COMBINATIONS = [
+    (rule, shape, is_sampled)
+    for rule in ("token", "block", "traversal", "typical", "match")
+    for shape in ("chain", "tree")
+    for is_sampled in (False, True)
+    if not (rule == "block" and shape == "tree")
+]
 
 
-def _problem(device: str = "cpu") -> dict[str, torch.Tensor]:
+def problem(device="cpu"):
     generator = torch.Generator().manual_seed(0)
-    rows = torch.softmax(torch.randn(2, 5, 11, generator=generator), 2)
-    problem = {
-        "target": rows,
+    tensors = {
+        "target": torch.softmax(torch.randn(2, 5, 11, generator=generator), 2),
         "probs": torch.softmax(torch.randn(2, 4, 11, generator=generator), 2),
         "tokens": torch.tensor([[1, 2, 3, 4], [5, 6, -1, -1]]),
         "lengths": torch.tensor([4, 2]),
@@ -30,47 +35,21 @@ def _problem(device: str = "cpu") -> dict[str, torch.Tensor]:
         "uniforms": torch.rand(2, 4, generator=generator),
         "noise": torch.empty(2, 11).exponential_(generator=generator),
     }
-    return {name: tensor.to(device) for name, tensor in problem.items()}
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-def _run(rule: str, shape: str, sampled: bool, p: dict[str, torch.Tensor]) -> tuple:
-    draft = Draft(
-        p["tokens"],
-        p["lengths"],
-        p["parents"] if shape == "tree" else None,
-        p["probs"] if sampled else None,
-        4,
-    )
+def judge(p, rule, shape, is_sampled):
+    parents, probs = p["parents"] if shape == "tree" else None, p["probs"] if is_sampled else None
+    draft = Draft(p["tokens"], p["lengths"], parents, probs, 4)
     if rule == "match":
         verdict = match(p["target"].argmax(2), draft)
     else:
-        verdict = verify(
-            p["target"], draft, rule=rule, uniforms=p["uniforms"], noise=p["noise"], check=False
-        )
+        randomness = {"uniforms": p["uniforms"], "noise": p["noise"]}
+        verdict = verify(p["target"], draft, rule=rule, **randomness, check=False)
     return verdict.tokens, verdict.num_accepted, verdict.path, verdict.tested
 
 
-COMBINATIONS = [
-    (rule, shape, sampled)
-    for rule in (*RULES, "match")
-    for shape in ("chain", "tree")
-    for sampled in (False, True)
-    if not (rule == "block" and shape == "tree")
-]
-
-
-@pytest.mark.parametrize(("rule", "shape", "sampled"), COMBINATIONS)
-def test_every_rule_traces_as_one_graph(rule, shape, sampled):
-    torch._dynamo.reset()
-    problem = _problem()
-    traced = torch.compile(_run, fullgraph=True, backend="eager")
-    for found, expected in zip(
-        traced(rule, shape, sampled, problem), _run(rule, shape, sampled, problem), strict=True
-    ):
-        assert torch.equal(found, expected)
-
-
-def _layouts(p: dict[str, torch.Tensor]) -> tuple:
+def layouts(p):
     chain = Draft(p["tokens"], p["lengths"], None, p["probs"], 4)
     flat, cumulative, probs, _ = to_flat(chain, total=6)
     again = from_flat(flat, cumulative, max_len=4, probs=probs)
@@ -82,24 +61,28 @@ def _layouts(p: dict[str, torch.Tensor]) -> tuple:
     return again.tokens, rows, linked.parents, kept.nodes, kept.parents
 
 
-def test_layouts_and_growth_trace_as_one_graph():
+WORK = [pytest.param(judge, each, id="-".join(map(str, each))) for each in COMBINATIONS]
+WORK.append(pytest.param(layouts, (), id="layouts and growth"))
+
+
+@pytest.mark.parametrize(("work", "options"), WORK)
+def test_every_rule_and_layout_traces_as_one_graph(work, options):
     torch._dynamo.reset()
-    traced = torch.compile(_layouts, fullgraph=True, backend="eager")
-    for found, expected in zip(traced(_problem()), _layouts(_problem()), strict=True):
-        assert torch.equal(found, expected)
+    traced = torch.compile(work, fullgraph=True, backend="eager")
+    found, expected = traced(problem(), *options), work(problem(), *options)
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("rule", "shape", "sampled"), COMBINATIONS)
-def test_rules_never_synchronize_and_agree_with_cpu(rule, shape, sampled):
-    problem = _problem("cuda")
-    _run(rule, shape, sampled, problem)  # the first call loads kernels, which may synchronise
+@pytest.mark.parametrize(("work", "options"), WORK)
+def test_gpu_never_waits_and_agrees_with_cpu(work, options):
+    given = problem("cuda")
+    work(given, *options)  # the first call loads kernels, which may synchronise
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = _run(rule, shape, sampled, problem)
-        _layouts(problem)
+        found = work(given, *options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for tensor, expected in zip(found, _run(rule, shape, sampled, _problem()), strict=True):
+    for tensor, expected in zip(found, work(problem(), *options), strict=True):
         assert torch.equal(tensor.cpu(), expected)

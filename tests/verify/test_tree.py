@@ -1,4 +1,7 @@
-"""Tree helpers against plain Python."""
+"""Tree helpers against plain Python, and the computed static tree against every one there is."""
+
+from itertools import pairwise, product
+from math import nan, prod
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from specdec.verify import (
     ancestor_mask,
     ancestors,
     best_first,
+    best_static_tree,
     from_choices,
     node_depths,
     node_paths,
@@ -19,13 +23,13 @@ FAST = settings(max_examples=60, deadline=None)
 
 
 @st.composite
-def parent_lists(draw, max_nodes: int = 8):
+def parent_lists(draw, max_nodes=8):
     count = draw(st.integers(0, max_nodes))
     return [draw(st.integers(-1, node - 1)) for node in range(count)]
 
 
-def _path(parents: list[int], node: int) -> list[int]:
-    return [] if node < 0 else [*_path(parents, parents[node]), node]
+def path_of(parents, node):
+    return [] if node < 0 else [*path_of(parents, parents[node]), node]
 
 
 @FAST
@@ -34,11 +38,11 @@ def test_helpers_agree_with_walking_the_parents(parents):
     depth = len(parents)
     tensor = torch.tensor([parents], dtype=torch.long)
     tokens = torch.arange(100, 100 + depth).unsqueeze(0)
-    depths = node_depths(tensor, depth)[0].tolist()
+    depths, mask = node_depths(tensor, depth)[0].tolist(), ancestor_mask(tensor, depth)[0]
     paths, up = node_paths(tensor, depth)[0].tolist(), ancestors(tensor, depth)[0].tolist()
-    words, mask = path_tokens(tokens, tensor, depth)[0].tolist(), ancestor_mask(tensor, depth)[0]
+    words = path_tokens(tokens, tensor, depth)[0].tolist()
     for node in range(depth):
-        expected = _path(parents, node)
+        expected = path_of(parents, node)
         padding = [-1] * (depth - len(expected))
         assert depths[node] == len(expected)
         assert paths[node] == expected + padding
@@ -55,33 +59,18 @@ def test_choices_become_a_topological_tree_whatever_their_order():
     assert tree.depth == 3
 
 
-@pytest.mark.parametrize(
-    ("choices", "message"),
-    [
-        ([(0,), (1, 0)], "not its parent"),
-        ([(0,), (0,)], "twice"),
-        ([()], "non-empty"),
-        ([(-1,)], "ranks >= 0"),
-    ],
-)
-def test_impossible_choices_are_refused(choices, message):
-    with pytest.raises(ValueError, match=message):
-        from_choices(choices)
-
-
 @FAST
 @given(data=st.data(), budget=st.integers(1, 10))
 def test_best_first_keeps_a_connected_best_tree(data, budget):
     parents = data.draw(parent_lists())
-    steps = [data.draw(st.sampled_from([0.0, 0.0, -0.5, -1.0])) for _ in parents]
-    scores: list[float] = []
-    for node, parent in enumerate(parents):
-        scores.append(steps[node] + (scores[parent] if parent >= 0 else 0.0))
+    scores = []
+    for parent in parents:
+        step = data.draw(st.sampled_from([0.0, 0.0, -0.5, -1.0]))
+        scores.append(step + (scores[parent] if parent >= 0 else 0.0))
     selection = best_first(
         torch.tensor([scores]).view(1, -1), torch.tensor([parents], dtype=torch.long), budget
     )
-    kept = selection.nodes[0].tolist()
-    count = min(budget, len(parents))
+    kept, count = selection.nodes[0].tolist(), min(budget, len(parents))
     assert selection.lengths.tolist() == [count]
     assert kept == sorted(kept)
     best = sorted(scores, reverse=True)[:count]
@@ -99,3 +88,68 @@ def test_best_first_respects_candidates_and_budgets():
     assert selection.nodes.tolist() == [[0, 1, 3, -1], [0, 1, -1, -1]]
     assert selection.parents.tolist() == [[-1, 0, 1, -1], [-1, 0, -1, -1]]
     assert selection.lengths.tolist() == [3, 2]
+
+
+TABLES = {
+    "falling ranks": [[0.6, 0.3], [0.5, 0.2], [0.4, 0.3]],
+    "deep": [[0.9], [0.8, 0.1], [0.7], [0.6]],
+    "ranks out of order": [[0.1, 0.5, 0.3], [0.2, 0.9], [0.7]],
+    "certain and impossible": [[1.0, 0.0], [1.0, 0.5], [0.0, 1.0]],
+    "all equal": [[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]],
+    "nothing behind the first level": [[0.4, 0.3, 0.2], []],
+    "two levels behind a gap": [[0.4, 0.3], [], [0.9]],
+}
+
+
+def connected_trees(nodes, size):
+    """Every set of `size` nodes that holds the parent of each of them."""
+    trees = {frozenset()}
+    for _ in range(size):
+        trees = {
+            tree | {node}
+            for tree in trees
+            for node in nodes
+            if node not in tree and (len(node) == 1 or node[:-1] in tree)
+        }
+    return trees
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_no_connected_tree_is_accepted_further(name):
+    table = TABLES[name]
+    nodes = [
+        path
+        for depth in range(1, len(table) + 1)
+        for path in product(*(range(len(row)) for row in table[:depth]))
+    ]
+    worth = {path: prod(table[level][rank] for level, rank in enumerate(path)) for path in nodes}
+    for size in range(1, min(5, len(nodes)) + 1):
+        chosen = best_static_tree(table, size)
+        assert len(set(chosen)) == len(chosen) == size
+        best = max(sum(map(worth.get, tree)) for tree in connected_trees(nodes, size))
+        assert sum(map(worth.get, chosen)) == pytest.approx(best)
+        assert len(from_choices(chosen).parents) == size  # which refuses a node without its parent
+    trees = [best_static_tree(table, size) for size in range(1, len(nodes) + 3)]
+    for smaller, larger in pairwise(trees):
+        assert larger[: len(smaller)] == smaller
+    assert sorted(trees[-1]) == sorted(nodes)
+
+
+@pytest.mark.parametrize(
+    ("build", "given", "message"),
+    [
+        (from_choices, ([(0,), (1, 0)],), "not its parent"),
+        (from_choices, ([(0,), (0,)],), "twice"),
+        (from_choices, ([()],), "non-empty"),
+        (from_choices, ([(-1,)],), "ranks >= 0"),
+        (best_static_tree, ([[0.5]], 0), "num_nodes is 0 but must be at least 1"),
+        (best_static_tree, ([], 3), "acceptance is empty"),
+        (best_static_tree, ([[], [0.5]], 3), "acceptance is empty"),
+        (best_static_tree, ([[0.5], [0.2, 1.5]], 3), r"\[1\] holds 1.5 .* within \[0, 1\]"),
+        (best_static_tree, ([[-0.1]], 3), r"acceptance\[0\] holds -0.1"),
+        (best_static_tree, ([[nan]], 3), r"acceptance\[0\] holds nan"),
+    ],
+)
+def test_impossible_tree_is_refused(build, given, message):
+    with pytest.raises(ValueError, match=message):
+        build(*given)
