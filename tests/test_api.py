@@ -129,7 +129,7 @@ CALLS = [
     (lambda t: SamplingConfig(presence_penalty=1e300), r"presence_penalty is 1e\+300"),
     (lambda t: SamplingConfig(min_new_tokens=10**30), "min_new_tokens is 1"),
     (lambda t: OnlineController({1: {0: 1.0, 1: NAN}}), "step_s is"),
-    (lambda t: OnlineController({1: {0: 1.0, 10**9: 2.0}}), "1000000000 nodes"),
+    (lambda t: OnlineController({1: {0: 1.0, 10**9: 2.0}}), r"nodes \[0, 1000000000\] but must"),
     (lambda t: Schedule(None), "nodes is None"),
     (lambda t: load_target(None), "path is None"),
     (lambda t: load_target("demo", dtype=5), "dtype is 5"),
