@@ -11,8 +11,8 @@ import torch
 from verify.verify_enumerator import enumerate_law
 
 from specdec.drafters.base import FixedShape, ShapeOptions
-from specdec.engine.metrics import ForwardClock
 from specdec.engine.interfaces import Capabilities, TargetOutput
+from specdec.engine.metrics import ForwardClock
 from specdec.verify.tree import from_choices
 
 VOCAB = 3
