@@ -126,6 +126,10 @@ def event(value):
     return f"data: {value if isinstance(value, str) else json.dumps(value)}\n\n".encode()
 
 
+def content_of(record):
+    return record["response"]["choices"][0]["message"]["content"]
+
+
 def delta(finish_reason=None, **fields):
     choice = {"index": 0, "delta": fields, "finish_reason": finish_reason}
     return event({"id": "c1", "object": "chat.completion.chunk", "model": "m", "choices": [choice]})

@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from specdec.cli.app import app, exit_statuses, options_from, progress_bar
 from specdec.data.config import CollectSettings
-from specdec.proxy.config import ProxyConfig
+from specdec.proxy.records import ProxyConfig
 
 if TYPE_CHECKING:
     from specdec.data.collect import CollectReport

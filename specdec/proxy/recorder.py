@@ -1,65 +1,211 @@
-"""Write exchanges to the disk without ever delaying the server for long."""
+"""Exchanges on their way to the disk, without ever delaying the server for long."""
 
 import asyncio
+import json
 import random
+import re
 import time
 import uuid
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from io import StringIO
+from typing import Any
 
 import httpx
 
-from specdec.proxy.allowed import REQUEST, RESPONSE, keep
-from specdec.proxy.config import ProxyConfig, parse_size
-from specdec.proxy.records import (
-    Record,
-    RecordFiles,
-    TotalReachedError,
-    encode,
-    endpoint,
-    is_recorded,
-)
-from specdec.proxy.redaction import secrets_inside, secrets_outside
-from specdec.proxy.streams import Inflater, JoinedAnswer, PlainAnswer, parse_object
+from specdec.proxy.records import ProxyConfig, Record, RecordFiles, TotalReachedError, parse_size
+from specdec.proxy.redaction import keep, redact, secrets_inside, secrets_outside
 
 Headers = list[tuple[bytes, bytes]]
 Say = Callable[[str], None]
 
+_PIECE = 65536
+_ENTRY = 512  # bytes of memory, about, that a field costs beside its text
+_TOP_FIELDS = ("id", "created", "model", "system_fingerprint", "usage", "timings", "error")
+_REASONS = ("finish_reason", "stop_reason")
+_SAID_ONCE = ("role", "id", "type", "name")  # other texts of a delta grow
 
-@dataclass
-class Budget:
-    """Memory that all exchanges share, and counts of those that are not recorded, by reason."""
 
-    max_body_bytes: int
-    max_held_bytes: int
-    held_bytes: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
+def parse_object(body: bytes | bytearray) -> dict[str, Any] | None:
+    """Return the JSON object in a body; None for anything else."""
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+class Answer:
+    """The body of an answer while it passes: decompressed, and a stream's events joined.
+
+    Of a stream only the text is kept, never its events. Every text field of the deltas is joined
+    (content, reasoning, refusal, arguments of tool calls); log probabilities are not kept.
+    """
+
+    def __init__(self, headers: httpx.Headers) -> None:
+        self.is_stream = headers.get("content-type", "").lower().startswith("text/event-stream")
+        self.has_ended = self.has_text = False  # the stream said `[DONE]`; the model a text
+        coding = headers.get("content-encoding", "").lower()
+        if coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+            raise ValueError(f"content coding {coding!r} cannot be read")
+        # 32 more than the window's size: zlib finds out by itself which of the two headers it is.
+        self._zlib = None if coding in ("", "identity") else zlib.decompressobj(zlib.MAX_WBITS | 32)
+        self._rest = bytearray()  # the body, or of a stream its last line
+        self._data = bytearray()  # of an event that is not whole yet
+        self._top: dict[str, Any] = {}
+        self._choices: dict[int, tuple[dict[str, Any], dict[Any, Any]]] = {}  # reasons, texts
+        self._joined_bytes = 0
+        self._is_chat = self._is_damaged = self._is_unreadable = False
+
+    @property
+    def size(self) -> int:
+        """Bytes that it keeps in memory, about."""
+        return len(self._rest) + len(self._data) + self._joined_bytes
+
+    def feed(self, received: bytes, max_bytes: int) -> bool:
+        """Take the next bytes as they came over the wire; False if they are too many to keep."""
+        try:
+            for piece in self._inflated(b"" if self._is_unreadable else received):
+                self._rest += piece
+                if self.is_stream and b"\n" in piece:
+                    *lines, self._rest = self._rest.split(b"\n")
+                    self._take_lines(lines)
+                if self.size > max_bytes:
+                    return False
+        except zlib.error:  # damaged: the request is worth a record all the same
+            self._is_unreadable = True
+        return True
+
+    def response(self) -> tuple[dict[str, Any] | None, bool]:
+        """Return what the same request gives without a stream, and whether it is whole.
+
+        A stream is if it said `[DONE]` or gave every choice's finish reason, with no error and
+        no event that could not be read.
+        """
+        if not self.is_stream:
+            found = parse_object(self._rest)
+            return found, found is not None
+        self._take_lines([self._rest, b""])  # an event whose end the stream did not mark
+        if not self._choices and not self._top:
+            return None, False
+        choices: list[dict[str, Any]] = []
+        for index, (reasons, texts) in sorted(self._choices.items()):
+            fields = _plain(texts)
+            if self._is_chat:
+                said = {"role": "assistant", "content": None, **fields.pop("delta", {})}
+                fields = {"message": said}
+            choices.append({"index": index, **fields, "finish_reason": None, **reasons})
+        finished = bool(choices) and all(choice["finish_reason"] for choice in choices)
+        is_whole = (self.has_ended or finished) and not self._is_damaged
+        kind = "chat.completion" if self._is_chat else "text_completion"
+        return {**self._top, "object": kind, "choices": choices}, is_whole
+
+    def _inflated(self, data: bytes) -> Iterator[bytes]:
+        """Undo gzip or deflate (RFC 9110, section 8.4.1) in pieces of at most 64 KiB."""
+        if self._zlib is None:
+            yield data
+            return
+        piece = self._zlib.decompress(data, _PIECE)
+        yield piece
+        while len(piece) == _PIECE:
+            piece = self._zlib.decompress(self._zlib.unconsumed_tail, _PIECE)
+            yield piece
+
+    def _take_lines(self, lines: Iterable[bytes | bytearray]) -> None:
+        """Read server-sent events (WHATWG HTML), whose lines end in LF or CR LF.
+
+        httpx-sse reads a response of httpx, not bytes that are on their way to somebody else.
+        """
+        for line in lines:
+            line = line.removesuffix(b"\r")
+            if line.startswith(b"data:"):
+                self._data += line[5:].removeprefix(b" ") + b"\n"
+            elif not line and self._data:
+                self._take_event(self._data.decode("utf-8", "replace"))
+                self._data.clear()
+
+    def _take_event(self, data: str) -> None:
+        if data.strip() == "[DONE]":
+            self.has_ended = True
+            return
+        try:
+            event = json.loads(data)
+            self._top |= {key: event[key] for key in _TOP_FIELDS if event.get(key) is not None}
+            for chunk in event.get("choices") or []:
+                index = int(chunk.get("index", 0))
+                reasons, texts = self._entry(self._choices, index, lambda: ({}, {}))
+                reasons |= {name: chunk[name] for name in _REASONS if chunk.get(name) is not None}
+                self._is_chat = self._is_chat or "delta" in chunk
+                self._join(texts, {key: chunk[key] for key in ("delta", "text") if key in chunk})
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            self._is_damaged = True  # the rest of the stream may still be of use
+        self._is_damaged = self._is_damaged or "error" in self._top
+
+    def _join(self, node: dict[Any, Any], delta: Any) -> None:
+        """Add a delta's texts to those before; items of lists are told apart by their index."""
+        pairs = delta.items() if isinstance(delta, dict) else map(_placed, enumerate(delta))
+        for key, each in pairs:
+            is_once = key in _SAID_ONCE
+            if isinstance(each, str) and not (is_once and (not each or key in node)):
+                text = self._entry(node, key, StringIO)
+                text.write(each)
+                self._joined_bytes += len(each.encode("utf-8", "surrogatepass"))
+                self.has_text = self.has_text or bool(each and not is_once)
+            elif each and isinstance(each, dict | list):
+                self._join(self._entry(node, key, dict), each)
+
+    def _entry(self, node: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
+        if key not in node:
+            node[key] = make()
+            self._joined_bytes += _ENTRY
+        return node[key]
+
+
+def _placed(item: tuple[int, Any]) -> tuple[int, Any]:
+    place, each = item
+    return int(each.get("index", place) if isinstance(each, dict) else place), each
+
+
+def _plain(node: Any) -> Any:
+    """Make texts, and lists of mappings whose keys are places."""
+    if isinstance(node, StringIO):
+        return node.getvalue()
+    found = {key: _plain(each) for key, each in node.items()}
+    is_list = found and all(isinstance(key, int) for key in found)
+    return [found[place] for place in sorted(found)] if is_list else found
 
 
 class Exchange:
     """One request and its answer on their way to a record."""
 
-    def __init__(self, path: str, headers: Headers, query: bytes, budget: Budget) -> None:
-        self.id = uuid.uuid4().hex
+    def __init__(self, recorder: "Recorder", path: str, headers: Headers, query: bytes) -> None:
+        # Without its prefix, which may name a team or hold a key.
+        endpoint = re.search(r"(/v1)?(/chat)?/completions/?$", path)
+        self.record = Record(
+            id=uuid.uuid4().hex,
+            time=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            path=endpoint[0] if endpoint else "",
+            model=None,
+            request={},
+            response=None,
+            status=None,
+            complete=False,
+            stream=False,
+            latency_s=0.0,
+            ttft_s=None,
+        )
         self.is_open = True
         self.ended = False
-        self._time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        self._path = path
+        self._recorder = recorder
+        self._started = time.perf_counter()
         self._secrets = secrets_outside(headers, query)
         self._request = bytearray()
-        self._answer: JoinedAnswer | PlainAnswer | None = None
-        self._status: int | None = None
-        self._ttft_s: float | None = None
-        self._latency_s = 0.0
-        self._started = time.perf_counter()
-        self._inflater: Inflater | None = None
+        self._answer: Answer | None = None
         self._bytes_left: int | None = None
         self._held = 0
-        self._budget = budget
 
     @property
     def has_answer(self) -> bool:
@@ -67,101 +213,84 @@ class Exchange:
         return self._answer is not None and (self._answer.has_ended or self._bytes_left == 0)
 
     def add_request(self, piece: bytes) -> None:
-        """Keep a part of the request's body."""
         if self.is_open:
             self._request += piece
-            if len(self._request) > self._budget.max_body_bytes:
+            if len(self._request) > self._recorder.max_body_bytes:
                 self.skip("request too large")
             self._hold()
 
     def start_answer(self, status: int, headers: httpx.Headers) -> None:
-        """Take the answer's head."""
         if not self.is_open:
             return
-        self._status = status
         self._secrets |= secrets_outside(headers.raw, b"", named_only=True)
-        is_stream = headers.get("content-type", "").lower().startswith("text/event-stream")
-        self._answer = JoinedAnswer() if is_stream else PlainAnswer()
         length = headers.get("content-length", "")
         # A length beside a transfer coding says nothing.
         is_told = length.isdecimal() and "transfer-encoding" not in headers
         self._bytes_left = int(length) if is_told else None
         try:
-            self._inflater = Inflater(headers.get("content-encoding", "").lower())
+            self._answer = Answer(headers)
         except ValueError:
             self.skip("unknown content coding")
+        else:
+            self.record.status, self.record.stream = status, self._answer.is_stream
 
     def add_answer(self, piece: bytes) -> None:
-        """Keep what a record needs of a part of the answer's body, as it came over the wire."""
-        if not self.is_open or self._answer is None or self._inflater is None:
+        if not self.is_open or self._answer is None:
             return
         if self._bytes_left is not None:
             self._bytes_left -= len(piece)
-        try:
-            for plain in self._inflater.feed(piece):
-                self._answer.feed(plain)
-                if self._answer.size > self._budget.max_body_bytes:
-                    self.skip("answer too large")
-                    return
-        except zlib.error:  # damaged: the request is worth a record all the same
-            self._inflater = None
-        if self._ttft_s is None and self._answer.has_text:
-            self._ttft_s = self._elapsed()
+        if not self._answer.feed(piece, self._recorder.max_body_bytes):
+            self.skip("answer too large")
+        elif self.record.ttft_s is None and self._answer.has_text:
+            self.record.ttft_s = self._elapsed()
         self._hold()
 
     def seal(self) -> None:
         """Take no more: it is recorded as it is now."""
         self.is_open = False
-        self._latency_s = self._elapsed()
+        self.record.latency_s = self._elapsed()
 
     def skip(self, reason: str) -> None:
         """Give it up; only the count of such remains."""
         if self.is_open:
-            self._budget.skipped[reason] += 1
+            self._recorder.skipped[reason] += 1
             self.release()
 
     def release(self) -> None:
         """Give back its memory; nothing of it is kept from here on."""
         self.is_open = False
-        self._request, self._answer, self._inflater = bytearray(), None, None
-        self._budget.held_bytes -= self._held
+        self._request, self._answer = bytearray(), None
+        self._recorder.held_bytes -= self._held
         self._held = 0
 
     def line(self, secrets: frozenset[str]) -> bytes | None:
-        """The line of its record; None if the request is no JSON object."""
+        """Write its record as a line of ASCII; None if the request is no JSON object."""
         request = parse_object(self._request)
         if request is None:
             return None
-        response, is_whole = self._answer.response() if self._answer else (None, False)
-        named = (request.get("model"), (response or {}).get("model"))
-        model = next((name for name in named if isinstance(name, str) and name), None)
-        record = Record(
-            id=self.id,
-            time=self._time,
-            path=endpoint(self._path),
-            model=model,
-            request=keep(request, REQUEST),
-            response=None if response is None else keep(response, RESPONSE),
-            status=self._status,
-            complete=is_whole and (self.ended or self.has_answer),
-            stream=isinstance(self._answer, JoinedAnswer),
-            latency_s=round(self._latency_s, 6),
-            ttft_s=None if self._ttft_s is None else round(self._ttft_s, 6),
-        )
+        record, is_whole = self.record, False
+        record.request = keep(request, "request")
+        if self._answer:
+            response, is_whole = self._answer.response()
+            record.response = None if response is None else keep(response, "response")
+        named = (each.get("model") for each in (record.request, record.response or {}))
+        record.model = next((name for name in named if name), None)
+        record.complete = is_whole and (self.ended or self.has_answer)
         # Secrets of what is not kept, too: the answer may repeat them.
-        return encode(record, (secrets | self._secrets | secrets_inside(request)) - {model or ""})
+        found = (secrets | self._secrets | secrets_inside(request)) - {record.model or ""}
+        text = json.dumps(redact(vars(record), found), allow_nan=False, separators=(",", ":"))
+        return text.encode("ascii") + b"\n"
 
     def _hold(self) -> None:
-        if not self.is_open:
-            return
-        size = len(self._request) + (self._answer.size if self._answer else 0)
-        self._budget.held_bytes += size - self._held
-        self._held = size
-        if self._budget.held_bytes > self._budget.max_held_bytes:
-            self.skip("too much in flight")
+        if self.is_open:
+            size = len(self._request) + (self._answer.size if self._answer else 0)
+            self._recorder.held_bytes += size - self._held
+            self._held = size
+            if self._recorder.held_bytes > self._recorder.max_held_bytes:
+                self.skip("too much in flight")
 
     def _elapsed(self) -> float:
-        return time.perf_counter() - self._started
+        return round(time.perf_counter() - self._started, 6)
 
 
 class Recorder:
@@ -181,22 +310,19 @@ class Recorder:
         max_wait_s: float = 2.0,
     ) -> None:
         self.files = files
-        self.budget = Budget(parse_size(config.max_body), max_held_bytes)
-        self.recorded = 0
-        self.trouble = ""
-        self.last_error = ""
-        self._config = config
-        self._max_wait_s = max_wait_s
-        self._secrets = secrets
-        self._say = say
-        self._chance = chance or random.Random()
+        self.max_body_bytes, self.max_held_bytes = parse_size(config.max_body), max_held_bytes
+        self.held_bytes = self.recorded = 0  # memory of all exchanges; exchanges on the disk
+        self.skipped: Counter[str] = Counter()  # those that are not recorded, by reason
+        self.trouble = self.last_error = ""
+        self._config, self._secrets, self._say = config, secrets, say
+        self._chance, self._max_wait_s = chance or random.Random(), max_wait_s
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recorder")
         self._pending: dict[str, asyncio.Future[bool]] = {}
 
     def begin(self, method: str, path: str, headers: Headers, query: bytes) -> Exchange:
         """Make an exchange that is open if this request is to be recorded."""
-        exchange = Exchange(path, headers, query, self.budget)
-        if method != "POST" or not is_recorded(path):
+        exchange = Exchange(self, path, headers, query)
+        if method != "POST" or not exchange.record.path:
             exchange.release()
         elif self._chance.random() >= self._config.sample:
             exchange.skip("not sampled")
@@ -206,14 +332,13 @@ class Recorder:
         """Record the exchange as it is now, once; wait for the disk, but not for ever."""
         if exchange.is_open:
             exchange.seal()
-            writing = asyncio.get_running_loop().run_in_executor(
-                self._thread, self._write, exchange
-            )
-            self._pending[exchange.id] = writing
+            loop = asyncio.get_running_loop()
+            writing = loop.run_in_executor(self._thread, self._write, exchange)
+            self._pending[exchange.record.id] = writing
             writing.add_done_callback(lambda done: self._written(exchange, done))
-        if exchange.id in self._pending:
+        if exchange.record.id in self._pending:
             # A disk that hangs must not hang the client.
-            await asyncio.wait([self._pending[exchange.id]], timeout=self._max_wait_s)
+            await asyncio.wait([self._pending[exchange.record.id]], timeout=self._max_wait_s)
 
     async def close(self) -> None:
         """Write what is waiting, and give the folder free."""
@@ -223,14 +348,13 @@ class Recorder:
         self.files.close()
 
     def _write(self, exchange: Exchange) -> bool:
-        """Do in the recorder's thread what takes time; False if there is nothing to record."""
         line = exchange.line(self._secrets)
         if line is not None:
             self.files.append(line)
         return line is not None
 
     def _written(self, exchange: Exchange, done: "asyncio.Future[bool]") -> None:
-        del self._pending[exchange.id]
+        del self._pending[exchange.record.id]
         exchange.release()
         error = done.exception()
         if isinstance(error, TotalReachedError):
@@ -240,11 +364,11 @@ class Recorder:
             self._stop("disk cannot be written", str(error.__cause__ or error))
         elif error is not None:
             # Whatever a request may hold, it is served; a fault in recording it is counted.
-            self.budget.skipped["fault of the recorder"] += 1
+            self.skipped["fault of the recorder"] += 1
             # Without its text, which may quote the request.
             self._note(f"a request could not be recorded: {type(error).__name__}")
         elif not done.result():
-            self.budget.skipped["request is no JSON object"] += 1
+            self.skipped["request is no JSON object"] += 1
         else:
             self.recorded += 1
             if self.trouble:
@@ -252,7 +376,7 @@ class Recorder:
                 self._say("recording goes on")
 
     def _stop(self, reason: str, detail: str) -> None:
-        self.budget.skipped[reason] += 1
+        self.skipped[reason] += 1
         if self.trouble != f"{reason}: {detail}":
             self.trouble = f"{reason}: {detail}"
             self._note(f"recording stopped ({self.trouble}); requests are served all the same")

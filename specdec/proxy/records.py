@@ -1,16 +1,47 @@
-"""Records, and the files that hold one in each line."""
+"""The proxy's settings, its records, and the files that hold a record in each line."""
 
-import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from specdec.common.config import Config
 from specdec.common.files import LineFile
-from specdec.proxy.redaction import redact
+
+_UNITS = {unit: 1024**power for power, unit in enumerate(("", "k", "m", "g", "t"))}
+_NAME = re.compile(r"requests-(\d{5,})\.jsonl")
+
+
+def parse_size(text: str) -> int:
+    """Return bytes of "4096", "512K", "8M", "256MiB" or "1.5G"; units are powers of 1024."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
+    size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    if size < 1:
+        raise ValueError(f"{text!r} is no size; give bytes, at least 1, or 8M, 256MiB or 1.5G")
+    return size
+
+
+Size = Annotated[str, AfterValidator(lambda text: text if parse_size(text) else "")]
+
+
+class ProxyConfig(Config):
+    """How to reach the server, where to listen, and what to record."""
+
+    upstream: str = Field(description="root of the server, as http://127.0.0.1:8000")
+    out: Path = Field(description="folder for requests-00001.jsonl and so on")
+    upstream_key_env: str | None = Field(
+        None, description="environment variable with a key or user:password"
+    )
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8800, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    sample: float = Field(1.0, ge=0, le=1, description="share of requests to record, 0 to 1")
+    max_body: Size = Field("8M", description="larger bodies are served, not recorded")
+    max_file: Size = Field("256M", description="size at which the next file begins")
+    max_total: Size = Field("10G", description="size of all files at which recording stops")
+    connect_timeout: float = Field(10.0, gt=0, description="seconds to wait for a connection")
+    drain: int = Field(30, ge=0, description="seconds that answers may go on at the end")
 
 
 class Record(Config):
@@ -40,26 +71,6 @@ class Record(Config):
     )
 
 
-def encode(record: Record, secrets: frozenset[str]) -> bytes:
-    """One line of JSON in ASCII with its line end, without the secrets and their like."""
-    clean = redact(vars(record), secrets)
-    return json.dumps(clean, allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n"
-
-
-def is_recorded(path: str) -> bool:
-    """Tell the path of chat completions or of completions, with or without a prefix."""
-    return path.rstrip("/").endswith("/completions")
-
-
-def endpoint(path: str) -> str:
-    """The path without its prefix, which may name a team or hold a key."""
-    found = re.search(r"(/v1)?(/chat)?/completions/?$", path)
-    return found[0] if found else ""
-
-
-_NAME = re.compile(r"requests-(\d{5,})\.jsonl")
-
-
 class TotalReachedError(Exception):
     """The folder holds as much as it may."""
 
@@ -71,13 +82,11 @@ class RecordFiles:
     """
 
     def __init__(self, folder: Path, max_file_bytes: int, max_total_bytes: int) -> None:
-        self._folder = folder
-        self._max_file_bytes = max_file_bytes
-        self._max_total_bytes = max_total_bytes
+        self._folder, self._max_file, self._max_total = folder, max_file_bytes, max_total_bytes
         self._lock = LineFile(folder / ".lock", private=True)
-        self._number = max(self._numbers(), default=1)
+        self._number = max(self._sizes(), default=1)
         self._file: LineFile | None = LineFile(self.path, private=True)
-        self.total_bytes = self._count_total()
+        self.total_bytes = sum(self._sizes().values())
 
     @property
     def path(self) -> Path:
@@ -85,10 +94,9 @@ class RecordFiles:
         return self._folder / f"requests-{self._number:05d}.jsonl"
 
     def append(self, line: bytes) -> None:
-        """Write a whole line, and return when it is on the disk."""
-        if self.total_bytes + len(line) > self._max_total_bytes:
-            self.total_bytes = self._count_total()  # somebody may have taken files away
-            if self.total_bytes + len(line) > self._max_total_bytes:
+        if self.total_bytes + len(line) > self._max_total:
+            self.total_bytes = sum(self._sizes().values())  # somebody may have taken files away
+            if self.total_bytes + len(line) > self._max_total:
                 raise TotalReachedError
         try:
             self._file_for(len(line)).write(line, durable=True)
@@ -98,7 +106,6 @@ class RecordFiles:
         self.total_bytes += len(line)
 
     def close(self) -> None:
-        """Give the folder free."""
         self._close_file()
         self._lock.close()
 
@@ -108,25 +115,19 @@ class RecordFiles:
                 os.stat(self._folder)  # one that was removed is not made again
                 self._file = LineFile(self.path, private=True)
             size = self._file.num_bytes
-            is_full = size and size + num_bytes > self._max_file_bytes
+            is_full = size and size + num_bytes > self._max_file
             # Lines would go with a file that somebody has moved away.
             if self._file.is_in_place and not is_full:
                 return self._file
             self._close_file()
-            self._number = max([self._number, *self._numbers()]) + 1
+            self._number = max([self._number, *self._sizes()]) + 1
 
     def _close_file(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    def _numbers(self) -> list[int]:
-        found = (_NAME.fullmatch(entry.name) for entry in self._folder.iterdir())
-        return [int(match[1]) for match in found if match]
-
-    def _count_total(self) -> int:
-        return sum(
-            entry.stat(follow_symlinks=False).st_size
-            for entry in os.scandir(self._folder)
-            if _NAME.fullmatch(entry.name)
-        )
+    def _sizes(self) -> dict[int, int]:
+        """Map the number of each file to its bytes."""
+        found = ((_NAME.fullmatch(entry.name), entry) for entry in os.scandir(self._folder))
+        return {int(n[1]): each.stat(follow_symlinks=False).st_size for n, each in found if n}

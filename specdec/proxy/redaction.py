@@ -1,15 +1,74 @@
-"""Credentials: found by the names they go under, and removed wherever their text appears."""
+"""What a record keeps of a request and its answer: the parts that readers need, no credentials."""
 
 import base64
 import json
 import re
 from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
+from types import UnionType
 from typing import Any
 from urllib.parse import quote, unquote, unquote_plus
 
+import yaml
+
 from specdec.common.secrets import Text, find_secrets, pattern_parts
-from specdec.proxy.allowed import SCHEMA
+
+# Forms of `recorded_parts.yaml` by name; a bool is an int.
+_FORMS: dict[str, Any] = {
+    "text": str,
+    "number": int | float,
+    "plain": str | int | float,
+    "object": dict,
+    "word": re.compile("[A-Za-z_.-]{1,40}"),
+}
+_NAMES = {
+    "<any>": re.compile("(?s).*"),
+    "<count>": re.compile("[a-z_]{1,40}"),
+    "<token_id>": re.compile(r"\d{1,9}"),
+}
+
+
+def _one_name_each(form: Any) -> Any:
+    if not isinstance(form, dict):
+        return form
+    return {name: _one_name_each(each) for names, each in form.items() for name in names.split()}
+
+
+_FORMS |= _one_name_each(
+    yaml.safe_load(Path(__file__).with_name("recorded_parts.yaml").read_text("utf-8"))
+)
+
+
+def keep(value: Any, form: str) -> Any:
+    """Cut a JSON value down to what is of a form; objects and lists lose their other parts."""
+    return next(iter(_fitting(value, form)), {})
+
+
+def _fitting(value: Any, form: Any) -> list[Any]:
+    """Return what fits of a value as a list of one, or an empty list."""
+    if value is None:
+        return [None] if form else []
+    if isinstance(form, str):
+        tried = (_fitting(value, _FORMS[name]) for name in form.split(" | "))
+        return next(filter(None, tried), [])
+    if isinstance(form, re.Pattern):
+        return [value] if isinstance(value, str) and form.fullmatch(value) else []
+    if isinstance(form, dict) and isinstance(value, dict):
+        pairs = ((name, _fitting(each, _form_of(name, form))) for name, each in value.items())
+        return [{name: part for name, found in pairs for part in found}]
+    if isinstance(form, list) and isinstance(value, list):
+        items = [item for each in value for item in _fitting(each, form[0])]
+        return [items] if items or not value else []
+    is_type = isinstance(form, type | UnionType)
+    return [value] if is_type and isinstance(value, form) else []
+
+
+def _form_of(name: str, form: dict[str, Any]) -> Any:
+    """Find the form of what goes under a name; nothing is of that of an unknown one."""
+    kinds = (kind for kind, pattern in _NAMES.items() if kind in form and pattern.fullmatch(name))
+    return form.get(name) or form.get(next(kinds, ""))
+
 
 REDACTED = "[redacted]"
 _SCHEMA_TYPES = ("string", "number", "integer", "boolean", "array", "object", "null")
@@ -23,8 +82,7 @@ _CREDENTIAL = re.compile(
 # In headers and queries these are credentials too; in a body they are log probabilities and tools.
 _CREDENTIAL_OUTSIDE = re.compile(rf"{_CREDENTIAL.pattern}|(?:key|token|auth|sig|signature)$")
 # Shorter ones are placeholders ("EMPTY", "none"), and common words would be torn out of the texts.
-_SHORTEST = 8
-_SHORT = re.compile(r"(?=.*\d)(?=.*[A-Za-z]).{6,7}")
+_LONG_ENOUGH = re.compile(r"(?s).{8,}|(?=.*\d)(?=.*[A-Za-z]).{6,7}")
 _SHORTEST_COOKIE = 16
 _SCHEMES = ("basic", "bearer", "token", "apikey", "key")
 # Of other headers a value that looks like a key is taken for one.
@@ -62,8 +120,8 @@ def secrets_inside(body: Any) -> frozenset[str]:
 
 
 def long_enough(texts: Iterable[str]) -> frozenset[str]:
-    """Those texts that can be looked for in other texts without tearing words out of them."""
-    return frozenset(text for text in texts if len(text) >= _SHORTEST or _SHORT.fullmatch(text))
+    """Keep those texts that can be looked for in others without tearing words out of them."""
+    return frozenset(filter(_LONG_ENOUGH.fullmatch, texts))
 
 
 def redact(value: Any, secrets: Iterable[str]) -> Any:
@@ -78,8 +136,6 @@ def redact(value: Any, secrets: Iterable[str]) -> Any:
 
 
 class _Redaction:
-    """Replaces credentials in a JSON value."""
-
     def __init__(self, secrets: Iterable[str], only_repeated: bool = False) -> None:
         self.secrets = {*secrets, *(quote(secret, safe="") for secret in secrets)}
         # The longest first: one secret may be a part of another.
@@ -87,7 +143,7 @@ class _Redaction:
         self._only_repeated = only_repeated
 
     def apply(self, value: Any, hide: bool = False) -> Any:
-        """The value with `[redacted]` for credentials, or for all of it if it is to be hidden."""
+        """Put `[redacted]` for credentials, or for all of the value if it is to be hidden."""
         if isinstance(value, dict):
             return self._object(value, hide and not _is_schema(value))
         if isinstance(value, list):
@@ -113,10 +169,9 @@ class _Redaction:
 
     def _json(self, text: str) -> str:
         """Redact JSON in a string, as tool calls have it; it stays as written if it is clean."""
-        try:
+        given = None
+        with suppress(ValueError, RecursionError):
             given = json.loads(text) if text.lstrip()[:1] in ("{", "[") else None
-        except (ValueError, RecursionError):
-            given = None
         clean = self.apply(given)
         return self._text(text if clean == given else json.dumps(clean, ensure_ascii=False))
 
@@ -141,13 +196,13 @@ def _decoded(raw: bytes) -> str:
 
 
 def _cookies(value: str) -> list[str]:
-    """Values of cookies; the short ones are settings, and so are a new cookie's attributes."""
+    """Find values of cookies; short ones are settings, and so are a new cookie's attributes."""
     values = (pair.partition("=")[2].strip() for pair in value.split(";"))
     return [value for value in values if len(value) >= _SHORTEST_COOKIE]
 
 
 def _credentials(value: str) -> list[str]:
-    """A credential as it stands, or without its scheme, and what is encoded in it."""
+    """Return a credential as it stands, or without its scheme, and what is encoded in it."""
     scheme, _, token = value.partition(" ")
     if scheme.lower() not in _SCHEMES:
         return [value]
@@ -170,4 +225,4 @@ def _plain(name: str) -> str:
 def _is_schema(value: dict[str, Any]) -> bool:
     """Tell a tool's parameter that is called, say, "password", without any values."""
     is_typed = value.get("type") in _SCHEMA_TYPES or "$ref" in value
-    return is_typed and value.keys() <= SCHEMA.keys() - {"enum"}
+    return is_typed and value.keys() <= _FORMS["schema"].keys() - {"enum"}

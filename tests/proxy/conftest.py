@@ -7,11 +7,9 @@ import pytest
 from fake_upstream import PATIENCE_S, FakeUpstream, Proxy, Served, answer
 from starlette.responses import JSONResponse
 
-from specdec.proxy.config import ProxyConfig, parse_size
-from specdec.proxy.forwarding import Upstream
 from specdec.proxy.recorder import Recorder
-from specdec.proxy.records import RecordFiles
-from specdec.proxy.server import build_application
+from specdec.proxy.records import ProxyConfig, RecordFiles, parse_size
+from specdec.proxy.server import Upstream, build_application
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from starlette.responses import StreamingResponse
 from typer.testing import CliRunner
 
 from specdec.cli import app
-from specdec.proxy.config import parse_size
+from specdec.proxy.records import parse_size
 
 
 @pytest.fixture
