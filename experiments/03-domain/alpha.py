@@ -22,9 +22,8 @@ from specdec.data.answers import AnswerRow, check_answers_target, load_answers, 
 from specdec.drafters.training import shifted
 from specdec.registry import strategy
 from specdec.train.acceptance import drafted_places, sum_of_overlaps
-from specdec.train.heads import HeadTrainee, Trainee, new_head
-from specdec.train.qlora import DraftModelTrainee
-from specdec.train.sources import OnlineSource
+from specdec.train.data import OnlineSource
+from specdec.train.trainees import DraftModelTrainee, HeadTrainee, Trainee, new_head
 
 
 def load(kind: str, path: str, target: Any, identity: Any) -> Trainee:

@@ -16,9 +16,8 @@ import torch
 import typer
 
 from specdec.train.config import load_train_config
-from specdec.train.data import padded
+from specdec.train.data import load_materials
 from specdec.train.run import make_trainee
-from specdec.train.sources import load_materials
 from specdec.train.trainer import Trainer, training_arguments
 
 HERE = Path(__file__).parent
@@ -31,9 +30,9 @@ class Timed:
     def __init__(self, source: Any) -> None:
         self.source, self.seconds = source, 0.0
 
-    def batch(self, rows: Any, lay: Any = padded) -> Any:
+    def batch(self, rows: Any, pack_len: int | None = None) -> Any:
         started = time.perf_counter()
-        batch = self.source.batch(rows, lay)
+        batch = self.source.batch(rows, pack_len)
         self.seconds += time.perf_counter() - started
         return batch
 

@@ -26,7 +26,7 @@ def train(
 
     settings = load_train_config(config, overrides or [])
     from specdec.common.files import locked
-    from specdec.train.parity import ParityError
+    from specdec.train.acceptance import ParityError
     from specdec.train.run import run_training
 
     quiet_transformers()

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed.checkpoint as dcp
 from accelerate import PartialState
@@ -29,31 +29,27 @@ from specdec.checkpoints.identity import TARGET, check_resumed
 from specdec.common.config import Config, read_model, write_model
 from specdec.common.files import check_same_run, disk_trouble, whole_folder
 
-STATE = "trainer_state.json"  # transformers' name for it
-_PROGRESS = "progress.json"
+_STATE, _PROGRESS = "trainer_state.json", "progress.json"  # the first is transformers' own name
 
 
 class Progress(Config, ser_json_inf_nan="constants"):
-    """A checkpoint but for its tensors and the state of transformers' `Trainer`.
+    """A checkpoint but for its tensors and the state of transformers' `Trainer`."""
 
-    Attributes:
-        identity: facts that make a run the same run.
-        seconds: duration of all sessions, evaluation and saving included.
-        step_seconds: duration of the training steps alone.
-        scheduler: state of the learning rate's schedule.
-        scaler: state of the loss scaler; empty but for float16.
-        numbers: plain numbers of the optimizer's state.
-    """
-
-    identity: dict[str, Any]
-    seconds: float
-    step_seconds: float
-    scheduler: dict[str, Any]
-    scaler: dict[str, float] = Field(default_factory=dict)
-    numbers: dict[str, float] = Field(default_factory=dict)
+    identity: dict[str, Any]  # facts that make a run the same run
+    seconds: float  # of all sessions, evaluation and saving included
+    step_seconds: float  # of the training steps alone
+    scheduler: dict[str, Any]  # state of the learning rate's schedule
+    scaler: dict[str, float] = Field(default_factory=dict)  # of the loss, for float16
+    numbers: dict[str, float] = Field(default_factory=dict)  # plain ones of the optimizer's state
 
 
-def newest_checkpoint(folder: Path, identity: Mapping[str, Any]) -> Path | None:
+class Checkpoint(NamedTuple):
+    folder: Path
+    progress: Progress
+    state: TrainerState
+
+
+def newest_checkpoint(folder: Path, identity: Mapping[str, Any]) -> Checkpoint | None:
     """Find the newest checkpoint of a run, whose folder is made; None if there is none yet."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,25 +61,15 @@ def newest_checkpoint(folder: Path, identity: Mapping[str, Any]) -> Path | None:
         raise disk_trouble(folder, error) from error
     if found is None:
         return None
-    written = read_progress(Path(found)).identity
-    check_same_run(folder, written, identity, {TARGET: partial(check_resumed, folder)})
-    return Path(found)
-
-
-def read_progress(checkpoint: Path) -> Progress:
-    """Read what a checkpoint says of its run."""
+    place = Path(found)
     try:
-        return read_model(Progress, checkpoint / _PROGRESS)
-    except (FileNotFoundError, ValueError) as error:
-        raise _damaged(checkpoint, str(error)) from error
-
-
-def read_state(checkpoint: Path) -> TrainerState:
-    """Read the state of transformers' `Trainer`."""
-    try:
-        return TrainerState.load_from_json(str(checkpoint / STATE))
+        progress = read_model(Progress, place / _PROGRESS)
+        state = TrainerState.load_from_json(str(place / _STATE))
     except (OSError, TypeError, ValueError) as error:
-        raise _damaged(checkpoint, f"its {STATE} cannot be read ({error})") from error
+        raise _damaged(place, f"its {_PROGRESS} or {_STATE} cannot be read ({error})") from error
+    checks = {TARGET: partial(check_resumed, folder)}
+    check_same_run(folder, progress.identity, identity, checks)
+    return Checkpoint(place, progress, state)
 
 
 def write_checkpoint(
@@ -95,10 +81,10 @@ def write_checkpoint(
         (place,) = broadcast_object_list([place])
         if is_first:
             write_model(place / _PROGRESS, progress)
-            state.save_to_json(str(place / STATE))
+            state.save_to_json(str(place / _STATE))
         writer = dcp.HuggingFaceStorageWriter(str(place), save_distributed=True)
-        with _expected():
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=_is_alone())
+        with _distributed() as is_alone:
+            dcp.save(dict(tensors), storage_writer=writer, no_dist=is_alone)
     PartialState().wait_for_everyone()
 
 
@@ -108,8 +94,8 @@ def read_tensors(folder: Path, tensors: Mapping[str, Tensor], prefix: str = "") 
     try:
         found = reader.read_metadata().state_dict_metadata
         _check(folder, tensors, {n: each for n, each in found.items() if n.startswith(prefix)})
-        with _expected():
-            dcp.load(dict(tensors), storage_reader=reader, no_dist=_is_alone())
+        with _distributed() as is_alone:
+            dcp.load(dict(tensors), storage_reader=reader, no_dist=is_alone)
     except SafetensorError as error:
         raise _damaged(folder, f"a file of it cannot be read ({error})") from error
     for name, tensor in tensors.items():
@@ -123,14 +109,14 @@ def _check(folder: Path, tensors: Mapping[str, Tensor], found: Mapping[str, Any]
         fault = f"it lacks {name!r}" if name in tensors else f"{name!r} is not of this run"
         raise _damaged(folder, fault)
     for name, tensor in tensors.items():
-        size, dtype = tuple(found[name].size), found[name].properties.dtype
-        if (size, dtype) != (tuple(tensor.shape), tensor.dtype):
-            raise _damaged(
-                folder,
-                f"its {name!r} is {list(size)} {dtype} but must be {list(tensor.shape)} "
-                f"{tensor.dtype}",
-            )
-        if sum(prod(chunk.sizes) for chunk in found[name].chunks) != prod(size):
+        stored = found[name]
+        was, now = (
+            f"{list(size)} {kind}"
+            for size, kind in ((stored.size, stored.properties.dtype), (tensor.shape, tensor.dtype))
+        )
+        if was != now:
+            raise _damaged(folder, f"its {name!r} is {was} but must be {now}")
+        if sum(prod(chunk.sizes) for chunk in stored.chunks) != prod(stored.size):
             raise _damaged(folder, f"it lacks a part of {name!r}")
 
 
@@ -142,24 +128,16 @@ def _damaged(folder: Path, fault: str) -> ValueError:
 
 
 @contextmanager
-def _expected() -> Iterator[None]:
-    """No warning that a single process is alone, and errors as they were raised."""
+def _distributed() -> Iterator[bool]:
+    """Tell whether a process is alone, which is no warning; errors come as they were raised."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            yield
+            yield PartialState().num_processes == 1
     except CheckpointException as error:
-        raise _cause(error) from None
-
-
-def _cause(error: CheckpointException) -> BaseException:
-    """Find the error of the first process that failed."""
-    causes = [cause for cause, _ in error.failures.values()]
-    return next((each for each in causes if isinstance(each, KeyboardInterrupt)), causes[0])
-
-
-def _is_alone() -> bool:
-    return PartialState().num_processes == 1
+        causes = [cause for cause, _ in error.failures.values()]
+        pressed = (each for each in causes if isinstance(each, KeyboardInterrupt))
+        raise next(pressed, causes[0]) from None
 
 
 @contextmanager
@@ -170,10 +148,10 @@ def unsharded(model: nn.Module) -> Iterator[None]:
     without gradients, but for a first forward of the model itself.
     """
     parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    # The model itself stays whole after its forward anyway.
     inner = [part for part in parts if part is not model]
     for part in parts:
         part.unshard()
-    # The model itself stays whole behind its forward anyway.
     for part in inner:
         part.set_reshard_after_forward(False, recurse=False)
     try:
@@ -186,15 +164,12 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, gathered if it is sharded; all processes call together."""
+    """Gather a tensor if it is sharded; all processes call together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_state(module: nn.Module, is_kept: bool) -> dict[str, Tensor]:
-    """Trained parameters and persistent buffers of a module, on the CPU.
-
-    All processes call together.
-    """
+    """Copy trained parameters and persistent buffers to the CPU; all processes call together."""
     found: dict[str, Tensor] = {}
     seen: dict[int, Tensor] = {}  # tied weights stay tied
     for name, tensor in module.state_dict(keep_vars=True).items():
@@ -203,6 +178,5 @@ def whole_state(module: nn.Module, is_kept: bool) -> dict[str, Tensor]:
         if id(tensor) not in seen:
             gathered = whole(tensor.detach())
             seen[id(tensor)] = gathered.cpu() if is_kept else gathered.new_empty(0)
-        if is_kept:
-            found[name] = seen[id(tensor)]
+        found[name] = seen[id(tensor)]
     return found

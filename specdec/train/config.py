@@ -15,6 +15,12 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 TextLength = Annotated[int, Field(ge=3)]
 
 
+def _require_one(config: Config, section: str, *keys: str) -> None:
+    if all(getattr(config, key) is not None for key in keys):
+        names = " and ".join(f"{section}.{key}" for key in keys)
+        raise ValueError(f"{names} are both given; remove one")
+
+
 class TargetConfig(Config):
     """The model whose answers are learned; see `load_target`. The launcher chooses the GPU."""
 
@@ -46,7 +52,6 @@ class DrafterConfig(Config):
 
     @property
     def is_head(self) -> bool:
-        """Tell whether the strategy drafts with a head, and not with a language model."""
         return strategy(self.kind).trained_as == "head"
 
 
@@ -71,15 +76,12 @@ class DataConfig(Config):
 
     @model_validator(mode="after")
     def _one_size(self) -> Self:
-        if self.num_validation is not None and self.validation_fraction is not None:
-            raise ValueError(
-                "data.num_validation and data.validation_fraction are both given; remove one"
-            )
+        _require_one(self, "data", "num_validation", "validation_fraction")
         return self
 
 
 class ParityConfig(Config):
-    """The gate at the end of a run; see `specdec.train.parity`.
+    """The gate at the end of a run; docs/training.md describes it.
 
     Attributes:
         num_prompts: held-out prompts that are decoded; 0 for no gate.
@@ -153,10 +155,7 @@ class TrainingConfig(Config):
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
-        if self.num_train_epochs is not None and self.max_steps is not None:
-            raise ValueError(
-                "training.num_train_epochs and training.max_steps are both given; remove one"
-            )
+        _require_one(self, "training", "num_train_epochs", "max_steps")
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("training.push_to_hub needs training.hub_model_id; give owner/name")
         return self
@@ -185,22 +184,19 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _fits_the_kind(self) -> Self:
-        kind = self.drafter.kind
         if self.drafter.is_head and self.data.pack_len is not None:
             raise ValueError(
-                f"data.pack_len is for draft models; {kind} heads look ahead in their text, which "
-                "packing would lead into the next one; remove it"
+                f"data.pack_len is for draft models; {self.drafter.kind} heads look ahead in their "
+                "text, which packing would lead into the next one; remove it"
             )
-        if not self.drafter.is_head and self.drafter.init is not None:
-            raise ValueError(
-                "drafter.init is for heads; a draft model starts from drafter.options.path"
-            )
-        if not self.drafter.is_head and self.draft_vocab_size is not None:
-            raise ValueError("draft_vocab_size is for heads; remove it")
+        for key, value in (
+            ("drafter.init", self.drafter.init),
+            ("draft_vocab_size", self.draft_vocab_size),
+        ):
+            if value is not None and not self.drafter.is_head:
+                raise ValueError(f"{key} is for heads; remove it")
         return self
 
 
 def load_train_config(path: str, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read YAML and overrides; errors as in `load_config`."""
-    example = "training.learning_rate=1e-3"
-    return load_config(TrainConfig, path, Path(path), overrides, example=example)
+    return load_config(TrainConfig, path, Path(path), overrides, "training.learning_rate=1e-3")

@@ -1,173 +1,92 @@
-"""Rows of a run: read and split, laid out as tensors, and planned into steps."""
+"""Rows of a run: read and split, planned into steps, and batched with the target's view of them."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from specdec.data.answers import AnswerRow, read_rows
-from specdec.train.config import DataConfig
+from specdec.checkpoints import TargetIdentity, identify_target
+from specdec.common.provenance import machine
+from specdec.data.answers import AnswerRow, check_answers_target, load_answers, read_rows
+from specdec.data.feature_store import INDEX, FeatureStore
+from specdec.drafters.training import TrainingBatch
+from specdec.targets.hf import HFTarget
+from specdec.targets.load import load_ends, load_target
+from specdec.train.config import DataConfig, TrainConfig
 from specdec.train.results import DraftVocabulary
 
-# A root and one token to draft behind it.
+# A root and one token to draft after it.
 MIN_ANSWER_LEN = 2
-
-
-@dataclass(frozen=True)
-class Split:
-    """Rows to train on and rows to validate on.
-
-    Attributes:
-        training: rows to train on.
-        validation: held out; may be empty.
-        num_dropped: rows left out because no answer of two tokens fits into `max_len`.
-        fingerprint: a short hash of what is kept.
-    """
-
-    training: list[AnswerRow]
-    validation: list[AnswerRow]
-    num_dropped: int
-    fingerprint: str
-
-
-def load_split(config: DataConfig, vocab_size: int, max_len: int) -> Split:
-    """Read the rows, cut long ones, and tell those apart that are for validation."""
-    path = Path(config.path).expanduser()
-    if path.is_dir():
-        training = read_rows(path / "train.jsonl", vocab_size, config.max_rows)
-        held_out = read_rows(path / "held_out.jsonl", vocab_size, config.num_validation)
-        return split_rows(config, list(training), list(held_out), max_len)
-    return split_rows(config, list(read_rows(path, vocab_size, config.max_rows)), None, max_len)
-
-
-def split_rows(
-    config: DataConfig, rows: list[AnswerRow], held_out: list[AnswerRow] | None, max_len: int
-) -> Split:
-    """Cut rows, drop those that hold nothing to draft, and hold some out."""
-    read = [row.cut(max_len) for row in rows]
-    training = [row for row in read if _can_train(row)]
-    num_dropped = len(read) - len(training)
-    if not training:
-        reason = f"none of its {len(read)} rows has an answer of {MIN_ANSWER_LEN} tokens"
-        hint = f"{reason} within max_len {max_len}; raise data.max_len" if read else "it is empty"
-        raise ValueError(f"{config.path} holds nothing to train on: {hint}")
-    if held_out is not None:
-        validation = [row for row in (row.cut(max_len) for row in held_out) if _can_train(row)]
-        num_dropped += len(held_out) - len(validation)
-        return Split(training, validation, num_dropped, _fingerprint([*training, *validation]))
-    num_held_out = config.num_validation or round((config.validation_fraction or 0) * len(training))
-    if num_held_out >= len(training):
-        raise ValueError(
-            f"{config.path} holds {len(training)} rows that can be used, and {num_held_out} of "
-            "them would be for validation; lower data.num_validation or give more rows"
-        )
-    first = len(training) - num_held_out
-    return Split(training[:first], training[first:], num_dropped, _fingerprint(training))
-
-
-def _can_train(row: AnswerRow) -> bool:
-    return any(end - start >= MIN_ANSWER_LEN for start, end in row.answers)
-
-
-def _fingerprint(rows: Sequence[AnswerRow]) -> str:
-    whole = hashlib.sha256()
-    for row in rows:
-        whole.update(repr((row.tokens, row.answers)).encode())
-    return whole.hexdigest()[:16]
-
-
 # Rows of like length are sought within a chunk of so many batches: enough to pad little, few
 # enough that the batches of an epoch still differ from those of the next.
 _CHUNK_BATCHES = 32
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where each text of a batch stands."""
+class Split:
+    """Rows to train on, rows held out for validation, and how many could not be used."""
 
-    places: tuple[tuple[int, int], ...]  # line and first column of each text
-    shape: tuple[int, int]  # lines and columns
-    is_packed: bool = False
+    training: list[AnswerRow]
+    validation: list[AnswerRow]
+    num_dropped: int = 0
 
-
-def padded(lengths: Sequence[int]) -> Layout:
-    """A line for each text, as long as the longest one."""
-    return Layout(tuple((line, 0) for line in range(len(lengths))), (len(lengths), max(lengths)))
-
-
-def packed(lengths: Sequence[int], line_len: int) -> Layout:
-    """As few lines as first-fit makes of it, longest texts first."""
-    longest = max(lengths)
-    if longest > line_len:
-        raise ValueError(
-            f"a text has {longest} tokens but a packed line only {line_len}; lower data.max_len "
-            "to data.pack_len"
-        )
-    room: list[int] = []
-    places = [(0, 0)] * len(lengths)
-    for text in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
-        fits = (line for line, left in enumerate(room) if left >= lengths[text])
-        line = next(fits, len(room))
-        if line == len(room):
-            room.append(line_len)
-        places[text] = (line, line_len - room[line])
-        room[line] -= lengths[text]
-    return Layout(tuple(places), (len(room), line_len), is_packed=True)
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of the rows."""
+        whole = hashlib.sha256()
+        for row in (*self.training, *self.validation):
+            whole.update(repr((row.tokens, row.answers)).encode())
+        return whole.hexdigest()[:16]
 
 
-@dataclass(frozen=True, eq=False)
-class TokenBatch:
-    """Texts as tensors: the part of a `TrainingBatch` that needs no target."""
-
-    tokens: Tensor
-    loss_mask: Tensor
-    positions: Tensor | None = None
-
-
-def collate(
-    rows: Sequence[AnswerRow],
-    device: torch.device | str = "cpu",
-    layout: Layout | None = None,
-) -> TokenBatch:
-    """Rows as tensors, padded to the longest one unless a layout says otherwise."""
-    layout = layout or padded([len(row.tokens) for row in rows])
-    tokens = torch.zeros(layout.shape, dtype=torch.long)
-    mask = torch.zeros(layout.shape, dtype=torch.bool)
-    positions = torch.arange(layout.shape[1]).repeat(layout.shape[0], 1)
-    for row, (line, first) in zip(rows, layout.places, strict=True):
-        end = first + len(row.tokens)
-        tokens[line, first:end] = torch.tensor(row.tokens)
-        positions[line, first:] -= positions[line, first].item()
-        for start, stop in row.answers:
-            # Nothing of a text stands before its first token: it cannot be predicted.
-            mask[line, first + max(start, 1) : first + stop] = True
-    return TokenBatch(
-        tokens.to(device),
-        mask.to(device),
-        positions.to(device) if layout.is_packed else None,
+def load_split(
+    config: DataConfig, vocab_size: int, max_len: int, store: FeatureStore | None = None
+) -> Split:
+    """Read the rows, cut long ones, drop those that hold nothing to draft, and hold some out."""
+    path = Path(config.path).expanduser()
+    counts = {"train": config.max_rows, "held_out": config.num_validation}
+    if store is not None:
+        found = [store.rows(name)[: counts[name]] for name in counts if name in store.splits()]
+    elif path.is_dir():
+        files = ((path / f"{name}.jsonl", count) for name, count in counts.items())
+        found = [list(read_rows(file, vocab_size, count)) for file, count in files]
+    else:
+        found = [list(read_rows(path, vocab_size, config.max_rows))]
+    cut = [[row.cut(max_len) for row in rows] for rows in found]
+    usable = (
+        [row for row in rows if any(end - start >= MIN_ANSWER_LEN for start, end in row.answers)]
+        for rows in cut
     )
+    training, *held_out = usable
+    num_dropped = sum(map(len, cut)) - sum(map(len, [training, *held_out]))
+    if not training:
+        reason = f"none of its {len(cut[0])} rows has an answer of {MIN_ANSWER_LEN} tokens"
+        hint = f"{reason} within max_len {max_len}; raise data.max_len" if cut[0] else "it is empty"
+        raise ValueError(f"{config.path} holds nothing to train on: {hint}")
+    if held_out:
+        return Split(training, held_out[0], num_dropped)
+    count = config.num_validation or round((config.validation_fraction or 0) * len(training))
+    if count >= len(training):
+        raise ValueError(
+            f"{config.path} holds {len(training)} rows that can be used, and {count} of them "
+            "would be for validation; lower data.num_validation or give more rows"
+        )
+    first = len(training) - count
+    return Split(training[:first], training[first:], num_dropped)
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """A batch of a step.
-
-    Attributes:
-        rows: texts of the batch.
-        step: optimizer step, counted from 0.
-        place: number of the batch in its step.
-        weight: its share of the step's answer tokens; 0 for a batch that is only there so that
-            all processes have equally many.
-    """
-
     rows: list[AnswerRow]
-    step: int
-    place: int
-    weight: float
+    step: int  # counted from 0
+    place: int  # in its step
+    weight: float  # share of the step's answer tokens; 0 only evens the processes' batches out
 
 
 class StepPlan(IterableDataset):
@@ -176,10 +95,6 @@ class StepPlan(IterableDataset):
     Each epoch shuffles the rows, sorts them by length within chunks, cuts them into batches and
     shuffles those. A step takes `batches_per_step` of all processes together, the last one of an
     epoch what is left; how many processes share them changes nothing.
-
-    Attributes:
-        epoch: number of the epoch that is iterated over.
-        steps_per_epoch: optimizer steps.
     """
 
     def __init__(
@@ -195,7 +110,7 @@ class StepPlan(IterableDataset):
         self._step_size, self._rank, self._world = batches_per_step, rank, world
         self._num_batches = -(-len(rows) // batch_size)
         self.steps_per_epoch = -(-self._num_batches // batches_per_step)
-        self.epoch = 0
+        self.epoch = 0  # that is iterated over
         self._shuffled: tuple[int, list[list[AnswerRow]]] = (-1, [])
 
     def __len__(self) -> int:
@@ -213,14 +128,13 @@ class StepPlan(IterableDataset):
                 yield StepBatch(batches[place], step, place, counts[place] / sum(counts))
 
     def batches(self, step: int) -> list[list[AnswerRow]]:
-        """The batches of a step, of all processes."""
+        """Return the batches of a step, of all processes."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self._shuffled[0]:
             self._shuffled = epoch, self._shuffle(epoch)
         return self._shuffled[1][place * self._step_size : (place + 1) * self._step_size]
 
     def rows(self, step: int) -> list[AnswerRow]:
-        """The rows of a step."""
         return [row for batch in self.batches(step) for row in batch]
 
     def _shuffle(self, epoch: int) -> list[list[AnswerRow]]:
@@ -236,25 +150,210 @@ class StepPlan(IterableDataset):
         return [batches[place] for place in mixed]
 
 
-def choose_vocabulary(split: Split, size: int, vocab_size: int) -> tuple[Tensor, DraftVocabulary]:
-    """Choose the `size` most frequent ids [size] of the training answers, ascending.
+def lay_out(
+    lengths: Sequence[int], pack_len: int | None = None
+) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+    """Place texts: line and first column of each, and how many lines and columns there are.
 
-    Ties go to lower ids.
+    Each has a line, or they are packed first-fit into lines of `pack_len`, longest first.
     """
+    longest = max(lengths)
+    if pack_len is None:
+        return [(line, 0) for line in range(len(lengths))], (len(lengths), longest)
+    if longest > pack_len:
+        raise ValueError(
+            f"a text has {longest} tokens but a packed line only {pack_len}; lower data.max_len "
+            "to data.pack_len"
+        )
+    room: list[int] = []
+    places = [(0, 0)] * len(lengths)
+    for text in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        fits = (line for line, left in enumerate(room) if left >= lengths[text])
+        line = next(fits, len(room))
+        if line == len(room):
+            room.append(pack_len)
+        places[text] = (line, pack_len - room[line])
+        room[line] -= lengths[text]
+    return places, (len(room), pack_len)
+
+
+def collate(
+    rows: Sequence[AnswerRow], pack_len: int | None, device: torch.device
+) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:
+    """Make the parts of a `TrainingBatch` that need no target, and tell where each text is."""
+    places, shape = lay_out([len(row.tokens) for row in rows], pack_len)
+    tokens = torch.zeros(shape, dtype=torch.long)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    positions = torch.arange(shape[1]).repeat(shape[0], 1)
+    for row, (line, first) in zip(rows, places, strict=True):
+        tokens[line, first : first + len(row.tokens)] = torch.tensor(row.tokens)
+        positions[line, first:] -= positions[line, first].item()
+        for start, stop in row.answers:
+            # Nothing of a text stands before its first token: it cannot be predicted.
+            mask[line, first + max(start, 1) : first + stop] = True
+    parts = {"tokens": tokens, "loss_mask": mask}
+    parts |= {} if pack_len is None else {"positions": positions}
+    return {name: part.to(device) for name, part in parts.items()}, places
+
+
+class OnlineSource:
+    """Runs the target once over every batch, without a cache and without gradients.
+
+    No attention mask is needed: padding is at the end, where causal attention never looks back
+    from, and transformers tells packed texts apart by their positions. Of the hidden states only
+    the taps outlive the call; the last one is after the final norm.
+    """
+
+    def __init__(self, target: Any, taps: Sequence[int], dtype: torch.dtype) -> None:
+        self.target, self.taps, self.dtype = target, tuple(taps), dtype
+
+    @torch.no_grad()
+    def batch(self, rows: Sequence[AnswerRow], pack_len: int | None = None) -> TrainingBatch:
+        given, _ = collate(rows, pack_len, self.target.device)
+        out = self.target.model(
+            input_ids=given["tokens"],
+            position_ids=given.get("positions"),
+            output_hidden_states=bool(self.taps),
+            use_cache=False,
+        )
+        hidden = {tap: out.hidden_states[tap].to(self.dtype) for tap in self.taps}
+        return TrainingBatch(**given, hidden=hidden, target_logits=out.logits.to(self.dtype))
+
+
+class StoredSource:
+    """Reads what the target made of the rows.
+
+    Batches are those of `OnlineSource` but for what the store rounds: taps in bf16, and the logits
+    outside the top k, which are all alike (`TopLogits.dense`). Where a store has no logits, the
+    target's vocabulary projection makes them from the last tap. Places whose next token is no
+    answer's have zeros for logits; nothing is learned there.
+    """
+
+    def __init__(
+        self, store: FeatureStore, target: Any, taps: Sequence[int], dtype: torch.dtype
+    ) -> None:
+        store.check_taps(taps)
+        self.store, self.target, self.taps, self.dtype = store, target, tuple(taps), dtype
+        last = set() if store.layout.top_k else {store.layout.num_layers}
+        self._read = sorted({*taps, *last})
+
+    def batch(self, rows: Sequence[AnswerRow], pack_len: int | None = None) -> TrainingBatch:
+        given, places = collate(rows, pack_len, self.target.device)
+        shape, sizes = given["tokens"].shape, self.store.layout
+        kind: Any = {"dtype": self.dtype, "device": self.target.device}
+        hidden = {tap: torch.zeros(*shape, sizes.hidden_size, **kind) for tap in self.taps}
+        logits = torch.zeros(*shape, sizes.vocab_size, **kind)
+        for row, (line, first) in zip(rows, places, strict=True):
+            stored = self.store.get(row.id, self._read, len(row.tokens))
+            if tuple(stored.tokens.tolist()) != row.tokens:
+                raise ValueError(
+                    f"row {row.id!r} has other tokens than the row of that id in "
+                    f"{str(self.store.folder)!r}; train on the rows of the store itself"
+                )
+            for tap in self.taps:
+                hidden[tap][line, first : first + len(row.tokens)] = stored.hidden[tap].to(**kind)
+            logits[line, first + stored.places.to(self.target.device)] = self._logits(stored)
+        return TrainingBatch(**given, hidden=hidden, target_logits=logits)
+
+    @torch.no_grad()
+    def _logits(self, stored: Any) -> Tensor:
+        """Return logits [P, V] of a row's places."""
+        device, sizes = self.target.device, self.store.layout
+        if stored.logits is not None:
+            dense: Tensor = stored.logits.to(device).dense(sizes.vocab_size, self.dtype)
+            return dense
+        projection = self.target.model.get_output_embeddings()
+        weight = next(projection.parameters())
+        states = stored.hidden[sizes.num_layers][stored.places]
+        logits: Tensor = projection(states.to(weight.device, weight.dtype))
+        return logits.to(device, self.dtype)
+
+
+Source = OnlineSource | StoredSource
+
+
+@dataclass(frozen=True, eq=False)
+class Materials:
+    """The target, the rows, and where their features come from."""
+
+    config: TrainConfig
+    target: Any  # an `HFTarget`; with a store the `TargetEnds` that heads are built from
+    identity: TargetIdentity
+    split: Split
+    where: dict[str, Any]  # the machine and the code, when the run was started
+    store: FeatureStore | None = None  # where the target does not run beside the drafter
+
+    def source(self, taps: Sequence[int], dtype: torch.dtype) -> Source:
+        """Make the batches that a drafter with these taps and weights reads."""
+        if self.store is None:
+            return OnlineSource(self.target, taps, dtype)
+        return StoredSource(self.store, self.target, taps, dtype)
+
+    def whole_target(self) -> HFTarget:
+        """Return a target that can decode; with a store it is loaded now."""
+        whole: HFTarget = self.target
+        if self.store is not None:
+            whole = _load(self.config, self.target.device)
+            self.store.check_target(identify_target(whole))
+        return whole
+
+
+def load_materials(config: TrainConfig, device: torch.device) -> Materials:
+    """Open the data of a run, and load as much of the target as it needs."""
+    path = Path(config.data.path).expanduser()
+    store = FeatureStore.open(path) if (path / INDEX).is_file() else None
+    target: Any
+    if store is not None:
+        target = load_ends(config.target.path, dtype=config.target.dtype, device=device)
+        store.check_ends(target)
+        identity = store.index.target
+    else:
+        target = _load(config, device)
+        identity = identify_target(target)
+        if path.is_dir():
+            check_answers_target(load_answers(path), identity)
+    context, max_len = target.max_context_len, config.data.max_len or target.max_context_len
+    if max_len > context:
+        raise ValueError(
+            f"config data.max_len is {max_len} but the target's context is only {context}; lower it"
+        )
+    # A packed line holds any row whole.
+    max_len = min(max_len, config.data.pack_len or max_len)
+    split = load_split(config.data, target.vocab_size, max_len, store)
+    return Materials(config, target, identity, split, machine(target), store)
+
+
+def _load(config: TrainConfig, device: torch.device) -> HFTarget:
+    target = load_target(**config.target.model_dump() | {"device": device})
+    target.model.requires_grad_(False)
+    return target
+
+
+def choose_vocabulary(split: Split, size: int, vocab_size: int) -> tuple[Tensor, DraftVocabulary]:
+    """Choose the `size` most frequent ids of the training answers, ascending; ties go to lower."""
     counts = _counts(split.training, vocab_size)
     tokens = torch.sort(counts, descending=True, stable=True).indices[:size].sort().values
     held_out = _counts(split.validation, vocab_size)
+    covered = [(each[tokens].sum() / each.sum()).item() for each in (counts, held_out)]
     return tokens, DraftVocabulary(
         size=size,
-        training_coverage=(counts[tokens].sum() / counts.sum()).item(),
-        validation_coverage=(
-            (held_out[tokens].sum() / held_out.sum()).item() if split.validation else None
-        ),
+        training_coverage=covered[0],
+        validation_coverage=covered[1] if split.validation else None,
     )
 
 
 def _counts(rows: Sequence[AnswerRow], vocab_size: int) -> Tensor:
-    written = [
-        token for row in rows for start, end in row.answers for token in row.tokens[start:end]
-    ]
-    return torch.bincount(torch.tensor(written, dtype=torch.long), minlength=vocab_size)
+    spans = [row.tokens[start:end] for row in rows for start, end in row.answers]
+    written = torch.tensor([token for span in spans for token in span], dtype=torch.long)
+    return torch.bincount(written, minlength=vocab_size)
+
+
+@contextmanager
+def seeded(device: torch.device, *numbers: int) -> Iterator[None]:
+    """Make noise a function of these numbers alone, so that there is no generator to save."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        seed = 0
+        for number in numbers:
+            seed = (seed * 1_000_003 + number + 1) % 2**63
+        torch.manual_seed(seed)
+        yield

@@ -7,43 +7,46 @@ from pydantic import Field
 
 from specdec.checkpoints import TargetIdentity
 from specdec.common.config import Config
-from specdec.common.files import write_json
 from specdec.common.provenance import MachineProvenance
-from specdec.train.config import TrainConfig
+from specdec.train.config import Count, TrainConfig
 
 Whole = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Tau = Annotated[float, Field(ge=1)]
 ByDepth = list[Share | None]  # of the chains that got so far; None where none did
 Alpha = dict[Literal["0", "1"], Share]  # temperature -> share of single drafted tokens accepted
 
 
-class DomainAcceptance(Config):
-    """Offline acceptance on the held-out rows of one domain."""
+class Acceptance(Config):
+    """Offline acceptance on held-out rows; docs/training.md defines it.
 
-    rows: Positive
+    Attributes:
+        tau: expected tokens a target forward of a greedy chain.
+        acceptance: share of tested chains that match, per depth.
+    """
+
     tau: Tau
     acceptance: ByDepth
     alpha: Alpha | None
 
 
-class Evaluation(Config):
-    """Loss and offline acceptance on held-out rows; docs/training.md defines them.
+class DomainAcceptance(Acceptance):
+    """Offline acceptance on the held-out rows of one domain."""
+
+    rows: Count
+
+
+class Evaluation(Acceptance):
+    """Loss and offline acceptance on all held-out rows.
 
     Attributes:
         validation_loss: mean over the answers' tokens.
-        tau: expected tokens a target forward of a greedy chain.
-        acceptance: share of tested chains that match, per depth.
         acceptance_by_rank: per depth and rank, how often the target takes the candidate of this
             rank, where it took one of the candidates at every depth above.
         domains: the same by domain, for rows that have one.
     """
 
     validation_loss: float
-    tau: Tau
-    acceptance: ByDepth
-    alpha: Alpha | None
     acceptance_by_rank: list[list[Share]]
     domains: dict[str, DomainAcceptance]
 
@@ -51,7 +54,7 @@ class Evaluation(Config):
 class DraftVocabulary(Config):
     """Size of a reduced draft vocabulary, and shares of the answers' tokens that it holds."""
 
-    size: Positive
+    size: Count
     training_coverage: Share
     validation_coverage: Share | None
 
@@ -65,7 +68,7 @@ class FeatureCheck(Config):
         max_difference: a larger one fails.
     """
 
-    num_rows: Positive
+    num_rows: Count
     differences: dict[str, Annotated[float, Field(ge=0)]]
     max_difference: float
     passed: bool
@@ -85,8 +88,8 @@ class Parity(Config):
     """
 
     shape: str
-    num_prompts: Positive
-    max_new_tokens: Positive
+    num_prompts: Count
+    max_new_tokens: Count
     predicted_tau: Tau | None
     predicted_tau_ci: tuple[float, float] | None
     predicted_acceptance: ByDepth
@@ -126,17 +129,17 @@ class TrainResults(Config):
     provenance: TrainProvenance
     target: TargetIdentity
     drafter: dict[str, Any]
-    steps: Positive
-    steps_per_epoch: Positive
-    rows: Positive
+    steps: Count
+    steps_per_epoch: Count
+    rows: Count
     validation_rows: Whole
     dropped_rows: Whole
-    tokens: Positive
-    answer_tokens: Positive
+    tokens: Count
+    answer_tokens: Count
     seconds: float
     tokens_per_s: float
-    num_processes: Positive
-    parameters: Positive
+    num_processes: Count
+    parameters: Count
     loss: float
     validation_loss: float | None
     offline_tau: Tau | None
@@ -146,10 +149,6 @@ class TrainResults(Config):
     domains: dict[str, DomainAcceptance] | None
     draft_vocabulary: DraftVocabulary | None
     parity: Parity | None = None
-
-    def write(self, folder: Path) -> None:
-        """Write `results.json`."""
-        write_json(folder / "results.json", self.model_dump(mode="json", by_alias=True))
 
     def remembered(self) -> dict[str, Any]:
         """Collect what the drafter says of its training, JSON values."""

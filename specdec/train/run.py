@@ -3,32 +3,26 @@
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
 
-from specdec.checkpoints import TargetIdentity
 from specdec.checkpoints.identity import TARGET, as_json
+from specdec.common.config import write_model
 from specdec.common.files import replace_file, whole_folder
 from specdec.train.config import TrainConfig
-from specdec.train.data import choose_vocabulary
-from specdec.train.heads import HeadTrainee, Trainee, new_head
-from specdec.train.parity import ParityGate, require_parity
-from specdec.train.qlora import DraftModelTrainee
-from specdec.train.results import DraftVocabulary, TrainProvenance, TrainResults
-from specdec.train.sources import Materials, OnlineSource, load_materials, seeded
+from specdec.train.data import Materials, OnlineSource, choose_vocabulary, load_materials, seeded
+from specdec.train.results import DraftVocabulary, Evaluation, TrainProvenance, TrainResults
+from specdec.train.trainees import DraftModelTrainee, HeadTrainee, Trainee, new_head
 from specdec.verify.tree import from_choices
 
-if TYPE_CHECKING:  # they need accelerate, which may be missing
-    from specdec.train.trainer import Trainer
-
 # What changes the weights. The rest may change between sessions of one run.
-_LEARNED = (
+_LEARNED = {
     *("per_device_train_batch_size", "num_train_epochs", "max_steps", "seed", "bf16", "fp16"),
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm"),
     *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
-)
+}
 
 
 def run_training(
@@ -38,6 +32,7 @@ def run_training(
 ) -> TrainResults | None:
     """Train a drafter, or go on where a killed run of the same configuration stopped."""
     _require_packages(config)
+    from specdec.train.acceptance import ParityGate, require_parity
     from specdec.train.checkpoint import unsharded, whole_state
     from specdec.train.trainer import Trainer, follow_dtype, training_arguments
 
@@ -49,7 +44,7 @@ def run_training(
     with seeded(arguments.device, config.training.seed):
         trainee, vocabulary = make_trainee(config, materials)
     source = materials.source(trainee.taps, trainee.dtype)
-    identity = _identity(config, materials.identity, split.fingerprint, arguments.world_size)
+    identity = _identity(config, materials, arguments.world_size)
     trainer = Trainer(config, trainee, source, split, arguments, identity, callback)
     is_first = trainer.is_world_process_zero()
     if is_first:
@@ -78,7 +73,7 @@ def run_training(
             features = gate.compare_features(source, ends)
         results.parity = gate.compare(expected, measured, features)
         trainee.remember(out / "drafter", results.remembered())
-    results.write(out)
+    write_model(out / "results.json", results)
     require_parity(results)
     return results
 
@@ -86,7 +81,7 @@ def run_training(
 def make_trainee(
     config: TrainConfig, materials: Materials
 ) -> tuple[Trainee, DraftVocabulary | None]:
-    """Make what a configuration trains, and say how much a reduced draft vocabulary covers."""
+    """Make what a configuration trains, and tell how much a reduced draft vocabulary covers."""
     chosen, target = config.drafter, materials.target
     if not chosen.is_head:
         return DraftModelTrainee(chosen.options, target, config.loss), None
@@ -117,29 +112,24 @@ def _require_packages(config: TrainConfig) -> None:
             )
 
 
-def _identity(
-    config: TrainConfig, target: TargetIdentity, rows: str, num_processes: int
-) -> dict[str, Any]:
+def _identity(config: TrainConfig, materials: Materials, num_processes: int) -> dict[str, Any]:
     """Collect what makes a run the same run: never a path, always what is found there."""
-    settings = config.model_dump(
-        mode="json",
-        exclude={
-            "threads": True,
-            "parity": True,
-            "training": True,
-            "data": {"path"},
-            "target": {"path"},
-        },
-    )
-    training = config.training.model_dump(mode="json", include=set(_LEARNED))
-    # A step means the same however many processes share its batches.
-    num_batches = config.training.gradient_accumulation_steps * num_processes
-    known = {"target_weights": target.weights, TARGET: as_json(target)}
-    return {**settings, "training": training, "batches_per_step": num_batches, "rows": rows} | known
+    paths: Any = {"data": {"path"}, "target": {"path"}}
+    freely = {"threads": True, "parity": True, "training": True}
+    target, learned = materials.identity, config.training.model_dump(mode="json", include=_LEARNED)
+    return {
+        **config.model_dump(mode="json", exclude=paths | freely),
+        "training": learned,
+        # A step means the same however many processes share its batches.
+        "batches_per_step": config.training.gradient_accumulation_steps * num_processes,
+        "rows": materials.split.fingerprint,
+        "target_weights": target.weights,
+        TARGET: as_json(target),
+    }
 
 
 def _results(
-    trainer: "Trainer",
+    trainer: Any,
     materials: Materials,
     vocabulary: DraftVocabulary | None,
     drafter: dict[str, Any],
@@ -147,8 +137,8 @@ def _results(
     """Sum a run up; "parity" is to be filled in."""
     plan, steps, split = trainer.plan, trainer.state.global_step, materials.split
     rows = [row for step in range(steps) for row in plan.rows(step)]
-    tokens = sum(len(row.tokens) for row in rows)
-    found = trainer.last("evaluation")
+    tokens, found = sum(len(row.tokens) for row in rows), trainer.last("evaluation")
+    offline = {"tau": "offline_tau", "acceptance": "offline_acceptance"}
     return TrainResults(
         schema="specdec-train-3",
         provenance=TrainProvenance(config=trainer.config, **materials.where),
@@ -166,11 +156,6 @@ def _results(
         num_processes=trainer.args.world_size,
         parameters=sum(weight.numel() for weight in trainer.model.trained.values()),
         loss=trainer.last("step")["loss"],
-        validation_loss=found.get("validation_loss"),
-        offline_tau=found.get("tau"),
-        offline_acceptance=found.get("acceptance"),
-        alpha=found.get("alpha"),
-        acceptance_by_rank=found.get("acceptance_by_rank"),
-        domains=found.get("domains"),
         draft_vocabulary=vocabulary,
+        **{offline.get(key, key): found.get(key) for key in Evaluation.model_fields},
     )

@@ -8,10 +8,11 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 import torch
 import transformers
@@ -20,13 +21,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
-from transformers import (
-    PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import IntervalStrategy, rotate_checkpoints
 
@@ -35,19 +30,17 @@ from specdec.data.answers import AnswerRow
 from specdec.targets.load import find_device
 from specdec.train.acceptance import evaluate
 from specdec.train.checkpoint import (
+    Checkpoint,
     Progress,
     newest_checkpoint,
-    read_progress,
-    read_state,
     read_tensors,
     unsharded,
     whole,
     write_checkpoint,
 )
 from specdec.train.config import TrainConfig
-from specdec.train.data import Layout, Split, StepBatch, StepPlan, packed, padded
-from specdec.train.heads import Trainee
-from specdec.train.sources import Source, seeded
+from specdec.train.data import Source, Split, StepBatch, StepPlan, seeded
+from specdec.train.trainees import Trainee
 
 Show = Callable[[int, int, str], None]  # steps done, steps in all, and what was measured
 
@@ -58,11 +51,7 @@ _NAMED_ROWS = 5
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run that a signal stopped at a checkpoint.
-
-    Attributes:
-        status: exit status of the process, 128 and the signal's number.
-    """
+    """A run that a signal stopped at a checkpoint; its process exits with `status`."""
 
     def __init__(self, number: int, checkpoint: Path) -> None:
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
@@ -70,40 +59,31 @@ class Interrupted(KeyboardInterrupt):
         self.status = 128 + number
 
 
-class Interruption:
-    """Notes SIGTERM and Ctrl-C while it is entered; a second Ctrl-C is a `KeyboardInterrupt`.
+@contextmanager
+def noted_signals() -> Iterator[dict[int, float]]:
+    """Note SIGTERM and Ctrl-C, and when they came; a second Ctrl-C is a `KeyboardInterrupt`.
 
     Signal handlers belong to the main thread; in others nothing is noted.
     """
+    received: dict[int, float] = {}
 
-    def __init__(self) -> None:
-        self._received: dict[int, float] = {}  # number -> when
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
-                self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    @property
-    def counts(self) -> list[float]:
-        """For Ctrl-C and SIGTERM, 1 if it came to this process; processes are summed."""
-        return [float(number in self._received) for number in _SIGNALS]
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def note(number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        first = self._received.setdefault(number, now)
+        first = received.setdefault(number, now)
         if number == signal.SIGINT and now - first > _SAME_PRESS_S:
             raise KeyboardInterrupt
 
+    is_main = threading.current_thread() is threading.main_thread()
+    previous = {number: signal.signal(number, note) for number in _SIGNALS} if is_main else {}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
-class Trainer(transformers.Trainer):
-    """A run from its newest checkpoint to its last step."""
+
+class Trainer(transformers.Trainer, TrainerCallback):
+    """A run from its newest checkpoint to its last step, which calls itself back at every step."""
 
     model: Trainee
     optimizer: Any
@@ -133,12 +113,13 @@ class Trainer(transformers.Trainer):
             arguments.process_index,
             arguments.world_size,
         )
-        self.seconds, self.step_seconds = 0.0, 0.0  # of earlier sessions; of all steps
-        self.interruption = Interruption()
-        self._started = time.monotonic()
+        self.seconds, self.step_seconds = 0.0, 0.0  # of all sessions; of all steps
+        self._began = self._step_began = time.monotonic()
+        self._resumed: Checkpoint | None = None
+        self._received: dict[int, float] = {}  # signals of this process
+        self._heard: list[int] = []  # signals that any process received, as all know
         self._sums: dict[str, Tensor] = {}  # losses of this process in the running step
         self._losses: dict[str, float] = {}  # of all processes in the newest step
-        self._signals = self.interruption.counts  # of all processes
         self._unlogged: list[tuple[dict[str, float], int, float]] = []  # losses, tokens, seconds
         self._log: LineFile | None = None
         super().__init__(
@@ -146,7 +127,7 @@ class Trainer(transformers.Trainer):
             args=arguments,
             train_dataset=self.plan,
             eval_dataset=split.validation,
-            callbacks=[_Flow(self)],
+            callbacks=[self],
         )
         self.remove_callback(PrinterCallback)
         for callback in self.callback_handler.callbacks:
@@ -169,30 +150,33 @@ class Trainer(transformers.Trainer):
 
     def run(self) -> None:
         """Train to the last step, evaluating and saving on the way and at the end."""
-        checkpoint = newest_checkpoint(self.out, self.identity)
-        state = TrainerState() if checkpoint is None else read_state(checkpoint)
-        self._require_one_folder(state.global_step)
-        if checkpoint is not None:
-            progress = read_progress(checkpoint)
-            self.seconds, self.step_seconds = progress.seconds, progress.step_seconds
-        self._started = time.monotonic()
+        found = self._resumed = newest_checkpoint(self.out, self.identity)
+        here = torch.tensor([found.state.global_step if found else 0], device=self.args.device)
+        steps = sorted(set(self.accelerator.gather(here).tolist()))
+        if len(steps) > 1:
+            raise ValueError(
+                f"the processes find checkpoints of different steps {steps} in {str(self.out)!r}; "
+                "put --out where all machines see the same folder"
+            )
+        self._began = time.monotonic()
+        if found is not None:
+            self._began -= found.progress.seconds
+            self.step_seconds = found.progress.step_seconds
         try:
-            if checkpoint is not None and state.global_step == state.max_steps:
-                read_tensors(checkpoint, self._weights(), "weight.")
-                self.state = state
+            if found is not None and found.state.global_step == found.state.max_steps:
+                read_tensors(found.folder, self._weights(), "weight.")
+                self.state = found.state
                 if not self._is_evaluated():
-                    self.open_log()
+                    self._open_log()
             else:
-                with self.interruption:
-                    self.train(
-                        resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
-                    )
-            if (number := self.signal()) is not None:
+                with noted_signals() as self._received:
+                    self.train(resume_from_checkpoint=str(found.folder) if found else None)
+            if (number := self._signal()) is not None:
                 raise Interrupted(number, self._checkpoint())
             if self.split.validation and not self._is_evaluated():
                 self.evaluate()
         finally:
-            self.seconds += time.monotonic() - self._started
+            self.seconds = time.monotonic() - self._began
             if self._log:
                 self._log.close()
 
@@ -202,13 +186,28 @@ class Trainer(transformers.Trainer):
         """Return the batches of this process; what the target makes of them comes with the step."""
         return DataLoader(self.plan, batch_size=None, collate_fn=lambda batch: {"batch": batch})
 
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.state.compute_steps(self.args, self.state.max_steps)  # not those of earlier sessions
+        self._open_log()
+        # A run that was stopped has left its evaluation to this session.
+        is_due = self.args.eval_strategy == IntervalStrategy.STEPS and (
+            self.state.global_step > 0 and self.state.global_step % self.state.eval_steps == 0
+        )
+        self.args.eval_on_start = is_due and not self._is_evaluated()
+
+    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+        self.plan.epoch = self.state.global_step // self.plan.steps_per_epoch
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._step_began = time.monotonic()
+
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
         """Add a batch's share of a step's gradients; all its answer tokens weigh the same."""
         batch: StepBatch = inputs["batch"]
         model.train()
-        seen = self.source.batch(batch.rows, self._lay)
+        seen = self.source.batch(batch.rows, self.config.data.pack_len)
         seed = (self.config.training.seed, batch.step, batch.place)
         with seeded(self.args.device, *seed), self.accelerator.autocast():
             loss, parts = model(seen)
@@ -218,19 +217,15 @@ class Trainer(transformers.Trainer):
             self._sums[name] = self._sums.get(name, 0) + part.float() * batch.weight
         return loss.detach() * batch.weight
 
-    def _lay(self, lengths: Sequence[int]) -> Layout:
-        line_len = self.config.data.pack_len
-        return padded(lengths) if line_len is None else packed(lengths, line_len)
-
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
         """Refuse what is not finite before a step is taken with it."""
         norm = float(whole(super()._get_grad_norm(model, grad_norm=grad_norm)))
         # Processes learn of each other's signals with their losses.
-        counts = torch.tensor(self.interruption.counts, device=self.args.device)
-        shared = torch.cat([torch.stack([*self._sums.values()]), counts])
-        values = self.accelerator.reduce(shared, "sum").tolist()
+        received = [float(number in self._received) for number in _SIGNALS]
+        mine = [*self._sums.values(), *torch.tensor(received, device=self.args.device)]
+        values = self.accelerator.reduce(torch.stack(mine), "sum").tolist()
         self._losses = dict(zip(self._sums, values, strict=False))
-        self._signals = values[len(self._sums) :]
+        self._heard = [n for n, count in zip(_SIGNALS, values[-2:], strict=True) if count]
         self._sums = {}
         # Under float16 the loss scaler skips a step whose scaled gradients overflow.
         is_scaled = self.accelerator.scaler is not None
@@ -246,14 +241,12 @@ class Trainer(transformers.Trainer):
             with torch.no_grad(), unsharded(self.model), self.accelerator.autocast():
                 for row in rows:
                     with seeded(self.args.device, self.config.training.seed, step):
-                        alone, _ = self.model(self.source.batch([row]))
-                    culprits += [] if alone.isfinite() else [row]
+                        its, _ = self.model(self.source.batch([row]))
+                    culprits += [] if its.isfinite() else [row]
+        alone = "" if math.isfinite(loss) else "none of its rows alone has such a loss; "
+        where = f"{alone}it read {_named(rows)}"
         if culprits:
             where = f"the loss of {_named(culprits)} alone is not finite, look at it first"
-        elif not math.isfinite(loss):
-            where = f"none of its rows alone has such a loss; it read {_named(rows)}"
-        else:
-            where = f"it read {_named(rows)}"
         return FloatingPointError(
             f"step {step + 1}: the loss is {loss} and its gradients' norm {norm}; both must be "
             f"finite. In this step {where}. The newest checkpoint in {str(self.out)!r} is intact; "
@@ -261,17 +254,27 @@ class Trainer(transformers.Trainer):
             "another --out folder"
         )
 
-    def end_step(self, seconds: float) -> None:
-        """Count a step that took so long."""
-        tokens = sum(len(row.tokens) for row in self.plan.rows(self.state.global_step - 1))
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        seconds, state = time.monotonic() - self._step_began, self.state
+        tokens = sum(len(row.tokens) for row in self.plan.rows(state.global_step - 1))
         self._unlogged.append((self._losses, tokens, seconds))
         self.step_seconds += seconds
+        is_stopped = self._signal() is not None
+        if is_stopped or state.global_step >= state.max_steps:
+            control = self.control
+            control.should_log = control.should_save = control.should_training_stop = True
+            # A run that is stopped leaves its evaluation to the next session.
+            control.should_evaluate = bool(self.split.validation) and not is_stopped
+        if state.is_world_process_zero:
+            evaluation = self.last("evaluation")
+            tau = f", offline tau {evaluation['tau']:.2f}" if evaluation else ""
+            text = f"loss {self._losses['loss']:.3f}, {tokens / seconds:.0f} tokens/s{tau}"
+            self.show(state.global_step, state.max_steps, text)
 
-    def signal(self) -> int | None:
+    def _signal(self) -> int | None:
         """Return the signal that stops the run; several processes must all have heard of it."""
-        is_alone = self.accelerator.num_processes == 1
-        counts = self.interruption.counts if is_alone else self._signals
-        return next((n for n, count in zip(_SIGNALS, counts, strict=True) if count), None)
+        heard = self._received if self.accelerator.num_processes == 1 else self._heard
+        return min(heard, default=None)
 
     # --- Measurements ---
 
@@ -279,20 +282,11 @@ class Trainer(transformers.Trainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Measure loss and offline acceptance on the held-out rows."""
-        chosen = self.config.training
+        held_out = self.split.validation
         with unsharded(self.model):
-            measured = evaluate(
-                self.model,
-                self.source,
-                self.split.validation,
-                batch_size=chosen.per_device_eval_batch_size or chosen.per_device_train_batch_size,
-                depth=self.config.eval_depth,
-                seed=chosen.seed,
-                accelerator=self.accelerator,
-            )
-        alpha = {f"alpha_{t}": value for t, value in (measured.alpha or {}).items()}
-        figures = {"loss": measured.validation_loss, "tau": measured.tau, **alpha}
-        metrics = {f"eval_{name}": value for name, value in figures.items()}
+            measured = evaluate(self.model, self.source, held_out, self.config, self.accelerator)
+        alpha = {f"eval_alpha_{t}": value for t, value in (measured.alpha or {}).items()}
+        metrics = {"eval_loss": measured.validation_loss, "eval_tau": measured.tau, **alpha}
         self._record("evaluation", measured.model_dump(mode="json"), metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -305,10 +299,9 @@ class Trainer(transformers.Trainer):
             return
         losses, tokens, seconds = zip(*self._unlogged, strict=True)
         self._unlogged = []
-        means = {name: sum(each[name] for each in losses) / len(losses) for name in losses[0]}
         norm = logs["grad_norm"]
         values = {
-            **means,
+            **{name: sum(each[name] for each in losses) / len(losses) for name in losses[0]},
             "learning_rate": logs["learning_rate"],
             "grad_norm": norm if math.isfinite(norm) else None,
             "tokens_per_s": sum(tokens) / sum(seconds),
@@ -323,25 +316,12 @@ class Trainer(transformers.Trainer):
             self._log.append(record)
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, figures)
 
-    def open_log(self) -> None:
-        """Begin `log.jsonl` with what the state remembers; lines behind its step are dropped."""
+    def _open_log(self) -> None:
+        """Begin `log.jsonl` with what the state remembers; lines after its step are dropped."""
         if self.is_world_process_zero():
             replace_file(self.out / "log.jsonl", b"")
             self._log = LineFile(self.out / "log.jsonl")
             self._log.append(*self.state.log_history)
-
-    def owes_evaluation(self) -> bool:
-        """Tell whether a run that was stopped left an evaluation to this session."""
-        step, strategy = self.state.global_step, self.args.eval_strategy
-        is_due = strategy == IntervalStrategy.STEPS and step % self.state.eval_steps == 0
-        return step > 0 and is_due and not self._is_evaluated()
-
-    def summary(self) -> str:
-        """Say the newest measurements in a line."""
-        evaluation = self.last("evaluation")
-        losses, tokens, seconds = self._unlogged[-1]
-        tau = f", offline tau {evaluation['tau']:.2f}" if evaluation else ""
-        return f"loss {losses['loss']:.3f}, {tokens / seconds:.0f} tokens/s{tau}"
 
     def last(self, kind: str) -> dict[str, Any]:
         """Return the newest record of a kind; empty if there is none."""
@@ -359,7 +339,7 @@ class Trainer(transformers.Trainer):
         return {f"weight.{name}": weight.detach() for name, weight in self.model.trained.items()}
 
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Return what training changes, in place: weights and, behind a first step, the optimizer.
+        """Return what training changes, in place: weights and, after a first step, the optimizer.
 
         The second part is what the optimizer holds as plain numbers.
         """
@@ -378,7 +358,7 @@ class Trainer(transformers.Trainer):
         scaler = self.accelerator.scaler
         progress = Progress(
             identity=self.identity,
-            seconds=self.seconds + time.monotonic() - self._started,
+            seconds=time.monotonic() - self._began,
             step_seconds=self.step_seconds,
             scheduler=self.lr_scheduler.state_dict(),
             scaler={} if scaler is None else scaler.state_dict(),
@@ -393,71 +373,27 @@ class Trainer(transformers.Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Fill weights and optimizer from our own checkpoint."""
-        if checkpoint is None:
+        if self._resumed is None:
             return
-        progress, optimizer = read_progress(Path(checkpoint)), self.optimizer.optimizer
+        progress, optimizer = self._resumed.progress, self.optimizer.optimizer
         for group in optimizer.param_groups:
             group["lr"] = 0.0
             for weight in group["params"]:
                 weight.grad = torch.zeros_like(weight)
         optimizer.step()  # by nothing: the optimizer knows best which tensors it keeps
         optimizer.zero_grad()
-        read_tensors(Path(checkpoint), self._tensors()[0])
+        read_tensors(self._resumed.folder, self._tensors()[0])
         for name, weight in self.model.trained.items():
-            for key in optimizer.state[weight]:
-                number = progress.numbers.get(f"optimizer.{name}.{key}")
-                if number is not None:
-                    optimizer.state[weight][key] = number
+            state = optimizer.state[weight]
+            names = {key: f"optimizer.{name}.{key}" for key in state}
+            numbers = progress.numbers
+            state |= {key: numbers[full] for key, full in names.items() if full in numbers}
         self.lr_scheduler.load_state_dict(progress.scheduler)
-        for group, rate in zip(
-            optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True
-        ):
+        rates = self.lr_scheduler.get_last_lr()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         if self.accelerator.scaler is not None and progress.scaler:
             self.accelerator.scaler.load_state_dict(progress.scaler)
-
-    def _require_one_folder(self, step: int) -> None:
-        here = torch.tensor([step], device=self.args.device)
-        steps = sorted(set(self.accelerator.gather(here).tolist()))
-        if len(steps) > 1:
-            raise ValueError(
-                f"the processes find checkpoints of different steps {steps} in {str(self.out)!r}; "
-                "put --out where all machines see the same folder"
-            )
-
-
-class _Flow(TrainerCallback):
-    """Everything that happens around a step of our trainer."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer, self._started = trainer, 0.0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any
-    ) -> None:
-        state.compute_steps(args, state.max_steps)  # a resumed state has those of its session
-        self.trainer.open_log()
-        args.eval_on_start = self.trainer.owes_evaluation()
-
-    def on_epoch_begin(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
-        plan = self.trainer.plan
-        plan.epoch = state.global_step // plan.steps_per_epoch
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self._started = time.monotonic()
-
-    def on_step_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        trainer = self.trainer
-        trainer.end_step(time.monotonic() - self._started)
-        is_stopped = trainer.signal() is not None
-        if is_stopped or state.global_step >= state.max_steps:
-            control.should_log = control.should_save = control.should_training_stop = True
-            # A run that is stopped leaves its evaluation to the next session.
-            control.should_evaluate = bool(trainer.split.validation) and not is_stopped
-        if state.is_world_process_zero:
-            trainer.show(state.global_step, state.max_steps, trainer.summary())
 
 
 def training_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
@@ -484,9 +420,8 @@ def follow_dtype(arguments: TrainingArguments, dtype: torch.dtype, config: Train
         return
     if getattr(config.training, follows) is False:
         raise ValueError(
-            f"config training.{follows} is false but the target is in "
-            f"{str(dtype).removeprefix('torch.')}, and heads use its embedding and projection; "
-            f"set training.{follows}=true or target.dtype=float32"
+            f"config training.{follows} is false but the target is in {_name(dtype)}, and heads "
+            f"use its embedding and projection; set training.{follows}=true or target.dtype=float32"
         )
     setattr(arguments, follows, True)
     arguments.mixed_precision = follows
@@ -496,11 +431,14 @@ def _require_floats(trainee: Trainee) -> None:
     for name, weight in trainee.module.named_parameters():
         if not weight.is_floating_point():
             raise ValueError(
-                f"config training.fsdp is true, but {name!r} is quantised "
-                f"({str(weight.dtype).removeprefix('torch.')}), which cannot be sharded; set "
-                "training.fsdp=false, where every process holds the base, or "
-                "drafter.options.method=lora"
+                f"config training.fsdp is true, but {name!r} is quantized ({_name(weight.dtype)}) "
+                "and cannot be sharded; set training.fsdp=false, where every process holds the "
+                "base, or drafter.options.method=lora"
             )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _named(rows: Sequence[AnswerRow]) -> str:

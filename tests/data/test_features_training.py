@@ -8,10 +8,9 @@ from tiny_models import tiny_target
 
 from specdec.checkpoints import identify_target
 from specdec.drafters.training import OBJECTIVES, objective, shifted
-from specdec.train.acceptance import count_matches, count_ranks
-from specdec.train.data import packed
-from specdec.train.heads import HeadTrainee
-from specdec.train.sources import OnlineSource, StoredSource
+from specdec.train.acceptance import count_ranks
+from specdec.train.data import OnlineSource, StoredSource, lay_out
+from specdec.train.trainees import HeadTrainee
 
 KINDS = ("medusa", "eagle", "eagle3")
 
@@ -19,8 +18,7 @@ KINDS = ("medusa", "eagle", "eagle3")
 def sources(folder, target, taps=(0, 1, 2), **options):
     names = ",".join(map(str, taps)) or "none"
     store = make_store(folder, target, **{"taps": names, **options})
-    projection = target.model.get_output_embeddings()
-    stored = StoredSource(store, taps, torch.float32, "cpu", projection)
+    stored = StoredSource(store, target, taps, torch.float32)
     return stored, OnlineSource(target, taps, torch.float32), store.rows("train")
 
 
@@ -76,7 +74,7 @@ def test_offline_acceptance_is_that_of_the_target_itself(tmp_path, kind):
     for source in (stored, online):
         batch = source.batch(rows)
         drafted = trainee.candidates(batch, 4, 5)
-        counts.append((count_matches(drafted[..., 0], batch), count_ranks(drafted, batch)))
+        counts.append((count_ranks(drafted[..., :1], batch), count_ranks(drafted, batch)))
     assert counts[0][0].equal(counts[1][0])
     assert counts[0][1].equal(counts[1][1])
     assert counts[0][1].sum() > 0
@@ -114,10 +112,10 @@ def test_batches_have_the_tokens_masks_and_shapes_of_the_target_itself(tmp_path)
 def test_packed_lines_hold_every_row_where_the_layout_puts_it(tmp_path):
     stored, _, rows = sources(tmp_path, tiny_target(), dtype="float32", top_k=97)
     alone = [stored.batch([row]) for row in rows]
-    lines = stored.batch(rows, lambda lengths: packed(lengths, 90))
-    layout = packed([len(row.tokens) for row in rows], 90)
+    lines = stored.batch(rows, 90)
+    places, _ = lay_out([len(row.tokens) for row in rows], 90)
     assert lines.positions is not None
-    for row, single, (line, first) in zip(rows, alone, layout.places, strict=True):
+    for row, single, (line, first) in zip(rows, alone, places, strict=True):
         span = slice(first, first + len(row.tokens))
         assert lines.hidden[1][line, span].equal(single.hidden[1][0])
         assert lines.target_logits[line, span].equal(single.target_logits[0])
@@ -130,16 +128,11 @@ def test_batches_come_in_the_drafters_dtype(tmp_path):
     assert batch.hidden[0].dtype == batch.target_logits.dtype == torch.bfloat16
 
 
-def test_a_store_without_logits_needs_a_projection(tmp_path):
-    store = make_store(tmp_path, tiny_target(), top_k=0)
-    with pytest.raises(ValueError, match="no projection is given"):
-        StoredSource(store, [0], torch.float32, "cpu")
-
-
 def test_taps_that_the_store_lacks_are_refused_at_once(tmp_path):
-    store = make_store(tmp_path, tiny_target(), taps="eagle")
+    target = tiny_target()
+    store = make_store(tmp_path, target, taps="eagle")
     with pytest.raises(ValueError, match=r"holds the taps \[2\] but not 1.*--taps 1,2"):
-        StoredSource(store, [1, 2], torch.float32, "cpu")
+        StoredSource(store, target, [1, 2], torch.float32)
 
 
 def test_rows_of_another_file_are_refused(tmp_path):

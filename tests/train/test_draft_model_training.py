@@ -1,6 +1,7 @@
 """Draft models: packed texts do not see each other, and what is trained is what is exported."""
 
 import json
+from itertools import product
 
 import pytest
 import torch
@@ -13,10 +14,9 @@ from specdec.drafters.training import OBJECTIVES, objective, shifted
 from specdec.registry import load_drafter
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
-from specdec.train.data import packed, padded
-from specdec.train.qlora import DraftModelTrainee
+from specdec.train.data import OnlineSource, lay_out
 from specdec.train.run import run_training
-from specdec.train.sources import OnlineSource
+from specdec.train.trainees import DraftModelTrainee
 
 pytestmark = pytest.mark.slow
 
@@ -39,23 +39,23 @@ def drafter(folder, num_layers=1, **options):
 
 
 def test_packing_keeps_texts_whole_in_few_lines():
-    layout = packed([9, 4, 12, 3, 7], 13)
-    assert layout.shape == (3, 13)
+    places, shape = lay_out([9, 4, 12, 3, 7], 13)
+    assert shape == (3, 13)
     columns = [set() for _ in range(3)]
-    for (line, first), length in zip(layout.places, [9, 4, 12, 3, 7], strict=True):
+    for (line, first), length in zip(places, [9, 4, 12, 3, 7], strict=True):
         taken = set(range(first, first + length))
         assert not taken & columns[line]
         columns[line] |= taken
     with pytest.raises(ValueError, match="a text has 12 tokens but a packed line only 11"):
-        packed([9, 12], 11)
+        lay_out([9, 12], 11)
 
 
 def test_packed_texts_do_not_see_each_other():
     source = OnlineSource(tiny_target(), (1, 2), torch.float32)
-    apart = source.batch(ROWS, padded)
-    layout = packed([len(row.tokens) for row in ROWS], 13)
-    together = source.batch(ROWS, lambda lengths: layout)
-    for number, (line, first) in enumerate(layout.places):
+    apart = source.batch(ROWS)
+    places, _ = lay_out([len(row.tokens) for row in ROWS], 13)
+    together = source.batch(ROWS, 13)
+    for number, (line, first) in enumerate(places):
         length = len(ROWS[number].tokens)
         for ours, theirs in (
             (together.target_logits, apart.target_logits),
@@ -68,37 +68,43 @@ def test_packed_texts_do_not_see_each_other():
     assert together.loss_mask.sum() == apart.loss_mask.sum() == 5 + 3 + 7 + 2 + 5
 
 
+def losses_of(tmp_path, name, data=None, **options):
+    (tmp_path / name).mkdir()
+    given = drafter(tmp_path / name, **options)
+    config = tiny_config(tmp_path / name, **RUN, drafter=given, data=data or {})
+    run_training(config, tmp_path / name / "out")
+    return [record["loss"] for record in logged(tmp_path / name / "out")]
+
+
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_packing_changes_no_loss(tmp_path, method):
-    losses = {}
-    for pack_len in (None, 40):
-        folder = tmp_path / str(pack_len)
-        folder.mkdir()
-        torch.manual_seed(0)
-        config = tiny_config(
-            folder, **RUN, drafter=drafter(folder, method=method), data={"pack_len": pack_len}
-        )
-        run_training(config, folder / "out")
-        losses[pack_len] = [record["loss"] for record in logged(folder / "out")]
-    assert losses[40] == pytest.approx(losses[None], rel=1e-4)
-    assert losses[None][-1] < losses[None][0]
+    apart = losses_of(tmp_path, "apart", method=method)
+    assert losses_of(tmp_path, "packed", {"pack_len": 40}, method=method) == pytest.approx(
+        apart, rel=1e-4
+    )
+    assert apart[-1] < apart[0]
 
 
-@pytest.mark.parametrize(
-    ("method", "export"),
-    [
-        ("full", "merged"),
-        ("lora", "merged"),
-        ("lora", "adapter"),
-        ("qlora", "merged"),
-        ("qlora", "adapter"),
-    ],
-)
+def test_gradient_checkpointing_changes_no_loss(tmp_path):
+    losses = [losses_of(tmp_path, str(n), gradient_checkpointing=n) for n in (False, True)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+EXPORTS = [("full", "merged"), *product(("lora", "qlora"), ("merged", "adapter"))]
+
+
+@pytest.mark.parametrize(("method", "export"), EXPORTS)
 def test_export_says_what_was_trained(tmp_path, method, export):
     rows = answer_rows(HFTarget(tiny_llama(num_layers=3)))
     given = drafter(tmp_path, method=method, export=export)
     config = tiny_config(tmp_path, rows, **{**RUN, "max_steps": 30}, drafter=given)
     results = run_training(config, tmp_path / "out")
+    if export == "merged":  # a plain checkpoint
+        folder = tmp_path / "out" / "drafter"
+        assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+        model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(info.values()), info
+        assert model.dtype == torch.float32
     before = tiny_llama(num_layers=1, seed=5)
     target = load_target(config.target.path, device="cpu")
     loaded = load_drafter(results.drafter, target)
@@ -118,16 +124,6 @@ def test_export_says_what_was_trained(tmp_path, method, export):
         total += objective("forward_kl", logits, goal, said).item() * len(said)
         count += len(said)
     assert total / count == pytest.approx(results.validation_loss, rel=1e-3)
-
-
-def test_merged_model_is_a_plain_checkpoint(tmp_path):
-    config = tiny_config(tmp_path, **RUN, drafter=drafter(tmp_path, method="qlora"))
-    run_training(config, tmp_path / "out")
-    folder = tmp_path / "out" / "drafter"
-    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(info.values()), info
-    assert model.dtype == torch.float32
 
 
 def test_adapter_for_another_base_is_refused(tmp_path):
@@ -181,17 +177,6 @@ def test_wrong_options_are_named(tmp_path, options, loss, message):
     config = tiny_config(tmp_path, **RUN, drafter=drafter(tmp_path, **options), loss=loss)
     with pytest.raises(ValueError, match=message):
         run_training(config, tmp_path / "out")
-
-
-def test_gradient_checkpointing_changes_no_loss(tmp_path):
-    losses = []
-    for number, checkpointing in enumerate((False, True)):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        given = drafter(folder, method="qlora", gradient_checkpointing=checkpointing)
-        run_training(tiny_config(folder, **RUN, drafter=given), folder / "out")
-        losses.append([record["loss"] for record in logged(folder / "out")])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_demo_is_the_embedded_draft_model():

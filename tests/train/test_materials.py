@@ -1,6 +1,7 @@
 """A run takes its rows from a file, a folder of answers or a feature store, to the same end."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,20 +13,18 @@ from specdec.common.files import read_json
 from specdec.data.feature_store import FeatureStore
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
-from specdec.train.parity import ParityError
+from specdec.train.acceptance import ParityError
 from specdec.train.run import run_training
 
 pytestmark = pytest.mark.slow
 
 RUN = {"max_steps": 3, "learning_rate": 1e-2, "eval_depth": 3, "eval_strategy": "no"}
+MEDUSA = {"kind": "medusa", "options": {"num_heads": 3}}
 KINDS = {
     "eagle3": {"drafter": {"kind": "eagle3"}, "draft_vocab_size": 40},
     "eagle": {"drafter": {"kind": "eagle"}},
-    "medusa": {
-        "drafter": {"kind": "medusa", "options": {"num_heads": 3}},
-        "loss": {"objective": "kl"},
-    },
-    "draft_model": {"drafter": {"kind": "draft_model", "options": {"method": "full"}}},
+    "medusa": {"drafter": MEDUSA, "loss": {"objective": "kl"}},
+    "draft_model": {},
 }
 
 
@@ -47,10 +46,8 @@ def made(tmp_path_factory):
 
 
 def config_of(made, folder, kind, path, **more):
-    settings = {**RUN, **KINDS[kind], **more}
-    if kind == "draft_model":
-        options = {"method": "full", "path": str(made / "draft")}
-        settings["drafter"] = {"kind": kind, "options": options}
+    options = {"method": "full", "path": str(made / "draft")}
+    settings = {"drafter": {"kind": kind, "options": options}} | RUN | KINDS[kind] | more
     data = {"path": str(path), "num_validation": None}
     return tiny_config(folder, **settings, data=data, target={"path": str(made / "target")})
 
@@ -60,7 +57,7 @@ def test_store_trains_what_the_target_trains(made, tmp_path, kind, monkeypatch):
     online = run_training(config_of(made, tmp_path, kind, made / "answers"), tmp_path / "online")
     loaded = []
     monkeypatch.setattr(
-        "specdec.train.sources.load_target",
+        "specdec.train.data.load_target",
         lambda *args, **kw: loaded.append(1) or load_target(*args, **kw),
     )
     stored = run_training(config_of(made, tmp_path, kind, made / "store"), tmp_path / "stored")
@@ -97,37 +94,25 @@ def test_lying_store_fails_the_gate(made, tmp_path, kind, said, monkeypatch):
     assert not parity.passed
 
 
-def test_store_of_another_target_is_refused(made, tmp_path):
+def test_data_of_another_target_is_refused(made, tmp_path):
     tiny_llama(num_layers=3, seed=3).save_pretrained(tmp_path / "other")
-    config = config_of(made, tmp_path, "medusa", made / "store")
-    config.target.path = str(tmp_path / "other")
-    with pytest.raises(ValueError, match="holds the features of another target"):
-        run_training(config, tmp_path / "out")
-
-
-def test_missing_tap_is_refused(made, tmp_path):
-    target = load_target(str(made / "target"), device="cpu")
-    extract(made / "answers", target, tmp_path / "store", taps="3")
-    config = config_of(made, tmp_path, "eagle3", tmp_path / "store")
-    with pytest.raises(ValueError, match=r"holds the taps \[3\] but not"):
-        run_training(config, tmp_path / "out")
-
-
-def test_answers_of_another_target_are_refused(made, tmp_path):
-    folder = tmp_path / "answers"
-    rows = answer_rows(HFTarget(tiny_llama(num_layers=3)), num_rows=8)
-    write_folder(folder, rows)
-    manifest = read_json(folder / "answers.json")
-    manifest["target"] = {
-        "name": "theirs",
-        "hidden_size": 32,
-        "weights": "ab" * 32,
-        "vocab_size": 97,
-    }
-    (folder / "answers.json").write_text(json.dumps(manifest))
-    config = config_of(made, tmp_path, "medusa", folder)
-    with pytest.raises(ValueError, match="were written by target 'theirs' with weights abababab"):
-        run_training(config, tmp_path / "out")
+    given = {"name": "theirs", "hidden_size": 32, "weights": "ab" * 32, "vocab_size": 97}
+    shutil.copytree(made / "answers", tmp_path / "answers")
+    manifest = read_json(tmp_path / "answers" / "answers.json") | {"target": given}
+    (tmp_path / "answers" / "answers.json").write_text(json.dumps(manifest))
+    extract(made / "answers", load_target(str(made / "target"), device="cpu"), tmp_path, taps="3")
+    for kind, target, path, message in (
+        ("medusa", tmp_path / "other", made / "store", "holds the features of another target"),
+        ("eagle3", made / "target", tmp_path, r"holds the taps \[3\] but not"),
+        (
+            *("medusa", made / "target", tmp_path / "answers"),
+            "were written by target 'theirs' with weights abababab",
+        ),
+    ):
+        config = config_of(made, tmp_path, kind, path)
+        config.target.path = str(target)
+        with pytest.raises(ValueError, match=message):
+            run_training(config, tmp_path / "out")
 
 
 def test_head_goes_on_from_another_one(made, tmp_path):
@@ -140,9 +125,10 @@ def test_head_goes_on_from_another_one(made, tmp_path):
     assert after.validation_loss < before.validation_loss
     assert after.draft_vocabulary is None
     for change, message in (
-        ({"kind": "eagle", "init": init}, r"holds a head of the kind 'eagle3', not 'eagle'"),
-        ({"kind": "eagle3", "init": init, "options": {"taps": [1, 2, 3]}}, "are both given"),
+        ({"kind": "eagle"}, r"holds a head of the kind 'eagle3', not 'eagle'"),
+        ({"options": {"taps": [1, 2, 3]}}, "are both given"),
     ):
-        wrong = config_of(made, tmp_path, "eagle3", made / "answers", **{**more, "drafter": change})
+        wrong_head = more | {"drafter": more["drafter"] | change}
+        wrong = config_of(made, tmp_path, "eagle3", made / "answers", **wrong_head)
         with pytest.raises(ValueError, match=message):
             run_training(wrong, tmp_path / "third")

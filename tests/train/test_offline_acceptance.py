@@ -11,13 +11,11 @@ from specdec.drafters.training import TrainingBatch
 from specdec.train.acceptance import (
     acceptance_by_rank,
     chain_acceptance,
-    count_matches,
     count_ranks,
     sum_of_overlaps,
 )
-from specdec.train.data import collate
-from specdec.train.heads import HeadTrainee
-from specdec.train.sources import view
+from specdec.train.data import OnlineSource
+from specdec.train.trainees import HeadTrainee
 
 DEPTH = 3
 
@@ -44,20 +42,19 @@ def feature_chain(head, target, tokens, hidden, root):
 
 
 def plain_loop(head, target, rows, chain):
-    num_roots, tested, matched = 0, [0] * DEPTH, [0] * DEPTH
+    tested, matched = [0] * DEPTH, [0] * DEPTH
     for row in rows:
-        seen = view(target, head.taps, collate([row]), torch.float32)
+        seen = OnlineSource(target, head.taps, torch.float32).batch([row])
         best = seen.target_logits[0].argmax(-1).tolist()
         for start, end in row.answers:
             for root in range(start, end - 1):
-                num_roots += 1
                 said = chain(head, target, row.tokens, seen.hidden, root)
                 for depth in range(min(DEPTH, end - 1 - root)):
                     tested[depth] += 1
                     if said[depth] != best[root + depth]:
                         break
                     matched[depth] += 1
-    return [num_roots, *tested, *matched]
+    return [*map(list, zip(tested, matched, strict=True))]
 
 
 @pytest.mark.parametrize(
@@ -79,12 +76,11 @@ def test_counts_are_those_of_a_plain_loop(kind, chain, options):
     texts = torch.randint(3, (12, 20), generator=torch.Generator().manual_seed(0)).tolist()
     spans = [((2, 9), (12, 20)), ((3, 4), (6, 17))]
     rows = [AnswerRow(tuple(text), spans[i % 2]) for i, text in enumerate(texts)]
-    batch = view(target, head.taps, collate(rows), torch.float32)
+    batch = OnlineSource(target, head.taps, torch.float32).batch(rows)
     trainee = HeadTrainee(kind, head, identify_target(target), {})
-    drafted = trainee.candidates(batch, DEPTH, 1)[..., 0]
-    counted = count_matches(drafted, batch).tolist()
+    counted = count_ranks(trainee.candidates(batch, DEPTH, 1), batch).tolist()
     assert counted == plain_loop(head, target, rows, chain)
-    assert 0 < counted[-1] < counted[DEPTH]
+    assert 0 < counted[-1][1] < counted[-1][0]
 
 
 def test_ranks_are_counted_behind_taken_candidates():
@@ -105,8 +101,8 @@ def test_ranks_are_counted_behind_taken_candidates():
 
 
 def test_tau_and_acceptance_by_depth():
-    assert chain_acceptance(torch.tensor([10, 10, 5, 0, 6, 2, 0])) == (1.8, [0.6, 0.4, None])
-    assert chain_acceptance(torch.tensor([0, 0, 0])) == (1.0, [None])
+    assert chain_acceptance(torch.tensor([[10, 6], [5, 2], [0, 0]])) == (1.8, [0.6, 0.4, None])
+    assert chain_acceptance(torch.tensor([[0, 0]])) == (1.0, [None])
 
 
 def test_alpha_is_the_overlap_of_distributions():

@@ -9,11 +9,10 @@ from specdec.data.answers import AnswerRow
 from specdec.drafters.heads import load_head
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
-from specdec.train.acceptance import chain_acceptance, count_matches
-from specdec.train.data import collate
-from specdec.train.heads import HeadTrainee
+from specdec.train.acceptance import chain_acceptance, count_ranks
+from specdec.train.data import OnlineSource
 from specdec.train.run import run_training
-from specdec.train.sources import view
+from specdec.train.trainees import HeadTrainee
 
 # Without a training-time test EAGLE-1 drifts on its own features from the second depth on.
 KINDS = {
@@ -60,10 +59,9 @@ def test_head_learns_twenty_dialogues_by_heart(kind, tmp_path):
 
     target = load_target(config.target.path, device="cpu")
     head, checkpoint = load_head(kind, target, str(tmp_path / "out" / "drafter"))
-    batch = collate([AnswerRow(tuple(r["tokens"]), tuple(map(tuple, r["answers"]))) for r in rows])
-    seen = view(target, head.taps, batch, target.model.dtype)
+    rows = [AnswerRow(tuple(r["tokens"]), tuple(map(tuple, r["answers"]))) for r in rows]
+    seen = OnlineSource(target, head.taps, target.model.dtype).batch(rows)
     trainee = HeadTrainee(kind, head, identify_target(target), {})
-    drafted = trainee.candidates(seen, 3, 1)[..., 0]
-    tau, by_depth = chain_acceptance(count_matches(drafted, seen))
+    tau, by_depth = chain_acceptance(count_ranks(trainee.candidates(seen, 3, 1), seen))
     assert by_depth == results.offline_acceptance
     assert checkpoint.training["offline_tau"] == tau

@@ -23,31 +23,30 @@ from specdec.registry import load_drafter
 from specdec.sampling.config import SamplingConfig
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
+from specdec.train.acceptance import ParityError, ParityGate, choose_prompts, require_parity
 from specdec.train.checkpoint import whole_state
 from specdec.train.config import ParityConfig, load_train_config
-from specdec.train.heads import HeadTrainee
-from specdec.train.parity import ParityError, ParityGate, choose_prompts, require_parity
-from specdec.train.qlora import DraftModelTrainee
+from specdec.train.data import OnlineSource
 from specdec.train.run import run_training
-from specdec.train.sources import OnlineSource
+from specdec.train.trainees import DraftModelTrainee, HeadTrainee
 from specdec.verify.tree import from_choices
 
 pytestmark = pytest.mark.slow
 
 DEPTH = 4
 TREE = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0, 0]]
+HEADS = [("medusa", {}), ("eagle", {}), ("eagle3", {}), ("eagle3", {"draft_vocab_size": 2})]
 CHAIN, BRANCHES = from_choices([(0,) * n for n in range(1, DEPTH + 1)]), from_choices(TREE)
 
 
 def rows_for(target, count=12, seed=0):
     """Rows of which only the prompts are used, of unlike lengths."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = [4 + number % 5 for number in range(count)]
-    texts = [torch.randint(target.vocab_size, (n + 6,), generator=generator) for n in lengths]
-    return [
-        AnswerRow(tuple(text.tolist()), ((n, n + 6),))
-        for text, n in zip(texts, lengths, strict=True)
-    ]
+    rows = []
+    for start in (4 + number % 5 for number in range(count)):
+        text = torch.randint(target.vocab_size, (start + 6,), generator=generator)
+        rows.append(AnswerRow(tuple(text.tolist()), ((start, start + 6),)))
+    return rows
 
 
 def few_tokens(eos=()):
@@ -69,33 +68,24 @@ def draft_model_trainee(folder, target, model=None, method="full", amount=0.3):
     return DraftModelTrainee({"path": str(folder / "draft"), "method": method}, target, {})
 
 
-def export(trainee, folder, shape):
-    """Write the drafter; returns its options for drafts of this shape."""
-    trainee.export(folder / "drafter", {}, whole_state(trainee.module, is_kept=True))
-    drafts = trainee.chain(shape.depth) if shape is CHAIN else {"choices": TREE}
-    return {**trainee.drafter(folder / "drafter"), **drafts}
-
-
 def both(trainee, target, folder, shape=CHAIN, break_it=lambda folder: None, **config):
     """The gate, and what it predicts and measures for the exported drafter."""
     settings = ParityConfig(**{"num_prompts": 12, "max_new_tokens": 24, "batch_size": 5} | config)
     source = OnlineSource(target, trainee.taps, torch.float32)
     gate = ParityGate(source, rows_for(target), settings, shape)
-    predicted, options = gate.predict(trainee), export(trainee, folder, shape)
+    predicted = gate.predict(trainee)
+    trainee.export(folder / "drafter", {}, whole_state(trainee.module, is_kept=True))
     break_it(folder / "drafter")
-    return gate, predicted, gate.measure(options)
+    drafts = trainee.chain(shape.depth) if shape is CHAIN else {"choices": TREE}
+    return gate, predicted, gate.measure({**trainee.drafter(folder / "drafter"), **drafts})
 
 
 @pytest.mark.parametrize("eos", [(), (1,)], ids=["length", "eos"])
 @pytest.mark.parametrize(
     ("kind", "options", "shape"),
     [
-        *[
-            (kind, {}, shape)
-            for kind in ("medusa", "eagle", "eagle3")
-            for shape in (CHAIN, BRANCHES)
-        ],
-        ("eagle3", {"draft_vocab_size": 2}, CHAIN),
+        *[(*each, CHAIN) for each in HEADS],
+        *[(*each, BRANCHES) for each in HEADS[:3]],
     ],
 )
 def test_head_accepts_exactly_what_is_predicted(tmp_path, kind, options, shape, eos):
@@ -163,9 +153,7 @@ def test_a_budget_keeps_the_first_nodes_of_a_tree():
 
 def test_prompts_come_from_all_domains_in_turn():
     rows = [
-        AnswerRow(
-            (1, 2, 3, 4, 5, 6), ((1, 2), (3, 6)), domain="b"
-        ),  # ends before the longest answer
+        AnswerRow((1, 2, 3, 4, 5, 6), ((1, 2), (3, 6)), domain="b"),
         AnswerRow((7, 8, 9), ((0, 3),), domain="b"),
         AnswerRow((4, 5, 6), ((1, 3),), domain="b"),
         AnswerRow((2, 2, 2), ((2, 3),), domain="a"),
@@ -223,50 +211,50 @@ def trained(tmp_path_factory):
     return folder
 
 
-def change(folder, edit):
-    """Change tensors as somebody who covers his tracks."""
+def edit_options(folder, **options):
+    """Change options as somebody who covers his tracks."""
     path = folder / "specdec.json"
     if path.exists():
         content = json.loads(path.read_text())
-        path.write_text(json.dumps({key: content[key] for key in content if key != "sha256"}))
-    tensors = load_file(folder / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        content["options"] |= options
+        del content["sha256"]
+        path.write_text(json.dumps(content))
 
 
 def wrong_tap(folder):
-    path = folder / "specdec.json"
-    content = json.loads(path.read_text())
-    content["options"]["taps"] = [1, 2, 2]  # not the last one
-    del content["sha256"]
-    path.write_text(json.dumps(content))
+    edit_options(folder, taps=[1, 2, 2])  # not the last one
 
 
-def shifted_map(folder):
-    def edit(tensors):
-        places = torch.arange(60)
-        tensors["d2t"] = (tensors["d2t"] + places).roll(1) - places
+def changed(edit):
+    """Make a function that edits the tensors of a drafter by name."""
 
-    change(folder, edit)
+    def change(folder):
+        edit_options(folder)
+        tensors = load_file(folder / "model.safetensors")
+        changed = {name: edit(name, tensor) for name, tensor in tensors.items()}
+        save_file(changed, folder / "model.safetensors", {"format": "pt"})
 
-
-def perturbed_weights(folder):
-    def edit(tensors):
-        weight = tensors["fc.weight"]
-        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-        tensors["fc.weight"] = weight + weight.std() * noise
-
-    change(folder, edit)
+    return change
 
 
-def four_bits(folder):
-    def edit(tensors):
-        for name, weight in tensors.items():
-            if weight.ndim == 2:
-                scale = weight.abs().amax(1, keepdim=True) / 7
-                tensors[name] = (weight / scale).round() * scale
+@changed
+def shifted_map(name, tensor):
+    places = torch.arange(len(tensor))
+    return (tensor + places).roll(1) - places if name == "d2t" else tensor
 
-    change(folder, edit)
+
+@changed
+def perturbed_weights(name, tensor):
+    noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))
+    return tensor + tensor.std() * noise if name == "fc.weight" else tensor
+
+
+@changed
+def four_bits(name, tensor):
+    if tensor.ndim != 2:
+        return tensor
+    scale = tensor.abs().amax(1, keepdim=True) / 7
+    return (tensor / scale).round() * scale
 
 
 def verdict(folder, drafter):
@@ -288,21 +276,17 @@ def test_changed_head_does_not_pass(trained, tmp_path, break_it):
     shutil.copytree(trained / "out" / "drafter", tmp_path / "drafter")
     assert verdict(trained, tmp_path / "drafter").passed
     break_it(tmp_path / "drafter")
-    refused(
-        verdict(trained, tmp_path / "drafter"), "They part at depth 1 .*: look at what it reads"
-    )
+    message = "They part at depth 1 .*: look at what it reads"
+    refused(verdict(trained, tmp_path / "drafter"), message)
 
 
-def test_state_not_fed_back_does_not_pass(trained, monkeypatch):
+def state_not_fed_back(monkeypatch):
     feed = FeatureDrafter._feed_beam
-    monkeypatch.setattr(
-        FeatureDrafter, "_feed_beam", lambda self, outputs, *rest: feed(self, outputs * 0, *rest)
-    )
-    message = "They part at depth 2 .* the depths above are right, so look at positions"
-    refused(verdict(trained, trained / "out" / "drafter"), message)
+    silent = lambda self, outputs, *rest: feed(self, outputs * 0, *rest)  # noqa: E731
+    monkeypatch.setattr(FeatureDrafter, "_feed_beam", silent)
 
 
-def test_positions_too_far_do_not_pass(trained, monkeypatch):
+def positions_too_far(monkeypatch):
     newest = StaticGrowth.newest.fget
 
     def moved(self):
@@ -310,7 +294,18 @@ def test_positions_too_far_do_not_pass(trained, monkeypatch):
         return tokens, visible, levels + 7
 
     monkeypatch.setattr(StaticGrowth, "newest", property(moved))
-    assert not verdict(trained, trained / "out" / "drafter").passed
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (state_not_fed_back, "They part at depth 2 .* the depths above are right, so look at pos"),
+        (positions_too_far, "They part at depth"),
+    ],
+)
+def test_changed_drafter_does_not_pass(trained, monkeypatch, break_it, message):
+    break_it(monkeypatch)
+    refused(verdict(trained, trained / "out" / "drafter"), message)
 
 
 def test_draft_model_in_four_bits_does_not_pass(tmp_path):
@@ -328,11 +323,8 @@ def test_failed_gate_writes_everything_and_runs_again(tmp_path, monkeypatch):
     out = tmp_path / "out"
     command = ["train", str(path), "--out", str(out)]
     write = HeadTrainee.export
-    monkeypatch.setattr(
-        HeadTrainee,
-        "export",
-        lambda self, folder, *rest: write(self, folder, *rest) or perturbed_weights(folder),
-    )
+    worse = lambda self, folder, *rest: write(self, folder, *rest) or perturbed_weights(folder)  # noqa: E731
+    monkeypatch.setattr(HeadTrainee, "export", worse)
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 1, done.output
     parity = json.loads((out / "results.json").read_text())["parity"]
@@ -361,4 +353,8 @@ def test_command_says_that_no_gate_was_run(tmp_path, settings):
     done = CliRunner().invoke(app, ["train", str(path), "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     assert "Parity gate: not run" in done.stdout
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["parity"] is None
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["parity"] is None
+    is_measured = bool(results["validation_rows"])
+    for key in ("validation_loss", "offline_tau"):
+        assert (results[key] is not None) == is_measured

@@ -95,7 +95,7 @@ from accelerate import PartialState
 from torch.distributed.tensor import DTensor
 
 from specdec.train.config import load_train_config
-from specdec.train.heads import HeadTrainee
+from specdec.train.trainees import HeadTrainee
 from specdec.train.run import run_training
 from specdec.train.trainer import Interrupted, Trainer
 

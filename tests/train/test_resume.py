@@ -17,7 +17,7 @@ from tiny_training import logged, tiny_config, write_run
 from specdec.train import trainer
 from specdec.train.config import load_train_config
 from specdec.train.run import run_training
-from specdec.train.trainer import Interrupted, Interruption
+from specdec.train.trainer import Interrupted, noted_signals
 
 pytestmark = pytest.mark.slow
 
@@ -59,23 +59,29 @@ def assert_same_run(folder, other):
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from specdec.train.config import load_train_config
-from specdec.train.run import run_training
+COMMAND = """
+import os, sys
+from specdec.cli import app
+from specdec.train import run
 
-def kill(done, total, text):
-    if done == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
+def stopping(config, out, show):
+    return real(config, out, lambda done, *_: done == step and os.kill(os.getpid(), number))
 
-run_training(load_train_config(sys.argv[1]), Path(sys.argv[2]), kill)
+real, run.run_training = run.run_training, stopping
+step, number = map(int, sys.argv[3:])
+app(["train", sys.argv[1], "--out", sys.argv[2]])
 """
 
 
+def stopped(whole, out, step, number):
+    """Give the command to a process that sends itself a signal after a step."""
+    given = [str(whole / "train.yaml"), str(out), str(step), str(int(number))]
+    command = [sys.executable, "-c", COMMAND, *given]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
 def test_killed_run_resumes_to_the_same_bits(whole, tmp_path):
-    command = [sys.executable, "-c", KILLED, str(whole / "train.yaml"), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, check=False)
+    done = stopped(whole, tmp_path, 7, signal.SIGKILL)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [record["step"] for record in logged(tmp_path)] == list(range(1, 7))
     assert checkpoints(tmp_path) == {"checkpoint-4"}
@@ -124,21 +130,6 @@ def test_failed_save_leaves_the_older_checkpoint(whole, tmp_path, monkeypatch, e
     assert_same_run(tmp_path, whole / "out")
 
 
-def broken(tensors, fault):
-    name = next(name for name in tensors if name.endswith("exp_avg") and tensors[name].ndim == 2)
-    if fault == "missing":
-        del tensors[name]
-    elif fault == "unknown":
-        tensors["weight.other"] = tensors[name].clone()
-    elif fault == "misshapen":
-        tensors[name] = tensors[name][1:].contiguous()
-    elif fault == "dtype":
-        tensors[name] = tensors[name].half()
-    else:
-        tensors[name][0, 0] = float("nan")
-    return name
-
-
 @pytest.fixture
 def unfinished(whole, tmp_path):
     """A folder whose newest checkpoint is that of step 8."""
@@ -150,18 +141,28 @@ def unfinished(whole, tmp_path):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("missing", "it lacks 'NAME'"),
-        ("unknown", "'weight.other' is not of this run"),
-        ("misshapen", r"its 'NAME' is \[31, 64\] torch.float32 but must be \[32, 64\]"),
-        ("dtype", r"its 'NAME' is \[32, 64\] torch.float16 but must be \[32, 64\] torch.float32"),
-        ("nan", "its 'NAME' holds numbers that are not finite"),
+        (lambda tensor: {}, "it lacks 'NAME'"),
+        (lambda tensor: {"weight.other": tensor.clone()}, "'weight.other' is not of this run"),
+        (
+            lambda tensor: {"NAME": tensor[1:].contiguous()},
+            r"its 'NAME' is \[31, 64\] torch.float32 but must be \[32, 64\]",
+        ),
+        (
+            lambda tensor: {"NAME": tensor.half()},
+            r"its 'NAME' is \[32, 64\] torch.float16 but must be \[32, 64\] torch.float32",
+        ),
+        (lambda tensor: {"NAME": tensor / 0}, "its 'NAME' holds numbers that are not finite"),
     ],
+    ids=["missing", "unknown", "misshapen", "dtype", "nan"],
 )
 def test_damaged_checkpoint_is_refused_by_its_tensor(whole, unfinished, fault, message):
     (path,) = (unfinished / "checkpoint-8").glob("*.safetensors")
     tensors = load_file(path)
-    name = broken(tensors, fault)
-    save_file(tensors, path)
+    name = next(k for k in tensors if k.endswith("exp_avg") and tensors[k].ndim == 2)
+    new = {key.replace("NAME", name): tensor for key, tensor in fault(tensors[name]).items()}
+    if "weight.other" not in new:
+        del tensors[name]
+    save_file({**tensors, **new}, path)
     with pytest.raises(ValueError, match=message.replace("NAME", name) + ".*; remove it, and"):
         again(whole, unfinished)
 
@@ -195,22 +196,18 @@ def test_finished_run_only_writes_its_results_again(whole):
         ("training.learning_rate=0.5", "training.learning_rate is 0.001 there, not 0.5"),
         ("drafter.kind=eagle3", "drafter.kind is 'eagle' there"),
         ("data.num_validation=4", "data.num_validation is 5 there, not 4"),
+        ("data.path=OTHER", "rows is "),
     ],
 )
-def test_folder_of_another_configuration_is_refused(whole, override, message):
+def test_folder_of_another_run_is_refused(whole, tmp_path, override, message):
+    rows = (whole / "answers.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "other.jsonl").write_text("".join(rows[1:] + rows[:1]))
+    override = override.replace("OTHER", str(tmp_path / "other.jsonl"))
     config = load_train_config(str(whole / "train.yaml"), [override])
     before = (whole / "out" / "log.jsonl").read_bytes()
     with pytest.raises(ValueError, match=message + r".*choose another --out folder"):
         run_training(config, whole / "out")
     assert (whole / "out" / "log.jsonl").read_bytes() == before
-
-
-def test_folder_of_other_rows_is_refused(whole, tmp_path):
-    config = tiny_config(tmp_path, **SETTINGS)
-    rows = (tmp_path / "answers.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "answers.jsonl").write_text("".join(rows[1:] + rows[:1]))
-    with pytest.raises(ValueError, match="rows is "):
-        run_training(config, whole / "out")
 
 
 def test_paths_threads_and_saving_may_change(whole, tmp_path):
@@ -222,14 +219,6 @@ def test_paths_threads_and_saving_may_change(whole, tmp_path):
         torch.set_num_threads(1)
 
 
-def stopping_at_five(number):
-    def callback(done, total, text):
-        if done == 5:
-            os.kill(os.getpid(), number)
-
-    return callback
-
-
 def assert_stopped_at_six_and_resumes(whole, out):
     assert checkpoints(out) == {"checkpoint-4", "checkpoint-6"}
     assert len(logged(out)) == 6
@@ -238,34 +227,20 @@ def assert_stopped_at_six_and_resumes(whole, out):
         assert logged(out, kind) == logged(whole / "out", kind)
 
 
-COMMAND = """
-import os, signal, sys
-from specdec.cli import app
-from specdec.train import run
-
-def stopping(config, out, show):
-    return real(config, out, lambda done, *_: done == 5 and os.kill(os.getpid(), signal.SIGINT))
-
-real, run.run_training = run.run_training, stopping
-app(["train", sys.argv[1], "--out", sys.argv[2]])
-"""
-
-
 def test_ctrl_c_writes_a_checkpoint_that_resumes(whole, tmp_path):
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", COMMAND, str(whole / "train.yaml"), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = stopped(whole, tmp_path / "out", 5, signal.SIGINT)
     assert done.returncode == 130, done.stderr
     assert "stopped by Ctrl-C at" in done.stderr
     assert "checkpoint-6; the same command resumes from there" in " ".join(done.stderr.split())
-    assert_stopped_at_six_and_resumes(whole, out)
+    assert_stopped_at_six_and_resumes(whole, tmp_path / "out")
 
 
 def test_sigterm_writes_a_checkpoint_and_restores_handlers(whole, tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     config = load_train_config(str(whole / "train.yaml"))
+    stop = lambda done, *_: done == 5 and os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
     with pytest.raises(Interrupted, match=r"SIGTERM at .*checkpoint-6; the same") as caught:
-        run_training(config, tmp_path / "out", stopping_at_five(signal.SIGTERM))
+        run_training(config, tmp_path / "out", stop)
     assert caught.value.status == 143
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     assert_stopped_at_six_and_resumes(whole, tmp_path / "out")
@@ -274,12 +249,12 @@ def test_sigterm_writes_a_checkpoint_and_restores_handlers(whole, tmp_path):
 def test_second_ctrl_c_stops_at_once(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(trainer.time, "monotonic", lambda: now[0])
-    with Interruption() as noted:
+    with noted_signals() as noted:
         os.kill(os.getpid(), signal.SIGINT)
         now[0] += 0.2  # a launcher passes on what the terminal has sent already
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert noted.counts == [1, 1]
+        assert noted.keys() == {signal.SIGINT, signal.SIGTERM}
         now[0] += 2
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -289,7 +264,7 @@ def test_other_threads_leave_signals_alone():
     before, seen = signal.getsignal(signal.SIGINT), []
 
     def enter():
-        with Interruption():
+        with noted_signals():
             seen.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=enter)

@@ -1,5 +1,6 @@
 """Rows of a run: read, cut and split, planned into steps, and laid out as tensors."""
 
+import json
 import random
 
 import pytest
@@ -9,8 +10,7 @@ from tiny_training import write_rows
 
 from specdec.data.answers import AnswerRow, read_rows
 from specdec.train.config import DataConfig
-from specdec.train.data import Split, StepPlan, choose_vocabulary, collate, load_split
-from specdec.train.sources import view
+from specdec.train.data import OnlineSource, Split, StepPlan, choose_vocabulary, load_split
 
 
 def row(tokens=range(8), answers=((2, 4), (5, 8)), **more):
@@ -41,18 +41,14 @@ def test_rows_come_back_as_written(tmp_path):
         (row(answers=[(1, 2, 3)]), "answers.0 is .* at most 2"),
         ({"tokens": [1]}, "answers is missing"),
         ([1], "must be a mapping"),
+        ('{"tokens": [1, 2', ""),
     ],
 )
 def test_wrong_row_is_named_by_file_and_line(tmp_path, wrong, message):
-    path = write_rows(tmp_path / "a.jsonl", [row(), row(), wrong])
+    path = write_rows(tmp_path / "a.jsonl", [row(), row()])
+    text = wrong if isinstance(wrong, str) else json.dumps(wrong)
+    path.write_text(path.read_text() + text)
     with pytest.raises(ValueError, match=rf"a\.jsonl, line 3: .*{message}"):
-        list(read_rows(path, vocab_size=97))
-
-
-def test_cut_line_is_named(tmp_path):
-    path = write_rows(tmp_path / "a.jsonl", [row()])
-    path.write_text(path.read_text() + '{"tokens": [1, 2')
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: "):
         list(read_rows(path, vocab_size=97))
 
 
@@ -65,7 +61,7 @@ def test_cut_row_keeps_the_start_of_its_answers():
 
 def split(tmp_path, rows, max_len=100, **settings):
     path = write_rows(tmp_path / "a.jsonl", rows)
-    return load_split(DataConfig(path=str(path), **settings), 97, max_len)
+    return load_split(DataConfig(**{"path": str(path), **settings}), 97, max_len)
 
 
 @pytest.mark.parametrize(
@@ -93,16 +89,12 @@ def test_rows_without_an_answer_are_counted(tmp_path):
         ([], {}, "nothing to train on: it is empty"),
         ([row()], {"max_len": 3}, r"none of its 1 rows .* max_len 3; raise data.max_len"),
         ([row(), row()], {"num_validation": 2}, r"holds 2 rows .* and 2 of them"),
+        ([row()], {"path": "none.jsonl"}, "is not a file"),
     ],
 )
 def test_too_few_rows_are_refused(tmp_path, rows, settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         split(tmp_path, rows, **settings)
-
-
-def test_missing_file_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is not a file"):
-        load_split(DataConfig(path=str(tmp_path / "b.jsonl")), 97, 100)
 
 
 def test_fingerprint_follows_the_content(tmp_path):
@@ -159,14 +151,14 @@ ROWS = [AnswerRow((5, 6, 7, 8, 9), ((1, 3), (4, 5))), AnswerRow((9, 8, 7), ((2, 
 
 
 def test_mask_is_the_answers_and_never_padding():
-    batch = collate(ROWS)
+    batch = OnlineSource(tiny_target(), (), torch.float32).batch(ROWS)
     assert batch.tokens.tolist() == [[5, 6, 7, 8, 9], [9, 8, 7, 0, 0]]
     assert batch.loss_mask.int().tolist() == [[0, 1, 1, 0, 1], [0, 0, 1, 0, 0]]
 
 
 def test_last_tap_is_what_the_projection_reads():
     target = tiny_target()
-    seen = view(target, (0, 1, 2), collate(ROWS), torch.float32)
+    seen = OnlineSource(target, (0, 1, 2), torch.float32).batch(ROWS)
     projected = target.model.get_output_embeddings()(seen.hidden[2])
     assert torch.equal(projected, seen.target_logits)
     embedded = target.model.get_input_embeddings()(seen.tokens)
@@ -175,10 +167,10 @@ def test_last_tap_is_what_the_projection_reads():
 
 
 def test_padding_changes_nothing_that_is_read():
-    target = tiny_target()
-    together = view(target, (1, 2), collate(ROWS), torch.float32)
+    source = OnlineSource(tiny_target(), (1, 2), torch.float32)
+    together = source.batch(ROWS)
     for place, each in enumerate(ROWS):
-        alone = view(target, (1, 2), collate([each]), torch.float32)
+        alone = source.batch([each])
         length = len(each.tokens)
         torch.testing.assert_close(together.target_logits[place, :length], alone.target_logits[0])
         for tap in (1, 2):
@@ -189,9 +181,9 @@ ANSWERS = [AnswerRow((9, 9, 9, 3, 3, 7, 5), ((3, 7),)), AnswerRow((1, 3, 2), ((1
 
 
 def test_draft_vocabulary_holds_the_most_frequent_tokens():
-    tokens, found = choose_vocabulary(Split(ANSWERS, ANSWERS[1:], 0, ""), 1, 10)
+    tokens, found = choose_vocabulary(Split(ANSWERS, ANSWERS[1:]), 1, 10)
     assert tokens.tolist() == [3]
     assert (found.training_coverage, found.validation_coverage) == (0.5, 0.5)
-    tokens, found = choose_vocabulary(Split(ANSWERS, [], 0, ""), 3, 10)
+    tokens, found = choose_vocabulary(Split(ANSWERS, []), 3, 10)
     assert tokens.tolist() == [2, 3, 5]
     assert found.validation_coverage is None

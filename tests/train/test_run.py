@@ -13,9 +13,9 @@ from specdec.common.config import read_model
 from specdec.common.provenance import machine
 from specdec.targets.load import load_target
 from specdec.train.config import load_train_config
-from specdec.train.heads import HeadTrainee
 from specdec.train.results import TrainResults
 from specdec.train.run import run_training
+from specdec.train.trainees import HeadTrainee
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +30,7 @@ def test_provenance_is_of_the_start_of_a_run(tmp_path, monkeypatch):
         events.append("provenance")
         return machine(target)
 
-    monkeypatch.setattr("specdec.train.sources.machine", note)
+    monkeypatch.setattr("specdec.train.data.machine", note)
     config = tiny_config(tmp_path, max_steps=2, drafter=MEDUSA)
     run_training(config, tmp_path / "out", lambda done, total, text: events.append(done))
     assert events == ["provenance", 1, 2]
@@ -74,14 +74,6 @@ def test_drafter_and_card_are_pushed_to_the_hub(tmp_path, monkeypatch):
     assert {"README.md", "model.safetensors", "specdec.json"} <= pushed[0]["files"]
 
 
-def test_run_without_held_out_rows_has_no_validation(tmp_path):
-    config = tiny_config(tmp_path, **RUN, drafter=MEDUSA, data={"num_validation": None})
-    results = run_training(config, tmp_path / "out")
-    assert results.offline_tau is None
-    assert results.validation_loss is None
-    assert results.draft_vocabulary is None
-
-
 def test_epochs_count_every_row(tmp_path):
     config = tiny_config(tmp_path, drafter=MEDUSA, num_train_epochs=2)
     results = run_training(config, tmp_path / "out")
@@ -111,24 +103,22 @@ def test_accumulated_batches_are_one_large_batch(tmp_path):
     assert losses[0][0] != losses[0][-1]
 
 
-def test_steps_warm_up_and_follow_the_cosine(tmp_path):
-    config = tiny_config(tmp_path, **RUN, drafter=EAGLE, learning_rate=0.01)
-    run_training(config, tmp_path / "out")
-    rates = [record["learning_rate"] for record in logged(tmp_path / "out")]
-    assert rates == pytest.approx([0, 0.005, 0.01, 0.005])
-
-
-def test_target_is_left_as_it_was(tmp_path, monkeypatch):
-    config = tiny_config(tmp_path, **RUN, drafter=EAGLE, learning_rate=0.1, weight_decay=0.5)
+def test_run_follows_its_config_and_leaves_the_target(tmp_path, monkeypatch):
+    given = {"learning_rate": 0.1, "weight_decay": 0.5}
+    config = tiny_config(tmp_path, **RUN, drafter=EAGLE, **given)
     before = load_target(config.target.path, device="cpu").model.state_dict()
     seen = []
     monkeypatch.setattr(
-        "specdec.train.sources.load_target",
+        "specdec.train.data.load_target",
         lambda *args, **kw: seen.append(load_target(*args, **kw)) or seen[0],
     )
     run_training(config, tmp_path / "out")
     after = seen[0].model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+    # Two steps of warming up, then the cosine.
+    rates = [record["learning_rate"] for record in logged(tmp_path / "out")]
+    assert rates == pytest.approx([0, 0.05, 0.1, 0.05])
+    assert load_train_config(str(tmp_path / "out" / "config.yaml")) == config
 
 
 def poison(monkeypatch, is_wrong, wrong=lambda head, loss: loss * math.nan):
@@ -211,12 +201,6 @@ def test_impossible_settings_are_named(tmp_path, settings, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_training(config, tmp_path / "out")
     assert not (tmp_path / "out" / "drafter").exists()
-
-
-def test_run_folder_holds_the_resolved_config(tmp_path):
-    config = tiny_config(tmp_path, **RUN, drafter=MEDUSA, learning_rate=0.02)
-    run_training(config, tmp_path / "out")
-    assert load_train_config(str(tmp_path / "out" / "config.yaml")) == config
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")

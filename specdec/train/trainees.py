@@ -1,45 +1,129 @@
-"""Draft models in training: the whole model, or a LoRA adapter on a whole or an NF4 base."""
+"""Drafters in training: heads, and draft models as a whole or by a LoRA adapter."""
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from specdec.checkpoints import (
+    HeadCheckpoint,
+    TargetIdentity,
+    check_target,
+    read_head,
+    write_head,
+)
 from specdec.common.config import Config, validated
 from specdec.common.files import write_json
 from specdec.demo import demo_path
 from specdec.drafters.adapters import base_mark, merged_adapter, save_adapter
 from specdec.drafters.draft_model import check_same_tokenizer
+from specdec.drafters.heads import Head, build_head, fill_head
 from specdec.drafters.training import TrainingBatch, objective, shifted
 from specdec.targets.load import load_target
-from specdec.train.heads import Trainee
 
 Count = Annotated[int, Field(ge=1)]
 
 
-class DraftModelOptions(Config):
-    """Options under `drafter.options` of a draft model.
+class _Trainee(nn.Module):
+    """A drafter in training, whose forward is its loss, so that wrappers see all of it."""
 
-    Attributes:
-        path: the model to start from: "demo", a folder or a hub id.
-        method: "full" trains all weights; "lora" a low-rank adapter on the model as it is; "qlora"
-            the same on a base in 4-bit NF4, through bitsandbytes.
-        rank: rank of the adapter.
-        alpha: the adapter's output is scaled by alpha / rank.
-        dropout: dropout of the adapter's input.
-        targets: modules that are adapted: "all-linear", or the ends of their names.
-        gradient_checkpointing: compute activations again in the backward pass: less memory, about
-            a third more time.
-        export: "merged" writes a plain model that every engine reads; a 4-bit base is dequantized
-            first, because merging into four bits rounds much of the adapter away. "adapter" writes
-            the adapter alone.
-        dtype: dtype of the base; None: float32 on a CPU and for "full", else the checkpoint's own.
-    """
+    taps: tuple[int, ...] = ()  # HF `hidden_states` indices that its batches must hold
+    max_depth: int | None = None  # levels of the chains that it can draft; None for any
+
+    def __init__(self, kind: str, module: nn.Module, loss_options: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.kind, self.module, self.loss_options = kind, module, loss_options
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by their names in the module."""
+        return {n: w for n, w in self.module.named_parameters() if w.requires_grad}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.trained.values())).dtype
+
+    def drafter(self, folder: Path) -> dict[str, Any]:
+        """Return options of `load_drafter` for what `export` wrote."""
+        return {"type": self.kind, "path": str(folder)}
+
+
+class HeadTrainee(_Trainee):
+    """A head, whose `candidates` and `guesses` are the trainee's."""
+
+    module: Head
+
+    def __init__(
+        self, kind: str, head: Head, identity: TargetIdentity, loss_options: Mapping[str, Any]
+    ) -> None:
+        known = head.loss_options()
+        for name in loss_options.keys() - known.keys():
+            raise ValueError(
+                f"config loss.{name} is no option of the {kind} loss; known: {', '.join(known)}"
+            )
+        last = identity.num_layers
+        for tap in head.taps:
+            if not isinstance(tap, int) or tap < 0 or (last is not None and tap > last):
+                raise ValueError(
+                    f"the head reads hidden_states[{tap}] but the target has only 0 to {last}; set "
+                    "drafter.options.taps to some of these"
+                )
+        super().__init__(kind, head, loss_options)
+        self.taps, self.max_depth, self.identity = tuple(head.taps), head.max_depth, identity
+        self.candidates, self.guesses = head.candidates, head.guesses
+
+    def forward(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss with its graph, and its detached parts."""
+        result = self.module.loss(batch, **self.loss_options)
+        return result.loss, result.parts
+
+    def export(self, folder: Path, training: dict[str, Any], weights: dict[str, Tensor]) -> None:
+        """Write the head; `weights` are whole, where the module's own may be spread out."""
+        options = self.module.options.model_dump(exclude_none=True)
+        facts: dict[str, Any] = {"target": self.identity, "training": training}
+        write_head(HeadCheckpoint(self.kind, options, weights, **facts), folder)
+
+    def remember(self, folder: Path, training: dict[str, Any]) -> None:
+        """Let what `export` wrote remember this of its training instead."""
+        write_head(replace(read_head(folder), training=training), folder)
+
+    def chain(self, depth: int) -> dict[str, Any]:
+        """Return further options of `load_drafter`, that make it draft chains."""
+        levels = min(depth, self.max_depth or depth)
+        return {"choices": [[0] * (level + 1) for level in range(levels)]}
+
+
+def new_head(
+    kind: str, options: dict[str, Any], init: str | None, target: Any, identity: TargetIdentity
+) -> Head:
+    """Build a head to train: new, or as a checkpoint left it."""
+    if init is None:
+        return build_head(kind, options, target)
+    if options:
+        raise ValueError(
+            f"config drafter.options {sorted(options)} and drafter.init are both given; a head "
+            "brings its own options, remove drafter.options (and draft_vocab_size)"
+        )
+    checkpoint = read_head(init)
+    if checkpoint.kind != kind:
+        raise ValueError(
+            f"config drafter.init {init!r} holds a head of the kind {checkpoint.kind!r}, not "
+            f"{kind!r}; set drafter.kind={checkpoint.kind}"
+        )
+    check_target(checkpoint, identity)
+    head = build_head(kind, checkpoint.options, target)
+    fill_head(head, checkpoint.tensors, init)
+    return head
+
+
+class DraftModelOptions(Config):
+    """Options under `drafter.options` of a draft model; docs/training.md describes them."""
 
     path: str = "demo"
     method: Literal["full", "lora", "qlora"] = "qlora"
@@ -49,7 +133,7 @@ class DraftModelOptions(Config):
     targets: str | list[str] = "all-linear"
     gradient_checkpointing: bool = False
     export: Literal["merged", "adapter"] = "merged"
-    dtype: str | None = None
+    dtype: str | None = None  # of the base: float32 on a CPU and for "full", else its own
 
     @model_validator(mode="after")
     def _fit(self) -> Self:
@@ -68,11 +152,11 @@ class DraftModelOptions(Config):
     def prepared(self, model: Any) -> Any:
         """Return the model with what is to be trained, in train mode."""
         reentrant = {"use_reentrant": False}
+        if self.gradient_checkpointing and self.method != "qlora":
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable(reentrant)
         if self.method == "full":
-            model.requires_grad_(True)
-            if self.gradient_checkpointing:
-                model.gradient_checkpointing_enable(reentrant)
-            return model.train()
+            return model.requires_grad_(True).train()
         try:
             from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
         except ImportError as error:
@@ -82,9 +166,6 @@ class DraftModelOptions(Config):
             ) from error
         if self.method == "qlora":
             model = prepare_model_for_kbit_training(model, self.gradient_checkpointing, reentrant)
-        elif self.gradient_checkpointing:
-            model.enable_input_require_grads()
-            model.gradient_checkpointing_enable(reentrant)
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
@@ -99,7 +180,7 @@ class DraftModelOptions(Config):
 
 
 class DraftModelLoss(Config):
-    """Options of the loss: what is minimized, and the temperature of both distributions."""
+    """Objective, and the temperature that both distributions are compared at."""
 
     objective: Literal["cross_entropy", "forward_kl", "reverse_kl", "total_variation"] = (
         "forward_kl"
@@ -107,7 +188,7 @@ class DraftModelLoss(Config):
     temperature: Annotated[float, Field(gt=0)] = 1.0
 
 
-class DraftModelTrainee(Trainee):
+class DraftModelTrainee(_Trainee):
     """A causal LM that learns to say what the target says.
 
     Source: QLoRA, arXiv 2305.14314; distilling drafters: DistillSpec, arXiv 2310.08461.
@@ -122,10 +203,9 @@ class DraftModelTrainee(Trainee):
         loss = validated(DraftModelLoss, loss_options, "config loss")
         loaded = chosen.load(target.device)
         check_same_tokenizer(loaded.tokenizer, target.tokenizer, chosen.path)
-        mark, dtype = base_mark(loaded.model), loaded.model.dtype
+        self._base_mark, self._base_dtype = base_mark(loaded.model), loaded.model.dtype
         super().__init__("draft_model", chosen.prepared(loaded.model), loss.model_dump())
         self.options, self.tokenizer = chosen, loaded.tokenizer
-        self._base_mark, self._base_dtype = mark, dtype
 
     @property
     def _no_split_modules(self) -> Any:
@@ -135,44 +215,41 @@ class DraftModelTrainee(Trainee):
     def forward(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the mean of the objective over the answers' tokens."""
         mask = shifted(batch.loss_mask, 1)  # place i says t_{i+1}
-        tokens = shifted(batch.tokens, 1)[mask]
+        tokens, goal = shifted(batch.tokens, 1)[mask], batch.target_logits[mask]
         name, temperature = self.loss_options["objective"], self.loss_options["temperature"]
-        goal = batch.target_logits[mask]
         loss = objective(name, self._logits(batch)[mask], goal, tokens, temperature)
         return loss, {name: loss.detach()}
 
     def candidates(self, batch: TrainingBatch, depth: int, width: int) -> Tensor:
-        """See `Trainee`: as long as a draft is right, its context is the text itself."""
+        """As long as a draft is right, its context is the text itself."""
         logits = self._logits(batch)
         best = logits.topk(min(width, logits.shape[-1]), -1).indices
         return torch.stack([shifted(best, 1 + level) for level in range(depth)], 2)
 
     def guesses(self, batch: TrainingBatch, mask: Tensor) -> Tensor:
-        """See `Trainee`."""
         logits = shifted(self._logits(batch), 1)[mask]
         missing = batch.target_logits.shape[-1] - logits.shape[-1]
         return pad(logits, (0, missing), value=float("-inf"))  # a negative number crops
 
     def _logits(self, batch: TrainingBatch) -> Tensor:
-        positions = {} if batch.positions is None else {"position_ids": batch.positions}
-        logits: Tensor = self.module(input_ids=batch.tokens, use_cache=False, **positions).logits
+        given = {"input_ids": batch.tokens, "position_ids": batch.positions}
+        logits: Tensor = self.module(**given, use_cache=False).logits
         return logits
 
     def export(self, folder: Path, training: dict[str, Any], weights: dict[str, Tensor]) -> None:
         """Write a plain checkpoint, or an adapter beside the name of its base."""
-        keeps_adapter = self.options.export == "adapter"
-        if keeps_adapter:
+        if self.options.export == "adapter":
             save_adapter(self.module, folder, weights, self._base_mark)
-        elif self.options.method == "full":
-            self.module.save_pretrained(folder, state_dict=weights)
         else:
-            merged_adapter(self.module, self._plain_base(), weights).save_pretrained(folder)
-        if self.tokenizer is not None and not keeps_adapter:
-            self.tokenizer.save_pretrained(folder)
+            if self.options.method == "full":
+                self.module.save_pretrained(folder, state_dict=weights)
+            else:
+                merged_adapter(self.module, self._plain_base(), weights).save_pretrained(folder)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
         self.remember(folder, training)
 
     def remember(self, folder: Path, training: dict[str, Any]) -> None:
-        """See `Trainee`."""
         write_json(folder / "training.json", training)
 
     def _plain_base(self) -> Any:
@@ -183,7 +260,6 @@ class DraftModelTrainee(Trainee):
         return self.options.model_copy(update={"dtype": dtype}).load(torch.device("cpu")).model
 
     def drafter(self, folder: Path) -> dict[str, Any]:
-        """See `Trainee`."""
         if self.options.export == "merged":
             return super().drafter(folder)
         quantization = {"quantization": "4bit"} if self.options.method == "qlora" else {}
@@ -191,5 +267,7 @@ class DraftModelTrainee(Trainee):
         return named | quantization
 
     def chain(self, depth: int) -> dict[str, Any]:
-        """See `Trainee`."""
         return {"num_draft_tokens": depth}
+
+
+Trainee = HeadTrainee | DraftModelTrainee
