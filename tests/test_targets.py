@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from model_matrix import HEAD, MOE, SLIDING, build
 from tiny_models import tiny_llama
 
 from specdec import generate
@@ -13,43 +14,11 @@ from specdec.targets.hf import HFTarget, max_context_len
 from specdec.verify import Draft, match
 
 VOCAB, LAYERS = 61, 3
-SHAPE = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
-SLIDING = {"sliding_window": 6}
+SIZES = {"vocab_size": VOCAB, "num_hidden_layers": LAYERS, "max_position_embeddings": 128}
+TYPES = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 FAMILIES = {
-    "Llama": SHAPE,
-    "Qwen2": SHAPE,
-    "Qwen3": {**SHAPE, "head_dim": 8},
-    "Mistral": {**SHAPE, **SLIDING},
-    "Phi3": SHAPE,
-    "Olmo2": SHAPE,
-    "GPTNeoX": {k: v for k, v in SHAPE.items() if k != "num_key_value_heads"},
-    "GPT2": {
-        "vocab_size": VOCAB,
-        "n_embd": 32,
-        "n_layer": LAYERS,
-        "n_head": 4,
-        "n_positions": 128,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    },
-    "Gemma3Text": {
-        **SHAPE,
-        **SLIDING,
-        "head_dim": 8,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-    },
-    "Mixtral": {**SHAPE, "num_local_experts": 4, "num_experts_per_tok": 2},
+    **{name: {} for name in ("Llama", "Qwen2", "Phi3", "Olmo2", "GPTNeoX", "GPT2LMHeadModel")},
+    **{"Qwen3": HEAD, "Mistral": SLIDING, "Mixtral": MOE, "Gemma3": HEAD | SLIDING | TYPES},
 }
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [3, 4], [20, 21, 22, 23, 24]]
 # Row by row: a branching tree, a chain with a sibling, a single node.
@@ -59,20 +28,13 @@ LENGTHS = torch.tensor([5, 3, 1])
 ROOTS = torch.tensor([30, 31, 32])
 
 
-def build(family):
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**FAMILIES[family])
-    name = {"Gemma3Text": "Gemma3"}.get(family, family)
-    suffix = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
-    model = getattr(transformers, name + suffix)(config).eval()
-    with torch.no_grad():
-        model.get_output_embeddings().weight.normal_(std=0.5)
-    return model
+def model_of(family):
+    return build(family, SIZES | FAMILIES[family])
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def target(request):
-    return HFTarget(build(request.param))
+    return HFTarget(model_of(request.param))
 
 
 @torch.no_grad()
@@ -122,7 +84,7 @@ def test_hooked_taps_equal_the_models_own(target):
 
 @pytest.mark.parametrize("breakage", ["no decoder", "other tensors"])
 def test_wrong_hooks_fall_back_to_the_model(breakage, monkeypatch):
-    model = build("Llama")
+    model = model_of("Llama")
     if breakage == "no decoder":
         monkeypatch.setattr(model, "get_decoder", lambda: None)
     target = HFTarget(model)
@@ -210,7 +172,7 @@ def perturbed_any(model):
 def test_prompt_longer_than_a_chunk_is_cached(monkeypatch):
     monkeypatch.setattr("specdec.targets.hf.PREFILL_CHUNK", 4)
     for family in ("Llama", "Mistral"):
-        target = HFTarget(build(family))
+        target = HFTarget(model_of(family))
         output = target.prefill(PROMPTS)
         for row, prompt in enumerate(PROMPTS):
             close(output.logits[row, 0], alone(target, prompt)[0][-1])
@@ -247,7 +209,7 @@ def test_model_that_drops_an_argument_is_refused(lost, message):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_eager_attention_in_half_precision_gives_no_nan(dtype):
-    model = build("Gemma3Text").to(dtype)
+    model = model_of("Gemma3").to(dtype)
     model.set_attn_implementation("eager")
     target = HFTarget(model)
     output = target.prefill(PROMPTS)

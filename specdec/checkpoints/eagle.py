@@ -9,7 +9,7 @@ from pydantic import AliasChoices, AliasPath, Field, model_validator
 from torch import Tensor
 
 from specdec.checkpoints.folder import RawFiles
-from specdec.checkpoints.foreign import ForeignConfig, Layout, dtype_name
+from specdec.checkpoints.foreign import ForeignConfig, Layout
 from specdec.checkpoints.head import Count, HeadCheckpoint, TargetIdentity
 from specdec.registry import head_class
 
@@ -103,26 +103,28 @@ def _llama_config(backbone: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _whole_options(checkpoint: HeadCheckpoint, layout: str) -> dict[str, Any]:
-    """Options with their defaults that leave no fact of the layer to the target."""
-    given = head_class(checkpoint.kind).given(checkpoint.options)
-    known: dict[str, Any] = given.model_dump(exclude_none=True)
-    backbone = known["backbone"]
-    if missing := [name for name in FACTS if name not in backbone]:
-        raise ValueError(
-            f"the layout {layout!r} states every fact of the head, but its options leave "
-            f"{', '.join(missing)} of the backbone to the target; give the target too "
-            "(specdec convert --target), or save the head with all of head.options"
-        )
-    if extra := [name for name in sorted(backbone) if backbone[name] and name not in FACTS]:
-        raise ValueError(
-            f"the layout {layout!r} cannot hold the option backbone.{extra[0]}; use the layout "
-            "'specdec', or train a head without it"
-        )
-    return known
+class _LlamaLayout(Layout):
+    """A layout that states every fact of the head's layer, and no others."""
+
+    @classmethod
+    def write(cls, checkpoint: HeadCheckpoint) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        given = head_class(checkpoint.kind).given(checkpoint.options).backbone
+        backbone = given.model_dump(exclude_none=True)
+        if missing := [name for name in FACTS if name not in backbone]:
+            raise ValueError(
+                f"the layout {cls.name!r} states every fact of the head, but its options leave "
+                f"{', '.join(missing)} of the backbone to the target; give the target too "
+                "(specdec convert --target), or save the head with all of head.options"
+            )
+        if extra := [name for name in sorted(backbone) if backbone[name] and name not in FACTS]:
+            raise ValueError(
+                f"the layout {cls.name!r} cannot hold the option backbone.{extra[0]}; use the "
+                "layout 'specdec', or train a head without it"
+            )
+        return super().write(checkpoint)
 
 
-class Eagle(Layout, LlamaLayer):
+class Eagle(_LlamaLayout, LlamaLayer):
     """EAGLE-1, which EAGLE-2 shares, as SafeAILab publishes it; tensors under our own names.
 
     Source: SafeAILab/EAGLE.
@@ -144,14 +146,10 @@ class Eagle(Layout, LlamaLayer):
         return HeadCheckpoint(self.kind, options, files.tensors, target=target)
 
     @classmethod
-    def config(cls, checkpoint: HeadCheckpoint) -> dict[str, Any]:
-        options = _whole_options(checkpoint, cls.name)
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            **_llama_config(options["backbone"]),
-            **{name: options[name] for name in ("bias", "qkv_bias")},
-            "torch_dtype": dtype_name(checkpoint.tensors),
-        }
+    def config(cls, checkpoint: HeadCheckpoint, options: Any) -> dict[str, Any]:
+        flags = {"bias": options.bias, "qkv_bias": options.qkv_bias}
+        layer = _llama_config(checkpoint.options["backbone"])
+        return {"architectures": ["LlamaForCausalLM"], **layer, **flags}
 
 
 def _flag(name: str) -> Any:
@@ -159,7 +157,7 @@ def _flag(name: str) -> Any:
     return Field(None, validation_alias=AliasChoices(AliasPath("eagle_config", name), name))
 
 
-class _Eagle3Layout(Layout):
+class _Eagle3Layout(_LlamaLayout):
     """Keys that all layouts of EAGLE-3 share.
 
     EAGLE-3.1's norms of each tap and heads on one tap are not supported.
@@ -180,30 +178,77 @@ class _Eagle3Layout(Layout):
         True, validation_alias=AliasPath("eagle_config", "use_aux_hidden_state")
     )
 
-    def head(self, files: RawFiles, layer: LlamaLayer) -> HeadCheckpoint:
-        vocab_size, taps = layer.vocab_size, self.taps
+    @property
+    def layer(self) -> Any:
+        return self
+
+    def parse(self, files: RawFiles) -> HeadCheckpoint:
+        layer, taps = self.layer, self.taps
         if self.sglang_taps:
-            shifted = [layer + 1 for layer in self.sglang_taps]
+            shifted = [tap + 1 for tap in self.sglang_taps]
             if taps not in (None, shifted):
                 raise ValueError(
-                    f"{files.config_path!r} contradicts itself: {IDS} is {taps} at the top, where "
-                    f"vLLM reads it, and {self.sglang_taps} in eagle_config, where SGLang reads it "
-                    f"and counts from one less; it must be {[t - 1 for t in taps or ()]} there, or "
-                    "be deleted"
+                    f"{files.config_path!r} contradicts itself: {IDS} is {taps} at the top and "
+                    f"{self.sglang_taps} in eagle_config, where SGLang counts from one less; it "
+                    f"must be {[tap - 1 for tap in taps or ()]} there, or be deleted"
                 )
             taps = shifted
         options: dict[str, Any] = {
             "backbone": layer.backbone(),
             "target_hidden_size": self.target_hidden_size or layer.hidden_size,
-            "draft_vocab_size": self.draft_vocab_size or vocab_size,
+            "draft_vocab_size": self.draft_vocab_size or layer.vocab_size,
             **{flag: getattr(self, flag) is True for flag in FLAGS},
             # A copy of the target's is kept too: only its trainer knows that it is one.
             "own_embedding": "embed_tokens.weight" in files.tensors,
             **({"taps": taps} if taps else {}),
         }
-        tensors = _with_whole_maps(files.tensors, options["draft_vocab_size"], vocab_size)
-        target = TargetIdentity(None, options["target_hidden_size"], vocab_size)
+        tensors = _with_whole_maps(files.tensors, options["draft_vocab_size"], layer.vocab_size)
+        target = TargetIdentity(None, options["target_hidden_size"], layer.vocab_size)
         return HeadCheckpoint(self.kind, options, tensors, target=target)
+
+    @classmethod
+    def config(cls, checkpoint: HeadCheckpoint, options: Any) -> dict[str, Any]:
+        """Make the keys that all layouts share, layers counted as vLLM does.
+
+        A layer twice, out of order, or the state behind the target's final norm is refused.
+        """
+        config = {"draft_vocab_size": options.draft_vocab_size}
+        if options.target_hidden_size != options.backbone.hidden_size:
+            config["target_hidden_size"] = options.target_hidden_size
+        taps, target = checkpoint.options.get("taps"), checkpoint.target
+        if taps is None:
+            return config
+        if sorted(set(taps)) != taps:
+            raise ValueError(
+                f"the layout {cls.name!r} cannot hold the taps {taps}: engines capture a layer "
+                "once and in ascending order; train a head on distinct layers"
+            )
+        if target and target.num_layers and taps[-1] >= target.num_layers:
+            raise ValueError(
+                f"the layout {cls.name!r} cannot hold the tap {taps[-1]} of a target with "
+                f"{target.num_layers} layers: engines capture before the final norm, and "
+                "hidden_states[-1] is behind it; train a head on lower layers"
+            )
+        return config | {IDS: taps}
+
+
+def _with_whole_maps(
+    given: dict[str, Tensor], num_drafted: int, vocab_size: int
+) -> dict[str, Tensor]:
+    """Keep both token maps, or none where the vocabularies are one.
+
+    No engine reads `t2d`, so some checkpoints leave it out; others ship maps that change nothing.
+    """
+    d2t, t2d = given.get("d2t"), given.get("t2d")
+    if d2t is None or d2t.dtype not in (torch.int64, torch.int32):
+        return given
+    if num_drafted != vocab_size:
+        ids = (d2t.long() + torch.arange(len(d2t))).clamp(0, vocab_size - 1)
+        made = torch.zeros(vocab_size, dtype=torch.bool).index_fill(0, ids, True)
+        return {**given, "d2t": d2t.long(), "t2d": made if t2d is None else t2d}
+    if d2t.any() or not (t2d is None or t2d.all()):
+        return given
+    return {name: tensor for name, tensor in given.items() if name not in ("d2t", "t2d")}
 
 
 class Eagle3(_Eagle3Layout, LlamaLayer):
@@ -225,84 +270,32 @@ class Eagle3(_Eagle3Layout, LlamaLayer):
             for name in files.tensors
         )
 
-    def parse(self, files: RawFiles) -> HeadCheckpoint:
-        return self.head(files, self)
-
     @classmethod
     def naming(cls, checkpoint: HeadCheckpoint) -> Callable[[str], str]:
         is_ours = any(name.startswith("midlayer.") for name in checkpoint.tensors)
         return str if is_ours else Speculators.naming(checkpoint)
 
     @classmethod
-    def config(cls, checkpoint: HeadCheckpoint) -> dict[str, Any]:
-        options, target = _whole_options(checkpoint, cls.name), checkpoint.target
-        if options["norm_before_residual"]:
+    def config(cls, checkpoint: HeadCheckpoint, options: Any) -> dict[str, Any]:
+        if options.norm_before_residual:
             raise ValueError(
                 f"the layout {cls.name!r} cannot hold norm_before_residual=true, which only vLLM "
                 "reads there: other engines would draft wrongly; write the layout 'speculators'"
             )
         config = {
             "architectures": ["LlamaForCausalLMEagle3"],
-            **_llama_config(options["backbone"]),
-            **_eagle3_config(options, target, cls.name),
-            **{flag: True for flag in FLAGS if options[flag]},
-            "torch_dtype": dtype_name(checkpoint.tensors),
+            **_llama_config(checkpoint.options["backbone"]),
+            **super().config(checkpoint, options),
+            **{flag: True for flag in FLAGS if getattr(options, flag)},
         }
-        num_layers, taps = target.num_layers if target else None, config.get(IDS)
+        taps, target = config.get(IDS), checkpoint.target
+        num_layers = (target and target.num_layers) or 0
         if num_layers and taps == [2, num_layers // 2, num_layers - 3]:
             # Engines find these by themselves, for all targets and without counting differently.
             del config[IDS]
         elif taps:
             config["eagle_config"] = {IDS: [tap - 1 for tap in taps], "use_aux_hidden_state": True}
         return config
-
-
-def _eagle3_config(
-    options: dict[str, Any], target: TargetIdentity | None, layout: str
-) -> dict[str, Any]:
-    """Make the keys that all layouts of EAGLE-3 share, layers counted as vLLM does.
-
-    A layer twice, out of order, or the state behind the target's final norm is refused.
-    """
-    size, vocab_size = (options["backbone"][name] for name in ("hidden_size", "vocab_size"))
-    config = {"draft_vocab_size": options.get("draft_vocab_size", vocab_size)}
-    if options.get("target_hidden_size", size) != size:
-        config["target_hidden_size"] = options["target_hidden_size"]
-    if "taps" not in options:
-        return config
-    taps, num_layers = options["taps"], target.num_layers if target else None
-    if sorted(set(taps)) != taps:
-        raise ValueError(
-            f"the layout {layout!r} cannot hold the taps {taps}: engines capture a layer once and "
-            "in ascending order; train a head on distinct layers"
-        )
-    if num_layers and taps[-1] >= num_layers:
-        raise ValueError(
-            f"the layout {layout!r} cannot hold the tap {taps[-1]} of a target with {num_layers} "
-            "layers: engines capture before the final norm, hidden_states[-1] is behind it; train "
-            f"a head on layers up to {num_layers - 1}"
-        )
-    return config | {IDS: taps}
-
-
-def _with_whole_maps(
-    given: dict[str, Tensor], num_drafted: int, vocab_size: int
-) -> dict[str, Tensor]:
-    """Keep both token maps, or none where the vocabularies are one.
-
-    No engine reads `t2d`, so some checkpoints leave it out; others ship maps that change nothing.
-    """
-    d2t, t2d = given.get("d2t"), given.get("t2d")
-    if d2t is None or d2t.dtype not in (torch.int64, torch.int32):
-        return given
-    if num_drafted != vocab_size:
-        ids = (d2t.long() + torch.arange(len(d2t))).clamp(0, vocab_size - 1)
-        made = torch.zeros(vocab_size, dtype=torch.bool).index_fill(0, ids, True)
-        return {**given, "d2t": d2t.long(), "t2d": made if t2d is None else t2d}
-    dropped = {"d2t"} if not d2t.any() else set()
-    if dropped and t2d is not None and t2d.all():
-        dropped.add("t2d")
-    return {name: tensor for name, tensor in given.items() if name not in dropped}
 
 
 class _WindowedLayer(LlamaLayer):
@@ -326,6 +319,10 @@ class Speculators(_Eagle3Layout):
     )
     transformer_layer_config: _WindowedLayer
 
+    @property
+    def layer(self) -> _WindowedLayer:
+        return self.transformer_layer_config
+
     @staticmethod
     def matches(files: RawFiles) -> bool:
         return "speculators_model_type" in files.config or "speculators_config" in files.config
@@ -336,12 +333,10 @@ class Speculators(_Eagle3Layout):
                 f"{files.config_path!r} lacks norm_before_residual, which vLLM then takes for true "
                 "and speculators for false; add the one that the head was trained with"
             )
-        layer = self.transformer_layer_config
-        found = self.head(files, layer)
-        assert found.target is not None
-        target = replace(found.target, name=self.verifier)
+        found, layer = super().parse(files), self.layer
         is_windowed = layer.layer_types == ["sliding_attention"]
         training = {"sliding_window": layer.sliding_window} if is_windowed else {}
+        target = replace(found.target or TargetIdentity(None, None), name=self.verifier)
         return replace(found, target=target, training=training)
 
     @classmethod
@@ -349,14 +344,14 @@ class Speculators(_Eagle3Layout):
         return lambda name: name.replace("midlayer.", "layers.0.")
 
     @classmethod
-    def config(cls, checkpoint: HeadCheckpoint) -> dict[str, Any]:
-        options, target = _whole_options(checkpoint, cls.name), checkpoint.target
+    def config(cls, checkpoint: HeadCheckpoint, options: Any) -> dict[str, Any]:
+        target = checkpoint.target
         if target is None or target.name is None:
             raise ValueError(
                 f"the layout {cls.name!r} names its target, which this checkpoint does not know; "
                 "give the target too (specdec convert --target)"
             )
-        layer = _llama_config(options["backbone"])
+        layer = _llama_config(checkpoint.options["backbone"])
         if window := checkpoint.training.get("sliding_window"):
             layer |= {"sliding_window": window, "layer_types": ["sliding_attention"]}
         method = {
@@ -376,10 +371,9 @@ class Speculators(_Eagle3Layout):
                 "verifier": {"name_or_path": target.name, "architectures": []},
             },
             "transformer_layer_config": layer,
-            **_eagle3_config(options, target, cls.name),
-            **{flag: options[flag] for flag in FLAGS},
+            **super().config(checkpoint, options),
+            **{flag: getattr(options, flag) for flag in FLAGS},
             "fc_norm": False,
-            "embed_requires_grad": options["own_embedding"],
+            "embed_requires_grad": options.own_embedding,
             "tie_word_embeddings": False,
-            "torch_dtype": dtype_name(checkpoint.tensors),
         }

@@ -1,6 +1,6 @@
 """What the layouts of the field have in common: `config.json`, and tensors under other names."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from statistics import mode
 from typing import Any, ClassVar
@@ -9,7 +9,7 @@ from pydantic import ConfigDict, model_validator
 from torch import Tensor
 
 from specdec.checkpoints.folder import RawFiles
-from specdec.checkpoints.head import HeadCheckpoint, checked
+from specdec.checkpoints.head import HeadCheckpoint, checked, head_of
 from specdec.common.config import Config, validated
 
 
@@ -50,8 +50,8 @@ class Layout(ForeignConfig):
         raise NotImplementedError
 
     @classmethod
-    def config(cls, checkpoint: HeadCheckpoint) -> dict[str, Any]:
-        """Make the `config.json` of a head."""
+    def config(cls, checkpoint: HeadCheckpoint, options: Any) -> dict[str, Any]:
+        """Make the `config.json` of a head, given its checkpoint and all its options."""
         raise NotImplementedError
 
     @classmethod
@@ -67,10 +67,9 @@ class Layout(ForeignConfig):
 
     @classmethod
     def write(cls, checkpoint: HeadCheckpoint) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        config, name_of = cls.config(checkpoint), cls.naming(checkpoint)
-        return config, {name_of(name): tensor for name, tensor in checkpoint.tensors.items()}
-
-
-def dtype_name(tensors: Mapping[str, Tensor]) -> str:
-    """Name the dtype of most of the weights, as configs spell it."""
-    return mode(str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.ndim == 2)
+        """Make `config.json` and the tensors."""
+        tensors, name_of = checkpoint.tensors, cls.naming(checkpoint)
+        config = cls.config(checkpoint, head_of(checkpoint).options)
+        # The dtype of most of the weights.
+        config["torch_dtype"] = mode(str(t.dtype)[6:] for t in tensors.values() if t.ndim == 2)
+        return config, {name_of(name): tensor for name, tensor in tensors.items()}

@@ -9,7 +9,7 @@ import torch
 from pydantic import AliasChoices, Field
 
 from specdec.checkpoints.folder import RawFiles
-from specdec.checkpoints.foreign import Layout, dtype_name
+from specdec.checkpoints.foreign import Layout
 from specdec.checkpoints.head import Count, HeadCheckpoint, TargetIdentity, Tree
 from specdec.registry import head_class
 
@@ -17,16 +17,14 @@ _BLOCK = re.compile(r"(\d+)\.(\d+)\.linear\.(weight|bias)")
 _PROJECTION = re.compile(r"(\d+)\.\d+\.weight")
 
 
-def _options(checkpoint: HeadCheckpoint, layout: str) -> Any:
-    """Options of heads that read the target's last state, as these layouts imply."""
-    options = head_class(checkpoint.kind).given(checkpoint.options)
+def _check_tap(checkpoint: HeadCheckpoint, tap: int, layout: str) -> None:
+    """Refuse heads that do not read the target's last state, as these layouts imply."""
     num_layers = checkpoint.target.num_layers if checkpoint.target else None
-    if None not in (options.tap, num_layers) and options.tap != num_layers:
+    if num_layers not in (None, tap):
         raise ValueError(
-            f"the layout {layout!r} cannot hold the tap {options.tap}: its heads read the last "
-            f"state of the target, {num_layers}; use the layout 'specdec'"
+            f"the layout {layout!r} cannot hold the tap {tap}: its heads read the last state of "
+            f"the target, {num_layers}; use the layout 'specdec'"
         )
-    return options
 
 
 class Medusa(Layout):
@@ -85,8 +83,8 @@ class Medusa(Layout):
         )
 
     @classmethod
-    def config(cls, checkpoint: HeadCheckpoint) -> dict[str, Any]:
-        options = _options(checkpoint, cls.name)
+    def config(cls, checkpoint: HeadCheckpoint, options: Any) -> dict[str, Any]:
+        _check_tap(checkpoint, options.tap, cls.name)
         return {
             "medusa_num_heads": options.num_heads,
             "medusa_num_layers": options.num_layers,
@@ -162,24 +160,22 @@ class VllmMedusa(Layout):
         ).replace("vocab_heads.", "lm_heads.")
 
     @classmethod
-    def config(cls, checkpoint: HeadCheckpoint) -> dict[str, Any]:
-        options = _options(checkpoint, cls.name)
+    def config(cls, checkpoint: HeadCheckpoint, options: Any) -> dict[str, Any]:
+        _check_tap(checkpoint, options.tap, cls.name)
         if not options.own_vocab_head:
             raise ValueError(
                 f"the layout {cls.name!r} cannot hold heads without their own vocabulary "
                 "projection (own_vocab_head=false): it wants a copy of the target's; use the "
                 "layout 'medusa'"
             )
-        vocab_size, hidden_size = checkpoint.tensors["vocab_heads.0.weight"].shape
         return {
             "architectures": ["MedusaModel"],
             "model_type": "medusa",
-            "hidden_size": hidden_size,
-            "vocab_size": vocab_size,
-            "truncated_vocab_size": vocab_size,
+            "hidden_size": options.hidden_size,
+            "vocab_size": options.vocab_size,
+            "truncated_vocab_size": options.vocab_size,
             "num_heads": options.num_heads,
             "num_hidden_layers": options.num_layers,
             "original_lm_head": False,
             "medusa_fc_bias": True,
-            "torch_dtype": dtype_name(checkpoint.tensors),
         }

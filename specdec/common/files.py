@@ -90,6 +90,14 @@ def disk_trouble(folder: Path, error: OSError) -> OSError:
     )
 
 
+@contextmanager
+def _in_words(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise disk_trouble(folder, error) from error
+
+
 def check_same_run(
     folder: Path,
     written: Mapping[str, Any] | None,
@@ -124,14 +132,14 @@ def flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{key}", value
 
 
-def make_private(folder: Path) -> None:
-    """Make a folder, and those above it that are missing, for their owner alone."""
+def _make_folder(folder: Path, private: bool) -> None:
+    """Make a folder and those above it that are missing, if private for their owner alone."""
     for each in [*reversed(folder.parents), folder]:
-        if not each.is_dir():
-            each.mkdir(mode=0o700, exist_ok=True)
+        if not each.exists():
+            each.mkdir(mode=0o700 if private else 0o777, exist_ok=True)
 
 
-def private_opener(path: str, flags: int) -> int:
+def _private_opener(path: str, flags: int) -> int:
     """Open a file for its owner alone, and nothing put in its place; an `opener` of `open`."""
     elsewhere = f"{path!r} is a link or no regular file; remove it"
     try:
@@ -147,7 +155,7 @@ def private_opener(path: str, flags: int) -> int:
     return opened
 
 
-def sync(path: Path) -> None:
+def _sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     if os.name == "posix":  # other systems cannot, and need not
         opened = os.open(path, os.O_RDONLY)
@@ -172,22 +180,21 @@ def replace_files(
     """
     partial = {name: folder / f".{name}.partial" for name in contents}
     try:
-        for name, pieces in contents.items():
-            with open(partial[name], "wb", opener=private_opener if private else None) as file:
-                file.writelines(pieces)
-                file.flush()
-                os.fsync(file.fileno())
-        if len(contents) > 1:
-            (folder / list(contents)[-1]).unlink(missing_ok=True)
-        for name, path in partial.items():
-            os.replace(path, folder / name)
-        sync(folder)
-    except BaseException as error:
+        with _in_words(folder):
+            for name, pieces in contents.items():
+                with open(partial[name], "wb", opener=_private_opener if private else None) as file:
+                    file.writelines(pieces)
+                    file.flush()
+                    os.fsync(file.fileno())
+            if len(contents) > 1:
+                (folder / list(contents)[-1]).unlink(missing_ok=True)
+            for name, path in partial.items():
+                os.replace(path, folder / name)
+            _sync(folder)
+    except BaseException:
         for path in partial.values():
             with suppress(OSError):
                 path.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise disk_trouble(folder, error) from error
         raise
 
 
@@ -201,20 +208,24 @@ class LineFile:
     def __init__(self, path: Path, *, private: bool = False) -> None:
         self.path = path
         self._stat = os.lstat if private else os.stat  # a private file is never behind a link
-        try:
-            if private:
-                make_private(path.parent)
-            else:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            opener = private_opener if private else None
+        with _in_words(path.parent):
+            _make_folder(path.parent, private)
+            opener = _private_opener if private else None
             self._file = open(path, "a+b", buffering=0, opener=opener)  # noqa: SIM115
-            sync(path.parent)  # the name of a new file
-        except OSError as error:
-            raise disk_trouble(path.parent, error) from error
-        if not try_lock(self._file.fileno()):
+            _sync(path.parent)  # the name of a new file
+        if not _lock(self._file.fileno()):
             self._file.close()
-            raise another_run(path.parent)
-        self._cut_torn_line()
+            raise _another_run(path.parent)
+        if not self.num_bytes:
+            return
+        # A last line without its end is cut off, or ended if it lacks nothing else.
+        with mmap(self._file.fileno(), 0, access=ACCESS_READ) as content:
+            start = content.rfind(b"\n") + 1
+            tail = content[start:]
+        if parse_line(tail + b"\n"):
+            self._file.write(b"\n")
+        elif tail:
+            self._file.truncate(start)
 
     @property
     def num_bytes(self) -> int:
@@ -265,18 +276,6 @@ class LineFile:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _cut_torn_line(self) -> None:
-        """Cut off a last line without its end, or end it if it lacks nothing else."""
-        if not self.num_bytes:
-            return
-        with mmap(self._file.fileno(), 0, access=ACCESS_READ) as content:
-            start = content.rfind(b"\n") + 1
-            tail = content[start:]
-        if parse_line(tail + b"\n"):
-            self._file.write(b"\n")
-        elif tail:
-            self._file.truncate(start)
-
 
 class Journal(LineFile):
     """Everything a run has finished, a JSON line each; the first line says which run it is.
@@ -306,7 +305,7 @@ class Journal(LineFile):
             raise
 
 
-def try_lock(fd: int) -> bool:
+def _lock(fd: int) -> bool:
     """Lock an open file until it is closed, however its process ends; False if it is taken."""
     import fcntl
 
@@ -317,7 +316,7 @@ def try_lock(fd: int) -> bool:
     return True
 
 
-def another_run(folder: Path) -> ValueError:
+def _another_run(folder: Path) -> ValueError:
     """Make the error of a folder that is taken."""
     return ValueError(
         f"another run is writing to {str(folder)!r}; wait for it or choose another --out folder"
@@ -332,18 +331,13 @@ def locked(folder: Path, file: Path | None = None, *, is_writer: bool = True) ->
         return
     path = file or folder.expanduser() / ".lock"
     is_new = not path.parent.exists()
-    try:
-        if file is None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        else:
-            make_private(path.parent)
+    with _in_words(path.parent):
+        _make_folder(path.parent, private=file is not None)
         opened = path.open("a")
-    except OSError as error:
-        raise disk_trouble(path.parent, error) from error
     with opened:
         # A run that ends just now may have removed the file before we had the lock.
-        if not try_lock(opened.fileno()) or not os.fstat(opened.fileno()).st_nlink:
-            raise another_run(folder)
+        if not _lock(opened.fileno()) or not os.fstat(opened.fileno()).st_nlink:
+            raise _another_run(folder)
         try:
             yield
         finally:
@@ -369,15 +363,12 @@ def whole_folder(folder: Path, *, private: bool = False) -> Iterator[Path]:
             kind = "mount point" if folder.is_mount() else "file"
             raise OSError(errno.EBUSY, f"it is a {kind}; give a folder in its place, or in it")
         shutil.rmtree(partial, ignore_errors=True)  # of a killed run
-        if private:
-            make_private(partial)
-        else:
-            partial.mkdir(parents=True)
+        _make_folder(partial, private)
         yield partial
         for path in [partial, *partial.rglob("*")]:
             if private:
                 path.chmod(0o700 if path.is_dir() else 0o600)
-            sync(path)
+            _sync(path)
         if folder.exists():
             _carry_over(folder, partial)
             if not private:
@@ -385,7 +376,7 @@ def whole_folder(folder: Path, *, private: bool = False) -> Iterator[Path]:
             _swap(folder, partial, before)
         else:
             partial.rename(folder)
-        sync(folder.parent)
+        _sync(folder.parent)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         restore(folder)

@@ -10,6 +10,8 @@ from specdec.drafters.heads import build_head
 
 NUM_LAYERS = 8
 ROPE = {"rope_type": "linear", "rope_theta": 500000.0, "factor": 2.0}
+NORMED = {"norm_before_residual": True, "norm_before_fc": True}
+NARROW = {"hidden_size": 16, "head_dim": 4}
 # Every option away from its default in one of them.
 HEADS = {
     "medusa": ("medusa", {"num_heads": 3, "num_layers": 2}),
@@ -18,14 +20,8 @@ HEADS = {
     "eagle-biased": ("eagle", {}),
     "eagle3": ("eagle3", {"draft_vocab_size": 40, "taps": [1, 4, 6]}),
     "eagle3-whole": ("eagle3", {"own_embedding": True, "norm_output": True}),
-    "eagle3-normed": (
-        "eagle3",
-        {"norm_before_residual": True, "norm_before_fc": True, "draft_vocab_size": 40},
-    ),
-    "eagle3-narrow": (
-        "eagle3",
-        {"backbone": {"hidden_size": 16, "head_dim": 4}, "own_embedding": True},
-    ),
+    "eagle3-normed": ("eagle3", {**NORMED, "draft_vocab_size": 40}),
+    "eagle3-narrow": ("eagle3", {"backbone": NARROW, "own_embedding": True}),
 }
 LAYOUTS_OF = {
     "medusa": ("specdec", "medusa", "vllm-medusa"),
@@ -48,8 +44,9 @@ def target():
     return made
 
 
-def random_head(name, dtype=torch.float32, tree=None, training=None):
-    """The checkpoint of one of `HEADS`, its draft vocabulary spread over the target's."""
+@cache
+def built_head(name):
+    """One of `HEADS`, its draft vocabulary spread over the target's."""
     kind, options = HEADS[name]
     torch.manual_seed(0)
     head = build_head(kind, options, target())
@@ -58,17 +55,18 @@ def random_head(name, dtype=torch.float32, tree=None, training=None):
             weight.normal_()
         if "draft_vocab_size" in options:
             head.set_draft_vocab(torch.randperm(61)[:40].sort().values)
-    return HeadCheckpoint(
-        kind,
-        head.options.model_dump(exclude_none=True),
-        {
-            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in head.state_dict().items()
-        },
-        tree=tree,
-        target=identify_target(target()),
-        training=training or {},
-    )
+    return head, identify_target(target())
+
+
+def random_head(name, dtype=torch.float32, tree=None, training=None):
+    """The checkpoint of one of `HEADS`, with tensors of its own."""
+    head, identity = built_head(name)
+    tensors = {
+        key: tensor.clone().to(dtype if tensor.is_floating_point() else tensor.dtype)
+        for key, tensor in head.state_dict().items()
+    }
+    options = head.options.model_dump(exclude_none=True)
+    return HeadCheckpoint(HEADS[name][0], options, tensors, tree, identity, training or {})
 
 
 def same_tensors(ours, theirs):
