@@ -7,7 +7,7 @@ planner, trainer, reports and checkpoints ask the class that `specdec.registry.s
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from specdec.engine.metrics import ForwardClock
 from specdec.sampling.sampler import Sampler
 from specdec.verify import Draft, Verdict
 from specdec.verify.tree import StaticTree
+
+Tokens = Sequence[Sequence[int]]  # ids row by row, of any lengths
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True)
@@ -124,9 +127,7 @@ class BaseDrafter:
         """Draft at most `budget[b]` nodes after `root[b]`; see `Drafter`."""
         raise NotImplementedError(f"{type(self).__name__} must define propose")
 
-    def observe(
-        self, verdict: Verdict, committed: Sequence[Sequence[int]], hidden: dict[int, Tensor]
-    ) -> None:
+    def observe(self, verdict: Verdict, committed: Tokens, hidden: dict[int, Tensor]) -> None:
         """Learn what was kept; see `Drafter`."""
 
     def reorder(self, rows: Tensor) -> None:
@@ -181,3 +182,38 @@ class Forced(Protocol):
 def is_forced(drafter: Any) -> bool:
     """Tell if a drafter can be given a whole text."""
     return isinstance(drafter, Forced)
+
+
+class CachePasser(BaseDrafter):
+    """A drafter whose cache is that of others: what an engine asks of it is passed on to them."""
+
+    _holders: Sequence[Any]
+    _num_fed = 0  # slots that the drafter needs behind the committed ones
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(holder.cache_bytes for holder in self._holders)
+
+    def bytes_for(self, num_rows: int, num_slots: int) -> int:
+        return sum(each.bytes_for(num_rows, num_slots + self._num_fed) for each in self._holders)
+
+    def reserve(self, num_rows: int, num_slots: int, *, join: bool) -> None:
+        for holder in self._holders:
+            holder.reserve(num_rows, num_slots + self._num_fed, join=join)
+
+    def wipe(self, rows: Sequence[int]) -> None:
+        for holder in self._holders:
+            holder.wipe(rows)
+
+
+def padded(rows: Sequence[Sequence[Entry]], fill: Entry) -> list[list[Entry]]:
+    """Rows of equal length, filled up at the end."""
+    width = max(map(len, rows), default=0)
+    return [[*row, *[fill] * (width - len(row))] for row in rows]
+
+
+def in_parts(counts: Sequence[int], size: int) -> Iterator[tuple[slice, list[int]]]:
+    """Columns of ragged rows, `size` at a time, and how many of them count in each row."""
+    for start in range(0, max(counts), size):
+        end = min(start + size, max(counts))
+        yield slice(start, end), [min(max(n - start, 0), end - start) for n in counts]

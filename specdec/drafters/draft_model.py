@@ -1,22 +1,35 @@
-"""A small causal LM as drafter: sampled or greedy chains, and best-first trees."""
+"""A small causal LM as drafter: sampled or greedy chains, best-first trees, LoRA adapters."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import pad
 
 from specdec.common.arguments import require_counts
+from specdec.common.files import read_json
+from specdec.common.hub import find_checkpoint
 from specdec.demo import demo_path
-from specdec.drafters.adapters import load_adapter
-from specdec.drafters.base import BaseDrafter, DraftShape, FixedShape, ShapeOptions
-from specdec.drafters.tree_growth import DynamicGrowth, child_scores
+from specdec.drafters.base import (
+    CachePasser,
+    DraftShape,
+    FixedShape,
+    ShapeOptions,
+    Tokens,
+    in_parts,
+    padded,
+)
+from specdec.drafters.tree_growth import DynamicGrowth
 from specdec.engine.interfaces import Prompts, Target, TargetOutput
 from specdec.sampling.randomness import row_exponentials
 from specdec.sampling.sampler import Sampler, sample
 from specdec.targets.hf import HFTarget
-from specdec.targets.load import load_target
+from specdec.targets.load import LOADING, load_target
 from specdec.targets.taps import read_text
 from specdec.verify import Draft, Verdict
 from specdec.verify.tree import from_choices
@@ -25,9 +38,10 @@ from specdec.verify.tree import from_choices
 FIRST_STREAM = 16
 # What piled up while nothing was drafted is fed in parts, which bounds the cache of ragged rows.
 CATCH_UP = 64
+_BASE_FILE = "base.json"
 
 
-class DraftModel(BaseDrafter):
+class DraftModel(CachePasser):
     """Drafts with a language model that shares the target's tokenizer.
 
     A chain (`width` 1) is the argmax at temperature 0 and otherwise sampled from the model's own
@@ -69,22 +83,22 @@ class DraftModel(BaseDrafter):
         confidence_threshold: float = 0.0,
     ) -> None:
         require_counts(num_draft_tokens=num_draft_tokens, width=width, max_nodes=max_nodes)
-        if max_nodes is None:
-            max_nodes = num_draft_tokens * width
         if not 0 <= confidence_threshold < 1:
             raise ValueError(
                 f"confidence_threshold is {confidence_threshold} but must be in [0, 1); 0 is off"
             )
-        self.model = model
-        self.vocab_size = vocab_size
-        self.num_draft_tokens = num_draft_tokens
-        self.width = width
-        self.max_nodes = num_draft_tokens if width == 1 else max_nodes
+        self.model, self.vocab_size = model, vocab_size
+        self.num_draft_tokens, self.width = num_draft_tokens, width
         self.makes_trees = width > 1
         # The cache keeps the accepted part of a chain: what is judged must be this very chain.
         self.caches_draft = not self.makes_trees
+        self.max_nodes = num_draft_tokens
+        if self.makes_trees:
+            self.max_nodes = num_draft_tokens * width if max_nodes is None else max_nodes
         self.confidence_threshold = confidence_threshold
         self.clock = model.clock
+        self._holders = [model]
+        self._num_fed = max(CATCH_UP, num_draft_tokens * width)
         self._committed: list[list[int]] = []
 
     @classmethod
@@ -110,21 +124,22 @@ class DraftModel(BaseDrafter):
             adapter: folder or hub id of a LoRA adapter; merged, unless the model is quantized.
             quantization: "8bit", "4bit" or None.
         """
-        name = str(demo_path("draft")) if path == "demo" else path
         model = load_target(
-            name,
+            str(demo_path("draft")) if path == "demo" else path,
             dtype=dtype,
             device=target.device if device is None else device,
             quantization=quantization,
         )
-        for each, weight in model.model.named_parameters():
+        for name, weight in model.model.named_parameters():
             if weight.is_floating_point() and not weight.isfinite().all():
                 raise ValueError(
-                    f"draft model {path!r}: {each} holds NaN or infinite values; copy or download "
-                    "it again"
+                    f"draft model {path!r}: {name} holds NaN or infinite values; download it again"
                 )
         if adapter is not None:
-            model = _with_adapter(model, adapter, is_quantized=quantization is not None)
+            adapted = load_adapter(model.model, adapter)
+            # Merged into a few bits, much of a small adapter would be rounded away.
+            merged = adapted.get_base_model() if quantization else adapted.merge_and_unload()
+            model = HFTarget(merged.eval(), model.tokenizer)
         check_same_tokenizer(model.tokenizer, target.tokenizer, path)
         shape = num_draft_tokens, width, max_nodes, confidence_threshold
         return cls(model, target.vocab_size, *shape)
@@ -150,13 +165,9 @@ class DraftModel(BaseDrafter):
             draft = self._grow_tree(logits, num_levels, budget, sampler)
         else:
             draft = self._extend_chain(logits, num_levels, budget, sampler)
-        if draft.tokens.device == root.device:
-            return draft
         return draft.map_rows(lambda tensor: tensor.to(root.device))
 
-    def observe(
-        self, verdict: Verdict, committed: Sequence[Sequence[int]], hidden: dict[int, Tensor]
-    ) -> None:
+    def observe(self, verdict: Verdict, committed: Tokens, hidden: dict[int, Tensor]) -> None:
         """Roll the cache back to what was accepted."""
         lengths = []
         for row, new, cached in zip(self._committed, committed, self.model.lengths, strict=True):
@@ -165,16 +176,13 @@ class DraftModel(BaseDrafter):
         self.model.rollback(lengths)
 
     def reorder(self, rows: Tensor) -> None:
-        """Keep these rows."""
         rows = rows.to(self.model.device)
         self._committed = [self._committed[row] for row in rows.tolist()]
         self.model.reorder(rows)
 
     @property
     def draft_shape(self) -> DraftShape:
-        """The shape of its drafts."""
-        depth = min(self.num_draft_tokens, self.max_nodes)
-        threshold = self.confidence_threshold
+        depth, threshold = min(self.num_draft_tokens, self.max_nodes), self.confidence_threshold
         return DraftShape(depth, self.width, self.max_nodes, self.makes_trees, threshold)
 
     @property
@@ -202,47 +210,19 @@ class DraftModel(BaseDrafter):
             drafted[max(0, limit - 2 - level - first) :] = float("-inf")
             yield drafted.to(tokens.device)
 
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of keys and values that are allocated now."""
-        return self.model.cache_bytes
-
-    def bytes_for(self, num_rows: int, num_slots: int) -> int:
-        """Count the bytes for so many rows with so many committed tokens."""
-        return self.model.bytes_for(num_rows, num_slots + self._num_fed)
-
-    def reserve(self, num_rows: int, num_slots: int, *, join: bool) -> None:
-        """Allocate exactly this much for the next batch, or for the running one."""
-        self.model.reserve(num_rows, num_slots + self._num_fed, join=join)
-
-    def wipe(self, rows: Sequence[int]) -> None:
-        """Zero rows that may hold NaN."""
-        self.model.wipe(rows)
-
-    @property
-    def _num_fed(self) -> int:
-        """Tokens that stand behind the committed ones at most."""
-        return max(CATCH_UP, self.num_draft_tokens * self.width)
-
     def _catch_up(self) -> Tensor:
         """Feed what is committed but not cached, the root last; logits [B, V] after the root."""
-        limit = self.model.max_context_len
-        pending = [
-            row[cached:limit]
-            for row, cached in zip(self._committed, self.model.lengths, strict=True)
-        ]
-        counts = [len(row) for row in pending]
-        width = max(counts)
-        padded = [row + [0] * (width - len(row)) for row in pending]
-        tokens = torch.tensor(padded, device=self.model.device)
-        if width <= CATCH_UP:
-            return self._fit(self.model.feed(tokens, counts))
-        logits = self.model.feed(tokens[:, :CATCH_UP], [min(n, CATCH_UP) for n in counts])
-        for start in range(CATCH_UP, width, CATCH_UP):
-            left = [min(max(n - start, 0), CATCH_UP) for n in counts]
-            newest = self.model.feed(tokens[:, start : start + CATCH_UP], left)
-            has_more = torch.tensor(left, device=self.model.device) > 0
-            logits = torch.where(has_more.unsqueeze(1), newest, logits)
+        limit, lengths = self.model.max_context_len, self.model.lengths
+        pending = [row[n:limit] for row, n in zip(self._committed, lengths, strict=True)]
+        tokens = torch.tensor(padded(pending, 0), device=self.model.device)
+        logits: Tensor | None = None
+        for columns, left in in_parts([len(row) for row in pending], CATCH_UP):
+            newest = self.model.feed(tokens[:, columns], left)
+            if logits is not None:
+                has_more = torch.tensor(left, device=self.model.device) > 0
+                newest = torch.where(has_more.unsqueeze(1), newest, logits)
+            logits = newest
+        assert logits is not None
         return self._fit(logits)
 
     def _known(self, tokens: Sequence[int]) -> list[int]:
@@ -291,7 +271,9 @@ class DraftModel(BaseDrafter):
             return Draft.empty(len(budget), logits.device)
         tokens = torch.cat(chosen, 1)  # [B, N]
         if is_ragged:
-            tokens, lengths = _pad_after(tokens, lengths)
+            lengths = lengths.clamp(max=tokens.shape[1])
+            real = torch.arange(tokens.shape[1], device=tokens.device) < lengths.unsqueeze(1)
+            tokens = tokens.masked_fill(~real, -1)
         return Draft.chain(tokens, lengths, torch.stack(reported, 1) if reported else None)
 
     def _scores(self, logits: Tensor, chosen: list[Tensor], sampler: Sampler) -> Tensor:
@@ -318,44 +300,92 @@ class DraftModel(BaseDrafter):
     def _grow_tree(
         self, logits: Tensor, num_levels: int, budget: Sequence[int], sampler: Sampler
     ) -> Draft:
-        growth = DynamicGrowth(self.width, self.max_nodes, num_levels)
-        newest = logits.unsqueeze(1)  # [B, nodes of the newest level, V]
-        growth.add_level(child_scores(growth, newest, sampler))
-        while not growth.is_done:
-            newest = self._fit(self.model.grow(*growth.newest))
-            growth.add_level(child_scores(growth, newest, sampler))
+        growth = DynamicGrowth(self.width, self.max_nodes, num_levels, sampler)
+        growth.add_level(logits.unsqueeze(1))
+        for _ in range(1, num_levels):
+            growth.add_level(self._fit(self.model.grow(*growth.newest)))
         return growth.draft(budget)
-
-
-def _pad_after(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Replace what lies behind `lengths` [B] in tokens [B, N] by -1; no length exceeds N after."""
-    lengths = lengths.clamp(max=tokens.shape[1])
-    real = torch.arange(tokens.shape[1], device=tokens.device) < lengths.unsqueeze(1)
-    return tokens.masked_fill(~real, -1), lengths
-
-
-def _with_adapter(model: HFTarget, adapter: str, *, is_quantized: bool) -> HFTarget:
-    adapted = load_adapter(model.model, adapter)
-    # Merged into a few bits, much of a small adapter would be rounded away.
-    merged = adapted.get_base_model() if is_quantized else adapted.merge_and_unload()
-    return HFTarget(merged.eval(), model.tokenizer)
 
 
 def check_same_tokenizer(draft: Any, target: Any, path: str) -> None:
     """Refuse a drafter whose ids mean other text; a padded vocabulary is fine."""
     if draft is None or target is None:
         return
-    draft_vocab, target_vocab = draft.get_vocab(), target.get_vocab()
-    if draft_vocab == target_vocab:
-        return
-    differing = [
-        token
-        for token, index in draft_vocab.items()
-        if target_vocab.get(token, index) != index or (token not in target_vocab)
-    ]
+    known, vocab = target.get_vocab(), draft.get_vocab()
+    differing = [token for token, index in vocab.items() if known.get(token) != index]
     if differing:
         raise ValueError(
             f"drafter {path!r} has another tokenizer than the target: {len(differing)} of "
-            f"{len(draft_vocab)} tokens differ, {differing[0]!r} for one; drafting needs a model "
+            f"{len(vocab)} tokens differ, {differing[0]!r} for one; drafting needs a model "
             "with the target's own tokenizer"
         )
+
+
+def base_mark(model: Any) -> str:
+    """Hash of the signs of the input embedding, which no quantization touches."""
+    weight = model.get_input_embeddings().weight.detach()
+    stride = max(1, weight.numel() // 2**20)
+    signs = weight.reshape(-1)[::stride].signbit().cpu()
+    return hashlib.sha256(signs.numpy().tobytes()).hexdigest()
+
+
+def save_adapter(model: Any, folder: Path, weights: dict[str, Tensor], mark: str) -> None:
+    """Write a peft model's adapter in peft's own layout, with the mark of its base.
+
+    `weights` are the adapter's, by their names in the model's state dict.
+    """
+    model.save_pretrained(folder, state_dict=weights)
+    (folder / _BASE_FILE).write_text(json.dumps({"embedding": mark}, indent=1) + "\n")
+
+
+def merged_adapter(model: Any, base: Any, weights: dict[str, Tensor]) -> Any:
+    """A plain model that says what a peft model does.
+
+    `base` is its base, once more and not quantized; it is changed.
+    """
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    plain = get_peft_model(base, model.peft_config["default"])
+    set_peft_model_state_dict(plain, get_peft_model_state_dict(model, state_dict=weights))
+    return plain.merge_and_unload()
+
+
+def load_adapter(model: Any, adapter: str) -> Any:
+    """Put the adapter of a folder or hub id on a causal LM, and on no other than its base."""
+    try:
+        from peft import PeftModel, get_peft_model_state_dict
+    except ImportError as error:
+        raise ValueError(
+            "adapter needs the package peft; install it with: pip install 'specdec[train]'"
+        ) from error
+    folder = Path(find_checkpoint(adapter, "a folder with an adapter"))
+    if folder.is_dir():
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(
+                    f"adapter {str(folder)!r} has no {name}; other formats than peft's are not read"
+                )
+        mark = folder / _BASE_FILE
+        if mark.is_file() and read_json(mark).get("embedding") != base_mark(model):
+            raise ValueError(
+                f"adapter {str(folder)!r} was trained on another base than this model: their "
+                "embeddings differ; load it with the path of its own base"
+            )
+    try:
+        with LOADING:
+            adapted = PeftModel.from_pretrained(model, str(folder))
+    except (RuntimeError, ValueError) as error:
+        text = str(error).splitlines()[0]
+        raise ValueError(
+            f"adapter {adapter!r} does not fit its base ({text}); it was trained on another model"
+        ) from error
+    if folder.is_dir():
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            # peft leaves out what it does not find; a part of an adapter is a wrong drafter.
+            odd = sorted({*file.keys()} ^ {*get_peft_model_state_dict(adapted)})
+        if odd:
+            raise ValueError(
+                f"adapter {str(folder)!r} does not fit its base: {len(odd)} tensors differ, "
+                f"{odd[0]} for one; it was trained on another model"
+            )
+    return adapted

@@ -15,15 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 
 from specdec.common.config import Config
-from specdec.drafters.backbone import Backbone, DraftLayer
-from specdec.drafters.feature_head import FeatureDrafter, FeatureHead
-from specdec.drafters.training import (
-    LossOutput,
-    TrainingBatch,
-    rollout,
-    shifted,
-    soft_cross_entropy,
-)
+from specdec.drafters.feature_head import Backbone, DraftLayer, FeatureDrafter, FeatureHead
+from specdec.drafters.training import LossOutput, TrainingBatch, shifted, soft_cross_entropy
 
 
 class EagleOptions(Config):
@@ -48,22 +41,16 @@ class EagleHead(FeatureHead):
         self.layers = nn.ModuleList([DraftLayer(self.config, size, self.options.qkv_bias)])
 
     def fuse(self, hidden: dict[int, Tensor]) -> Tensor:
-        """The features are the tap itself."""
         return hidden[self.taps[0]]
 
     def forward(
         self, tokens: Tensor, features: Tensor, positions: Tensor, mask: Any, cache: Any
     ) -> Tensor:
-        """Predicted features [B, n, H], see `FeatureHead`."""
         embedded = self._target_parts[0](tokens)
         states = self.fc(torch.cat([embedded, features], -1))
-        outputs: Tensor = self.layers[0](
-            states, states, self.rotary(states, positions), mask, cache
-        )
-        return outputs
+        return self.layers[0](states, states, self.rotary(states, positions), mask, cache)
 
     def logits(self, outputs: Tensor) -> Tensor:
-        """Logits [..., V] by the target's own projection."""
         return self._target_parts[1](outputs)
 
     def loss(  # type: ignore[override]
@@ -78,9 +65,8 @@ class EagleHead(FeatureHead):
             cross_entropy_weight: weight of the second part.
         """
         features = self.fuse(batch.hidden)
-        length = features.shape[1]
-        scattered = (torch.rand_like(features) - 0.5) * noise * 512 / length
-        outputs = next(rollout(self, batch.tokens, features + scattered, 1))
+        scattered = (torch.rand_like(features) - 0.5) * noise * 512 / features.shape[1]
+        outputs = next(self.rollout(batch.tokens, features + scattered, 1))
         mask = shifted(batch.loss_mask, 2)
         predicted = outputs[mask]  # [places, H]
         goal = shifted(batch.target_logits, 1)[mask]

@@ -9,19 +9,11 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import LlamaConfig
 
 from specdec.common.config import Config
-from specdec.drafters.backbone import Backbone, DraftLayer, norm
-from specdec.drafters.feature_head import FeatureDrafter, FeatureHead
+from specdec.drafters.feature_head import Backbone, DraftLayer, FeatureDrafter, FeatureHead, norm
 from specdec.drafters.heads import Layer, Size
-from specdec.drafters.training import (
-    LossOutput,
-    TrainingBatch,
-    rollout,
-    shifted,
-    soft_cross_entropy,
-)
+from specdec.drafters.training import LossOutput, TrainingBatch, shifted, soft_cross_entropy
 
 
 class Eagle3Options(Config):
@@ -52,14 +44,6 @@ class Eagle3Options(Config):
     own_embedding: Annotated[bool, Field(description="its own embedding")] = False
 
 
-class _Layer(DraftLayer):
-    """A layer that attends over token and feature side by side."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__(config, 2 * config.hidden_size)
-        self.input_layernorm, self.hidden_norm = norm(config), norm(config)
-
-
 class Eagle3Head(FeatureHead):
     """The head. Its parameters are named as in the published checkpoints.
 
@@ -80,7 +64,9 @@ class Eagle3Head(FeatureHead):
         sizes = {"taps": taps, "target_hidden_size": width, "draft_vocab_size": num_drafted}
         self.options, self.taps = given.model_copy(update=sizes), tuple(taps)
         self.fc = nn.Linear(len(taps) * width, size, bias=False)
-        self.midlayer = _Layer(config)
+        # It attends over token and feature side by side.
+        self.midlayer = DraftLayer(config, 2 * size)
+        self.midlayer.input_layernorm, self.midlayer.hidden_norm = norm(config), norm(config)
         self.norm = norm(config)
         self.lm_head = nn.Linear(size, num_drafted, bias=False)
         if given.norm_before_fc:
@@ -90,9 +76,7 @@ class Eagle3Head(FeatureHead):
         if num_drafted < vocab:
             self.register_buffer("d2t", torch.zeros(num_drafted, dtype=torch.long))
             self.register_buffer("t2d", torch.zeros(vocab, dtype=torch.bool))
-            self.set_draft_vocab(torch.arange(num_drafted))
-        else:
-            self._start_from_target(torch.arange(vocab))
+        self.set_draft_vocab(torch.arange(num_drafted))
 
     @staticmethod
     def default_taps(num_layers: int) -> tuple[int, ...]:
@@ -104,18 +88,13 @@ class Eagle3Head(FeatureHead):
     @classmethod
     def target_facts(cls, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """Read sizes; a vocabulary is as large as its map, else as the projection."""
-        named = [
-            tensors[n] for n in ("t2d", "embed_tokens.weight", "lm_head.weight") if n in tensors
-        ]
-        vocab_size = len(named[0]) if named and named[0].ndim else 1
-        return super().target_facts(tensors) | {"vocab_size": vocab_size}
+        names = ("t2d", "embed_tokens.weight", "lm_head.weight")
+        named = next((tensors[name] for name in names if name in tensors), torch.empty(1))
+        return super().target_facts(tensors) | {"vocab_size": len(named) if named.ndim else 1}
 
     @classmethod
     def check_values(cls, tensors: Mapping[str, Tensor]) -> None:
-        """Refuse a draft vocabulary whose two maps do not say the same.
-
-        `d2t` [D] holds offsets: draft id i is target id i + d2t[i]. `t2d` [V] marks these ids.
-        """
+        # `d2t` [D] holds offsets: draft id i is target id i + d2t[i]. `t2d` [V] marks these ids.
         if "d2t" not in tensors:
             return
         ids, t2d = _target_ids(tensors["d2t"].long().cpu()), tensors["t2d"].cpu()
@@ -132,11 +111,9 @@ class Eagle3Head(FeatureHead):
 
     def set_draft_vocab(self, tokens: Tensor) -> None:
         """Draft these target ids [D], ascending; their logits start as the target's."""
-        self.d2t.copy_(tokens - torch.arange(len(tokens), device=tokens.device))
-        self.t2d.zero_()[tokens] = True
-        self._start_from_target(tokens)
-
-    def _start_from_target(self, tokens: Tensor) -> None:
+        if self.options.draft_vocab_size < self.config.vocab_size:
+            self.d2t.copy_(tokens - torch.arange(len(tokens), device=tokens.device))
+            self.t2d.zero_()[tokens] = True
         if self._target_parts[1] is None:
             return
         rows = self._target_parts[1].weight
@@ -146,40 +123,28 @@ class Eagle3Head(FeatureHead):
 
     @property
     def token_map(self) -> Tensor | None:  # type: ignore[override]
-        """Target ids [D] of the draft vocabulary; None if both vocabularies are one."""
         if self.options.draft_vocab_size == self.config.vocab_size:
             return None
         return _target_ids(self.d2t)
 
     def fuse(self, hidden: dict[int, Tensor]) -> Tensor:
-        """Taps [..., H_t] to features [..., H]."""
         joined = torch.cat([hidden[tap] for tap in self.taps], -1)
-        if self.options.norm_before_fc:
-            joined = self.input_norm(joined)
-        return self.fc(joined)
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Token embeddings [..., H]."""
-        own = self.embed_tokens if self.options.own_embedding else self._target_parts[0]
-        return own(tokens)
+        return self.fc(self.input_norm(joined) if self.options.norm_before_fc else joined)
 
     def forward(
         self, tokens: Tensor, features: Tensor, positions: Tensor, mask: Any, cache: Any
     ) -> Tensor:
-        """Un-normed states [B, n, H], see `FeatureHead`."""
-        layer = self.midlayer
+        layer: Any = self.midlayer
+        embed = self.embed_tokens if self.options.own_embedding else self._target_parts[0]
         normed = layer.hidden_norm(features)
         residual = normed if self.options.norm_before_residual else features
-        pair = torch.cat([layer.input_layernorm(self.embed(tokens)), normed], -1)
-        outputs: Tensor = layer(pair, residual, self.rotary(features, positions), mask, cache)
-        return outputs
+        pair = torch.cat([layer.input_layernorm(embed(tokens)), normed], -1)
+        return layer(pair, residual, self.rotary(features, positions), mask, cache)
 
     def logits(self, outputs: Tensor) -> Tensor:
-        """Logits [..., D] in the draft vocabulary."""
         return self.lm_head(self.norm(outputs))
 
     def carry(self, outputs: Tensor) -> Tensor:
-        """The recurrent state."""
         return self.norm(outputs) if self.options.norm_output else outputs
 
     def loss(  # type: ignore[override]
@@ -199,7 +164,7 @@ class Eagle3Head(FeatureHead):
         ids = self.token_map
         best = batch.target_logits.argmax(-1)  # [B, L]
         features = self.fuse(batch.hidden)
-        for step, outputs in enumerate(rollout(self, batch.tokens, features, num_steps)):
+        for step, outputs in enumerate(self.rollout(batch.tokens, features, num_steps)):
             mask = shifted(batch.loss_mask, 2 + step)
             if ids is not None:
                 # The head cannot say these tokens; what it learned there would be noise.
@@ -212,7 +177,6 @@ class Eagle3Head(FeatureHead):
         return LossOutput(total, parts)
 
     def describe(self, given: Mapping[str, Any]) -> dict[str, str]:
-        """Say what the head reads, drafts, consists of and has."""
         said = super().describe(given)
         said["reads"] = "hidden_states 2, L // 2 and L - 3 of a target with L layers, as published"
         if given.get("taps"):

@@ -7,31 +7,33 @@ grows behind them on the head's own outputs and is written over by the next step
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import gcd
+from types import SimpleNamespace
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import field_validator
+from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
 
 from specdec.common.arguments import require_counts
-from specdec.demo import demo_path
-from specdec.drafters.backbone import Backbone
-from specdec.drafters.base import BaseDrafter, DraftShape, FixedShape, ShapeOptions
-from specdec.drafters.heads import Head, load_head
-from specdec.drafters.training import TrainingBatch, rollout
-from specdec.drafters.tree_growth import (
-    DynamicGrowth,
-    Growth,
-    StaticGrowth,
-    TreeShape,
-    child_scores,
-)
+from specdec.common.config import Config
+from specdec.drafters.base import DraftShape, ShapeOptions, Tokens, in_parts, padded
+from specdec.drafters.heads import Head, HeadDrafter, Size, load_head
+from specdec.drafters.training import TrainingBatch, shifted
+from specdec.drafters.tree_growth import DynamicGrowth, Growth, StaticGrowth, TreeShape
 from specdec.engine.interfaces import Prompts, TargetOutput
 from specdec.engine.kv_cache import SlotCache
-from specdec.engine.metrics import ForwardClock
 from specdec.sampling.sampler import Sampler
+from specdec.targets.attention import NAME as ATTENTION
 from specdec.targets.attention import Masks
 from specdec.verify import Draft, Verdict
 
@@ -41,6 +43,90 @@ CHUNK = 1024
 MAX_PENDING = 256
 # They are fed in parts, which bounds the cache of ragged rows.
 CATCH_UP = 64
+
+_SHARED = (
+    *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "rms_norm_eps", "max_position_embeddings", "vocab_size"),
+)
+
+
+class Backbone(Config):
+    """Fields of `LlamaConfig` that a head may set otherwise than its target; None follows it."""
+
+    hidden_size: Size | None = None
+    intermediate_size: Size | None = None
+    num_attention_heads: Size | None = None
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    hidden_act: str | None = None
+    rms_norm_eps: float | None = None
+    max_position_embeddings: Size | None = None
+    vocab_size: Size | None = None
+    rope_parameters: dict[str, Any] | None = None
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
+    attention_dropout: float | None = None
+
+    @field_validator("hidden_act")
+    @classmethod
+    def _is_known(cls, name: str | None) -> str | None:
+        if name is not None and name not in ACT2FN:
+            raise ValueError("must be an activation that transformers has, such as silu")
+        return name
+
+    def for_target(self, target_config: Any) -> LlamaConfig:
+        """A one-layer config as wide as the target, with the target's rotary scaling."""
+        fields: dict[str, Any] = {name: getattr(target_config, name, None) for name in _SHARED}
+        fields["intermediate_size"] = fields["intermediate_size"] or 4 * fields["hidden_size"]
+        if fields["num_key_value_heads"] is None:
+            fields["num_key_value_heads"] = fields["num_attention_heads"]
+        if rope := getattr(target_config, "rope_parameters", None):
+            # Of several kinds of layers, those of full attention; and heads rotate all of each
+            # head, whatever share of it the target rotates.
+            rope = dict(rope.get("full_attention", rope))
+            rope.pop("partial_rotary_factor", None)
+        fields |= {"rope_parameters": rope or None, "hidden_act": "silu"}
+        fields |= self.model_dump(exclude_none=True)
+        known = {name: value for name, value in fields.items() if value is not None}
+        try:
+            return LlamaConfig(**known, num_hidden_layers=1)
+        except StrictDataclassError as error:
+            reason = error.__cause__ or error
+            raise ValueError(f"the head cannot use its options, backbone: {reason}") from error
+
+    @classmethod
+    def of(cls, config: LlamaConfig) -> "Backbone":
+        """All fields of a config; biases and dropout only where it has them."""
+        fields = {name: getattr(config, name) for name in cls.model_fields}
+        optional = ("attention_bias", "mlp_bias", "attention_dropout")
+        return cls(**{name: v for name, v in fields.items() if v or name not in optional})
+
+
+class DraftLayer(nn.Module):
+    """A Llama layer whose attention may read a wider input than it writes, normed by its caller."""
+
+    def __init__(self, config: LlamaConfig, input_size: int, qkv_bias: bool = False) -> None:
+        super().__init__()
+        config._attn_implementation = ATTENTION
+        self.self_attn = LlamaAttention(config, layer_idx=0)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            size = getattr(self.self_attn, name).out_features
+            setattr(self.self_attn, name, nn.Linear(input_size, size, bias=qkv_bias))
+        self.mlp = LlamaMLP(config)
+        self.post_attention_layernorm = norm(config)
+
+    def forward(
+        self, states: Tensor, residual: Tensor, rotary: Any, mask: Any, cache: Any
+    ) -> Tensor:
+        """States [B, n, W] and residual [B, n, H] to [B, n, H]."""
+        # By place, because transformers changed the name of the cache.
+        states = residual + self.self_attn(states, rotary, mask, cache)[0]
+        return states + self.mlp(self.post_attention_layernorm(states))
+
+
+def norm(config: LlamaConfig, size: int | None = None) -> LlamaRMSNorm:
+    """An RMS norm of the layer's width, or another one."""
+    return LlamaRMSNorm(size or config.hidden_size, config.rms_norm_eps)
 
 
 class FeatureHead(Head):
@@ -84,18 +170,40 @@ class FeatureHead(Head):
         whole = logits.new_full((*logits.shape[:-1], vocab_size), float("-inf"))
         return whole.index_copy(-1, self.token_map, logits)
 
+    def rollout(
+        self, tokens: Tensor, features: Tensor, num_steps: int, window: int | None = None
+    ) -> Iterator[Tensor]:
+        """Yield the outputs [B, L, F] of each step; step k at place i predicts t_{i+2+k}.
+
+        Args:
+            tokens: [B, L] int64.
+            features: [B, L, F] of the target, fused.
+            num_steps: at least 1.
+            window: places of the text that the head may look back at; None for all of them.
+        """
+        length, cache = tokens.shape[1], _StepCache()
+        places = torch.arange(length, device=tokens.device).expand(tokens.shape)
+        mask = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
+        if window is not None:
+            mask = mask.triu(1 - window)
+        itself = torch.eye(length, dtype=torch.bool, device=tokens.device)
+        for step in range(num_steps):
+            shown = mask[None, None]  # [1, 1, L, (step + 1) * L]
+            outputs = self(shifted(tokens, 1 + step), features, places + step, shown, cache)
+            yield outputs
+            features, mask = self.carry(outputs), torch.cat([mask, itself], 1)
+
     def candidates(self, batch: TrainingBatch, depth: int, width: int) -> Tensor:
         """Feed the head the text's tokens and its own outputs, and take its likeliest ids."""
         levels = []
-        for outputs in rollout(self, batch.tokens, self.fuse(batch.hidden), depth):
+        for outputs in self.rollout(batch.tokens, self.fuse(batch.hidden), depth):
             logits = self.logits(outputs)
             best = logits.topk(min(width, logits.shape[-1]), -1).indices
             levels.append(best if self.token_map is None else self.token_map[best])
         return torch.stack(levels, 2)
 
     def guesses(self, batch: TrainingBatch, mask: Tensor) -> Tensor:
-        """Guess the token two places ahead of every place of a mask."""
-        (outputs,) = rollout(self, batch.tokens, self.fuse(batch.hidden), 1)
+        (outputs,) = self.rollout(batch.tokens, self.fuse(batch.hidden), 1)
         return self.spread(self.logits(outputs[mask]), batch.target_logits.shape[-1])
 
     @classmethod
@@ -103,8 +211,9 @@ class FeatureHead(Head):
         """Sizes of a layer as wide as the target's, read off its matrices."""
 
         def rows(ending: str) -> int:
-            found = [t.shape[0] for n, t in tensors.items() if n.endswith(ending) and t.ndim]
-            return found[0] if found else 1
+            return next(
+                (t.shape[0] for n, t in tensors.items() if n.endswith(ending) and t.ndim), 1
+            )
 
         queries, keys = rows("q_proj.weight"), rows("k_proj.weight")
         head_dim = gcd(queries, keys) or 1
@@ -117,7 +226,6 @@ class FeatureHead(Head):
         }
 
     def sizes(self) -> dict[str, int]:
-        """Sizes of the layer and of what surrounds it."""
         layer = self.options.backbone
         return {
             "hidden_size": layer.hidden_size,
@@ -138,6 +246,18 @@ class FeatureHead(Head):
         return said | {"layer": ", ".join(f"{name} {value}" for name, value in facts.items())}
 
 
+class _StepCache:
+    """Keys and values of all steps so far, with their gradients, for layers that expect a cache."""
+
+    def __init__(self) -> None:
+        self._states: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kw: Any) -> tuple[Tensor, ...]:
+        """Add a step's keys and values [B, heads, L, head_dim]; returns those of all steps."""
+        self._states.append((keys, values))
+        return tuple(torch.cat(parts, 2) for parts in zip(*self._states, strict=True))
+
+
 class Pending:
     """Committed tokens [B, n] of some steps with their taps, in ragged rows.
 
@@ -145,58 +265,50 @@ class Pending:
     """
 
     def __init__(self) -> None:
-        self._parts: list[tuple[Tensor, dict[int, Tensor], list[int]]] = []
+        # Tokens and taps [B, n, ...] of each step, and how many of them count in each row.
+        self._parts: list[tuple[list[Tensor], list[int]]] = []
         self.num_columns = 0  # of all parts; no row has more entries
 
-    def add(self, tokens: Tensor, taps: dict[int, Tensor], counts: Sequence[int]) -> None:
-        """Add a step: tokens [B, n], each tap [B, n, H]; the first `counts[b]` of row b count."""
-        self._parts.append((tokens, taps, list(counts)))
-        self.num_columns += tokens.shape[1]
+    def add(self, values: list[Tensor], counts: list[int]) -> None:
+        """Add a step's tokens [B, n] and taps [B, n, H]; the first `counts[b]` of row b count."""
+        self._parts.append((values, counts))
+        self.num_columns += values[0].shape[1]
 
     def join(self, num_rows: int) -> None:
         """Let rows without an entry come behind the others."""
-
-        def longer(values: Tensor) -> Tensor:
-            return torch.cat([values, values.new_zeros(num_rows, *values.shape[1:])])
-
-        self._parts = [
-            (longer(tokens), {tap: longer(h) for tap, h in taps.items()}, counts + [0] * num_rows)
-            for tokens, taps, counts in self._parts
-        ]
+        for values, counts in self._parts:
+            values[:] = [torch.cat([v, v.new_zeros(num_rows, *v.shape[1:])]) for v in values]
+            counts += [0] * num_rows
 
     def reorder(self, rows: Tensor) -> None:
-        """Keep these rows."""
         kept = rows.tolist()
-        self._parts = [
-            (tokens[rows], {tap: h[rows] for tap, h in taps.items()}, [counts[row] for row in kept])
-            for tokens, taps, counts in self._parts
-        ]
+        for values, counts in self._parts:
+            values[:] = [value[rows] for value in values]
+            counts[:] = [counts[row] for row in kept]
 
-    def take(self) -> tuple[Tensor, dict[int, Tensor], list[int]]:
+    def take(self) -> tuple[list[Tensor], list[int]]:
         """All parts as one, every row's entries moved up behind each other; forgets them."""
         parts, self._parts, self.num_columns = self._parts, [], 0
         if len(parts) == 1:
             return parts[0]
-        tokens = torch.cat([part[0] for part in parts], 1)
-        taps = {tap: torch.cat([part[1][tap] for part in parts], 1) for tap in parts[0][1]}
-        counts = [sum(row) for row in zip(*(part[2] for part in parts), strict=True)]
-        if min(counts) == tokens.shape[1]:
-            return tokens, taps, counts
-        is_padding = [
-            torch.arange(part.shape[1]) >= torch.tensor(lengths).unsqueeze(1)
-            for part, _, lengths in parts
-        ]
-        # A stable sort moves padding to the end and keeps the order of the entries.
-        order = torch.cat(is_padding, 1).to(torch.uint8).argsort(dim=1, stable=True)
-        order = order[:, : max(counts)].to(tokens.device)  # [B, longest]
-        taps = {
-            tap: h.gather(1, order.unsqueeze(2).expand(-1, -1, h.shape[2]))
-            for tap, h in taps.items()
-        }
-        return tokens.gather(1, order), taps, counts
+        columns, lengths = zip(*parts, strict=True)
+        values = [torch.cat(each, 1) for each in zip(*columns, strict=True)]
+        counts = [sum(row) for row in zip(*lengths, strict=True)]
+        if min(counts) < values[0].shape[1]:
+            is_padding = [
+                torch.arange(tokens.shape[1]) >= torch.tensor(part).unsqueeze(1)
+                for (tokens, *_), part in parts
+            ]
+            # A stable sort moves padding to the end and keeps the order of the entries.
+            order = torch.cat(is_padding, 1).to(torch.uint8).argsort(dim=1, stable=True)
+            order = order[:, : max(counts)].to(values[0].device)  # [B, longest]
+            tokens, *taps = values
+            taps = [torch.take_along_dim(tap, order.unsqueeze(2), 1) for tap in taps]
+            values = [tokens.gather(1, order), *taps]
+        return values, counts
 
 
-class FeatureDrafter(BaseDrafter):
+class FeatureDrafter(HeadDrafter):
     """Drafts trees with a head that reads the target's hidden states.
 
     Args:
@@ -208,7 +320,6 @@ class FeatureDrafter(BaseDrafter):
             its trained length, because rotary positions matter by their distance only.
     """
 
-    trained_as = "head"
     shape_options: ClassVar[ShapeOptions] = ShapeOptions(
         {"depth": "depth", "width": "width", "nodes": "max_nodes"}, ("chain", "tree"), ("choices",)
     )
@@ -235,29 +346,25 @@ class FeatureDrafter(BaseDrafter):
             force: take a head that was trained for another target of the same shape.
         """
         shape = TreeShape(depth, width, max_nodes, choices, children)
-        where = str(demo_path(cls.kind)) if path == "demo" else path
-        head: Any = load_head(cls.kind, target, where, force=force)[0]
+        head, _ = load_head(cls.kind, target, path, force=force)
         return cls(head, target.vocab_size, shape, window)
 
     def __init__(
         self, head: FeatureHead, vocab_size: int, shape: TreeShape, window: int | None = None
     ) -> None:
         require_counts(2**30, window=window)
-        self.head, self.vocab_size, self.shape, self.window = head, vocab_size, shape, window
-        self.taps, self.children = head.taps, shape.children
-        self.device = next(head.parameters()).device
-        self.clock = ForwardClock(self.device)
-        ids = head.token_map
-        num_tokens = vocab_size if ids is None else len(ids)
-        self._static = shape.static_plan(num_tokens, self.device) if shape.is_static else None
-        self.max_nodes = self._static.num_nodes if self._static else shape.max_nodes
-        self.makes_trees = not (self._static and self._static.is_chain)
-        self._masks = Masks(_WindowConfig(window), self.device)
+        super().__init__(head, vocab_size, shape)
+        self.window = window
+        config = SimpleNamespace(layer_types=None, sliding_window=window)
+        self._masks = Masks(config, self.device)
         self.cache = SlotCache(1, 1, 1, self.device)
         self._pending = Pending()
         self._reserved: int | None = None  # slots of the next batch's rows
         self._outputs = torch.empty(0, device=self.device)  # [B, F]
-        self._num_committed = torch.empty(0, dtype=torch.long, device=self.device)  # [B]
+        # Entries that stand behind the committed ones at most.
+        self._num_fed = max(
+            CATCH_UP, self.plan.num_nodes if self.plan else shape.width * shape.depth
+        )
 
     def begin(
         self, prompts: Prompts, output: TargetOutput, sampler: Sampler, *, join: bool = False
@@ -268,85 +375,68 @@ class FeatureDrafter(BaseDrafter):
         else:
             self._pending = Pending()
         running = self.cache if join else None  # or else it must not stay beside the new one
-        outputs, num_committed = self._outputs, self._num_committed
-        lengths = [len(prompt) - 1 for prompt in prompts]
+        outputs, lengths = self._outputs, [len(prompt) - 1 for prompt in prompts]
         longest = max(lengths)
         capacity = max(2 * longest, 128) if self._reserved is None else self._reserved
         self.cache = SlotCache(1, len(prompts), max(longest, capacity), self.device)
         self._reserved = None
-        rows = [[*p[1:], *[0] * (longest - n)] for p, n in zip(prompts, lengths, strict=True)]
-        tokens = torch.tensor(rows, device=self.device)
+        tokens = torch.tensor(padded([prompt[1:] for prompt in prompts], 0), device=self.device)
         with self.clock.forward():
             features = self.head.fuse(output.hidden)  # [B, longest, F]
         self._outputs = features.new_zeros(len(prompts), self.head.config.hidden_size)
-        self._num_committed = torch.tensor([len(p) for p in prompts], device=self.device)
-        self._feed_in_parts(tokens, features, lengths, CHUNK)
+        self._feed(tokens, features, lengths, CHUNK)
         if running:
             running.append(self.cache)
-            self.cache = running
-            self._outputs = torch.cat([outputs, self._outputs])
-            self._num_committed = torch.cat([num_committed, self._num_committed])
+            self.cache, self._outputs = running, torch.cat([outputs, self._outputs])
 
     def propose(self, root: Tensor, budget: Sequence[int], sampler: Sampler) -> Draft:
         """Grow a tree behind the root, each level one forward over the beam."""
         if max(budget) < 1:
             return Draft.empty(len(root), root.device)
         self._catch_up()
-        growth = self._start_growth(max(budget), sampler)
+        growth: Growth
+        if self.plan:
+            counters = self.cache.device_lengths + 1
+            growth = StaticGrowth(self.plan, self.children, max(budget), sampler, counters)
+        else:
+            num_levels = min(self.shape.depth, max(budget))
+            growth = DynamicGrowth(self.shape.width, self.max_nodes, num_levels, sampler)
+        in_own_vocabulary = sampler.is_plain and self.children == "top"
         outputs = self._outputs.unsqueeze(1)  # [B, beam, F]
-        with self.clock.forward():
-            logits = self.head.logits(outputs)
-        growth.add_level(*self._scores(logits, growth, sampler))
-        while not growth.is_done:
+        for level in range(growth.num_levels):
             with self.clock.forward():
-                outputs = self._feed_beam(outputs, growth.origin, *growth.newest)
+                if level:
+                    outputs = self._feed_beam(outputs, growth)
                 logits = self.head.logits(outputs)
-            growth.add_level(*self._scores(logits, growth, sampler))
+            if in_own_vocabulary:
+                growth.add_level(logits, self.head.token_map)
+            else:
+                growth.add_level(self.head.spread(logits, self.vocab_size))
         return growth.draft(budget)
 
-    def _start_growth(self, budget: int, sampler: Sampler) -> Growth:
-        """Begin a tree without levels that the largest of the rows' budgets cannot pay for."""
-        if self._static:
-            return StaticGrowth(self._static, self.children, budget, sampler, self._num_committed)
-        shape = self.shape
-        return DynamicGrowth(shape.width, shape.max_nodes, min(shape.depth, budget))
-
-    def observe(
-        self, verdict: Verdict, committed: Sequence[Sequence[int]], hidden: dict[int, Tensor]
-    ) -> None:
+    def observe(self, verdict: Verdict, committed: Tokens, hidden: dict[int, Tensor]) -> None:
         """Keep the true features of the root and the accepted path until a draft is asked for."""
         if self._pending.num_columns >= MAX_PENDING:
             self._catch_up()
         num_new = max(map(len, committed))
-        taps = {tap: hidden[tap] for tap in self.taps}
+        taps = [hidden[tap] for tap in self.taps]
         if verdict.path.shape[1]:
             places = pad(verdict.path + 1, (1, 0)).clamp(min=0)  # [B, D + 1]
             places = places[:, :num_new].unsqueeze(2)
-            taps = {
-                tap: states.gather(1, places.expand(-1, -1, states.shape[2]))
-                for tap, states in taps.items()
-            }
+            taps = [torch.take_along_dim(tap, places, 1) for tap in taps]
         tokens = verdict.tokens[:, :num_new].clamp(min=0)
-        self._pending.add(tokens, taps, [len(new) for new in committed])
-        self._num_committed = self._num_committed + verdict.num_accepted + 1
+        self._pending.add([tokens, *taps], [len(new) for new in committed])
 
     def reorder(self, rows: Tensor) -> None:
-        """Keep these rows."""
         self.cache.reorder(rows)
-        self._outputs, self._num_committed = self._outputs[rows], self._num_committed[rows]
+        self._outputs = self._outputs[rows]
         self._pending.reorder(rows)
 
     @property
     def draft_shape(self) -> DraftShape:
-        """The shape of its drafts."""
         depth = min(self.shape.depth, self.max_nodes)
         width = self.shape.width if self.makes_trees else 1
         return DraftShape(depth, width, self.max_nodes, self.makes_trees)
-
-    @property
-    def fixed_shape(self) -> FixedShape | None:
-        """The static tree; a dynamic one chooses its nodes."""
-        return FixedShape(self._static.tree, self.children) if self._static else None
 
     def forced(
         self, tokens: Tensor, hidden: dict[int, Tensor], depth: int, first: int
@@ -355,26 +445,21 @@ class FeatureDrafter(BaseDrafter):
         row = {tap: states.unsqueeze(0) for tap, states in hidden.items()}
         features = self.head.fuse(row)  # [1, L, F]
         num_levels = min(depth, len(tokens) - 1 - first)
-        outputs = rollout(self.head, tokens.unsqueeze(0), features, num_levels, self.window)
+        outputs = self.head.rollout(tokens.unsqueeze(0), features, num_levels, self.window)
         for level, states in enumerate(outputs):
             logits = self.head.logits(states[0, first : len(tokens) - 1 - level])
             yield self.head.spread(logits, self.vocab_size)
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of keys and values that are allocated now."""
         return self.cache.num_bytes
 
     def bytes_for(self, num_rows: int, num_slots: int) -> int:
-        """Count the bytes for so many rows with so many committed tokens."""
-        config = self.head.config
-        dtype = next(self.head.parameters()).dtype
-        heads = config.num_key_value_heads or config.num_attention_heads
-        size = config.head_dim or config.hidden_size // config.num_attention_heads
-        return num_rows * (num_slots + self._num_fed) * 2 * heads * size * dtype.itemsize
+        layer, dtype = self.head.options.backbone, next(self.head.parameters()).dtype
+        size = 2 * layer.num_key_value_heads * layer.head_dim * dtype.itemsize
+        return num_rows * (num_slots + self._num_fed) * size
 
     def reserve(self, num_rows: int, num_slots: int, *, join: bool) -> None:
-        """Allocate exactly this much for the next batch, or for the running one."""
         # What joins is cached apart at first, as tightly as it can be.
         self._reserved = 0 if join else num_slots + self._num_fed
         if join:
@@ -383,75 +468,42 @@ class FeatureDrafter(BaseDrafter):
             self.cache = SlotCache(1, 1, 1, self.device)
 
     def wipe(self, rows: Sequence[int]) -> None:
-        """Zero rows that may hold NaN."""
         self.cache.wipe(rows)
-
-    @property
-    def _num_fed(self) -> int:
-        """Entries that stand behind the committed ones at most."""
-        tree = self._static.num_nodes if self._static else self.shape.width * self.shape.depth
-        return max(CATCH_UP, tree)
 
     def _catch_up(self) -> None:
         """Feed what is committed but not cached."""
         if not self._pending.num_columns:
             return
-        tokens, taps, counts = self._pending.take()
+        (tokens, *taps), counts = self._pending.take()
         with self.clock.forward():
-            features = self.head.fuse(taps)
-        self._feed_in_parts(tokens, features, counts, CATCH_UP)
+            features = self.head.fuse(dict(zip(self.taps, taps, strict=True)))
+        self._feed(tokens, features, counts, CATCH_UP)
 
-    def _feed_in_parts(
-        self, tokens: Tensor, features: Tensor, counts: Sequence[int], size: int
-    ) -> None:
-        for start in range(0, max(counts), size):
-            end = min(start + size, max(counts))
-            left = [min(max(n - start, 0), end - start) for n in counts]
-            self._feed(tokens[:, start:end], features[:, start:end], left)
-
-    def _feed(self, tokens: Tensor, features: Tensor, counts: Sequence[int]) -> None:
+    def _feed(self, tokens: Tensor, features: Tensor, counts: Sequence[int], size: int) -> None:
         """Cache the first `counts[b]` of the pairs [B, n]; keep the last ones' outputs [B, F]."""
-        width = tokens.shape[1]
-        self.cache.open(width)
-        offsets = torch.arange(width, device=self.device)
-        positions = self.cache.device_lengths.unsqueeze(1) + offsets
-        mask = self._masks.chain(self.cache, width)
-        with self.clock.forward():
-            outputs = self.head(tokens, features, positions, mask, self.cache)
-        self.cache.extend(counts)
-        fed = torch.tensor(counts, device=self.device)
-        last = outputs[torch.arange(len(counts), device=self.device), (fed - 1).clamp(min=0)]
-        self._outputs = torch.where((fed > 0).unsqueeze(1), last, self._outputs)
+        for columns, left in in_parts(counts, size):
+            new = tokens[:, columns]
+            width = new.shape[1]
+            self.cache.open(width)
+            offsets = torch.arange(width, device=self.device)
+            positions = self.cache.device_lengths.unsqueeze(1) + offsets
+            mask = self._masks.chain(self.cache, width)
+            with self.clock.forward():
+                outputs = self.head(new, features[:, columns], positions, mask, self.cache)
+            self.cache.extend(left)
+            fed = torch.tensor(left, device=self.device)
+            last = outputs[torch.arange(len(left), device=self.device), (fed - 1).clamp(min=0)]
+            self._outputs = torch.where((fed > 0).unsqueeze(1), last, self._outputs)
 
-    def _feed_beam(
-        self, outputs: Tensor, origin: Tensor, tokens: Tensor, visible: Tensor, levels: Tensor
-    ) -> Tensor:
+    def _feed_beam(self, outputs: Tensor, growth: Growth) -> Tensor:
         """One level: the newest beam on its parents' outputs [B, beam before, F]."""
+        tokens, visible, levels = growth.newest
         batch, num_new, num_open = visible.shape
-        index = origin.unsqueeze(2).expand(-1, -1, outputs.shape[2])
-        features = self.head.carry(outputs.gather(1, index))
+        features = self.head.carry(torch.take_along_dim(outputs, growth.origin.unsqueeze(2), 1))
         self.cache.open(num_new, behind=num_open - num_new)
-        newest = levels[num_open - num_new :]
-        positions = self.cache.device_lengths.unsqueeze(1) + newest
+        positions = self.cache.device_lengths.unsqueeze(1) + levels[num_open - num_new :]
         # A window counts committed entries: the whole tree looks back from the last of them, so
         # that deep nodes see no fewer than shallow ones, and always their own path.
         places = torch.full_like(levels, -1).expand(batch, -1)
         mask = self._masks.tree(self.cache, visible, places)
         return self.head(tokens, features, positions, mask, self.cache)
-
-    def _scores(
-        self, logits: Tensor, growth: Growth, sampler: Sampler
-    ) -> tuple[Tensor, Tensor | None]:
-        """Scores of the candidates, and the token ids of their columns if they are not ids."""
-        if sampler.is_plain and self.children == "top":
-            return logits, self.head.token_map
-        return child_scores(growth, self.head.spread(logits, self.vocab_size), sampler), None
-
-
-class _WindowConfig:
-    """The one thing that masks ask of a config."""
-
-    layer_types = None
-
-    def __init__(self, window: int | None) -> None:
-        self.sliding_window = window

@@ -1,4 +1,4 @@
-"""Draft heads: what a trainable module says of itself, and how one is built and loaded."""
+"""Draft heads: what a trainable module says of itself, how it is built, loaded and drafted with."""
 
 from collections.abc import Mapping
 from inspect import signature
@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from specdec.checkpoints import HeadCheckpoint, check_target, identify_target, read_head
 from specdec.checkpoints.head import construct, take_tensors
 from specdec.common.config import Config, validated
+from specdec.demo import demo_path
+from specdec.drafters.base import BaseDrafter, FixedShape
 from specdec.drafters.training import LossOutput, TrainingBatch
+from specdec.drafters.tree_growth import StaticPlan, TreeShape
+from specdec.engine.metrics import ForwardClock
 from specdec.targets.load import LOADING
 
 # Far above any real size, and small enough that shapes of a damaged config still fit 64 bits.
@@ -52,11 +56,7 @@ class Head(nn.Module):
 
     @classmethod
     def given(cls, options: Mapping[str, Any]) -> Any:
-        """Check options from JSON, YAML or Python.
-
-        Raises:
-            ValueError: the option, its value and the rule.
-        """
+        """Check options from JSON, YAML or Python."""
         plain = {key: list(v) if isinstance(v, tuple) else v for key, v in options.items()}
         return validated(cls.Options, plain, "head option")
 
@@ -72,11 +72,7 @@ class Head(nn.Module):
 
     @classmethod
     def check_values(cls, tensors: Mapping[str, Tensor]) -> None:
-        """Refuse tensors of the right shapes whose values cannot be meant.
-
-        Raises:
-            ValueError: the tensor and the rule.
-        """
+        """Refuse, with a ValueError, tensors of the right shapes whose values cannot be meant."""
 
     def loss(self, batch: TrainingBatch, **options: Any) -> LossOutput:
         """The loss that the head is trained with; a subclass names its options."""
@@ -103,19 +99,13 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def sizes(self) -> dict[str, int]:
-        """Sizes of the head by name."""
         known = self.options.model_dump(exclude_none=True)
         return {name: value for name, value in known.items() if name.endswith("_size")}
 
     def describe(self, given: Mapping[str, Any]) -> dict[str, str]:
-        """Say what the head reads, drafts, consists of and has.
-
-        Args:
-            given: options that its checkpoint states itself.
-        """
-        fields = type(self.options).model_fields
+        """Say what the head reads, drafts, consists of and has; a checkpoint states `given`."""
+        fields, sizes = type(self.options).model_fields, self.sizes()
         flags = [f.description for name, f in fields.items() if getattr(self.options, name) is True]
-        sizes = self.sizes()
         size = sizes.get("vocab_size")
         return {
             "reads": "the last hidden state of the target, behind its final norm",
@@ -126,48 +116,30 @@ class Head(nn.Module):
 
 
 def build_head(kind: str, options: Mapping[str, Any], target: Any) -> Head:
-    """Build a new head for a target, in float32 on its device.
-
-    Args:
-        kind: a strategy with a head.
-        options: fields of the head's `Options`.
-        target: an `HFTarget`.
-
-    Raises:
-        ValueError: no such kind, or an option that it does not have or cannot use.
-    """
+    """Build a new head for an `HFTarget`, in float32 on its device."""
     parts = target.model.get_input_embeddings(), target.model.get_output_embeddings()
     head: Head = construct(kind, options, target.config, *parts)
     return head.to(target.device)
 
 
 def fill_head(head: Head, tensors: Mapping[str, Tensor], path: str) -> None:
-    """Give a head its tensors, all of them and no others.
-
-    Raises:
-        ValueError: the first tensor that is missing, left over, mis-shaped or not finite, by name.
-    """
+    """Give a head its tensors, all of them and no others."""
     head.load_state_dict(take_tensors(path, tensors, head))
 
 
 def load_head(
     kind: str, target: Any, path: str, *, force: bool = False, dtype: torch.dtype | None = None
-) -> tuple[Head, HeadCheckpoint]:
-    """Load a head for a target, in eval mode and the target's dtype.
+) -> tuple[Any, HeadCheckpoint]:
+    """Load a head for an `HFTarget`, in eval mode and the target's dtype.
 
     Args:
         kind: strategy that the head must be of.
-        target: an `HFTarget`.
-        path: folder or hub id in any known layout.
+        target: the model it drafts for.
+        path: folder or hub id in any known layout; "demo" for the embedded head.
         force: take a head that was trained for another target of the same shape.
         dtype: dtype of the head; None for the target's.
-
-    Raises:
-        FileNotFoundError: no such checkpoint.
-        ValueError: a head of another kind or for another target; tensors that are missing, left
-            over, of a wrong shape or not finite.
     """
-    checkpoint = read_head(path)
+    checkpoint = read_head(str(demo_path(kind)) if path == "demo" else path)
     if checkpoint.kind != kind:
         raise ValueError(
             f"{path!r} holds a head of the kind {checkpoint.kind!r}, not {kind!r}; load it with "
@@ -178,3 +150,31 @@ def load_head(
         head = build_head(kind, checkpoint.options, target)
     fill_head(head, checkpoint.tensors, path)
     return head.to(dtype or target.model.dtype).eval(), checkpoint
+
+
+class HeadDrafter(BaseDrafter):
+    """Drafts trees with a head.
+
+    Args:
+        head: in eval mode, on the target's device.
+        vocab_size: V of the target.
+        shape: the tree; static, and no deeper than the head, where the head is bound to a depth.
+    """
+
+    trained_as = "head"
+    plan: StaticPlan | None  # None for a dynamic tree
+
+    def __init__(self, head: Any, vocab_size: int, shape: TreeShape) -> None:
+        self.head, self.vocab_size, self.shape = head, vocab_size, shape
+        self.taps, self.children = head.taps, shape.children
+        self.device = next(head.parameters()).device
+        self.clock = ForwardClock(self.device)
+        self.plan, self.max_nodes, self.makes_trees = None, shape.max_nodes, True
+        if shape.is_static or head.max_depth:
+            num_tokens = vocab_size if head.token_map is None else len(head.token_map)
+            self.plan = StaticPlan(shape.static_tree(num_tokens, self.device))
+            self.max_nodes, self.makes_trees = self.plan.num_nodes, not self.plan.is_chain
+
+    @property
+    def fixed_shape(self) -> FixedShape | None:
+        return FixedShape(self.plan.tree, self.children) if self.plan else None

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, ClassVar
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from specdec.common.arguments import require_counts
-from specdec.drafters.base import BaseDrafter, ShapeOptions
+from specdec.drafters.base import CachePasser, ShapeOptions, Tokens
+from specdec.drafters.tree_growth import selected
 from specdec.engine.interfaces import Drafter, HoldsCache, Prompts, TargetOutput
 from specdec.sampling.sampler import Sampler
 from specdec.verify import Draft, Verdict, best_first
@@ -23,27 +25,23 @@ class Calibration:
     """Acceptance by source and confidence, as counts.
 
     A node's confidence here is the conditional one: that it is the child the target takes, given
-    that its parent was taken.
-
-    Args:
-        num_sources: S.
-        device: where the counts are.
+    that its parent was taken. S sources.
     """
 
     def __init__(self, num_sources: int, device: torch.device) -> None:
         centres = (torch.arange(NUM_BINS, device=device) + 0.5) / NUM_BINS
-        self._shown = torch.full((num_sources, NUM_BINS), PRIOR_WEIGHT, device=device)
-        self._taken = PRIOR_WEIGHT * centres.expand(num_sources, -1)
+        self._shown = torch.full((num_sources * NUM_BINS,), PRIOR_WEIGHT, device=device)
+        self._taken = PRIOR_WEIGHT * centres.repeat(num_sources)
         self._first = NUM_BINS * torch.arange(num_sources, device=device)
 
     def _bins(self, confidence: Tensor) -> Tensor:
-        """Flat index of each source's [S, ...] confidences in the counts."""
+        """Index of each source's [S, ...] confidences in the counts."""
         bins = (confidence * NUM_BINS).long().clamp(0, NUM_BINS - 1)
         return bins + self._first.view(-1, *[1] * (confidence.dim() - 1))
 
     def acceptance(self, confidence: Tensor) -> Tensor:
         """Estimated acceptance [S, ...] of nodes with these conditional confidences [S, ...]."""
-        return (self._taken / self._shown).flatten()[self._bins(confidence)]
+        return (self._taken / self._shown)[self._bins(confidence)]
 
     def add(self, confidence: Tensor, counted: Tensor, taken: Tensor) -> None:
         """Learn from judged nodes.
@@ -54,10 +52,8 @@ class Calibration:
             taken: [...] bool, nodes on the accepted path.
         """
         bins = self._bins(confidence).flatten()
-        shown = counted.flatten().to(self._shown.dtype)
-        accepted = (counted & taken).flatten().to(shown.dtype)
-        self._shown = self._shown.flatten().index_add(0, bins, shown).view_as(self._shown)
-        self._taken = self._taken.flatten().index_add(0, bins, accepted).view_as(self._taken)
+        self._shown = self._shown.index_add(0, bins, counted.flatten().float())
+        self._taken = self._taken.index_add(0, bins, (counted & taken).flatten().float())
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,52 +80,41 @@ class Pool:
         return pad(values, (1, 0), value=root).gather(-1, index)
 
 
-def merge_drafts(drafts: Sequence[Draft]) -> Pool:
-    """Join drafts of chosen tokens for the same rows.
-
-    Args:
-        drafts: at least one; each with a confidence, or its nodes count as certain.
-    """
-    tokens, parents, real = _parts(drafts[0])
-    confidences = [_confidence(drafts[0])]
-    depth = drafts[0].depth
-    for draft in drafts[1:]:
-        own_tokens, own_parents, own_real = _parts(draft)
-        size = tokens.shape[1]
-        place = torch.arange(size, size + draft.num_nodes, device=tokens.device)
-        place = place.expand(own_tokens.shape)
-        above = torch.where(own_parents < 0, -1, own_parents + size)
-        can_match = real.unsqueeze(1) & own_real.unsqueeze(2)
-        can_match = can_match & (tokens.unsqueeze(1) == own_tokens.unsqueeze(2))  # [B, n, M]
-        # A node stands in the pool if its parent does and a sibling there has its token: after
-        # round d that is settled down to depth d.
-        for _ in range(min(depth, draft.depth)):
-            equal = can_match & (parents.unsqueeze(1) == above.unsqueeze(2))
-            is_there, where = equal.max(2)
-            place = torch.where(is_there, where, place)
-            above = torch.where(own_parents < 0, -1, place.gather(1, own_parents.clamp(min=0)))
-        is_new = own_real & (place >= size)
-        tokens = torch.cat([tokens, own_tokens], 1)
-        parents = torch.cat([parents, above], 1)
-        real = torch.cat([real, is_new], 1)
-        confidences = [pad(confidence, (0, draft.num_nodes)) for confidence in confidences]
-        own = torch.zeros_like(confidences[0])
-        confidences.append(own.scatter_add(1, place, _confidence(draft) * own_real))
-        depth = max(depth, draft.depth)
-    return Pool(tokens, parents, real, torch.stack(confidences), depth)
+def pool_of(draft: Draft) -> Pool:
+    """A draft of chosen tokens as a pool; without a confidence its nodes count as certain."""
+    real, confidence = draft.real_nodes(), draft.confidence
+    if confidence is None:
+        confidence = torch.ones_like(draft.tokens, dtype=torch.float32)
+    confidence = (confidence.float() * real).unsqueeze(0)
+    return Pool(draft.tokens, draft.explicit_parents(), real, confidence, draft.depth)
 
 
-def _parts(draft: Draft) -> tuple[Tensor, Tensor, Tensor]:
-    return draft.tokens, draft.explicit_parents(), draft.real_nodes()
+def join(pool: Pool, new: Pool) -> Pool:
+    """Add the pool of one more source for the same rows."""
+    size, count = pool.tokens.shape[1], new.tokens.shape[1]
+    place = torch.arange(size, size + count, device=new.tokens.device).expand(new.tokens.shape)
+    above = torch.where(new.parents < 0, -1, new.parents + size)
+    can_match = pool.real.unsqueeze(1) & new.real.unsqueeze(2)
+    can_match = can_match & (pool.tokens.unsqueeze(1) == new.tokens.unsqueeze(2))  # [B, n, M]
+    # A node stands in the pool if its parent does and a sibling there has its token: after round d
+    # that is settled down to depth d.
+    for _ in range(min(pool.depth, new.depth)):
+        equal = can_match & (pool.parents.unsqueeze(1) == above.unsqueeze(2))
+        is_there, where = equal.max(2)
+        place = torch.where(is_there, where, place)
+        above = torch.where(new.parents < 0, -1, place.gather(1, new.parents.clamp(min=0)))
+    confidence = pad(pool.confidence, (0, count))
+    own = torch.zeros_like(confidence[0]).scatter_add(1, place, new.confidence[0])
+    return Pool(
+        torch.cat([pool.tokens, new.tokens], 1),
+        torch.cat([pool.parents, above], 1),
+        torch.cat([pool.real, new.real & (place >= size)], 1),
+        torch.cat([confidence, own.unsqueeze(0)]),
+        max(pool.depth, new.depth),
+    )
 
 
-def _confidence(draft: Draft) -> Tensor:
-    if draft.confidence is None:
-        return torch.ones_like(draft.tokens, dtype=torch.float32)
-    return draft.confidence.float() * draft.real_nodes()
-
-
-class HybridDrafter(BaseDrafter):
+class HybridDrafter(CachePasser):
     """Merges the drafts of two or more drafters, equal paths joined, the likeliest nodes kept.
 
     How likely a node is, is its drafter's confidence, corrected by how often such nodes were
@@ -168,76 +153,60 @@ class HybridDrafter(BaseDrafter):
         # Conditional confidences [S, B, N] and parents [B, N] of a merged draft.
         self._merged: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def _holders(self) -> list[HoldsCache]:  # type: ignore[override]
+        return [drafter for drafter in self.drafters if isinstance(drafter, HoldsCache)]
+
     def begin(
         self, prompts: Prompts, output: TargetOutput, sampler: Sampler, *, join: bool = False
     ) -> None:
-        """Let all of them begin."""
         for drafter in self.drafters:
             drafter.begin(prompts, output, sampler, join=join)
 
     def propose(self, root: Tensor, budget: Sequence[int], sampler: Sampler) -> Draft:
         """Ask all of them, and keep the likeliest nodes."""
         drafts = self._ask(root, budget, sampler)
-        present = [source for source, draft in enumerate(drafts) if draft.num_nodes]
+        present = [draft for draft in drafts if draft.num_nodes]
         self._merged = None
         if not present:
             return drafts[0]
-        only = drafts[present[0]]
-        if len(present) == 1 and only.num_nodes <= self.max_nodes:
-            return only
+        if len(present) == 1 and present[0].num_nodes <= self.max_nodes:
+            return present[0]
         if self._calibration is None:
             self._calibration = Calibration(len(self.drafters), root.device)
-        pool = merge_drafts(drafts)
+        pool = reduce(join, map(pool_of, drafts))
         conditional = pool.confidence / pool.above(pool.confidence, 1.0).clamp(min=1e-9)
-        kept = best_first(
-            self._scores(pool, conditional),
-            pool.parents,
-            self.max_nodes,
-            torch.tensor(budget, device=root.device),
-        )
-        nodes = kept.nodes.clamp(min=0)
-        shown = conditional.gather(2, nodes.expand(len(conditional), -1, -1))
-        self._merged = (shown.masked_fill(kept.nodes < 0, 0.0), kept.parents)
-        tokens = pool.tokens.gather(1, nodes).masked_fill(kept.nodes < 0, -1)
-        return Draft.tree(tokens, kept.parents, kept.lengths, pool.depth)
+        acceptance = self._calibration.acceptance(conditional) if self.calibrate else conditional
+        # Of every candidate's path, the log of its acceptance [B, M].
+        scores = step = torch.where(pool.confidence > 0, acceptance, 0.0).amax(0).log()
+        for _ in range(pool.depth - 1):
+            scores = step + pool.above(scores, 0.0)
+        scores = scores.masked_fill(~pool.real, float("-inf"))
+        row_budgets = torch.tensor(budget, device=root.device)
+        kept = best_first(scores, pool.parents, self.max_nodes, row_budgets)
+        nodes = kept.nodes.clamp(min=0).expand(len(conditional), -1, -1)
+        shown = conditional.gather(2, nodes).masked_fill(kept.nodes < 0, 0.0)
+        self._merged = shown, kept.parents
+        return selected(kept, pool.tokens, pool.depth)
 
     def _ask(self, root: Tensor, budget: Sequence[int], sampler: Sampler) -> list[Draft]:
         """Every drafter's draft, an empty one where it was not asked."""
-        drafts: list[Draft] = []
-        for drafter in self.drafters:
+        drafts = [Draft.empty(len(root), root.device)] * len(self.drafters)
+        for source, drafter in enumerate(self.drafters):
             limits = [min(limit, drafter.max_nodes) for limit in budget]
-            drafts.append(drafter.propose(root, limits, sampler))
-            if drafts[-1].probs is not None:
+            drafts[source] = drafter.propose(root, limits, sampler)
+            if drafts[source].probs is not None:
                 raise ValueError(
                     f"a hybrid cannot hold {type(drafter).__name__}, whose draft has probs: a "
                     "sampled tree may not be pruned; let it choose tokens and report probs=None"
                 )
-            expected = getattr(drafter, "expected", None)
-            if expected and self._is_enough(expected, budget):
+            expected = getattr(drafter, "expected", ())
+            asked = [found for found, limit in zip(expected, budget, strict=False) if limit]
+            if self.enough is not None and asked and min(asked) >= self.enough:
                 break
-        missing = len(self.drafters) - len(drafts)
-        return [*drafts, *[Draft.empty(len(root), root.device)] * missing]
+        return drafts
 
-    def _is_enough(self, expected: Sequence[float], budget: Sequence[int]) -> bool:
-        if self.enough is None:
-            return False
-        asked = [found for found, limit in zip(expected, budget, strict=True) if limit]
-        return bool(asked) and min(asked) >= self.enough
-
-    def _scores(self, pool: Pool, conditional: Tensor) -> Tensor:
-        """Logs of the estimated acceptance of every candidate's path [B, M], -inf for no one."""
-        assert self._calibration is not None
-        estimated = self._calibration.acceptance(conditional) if self.calibrate else conditional
-        best = torch.where(pool.confidence > 0, estimated, 0.0).amax(0)
-        step = best.log()
-        scores = step
-        for _ in range(pool.depth - 1):
-            scores = step + pool.above(scores, 0.0)
-        return scores.masked_fill(~pool.real, float("-inf"))
-
-    def observe(
-        self, verdict: Verdict, committed: Sequence[Sequence[int]], hidden: dict[int, Tensor]
-    ) -> None:
+    def observe(self, verdict: Verdict, committed: Tokens, hidden: dict[int, Tensor]) -> None:
         """Let all of them know, and learn what their confidence was worth."""
         for drafter in self.drafters:
             drafter.observe(verdict, committed, hidden)
@@ -254,32 +223,8 @@ class HybridDrafter(BaseDrafter):
         self._calibration.add(conditional, reached & (conditional > 0), taken[:, 1:-1])
 
     def reorder(self, rows: Tensor) -> None:
-        """Let all of them keep these rows."""
         for drafter in self.drafters:
             drafter.reorder(rows)
-
-    @property
-    def _caching(self) -> list[HoldsCache]:
-        return [drafter for drafter in self.drafters if isinstance(drafter, HoldsCache)]
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of keys and values that are allocated now."""
-        return sum(drafter.cache_bytes for drafter in self._caching)
-
-    def bytes_for(self, num_rows: int, num_slots: int) -> int:
-        """Count the bytes for so many rows with so many committed tokens."""
-        return sum(drafter.bytes_for(num_rows, num_slots) for drafter in self._caching)
-
-    def reserve(self, num_rows: int, num_slots: int, *, join: bool) -> None:
-        """Allocate exactly this much for the next batch, or for the running one."""
-        for drafter in self._caching:
-            drafter.reserve(num_rows, num_slots, join=join)
-
-    def wipe(self, rows: Sequence[int]) -> None:
-        """Zero rows that may hold NaN."""
-        for drafter in self._caching:
-            drafter.wipe(rows)
 
 
 def _refuse_what_cannot_merge(drafter: Drafter) -> None:
@@ -303,5 +248,4 @@ class _SumClock:
         self._clocks = [drafter.clock for drafter in drafters]
 
     def take(self) -> float:
-        """Seconds since the last call."""
         return sum(clock.take() for clock in self._clocks)

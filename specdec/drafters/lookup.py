@@ -1,45 +1,91 @@
-"""Copied texts of lookup drafters, merged into one tree and packed into a draft."""
+"""What lookup drafters share: rows with texts of their own, and nodes packed into a draft."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from specdec.verify import Draft
+from specdec.drafters.base import BaseDrafter, Tokens, padded
+from specdec.engine.interfaces import Prompts, TargetOutput
+from specdec.sampling.sampler import Sampler
+from specdec.verify import Draft, Verdict
 
-# One node: (parent's index in its row or -1, token).
-Node = tuple[int, int]
+# One node: (parent's index in its row or -1, token, confidence).
+Node = tuple[int, int, float]
 
 
-def pack_rows(
-    rows: Sequence[Sequence[Node]],
-    device: torch.device,
-    *,
-    as_chain: bool,
-    confidences: Sequence[Sequence[float]] | None = None,
-) -> Draft:
-    """Pad the rows' nodes to one deterministic draft.
+class LookupDrafter(BaseDrafter):
+    """Drafts what followed the latest tokens where they occurred before; it has no model.
 
-    Args:
-        rows: nodes of each row in topological order.
-        device: where the draft goes.
-        as_chain: every row is a chain, so no parents are needed.
-        confidences: estimates for each row's nodes, see `Draft`; None for no estimate.
+    Each of its rows has `extend(tokens)` and `draft(budget)`, which returns nodes, best first.
+
+    Attributes:
+        expected: accepted tokens expected of each row's last draft.
     """
-    width = max(map(len, rows), default=0)
-    if width == 0:
+
+    expected: Sequence[float] = ()
+
+    def __init__(self, max_nodes: int, *, makes_trees: bool) -> None:
+        self.max_nodes, self.makes_trees = max_nodes, makes_trees
+        self._rows: list[Any] = []
+
+    def _begin(self, prompt: Sequence[int]) -> Any:
+        """A new row."""
+        raise NotImplementedError
+
+    def _leave(self, rows: Sequence[Any]) -> None:
+        """Part with rows that end."""
+
+    def begin(
+        self, prompts: Prompts, output: TargetOutput, sampler: Sampler, *, join: bool = False
+    ) -> None:
+        if not join:
+            self._leave(self._rows)
+            self._rows = []
+        self._rows += [self._begin(prompt) for prompt in prompts]
+
+    def propose(self, root: Tensor, budget: Sequence[int], sampler: Sampler) -> Draft:
+        found = [
+            row.draft(min(limit, self.max_nodes)) if limit else []
+            for row, limit in zip(self._rows, budget, strict=True)
+        ]
+        self.expected = [sum(confidence for *_, confidence in nodes) for nodes in found]
+        return pack_rows(found, root.device, as_chain=not self.makes_trees)
+
+    def observe(self, verdict: Verdict, committed: Tokens, hidden: dict[int, Tensor]) -> None:
+        for row, tokens in zip(self._rows, committed, strict=True):
+            row.extend(tokens)
+
+    def reorder(self, rows: Tensor) -> None:
+        kept = rows.tolist()
+        self._leave([row for index, row in enumerate(self._rows) if index not in kept])
+        self._rows = [self._rows[row] for row in kept]
+
+
+def pack_rows(rows: Sequence[list[Node]], device: torch.device, *, as_chain: bool) -> Draft:
+    """Pad the rows' nodes, in topological order, to one deterministic draft.
+
+    With `as_chain` every row is a chain, so that no parents are needed.
+    """
+    if not any(rows):
         return Draft.empty(len(rows), device)
     lengths = torch.tensor([len(row) for row in rows], device=device)
-    tokens = [[token for _, token in row] + [-1] * (width - len(row)) for row in rows]
-    confidence = None
-    if confidences is not None:
-        padded = [[*row, *[0.0] * (width - len(row))] for row in confidences]
-        confidence = torch.tensor(padded, device=device)
+    filled = padded(rows, (-1, -1, 0.0))
+    ids = [[[node[part] for node in row] for row in filled] for part in (0, 1)]
+    parents, tokens = torch.tensor(ids, device=device)
+    confidence = torch.tensor([[node[2] for node in row] for row in filled], device=device)
     if as_chain:
-        return Draft.chain(torch.tensor(tokens, device=device), lengths, confidence=confidence)
-    parents = [[parent for parent, _ in row] + [-1] * (width - len(row)) for row in rows]
-    both = torch.tensor([tokens, parents], device=device)
+        return Draft.chain(tokens, lengths, confidence=confidence)
     depth = max(map(_depth, rows))
-    return Draft.tree(both[0], both[1], lengths, depth, confidence=confidence)
+    return Draft.tree(tokens, parents, lengths, depth, confidence=confidence)
+
+
+def _depth(row: list[Node]) -> int:
+    depths: list[int] = []
+    for parent, *_ in row:
+        depths.append(1 if parent < 0 else depths[parent] + 1)
+    return max(depths, default=0)
 
 
 def match_confidence(length: int, level: int) -> float:
@@ -50,40 +96,3 @@ def match_confidence(length: int, level: int) -> float:
     chances is n / (n + level).
     """
     return length / (length + level)
-
-
-def merge(
-    continuations: Sequence[tuple[int, Sequence[int]]], budget: int
-) -> tuple[list[Node], list[float]]:
-    """Join continuations into one tree; earlier ones are first in line for the budget.
-
-    Args:
-        continuations: pairs of how long a match was and what followed it.
-        budget: nodes, at most.
-
-    Returns:
-        The nodes and the confidence in each.
-    """
-    nodes: list[Node] = []
-    confidences: list[float] = []
-    index: dict[Node, int] = {}
-    for length, continuation in continuations:
-        parent = -1
-        for level, token in enumerate(continuation, 1):
-            node = (parent, token)
-            if node not in index:
-                if len(nodes) == budget:
-                    return nodes, confidences
-                index[node] = len(nodes)
-                nodes.append(node)
-                above = confidences[parent] if parent >= 0 else 1.0
-                confidences.append(min(above, match_confidence(length, level)))
-            parent = index[node]
-    return nodes, confidences
-
-
-def _depth(row: Sequence[Node]) -> int:
-    depths: list[int] = []
-    for parent, _ in row:
-        depths.append(1 if parent < 0 else depths[parent] + 1)
-    return max(depths, default=0)

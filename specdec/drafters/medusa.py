@@ -12,18 +12,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad, silu
 
 from specdec.common.config import Config
-from specdec.demo import demo_path
-from specdec.drafters.base import BaseDrafter, FixedShape, ShapeOptions
-from specdec.drafters.heads import Head, Layer, Size, load_head
+from specdec.drafters.base import ShapeOptions, Tokens
+from specdec.drafters.heads import Head, HeadDrafter, Layer, Size, load_head
 from specdec.drafters.training import LossOutput, TrainingBatch, shifted
-from specdec.drafters.tree_growth import (
-    StaticGrowth,
-    TreeShape,
-    child_scores,
-    guessed_acceptance,
-)
+from specdec.drafters.tree_growth import StaticGrowth, StaticPlan, TreeShape, guessed_acceptance
 from specdec.engine.interfaces import Prompts, TargetOutput
-from specdec.engine.metrics import ForwardClock
 from specdec.sampling.sampler import Sampler
 from specdec.verify import Draft, Verdict, best_static_tree
 
@@ -73,7 +66,6 @@ class ResBlock(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, states: Tensor) -> Tensor:
-        """States [..., H] to states [..., H]."""
         return states + silu(self.linear(states))
 
 
@@ -91,53 +83,40 @@ class MedusaHeads(Head):
         tap = target_config.num_hidden_layers if given.tap is None else given.tap
         size = given.hidden_size or target_config.hidden_size
         vocab = given.vocab_size or target_config.vocab_size
-        self.options = given.model_copy(
-            update={"hidden_size": size, "vocab_size": vocab, "tap": tap}
-        )
+        sizes = {"hidden_size": size, "vocab_size": vocab, "tap": tap}
+        self.options = given.model_copy(update=sizes)
         self.taps, self.max_depth = (tap,), given.num_heads
+        heads = range(given.num_heads)
         self.blocks = nn.ModuleList(
-            nn.ModuleList(ResBlock(size) for _ in range(given.num_layers))
-            for _ in range(given.num_heads)
+            nn.Sequential(*(ResBlock(size) for _ in range(given.num_layers))) for _ in heads
         )
         if given.own_vocab_head:
-            self.vocab_heads = nn.ModuleList(
-                nn.Linear(size, vocab, bias=False) for _ in range(given.num_heads)
-            )
+            self.vocab_heads = nn.ModuleList(nn.Linear(size, vocab, bias=False) for _ in heads)
             if parts:
-                own = {f"{head}.weight": parts[1].weight for head in range(given.num_heads)}
+                own = {f"{head}.weight": parts[1].weight for head in heads}
                 self.vocab_heads.load_state_dict(own)
 
     @classmethod
     def target_facts(cls, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Read sizes off the matrices."""
-        block, own = tensors.get("blocks.0.0.linear.bias"), tensors.get("vocab_heads.0.weight")
-        facts = {} if block is None or not block.ndim else {"hidden_size": len(block)}
-        return facts if own is None or not own.ndim else facts | {"vocab_size": len(own)}
+        read = {"hidden_size": "blocks.0.0.linear.bias", "vocab_size": "vocab_heads.0.weight"}
+        found = {fact: tensors[name] for fact, name in read.items() if name in tensors}
+        return {fact: len(tensor) for fact, tensor in found.items() if tensor.ndim}
 
     def forward(self, feature: Tensor, num_heads: int | None = None) -> Tensor:
-        """Logits [..., K, V]: head k guesses the token k + 2 places after the feature [..., H].
-
-        `num_heads` asks the first heads only; None asks all K.
-        """
-        count = self.options.num_heads if num_heads is None else num_heads
-        return torch.stack([self.guess(k, feature) for k in range(count)], -2)
+        """Logits [..., K, V]: head k guesses the token k + 2 places after the feature [..., H]."""
+        heads = range(self.options.num_heads)[:num_heads]
+        return torch.stack([self.guess(k, feature) for k in heads], -2)
 
     def guess(self, head: int, feature: Tensor) -> Tensor:
         """Logits [..., V] of one head."""
-        states = feature
-        for block in self.blocks[head]:  # type: ignore[attr-defined]
-            states = block(states)
         project = self.vocab_heads[head] if self.options.own_vocab_head else self._target_parts[1]
-        logits: Tensor = project(states)
-        return logits
+        return project(self.blocks[head](feature))
 
     def candidates(self, batch: TrainingBatch, depth: int, width: int) -> Tensor:
-        """Find the likeliest ids of every place and depth."""
         logits = self(batch.hidden[self.taps[0]])
         return logits.topk(min(width, logits.shape[-1]), -1).indices
 
     def guesses(self, batch: TrainingBatch, mask: Tensor) -> Tensor:
-        """Guess the token two places ahead of every place of a mask."""
         return self.guess(0, batch.hidden[self.taps[0]][mask])
 
     def loss(  # type: ignore[override]
@@ -170,26 +149,20 @@ class MedusaHeads(Head):
         return LossOutput(total, parts)
 
     def describe(self, given: Mapping[str, Any]) -> dict[str, str]:
-        """Say what the head reads, drafts, consists of and has."""
         said = super().describe(given)
         heads, layers = self.options.num_heads, self.options.num_layers
         said["drafts"] += f"; {heads} heads, so as many levels, of {layers} residual blocks each"
         return said
 
 
-class MedusaDrafter(BaseDrafter):
-    """Drafts a static tree from one look at the target's last feature; it has no cache.
+class MedusaDrafter(HeadDrafter):
+    """Drafts a static tree from one look at the target's last feature; it has no cache."""
 
-    Args:
-        heads: in eval mode, on the target's device.
-        vocab_size: V of the target.
-        shape: a static tree, at most as deep as there are heads.
-    """
-
-    kind, title, head_class, trained_as = "medusa", "Medusa heads", MedusaHeads, "head"
+    kind, title, head_class = "medusa", "Medusa heads", MedusaHeads
     shape_options: ClassVar[ShapeOptions] = ShapeOptions(
         {"nodes": "max_nodes"}, ("nodes",), ("choices", "acceptance")
     )
+    plan: StaticPlan
 
     @classmethod
     def load(
@@ -215,45 +188,35 @@ class MedusaDrafter(BaseDrafter):
             children: see `TreeShape`.
             force: take heads that were trained for another target of the same shape.
         """
-        where = str(demo_path(cls.kind)) if path == "demo" else path
-        loaded, checkpoint = load_head(cls.kind, target, where, force=force)
-        heads: Any = loaded
+        heads, checkpoint = load_head(cls.kind, target, path, force=force)
         if choices is None and max_nodes is None and acceptance is None:
             choices = checkpoint.tree
         if choices is None:
-            table = acceptance
-            if table is None:
-                table = checkpoint.training.get("acceptance_by_rank")
-            if table is None:
-                table = guessed_acceptance(heads.max_depth, _GUESSED_WIDTH)
-            ranks = [row[: target.vocab_size] for row in table]
+            if acceptance is None:
+                acceptance = checkpoint.training.get("acceptance_by_rank")
+            if acceptance is None:
+                acceptance = guessed_acceptance(heads.max_depth, _GUESSED_WIDTH)
+            ranks = [row[: target.vocab_size] for row in acceptance]
             choices = best_static_tree(ranks, _DEFAULT_NODES if max_nodes is None else max_nodes)
         return cls(heads, target.vocab_size, TreeShape(choices=choices, children=children))
 
-    def __init__(self, heads: MedusaHeads, vocab_size: int, shape: TreeShape) -> None:
-        self.heads, self.vocab_size, self.shape = heads, vocab_size, shape
-        self.taps, self.children = heads.taps, shape.children
-        self.device = next(heads.parameters()).device
-        self.clock = ForwardClock(self.device)
-        self._plan = shape.static_plan(vocab_size, self.device)
-        self.makes_trees = not self._plan.is_chain
-        depth = self._plan.tree.depth
-        if depth > heads.options.num_heads:
+    def __init__(self, head: MedusaHeads, vocab_size: int, shape: TreeShape) -> None:
+        super().__init__(head, vocab_size, shape)
+        depth, num_heads = self.plan.tree.depth, head.options.num_heads
+        if depth > num_heads:
             raise ValueError(
-                f"the tree has {depth} levels but there are {heads.options.num_heads} heads, one a "
-                "level; choose a shallower tree"
+                f"the tree has {depth} levels but there are {num_heads} heads, one a level; choose "
+                "a shallower tree"
             )
-        self.max_nodes = self._plan.num_nodes
         self._feature = torch.empty(0, device=self.device)  # [B, H] where the root was sampled
         self._num_committed = torch.empty(0, dtype=torch.long, device=self.device)  # [B]
 
     def begin(
         self, prompts: Prompts, output: TargetOutput, sampler: Sampler, *, join: bool = False
     ) -> None:
-        """Keep the features of the prompts' last tokens."""
-        hidden = output.hidden[self.taps[0]]
         counts = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        feature = hidden[torch.arange(len(prompts), device=self.device), counts - 2]
+        rows = torch.arange(len(prompts), device=self.device)
+        feature = output.hidden[self.taps[0]][rows, counts - 2]
         self._feature = torch.cat([self._feature, feature]) if join else feature
         self._num_committed = torch.cat([self._num_committed, counts]) if join else counts
 
@@ -261,18 +224,15 @@ class MedusaDrafter(BaseDrafter):
         """Fill the tree with the heads' candidates; a level's nodes share their head's guess."""
         if max(budget) < 1:
             return Draft.empty(len(root), root.device)
-        growth = StaticGrowth(self._plan, self.children, max(budget), sampler, self._num_committed)
+        growth = StaticGrowth(self.plan, self.children, max(budget), sampler, self._num_committed)
         with self.clock.forward():
-            logits = self.heads(self._feature, growth.num_levels)  # [B, levels, V]
+            logits = self.head(self._feature, growth.num_levels)  # [B, levels, V]
         for level in range(growth.num_levels):
             beam = growth.origin.shape[1] if level else 1
-            guess = logits[:, level : level + 1].expand(-1, beam, -1)
-            growth.add_level(child_scores(growth, guess, sampler))
+            growth.add_level(logits[:, level : level + 1].expand(-1, beam, -1))
         return growth.draft(budget)
 
-    def observe(
-        self, verdict: Verdict, committed: Sequence[Sequence[int]], hidden: dict[int, Tensor]
-    ) -> None:
+    def observe(self, verdict: Verdict, committed: Tokens, hidden: dict[int, Tensor]) -> None:
         """Keep the feature where the new root was sampled: the old root's or the last node's."""
         path = pad(verdict.path + 1, (1, 0))  # [B, D + 1]; 0 is the root
         place = path.gather(1, verdict.num_accepted.unsqueeze(1)).squeeze(1)
@@ -281,18 +241,11 @@ class MedusaDrafter(BaseDrafter):
         self._num_committed = self._num_committed + verdict.num_accepted + 1
 
     def reorder(self, rows: Tensor) -> None:
-        """Keep these rows."""
         self._feature, self._num_committed = self._feature[rows], self._num_committed[rows]
-
-    @property
-    def fixed_shape(self) -> FixedShape:
-        """The tree."""
-        return FixedShape(self._plan.tree, self.children)
 
     def forced(
         self, tokens: Tensor, hidden: dict[int, Tensor], depth: int, first: int
     ) -> Iterator[Tensor]:
-        """Run every head at every place of a text."""
         features = hidden[self.taps[0]][first : len(tokens) - 1]
-        for level in range(min(depth, self.heads.options.num_heads, len(features))):
-            yield self.heads.guess(level, features[: len(features) - level])
+        for level in range(min(depth, self.head.options.num_heads, len(features))):
+            yield self.head.guess(level, features[: len(features) - level])

@@ -3,17 +3,12 @@
 from collections.abc import Sequence
 from typing import ClassVar
 
-from torch import Tensor
-
 from specdec.common.arguments import require_counts
-from specdec.drafters.base import BaseDrafter, ShapeOptions
-from specdec.drafters.lookup import merge, pack_rows
-from specdec.engine.interfaces import Prompts, TargetOutput
-from specdec.sampling.sampler import Sampler
-from specdec.verify import Draft, Verdict
+from specdec.drafters.base import ShapeOptions
+from specdec.drafters.lookup import LookupDrafter, Node, match_confidence
 
 
-class NgramDrafter(BaseDrafter):
+class NgramDrafter(LookupDrafter):
     """Looks the last n tokens up in the row's own prompt and output.
 
     The index lives on the host and grows with the committed tokens, so a step costs a few
@@ -34,7 +29,6 @@ class NgramDrafter(BaseDrafter):
     shape_options: ClassVar[ShapeOptions] = ShapeOptions(
         {"nodes": "num_draft_tokens"}, ("nodes",), ("num_continuations",), varies=True
     )
-    expected: Sequence[float] = ()  # accepted tokens expected of each row's last draft
 
     def __init__(
         self,
@@ -54,57 +48,24 @@ class NgramDrafter(BaseDrafter):
                 f"min_ngram is {min_ngram} and max_ngram {max_ngram}: "
                 "choose 1 <= min_ngram <= max_ngram <= 64"
             )
-        self.num_draft_tokens = num_draft_tokens
-        self.num_continuations = num_continuations
-        self.makes_trees = num_continuations > 1
-        self.max_nodes = num_draft_tokens
-        if self.makes_trees:
-            self.max_nodes = max_nodes or num_draft_tokens * num_continuations
+        if num_continuations == 1:
+            max_nodes = num_draft_tokens
+        budget = max_nodes or num_draft_tokens * num_continuations
+        super().__init__(budget, makes_trees=num_continuations > 1)
+        self.num_draft_tokens, self.num_continuations = num_draft_tokens, num_continuations
         self._sizes = range(min_ngram, max_ngram + 1)
-        self._rows: list[_History] = []
 
-    def begin(
-        self, prompts: Prompts, output: TargetOutput, sampler: Sampler, *, join: bool = False
-    ) -> None:
-        """Index the prompts."""
-        begun = [_History(self._sizes, self.num_continuations) for _ in prompts]
-        for row, prompt in zip(begun, prompts, strict=True):
-            row.extend(prompt)
-        self._rows = [*self._rows, *begun] if join else begun
-
-    def propose(self, root: Tensor, budget: Sequence[int], sampler: Sampler) -> Draft:
-        """Copy what followed the latest tokens; no node where they are new."""
-        rows = []
-        for row, limit in zip(self._rows, budget, strict=True):
-            length = min(self.num_draft_tokens, limit)
-            found = row.continuations(length) if limit else []
-            rows.append(merge(found, min(limit, self.max_nodes)))
-        self.expected = [sum(confidences) for _, confidences in rows]
-        return pack_rows(
-            [nodes for nodes, _ in rows],
-            root.device,
-            as_chain=not self.makes_trees,
-            confidences=[confidences for _, confidences in rows],
-        )
-
-    def observe(
-        self, verdict: Verdict, committed: Sequence[Sequence[int]], hidden: dict[int, Tensor]
-    ) -> None:
-        """Index the new tokens."""
-        for row, tokens in zip(self._rows, committed, strict=True):
-            row.extend(tokens)
-
-    def reorder(self, rows: Tensor) -> None:
-        """Keep these rows."""
-        self._rows = [self._rows[row] for row in rows.tolist()]
+    def _begin(self, prompt: Sequence[int]) -> "_History":
+        row = _History(self._sizes, self.num_continuations, self.num_draft_tokens)
+        row.extend(prompt)
+        return row
 
 
 class _History:
     """The tokens of one row and, for every n-gram in them, the latest places it ended."""
 
-    def __init__(self, sizes: range, num_places: int) -> None:
-        self._sizes = sizes
-        self._num_places = num_places
+    def __init__(self, sizes: range, num_places: int, num_copied: int) -> None:
+        self._sizes, self._num_places, self._num_copied = sizes, num_places, num_copied
         self._tokens: list[int] = []
         self._ends: dict[tuple[int, ...], list[int]] = {}
 
@@ -121,21 +82,40 @@ class _History:
                     del places[0]
             self._tokens.append(token)
 
-    def continuations(self, length: int) -> list[tuple[int, list[int]]]:
-        """The longest matching suffixes' sizes and what followed them, most recent first."""
-        return [(size, self._tokens[end : end + length]) for end, size in self._places().items()]
+    def draft(self, budget: int) -> list[Node]:
+        length = min(self._num_copied, budget)
+        copies = [(size, self._tokens[end : end + length]) for end, size in self._places().items()]
+        return merge(copies, budget)
 
     def _places(self) -> dict[int, int]:
-        """Where the longest matching suffixes ended before, and how long they are."""
+        """Where the longest matching suffixes ended before, most recent first: end -> size."""
         places: dict[int, int] = {}
         for size in reversed(self._sizes):
             if size > len(self._tokens):
                 continue
             for end in reversed(self._ends.get(tuple(self._tokens[-size:]), ())):
                 # What matched a longer suffix matches this one too.
-                if end in places:
-                    continue
-                places[end] = size
+                places.setdefault(end, size)
                 if len(places) == self._num_places:
                     return places
         return places
+
+
+def merge(continuations: Sequence[tuple[int, Sequence[int]]], budget: int) -> list[Node]:
+    """Join pairs of how long a match was and what followed it into one tree.
+
+    Earlier ones are first in line for the budget of nodes.
+    """
+    nodes: list[Node] = []
+    index: dict[tuple[int, int], int] = {}
+    for length, continuation in continuations:
+        parent, above = -1, 1.0
+        for level, token in enumerate(continuation, 1):
+            if (parent, token) not in index:
+                if len(nodes) == budget:
+                    return nodes
+                index[parent, token] = len(nodes)
+                nodes.append((parent, token, min(above, match_confidence(length, level))))
+            parent = index[parent, token]
+            above = nodes[parent][2]
+    return nodes

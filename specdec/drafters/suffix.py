@@ -1,18 +1,13 @@
 """Suffix lookup: continue the longest suffix seen before, by how often each token followed."""
 
-import heapq
-from collections import deque
 from collections.abc import Sequence
+from heapq import heappop, heappush
+from itertools import count
 from typing import ClassVar
 
-from torch import Tensor
-
 from specdec.common.arguments import require_counts
-from specdec.drafters.base import BaseDrafter, ShapeOptions
-from specdec.drafters.lookup import Node, match_confidence, pack_rows
-from specdec.engine.interfaces import Prompts, TargetOutput
-from specdec.sampling.sampler import Sampler
-from specdec.verify import Draft, Verdict
+from specdec.drafters.base import ShapeOptions
+from specdec.drafters.lookup import LookupDrafter, Node, match_confidence
 
 
 class SuffixAutomaton:
@@ -29,9 +24,7 @@ class SuffixAutomaton:
 
     def __init__(self) -> None:
         self._next: list[dict[int, int]] = [{}]
-        self._link = [-1]
-        self._len = [0]
-        self._count = [0]
+        self._link, self._len, self._count = [-1], [0], [0]
         self._last = 0
 
     def add(self, tokens: Sequence[int]) -> None:
@@ -43,13 +36,15 @@ class SuffixAutomaton:
     def append(self, token: int) -> None:
         """Add one token to the current text."""
         last = self._last
-        known = self._next[last].get(token)
-        if known is not None:
+        if token in self._next[last]:
             # A text that begins as another did: reuse or split its state.
-            exact = self._len[known] == self._len[last] + 1
-            current = known if exact else self._split(known, last, token)
+            current = self._after(last, token)
         else:
-            current = self._extend(last, token)
+            current, state = self._new_state({}, self._len[last] + 1, 0), last
+            while state >= 0 and token not in self._next[state]:
+                self._next[state][token] = current
+                state = self._link[state]
+            self._link[current] = self._after(state, token) if state >= 0 else 0
         self._last = current
         for _ in range(self._MAX_CHAIN):
             if current <= 0:
@@ -57,25 +52,13 @@ class SuffixAutomaton:
             self._count[current] += 1
             current = self._link[current]
 
-    def _extend(self, last: int, token: int) -> int:
-        current = self._new_state({}, self._len[last] + 1, 0)
-        state = last
-        while state >= 0 and token not in self._next[state]:
-            self._next[state][token] = current
-            state = self._link[state]
-        if state < 0:
-            self._link[current] = 0
-            return current
-        target = self._next[state][token]
-        if self._len[target] != self._len[state] + 1:
-            target = self._split(target, state, token)
-        self._link[current] = target
-        return current
-
-    def _split(self, state: int, before: int, token: int) -> int:
+    def _after(self, before: int, token: int) -> int:
+        """The state of exactly what ends in `before` and a token, split off where it has none."""
+        state = self._next[before][token]
+        if self._len[state] == self._len[before] + 1:
+            return state
         clone = self._new_state(dict(self._next[state]), self._len[before] + 1, self._count[state])
-        self._link[clone] = self._link[state]
-        self._link[state] = clone
+        self._link[clone], self._link[state] = self._link[state], clone
         while before >= 0 and self._next[before].get(token) == state:
             self._next[before][token] = clone
             before = self._link[before]
@@ -123,7 +106,7 @@ class SuffixAutomaton:
         return [(self._count[after] / total, token, after) for token, after in ranked[:width]]
 
 
-class SuffixDrafter(BaseDrafter):
+class SuffixDrafter(LookupDrafter):
     """Drafts from suffix automata over the row's own text and over past outputs.
 
     Of the row's own automaton and the shared one, the one with the longer match drafts: nodes are
@@ -147,7 +130,6 @@ class SuffixDrafter(BaseDrafter):
     shape_options: ClassVar[ShapeOptions] = ShapeOptions(
         {"nodes": "max_nodes"}, ("nodes",), ("width",), varies=True
     )
-    expected: Sequence[float] = ()  # accepted tokens expected of each row's last draft
 
     def __init__(
         self,
@@ -173,128 +155,72 @@ class SuffixDrafter(BaseDrafter):
                 f"factor is {factor} and num_remembered {num_remembered}: factor must be "
                 f"positive, num_remembered at least 0 and at most {2**20}"
             )
-        self.max_nodes = max_nodes
-        self.makes_trees = width > 1
-        self._max_match = max_match
-        self._limits = (min_match, min_probability, factor, width)
-        self._num_remembered = num_remembered
-        self._past: deque[list[int]] = deque(maxlen=num_remembered)
+        super().__init__(max_nodes, makes_trees=width > 1)
+        self.max_match, self.min_match, self.width = max_match, min_match, width
+        self.min_probability, self.factor = min_probability, factor
+        self.num_remembered = num_remembered
+        self._past: list[list[int]] = []
         self._shared = SuffixAutomaton()
-        self._rows: list[_Row] = []
 
-    def begin(
-        self, prompts: Prompts, output: TargetOutput, sampler: Sampler, *, join: bool = False
-    ) -> None:
-        """Index the prompts; what the batch before emitted joins the past outputs."""
-        if not join:
-            for row in self._rows:
-                self._remember(row)
-            self._rows = []
-        self._rows += [_Row(prompt, self._shared, self._max_match) for prompt in prompts]
+    def _begin(self, prompt: Sequence[int]) -> "_Row":
+        return _Row(self, prompt, self._shared)
 
-    def propose(self, root: Tensor, budget: Sequence[int], sampler: Sampler) -> Draft:
-        """Continue every row's longest known suffix."""
-        grown = [
-            row.grow(min(limit, self.max_nodes), *self._limits) if limit else ([], [])
-            for row, limit in zip(self._rows, budget, strict=True)
-        ]
-        self.expected = [sum(confidences) for _, confidences in grown]
-        return pack_rows(
-            [nodes for nodes, _ in grown],
-            root.device,
-            as_chain=not self.makes_trees,
-            confidences=[confidences for _, confidences in grown],
-        )
-
-    def observe(
-        self, verdict: Verdict, committed: Sequence[Sequence[int]], hidden: dict[int, Tensor]
-    ) -> None:
-        """Add the new tokens."""
-        for row, tokens in zip(self._rows, committed, strict=True):
-            row.extend(tokens)
-
-    def reorder(self, rows: Tensor) -> None:
-        """Keep these rows; the outputs of the others join the past ones."""
-        stay = rows.tolist()
-        kept = set(stay)
-        for index, row in enumerate(self._rows):
-            if index not in kept:
-                self._remember(row)
-        self._rows = [self._rows[row] for row in stay]
-
-    def _remember(self, row: "_Row") -> None:
-        if not self._num_remembered:
-            return
-        is_full = len(self._past) == self._num_remembered
-        self._past.append(row.output)
-        if not is_full:
-            self._shared.add(row.output)
-            return
-        # An automaton cannot forget: rebuild it from half of the past now and then.
-        for _ in range(self._num_remembered // 2):
-            self._past.popleft()
-        self._shared = SuffixAutomaton()
-        for output in self._past:
-            self._shared.add(output)
+    def _leave(self, rows: Sequence["_Row"]) -> None:
+        """Let their outputs join the past ones."""
+        for row in rows:
+            self._past.append(row.output)
+            if len(self._past) <= self.num_remembered:
+                self._shared.add(row.output)
+                continue
+            # An automaton cannot forget: rebuild it from half of the past now and then.
+            del self._past[: 1 + self.num_remembered // 2]
+            self._shared = SuffixAutomaton()
+            for output in self._past:
+                self._shared.add(output)
 
 
 class _Row:
     """One row: its text as an automaton, and where it stands in both automata."""
 
-    def __init__(self, prompt: Sequence[int], shared: SuffixAutomaton, max_match: int) -> None:
+    def __init__(
+        self, limits: SuffixDrafter, prompt: Sequence[int], shared: SuffixAutomaton
+    ) -> None:
+        self._limits, self._own, self._shared = limits, SuffixAutomaton(), shared
+        self._own_match = self._shared_match = (0, 0)
+        self.output: list[int] = []
+        self.extend(prompt)
         self.output = [prompt[-1]]
-        self._own = SuffixAutomaton()
-        self._shared = shared
-        self._max_match = max_match
-        self._own_match = (0, 0)
-        self._shared_match = (0, 0)
-        self._follow(prompt)
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Add committed tokens."""
         self.output.extend(tokens)
-        self._follow(tokens)
-
-    def _follow(self, tokens: Sequence[int]) -> None:
+        longest = self._limits.max_match
         for token in tokens:
             # Matched before it is added, so that the text does not match itself.
-            self._own_match = self._own.match(*self._own_match, token, self._max_match)
+            self._own_match = self._own.match(*self._own_match, token, longest)
             self._own.append(token)
-            self._shared_match = self._shared.match(*self._shared_match, token, self._max_match)
+            self._shared_match = self._shared.match(*self._shared_match, token, longest)
 
-    def grow(
-        self,
-        budget: int,
-        min_match: int,
-        min_probability: float,
-        factor: float,
-        width: int,
-    ) -> tuple[list[Node], list[float]]:
-        """Nodes of the draft, best first, and the confidence in each."""
+    def draft(self, budget: int) -> list[Node]:
+        limits = self._limits
         own = (self._own, *self._own.earlier(*self._own_match))
         shared = (self._shared, *self._shared.earlier(*self._shared_match))
         automaton, state, length = max(own, shared, key=lambda found: found[2])
-        if length < min_match:
-            return [], []
-        levels = max(1, int(factor * length))
+        if length < limits.min_match:
+            return []
+        levels, order = max(1, int(limits.factor * length)), count()
         nodes: list[Node] = []
-        confidences: list[float] = []
+        # Candidates: minus the probability, when found, parent, token, state and level.
         queue: list[tuple[float, int, int, int, int, int]] = []
-        order = 0
-
-        def offer(parent: int, origin: int, probability: float, level: int) -> None:
-            nonlocal order
-            for share, token, after in automaton.children(origin, width):
-                if probability * share >= min_probability:
-                    order += 1
-                    entry = (-probability * share, order, parent, token, after, level)
-                    heapq.heappush(queue, entry)
-
-        offer(-1, state, 1.0, 1)
-        while queue and len(nodes) < budget:
-            negative, _, parent, token, after, level = heapq.heappop(queue)
-            nodes.append((parent, token))
-            confidences.append(-negative * match_confidence(length, level))
-            if level < levels:
-                offer(len(nodes) - 1, after, -negative, level + 1)
-        return nodes, confidences
+        node, probability, level = -1, 1.0, 0
+        while len(nodes) < budget:
+            children = automaton.children(state, limits.width) if level < levels else ()
+            for share, token, after in children:
+                if probability * share >= limits.min_probability:
+                    entry = (-probability * share, next(order), node, token, after, level + 1)
+                    heappush(queue, entry)
+            if not queue:
+                break
+            negative, _, parent, token, state, level = heappop(queue)
+            nodes.append((parent, token, -negative * match_confidence(length, level)))
+            node, probability = len(nodes) - 1, -negative
+        return nodes

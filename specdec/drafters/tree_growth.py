@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from specdec.common.arguments import require_counts
 from specdec.sampling.randomness import row_exponentials
 from specdec.sampling.sampler import Sampler, sample, sample_without_replacement
-from specdec.verify import Draft, best_first
+from specdec.verify import Draft, Selection, ancestor_mask, best_first
 from specdec.verify.tree import StaticTree, best_static_tree, from_choices
 
 CHILDREN = ("top", "without_replacement", "with_replacement")
@@ -61,38 +61,33 @@ class TreeShape:
 
     @property
     def is_static(self) -> bool:
-        """Tell if the shape is fixed before any token is seen."""
         return self.choices is not None or self.children != "top" or self.width == 1
 
-    def static_plan(self, vocab_size: int, device: torch.device) -> "StaticPlan":
-        """The fixed shape: the given choices, a chain, or the best tree of a guessed acceptance."""
-        if self.choices is not None:
-            highest = max((max(path) for path in self.choices if path), default=0)
-            if highest >= vocab_size:
-                raise ValueError(
-                    f"choices hold the rank {highest} but the drafter has {vocab_size} tokens; "
-                    f"use ranks below {vocab_size}"
-                )
-            return plan_levels(from_choices(self.choices, device))
-        if self.width == 1:
-            num_levels = min(self.depth, self.max_nodes)
-            chain = [(0,) * (level + 1) for level in range(num_levels)]
-            return plan_levels(from_choices(chain, device))
-        table = guessed_acceptance(self.depth, min(self.width, vocab_size))
-        return plan_levels(from_choices(best_static_tree(table, self.max_nodes), device))
+    def static_tree(self, vocab_size: int, device: torch.device) -> StaticTree:
+        """The given choices, or the best tree (of width 1: the chain) of a guessed acceptance."""
+        choices = self.choices
+        if choices is None:
+            table = guessed_acceptance(self.depth, min(self.width, vocab_size))
+            choices = best_static_tree(table, self.max_nodes)
+        highest = max((max(path) for path in choices if path), default=0)
+        if highest >= vocab_size:
+            raise ValueError(
+                f"choices hold the rank {highest} but the drafter has {vocab_size} tokens; "
+                f"use ranks below {vocab_size}"
+            )
+        return from_choices(choices, device)
 
 
 @dataclass(frozen=True, eq=False)
 class _Level:
-    """Index tensors of one level of a static tree.
+    """Index tensors of one level of a static tree, whose *beam* are its nodes with children.
 
     Attributes:
         parent_places: [nodes] places of their parents in the beam before.
         parents_before: [nodes] places of their parents in the level before.
         ranks: [nodes] ranks among their siblings.
         num_children: most children of any node of the beam before.
-        is_single: one node, as in a chain.
-        expanded: [beam] places of the nodes with children, within this level.
+        expanded: [beam] places within this level.
         origin: [beam] places of their parents in the beam before.
         visible: [beam, fed so far] ancestors of each node of the beam, itself included.
         fed_levels: [fed so far] levels of all expanded nodes, 0 for the root's children.
@@ -102,125 +97,91 @@ class _Level:
     parents_before: Tensor
     ranks: Tensor
     num_children: int
-    is_single: bool
     expanded: Tensor
     origin: Tensor
     visible: Tensor
     fed_levels: Tensor
 
 
-@dataclass(frozen=True, eq=False)
 class StaticPlan:
     """A static tree and the indices of its levels, worked out once for all steps."""
 
-    tree: StaticTree
-    levels: list[_Level]
-    depths: list[int]  # of the nodes, on the host
-
-    @property
-    def num_nodes(self) -> int:
-        """Nodes of the tree."""
-        return len(self.tree.parents)
-
-    @property
-    def is_chain(self) -> bool:
-        """Tell if no node has a sibling."""
-        return self.num_nodes == self.tree.depth
-
-    def num_levels(self, budget: int) -> int:
-        """Levels that the first `budget` nodes reach, at least 1; nodes are sorted by level."""
-        return self.depths[min(budget, self.num_nodes) - 1]
-
-
-def plan_levels(tree: StaticTree) -> StaticPlan:
-    """Work out each level's indices; `StaticTree` sorts nodes by level, then by ranks."""
-    device = tree.parents.device
-    parents, ranks, depths = (x.tolist() for x in (tree.parents, tree.ranks, tree.depths))
-
-    def index(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=device)
-
-    paths: list[set[int]] = []  # each node with its ancestors
-    for node, parent in enumerate(parents):
-        paths.append({node} if parent < 0 else {node} | paths[parent])
-    levels: list[_Level] = []
-    fed: list[int] = []  # nodes fed so far, in order
-    beam_before, nodes_before = [-1], [-1]
-    for depth in range(1, tree.depth + 1):
-        nodes = [node for node, at in enumerate(depths) if at == depth]
-        beam = [node for node in nodes if node in parents]
-        fed += beam
-        num_children = max(ranks[node] for node in nodes) + 1
-        seen = [[other in paths[node] for other in fed] for node in beam]
-        levels.append(
-            _Level(
-                parent_places=index([beam_before.index(parents[node]) for node in nodes]),
-                parents_before=index([nodes_before.index(parents[node]) for node in nodes]),
-                ranks=index([ranks[node] for node in nodes]),
-                num_children=num_children,
-                is_single=num_children == len(beam_before) == 1,
-                expanded=index([nodes.index(node) for node in beam]),
-                origin=index([beam_before.index(parents[node]) for node in beam]),
-                visible=torch.tensor(seen, dtype=torch.bool, device=device),
-                fed_levels=index([depths[node] - 1 for node in fed]),
+    def __init__(self, tree: StaticTree) -> None:
+        self.tree, self.num_nodes = tree, len(tree.parents)
+        self.is_chain = self.num_nodes == tree.depth
+        self.depths: list[int] = tree.depths.tolist()
+        # `StaticTree` sorts nodes by level, then by ranks, so that all indices here ascend.
+        has_children = torch.isin(torch.arange(self.num_nodes).to(tree.parents), tree.parents)
+        ancestors = ancestor_mask(tree.parents.unsqueeze(0), tree.depth)[0]
+        beam, expanded = tree.parents.new_tensor([-1]), tree.parents.new_tensor([0])
+        self.levels: list[_Level] = []
+        for depth in range(1, tree.depth + 1):
+            nodes = (tree.depths == depth).nonzero().flatten()
+            fed = ((tree.depths <= depth) & has_children).nonzero().flatten()
+            places, parents_in_level = torch.searchsorted(beam, tree.parents[nodes]), expanded
+            expanded = has_children[nodes].nonzero().flatten()
+            beam = nodes[expanded]
+            self.levels.append(
+                _Level(
+                    parent_places=places,
+                    parents_before=parents_in_level[places],
+                    ranks=tree.ranks[nodes],
+                    num_children=int(tree.ranks[nodes].max()) + 1,
+                    expanded=expanded,
+                    origin=places[expanded],
+                    visible=ancestors[beam][:, fed],
+                    fed_levels=tree.depths[fed] - 1,
+                )
             )
-        )
-        beam_before, nodes_before = beam, nodes
-    return StaticPlan(tree, levels, depths)
 
 
 class StaticGrowth:
     """Fills a `StaticTree` with tokens, level by level.
 
     Args:
-        plan: the shape, see `plan_levels`.
+        plan: the shape.
         children: "top" takes each node's likeliest children, which is a point mass; the others
             sample them from the processed distribution and report its q.
         budget: the largest of the rows' budgets, at least 1; levels behind it are left out.
-        sampler: sampler of the batch; turns scores into the distribution that is sampled.
+        sampler: the batch's.
         counters: [B] int64 committed tokens, the counter of the rows' randomness.
     """
 
     def __init__(
         self, plan: StaticPlan, children: str, budget: int, sampler: Sampler, counters: Tensor
     ) -> None:
-        self._plan = plan
-        self.level, self.num_levels = 0, plan.num_levels(budget)
+        self._plan, self.sampler, self._counters = plan, sampler, counters
+        self.level, self.num_levels = 0, plan.depths[min(budget, plan.num_nodes) - 1]
         # At temperature 0 a distribution holds one token, and a sampled tree one path.
         self._children = "top" if sampler.is_greedy else children
-        self._sampler, self._counters = sampler, counters
         # Each list holds one tensor a level.
         self._tokens: list[Tensor] = []
-        self._probs: list[Tensor] = []
-        self._alive: list[Tensor] = []
-        self._confidence: list[Tensor] = []  # logs, of chosen children only
-        self.origin = torch.empty(0)  # [B, beam] parents of the newest beam in the beam before
+        self._probs: list[Tensor] = []  # of sampled children
+        self._confidence: list[Tensor] = []  # logs, of chosen children
 
     @property
-    def is_done(self) -> bool:
-        """Tell if every level has its tokens."""
-        return self.level == self.num_levels
+    def origin(self) -> Tensor:
+        """Parents [B, beam] of the newest beam in the beam before."""
+        return self._plan.levels[self.level - 1].origin.expand(len(self._tokens[0]), -1)
 
-    def add_level(self, scores: Tensor, ids: Tensor | None = None) -> None:
-        """Choose the next level's tokens from the processed scores [B, beam, V] of the newest beam.
+    def add_level(self, logits: Tensor, ids: Tensor | None = None) -> None:
+        """Choose the next level's tokens from the logits [B, beam, V] of the newest beam.
 
         `ids` [V] names the tokens that the columns stand for, None if they are token ids.
         """
-        level = self._plan.levels[self.level]
+        level, scores = self._plan.levels[self.level], child_scores(self, logits)
         if self._children == "top":
-            chosen = self._choose(scores, ids, level)
+            tokens = self._choose(scores, level)
         else:
-            chosen = self._sample(scores, level)
-            self._alive.append(chosen >= 0)
-        self._tokens.append(chosen)  # [B, nodes of this level]
+            tokens = self._sample(scores, level)
+        self._tokens.append(tokens if ids is None else ids[tokens])  # [B, nodes of this level]
         self.level += 1
-        self.origin = level.origin.expand(len(chosen), -1)
 
-    def _choose(self, scores: Tensor, ids: Tensor | None, level: _Level) -> Tensor:
+    def _choose(self, scores: Tensor, level: _Level) -> Tensor:
         """Take every node's likeliest children, and note how likely they are."""
         # In half precision a log-sum would be off by percents, and confidences are multiplied.
         total = scores.float().logsumexp(-1, keepdim=True)
-        if level.is_single:
+        if scores.shape[1] == level.num_children == 1:
             best, chosen = scores[:, 0].max(-1, keepdim=True)
             share = best.float() - total[:, 0]
         else:
@@ -230,22 +191,21 @@ class StaticGrowth:
         if self._confidence:
             share = share + self._confidence[-1][:, level.parents_before]
         self._confidence.append(share)
-        return chosen if ids is None else ids[chosen]
+        return chosen
 
     def _sample(self, scores: Tensor, level: _Level) -> Tensor:
         """Draw every node's children, -1 where nothing is left, and keep their q."""
         # Where the settings ban all that the head can say, its distribution is empty, not NaN.
-        probs = self._sampler.probs(scores).nan_to_num(0.0)  # [B, beam, V]
-        batch, beam, vocab = probs.shape
-        k, stream = level.num_children, FIRST_STREAM + self.level
-        seeds = self._sampler.seeds
+        probs = self.sampler.probs(scores).nan_to_num(0.0)  # [B, beam, V]
+        (batch, beam, vocab), k = probs.shape, level.num_children
+        num_races = k if self._children == "with_replacement" else 1
+        stream, size = FIRST_STREAM + self.level, beam * num_races * vocab
+        noise = row_exponentials(self.sampler.seeds, self._counters, stream, size)
         if self._children == "with_replacement":
-            noise = row_exponentials(seeds, self._counters, stream, beam * k * vocab)
             drawn = sample(probs.unsqueeze(2), noise.view(batch, beam, k, vocab))
             drawn = drawn.masked_fill(probs.sum(-1, keepdim=True) == 0, -1)
             drawn_from = probs.unsqueeze(2).expand(-1, -1, k, -1)
         else:
-            noise = row_exponentials(seeds, self._counters, stream, beam * vocab)
             drawn = sample_without_replacement(probs, noise.view_as(probs), k)
             drawn_from = _without_earlier(probs, drawn)
         self._probs.append(drawn_from[:, level.parent_places, level.ranks])
@@ -256,41 +216,36 @@ class StaticGrowth:
         """The nodes of the newest level that have children; see `DynamicGrowth.newest`."""
         level = self._plan.levels[self.level - 1]
         tokens = self._tokens[-1][:, level.expanded].clamp(min=0)
-        visible = level.visible.expand(len(tokens), -1, -1)
-        return tokens, visible, level.fed_levels
+        return tokens, level.visible.expand(len(tokens), -1, -1), level.fed_levels
 
     def expanded(self) -> tuple[Draft, Tensor]:
         """All nodes so far as a draft, and the rows [beam] of the newest beam in its logits."""
-        tokens = torch.cat(self._tokens, 1)
+        tokens, newest = torch.cat(self._tokens, 1), self._tokens[-1].shape[1]
         count = tokens.shape[1]
-        level = self._plan.levels[self.level - 1]
-        rows = count - self._tokens[-1].shape[1] + 1 + level.expanded
+        rows = count - newest + 1 + self._plan.levels[self.level - 1].expanded
         return Draft.tree(tokens, self._plan.tree.parents[:count], depth=self.level), rows
 
     def draft(self, budget: Sequence[int]) -> Draft:
-        """The finished tree, or chain; a row's budget keeps its first nodes."""
-        row_budgets = torch.tensor(budget, device=self._tokens[0].device)
-        tokens = _first(self._tokens, max(budget))
-        num_nodes = tokens.shape[1]
-        real = torch.arange(num_nodes, device=tokens.device) < row_budgets.unsqueeze(1)
-        probs = _first(self._probs, num_nodes) if self._probs else None
-        confidence = None
-        if self._confidence:
-            confidence = _first(self._confidence, num_nodes).exp().nan_to_num(0.0)
-        # A sampled tree cut down to a path stays a tree: its nodes may have run out of tokens.
-        if num_nodes == self.level and (self._plan.is_chain or probs is None):
-            return Draft.chain(tokens.masked_fill(~real, -1), real.sum(1), probs, confidence)
-        parents = self._plan.tree.parents[:num_nodes]
-        if probs is not None:
-            alive = real & self._reachable(_first(self._alive, num_nodes))
-            return _compact(tokens, parents, probs, alive, self.level)
-        return Draft.tree(
-            tokens.masked_fill(~real, -1),
-            parents.masked_fill(~real, -1),
-            real.sum(1),
-            self.level,
-            confidence=confidence,
-        )
+        """All levels as a draft, row b cut to its first `budget[b]` nodes."""
+        tokens = torch.cat(self._tokens, 1)[:, : max(budget)]
+        count = tokens.shape[1]
+        parents = self._plan.tree.parents[:count]
+        row_budgets = torch.tensor(budget, device=tokens.device)
+        real = torch.arange(count, device=tokens.device) < row_budgets.unsqueeze(1)
+        if self._probs:
+            probs = torch.cat(self._probs, 1)[:, :count]
+            if self._plan.is_chain:
+                alive = real & (tokens.cummin(1).values >= 0)
+                return Draft.chain(tokens.masked_fill(~alive, -1), alive.sum(1), probs)
+            alive = real & self._reachable(tokens >= 0)
+            kept = best_first(torch.where(alive, 0.0, -inf), parents.expand_as(tokens), count)
+            return selected(kept, tokens, self.level, probs)
+        tokens, lengths = tokens.masked_fill(~real, -1), real.sum(1)
+        confidence = torch.cat(self._confidence, 1)[:, :count].exp().nan_to_num(0.0)
+        if count == self.level:
+            return Draft.chain(tokens, lengths, confidence=confidence)
+        parents = parents.masked_fill(~real, -1)
+        return Draft.tree(tokens, parents, lengths, self.level, confidence=confidence)
 
     def _reachable(self, alive: Tensor) -> Tensor:
         """Nodes whose whole path was drawn: below a distribution without tokens nothing hangs.
@@ -301,11 +256,6 @@ class StaticGrowth:
         for _ in range(self.level - 1):
             above[:, 1:] &= above[:, self._plan.tree.parents[: alive.shape[1]] + 1]
         return above[:, 1:]
-
-
-def _first(levels: list[Tensor], count: int) -> Tensor:
-    """The first nodes of all levels together."""
-    return torch.cat(levels, 1)[:, :count]
 
 
 def _without_earlier(probs: Tensor, drawn: Tensor) -> Tensor:
@@ -320,23 +270,6 @@ def _without_earlier(probs: Tensor, drawn: Tensor) -> Tensor:
     return left / left.sum(-1, keepdim=True).clamp(min=torch.finfo(left.dtype).tiny)
 
 
-def _compact(tokens: Tensor, parents: Tensor, probs: Tensor, alive: Tensor, depth: int) -> Draft:
-    """Close the gaps of nodes that are not alive; order and parents are kept."""
-    order = (~alive).to(torch.uint8).sort(dim=1, stable=True).indices  # [B, N] alive ones first
-    places = alive.cumsum(1) - 1
-    lengths = alive.sum(1)
-    real = torch.arange(tokens.shape[1], device=tokens.device) < lengths.unsqueeze(1)
-    above = pad(places, (1, 0), value=-1)  # [B, N + 1], column 0 the root
-    renamed = above.gather(1, (parents + 1).expand(tokens.shape)).gather(1, order)
-    return Draft.tree(
-        tokens.gather(1, order).masked_fill(~real, -1),
-        renamed.masked_fill(~real, -1),
-        lengths,
-        depth,
-        probs.gather(1, order.unsqueeze(2).expand_as(probs)),
-    )
-
-
 class DynamicGrowth:
     """EAGLE-2's tree: the best candidates of each level are expanded, the best of all are kept.
 
@@ -344,66 +277,52 @@ class DynamicGrowth:
         width: children taken per node, and nodes expanded per level.
         max_nodes: node budget.
         num_levels: levels to grow.
+        sampler: the batch's.
     """
 
-    def __init__(self, width: int, max_nodes: int, num_levels: int) -> None:
-        self._width, self.max_nodes = width, max_nodes
+    origin: Tensor  # [B, beam] parents of the newest beam in the beam before
+
+    def __init__(self, width: int, max_nodes: int, num_levels: int, sampler: Sampler) -> None:
+        self._width, self.max_nodes, self.sampler = width, max_nodes, sampler
         self.level, self.num_levels = 0, num_levels
-        self.origin = torch.empty(0)  # [B, beam] parents of the newest beam in the beam before
-        # All candidates, one tensor [B, candidates] a level; parents are indices among them.
-        self._tokens: list[Tensor] = []
-        self._parents: list[Tensor] = []
-        self._scores: list[Tensor] = []
-        # Expanded nodes, one tensor [B, beam] a level; parents are indices among them.
-        self._beam_tokens: list[Tensor] = []
-        self._beam_parents: list[Tensor] = []
-        # The newest beam: its candidates' indices and scores, and the expanded nodes it sees.
-        self._beam: tuple[Tensor, Tensor, Tensor] | None = None
+        # [B, candidates] of each level: tokens, log-probabilities, parents among all candidates.
+        self._pool: list[tuple[Tensor, Tensor, Tensor]] = []
+        # [B, beam] of each level: tokens, parents among all expanded nodes, and which of these each
+        # one sees; then its places among all candidates, and its log-probabilities.
+        self._beams: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
 
-    @property
-    def is_done(self) -> bool:
-        """Tell if every level has its candidates."""
-        return self.level == self.num_levels
-
-    def add_level(self, scores: Tensor, ids: Tensor | None = None) -> None:
-        """Add the likeliest children of the newest beam, from its scores [B, beam, V].
+    def add_level(self, logits: Tensor, ids: Tensor | None = None) -> None:
+        """Add the likeliest children of the newest beam, from its logits [B, beam, V].
 
         `ids` [V] names the tokens that the columns stand for, None if they are token ids. The last
         level has no beam.
         """
+        scores = child_scores(self, logits)
         # Where all that the head can say is banned, no child is a candidate.
         log_probs = scores.float().log_softmax(-1).nan_to_num(nan=-inf, neginf=-inf)
         top = log_probs.topk(min(self._width, log_probs.shape[-1]), -1)
-        batch, _, width = top.indices.shape
+        width, totals = top.indices.shape[2], top.values
         tokens = (top.indices if ids is None else ids[top.indices]).flatten(1)
-        if self._beam is None:
-            parents, above = torch.full_like(tokens, -1), top.values.new_zeros(batch, 1)
-        else:
-            parents, above = self._beam[0].repeat_interleave(width, 1), self._beam[1]
-        totals = (above.unsqueeze(2) + top.values).flatten(1)  # [B, beam * width]
-        first = sum(part.shape[1] for part in self._tokens)
-        self._tokens.append(tokens)
-        self._parents.append(parents)
-        self._scores.append(totals)
-        self.level += 1
-        if not self.is_done:
-            best = totals.topk(min(self._width, totals.shape[1]), 1)
-            self.origin = best.indices // width
-            self._expand(tokens.gather(1, best.indices), best.indices + first, best.values)
-
-    def _expand(self, tokens: Tensor, candidates: Tensor, scores: Tensor) -> None:
-        """Make these candidates [B, beam] the newest beam; `origin` tells their parents."""
-        batch, beam = tokens.shape
-        visible = torch.eye(beam, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
         parents = torch.full_like(tokens, -1)
-        if self._beam is not None:
-            seen = self._beam[2]  # [B, beam before, expanded before]
+        if self._beams:
+            *_, seen, places, above = self._beams[-1]
+            totals = totals + above.unsqueeze(2)
+            parents = places.repeat_interleave(width, 1)
+        totals = totals.flatten(1)  # [B, beam * width]
+        num_before = sum(part[0].shape[1] for part in self._pool)
+        self._pool.append((tokens, totals, parents))
+        self.level += 1
+        if self.level == self.num_levels:
+            return
+        best = totals.topk(min(self._width, totals.shape[1]), 1)
+        self.origin, tokens = best.indices // width, tokens.gather(1, best.indices)
+        visible = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)
+        visible, parents = visible.expand(len(tokens), -1, -1), torch.full_like(tokens, -1)
+        if self._beams:
             parents = seen.shape[2] - seen.shape[1] + self.origin
-            index = self.origin.unsqueeze(2).expand(-1, -1, seen.shape[2])
-            visible = torch.cat([seen.gather(1, index), visible], 2)
-        self._beam_tokens.append(tokens)
-        self._beam_parents.append(parents)
-        self._beam = candidates, scores, visible
+            above = torch.take_along_dim(seen, self.origin.unsqueeze(2), 1)
+            visible = torch.cat([above, visible], 2)
+        self._beams.append((tokens, parents, visible, num_before + best.indices, best.values))
 
     @property
     def newest(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -413,40 +332,51 @@ class DynamicGrowth:
             tokens [B, beam]; which of the S expanded nodes each of them sees, bool [B, beam, S],
             the beam itself last; and the levels [S] of these nodes, 0 for the root's children.
         """
-        assert self._beam is not None
-        levels = [at for at, part in enumerate(self._beam_tokens) for _ in range(part.shape[1])]
-        tokens = self._beam_tokens[-1]
-        return tokens, self._beam[2], torch.tensor(levels, device=tokens.device)
+        sizes = [beam[0].shape[1] for beam in self._beams]
+        levels = [level for level, size in enumerate(sizes) for _ in range(size)]
+        tokens, _, visible, *_ = self._beams[-1]
+        return tokens, visible, torch.tensor(levels, device=tokens.device)
 
     def expanded(self) -> tuple[Draft, Tensor]:
         """All expanded nodes as a draft, and the rows [beam] of the newest beam in its logits."""
-        tokens, parents = torch.cat(self._beam_tokens, 1), torch.cat(self._beam_parents, 1)
-        draft = Draft.tree(tokens, parents, depth=len(self._beam_tokens))
-        last = draft.num_nodes + 1
-        beam = self._beam_tokens[-1].shape[1]
-        return draft, torch.arange(last - beam, last, device=tokens.device)
+        tokens, parents = (torch.cat([beam[at] for beam in self._beams], 1) for at in (0, 1))
+        last, beam = tokens.shape[1] + 1, self._beams[-1][0].shape[1]
+        rows = torch.arange(last - beam, last, device=tokens.device)
+        return Draft.tree(tokens, parents, depth=len(self._beams)), rows
 
     def draft(self, budget: Sequence[int]) -> Draft:
         """Rerank all candidates to the node budget, and row b to `budget[b]` nodes."""
-        parents, scores = torch.cat(self._parents, 1), torch.cat(self._scores, 1)
+        tokens, scores, parents = (torch.cat(parts, 1) for parts in zip(*self._pool, strict=True))
         row_budgets = torch.tensor(budget, device=scores.device)
         kept = best_first(scores, parents, min(self.max_nodes, max(budget)), row_budgets)
-        nodes = kept.nodes.clamp(min=0)
-        tokens = torch.cat(self._tokens, 1).gather(1, nodes).masked_fill(kept.nodes < 0, -1)
-        confidence = scores.gather(1, nodes).exp()
-        return Draft.tree(
-            tokens, kept.parents, kept.lengths, len(self._tokens), confidence=confidence
-        )
+        return selected(kept, tokens, len(self._pool), confidence=scores.exp())
 
 
 Growth = DynamicGrowth | StaticGrowth
 
 
-def child_scores(growth: Growth, logits: Tensor, sampler: Sampler) -> Tensor:
+def child_scores(growth: Growth, logits: Tensor) -> Tensor:
     """Process logits [B, beam, V] of the newest beam, each node in the context of its path."""
-    if sampler.is_plain:
+    if growth.sampler.is_plain:
         return logits
     if growth.level == 0:
-        return sampler.scores(logits)
+        return growth.sampler.scores(logits)
     draft, rows = growth.expanded()
-    return sampler.scores(logits, draft, rows.expand(len(logits), -1))
+    return growth.sampler.scores(logits, draft, rows.expand(len(logits), -1))
+
+
+def selected(
+    kept: Selection,
+    tokens: Tensor,
+    depth: int,
+    probs: Tensor | None = None,
+    confidence: Tensor | None = None,
+) -> Draft:
+    """The tree of those candidates [B, M, ...] that were kept."""
+    nodes = kept.nodes.clamp(min=0)
+    tokens = tokens.gather(1, nodes).masked_fill(kept.nodes < 0, -1)
+    if probs is not None:
+        probs = probs.gather(1, nodes.unsqueeze(2).expand(-1, -1, probs.shape[2]))
+    if confidence is not None:
+        confidence = confidence.gather(1, nodes)
+    return Draft.tree(tokens, kept.parents, kept.lengths, depth, probs, confidence)

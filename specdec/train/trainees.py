@@ -21,8 +21,12 @@ from specdec.checkpoints import (
 from specdec.common.config import Config, validated
 from specdec.common.files import write_json
 from specdec.demo import demo_path
-from specdec.drafters.adapters import base_mark, merged_adapter, save_adapter
-from specdec.drafters.draft_model import check_same_tokenizer
+from specdec.drafters.draft_model import (
+    base_mark,
+    check_same_tokenizer,
+    merged_adapter,
+    save_adapter,
+)
 from specdec.drafters.heads import Head, build_head, fill_head
 from specdec.drafters.training import TrainingBatch, objective, shifted
 from specdec.targets.load import load_target

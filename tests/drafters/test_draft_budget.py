@@ -126,18 +126,17 @@ def test_pending_parts_keep_order(seed):
         width = rng.randrange(1, 5)
         counts = [rng.randrange(width + 1) for _ in expected]
         tokens = 100 * part + torch.arange(3 * width).view(3, width)
-        taps = {7: tokens.unsqueeze(2) + torch.tensor([0.25, 0.5])}
-        pending.add(tokens, taps, counts)
+        pending.add([tokens, tokens.unsqueeze(2) + torch.tensor([0.25, 0.5])], counts.copy())
         for row, count in enumerate(counts):
             expected[row] += tokens[row, :count].tolist()
         if rng.random() < 0.3:
             pending.reorder(torch.tensor([2, 0, 1]))
             expected = [expected[2], expected[0], expected[1]]
-    tokens, taps, counts = pending.take()
+    (tokens, tap), counts = pending.take()
     assert counts == [len(row) for row in expected]
     for row, wanted in enumerate(expected):
         assert tokens[row, : len(wanted)].tolist() == wanted
-        assert taps[7][row, : len(wanted), 1].tolist() == [token + 0.5 for token in wanted]
+        assert tap[row, : len(wanted), 1].tolist() == [token + 0.5 for token in wanted]
     assert pending.num_columns == 0
 
 
@@ -147,12 +146,12 @@ def test_rows_that_join_have_nothing_waiting(seed):
     pending, tokens = Pending(), torch.randint(9, (2, 4))
     pending.join(3)
     assert pending.num_columns == 0
-    pending.add(tokens, {3: tokens.unsqueeze(2).float()}, [4, 1 + seed])
+    pending.add([tokens, tokens.unsqueeze(2).float()], [4, 1 + seed])
     pending.join(2)
-    taken, taps, counts = pending.take()
+    (taken, tap), counts = pending.take()
     assert counts == [4, 1 + seed, 0, 0]
     assert torch.equal(taken[:2], tokens)
-    assert taps[3].shape == (4, 4, 1)
+    assert tap.shape == (4, 4, 1)
 
 
 def test_joining_prompt_is_fed_alone():

@@ -77,11 +77,13 @@ BANNED = SamplingConfig(temperature=1.0, bad_words=[[token] for token in range(4
 
 
 @pytest.mark.parametrize("children", ["top", "without_replacement", "with_replacement"])
-@pytest.mark.parametrize("choices", [CHOICES, None], ids=["static", "computed"])
-def test_banned_draft_vocabulary_still_decodes(children, choices):
+@pytest.mark.parametrize(
+    ("choices", "width"), [(CHOICES, 3), (None, 3), (None, 1)], ids=["static", "computed", "chain"]
+)
+def test_banned_draft_vocabulary_still_decodes(children, choices, width):
     target = small_target()
     head = lively_head("eagle3", target, draft_tokens=[0, 1, 2, 3])
-    shape = TreeShape(depth=3, width=3, max_nodes=9, choices=choices, children=children)
+    shape = TreeShape(depth=3, width=width, max_nodes=9, choices=choices, children=children)
     drafter = DRAFTERS["eagle3"](head, VOCAB, shape)
     greedy = SamplingConfig(bad_words=BANNED.bad_words)
     ours = generate(target, drafter, PROMPTS, greedy, max_new_tokens=12)

@@ -1,6 +1,7 @@
 """Hybrids: trees merged as sets of paths, the likeliest kept, and confidence that is learned."""
 
 import random
+from functools import reduce
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from tiny_models import perturbed, tiny_llama, tiny_target
 
 from specdec import generate, generate_baseline
 from specdec.drafters.draft_model import DraftModel
-from specdec.drafters.hybrid import NUM_BINS, PRIOR_WEIGHT, Calibration, HybridDrafter, merge_drafts
+from specdec.drafters.hybrid import PRIOR_WEIGHT, Calibration, HybridDrafter, join, pool_of
 from specdec.drafters.lookup import pack_rows
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.suffix import SuffixDrafter
@@ -20,20 +21,17 @@ CPU = torch.device("cpu")
 
 def random_row(draw):
     """A random tree without twins among siblings, and a confidence for each node."""
-    nodes, confidences = [], []
+    nodes = []
     for _ in range(draw.randrange(9)):
-        node = (draw.randrange(-1, len(nodes)), draw.randrange(4))
-        if node not in nodes:
-            above = confidences[node[0]] if node[0] >= 0 else 1.0
-            nodes.append(node)
-            confidences.append(above * draw.choice([0.25, 0.5, 1.0]))
-    return nodes, confidences
+        parent, token = draw.randrange(-1, len(nodes)), draw.randrange(4)
+        if (parent, token) not in [node[:2] for node in nodes]:
+            above = nodes[parent][2] if parent >= 0 else 1.0
+            nodes.append((parent, token, above * draw.choice([0.25, 0.5, 1.0])))
+    return nodes
 
 
 def random_draft(draw, num_rows=4):
-    rows = [random_row(draw) for _ in range(num_rows)]
-    nodes, confidences = [row[0] for row in rows], [row[1] for row in rows]
-    return pack_rows(nodes, CPU, as_chain=False, confidences=confidences)
+    return pack_rows([random_row(draw) for _ in range(num_rows)], CPU, as_chain=False)
 
 
 def confidence_of(draft):
@@ -62,7 +60,7 @@ def test_merged_pool_holds_every_path_once(seed):
     draw = random.Random(seed)
     drafts = [random_draft(draw) for _ in range(3)]
     drafts = [draft for draft in drafts if draft.num_nodes] or [random_draft(random.Random(1))]
-    pool = merge_drafts(drafts)
+    pool = reduce(join, map(pool_of, drafts))
     wanted = [confidence_of(draft) for draft in drafts]
     for row in range(4):
         found = paths_in(pool, row)
@@ -78,17 +76,15 @@ class Scripted:
 
     taps, makes_trees = (), True
 
-    def __init__(self, rows, confidences):
-        self.rows, self.confidences, self.max_nodes = rows, confidences, 99
+    def __init__(self, nodes):
+        self.nodes, self.max_nodes = nodes, 99
         self.clock = NgramDrafter().clock
 
     def begin(self, prompts, output, sampler, *, join=False):
         self.num_rows = len(prompts)
 
     def propose(self, root, budget, sampler):
-        rows = [self.rows[:limit] for limit in budget]
-        confidences = [self.confidences[:limit] for limit in budget]
-        return pack_rows(rows, root.device, as_chain=False, confidences=confidences)
+        return pack_rows([self.nodes[:limit] for limit in budget], root.device, as_chain=False)
 
     def observe(self, verdict, committed, hidden):
         pass
@@ -103,8 +99,8 @@ def proposal(hybrid, budgets):
 
 
 def test_hybrid_keeps_likeliest_nodes_within_budget():
-    first = Scripted([(-1, 1), (0, 2), (1, 3)], [0.9, 0.3, 0.2])
-    second = Scripted([(-1, 1), (-1, 4), (0, 2), (0, 5)], [0.6, 0.4, 0.5, 0.05])
+    first = Scripted([(-1, 1, 0.9), (0, 2, 0.3), (1, 3, 0.2)])
+    second = Scripted([(-1, 1, 0.6), (-1, 4, 0.4), (0, 2, 0.5), (0, 5, 0.05)])
     hybrid = HybridDrafter([first, second], max_nodes=4, calibrate=False)
     hybrid.begin([[0]] * 3, None, None)
     draft = proposal(hybrid, [9, 3, 0])
@@ -115,7 +111,7 @@ def test_hybrid_keeps_likeliest_nodes_within_budget():
 
 
 def test_no_nodes_from_anyone_make_an_empty_draft():
-    hybrid = HybridDrafter([Scripted([], []), Scripted([], [])])
+    hybrid = HybridDrafter([Scripted([]), Scripted([])])
     assert proposal(hybrid, [5, 5]).num_nodes == 0
 
 
@@ -133,12 +129,11 @@ def test_calibration_moves_toward_acceptance():
     torch.testing.assert_close(calibration.acceptance(confidence), learned)
     edge = torch.ones(2, 1, 1)
     assert calibration.acceptance(edge).shape == (2, 1, 1)
-    assert NUM_BINS > 1
 
 
 def test_hybrid_learns_to_drop_wrong_drafter():
     target = tiny_target()
-    liar = Scripted([(-1, 96), (0, 96), (1, 96)], [1.0, 1.0, 1.0])
+    liar = Scripted([(-1, 96, 1.0), (0, 96, 1.0), (1, 96, 1.0)])
     truth = DraftModel(HFTarget(target.model), 97, num_draft_tokens=3, width=2, max_nodes=6)
     hybrid = HybridDrafter([liar, truth], max_nodes=3)
     results = generate(target, hybrid, [[1, 2, 3]], max_new_tokens=120)
@@ -173,8 +168,8 @@ def test_hybrid_accepts_more_than_either_drafter():
 class Asked(Scripted):
     """A scripted drafter that counts how often it is asked."""
 
-    def __init__(self, rows, confidences, expected=None):
-        super().__init__(rows, confidences)
+    def __init__(self, nodes, expected=None):
+        super().__init__(nodes)
         self.times = 0
         if expected is not None:
             self.expected = expected
@@ -185,7 +180,7 @@ class Asked(Scripted):
 
 
 def test_sure_lookup_spares_later_drafters():
-    lookup, neural = Asked([(-1, 1)], [0.9], [5.0, 4.0]), Asked([(-1, 2)], [0.9])
+    lookup, neural = Asked([(-1, 1, 0.9)], [5.0, 4.0]), Asked([(-1, 2, 0.9)])
     hybrid = HybridDrafter([lookup, neural], enough=4.5)
     proposal(hybrid, [9, 9])
     assert (lookup.times, neural.times) == (1, 1), "the second row does not expect enough"
@@ -199,7 +194,7 @@ def test_sure_lookup_spares_later_drafters():
 
 def test_single_draft_is_taken_as_is():
     chain = NgramDrafter(min_ngram=1)
-    hybrid = HybridDrafter([Scripted([], []), chain], max_nodes=8)
+    hybrid = HybridDrafter([Scripted([]), chain], max_nodes=8)
     hybrid.begin([[1, 2, 1]], None, None)
     assert proposal(hybrid, [8]).is_chain
     # Too many nodes for the budget are cut to the likeliest.

@@ -2,6 +2,7 @@
 
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ class Law:
 
 def grow(laws, width, num_levels):
     """Grow a pool by laws, one a row; returns it and the paths that were expanded, row by row."""
-    pool = DynamicGrowth(width, 1000, num_levels + 1)
+    pool = DynamicGrowth(width, 1000, num_levels + 1, SimpleNamespace(is_plain=True))
     newest = [[()] for _ in laws]
     expanded = [list(row) for row in newest]
     for level in range(num_levels):

@@ -6,7 +6,6 @@ from scripted import DRAFTERS, TAPS, VOCAB, lively_head, small_target
 from slow_heads import Continuation, SlowEagle, SlowEagle3
 
 from specdec import SamplingConfig
-from specdec.drafters.training import rollout
 from specdec.drafters.tree_growth import TreeShape
 from specdec.engine.interfaces import TargetOutput
 from specdec.sampling.sampler import Sampler
@@ -28,7 +27,7 @@ def rolled_out(kind, options):
         tokens = torch.tensor(TEXTS)
         states = target.model(input_ids=tokens, output_hidden_states=True).hidden_states
         hidden = {tap: states[tap] for tap in head.taps}
-        outputs = list(rollout(head, tokens, head.fuse(hidden), NUM_STEPS))
+        outputs = list(head.rollout(tokens, head.fuse(hidden), NUM_STEPS))
     return target, head, hidden, outputs
 
 

@@ -5,7 +5,7 @@ from scripted import DRAFTERS, VOCAB, ScriptedDecoding, lively_head, slow_guesse
 from slow_trees import check_drafts
 from transformers import Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, LlamaForCausalLM
 
-from specdec.drafters.backbone import Backbone
+from specdec.drafters.feature_head import Backbone
 from specdec.drafters.tree_growth import TreeShape
 from specdec.targets.hf import HFTarget
 

@@ -71,7 +71,7 @@ def test_medusa_tree_is_best_for_acceptance(tmp_path):
     decoding = ScriptedDecoding(target, drafter, PROMPTS)
     decoding.step()
     shape = TreeShape(choices=[[0], [1], [0, 0], [1, 0]])
-    head = drafter.heads
+    head = drafter.head
     check_drafts(
         decoding.steps,
         shape,
