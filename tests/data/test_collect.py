@@ -43,9 +43,12 @@ def lines(path, rows):
     return path
 
 
+def user(text):
+    return {"role": "user", "content": text}
+
+
 def requests(path, questions=QUESTIONS):
-    rows = [{"model": "m", "messages": [{"role": "user", "content": q}]} for q in questions]
-    return lines(path, rows)
+    return lines(path, [{"model": "m", "messages": [user(q)]} for q in questions])
 
 
 def kept(folder):
@@ -77,26 +80,31 @@ def test_log_becomes_a_private_folder_with_card(log, out, open_umask):
     last = summary(log, "--out", out, "--domain", "food", "--tag-language")
     assert everything(out) == sorted(QUESTIONS)
     report = report_of(out)
-    counts = report.kept.model_dump()
-    assert last["kept"] == counts == {s: len(texts) for s, texts in kept(out).items()}
+    assert last["kept"] == report.kept.model_dump() == {s: len(t) for s, t in kept(out).items()}
     assert report.kept.held_out > 0
     assert report.domains == {"food": report.kept}
     assert report.languages["en"] > len(QUESTIONS) / 2
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlanguage:\n- en\n")
+    assert "size_categories:\n- n<1K\n" in card
     assert f"| food | {report.kept.train} | {report.kept.held_out} |" in card
     query = read_queries(out, "train")[0]
     assert (query.domain, query.source.rpartition(":")[0]) == ("food", str(log))
     modes = {path: stat.S_IMODE(path.stat().st_mode) for path in [out, *out.rglob("*")]}
     assert modes == {path: 0o700 if path.is_dir() else 0o600 for path in modes}
+    before = (out / "collect.json").read_bytes()
+    summary(log, "--out", out, "--domain", "food", "--tag-language")
+    assert (out / "collect.json").read_bytes() == before, "given again, its work is done"
 
 
-def test_recorded_answers_are_kept_masked(tmp_path, out):
-    request = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
-    response = {"choices": [{"message": {"content": "Write to a@b.example"}}]}
-    log = lines(tmp_path / "log.jsonl", [{"request": request, "response": response}])
-    summary(log, "--out", out, "--held-out", 0)
-    assert read_queries(out, "train")[0].answer == "Write to <EMAIL>"
+def test_answers_are_masked_and_halves_of_characters_replaced(tmp_path, out):
+    log = tmp_path / os.fsdecode(b"log\xff.jsonl")
+    log.write_text(
+        '{"text": "cut emoji \\ud83d", "answer": "a@b.example"}\n{"messages": "\\ud83d"}'
+    )
+    collect([str(log)], out, CollectSettings(held_out=0))
+    query = read_queries(out, "train")[0]
+    assert (query.last_turn, query.answer) == ("cut emoji ?", "<EMAIL>")
 
 
 def source_of_kind(folder, kind):
@@ -104,32 +112,30 @@ def source_of_kind(folder, kind):
     source = folder / f"source.{kind}"
     if kind == "txt":
         source.write_text("\n".join(QUESTIONS))
-        return source, []
-    if kind in ("csv", "tsv"):
+    elif kind in ("csv", "tsv"):
         with source.open("w", newline="") as file:
             writer = csv.writer(file, delimiter="," if kind == "csv" else "\t")
             writer.writerows([("no", "asked"), *enumerate(QUESTIONS)])
         return source, ["--column", "asked"]
-    if kind == "parquet":
+    elif kind == "parquet":
         Dataset.from_dict({"asked": QUESTIONS}).to_parquet(source)
-        return source, []
-    if kind == "saved":
+    elif kind == "saved":
         texts = {"train": ["no"], "dev": QUESTIONS}
         splits = {split: Dataset.from_dict({"x": each}) for split, each in texts.items()}
         DatasetDict(splits).save_to_disk(source)
         return source, ["--split", "dev", "--column", "x"]
-    if kind == "folder":
+    elif kind == "folder":
         source.mkdir()
         requests(source / "requests-00001.jsonl", QUESTIONS[:20])
         requests(source / "requests-00002.jsonl", QUESTIONS[20:])
         (source / "notes.txt").write_text("not a query")
-        return source, []
-    turns = [[{"from": "human", "value": q}, {"from": "gpt", "value": "ok"}] for q in QUESTIONS]
-    (folder / "source.json").write_text(json.dumps([{"conversations": turn} for turn in turns]))
-    return folder / "source.json", []
+    else:
+        turns = [[{"from": "human", "value": q}, {"from": "gpt", "value": "ok"}] for q in QUESTIONS]
+        source.write_text(json.dumps([{"conversations": turn} for turn in turns]))
+    return source, []
 
 
-@pytest.mark.parametrize("kind", ["txt", "csv", "tsv", "parquet", "saved", "folder", "sharegpt"])
+@pytest.mark.parametrize("kind", ["txt", "csv", "tsv", "parquet", "saved", "folder", "json"])
 def test_every_source_gives_the_same_queries(tmp_path, out, kind):
     source, options = source_of_kind(tmp_path, kind)
     summary(source, "--out", out, *options)
@@ -147,16 +153,9 @@ def test_query_keeps_its_split_in_any_collection(tmp_path):
 
 
 def test_turns_of_a_conversation_share_a_split(tmp_path, out):
-    chats = [
-        [
-            {"from": "human", "value": question},
-            {"from": "gpt", "value": "Let me see."},
-            {"from": "human", "value": f"{question[:9]} again"},
-        ]
-        for question in QUESTIONS
-    ]
-    source = lines(tmp_path / "chats.jsonl", [{"conversations": turns} for turns in chats])
-    last = summary(source, "--out", out, "--near-duplicates", 0)
+    said = {"role": "assistant", "content": "Let me see."}
+    rows = [{"conversation": [user(q), said, user(f"{q[:9]} again")]} for q in QUESTIONS]
+    last = summary(lines(tmp_path / "c.jsonl", rows), "--out", out, "--near-duplicates", 0)
     assert sum(last["kept"].values()) == 2 * len(QUESTIONS)
     names = [{q.conversation for q in read_queries(out, split)} for split in SPLITS]
     assert not names[0] & names[1]
@@ -175,8 +174,7 @@ def test_smaller_draw_is_part_of_a_larger(log, tmp_path):
 
 def test_drops_are_counted_by_reason(tmp_path, out):
     texts = ["Where is my order?", "Where is my order?", "where is  my order??", " ", "word " * 50]
-    messages = [[{"role": "user", "content": text}] for text in texts]
-    messages.append([{"role": "system", "content": "x"}])
+    messages = [*([user(text)] for text in texts), [{"role": "system", "content": "x"}]]
     log = lines(tmp_path / "log.jsonl", [{"messages": each} for each in messages])
     with log.open("a") as file:
         file.write("{oops")
@@ -200,14 +198,6 @@ def test_quotes_stay_masked_where_queries_are_not(tmp_path, out):
     assert masked["dropped"] == bare["dropped"] == {"duplicate": 1}
     for name in ("collect.json", "README.md"):
         assert "jane" not in (tmp_path / "r" / name).read_text()
-
-
-def test_halves_of_characters_are_replaced(tmp_path, out):
-    log = tmp_path / os.fsdecode(b"log\xff.jsonl")
-    log.write_text('{"text": "cut emoji \\ud83d", "answer": "\\ud83d"}\n{"messages": "\\ud83d"}')
-    collect([str(log)], out, CollectSettings(held_out=0, mask=False))
-    query = read_queries(out, "train")[0]
-    assert (query.last_turn, query.answer) == ("cut emoji ?", "?")
 
 
 def test_too_many_malformed_lines_stop_the_run(log, tmp_path, out):
@@ -245,8 +235,7 @@ def test_interrupted_write_leaves_the_folder_as_it_was(
     assert (result.exit_code, message in result.stderr) == (status, True)
     assert out.exists() == there
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-    if there:
-        assert everything(out) == sorted(QUESTIONS[:5])
+    assert not there or everything(out) == sorted(QUESTIONS[:5])
 
 
 def test_killed_exchange_of_folders_loses_nothing(log, tmp_path, out):
@@ -255,13 +244,6 @@ def test_killed_exchange_of_folders_loses_nothing(log, tmp_path, out):
     more = requests(tmp_path / "more.jsonl", ["Is there any more bread?"])
     summary(more, "--out", out, "--append")
     assert everything(out) == sorted([*QUESTIONS, "Is there any more bread?"])
-
-
-def test_same_command_finds_its_work_done(log, out):
-    summary(log, "--out", out)
-    before = (out / "collect.json").read_bytes()
-    summary(log, "--out", out)
-    assert (out / "collect.json").read_bytes() == before
 
 
 def test_other_contents_are_not_overwritten(log, tmp_path, out):
@@ -294,26 +276,23 @@ def test_appending_drops_what_repeats_the_folder(tmp_path, out):
     assert "30 were there before." in (out / "README.md").read_text()
 
 
-def test_domain_without_held_out_queries_is_named(tmp_path, out):
+def test_lopsided_splits_are_told(tmp_path, out):
     rows = [{"text": q, "topic": "food"} for q in QUESTIONS] + [{"text": "Hello?", "topic": "rare"}]
     result = run(lines(tmp_path / "log.jsonl", rows), "--out", out, "--domain-field", "topic")
     assert report_of(out).domains["rare"].model_dump() == {"train": 1, "held_out": 0}
     assert "no query of domain 'rare' is held out" in result.stderr
-
-
-def test_fixed_examples_in_one_split_are_told(tmp_path, out):
-    shots = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
-    rows = [{"messages": [*shots, {"role": "user", "content": q}]} for q in QUESTIONS]
-    result = run(lines(tmp_path / "log.jsonl", rows), "--out", out)
-    assert max(report_of(out).kept.model_dump().values()) == len(QUESTIONS)
+    shots = [user("1+1?"), {"role": "assistant", "content": "2"}]
+    rows = [{"messages": [*shots, user(q)]} for q in QUESTIONS]
+    result = run(lines(tmp_path / "log.jsonl", rows), "--out", tmp_path / "r")
+    assert max(report_of(tmp_path / "r").kept.model_dump().values()) == len(QUESTIONS)
     assert "begin with the same user turn" in result.stderr
 
 
 def test_named_sources_leave_out_bench_prompts(tmp_path, out):
-    folder = tmp_path / "data" / "taskmaster4"
-    folder.mkdir(parents=True)
+    (tmp_path / "data" / "taskmaster4").mkdir(parents=True)
     turns = [[["user", q], ["assistant", "ok"]] for q in QUESTIONS]
-    lines(folder / "dialogs.jsonl", [{"id": str(n), "turns": t} for n, t in enumerate(turns)])
+    rows = [{"id": str(n), "turns": t} for n, t in enumerate(turns)]
+    lines(tmp_path / "data" / "taskmaster4" / "dialogs.jsonl", rows)
     report = collect(["taskmaster4"], out, CollectSettings(), data_dir=tmp_path / "data")
     assert everything(out) == sorted(q for n, q in enumerate(QUESTIONS) if n % 10)
     assert list(report.domains) == ["taskmaster4"]
@@ -350,17 +329,14 @@ def test_missing_source_is_told_from_the_hub(out, monkeypatch):
         ("nothing.jsonl", "nothing.jsonl' is not a folder or file here"),
         ("--column none", "no query is left"),
         ("--column none --max-bad 0", "has no column 'none'"),
+        ("no extra", "pip install 'specdec[collect]'"),
     ],
 )
-def test_wrong_options_are_told_in_one_line(log, out, options, message):
+def test_wrong_options_are_told_in_one_line(log, out, options, message, monkeypatch):
+    if options == "no extra":
+        monkeypatch.setattr("specdec.cli.collect.find_spec", lambda name: None)
+        options = ""
     result = run(log, "--out", out, "--max-bad", 100, *options.split())
     assert result.exit_code == 2
     assert message in result.stderr
     assert not out.exists()
-
-
-def test_missing_extra_is_told_in_one_line(log, out, monkeypatch):
-    monkeypatch.setattr("specdec.cli.collect.find_spec", lambda name: None)
-    result = run(log, "--out", out)
-    assert result.exit_code == 2
-    assert "pip install 'specdec[collect]'" in result.stderr

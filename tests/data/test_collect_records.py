@@ -20,6 +20,14 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
+def human(text):
+    return {"from": "human", "value": text}
+
+
+def gpt(text):
+    return {"from": "gpt", "value": text}
+
+
 def asked(record, turns="all"):
     """(texts of the messages or of the completion, answer) of each query."""
     return [
@@ -28,71 +36,61 @@ def asked(record, turns="all"):
     ]
 
 
-ANSWER = {"choices": [{"message": {"role": "assistant", "content": "Hi!"}}]}
+ANSWER = {"choices": [{"message": assistant("Hi!")}]}
 CHAT = {"model": "m", "messages": [{"role": "developer", "content": "Be kind."}, user("Hello")]}
+LOGGED = {"request": CHAT, "response": ANSWER, "status": 200}
+ONE = [(["Be kind.", "Hello"], None)]
+ANSWERED = [(["Be kind.", "Hello"], "Hi!")]
+TALK = [(["a"], "b"), (["a", "b", "c"], "d")]
+PARTS = [{"type": "text", "text": "What is"}, {"type": "text", "text": "this?"}]
+IMAGE = {"type": "image_url", "image_url": {"url": "data:..."}}
+REQUEST = {"model": "m", "messages": [user("a"), assistant("b"), user("c")]}
+# A piece of a longer conversation may begin with the end of an answer.
+SHAREGPT = {"id": "x", "conversations": [gpt("..."), human("a"), gpt("b"), human("c"), gpt("d")]}
+MESSAGES = {"messages": [user("a"), assistant("b"), user("c"), assistant("d")]}
 
 
 @pytest.mark.parametrize(
-    ("record", "answer"),
+    ("record", "turns", "queries"),
     [
-        (CHAT, None),
-        ({"request": CHAT, "response": ANSWER}, "Hi!"),
-        ({"request": CHAT, "response": ANSWER, "status": 200, "complete": True}, "Hi!"),
-        ({"request": CHAT, "response": ANSWER, "status": 200, "complete": False}, None),
-        ({"request": CHAT, "response": None, "status": 503}, None),
-        ({"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": CHAT}, None),
-        ({"body": CHAT, "response": {"status_code": 200, "body": ANSWER}}, "Hi!"),
+        # A chat request is one query in every log.
+        (CHAT, "all", ONE),
+        (LOGGED, "all", ANSWERED),
+        ({**LOGGED, "complete": True}, "all", ANSWERED),
+        ({**LOGGED, "complete": False}, "all", ONE),
+        ({"request": CHAT, "response": None, "status": 503}, "all", ONE),
+        ({"custom_id": "1", "url": "/v1/chat/completions", "body": CHAT}, "all", ONE),
+        ({"body": CHAT, "response": {"status_code": 200, "body": ANSWER}}, "all", ANSWERED),
+        # It asks its last turn only.
+        *((REQUEST, turns, [(["a", "b", "c"], None)]) for turns in ("all", "last", "first")),
+        ({"model": "m", "messages": [user("a"), assistant("b")]}, "all", [(["a"], "b")]),
+        # A completion keeps its prompt as text, a question is a user's turn.
+        (
+            {"request": {"model": "m", "prompt": "A"}, "response": {"choices": [{"text": " b"}]}},
+            "all",
+            [("A", " b")],
+        ),
+        ({"model": "m", "prompt": ["One", "Two"]}, "all", [("One", None), ("Two", None)]),
+        ({"prompt": "Hello"}, "all", [(["Hello"], None)]),
+        (" Hello\n", "all", [(["Hello"], None)]),
+        ({"question": "1+1?", "answer": "2"}, "all", [(["1+1?"], "2")]),
+        ({"instruction": "Add", "input": "1, 1", "output": "2"}, "all", [(["Add\n\n1, 1"], "2")]),
+        ({"instruction": "Add", "input": ""}, "all", [(["Add"], None)]),
+        ({"messages": [user(PARTS)]}, "all", [(["What is\nthis?"], None)]),
+        # A conversation is a query at each turn.
+        *(
+            (record, turns, TALK[place])
+            for record in (SHAREGPT, MESSAGES, MESSAGES["messages"])
+            for turns, place in (("all", slice(2)), ("last", slice(1, 2)), ("first", slice(1)))
+        ),
     ],
 )
-def test_chat_request_is_one_query_in_every_log(record, answer):
-    assert asked(record) == [(["Be kind.", "Hello"], answer)]
-    assert [turn["role"] for turn in next(find_queries(record)).messages] == ["system", "user"]
+def test_record_asks_its_queries(record, turns, queries):
+    assert asked(record, turns) == queries
 
 
-def test_request_asks_its_last_turn_only():
-    request = {"model": "m", "messages": [user("a"), assistant("b"), user("c")]}
-    for turns in ("all", "last", "first"):
-        assert asked(request, turns) == [(["a", "b", "c"], None)]
-    prefilled = {"model": "m", "messages": [user("a"), assistant("b")]}
-    assert asked(prefilled) == [(["a"], "b")]
-
-
-def test_completion_keeps_its_prompt_as_text():
-    answered = {"choices": [{"text": " there"}]}
-    log = {"request": {"model": "m", "prompt": "Hello"}, "response": answered}
-    assert asked(log) == [("Hello", " there")]
-    assert asked({"model": "m", "prompt": ["One", "Two"]}) == [("One", None), ("Two", None)]
-    assert asked({"prompt": "Hello"}) == [(["Hello"], None)]  # no request: a user's question
-
-
-def test_text_parts_are_joined_others_are_told():
-    parts = [{"type": "text", "text": "What is"}, {"type": "text", "text": "this?"}]
-    assert asked({"messages": [user(parts)]}) == [(["What is\nthis?"], None)]
-    image = {"type": "image_url", "image_url": {"url": "data:..."}}
-    with pytest.raises(NoQueryError, match="not_text"):
-        asked({"messages": [user([*parts, image])]})
-
-
-SHAREGPT = {
-    "id": "x",
-    "conversations": [
-        {"from": "gpt", "value": "a piece of an earlier answer"},
-        {"from": "human", "value": "a"},
-        {"from": "gpt", "value": "b"},
-        {"from": "human", "value": "c"},
-        {"from": "gpt", "value": "d"},
-    ],
-}
-
-
-@pytest.mark.parametrize(
-    "record", [SHAREGPT, {"messages": [user("a"), assistant("b"), user("c"), assistant("d")]}]
-)
-def test_conversation_is_a_query_at_each_turn(record):
-    first, last = (["a"], "b"), (["a", "b", "c"], "d")
-    assert asked(record) == [first, last]
-    assert asked(record, "last") == [last]
-    assert asked(record, "first") == [first]
+def test_roles_have_one_name_each():
+    assert [turn["role"] for turn in next(find_queries(CHAT)).messages] == ["system", "user"]
 
 
 def test_tool_call_ends_what_a_conversation_asks():
@@ -104,17 +102,11 @@ def test_tool_call_ends_what_a_conversation_asks():
         next(found)
 
 
-def test_questions_keep_their_reference_answers():
-    assert asked({"question": "1+1?", "answer": "2"}) == [(["1+1?"], "2")]
-    alpaca = {"instruction": "Add", "input": "1, 1", "output": "2"}
-    assert asked(alpaca) == [(["Add\n\n1, 1"], "2")]
-    assert asked({"instruction": "Add", "input": ""}) == [(["Add"], None)]
-
-
 @pytest.mark.parametrize(
     ("record", "error", "message"),
     [
         ({"messages": [assistant("b")]}, NoQueryError, "no_user_turn"),
+        ({"messages": [user([*PARTS, IMAGE])]}, NoQueryError, "not_text"),
         ({"model": "m", "prompt": [1, 2, 3]}, NoQueryError, "not_text"),
         ({"request": {"model": "e", "input": "x"}, "response": {}}, NoQueryError, "other_request"),
         ({"request": CHAT, "response": {"error": {}}, "status": 400}, NoQueryError, "refused"),
@@ -147,7 +139,7 @@ def nested(inner):
 def test_any_json_is_asked_or_refused(record):
     try:
         found = list(find_queries(record))
-    except (NoQueryError, ValueError):
+    except ValueError:
         return
     assert found
     for each in found:
@@ -173,21 +165,19 @@ def test_any_json_is_asked_or_refused(record):
 )
 def test_format_is_told_from_suffix_and_content(tmp_path, name, content, form):
     (tmp_path / name).write_text(content)
-    assert form_of(tmp_path / name) == form
-    zipped = tmp_path / f"{name}.gz"
-    zipped.write_bytes(gzip.compress(content.encode()))
-    assert form_of(zipped) == form
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
+    assert form_of(tmp_path / name) == form_of(tmp_path / f"{name}.gz") == form
     assert form_of(tmp_path / name, "text") == "text"
 
 
-def test_files_that_would_be_misread_are_refused(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text('{\n"data": []\n}')
-    with pytest.raises(ValueError, match="one object over many lines"):
-        form_of(path)
-    path.write_bytes("hello".encode("utf-16"))
-    with pytest.raises(ValueError, match="iconv"):
-        form_of(path)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b'{\n"data": []\n}', "one object over many lines"), ("hello".encode("utf-16"), "iconv")],
+)
+def test_files_that_would_be_misread_are_refused(tmp_path, content, message):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        form_of(tmp_path / "a.json")
 
 
 ROWS = [{"text": "a"}, {"text": 'b, "b"\nb'}, {"text": "ü\u2028]"}]
@@ -221,17 +211,18 @@ def test_every_format_gives_the_same_records(tmp_path, form, chunk, monkeypatch)
     assert records.done == records.size
 
 
-def test_malformed_lines_are_told_with_their_place(tmp_path):
-    lines = tmp_path / "a.jsonl"
-    lines.write_bytes(b'{"text": "a"}\n{"text": \n\xff\xfe\n{"text": "b"}\n{"te')
-    found = list(RecordFile(lines))
-    assert [bool(each.fault) for each in found] == [False, True, True, False, True]
-    assert [each.where.rpartition(":")[2] for each in found] == ["1", "2", "3", "4", "5"]
-    table = tmp_path / "a.csv"
-    table.write_bytes(b'text,b\nx,1\nonly one\n"a"b,1\n\xff,1\ny,2\n')
-    found = list(RecordFile(table))
-    assert [bool(each.fault) for each in found] == [False, True, True, True, False]
-    assert [each.where.rpartition(":")[2] for each in found] == ["2", "3", "4", "5", "6"]
+@pytest.mark.parametrize(
+    ("name", "content", "sound", "places"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n\xff\xfe\n{"text": "b"}\n{"te', "14", "12345"),
+        ("a.csv", b'text,b\nx,1\nonly one\n"a"b,1\n\xff,1\ny,2\n', "26", "23456"),
+    ],
+)
+def test_malformed_lines_are_told_with_their_place(tmp_path, name, content, sound, places):
+    (tmp_path / name).write_bytes(content)
+    found = list(RecordFile(tmp_path / name))
+    assert [each.where.rpartition(":")[2] for each in found] == list(places)
+    assert "".join(each.where[-1] for each in found if not each.fault) == sound
 
 
 def test_broken_off_files_give_what_they_have(tmp_path):
