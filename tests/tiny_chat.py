@@ -1,5 +1,7 @@
 """A tiny target that chats: a letter is a token, and answers end at different lengths."""
 
+import json
+
 from tiny_models import tiny_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -41,3 +43,25 @@ def chatty_model():
 
 def chatty_target() -> HFTarget:
     return HFTarget(chatty_model(), letter_tokenizer())
+
+
+def user(*texts):
+    return tuple({"role": "user", "content": text} for text in texts)
+
+
+def said(text):
+    return {"role": "assistant", "content": text}
+
+
+def spelled(tokens):
+    return "".join(chr(32 + token) for token in tokens)
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def answers_in(folder):
+    """Texts of the files that `specdec regenerate` writes, but for its manifest."""
+    names = ("train.jsonl", "held_out.jsonl", "failed.jsonl")
+    return {name: (folder / name).read_text() for name in names}

@@ -57,10 +57,8 @@ def load_prompts(
     if not prompts:
         raise ValueError(f"prompts.source {source!r} holds no prompts; give a file with at least 1")
     if empty := [prompt for prompt in prompts if prompt.is_empty]:
-        raise ValueError(
-            f"prompts.source {source!r}: prompt {empty[0].id!r} is empty but needs some text to "
-            "continue from; fill it in or remove it"
-        )
+        fix = f"prompt {empty[0].id!r} is empty; fill it in or remove it"
+        raise ValueError(f"prompts.source {source!r}: {fix}")
     if seed or source in _SHUFFLED:
         prompts = shuffled(prompts, seed)
     return prompts[:num]

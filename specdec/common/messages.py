@@ -70,18 +70,14 @@ def read_queries(folder: Path, split: str) -> list[Query]:
     try:
         from datasets import load_from_disk
     except ImportError as error:
-        raise ValueError(
-            f"{str(folder)!r} is a folder of collected queries, which needs datasets; install it "
-            "with: pip install 'specdec[collect]'"
-        ) from error
+        fix = "install datasets with: pip install 'specdec[collect]'"
+        raise ValueError(f"to read the queries of {str(folder)!r} {fix}") from error
     try:
         found: Any = load_from_disk(str(folder))
         rows = found[split]
     except (FileNotFoundError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{str(folder)!r} holds no split {split!r} of collected queries ({error}); give a "
-            "folder that collect wrote"
-        ) from error
+        what = f"no split {split!r} of collected queries ({error})"
+        raise ValueError(f"{str(folder)!r} holds {what}; give one that collect wrote") from error
     return [Query(**{**row, "messages": tuple(row["messages"])}) for row in rows]
 
 

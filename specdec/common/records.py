@@ -22,7 +22,7 @@ _FORMS = {".ndjson": "jsonl", ".json": "jsonl", ".txt": "text"}
 _FORMS |= {f".{form}": form for form in ("jsonl", "csv", "tsv", "parquet")}
 _CHUNK_CHARS = 1 << 20
 _GAP = re.compile(r"[\s,]*")
-_DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError)
+_DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, ValueError)  # the last of pyarrow and UTF-8
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,6 @@ class RecordFile:
         self._form = form_of(path, form)
 
     def __iter__(self) -> Iterator[Record]:
-        if self._form == "parquet":
-            yield from self._parquet()
-            return
         with self.path.open("rb") as raw:
             try:
                 for record in _READERS[self._form](str(self.path), _unzipped(raw, self.path)):
@@ -55,20 +52,7 @@ class RecordFile:
                     yield record
             except _DAMAGED as error:
                 yield Record(str(self.path), "", f"the file is damaged from here on: {error}")
-
-    def _parquet(self) -> Iterator[Record]:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-
-        try:
-            with ParquetFile(self.path) as file:
-                batches = file.iter_batches(batch_size=1024)
-                rows = chain.from_iterable(batch.to_pylist() for batch in batches)
-                for number, row in enumerate(rows, 1):
-                    self.done = self.size * number // file.metadata.num_rows
-                    yield Record(f"{self.path}#{number}", row)
-        except ArrowException as error:
-            raise ValueError(f"{self.path} is no Parquet file, or damaged: {error}") from error
+        self.done = self.size
 
 
 class DataSetRecords:
@@ -104,10 +88,8 @@ def form_of(path: Path, form: str | None = None) -> str:
         try:
             parse_json(first)
         except ValueError as error:
-            raise ValueError(
-                f"{path} holds one object over many lines, or is not JSON ({error}); give a list "
-                "of records, or JSONL"
-            ) from error
+            what = f"holds one object over many lines, or is not JSON ({error})"
+            raise ValueError(f"{path} {what}; give a list of records, or JSONL") from error
     return "json" if start == b"[" else "jsonl" if start == b"{" or known else "text"
 
 
@@ -207,12 +189,21 @@ def _read_csv(name: str, file: IO[bytes], delimiter: str = ",") -> Iterator[Reco
             yield Record(where, dict(zip(header, row, strict=True)))
 
 
+def _read_parquet(name: str, file: IO[bytes]) -> Iterator[Record]:
+    from pyarrow.parquet import ParquetFile
+
+    batches = ParquetFile(file).iter_batches(batch_size=1024)
+    for number, row in enumerate(chain.from_iterable(b.to_pylist() for b in batches), 1):
+        yield Record(f"{name}#{number}", row)
+
+
 _READERS: dict[str, Callable[[str, IO[bytes]], Iterator[Record]]] = {
     "text": _read_text,
     "jsonl": _read_jsonl,
     "json": _read_json,
     "csv": _read_csv,
     "tsv": partial(_read_csv, delimiter="\t"),
+    "parquet": _read_parquet,
 }
 
 Row = dict[str, Any]
@@ -242,10 +233,8 @@ class Source:
             try:
                 value = self.named.record(index, found.value)
             except (KeyError, TypeError, IndexError, ValueError) as error:
-                raise ValueError(
-                    f"{found.where} is no record of {self.name} as it was published "
-                    f"({type(error).__name__}: {error}); restore the file"
-                ) from error
+                what = f"{self.name} as it was published ({type(error).__name__}: {error})"
+                raise ValueError(f"{found.where} is no record of {what}; restore it") from error
             index += 1
             if value is not None:
                 yield replace(found, value=value)
@@ -254,10 +243,8 @@ class Source:
 def open_named(name: str, source: NamedSource, data_dir: Path | None) -> Source:
     """Open a published data set: in the data folder, else on the hub if it is there."""
     if data_dir is not None and not data_dir.is_dir():
-        raise FileNotFoundError(
-            f"the data folder {str(data_dir)!r} is not a folder; mend {DATA_DIR_VARIABLE}, or the "
-            "option that names it, or give neither to ask the hub"
-        )
+        fix = f"mend {DATA_DIR_VARIABLE} or prompts.data_dir, or give neither to ask the hub"
+        raise FileNotFoundError(f"the data folder {str(data_dir)!r} is not a folder; {fix}")
     if data_dir is not None and (data_dir / source.file).is_file():
         return Source(name, [RecordFile(data_dir / source.file)], source)
     fix = f"set {DATA_DIR_VARIABLE}, or prompts.data_dir of a bench, to a folder that holds it"

@@ -55,10 +55,8 @@ class _Line(Config):
         before = 0
         for start, end in self.answers:
             if not before <= start < end <= len(self.tokens):
-                raise ValueError(
-                    f"answer {[start, end]} must be a non-empty span behind the one before and "
-                    f"within the row's {len(self.tokens)} tokens"
-                )
+                place = f"behind the one before and within the row's {len(self.tokens)} tokens"
+                raise ValueError(f"answer {[start, end]} must be a non-empty span {place}")
             before = end
         return self
 
@@ -76,7 +74,7 @@ def read_rows(path: Path, vocab_size: int, max_rows: int | None = None) -> Itera
                 if wrong := [token for token in line.tokens if not 0 <= token < vocab_size]:
                     raise ValueError(
                         f"token id {wrong[0]} is outside the target's vocabulary of {vocab_size}; "
-                        "the answers must be written with the target's own tokenizer"
+                        "write the answers with the target's own tokenizer"
                     )
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
@@ -175,10 +173,8 @@ def load_answers(folder: Path) -> AnswersManifest:
         with path.open("rb") as lines:
             found = sum(1 for _ in lines)
         if found != counts.rows:
-            raise ValueError(
-                f"{str(path)!r} has {found} rows but {MANIFEST} counts {counts.rows}; give the "
-                "command that made it again"
-            )
+            fix = f"{MANIFEST} counts {counts.rows}; give the command that made it again"
+            raise ValueError(f"{str(path)!r} has {found} rows but {fix}")
     return manifest
 
 
@@ -188,8 +184,7 @@ def check_answers_target(manifest: AnswersManifest, identity: TargetIdentity) ->
     for fact, wrote, given in differences(known, identity, MANIFEST, "specdec regenerate"):
         raise ValueError(
             f"the answers were written by target {known.name!r} with {fact} {wrote}, but "
-            f"{identity.name!r} has {fact} {given}; use the target that wrote them, or regenerate "
-            "them with this one"
+            f"{identity.name!r} has {given}; use that target, or regenerate them with this one"
         )
 
 

@@ -155,18 +155,15 @@ def collect(
     facts = [_SCHEMA, settings.model_dump(), inputs]
     fingerprint = short_hash(json.dumps(facts, sort_keys=True))
     earlier = _report_of(out)
-    if earlier is not None and earlier.fingerprint == fingerprint:
-        return earlier
-    if earlier is not None and not append:
-        raise ValueError(
-            f"{str(out)!r} holds queries of other sources or settings; give another --out, or "
-            "--append to add to them"
-        )
-    if earlier is not None and earlier.settings.held_out != settings.held_out:
-        raise ValueError(
-            f"held_out is {settings.held_out} but {str(out)!r} was split at "
-            f"{earlier.settings.held_out}; give the same, so that no query moves"
-        )
+    if earlier is not None:
+        if earlier.fingerprint == fingerprint:
+            return earlier
+        if not append:
+            what = "queries of other sources or settings; give another --out, or --append"
+            raise ValueError(f"{str(out)!r} holds {what}")
+        if earlier.settings.held_out != settings.held_out:
+            fix = f"{earlier.settings.held_out} in {str(out)!r}; give it, so that no query moves"
+            raise ValueError(f"held_out is {settings.held_out} but was {fix}")
     splits = {split: read_queries(out, split) if earlier else [] for split in SPLITS}
     collector = _Collector(settings, [query for found in splits.values() for query in found])
     for each in zip(sources, reports, strict=True):
@@ -327,9 +324,8 @@ class _Collector:
         quote, why = self._quote(quote, _QUOTE_CHARS), self._quote(why, _REASON_CHARS)
         if is_last:
             raise ValueError(
-                f"more than max_bad={self._settings.max_bad} malformed lines; the last is "
-                f"{where}: {why}: {quote!r}; mend the file, name its --format or --column, or "
-                "raise --max-bad"
+                f"more than max_bad={self._settings.max_bad} malformed lines, as {where}: {why}: "
+                f"{quote!r}; mend them, name their --format or --column, or raise --max-bad"
             )
         drop.examples.append(Example(where=where, quote=quote, why=why))
 

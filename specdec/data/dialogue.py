@@ -202,10 +202,8 @@ def _asked(query: Query, turns: str) -> list[list[Message]]:
         if message["role"] in ("system", "developer", "user"):
             groups[-1].append(message)
         elif message["role"] != "assistant":
-            raise ValueError(
-                f"a {message['role']!r} message answers what another model did, and does not fit "
-                "the target's own answers; use turns=last"
-            )
+            what = f"a {message['role']!r} message answers what another model did"
+            raise ValueError(f"{what}, which the target may not do; use turns=last")
         elif any(each["role"] == "user" for each in groups[-1]):
             groups.append([])
     return groups

@@ -73,17 +73,15 @@ class Endpoint:
         concurrency: int = 16,
     ) -> None:
         if min(attempts, concurrency) < 1 or timeout_s <= 0:
-            raise ValueError(
-                f"attempts is {attempts}, concurrency {concurrency} and timeout {timeout_s}: give "
-                "at least 1 of the first two and a positive number of seconds"
-            )
+            given = f"attempts is {attempts}, concurrency {concurrency}, timeout {timeout_s}"
+            raise ValueError(f"{given}, but must be at least 1, 1 and above 0 seconds")
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"endpoint is {url!r} but must be a URL, as http://localhost:8000/v1")
         if parts.username or parts.password or parts.query:
             raise ValueError(
-                "endpoint holds a user name, a password or a query, which would be written into "
-                "the answers; give the key in an environment variable, see --api-key-variable"
+                "endpoint holds a user name, a password or a query, which would be written down; "
+                "give the key in an environment variable, see --api-key-variable"
             )
         self.url, self.model, self.concurrency = url.rstrip("/"), model, concurrency
         self._api_key, self._asks_for_ids = api_key, True
@@ -164,10 +162,8 @@ def _reply(content: dict[str, Any]) -> Reply:
     message = choice.get("message") or {"content": choice.get("text")}
     reason, token_ids = choice.get("finish_reason"), _ids(choice.get("token_ids"))
     if token_ids is None and any(message.get(part) for part in _TAKEN_OUT):
-        raise Refused(
-            "the server took reasoning or tool calls out of the answer, so that its text is not "
-            "what the target wrote; serve it without these parsers, or use --api completion"
-        )
+        fix = "serve it without these parsers, or use --api completion"
+        raise Refused(f"the server took reasoning or tool calls out of the answer's text; {fix}")
     if reason not in ("stop", "length", "tool_calls"):
         raise Refused(f"the answer ended by {reason!r}, which is not the target's own end")
     text, usage = message.get("content"), content.get("usage") or {}
@@ -280,10 +276,8 @@ class EndpointAnswers:
             before = chat.text(messages) if messages else dialogue.query.text
             whole = chat.tokens(before + reply.text, special=not messages)
             if whole[: len(prompt)] != prompt:
-                raise Refused(
-                    "prompt and answer read together do not begin with the tokens of the prompt; "
-                    "use a server that gives token ids, such as vLLM"
-                )
+                what = "prompt and answer read together do not begin with the tokens of the prompt"
+                raise Refused(f"{what}; use a server that gives token ids, such as vLLM")
             tokens = whole[len(prompt) :]
         if reply.has_ended and not chat.ends.intersection(tokens[-1:]):
             tokens, is_retokenized = [*tokens, *chat.end_of_turn(messages)], True

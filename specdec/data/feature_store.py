@@ -19,7 +19,6 @@ from specdec.checkpoints.identity import TARGET, as_json, differences, hash_of_e
 from specdec.common.config import Config, read_model
 from specdec.common.provenance import MachineProvenance
 from specdec.data.answers import AnswerRow, AnswersManifest
-from specdec.targets.load import TargetEnds
 
 INDEX = "features.json"
 
@@ -50,15 +49,12 @@ class FeatureLayout(Config):
     @model_validator(mode="after")
     def _check_logits(self) -> "FeatureLayout":
         if self.top_k > self.vocab_size:
-            raise ValueError(
-                f"top_k is {self.top_k} but must be within 0 and the target's vocabulary of "
-                f"{self.vocab_size}"
-            )
+            rule = f"must be within 0 and the target's vocabulary of {self.vocab_size}"
+            raise ValueError(f"top_k is {self.top_k} but {rule}")
         if not self.top_k and self.num_layers not in self.taps:
             raise ValueError(
-                f"top_k is 0, and without logits they are computed from tap {self.num_layers}, "
-                f"the state after the target's final norm, which is not among the taps "
-                f"{list(self.taps)}; add it to --taps, or keep logits with --top-k 64"
+                f"top_k is 0, and without logits they are computed from tap {self.num_layers}, not "
+                f"one of {list(self.taps)}; add it to --taps, or keep logits with --top-k 64"
             )
         return self
 
@@ -196,10 +192,8 @@ class FeatureIndex(Config):
 
 def read_index(folder: Path) -> FeatureIndex:
     if not (folder / INDEX).is_file():
-        raise FileNotFoundError(
-            f"{str(folder)!r} is no feature store, it has no {INDEX}; make one with "
-            "`specdec features`"
-        )
+        fix = f"it has no {INDEX}; make one with `specdec features`"
+        raise FileNotFoundError(f"{str(folder)!r} is no feature store, {fix}")
     return read_model(FeatureIndex, folder / INDEX)
 
 
@@ -244,10 +238,8 @@ class FeatureStore:
         for shard in store.index.shards:
             path = where / shard.file
             if not path.is_file():
-                raise FileNotFoundError(
-                    f"{str(path)!r} is missing; copy it again, or give the command that made the "
-                    "store again: finished files are kept"
-                )
+                fix = "copy it again, or give the command that made the store again"
+                raise FileNotFoundError(f"{str(path)!r} is missing; {fix}")
             if (size := path.stat().st_size) != shard.bytes:
                 raise _damaged(path, f"it has {size:,} bytes, not {shard.bytes:,}")
         return store
@@ -257,29 +249,26 @@ class FeatureStore:
             if file_hash(self.folder / shard.file) != shard.sha256:
                 raise _damaged(self.folder / shard.file, "its content is not what was written")
 
-    def check_target(self, identity: TargetIdentity) -> None:
-        known, where = self.index.target, repr(str(self.folder))
-        for fact, ours, theirs in differences(known, identity, where, "specdec features"):
-            raise self._other_target(fact, ours, theirs)
-
-    def check_ends(self, ends: TargetEnds) -> None:
-        """Refuse the ends of another target than the one whose features these are."""
-        ours, theirs = self.index.ends, hash_of_ends(ends.model)
-        if None not in (ours, theirs) and ours != theirs:
-            raise self._other_target("embedding or projection", ours, theirs)
-        self.check_target(identify_target(ends))
+    def check_target(self, target: Any) -> None:
+        """Refuse a target, or the ends of one, other than the one whose features these are."""
+        known, identity, name = self.index.target, identify_target(target), repr(str(self.folder))
+        facts = [*differences(known, identity, name, "specdec features")]
+        ends = self.index.ends, hash_of_ends(target.model)
+        if None not in ends and ends[0] != ends[1]:
+            facts = [("embedding or projection", *ends)]
+        for fact, ours, theirs in facts:
+            raise ValueError(
+                f"{name} holds the features of another target: its {fact} is {str(ours)[:12]}, not "
+                f"{str(theirs)[:12]}; train for {known.name or 'that'}, or extract them again"
+            )
 
     def check_taps(self, taps: Sequence[int]) -> None:
         for tap in taps:
             if tap not in self.layout.taps:
                 raise ValueError(
                     f"{str(self.folder)!r} holds the taps {list(self.layout.taps)} but not {tap}; "
-                    f"extract the features again with --taps {','.join(map(str, taps))}, or train "
-                    "beside the target"
+                    f"extract them with --taps {','.join(map(str, taps))}, or train without a store"
                 )
-
-    def splits(self) -> tuple[str, ...]:
-        return tuple(self.index.splits)
 
     def rows(self, split: str) -> list[AnswerRow]:
         """Read the rows of a split, in the order of their file; no two of a store share an id."""
@@ -291,7 +280,7 @@ class FeatureStore:
         """Read what is stored of a row, or of its first `max_len` tokens."""
         wanted = self.layout.taps if taps is None else tuple(taps)
         self.check_taps(wanted)
-        entries = (self._read(split).get(row_id) for split in self.splits())
+        entries = (self._read(split).get(row_id) for split in self.index.splits)
         entry = next((entry for entry in entries if entry), None)
         if entry is None:
             raise KeyError(f"{str(self.folder)!r} has no row {row_id!r}")
@@ -311,9 +300,8 @@ class FeatureStore:
 
     def _read(self, split: str) -> dict[str, _Entry]:
         if split not in self.index.splits:
-            raise ValueError(
-                f"{str(self.folder)!r} has no split {split!r}, only {', '.join(self.splits())}"
-            )
+            known = ", ".join(self.index.splits)
+            raise ValueError(f"{str(self.folder)!r} has no split {split!r}, only {known}")
         if split not in self._entries:
             shards = self.index.splits[split].shards
             entries = chain.from_iterable(map(self._entries_of, shards))
@@ -340,14 +328,6 @@ class FeatureStore:
             yield _Entry(row, file, token, place)
             token, span, place = token + length, span + count, place + len(logit_places(row))
 
-    def _other_target(self, fact: str, ours: object, theirs: object) -> ValueError:
-        name = self.index.target.name or "a target"
-        return ValueError(
-            f"{str(self.folder)!r} holds the features of another target: its {fact} is "
-            f"{str(ours)[:12]}, not {str(theirs)[:12]} (it was made with {name}); train for that "
-            "target, or extract the features of this one"
-        )
-
 
 def file_hash(path: Path) -> str:
     with path.open("rb") as file:
@@ -357,5 +337,5 @@ def file_hash(path: Path) -> str:
 def _damaged(path: Path, reason: str) -> ValueError:
     return ValueError(
         f"{str(path)!r} is damaged ({reason}); copy it again, or remove it and give the command "
-        "that made the store again: the other files are kept"
+        "that made the store again"
     )

@@ -174,9 +174,8 @@ def extract_features(
     needed = sum(map(plan.layout.row_bytes, left)) + len(missing) * _HEADER_BYTES
     if needed > (free := free_bytes(out)):
         raise ValueError(
-            f"the store needs {needed:,} bytes ({plan.num_bytes / plan.num_tokens:,.1f} per token) "
-            f"but only {free:,} are free at {str(out)!r}; give another --out, or store less: fewer "
-            "--taps, --dtype bf16, a smaller --top-k or fewer rows (--dry-run tells the size)"
+            f"the store needs {needed:,} bytes but only {free:,} are free at {str(out)!r}; give "
+            "another --out, or fewer --taps, --dtype bf16 or a smaller --top-k (see --dry-run)"
         )
     index.is_complete = not missing
     out.mkdir(parents=True, exist_ok=True)
@@ -322,8 +321,7 @@ def _check_projection(target: HFTarget, states: Tensor, logits: Tensor) -> None:
     if not torch.allclose(again, logits.float(), rtol=0.02, atol=0.02 * float(again.abs().max())):
         raise ValueError(
             f"{type(target.model).__name__} does more to its logits than its vocabulary "
-            "projection, so that they cannot be computed from its last hidden state; keep logits "
-            "with --top-k 64"
+            "projection, which could not make them again; keep logits with --top-k 64"
         )
 
 
@@ -332,7 +330,5 @@ def _check_finite(found: dict[str, Tensor], rows: Sequence[AnswerRow]) -> None:
         is_finite = values.isfinite().flatten(1).all(-1)
         if not is_finite.all():
             row = rows[int(is_finite.logical_not().nonzero()[0])]
-            raise FloatingPointError(
-                f"{name} of row {row.id!r} are not finite; load the target with --target-dtype "
-                "bfloat16 or float32"
-            )
+            fix = "load the target with --target-dtype bfloat16 or float32"
+            raise FloatingPointError(f"{name} of row {row.id!r} are not finite; {fix}")

@@ -89,7 +89,6 @@ def read_query_splits(path: Path) -> dict[str, list[Query]]:
     name, count = counts.most_common(1)[0]
     if count > 1:
         raise ValueError(
-            f"{str(path)!r} holds the query {name!r} twice; remove one: answers are kept "
-            "by id, and a query in two splits would be trained on and held out"
+            f"{str(path)!r} holds the query {name!r} twice; remove one: answers are kept by id"
         )
     return splits

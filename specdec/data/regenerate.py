@@ -122,10 +122,8 @@ def regenerate(
         try:
             answers.replay(dialogues, journal.entries)
         except (LookupError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"a line of {str(journal.path)!r} holds no answer of this run ({error}); remove "
-                "the line, or the folder"
-            ) from error
+            what = f"a line of {str(journal.path)!r} holds no answer of this run ({error})"
+            raise ValueError(f"{what}; remove the line, or the folder") from error
         journal.entries.clear()
         try:
             answers.run(dialogues, journal, session)

@@ -52,7 +52,7 @@ def load_split(
     path = Path(config.path).expanduser()
     counts = {"train": config.max_rows, "held_out": config.num_validation}
     if store is not None:
-        found = [store.rows(name)[: counts[name]] for name in counts if name in store.splits()]
+        found = [store.rows(name)[: counts[name]] for name in counts if name in store.index.splits]
     elif path.is_dir():
         files = ((path / f"{name}.jsonl", count) for name, count in counts.items())
         found = [list(read_rows(file, vocab_size, count)) for file, count in files]
@@ -294,7 +294,7 @@ class Materials:
         whole: HFTarget = self.target
         if self.store is not None:
             whole = _load(self.config, self.target.device)
-            self.store.check_target(identify_target(whole))
+            self.store.check_target(whole)
         return whole
 
 
@@ -305,7 +305,7 @@ def load_materials(config: TrainConfig, device: torch.device) -> Materials:
     target: Any
     if store is not None:
         target = load_ends(config.target.path, dtype=config.target.dtype, device=device)
-        store.check_ends(target)
+        store.check_target(target)
         identity = store.index.target
     else:
         target = _load(config, device)

@@ -148,7 +148,7 @@ def test_rows_with_the_same_id_are_told_apart(tmp_path):
 def test_plain_file_makes_one_split(tmp_path):
     path = write_rows(tmp_path / "answers.jsonl", random_rows())
     extract(path, tiny_target(), tmp_path / "store")
-    assert FeatureStore.open(tmp_path / "store").splits() == ("train",)
+    assert FeatureStore.open(tmp_path / "store").index.splits.keys() == {"train"}
 
 
 @pytest.mark.parametrize(

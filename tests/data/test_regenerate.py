@@ -5,7 +5,7 @@ import resource
 from dataclasses import replace
 
 import pytest
-from tiny_chat import END, chatty_target
+from tiny_chat import END, answers_in, chatty_target, lines_of, said, spelled, user
 
 from specdec import SamplingConfig, generate_baseline, load_drafter
 from specdec.checkpoints import identify_target
@@ -17,7 +17,6 @@ from specdec.data.regenerate import LocalAnswers
 from specdec.data.regenerate import regenerate as regenerate_with
 
 MIX = AnswerSettings(temperatures=[0.0, 0.8], max_new_tokens=24, seed=5)
-FILES = ("train.jsonl", "held_out.jsonl", "failed.jsonl")
 
 
 def changed(**changes):
@@ -27,14 +26,6 @@ def changed(**changes):
 def regenerate(queries, out, target, settings=MIX, drafter=None, batch_size=4):
     given = {"train": [], "held_out": [], **queries}
     return regenerate_with(given, out, LocalAnswers(target, settings, drafter, batch_size))
-
-
-def user(*texts):
-    return tuple({"role": "user", "content": text} for text in texts)
-
-
-def said(text):
-    return {"role": "assistant", "content": text}
 
 
 def some_queries(num=12):
@@ -48,34 +39,17 @@ def target():
     return chatty_target()
 
 
-def contents(folder):
-    return {name: (folder / name).read_text() for name in FILES}
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def letters(tokens):
-    return "".join(chr(32 + token) for token in tokens)
-
-
-def dies_after(target, monkeypatch, num_forwards):
-    """Let the target's forward fail, as if the process had been stopped there."""
-    original, left = target.score, [num_forwards]
-
-    def score(*arguments, **options):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(target, "score", score)
-
-
 def kill(queries, out, target, monkeypatch, num_forwards, **options):
+    """Stop a run as if its process had been killed after some forwards of the target."""
+    left, score = iter(range(num_forwards)), target.score
+
+    def dying(*arguments, **more):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return score(*arguments, **more)
+
     with monkeypatch.context() as patch:
-        dies_after(target, patch, num_forwards)
+        patch.setattr(target, "score", dying)
         with pytest.raises(KeyboardInterrupt):
             regenerate(queries, out, target, **options)
 
@@ -84,7 +58,7 @@ def test_rows_hold_what_the_target_wrote_in_order(target, tmp_path):
     queries = some_queries()
     manifest = regenerate(queries, tmp_path, target, batch_size=3)
     for split, members in queries.items():
-        rows = read(tmp_path / f"{split}.jsonl")
+        rows = lines_of(tmp_path / f"{split}.jsonl")
         assert [row["id"] for row in rows] == [query.id for query in members]
         for row, query in zip(rows, members, strict=True):
             ((start, end),) = row["answers"]
@@ -135,19 +109,15 @@ def test_run_killed_anywhere_resumes_to_the_same_tokens(target, tmp_path, monkey
             kill(queries, folder, target, monkeypatch, forwards, settings=settings, batch_size=size)
             with (folder / "journal.jsonl").open("ab") as file:
                 file.write(b'{"step":[[0,0,0,[5')  # a line torn by the kill
-        steps = [row["step"] for row in read_whole(folder / "journal.jsonl")[1:]]
-        known = sum(len(tokens) for step in steps for _, _, _, tokens, _ in step)
+        whole_lines = (folder / "journal.jsonl").read_bytes().split(b"\n")[1:-1]
+        steps = [step for line in whole_lines for step in json.loads(line)["step"]]
+        known = sum(len(tokens) for _, _, _, tokens, _ in steps)
         drafter = load_drafter({"type": "suffix", "min_match": 1}, target) if number % 2 else None
         manifest = regenerate(queries, folder, target, settings, drafter, batch_size=2)
-        assert contents(folder) == contents(tmp_path / "whole")
+        assert answers_in(folder) == answers_in(tmp_path / "whole")
         assert manifest.session.tokens == manifest.answer_tokens - known
         assert known > 2 * num_forwards
         assert drafter is None or manifest.session.tau > 1
-
-
-def read_whole(path):
-    """Rows of a file whose last line is torn."""
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
 def test_damaged_journal_line_costs_only_its_tokens(target, tmp_path, monkeypatch):
@@ -160,7 +130,7 @@ def test_damaged_journal_line_costs_only_its_tokens(target, tmp_path, monkeypatc
     journal.write_bytes(b"".join(lines))
     for _ in range(2):
         regenerate(queries, tmp_path / "torn", target)
-        assert contents(tmp_path / "torn") == contents(tmp_path / "whole")
+        assert answers_in(tmp_path / "torn") == answers_in(tmp_path / "whole")
 
 
 def test_full_disk_keeps_what_was_answered(target, tmp_path):
@@ -176,7 +146,7 @@ def test_full_disk_keeps_what_was_answered(target, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in out.iterdir()] == ["journal.jsonl"]
     manifest = regenerate(some_queries(), out, target)
-    assert contents(out) == contents(whole)
+    assert answers_in(out) == answers_in(whole)
     assert 0 < manifest.session.tokens < manifest.answer_tokens
 
 
@@ -188,9 +158,9 @@ def test_all_turns_follow_the_targets_own_answers(target, tmp_path):
     settings = changed(temperatures=[1.0], max_new_tokens=30, turns="all")
     manifest = regenerate(queries, tmp_path, target, settings)
     end, seen = chr(32 + END), set()
-    rows = read(tmp_path / "train.jsonl")
+    rows = lines_of(tmp_path / "train.jsonl")
     for row in rows:
-        text = letters(row["tokens"])
+        text = spelled(row["tokens"])
         expected, wrote = f"s:be brief{end}u:7{end}a:", [text[a:b] for a, b in row["answers"]]
         asked = (f"u:5{end}u:and 8{end}a:", f"u:3{end}a:", "")
         for answer, more in zip(wrote, asked, strict=False):
@@ -209,9 +179,9 @@ def test_all_turns_follow_the_targets_own_answers(target, tmp_path):
 def test_last_turn_is_answered_after_recorded_ones(target, tmp_path):
     recorded = (*user("7"), said("eight"), *user("5"), said("never read"))
     regenerate({"train": [Query("q", recorded)]}, tmp_path, target)
-    (row,) = read(tmp_path / "train.jsonl")
+    (row,) = lines_of(tmp_path / "train.jsonl")
     end = chr(32 + END)
-    prompt = letters(row["tokens"][: row["answers"][0][0]])
+    prompt = spelled(row["tokens"][: row["answers"][0][0]])
     assert prompt == f"u:7{end}a:eight{end}u:5{end}a:"
 
 
@@ -225,15 +195,15 @@ def test_unanswerable_queries_are_listed_with_their_reason(target, tmp_path):
         Query("silent", ({"role": "system", "content": "be brief"},)),
     ]
     manifest = regenerate({"train": queries}, tmp_path, target, changed(temperatures=[0.0]))
-    reasons = {row["id"]: row["reason"] for row in read(tmp_path / "failed.jsonl")}
+    reasons = {row["id"]: row["reason"] for row in lines_of(tmp_path / "failed.jsonl")}
     assert reasons.keys() == {"long", "nearly", "empty", "nothing", "silent"}
     assert "305 tokens" in reasons["long"]
     assert "context was full after 251 tokens of the prompt and 5" in reasons["nearly"]
     assert manifest.counts.train.model_dump() == {"queries": 6, "rows": 1, "failed": 5}
-    assert [row["id"] for row in read(tmp_path / "train.jsonl")] == ["good"]
+    assert [row["id"] for row in lines_of(tmp_path / "train.jsonl")] == ["good"]
     with pytest.raises(RuntimeError, match="every query failed: the prompt has 305"):
         regenerate({"train": queries[1:2]}, tmp_path / "none", target)
-    assert [row["id"] for row in read(tmp_path / "none" / "failed.jsonl")] == ["long"]
+    assert [row["id"] for row in lines_of(tmp_path / "none" / "failed.jsonl")] == ["long"]
 
 
 def test_dialogue_that_fills_the_context_keeps_its_answers(target, tmp_path):
@@ -241,7 +211,7 @@ def test_dialogue_that_fills_the_context_keeps_its_answers(target, tmp_path):
     queries = {"train": [Query(str(i), messages) for i in range(20)]}
     settings = changed(temperatures=[1.0], max_new_tokens=512, turns="all")
     manifest = regenerate(queries, tmp_path, target, settings)
-    rows = read(tmp_path / "train.jsonl")
+    rows = lines_of(tmp_path / "train.jsonl")
     assert {row["finish_reason"] for row in rows} == {"context"}
     assert all(row["tokens"][-1] == END and len(row["answers"]) == 1 for row in rows)
     assert manifest.unanswered_turns == len(rows) > 0
@@ -264,12 +234,12 @@ def test_unfinished_or_changed_folder_is_not_loaded(target, tmp_path, monkeypatc
     with pytest.raises(FileNotFoundError, match="again, to finish it"):
         load_answers(tmp_path)
     regenerate(some_queries(), tmp_path, target)
-    whole = contents(tmp_path)
+    whole = answers_in(tmp_path)
     (tmp_path / "train.jsonl").write_text("")
     with pytest.raises(ValueError, match="0 rows"):
         load_answers(tmp_path)
     regenerate(some_queries(), tmp_path, target)  # the journal still has everything
-    assert contents(tmp_path) == whole
+    assert answers_in(tmp_path) == whole
     (tmp_path / "answers.json").write_text('{"schema": "specdec-answers-2"}')
     with pytest.raises(ValueError, match=r"answers\.json' is damaged, or of another version"):
         load_answers(tmp_path)
@@ -300,8 +270,8 @@ def test_chats_need_a_chat_template(tmp_path):
     with pytest.raises(ValueError, match="no chat template"):
         regenerate(some_queries(), tmp_path, target)
     regenerate({"train": [Query("t", text="abc")]}, tmp_path, target)
-    (row,) = read(tmp_path / "train.jsonl")
-    assert (letters(row["tokens"][:3]), row["answers"][0][0]) == ("abc", 3)
+    (row,) = lines_of(tmp_path / "train.jsonl")
+    assert (spelled(row["tokens"][:3]), row["answers"][0][0]) == ("abc", 3)
 
 
 @pytest.mark.parametrize(

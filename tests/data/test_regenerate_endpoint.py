@@ -1,13 +1,12 @@
 """Answers through an endpoint: retries, failures, resuming, and tokens that may not be its own."""
 
-import json
 import time
 
 import httpx
 import pytest
 from fake_endpoint import FakeEndpoint, letters
 from tenacity import RetryCallState
-from tiny_chat import END, TEMPLATE, letter_tokenizer
+from tiny_chat import END, TEMPLATE, answers_in, letter_tokenizer, lines_of, said, user
 
 from specdec.common.messages import Query
 from specdec.data import endpoint as endpoint_module
@@ -18,7 +17,6 @@ from specdec.data.regenerate import EndpointDownError, regenerate
 
 SETTINGS = AnswerSettings(temperatures=[0.0, 0.7], top_p=0.9, max_new_tokens=32, seed=3)
 ALL_TURNS = AnswerSettings(**{**SETTINGS.model_dump(), "turns": "all"})
-FILES = ("train.jsonl", "held_out.jsonl", "failed.jsonl")
 
 
 @pytest.fixture
@@ -38,17 +36,10 @@ def queries(num=10):
     return {"train": members[:-2], "held_out": members[-2:]}
 
 
-def ask(server, out, found=None, settings=SETTINGS, tokenizer=None, **options):
-    given = {
-        key: options.pop(key) for key in ("api_key", "attempts", "concurrency") if key in options
-    }
+def ask(server, out, found=None, settings=SETTINGS, tokenizer=None, api="chat", **options):
     chat = Chat(tokenizer or letter_tokenizer(), (END,))
-    answers = EndpointAnswers(Endpoint(server.url, "a-model", **given), chat, settings, **options)
+    answers = EndpointAnswers(Endpoint(server.url, "a-model", **options), chat, settings, api)
     return regenerate(found or queries(), out, answers)
-
-
-def user(*texts):
-    return tuple({"role": "user", "content": text} for text in texts)
 
 
 def only(**queries):
@@ -56,17 +47,9 @@ def only(**queries):
     return {"train": [Query(name, messages) for name, messages in queries.items()], "held_out": []}
 
 
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def contents(folder):
-    return {name: (folder / name).read_text() for name in FILES}
-
-
 def test_rows_hold_the_servers_tokens_in_order(server, tmp_path):
     manifest = ask(server, tmp_path)
-    rows = read(tmp_path / "train.jsonl") + read(tmp_path / "held_out.jsonl")
+    rows = lines_of(tmp_path / "train.jsonl") + lines_of(tmp_path / "held_out.jsonl")
     assert [row["id"] for row in rows] == [f"q{i}" for i in range(10)]
     for i, row in enumerate(rows):
         prompt = [*letters(f"u:query {i:03d}"), END, *letters("a:")]
@@ -89,7 +72,7 @@ def test_text_alone_is_tokenized_and_marked(server, tmp_path):
     manifest = ask(server, tmp_path / "text")
     assert manifest.retokenized_answers == 10
     for ours, theirs in zip(
-        read(tmp_path / "text/train.jsonl"), read(tmp_path / "ids/train.jsonl"), strict=True
+        lines_of(tmp_path / "text/train.jsonl"), lines_of(tmp_path / "ids/train.jsonl"), strict=True
     ):
         assert ours.pop("retokenized") is True
         assert ours == theirs
@@ -99,11 +82,11 @@ def test_completions_send_the_tokens_of_the_prompt(server, tmp_path):
     ask(server, tmp_path / "chat")
     server.requests.clear()
     ask(server, tmp_path / "completion", api="completion")
-    assert contents(tmp_path / "completion") == contents(tmp_path / "chat")
+    assert answers_in(tmp_path / "completion") == answers_in(tmp_path / "chat")
     assert all(isinstance(body["prompt"], list) for body in server.requests)
     raw = {"train": [Query("t", text="abc")], "held_out": []}
     ask(server, tmp_path / "raw", raw)
-    (row,) = read(tmp_path / "raw/train.jsonl")
+    (row,) = lines_of(tmp_path / "raw/train.jsonl")
     assert row["tokens"] == [*letters("abccba"), END]
 
 
@@ -111,10 +94,9 @@ def test_completions_send_the_tokens_of_the_prompt(server, tmp_path):
 @pytest.mark.parametrize("gives_ids", [True, False])
 def test_all_turns_follow_the_servers_own_answers(server, tmp_path, api, gives_ids):
     server.gives_ids = gives_ids
-    recorded = {"role": "assistant", "content": "recorded"}
-    found = only(q=(*user("one"), recorded, *user("two")))
+    found = only(q=(*user("one"), said("recorded"), *user("two")))
     ask(server, tmp_path, found, ALL_TURNS, api=api)
-    (row,) = read(tmp_path / "train.jsonl")
+    (row,) = lines_of(tmp_path / "train.jsonl")
     end = chr(32 + END)
     assert row["tokens"] == letters(f"u:one{end}a:eno{end}u:two{end}a:owt{end}")
     assert [row["tokens"][a:b] for a, b in row["answers"]] == [
@@ -142,13 +124,13 @@ def test_query_without_an_answer_is_listed(server, tmp_path, status, attempts):
     server.respond = only_for_query_3((status, {}, {"error": "too long"}))
     manifest = ask(server, tmp_path, attempts=3)
     assert len(server.requests) == 9 + attempts, "what cannot pass is not tried again"
-    (failed,) = read(tmp_path / "failed.jsonl")
+    (failed,) = lines_of(tmp_path / "failed.jsonl")
     assert (failed["id"], failed["reason"]) == ("q3", f'HTTP {status}: {{"error": "too long"}}')
     assert manifest.counts.train.model_dump() == {"queries": 8, "rows": 7, "failed": 1}
     server.respond = lambda number, body: None
     assert ask(server, tmp_path).counts.train.failed == 0
     assert len(server.requests) == 10 + attempts, "only what had failed is asked again"
-    assert read(tmp_path / "failed.jsonl") == []
+    assert lines_of(tmp_path / "failed.jsonl") == []
 
 
 def test_the_server_says_how_long_to_wait(server, tmp_path):
@@ -191,7 +173,7 @@ def test_dead_endpoint_keeps_answers_and_resumes(server, tmp_path):
     with pytest.raises(EndpointDownError, match="answers no more"):
         ask(server, tmp_path / "died", queries(30), concurrency=4, attempts=2)
     assert not (tmp_path / "died/answers.json").exists()
-    failed = read(tmp_path / "died/failed.jsonl")
+    failed = lines_of(tmp_path / "died/failed.jsonl")
     assert 18 <= len(failed) < 30
     waiting = [row for row in failed if row["reason"].startswith("not answered yet")]
     assert 0 < len(waiting) < len(failed), "what was asked last says what went wrong"
@@ -199,7 +181,7 @@ def test_dead_endpoint_keeps_answers_and_resumes(server, tmp_path):
     server.requests.clear()
     ask(server, tmp_path / "died", queries(30), concurrency=4)
     assert len(server.requests) == len(failed), "finished answers are not asked for again"
-    assert contents(tmp_path / "died") == contents(tmp_path / "whole")
+    assert answers_in(tmp_path / "died") == answers_in(tmp_path / "whole")
 
 
 def test_server_that_only_answers_health_is_given_up(server, tmp_path):
@@ -263,7 +245,7 @@ def test_changed_answer_is_refused(server, tmp_path, change, reason):
     server.respond = broken_answer(change)
     with pytest.raises(RuntimeError, match=f"every query failed.*{reason}"):
         ask(server, tmp_path)
-    assert len(read(tmp_path / "failed.jsonl")) == 10
+    assert len(lines_of(tmp_path / "failed.jsonl")) == 10
 
 
 def test_answer_joined_with_its_prompt_is_refused(server, tmp_path):
@@ -278,18 +260,18 @@ def test_answer_joined_with_its_prompt_is_refused(server, tmp_path):
     )
     server.gives_ids = False
     ask(server, tmp_path, only(joins=user("cba"), fits=user("abc")), tokenizer=tokenizer)
-    (failed,) = read(tmp_path / "failed.jsonl")
+    (failed,) = lines_of(tmp_path / "failed.jsonl")
     assert failed["id"] == "joins"
     assert "do not begin with the tokens of the prompt" in failed["reason"]
-    assert [row["id"] for row in read(tmp_path / "train.jsonl")] == ["fits"]
+    assert [row["id"] for row in lines_of(tmp_path / "train.jsonl")] == ["fits"]
 
 
 def test_template_that_rewrites_answers_ends_the_dialogue(server, tmp_path):
     template = TEMPLATE.replace("message['content']", "(message['content'] | upper)")
-    found = only(q=(*user("1a"), {"role": "assistant", "content": "x"}, *user("2")))
+    found = only(q=(*user("1a"), said("x"), *user("2")))
     server.gives_ids = False
     manifest = ask(server, tmp_path, found, ALL_TURNS, letter_tokenizer(template))
-    (row,) = read(tmp_path / "train.jsonl")
+    (row,) = lines_of(tmp_path / "train.jsonl")
     assert len(row["answers"]) == 1
     assert row["finish_reason"] == "template"
     assert manifest.unanswered_turns == 1
@@ -305,10 +287,10 @@ def test_answer_cut_by_the_context_fails(server, tmp_path):
 
     server.respond = respond
     ask(server, tmp_path)
-    (failed,) = read(tmp_path / "failed.jsonl")
+    (failed,) = lines_of(tmp_path / "failed.jsonl")
     assert "context was full" in failed["reason"]
     ask(server, tmp_path / "long", only(long=user("x" * 40)))
-    (row,) = read(tmp_path / "long/train.jsonl")
+    (row,) = lines_of(tmp_path / "long/train.jsonl")
     assert row["finish_reason"] == "length"
     assert row["answers"][0][1] - row["answers"][0][0] == 32
 
