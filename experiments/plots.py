@@ -12,8 +12,8 @@ import prediction
 import typer
 from results import HERE, Arms, arms_of, cells_of, groups_of, read, strategies
 
-from specdec.report.figures.bench import plot_results
-from specdec.report.figures.style import GREY, draw_series, new_figure, to_png
+from specdec.report.bench import plot
+from specdec.report.style import GREY, draw_series, new_figure, to_png
 
 DOMAINS = ("gsm8k", "sgd", "taskmaster4")
 RULES = ("token", "block", "traversal")
@@ -219,7 +219,7 @@ def serving() -> Any:
 def redraw(name: str) -> None:
     """The picture that a bench draws of its own results, from what the tables say."""
     for path in sorted((HERE / name).glob("*/results.json")):
-        plot_results(read(str(path.relative_to(HERE))), path.with_suffix(".png"))
+        plot(read(str(path.relative_to(HERE))), path.with_suffix(".png"))
         print(path.with_suffix(".png"))
 
 

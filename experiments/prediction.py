@@ -8,7 +8,7 @@ from scipy.stats import spearmanr
 
 from specdec.bench.results import BenchArm
 from specdec.planning.results import Plan
-from specdec.report.sections.plan import Match, match_plan
+from specdec.report.plan import Match, match_plan
 
 
 def join(plan: Plan, arms: Iterable[BenchArm]) -> list[Match]:

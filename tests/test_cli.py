@@ -46,7 +46,7 @@ def test_a_bench_ends_with_a_table_a_picture_and_a_json_line(bench, tmp_path):
 
 
 def test_without_matplotlib_a_bench_keeps_its_figures(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr("specdec.cli.bench.find_spec", lambda name: None)
+    monkeypatch.setattr("specdec.cli.measure.find_spec", lambda name: None)
     done = invoke(*bench)
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["picture"] is None

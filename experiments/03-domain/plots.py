@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from specdec.report.figures.style import COLORS, new_figure, to_png
+from specdec.report.style import COLORS, new_figure, to_png
 
 HERE = Path(__file__).parent
 SIZES = {

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # of what all experiments sh
 from prediction import chosen, covers, join, summary
 
 from specdec.planning.results import Configuration
+from specdec.report.plan import Match
 from specdec.report.runs import read_file
-from specdec.report.sections.plan import Match
 
 HEADER = ("configuration", "tau", "planned", "speed", "planned", "error", "inside", "draft", "pl.")
 

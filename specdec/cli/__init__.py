@@ -1,20 +1,6 @@
-"""The command `specdec`. Bad input ends with status 2 and a message, a failed run with 1.
+"""The command `specdec`. Bad input ends with status 2 and a message, a failed run with 1."""
 
-A command is one file here and one line below.
-"""
-
-from specdec.cli import (  # noqa: F401 (they register themselves)
-    analyze,
-    bench,
-    collect,
-    features,
-    generate,
-    heads,
-    plan,
-    regenerate,
-    report,
-    train,
-)
+from specdec.cli import data, measure, models  # noqa: F401 (their commands register themselves)
 from specdec.cli.app import app
 
 

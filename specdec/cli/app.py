@@ -1,4 +1,4 @@
-"""The command itself, and what its parts share: exit statuses and progress."""
+"""The command itself, and what its parts share: options, exit statuses, progress."""
 
 import functools
 import inspect
@@ -16,10 +16,65 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Speculative decoding: generate text, measure draft strategies, train and convert heads.",
 )
-
-
 BAD_INPUT = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError)
 FAILURES = (RuntimeError, MemoryError, FloatingPointError, OSError)
+
+
+def argument(text: str, default: Any = ...) -> Any:
+    return typer.Argument(default, help=text)
+
+
+def option(default: Any, text: str | None = None, *flags: str) -> Any:
+    """An option, which is needed where its default is `...`."""
+    return typer.Option(default, *flags, help=text)
+
+
+def command(group: typer.Typer = app, name: str | None = None) -> Callable[..., Any]:
+    """Register a command, whose expected errors end with an exit status.
+
+    A parameter that is a config becomes an option for each of its fields.
+    """
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        parameters = inspect.signature(function, eval_str=True).parameters.values()
+        configs = {each.name: each.annotation for each in parameters if _is_config(each)}
+
+        @functools.wraps(function)
+        def run(**given: Any) -> None:
+            with exit_statuses():
+                for parameter, model in configs.items():
+                    fields = {field: given.pop(field) for field in model.model_fields}
+                    given[parameter] = validated(model, fields, "option")
+                function(**given)
+
+        found = [each for each in parameters if each.name not in configs]
+        found += [option for model in configs.values() for option in _options(model)]
+        found = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in found]
+        run.__signature__ = inspect.Signature(found)  # type: ignore[attr-defined]
+        run.__annotations__ = {each.name: each.annotation for each in found}
+        return group.command(name)(run)
+
+    return register
+
+
+def _is_config(parameter: inspect.Parameter) -> bool:
+    return inspect.isclass(parameter.annotation) and issubclass(parameter.annotation, Config)
+
+
+def _options(model: type[Config]) -> Iterator[inspect.Parameter]:
+    for name, field in model.model_fields.items():
+        default = ... if field.is_required() else field.default
+        kind, annotation = inspect.Parameter.KEYWORD_ONLY, _plain_type(field.annotation)
+        given = option(default, field.description)
+        yield inspect.Parameter(name, kind, default=given, annotation=annotation)
+
+
+def _plain_type(annotation: Any) -> Any:
+    """The type of a field as typer takes it: the config checks the choices."""
+    if get_origin(annotation) is Literal:
+        return str
+    kinds = [_plain_type(kind) for kind in get_args(annotation)]
+    return functools.reduce(lambda one, other: one | other, kinds) if kinds else annotation
 
 
 @contextmanager
@@ -76,54 +131,10 @@ def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
     columns = (BarColumn(), MofNCompleteColumn(), Remaining(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("loading", total=None)
-
-        def show(done: int, total: int, text: str) -> None:
-            progress.update(task, completed=done, total=total, description=text)
-
-        yield show
+        yield lambda done, total, text: progress.update(
+            task, completed=done, total=total, description=text
+        )
 
 
-def options_from(model: type[Config], parameter: str) -> Callable[[Callable[..., None]], Any]:
-    """Give a command an option for each field of a config, which it gets as one argument.
-
-    Args:
-        model: the descriptions of its fields are the help; it checks the values.
-        parameter: name of the command's argument that takes the config.
-    """
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(command)
-        def run(**given: Any) -> None:
-            fields = {name: given.pop(name) for name in model.model_fields}
-            command(**given, **{parameter: validated(model, fields, "option")})
-
-        own = inspect.signature(command, eval_str=True).parameters
-        options = [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=typer.Option(
-                    ... if field.is_required() else field.default, help=field.description
-                ),
-                annotation=_plain_type(field.annotation),
-            )
-            for name, field in model.model_fields.items()
-        ]
-        kept = [
-            each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            for name, each in own.items()
-            if name != parameter
-        ]
-        run.__signature__ = inspect.Signature([*kept, *options])  # type: ignore[attr-defined]
-        run.__annotations__ = {each.name: each.annotation for each in (*kept, *options)}
-        return run
-
-    return decorate
-
-
-def _plain_type(annotation: Any) -> Any:
-    """The type of a field as typer takes it: the config checks the choices."""
-    if get_origin(annotation) is Literal:
-        return str
-    kinds = [_plain_type(kind) for kind in get_args(annotation)]
-    return functools.reduce(lambda one, other: one | other, kinds) if kinds else annotation
+def warn(text: str) -> None:
+    typer.echo(f"specdec: {text}", err=True)

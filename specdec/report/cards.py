@@ -5,13 +5,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from specdec.checkpoints import HeadCheckpoint, head_of
 from specdec.common.files import replace_file
 from specdec.common.hub import HUB
 from specdec.registry import strategy
-from specdec.report.render import markdown_table
+from specdec.report.document import markdown_table, render
 from specdec.report.tables import Column, Table
 
 if TYPE_CHECKING:
@@ -35,14 +33,6 @@ def write_drafter_card(
 
 def drafter_card(results: "TrainResults", answers: "AnswersManifest | None" = None) -> str:
     """Describe a trained drafter: use, measurements, training and limits."""
-    environment = Environment(
-        loader=PackageLoader("specdec.report"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"figure": _figure, "interval": _interval, "settings": _settings}
     config, identity = results.provenance.config, results.target
     drafter = strategy(results.drafter["type"])
     hashes = [
@@ -50,10 +40,14 @@ def drafter_card(results: "TrainResults", answers: "AnswersManifest | None" = No
         for name, value in (("weights", identity.weights), ("tokenizer", identity.tokenizer))
         if value
     ]
-    return environment.get_template("drafter_card.md.jinja").render(
+    return render(
+        "drafter_card.md",
         results=results,
         config=config,
         where=results.provenance,
+        figure=_figure,
+        interval=_interval,
+        settings=_settings,
         title=drafter.title or results.drafter["type"],
         header=_header(results),
         target=_target(config.target.path),

@@ -1,18 +1,17 @@
-"""Comparison of runs: everything but the drafters has to be the same."""
+"""Settings of runs, and comparison of runs: everything but the drafters has to be the same."""
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
-from specdec.common.stats import Work, Works, total_speed
+from specdec.common.stats import Work, total_speed
 from specdec.report.document import Section
-from specdec.report.runs import Run
-from specdec.report.tables import Column, lookup
+from specdec.report.runs import Run, last_part
+from specdec.report.tables import Column, Table, lookup
 
 # Fields that `--allow` takes -> keys of a run that must agree; only what both know is compared.
 MUST_AGREE = {
-    "schema": ("schema",),
     "target": ("target",),
     "prompts": ("prompts",),
     "sampling": ("config.sampling",),
@@ -30,8 +29,7 @@ _ANALYSIS_FIELDS = ("target", "prompts", "sampling", "seed", "max_new_tokens", "
 PLAN_FIELDS = ("target", "sampling", "rule", "dtype", "device", "threads")
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(NamedTuple):
     """A setting that two runs know and that differs; `field` is what `--allow` takes."""
 
     field: str
@@ -44,7 +42,7 @@ def find_differences(
     first: Run, other: Run, fields: Collection[str] = tuple(MUST_AGREE)
 ) -> list[Difference]:
     """Find differences that make figures of two runs incomparable."""
-    ours, theirs = _settings(first), _settings(other)
+    ours, theirs = _comparable(first), _comparable(other)
     return [
         Difference(field, *each)
         for field in fields
@@ -53,56 +51,46 @@ def find_differences(
     ]
 
 
-def _settings(run: Run) -> dict[str, Any]:
+def _comparable(run: Run) -> dict[str, Any]:
     """Collect what may have to agree."""
-    config = run.config
-    temperature = lookup(config, "sampling.temperature")
+    config, identity = run.config, run.identity
     target, prompts = {"path": lookup(config, "target.path")}, config.get("prompts")
-    if run.identity is not None:  # it tells the model itself, wherever it was loaded from
+    if identity is not None:  # it tells the model itself, wherever it was loaded from
         keys = ["weights", "tokenizer", "hidden_size", "vocab_size", "num_layers"]
-        if None in (run.identity.get("weights"), run.identity.get("tokenizer")):
+        if None in (identity.get("weights"), identity.get("tokenizer")):
             keys.append("name")
-        target = {key: run.identity.get(key) for key in keys}
-        facts = run.identity.get("facts") or {}
-        target |= {key: value for key, value in facts.items() if key != "quantization"}
+        facts = {k: v for k, v in (identity.get("facts") or {}).items() if k != "quantization"}
+        target = {key: identity.get(key) for key in keys} | facts
     if getattr(run.data, "prompts", None):
         marks = " ".join(sorted(each.fingerprint for each in run.data.prompts))
         short = hashlib.sha256(marks.encode()).hexdigest()[:12]
         prompts = f"{len(run.data.prompts)} prompts with the fingerprint {short}"
-    return {
-        **run.provenance,
-        "schema": run.data.schema_,
-        "target": target,
-        "prompts": prompts,
-        "seed": config.get("seed") if temperature else None,  # nothing is drawn at 0
-    }
+    seed = config.get("seed") if lookup(config, "sampling.temperature") else None
+    return {**run.provenance, "target": target, "prompts": prompts, "seed": seed}
 
 
 def _differing(key: str, ours: Any, theirs: Any) -> list[tuple[str, Any, Any]]:
     """Give key and both values where both are known and differ, of mappings for each key."""
     if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-        return [
-            each
-            for name, value in ours.items()
-            for each in _differing(f"{key}.{name}", value, theirs.get(name))
-        ]
+        parts = (_differing(f"{key}.{name}", ours[name], theirs.get(name)) for name in ours)
+        return list(chain.from_iterable(parts))
     return [] if None in (ours, theirs) or ours == theirs else [(key, ours, theirs)]
 
 
-def check_comparable(
-    runs: Sequence[Run], allowed: Sequence[str] = ()
-) -> dict[str, list[Difference]]:
-    """Refuse benches that differ from the first; gives the allowed differences by label."""
+def check_comparable(runs: Sequence[Run], allowed: Sequence[str] = ()) -> list[str]:
+    """Refuse benches that differ from the first; warns of differences that are allowed."""
     unknown = [field for field in allowed if field not in MUST_AGREE]
     if unknown:
         raise ValueError(f"--allow is {unknown[0]!r} but must be one of {', '.join(MUST_AGREE)}")
-    found = {other.label: find_differences(runs[0], other) for other in runs[1:]}
-    for label, differences in found.items():
-        refused = [each for each in differences if each.field not in allowed]
+    warnings = []
+    for other in runs[1:]:
+        first, label = runs[0].label, other.label
+        found = find_differences(runs[0], other)
+        refused = [each for each in found if each.field not in allowed]
         if refused:
             said = "; ".join(
-                f"{each.key} is {str(each.first)!r} in {runs[0].label!r} and "
-                f"{str(each.other)!r} in {label!r}"
+                f"{each.key} is {str(each.first)!r} in {first!r} and {str(each.other)!r} in "
+                f"{label!r}"
                 for each in refused
             )
             fields = list(dict.fromkeys(each.field for each in refused))
@@ -110,22 +98,28 @@ def check_comparable(
                 f"runs that are not comparable: {said}. Run both with the same "
                 f"{', '.join(fields)}, or pass {' '.join(f'--allow {field}' for field in fields)}"
             )
-    return found
+        warnings += [
+            f"{first} and {label} differ in {each.key}: {each.first} and {each.other}. They are "
+            f"compared because --allow {each.field} was given; their figures are not of the same "
+            "thing."
+            for each in found
+        ]
+    return warnings
 
 
 def warn_of_differences(runs: Sequence[Run]) -> list[str]:
     """Say which analyses, sweeps or suites a reader must not compare."""
-    found = []
+    warnings = []
     firsts: dict[tuple[str, str], Run] = {}
     for run in runs:
         if run.kind in ("analysis", "sweep", "suite"):
             first = firsts.setdefault((run.kind, getattr(run.data, "suite", "")), run)
             fields = _ANALYSIS_FIELDS if run.kind == "analysis" else tuple(MUST_AGREE)
-            differences = find_differences(first, run, fields)
-            said = "; ".join(f"{each.key} is {each.first} and {each.other}" for each in differences)
+            found = find_differences(first, run, fields)
+            said = "; ".join(f"{each.key} is {each.first} and {each.other}" for each in found)
             if said:
-                found.append(f"Do not compare {first.label} with {run.label}: {said}.")
-    return found
+                warnings.append(f"Do not compare {first.label} with {run.label}: {said}.")
+    return warnings
 
 
 def add_comparison(section: Section, runs: Sequence[Run]) -> None:
@@ -138,18 +132,17 @@ def add_comparison(section: Section, runs: Sequence[Run]) -> None:
         "of the same run."
     )
     for other in others:
+        columns = [Column("arm", "arm")]
+        for key, title in (("tau", "tau"), ("speedup_vs_plain", "vs plain")):
+            columns += [
+                Column(f"{name}.{key}", f"{title}, {run.label}", 2)
+                for name, run in (("first", first), ("other", other))
+            ]
+        columns.append(Column("prompts", "prompts paired", 0))
+        columns.append(Column("decode_tokens_per_s", "tokens/s, ratio", 3))
+        columns.append(Column("speedup_vs_plain", "vs plain, ratio", 3))
         rows = _pairs(first, other)
-        columns = [
-            Column("arm", "arm"),
-            Column("first.tau", f"tau, {first.label}", 2),
-            Column("other.tau", f"tau, {other.label}", 2),
-            Column("first.speedup_vs_plain", f"vs plain, {first.label}", 2),
-            Column("other.speedup_vs_plain", f"vs plain, {other.label}", 2),
-            Column("prompts", "prompts paired", 0),
-            Column("decode_tokens_per_s", "tokens/s, ratio", 3),
-            Column("speedup_vs_plain", "vs plain, ratio", 3),
-        ]
-        section.tabulate("pairs", f"{other.label} against {first.label}", columns, rows)
+        section.show(Table("pairs", f"{other.label} against {first.label}", columns, rows))
         for run, another in ((first, other), (other, first)):
             alone = {arm.name for arm in run.data.arms} - {arm.name for arm in another.data.arms}
             if alone:
@@ -163,39 +156,92 @@ def add_comparison(section: Section, runs: Sequence[Run]) -> None:
 
 
 def _pairs(first: Run, other: Run) -> list[dict[str, Any]]:
-    theirs = {arm.name: arm for arm in other.data.arms}
+    """Compare each arm that both have, on the prompts that it and plain decode in both."""
+    (ours, our_work), (theirs, their_work) = (
+        ({arm.name: arm for arm in run.data.arms}, _work_by_prompt(run)) for run in (first, other)
+    )
     rows = []
-    for arm in first.data.arms:
-        if arm.name in theirs:
-            old, old_plain, new, new_plain = _paired_works((first, other), (arm.name, "plain"))
-            rows.append(
-                {
-                    "arm": arm.name,
-                    "first": arm,
-                    "other": theirs[arm.name],
-                    "prompts": len(old) or None,
-                    **total_speed("decode_tokens_per_s", [new], [old]),
-                    **total_speed("speedup_vs_plain", [new, old_plain], [new_plain, old]),
-                }
-            )
+    for name in ours:
+        if name in theirs:
+            works = [work[arm] for work in (our_work, their_work) for arm in (name, "plain")]
+            shared = [mark for mark in works[0] if all(mark in each for each in works)]
+            old, old_plain, new, new_plain = ([each[mark] for mark in shared] for each in works)
+            row = {"arm": name, "first": ours[name], "other": theirs[name]}
+            row |= {"prompts": len(shared) or None}
+            row |= total_speed("decode_tokens_per_s", [new], [old])
+            rows.append(row | total_speed("speedup_vs_plain", [new, old_plain], [new_plain, old]))
     return rows
 
 
-def _paired_works(runs: Sequence[Run], arms: Sequence[str]) -> list[Works]:
-    """Give the decoding of each arm in each run, on the prompts that all of them have decoded."""
-    found = [_work_by_prompt(run, arm) for run in runs for arm in arms]
-    shared = [mark for mark in found[0] if all(mark in each for each in found)]
-    return [[each[mark] for mark in shared] for each in found]
+def _work_by_prompt(run: Run) -> dict[str, dict[Any, Work]]:
+    """Give every arm's decoding by prompt; one that is given twice is told apart by its turn."""
+    marks = [prompt.fingerprint for prompt in run.data.prompts or ()]
+    turns = [(mark, marks[:place].count(mark)) for place, mark in enumerate(marks)]
+    return {
+        arm.name: {
+            turn: Work(figures.decode_tokens, figures.decode_s)
+            for turn, figures in zip(turns, arm.per_prompt or (), strict=False)
+            if figures is not None and figures.decode_s
+        }
+        for arm in run.data.arms
+    }
 
 
-def _work_by_prompt(run: Run, name: str) -> dict[Any, Work]:
-    """Give decoding by prompt; the same prompt given twice is told apart by its turn."""
-    arm = next(arm for arm in run.data.arms if arm.name == name)
-    found: dict[Any, Work] = {}
-    seen: dict[str, int] = {}
-    for prompt, figures in zip(run.data.prompts or (), arm.per_prompt or (), strict=False):
-        mark = prompt.fingerprint
-        seen[mark] = seen.get(mark, 0) + 1
-        if figures is not None and figures.decode_s:
-            found[mark, seen[mark]] = Work(figures.decode_tokens, figures.decode_s)
-    return found
+def add_settings(section: Section, runs: Sequence[Run]) -> None:
+    """Show provenance and settings: a column a run, a row a setting."""
+    facts = [_facts(run) for run in runs]
+    columns = [Column("name", "setting")]
+    columns += [Column(str(n), f"{run.label} ({run.kind})") for n, run in enumerate(runs)]
+    rows = [
+        {"name": name, **{str(n): each.get(name) for n, each in enumerate(facts)}}
+        for name in dict.fromkeys(name for each in facts for name in each)
+    ]
+    section.show(Table("settings", "Provenance and settings", columns, rows))
+    dirty = [run.label for run in runs if run.data.provenance.git_dirty]
+    if dirty:
+        section.text.append(
+            f"Run with changes that no commit holds: {', '.join(dirty)}. Nobody can repeat these "
+            "figures exactly."
+        )
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    where, config, identity = run.provenance, run.config, run.identity or {}
+    prompts, sampling = config.get("prompts"), config.get("sampling")
+    marks = [f"{key} {identity[key][:8]}" for key in ("weights", "tokenizer") if identity.get(key)]
+    name = identity.get("name") or (config.get("target") or {}).get("path")
+    cpu = where.get("cpu") and f"{where['cpu']}, {where.get('cpu_count')} cores"
+    commit, load = (where.get("git_commit") or "")[:12], where.get("load_average")
+    keys = ("rule", "batch_size", "max_new_tokens", "repeats", "seed")
+    return {
+        "schema": run.data.schema_,
+        "date": where.get("date"),
+        "commit": _noted(commit, where.get("git_dirty") and "changed"),
+        "command": where.get("command"),
+        "target": _noted(name and last_part(name), ", ".join(marks)),
+        "dtype": _noted(where.get("dtype"), where.get("quantized") and "quantized"),
+        "device": _noted(where.get("device"), cpu),
+        "threads": where.get("threads"),
+        "load at the start": None if load is None else f"{load:.1f}",
+        "prompts": prompts and f"{prompts['num']} of {last_part(prompts['source'])}",
+        "sampling": sampling and _sampling(**sampling),
+        **{key.replace("_", " "): config.get(key) for key in keys},
+        **{f"arm {arm['name']}": _arm(**arm) for arm in config.get("arms") or ()},
+        "versions": ", ".join(f"{k} {v}" for k, v in (where.get("versions") or {}).items()) or None,
+    }
+
+
+def _noted(text: str | None, note: str | None) -> str | None:
+    """Add a note in parentheses, where there is one."""
+    return f"{text} ({note})" if text and note else text or None
+
+
+def _sampling(temperature: float = 0, **others: Any) -> str:
+    """Give the temperature, and what is not off."""
+    off = {"top_p": 1.0, "repetition_penalty": 1.0}
+    said = (f"{key} {value}" for key, value in others.items() if value != off.get(key, 0))
+    return ", ".join([f"T = {temperature:g}", *said])
+
+
+def _arm(type: str, name: str, **options: Any) -> str:
+    return ", ".join([type, *(f"{key} {value}" for key, value in options.items() if value)])

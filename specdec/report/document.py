@@ -1,12 +1,17 @@
-"""The document that a report is made of, and the content of `report.json`."""
+"""The document that a report is made of, the content of `report.json`, and how it is written."""
 
+import re
+from base64 import b64encode
+from importlib.resources import files
 from typing import Any, Literal
 
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import Field, computed_field
 
 from specdec.common.config import Config
 from specdec.common.provenance import CodeProvenance
-from specdec.report.tables import Column, Table
+from specdec.report.tables import Table
 
 
 class Figure(Config):
@@ -56,23 +61,20 @@ class Section(Config):
 
     @property
     def is_empty(self) -> bool:
-        """True without anything to show."""
         return not (self.tables or self.figures or self.contexts)
 
     def show(self, *tables: Table) -> None:
-        """Add tables."""
         for table in tables:
             table.id = _numbered(table.id, self.tables)
             self.tables.append(table)
 
-    def tabulate(self, name: str, caption: str, columns: list[Column], rows: list[Any]) -> None:
-        """Add a table."""
-        self.show(Table(id=name, caption=caption, columns=columns, rows=rows))
-
     def draw(self, name: str, caption: str, alt: str, png: bytes) -> None:
-        """Add a figure."""
         name = _numbered(name, self.figures)
         self.figures.append(Figure(id=name, caption=caption, alt=alt, png=png))
+
+
+class AbsentError(Exception):
+    """The reason why a run gives a section nothing to show."""
 
 
 def _numbered(name: str, present: list[Any]) -> str:
@@ -104,3 +106,40 @@ class Report(Config):
     runs: list[ReportedRun]
     warnings: list[str]
     sections: list[Section]
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill in one of the templates of pages and cards; HTML is escaped."""
+    environment = Environment(
+        loader=PackageLoader("specdec.report"),
+        autoescape=lambda name: "html" in str(name),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(base64=lambda png: b64encode(png).decode())
+    environment.filters.update(md=escape, markdown_table=markdown_table)
+    return environment.get_template(f"{template}.jinja").render(**values)
+
+
+def definitions() -> dict[str, tuple[str, str]]:
+    """Read the terms that a report defines: key -> (name, meaning)."""
+    text = files("specdec.report").joinpath("templates/definitions.yaml").read_text()
+    return {key: (name, meaning) for key, (name, meaning) in yaml.safe_load(text).items()}
+
+
+def escape(text: str) -> str:
+    """Make text that Markdown shows as it is: no tag, emphasis or end of a cell, one line."""
+    text = text.replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([|*_`~\[\]#])", r"\\\1", text).replace("\n", " ")
+
+
+def markdown_table(table: Table) -> str:
+    headings = [
+        f"[{escape(column.heading)}](#def-{column.term})" if column.term else escape(column.heading)
+        for column in table.columns
+    ]
+    rules = ["---" if column.digits is None else "---:" for column in table.columns]
+    rows = [[escape(cell) for cell in row] for row in table.cells()]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (headings, rules, *rows))

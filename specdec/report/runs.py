@@ -12,16 +12,16 @@ from specdec.common.files import read_json
 from specdec.planning.results import Plan
 from specdec.planning.roofline import Estimate
 
-FILES = ("results.json", "sweep.json", "analysis.json", "plan.json", "estimate.json", "suite.json")
-# Kind of run -> the model of its file, which reads every version of it.
+# Kind of run -> the model of its file.
 MODELS: dict[str, type[Results]] = {
     "bench": BenchResults,
     "sweep": SweepResults,
-    "suite": SuiteResults,
     "analysis": Analysis,
     "plan": Plan,
     "estimate": Estimate,
+    "suite": SuiteResults,
 }
+FILES = [model.FILE for model in MODELS.values()]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,6 @@ class Run:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Where the figures come from, as plain values."""
         found: dict[str, Any] = self.data.provenance.model_dump()
         return found
 
@@ -59,21 +58,40 @@ class Run:
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Read every known file of every folder."""
     places = [folder.resolve() for folder in folders]
-    twice = [folder for folder in folders if places.count(folder.resolve()) > 1]
-    if twice:
-        raise ValueError(f"the run {str(twice[0])!r} is given twice; give each folder once")
-    return [
-        run
-        for folder, label in zip(folders, _labels(places), strict=True)
-        for run in _read_folder(folder, label)
-    ]
+    runs = []
+    for folder, place, label in zip(folders, places, _labels(places), strict=True):
+        if places.count(place) > 1:
+            raise ValueError(f"the run {str(folder)!r} is given twice; give each folder once")
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"no folder {str(folder)!r}; give the --out of specdec bench, analyze or plan"
+            )
+        known = [folder / name for name in FILES if (folder / name).is_file()]
+        if not known:
+            raise ValueError(
+                f"{str(folder)!r} holds none of {', '.join(FILES)}; give the --out folder of a run "
+                "that has finished"
+            )
+        for file in known:
+            kind, data = read_file(file)
+            runs.append(Run(kind, label, folder, data))
+    return runs
+
+
+def _labels(places: Sequence[Path]) -> list[str]:
+    """Give the last part of each path, with as many parts before it as tell them apart."""
+    for depth in range(1, 1 + max(len(place.parts) for place in places)):
+        labels = ["/".join(place.parts[-depth:]) for place in places]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
 
 
 def read_cells(sweep: Run) -> list[Run]:
     """Read the cells of a sweep as benches; one whose folder is gone is left out."""
     found = []
     for cell in sweep.data.cells:
-        file = sweep.folder / cell.folder / "results.json"
+        file = sweep.folder / cell.folder / BenchResults.FILE
         if file.is_file():
             words = ", ".join(f"{key.rpartition('.')[2]} {v}" for key, v in cell.settings.items())
             label = f"{sweep.label}: {words or 'the only cell'}"
@@ -82,7 +100,7 @@ def read_cells(sweep: Run) -> list[Run]:
 
 
 def read_file(file: Path) -> tuple[str, Any]:
-    """Read a results file of any version: kind of run, and model."""
+    """Read a results file: kind of run, and model."""
     content = read_json(file)
     schema = str(content.get("schema"))
     kind = schema.removeprefix("specdec-").rpartition("-")[0]
@@ -95,30 +113,6 @@ def read_file(file: Path) -> tuple[str, Any]:
         return kind, MODELS[kind].read(content)
     except ValueError as error:
         raise ValueError(f"{str(file)!r} is damaged: {error}") from error
-
-
-def _read_folder(folder: Path, label: str) -> list[Run]:
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"no folder {str(folder)!r}; give the --out folder of specdec bench, analyze or plan"
-        )
-    known = [name for name in FILES if (folder / name).is_file()]
-    if not known:
-        raise ValueError(
-            f"{str(folder)!r} holds none of {', '.join(FILES)}; give the --out folder of a run "
-            "that has finished"
-        )
-    found = [read_file(folder / name) for name in known]
-    return [Run(kind, label, folder, data) for kind, data in found]
-
-
-def _labels(places: Sequence[Path]) -> list[str]:
-    """Give the last part of each path, with as many parts before it as tell them apart."""
-    for depth in range(1, 1 + max(len(place.parts) for place in places)):
-        labels = ["/".join(place.parts[-depth:]) for place in places]
-        if len(set(labels)) == len(labels):
-            break
-    return labels
 
 
 def title_of(results: BenchResults | SuiteResults) -> str:

@@ -1,11 +1,11 @@
 """One table model, which the terminal, Markdown and HTML show alike."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
-from pydantic import Field, field_serializer, model_validator
+from pydantic import Field, field_serializer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -50,14 +50,9 @@ class Column:
         value = lookup(row, self.key)
         if value is None or self.digits is None:
             return "-" if value is None else str(value)
-        interval = lookup(row, f"{self.key}_ci") if with_interval else None
-        text = self._number(value) + self.unit
-        if interval is None or interval[0] == interval[1]:
-            return text
-        return f"{text} [{self._number(interval[0])}, {self._number(interval[1])}]"
-
-    def _number(self, value: float) -> str:
-        return f"{self.scale * value:.{self.digits}f}"
+        low, high = (with_interval and lookup(row, f"{self.key}_ci")) or (0, 0)
+        shown = [f"{self.scale * each:.{self.digits}f}" for each in (value, low, high)]
+        return f"{shown[0]}{self.unit}" + (f" [{shown[1]}, {shown[2]}]" if low != high else "")
 
 
 class Table(Config):
@@ -79,14 +74,10 @@ class Table(Config):
     legend: list[str] = Field(default=[], exclude=True)
     num_grouped: int = Field(default=0, exclude=True)
 
-    @model_validator(mode="after")
-    def _leave_out_empty_columns(self) -> Self:
-        self.columns = [
-            column
-            for column in self.columns
-            if not column.is_optional or any(column.cell(row) != "-" for row in self.rows)
-        ]
-        return self
+    def __init__(self, id: str, caption: str, columns: Sequence[Column], rows: Any, **given: Any):
+        shown = [c for c in columns if not c.is_optional or any(c.cell(row) != "-" for row in rows)]
+        given |= {"id": id, "caption": caption, "columns": shown, "rows": list(rows)}
+        super().__init__(**given)
 
     @field_serializer("columns")
     def _headings(self, columns: list[Column]) -> list[dict[str, str]]:
@@ -95,12 +86,12 @@ class Table(Config):
     @field_serializer("rows")
     def _values(self, rows: list[Any]) -> list[dict[str, Any]]:
         """Give the values as they are, not rounded, with the intervals that there are."""
-        keys = [key for column in self.columns for key in (column.key, f"{column.key}_ci")]
-        found = [{key: lookup(row, key) for key in keys} for row in rows]
-        return [
-            {k: v for k, v in row.items() if v is not None or not k.endswith("_ci")}
-            for row in found
-        ]
+        found = []
+        for row in rows:
+            values = {column.key: lookup(row, column.key) for column in self.columns}
+            ends = {f"{key}_ci": lookup(row, f"{key}_ci") for key in values}
+            found.append(values | {key: each for key, each in ends.items() if each is not None})
+        return found
 
     def cells(self) -> list[list[str]]:
         """Format every cell, [rows][columns]."""
@@ -108,31 +99,23 @@ class Table(Config):
 
     def fit(self, width: int) -> RichTable:
         """Build the fullest table for a terminal; intervals give way first, then columns."""
-        measure = Console(width=1000).measure
-        for columns, min_rank in self._choices():
-            table = self._build(columns, min_rank)
-            if measure(table).maximum <= width:
-                break
-        return table
-
-    def _choices(self) -> Iterator[tuple[list[Column], int]]:
-        """Columns, and the least rank that keeps its interval, the fullest choice first."""
         full = [column for column in self.columns if not column.is_wide]
         core = [column for column in full if not column.is_optional]
         ranks = sorted({column.rank for column in full if column.rank})
         no_interval = max(ranks, default=0) + 1
-        if len(core) < len(full):
-            yield from ((full, rank) for rank in ranks or [no_interval])
-        yield from ((core, rank) for rank in [*ranks, no_interval])
+        choices = [(full, rank) for rank in ranks or [no_interval] if len(core) < len(full)]
+        choices += [(core, rank) for rank in [*ranks, no_interval]]
+        measure = Console(width=1000).measure
+        built = (self._build(*choice) for choice in choices)
+        return next((t for t in built if measure(t).maximum <= width), self._build(*choices[-1]))
 
     def _build(self, columns: Sequence[Column], min_rank: int) -> RichTable:
-        shown = [bool(column.rank) and column.rank >= min_rank for column in columns]
-        has_interval = any(
-            lookup(row, f"{column.key}_ci")
-            for column, is_shown in zip(columns, shown, strict=True)
-            for row in self.rows
-            if is_shown
-        )
+        """Build a table with the intervals of columns that have at least this rank."""
+        rows = [
+            [column.cell(row, column.rank >= min_rank) for column in columns] for row in self.rows
+        ]
+        ranked = [place for place, column in enumerate(columns) if column.rank >= min_rank]
+        has_interval = any(row[place].endswith("]") for row in rows for place in ranked)
         note = ["in brackets: 95 % intervals"] if has_interval else []
         table = RichTable(
             title=self.caption,
@@ -147,16 +130,12 @@ class Table(Config):
                 table.add_column(column.heading, overflow="fold")
             else:
                 table.add_column(column.title, justify="right", no_wrap=True)
-        before: list[str] = []
-        for row in self.rows:
-            cells = [c.cell(row, is_shown) for c, is_shown in zip(columns, shown, strict=True)]
-            group = cells[: self.num_grouped]
-            if group == before and group:
-                cells[: self.num_grouped] = [""] * self.num_grouped
-            elif before:
+        num = self.num_grouped
+        for before, row in zip([[], *rows], rows, strict=False):
+            is_same = bool(num) and before[:num] == row[:num]
+            if before and num and not is_same:
                 table.add_section()
-            before = group
-            table.add_row(*cells)
+            table.add_row(*([""] * num + row[num:] if is_same else row))
         return table
 
 

@@ -334,7 +334,7 @@ def test_missing_source_is_told_from_the_hub(out, monkeypatch):
 )
 def test_wrong_options_are_told_in_one_line(log, out, options, message, monkeypatch):
     if options == "no extra":
-        monkeypatch.setattr("specdec.cli.collect.find_spec", lambda name: None)
+        monkeypatch.setattr("specdec.cli.data.find_spec", lambda name: None)
         options = ""
     result = run(log, "--out", out, "--max-bad", 100, *options.split())
     assert result.exit_code == 2

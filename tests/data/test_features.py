@@ -14,7 +14,7 @@ from tiny_training import write_rows
 from typer.testing import CliRunner
 
 from specdec.cli import app
-from specdec.cli.features import features as features_command
+from specdec.cli.data import features as features_command
 from specdec.common import files
 from specdec.common.provenance import machine
 from specdec.data import features

@@ -166,7 +166,7 @@ def test_wrong_options_are_told_in_a_line(tmp_path, options, said):
 
 
 def test_missing_extra_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("specdec.cli.collect.find_spec", lambda name: None)
+    monkeypatch.setattr("specdec.cli.data.find_spec", lambda name: None)
     done = invoke(tmp_path, "--upstream", "http://h")
     assert done.exit_code == 2
     assert "pip install 'specdec[collect]'" in done.stderr

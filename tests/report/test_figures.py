@@ -6,8 +6,7 @@ import made_runs
 import pytest
 
 from specdec.bench.results import BenchResults, SuiteResults
-from specdec.report.figures.bench import bench_panels
-from specdec.report.sections.suite import draw_suite
+from specdec.report.bench import draw
 
 pytest.importorskip("matplotlib")
 
@@ -17,10 +16,10 @@ def results():
     return BenchResults.read(made_runs.bench())
 
 
-def draw(results):
+def drawn(results):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    figure = bench_panels(results)
+    figure = draw(results)
     FigureCanvasAgg(figure).draw()
     return figure
 
@@ -30,7 +29,7 @@ def test_no_label_is_cut_off_or_overlaps(results, num_more):
     for number in range(num_more):
         name = f"a head with many nodes and an adapter, number {number}"
         results.arms.append(results.arms[2].model_copy(update={"name": name}))
-    figure = draw(results)
+    figure = drawn(results)
     names = figure.axes[0].get_yticklabels()
     values = [text for text in figure.axes[0].texts if text.get_text()]
     assert len(names) == len(values) == 5 + num_more
@@ -45,7 +44,7 @@ def test_no_label_is_cut_off_or_overlaps(results, num_more):
 def test_arm_has_one_color_in_both_panels(results):
     from matplotlib.colors import to_rgba
 
-    speed, acceptance = draw(results).axes
+    speed, acceptance = drawn(results).axes
     bars = [patch.get_facecolor() for patch in speed.patches]
     curves = {c.get_label(): to_rgba(c.lines[0].get_color()) for c in acceptance.containers}
     assert [curves[arm.name] for arm in results.arms[2:]] == bars[2:]
@@ -55,14 +54,14 @@ def test_arm_has_one_color_in_both_panels(results):
 def test_arms_that_measured_nothing_leave_the_picture(results):
     for arm in results.arms:
         arm.speedup_vs_plain, arm.speedup_vs_plain_ci, arm.per_depth = None, None, []
-    assert draw(results).axes[0].texts[:] == []
+    assert drawn(results).axes[0].texts[:] == []
 
 
 @pytest.mark.parametrize("name", ["single-turn", "multi-turn", "long-context", "concurrent"])
 def test_suite_shows_every_arm_in_every_panel(name):
     found = SuiteResults.read(made_runs.suite(name))
     names = [arm.name for arm in found.groups[0].arms]
-    figure = draw_suite(found)
+    figure = draw(found)
     panels = figure.axes
     assert len(panels) == (6 if name == "concurrent" else 4)
     for axes in panels:
@@ -81,7 +80,7 @@ def test_suite_draws_intervals_and_leaves_out_gaps():
     first, second = (group["arms"][1] for group in content["groups"])
     first |= {"speedup_vs_plain": None, "speedup_vs_plain_ci": None}
     second |= {"speedup_vs_plain": 1.2, "speedup_vs_plain_ci": [1.0, 1.5]}
-    line = draw_suite(SuiteResults.read(content)).axes[0].containers[0]
+    line = draw(SuiteResults.read(content)).axes[0].containers[0]
     assert list(line.lines[0].get_ydata()) == [1.2]
     ((low, high),) = [segment[:, 1] for segment in line.lines[2][0].get_segments()]
     assert (low, high) == pytest.approx((1.0, 1.5))

@@ -6,8 +6,8 @@ import made_runs
 import pytest
 from browser import open_browser, show
 
+from specdec.report.document import definitions, escape
 from specdec.report.page import write_report
-from specdec.report.render import definitions, escape
 
 pytest.importorskip("matplotlib")
 SECTIONS = {

@@ -8,10 +8,17 @@ import pytest
 
 from specdec.bench.results import BenchResults
 from specdec.planning.results import Plan
-from specdec.report.document import Section
+from specdec.report.document import AbsentError, Section
+from specdec.report.plan import (
+    add_predictions,
+    find_points,
+    group_points,
+    is_map,
+    match_plan,
+    summarize,
+    vertical,
+)
 from specdec.report.runs import Run
-from specdec.report.sections.plan import add_predictions, match_plan, summarize
-from specdec.report.shapes import find_points, group_points, is_map, vertical
 
 
 @pytest.fixture
@@ -72,8 +79,8 @@ def test_plan_of_another_machine_is_not_matched(plan, place, value, message):
     runs = [Run("plan", "planned", Path("planned"), plan)]
     runs.append(Run("bench", "measured", Path("measured"), BenchResults.read(content)))
     section = Section(id="prediction", title="Prediction")
-    add_predictions(section, runs)
-    assert section.is_empty
+    with pytest.raises(AbsentError, match="No configuration of a plan was measured"):
+        add_predictions(section, runs)
     assert message in section.missing[0]
 
 
@@ -97,9 +104,9 @@ def test_shapes_come_from_options_with_defaults():
     )
     assert [point.name for point in found] == ["a", "b", "c", "d"]
     a, b, c, d = found
-    assert (a.depth, a.width, a.is_chain, a.length) == (4, 1, True, 4)
-    assert (b.depth, b.width, b.nodes, b.is_chain) == (5, 2, 24, False)
-    assert (c.depth, c.is_chain, c.length) == (None, True, 6)
+    assert (a.depth, a.width, a.length) == (4, 1, 4)
+    assert (b.depth, b.width, b.nodes, b.length) == (5, 2, 24, None)
+    assert (c.depth, c.length) == (None, 6)
     assert a.group == b.group != d.group
     assert group_points(found) == [[a, b]]
 

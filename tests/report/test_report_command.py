@@ -53,7 +53,7 @@ def test_gaps_of_results_are_told(tmp_path):
     assert data["runs"] == [{"label": "bench-gsm8k", "kind": "bench", "schema": "specdec-bench-3"}]
     assert {"results", "speed", "acceptance", "time", "speedup", "runs"} <= set(found)
     assert "does not tell tasks apart" in " ".join(found["absent"]["missing"])
-    assert "without figures by prompt" in " ".join(found["results"]["missing"])
+    assert "holds no figures by prompt" in " ".join(found["results"]["missing"])
     assert "verify" not in [column["key"] for column in found["time"]["tables"][0]["columns"]]
 
 

@@ -7,8 +7,7 @@ import pytest
 from rich.console import Console
 
 from specdec.bench.results import BenchResults, SuiteResults, SweepResults
-from specdec.report.sections.bench import results_table, sweep_table
-from specdec.report.sections.suite import suite_tables
+from specdec.report.bench import sweep_table, tables
 from specdec.report.tables import Column, Table
 
 
@@ -28,7 +27,7 @@ def results(change=lambda content: None):
 
 @pytest.mark.parametrize(("width", "num_intervals"), [(80, 0), (100, 1), (140, 3)])
 def test_table_gives_up_intervals_before_cutting(width, num_intervals):
-    text = lines(results_table(results()), width)
+    text = lines(*tables(results()), width)
     assert max(map(len, text)) <= width
     assert not any("…" in line for line in text)
     row = next(line for line in text if line.startswith("ngram"))
@@ -40,7 +39,7 @@ def test_table_gives_up_intervals_before_cutting(width, num_intervals):
 def test_long_name_goes_on_in_next_line():
     name = "a head with many nodes and an adapter"
     found = results(lambda content: content["arms"][2].update(name=name))
-    text = "\n".join(lines(results_table(found), 80))
+    text = "\n".join(lines(*tables(found), 80))
     assert "…" not in text
     assert all(word in text for word in name.split())
 
@@ -52,8 +51,8 @@ def test_caption_says_how_near_ties_were():
             for gap in (0.02, 0.03125, None)
         ]
 
-    assert not any("apart" in line for line in lines(results_table(results()), 140))
-    assert any("0.031 apart" in line for line in lines(results_table(results(differ)), 140))
+    assert not any("apart" in line for line in lines(*tables(results()), 140))
+    assert any("0.031 apart" in line for line in lines(*tables(results(differ)), 140))
 
 
 def test_arms_without_figures_show_dashes():
@@ -61,7 +60,7 @@ def test_arms_without_figures_show_dashes():
         for arm in content["arms"]:
             arm |= {"speedup_vs_plain": None, "speedup_vs_plain_ci": None, "per_depth": []}
 
-    assert any(" - " in line for line in lines(results_table(results(forget)), 80))
+    assert any(" - " in line for line in lines(*tables(results(forget)), 80))
 
 
 @pytest.fixture
@@ -113,7 +112,7 @@ def test_sweep_gives_up_intervals_then_domains(sweep, width, num_intervals, has_
 @pytest.mark.parametrize("name", ["single-turn", "multi-turn", "long-context", "concurrent"])
 def test_suite_tables_hold_every_group_once(name):
     found = SuiteResults.read(made_runs.suite(name))
-    first, waiting = ("\n".join(lines(table, 140)) for table in suite_tables(found))
+    first, waiting = ("\n".join(lines(table, 140)) for table in tables(found))
     for text in (first, waiting):
         assert max(map(len, text.splitlines())) <= 140
         for group in found.groups:
@@ -136,7 +135,7 @@ def test_suite_tables_show_figures_of_results():
     arm["memory"] |= {"cache_bytes": 77 * 2**20, "peak_device_bytes": 88 * 2**20}
     arm["power"] = {"energy_j": 5.0, "power_w": 60.0, "energy_j_per_token": 0.125}
     arm["ttft_s"] = {"p50": 0.0111, "p95": 0.0222, "p99": 0.0333}
-    first, waiting = suite_tables(SuiteResults.read(content))
+    first, waiting = tables(SuiteResults.read(content))
     text = lines(first, 160)
     line = next(line for line in text if "1234" in line)
     for figure in (arm["name"], "1.75 [1.50, 2.00]", "0.875", "77", "88", "0.125"):

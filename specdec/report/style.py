@@ -8,19 +8,20 @@ from io import BytesIO
 from textwrap import fill
 from typing import Any
 
+import numpy as np
+
 # Okabe and Ito's colors, which stay apart for color-blind readers.
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000")
 MARKERS = "osD^vP*X<>"
 LINES = ("-", "--", "-.", ":")
 HATCHES = ("", "///", "...", "xxx", "\\\\\\")
 GREY = "#666666"
-WIDTH = 6.4  # inches
 
 Interval = Sequence[float] | None
 
 
 def new_figure(
-    height: float, width: float = WIDTH, rows: int = 1, columns: int = 1, **shared: Any
+    height: float, width: float = 6.4, rows: int = 1, columns: int = 1, **shared: Any
 ) -> Any:
     """Make a figure and its panels, row by row; `shared` may hold `sharex` and `sharey`."""
     try:
@@ -41,14 +42,10 @@ def to_png(figure: Any) -> bytes:
 
 
 def look(place: int) -> dict[str, Any]:
-    """Give color, marker and line of a series."""
     if place < 0:
         return {"color": GREY, "marker": "x", "linestyle": "-"}
-    return {
-        "color": COLORS[place % len(COLORS)],
-        "marker": MARKERS[place % len(MARKERS)],
-        "linestyle": LINES[place % len(LINES)],
-    }
+    looks = {"color": COLORS, "marker": MARKERS, "linestyle": LINES}
+    return {name: choices[place % len(choices)] for name, choices in looks.items()}
 
 
 def label(text: str, width: int = 34) -> str:
@@ -56,11 +53,11 @@ def label(text: str, width: int = 34) -> str:
     return fill(text, width).replace("$", r"\$")
 
 
-def error_bars(values: Sequence[float], intervals: Sequence[Interval]) -> list[list[float]]:
-    """Give lengths below and above, as matplotlib takes them; 0 where there is no interval."""
+def error_bars(values: Sequence[float], intervals: Sequence[Interval]) -> Any:
+    """Give lengths below and above, [2, values]; 0 where there is no interval."""
     ends = [interval or (value, value) for value, interval in zip(values, intervals, strict=True)]
-    below = [max(0.0, value - low) for value, (low, _) in zip(values, ends, strict=True)]
-    return [below, [max(0.0, high - v) for v, (_, high) in zip(values, ends, strict=True)]]
+    lengths = [(v - low, high - v) for v, (low, high) in zip(values, ends, strict=True)]
+    return np.maximum(np.reshape(lengths, (-1, 2)).T, 0)
 
 
 def draw_series(
@@ -90,8 +87,7 @@ def draw_series(
 
 def finish(axes: Any, x: str, y: str = "", title: str = "", line_at: float | None = None) -> None:
     """Label a panel; `line_at` marks a height to compare with, as 1 for plain decoding."""
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+    axes.set(xlabel=x, ylabel=y)
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     if line_at is not None:

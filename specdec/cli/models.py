@@ -1,0 +1,215 @@
+"""`specdec generate` and `train`, and `convert` and `inspect` of draft heads."""
+
+import json
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from specdec.cli.app import argument, command, option, progress_bar, quiet_transformers
+from specdec.common.config import read_model
+from specdec.common.files import locked, parse_json
+from specdec.demo import demo_path
+
+if TYPE_CHECKING:
+    from specdec.train.results import TrainResults
+
+_HEAD = "a draft head: a folder, a hub id, or demo/medusa, demo/eagle, demo/eagle3"
+
+
+@command()
+def generate(
+    prompt: str = option(..., "what the user says; '-' reads standard input"),
+    target: str = option("demo", "'demo', a folder or a hub id"),
+    drafter: str = option("ngram", "'none', a name, or JSON with options"),
+    raw: bool = option(False, "continue the text itself, without a chat"),
+    max_new_tokens: int = option(128),
+    temperature: float = option(0.0),
+    top_p: float = option(1.0),
+    seed: int = option(0),
+    dtype: str | None = option(None),
+    device: str | None = option(None),
+) -> None:
+    """Stream one answer, then say what speculation did for it."""
+    from specdec.engine.decode import stream
+    from specdec.sampling.config import SamplingConfig
+    from specdec.targets.load import load_target
+
+    quiet_transformers()
+    model = load_target(target, dtype=dtype, device=device)
+    strategy = load_strategy(drafter, model)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    has_chat = model.tokenizer is not None and model.tokenizer.chat_template and not raw
+    asked: Any = [{"role": "user", "content": text}] if has_chat and text else text
+    sampling = SamplingConfig(temperature=temperature, top_p=top_p, seed=seed)
+    run = stream(model, strategy, [asked], sampling, max_new_tokens=max_new_tokens)
+    for chunk in run:
+        typer.echo(chunk.text, nl=False)
+    typer.echo()
+    result = run.results()[0]
+    typer.echo(
+        f"[{len(result.tokens)} tokens, {result.finish_reason}; tau "
+        f"{result.stats.accepted_length:.2f}, {result.decode_tokens_per_s:.0f} tokens/s, first "
+        f"token after {1000 * result.ttft_s:.0f} ms]",
+        err=True,
+    )
+
+
+def load_strategy(text: str, target: Any) -> Any:
+    """Load a drafter as it is given on the command line; None for "none"."""
+    from specdec.registry import DRAFTERS, load_drafter, strategy
+
+    options: Any = text
+    if text.startswith("{"):
+        try:
+            options = parse_json(text)
+        except ValueError as error:
+            raise ValueError(
+                f"drafter is {text!r} but must be a name or a JSON object ({error})"
+            ) from error
+    elif text in DRAFTERS and strategy(text).trained_as == "language_model":
+        options = {"type": text, "path": "demo"}  # the only one meant without a path
+    return None if text == "none" else load_drafter(options, target)
+
+
+@command()
+def train(
+    config: str = argument("a YAML file, as in recipes/"),
+    out: Path = option(..., "folder for checkpoints, log, results and drafter"),
+    overrides: list[str] = argument("key=value ...", []),
+) -> None:
+    """Train a drafter on a target's own answers; the same command resumes."""
+    from specdec.train.config import load_train_config
+
+    settings = load_train_config(config, overrides)
+    from specdec.train.acceptance import ParityError
+    from specdec.train.run import run_training
+
+    quiet_transformers()
+    failure = None
+    with locked(out, is_writer=os.environ.get("RANK", "0") == "0"):
+        with progress_bar() as show:
+            try:
+                results = run_training(settings, out, show)
+            except ParityError as error:  # everything is there, and worth a look
+                failure, results = error, error.results
+        if results is None:  # not the first process
+            return
+        picture = _describe(results, out)
+    if failure is not None:
+        raise failure
+    parity = "not run, so nothing says that decoding accepts what training measured"
+    if found := results.parity:
+        parity = (
+            f"passed, decoding measures tau {found.measured_tau:.3f} where offline acceptance "
+            f"predicts {found.predicted_tau:.3f} ({found.shape}, {found.num_prompts} held-out "
+            "prompts)"
+        )
+    typer.echo(
+        f"Drafter: {out / 'drafter'}{_push(results, out / 'drafter')}\n"
+        f"Curves: {picture}\nParity gate: {parity}\n"
+        f"Use it: specdec generate --target {settings.target.path} --drafter "
+        f"'{json.dumps(results.drafter)}' --prompt 'Hello'"
+    )
+    keys = {"drafter", "steps", "seconds", "loss", "validation_loss", "offline_tau", "alpha"}
+    typer.echo(results.model_dump_json(include=keys))
+
+
+def _describe(results: "TrainResults", out: Path) -> str:
+    """Draw the log, and write the drafter's card with what is known of where its data come from."""
+    from specdec.data.answers import MANIFEST, AnswersManifest
+    from specdec.report.cards import write_drafter_card
+
+    manifest = Path(results.provenance.config.data.path).expanduser() / MANIFEST
+    answers = read_model(AnswersManifest, manifest) if manifest.is_file() else None
+    write_drafter_card(results, out / "drafter", answers)
+    if find_spec("matplotlib") is None:
+        return "none, they need specdec[plot]"
+    from specdec.report.figures import plot_curves
+
+    log = (out / "log.jsonl").read_text().splitlines()
+    plot_curves([json.loads(line) for line in log], out / "curves.png")
+    return str(out / "curves.png")
+
+
+def _push(results: "TrainResults", folder: Path) -> str:
+    """Upload the drafter with its card, where it is asked for; says where to."""
+    chosen = results.provenance.config.training
+    if not chosen.push_to_hub:
+        return ""
+    from huggingface_hub import upload_folder
+
+    done = upload_folder(
+        repo_id=str(chosen.hub_model_id),
+        folder_path=folder,
+        commit_message=f"A drafter of specdec, {results.steps} steps",
+        revision=chosen.hub_revision,
+    )
+    return f", and at {done.commit_url}"
+
+
+@command()
+def convert(
+    source: str = argument(_HEAD),
+    destination: Path = argument("a folder that is new or empty"),
+    to: str = option(..., "the layout to write; docs/checkpoints.md lists them"),
+    target: str | None = option(None, "the head's target, for facts that the source leaves to it"),
+    revision: str | None = option(None, "of a hub id"),
+) -> None:
+    """Write a draft head in another layout, tensor for tensor."""
+    from specdec.checkpoints import read_head, write_head
+
+    if destination.expanduser().exists() and any(destination.expanduser().iterdir()):
+        raise ValueError(f"{str(destination)!r} is not empty; give a new folder")
+    source = _head_source(source)
+    checkpoint = read_head(source, revision)
+    if target is not None:
+        checkpoint = _completed(checkpoint, source, target)
+    folder = write_head(checkpoint, destination, to)
+    typer.echo(f"{checkpoint.kind} head: {checkpoint.layout} -> {to}, {folder}")
+
+
+def _completed(checkpoint: Any, source: str, target: str) -> Any:
+    """The checkpoint with all options that its target settles, and the target's identity."""
+    import warnings
+    from dataclasses import replace
+
+    from specdec.checkpoints import check_target, identify_target
+    from specdec.drafters.heads import build_head, fill_head
+    from specdec.targets.load import load_target
+
+    quiet_transformers()
+    model = load_target(target)
+    identity = identify_target(model)
+    with warnings.catch_warnings(action="ignore"):  # an older identity is about to be renewed
+        check_target(checkpoint, identity)
+    head = build_head(checkpoint.kind, checkpoint.options, model)
+    fill_head(head, checkpoint.tensors, source)
+    options = head.options.model_dump(exclude_none=True)
+    return replace(checkpoint, options=options, target=identity)
+
+
+@command()
+def inspect(
+    source: str = argument(_HEAD),
+    as_json: bool = option(False, "one JSON object, for machines", "--json"),
+    revision: str | None = option(None, "of a hub id"),
+) -> None:
+    """Say what a draft head is: kind, layout, sizes, taps, vocabulary, target and training."""
+    from specdec.checkpoints.folder import find_folder, size_on_disk
+    from specdec.checkpoints.layouts import read_head
+    from specdec.report.cards import head_facts, head_text
+
+    folder = find_folder(_head_source(source), revision)
+    checkpoint, num_bytes = read_head(folder), size_on_disk(folder)
+    facts = head_facts(checkpoint, num_bytes)
+    typer.echo(json.dumps(facts) if as_json else head_text(checkpoint, num_bytes))
+
+
+def _head_source(source: str) -> str:
+    """A folder or hub id; "demo/NAME" stands for an embedded head."""
+    name = source.removeprefix("demo/")
+    return str(demo_path(name)) if source != name and not Path(source).exists() else source

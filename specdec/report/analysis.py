@@ -1,0 +1,195 @@
+"""Sections of analyses: exact expectations, calibration, hardest contexts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from specdec.analysis.results import Analysis, Counterfactuals
+from specdec.report import figures
+from specdec.report.document import AbsentError, Context, Section
+from specdec.report.runs import Run
+from specdec.report.tables import Column, Table
+
+_NAME = Column("name", "drafter")
+_HARDEST = 5
+_RANKS = 5
+_PLACES = {
+    "entropy_bins": "entropy of the target, nats",
+    "token_classes": "class of the token that came",
+    "positions": "position in the answer",
+}
+_COLUMNS = [
+    _NAME,
+    Column("alpha", "alpha", 3, term="alpha", rank=1),
+    Column("configured.tau", "tau", 2, term="tau", rank=2),
+    Column("configured.nodes_per_step", "nodes a step", 1, is_wide=True),
+    Column("depth 1", "depth 1", 2, term="conditional"),
+    *(Column(f"depth {depth}", str(depth), 2) for depth in (2, 3)),
+    Column("calibration.ece", "ECE", 3, term="ece"),
+    *(Column("best chain", "best\nchain"), Column("best tree", "best\ntree")),
+    Column("method", "from", is_wide=True),
+]
+
+
+def analysis_table(analysis: Analysis, label: str = "") -> Table:
+    """Show one row a drafter."""
+    temperature = analysis.provenance.config.sampling.temperature
+    tokens = sum(prompt.new_tokens for prompt in analysis.prompts)
+    rows = [
+        {
+            **vars(drafter),
+            **{f"depth {n}": x for n, x in enumerate(drafter.per_depth_conditional, start=1)},
+            "best chain": _best(drafter.expected.chains, "length"),
+            "best tree": _best(drafter.expected.trees, "nodes"),
+        }
+        for drafter in analysis.drafters
+    ]
+    caption = (
+        f"{label}{len(analysis.prompts)} texts of {tokens} new tokens, T = {temperature:g}: "
+        "expected, not measured"
+    )
+    legend = [
+        "tau: expected accepted length as configured; best: of chains up to 10 tokens, and of "
+        "static trees"
+    ]
+    return Table("analysis", caption, _COLUMNS, rows, legend=legend)
+
+
+def _best(drafts: Sequence[Any], size: str) -> str | None:
+    best = max(drafts, key=lambda each: each.tau, default=None)
+    return best and f"{best.tau:.2f} ({getattr(best, size)})"
+
+
+def add_analysis(section: Section, run: Run) -> None:
+    """Show alpha, expected tau, coverage, and acceptance by entropy, class and position."""
+    drafters = run.data.drafters
+    section.show(analysis_table(run.data, f"{run.label}: "))
+    _add_depths(section, run)
+    _add_expected(section, run)
+    columns = [_NAME, Column("depth", "depth", 0, term="coverage")]
+    columns += [Column(str(rank), f"guess {rank}", 3) for rank in range(1, _RANKS + 1)]
+    rows = [
+        {"name": drafter.name, "depth": depth, **{str(n): x for n, x in enumerate(ranks, start=1)}}
+        for drafter in drafters
+        for depth, ranks in enumerate(drafter.coverage, start=1)
+    ]
+    section.show(Table("coverage", f"{run.label}: coverage by depth and rank", columns, rows))
+    for key, title in _PLACES.items():
+        columns = [Column("kind", title), Column("count", "most places", 0)]
+        columns += [Column(f"drafter {drafter.name}", drafter.name, 3) for drafter in drafters]
+        caption = f"{run.label}: acceptance of the first drafted token by {title}"
+        section.show(Table(key.replace("_", "-"), caption, columns, _places(drafters, key)))
+    section.missing += [
+        f"{drafter.name} of {run.label} is not expected as configured: "
+        f"{drafter.not_configured_because}"
+        for drafter in drafters
+        if drafter.not_configured_because
+    ]
+
+
+def _add_depths(section: Section, run: Run) -> None:
+    """Draw expected acceptance by depth, as configured."""
+    curves = []
+    for drafter in run.data.drafters:
+        if drafter.configured and drafter.per_depth_conditional:
+            steps = sum(drafter.configured.steps)
+            whole = [count / steps for count in drafter.configured.accepted_at]
+            curves.append((drafter.name, whole, drafter.per_depth_conditional))
+    if curves:
+        said = "; ".join(f"{name} from {whole[0]:.2f} at depth 1" for name, whole, _ in curves)
+        section.draw(
+            "expected-depths",
+            f"{run.label}: expected acceptance by depth, as configured; above of all steps, below "
+            "of the steps that tested the depth.",
+            f"Two line plots of expected acceptance by depth. {said}.",
+            figures.acceptance_by_depth(curves),
+        )
+
+
+def _add_expected(section: Section, run: Run) -> None:
+    """Show the tau of other drafts than the configured one."""
+    drafts = {drafter.name: _drafts(drafter.expected) for drafter in run.data.drafters}
+    rows = [
+        {"name": name, "draft": draft, **vars(figures)}
+        for name, found in drafts.items()
+        for draft, figures in found.items()
+    ]
+    if not rows:
+        section.missing.append(f"No drafter of {run.label} has a tau for other drafts.")
+        return
+    said = "; ".join(
+        f"{name} up to {max(each.tau for each in found.values()):.2f}"
+        for name, found in drafts.items()
+        if found
+    )
+    section.draw(
+        "expected",
+        f"{run.label}: expected tau of chains (filled) and of the best static trees (hollow) by "
+        "the number of drafted tokens.",
+        f"Expected tau against drafted tokens. {said}.",
+        figures.expected_tau(run.data.drafters),
+    )
+    columns = [
+        *(_NAME, Column("draft", "draft"), Column("nodes_per_step", "nodes a step", 1)),
+        Column("tau", "tau, expected", 2, term="tau"),
+    ]
+    section.show(Table("expected", f"{run.label}: expected tau of other drafts", columns, rows))
+
+
+def _drafts(expected: Counterfactuals) -> dict[str, Any]:
+    """Name each draft."""
+    return {
+        **{f"chain of {each.length}": each for each in expected.chains},
+        **{f"tree of {each.nodes}": each for each in expected.trees},
+        **{f"chain while above {each.threshold:g}": each for each in expected.thresholds},
+    }
+
+
+def _places(drafters: Sequence[Any], key: str) -> list[dict[str, Any]]:
+    """Give acceptance of the first drafted token, a row a kind of place."""
+    rows: dict[str, dict[str, Any]] = {}
+    for drafter in drafters:
+        for each in getattr(drafter, key):
+            kind = getattr(each, "name", None)
+            if kind is None:
+                to = "" if each.high is None else f" to below {each.high:g}"
+                kind = f"from {each.low:g}{to}"
+            row = rows.setdefault(kind, {"kind": kind, "count": 0})
+            row["count"] = max(row["count"], each.count)
+            row[f"drafter {drafter.name}"] = each.acceptance
+    return list(rows.values())
+
+
+def add_calibration(section: Section, run: Run) -> None:
+    shown = [each for each in run.data.drafters if each.calibration and each.calibration.bins]
+    if not shown:
+        raise AbsentError(f"No drafter of {run.label} tells how sure it is.")
+    said = "; ".join(f"{each.name} {each.calibration.ece:.3f}" for each in shown)
+    section.draw(
+        "calibration",
+        f"{run.label}: acceptance of drafted tokens by the drafter's confidence. A point is as "
+        "large as its share of the tokens; below the diagonal the drafter is too sure.",
+        f"Reliability diagrams, a panel a drafter. Expected calibration errors: {said}.",
+        figures.reliability(shown),
+    )
+
+
+def add_hardest(section: Section, run: Run) -> None:
+    """Quote the places where drafter and target agree least."""
+    section.contexts += [
+        Context(
+            drafter=drafter.name,
+            where=f"prompt {place.prompt}, token {place.position} of the answer",
+            before=f"… {place.before}",
+            rejected=_visible("".join(place.drafted)),
+            target=_visible(place.target),
+            note=f"The token that came: p {place.p:.3g} (target), q {place.q:.3g} (drafter); "
+            f"overlap of the distributions {place.overlap:.3g}.",
+        )
+        for drafter in run.data.drafters
+        for place in drafter.hardest[:_HARDEST]
+    ]
+
+
+def _visible(token: str) -> str:
+    """Show the blanks of a token that has nothing else."""
+    return token if token.strip() else token.replace(" ", "␣").replace("\n", "↵") or "(no text)"

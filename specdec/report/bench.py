@@ -1,0 +1,355 @@
+"""Benches, sweeps and suites: arms, tasks, speed, acceptance, waiting, and where the time went."""
+
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from specdec.bench.config import in_words, short_names
+from specdec.bench.results import BenchResults, SuiteResults, SweepResults
+from specdec.common.files import replace_file
+from specdec.report import figures
+from specdec.report.document import AbsentError, Section
+from specdec.report.runs import Run, last_part, title_of
+from specdec.report.style import to_png
+from specdec.report.tables import Column, Table
+
+_ARM = Column("name", "arm")
+_TAU = Column("tau", "tau", 2, term="tau", rank=2)
+_SPEED = Column("decode_tokens_per_s", "tokens\n/s", 0, term="speed")
+_VS_PLAIN = Column("speedup_vs_plain", "vs\nplain", 2, term="speedup", rank=3)
+_VS_HF = Column("speedup_vs_hf", "vs\nHF", 2, term="hf", rank=1)
+_WITH_PREFILL = Column("end_to_end_speedup_vs_plain", "with\nprefill", 2, term="whole")
+_ACCEPTED = Column("acceptance_rate", "acc.", 0, "%", scale=100, term="accepted")
+_EFFICIENCY = Column("loop_efficiency", "loop\neff.", 3, term="efficiency")
+_CHECKS = [Column("mismatches", "differ", 0, term="differ"), Column("failed", "failed", 0)]
+_BENCH = [
+    *(_ARM, _TAU, _ACCEPTED, _SPEED, _VS_PLAIN, _VS_HF, _WITH_PREFILL),
+    Column("mean_speedup_vs_plain", "mean ratio", 2, term="mean_ratio", is_wide=True),
+    *(_EFFICIENCY, Column("prompts", "prompts", 0, is_wide=True), *_CHECKS),
+]
+_ALONE = [_TAU, _ACCEPTED, _SPEED, _VS_PLAIN, _WITH_PREFILL, _EFFICIENCY]
+_LOAD = [
+    Column("tau", "tau", 2, term="tau"),
+    Column("load.tokens_per_s", "tokens/s\nall users", 0),
+    Column("load.tokens_per_s_vs_plain", "vs\nplain", 2),
+    Column("load.user_tokens_per_s_mean", "tokens/s\na user", 0),
+    Column("load.user_speed_vs_plain", "a user's\nvs plain", 2, rank=1),
+    Column("load.jain_index", "Jain", 3),
+    Column("load.worst_over_mean", "worst\n/mean", 2),
+]
+_MACHINE = [
+    Column("memory.cache_bytes", "cache\nMiB", 0, scale=2**-20, is_optional=True),
+    Column("memory.peak_rss_bytes", "process\nMiB", 0, scale=2**-20, is_optional=True),
+    Column("memory.peak_device_bytes", "device\nMiB", 0, scale=2**-20, is_optional=True),
+    Column("power.energy_j_per_token", "J/token", 3, is_optional=True),
+    Column("power.power_w", "power, W", 0, is_optional=True, is_wide=True),
+    Column("requests", "requests", 0, is_wide=True),
+]
+_WAITS = {
+    "queue_s": "queue",
+    "ttft_s": "TTFT",
+    "itl_s": "ITL",
+    "chunk_gap_s": "chunk gap",
+    "latency_s": "request",
+}
+# Suite -> what a group is, and keys of the panels of its picture.
+_SUITES = {
+    "single_turn": ("prompt, tokens", "speedup_vs_plain tau ttft_s.p50 itl_s.p50"),
+    "multi_turn": ("turn", "speedup_vs_plain tau ttft_s.p50 latency_s.p50"),
+    "long_context": ("position, tokens", "speedup_vs_plain tau decode_tokens_per_s ttft_s.p50"),
+    "concurrent": (
+        "users",
+        "load.tokens_per_s load.user_speed_vs_plain ttft_s.p95 itl_s.p95 load.jain_index "
+        "memory.cache_bytes",
+    ),
+}
+
+
+def tables(results: BenchResults | SuiteResults, label: str = "") -> list[Table]:
+    """Show one row an arm, of a suite in every group: speeds, then waiting times."""
+    title = label + title_of(results)
+    if isinstance(results, SuiteResults):
+        return _suite_tables(results, title)
+    gaps = [each.top2_gap for arm in results.arms for each in arm.differences]
+    known = [gap for gap in gaps if gap is not None]
+    legend = [
+        "acc.: accepted / drafted; speeds are of total times",
+        "HF: transformers' generate; differ: prompts whose greedy tokens differ",
+    ]
+    if known:
+        legend.append(f"the two best logits where outputs part are at most {max(known):.2g} apart")
+    return [Table("arms", title, _BENCH, map(_row, results.arms), legend=legend)]
+
+
+def _row(arm: Any) -> dict[str, Any]:
+    """Give the figures of an arm; one that drafts nothing has no share of accepted tokens."""
+    return {**vars(arm), "acceptance_rate": arm.acceptance_rate or None}
+
+
+def _suite_tables(results: SuiteResults, title: str) -> list[Table]:
+    notes = ["differ: requests whose greedy tokens are not plain decoding's"]
+    if results.suite == "concurrent":
+        notes.append("Jain: 1 where all users are served alike")
+    if all(arm.power.energy_j is None for group in results.groups for arm in group.arms):
+        notes.append("power: not measured, which takes a CUDA device and nvidia-ml-py")
+    meanings = [
+        "TTFT: from sending to the first token; ITL: a request's mean time between tokens; "
+        "chunk gap: from one chunk of tokens to the next"
+    ]
+    speeds, waits = _suite_columns(results)
+    first = [Column("group", _SUITES[results.suite][0]), _ARM]
+    rows = [{"group": group.name, **_row(arm)} for group in results.groups for arm in group.arms]
+    return [
+        Table(name, caption, [*first, *columns], rows, legend=legend, num_grouped=1)
+        for name, caption, columns, legend in (
+            ("suite", title, speeds, notes),
+            ("waiting", f"{title}; waiting times", waits, meanings),
+        )
+    ]
+
+
+def _suite_columns(results: SuiteResults) -> tuple[list[Column], list[Column]]:
+    """Give the columns of speeds, and those of waiting times."""
+    is_loaded = results.suite == "concurrent"
+    waits = [
+        Column(f"{key}.{part}", f"{name}\n{part} ms", 1, scale=1000)
+        for key, name in _WAITS.items()
+        if key != ("latency_s" if is_loaded else "queue_s")
+        for part in ("p50", "p95", "p99")
+    ]
+    return [*(_LOAD if is_loaded else _ALONE), *_MACHINE, *_CHECKS], waits
+
+
+def draw(results: BenchResults | SuiteResults) -> Any:
+    """Draw the arms of a bench, or the figures of a suite that matter most, a panel each."""
+    if isinstance(results, BenchResults):
+        return figures.bench_panels(results)
+    group, keys = _SUITES[results.suite]
+    columns = {column.key: column for part in _suite_columns(results) for column in part}
+    return figures.group_panels(results, [columns[key] for key in keys.split()], group)
+
+
+def plot(results: BenchResults | SuiteResults, path: Path) -> None:
+    """Write the picture of a bench or a suite as a PNG."""
+    replace_file(path, to_png(draw(results)))
+
+
+def sweep_table(sweep: SweepResults, label: str = "") -> Table:
+    """Show one row an arm of a cell, with the domains where there are several."""
+    titles = short_names(list(sweep.cells[0].settings))
+    arms = [arm for cell in sweep.cells for arm in cell.arms]
+    domains = list(dict.fromkeys(name for arm in arms for name in arm.domains))
+    if all(len(arm.domains) < 2 for arm in arms):
+        domains = []
+    rows = []
+    for cell in sweep.cells:
+        settings = {key: last_part(in_words(value)) for key, value in cell.settings.items()}
+        for arm in cell.arms:
+            shares = {f"domain {name}": _domain(arm, name) for name in domains}
+            rows.append({**settings, **vars(arm), **shares})
+        if not cell.arms:  # what failed before it measured anything keeps its place in the table
+            rows.append({**settings, "name": "failed"})
+    columns = [
+        *(Column(key, title.replace("_", "\n")) for key, title in titles.items()),
+        *(_ARM, _TAU, _SPEED, _VS_PLAIN, _VS_HF),
+        *(Column(f"domain {name}", name, is_optional=True) for name in domains),
+    ]
+    by_domain = "; by domain: tau and speed / plain decoding" if domains else ""
+    caption = f"{label}{len(sweep.cells)} cells{by_domain}"
+    return Table("sweep", caption, columns, rows, num_grouped=len(titles))
+
+
+def _domain(arm: Any, name: str) -> str | None:
+    found = arm.domains.get(name)
+    return found and "  ".join(
+        "-" if x is None else f"{x:.2f}" for x in (found.tau, found.speedup_vs_plain)
+    )
+
+
+def add_results(section: Section, run: Run) -> None:
+    """Show every arm of a bench, or of a sweep's cells."""
+    if run.kind == "sweep":
+        section.show(sweep_table(run.data, f"{run.label}: "))
+        section.missing += [
+            f"The cell {cell.name} of {run.label} failed: {cell.error}"
+            for cell in run.data.cells
+            if cell.error
+        ]
+        return
+    section.show(*tables(run.data, f"{run.label}: "))
+    section.text += [
+        f"{run.label}: {arm.failed} of {arm.prompts} prompts of {arm.name} failed and are not "
+        f"timed: {arm.failures[0].reason}"
+        for arm in run.data.arms
+        if arm.failed
+    ]
+    if all(arm.per_prompt is None for arm in run.data.arms):
+        section.missing.append(
+            f"{run.label} holds no figures by prompt or task, nor times of verify and commit: for "
+            "intervals of speeds, and in a batch for speeds but the mean ratio, run it again."
+        )
+
+
+def add_domains(section: Section, run: Run) -> None:
+    rows = [
+        {"domain": name, "arm": arm.name, **vars(arm.domains[name])}
+        for name in dict.fromkeys(name for arm in run.data.arms for name in arm.domains)
+        for arm in run.data.arms
+        if name in arm.domains
+    ]
+    if not rows:
+        raise AbsentError(f"{run.label} does not tell tasks apart; run it again.")
+    columns = [Column("domain", "task"), Column("arm", "arm"), Column("prompts", "prompts", 0)]
+    columns += [_TAU, _SPEED, _VS_PLAIN, _VS_HF]
+    section.show(Table("domains", f"{run.label}: each task by itself", columns, rows))
+
+
+def add_speed(section: Section, run: Run) -> None:
+    arms = [arm for arm in run.data.arms if arm.tau and arm.speedup_vs_plain]
+    if not arms:
+        raise AbsentError(f"{run.label} has no arm with a tau and a speed.")
+    said = "; ".join(f"{arm.name} {arm.tau:.2f} and {arm.speedup_vs_plain:.2f}x" for arm in arms)
+    section.draw(
+        "speed",
+        f"{run.label}: the speed that tau promises, and the speed that arrives. Bars are 95 % "
+        "intervals over prompts.",
+        f"Scatter plot of speed over plain decoding against tau. {said}.",
+        figures.speed_against_tau(arms),
+    )
+
+
+def add_acceptance(section: Section, run: Run) -> None:
+    arms = [arm for arm in run.data.arms if arm.per_depth]
+    if not arms:
+        raise AbsentError(f"No arm of {run.label} drafted anything.")
+    curves = [(arm.name, arm.per_depth, arm.per_depth_conditional) for arm in arms]
+    said = "; ".join(f"{name} from {whole[0]:.2f} at depth 1" for name, whole, _ in curves)
+    section.draw(
+        "acceptance",
+        f"{run.label}: above, of all steps (the sum is tau - 1); below, of the steps that tested "
+        "the depth.",
+        f"Two line plots of acceptance by depth. {said}.",
+        figures.acceptance_by_depth(curves),
+    )
+    rows = [
+        {"name": name, "kind": kind, **{str(n): v for n, v in enumerate(values, start=1)}}
+        for name, *both in curves
+        for kind, values in zip(("all", "conditional"), both, strict=True)
+    ]
+    deepest = max(len(whole) for _, whole, _ in curves)
+    columns = [_ARM, Column("kind", "share of steps", term="conditional")]
+    columns += [Column(str(depth), str(depth), 2) for depth in range(1, deepest + 1)]
+    section.show(Table("depths", f"{run.label}: acceptance by depth", columns, rows))
+
+
+def add_suite(section: Section, run: Run) -> None:
+    section.show(*tables(run.data, f"{run.label}: "))
+    groups = run.data.groups
+    if len(groups) > 1:
+        section.draw(
+            "suite",
+            f"{run.label}: every arm by group. Bars are 95 % intervals over requests.",
+            f"Lines of speeds and waiting times by group, from {groups[0].name} to "
+            f"{groups[-1].name}; the tables hold their values.",
+            to_png(draw(run.data)),
+        )
+
+
+# --- Where the time went, and the speedup ---
+
+
+def step_ms(arm: Any, repeats: int) -> dict[str, float]:
+    """Give milliseconds of a step by part, a batch's shared by its rows; empty if not timed."""
+    steps = count_steps(arm, repeats)
+    if not steps or not arm.tau or not arm.time_s.wall:
+        return {}
+    times = {part: getattr(arm.time_s, part) for part in figures.PARTS}
+    return {part: 1000 * time / steps for part, time in times.items() if time is not None}
+
+
+def count_steps(arm: Any, repeats: int) -> float:
+    """Count verify steps of all repeats; without figures by prompt, from T - 1 = tau S of each."""
+    if arm.per_prompt:
+        return sum(each.steps for each in arm.per_prompt if each is not None)
+    return repeats * (arm.tokens - arm.prompts + arm.failed) / arm.tau if arm.tau else 0
+
+
+def speedup_factors(arm: Any, ours: Mapping[str, float], plain: Mapping[str, float]) -> Any:
+    """Split the speedup of an arm into factors of its tau, by milliseconds of a step.
+
+    Each part is added to the cost of a plain step in turn, and its factor is the cost before over
+    the cost after. The last one holds what is outside of steps: the time between them, in a batch
+    the wait for other rows, and that a prompt counts by the median of its repeats.
+    """
+    cost = sum(plain.values())
+    factors = {}
+    for part in ours:
+        more = cost + ours[part] - plain.get(part, 0.0)
+        factors[figures.PARTS[part]] = cost / more
+        cost = more
+    factors["outside of steps"] = arm.speedup_vs_plain / (arm.tau * prod(factors.values()))
+    return factors
+
+
+def add_time(section: Section, run: Run) -> None:
+    """Show milliseconds of a token by part."""
+    rows, without = [], []
+    for arm in run.data.arms:
+        step = step_ms(arm, run.config["repeats"])
+        if step:
+            token = {part: value / arm.tau for part, value in step.items()}
+            sums = {"token": sum(token.values()), "step": sum(step.values())}
+            rows.append({"name": arm.name, "tau": arm.tau, **token, **sums})
+        else:
+            without.append(arm.name)
+    if rows:
+        said = "; ".join(f"{row['name']} {row['token']:.2f} ms" for row in rows)
+        section.draw(
+            "time",
+            f"{run.label}: milliseconds per emitted token.",
+            f"Stacked bars of the time of a token by part. In all: {said}.",
+            figures.time_bars({row["name"]: row for row in rows}),
+        )
+        columns = [_ARM, _TAU]
+        columns += [Column(part, name, 3, is_optional=True) for part, name in figures.PARTS.items()]
+        columns += [Column("token", "token in all", 3), Column("step", "step in all", 3)]
+        section.show(Table("times", f"{run.label}: ms per token, and per step", columns, rows))
+    if without:
+        section.missing.append(
+            f"{run.label}: no times of steps of {', '.join(without)}: the loop is not ours."
+        )
+
+
+def add_speedup(section: Section, run: Run) -> None:
+    """Show the way from tau down to the measured speedup."""
+    arms = {arm.name: arm for arm in run.data.arms}
+    steps = {name: step_ms(arm, run.config["repeats"]) for name, arm in arms.items()}
+    plain = steps.pop("plain", None)
+    falls = [
+        {
+            "name": name,
+            "tau": arms[name].tau,
+            "factors": speedup_factors(arms[name], ours, plain),
+            "measured": arms[name].speedup_vs_plain,
+        }
+        for name, ours in steps.items()
+        if ours and plain and arms[name].speedup_vs_plain is not None
+    ]
+    if not falls:
+        raise AbsentError(f"{run.label} has no arm with a speedup to explain.")
+    said = "; ".join(
+        f"{each['name']} from {each['tau']:.2f} to {each['measured']:.2f}" for each in falls
+    )
+    section.draw(
+        "speedup",
+        f"{run.label}: from tau to the measured speedup.",
+        f"Waterfalls, a panel an arm. {said}.",
+        figures.waterfalls(falls),
+    )
+    columns = [
+        *(_ARM, Column("tau", "tau", 3, term="tau")),
+        *(Column(f"factors.{name}", f"x {name}", 3) for name in falls[0]["factors"]),
+        Column("measured", "= measured", 3, term="speedup"),
+    ]
+    section.show(Table("factors", f"{run.label}: factors of the speedup", columns, falls))

@@ -1,0 +1,375 @@
+"""The pictures, all in the look of `style.py`."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+import numpy as np
+
+from specdec.analysis.results import DrafterAnalysis
+from specdec.bench.results import BenchResults, SuiteResults
+from specdec.common.files import replace_file
+from specdec.report.runs import title_of
+from specdec.report.style import (
+    COLORS,
+    GREY,
+    HATCHES,
+    draw_series,
+    error_bars,
+    finish,
+    label,
+    legend_below,
+    look,
+    new_figure,
+    to_png,
+    whole_numbers,
+)
+from specdec.report.tables import Column, lookup
+
+# Parts of a step in the order of the pictures.
+PARTS = {
+    "target": "target forward",
+    "draft": "drafting",
+    "verify": "verify",
+    "commit": "commit",
+    "other": "rest of the loop",
+}
+_BASELINES = ("plain", "hf_generate")
+_THIN = {"edgecolor": "white", "linewidth": 0.5}
+# Depths from dark to light.
+_SHADES = ("#08306b", "#08519c", "#2171b5", "#4292c6", "#6baed6", "#9ecae1", "#c6dbef")
+
+Values = Sequence[float | None]
+
+
+def bench_panels(results: BenchResults) -> Any:
+    """Draw every arm's speed, and its acceptance by depth."""
+    arms = results.arms
+    names = [arm.name for arm in arms if arm.name not in _BASELINES]
+    places = {arm.name: names.index(arm.name) if arm.name in names else -1 for arm in arms}
+    height = max(4.6, 1.6 + 0.5 * len(arms))
+    figure, (left, right) = new_figure(height, width=11.5, columns=2)
+    _speed_bars(left, [arm for arm in arms if arm.speedup_vs_plain is not None], places)
+    for arm in arms:
+        if arm.per_depth:
+            depths = range(1, 1 + len(arm.per_depth))
+            draw_series(right, places[arm.name], arm.name, depths, arm.per_depth)
+    title = "Acceptance by depth (the sum is tau - 1)"
+    finish(right, "depth in the draft", "steps that accept at this depth / all steps", title)
+    right.set_ylim(0, 1)
+    if any(arm.per_depth for arm in arms):
+        whole_numbers(right)
+        right.legend(fontsize=9)
+    figure.suptitle(fill(title_of(results), 110), fontsize=10)
+    return figure
+
+
+def _speed_bars(axes: Any, arms: Sequence[Any], places: Mapping[str, int]) -> None:
+    speeds = [arm.speedup_vs_plain for arm in arms]
+    bars = error_bars(speeds, [arm.speedup_vs_plain_ci for arm in arms])
+    colors = [look(places[arm.name])["color"] for arm in arms]
+    axes.barh(range(len(arms)), speeds, xerr=bars, color=colors, ecolor="#333333", capsize=3)
+    axes.axvline(1, color=GREY, linewidth=1, linestyle="--")
+    ends = [speed + above for speed, above in zip(speeds, bars[1], strict=True)]
+    reach = max([1.0, *ends])
+    for place, (arm, end) in enumerate(zip(arms, ends, strict=True)):
+        text = f"{arm.speedup_vs_plain:.2f}x" + (f"   tau {arm.tau:.2f}" if arm.tau else "")
+        # The box keeps the line at 1 out of the text.
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axes.text(end + 0.02 * reach, place, text, va="center", fontsize=9, bbox=box, zorder=3)
+    _names(axes, (arm.name for arm in arms), 26)
+    axes.set_xlim(0, 1.4 * reach)
+    axes.set_xlabel("decode time of plain / own, all prompts (95 % interval over prompts)")
+    axes.set_title("Speed", fontsize=10)
+
+
+def _names(axes: Any, names: Iterable[str], width: int) -> None:
+    """Put names beside bars, from the top down."""
+    labels = [label(name, width) for name in names]
+    axes.set_yticks(range(len(labels)), labels, fontsize=9)
+    axes.invert_yaxis()
+
+
+def group_panels(results: SuiteResults, columns: Sequence[Column], x_label: str) -> Any:
+    """Draw figures of every arm over the groups of a suite, a panel a column of its tables.
+
+    A line marks the 1 where it has a meaning; plain decoding is left out where it is 1 itself.
+    """
+    groups, names = results.groups, [arm.name for arm in results.groups[0].arms]
+    rows = (len(columns) + 1) // 2
+    figure, panels = new_figure(3.3 * rows + 1, width=10, rows=rows, columns=2)
+    ticks = [group.name.replace(" (", "\n(") for group in groups]
+    for axes, column in zip(panels, columns, strict=True):
+        key, scale = column.key, column.scale
+        is_ratio = key.endswith(("vs_plain", "tau"))
+        for place, name in enumerate(names, start=-1):
+            if place < 0 and is_ratio:
+                continue
+            shift = 0.07 * (place + 1 - (len(names) - 1) / 2)
+            arms = [group.arms[place + 1] for group in groups]
+            values = [lookup(arm, key) for arm in arms]
+            # The interval, or else the range over repeats.
+            ends = [lookup(arm, f"{key}_ci") or lookup(arm, f"{key}_range") for arm in arms]
+            draw_series(
+                axes,
+                place,
+                name,
+                [group + shift for group in range(len(groups))],
+                [None if value is None else scale * value for value in values],
+                [each and [scale * end for end in each] for each in ends],
+            )
+        is_at_1 = is_ratio or key.endswith("jain_index")
+        finish(axes, x_label, title=column.heading, line_at=1 if is_at_1 else None)
+        axes.set_xticks(range(len(groups)), ticks, fontsize=9)
+        axes.set_xlim(-0.5, len(groups) - 0.5)
+        axes.set_ylim(bottom=0)
+        axes.set_ylim(top=1.06 * axes.get_ylim()[1])
+    legend_below(figure, panels[2], columns=min(5, len(names)))
+    title = f"{title_of(results)}; bars: 95 % intervals over requests"
+    figure.suptitle(fill(title, 100), fontsize=10)
+    return figure
+
+
+def speed_against_tau(arms: Sequence[Any]) -> bytes:
+    """Draw a point an arm, and the line where a step costs what it costs in plain decoding."""
+    figure, (axes,) = new_figure(4.2 + 0.13 * len(arms))
+    for place, arm in enumerate(arms, start=-int(arms[0].name == "plain")):
+        point = [arm.tau], [arm.speedup_vs_plain], [arm.speedup_vs_plain_ci], [arm.tau_ci]
+        draw_series(axes, place, arm.name, *point, markersize=8, linestyle="none")
+    limits = []
+    for key in ("tau", "speedup_vs_plain"):  # they hold 1 and every value
+        values = [x for a in arms for x in (lookup(a, key), *(lookup(a, f"{key}_ci") or ()))]
+        low, high = min([1.0, *values]), max([1.0, *values])
+        margin = 0.04 * (high - low) + 0.02
+        limits.append((low - margin, high + margin))
+    line, free = [1, limits[0][1]], "speed = tau: all else free"
+    axes.plot(line, line, color=GREY, linestyle="--", linewidth=1, label=free)
+    finish(axes, "tau, tokens per target forward", "decode speed / plain decoding", line_at=1)
+    axes.set(xlim=limits[0], ylim=limits[1])
+    legend_below(figure, axes)
+    return to_png(figure)
+
+
+def acceptance_by_depth(curves: Sequence[tuple[str, Values, Values]]) -> bytes:
+    """Draw (name, unconditional, conditional) by depth, a panel each, one above the other."""
+    titles = ("accepted at this depth / all steps", "accepted / steps that tested it")
+    figure, panels = new_figure(6.4 + 0.13 * len(curves), rows=2)
+    for which, (axes, title) in enumerate(zip(panels, titles, strict=True)):
+        for place, (name, *shares) in enumerate(curves):
+            # Curves that coincide stay visible: the later ones are thinner.
+            width = 2.6 - 1.6 * place / max(1, len(curves) - 1)
+            depths = range(1, 1 + len(shares[which]))
+            draw_series(axes, place, name, depths, shares[which], linewidth=width)
+        finish(axes, "depth in the draft", "share", title)
+        axes.set_ylim(0, 1.02)
+        whole_numbers(axes)
+    legend_below(figure, panels[0])
+    return to_png(figure)
+
+
+def time_bars(times: Mapping[str, Mapping[str, float]]) -> bytes:
+    """Draw milliseconds of an emitted token, arm -> part -> value, as stacked bars."""
+    figure, (axes,) = new_figure(1.4 + 0.46 * len(times))
+    places, left = range(len(times)), np.zeros(len(times))
+    parts = [part for part in PARTS if any(part in each for each in times.values())]
+    for part, color, hatch in zip(parts, COLORS, HATCHES, strict=False):
+        # What no clock saw can come out a hair below nothing.
+        values = np.array([max(0.0, each.get(part, 0.0)) for each in times.values()])
+        bar = {"color": color, "hatch": hatch, "label": PARTS[part], **_THIN}
+        axes.barh(places, values, left=left, **bar)
+        left = left + values
+    for place, end in enumerate(left):
+        axes.text(end, place, f" {end:.2f}", va="center", fontsize=9)
+    _names(axes, times, 20)
+    axes.set_xlim(0, 1.13 * max(left))
+    axes.set_xlabel("ms per emitted token")
+    legend_below(figure, axes, columns=3)
+    return to_png(figure)
+
+
+def waterfalls(falls: Sequence[Mapping[str, Any]]) -> bytes:
+    """Draw a panel an arm: tau at the top, a bar a factor, the measured speedup at the end."""
+    rows = -(-len(falls) // 2)
+    height = 0.5 + rows * (0.7 + 0.23 * (2 + len(falls[0]["factors"])))
+    figure, panels = new_figure(height, width=7.4, rows=rows, columns=2, sharey=True)
+    for axes, fall in zip(panels, falls, strict=False):
+        _waterfall(axes, **fall)
+    panels[0].invert_yaxis()
+    for axes in panels[len(falls) :]:
+        axes.set_visible(False)
+    figure.supxlabel("speed / plain decoding", fontsize=10)
+    return to_png(figure)
+
+
+def _waterfall(
+    axes: Any, name: str, tau: float, factors: Mapping[str, float], measured: float
+) -> None:
+    last = len(factors) + 1
+    axes.barh([0, last], [tau, measured], color=COLORS[0])
+    highest = value = tau
+    for place, factor in enumerate(factors.values(), start=1):
+        after = value * factor
+        color, hatch = (COLORS[3], "///") if factor < 1 else (COLORS[2], "...")
+        bar = {"left": [min(value, after)], "color": color, "hatch": hatch, **_THIN}
+        axes.barh([place], [abs(after - value)], **bar)
+        axes.plot([value, value], [place - 1.4, place + 0.4], color=GREY, linewidth=0.7)
+        axes.text(max(value, after), place, f" × {factor:.3f}", va="center", fontsize=8)
+        highest, value = max(highest, after), after
+    for place, end in ((0, tau), (last, measured)):
+        axes.text(end, place, f" {end:.2f}", va="center", fontsize=8)
+    axes.axvline(1, color=GREY, linewidth=0.8, linestyle="--", zorder=0)
+    axes.set_xlim(0, 1.3 * highest)
+    axes.set_yticks(range(last + 1), ["tau", *factors, "measured"], fontsize=8)
+    axes.set_title(label(name, 40), fontsize=9)
+
+
+def tree_heat_map(points: Sequence[Any], part: str) -> bytes:
+    """Draw depth across and `part`, nodes or width, upwards; cells show the fastest."""
+    depths = sorted({point.depth for point in points})
+    others = sorted({getattr(point, part) for point in points})
+    grid = np.full((len(others), len(depths)), np.nan)
+    for point in points:
+        where = others.index(getattr(point, part)), depths.index(point.depth)
+        grid[where] = np.nanmax([grid[where], point.speedup])
+    figure, (axes,) = new_figure(1.6 + 0.55 * len(others), min(6.4, 3.0 + 0.7 * len(depths)))
+    # One hue from light to dark: order survives grey print.
+    image = axes.imshow(grid, cmap="cividis", origin="lower", aspect="auto")
+    middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
+    for (row, column), value in np.ndenumerate(grid):
+        if not np.isnan(value):
+            color = "white" if value < middle else "black"
+            text = {"ha": "center", "va": "center", "fontsize": 9, "color": color}
+            axes.text(column, row, f"{value:.2f}", **text)
+    row, column = np.unravel_index(np.nanargmax(grid), grid.shape)
+    x, y = column + np.array([-1, 1, 1, -1, -1]) * 0.47, row + np.array([-1, -1, 1, 1, -1]) * 0.45
+    axes.plot(x, y, color=COLORS[3], linewidth=3)
+    axes.set_xticks(range(len(depths)), [str(depth) for depth in depths])
+    axes.set_yticks(range(len(others)), [str(other) for other in others])
+    axes.set(xlabel="depth", ylabel=part)
+    axes.set_title(label(points[0].group, 48), fontsize=10)
+    figure.colorbar(image, label="speed / plain")
+    return to_png(figure)
+
+
+def speed_by_length(
+    lines: Mapping[str, Sequence[tuple[Any, float]]],
+    x: str = "drafted tokens",
+    y: str = "decode speed / plain decoding",
+) -> bytes:
+    """Draw lines, name -> (length of the draft, speed)."""
+    figure, (axes,) = new_figure(3.4 + 0.15 * len(lines))
+    for place, (name, points) in enumerate(lines.items()):
+        draw_series(axes, place, name, *zip(*sorted(points), strict=True))
+    whole_numbers(axes)
+    finish(axes, x, y, line_at=1)
+    legend_below(figure, axes)
+    return to_png(figure)
+
+
+def predicted_against_measured(matches: Sequence[Any]) -> bytes:
+    """Draw a point a configuration; on the diagonal the plan was right."""
+    figure, (axes,) = new_figure(5.4)
+    for place, kind in enumerate(dict.fromkeys(each.planned.type for each in matches)):
+        some = [each for each in matches if each.planned.type == kind]
+        draw_series(
+            axes,
+            place,
+            kind,
+            [each.arm.speedup_vs_plain for each in some],
+            [each.planned.predicted_speedup for each in some],
+            [each.planned.predicted_speedup_ci for each in some],
+            [each.arm.speedup_vs_plain_ci for each in some],
+            linestyle="none",
+            elinewidth=0.7,
+            markersize=6,
+        )
+    ends = [*axes.get_xlim(), *axes.get_ylim()]
+    both = min(ends), max(ends)
+    axes.plot(both, both, color=GREY, linestyle="--", linewidth=1)
+    finish(axes, "measured speed / plain", "predicted speed / plain")
+    axes.set(xlim=both, ylim=both, aspect="equal")
+    legend_below(figure, axes, columns=3)
+    return to_png(figure)
+
+
+def reliability(drafters: Sequence[DrafterAnalysis]) -> bytes:
+    """Draw acceptance by confidence, a panel a drafter; a marker's area is the size of its bin."""
+    rows = -(-len(drafters) // 2)
+    figure, panels = new_figure(0.4 + 2.9 * rows, rows=rows, columns=2, sharex=True, sharey=True)
+    for place, (axes, drafter) in enumerate(zip(panels, drafters, strict=False)):
+        assert drafter.calibration is not None
+        bins = [each for each in drafter.calibration.bins if each.count]
+        total = sum(each.count for each in bins)
+        points = [each.confidence for each in bins], [each.acceptance for each in bins]
+        color = COLORS[place % len(COLORS)]
+        axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
+        axes.plot(*points, color=color, linewidth=1)
+        sizes = [12 + 300 * each.count / total for each in bins]
+        axes.scatter(*points, s=sizes, color=color, alpha=0.75)
+        finish(axes, "", title=f"{label(drafter.name, 24)}\nECE {drafter.calibration.ece:.3f}")
+        axes.set(xlim=(0, 1.03), ylim=(0, 1.03), aspect="equal")
+    for axes in panels[len(drafters) :]:
+        axes.set_visible(False)
+    figure.supxlabel("confidence of the drafter", fontsize=10)
+    figure.supylabel("acceptance by the target", fontsize=10)
+    return to_png(figure)
+
+
+def expected_tau(drafters: Sequence[DrafterAnalysis]) -> bytes:
+    """Draw tau against drafted tokens a step: a line of chains and one of trees a drafter."""
+    figure, (axes,) = new_figure(4.0 + 0.13 * len(drafters))
+    chains: dict[str, Any] = {"linestyle": "-"}
+    trees: dict[str, Any] = {"linestyle": "--", "markerfacecolor": "white"}
+    for place, drafter in enumerate(drafters):
+        for key, style in (("chains", chains), ("trees", trees)):
+            drafts = sorted(getattr(drafter.expected, key), key=lambda each: each.nodes_per_step)
+            nodes = [each.nodes_per_step for each in drafts]
+            if drafts:
+                taus = [each.tau for each in drafts]
+                draw_series(axes, place, f"{drafter.name}, {key}", nodes, taus, **style)
+    finish(axes, "drafted tokens a step", "expected tau")
+    legend_below(figure, axes)
+    return to_png(figure)
+
+
+def plot_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write loss and held-out acceptance of a training run, rows of its log, as a PNG."""
+    steps = [each for each in records if each["kind"] == "step"]
+    evaluations = [each for each in records if each["kind"] == "evaluation"]
+    figure, (left, right) = new_figure(4.4, width=11, columns=2)
+    at = [each["step"] for each in evaluations]
+    places, losses = ([each[key] for each in steps] for key in ("step", "loss"))
+    left.plot(places, losses, color=COLORS[0], alpha=0.25, linewidth=0.8)
+    left.plot(places, _smoothed(losses), color=COLORS[0], label="training (smoothed)")
+    if evaluations:
+        held_out = [each["validation_loss"] for each in evaluations]
+        left.plot(at, held_out, "o-", color=COLORS[1], label="held-out rows")
+    finish(left, "step", "loss", "Loss")
+    left.legend()
+    finish(right, "step", "share of tested depths", "Offline acceptance on held-out rows")
+    right.set_ylim(0, 1)
+    if evaluations:
+        by_depth = zip(*(each["acceptance"] for each in evaluations), strict=True)
+        for depth, values in enumerate(by_depth):
+            shown = [float("nan") if value is None else value for value in values]
+            shade = _SHADES[min(depth, len(_SHADES) - 1)]
+            right.plot(at, shown, ".-", color=shade, label=f"depth {depth + 1}")
+        right.legend(loc="lower right", ncols=2, fontsize=8)
+        beside = right.twinx()
+        beside.plot(at, [each["tau"] for each in evaluations], "s--", color=COLORS[2])
+        beside.set_ylim(bottom=1)
+        beside.set_ylabel("offline tau (dashed)", color=COLORS[2])
+    else:
+        right.text(0.5, 0.5, "no held-out rows", ha="center", transform=right.transAxes)
+    replace_file(path, to_png(figure))
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """Average exponentially over about a fiftieth of the run, without the pull of its start."""
+    weight = 1 - 1 / max(1.0, len(values) / 50)
+    smoothed, mean, norm = [], 0.0, 0.0
+    for value in values:
+        mean, norm = weight * mean + (1 - weight) * value, weight * norm + 1 - weight
+        smoothed.append(mean / norm)
+    return smoothed

@@ -1,1 +1,0 @@
-"""The pictures, all in the style of `style.py`."""
