@@ -7,9 +7,8 @@ from specdec.analysis.results import Analysis, Counterfactuals
 from specdec.report import figures
 from specdec.report.document import AbsentError, Context, Section
 from specdec.report.runs import Run
-from specdec.report.tables import Column, Table
+from specdec.report.tables import Column, Table, columns
 
-_NAME = Column("name", "drafter")
 _HARDEST = 5
 _RANKS = 5
 _PLACES = {
@@ -17,17 +16,10 @@ _PLACES = {
     "token_classes": "class of the token that came",
     "positions": "position in the answer",
 }
-_COLUMNS = [
-    _NAME,
-    Column("alpha", "alpha", 3, term="alpha", rank=1),
-    Column("configured.tau", "tau", 2, term="tau", rank=2),
-    Column("configured.nodes_per_step", "nodes a step", 1, is_wide=True),
-    Column("depth 1", "depth 1", 2, term="conditional"),
-    *(Column(f"depth {depth}", str(depth), 2) for depth in (2, 3)),
-    Column("calibration.ece", "ECE", 3, term="ece"),
-    *(Column("best chain", "best\nchain"), Column("best tree", "best\ntree")),
-    Column("method", "from", is_wide=True),
-]
+_COLUMNS = (
+    "drafter alpha configured.tau configured.nodes_per_step depth_1 depth_2 depth_3 "
+    "calibration.ece best_chain best_tree method"
+)
 
 
 def analysis_table(analysis: Analysis, label: str = "") -> Table:
@@ -51,7 +43,7 @@ def analysis_table(analysis: Analysis, label: str = "") -> Table:
         "tau: expected accepted length as configured; best: of chains up to 10 tokens, and of "
         "static trees"
     ]
-    return Table("analysis", caption, _COLUMNS, rows, legend=legend)
+    return Table("analysis", caption, columns(_COLUMNS), rows, legend=legend)
 
 
 def _best(drafts: Sequence[Any], size: str) -> str | None:
@@ -65,19 +57,25 @@ def add_analysis(section: Section, run: Run) -> None:
     section.show(analysis_table(run.data, f"{run.label}: "))
     _add_depths(section, run)
     _add_expected(section, run)
-    columns = [_NAME, Column("depth", "depth", 0, term="coverage")]
-    columns += [Column(str(rank), f"guess {rank}", 3) for rank in range(1, _RANKS + 1)]
+    guesses = [Column(str(rank), f"guess {rank}", 3) for rank in range(1, _RANKS + 1)]
     rows = [
         {"name": drafter.name, "depth": depth, **{str(n): x for n, x in enumerate(ranks, start=1)}}
         for drafter in drafters
         for depth, ranks in enumerate(drafter.coverage, start=1)
     ]
-    section.show(Table("coverage", f"{run.label}: coverage by depth and rank", columns, rows))
+    section.show(
+        Table(
+            "coverage",
+            f"{run.label}: coverage by depth and rank",
+            columns("drafter depth") + guesses,
+            rows,
+        )
+    )
     for key, title in _PLACES.items():
-        columns = [Column("kind", title), Column("count", "most places", 0)]
-        columns += [Column(f"drafter {drafter.name}", drafter.name, 3) for drafter in drafters]
+        shown = [Column("kind", title), *columns("count")]
+        shown += [Column(f"drafter {drafter.name}", drafter.name, 3) for drafter in drafters]
         caption = f"{run.label}: acceptance of the first drafted token by {title}"
-        section.show(Table(key.replace("_", "-"), caption, columns, _places(drafters, key)))
+        section.show(Table(key.replace("_", "-"), caption, shown, _places(drafters, key)))
     section.missing += [
         f"{drafter.name} of {run.label} is not expected as configured: "
         f"{drafter.not_configured_because}"
@@ -96,22 +94,17 @@ def _add_depths(section: Section, run: Run) -> None:
             curves.append((drafter.name, whole, drafter.per_depth_conditional))
     if curves:
         said = "; ".join(f"{name} from {whole[0]:.2f} at depth 1" for name, whole, _ in curves)
-        section.draw(
-            "expected-depths",
-            f"{run.label}: expected acceptance by depth, as configured; above of all steps, below "
-            "of the steps that tested the depth.",
-            f"Two line plots of expected acceptance by depth. {said}.",
-            figures.acceptance_by_depth(curves),
-        )
+        png = figures.acceptance_by_depth(curves)
+        section.draw("expected-depths", png, label=run.label, said=said)
 
 
 def _add_expected(section: Section, run: Run) -> None:
     """Show the tau of other drafts than the configured one."""
     drafts = {drafter.name: _drafts(drafter.expected) for drafter in run.data.drafters}
     rows = [
-        {"name": name, "draft": draft, **vars(figures)}
+        {"name": name, "draft": draft, **vars(each)}
         for name, found in drafts.items()
-        for draft, figures in found.items()
+        for draft, each in found.items()
     ]
     if not rows:
         section.missing.append(f"No drafter of {run.label} has a tau for other drafts.")
@@ -121,18 +114,10 @@ def _add_expected(section: Section, run: Run) -> None:
         for name, found in drafts.items()
         if found
     )
-    section.draw(
-        "expected",
-        f"{run.label}: expected tau of chains (filled) and of the best static trees (hollow) by "
-        "the number of drafted tokens.",
-        f"Expected tau against drafted tokens. {said}.",
-        figures.expected_tau(run.data.drafters),
-    )
-    columns = [
-        *(_NAME, Column("draft", "draft"), Column("nodes_per_step", "nodes a step", 1)),
-        Column("tau", "tau, expected", 2, term="tau"),
-    ]
-    section.show(Table("expected", f"{run.label}: expected tau of other drafts", columns, rows))
+    png = figures.expected_tau(run.data.drafters)
+    section.draw("expected", png, label=run.label, said=said)
+    shown = columns("drafter draft nodes_per_step expected_tau")
+    section.show(Table("expected", f"{run.label}: expected tau of other drafts", shown, rows))
 
 
 def _drafts(expected: Counterfactuals) -> dict[str, Any]:
@@ -164,13 +149,7 @@ def add_calibration(section: Section, run: Run) -> None:
     if not shown:
         raise AbsentError(f"No drafter of {run.label} tells how sure it is.")
     said = "; ".join(f"{each.name} {each.calibration.ece:.3f}" for each in shown)
-    section.draw(
-        "calibration",
-        f"{run.label}: acceptance of drafted tokens by the drafter's confidence. A point is as "
-        "large as its share of the tokens; below the diagonal the drafter is too sure.",
-        f"Reliability diagrams, a panel a drafter. Expected calibration errors: {said}.",
-        figures.reliability(shown),
-    )
+    section.draw("calibration", figures.reliability(shown), label=run.label, said=said)
 
 
 def add_hardest(section: Section, run: Run) -> None:

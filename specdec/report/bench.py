@@ -12,40 +12,19 @@ from specdec.report import figures
 from specdec.report.document import AbsentError, Section
 from specdec.report.runs import Run, last_part, title_of
 from specdec.report.style import to_png
-from specdec.report.tables import Column, Table
+from specdec.report.tables import Column, Table, columns
 
-_ARM = Column("name", "arm")
-_TAU = Column("tau", "tau", 2, term="tau", rank=2)
-_SPEED = Column("decode_tokens_per_s", "tokens\n/s", 0, term="speed")
-_VS_PLAIN = Column("speedup_vs_plain", "vs\nplain", 2, term="speedup", rank=3)
-_VS_HF = Column("speedup_vs_hf", "vs\nHF", 2, term="hf", rank=1)
-_WITH_PREFILL = Column("end_to_end_speedup_vs_plain", "with\nprefill", 2, term="whole")
-_ACCEPTED = Column("acceptance_rate", "acc.", 0, "%", scale=100, term="accepted")
-_EFFICIENCY = Column("loop_efficiency", "loop\neff.", 3, term="efficiency")
-_CHECKS = [Column("mismatches", "differ", 0, term="differ"), Column("failed", "failed", 0)]
-_BENCH = [
-    *(_ARM, _TAU, _ACCEPTED, _SPEED, _VS_PLAIN, _VS_HF, _WITH_PREFILL),
-    Column("mean_speedup_vs_plain", "mean ratio", 2, term="mean_ratio", is_wide=True),
-    *(_EFFICIENCY, Column("prompts", "prompts", 0, is_wide=True), *_CHECKS),
-]
-_ALONE = [_TAU, _ACCEPTED, _SPEED, _VS_PLAIN, _WITH_PREFILL, _EFFICIENCY]
-_LOAD = [
-    Column("tau", "tau", 2, term="tau"),
-    Column("load.tokens_per_s", "tokens/s\nall users", 0),
-    Column("load.tokens_per_s_vs_plain", "vs\nplain", 2),
-    Column("load.user_tokens_per_s_mean", "tokens/s\na user", 0),
-    Column("load.user_speed_vs_plain", "a user's\nvs plain", 2, rank=1),
-    Column("load.jain_index", "Jain", 3),
-    Column("load.worst_over_mean", "worst\n/mean", 2),
-]
-_MACHINE = [
-    Column("memory.cache_bytes", "cache\nMiB", 0, scale=2**-20, is_optional=True),
-    Column("memory.peak_rss_bytes", "process\nMiB", 0, scale=2**-20, is_optional=True),
-    Column("memory.peak_device_bytes", "device\nMiB", 0, scale=2**-20, is_optional=True),
-    Column("power.energy_j_per_token", "J/token", 3, is_optional=True),
-    Column("power.power_w", "power, W", 0, is_optional=True, is_wide=True),
-    Column("requests", "requests", 0, is_wide=True),
-]
+_CHECKS = "differ failed"
+_BENCH = f"arm tau accepted speed vs_plain vs_hf whole mean_ratio efficiency all_prompts {_CHECKS}"
+_ALONE = "tau accepted speed vs_plain whole efficiency"
+_LOAD = (
+    "plain_tau load.tokens_per_s load.tokens_per_s_vs_plain load.user_tokens_per_s_mean "
+    "load.user_speed_vs_plain load.jain_index load.worst_over_mean"
+)
+_MACHINE = (
+    "memory.cache_bytes memory.peak_rss_bytes memory.peak_device_bytes power.energy_j_per_token "
+    "power.power_w requests"
+)
 _WAITS = {
     "queue_s": "queue",
     "ttft_s": "TTFT",
@@ -79,7 +58,7 @@ def tables(results: BenchResults | SuiteResults, label: str = "") -> list[Table]
     ]
     if known:
         legend.append(f"the two best logits where outputs part are at most {max(known):.2g} apart")
-    return [Table("arms", title, _BENCH, map(_row, results.arms), legend=legend)]
+    return [Table("arms", title, columns(_BENCH), map(_row, results.arms), legend=legend)]
 
 
 def _row(arm: Any) -> dict[str, Any]:
@@ -98,11 +77,11 @@ def _suite_tables(results: SuiteResults, title: str) -> list[Table]:
         "chunk gap: from one chunk of tokens to the next"
     ]
     speeds, waits = _suite_columns(results)
-    first = [Column("group", _SUITES[results.suite][0]), _ARM]
+    first = [Column("group", _SUITES[results.suite][0]), *columns("arm")]
     rows = [{"group": group.name, **_row(arm)} for group in results.groups for arm in group.arms]
     return [
-        Table(name, caption, [*first, *columns], rows, legend=legend, num_grouped=1)
-        for name, caption, columns, legend in (
+        Table(name, caption, first + figures, rows, legend=legend, num_grouped=1)
+        for name, caption, figures, legend in (
             ("suite", title, speeds, notes),
             ("waiting", f"{title}; waiting times", waits, meanings),
         )
@@ -118,7 +97,7 @@ def _suite_columns(results: SuiteResults) -> tuple[list[Column], list[Column]]:
         if key != ("latency_s" if is_loaded else "queue_s")
         for part in ("p50", "p95", "p99")
     ]
-    return [*(_LOAD if is_loaded else _ALONE), *_MACHINE, *_CHECKS], waits
+    return columns(f"{_LOAD if is_loaded else _ALONE} {_MACHINE} {_CHECKS}"), waits
 
 
 def draw(results: BenchResults | SuiteResults) -> Any:
@@ -126,8 +105,8 @@ def draw(results: BenchResults | SuiteResults) -> Any:
     if isinstance(results, BenchResults):
         return figures.bench_panels(results)
     group, keys = _SUITES[results.suite]
-    columns = {column.key: column for part in _suite_columns(results) for column in part}
-    return figures.group_panels(results, [columns[key] for key in keys.split()], group)
+    known = {column.key: column for part in _suite_columns(results) for column in part}
+    return figures.group_panels(results, [known[key] for key in keys.split()], group)
 
 
 def plot(results: BenchResults | SuiteResults, path: Path) -> None:
@@ -150,14 +129,14 @@ def sweep_table(sweep: SweepResults, label: str = "") -> Table:
             rows.append({**settings, **vars(arm), **shares})
         if not cell.arms:  # what failed before it measured anything keeps its place in the table
             rows.append({**settings, "name": "failed"})
-    columns = [
+    shown = [
         *(Column(key, title.replace("_", "\n")) for key, title in titles.items()),
-        *(_ARM, _TAU, _SPEED, _VS_PLAIN, _VS_HF),
+        *columns("arm tau speed vs_plain vs_hf"),
         *(Column(f"domain {name}", name, is_optional=True) for name in domains),
     ]
     by_domain = "; by domain: tau and speed / plain decoding" if domains else ""
     caption = f"{label}{len(sweep.cells)} cells{by_domain}"
-    return Table("sweep", caption, columns, rows, num_grouped=len(titles))
+    return Table("sweep", caption, shown, rows, num_grouped=len(titles))
 
 
 def _domain(arm: Any, name: str) -> str | None:
@@ -200,9 +179,8 @@ def add_domains(section: Section, run: Run) -> None:
     ]
     if not rows:
         raise AbsentError(f"{run.label} does not tell tasks apart; run it again.")
-    columns = [Column("domain", "task"), Column("arm", "arm"), Column("prompts", "prompts", 0)]
-    columns += [_TAU, _SPEED, _VS_PLAIN, _VS_HF]
-    section.show(Table("domains", f"{run.label}: each task by itself", columns, rows))
+    shown = columns("domain arm_of_both prompts tau speed vs_plain vs_hf")
+    section.show(Table("domains", f"{run.label}: each task by itself", shown, rows))
 
 
 def add_speed(section: Section, run: Run) -> None:
@@ -210,13 +188,7 @@ def add_speed(section: Section, run: Run) -> None:
     if not arms:
         raise AbsentError(f"{run.label} has no arm with a tau and a speed.")
     said = "; ".join(f"{arm.name} {arm.tau:.2f} and {arm.speedup_vs_plain:.2f}x" for arm in arms)
-    section.draw(
-        "speed",
-        f"{run.label}: the speed that tau promises, and the speed that arrives. Bars are 95 % "
-        "intervals over prompts.",
-        f"Scatter plot of speed over plain decoding against tau. {said}.",
-        figures.speed_against_tau(arms),
-    )
+    section.draw("speed", figures.speed_against_tau(arms), label=run.label, said=said)
 
 
 def add_acceptance(section: Section, run: Run) -> None:
@@ -225,35 +197,24 @@ def add_acceptance(section: Section, run: Run) -> None:
         raise AbsentError(f"No arm of {run.label} drafted anything.")
     curves = [(arm.name, arm.per_depth, arm.per_depth_conditional) for arm in arms]
     said = "; ".join(f"{name} from {whole[0]:.2f} at depth 1" for name, whole, _ in curves)
-    section.draw(
-        "acceptance",
-        f"{run.label}: above, of all steps (the sum is tau - 1); below, of the steps that tested "
-        "the depth.",
-        f"Two line plots of acceptance by depth. {said}.",
-        figures.acceptance_by_depth(curves),
-    )
+    section.draw("acceptance", figures.acceptance_by_depth(curves), label=run.label, said=said)
     rows = [
         {"name": name, "kind": kind, **{str(n): v for n, v in enumerate(values, start=1)}}
         for name, *both in curves
         for kind, values in zip(("all", "conditional"), both, strict=True)
     ]
     deepest = max(len(whole) for _, whole, _ in curves)
-    columns = [_ARM, Column("kind", "share of steps", term="conditional")]
-    columns += [Column(str(depth), str(depth), 2) for depth in range(1, deepest + 1)]
-    section.show(Table("depths", f"{run.label}: acceptance by depth", columns, rows))
+    depths = [Column(str(depth), str(depth), 2) for depth in range(1, deepest + 1)]
+    shown = columns("arm kind") + depths
+    section.show(Table("depths", f"{run.label}: acceptance by depth", shown, rows))
 
 
 def add_suite(section: Section, run: Run) -> None:
     section.show(*tables(run.data, f"{run.label}: "))
     groups = run.data.groups
     if len(groups) > 1:
-        section.draw(
-            "suite",
-            f"{run.label}: every arm by group. Bars are 95 % intervals over requests.",
-            f"Lines of speeds and waiting times by group, from {groups[0].name} to "
-            f"{groups[-1].name}; the tables hold their values.",
-            to_png(draw(run.data)),
-        )
+        said = f"from {groups[0].name} to {groups[-1].name}"
+        section.draw("suite", to_png(draw(run.data)), label=run.label, said=said)
 
 
 # --- Where the time went, and the speedup ---
@@ -305,16 +266,11 @@ def add_time(section: Section, run: Run) -> None:
             without.append(arm.name)
     if rows:
         said = "; ".join(f"{row['name']} {row['token']:.2f} ms" for row in rows)
-        section.draw(
-            "time",
-            f"{run.label}: milliseconds per emitted token.",
-            f"Stacked bars of the time of a token by part. In all: {said}.",
-            figures.time_bars({row["name"]: row for row in rows}),
-        )
-        columns = [_ARM, _TAU]
-        columns += [Column(part, name, 3, is_optional=True) for part, name in figures.PARTS.items()]
-        columns += [Column("token", "token in all", 3), Column("step", "step in all", 3)]
-        section.show(Table("times", f"{run.label}: ms per token, and per step", columns, rows))
+        png = figures.time_bars({row["name"]: row for row in rows})
+        section.draw("time", png, label=run.label, said=said)
+        parts = [Column(part, name, 3, is_optional=True) for part, name in figures.PARTS.items()]
+        shown = [*columns("arm tau"), *parts, *columns("token step")]
+        section.show(Table("times", f"{run.label}: ms per token, and per step", shown, rows))
     if without:
         section.missing.append(
             f"{run.label}: no times of steps of {', '.join(without)}: the loop is not ours."
@@ -341,15 +297,7 @@ def add_speedup(section: Section, run: Run) -> None:
     said = "; ".join(
         f"{each['name']} from {each['tau']:.2f} to {each['measured']:.2f}" for each in falls
     )
-    section.draw(
-        "speedup",
-        f"{run.label}: from tau to the measured speedup.",
-        f"Waterfalls, a panel an arm. {said}.",
-        figures.waterfalls(falls),
-    )
-    columns = [
-        *(_ARM, Column("tau", "tau", 3, term="tau")),
-        *(Column(f"factors.{name}", f"x {name}", 3) for name in falls[0]["factors"]),
-        Column("measured", "= measured", 3, term="speedup"),
-    ]
-    section.show(Table("factors", f"{run.label}: factors of the speedup", columns, falls))
+    section.draw("speedup", figures.waterfalls(falls), label=run.label, said=said)
+    factors = [Column(f"factors.{name}", f"x {name}", 3) for name in falls[0]["factors"]]
+    shown = [*columns("arm tau_3"), *factors, *columns("measured")]
+    section.show(Table("factors", f"{run.label}: factors of the speedup", shown, falls))

@@ -9,7 +9,7 @@ from specdec.checkpoints import HeadCheckpoint, head_of
 from specdec.common.files import replace_file
 from specdec.common.hub import HUB
 from specdec.registry import strategy
-from specdec.report.document import markdown_table, render
+from specdec.report.document import render
 from specdec.report.tables import Column, Table
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from specdec.train.results import TrainResults
 
 _HERE = "PATH/OF/THIS/FOLDER"
-_SCHEMA = 1
 _TRAINING = {
     *("learning_rate", "lr_scheduler_type", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "warmup_steps", "weight_decay"),
@@ -33,53 +32,44 @@ def write_drafter_card(
 
 def drafter_card(results: "TrainResults", answers: "AnswersManifest | None" = None) -> str:
     """Describe a trained drafter: use, measurements, training and limits."""
-    config, identity = results.provenance.config, results.target
-    drafter = strategy(results.drafter["type"])
-    hashes = [
-        f"{name} {value[:16]}"
-        for name, value in (("weights", identity.weights), ("tokenizer", identity.tokenizer))
-        if value
-    ]
+    from huggingface_hub import ModelCardData
+
+    config, kind = results.provenance.config, results.drafter["type"]
+    drafter, path = strategy(kind), config.target.path
+    is_head, is_adapter = drafter.trained_as == "head", "adapter" in results.drafter
+    base = results.target.name if is_head else config.drafter.options.get("path")
+    header = ModelCardData(
+        base_model=str(base).removeprefix(HUB) if _is_hub_id(base) else None,
+        library_name="specdec" if is_head else "peft" if is_adapter else "transformers",
+        tags=["specdec", "speculative-decoding", kind.replace("_", "-")],
+    )
+    # A path that only this machine has is left out.
+    inner = results.drafter["path"] if is_adapter else None
+    if inner and not _is_hub_id(inner):
+        inner = f"PATH/OF/{Path(inner).name}"
+    paths = {"path": inner, "adapter": _HERE} if is_adapter else {"path": _HERE}
+    marks = {name: getattr(results.target, name) for name in ("weights", "tokenizer")}
     return render(
         "drafter_card.md",
         results=results,
         config=config,
         where=results.provenance,
-        figure=_figure,
-        interval=_interval,
-        settings=_settings,
-        title=drafter.title or results.drafter["type"],
-        header=_header(results),
-        target=_target(config.target.path),
-        hashes=f" (hashes: {', '.join(hashes)})" if hashes else "",
-        options=_options(results.drafter),
+        header=header.to_yaml(),
+        title=drafter.title or kind,
+        hashes=[f"{name} {mark[:16]}" for name, mark in marks.items() if mark],
+        target=path if path == "demo" or _is_hub_id(path) else Path(path).name,
+        options={**results.drafter, **paths},
         here=_HERE,
-        is_head=drafter.trained_as == "head",
-        is_adapter="adapter" in results.drafter,
-        acceptance=_acceptance(results),
+        is_head=is_head,
+        is_adapter=is_adapter,
+        acceptance=_acceptance(results) if results.validation_rows else None,
         temperatures=", ".join(f"{t:g}" for t in answers.settings.temperatures) if answers else "",
         training=config.training.model_dump(include=_TRAINING),
     )
 
 
-def _header(results: "TrainResults") -> str:
-    from huggingface_hub import ModelCardData
-
-    kind, config = results.drafter["type"], results.provenance.config
-    is_head = strategy(kind).trained_as == "head"
-    base = results.target.name if is_head else config.drafter.options.get("path")
-    library = "specdec" if is_head else "peft" if "adapter" in results.drafter else "transformers"
-    return ModelCardData(
-        base_model=str(base).removeprefix(HUB) if _is_hub_id(base) else None,
-        library_name=library,
-        tags=["specdec", "speculative-decoding", kind.replace("_", "-")],
-    ).to_yaml()
-
-
-def _acceptance(results: "TrainResults") -> str | None:
-    """Make a table of the acceptance on held-out rows; None where there were none."""
-    if not results.validation_rows:
-        return None
+def _acceptance(results: "TrainResults") -> Table:
+    """Make a table of the acceptance on held-out rows."""
     whole = {
         "domain": "all",
         "rows": results.validation_rows,
@@ -92,47 +82,16 @@ def _acceptance(results: "TrainResults") -> str | None:
         {**row, **{f"depth {n}": x for n, x in enumerate(row["acceptance"] or (), start=1)}}
         for row in (*domains, whole)
     ]
+    shown = [Column("domain", "domain"), Column("rows", "rows", 0), Column("tau", "tau", 3)]
+    shown += [Column(f"alpha.{t}", f"alpha, T = {t}", 3) for t in (0, 1)]
     depths = range(1, 1 + len(results.offline_acceptance or ()))
-    columns = [
-        *(Column("domain", "domain"), Column("rows", "rows", 0), Column("tau", "tau", 3)),
-        *(Column(f"alpha.{t}", f"alpha, T = {t}", 3) for t in (0, 1)),
-        *(Column(f"depth {depth}", f"depth {depth}", 3) for depth in depths),
-    ]
-    return markdown_table(Table(id="acceptance", caption="", columns=columns, rows=rows))
-
-
-def _options(drafter: Mapping[str, Any]) -> dict[str, Any]:
-    """Give options of `load_drafter` without paths that only this machine has."""
-    options = dict(drafter)
-    if "adapter" not in options:
-        return {**options, "path": _HERE}
-    if not _is_hub_id(options["path"]):
-        options["path"] = f"PATH/OF/{Path(options['path']).name}"
-    return {**options, "adapter": _HERE}
-
-
-def _target(path: str) -> str:
-    """Name the target as it is loaded, if that is the same for others."""
-    return path if path == "demo" or _is_hub_id(path) else Path(path).name
+    shown += [Column(f"depth {depth}", f"depth {depth}", 3) for depth in depths]
+    return Table("acceptance", "", shown, rows)
 
 
 def _is_hub_id(path: Any) -> bool:
     text = str(path or "")
     return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not Path(text).exists()
-
-
-def _settings(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in values.items() if key != "path") or (
-        "defaults"
-    )
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _interval(bounds: tuple[float, float] | None) -> str:
-    return "" if bounds is None else f" [{bounds[0]:.3f}, {bounds[1]:.3f}]"
 
 
 def head_facts(checkpoint: HeadCheckpoint, num_bytes: int) -> dict[str, Any]:
@@ -142,7 +101,7 @@ def head_facts(checkpoint: HeadCheckpoint, num_bytes: int) -> dict[str, Any]:
     weights = [t for t in checkpoint.tensors.values() if t.is_floating_point()]
     target, tree = checkpoint.target, checkpoint.tree
     return {
-        "schema": _SCHEMA,
+        "schema": 1,
         "kind": checkpoint.kind,
         "layout": checkpoint.layout,
         "parameters": sum(weight.numel() for weight in weights),
@@ -160,43 +119,33 @@ def head_facts(checkpoint: HeadCheckpoint, num_bytes: int) -> dict[str, Any]:
 def head_text(checkpoint: HeadCheckpoint, num_bytes: int) -> str:
     """Describe a checkpoint, whose files have `num_bytes`, in lines."""
     facts = head_facts(checkpoint, num_bytes)
+    tree, target = "none of its own", ""
+    if facts["tree_nodes"]:
+        tree = f"{facts['tree_nodes']} nodes on {facts['tree_levels']} levels"
+    if known := facts["target"]:
+        sizes = ("hidden_size", "vocab_size", "num_layers", "weights", "tokenizer")
+        said = [f"{key} {str(known[key])[:8]}" for key in sizes if known.get(key)]
+        target = ", ".join([known["name"] or "no name", *said])
     lines = {
         "weights": f"{facts['parameters']:,} parameters in {', '.join(facts['dtypes'])}, "
         f"{facts['bytes']:,} bytes on disk",
         **head_of(checkpoint).describe(checkpoint.options),
-        "tree": f"{facts['tree_nodes']} nodes on {facts['tree_levels']} levels"
-        if facts["tree_nodes"]
-        else "none of its own",
-        "target": _identity(facts["target"] or {}),
-        "training": _known(facts["training"]),
+        "tree": tree,
+        "target": target,
+        "training": _short(facts["training"], "; "),
     }
     title = strategy(facts["kind"]).title or facts["kind"]
     said = [f"  {name:<9} {words or 'not said'}" for name, words in lines.items()]
     return "\n".join([f"{title} in the layout {facts['layout']!r}", *said])
 
 
-def _identity(target: Mapping[str, Any]) -> str:
-    sizes = [
-        f"{k} {target[k]}" for k in ("hidden_size", "vocab_size", "num_layers") if target.get(k)
-    ]
-    hashes = [f"{key} {target[key][:8]}" for key in ("weights", "tokenizer") if target.get(key)]
-    return ", ".join([target["name"] or "no name", *sizes, *hashes]) if target else ""
-
-
-def _known(training: Mapping[str, Any]) -> str:
-    """Say what is known of a training; tables are left to `--json`."""
-    said = {name: _short(value) for name, value in training.items()}
-    return "; ".join(f"{name.replace('_', ' ')} {words}" for name, words in said.items() if words)
-
-
-def _short(value: Any) -> str:
-    """Write a value in a few words; nothing for what is empty, or too long for a line."""
-    if isinstance(value, dict):
-        return ", ".join(f"{name.replace('_', ' ')} {_short(v)}" for name, v in value.items())
+def _short(value: Any, between: str = ", ") -> str:
+    """Write a value in a few words; nothing for what is empty, or a table, which `--json` shows."""
+    if isinstance(value, Mapping):
+        said = {name.replace("_", " "): _short(each) for name, each in value.items()}
+        return between.join(f"{name} {words}" for name, words in said.items() if words)
     if isinstance(value, list):
         return "" if any(isinstance(v, list) for v in value) else " ".join(map(_short, value))
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "" if value is None else str(value)
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

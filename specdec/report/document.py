@@ -2,16 +2,14 @@
 
 import re
 from base64 import b64encode
-from importlib.resources import files
 from typing import Any, Literal
 
-import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import Field, computed_field
 
 from specdec.common.config import Config
 from specdec.common.provenance import CodeProvenance
-from specdec.report.tables import Table
+from specdec.report.tables import Table, words
 
 
 class Figure(Config):
@@ -68,8 +66,10 @@ class Section(Config):
             table.id = _numbered(table.id, self.tables)
             self.tables.append(table)
 
-    def draw(self, name: str, caption: str, alt: str, png: bytes) -> None:
-        name = _numbered(name, self.figures)
+    def draw(self, kind: str, png: bytes, name: str = "", **values: Any) -> None:
+        """Add a picture; the words of its kind are filled with values."""
+        caption, alt = (text.format(**values) for text in words()["figures"][kind])
+        name = _numbered(name or kind, self.figures)
         self.figures.append(Figure(id=name, caption=caption, alt=alt, png=png))
 
 
@@ -121,12 +121,6 @@ def render(template: str, **values: Any) -> str:
     environment.filters.update(base64=lambda png: b64encode(png).decode())
     environment.filters.update(md=escape, markdown_table=markdown_table)
     return environment.get_template(f"{template}.jinja").render(**values)
-
-
-def definitions() -> dict[str, tuple[str, str]]:
-    """Read the terms that a report defines: key -> (name, meaning)."""
-    text = files("specdec.report").joinpath("templates/definitions.yaml").read_text()
-    return {key: (name, meaning) for key, (name, meaning) in yaml.safe_load(text).items()}
 
 
 def escape(text: str) -> str:

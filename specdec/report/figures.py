@@ -22,6 +22,7 @@ from specdec.report.style import (
     legend_below,
     look,
     new_figure,
+    new_grid,
     to_png,
     whole_numbers,
 )
@@ -36,9 +37,10 @@ PARTS = {
     "other": "rest of the loop",
 }
 _BASELINES = ("plain", "hf_generate")
-_THIN = {"edgecolor": "white", "linewidth": 0.5}
+_EDGE = {"edgecolor": "white", "linewidth": 0.5}
 # Depths from dark to light.
 _SHADES = ("#08306b", "#08519c", "#2171b5", "#4292c6", "#6baed6", "#9ecae1", "#c6dbef")
+_DASHED = {"color": GREY, "linestyle": "--", "linewidth": 1}
 
 Values = Sequence[float | None]
 
@@ -51,14 +53,14 @@ def bench_panels(results: BenchResults) -> Any:
     height = max(4.6, 1.6 + 0.5 * len(arms))
     figure, (left, right) = new_figure(height, width=11.5, columns=2)
     _speed_bars(left, [arm for arm in arms if arm.speedup_vs_plain is not None], places)
-    for arm in arms:
-        if arm.per_depth:
-            depths = range(1, 1 + len(arm.per_depth))
-            draw_series(right, places[arm.name], arm.name, depths, arm.per_depth)
+    drafting = [arm for arm in arms if arm.per_depth]
+    for arm in drafting:
+        depths = range(1, 1 + len(arm.per_depth))
+        draw_series(right, places[arm.name], arm.name, depths, arm.per_depth)
     title = "Acceptance by depth (the sum is tau - 1)"
     finish(right, "depth in the draft", "steps that accept at this depth / all steps", title)
     right.set_ylim(0, 1)
-    if any(arm.per_depth for arm in arms):
+    if drafting:
         whole_numbers(right)
         right.legend(fontsize=9)
     figure.suptitle(fill(title_of(results), 110), fontsize=10)
@@ -70,7 +72,7 @@ def _speed_bars(axes: Any, arms: Sequence[Any], places: Mapping[str, int]) -> No
     bars = error_bars(speeds, [arm.speedup_vs_plain_ci for arm in arms])
     colors = [look(places[arm.name])["color"] for arm in arms]
     axes.barh(range(len(arms)), speeds, xerr=bars, color=colors, ecolor="#333333", capsize=3)
-    axes.axvline(1, color=GREY, linewidth=1, linestyle="--")
+    axes.axvline(1, **_DASHED)
     ends = [speed + above for speed, above in zip(speeds, bars[1], strict=True)]
     reach = max([1.0, *ends])
     for place, (arm, end) in enumerate(zip(arms, ends, strict=True)):
@@ -78,13 +80,13 @@ def _speed_bars(axes: Any, arms: Sequence[Any], places: Mapping[str, int]) -> No
         # The box keeps the line at 1 out of the text.
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         axes.text(end + 0.02 * reach, place, text, va="center", fontsize=9, bbox=box, zorder=3)
-    _names(axes, (arm.name for arm in arms), 26)
+    _name_bars(axes, (arm.name for arm in arms), 26)
     axes.set_xlim(0, 1.4 * reach)
     axes.set_xlabel("decode time of plain / own, all prompts (95 % interval over prompts)")
     axes.set_title("Speed", fontsize=10)
 
 
-def _names(axes: Any, names: Iterable[str], width: int) -> None:
+def _name_bars(axes: Any, names: Iterable[str], width: int) -> None:
     """Put names beside bars, from the top down."""
     labels = [label(name, width) for name in names]
     axes.set_yticks(range(len(labels)), labels, fontsize=9)
@@ -97,20 +99,17 @@ def group_panels(results: SuiteResults, columns: Sequence[Column], x_label: str)
     A line marks the 1 where it has a meaning; plain decoding is left out where it is 1 itself.
     """
     groups, names = results.groups, [arm.name for arm in results.groups[0].arms]
-    rows = (len(columns) + 1) // 2
-    figure, panels = new_figure(3.3 * rows + 1, width=10, rows=rows, columns=2)
+    figure, panels = new_grid(len(columns), 1, 3.3, width=10)
     ticks = [group.name.replace(" (", "\n(") for group in groups]
     for axes, column in zip(panels, columns, strict=True):
         key, scale = column.key, column.scale
         is_ratio = key.endswith(("vs_plain", "tau"))
-        for place, name in enumerate(names, start=-1):
-            if place < 0 and is_ratio:
-                continue
-            shift = 0.07 * (place + 1 - (len(names) - 1) / 2)
+        for place, name in list(enumerate(names, start=-1))[is_ratio:]:
             arms = [group.arms[place + 1] for group in groups]
             values = [lookup(arm, key) for arm in arms]
             # The interval, or else the range over repeats.
             ends = [lookup(arm, f"{key}_ci") or lookup(arm, f"{key}_range") for arm in arms]
+            shift = 0.07 * (place + 1 - (len(names) - 1) / 2)
             draw_series(
                 axes,
                 place,
@@ -131,24 +130,36 @@ def group_panels(results: SuiteResults, columns: Sequence[Column], x_label: str)
     return figure
 
 
+def _chart(
+    height: float, series: Mapping[str, Iterable[Any]], x: str, y: str, first: int = 0, **look: Any
+) -> Any:
+    """Draw series, name -> arguments of `draw_series`, in one panel."""
+    figure, (axes,) = new_figure(height)
+    for place, (name, values) in enumerate(series.items(), start=first):
+        draw_series(axes, place, name, *values, **look)
+    finish(axes, x, y)
+    return figure, axes
+
+
 def speed_against_tau(arms: Sequence[Any]) -> bytes:
     """Draw a point an arm, and the line where a step costs what it costs in plain decoding."""
-    figure, (axes,) = new_figure(4.2 + 0.13 * len(arms))
-    for place, arm in enumerate(arms, start=-int(arms[0].name == "plain")):
-        point = [arm.tau], [arm.speedup_vs_plain], [arm.speedup_vs_plain_ci], [arm.tau_ci]
-        draw_series(axes, place, arm.name, *point, markersize=8, linestyle="none")
-    limits = []
-    for key in ("tau", "speedup_vs_plain"):  # they hold 1 and every value
-        values = [x for a in arms for x in (lookup(a, key), *(lookup(a, f"{key}_ci") or ()))]
-        low, high = min([1.0, *values]), max([1.0, *values])
+    series = {
+        arm.name: ([arm.tau], [arm.speedup_vs_plain], [arm.speedup_vs_plain_ci], [arm.tau_ci])
+        for arm in arms
+    }
+    labels = "tau, tokens per target forward", "decode speed / plain decoding"
+    first = -int(arms[0].name == "plain")
+    height = 4.2 + 0.13 * len(arms)
+    figure, axes = _chart(height, series, *labels, first, markersize=8, linestyle="none")
+    for key, limit in (("tau", axes.set_xlim), ("speedup_vs_plain", axes.set_ylim)):
+        found = [x for a in arms for x in (lookup(a, key), *(lookup(a, f"{key}_ci") or ()))]
+        low, high = min([1.0, *found]), max([1.0, *found])
         margin = 0.04 * (high - low) + 0.02
-        limits.append((low - margin, high + margin))
-    line, free = [1, limits[0][1]], "speed = tau: all else free"
-    axes.plot(line, line, color=GREY, linestyle="--", linewidth=1, label=free)
-    finish(axes, "tau, tokens per target forward", "decode speed / plain decoding", line_at=1)
-    axes.set(xlim=limits[0], ylim=limits[1])
-    legend_below(figure, axes)
-    return to_png(figure)
+        limit(low - margin, high + margin)
+    line = [1, axes.get_xlim()[1]]
+    axes.plot(line, line, label="speed = tau: all else free", **_DASHED)
+    axes.axhline(1, color=GREY, linewidth=0.8)
+    return to_png(figure, axes)
 
 
 def acceptance_by_depth(curves: Sequence[tuple[str, Values, Values]]) -> bytes:
@@ -164,40 +175,80 @@ def acceptance_by_depth(curves: Sequence[tuple[str, Values, Values]]) -> bytes:
         finish(axes, "depth in the draft", "share", title)
         axes.set_ylim(0, 1.02)
         whole_numbers(axes)
-    legend_below(figure, panels[0])
-    return to_png(figure)
+    return to_png(figure, panels[0])
+
+
+def speed_by_length(
+    lines: Mapping[str, Sequence[tuple[Any, float]]],
+    x: str = "drafted tokens",
+    y: str = "decode speed / plain decoding",
+) -> bytes:
+    """Draw lines, name -> (length of the draft, speed)."""
+    series = {name: zip(*sorted(points), strict=True) for name, points in lines.items()}
+    figure, axes = _chart(3.4 + 0.15 * len(lines), series, x, y)
+    axes.axhline(1, color=GREY, linewidth=0.8)
+    whole_numbers(axes)
+    return to_png(figure, axes)
+
+
+def predicted_against_measured(matches: Sequence[Any]) -> bytes:
+    """Draw a point a configuration; on the diagonal the plan was right."""
+    series = {}
+    for kind in dict.fromkeys(each.planned.type for each in matches):
+        some = [(each.planned, each.arm) for each in matches if each.planned.type == kind]
+        series[kind] = (
+            [arm.speedup_vs_plain for _, arm in some],
+            [planned.predicted_speedup for planned, _ in some],
+            [planned.predicted_speedup_ci for planned, _ in some],
+            [arm.speedup_vs_plain_ci for _, arm in some],
+        )
+    labels = "measured speed / plain", "predicted speed / plain"
+    figure, axes = _chart(5.4, series, *labels, linestyle="none", elinewidth=0.7, markersize=6)
+    ends = [*axes.get_xlim(), *axes.get_ylim()]
+    both = min(ends), max(ends)
+    axes.plot(both, both, **_DASHED)
+    axes.set(xlim=both, ylim=both, aspect="equal")
+    return to_png(figure, axes, columns=3)
+
+
+def expected_tau(drafters: Sequence[DrafterAnalysis]) -> bytes:
+    """Draw tau against drafted tokens a step: a line of chains and one of trees a drafter."""
+    figure, axes = _chart(4.0 + 0.13 * len(drafters), {}, "drafted tokens a step", "expected tau")
+    chains, trees = {"linestyle": "-"}, {"linestyle": "--", "markerfacecolor": "white"}
+    for place, drafter in enumerate(drafters):
+        for kind, changes in (("chains", chains), ("trees", trees)):
+            drafts = getattr(drafter.expected, kind)
+            if points := sorted((each.nodes_per_step, each.tau) for each in drafts):
+                x, y = zip(*points, strict=True)
+                draw_series(axes, place, f"{drafter.name}, {kind}", x, y, None, None, **changes)
+    return to_png(figure, axes)
 
 
 def time_bars(times: Mapping[str, Mapping[str, float]]) -> bytes:
     """Draw milliseconds of an emitted token, arm -> part -> value, as stacked bars."""
     figure, (axes,) = new_figure(1.4 + 0.46 * len(times))
-    places, left = range(len(times)), np.zeros(len(times))
+    left = np.zeros(len(times))
     parts = [part for part in PARTS if any(part in each for each in times.values())]
     for part, color, hatch in zip(parts, COLORS, HATCHES, strict=False):
         # What no clock saw can come out a hair below nothing.
         values = np.array([max(0.0, each.get(part, 0.0)) for each in times.values()])
-        bar = {"color": color, "hatch": hatch, "label": PARTS[part], **_THIN}
-        axes.barh(places, values, left=left, **bar)
+        bar = {"color": color, "hatch": hatch, "label": PARTS[part], **_EDGE}
+        axes.barh(range(len(times)), values, left=left, **bar)
         left = left + values
     for place, end in enumerate(left):
         axes.text(end, place, f" {end:.2f}", va="center", fontsize=9)
-    _names(axes, times, 20)
-    axes.set_xlim(0, 1.13 * max(left))
-    axes.set_xlabel("ms per emitted token")
-    legend_below(figure, axes, columns=3)
-    return to_png(figure)
+    _name_bars(axes, times, 20)
+    axes.set(xlim=(0, 1.13 * max(left)), xlabel="ms per emitted token")
+    return to_png(figure, axes, columns=3)
 
 
 def waterfalls(falls: Sequence[Mapping[str, Any]]) -> bytes:
     """Draw a panel an arm: tau at the top, a bar a factor, the measured speedup at the end."""
-    rows = -(-len(falls) // 2)
-    height = 0.5 + rows * (0.7 + 0.23 * (2 + len(falls[0]["factors"])))
-    figure, panels = new_figure(height, width=7.4, rows=rows, columns=2, sharey=True)
-    for axes, fall in zip(panels, falls, strict=False):
+    row = 0.7 + 0.23 * (2 + len(falls[0]["factors"]))
+    figure, panels = new_grid(len(falls), 0.5, row, width=7.4, sharey=True)
+    for axes, fall in zip(panels, falls, strict=True):
         _waterfall(axes, **fall)
     panels[0].invert_yaxis()
-    for axes in panels[len(falls) :]:
-        axes.set_visible(False)
     figure.supxlabel("speed / plain decoding", fontsize=10)
     return to_png(figure)
 
@@ -211,7 +262,7 @@ def _waterfall(
     for place, factor in enumerate(factors.values(), start=1):
         after = value * factor
         color, hatch = (COLORS[3], "///") if factor < 1 else (COLORS[2], "...")
-        bar = {"left": [min(value, after)], "color": color, "hatch": hatch, **_THIN}
+        bar = {"left": [min(value, after)], "color": color, "hatch": hatch, **_EDGE}
         axes.barh([place], [abs(after - value)], **bar)
         axes.plot([value, value], [place - 1.4, place + 0.4], color=GREY, linewidth=0.7)
         axes.text(max(value, after), place, f" × {factor:.3f}", va="center", fontsize=8)
@@ -224,7 +275,7 @@ def _waterfall(
     axes.set_title(label(name, 40), fontsize=9)
 
 
-def tree_heat_map(points: Sequence[Any], part: str) -> bytes:
+def tree_heat_map(name: str, points: Sequence[Any], part: str) -> bytes:
     """Draw depth across and `part`, nodes or width, upwards; cells show the fastest."""
     depths = sorted({point.depth for point in points})
     others = sorted({getattr(point, part) for point in points})
@@ -236,140 +287,77 @@ def tree_heat_map(points: Sequence[Any], part: str) -> bytes:
     # One hue from light to dark: order survives grey print.
     image = axes.imshow(grid, cmap="cividis", origin="lower", aspect="auto")
     middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
-    for (row, column), value in np.ndenumerate(grid):
-        if not np.isnan(value):
-            color = "white" if value < middle else "black"
-            text = {"ha": "center", "va": "center", "fontsize": 9, "color": color}
-            axes.text(column, row, f"{value:.2f}", **text)
+    for row, column in np.argwhere(~np.isnan(grid)):
+        value = grid[row, column]
+        color = "white" if value < middle else "black"
+        text = {"ha": "center", "va": "center", "fontsize": 9, "color": color}
+        axes.text(column, row, f"{value:.2f}", **text)
     row, column = np.unravel_index(np.nanargmax(grid), grid.shape)
     x, y = column + np.array([-1, 1, 1, -1, -1]) * 0.47, row + np.array([-1, -1, 1, 1, -1]) * 0.45
     axes.plot(x, y, color=COLORS[3], linewidth=3)
-    axes.set_xticks(range(len(depths)), [str(depth) for depth in depths])
-    axes.set_yticks(range(len(others)), [str(other) for other in others])
+    axes.set_xticks(range(len(depths)), depths)
+    axes.set_yticks(range(len(others)), others)
     axes.set(xlabel="depth", ylabel=part)
-    axes.set_title(label(points[0].group, 48), fontsize=10)
+    axes.set_title(label(name, 48), fontsize=10)
     figure.colorbar(image, label="speed / plain")
-    return to_png(figure)
-
-
-def speed_by_length(
-    lines: Mapping[str, Sequence[tuple[Any, float]]],
-    x: str = "drafted tokens",
-    y: str = "decode speed / plain decoding",
-) -> bytes:
-    """Draw lines, name -> (length of the draft, speed)."""
-    figure, (axes,) = new_figure(3.4 + 0.15 * len(lines))
-    for place, (name, points) in enumerate(lines.items()):
-        draw_series(axes, place, name, *zip(*sorted(points), strict=True))
-    whole_numbers(axes)
-    finish(axes, x, y, line_at=1)
-    legend_below(figure, axes)
-    return to_png(figure)
-
-
-def predicted_against_measured(matches: Sequence[Any]) -> bytes:
-    """Draw a point a configuration; on the diagonal the plan was right."""
-    figure, (axes,) = new_figure(5.4)
-    for place, kind in enumerate(dict.fromkeys(each.planned.type for each in matches)):
-        some = [each for each in matches if each.planned.type == kind]
-        draw_series(
-            axes,
-            place,
-            kind,
-            [each.arm.speedup_vs_plain for each in some],
-            [each.planned.predicted_speedup for each in some],
-            [each.planned.predicted_speedup_ci for each in some],
-            [each.arm.speedup_vs_plain_ci for each in some],
-            linestyle="none",
-            elinewidth=0.7,
-            markersize=6,
-        )
-    ends = [*axes.get_xlim(), *axes.get_ylim()]
-    both = min(ends), max(ends)
-    axes.plot(both, both, color=GREY, linestyle="--", linewidth=1)
-    finish(axes, "measured speed / plain", "predicted speed / plain")
-    axes.set(xlim=both, ylim=both, aspect="equal")
-    legend_below(figure, axes, columns=3)
     return to_png(figure)
 
 
 def reliability(drafters: Sequence[DrafterAnalysis]) -> bytes:
     """Draw acceptance by confidence, a panel a drafter; a marker's area is the size of its bin."""
-    rows = -(-len(drafters) // 2)
-    figure, panels = new_figure(0.4 + 2.9 * rows, rows=rows, columns=2, sharex=True, sharey=True)
-    for place, (axes, drafter) in enumerate(zip(panels, drafters, strict=False)):
+    figure, panels = new_grid(len(drafters), 0.4, 2.9, sharex=True, sharey=True)
+    for place, (axes, drafter) in enumerate(zip(panels, drafters, strict=True)):
         assert drafter.calibration is not None
         bins = [each for each in drafter.calibration.bins if each.count]
         total = sum(each.count for each in bins)
         points = [each.confidence for each in bins], [each.acceptance for each in bins]
         color = COLORS[place % len(COLORS)]
-        axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
+        axes.plot([0, 1], [0, 1], **_DASHED)
         axes.plot(*points, color=color, linewidth=1)
         sizes = [12 + 300 * each.count / total for each in bins]
         axes.scatter(*points, s=sizes, color=color, alpha=0.75)
         finish(axes, "", title=f"{label(drafter.name, 24)}\nECE {drafter.calibration.ece:.3f}")
         axes.set(xlim=(0, 1.03), ylim=(0, 1.03), aspect="equal")
-    for axes in panels[len(drafters) :]:
-        axes.set_visible(False)
     figure.supxlabel("confidence of the drafter", fontsize=10)
     figure.supylabel("acceptance by the target", fontsize=10)
     return to_png(figure)
 
 
-def expected_tau(drafters: Sequence[DrafterAnalysis]) -> bytes:
-    """Draw tau against drafted tokens a step: a line of chains and one of trees a drafter."""
-    figure, (axes,) = new_figure(4.0 + 0.13 * len(drafters))
-    chains: dict[str, Any] = {"linestyle": "-"}
-    trees: dict[str, Any] = {"linestyle": "--", "markerfacecolor": "white"}
-    for place, drafter in enumerate(drafters):
-        for key, style in (("chains", chains), ("trees", trees)):
-            drafts = sorted(getattr(drafter.expected, key), key=lambda each: each.nodes_per_step)
-            nodes = [each.nodes_per_step for each in drafts]
-            if drafts:
-                taus = [each.tau for each in drafts]
-                draw_series(axes, place, f"{drafter.name}, {key}", nodes, taus, **style)
-    finish(axes, "drafted tokens a step", "expected tau")
-    legend_below(figure, axes)
-    return to_png(figure)
-
-
 def plot_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write loss and held-out acceptance of a training run, rows of its log, as a PNG."""
-    steps = [each for each in records if each["kind"] == "step"]
-    evaluations = [each for each in records if each["kind"] == "evaluation"]
+    steps, evaluations = (
+        [each for each in records if each["kind"] == kind] for kind in ("step", "evaluation")
+    )
     figure, (left, right) = new_figure(4.4, width=11, columns=2)
-    at = [each["step"] for each in evaluations]
     places, losses = ([each[key] for each in steps] for key in ("step", "loss"))
     left.plot(places, losses, color=COLORS[0], alpha=0.25, linewidth=0.8)
     left.plot(places, _smoothed(losses), color=COLORS[0], label="training (smoothed)")
-    if evaluations:
-        held_out = [each["validation_loss"] for each in evaluations]
-        left.plot(at, held_out, "o-", color=COLORS[1], label="held-out rows")
     finish(left, "step", "loss", "Loss")
-    left.legend()
     finish(right, "step", "share of tested depths", "Offline acceptance on held-out rows")
     right.set_ylim(0, 1)
     if evaluations:
-        by_depth = zip(*(each["acceptance"] for each in evaluations), strict=True)
-        for depth, values in enumerate(by_depth):
-            shown = [float("nan") if value is None else value for value in values]
+        keys = ("step", "validation_loss", "acceptance", "tau")
+        at, held_out, acceptance, taus = ([each[key] for each in evaluations] for key in keys)
+        left.plot(at, held_out, "o-", color=COLORS[1], label="held-out rows")
+        for depth, values in enumerate(np.array(acceptance, dtype=float).T):
             shade = _SHADES[min(depth, len(_SHADES) - 1)]
-            right.plot(at, shown, ".-", color=shade, label=f"depth {depth + 1}")
+            right.plot(at, values, ".-", color=shade, label=f"depth {depth + 1}")
         right.legend(loc="lower right", ncols=2, fontsize=8)
         beside = right.twinx()
-        beside.plot(at, [each["tau"] for each in evaluations], "s--", color=COLORS[2])
+        beside.plot(at, taus, "s--", color=COLORS[2])
         beside.set_ylim(bottom=1)
         beside.set_ylabel("offline tau (dashed)", color=COLORS[2])
     else:
         right.text(0.5, 0.5, "no held-out rows", ha="center", transform=right.transAxes)
+    left.legend()
     replace_file(path, to_png(figure))
 
 
-def _smoothed(values: Sequence[float]) -> list[float]:
+def _smoothed(values: Sequence[float]) -> Any:
     """Average exponentially over about a fiftieth of the run, without the pull of its start."""
+    from scipy.signal import lfilter
+
     weight = 1 - 1 / max(1.0, len(values) / 50)
-    smoothed, mean, norm = [], 0.0, 0.0
-    for value in values:
-        mean, norm = weight * mean + (1 - weight) * value, weight * norm + 1 - weight
-        smoothed.append(mean / norm)
-    return smoothed
+    return lfilter([1 - weight], [1, -weight], values) / (
+        1 - weight ** np.arange(1, len(values) + 1)
+    )

@@ -9,8 +9,9 @@ from specdec.bench.summary import faster_than_tau
 from specdec.common.files import locked, replace_file
 from specdec.common.provenance import CodeProvenance, code
 from specdec.report import analysis, bench, compare, plan
-from specdec.report.document import AbsentError, Report, ReportedRun, Section, definitions, render
+from specdec.report.document import AbsentError, Report, ReportedRun, Section, render
 from specdec.report.runs import Run, read_runs
+from specdec.report.tables import words
 
 # Id, title, kinds of run that give one (all runs where none is named), and what fills it.
 _SECTIONS: list[tuple[str, str, tuple[str, ...], Callable[[Section, Any], None]]] = [
@@ -30,19 +31,6 @@ _SECTIONS: list[tuple[str, str, tuple[str, ...], Callable[[Section, Any], None]]
     ("estimate", "Estimate for other hardware", ("estimate",), plan.add_estimate),
     ("runs", "Runs and settings", (), compare.add_settings),
 ]
-_INTRODUCTIONS = {
-    "time": "Decoding without prefill, milliseconds per emitted token; a batch's time is shared by "
-    "its rows. Target and draft are forwards, verify is the processing of logits and the judging, "
-    "commit the keeping of what was accepted.",
-    "speedup": "If a step cost what a step of plain decoding costs, and nothing else, the speedup "
-    "would be tau. Each part of the step is then added to that cost in the order shown; its factor "
-    "is the cost before over the cost after. The last factor is what lies outside of steps: the "
-    "time between them, in a batch the wait for other rows, and that the speedup takes each "
-    "prompt's median over repeats. Tau times all factors is the measured speedup.",
-    "hardest": "Places where the distributions of drafter and target overlap least, in the text as "
-    "it went on: the drafter's likeliest token, which the target rejects, is struck out, and the "
-    "text that came instead is bold and underlined twice. At most five of each drafter.",
-}
 # Kind of run -> the command that gives one.
 _SOURCES = {
     "bench": "bench",
@@ -57,7 +45,7 @@ def write_report(folders: Sequence[Path], out: Path, allowed: Sequence[str] = ()
     """Write `index.html`, `report.md` with PNGs, and `report.json`."""
     report = build_report(read_runs(folders), allowed)
     texts = {
-        name: render(name, report=report, definitions=definitions())
+        name: render(name, report=report, definitions=words()["terms"])
         for name in ("index.html", "report.md")
     }
     texts["report.json"] = report.model_dump_json(by_alias=True, indent=1)
@@ -103,8 +91,8 @@ def build_report(runs: Sequence[Run], allowed: Sequence[str] = ()) -> Report:
 def _section(
     runs: Sequence[Run], name: str, title: str, kinds: tuple[str, ...], add: Callable[..., Any]
 ) -> Section:
-    text = [_INTRODUCTIONS[name]] if name in _INTRODUCTIONS else []
-    section = Section(id=name, title=title, text=text)
+    text = words()["introductions"].get(name)
+    section = Section(id=name, title=title, text=[text] if text else [])
     given = [run for run in runs if run.kind in kinds] if kinds else [runs]
     for each in given:
         try:

@@ -2,9 +2,9 @@
 
 import inspect
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, product
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -16,46 +16,21 @@ from specdec.report import figures
 from specdec.report.compare import PLAN_FIELDS, find_differences
 from specdec.report.document import AbsentError, Section
 from specdec.report.runs import Run, read_cells
-from specdec.report.tables import Column, Table
+from specdec.report.tables import Table, columns
 
-_STEPS_ARE = Column("steps", "steps\nare")
-_PLAN = [
-    *(Column("place", ""), Column("name", "configuration")),
-    *(Column("type", "type", is_wide=True), Column("options", "options", is_wide=True)),
-    Column("predicted_tau", "tau", 2, term="tau", rank=1),
-    Column("predicted_speedup", "vs plain", 2, term="speedup", rank=2),
-    *(_STEPS_ARE, Column("step_ms.wall", "step\nms", 2)),
-    *(Column(f"step_ms.{part}", f"{part}\nms", 2) for part in ("draft", "target", "other")),
-]
-_SCHEDULE = [
-    *(Column("batch", "batch size"), Column("nodes", "nodes", 0)),
-    *(Column("gain", "vs plain", 2, term="speedup"), _STEPS_ARE),
-]
-_COSTS = [
-    *(Column("what", "what"), Column("batch", "batch", 0), Column("points", "points", 0)),
-    Column("errors.median", "median error", 1, "%", scale=100),
-    Column("errors.largest", "largest", 1, "%", scale=100),
-]
-_ESTIMATE = [
-    *(Column("name", "drafter"), Column("batch_size", "batch", 0)),
-    Column("alpha", "alpha,\ngiven", term="alpha"),
-    Column("estimated_draft_forward_ms", "est. draft\nms", 2),
-    Column("best.num_draft_tokens", "est. best\nlength", 0),
-    Column("best.estimated_tau", "est.\ntau", 2, term="tau"),
-    Column("best.estimated_step_ms", "est. step\nms", 2),
-    Column("best.estimated_speedup", "est. vs\nplain", 2, term="estimate"),
-    Column("best.estimated_tokens_per_s", "est. tokens/s\na row", 1, term="estimate"),
-]
-_MATCHES = [
-    Column("name", "arm"),
-    Column("run", "measured in", is_optional=True, is_wide=True),
-    Column("planned.batch_size", "batch", 0, is_wide=True),
-    Column("planned.predicted_tau", "tau\npredicted", 2, term="tau", rank=1),
-    *(Column("arm.tau", "tau\nmeasured", 2), _STEPS_ARE),
-    Column("planned.predicted_speedup", "vs plain\npredicted", 2, term="speedup", rank=2),
-    Column("arm.speedup_vs_plain", "vs plain\nmeasured", 2, rank=2),
-    Column("error", "error", 1, " %", scale=100),
-]
+_PLAN = (
+    "place configuration type options predicted_tau predicted_speedup steps step_ms.wall "
+    "step_ms.draft step_ms.target step_ms.other"
+)
+_ESTIMATE = (
+    "drafter batch_size given_alpha estimated_draft_forward_ms best.num_draft_tokens "
+    "best.estimated_tau best.estimated_step_ms best.estimated_speedup best.estimated_tokens_per_s"
+)
+_MATCHES = (
+    "arm run planned.batch_size planned.predicted_tau arm.tau steps planned.predicted_speedup "
+    "arm.speedup_vs_plain error"
+)
+_CHOICE = "*: the plan's choice"
 
 
 def plan_table(plan: Plan, label: str = "") -> Table:
@@ -68,11 +43,11 @@ def plan_table(plan: Plan, label: str = "") -> Table:
         f"{label}plan for batch size {plan.choice.batch_size}: predictions from measured costs and "
         f"the acceptance of {plan.workload.tokens} tokens"
     )
-    legend = [
+    legend = (
         "tau: from acceptance; step: milliseconds of draft, target and everything else, timed as "
         "it is or fitted to other shapes"
-    ]
-    return Table("choice", caption, _PLAN, rows, legend=legend + not_trusted(plan))
+    )
+    return Table("choice", caption, columns(_PLAN), rows, legend=[legend, *not_trusted(plan)])
 
 
 def _steps(predicted: Any) -> str:
@@ -100,31 +75,31 @@ def schedule_table(plan: Plan, label: str = "") -> Table:
             row |= {"gain": found.predicted_speedup, "steps": _steps(found)}
         rows.append(row)
     caption = f"{label}nodes to draft by batch size (0: plain decoding), {plan.controller.drafter}"
-    return Table("schedule", caption, _SCHEDULE, rows)
+    return Table("schedule", caption, columns("from_batch nodes gain steps"), rows)
 
 
 def costs_table(plan: Plan, label: str = "") -> Table:
     """Show what the fits leave over."""
-    rows: list[tuple[Any, ...]] = []
-    for size, fit in plan.costs.forward.items():
-        chains = [p for p in plan.costs.points if p.batch_size == size and not p.is_tree]
-        rows.append(("target forward", size, len(chains), fit.chain.residuals))
+    chains = [point.batch_size for point in plan.costs.points if not point.is_tree]
+    rows: list[tuple[Any, ...]] = [
+        ("target forward", size, chains.count(size), fit.chain.residuals)
+        for size, fit in plan.costs.forward.items()
+    ]
     for each in plan.costs.drafters:
         what = f"step with {each.drafter}"
         rows.append((what, each.batch_size, len(each.points), each.residuals))
     named = [dict(zip(("what", "batch", "points", "errors"), row, strict=True)) for row in rows]
     caption = f"{label}fits of measured times; errors are relative to the measured time"
-    return Table("costs", caption, _COSTS, named)
+    return Table("costs", caption, columns("what batch points errors.median errors.largest"), named)
 
 
 def estimate_table(estimate: Estimate, label: str = "") -> Table:
     """Show an estimate's drafters at their best draft lengths."""
     caption = f"{label}ESTIMATE from stated parameters: nothing here was measured"
-    return Table("estimate", caption, _ESTIMATE, estimate.drafters)
+    return Table("estimate", caption, columns(_ESTIMATE), estimate.drafters)
 
 
 def add_plan(section: Section, run: Run) -> None:
-    """Show the choice, the schedule, and how well the fits hold."""
     for build in (plan_table, schedule_table, costs_table):
         section.show(build(run.data, f"{run.label}: "))
 
@@ -134,49 +109,35 @@ def add_estimate(section: Section, run: Run) -> None:
     section.text += [f"{run.label}, {run.data.label}. It assumes:", *run.data.assumptions]
     section.show(estimate_table(run.data, f"{run.label}: "))
     smallest = min(drafter.batch_size for drafter in run.data.drafters)
-    shown = [drafter for drafter in run.data.drafters if drafter.batch_size == smallest]
-    said = "; ".join(
-        f"{each.name} {each.best.estimated_speedup:.2f}x at {each.best.num_draft_tokens}"
-        for each in shown
-    )
-    lines = {
-        each.name: [(x.num_draft_tokens, x.estimated_speedup) for x in each.lengths]
-        for each in shown
-    }
+    lines, said = {}, []
+    for each in run.data.drafters:
+        if each.batch_size == smallest:
+            lines[each.name] = [(x.num_draft_tokens, x.estimated_speedup) for x in each.lengths]
+            best = each.best
+            said.append(f"{each.name} {best.estimated_speedup:.2f}x at {best.num_draft_tokens}")
     labels = "drafted tokens a step", "speed / plain decoding, ESTIMATED"
-    section.draw(
-        "estimate",
-        f"{run.label}: estimated speed over plain decoding by draft length, batch {smallest}; "
-        "nothing was measured.",
-        f"Lines of estimated speed against draft length. Best: {said}.",
-        figures.speed_by_length(lines, *labels),
-    )
+    png = figures.speed_by_length(lines, *labels)
+    section.draw("estimate", png, label=run.label, batch=smallest, said="; ".join(said))
 
 
 # --- Predictions beside measurements ---
 
 
-@dataclass(frozen=True)
-class Match:
-    """A configuration of a plan, and the arm of a bench, labeled `run`, that is the same."""
+class Match(NamedTuple):
+    """A configuration of a plan, and the arm of a bench that is the same.
+
+    Attributes:
+        run: label of the bench.
+        name: name of the arm, marked where the plan chose it.
+        error: predicted over measured speedup, minus 1.
+    """
 
     run: str | None
     planned: Configuration
     arm: BenchArm
-    is_choice: bool
-
-    @property
-    def name(self) -> str:
-        return self.arm.name + " *" * self.is_choice
-
-    @property
-    def steps(self) -> str:
-        return _steps(self.planned)
-
-    @property
-    def error(self) -> float:
-        """Predicted over measured speedup, minus 1."""
-        return self.planned.predicted_speedup / (self.arm.speedup_vs_plain or 1) - 1
+    name: str
+    steps: str
+    error: float
 
 
 def match_plan(
@@ -191,11 +152,14 @@ def match_plan(
     for arm in arms:
         if arm.type and arm.speedup_vs_plain and not arm.draft_length:
             by_key.setdefault(_same_key(arm), arm)
-    return [
-        Match(run, each, by_key[_same_key(each)], each.name == plan.choice.name)
-        for each in plan.configurations
-        if each.batch_size == batch_size and _same_key(each) in by_key
-    ]
+    found = []
+    for each in plan.configurations:
+        same = by_key.get(_same_key(each))
+        if same is not None and same.speedup_vs_plain and each.batch_size == batch_size:
+            name = same.name + " *" * (each.name == plan.choice.name)
+            error = each.predicted_speedup / same.speedup_vs_plain - 1
+            found.append(Match(run, each, same, name, _steps(each), error))
+    return found
 
 
 def _same_key(arm: Any) -> str:
@@ -209,8 +173,7 @@ def _filled(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if kind in DRAFTERS:
         drafter = strategy(kind)
         parameters = inspect.signature(getattr(drafter, "load", drafter)).parameters.values()
-        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-        found = {**defaults, **options}
+        found = {p.name: p.default for p in parameters if p.default is not p.empty} | found
     if found.get("drafters"):
         inner = [{"type": x} if isinstance(x, str) else x for x in found["drafters"]]
         found["drafters"] = [_filled(each["type"], each) for each in inner]
@@ -220,12 +183,9 @@ def _filled(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
 def planned_table(plan: Plan, results: BenchResults) -> Table:
     """Show what a plan predicted for the arms of a bench, its choice marked."""
     matches = match_plan(plan, results.arms, results.provenance.config.batch_size)
-    return _match_table(matches, f"The plan chose: {plan.choice.name}", not_trusted(plan))
-
-
-def _match_table(matches: Sequence[Match], caption: str, legend: Sequence[str] = ()) -> Table:
-    legend = ["*: the plan's choice", *legend]
-    return Table("predictions", caption, _MATCHES, matches, legend=legend)
+    legend = [_CHOICE, *not_trusted(plan)]
+    caption = f"The plan chose: {plan.choice.name}"
+    return Table("predictions", caption, columns(_MATCHES), matches, legend=legend)
 
 
 def add_predictions(section: Section, runs: Sequence[Run]) -> None:
@@ -235,16 +195,15 @@ def add_predictions(section: Section, runs: Sequence[Run]) -> None:
     if not plans or not benches:
         raise AbsentError("It needs a plan and a bench of the same machine among the runs.")
     matches: list[Match] = []
-    for plan in plans:
-        for bench in benches:
-            if differ := find_differences(plan, bench, PLAN_FIELDS):
-                section.missing.append(
-                    f"{bench.label} is not matched with the plan {plan.label}: {differ[0].key} is "
-                    f"{str(differ[0].other)!r}, not {str(differ[0].first)!r}."
-                )
-            else:
-                size = bench.config["batch_size"]
-                matches += match_plan(plan.data, bench.data.arms, size, bench.label)
+    for plan, bench in product(plans, benches):
+        if differ := find_differences(plan, bench, PLAN_FIELDS):
+            section.missing.append(
+                f"{bench.label} is not matched with the plan {plan.label}: {differ[0].key} is "
+                f"{str(differ[0].other)!r}, not {str(differ[0].first)!r}."
+            )
+        else:
+            size = bench.config["batch_size"]
+            matches += match_plan(plan.data, bench.data.arms, size, bench.label)
     if not matches:
         raise AbsentError(
             "No configuration of a plan was measured: none has an arm of the same type, options "
@@ -252,28 +211,23 @@ def add_predictions(section: Section, runs: Sequence[Run]) -> None:
         )
     summary = summarize(matches)
     section.text.append(summary)
-    section.draw(
-        "prediction",
-        "Each point is one configuration, with 95 % intervals; on the diagonal the plan was right.",
-        f"Scatter plot of predicted against measured speed. {summary}",
-        figures.predicted_against_measured(matches),
-    )
-    section.show(_match_table(matches, "Predicted and measured"))
+    section.draw("prediction", figures.predicted_against_measured(matches), said=summary)
+    caption = "Predicted and measured"
+    section.show(Table("predictions", caption, columns(_MATCHES), matches, legend=[_CHOICE]))
 
 
 def summarize(matches: Sequence[Match]) -> str:
     """Give the median error, and Spearman's rank correlation of three or more."""
-    error = median(abs(each.error) for each in matches)
-    rank = "not defined"
+    error, rank = median(abs(each.error) for each in matches), float("nan")
     if len(matches) > 2:
         from scipy.stats import spearmanr
 
         pairs = [(each.planned.predicted_speedup, each.arm.speedup_vs_plain) for each in matches]
-        found = spearmanr(*zip(*pairs, strict=True)).statistic
-        rank = rank if found != found else f"{found:.3f}"
+        rank = spearmanr(*zip(*pairs, strict=True)).statistic
+    said = "not defined" if rank != rank else f"{rank:.3f}"
     return (
         f"{len(matches)} configurations: median error {100 * error:.1f} %, rank correlation "
-        f"(Spearman) {rank}."
+        f"(Spearman) {said}."
     )
 
 
@@ -284,15 +238,10 @@ class Point(NamedTuple):
     """One shape and the speedup over plain decoding that it has.
 
     Attributes:
-        group: strategy with the options that are not its shape, in words; points of a group are
-            comparable.
         depth: levels of the draft; None where the strategy has only a budget of nodes.
         width: nodes expanded a level; 1 is a chain.
-        nodes: budget of drafted nodes.
-        name: name of the arm.
     """
 
-    group: str
     depth: int | None
     width: int
     nodes: int | None
@@ -305,25 +254,38 @@ class Point(NamedTuple):
         return self.nodes if self.depth is None else self.depth if self.width == 1 else None
 
 
-def find_points(arms: Iterable[Any], key: str) -> list[Point]:
-    """Find every arm, or configuration of a plan, whose strategy has a shape."""
-    found = []
+def find_shapes(arms: Iterable[Any], key: str) -> tuple[dict[str, list[Point]], ...]:
+    """Find arms, or configurations of a plan, that differ in their shape alone.
+
+    Args:
+        arms: all of them; those of a strategy without a shape are left out.
+        key: field with the speedup.
+
+    Returns:
+        Trees, and chains: strategy with the options that are not its shape, in words -> points.
+    """
+    trees: dict[str, list[Point]] = defaultdict(list)
+    chains: dict[str, list[Point]] = defaultdict(list)
     for arm in arms:
-        speedup = getattr(arm, key)
-        if not speedup or arm.type not in DRAFTERS or getattr(arm, "draft_length", None):
+        # Fixed choices are a shape that no number tells.
+        is_fixed = getattr(arm, "draft_length", None) or arm.options.get("choices") is not None
+        if not getattr(arm, key) or arm.type not in DRAFTERS or is_fixed:
             continue
         names = strategy(arm.type).shape_options.names
         options = _filled(arm.type, arm.options)
         depth, width, nodes = (
             options.get(names.get(part, "")) for part in ("depth", "width", "nodes")
         )
-        # Fixed choices are a shape that no number tells.
-        if (depth, nodes) != (None, None) and arm.options.get("choices") is None:
+        if (depth, nodes) != (None, None):
             shape = {name for part, name in names.items() if part != "threshold"}
-            others = {key: value for key, value in arm.options.items() if key not in shape}
-            group = _in_words(arm.type, others)
-            found.append(Point(group, depth, width or 1, nodes, speedup, arm.name))
-    return found
+            others = {name: value for name, value in arm.options.items() if name not in shape}
+            point = Point(depth, width or 1, nodes, getattr(arm, key), arm.name)
+            groups = trees if point.length is None else chains
+            groups[_in_words(arm.type, others)].append(point)
+    return tuple(
+        {name: points for name, points in groups.items() if len({p[:3] for p in points}) > 1}
+        for groups in (trees, chains)
+    )
 
 
 def _in_words(kind: str, options: Mapping[str, Any]) -> str:
@@ -336,24 +298,12 @@ def _in_words(kind: str, options: Mapping[str, Any]) -> str:
     return kind + (f" ({', '.join(said)})" if said else "")
 
 
-def group_points(found: Iterable[Point]) -> list[list[Point]]:
-    """Give the points of each group that has at least two shapes."""
-    groups: dict[str, list[Point]] = {}
-    for point in found:
-        groups.setdefault(point.group, []).append(point)
-    return [points for points in groups.values() if len({point[1:4] for point in points}) > 1]
-
-
-def vertical(members: Sequence[Point]) -> str:
-    """Name what varies besides the depth: "nodes", or "width" where all nodes are the same."""
-    return "nodes" if len({point.nodes for point in members}) > 1 else "width"
-
-
-def is_map(members: Sequence[Point]) -> bool:
-    """Tell if more than half of the grid of depths and nodes (or widths) was tried."""
-    cells = {(point.depth, getattr(point, vertical(members))) for point in members}
+def axis_of(trees: Sequence[Point]) -> str | None:
+    """Name what varies besides the depth; None where less than half of the grid was tried."""
+    axis = "nodes" if len({point.nodes for point in trees}) > 1 else "width"
+    cells = {(point.depth, getattr(point, axis)) for point in trees}
     columns, rows = (len(set(values)) for values in zip(*cells, strict=True))
-    return 2 * len(cells) > columns * rows
+    return axis if 2 * len(cells) > columns * rows else None
 
 
 def add_shapes(section: Section, runs: Sequence[Run]) -> None:
@@ -376,31 +326,22 @@ def add_shapes(section: Section, runs: Sequence[Run]) -> None:
 
 
 def _draw(section: Section, arms: Iterable[Any], label: str, origin: str = "measured") -> None:
-    found = find_points(arms, "speedup_vs_plain" if origin == "measured" else "predicted_speedup")
-    for members in group_points(point for point in found if not point.length):
-        if is_map(members):
-            best = max(members, key=lambda point: point.speedup)
-            part = vertical(members)
-            other = {"nodes": "node budget", "width": "width"}[part]
-            section.draw(
-                "shape",
-                f"{label}: {origin} speed over plain decoding of {best.group}, trees by depth and "
-                f"{other}; the fastest is framed. Shapes that share a cell show the faster one.",
-                f"Heat map of {len(members)} trees of {best.group}. The fastest, {best.name}, "
-                f"reaches {best.speedup:.2f}x with depth {best.depth}, width {best.width} and "
-                f"{best.nodes} nodes.",
-                figures.tree_heat_map(members, part),
+    key = "speedup_vs_plain" if origin == "measured" else "predicted_speedup"
+    trees, chains = find_shapes(arms, key)
+    where = {"label": label, "origin": origin}
+    for group, points in trees.items():
+        if axis := axis_of(points):
+            best = max(points, key=lambda point: point.speedup)
+            said = (
+                f"{len(points)} trees of {group}. The fastest, {best.name}, reaches "
+                f"{best.speedup:.2f}x with depth {best.depth}, width {best.width} and {best.nodes} "
+                "nodes"
             )
-    chains = group_points(point for point in found if point.length)
+            png = figures.tree_heat_map(group, points, axis)
+            axis = "node budget" if axis == "nodes" else axis
+            section.draw("trees", png, "shape", **where, group=group, axis=axis, said=said)
     if chains:
-        fastest = [max(members, key=lambda point: point.speedup) for members in chains]
-        said = "; ".join(f"{b.group} best at {b.length}: {b.speedup:.2f}x" for b in fastest)
-        section.draw(
-            "shape",
-            f"{label}: {origin} speed over plain decoding by the length of a chain, or by the "
-            "node budget of a strategy that has no depth.",
-            f"Lines of speed against draft length. {said}.",
-            figures.speed_by_length(
-                {x[0].group: [(p.length, p.speedup) for p in x] for x in chains}
-            ),
-        )
+        lines = {name: [(p.length, p.speedup) for p in points] for name, points in chains.items()}
+        best_of = {name: max(line, key=lambda point: point[1]) for name, line in lines.items()}
+        said = "; ".join(f"{name} best at {n}: {x:.2f}x" for name, (n, x) in best_of.items())
+        section.draw("chains", figures.speed_by_length(lines), "shape", **where, said=said)

@@ -34,8 +34,22 @@ def new_figure(
     return figure, list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
 
 
-def to_png(figure: Any) -> bytes:
-    """Draw it, without version and date, which would change the bytes of the same picture."""
+def new_grid(num: int, base: float, row: float, width: float = 6.4, **shared: Any) -> Any:
+    """Make a figure with panels two in a row, which adds to the height of its base."""
+    rows = -(-num // 2)
+    figure, panels = new_figure(base + rows * row, width, rows, 2, **shared)
+    for axes in panels[num:]:
+        axes.set_visible(False)
+    return figure, panels[:num]
+
+
+def to_png(figure: Any, legend_of: Any = None, columns: int = 2) -> bytes:
+    """Draw it, with the legend of a panel below all panels.
+
+    Version and date are left out, for they change the bytes of the same picture.
+    """
+    if legend_of is not None:
+        legend_below(figure, legend_of, columns)
     content = BytesIO()
     figure.savefig(content, format="png", dpi=130, metadata={"Software": None})
     return content.getvalue()

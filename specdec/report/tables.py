@@ -3,8 +3,11 @@
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 from typing import Any
 
+import yaml
 from pydantic import Field, field_serializer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -53,6 +56,20 @@ class Column:
         low, high = (with_interval and lookup(row, f"{self.key}_ci")) or (0, 0)
         shown = [f"{self.scale * each:.{self.digits}f}" for each in (value, low, high)]
         return f"{shown[0]}{self.unit}" + (f" [{shown[1]}, {shown[2]}]" if low != high else "")
+
+
+@cache
+def words() -> dict[str, Any]:
+    """Read the words of reports: introductions, figures, columns and terms."""
+    text = files("specdec.report").joinpath("templates/words.yaml").read_text()
+    found: dict[str, Any] = yaml.safe_load(text)
+    return found
+
+
+def columns(names: str) -> list[Column]:
+    """Give columns by their names in `words.yaml`, which a blank separates."""
+    found = {name: {"key": name, **words()["columns"][name]} for name in names.split()}
+    return [Column(**each) for each in found.values()]
 
 
 class Table(Config):

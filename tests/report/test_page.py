@@ -6,8 +6,9 @@ import made_runs
 import pytest
 from browser import open_browser, show
 
-from specdec.report.document import definitions, escape
+from specdec.report.document import escape
 from specdec.report.page import write_report
+from specdec.report.tables import words
 
 pytest.importorskip("matplotlib")
 SECTIONS = {
@@ -171,5 +172,5 @@ def test_markdown_has_cells_and_pictures_of_the_data(out):
             }
     assert "<b>" not in text
     assert r"&lt;/p>\_wrong\_" in text
-    for term in definitions():
+    for term in words()["terms"]:
         assert f'id="def-{term}"' in text

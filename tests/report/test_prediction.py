@@ -11,12 +11,10 @@ from specdec.planning.results import Plan
 from specdec.report.document import AbsentError, Section
 from specdec.report.plan import (
     add_predictions,
-    find_points,
-    group_points,
-    is_map,
+    axis_of,
+    find_shapes,
     match_plan,
     summarize,
-    vertical,
 )
 from specdec.report.runs import Run
 
@@ -84,37 +82,37 @@ def test_plan_of_another_machine_is_not_matched(plan, place, value, message):
     assert message in section.missing[0]
 
 
-def arms(*shapes):
-    named = zip("abcdefgh", shapes, strict=False)
-    return [SimpleNamespace(name=name, speed=1.5, **shape) for name, shape in named]
+def shapes(*arms):
+    named = zip("abcdefgh", arms, strict=False)
+    return find_shapes(
+        [SimpleNamespace(name=name, speed=1.5, **arm) for name, arm in named], "speed"
+    )
 
 
 def test_shapes_come_from_options_with_defaults():
-    found = find_points(
-        arms(
-            {"type": "eagle3", "options": {"depth": 4, "width": 1}},
-            {"type": "eagle3", "options": {"width": 2}},
-            {"type": "suffix", "options": {"max_nodes": 6}},
-            {"type": "eagle3", "options": {"path": "other", "depth": 4, "width": 1}},
-            {"type": "eagle3", "options": {"choices": [[0]]}},
-            {"type": "eagle3", "options": {}, "draft_length": {"1": 2}},
-            {"type": "hf_assisted", "options": {}},
-        ),
-        "speed",
+    trees, chains = shapes(
+        {"type": "eagle3", "options": {"depth": 4, "width": 1}},
+        {"type": "eagle3", "options": {"depth": 6, "width": 1}},
+        {"type": "eagle3", "options": {"width": 2}},
+        {"type": "eagle3", "options": {"max_nodes": 8}},
+        {"type": "suffix", "options": {"max_nodes": 6}},
+        {"type": "suffix", "options": {"max_nodes": 9}},
+        {"type": "eagle3", "options": {"path": "other", "depth": 4, "width": 1}},
+        {"type": "eagle3", "options": {"choices": [[0]]}},
+        {"type": "eagle3", "options": {}, "draft_length": {"1": 2}},
+        {"type": "hf_assisted", "options": {}},
     )
-    assert [point.name for point in found] == ["a", "b", "c", "d"]
-    a, b, c, d = found
-    assert (a.depth, a.width, a.length) == (4, 1, 4)
-    assert (b.depth, b.width, b.nodes, b.length) == (5, 2, 24, None)
-    assert (c.depth, c.length) == (None, 6)
-    assert a.group == b.group != d.group
-    assert group_points(found) == [[a, b]]
+    assert {group: [(p.name, p.length) for p in points] for group, points in chains.items()} == {
+        "eagle3": [("a", 4), ("b", 6)],
+        "suffix": [("e", 6), ("f", 9)],
+    }
+    assert [point.name for point in trees["eagle3"]] == ["c", "d"]
+    assert trees["eagle3"][0][:3] == (5, 2, 24)
 
 
 def test_heat_map_needs_more_than_half_its_grid():
-    shapes = [(2, 8), (4, 16), (2, 16), (6, 8), (6, 16)]
-    options = [{"depth": depth, "max_nodes": nodes} for depth, nodes in shapes]
-    found = find_points(arms(*({"type": "eagle3", "options": each} for each in options)), "speed")
-    assert [is_map(found[:count]) for count in (2, 3, 4, 5)] == [False, True, True, True]
-    assert vertical(found) == "nodes"
-    assert vertical([found[0], found[3]]) == "width"
+    grid = [(2, 8), (4, 16), (2, 16), (6, 8), (6, 16)]
+    options = [{"depth": depth, "max_nodes": nodes} for depth, nodes in grid]
+    found = shapes(*({"type": "eagle3", "options": each} for each in options))[0]["eagle3"]
+    assert [axis_of(found[:num]) for num in (2, 3, 4, 5)] == [None, "nodes", "nodes", "nodes"]
+    assert axis_of([found[0], found[3]]) == "width"
