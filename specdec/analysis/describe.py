@@ -47,44 +47,32 @@ NUM_BINS = 10
 ENTROPY_EDGES = (0.0, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # nats
 CLASSES: tuple[TokenClass, ...] = get_args(TokenClass)
 _WORD_MARKS = ("Ġ", "▁", " ")
+# One row a text, one column a step that might start there, as in `Evidence`: the target's entropy
+# in nats at temperature 1, and the class of the token that came; -1 is none.
+Facts = tuple[Array, Array]
 
 
 def describe(
-    predictor: Predictor, facts: "TextFacts", name: str, options: Mapping[str, Any]
+    predictor: Predictor, facts: Facts, name: str, options: Mapping[str, Any]
 ) -> tuple[DrafterAnalysis, Evidence | None]:
     """Analyze a drafter; a replayed one leaves no evidence."""
     drafter: Any = load_drafter(options, predictor.target)
     inner = {key: value for key, value in options.items() if key != "type"}
     head = {"name": name, "type": options["type"], "options": inner}
-    if is_forced(drafter):
-        return _forced(predictor, facts, drafter, options, head)
-    notes = _Notes()
-    configured = predictor.replayed(drafter, notes.note)
-    text, step, accepted = np.array(notes.starts, np.int64).reshape(-1, 3).T
-    found = DrafterAnalysis(
-        **head,
-        method="replay",
-        **_configured(configured),
-        calibration=reliability(np.array(notes.confidence), np.array(notes.taken, bool)),
-        **_by_place(facts, text, step, accepted, None),
-    )
-    return found, None
-
-
-def _forced(
-    predictor: Predictor,
-    facts: "TextFacts",
-    drafter: Any,
-    options: Mapping[str, Any],
-    head: dict[str, Any],
-) -> tuple[DrafterAnalysis, Evidence]:
+    if not is_forced(drafter):
+        notes = _Notes()
+        configured = _configured(predictor.replayed(drafter, notes.note))
+        text, step, taken = np.array(notes.starts, np.int64).reshape(-1, 3).T
+        configured |= _by_place(facts, text, step, taken, None)
+        calibration = reliability(np.array(notes.confidence), np.array(notes.taken, bool))
+        return DrafterAnalysis(**head, **configured, method="replay", calibration=calibration), None
     shape: FixedShape | None = drafter.fixed_shape
     evidence = predictor.evidence(options, drafter, shape)
-    configured, reason = None, None
     try:
-        configured = predictor.predict(options)
+        configured = _configured(predictor.predict(options))
     except ValueError as error:
-        reason = str(error)
+        configured = {"configured": None, "per_depth_conditional": []}
+        configured["not_configured_because"] = str(error)
     valid, overlaps = evidence.valid[:, :, 0], evidence.overlap[:, :, 0].astype(np.float64)
     rows, steps = np.nonzero(valid)
     totals = overlaps.sum(1), valid.sum(1).astype(np.float64)
@@ -96,39 +84,27 @@ def _forced(
         accepted = first_acceptance(evidence, first, sampled=sampled)[rows, steps]
     found = DrafterAnalysis(
         **head,
+        **configured,
+        **_by_place(facts, rows, steps, accepted, overlaps[rows, steps]),
         method="evidence",
         alpha=float(totals[0].sum() / totals[1].sum()) if len(rows) else None,
         alpha_ci=ratio_interval(*totals, predictor.prompt_of),
-        **_configured(configured),
-        not_configured_because=reason,
         impossible=float(1 - evidence.possible[rows, steps, 0].mean()) if len(rows) else 0.0,
         coverage=table,
         calibration=reliability(*_chain_confidence(evidence, depth)),
-        **_by_place(facts, rows, steps, accepted, overlaps[rows, steps]),
         hardest=hardest_contexts(evidence, predictor.texts, predictor.target.tokenizer),
         expected=_counterfactuals(predictor, options, drafter, evidence, table),
     )
     return found, evidence
 
 
-def _figures(expected: Expected) -> dict[str, Any]:
-    return {
-        "tau": expected.tau,
-        "tau_ci": expected.tau_interval(),
-        "nodes_per_step": expected.nodes_per_step,
-        "nodes_are_exact": expected.drafted_is_exact,
-    }
-
-
-def _configured(expected: Expected | None) -> dict[str, Any]:
-    if expected is None:
-        return {"configured": None, "per_depth_conditional": []}
+def _configured(expected: Expected) -> dict[str, Any]:
     figures = ConfiguredFigures(
-        **_figures(expected),
+        **expected.figures(),
         tokens=expected.tokens,
         steps=expected.steps,
-        accepted_at=[float(sum(column)) for column in zip(*expected.accepted_at, strict=True)],
-        tested_at=[float(sum(column)) for column in zip(*expected.tested_at, strict=True)],
+        accepted_at=np.sum(expected.accepted_at, 0).tolist(),
+        tested_at=np.sum(expected.tested_at, 0).tolist(),
     )
     conditional = expected.conditional_acceptance_at_depth
     return {"configured": figures, "per_depth_conditional": conditional}
@@ -154,7 +130,7 @@ def _counterfactuals(
     known = drafter.shape_options.all
 
     def figures(shape: FixedShape) -> dict[str, Any]:
-        return _figures(predictor.expect(options, drafter, shape))
+        return predictor.expect(options, drafter, shape).figures()
 
     found = Counterfactuals()
     if predictor.why_unknown(_chain(1, children)) is None:
@@ -280,25 +256,11 @@ def _chain_confidence(evidence: Evidence, depth: int) -> tuple[Array, Array]:
     return confidence, is_best[:, :, :depth][reached]
 
 
-@dataclass(frozen=True, eq=False)
-class TextFacts:
-    """One row a text, one column a step that might start there, as in `Evidence`.
-
-    Attributes:
-        entropy: [B, S] float32 of the target's next token, in nats, at temperature 1.
-        token_class: [B, S] int8 of the next token, an index into `CLASSES`; -1 without a
-            tokenizer and behind a text's end.
-    """
-
-    entropy: Array
-    token_class: Array
-
-
 @torch.inference_mode()
-def gather_facts(target: Target, texts: Sequence[Text]) -> TextFacts:
+def gather_facts(target: Target, texts: Sequence[Text]) -> Facts:
     """Run the target once over every text."""
     size = (len(texts), max(1, *(len(text.tokens) - 1 for text in texts)))
-    found = TextFacts(np.zeros(size, np.float32), np.full(size, -1, np.int8))
+    entropy, classes = np.zeros(size, np.float32), np.full(size, -1, np.int8)
     for index, text in enumerate(texts):
         count = len(text.tokens) - 1
         if not count:
@@ -306,10 +268,10 @@ def gather_facts(target: Target, texts: Sequence[Text]) -> TextFacts:
         logits = read_text(target, [*text.prompt, *text.tokens[:-1]], len(text.prompt)).logits
         refuse_not_finite("target", logits, index)
         parts = [torch.special.entr(p.float().softmax(-1)).sum(-1) for p in logits.split(CHUNK)]
-        found.entropy[index, :count] = torch.cat(parts).cpu().numpy()
+        entropy[index, :count] = torch.cat(parts).cpu().numpy()
         if target.tokenizer is not None:
-            found.token_class[index, :count] = classify(text.tokens, target.tokenizer)[1:]
-    return found
+            classes[index, :count] = classify(text.tokens, target.tokenizer)[1:]
+    return entropy, classes
 
 
 def classify(tokens: Sequence[int], tokenizer: Any) -> list[int]:
@@ -338,24 +300,20 @@ def _class(said: str, starts_word: bool) -> TokenClass:
 
 
 def _by_place(
-    facts: TextFacts, text: Array, step: Array, accepted: Array | None, overlap: Array | None
+    facts: Facts, text: Array, step: Array, accepted: Array | None, overlap: Array | None
 ) -> dict[str, Any]:
     """Figures of first drafted tokens by the target's entropy, the token that came, and its place.
 
-    Args:
-        facts: facts of all texts.
-        text: [n] texts of the places where a step might start, or did.
-        step: [n] tokens done before each, less one.
-        accepted: [n] probability that it accepts a token; None where it is not worked out.
-        overlap: [n] sum_x min(p(x), q(x)); None for a drafter without a distribution.
+    All arrays are over places where a step might start, or did: `accepted` is the probability that
+    it accepts a token, None where it is not worked out; `overlap` is None without a distribution.
     """
 
     def figures(inside: Array) -> dict[str, Any]:
         means = {"alpha": _mean(overlap, inside), "acceptance": _mean(accepted, inside)}
         return {"count": int(inside.sum()), **means}
 
-    entropy, place = facts.entropy[text, step], step + 1
-    classes = facts.token_class[text, step]
+    entropy, classes = (fact[text, step] for fact in facts)
+    place = step + 1
     doubling = [2**n for n in range(int(max(place, default=0)).bit_length() + 1)]
     return {
         "entropy_bins": [

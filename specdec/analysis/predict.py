@@ -40,8 +40,7 @@ class Expected:
         tested_at: steps that judge a token at depth 1, 2, ...
         drafted_is_exact: False where sampled chains end by a threshold: behind a rejection they
             are counted as though the text had gone on as drafted.
-        prompt_of: number of each text's prompt; answers to one prompt are no independent texts.
-            Empty where each has its own.
+        prompt_of: number of each text's prompt, for intervals; empty where each has its own.
     """
 
     tokens: list[float]
@@ -53,20 +52,14 @@ class Expected:
     prompt_of: Sequence[int] = ()
 
     @property
-    def _accepted(self) -> Array:
-        # T - 1 = A + S, as in `specdec.engine.metrics`.
-        accepted: Array = np.array(self.tokens) - 1 - np.array(self.steps)
-        return accepted
-
-    @property
     def tau(self) -> float:
         """Accepted length, 1 + A / S; 1.0 if there is no step."""
+        # T - 1 = A + S, as in `specdec.engine.metrics`.
         steps = sum(self.steps)
-        return float(1 + self._accepted.sum() / steps) if steps else 1.0
+        return (sum(self.tokens) - len(self.tokens)) / steps if steps else 1.0
 
     def tau_interval(self) -> Interval:
-        found = ratio_interval(self._accepted, np.array(self.steps), self.prompt_of)
-        return found and (1 + found[0], 1 + found[1])
+        return ratio_interval(np.array(self.tokens) - 1, np.array(self.steps), self.prompt_of)
 
     @property
     def nodes_per_step(self) -> float:
@@ -79,6 +72,15 @@ class Expected:
         """Accepted over tested at depth 1, 2, ...; None where none is tested."""
         sums = [np.atleast_1d(np.sum(part, 0)) for part in (self.accepted_at, self.tested_at)]
         return [min(1.0, float(a / t)) if t > 1e-9 else None for a, t in zip(*sums, strict=True)]
+
+    def figures(self) -> dict[str, Any]:
+        """The fields of `ExpectedFigures`."""
+        return {
+            "tau": self.tau,
+            "tau_ci": self.tau_interval(),
+            "nodes_per_step": self.nodes_per_step,
+            "nodes_are_exact": self.drafted_is_exact,
+        }
 
     @classmethod
     def from_records(cls, rows: Sequence[Sequence[StepRecord]]) -> "Expected":
@@ -211,18 +213,7 @@ class Predictor:
     """Predicts acceptance along texts, and remembers what it was asked.
 
     A drafter with what `Forced` asks for, and a draft of a fixed shape, is looked at once: other
-    shapes of it cost no model at all. Every other drafter is replayed.
-
-    Args:
-        target: whose texts these are.
-        texts: its own answers at these settings, or others.
-        sampling: without penalties.
-        seed: text i is sampled with seed + i; matters to a replay of a drafter that looks at it.
-        rule: verification rule of the loop.
-
-    Raises:
-        ValueError: bad texts, settings that depend on the context, or a rule whose acceptance
-            cannot be worked out.
+    shapes of it cost no model at all. Every other drafter is replayed, text i with seed + i.
     """
 
     def __init__(
@@ -243,15 +234,7 @@ class Predictor:
         self._predicted: dict[str, Expected] = {}
 
     def predict(self, options: Mapping[str, Any]) -> Expected:
-        """The expected steps of a drafter.
-
-        Args:
-            options: options of `load_drafter`.
-
-        Raises:
-            ValueError: options that cannot be used, or a sampled draft that cannot be worked out.
-            FloatingPointError: NaN in anyone's logits.
-        """
+        """The expected steps of a drafter, by its options for `load_drafter`."""
         key = _key(options)
         if key not in self._predicted:
             drafter: Any = load_drafter(options, self.target)
@@ -262,10 +245,7 @@ class Predictor:
         return self._predicted[key]
 
     def expect(self, options: Mapping[str, Any], drafter: Any, shape: FixedShape) -> Expected:
-        """The expected steps of a drafter with what `Forced` asks for, in any fixed shape.
-
-        `options` are those that it was loaded with. Nothing is accepted of what it does not draft.
-        """
+        """The expected steps of a drafter, loaded with these options, in any fixed shape."""
         if reason := self.why_unknown(shape):
             raise ValueError(reason)
         evidence = self.evidence(options, drafter, shape)

@@ -1,6 +1,6 @@
 """The texts that acceptance is worked out along."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,7 +12,7 @@ from specdec.bench.workloads import Progress, unfold_turns
 from specdec.checkpoints import identify_target
 from specdec.common.messages import BenchPrompt
 from specdec.common.records import read_objects
-from specdec.data.answers import MANIFEST, AnswerRow, check_answers_target, load_answers, read_rows
+from specdec.data.answers import MANIFEST, check_answers_target, load_answers, read_rows
 from specdec.engine.decode import generate_baseline
 from specdec.engine.interfaces import Target
 from specdec.sampling.config import SamplingConfig
@@ -69,38 +69,26 @@ def check_texts(texts: Sequence[Text], target: Target) -> None:
         raise ValueError("texts is empty but must hold at least one text")
     room, size = target.max_context_len, target.vocab_size
     for index, text in enumerate(texts):
-        old, new = len(text.prompt), len(text.tokens)
+        old, new, most = len(text.prompt), len(text.tokens), text.max_tokens
         wrong = next((t for t in (*text.prompt, *text.tokens) if not 0 <= t < size), None)
-        for is_fault, fault in (
-            (not old or not new, f"has {old} prompt tokens and {new} new ones; give one of each"),
-            (
-                new > text.max_tokens,
-                f"has {new} new tokens but was allowed {text.max_tokens}; raise max_tokens",
-            ),
-            (
-                old + new > room,
-                f"has {old + new} tokens but the target's context holds {room}; cut it",
-            ),
-            (
-                wrong is not None,
-                f"holds token {wrong} but ids are in [0, {size}); give texts of this target",
-            ),
-        ):
-            if is_fault:
-                raise ValueError(f"text {index} {fault}")
+        faults = {
+            f"{old} prompt tokens and {new} new ones; give one of each": not old or not new,
+            f"{new} new tokens but was allowed {most}; raise max_tokens": new > most,
+            f"{old + new} tokens but the target's context holds {room}; cut it": old + new > room,
+            f"token {wrong} but ids are in [0, {size}); give texts of this target": wrong
+            is not None,
+        }
+        if found := [fault for fault, is_so in faults.items() if is_so]:
+            raise ValueError(f"text {index} has {found[0]}")
 
 
 def read_texts(path: Path, target: Target, num: int, max_new_tokens: int) -> list[Text]:
     """Read up to `num` texts, each cut to `max_new_tokens` new ones."""
-    if path.is_dir():
-        found = _from_folder(path, target, num, max_new_tokens)
-    elif not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"--text {str(path)!r} is not there; give a file or a folder")
-    elif path.suffix == ".jsonl":
-        found = _from_lines(path, target, num, max_new_tokens)
-    else:
-        found = _from_prose(path, target, max_new_tokens)
-    texts = list(islice(found, num))
+    is_prose = path.is_file() and path.suffix != ".jsonl"
+    limits = (path, target, max_new_tokens)
+    texts = list(islice(_pieces(*limits) if is_prose else _answers(*limits, num), num))
     if not texts:
         raise ValueError(
             f"--text {str(path)!r} holds no text of at least one token behind a prompt; give some"
@@ -108,42 +96,8 @@ def read_texts(path: Path, target: Target, num: int, max_new_tokens: int) -> lis
     return texts
 
 
-def _from_folder(path: Path, target: Target, num: int, max_new_tokens: int) -> Iterator[Text]:
-    if not (path / MANIFEST).is_file():
-        raise FileNotFoundError(
-            f"--text {str(path)!r} holds no {MANIFEST}; give a folder that specdec regenerate wrote"
-        )
-    manifest = load_answers(path)
-    check_answers_target(manifest, identify_target(target))
-    file = path / ("held_out.jsonl" if manifest.counts.held_out.rows else "train.jsonl")
-    return _from_rows(read_rows(file, target.vocab_size, num), target, max_new_tokens)
-
-
-def _from_lines(path: Path, target: Target, num: int, max_new_tokens: int) -> Iterator[Text]:
-    rows = list(read_objects(path))
-    if rows and "tokens" in rows[0]:
-        yield from _from_rows(read_rows(path, target.vocab_size, num), target, max_new_tokens)
-        return
-    for number, row in enumerate(rows, 1):
-        prompt, answer = row.get("prompt"), row.get("answer")
-        if not isinstance(prompt, str) or not isinstance(answer, str):
-            raise ValueError(
-                f'{path}, row {number}: a row must be an object with "prompt" and "answer", both '
-                'text, or with "tokens" and "answers"'
-            )
-        said = _ids(answer, target, special=False)
-        yield from _cut(_ids(prompt, target), said, target, max_new_tokens)
-
-
-def _from_rows(rows: Iterable[AnswerRow], target: Target, max_new_tokens: int) -> Iterator[Text]:
-    for row in rows:
-        start, end = max(row.answers, key=lambda answer: answer[1] - answer[0])
-        # Every prompt holds a token: of an answer to nothing, its first.
-        start = max(start, 1)
-        yield from _cut(row.tokens[:start], row.tokens[start:end], target, max_new_tokens)
-
-
-def _from_prose(path: Path, target: Target, max_new_tokens: int) -> Iterator[Text]:
+def _pieces(path: Path, target: Target, max_new_tokens: int) -> Iterator[Text]:
+    """Plain text in pieces, each behind what came before."""
     ids = _ids(path.read_text(encoding="utf-8-sig"), target)
     # Of a piece as long as the context no prompt would be left.
     size = min(max_new_tokens, target.max_context_len - 1)
@@ -152,13 +106,43 @@ def _from_prose(path: Path, target: Target, max_new_tokens: int) -> Iterator[Tex
         yield Text(ids[max(0, end - target.max_context_len) : start], ids[start:end], size)
 
 
-def _cut(
-    prompt: Sequence[int], answer: Sequence[int], target: Target, max_new_tokens: int
-) -> Iterator[Text]:
-    """One text, or none where nothing is left of its prompt or its answer."""
-    limit = min(max_new_tokens, target.max_context_len - len(prompt))
-    if limit >= 1 and prompt and answer:
-        yield Text(list(prompt), list(answer[:limit]), limit)
+def _answers(path: Path, target: Target, max_new_tokens: int, num: int) -> Iterator[Text]:
+    """Answers behind their prompts, as far as something is left of both."""
+    for prompt, answer in _pairs(path, target, num):
+        limit = min(max_new_tokens, target.max_context_len - len(prompt))
+        if limit > 0 and prompt and answer:
+            yield Text(list(prompt), list(answer[:limit]), limit)
+
+
+def _pairs(path: Path, target: Target, num: int) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+    """Prompts and answers of a folder that `specdec regenerate` wrote, or of a file of rows."""
+    first: dict[str, Any] = {"tokens": ()}
+    if path.is_dir():
+        if not (path / MANIFEST).is_file():
+            raise FileNotFoundError(
+                f"--text {str(path)!r} holds no {MANIFEST}; give a folder that specdec regenerate "
+                "wrote"
+            )
+        manifest = load_answers(path)
+        check_answers_target(manifest, identify_target(target))
+        path = path / ("held_out.jsonl" if manifest.counts.held_out.rows else "train.jsonl")
+    else:
+        first = next(read_objects(path), {})
+    if "tokens" in first:
+        for each in read_rows(path, target.vocab_size, num):
+            start, end = max(each.answers, key=lambda answer: answer[1] - answer[0])
+            # Every prompt holds a token: of an answer to nothing, its first.
+            start = max(start, 1)
+            yield each.tokens[:start], each.tokens[start:end]
+        return
+    for number, row in enumerate(read_objects(path), 1):
+        prompt, answer = row.get("prompt"), row.get("answer")
+        if not isinstance(prompt, str) or not isinstance(answer, str):
+            raise ValueError(
+                f'{path}, row {number}: a row must be an object with "prompt" and "answer", both '
+                'text, or with "tokens" and "answers"'
+            )
+        yield _ids(prompt, target), _ids(answer, target, special=False)
 
 
 def _ids(text: str, target: Target, *, special: bool = True) -> list[int]:

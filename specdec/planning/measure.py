@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from specdec.analysis.predict import Predictor
 from specdec.bench.workloads import Progress
 from specdec.common.files import Journal
 from specdec.engine.decode import generate
@@ -25,7 +26,6 @@ from specdec.engine.scheduler import is_out_of_memory
 from specdec.planning.candidates import Candidate
 from specdec.planning.results import Trust
 from specdec.registry import load_drafter
-from specdec.sampling.config import SamplingConfig
 from specdec.verify import Draft
 
 # More than a quiet machine has: between the same steps, and of load for each core.
@@ -41,10 +41,8 @@ class Effort:
     Attributes:
         rounds: decodings of every timed shape at the planned batch size.
         batch_rounds: the same at each other batch size.
-        finalists: the fastest configurations by the fits, which are timed as they are.
-        final_rounds: decodings of each of them.
+        finalists: the fastest configurations by the fits, which are timed `final_rounds` times.
         new_tokens: tokens of a row's isolated forward, the root included.
-        batches: rows of isolated forwards.
         contexts: tokens cached before; the middle one is timed with trees as well.
         repeats: rounds over all isolated forwards, each point twice a round.
     """
@@ -61,16 +59,6 @@ class Effort:
 
 FULL = Effort()
 QUICK = Effort(2, 1, 4, 2, (1, 2, 4, 8, 16), (1, 2), (16, 64), 1)
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The prompts, as token ids, that are decoded while steps are timed."""
-
-    prompts: Sequence[list[int]]
-    sampling: SamplingConfig
-    max_new_tokens: int
-    rule: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,15 +118,11 @@ def time_cell(
 
 def _draft(kind: str, batch: int, new_tokens: int, device: torch.device) -> Draft:
     """A draft of `new_tokens` - 1 nodes: a chain, or a tree of two branches."""
-    nodes = new_tokens - 1
-    if not nodes:
-        return Draft.empty(batch, device)
-    tokens = torch.zeros(batch, nodes, dtype=torch.long, device=device)
+    tokens = torch.zeros(batch, new_tokens - 1, dtype=torch.long, device=device)
     if kind == "chain":
         return Draft.chain(tokens)
-    parents = torch.tensor([-1, -1, *range(nodes - 2)], device=device)
-    lengths = torch.full((batch,), nodes, device=device)
-    return Draft.tree(tokens, parents.expand(batch, -1), lengths, (nodes + 1) // 2)
+    parents = torch.tensor([-1, -1, *range(new_tokens - 3)], device=device)
+    return Draft.tree(tokens, parents, depth=new_tokens // 2)
 
 
 class Drafters:
@@ -182,18 +166,17 @@ def sequence(candidates: Sequence[Candidate]) -> list[Candidate | None]:
 
 
 def time_run(
-    target: Any, drafter: Drafter | None, work: Workload, batch_size: int, first: int
+    work: Predictor, drafter: Drafter | None, batch_size: int, first: int
 ) -> list[list[float]]:
     """Decode `batch_size` prompts from the `first` on, in a circle; give steps as in `TimedRun`."""
-    places = [(first + row) % len(work.prompts) for row in range(batch_size)]
-    prompts = [work.prompts[place] for place in places]
-    room = target.max_context_len - max(map(len, prompts))
+    places = [(first + row) % len(work.texts) for row in range(batch_size)]
+    texts = [work.texts[place] for place in places]
     results = generate(
-        target,
+        work.target,
         drafter,
-        prompts,
+        [text.prompt for text in texts],
         [replace(work.sampling, seed=work.sampling.seed + place) for place in places],
-        max_new_tokens=min(work.max_new_tokens, room),
+        max_new_tokens=min(text.max_tokens for text in texts),
         batch_size=batch_size,
         rule=work.rule,
     )
@@ -241,18 +224,19 @@ def timed_runs(
 
 
 class Measurements:
-    """Measures what the journal does not hold yet."""
+    """Measures what the journal does not hold yet, along the texts of a predictor."""
 
     def __init__(
-        self, target: Any, work: Workload, effort: Effort, journal: Journal, progress: Progress
+        self, work: Predictor, effort: Effort, journal: Journal, progress: Progress
     ) -> None:
-        self._target, self._work, self._effort = target, work, effort
+        self._work, self._effort = work, effort
         self._journal, self._progress = journal, progress
         self._known = {_key(row["point"]): row for row in journal.entries}
 
     def forwards(self, batch_size: int) -> list[dict[str, Any]]:
         """Cells of the target's forwards as `time_cell` gives them, the batch size among them."""
-        effort, most = self._effort, self._target.max_context_len
+        effort, target = self._effort, self._work.target
+        most = target.max_context_len
         room = max(1, most - max(effort.new_tokens))
         contexts = sorted({min(context, room) for context in effort.contexts})
         counts = [count for count in effort.new_tokens if count < most]
@@ -263,7 +247,7 @@ class Measurements:
             self._progress(done, len(cells), f"forwards of {batch} rows behind {context} tokens")
             point = {"phase": "forward", "repeat": repeat, "batch": batch, "context": context}
             kinds = ("chain", "tree") if context == contexts[len(contexts) // 2] else ("chain",)
-            measure = partial(time_cell, self._target, batch, context, counts, kinds)
+            measure = partial(time_cell, target, batch, context, counts, kinds)
             rows.append({**point, **self._row(point, measure)})
         self._progress(len(cells), len(cells), "forwards")
         return rows
@@ -277,7 +261,7 @@ class Measurements:
         """
         found: list[TimedRun] = []
         # Afresh: a drafter may remember what it saw when other shapes were timed.
-        drafters = Drafters(self._target)
+        drafters = Drafters(self._work.target)
 
         def point(index: int, slot: int, run: Candidate | None) -> dict[str, Any]:
             row = {"phase": phase, "batch": batch_size, "round": index, "slot": slot}
@@ -330,9 +314,9 @@ class Measurements:
         first = turn * batch_size
         generation = 0
         if run and run.rule.varies:
-            generation = (first + batch_size - 1) // len(self._work.prompts)
+            generation = (first + batch_size - 1) // len(self._work.texts)
         drafter = drafters.get(run, generation) if run else None
-        return {"steps": time_run(self._target, drafter, self._work, batch_size, first)}
+        return {"steps": time_run(self._work, drafter, batch_size, first)}
 
     def _row(self, point: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The journal's row of this point, measured now if it is not there."""

@@ -20,7 +20,7 @@ from specdec.engine.scheduler import is_out_of_memory
 from specdec.planning.candidates import Family, families
 from specdec.planning.choice import MARGIN, Forecast, confirm, schedule, search
 from specdec.planning.costs import Costs, to_ms
-from specdec.planning.measure import FULL, QUICK, Effort, Measurements, Workload
+from specdec.planning.measure import FULL, QUICK, Effort, Measurements
 from specdec.planning.results import Configuration, Controller, Plan, PlannedWorkload, StepMs
 from specdec.targets.load import load_target
 
@@ -67,9 +67,8 @@ def run_plan(
         progress(0, 1, "the target's own answers")
         texts = target_answers(target, ids, sampling, config.max_new_tokens)
         predictor = Predictor(target, texts, sampling, config.seed, config.rule)
-        work = Workload(ids, sampling, config.max_new_tokens, config.rule)
         effort = QUICK if quick else FULL
-        measured = Measurements(target, work, effort, journal, progress)
+        measured = Measurements(predictor, effort, journal, progress)
         chosen = _choose(config, drafters, predictor, measured, effort, progress)
     plan = Plan(provenance=provenance, target=known, **chosen)
     choice = plan.choice

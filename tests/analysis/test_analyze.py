@@ -214,43 +214,32 @@ def first_token(found):
 
 
 @pytest.mark.parametrize(
-    ("rule", "options", "reason", "has_chains"),
+    ("rule", "width", "children", "reason", "has_chains"),
     [
-        ("match", {"width": 1, "children": "with_replacement"}, "rule is 'match'", False),
-        (
-            "token",
-            {"width": 3, "children": "without_replacement"},
-            "such siblings depends on what was drawn",
-            True,
-        ),
+        ("match", 1, "with_replacement", "rule is 'match'", False),
+        ("token", 3, "without_replacement", "such siblings depends on what was drawn", True),
     ],
 )
 def test_an_unknown_draft_leaves_other_figures(
-    target, head, texts, rule, options, reason, has_chains
+    target, head, texts, rule, width, children, reason, has_chains
 ):
-    found = described(target, head, texts, rule, **options)
-    assert found.configured is None
+    found = described(target, head, texts, rule, width=width, children=children)
     assert reason in found.not_configured_because
+    assert found.configured is first_token(found) is None
     assert found.alpha > 0
     assert found.coverage
-    assert bool(found.expected.chains) == has_chains
     assert found.expected.trees
-    assert first_token(found) is None
+    assert bool(found.expected.chains) == has_chains
 
 
 def test_the_first_token_counts_all_siblings(target, head, texts):
     """More siblings than a pass looks at by itself."""
+    drawn = {"children": "with_replacement"}
     narrow, wide = (
-        described(
-            target,
-            head,
-            texts,
-            choices=[[rank] for rank in range(width)],
-            children="with_replacement",
-        )
+        first_token(described(target, head, texts, choices=[[n] for n in range(width)], **drawn))
         for width in (1, 7)
     )
-    assert first_token(wide) > first_token(narrow) + 0.02
+    assert wide > narrow + 0.02
 
 
 def test_answers_to_one_prompt_narrow_no_interval(target, head, texts):

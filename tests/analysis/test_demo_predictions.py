@@ -27,34 +27,18 @@ HEAD = """
   - {depth: 3, width: 3, max_nodes: 9, children: with_replacement}
 """
 SHAPES = yaml.safe_load(f"""
-ngram:
-  - {{num_draft_tokens: 2}}
-  - {{num_draft_tokens: 4}}
-  - {{num_draft_tokens: 8}}
-  - {{num_draft_tokens: 8, min_ngram: 1}}
-  - {{num_continuations: 2}}
-  - {{num_continuations: 3, min_ngram: 1, max_nodes: 6}}
-suffix:
-  - {{max_nodes: 2}}
-  - {{max_nodes: 4}}
-  - {{max_nodes: 8}}
-  - {{max_nodes: 8, min_match: 1}}
-  - {{width: 2}}
-  - {{width: 3, min_match: 1, max_nodes: 6}}
-draft_model:
-  - {{path: demo, num_draft_tokens: 1}}
-  - {{path: demo, num_draft_tokens: 3}}
-  - {{path: demo, num_draft_tokens: 6}}
-  - {{path: demo, num_draft_tokens: 8, confidence_threshold: 0.4}}
-  - {{path: demo, num_draft_tokens: 4, width: 2}}
-  - {{path: demo, num_draft_tokens: 3, width: 3, max_nodes: 6}}
-medusa:
-  - {{max_nodes: 1}}
-  - {{max_nodes: 6}}
-  - {{max_nodes: 12}}
-  - {{choices: [[0], [0, 0], [0, 0, 0]]}}
-  - {{choices: [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0]]}}
-  - {{max_nodes: 8, children: with_replacement}}
+ngram: [{{num_draft_tokens: 2}}, {{num_draft_tokens: 4}}, {{num_draft_tokens: 8}},
+  {{num_draft_tokens: 8, min_ngram: 1}}, {{num_continuations: 2}},
+  {{num_continuations: 3, min_ngram: 1, max_nodes: 6}}]
+suffix: [{{max_nodes: 2}}, {{max_nodes: 4}}, {{max_nodes: 8}}, {{max_nodes: 8, min_match: 1}},
+  {{width: 2}}, {{width: 3, min_match: 1, max_nodes: 6}}]
+draft_model: [{{path: demo, num_draft_tokens: 1}}, {{path: demo, num_draft_tokens: 3}},
+  {{path: demo, num_draft_tokens: 6}}, {{path: demo, num_draft_tokens: 4, width: 2}},
+  {{path: demo, num_draft_tokens: 8, confidence_threshold: 0.4}},
+  {{path: demo, num_draft_tokens: 3, width: 3, max_nodes: 6}}]
+medusa: [{{max_nodes: 1}}, {{max_nodes: 6}}, {{max_nodes: 12}},
+  {{choices: [[0], [0, 0], [0, 0, 0]]}}, {{choices: [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0]]}},
+  {{max_nodes: 8, children: with_replacement}}]
 eagle: {HEAD}
 eagle3: {HEAD}
 """)
@@ -70,16 +54,15 @@ CASES = [
 ]
 
 
-def is_sampled(options):
-    if options["type"] == "draft_model":
-        return options.get("width", 1) == 1
-    return options.get("children", "top") != "top"
-
-
 def sampled_shapes(name):
     """The options of a drafter whose drafts are drawn from a distribution."""
-    given = [case.values[0] for case in CASES if case.values[0]["type"] == name]
-    return [options for options in given if is_sampled(options)]
+
+    def is_sampled(options):
+        if name == "draft_model":
+            return options.get("width", 1) == 1
+        return options.get("children", "top") != "top"
+
+    return [{"type": name, **options} for options in SHAPES[name] if is_sampled(options)]
 
 
 @pytest.fixture(scope="module")

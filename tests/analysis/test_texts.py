@@ -78,10 +78,10 @@ def test_texts_that_cannot_be_read_are_refused(target, tmp_path, name, content, 
     ("text", "message"),
     [
         (Text([], [1], 4), "0 prompt tokens"),
-        (Text([1], [], 4), "and 0 new ones"),
+        (Text([1], [], 4), "and 0 new ones; give one of each"),
         (Text([1], [2, 3], 1), "was allowed 1"),
         (Text([1], [2] * 256, 256), "the target's context holds 256"),
-        (Text([1], [2, 97], 4), "holds token 97"),
+        (Text([1], [2, 97], 4), "has token 97"),
     ],
 )
 def test_texts_of_another_target_are_refused(target, text, message):

@@ -7,6 +7,7 @@ import random
 from collections import defaultdict
 from itertools import product
 
+import numpy as np
 import torch
 from verify.verify_enumerator import enumerate_law
 
@@ -89,12 +90,7 @@ def top_p(probs, mass):
 
 
 class ToyLoop:
-    """The loop on toys, by enumeration of drafts and verdicts.
-
-    Args:
-        shape: a `FixedShape`.
-        process: turns a law into the one that is sampled.
-    """
+    """The loop on toys, by enumeration of drafts and verdicts; `process` makes a sampled law."""
 
     def __init__(self, shape, process=lambda probs: probs):
         tree = shape.tree
@@ -113,17 +109,14 @@ class ToyLoop:
             return 1.0, 0.0, 0.0
         context = (*text.prompt, *text.tokens[:done])
         budget = min(text.max_tokens - done - 1, len(self.parents))
-        total = [0.0, 0.0, 0.0]
+        total = np.zeros(3)
         for chance, tokens in self._drafts(context, budget):
             for emitted, share in self._step(context, tokens).items():
                 new = min(len(emitted), len(left))
-                if list(emitted[:new]) != left[:new]:
-                    continue
-                weight, steps, nodes = self._from(text, done + new)
-                here = chance * share
-                total[0] += here * weight
-                total[1] += here * (steps + weight)
-                total[2] += here * (nodes + len(tokens) * weight)
+                if list(emitted[:new]) == left[:new]:
+                    weight, steps, nodes = self._from(text, done + new)
+                    rest = (weight, steps + weight, nodes + len(tokens) * weight)
+                    total += chance * share * np.array(rest)
         return total
 
     def _drafts(self, context, budget):
@@ -174,7 +167,6 @@ class ToyLoop:
         for node in range(len(tokens)):
             above, _ = self._place(context, tokens, node)
             rows.append(self.process(law("p", (*above, tokens[node]))))
-        laws = None
-        if self.shape.children != "top":
-            laws = [self._law(context, tokens, node) for node in range(len(tokens))]
+        laws = [self._law(context, tokens, node) for node in range(len(tokens))]
+        laws = None if self.shape.children == "top" else laws
         return enumerate_law("token", rows, laws, tokens, parents)

@@ -46,16 +46,16 @@ def test_a_remembering_drafter_meets_each_prompt_once(monkeypatch):
     """Timed three times a round, it meets the prompts of three rounds, and is built anew after."""
     seen = []
 
-    def time_run(target, drafter, work, batch_size, first):
-        seen.append((drafter, first % len(work.prompts)))
+    def time_run(work, drafter, batch_size, first):
+        seen.append((drafter, first % len(work.texts)))
         return steps((0.0, 1e-3, 1e-4), 0).tolist()
 
     drafters = SimpleNamespace(get=lambda run, generation=0: generation)
     monkeypatch.setattr(measure, "Drafters", lambda target: drafters)
     monkeypatch.setattr(measure, "time_run", time_run)
     journal = SimpleNamespace(entries=(), append=lambda row: None)
-    work = SimpleNamespace(prompts=tuple(range(4)))
-    Measurements(None, work, FULL, journal, quiet).decodings([MIXED] * 3, 1, 2)
+    work = SimpleNamespace(target=None, texts=range(4))
+    Measurements(work, FULL, journal, quiet).decodings([MIXED] * 3, 1, 2)
     drafted = [each for each in seen if each[0] is not None and each[0] >= 0]
     assert len(drafted) == len(set(drafted)) == 6
 
@@ -72,7 +72,7 @@ def test_a_plan_of_a_busy_machine_is_not_trusted(monkeypatch, steps_ms, load, re
     monkeypatch.setattr(measure.os, "cpu_count", lambda: 2)
     runs = [TimedRun(None, steps((0.0, ms / 1000, 0.0), 0), ms / 1000) for ms in steps_ms]
     journal = SimpleNamespace(entries=[{"point": {}, "load": load}])
-    found = Measurements(None, None, FULL, journal, quiet).trust(runs)
+    found = Measurements(None, FULL, journal, quiet).trust(runs)
     assert found.is_trusted == (not reason)
     assert found.reasons == ([reason] if reason else [])
 
