@@ -37,8 +37,8 @@ draft_model: [{{path: demo, num_draft_tokens: 1}}, {{path: demo, num_draft_token
   {{path: demo, num_draft_tokens: 8, confidence_threshold: 0.4}},
   {{path: demo, num_draft_tokens: 3, width: 3, max_nodes: 6}}]
 medusa: [{{max_nodes: 1}}, {{max_nodes: 6}}, {{max_nodes: 12}},
-  {{choices: [[0], [0, 0], [0, 0, 0]]}}, {{choices: [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0]]}},
-  {{max_nodes: 8, children: with_replacement}}]
+  {{choices: [[0], [0, 0], [0, 0, 0]]}}, {{max_nodes: 8, children: with_replacement}},
+  {{choices: [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0]]}}]
 eagle: {HEAD}
 eagle3: {HEAD}
 """)
