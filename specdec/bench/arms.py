@@ -97,7 +97,6 @@ class EngineArm:
         self.makes_trees = drafter is not None and drafter.makes_trees
 
     def __call__(self, requests: Requests, after_step: Callable[[], None]) -> list[Run | str]:
-        """Serve the requests with an engine of their own."""
         max_rows = min(self._max_rows, len(requests))
         engine = Engine(self._target, self._drafter, max_rows=max_rows, **self._options)
         rows = serve(engine, requests, self._sampling, after_step)
@@ -124,7 +123,6 @@ class HFArm:
         self._sampling, self._options = sampling, options
 
     def __call__(self, requests: Requests, after_step: Callable[[], None]) -> list[Run | str]:
-        """Decode the requests, batch after batch."""
         size = self._max_rows
         batches = [requests[first : first + size] for first in range(0, len(requests), size)]
         return [run for batch in batches for run in self._decode(batch)]

@@ -92,7 +92,6 @@ class SamplingOptions(Config):
         return self
 
     def with_seed(self, seed: int) -> SamplingConfig:
-        """The settings of one request."""
         return SamplingConfig(**self.model_dump(), seed=seed)
 
 
@@ -118,7 +117,6 @@ class RunConfig(Config):
 
     @property
     def arm_names(self) -> list[str]:
-        """Names of all arms, baselines first."""
         return [arm.name for arm in self.all_arms]
 
     @property
@@ -129,7 +127,6 @@ class RunConfig(Config):
     @field_validator("arms", mode="before")
     @classmethod
     def _expand_grids(cls, given: Any) -> Any:
-        """Replace every arm that has a grid by one arm a combination."""
         if not isinstance(given, list):
             return given
         return [each for place, arm in enumerate(given) for each in _expand(arm, f"arms.{place}")]
@@ -300,7 +297,6 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> BenchConfig:
 
 
 def read_config(path: str, overrides: Sequence[str] = ()) -> Any:
-    """The content of a YAML file, or of a packaged one ("demo", "demo/concurrent" ...)."""
     suites = [name.replace("_", "-") for name in SUITES]
     packaged = {"demo": "bench.yaml", **{f"demo/{name}": f"suite-{name}.yaml" for name in suites}}
     file, name = Path(path), path.replace("_", "-")

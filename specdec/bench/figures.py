@@ -24,12 +24,10 @@ def runs_of(rows: Iterable[Run | str]) -> list[Run]:
 
 
 def records_of(rows: Iterable[Run | str]) -> list[StepRecord]:
-    """Verify steps of the runs that did not fail."""
     return [record for run in runs_of(rows) for record in run.records]
 
 
 def acceptance(rows: Iterable[Run | str]) -> AcceptanceStats:
-    """Acceptance over all their steps."""
     return AcceptanceStats.from_records(records_of(rows))
 
 
@@ -133,7 +131,6 @@ def arm_figures(
 
 
 def largest_memory(calls: Iterable[Call]) -> Memory:
-    """The largest figure of each kind; None where none was taken."""
     peaks = [call.memory.model_dump() for call in calls]
     kinds = Memory.model_fields
     known = {kind: [peak[kind] for peak in peaks if peak[kind] is not None] for kind in kinds}

@@ -49,7 +49,6 @@ class Run:
 
     @property
     def gaps_s(self) -> list[float]:
-        """Seconds between one chunk and the next."""
         return [b - a for a, b in pairwise(self.chunk_s)]
 
 
@@ -64,7 +63,6 @@ class Call:
 
     @property
     def runs(self) -> list[Run]:
-        """The requests that did not fail."""
         return [row for row in self.rows if isinstance(row, Run)]
 
 
@@ -78,7 +76,6 @@ class Arm(Protocol):
 
 
 def measure_call(arm: Arm, requests: Requests, device: torch.device, meter: "PowerMeter") -> Call:
-    """Decode a call and measure it."""
     reset_peaks(device)
     meter.start()
     started = time.perf_counter()
@@ -187,7 +184,7 @@ def _try(
 
 def _largest_batch(arm: Arm, requests: Requests, after_step: Callable[[], None]) -> str:
     """The largest batch that does decode, found by halving, with the longest prompts in it."""
-    longest = sorted(requests, key=lambda request: -len(request.prompt))
+    longest = sorted(requests, key=lambda request: -request.num_tokens)
     size = len(requests) // 2
     while size:
         if _try(arm, longest[:size], after_step)[0] is not None:
@@ -207,19 +204,14 @@ def reset_peaks(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def peak_rss_bytes() -> int:
-    """The largest resident size of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak  # KiB everywhere else
-
-
 def read_peaks(device: torch.device, cache_bytes: int | None) -> Memory:
     """Peaks since `reset_peaks`, with what the arm says of its caches."""
     lines = _STATUS.read_text().splitlines() if _STATUS.exists() else []
     is_cuda = device.type == "cuda"
     kib = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
+    kib = kib or [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]  # bytes on a Mac
     return Memory(
-        peak_rss_bytes=1024 * kib[0] if kib else peak_rss_bytes(),
+        peak_rss_bytes=kib[0] * (1 if sys.platform == "darwin" else 1024),
         peak_device_bytes=torch.cuda.max_memory_allocated(device) if is_cuda else None,
         cache_bytes=cache_bytes,
     )
@@ -238,7 +230,6 @@ class PowerMeter:
         self.start()
 
     def start(self) -> None:
-        """Begin a call."""
         self._first_j = self._read("nvmlDeviceGetTotalEnergyConsumption")  # millijoules
         self._looks: list[tuple[float, float]] = []
         self.look()

@@ -141,7 +141,6 @@ class Store(Journal):
         self.entries.clear()
 
     def add(self, key: Key, call: Call) -> None:
-        """Keep a finished call."""
         if self._unwritten:
             self.append({"provenance": self._unwritten})
             self.provenance, self._unwritten = self._unwritten, None

@@ -1,8 +1,7 @@
 """From finished calls to results: arms of benches and of suites."""
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from itertools import chain, count, islice, product
 from statistics import median
@@ -27,7 +26,7 @@ from specdec.bench.figures import (
 from specdec.bench.measure import Call, Run
 from specdec.bench.workloads import Group, Request
 from specdec.checkpoints.identity import identify_target
-from specdec.common.stats import percentiles
+from specdec.common.stats import Work, percentiles
 from specdec.engine.interfaces import claimed
 from specdec.sampling.sampler import Sampler
 from specdec.targets.hf import HFTarget
@@ -72,7 +71,6 @@ def summarize(
 
 
 def table_of(calls: Sequence[Sequence[Call]]) -> Table:
-    """The rows of each request of a group in each repeat."""
     by_call = (zip(*(call.rows for call in repeats), strict=True) for repeats in calls)
     return [list(row) for row in chain(*by_call)]
 
@@ -144,33 +142,32 @@ def bench_arms(
     """Figures of every arm; an answer that ends with no end-of-sequence id was cut."""
     tables = {name: table_of(each) for name, each in calls.items()}
     baselines = {"plain": tables["plain"], "hf": tables["hf_generate"]}
-    by_domain: dict[str, list[int]] = {}
-    for place, request in enumerate(group.requests):
-        by_domain.setdefault(request.domain, []).append(place)
+    domains = [request.domain for request in group.requests]
+
+    def finish(run: Run) -> Literal["eos", "length"]:
+        return "eos" if run.tokens[-1] in eos_token_ids else "length"
+
     arms = []
     for arm in config.all_arms:
         table, own = tables[arm.name], list(chain(*calls[arm.name]))
         gaps_s = [one.wall_s - one.draft_s - one.target_s for one in records_of(chain(*table))]
-        ends = Counter(_finish(run, eos_token_ids) for run in runs_of(row[0] for row in table))
-        domains = {
-            domain: models.DomainFigures(
-                prompts=len(rows),
-                **speeds(
-                    [table[row] for row in rows],
-                    {name: [each[row] for row in rows] for name, each in baselines.items()},
-                ),
-            )
-            for domain, rows in by_domain.items()
-        }
+        ends = [finish(run) for run in runs_of(row[0] for row in table)]
+        works, ratios = decode_work(table), paired_ratios(table, baselines["plain"])
+        per_prompt = [
+            _prompt_figures(row, work, ratio, finish)
+            for row, work, ratio in zip(table, works, ratios, strict=True)
+        ]
         found = models.BenchArm(
             **arm.model_dump(mode="json"),
             **arm_figures(table, baselines, (50, 90, 99), has_queue=False),
             **_throughput(own, config.batch_size),
             other_ms_per_step=1000 * median(gaps_s) if gaps_s else None,
             **largest_memory(own).model_dump(exclude={"peak_rss_bytes"}),
-            domains=domains,
-            per_prompt=_per_prompt(table, baselines["plain"], eos_token_ids),
-            finish=models.Finish(eos=ends["eos"], length=ends["length"]),
+            domains={
+                name: _domain(table, baselines, domains, name) for name in dict.fromkeys(domains)
+            },
+            per_prompt=per_prompt,
+            finish=models.Finish(eos=ends.count("eos"), length=ends.count("length")),
             mismatches=None if config.sampling.temperature > 0 else len(differences[arm.name]),
             differences=list(differences[arm.name]),
             failures=_failures(table),
@@ -180,8 +177,33 @@ def bench_arms(
     return arms
 
 
-def _finish(run: Run, eos_token_ids: Sequence[int]) -> Literal["eos", "length"]:
-    return "eos" if run.tokens[-1] in eos_token_ids else "length"
+def _domain(
+    table: Table, baselines: Mapping[str, Table], domains: Sequence[str], name: str
+) -> models.DomainFigures:
+    """The headline of one domain."""
+    rows = [place for place, domain in enumerate(domains) if domain == name]
+    theirs = {key: [each[row] for row in rows] for key, each in baselines.items()}
+    figures = speeds([table[row] for row in rows], theirs)
+    return models.DomainFigures(prompts=len(rows), **figures)
+
+
+def _prompt_figures(
+    row: Sequence[Run | str], work: Work | None, ratio: float | None, finish: Callable[[Run], Any]
+) -> models.PromptFigures | None:
+    """Figures of a prompt, sums over its repeats; None for one that always failed."""
+    runs, stats = runs_of(row), acceptance(row)
+    return (runs or None) and models.PromptFigures(
+        steps=stats.num_steps,
+        drafted=stats.num_drafted,
+        accepted=stats.num_accepted,
+        tokens=sum(len(run.tokens) for run in runs),
+        tau=stats.accepted_length if stats.num_steps else None,
+        decode_tokens=work and work.tokens,
+        decode_s=work and work.seconds,
+        decode_tokens_per_s=work and work.tokens / work.seconds,
+        speedup_vs_plain=ratio,
+        finish=finish(runs[0]),
+    )
 
 
 def _throughput(calls: Iterable[Call], batch_size: int) -> dict[str, Any]:
@@ -205,37 +227,12 @@ def _throughput(calls: Iterable[Call], batch_size: int) -> dict[str, Any]:
     }
 
 
-def _per_prompt(
-    table: Table, plain: Table, eos_token_ids: Sequence[int]
-) -> list[models.PromptFigures | None]:
-    """Figures of each prompt, sums over its repeats; None for one that always failed."""
-    found: list[models.PromptFigures | None] = []
-    ratios = paired_ratios(table, plain)
-    for row, work, ratio in zip(table, decode_work(table), ratios, strict=True):
-        runs, stats = runs_of(row), acceptance(row)
-        figures = runs and models.PromptFigures(
-            steps=stats.num_steps,
-            drafted=stats.num_drafted,
-            accepted=stats.num_accepted,
-            tokens=sum(len(run.tokens) for run in runs),
-            tau=stats.accepted_length if stats.num_steps else None,
-            decode_tokens=work and work.tokens,
-            decode_s=work and work.seconds,
-            decode_tokens_per_s=work and work.tokens / work.seconds,
-            speedup_vs_plain=ratio,
-            finish=_finish(runs[0], eos_token_ids),
-        )
-        found.append(figures or None)
-    return found
-
-
 # --- Suites ---
 
 
 def suite_group(
     config: RunConfig, group: Group, calls: Calls, differences: Differences
 ) -> models.GroupResults:
-    """The requests of a group, and the figures of every arm."""
     ids = [request.id for request in group.requests]
     baselines, wanted = {"plain": table_of(calls["plain"])}, (50, 95, 99)
     is_load = isinstance(config, ConcurrentConfig)

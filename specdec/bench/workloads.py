@@ -43,7 +43,6 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the prompt."""
         return len(self.prompt)
 
     @property
@@ -62,12 +61,10 @@ class Group:
 
     @property
     def requests(self) -> list[Request]:
-        """All requests, call after call."""
         return [request for call in self.calls for request in call]
 
 
 def fingerprint_of(value: object) -> str:
-    """A short hash of JSON values."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -87,7 +84,7 @@ def make_groups(config: RunConfig, target: Target, progress: Progress) -> list[G
 def bench_group(
     config: BenchConfig, prompts: Sequence[BenchPrompt], target: Target, progress: Progress
 ) -> Group:
-    """Every prompt and every later turn as a request, `call_size` of them a call."""
+    """Every prompt and every later turn as a request, some of them a call."""
     prompts = unfold_turns(prompts, target, config.max_new_tokens, progress)
     ids = encode_prompts(prompts, target)
     size = config.prompts_per_call or config.batch_size
@@ -116,18 +113,17 @@ def unfold_turns(
     """
     unfolded: list[BenchPrompt] = []
     for done, prompt in enumerate(prompts):
-        unfolded.append(replace(prompt, follow_ups=()))
+        asked = replace(prompt, follow_ups=())
+        unfolded.append(asked)
         if prompt.follow_ups:
             progress(done, len(prompts), "answers to first turns")
         for number, question in enumerate(prompt.follow_ups, 2):
-            asked = render(unfolded[-1], target.tokenizer)
-            answer = generate_baseline(target, [asked], max_new_tokens=max_new_tokens)[0].text
-            history = (
-                *unfolded[-1].messages,
-                {"role": "assistant", "content": answer},
-                {"role": "user", "content": question},
-            )
-            unfolded.append(replace(unfolded[-1], id=f"{prompt.id}-turn{number}", messages=history))
+            given = [render(asked, target.tokenizer)]
+            answer = generate_baseline(target, given, max_new_tokens=max_new_tokens)[0].text
+            turns = {"role": "assistant", "content": answer}, {"role": "user", "content": question}
+            messages = (*asked.messages, *turns)
+            asked = replace(asked, id=f"{prompt.id}-turn{number}", messages=messages)
+            unfolded.append(asked)
     return unfolded
 
 
@@ -149,7 +145,6 @@ class _TextPool:
         self._seeds = count(seed)
 
     def domain(self, index: int) -> str:
-        """Domains in turn."""
         return self._domains[index % len(self._domains)]
 
     def draw(self, name: str, low: int, high: int) -> int:
@@ -190,16 +185,12 @@ class _TextPool:
             )
         return best
 
-    def encode(self, prompt: BenchPrompt) -> list[int]:
-        """Token ids; `ValueError` if they do not fit the context."""
+    def request(self, prompt: BenchPrompt, max_new_tokens: int, **when: Any) -> Request:
         try:
-            return encode(render(prompt, self.target.tokenizer), self.target)
+            ids = encode(render(prompt, self.target.tokenizer), self.target)
         except ValueError as error:
             raise ValueError(f"prompt {prompt.id!r}: {error}") from error
-
-    def request(self, prompt: BenchPrompt, max_new_tokens: int, **when: Any) -> Request:
-        """The next request."""
-        ids, seed = self.encode(prompt), next(self._seeds)
+        seed = next(self._seeds)
         return Request(prompt.id, prompt.domain, ids, max_new_tokens, seed, **when)
 
 
@@ -216,7 +207,6 @@ def _turns(texts: Sequence[BenchPrompt], answers: Mapping[str, str] | None) -> t
 
 
 def _single_turn(config: SingleTurnConfig, pool: _TextPool, progress: Progress) -> Iterator[Group]:
-    """A group for each bucket of lengths."""
     for bucket in config.buckets:
         low, high = bucket.low, bucket.high
         names = {f"{bucket.name}-{index}": pool.domain(index) for index in range(bucket.num)}
@@ -269,7 +259,7 @@ def _long_context(
         )
     progress(0, 0, "answers to the pool's questions")
     asked = [replace(text, messages=_turns([text], None)) for text in pool.texts]
-    ids = [pool.encode(prompt) for prompt in asked]
+    ids = encode_prompts(asked, pool.target)
     results = generate_baseline(pool.target, ids, max_new_tokens=new, batch_size=16)
     answers = {text.id: result.text for text, result in zip(asked, results, strict=True)}
     for place in range(config.bins):

@@ -50,8 +50,7 @@ def is_bad_input(done, *words):
 def test_failed_prompt_leaves_its_batch_measured(folder):
     letter = ord("z") - 32
     edit_weights(
-        folder / "target",
-        lambda w: w["model.embed_tokens.weight"][letter].fill_(float("nan")),
+        folder / "target", lambda w: w["model.embed_tokens.weight"][letter].fill_(float("nan"))
     )
     (folder / "prompts.txt").write_text("abcabc\nhello hello\nzzz\nxyxyx\nthree\n")
     done = bench(folder, "batch_size=5")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from specdec.bench import measure
-from specdec.bench.measure import PowerMeter, peak_rss_bytes, read_peaks, reset_peaks
+from specdec.bench.measure import PowerMeter, read_peaks, reset_peaks
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -106,4 +106,4 @@ def test_peak_is_the_call_s_own():
 def test_peak_is_the_process_s_where_no_other_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "_RESET", tmp_path / "none" / "clear_refs")
     monkeypatch.setattr(measure, "_STATUS", tmp_path / "none" / "status")
-    assert read_peaks(CPU, 7).peak_rss_bytes == peak_rss_bytes()
+    assert read_peaks(CPU, 7).peak_rss_bytes > 100e6
