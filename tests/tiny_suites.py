@@ -1,4 +1,4 @@
-"""Suites on a tiny checkpoint, whose tokens are letters: a text has as many as it has letters."""
+"""Benches and suites on a tiny checkpoint, whose tokens are letters: a text has as many tokens."""
 
 import json
 from pathlib import Path
@@ -28,21 +28,37 @@ def save_pool(folder: Path) -> Path:
     return path
 
 
+def save_config(folder: Path, models: Path, source: Path, keys: str) -> Path:
+    """A YAML of a bench, or of the suite that its keys name."""
+    path = folder / "bench.yaml"
+    path.write_text(
+        f"target: {{path: {models / 'target'}}}\nprompts: {{source: {source}}}\nthreads: 1\n{keys}"
+    )
+    return path
+
+
+def save_bench(folder: Path, models: Path, texts: str, keys: str) -> Path:
+    """A YAML of a bench whose prompts are lines of text."""
+    (folder / "prompts.txt").write_text(texts)
+    return save_config(folder, models, folder / "prompts.txt", keys)
+
+
 def save_suite(folder: Path, models: Path, suite: str, keys: str) -> str:
     """A YAML of two arms beside plain decoding."""
-    path = folder / f"{suite}.yaml"
-    path.write_text(
-        f"""
-suite: {suite}
-target: {{path: {models / "target"}}}
-prompts: {{source: {save_pool(folder)}}}
-max_new_tokens: 6
-repeats: 2
-threads: 1
-arms:
-  - {{type: ngram, options: {{min_ngram: 1}}}}
-  - {{name: model, type: draft_model, options: {{path: {models / "draft"}}}}}
-{keys}
-"""
+    arms = (
+        "arms: [{type: ngram, options: {min_ngram: 1}}, "
+        f"{{name: model, type: draft_model, options: {{path: {models / 'draft'}}}}}]\n"
     )
-    return str(path)
+    common = f"suite: {suite}\nmax_new_tokens: 6\nrepeats: 2\n{arms}"
+    return str(save_config(folder, models, save_pool(folder), common + keys))
+
+
+def calls_of(folder: Path) -> list[dict]:
+    """The finished calls of a run."""
+    rows = [json.loads(line) for line in (folder / "records.jsonl").open()]
+    return [row for row in rows if "call" in row]
+
+
+def key_of(row: dict) -> tuple:
+    """Repeat, call and arm of a finished call."""
+    return row["repeat"], row["call"], row["arm"]

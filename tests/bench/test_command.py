@@ -1,30 +1,196 @@
-"""`specdec bench` and what it hands on: suites, and a plan's choice measured beside the arms."""
+"""`specdec bench`: what it hands on, and how it fails: exit status, message, and kept calls."""
 
 import json
+import resource
 
 import pytest
-from checkpoints import save_checkpoint
+import torch
+from checkpoints import WEIGHTS, edit_weights, save_checkpoint, save_tokenizer
 from pydantic import BaseModel
+from tiny_suites import save_bench
 from typer.testing import CliRunner
 
+from specdec.bench.arms import HFArm
 from specdec.cli import app
+from specdec.targets.hf import HFTarget
+
+KEYS = "max_new_tokens: 8\nbatch_size: 4\nrepeats: 1\narms: [{type: ngram}]\n"
+TEXTS = "abcabc\nhello hello\nxyxyx\nthree\n"
 
 
 @pytest.fixture
-def path(tmp_path):
+def folder(tmp_path):
+    """A configuration of four prompts in one batch, and its target."""
     save_checkpoint(tmp_path / "target")
-    (tmp_path / "prompts.txt").write_text("abcabc\nhello hello\n")
-    (tmp_path / "bench.yaml").write_text(
-        f"target: {{path: {tmp_path / 'target'}}}\n"
-        f"prompts: {{source: {tmp_path / 'prompts.txt'}}}\n"
-        "max_new_tokens: 8\nrepeats: 1\nthreads: 1\n"
-        "arms: [{type: ngram}, {name: two, type: ngram, draft_length: {1: 2}}]\n"
+    save_bench(tmp_path, tmp_path, TEXTS, KEYS)
+    return tmp_path
+
+
+def bench(folder, *more, out="out"):
+    config, out = str(folder / "bench.yaml"), str(folder / out)
+    done = CliRunner().invoke(app, ["bench", config, *more, "--out", out])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done
+
+
+def results(folder):
+    found = json.loads((folder / "out" / "results.json").read_text())
+    return {arm["name"]: arm for arm in found["arms"]}
+
+
+# --- Failures ---
+
+
+def test_failed_prompt_leaves_its_batch_measured(folder):
+    letter = ord("z") - 32
+    edit_weights(
+        folder / "target", lambda w: w["model.embed_tokens.weight"][letter].fill_(float("nan"))
     )
-    return tmp_path / "bench.yaml"
+    (folder / "prompts.txt").write_text("abcabc\nhello hello\nzzz\nxyxyx\nthree\n")
+    done = bench(folder, "batch_size=5")
+    assert done.exit_code == 0, done.stderr
+    assert "ngram: 1 of 5 prompts failed: prompt 2, token 0: the target's logits" in done.stderr
+    for name in ("plain", "ngram"):
+        arm = results(folder)[name]
+        (failure,) = arm["failures"]
+        assert (arm["failed"], failure["prompt"], failure["repeat"]) == (1, 2, 0)
+        assert "logits are NaN" in failure["reason"]
+        assert (arm["tokens"], arm["mismatches"]) == (4 * 8, 0)
 
 
-def command(path, *more):
-    return CliRunner().invoke(app, ["bench", str(path), *more, "--out", str(path.parent / "out")])
+def test_nan_logits_fail_the_run_with_their_reason(folder):
+    edit_weights(folder / "target", lambda w: w["lm_head.weight"].fill_(float("nan")))
+    done = bench(folder)
+    assert done.exit_code == 1
+    assert "every prompt of the arm 'plain' failed: prompt 0, token 0: the target's" in done.stderr
+    assert "check the weights" in done.stderr
+    arms = results(folder)
+    assert arms["plain"]["failed"] == arms["ngram"]["failed"] == 4
+    assert arms["plain"]["decode_tokens_per_s"] is None
+
+
+def test_batch_beyond_memory_says_which_size_fits(folder, monkeypatch):
+    prefill = HFTarget.prefill
+
+    def small(self, prompts, *arguments, **options):
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee ...")
+        return prefill(self, prompts, *arguments, **options)
+
+    monkeypatch.setattr(HFTarget, "prefill", small)
+    done = bench(folder)
+    assert done.exit_code == 1
+    assert "Tried to allocate 2 GiB.; 2 of these prompts fit together" in done.stderr
+    assert "set batch_size=2" in done.stderr
+    assert results(folder)["hf_generate"]["failed"] == 0  # its prompts were not lost
+    fitting = bench(folder, "batch_size=2", out="two")
+    assert fitting.exit_code == 0, fitting.stderr
+
+
+def test_prompt_beyond_memory_says_what_helps(folder, monkeypatch):
+    def fail(self, prompts, *arguments, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 b")
+
+    monkeypatch.setattr("specdec.targets.hf.check_target", lambda target: None)  # it decodes too
+    monkeypatch.setattr(HFTarget, "prefill", fail)
+    done = bench(folder)
+    assert done.exit_code == 1
+    assert "one prompt alone does not fit, lower max_new_tokens" in done.stderr
+    arguments = ["generate", "--prompt", "abc", "--target", str(folder / "target")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1
+    assert "out of memory" in done.stderr
+    assert "smaller dtype" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["draft_model", "hf_assisted"])
+def test_unfit_drafter_is_bad_input(folder, kind):
+    other = save_checkpoint(folder / "other")
+
+    def refused(path):
+        arms = f"arms=[{{type: {kind}, options: {{path: {path}}}}}]"
+        done = bench(folder, arms, "batch_size=1")
+        assert done.exit_code == 2
+        return done.stderr
+
+    save_tokenizer(other, first=8)
+    assert "another tokenizer" in refused(other)
+    (other / WEIGHTS).write_bytes(b"short")
+    assert "corrupt or truncated" in refused(other)
+    assert "'./gone' is not a folder" in refused("./gone")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("target.path=./nothing", ["'./nothing' is not a folder"]),
+        ("prompts.source=./nothing.jsonl", ["'./nothing.jsonl' but must be a file, a folder"]),
+        ("arms=[{type: ngrams}]", ["'ngrams'", "did you mean 'ngram'"]),
+        ("arms=[{type: hf_other}]", ["'hf_other'"]),
+        ("arms=[{type: ngram, options: {max_gram: 3}}]", ["no option 'max_gram'", "max_ngram"]),
+        ("arms=[{type: draft_model}]", ["needs the option 'path'"]),
+        ("rule=tokens", ["'tokens'", "token"]),
+        ("target.device=cuda:99", ["'cuda:99'", "use cpu"]),
+        ("grid.batchsize=[1]", ["did you mean batch_size?"]),
+    ],
+)
+def test_options_that_fit_nothing_are_bad_input(folder, override, words):
+    done = bench(folder, override)
+    assert done.exit_code == 2
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        ("abc\n" + "a" * 256 + "\n", ["prompt 1 has 256 tokens", "holds 256", "shorten"]),
+        ("\n", ["prompts.txt", "holds no prompts"]),
+    ],
+)
+def test_prompts_that_do_not_fit_are_bad_input(folder, texts, words):
+    (folder / "prompts.txt").write_text(texts)
+    done = bench(folder)
+    assert done.exit_code == 2
+    assert all(word in done.stderr for word in words), done.stderr
+    assert not (folder / "out" / "results.json").exists()
+
+
+def test_full_disk_fails_the_run_that_then_resumes(folder):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, hard))
+    try:
+        done = bench(folder, "batch_size=2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert done.exit_code == 1
+    assert "no space left" in done.stderr
+    assert "same command again" in done.stderr
+    records = folder / "out" / "records.jsonl"
+    kept = records.read_bytes()
+    assert kept.count(b'"call"') > 0
+    done = bench(folder, "batch_size=2")
+    assert done.exit_code == 0, done.stderr
+    assert records.read_bytes().startswith(kept)
+    assert results(folder)["plain"]["tokens"] == 4 * 8
+
+
+@pytest.mark.parametrize(("dtype", "status"), [("float32", 1), ("bfloat16", 0), ("float16", 0)])
+def test_differences_fail_the_run_in_float32_alone(folder, monkeypatch, dtype, status):
+    cut = HFArm._cut
+    monkeypatch.setattr(HFArm, "_cut", lambda *given: [*cut(*given)[:4], 1, 2])
+    done = bench(folder, f"target.dtype={dtype}", "arms=[]", "max_new_tokens=6")
+    assert done.exit_code == status, done.stderr
+    plain = results(folder)["plain"]
+    assert plain["mismatches"] == len(plain["differences"]) == 4
+    for difference in plain["differences"]:
+        assert (difference["against"], difference["position"]) == ("hf_generate", 4)
+        assert difference["top2_gap"] >= 0
+    if status:
+        assert "outputs differ at temperature 0 in float32" in done.stderr
+        assert "prompt 0 from output token 4 on (top-2 logit gap" in done.stderr
+
+
+# --- A plan's choice ---
 
 
 class Configuration(BaseModel):
@@ -35,7 +201,7 @@ class Configuration(BaseModel):
     options: dict[str, int] = {}
     predicted_tau: float = 1.25
     predicted_tau_ci: tuple[float, float] = (1.0, 1.5)
-    predicted_speedup: float
+    predicted_speedup: float = 1.4
     predicted_speedup_ci: None = None
     is_timed: bool = True
     batch_size: int = 1
@@ -47,29 +213,33 @@ class Plan(BaseModel):
     trust: None = None
 
 
+GIVEN = "arms=[{type: ngram}, {name: two, type: ngram, draft_length: {1: 2}}]"
+
+
 @pytest.fixture
-def plan(monkeypatch):
-    """Install a plan, without its measurements, that chooses a name, or "plain"."""
+def auto(folder, monkeypatch):
+    """Bench with a plan, without its measurements, that chooses a name; returns what it did."""
     asked = []
 
-    def install(name):
-        def run_plan(config, folder, progress):
+    def run(name, *more):
+        known = [
+            Configuration(name="ngram 3", options={"num_draft_tokens": 3}),
+            *(Configuration(name=each) for each in ("ngram", "two")),
+        ]
+        plain = Configuration(name="plain", type="plain")
+        found = next(each for each in [*known, plain] if each.name == name)
+
+        def run_plan(config, out, progress):
             asked.append(config)
-            known = [
-                Configuration(
-                    name="ngram 3", options={"num_draft_tokens": 3}, predicted_speedup=1.5
-                ),
-                Configuration(name="ngram", predicted_speedup=1.4),
-                Configuration(name="two", predicted_speedup=1.3),
-            ]
-            plain = Configuration(name="plain", type="plain", predicted_speedup=1.0)
-            found = next(each for each in [*known, plain] if each.name == name)
             return Plan(choice=found, configurations=known)
 
         monkeypatch.setattr("specdec.planning.plan.run_plan", run_plan)
-        return asked
+        done = bench(folder, "--auto", "batch_size=1", GIVEN, *more)
+        lines = done.stdout.splitlines()
+        title = [i for i, line in enumerate(lines) if "The plan chose: " in line]
+        return done, asked, lines[title[0] :] if title else []
 
-    return install
+    return run
 
 
 @pytest.mark.parametrize(
@@ -80,21 +250,17 @@ def plan(monkeypatch):
         ("plain", ["ngram", "two"]),
     ],
 )
-def test_auto_measures_choice_and_arms_beside_the_prediction(path, plan, choice, arms):
-    asked = plan(choice)
-    done = command(path, "--auto")
+def test_auto_measures_choice_and_arms_beside_the_prediction(folder, auto, choice, arms):
+    done, asked, shown = auto(choice)
     assert done.exit_code == 0, done.stderr
     assert [arm.name for arm in asked[0].arms] == ["ngram", "two"]
-    results = json.loads((path.parent / "out" / "results.json").read_text())
-    assert [arm["name"] for arm in results["arms"]] == ["plain", "hf_generate", *arms]
-    lines = done.stdout.splitlines()
-    assert json.loads(lines[-1])["choice"] == choice
-    shown = lines[next(i for i, line in enumerate(lines) if f"The plan chose: {choice}" in line) :]
+    assert list(results(folder)) == ["plain", "hf_generate", *arms]
+    assert json.loads(shown[-1])["choice"] == choice
+    assert f"The plan chose: {choice}" in shown[0]
     # Predicted tau and speed; "two" has a schedule, of which the plan says nothing.
     assert any(line.startswith("ngram ") and {"1.25", "1.40"} <= {*line.split()} for line in shown)
-    assert [line.split(" *")[0] for line in shown if " * " in line] == [choice] * (
-        choice != "plain"
-    )
+    marked = [line.split(" *")[0] for line in shown if " * " in line]
+    assert marked == [choice] * (choice != "plain")
     assert not any(line.startswith("two") for line in shown)
 
 
@@ -105,39 +271,35 @@ def test_auto_measures_choice_and_arms_beside_the_prediction(path, plan, choice,
         ("ngram 3", "{name: ngram 3, type: ngram, options: {num_draft_tokens: 5}}"),
     ],
 )
-def test_choice_named_like_another_arm_is_renamed(path, plan, choice, arm):
-    plan(choice)
-    done = command(path, "--auto", f"arms=[{arm}]")
+def test_choice_named_like_another_arm_is_renamed(folder, auto, choice, arm):
+    done, _, shown = auto(choice, f"arms=[{arm}]")
     assert done.exit_code == 0, done.stderr
-    results = json.loads((path.parent / "out" / "results.json").read_text())
     now = f"{choice} (planned)"
-    assert [each["name"] for each in results["arms"][2:]] == [now, choice]
-    planned, given = results["arms"][2:]
-    assert (planned["options"], planned["draft_length"]) != (
-        given["options"],
-        given["draft_length"],
-    )
-    lines = done.stdout.splitlines()
-    assert json.loads(lines[-1])["choice"] == now
+    _, _, planned, given = results(folder).values()
+    assert (planned["name"], given["name"]) == (now, choice)
+    options = [(each["options"], each["draft_length"]) for each in (planned, given)]
+    assert options[0] != options[1]
+    assert json.loads(shown[-1])["choice"] == now
     assert f"The plan's choice {choice!r} is not the arm of that name" in done.stdout
     # The prediction stands beside the arm that it is of, not beside the other.
-    shown = lines[next(i for i, line in enumerate(lines) if f"The plan chose: {now}" in line) :]
+    assert f"The plan chose: {now}" in shown[0]
     assert [line.split(" *")[0] for line in shown if " * " in line] == [now]
     assert not any(line.startswith(f"{choice}  ") for line in shown)
 
 
-def test_auto_refuses_a_grid(path, plan):
-    asked = plan("ngram")
-    done = command(path, "--auto", "grid.batch_size=[1,2]")
+def test_auto_refuses_a_grid(folder, auto):
+    done = bench(folder, "--auto", "grid.seed=[1,2]")
     assert done.exit_code == 2
     assert "--auto plans one bench" in done.stderr
-    assert asked == []
+
+
+# --- Suites ---
 
 
 @pytest.mark.parametrize("flag", ["--list", "--auto"])
-def test_suite_refuses_flags_of_benches(path, flag):
-    path.write_text("suite: concurrent\n")
-    done = command(path, flag)
+def test_suite_refuses_flags_of_benches(folder, flag):
+    (folder / "bench.yaml").write_text("suite: concurrent\n")
+    done = bench(folder, flag)
     assert done.exit_code == 2
     assert f"{flag} is of benches and grids" in done.stderr
 

@@ -16,8 +16,9 @@ class NVMLError(Exception):
     pass
 
 
-def fake_nvml(monkeypatch, energy_mj=(), power_mw=(), has_device=True):
-    """A pynvml that tells these numbers one after the other, and then fails."""
+@pytest.fixture
+def meter(monkeypatch):
+    """A meter whose pynvml tells these numbers one after the other, and then fails."""
 
     def next_of(values):
         remaining = iter(values)
@@ -31,22 +32,26 @@ def fake_nvml(monkeypatch, energy_mj=(), power_mw=(), has_device=True):
 
         return read
 
-    def handle(uuid):
-        if not has_device:
-            raise NVMLError("not found")
-        return f"handle of {uuid}"
+    def make(energy_mj=(), power_mw=(), has_device=True):
+        def handle(uuid):
+            if not has_device:
+                raise NVMLError("not found")
+            return f"handle of {uuid}"
 
-    nvml = SimpleNamespace(
-        __spec__=True,
-        NVMLError=NVMLError,
-        nvmlInit=lambda: None,
-        nvmlDeviceGetHandleByUUID=handle,
-        nvmlDeviceGetTotalEnergyConsumption=next_of(energy_mj),
-        nvmlDeviceGetPowerUsage=next_of(power_mw),
-    )
-    monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    properties = SimpleNamespace(uuid="1234")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        nvml = SimpleNamespace(
+            __spec__=True,
+            NVMLError=NVMLError,
+            nvmlInit=lambda: None,
+            nvmlDeviceGetHandleByUUID=handle,
+            nvmlDeviceGetTotalEnergyConsumption=next_of(energy_mj),
+            nvmlDeviceGetPowerUsage=next_of(power_mw),
+        )
+        monkeypatch.setitem(sys.modules, "pynvml", nvml)
+        properties = SimpleNamespace(uuid="1234")
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        return PowerMeter(CUDA)
+
+    return make
 
 
 @pytest.fixture
@@ -57,34 +62,24 @@ def clock(monkeypatch):
     return clock
 
 
-def test_energy_is_the_counter_s_difference(monkeypatch, clock):
-    # One reading at creation, one at each start and stop.
-    fake_nvml(monkeypatch, energy_mj=[1000, 5000, 25_000])
-    meter = PowerMeter(CUDA)
-    meter.start()
-    clock.now += 4
-    meter.look()
-    assert meter.stop() == 20.0
-
-
-def test_power_is_summed_up_without_a_counter(monkeypatch, clock):
-    fake_nvml(monkeypatch, power_mw=[0, 100_000, 200_000, 50_000])
-    meter = PowerMeter(CUDA)
-    meter.start()
+@pytest.mark.parametrize(
+    ("told", "joules"),
+    [
+        # One reading of the counter at creation, one at each start and stop.
+        ({"energy_mj": [1000, 5000, 25_000]}, 20.0),
+        # (100 + 200) / 2 W for 2 s, then (200 + 50) / 2 W for 1 s.
+        ({"power_mw": [0, 100_000, 200_000, 50_000]}, 425.0),
+        ({}, None),
+        ({"has_device": False}, None),
+    ],
+)
+def test_energy_is_the_counter_s_difference_or_power_summed(meter, clock, told, joules):
+    found = meter(**told)
+    found.start()
     clock.now += 2
-    meter.look()
+    found.look()
     clock.now += 1
-    # (100 + 200) / 2 W for 2 s, then (200 + 50) / 2 W for 1 s.
-    assert meter.stop() == 425.0
-
-
-@pytest.mark.parametrize("has_device", [True, False])
-def test_silent_device_is_not_measured(monkeypatch, clock, has_device):
-    fake_nvml(monkeypatch, has_device=has_device)
-    meter = PowerMeter(CUDA)
-    clock.now += 1
-    meter.look()
-    assert meter.stop() is None
+    assert found.stop() == joules
 
 
 def test_nothing_is_measured_without_nvml_or_gpu(monkeypatch):

@@ -12,19 +12,20 @@ from specdec.bench.measure import serve
 from specdec.bench.workloads import Request
 from specdec.engine.engine import Chunk, Engine
 
-GREEDY = SamplingOptions()
 
-
-def request(user, number, num_tokens=5, arrival_s=None):
+def request(user, number=0, num_tokens=5, arrival_s=None):
     prompt = [3 + user, 4 + number, 5][: 2 + number]
     return Request(f"{user}-{number}", "maths", prompt, num_tokens, 0, user, arrival_s)
+
+
+def served(*requests, engine=None, max_rows=4):
+    return serve(engine or Engine(tiny_target(), max_rows=max_rows), requests, SamplingOptions())
 
 
 def test_request_is_answered_as_if_alone():
     target = tiny_target()
     requests = [request(user, number, 3 + user) for number in range(2) for user in range(3)]
-    rows = serve(Engine(target, max_rows=2), requests, GREEDY)
-    assert len(rows) == 6
+    rows = served(*requests, engine=Engine(target, max_rows=2))
     for one, row in zip(requests, rows, strict=True):
         alone = generate_baseline(target, [one.prompt], max_new_tokens=one.max_new_tokens)[0]
         assert row.tokens == alone.tokens
@@ -34,8 +35,7 @@ def test_request_is_answered_as_if_alone():
 
 
 def test_user_sends_the_next_request_after_an_answer():
-    requests = [request(0, 0, 2), request(1, 0, 12), request(0, 1, 2), request(1, 1, 2)]
-    rows = serve(Engine(tiny_target(), max_rows=4), requests, GREEDY)
+    rows = served(request(0, 0, 2), request(1, 0, 12), request(0, 1, 2), request(1, 1, 2))
     assert rows[2].sent_s >= rows[0].chunk_s[-1]
     assert rows[3].sent_s >= rows[1].chunk_s[-1]
     # The quick user did not wait for the slow one.
@@ -43,8 +43,7 @@ def test_user_sends_the_next_request_after_an_answer():
 
 
 def test_request_without_row_waits_in_order():
-    requests = [request(user, 0, 6) for user in range(3)]
-    rows = serve(Engine(tiny_target(), max_rows=1), requests, GREEDY)
+    rows = served(*(request(user, 0, 6) for user in range(3)), max_rows=1)
     for earlier, later in pairwise(rows):
         assert later.chunk_s[0] > earlier.chunk_s[-1]
         assert later.queue_s > earlier.queue_s
@@ -53,8 +52,7 @@ def test_request_without_row_waits_in_order():
 
 
 def test_arriving_request_is_sent_at_its_time():
-    requests = [request(0, 0, 40, 0.0), request(0, 1, 3, 1e-4), request(1, 0, 3, 0.05)]
-    rows = serve(Engine(tiny_target(), max_rows=4), requests, GREEDY)
+    rows = served(request(0, 0, 40, 0.0), request(0, 1, 3, 1e-4), request(1, 0, 3, 0.05))
     assert [row.sent_s for row in rows] == [0.0, 1e-4, 0.05]
     assert rows[1].sent_s < rows[0].chunk_s[-1]
     assert rows[2].chunk_s[0] > 0.05
@@ -62,10 +60,10 @@ def test_arriving_request_is_sent_at_its_time():
 
 
 class BusyEngine:
-    """Takes a long step, by its clock, before the second request can be submitted."""
+    """Takes a step of five seconds, by its clock, before the next request can be submitted."""
 
-    def __init__(self, clock):
-        self.clock, self.sent = clock, []
+    def __init__(self, clock, errors=()):
+        self.clock, self.errors, self.sent = clock, errors, []
 
     def submit(self, prompt, sampling, *, max_new_tokens):
         self.sent.append(self.clock.now)
@@ -73,20 +71,12 @@ class BusyEngine:
 
     def advance(self):
         self.clock.now += 5.0
-        last = len(self.sent) - 1
-        return [Chunk(last, [1], "", "length")]
+        return [Chunk(len(self.sent) - 1, [1], "", "length")]
 
     def result(self, index):
-        reason = "error" if index == 1 else "length"
-        return SimpleNamespace(
-            tokens=[1],
-            ttft_s=4.5,
-            decode_s=0.0,
-            queue_s=0.5,
-            records=[],
-            finish_reason=reason,
-            error="no memory" if index == 1 else "",
-        )
+        times = {"ttft_s": 4.5, "decode_s": 0.0, "queue_s": 0.5}
+        error = "no memory" if index in self.errors else ""
+        return SimpleNamespace(tokens=[1], records=[], error=error, **times)
 
 
 @pytest.fixture
@@ -99,37 +89,21 @@ def clock(monkeypatch):
 
 
 def test_failed_request_leaves_its_reason(clock):
-    requests = [
-        request(0, 0, arrival_s=0.0),
-        request(1, 0, arrival_s=2.0),
-        request(2, 0, arrival_s=6.0),
-    ]
-    rows = serve(BusyEngine(clock), requests, GREEDY)
+    requests = [request(user, arrival_s=when) for user, when in enumerate((0.0, 2.0, 6.0))]
+    rows = served(*requests, engine=BusyEngine(clock, errors=[1]))
     assert [row if isinstance(row, str) else row.tokens for row in rows] == [[1], "no memory", [1]]
 
 
 def test_idle_engine_sleeps_until_the_next_arrival(clock):
     engine = BusyEngine(clock)
-    rows = serve(engine, [request(0, 0, arrival_s=3.0)], GREEDY)
+    (row,) = served(request(0, arrival_s=3.0), engine=engine)
     assert engine.sent == [103.0]
-    assert rows[0].sent_s == 3.0
-    assert rows[0].chunk_s == [8.0]
+    assert (row.sent_s, row.chunk_s) == (3.0, [8.0])
 
 
 def test_late_time_counts_as_queue(clock):
-    class Late(BusyEngine):
-        def result(self, index):
-            return SimpleNamespace(
-                tokens=[1],
-                ttft_s=4.5,
-                decode_s=0.0,
-                queue_s=0.5,
-                records=[],
-                finish_reason="length",
-                error="",
-            )
-
-    rows = serve(Late(clock), [request(0, 0, arrival_s=0.0), request(1, 0, arrival_s=2.0)], GREEDY)
-    assert rows[1].sent_s == 2.0
-    assert rows[1].queue_s == pytest.approx(3.0 + 0.5)
-    assert rows[1].waited_s == pytest.approx(10.0 - 2.0)
+    requests = request(0, arrival_s=0.0), request(1, arrival_s=2.0)
+    _, row = served(*requests, engine=BusyEngine(clock))
+    assert row.sent_s == 2.0
+    assert row.queue_s == pytest.approx(3.0 + 0.5)
+    assert row.waited_s == pytest.approx(10.0 - 2.0)

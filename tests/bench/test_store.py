@@ -11,6 +11,7 @@ from specdec.engine.metrics import StepRecord
 
 TARGET = {"hidden_size": 8, "facts": {"vocab_size": 9}}
 IDENTITY = {"config": {"repeats": 1}, "device": "cpu", "the target": TARGET}
+FIRST, SECOND = Key(0, 0, "model"), Key(0, 1, "model")
 
 
 def run(num_steps):
@@ -20,38 +21,33 @@ def run(num_steps):
 
 
 def call(*rows):
-    return Call(
-        list(rows), 1.5, Memory(peak_rss_bytes=9, peak_device_bytes=None, cache_bytes=4), 2.5
-    )
+    memory = Memory(peak_rss_bytes=9, peak_device_bytes=None, cache_bytes=4)
+    return Call(list(rows), 1.5, memory, 2.5)
 
 
-def stored(folder, *calls):
-    """A folder with these calls; returns its file and its lines."""
-    with Store(folder, IDENTITY, {"date": "first"}) as store:
-        for number, each in enumerate(calls):
-            store.add(Key(0, number, "model"), each)
-    path = folder / "records.jsonl"
-    return path, path.read_bytes().splitlines(keepends=True)
-
-
-def reopened(folder, identity=IDENTITY):
-    with Store(folder, identity, {"date": "second"}) as store:
+def stored(folder, calls, date="first", identity=IDENTITY):
+    """Open a folder's store, and keep these calls there."""
+    with Store(folder, identity, {"date": date}) as store:
+        for key, each in calls.items():
+            store.add(key, each)
         return store
 
 
 def test_calls_come_back_as_they_were_stored(tmp_path):
-    calls = [call(run(3), "ValueError: too long", run(0), run(2)), call("nothing")]
-    stored(tmp_path, *calls)
-    assert reopened(tmp_path).done == {(0, 0, "model"): calls[0], (0, 1, "model"): calls[1]}
+    calls = {FIRST: call(run(3), "ValueError: too long", run(0), run(2)), SECOND: call("nothing")}
+    stored(tmp_path, calls)
+    assert stored(tmp_path, {}).done == calls
+    row = json.loads((tmp_path / "records.jsonl").read_text().splitlines()[2])
+    assert (row["repeat"], row["call"], row["arm"]) == FIRST
+    assert [step["num_accepted"] for step in row["rows"][0]["records"]] == [1, 1, 1]
+    assert row["rows"][1] == "ValueError: too long"
 
 
 def test_provenance_is_of_the_last_start_that_measured(tmp_path):
-    stored(tmp_path, call(run(1)))
-    store = reopened(tmp_path)
-    assert store.provenance == {"date": "first"}
-    with Store(tmp_path, IDENTITY, {"date": "third"}) as store:
-        store.add(Key(0, 1, "model"), call(run(1)))
-    assert store.provenance == reopened(tmp_path).provenance == {"date": "third"}
+    stored(tmp_path, {FIRST: call(run(1))})
+    assert stored(tmp_path, {}, "second").provenance == {"date": "first"}
+    third = stored(tmp_path, {SECOND: call(run(1))}, "third")
+    assert third.provenance == stored(tmp_path, {}, "fourth").provenance == {"date": "third"}
 
 
 @pytest.mark.parametrize(
@@ -66,35 +62,24 @@ def test_provenance_is_of_the_last_start_that_measured(tmp_path):
     ids=["half a line", "zeros", "not text", "not JSON", "another thing"],
 )
 def test_damaged_call_alone_is_decoded_again(tmp_path, damage):
-    path, lines = stored(tmp_path, call(run(2)), call(run(3)), call(run(1)))
+    stored(tmp_path, {FIRST: call(run(2)), SECOND: call(run(3)), Key(0, 2, "model"): call(run(1))})
+    path = tmp_path / "records.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:3], damage(lines[3])]))
-    assert set(reopened(tmp_path).done) == {(0, 0, "model")}
-    with Store(tmp_path, IDENTITY, {}) as store:
-        store.add(Key(0, 1, "model"), call(run(3)))
-    assert set(reopened(tmp_path).done) == {(0, 0, "model"), (0, 1, "model")}
+    assert set(stored(tmp_path, {}).done) == {FIRST}
+    stored(tmp_path, {SECOND: call(run(3))})
+    assert set(stored(tmp_path, {}).done) == {FIRST, SECOND}
 
 
 def test_folder_of_another_run_is_refused(tmp_path):
-    stored(tmp_path)
+    stored(tmp_path, {})
     other = {**IDENTITY, "config": {"repeats": 2}, "device": "A GPU"}
-    with Store(
-        tmp_path, other, {"date": ""}
-    ) as store:  # nothing was measured, so any run may take it
-        store.add(Key(0, 0, "plain"), call(run(1)))
-    with pytest.raises(
-        ValueError, match=r"config.repeats is 2 there, not 1; device is 'A GPU' there, not 'cpu'"
-    ):
-        reopened(tmp_path)
+    stored(tmp_path, {FIRST: call(run(1))}, identity=other)  # nothing was measured: any may take it
+    message = r"config.repeats is 2 there, not 1; device is 'A GPU' there, not 'cpu'"
+    with pytest.raises(ValueError, match=message):
+        stored(tmp_path, {})
     path = tmp_path / "records.jsonl"
     path.write_bytes(b"#\n" + path.read_bytes().partition(b"\n")[2])
     with pytest.raises(ValueError, match="first line is damaged"):
-        reopened(tmp_path, other)
+        stored(tmp_path, {}, identity=other)
     assert len(path.read_bytes().splitlines()) == 3
-
-
-def test_line_holds_a_call_with_its_steps(tmp_path):
-    _, lines = stored(tmp_path, call(run(2), "broken"))
-    row = json.loads(lines[2])
-    assert (row["repeat"], row["call"], row["arm"]) == (0, 0, "model")
-    assert [step["num_accepted"] for step in row["rows"][0]["records"]] == [1, 1]
-    assert row["rows"][1] == "broken"

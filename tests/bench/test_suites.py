@@ -1,12 +1,12 @@
-"""Suites end to end: the same requests for every arm, resuming, and what fails a run."""
+"""Suites end to end: the same requests for every arm, and what fails a run."""
 
 import json
 
 import pytest
-from tiny_suites import save_models, save_suite
+from tiny_suites import calls_of, key_of, save_suite
 from typer.testing import CliRunner
 
-from specdec.bench import arms, runner
+from specdec.bench import arms
 from specdec.bench.results import SuiteResults
 from specdec.bench.runner import GreedyMismatchError, check_results, run_bench
 from specdec.bench.sweep import load_cells
@@ -14,11 +14,7 @@ from specdec.cli import app
 from specdec.engine.engine import Engine
 
 KEYS = {
-    "single_turn": """
-buckets:
-  - {name: short, low: 1, high: 30, num: 2}
-  - {low: 60, high: 90, num: 2}
-""",
+    "single_turn": "buckets: [{name: short, high: 30, num: 2}, {low: 60, high: 90, num: 2}]",
     "multi_turn": "turns: 3\nconversations: 2\n",
     "long_context": "bins: 3\nnum: 2\n",
     "concurrent": """
@@ -34,28 +30,13 @@ NAMES = ["plain", "ngram", "model"]
 ROW = 2 * 2 * 128 * 2 * 8 * 4
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return save_models(tmp_path_factory.mktemp("models"))
-
-
 @pytest.fixture
-def suite(models, tmp_path):
-    return lambda name: save_suite(tmp_path, models, name, KEYS[name])
-
-
-@pytest.fixture
-def run(suite, tmp_path):
-    def run_suite(name, *overrides, out="out", **options):
-        (cell,) = load_cells(suite(name), overrides)
-        return run_bench(cell.config, tmp_path / out, **options)
+def run(models, tmp_path):
+    def run_suite(name, *overrides, out="out"):
+        (cell,) = load_cells(save_suite(tmp_path, models, name, KEYS[name]), overrides)
+        return run_bench(cell.config, tmp_path / out)
 
     return run_suite
-
-
-def calls_of(folder):
-    rows = [json.loads(line) for line in (folder / "records.jsonl").open()]
-    return [row for row in rows if "call" in row]
 
 
 @pytest.mark.parametrize("name", list(KEYS))
@@ -80,7 +61,7 @@ def test_arms_answer_alike_and_figures_add_up(run, tmp_path, name):
         assert plain.tau == plain.speedup_vs_plain == 1.0
         assert model.tau > 1
         num_calls += len(group.requests) if name != "concurrent" else 1
-    keys = [(row["repeat"], row["call"], row["arm"]) for row in calls_of(tmp_path / "out")]
+    keys = [key_of(row) for row in calls_of(tmp_path / "out")]
     assert sorted(keys) == sorted(
         (r, c, n) for r in range(2) for c in range(num_calls) for n in NAMES
     )
@@ -140,55 +121,28 @@ def test_sampled_requests_use_their_own_seeds(run, tmp_path):
     assert [g.requests for g in again.groups] == [g.requests for g in results.groups]
 
 
-def test_killed_suite_serves_only_what_is_missing(run, tmp_path, monkeypatch):
-    def kill(done, total, text):
-        if done == 5:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run("single_turn", progress=kill)
-    records = tmp_path / "out" / "records.jsonl"
-    before = records.read_text()
-    assert len(calls_of(tmp_path / "out")) == 5
-    records.write_text(before + '{"repeat": 0, "half a li')
-    served = []
-    real = runner.measure_call
-    monkeypatch.setattr(runner, "measure_call", lambda *a: served.append(1) or real(*a))
-    results = run("single_turn")
-    assert records.read_text().startswith(before)
-    assert len(served) == 2 * 4 * 3 - 5
-    keys = [(row["repeat"], row["call"], row["arm"]) for row in calls_of(tmp_path / "out")]
-    assert len(keys) == len(set(keys)) == 2 * 4 * 3
-    # Everything is there: nothing is served, and the figures from the records are the same.
-    assert run("single_turn") == results
-    assert len(served) == 2 * 4 * 3 - 5
-
-
-def test_folder_of_other_requests_is_refused(run, tmp_path):
-    run("single_turn", "arms=[]", "repeats=1")
-    (tmp_path / "out" / "suite.json").unlink()
-    with pytest.raises(ValueError, match=r"config.repeats is 1 there, not 2"):
-        run("single_turn", "arms=[]", "repeats=2")
-    with pytest.raises(ValueError, match=r"config.seed is 0 there, not 1; requests is"):
-        run("single_turn", "arms=[]", "repeats=1", "seed=1")
-
-
-def test_other_tokens_than_plain_fail_the_run(suite, tmp_path, monkeypatch):
+@pytest.fixture
+def changed(monkeypatch):
+    """Change the rows of every served call, given the engine too."""
     real = arms.serve
 
-    def swap_a_token(engine, requests, sampling, after_step):
-        rows = real(engine, requests, sampling, after_step)
+    def install(change):
+        monkeypatch.setattr(arms, "serve", lambda *given: change(given[0], real(*given)))
+
+    return install
+
+
+def test_other_tokens_than_plain_fail_the_run(models, tmp_path, changed):
+    def swap_a_token(engine, rows):
         if engine.drafter is not None:
             rows[0].tokens[2] = (rows[0].tokens[2] + 1) % 97
         return rows
 
-    monkeypatch.setattr(arms, "serve", swap_a_token)
-    path = suite("single_turn")
+    changed(swap_a_token)
+    path = save_suite(tmp_path, models, "single_turn", KEYS["single_turn"])
     done = CliRunner().invoke(app, ["bench", path, "repeats=1", "--out", str(tmp_path / "out")])
     assert done.exit_code == 1
-    assert (
-        "outputs differ at temperature 0 in float32 in short (1-30); requests by arm" in done.stderr
-    )
+    assert "outputs differ at temperature 0 in float32 in short (1-30); requests by" in done.stderr
     results = SuiteResults.read(json.loads((tmp_path / "out/suite.json").read_text()))
     ngram = results.groups[0].arms[1]
     assert [(d.request, d.position) for d in ngram.differences] == [("short-0", 2), ("short-1", 2)]
@@ -197,6 +151,17 @@ def test_other_tokens_than_plain_fail_the_run(suite, tmp_path, monkeypatch):
         check_results(results)
     results.provenance.dtype = "bfloat16"
     check_results(results)  # there it is reported, and fails nothing
+
+
+def test_call_with_a_failed_request_has_no_throughput(run, changed):
+    changed(lambda engine, rows: [*rows[:-1], "no room"])
+    results = run("concurrent", "repeats=1", "users=[2]", "arms=[]")
+    check_results(results)
+    (plain,) = results.groups[0].arms
+    (failure,) = plain.failures
+    assert failure.model_dump() == {"request": "user1-1", "repeat": 0, "reason": "no room"}
+    assert plain.load.tokens_per_s is None
+    assert plain.latency_s["p50"] > 0
 
 
 def test_arm_without_a_good_request_fails_the_run(run, monkeypatch):
@@ -214,19 +179,3 @@ def test_arm_without_a_good_request_fails_the_run(run, monkeypatch):
     assert ngram.load.tokens_per_s is None
     with pytest.raises(RuntimeError, match="'ngram' in 2 users failed: RuntimeError: no luck"):
         check_results(results)
-
-
-def test_call_with_a_failed_request_has_no_throughput(run, monkeypatch):
-    real = arms.serve
-
-    def fail_the_last(engine, requests, sampling, after_step):
-        return [*real(engine, requests, sampling, after_step)[:-1], "no room"]
-
-    monkeypatch.setattr(arms, "serve", fail_the_last)
-    results = run("concurrent", "repeats=1", "users=[2]", "arms=[]")
-    check_results(results)
-    (plain,) = results.groups[0].arms
-    (failure,) = plain.failures
-    assert failure.model_dump() == {"request": "user1-1", "repeat": 0, "reason": "no room"}
-    assert plain.load.tokens_per_s is None
-    assert plain.latency_s["p50"] > 0
