@@ -1,6 +1,8 @@
 """Rows of random tokens, and feature stores of what a tiny target makes of them."""
 
 import json
+import resource
+from contextlib import contextmanager
 
 import torch
 
@@ -80,3 +82,14 @@ def make_store(folder, target, rows=None, held_out=(), **options):
 def contents(folder):
     """Name -> bytes of every file."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@contextmanager
+def room_for(num_bytes):
+    """A disk on which no file has more bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

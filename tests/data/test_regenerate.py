@@ -1,11 +1,11 @@
 """The target's own answers: what is written, how a killed run goes on, what fails and is kept."""
 
 import json
-import resource
 from dataclasses import replace
 
 import pytest
 from tiny_chat import END, answers_in, chatty_target, lines_of, said, spelled, user
+from tiny_features import room_for
 
 from specdec import SamplingConfig, generate_baseline, load_drafter
 from specdec.checkpoints import identify_target
@@ -64,10 +64,8 @@ def test_rows_hold_what_the_target_wrote_in_order(target, tmp_path):
             ((start, end),) = row["answers"]
             config = SamplingConfig(row["temperature"], seed=row["seed"])
             alone = generate_baseline(target, [list(query.messages)], config, max_new_tokens=24)[0]
-            assert (row["tokens"][:start], row["tokens"][start:]) == (
-                alone.prompt_tokens,
-                alone.tokens,
-            )
+            assert row["tokens"][:start] == alone.prompt_tokens
+            assert row["tokens"][start:] == alone.tokens
             assert end == len(row["tokens"])
             assert (row["finish_reason"] == "eos") == (row["tokens"][-1] == END)
             assert (row["text"], row["domain"]) == (alone.text, query.domain)
@@ -136,14 +134,9 @@ def test_damaged_journal_line_costs_only_its_tokens(target, tmp_path, monkeypatc
 def test_full_disk_keeps_what_was_answered(target, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "full"
     regenerate(some_queries(), whole, target)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     half = (whole / "journal.jsonl").stat().st_size // 2
-    resource.setrlimit(resource.RLIMIT_FSIZE, (half, hard))
-    try:
-        with pytest.raises(OSError, match="no space left"):
-            regenerate(some_queries(), out, target)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with room_for(half), pytest.raises(OSError, match="no space left"):
+        regenerate(some_queries(), out, target)
     assert [path.name for path in out.iterdir()] == ["journal.jsonl"]
     manifest = regenerate(some_queries(), out, target)
     assert answers_in(out) == answers_in(whole)
@@ -158,19 +151,15 @@ def test_all_turns_follow_the_targets_own_answers(target, tmp_path):
     settings = changed(temperatures=[1.0], max_new_tokens=30, turns="all")
     manifest = regenerate(queries, tmp_path, target, settings)
     end, seen = chr(32 + END), set()
+    asked = (f"s:be brief{end}u:7{end}a:", f"u:5{end}u:and 8{end}a:", f"u:3{end}a:")
     rows = lines_of(tmp_path / "train.jsonl")
     for row in rows:
         text = spelled(row["tokens"])
-        expected, wrote = f"s:be brief{end}u:7{end}a:", [text[a:b] for a, b in row["answers"]]
-        asked = (f"u:5{end}u:and 8{end}a:", f"u:3{end}a:", "")
-        for answer, more in zip(wrote, asked, strict=False):
-            expected += answer
-            if answer is not wrote[-1]:
-                assert answer.endswith(end)
-                expected += more
-        assert text == expected
-        seen.add(len(wrote))
+        wrote = [text[a:b] for a, b in row["answers"]]
+        assert text == "".join(map("".join, zip(asked, wrote, strict=False)))
+        assert all(answer.endswith(end) for answer in wrote[:-1])
         assert len(wrote) == 3 or row["finish_reason"] == "length"
+        seen.add(len(wrote))
     assert seen == {1, 2, 3}
     assert manifest.answers == sum(len(row["answers"]) for row in rows)
     assert manifest.unanswered_turns == 90 - manifest.answers
@@ -180,9 +169,8 @@ def test_last_turn_is_answered_after_recorded_ones(target, tmp_path):
     recorded = (*user("7"), said("eight"), *user("5"), said("never read"))
     regenerate({"train": [Query("q", recorded)]}, tmp_path, target)
     (row,) = lines_of(tmp_path / "train.jsonl")
-    end = chr(32 + END)
     prompt = spelled(row["tokens"][: row["answers"][0][0]])
-    assert prompt == f"u:7{end}a:eight{end}u:5{end}a:"
+    assert prompt == "u:7Ha:eightHu:5Ha:".replace("H", chr(32 + END))
 
 
 def test_unanswerable_queries_are_listed_with_their_reason(target, tmp_path):

@@ -66,26 +66,17 @@ def test_rows_hold_the_servers_tokens_in_order(server, tmp_path):
     assert len({body["seed"] for body in server.requests}) == 10
 
 
-def test_text_alone_is_tokenized_and_marked(server, tmp_path):
-    ask(server, tmp_path / "ids")
-    server.gives_ids = False
-    manifest = ask(server, tmp_path / "text")
-    assert manifest.retokenized_answers == 10
-    for ours, theirs in zip(
-        lines_of(tmp_path / "text/train.jsonl"), lines_of(tmp_path / "ids/train.jsonl"), strict=True
-    ):
-        assert ours.pop("retokenized") is True
-        assert ours == theirs
-
-
-def test_completions_send_the_tokens_of_the_prompt(server, tmp_path):
+def test_every_way_of_asking_gives_the_same_rows(server, tmp_path):
     ask(server, tmp_path / "chat")
     server.requests.clear()
     ask(server, tmp_path / "completion", api="completion")
     assert answers_in(tmp_path / "completion") == answers_in(tmp_path / "chat")
     assert all(isinstance(body["prompt"], list) for body in server.requests)
-    raw = {"train": [Query("t", text="abc")], "held_out": []}
-    ask(server, tmp_path / "raw", raw)
+    server.gives_ids = False
+    assert ask(server, tmp_path / "text").retokenized_answers == 10
+    rows, wanted = (lines_of(tmp_path / name / "train.jsonl") for name in ("text", "chat"))
+    assert rows == [{**row, "retokenized": True} for row in wanted]
+    ask(server, tmp_path / "raw", {"train": [Query("t", text="abc")], "held_out": []})
     (row,) = lines_of(tmp_path / "raw/train.jsonl")
     assert row["tokens"] == [*letters("abccba"), END]
 
@@ -99,10 +90,8 @@ def test_all_turns_follow_the_servers_own_answers(server, tmp_path, api, gives_i
     (row,) = lines_of(tmp_path / "train.jsonl")
     end = chr(32 + END)
     assert row["tokens"] == letters(f"u:one{end}a:eno{end}u:two{end}a:owt{end}")
-    assert [row["tokens"][a:b] for a, b in row["answers"]] == [
-        letters(f"eno{end}"),
-        letters(f"owt{end}"),
-    ]
+    wrote = [row["tokens"][a:b] for a, b in row["answers"]]
+    assert wrote == [letters(f"eno{end}"), letters(f"owt{end}")]
 
 
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, "drop"])
@@ -114,14 +103,10 @@ def test_what_may_pass_is_tried_again(server, tmp_path, status):
     assert len(server.requests) == 8
 
 
-def only_for_query_3(answer):
-    """Give this answer to one query."""
-    return lambda number, body: answer if "query 003" in str(body["messages"]) else None
-
-
 @pytest.mark.parametrize(("status", "attempts"), [(400, 1), (413, 1), (422, 1), (500, 3)])
 def test_query_without_an_answer_is_listed(server, tmp_path, status, attempts):
-    server.respond = only_for_query_3((status, {}, {"error": "too long"}))
+    refusal = (status, {}, {"error": "too long"})
+    server.respond = lambda number, body: refusal if "query 003" in str(body) else None
     manifest = ask(server, tmp_path, attempts=3)
     assert len(server.requests) == 9 + attempts, "what cannot pass is not tried again"
     (failed,) = lines_of(tmp_path / "failed.jsonl")
@@ -141,8 +126,7 @@ def test_the_server_says_how_long_to_wait(server, tmp_path):
         return (429, {"retry-after": "0.3"}, "slow down") if number == 1 else None
 
     server.respond = respond
-    found = {"train": queries()["train"][:1], "held_out": []}
-    ask(server, tmp_path, found)
+    ask(server, tmp_path, only(q=user("one")))
     assert times[1] - times[0] >= 0.3
 
 
@@ -212,37 +196,23 @@ def test_the_api_key_is_sent_and_never_written(server, tmp_path):
 
 
 def test_strict_server_is_asked_without_unknown_fields(server, tmp_path):
-    def respond(number, body):
-        if "return_token_ids" in body:
-            return 400, {}, "Unrecognized request argument supplied: return_token_ids"
-        return None
-
-    server.respond = respond
-    manifest = ask(server, tmp_path, concurrency=1)
-    assert manifest.retokenized_answers == 10
+    refusal = 400, {}, "Unrecognized request argument supplied: return_token_ids"
+    server.respond = lambda number, body: refusal if "return_token_ids" in body else None
+    assert ask(server, tmp_path, concurrency=1).retokenized_answers == 10
     assert len(server.requests) == 11
 
 
-def broken_answer(change):
-    def respond(number, body):
-        message = {"role": "assistant", "content": "abc"}
-        choice = {"finish_reason": "stop", "message": message}
-        change(choice, message)
-        return 200, {}, {"choices": [choice]}
-
-    return respond
-
-
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("choice", "message", "reason"),
     [
-        (lambda c, m: m.update(reasoning_content="so"), "took reasoning or tool calls out"),
-        (lambda c, m: m.update(tool_calls=[{"id": 1}]), "took reasoning or tool calls out"),
-        (lambda c, m: c.update(finish_reason="content_filter"), "ended by 'content_filter'"),
+        ({}, {"reasoning_content": "so"}, "took reasoning or tool calls out"),
+        ({}, {"tool_calls": [{"id": 1}]}, "took reasoning or tool calls out"),
+        ({"finish_reason": "content_filter"}, {}, "ended by 'content_filter'"),
     ],
 )
-def test_changed_answer_is_refused(server, tmp_path, change, reason):
-    server.respond = broken_answer(change)
+def test_changed_answer_is_refused(server, tmp_path, choice, message, reason):
+    whole = {"finish_reason": "stop", "message": {**said("abc"), **message}, **choice}
+    server.respond = lambda number, body: (200, {}, {"choices": [whole]})
     with pytest.raises(RuntimeError, match=f"every query failed.*{reason}"):
         ask(server, tmp_path)
     assert len(lines_of(tmp_path / "failed.jsonl")) == 10
@@ -279,9 +249,8 @@ def test_template_that_rewrites_answers_ends_the_dialogue(server, tmp_path):
 
 def test_answer_cut_by_the_context_fails(server, tmp_path):
     def respond(number, body):
-        content = body["messages"][0]["content"]
         answer = server.answer("/chat/completions", body)
-        if content == "query 003":
+        if body["messages"][0]["content"] == "query 003":
             answer["choices"][0]["finish_reason"] = "length"
         return 200, {}, answer
 
@@ -291,8 +260,8 @@ def test_answer_cut_by_the_context_fails(server, tmp_path):
     assert "context was full" in failed["reason"]
     ask(server, tmp_path / "long", only(long=user("x" * 40)))
     (row,) = lines_of(tmp_path / "long/train.jsonl")
-    assert row["finish_reason"] == "length"
-    assert row["answers"][0][1] - row["answers"][0][0] == 32
+    ((start, end),) = row["answers"]
+    assert (row["finish_reason"], end - start) == ("length", 32)
 
 
 def test_folder_of_another_endpoint_is_refused(server, tmp_path):
