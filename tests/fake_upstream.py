@@ -78,9 +78,11 @@ class Proxy:
     def client(self):
         return httpx.Client(base_url=self.url, timeout=PATIENCE_S, verify=False)
 
-    def ask(self, body=None, path="/v1/chat/completions", **options):
+    def ask(self, body=None, path="/v1/chat/completions", method="POST", **options):
+        """Send a chat, or other content as it is."""
+        given = {} if method == "GET" or "content" in options else {"json": body or chat("hello")}
         with self.client() as client:
-            return client.post(path, json=body or chat("hello"), **options)
+            return client.request(method, path, **given, **options)
 
     @contextmanager
     def stream(self, body=None, path="/v1/chat/completions", **options):
@@ -91,8 +93,7 @@ class Proxy:
             yield response
 
     def health(self):
-        with self.client() as client:
-            return client.get("/health").json()
+        return self.ask(path="/health", method="GET").json()
 
     def records(self):
         return [json.loads(line) for line in self.lines()]
@@ -151,23 +152,24 @@ def streaming(pieces, **options):
     return respond
 
 
-def json_answer(body, status=200, **headers):
-    """An answer that is sent whole."""
+def just(response):
+    """An answer that is always this one."""
 
     async def respond(request):
-        return JSONResponse(body, status, headers)
+        return response
 
     return respond
+
+
+def json_answer(body, status=200, **headers):
+    return just(JSONResponse(body, status, headers))
 
 
 def raw_answer(*messages):
     """An application that sends these ASGI messages and returns, as a server that dies."""
 
-    async def respond(request):
-        async def app(scope, receive, send):
-            for message in messages:
-                await send(message)
+    async def app(scope, receive, send):
+        for message in messages:
+            await send(message)
 
-        return app
-
-    return respond
+    return just(app)

@@ -4,8 +4,7 @@ import functools
 import socket
 
 import pytest
-from fake_upstream import PATIENCE_S, FakeUpstream, Proxy, Served, answer
-from starlette.responses import JSONResponse
+from fake_upstream import PATIENCE_S, FakeUpstream, Proxy, Served, answer, json_answer
 
 from specdec.proxy.recorder import Recorder
 from specdec.proxy.records import ProxyConfig, RecordFiles, parse_size
@@ -29,10 +28,7 @@ def upstream(upstream_server):
     app.left.clear()
     app.url = served.url
 
-    async def hi(request):
-        return JSONResponse(answer("hi"))
-
-    app.answer = hi
+    app.answer = json_answer(answer("hi"))
     return app
 
 

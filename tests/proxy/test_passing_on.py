@@ -17,6 +17,7 @@ from fake_upstream import (
     delta,
     event,
     json_answer,
+    just,
     raw_answer,
     streaming,
 )
@@ -51,11 +52,9 @@ def test_stream_passes_byte_for_byte_however_cut(proxy, upstream, cut):
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"])
 def test_any_method_and_path_passes_as_written(proxy, upstream, method):
     target = "/v1/models/a%2Fb/c%20d;x?q=%26&q=2&empty="
+    given = {"content": b"\x00body\xff", "extensions": {"target": target.encode()}}
     with proxy.client() as client:
-        request = httpx.Request(
-            method, proxy.url, content=b"\x00body\xff", extensions={"target": target.encode()}
-        )
-        assert client.send(request).status_code == 200
+        assert client.request(method, "/", **given).status_code == 200
     ((seen_method, scope, body),) = upstream.seen
     path, _, query = target.encode().partition(b"?")
     assert (seen_method, scope["raw_path"], scope["query_string"]) == (method, path, query)
@@ -63,14 +62,11 @@ def test_any_method_and_path_passes_as_written(proxy, upstream, method):
 
 
 def test_headers_pass_except_those_of_one_hop(proxy, upstream):
-    async def respond(request):
-        response = JSONResponse(answer("hi"), 201)
-        added = b"set-cookie a=1,set-cookie b=2,x-request-id 7,connection x-inner,x-inner 1"
-        pairs = [tuple(each.split()) for each in added.split(b",")]
-        response.raw_headers += [*pairs, (b"keep-alive", b"timeout=5")]
-        return response
-
-    upstream.answer = respond
+    response = JSONResponse(answer("hi"), 201)
+    added = b"set-cookie a=1,set-cookie b=2,x-request-id 7,connection x-inner,x-inner 1"
+    pairs = [tuple(each.split()) for each in added.split(b",")]
+    response.raw_headers += [*pairs, (b"keep-alive", b"timeout=5")]
+    upstream.answer = just(response)
     of_one_hop = {"connection": "x-private", "x-private": "1", "te": "trailers"}
     sent = {"authorization": "Bearer sk-1234567890", "x-tag": "t", "user-agent": "curl/8"}
     sent |= {**of_one_hop, "proxy-authorization": "Basic eDp5"}
@@ -99,8 +95,7 @@ def test_compressed_answer_passes_and_is_recorded_plain(proxy, upstream):
 
 
 def test_client_chooses_codings_of_unrecorded_answers(proxy, upstream):
-    with proxy.client() as client:
-        client.get("/v1/models", headers={"accept-encoding": "br, zstd"})
+    proxy.ask(path="/v1/models", method="GET", headers={"accept-encoding": "br, zstd"})
     assert dict(upstream.seen[0][1]["headers"])[b"accept-encoding"] == b"br, zstd"
 
 
@@ -123,10 +118,7 @@ def test_upstream_errors_pass_with_status_headers_body(proxy, upstream, status):
 
 @pytest.mark.parametrize(("method", "status"), [("HEAD", 200), ("GET", 204), ("GET", 304)])
 def test_answers_without_a_body_come_to_their_end(proxy, upstream, method, status):
-    async def respond(request):
-        return Response(None if status != 200 else b"12345", status)
-
-    upstream.answer = respond
+    upstream.answer = just(Response(None if status != 200 else b"12345", status))
     with proxy.client() as client:
         for _ in range(2):  # twice: the connection is still of use
             response = client.request(method, "/v1/models")
@@ -136,11 +128,8 @@ def test_answers_without_a_body_come_to_their_end(proxy, upstream, method, statu
 
 
 def test_request_without_a_length_is_passed_on(proxy, upstream):
-    with proxy.client() as client:
-        response = client.post(
-            "/v1/chat/completions", content=iter([b'{"messages"', b': [], "n": 1}'])
-        )
-    assert response.status_code == 200
+    content = iter([b'{"messages"', b': [], "n": 1}'])
+    assert proxy.ask(content=content).status_code == 200
     _, scope, body = upstream.seen[0]
     assert body == b'{"messages": [], "n": 1}'
     assert b"content-length" not in dict(scope["headers"])
@@ -154,8 +143,7 @@ def test_dead_upstream_gives_502_in_openai_form(start_proxy, free_port):
     error = response.json()["error"]
     assert error["code"] == "upstream_unreachable"
     assert error.keys() == {"message", "type", "param", "code"}
-    with proxy.client() as client:
-        health = client.get("/health")
+    health = proxy.ask(path="/health", method="GET")
     assert health.status_code == 503
     state = health.json()
     assert state["skipped"] == {"no answer from upstream": 1}
@@ -236,8 +224,7 @@ def test_concurrent_streams_do_not_mix(proxy, upstream):
 )
 def test_upstream_path_is_put_before_requests(start_proxy, upstream, root, path, reached):
     proxy = start_proxy(upstream.url + root)
-    with proxy.client() as client:
-        client.get(path)
+    proxy.ask(path=path, method="GET")
     assert upstream.seen[0][1]["raw_path"] == reached.encode()
 
 

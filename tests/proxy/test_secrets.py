@@ -129,6 +129,8 @@ def test_readers_find_what_they_need(proxy, upstream):
     proxy.ask(body)
     (record,) = proxy.records()
     assert (record["request"], record["response"]) == (body, response)
+    known = {"status": 200, "complete": True, "stream": False, "path": CHAT, "model": "m"}
+    assert record.items() >= (known | {"ttft_s": None}).items()
 
 
 def calls(arguments):
