@@ -141,7 +141,7 @@ run("train.yaml", "stopped")
 run("train.yaml", "from-one")
 run("full/train.yaml", "full/two")
 run("lora/train.yaml", "lora/two", "training.bf16=true")
-assert "is quantised" in failure(
+assert "is quantized" in failure(
     ValueError, "lora/train.yaml", "qlora", "drafter.options.method=qlora"
 )
 apart = failure(ValueError, "train.yaml", "two" if rank else "apart")
