@@ -1,10 +1,14 @@
 """Random heads for a small target, and decoding whose verdicts follow a script, not the target."""
 
+import math
 import random
 from dataclasses import dataclass, replace
+from itertools import product
 
+import pytest
 import torch
 from slow_heads import Continuation, MedusaGuesses, SlowEagle, SlowEagle3
+from slow_trees import drafted_nodes, expected_nodes, penalised
 from tiny_heads import tiny_head
 from tiny_models import tiny_target
 
@@ -54,16 +58,10 @@ def true_features(target, committed, taps):
 
 
 def slow_guesses(kind, head, target, committed, window=None, rope=None, **flags):
-    """The plain re-implementation of a head, behind a committed text.
+    """The plain re-implementation of a head, behind a committed text whose root comes last.
 
-    Args:
-        kind: of the head.
-        head: the tested module.
-        target: its target.
-        committed: tokens, the root last.
-        window: pairs that it is shown, the last ones; None for all.
-        rope: rotary settings; None for those of the target, whatever the head's are.
-        flags: options of EAGLE-3.
+    `window` counts the last pairs that it is shown; `rope` are rotary settings, None for those of
+    the target, whatever the head's are; `flags` are options of EAGLE-3.
     """
     top = target.config.num_hidden_layers
     hidden = true_features(target, committed, [*TAPS, top])
@@ -89,20 +87,9 @@ class Step:
 class ScriptedDecoding:
     """Drafts, scores and commits as the loop does, but accepts any path of a draft, by chance.
 
-    Random heads are seldom right; here drafts are taken whole, in part and not at all.
-
-    Args:
-        target: what the drafts are scored by.
-        drafter: drafts them.
-        prompts: of the first rows.
-        sampling: settings, dealt to the rows in turn; each row has a seed of its own.
-        seed: of the script.
-        num_tokens: the script draws tokens below this; None for any of the vocabulary.
-
-    Attributes:
-        rows: committed tokens of every row, the last of each its root.
-        steps: all that was drafted.
-        num_accepted: draft tokens taken, of every row and step.
+    Random heads are seldom right; here drafts are taken whole, in part and not at all. Settings are
+    dealt to the rows in turn; each row has a seed of its own. `rows` are the committed tokens, the
+    last of each its root; `num_accepted` counts the draft tokens taken, of every row and step.
     """
 
     def __init__(self, target, drafter, prompts, sampling=None, seed=0, num_tokens=None):
@@ -158,8 +145,13 @@ class ScriptedDecoding:
         news = [
             [*draft.tokens[row, path].tolist(), self._token()] for row, path in enumerate(paths)
         ]
-        verdict = _verdict(draft, paths, news)
         counts = [len(path) for path in paths]
+        verdict = Verdict(
+            _filled(news, draft.depth + 1),
+            torch.tensor(counts),
+            _filled(paths, draft.depth),
+            torch.zeros(draft.tokens.shape, dtype=torch.bool),
+        )
         self.target.commit(verdict, counts)
         self.drafter.observe(verdict, news, output.hidden)
         self.num_accepted += counts
@@ -186,14 +178,35 @@ class ScriptedDecoding:
         return path
 
 
-def _verdict(draft, paths, news):
-    def padded(rows, width):
-        filled = [row + [-1] * (width - len(row)) for row in rows]
-        return torch.tensor(filled, dtype=torch.long).view(len(rows), width)
+def _filled(rows, width):
+    rows = [[*row, *[-1] * (width - len(row))] for row in rows]
+    return torch.tensor(rows, dtype=torch.long).view(len(rows), width)
 
-    return Verdict(
-        padded(news, draft.depth + 1),
-        torch.tensor([len(path) for path in paths]),
-        padded(paths, draft.depth),
-        torch.zeros(draft.tokens.shape, dtype=torch.bool),
-    )
+
+def decoded(head, target, shape, num_steps=4, prompts=PROMPTS, budget=None, window=None, **options):
+    """Some steps of decoding with a head; `budget` is called with the step's number."""
+    drafter_class = next(each for each in DRAFTERS.values() if isinstance(head, each.head_class))
+    more = (window,) if window else ()
+    drafter = drafter_class(head, target.vocab_size, shape, *more)
+    decoding = ScriptedDecoding(target, drafter, prompts, **options)
+    for step in range(num_steps):
+        decoding.step(budget and budget(step))
+    return decoding
+
+
+def check_published(decoding, penalty=None, **slow):
+    """Every row of every draft is the published tree: nodes, order, parents and probabilities."""
+    drafter, num_rows = decoding.drafter, len(decoding.rows)
+    for step, row in product(decoding.steps, range(num_rows)):
+        committed = step.committed[row]
+        guesses = slow_guesses(drafter.kind, drafter.head, decoding.target, committed, **slow)
+
+        def logits(path):
+            plain = guesses.logits(path)  # noqa: B023
+            return penalised(plain, {*committed, *path}, penalty) if penalty else plain  # noqa: B023
+
+        expected = expected_nodes(drafter.shape, logits, step.budget[row])
+        drafted = drafted_nodes(step.draft, row)
+        assert [path for path, _ in drafted] == [path for path, _ in expected]
+        chances = [math.exp(score) for _, score in expected]
+        assert [confidence for _, confidence in drafted] == pytest.approx(chances, rel=1e-3)

@@ -2,8 +2,6 @@
 
 import math
 
-import pytest
-
 
 def log_softmax(logits):
     highest = max(logits.values())
@@ -93,22 +91,3 @@ def expected_nodes(shape, logits, budget):
     if shape.width == 1:
         return static_tree(logits, [[0] * (level + 1) for level in range(shape.depth)], budget)
     return dynamic_tree(logits, shape.depth, shape.width, min(shape.max_nodes, budget))
-
-
-def check_drafts(steps, shape, guesses_behind):
-    """Compare every row of every draft: nodes, order, parents and probabilities.
-
-    Args:
-        steps: what was drafted, see `Step`.
-        shape: of the trees.
-        guesses_behind: committed tokens -> (path -> {token: logit}).
-    """
-    for step in steps:
-        for row, committed in enumerate(step.committed):
-            logits = guesses_behind(committed)
-            expected = expected_nodes(shape, logits, step.budget[row])
-            drafted = drafted_nodes(step.draft, row)
-            assert [path for path, _ in drafted] == [path for path, _ in expected]
-            scores = [score for _, score in expected]
-            confidences = [confidence for _, confidence in drafted]
-            assert confidences == pytest.approx([math.exp(score) for score in scores], rel=1e-3)

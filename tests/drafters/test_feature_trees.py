@@ -11,104 +11,77 @@ from scripted import (
     DRAFTERS,
     PROMPTS,
     VOCAB,
-    ScriptedDecoding,
+    check_published,
+    decoded,
     lively_head,
-    slow_guesses,
     small_target,
-    true_features,
 )
-from slow_heads import Continuation, SlowEagle
-from slow_trees import check_drafts, drafted_nodes, penalised
+from slow_heads import SlowEagle
+from slow_trees import drafted_nodes
+from tiny_heads import save_tiny_head
+from transformers import Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, LlamaForCausalLM
 
 from specdec import SamplingConfig
-from specdec.drafters import feature_head as feature_drafter
+from specdec.drafters import feature_head
+from specdec.drafters.feature_head import Backbone
+from specdec.drafters.medusa import MedusaDrafter
 from specdec.drafters.tree_growth import TreeShape
+from specdec.targets.hf import HFTarget
 
-DYNAMIC = TreeShape(depth=4, width=5, max_nodes=18)
 CHOICES = [[0], [1], [4], [0, 0], [0, 2], [1, 0], [4, 1], [0, 0, 0], [0, 2, 1], [0, 2, 1, 0]]
-STATIC = TreeShape(choices=CHOICES)
-CHAIN = TreeShape(depth=3, width=1)
+DYNAMIC, STATIC = TreeShape(depth=4, width=5, max_nodes=18), TreeShape(choices=CHOICES)
+SHAPES = {"dynamic": DYNAMIC, "static": STATIC, "chain": TreeShape(depth=3, width=1)}
+KINDS = ["eagle", "eagle3"]
 # A vocabulary of its own whose ids are not the target's.
 DRAFT_TOKENS = [0, 1, 2, 4, 5, 7, 8, 11, 12, 16]
 NARROW = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "head_dim": 8}
-
-HEADS = {
-    "medusa": ("medusa", {}, {}),
-    "medusa, two blocks, the target's projection": (
-        "medusa",
-        {"num_layers": 2, "own_vocab_head": False},
-        {},
-    ),
-    "eagle": ("eagle", {}, {}),
-    "eagle, no bias, biased attention": ("eagle", {"bias": False, "qkv_bias": True}, {}),
-    "eagle3": ("eagle3", {}, {}),
-    "eagle3, draft vocabulary": ("eagle3", {"draft_tokens": DRAFT_TOKENS}, {}),
-    "eagle3, norms": (
-        "eagle3",
-        {"norm_before_residual": True, "norm_before_fc": True},
-        {"norm_before_residual": True, "norm_before_fc": True},
-    ),
-    "eagle3, normed output": ("eagle3", {"norm_output": True}, {"norm_output": True}),
-    "eagle3, own narrow embedding": (
+NORMS = {"norm_before_residual": True, "norm_before_fc": True}
+# Name, kind, options of the head, and those that the plain head must know.
+HEADS = [
+    ("medusa", "medusa", {}, {}),
+    ("medusa, two blocks, shared", "medusa", {"num_layers": 2, "own_vocab_head": False}, {}),
+    ("eagle", "eagle", {}, {}),
+    ("eagle, biased attention", "eagle", {"bias": False, "qkv_bias": True}, {}),
+    ("eagle3", "eagle3", {}, {}),
+    ("eagle3, draft vocabulary", "eagle3", {"draft_tokens": DRAFT_TOKENS}, {}),
+    ("eagle3, norms", "eagle3", NORMS, NORMS),
+    ("eagle3, normed output", "eagle3", {"norm_output": True}, {"norm_output": True}),
+    (
+        "eagle3, own narrow embedding",
         "eagle3",
         {"own_embedding": True, "backbone": {**NARROW, "num_key_value_heads": 1}},
         {},
     ),
-}
-NUM_STEPS = 5
-SHAPES = {"dynamic": DYNAMIC, "static": STATIC, "chain": CHAIN}
+]
 CASES = [
-    pytest.param(*HEADS[name], SHAPES[shape], id=f"{name}-{shape}")
-    for name in HEADS
+    pytest.param(kind, options, flags, SHAPES[shape], id=f"{name}-{shape}")
+    for name, kind, options, flags in HEADS
     for shape in SHAPES
-    if not (shape == "dynamic" and name.startswith("medusa"))
-    if not (shape == "chain" and "," in name)
+    if not (shape == "dynamic" and kind == "medusa") and not (shape == "chain" and "," in name)
 ]
 KINDS_AND_SHAPES = [
     pytest.param("medusa", STATIC, id="medusa-static"),
-    *(
-        pytest.param(kind, shape, id=f"{kind}-{name}")
-        for kind in ("eagle", "eagle3")
-        for name, shape in SHAPES.items()
-    ),
+    *(pytest.param(kind, SHAPES[name], id=f"{kind}-{name}") for kind in KINDS for name in SHAPES),
 ]
-
-
-def decoded(kind, head, target, shape, sampling=None, budget=None):
-    """Some steps of decoding; every draft is noted. `budget` is called with the step's number."""
-    drafter = DRAFTERS[kind](head, target.vocab_size, shape)
-    decoding = ScriptedDecoding(target, drafter, PROMPTS, sampling)
-    for step in range(NUM_STEPS):
-        decoding.step(budget and budget(step))
-    return decoding
 
 
 @pytest.mark.parametrize(("kind", "options", "flags", "shape"), CASES)
 def test_every_draft_is_the_published_tree(kind, options, flags, shape):
     target = small_target()
-    head = lively_head(kind, target, **options)
-    decoding = decoded(kind, head, target, shape)
-    check_drafts(
-        decoding.steps,
-        shape,
-        lambda committed: slow_guesses(kind, head, target, committed, **flags).logits,
-    )
+    decoding = decoded(lively_head(kind, target, **options), target, shape, 5)
+    check_published(decoding, **flags)
     assert 0 in decoding.num_accepted
     assert max(decoding.num_accepted) > 1
 
 
 @pytest.mark.parametrize(("kind", "shape"), KINDS_AND_SHAPES)
 def test_small_budgets_keep_first_or_best_nodes(kind, shape):
-    target = small_target()
-    head = lively_head(kind, target)
-
     def budget(step):
         return [0] * 4 if step == 3 else [(0, 2, 5, 18)[(step + row) % 4] for row in range(4)]
 
-    decoding = decoded(kind, head, target, shape, budget=budget)
-    check_drafts(
-        decoding.steps, shape, lambda committed: slow_guesses(kind, head, target, committed).logits
-    )
+    target = small_target()
+    decoding = decoded(lively_head(kind, target), target, shape, 5, budget=budget)
+    check_published(decoding)
     assert max(decoding.num_accepted) > 1
 
 
@@ -118,47 +91,41 @@ def test_chosen_children_feel_penalties_but_no_temperature(kind, shape, temperat
     target = small_target()
     head = lively_head(kind, target, **({"draft_tokens": DRAFT_TOKENS} if kind == "eagle3" else {}))
     sampling = [SamplingConfig(temperature=temperature, repetition_penalty=1.8)]
-    decoding = decoded(kind, head, target, shape, sampling)
-
-    def guesses_behind(committed):
-        slow = slow_guesses(kind, head, target, committed)
-        return lambda path: penalised(slow.logits(path), {*committed, *path}, 1.8)
-
-    check_drafts(decoding.steps, shape, guesses_behind)
+    check_published(decoded(head, target, shape, 5, sampling=sampling), penalty=1.8)
 
 
-@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
-def test_chunks_of_prompt_change_nothing(kind, monkeypatch):
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("window", [None, 5])
+def test_chunks_of_prompt_change_nothing(kind, window, monkeypatch):
+    monkeypatch.setattr(feature_head, "CHUNK", 3)
     target = small_target()
-    head = lively_head(kind, target)
-    whole = decoded(kind, head, target, DYNAMIC)
-    monkeypatch.setattr(feature_drafter, "CHUNK", 3)
-    chunked = decoded(kind, head, target, DYNAMIC)
-    assert len(whole.steps) == len(chunked.steps)
-    for ours, theirs in zip(chunked.steps, whole.steps, strict=True):
-        assert ours.committed == theirs.committed
-        for row in range(len(ours.committed)):
-            drafted, expected = drafted_nodes(ours.draft, row), drafted_nodes(theirs.draft, row)
-            assert [path for path, _ in drafted] == [path for path, _ in expected]
-            for (_, here), (_, there) in zip(drafted, expected, strict=True):
-                assert here == pytest.approx(there, rel=1e-4)
+    check_published(
+        decoded(lively_head(kind, target), target, STATIC, window=window), window=window
+    )
 
 
-def test_comparison_notices_shifted_features():
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("window", [1, 2, 5, 1000])
+def test_window_shows_last_pairs_only(kind, shape, window):
     target = small_target()
-    head = lively_head("eagle", target)
-    decoding = decoded("eagle", head, target, CHAIN)
+    decoding = decoded(lively_head(kind, target), target, SHAPES[shape], window=window)
+    check_published(decoding, window=window)
+    if window < 1000:
+        with pytest.raises(AssertionError):
+            check_published(decoding)
 
-    def off_by_one(committed):
-        slow = SlowEagle(head, target.model)
-        features = slow.fuse(true_features(target, committed, [3]))
-        return Continuation(slow, committed, features.roll(1, 0)).logits
 
+def test_comparison_notices_shifted_features(monkeypatch):
+    target = small_target()
+    decoding = decoded(lively_head("eagle", target), target, SHAPES["chain"])
+    fuse = SlowEagle.fuse
+    monkeypatch.setattr(SlowEagle, "fuse", lambda self, hidden: fuse(self, hidden).roll(1, 0))
     with pytest.raises(AssertionError):
-        check_drafts(decoding.steps, CHAIN, off_by_one)
+        check_published(decoding)
 
 
-@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [DYNAMIC, STATIC], ids=["dynamic", "static"])
 @pytest.mark.parametrize("sharpness", [0.0, 1e5])
 def test_exact_ties_keep_trees_connected(kind, shape, sharpness):
@@ -167,9 +134,8 @@ def test_exact_ties_keep_trees_connected(kind, shape, sharpness):
     projection = target.model.lm_head if kind == "eagle" else head.lm_head
     with torch.no_grad():
         projection.weight.mul_(sharpness)  # all tokens equally likely, or one of them certain
-    decoding = decoded(kind, head, target, shape)
     size = len(CHOICES) if shape is STATIC else shape.max_nodes
-    for step in decoding.steps:
+    for step in decoded(head, target, shape).steps:
         for row in range(len(PROMPTS)):
             paths, confidences = zip(*drafted_nodes(step.draft, row), strict=True)
             assert len(set(paths)) == len(paths) == size
@@ -194,19 +160,117 @@ def test_confidence_is_product_along_path(kind, shape, dtype):
         heard.append(logits.float().softmax(-1))
         return logits
 
-    if kind == "medusa":
-        head.forward = lambda *inputs, run=head.forward: hear(run(*inputs))
-    else:
-        head.logits = lambda outputs, run=head.logits: hear(run(outputs))
-    decoding = decoded(kind, head, target, shape)
-    for step in decoding.steps:
+    name = "forward" if kind == "medusa" else "logits"
+    run = getattr(head, name)
+    setattr(head, name, lambda *inputs: hear(run(*inputs)))
+    first, *_ = steps = decoded(head, target, shape).steps
+    for step in steps:
         for row in range(len(PROMPTS)):
             known = {(): 1.0, **dict(drafted_nodes(step.draft, row))}
-            for path, confidence in drafted_nodes(step.draft, row):
-                assert 0 <= confidence <= known[path[:-1]]
-    # What the head said first in the first step is the law of the root's children.
-    first = heard[0][:, 0]
+            assert all(0 <= known[path] <= known[path[:-1]] for path in known if path)
+    # What the head said first in the first step is the distribution of the root's children.
     for row in range(len(PROMPTS)):
-        for path, confidence in drafted_nodes(decoding.steps[0].draft, row):
+        for path, confidence in drafted_nodes(first.draft, row):
             if len(path) == 1:
-                assert confidence == pytest.approx(float(first[row, path[0]]), rel=1e-4)
+                said = float(heard[0][row, 0, path[0]])
+                assert confidence == pytest.approx(said, rel=1e-4)
+
+
+@pytest.mark.parametrize("children", ["top", "without_replacement", "with_replacement"])
+def test_wide_tree_holds_whole_draft_vocabulary(children):
+    shape = TreeShape(depth=2, width=50, max_nodes=40, children=children)
+    target = small_target()
+    head = lively_head("eagle3", target, draft_tokens=DRAFT_TOKENS)
+    decoding = decoded(head, target, shape, 1)
+    for row in range(len(PROMPTS)):
+        paths = [path for path, _ in drafted_nodes(decoding.steps[0].draft, row)]
+        assert {path[0] for path in paths} <= set(DRAFT_TOKENS)
+        assert len(paths) == decoding.drafter.max_nodes == 40
+    if children == "top":
+        check_published(decoding)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("children", ["top", "without_replacement"])
+@pytest.mark.parametrize(("width", "num_nodes"), [(1, 2), (3, 12)])
+def test_tree_keeps_budget_and_depth(kind, children, width, num_nodes):
+    target = small_target()
+    for depth, max_nodes, expected in ((5, 3, 3), (2, 30, num_nodes)):
+        shape = TreeShape(depth=depth, width=width, max_nodes=max_nodes, children=children)
+        draft = decoded(lively_head(kind, target), target, shape, 1).steps[0].draft
+        assert draft.lengths.tolist() == [expected] * len(PROMPTS)
+        assert max(len(path) for path, _ in drafted_nodes(draft, 0)) <= depth
+
+
+def test_medusa_tree_is_best_for_acceptance(tmp_path):
+    target = small_target()
+    path = save_tiny_head(tmp_path, "medusa", target)
+    drafter = MedusaDrafter.load(target, path, acceptance=[[0.5, 0.4], [0.9, 0.05]], max_nodes=4)
+    assert sorted(drafter.shape.choices) == [(0,), (0, 0), (1,), (1, 0)]
+    check_published(decoded(drafter.head, target, drafter.shape, 1))
+
+
+TRAINED = 32  # positions before the scaling
+SCALED = {"rope_theta": 50.0, "factor": 8.0, "original_max_position_embeddings": TRAINED}
+ROPES = {
+    "theta": {"rope_type": "default", "rope_theta": 50.0},
+    "linear": {"rope_type": "linear", "rope_theta": 50.0, "factor": 4.0},
+    "llama3": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **SCALED},
+    "yarn": {"rope_type": "yarn", **SCALED},
+}
+# A head of a target that scales its positions: the settings that it must turn with.
+TURNS = [
+    *((name, {}, name) for name in ROPES),
+    *((name, {"max_position_embeddings": 16}, name) for name in ("theta", "llama3", "yarn")),
+    ("llama3", {"rope_parameters": ROPES["theta"]}, "theta"),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("targets", "own", "turns"), TURNS)
+def test_head_turns_as_its_target_at_any_position(kind, targets, own, turns):
+    plain = small_target().model
+    config = LlamaConfig(**{**plain.config.to_dict(), "rope_parameters": dict(ROPES[targets])})
+    model = LlamaForCausalLM(config).eval()
+    model.load_state_dict(plain.state_dict())
+    target = HFTarget(model)
+    # Longer and shorter than what was trained before the scaling.
+    prompts = [[(7 * place) % VOCAB for place in range(70)], [3, 1, 4, 1, 5]]
+    head = lively_head(kind, target, **({"backbone": own} if own else {}))
+    decoding = decoded(head, target, TreeShape(depth=3, width=3, max_nodes=9), 3, prompts)
+    check_published(decoding, rope=ROPES[turns])
+    with pytest.raises(AssertionError):
+        check_published(decoding, rope={"rope_type": "default", "rope_theta": 10000.0})
+
+
+LINEAR = {"rope_type": "linear", "rope_theta": 77.0, "factor": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("config_class", "rope", "expected"),
+    [
+        (Gemma3TextConfig, {"full_attention": LINEAR, "sliding_attention": ROPES["theta"]}, LINEAR),
+        (GPTNeoXConfig, {**ROPES["theta"], "partial_rotary_factor": 0.5}, ROPES["theta"]),
+    ],
+    ids=["of full attention", "of whole heads"],
+)
+def test_other_families_give_their_rotary_settings(config_class, rope, expected):
+    config = config_class(hidden_size=32, num_attention_heads=4, rope_parameters=rope)
+    assert Backbone().for_target(config).rope_parameters == expected
+
+
+@pytest.mark.parametrize("field", ["rope_theta", "rope_scaling", "hiden_size"])
+def test_unknown_backbone_field_is_refused(field):
+    with pytest.raises(ValueError, match=rf"backbone.{field} does not exist.*rope_parameters"):
+        lively_head("eagle", small_target(), backbone={field: 77.0})
+
+
+@pytest.mark.parametrize("kind", DRAFTERS)
+def test_last_tap_is_what_projection_reads(kind):
+    target = small_target()
+    head = lively_head(kind, target)
+    assert list(head.taps) == ([1, 2, 3] if kind == "eagle3" else [3])
+    output = target.prefill([[3, 1, 4, 1, 5]], head.taps)
+    with torch.no_grad():
+        said = target.model.lm_head(output.hidden[3][:, -1:])
+    torch.testing.assert_close(said, output.logits)

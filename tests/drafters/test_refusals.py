@@ -1,11 +1,12 @@
 """Options of drafters that cannot be meant are refused by name, value and rule."""
 
+from functools import partial
+
 import pytest
 from scripted import DRAFTERS, VOCAB, lively_head, small_target
 from tiny_heads import save_tiny_head
 
 from specdec.drafters.draft_model import DraftModel
-from specdec.drafters.eagle import EagleDrafter
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.medusa import MedusaDrafter
 from specdec.drafters.ngram import NgramDrafter
@@ -15,8 +16,34 @@ from specdec.drafters.tree_growth import TreeShape
 DEEP = [[0], [0, 0], [0, 0, 0]]
 
 
+def draft_model(**options):
+    return DraftModel(small_target(), VOCAB, **options)
+
+
+def head_drafter(kind="eagle", window=None, draft_tokens=None, **shape):
+    head = lively_head(kind, small_target(), draft_tokens=draft_tokens)
+    more = (window,) if window is not None else ()
+    return DRAFTERS[kind](head, VOCAB, TreeShape(**shape), *more)
+
+
+def hybrid(*others, **options):
+    return HybridDrafter([NgramDrafter(), *(build() for build in others)], **options)
+
+
+medusa = partial(head_drafter, "medusa")
+reduced = partial(head_drafter, "eagle3", draft_tokens=[0, 1, 2, 4])
+NO_TREES = [
+    ([[]], r"choices has \(\): a node is a non-empty tuple"),
+    ([[0], [-1]], r"choices has \(-1,\).*ranks >= 0"),
+    ([[0], [0]], "names a node twice"),
+    ([[0], [1, 0]], r"choices has \(1, 0\) but not its parent \(1,\)"),
+    ([[0], [0, 0, 0]], r"choices has \(0, 0, 0\) but not its parent \(0, 0\)"),
+    ([[0], [VOCAB]], f"rank {VOCAB} but the drafter has {VOCAB} tokens"),
+]
+
+
 @pytest.mark.parametrize(
-    ("drafter", "options", "message"),
+    ("build", "options", "message"),
     [
         (NgramDrafter, {"num_draft_tokens": 0}, "num_draft_tokens is 0 but must be at least 1"),
         (NgramDrafter, {"num_continuations": -1}, "num_continuations is -1 but must be at least"),
@@ -38,56 +65,33 @@ DEEP = [[0], [0, 0], [0, 0, 0]]
         (TreeShape, {"max_nodes": "24"}, "max_nodes is '24' but must be"),
         (TreeShape, {"children": "best"}, "children is 'best' but must be one of top, without_rep"),
         (TreeShape, {"choices": []}, r"choices is \[\].*at least one"),
+        (draft_model, {"num_draft_tokens": 0}, "num_draft_tokens is 0 but must be at least 1"),
+        (draft_model, {"width": 0}, "width is 0 but must be at least 1"),
+        (draft_model, {"width": 2, "max_nodes": 0}, "max_nodes is 0 but must be at least 1"),
+        (draft_model, {"confidence_threshold": 1.0}, r"threshold is 1.0 but must be in \[0, 1\)"),
+        (draft_model, {"confidence_threshold": -0.1}, r"threshold is -0.1 but must be in \[0, 1\)"),
+        *((head_drafter, {"choices": choices}, message) for choices, message in NO_TREES),
+        *((medusa, {"choices": choices}, message) for choices, message in NO_TREES),
+        (reduced, {"choices": [[0], [4]]}, "rank 4 but .* 4 tokens; use ranks below 4"),
+        (head_drafter, {"window": 0}, "window is 0 but must be at least 1"),
+        (head_drafter, {"window": -1}, "window is -1 but must be at least 1"),
+        (hybrid, {}, "drafters holds 1 but a hybrid merges at least two"),
+        (partial(hybrid, NgramDrafter), {"max_nodes": 0}, "max_nodes is 0"),
+        (partial(hybrid, draft_model), {}, "use width=2 or more"),
+        (
+            partial(hybrid, partial(head_drafter, children="without_replacement")),
+            {},
+            "children='without_replacement'",
+        ),
     ],
 )
-def test_impossible_option_is_refused(drafter, options, message):
+def test_impossible_option_is_refused(build, options, message):
     with pytest.raises(ValueError, match=message):
-        drafter(**options)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_draft_tokens": 0}, "num_draft_tokens is 0 but must be at least 1"),
-        ({"width": 0}, "width is 0 but must be at least 1"),
-        ({"width": 2, "max_nodes": 0}, "max_nodes is 0 but must be at least 1"),
-        ({"confidence_threshold": 1.0}, r"confidence_threshold is 1.0 but must be in \[0, 1\)"),
-        ({"confidence_threshold": -0.1}, r"confidence_threshold is -0.1 but must be in \[0, 1\)"),
-    ],
-)
-def test_draft_model_refuses_impossible_option(options, message):
-    with pytest.raises(ValueError, match=message):
-        DraftModel(small_target(), VOCAB, **options)
-
-
-@pytest.mark.parametrize(
-    ("choices", "message"),
-    [
-        ([[]], r"choices has \(\): a node is a non-empty tuple"),
-        ([[0], [-1]], r"choices has \(-1,\).*ranks >= 0"),
-        ([[0], [0]], "names a node twice"),
-        ([[0], [1, 0]], r"choices has \(1, 0\) but not its parent \(1,\)"),
-        ([[0], [0, 0, 0]], r"choices has \(0, 0, 0\) but not its parent \(0, 0\)"),
-        ([[0], [VOCAB]], f"rank {VOCAB} but the drafter has {VOCAB} tokens"),
-    ],
-)
-@pytest.mark.parametrize("kind", ["eagle", "medusa"])
-def test_choices_without_a_tree_are_refused(kind, choices, message):
-    with pytest.raises(ValueError, match=message):
-        DRAFTERS[kind](lively_head(kind, small_target()), VOCAB, TreeShape(choices=choices))
+        build(**options)
 
 
 def test_ranks_are_those_of_the_draft_vocabulary():
-    head = lively_head("eagle3", small_target(), draft_tokens=[0, 1, 2, 4])
-    assert DRAFTERS["eagle3"](head, VOCAB, TreeShape(choices=[[0], [3]])).max_nodes == 2
-    with pytest.raises(ValueError, match="rank 4 but the drafter has 4 tokens; use ranks below 4"):
-        DRAFTERS["eagle3"](head, VOCAB, TreeShape(choices=[[0], [4]]))
-
-
-@pytest.mark.parametrize("window", [0, -1])
-def test_empty_window_is_refused(window):
-    with pytest.raises(ValueError, match=rf"window is {window} but must be at least 1"):
-        EagleDrafter(lively_head("eagle", small_target()), VOCAB, TreeShape(), window)
+    assert reduced(choices=[[0], [3]]).max_nodes == 2
 
 
 @pytest.mark.parametrize(
@@ -106,17 +110,3 @@ def test_medusa_refuses_tree_without_nodes_or_heads(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         MedusaDrafter.load(target, path, **options)
     assert MedusaDrafter.load(target, path, choices=DEEP[:2]).max_nodes == 2
-
-
-def test_hybrid_refuses_what_cannot_be_merged():
-    target, lookup = small_target(), NgramDrafter()
-    with pytest.raises(ValueError, match="drafters holds 1 but a hybrid merges at least two"):
-        HybridDrafter([lookup])
-    with pytest.raises(ValueError, match="max_nodes is 0"):
-        HybridDrafter([lookup, NgramDrafter()], max_nodes=0)
-    with pytest.raises(ValueError, match="use width=2 or more"):
-        HybridDrafter([lookup, DraftModel(target, VOCAB)])
-    shape = TreeShape(children="without_replacement")
-    sampled = EagleDrafter(lively_head("eagle", target), VOCAB, shape)
-    with pytest.raises(ValueError, match="children='without_replacement'"):
-        HybridDrafter([lookup, sampled])

@@ -151,6 +151,20 @@ def test_decoding_and_fresh_prefill_draft_alike(name, options, folder):
     assert len(set(decoding.num_accepted)) > 1
 
 
+@pytest.mark.parametrize("name", ["eagle3", "draft_model"])
+@pytest.mark.parametrize("pause", [3, 70, 150])  # within a part of what is fed late, and beyond
+def test_pause_and_late_joins_change_no_draft(name, pause, folder):
+    target = tiny_target()
+    drafter = build(name, {}, target, folder)
+    decoding = ScriptedDecoding(target, drafter, PROMPTS, num_tokens=NUM_TOKENS)
+    for _ in range(pause):
+        decoding.step([0] * 3)
+    decoding.join([[9, 8, 9]])
+    for _ in range(2):
+        assert step_beside_a_fresh_start(decoding, name, {}, folder)
+        decoding.step([0] * 4)
+
+
 @pytest.mark.parametrize("name", ["eagle", "eagle3"])
 @pytest.mark.parametrize("options", FEATURE_TREES[:4], ids=["tree", "static", "chain", "window"])
 def test_drafted_nodes_never_enter_the_draft_cache(name, options, folder):

@@ -12,9 +12,8 @@ import scipy.stats
 import torch
 from scripted import (
     DRAFTERS,
-    PROMPTS,
     VOCAB,
-    ScriptedDecoding,
+    decoded,
     lively_head,
     slow_guesses,
     small_target,
@@ -92,17 +91,18 @@ def test_reported_distribution_is_given_earlier_draws(name, settings, children):
     kind, options = HEADS[name]
     target, sampling = small_target(), SETTINGS[settings]
     head = lively_head(kind, target, seed=3, **options)
-    drafter = DRAFTERS[kind](head, VOCAB, TreeShape(choices=CHOICES, children=children))
-    decoding = ScriptedDecoding(target, drafter, PROMPTS, sampling)
-    for step in range(4):
-        decoding.step([11, 11, 11, 6] if step % 2 else None)
+    decoding = decoded(
+        head,
+        target,
+        TreeShape(choices=CHOICES, children=children),
+        budget=lambda step: [11, 11, 11, 6] if step % 2 else None,
+        sampling=sampling,
+    )
     num_missing = 0
     for step in decoding.steps:
         for row, committed in enumerate(step.committed):
-            guesses, config = (
-                slow_guesses(kind, head, target, committed),
-                sampling[row % len(sampling)],
-            )
+            guesses = slow_guesses(kind, head, target, committed)
+            config = sampling[row % len(sampling)]
             nodes = [path for path, _ in drafted_nodes(step.draft, row)]
             laws = expected_laws(
                 lambda path: row_law(config, guesses, committed, path),  # noqa: B023
@@ -127,12 +127,9 @@ def test_left_out_rank_is_drawn_all_the_same():
     target = small_target()
     head = lively_head("eagle", target)
     shape = TreeShape(choices=[[1], [3], [1, 2]], children="without_replacement")
-    decoding = ScriptedDecoding(
-        target, DRAFTERS["eagle"](head, VOCAB, shape), PROMPTS, [SamplingConfig(temperature=1.2)]
-    )
-    decoding.step()
-    draft = decoding.steps[0].draft
-    for row, committed in enumerate(decoding.steps[0].committed):
+    step = decoded(head, target, shape, 1, sampling=[SamplingConfig(temperature=1.2)]).steps[0]
+    draft = step.draft
+    for row, committed in enumerate(step.committed):
         guesses = slow_guesses("eagle", head, target, committed)
         nodes = [path for path, _ in drafted_nodes(draft, row)]
         assert len(nodes) == 3
@@ -149,15 +146,12 @@ def test_left_out_rank_is_drawn_all_the_same():
 def test_rows_at_temperature_zero_draft_the_likeliest_children(children):
     target = small_target()
     head = lively_head("eagle3", target, draft_tokens=DRAFT_TOKENS)
-    sampled = DRAFTERS["eagle3"](head, VOCAB, TreeShape(choices=CHOICES, children=children))
-    chosen = DRAFTERS["eagle3"](head, VOCAB, TreeShape(choices=CHOICES))
-    drafts = []
-    for drafter in (sampled, chosen):
-        decoding = ScriptedDecoding(target, drafter, PROMPTS)
-        decoding.step()
-        drafts.append(decoding.steps[0].draft)
-    assert drafts[0].probs is None
-    assert drafts[0].tokens.tolist() == drafts[1].tokens.tolist()
+    sampled, chosen = (
+        decoded(head, target, TreeShape(choices=CHOICES, children=each), 1).steps[0].draft
+        for each in (children, "top")
+    )
+    assert sampled.probs is None
+    assert sampled.tokens.tolist() == chosen.tokens.tolist()
 
 
 NUM_SAMPLES, FEW = 6000, 5
