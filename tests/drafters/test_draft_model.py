@@ -1,19 +1,17 @@
 """The draft model: what it drafts, from which distribution, within which context and vocabulary."""
 
-import random
-
 import pytest
 import torch
 from checkpoints import save_checkpoint, save_tokenizer
 from lookup_steps import chains, paths
-from tiny_models import perturbed, tiny_llama
+from tiny_models import tiny_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdec import SamplingConfig, generate, generate_baseline, load_target
 from specdec.drafters.draft_model import DraftModel
 from specdec.sampling.sampler import Sampler
 from specdec.targets.hf import HFTarget
-from specdec.verify import Draft, Verdict
+from specdec.verify import Draft
 from specdec.verify.conformance import check_drafter
 
 VOCAB = 97
@@ -34,22 +32,18 @@ def make_sampler(num_rows, config=SamplingConfig(), vocab_size=VOCAB):  # noqa: 
     return Sampler(configs, vocab_size, CPU, [[0]] * num_rows, ())
 
 
-def begin(drafter, prompts, sampler):
-    with torch.inference_mode():
-        drafter.begin(prompts, None, sampler)
-    return drafter
+@torch.inference_mode()
+def draft_after(drafter, prompts, sampler, budget=(9, 9, 9)):
+    drafter.begin(prompts, None, sampler)
+    return drafter.propose(torch.tensor([row[-1] for row in prompts]), budget, sampler)
 
 
-def propose(drafter, prompts, budget, sampler):
-    with torch.inference_mode():
-        return drafter.propose(torch.tensor([row[-1] for row in prompts]), budget, sampler)
-
-
-def accept(drafter, committed):
-    counts = torch.tensor([len(new) - 1 for new in committed])
-    empty = torch.empty(len(committed), 0)
-    with torch.inference_mode():
-        drafter.observe(Verdict(empty, counts, empty, empty), committed, {})
+def same_tokens(target, drafter, prompts, **options):
+    """Generate, and compare with plain decoding."""
+    results = generate(target, drafter, prompts, **options)
+    plain = generate_baseline(target, prompts, max_new_tokens=options["max_new_tokens"])
+    assert [r.tokens for r in results] == [r.tokens for r in plain]
+    return results
 
 
 def resized(model, vocab_size, **changes):
@@ -78,30 +72,19 @@ def same_draft(ours, theirs):
     torch.testing.assert_close(ours.probs[real][:, :size], theirs.probs[real][:, :size])
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_draft_after_steps_equals_fresh_draft(shape, temperature):
-    draw, sampler = random.Random(0), make_sampler(3, SamplingConfig(temperature=temperature))
-    model = tiny_llama(num_layers=1)
-    drafter = begin(DraftModel(model_of(model), VOCAB, 3, **SHAPES[shape]), PROMPTS, sampler)
-    rows = [list(prompt) for prompt in PROMPTS]
-    for _ in range(6):
-        budget = [draw.choice([0, 1, 2, 9]) for _ in rows]
-        draft = propose(drafter, rows, budget, sampler)
-        fresh = begin(DraftModel(model_of(model), VOCAB, 3, **SHAPES[shape]), rows, sampler)
-        same_draft(draft, propose(fresh, rows, budget, sampler))
+def test_draft_keeps_every_rows_budget(shape):
+    drafter = DraftModel(model_of(tiny_llama()), VOCAB, 3, **SHAPES[shape])
+    for budget in ([0, 1, 9], [2, 0, 1], [0, 0, 0]):
+        draft = draft_after(drafter, PROMPTS, make_sampler(3), budget)
         assert all(len(p) <= b for p, b in zip(paths(draft), budget, strict=True))
-        kept = [draw.choice([(), *nodes]) for nodes in paths(draft)]
-        new = [[*path, draw.randrange(VOCAB)] for path in kept]
-        accept(drafter, new)
-        rows = [row + tokens for row, tokens in zip(rows, new, strict=True)]
+        assert bool(draft.num_nodes) == any(budget)
 
 
 def test_greedy_chain_is_what_model_generates():
-    model, sampler = tiny_llama(), make_sampler(3)
-    drafter = begin(DraftModel(model_of(model), VOCAB, 4), PROMPTS, sampler)
-    drafted = chains(propose(drafter, PROMPTS, [4, 4, 4], sampler))
-    for prompt, chain in zip(PROMPTS, drafted, strict=True):
+    model = tiny_llama()
+    draft = draft_after(DraftModel(model_of(model), VOCAB, 4), PROMPTS, make_sampler(3))
+    for prompt, chain in zip(PROMPTS, chains(draft), strict=True):
         alone = model.generate(
             torch.tensor([prompt]), do_sample=False, max_new_tokens=4, pad_token_id=0
         )
@@ -112,9 +95,8 @@ SAMPLING = SamplingConfig(temperature=0.6, top_p=0.8)
 
 
 def test_reported_probabilities_are_processed_ones():
-    model, sampler = tiny_llama(), make_sampler(3, SAMPLING)
-    drafter = begin(DraftModel(model_of(model), VOCAB, 4), PROMPTS, sampler)
-    draft = propose(drafter, PROMPTS, [4, 4, 4], sampler)
+    model = tiny_llama()
+    draft = draft_after(DraftModel(model_of(model), VOCAB, 4), PROMPTS, make_sampler(3, SAMPLING))
     for row, (prompt, chain) in enumerate(zip(PROMPTS, chains(draft), strict=True)):
         with torch.no_grad():
             logits = model(torch.tensor([prompt + chain])).logits[:, len(prompt) - 1 : -1]
@@ -125,7 +107,7 @@ def test_reported_probabilities_are_processed_ones():
 def row_drafts(drafter, config, num_rows, vocab_size):
     """Drafts of one context with as many seeds, in one batch."""
     prompts, sampler = [[0, 1, 2]] * num_rows, make_sampler(num_rows, config, vocab_size)
-    draft = propose(begin(drafter, prompts, sampler), prompts, [9] * num_rows, sampler)
+    draft = draft_after(drafter, prompts, sampler, [9] * num_rows)
     return [
         Draft.chain(draft.tokens[i, None], draft.lengths[i, None], draft.probs[i, None])
         for i in range(num_rows)
@@ -151,31 +133,15 @@ def test_tokens_are_drawn_from_reported_distribution(threshold):
 @pytest.mark.parametrize("threshold", [0.05, 0.4, 0.99])
 def test_chain_ends_below_confidence_threshold(threshold, temperature):
     model, sampler = tiny_llama(), make_sampler(3, SamplingConfig(temperature=temperature))
-    patient = begin(DraftModel(model_of(model), VOCAB, 5), PROMPTS, sampler)
-    whole = chains(propose(patient, PROMPTS, [5, 5, 5], sampler))
-    drafter = DraftModel(model_of(model), VOCAB, 5, confidence_threshold=threshold)
-    drafted = chains(propose(begin(drafter, PROMPTS, sampler), PROMPTS, [5, 5, 5], sampler))
+    whole, drafted = (
+        chains(draft_after(DraftModel(model_of(model), VOCAB, 5, 1, None, least), PROMPTS, sampler))
+        for least in (0.0, threshold)
+    )
     for prompt, full, chain in zip(PROMPTS, whole, drafted, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([prompt + full])).logits[0, len(prompt) - 1 : -1]
         survival = logits.softmax(-1).amax(-1).cumprod(0)
         assert chain == full[: int((survival >= threshold).sum())]
-
-
-def test_unsure_drafts_end_early():
-    target = model_of(tiny_llama())
-    options = {"max_new_tokens": 40, "batch_size": 3}
-    plain = generate_baseline(target, PROMPTS, **options)
-    drafted = []
-    for threshold in (0.0, 0.5):
-        drafter = DraftModel(
-            model_of(perturbed(tiny_llama(), 0.15)), VOCAB, 5, confidence_threshold=threshold
-        )
-        results = generate(target, drafter, PROMPTS, **options)
-        assert [r.tokens for r in results] == [r.tokens for r in plain]
-        steps = [record for result in results for record in result.records]
-        drafted.append(sum(s.num_drafted for s in steps) / len(steps))
-    assert 0 < drafted[1] < drafted[0]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -186,7 +152,7 @@ def test_vocabularies_are_cropped_and_padded(shape, temperature):
     def draft(model, vocab_size):
         sampler = make_sampler(3, config, vocab_size)
         drafter = DraftModel(model_of(model), vocab_size, 4, **SHAPES[shape])
-        return propose(begin(drafter, PROMPTS, sampler), PROMPTS, [9, 9, 9], sampler)
+        return draft_after(drafter, PROMPTS, sampler)
 
     same_draft(draft(base, VOCAB), draft(resized(base, VOCAB + 15), VOCAB))
     small = resized(base, 80)
@@ -198,25 +164,20 @@ def test_vocabularies_are_cropped_and_padded(shape, temperature):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_unknown_token_does_not_stop_decoding(shape):
-    target = model_of(tiny_llama())
-    plain = generate_baseline(target, PROMPTS, max_new_tokens=30)
-    assert any(token >= 50 for result in plain for token in result.tokens)
     drafter = DraftModel(model_of(resized(tiny_llama(), 50)), VOCAB, 3, **SHAPES[shape])
-    results = generate(target, drafter, PROMPTS, max_new_tokens=30)
-    assert [r.tokens for r in results] == [r.tokens for r in plain]
+    results = same_tokens(model_of(tiny_llama()), drafter, PROMPTS, max_new_tokens=30)
+    assert any(token >= 50 for result in results for token in result.tokens)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shorter_context_stops_drafting(shape, batch_size):
     base, context = tiny_llama(), 32
-    target = model_of(base)
     short = model_of(resized(base, VOCAB, max_position_embeddings=context))
     prompts = [[5, 6, 7, 8], [9] * 30, [3] * 80, [1]]
     drafter = DraftModel(short, VOCAB, 4, **SHAPES[shape])
-    results = generate(target, drafter, prompts, max_new_tokens=90, batch_size=batch_size)
-    plain = generate_baseline(target, prompts, max_new_tokens=90)
-    assert [r.tokens for r in results] == [r.tokens for r in plain]
+    lengths = {"max_new_tokens": 90, "batch_size": batch_size}
+    results = same_tokens(model_of(base), drafter, prompts, **lengths)
     for prompt, result in zip(prompts, results, strict=True):
         length = len(prompt) + 1
         for step in result.records:
@@ -224,19 +185,13 @@ def test_shorter_context_stops_drafting(shape, batch_size):
             length += step.num_emitted
 
 
-@pytest.mark.parametrize("shape", ["chain", "tree"])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_full_context_never_disturbs_joining_rows(shape):
-    base, context = tiny_llama(), 16
-    target = model_of(base)
-    drafter = DraftModel(
-        model_of(resized(base, VOCAB, max_position_embeddings=context)), VOCAB, 4, **SHAPES[shape]
-    )
+    short = model_of(resized(tiny_llama(), VOCAB, max_position_embeddings=16))
     prompts = [[7] * 30, *([token, 9] for token in range(14))]
-    configs = [SamplingConfig() for _ in prompts]
     # The first row outlives all the others, which join it one after the other and keep drafting.
-    results = generate(target, drafter, prompts, configs, max_new_tokens=13, batch_size=2)
-    plain = generate_baseline(target, prompts, configs, max_new_tokens=13)
-    assert [r.tokens for r in results] == [r.tokens for r in plain]
+    drafter = DraftModel(short, VOCAB, 4, **SHAPES[shape])
+    same_tokens(model_of(tiny_llama()), drafter, prompts, max_new_tokens=13, batch_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -282,10 +237,7 @@ def test_merged_adapter_gives_adapted_logits(base_folder, tmp_path):
     ours, theirs, plain = map(logits_of, (drafter.model.model, adapted, target.model))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert (ours - plain).abs().max() > 0.1 * plain.std(), "the adapter changes nothing"
-    results = generate(target, drafter, PROMPTS, max_new_tokens=12)
-    assert [r.tokens for r in results] == [
-        r.tokens for r in generate_baseline(target, PROMPTS, max_new_tokens=12)
-    ]
+    same_tokens(target, drafter, PROMPTS, max_new_tokens=12)
 
 
 @pytest.fixture(scope="module")
@@ -318,9 +270,7 @@ def test_quantized_model_is_target_and_drafter(wide_folder, quantization):
         assert LINEAR[quantization] in kinds
         assert 0 < off_by(logits_of(model), logits_of(whole.model)) < 0.5
     for verifier, proposer in ((whole, drafter), (target, DraftModel(whole, VOCAB))):
-        results = generate(verifier, proposer, PROMPTS, max_new_tokens=16)
-        plain = generate_baseline(verifier, PROMPTS, max_new_tokens=16)
-        assert [r.tokens for r in results] == [r.tokens for r in plain]
+        results = same_tokens(verifier, proposer, PROMPTS, max_new_tokens=16)
         assert sum(r.stats.num_accepted for r in results) > 0
 
 

@@ -8,7 +8,8 @@ import torch
 from lookup_steps import paths
 from tiny_models import perturbed, tiny_llama, tiny_target
 
-from specdec import generate, generate_baseline
+from specdec import generate
+from specdec.drafters.base import BaseDrafter
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.hybrid import PRIOR_WEIGHT, Calibration, HybridDrafter, join, pool_of
 from specdec.drafters.lookup import pack_rows
@@ -71,26 +72,17 @@ def test_merged_pool_holds_every_path_once(seed):
                 assert pool.confidence[source, row, place] == confidences[row].get(path, 0.0)
 
 
-class Scripted:
-    """Proposes a given draft and never changes its mind."""
+class Scripted(BaseDrafter):
+    """Proposes a given draft, never changes its mind, and counts how often it is asked."""
 
-    taps, makes_trees = (), True
+    makes_trees, max_nodes = True, 99
 
-    def __init__(self, nodes):
-        self.nodes, self.max_nodes = nodes, 99
-        self.clock = NgramDrafter().clock
-
-    def begin(self, prompts, output, sampler, *, join=False):
-        self.num_rows = len(prompts)
+    def __init__(self, nodes, expected=()):
+        self.nodes, self.expected, self.times = nodes, expected, 0
 
     def propose(self, root, budget, sampler):
+        self.times += 1
         return pack_rows([self.nodes[:limit] for limit in budget], root.device, as_chain=False)
-
-    def observe(self, verdict, committed, hidden):
-        pass
-
-    def reorder(self, rows):
-        self.num_rows = len(rows)
 
 
 def proposal(hybrid, budgets):
@@ -102,17 +94,12 @@ def test_hybrid_keeps_likeliest_nodes_within_budget():
     first = Scripted([(-1, 1, 0.9), (0, 2, 0.3), (1, 3, 0.2)])
     second = Scripted([(-1, 1, 0.6), (-1, 4, 0.4), (0, 2, 0.5), (0, 5, 0.05)])
     hybrid = HybridDrafter([first, second], max_nodes=4, calibrate=False)
-    hybrid.begin([[0]] * 3, None, None)
     draft = proposal(hybrid, [9, 3, 0])
     # (1, 2): 0.9 from the first, times 0.5 / 0.6 from the second.
     assert paths(draft) == [[(1,), (1, 2), (1, 2, 3), (4,)], [(1,), (1, 2), (1, 2, 3)], []]
     assert draft.probs is None
-    assert draft.lengths.tolist() == [4, 3, 0]
-
-
-def test_no_nodes_from_anyone_make_an_empty_draft():
-    hybrid = HybridDrafter([Scripted([]), Scripted([])])
-    assert proposal(hybrid, [5, 5]).num_nodes == 0
+    nobody = HybridDrafter([Scripted([]), Scripted([])])
+    assert proposal(nobody, [5, 5]).num_nodes == 0
 
 
 def test_calibration_moves_toward_acceptance():
@@ -127,8 +114,7 @@ def test_calibration_moves_toward_acceptance():
     third = (PRIOR_WEIGHT * 0.55 + 30) / (PRIOR_WEIGHT + 30)
     learned = torch.tensor([[[first, 0.05]], [[PRIOR_WEIGHT * 0.05 / (PRIOR_WEIGHT + 30), third]]])
     torch.testing.assert_close(calibration.acceptance(confidence), learned)
-    edge = torch.ones(2, 1, 1)
-    assert calibration.acceptance(edge).shape == (2, 1, 1)
+    assert calibration.acceptance(torch.ones(2, 1, 1)).shape == (2, 1, 1)
 
 
 def test_hybrid_learns_to_drop_wrong_drafter():
@@ -146,41 +132,23 @@ def test_hybrid_learns_to_drop_wrong_drafter():
 
 def test_hybrid_accepts_more_than_either_drafter():
     target = tiny_target()
-    prompts = [[5, 6, 7, 8] * 3, [9], [3] * 6]
-    draft = perturbed(tiny_llama(), 0.15)
+    draft = HFTarget(perturbed(tiny_llama(), 0.15))
 
-    def make_lookup():
-        return SuffixDrafter(min_match=1, num_remembered=0)
-
-    def make_model():
-        return DraftModel(HFTarget(draft), 97, num_draft_tokens=4, width=2, max_nodes=8)
+    def drafters():
+        model = DraftModel(draft, 97, num_draft_tokens=4, width=2, max_nodes=8)
+        return [SuffixDrafter(min_match=1, num_remembered=0), model]
 
     def steps(drafter):
+        prompts = [[5, 6, 7, 8] * 3, [9], [3] * 6]
         results = generate(target, drafter, prompts, max_new_tokens=60)
-        plain = generate_baseline(target, prompts, max_new_tokens=60)
-        assert [r.tokens for r in results] == [r.tokens for r in plain]
-        return sum(r.stats.num_steps for r in results)
+        return sum(result.stats.num_steps for result in results)
 
-    both = HybridDrafter([make_lookup(), make_model()], max_nodes=16)
-    assert steps(both) < min(steps(make_lookup()), steps(make_model()))
-
-
-class Asked(Scripted):
-    """A scripted drafter that counts how often it is asked."""
-
-    def __init__(self, nodes, expected=None):
-        super().__init__(nodes)
-        self.times = 0
-        if expected is not None:
-            self.expected = expected
-
-    def propose(self, root, budget, sampler):
-        self.times += 1
-        return super().propose(root, budget, sampler)
+    both = HybridDrafter(drafters(), max_nodes=16)
+    assert steps(both) < min(map(steps, drafters()))
 
 
 def test_sure_lookup_spares_later_drafters():
-    lookup, neural = Asked([(-1, 1, 0.9)], [5.0, 4.0]), Asked([(-1, 2, 0.9)])
+    lookup, neural = Scripted([(-1, 1, 0.9)], [5.0, 4.0]), Scripted([(-1, 2, 0.9)])
     hybrid = HybridDrafter([lookup, neural], enough=4.5)
     proposal(hybrid, [9, 9])
     assert (lookup.times, neural.times) == (1, 1), "the second row does not expect enough"

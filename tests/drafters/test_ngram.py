@@ -18,21 +18,20 @@ def expected_places(tokens, max_ngram, min_ngram, num_places):
     return found[:num_places]
 
 
-def test_longest_suffix_decides_before_most_recent():
-    tokens = [1, 2, 3, 50, 9, 2, 3, 60, 1, 2, 3]
-    assert drafted(begin(NgramDrafter(1, 3), [tokens]), [5]) == [[50]]
-    assert drafted(begin(NgramDrafter(1, 2), [tokens]), [5]) == [[60]]
-
-
-def test_shortest_suffix_bounds_lookup():
-    tokens = [1, 2, 50, 7, 8, 2]
-    assert drafted(begin(NgramDrafter(3, 4, min_ngram=1), [tokens]), [5]) == [[50, 7, 8]]
-    assert drafted(begin(NgramDrafter(3, 4, min_ngram=2), [tokens]), [5]) == [[]]
-
-
-def test_most_recent_match_is_copied():
-    tokens = [1, 2, 50, 1, 2, 60, 1, 2]
-    assert drafted(begin(NgramDrafter(2), [tokens]), [5]) == [[60, 1]]
+@pytest.mark.parametrize(
+    ("options", "tokens", "expected"),
+    [
+        ((1, 3), [1, 2, 3, 50, 9, 2, 3, 60, 1, 2, 3], [50]),  # the longest suffix decides
+        ((1, 2), [1, 2, 3, 50, 9, 2, 3, 60, 1, 2, 3], [60]),
+        ((3, 4, 1), [1, 2, 50, 7, 8, 2], [50, 7, 8]),
+        ((3, 4, 2), [1, 2, 50, 7, 8, 2], []),  # no suffix is long enough
+        ((2,), [1, 2, 50, 1, 2, 60, 1, 2], [60, 1]),  # the most recent match
+        ((4, 4, 2), [5], []),  # the text is shorter than any suffix
+        ((4, 4, 2), [5, 5], []),
+    ],
+)
+def test_longest_then_most_recent_match_is_copied(options, tokens, expected):
+    assert drafted(begin(NgramDrafter(*options), [tokens]), [5]) == [expected]
 
 
 def test_root_is_part_of_suffix():
@@ -44,20 +43,12 @@ def test_root_is_part_of_suffix():
     assert drafted(drafter, [5]) == [[50, 9]]
 
 
-def test_text_shorter_than_the_shortest_suffix_drafts_nothing():
-    drafter = begin(NgramDrafter(4, 4, 2), [[5], [5, 5]])
-    assert propose(drafter, [4, 4]).num_nodes == 0
-
-
 def test_several_continuations_become_one_tree():
     tokens = [1, 2, 7, 8, 30, 1, 2, 7, 9, 31, 1, 2]
     drafter = begin(NgramDrafter(3, num_continuations=2), [tokens])
     assert paths(propose(drafter, [9])) == [[(7,), (7, 9), (7, 9, 31), (7, 8), (7, 8, 30)]]
     tree = begin(NgramDrafter(4, num_continuations=2, max_nodes=3), [tokens] * 2)
     assert propose(tree, [2, 9]).lengths.tolist() == [2, 3]
-
-
-def test_place_is_copied_once():
     # (8, 1, 2) was followed by 50; (1, 2) by 50 at the same place, and by 60 before that.
     tokens = [1, 2, 60, 8, 1, 2, 50, 8, 1, 2]
     drafter = begin(NgramDrafter(1, max_ngram=3, num_continuations=2), [tokens])

@@ -32,8 +32,8 @@ def shares(texts, word):
     return {token: count / (total or 1) for token, count in counts.items() if count}
 
 
-def is_followed(texts, word):
-    return bool(shares(texts, word))
+def known_shares(automaton, state):
+    return {token: share for share, token, _ in automaton.children(state, 9)}
 
 
 def automaton_of(texts):
@@ -59,8 +59,8 @@ def test_automaton_counts_what_followed_every_word(texts):
         known = next(n for n in range(len(word), -1, -1) if occurrences(texts, word[-n:]) or not n)
         assert length == known
         if known:
-            found = {token: share for share, token, _ in automaton.children(state, 9)}
-            assert found == pytest.approx(shares(texts, word[-known:]))
+            expected = shares(texts, word[-known:])
+            assert known_shares(automaton, state) == pytest.approx(expected)
 
 
 @settings(max_examples=100, deadline=None)
@@ -72,11 +72,11 @@ def test_held_match_survives_added_texts(before, later, word):
         automaton.add(text)
     state, length = automaton.earlier(*match)
     texts = [*before, *later]
-    followed = [n for n in range(held, 0, -1) if is_followed(texts, word[-n:])]
+    followed = [n for n in range(held, 0, -1) if shares(texts, word[-n:])]
     assert length == (followed[0] if followed else 0)
     if length:
-        found = {token: share for share, token, _ in automaton.children(state, 9)}
-        assert found == pytest.approx(shares(texts, word[-length:]))
+        expected = shares(texts, word[-length:])
+        assert known_shares(automaton, state) == pytest.approx(expected)
 
 
 @settings(max_examples=40, deadline=None)
@@ -87,8 +87,8 @@ def test_match_never_exceeds_longest(texts, longest):
         state, length = automaton.earlier(*follow(automaton, text, longest))
         assert length <= longest
         if length:
-            found = {token: share for share, token, _ in automaton.children(state, 9)}
-            assert found == pytest.approx(shares(texts, text[-length:]))
+            expected = shares(texts, text[-length:])
+            assert known_shares(automaton, state) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("kind", ["random", "periodic", "constant", "new"])
@@ -110,7 +110,7 @@ def check_chain(chain, texts, tokens, limits):
     """A chain takes the commonest continuation of the longest suffix, as far as it may."""
     max_nodes, max_match, min_match, min_probability, factor = limits
     sizes = range(min(max_match, len(tokens)), 0, -1)
-    known = [n for n in sizes if is_followed(texts, tokens[-n:])]
+    known = [n for n in sizes if shares(texts, tokens[-n:])]
     if not known or known[0] < min_match:
         assert chain == []
         return
@@ -123,7 +123,7 @@ def check_chain(chain, texts, tokens, limits):
     assert not chain or probability >= min_probability
     levels = max(1, int(factor * known[0]))
     assert len(chain) <= min(max_nodes, levels)
-    if len(chain) < min(max_nodes, levels) and is_followed(texts, word):
+    if len(chain) < min(max_nodes, levels) and shares(texts, word):
         assert probability * max(shares(texts, word).values()) < min_probability
 
 
@@ -142,18 +142,18 @@ def test_longest_suffix_is_continued_by_commonest_token(seed):
         observe(drafter, [new])
 
 
-def test_no_more_than_max_match_tokens_decide():
-    tokens = [1, 2, 3, 9, 4, 2, 3, 8, 5, 2, 3, 8, 1, 2, 3]
-    assert drafted(begin(SuffixDrafter(1, max_match=3), [tokens]), [5]) == [[9]]
-    assert drafted(begin(SuffixDrafter(1, max_match=2), [tokens]), [5]) == [[8]]
-
-
-def test_limits_of_match_and_probability_hold():
-    tokens = [1, 2, 8, 1, 2, 9, 5, 2]
-    assert drafted(begin(SuffixDrafter(min_match=2), [tokens]), [5]) == [[]]
-    assert drafted(begin(SuffixDrafter(1, min_match=1), [tokens]), [5]) == [[8]]
-    picky = SuffixDrafter(1, min_match=1, min_probability=0.6)
-    assert drafted(begin(picky, [tokens]), [5]) == [[]]
+@pytest.mark.parametrize(
+    ("options", "tokens", "expected"),
+    [
+        ({"max_match": 3}, [1, 2, 3, 9, 4, 2, 3, 8, 5, 2, 3, 8, 1, 2, 3], [9]),
+        ({"max_match": 2}, [1, 2, 3, 9, 4, 2, 3, 8, 5, 2, 3, 8, 1, 2, 3], [8]),
+        ({"min_match": 2}, [1, 2, 8, 1, 2, 9, 5, 2], []),
+        ({"min_match": 1}, [1, 2, 8, 1, 2, 9, 5, 2], [8]),
+        ({"min_match": 1, "min_probability": 0.6}, [1, 2, 8, 1, 2, 9, 5, 2], []),
+    ],
+)
+def test_limits_of_match_and_probability_hold(options, tokens, expected):
+    assert drafted(begin(SuffixDrafter(1, **options), [tokens]), [5]) == [expected]
 
 
 def test_tree_holds_likeliest_paths():
@@ -189,9 +189,11 @@ def test_longer_match_drafts_and_own_wins_ties():
     assert drafted(drafter, [5, 5]) == [[80], [70]]
 
 
-def test_nothing_continues_across_past_outputs():
+def test_nothing_continues_across_past_outputs_or_is_kept_for_nobody():
     drafter = finished(SuffixDrafter(2), [1, 2], [3, 4])
     assert drafted(begin(drafter, [[1, 2]]), [5]) == [[]]
+    drafter = finished(SuffixDrafter(2, num_remembered=0), [1, 2, 3, 4])
+    assert drafted(begin(drafter, [[60, 1, 2]]), [5]) == [[]]
 
 
 def test_leaving_row_is_remembered():
@@ -201,11 +203,6 @@ def test_leaving_row_is_remembered():
     assert drafted(drafter, [5, 5, 5])[0] == [9]
     drafter.reorder(torch.tensor([0]))
     assert drafted(drafter, [5]) == [[8]], "(2, 3) was followed by 8 twice and by 9 once"
-
-
-def test_zero_remembered_outputs_forget_every_batch():
-    drafter = finished(SuffixDrafter(2, num_remembered=0), [1, 2, 3, 4])
-    assert drafted(begin(drafter, [[60, 1, 2]]), [5]) == [[]]
 
 
 @pytest.mark.parametrize("num_remembered", [1, 2, 3, 8])
