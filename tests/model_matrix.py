@@ -11,75 +11,40 @@ from typing import Any
 
 import torch
 import transformers
+import yaml
 
 from specdec.engine.metrics import ForwardClock
 from specdec.verify import Draft
 
 DOCS = Path(__file__).parents[1] / "docs" / "models.md"
-VOCAB, WINDOW, CONTEXT = 13, 6, 64
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": CONTEXT,
-    "tie_word_embeddings": False,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
-HEAD = {"head_dim": 8}
-EAGER = {"attn_implementation": "eager"}
-SLIDING: dict[str, Any] = {"sliding_window": WINDOW}
-BOTH = {**SLIDING, "layer_types": ["sliding_attention", "full_attention"]}
-QWEN_SLIDING = {**SLIDING, "use_sliding_window": True, "max_window_layers": 1}
-MOE = {
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-}
-MLA = {
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 8,
-    "q_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "head_dim": 8,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "moe_intermediate_size": 16,
-}
-GEMMA3N = {
-    **HEAD,
-    **SLIDING,
-    "num_hidden_layers": 4,
-    "layer_types": BOTH["layer_types"] * 2,
-    "num_kv_shared_layers": 0,
-    "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": VOCAB,
-    "laurel_rank": 4,
-    "activation_sparsity_pattern": [0.0] * 4,
-}
-GEMMA4 = {key: GEMMA3N[key] for key in GEMMA3N if key not in ("head_dim", "laurel_rank")}
-SHARED = {"num_kv_shared_layers": 2}
-MIMO = {
-    **HEAD,
-    **BOTH,
-    "v_head_dim": 8,
-    "moe_intermediate_size": 16,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "mlp_layer_types": ["dense", "sparse"],
-}
-SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+VOCAB, WINDOW = 13, 6
+OPTIONS: dict[str, dict[str, Any]] = yaml.safe_load(
+    """
+shape: {vocab_size: 13, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2,
+  num_attention_heads: 4, num_key_value_heads: 2, max_position_embeddings: 64,
+  tie_word_embeddings: false, bos_token_id: null, eos_token_id: null, pad_token_id: null}
+special: {bos_token_id: 1, eos_token_id: 2, pad_token_id: 0}
+eager: {attn_implementation: eager}
+head: {head_dim: 8}
+sliding: {sliding_window: 6}
+both: {sliding_window: 6, layer_types: [sliding_attention, full_attention]}
+qwen_sliding: {sliding_window: 6, use_sliding_window: true, max_window_layers: 1}
+moe: {num_experts: 4, num_local_experts: 4, num_experts_per_tok: 2, moe_intermediate_size: 16,
+  shared_expert_intermediate_size: 16}
+mla: {num_key_value_heads: 4, kv_lora_rank: 8, q_lora_rank: 16, qk_rope_head_dim: 8,
+  qk_nope_head_dim: 8, v_head_dim: 8, head_dim: 8, n_routed_experts: 4, num_experts_per_tok: 2,
+  n_group: 1, topk_group: 1, first_k_dense_replace: 1, moe_intermediate_size: 16}
+gemma4: {sliding_window: 6, num_hidden_layers: 4, num_kv_shared_layers: 0,
+  layer_types: [sliding_attention, full_attention, sliding_attention, full_attention],
+  hidden_size_per_layer_input: 8, vocab_size_per_layer_input: 13,
+  activation_sparsity_pattern: [0.0, 0.0, 0.0, 0.0]}
+mimo: {head_dim: 8, sliding_window: 6, layer_types: [sliding_attention, full_attention],
+  v_head_dim: 8, moe_intermediate_size: 16, n_routed_experts: 4, num_experts_per_tok: 2,
+  mlp_layer_types: [dense, sparse]}
+"""
+)
+SHAPE, SPECIAL, EAGER, HEAD, SLIDING, BOTH, QWEN_SLIDING, MOE, MLA, GEMMA4, MIMO = OPTIONS.values()
+GEMMA3N, SHARED = GEMMA4 | HEAD | {"laurel_rank": 4}, {"num_kv_shared_layers": 2}
 
 
 def rope(kind: str, **options: Any) -> dict[str, Any]:

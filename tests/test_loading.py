@@ -1,6 +1,7 @@
 """What is wrong with a checkpoint is said in words, and ends the command with status 2."""
 
 import json
+from itertools import chain
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ def checkpoint(tmp_path):
 
 
 def generate(folder, *options):
-    arguments = ["generate", "--prompt", "abc", "--target", str(folder), "--max-new-tokens", "2"]
-    return CliRunner().invoke(app, [*arguments, *options])
+    given = {"--prompt": "abc", "--target": str(folder), "--max-new-tokens": "2"}
+    given |= dict(zip(options[::2], options[1::2], strict=True))
+    return CliRunner().invoke(app, ["generate", *chain.from_iterable(given.items())])
 
 
 def refused(done, *words):
@@ -103,15 +105,22 @@ def test_draft_model_with_infinite_weights_is_refused(checkpoint):
         load_drafter({"type": "draft_model", "path": str(checkpoint)}, target)
 
 
-@pytest.mark.parametrize("path", ["./nothing", "/no/such/folder", "~/no/such/folder"])
-def test_a_path_that_is_not_there_is_named(path):
-    assert refused(generate(path), repr(path), "is not a folder", "hub id")
-
-
-def test_missing_device_is_refused_first(checkpoint):
-    assert refused(generate(checkpoint, "--device", "banana"), "'banana'", "cpu, cuda or cuda:N")
-    assert refused(generate(checkpoint, "--device", "cuda:99"), "'cuda:99'", "use cpu")
-    assert refused(generate(checkpoint, "--dtype", "int8"), "'int8'", "float32")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        *(
+            (["--target", path], [repr(path), "is not a folder", "hub id"])
+            for path in ("./nothing", "/no/such/folder", "~/no/such/folder")
+        ),
+        (["--device", "banana"], ["'banana'", "cpu, cuda or cuda:N"]),
+        (["--device", "cuda:99"], ["'cuda:99'", "use cpu"]),
+        (["--dtype", "int8"], ["'int8'", "float32"]),
+        (["--prompt", "a" * 300], ["prompt 0 has 300 tokens", "context holds 256", "shorten"]),
+        (["--prompt", ""], ["prompt 0 is empty", "at least one token"]),
+    ],
+)
+def test_option_that_cannot_work_is_named(checkpoint, options, words):
+    assert refused(generate(checkpoint, *options), *words)
 
 
 def test_logits_that_are_not_numbers_fail_the_run(checkpoint):
@@ -143,17 +152,6 @@ def test_large_config_number_takes_no_memory(checkpoint, positions):
     assert generate(checkpoint, "--drafter", "ngram").exit_code == 0
 
 
-def test_a_prompt_longer_than_the_context_is_measured(checkpoint):
-    arguments = ["generate", "--prompt", "a" * 300, "--target", str(checkpoint)]
-    done = CliRunner().invoke(app, arguments)
-    assert refused(done, "prompt 0 has 300 tokens", "context holds 256", "shorten")
-
-
-def test_an_empty_prompt_is_refused(checkpoint):
-    done = CliRunner().invoke(app, ["generate", "--prompt", "", "--target", str(checkpoint)])
-    assert refused(done, "prompt 0 is empty", "at least one token")
-
-
 def test_a_drafter_with_another_tokenizer_is_refused(checkpoint, tmp_path):
     other = save_checkpoint(tmp_path / "other")
     save_tokenizer(other, first=8)
@@ -162,14 +160,14 @@ def test_a_drafter_with_another_tokenizer_is_refused(checkpoint, tmp_path):
     assert refused(done, str(other), "another tokenizer", "97 of 97", "the target's own tokenizer")
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"type": "draft_model"}, "needs the option 'path'"),
-        ({"type": "ngram", "max_ngram": "wide"}, "max_ngram='wide'"),
-        ({"type": "draft_modell"}, "did you mean 'draft_model'"),
-    ],
-)
+OPTIONS = [
+    ({"type": "draft_model"}, "needs the option 'path'"),
+    ({"type": "ngram", "max_ngram": "wide"}, "max_ngram='wide'"),
+    ({"type": "draft_modell"}, "did you mean 'draft_model'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), OPTIONS)
 def test_options_that_a_drafter_cannot_use_are_named(checkpoint, options, message):
     with pytest.raises(ValueError, match=message):
         load_drafter(options, load_target(str(checkpoint)))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from checkpoints import edit_weights, save_checkpoint
+from model_matrix import BOTH, HEAD, build
 from safetensors.torch import load_file
 from tiny_models import tiny_llama
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from specdec.checkpoints import identify_target
 from specdec.checkpoints.identity import hash_of_ends
@@ -19,18 +19,9 @@ def keep_only_the_ends(weights):
 
 
 def tied_llama():
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        eos_token_id=[5, 7],
-    )
-    return LlamaForCausalLM(config)
+    model = build("Llama", {"tie_word_embeddings": True, "vocab_size": 97})
+    model.config.eos_token_id = model.generation_config.eos_token_id = [5, 7]
+    return model
 
 
 @pytest.mark.parametrize("kind", ["medusa", "eagle", "eagle3"])
@@ -62,13 +53,11 @@ def test_the_ends_tell_what_the_target_tells(tmp_path):
     wanted = target.model.get_output_embeddings()(states)
     assert ends.model.get_output_embeddings()(states).equal(wanted)
     assert hash_of_ends(ends.model) == hash_of_ends(target.model)
-
-
-def test_the_ends_never_pass_for_the_whole_target(tmp_path):
-    path = str(save_checkpoint(tmp_path))
-    whole, part = identify_target(load_target(path, device="cpu")), identify_target(load_ends(path))
-    assert part.weights is None
-    assert part.tokenizer == whole.tokenizer
+    whole, part = identify_target(target), identify_target(ends)
+    assert part.weights is None  # they never pass for the whole target
+    assert (part.tokenizer, part.facts) == (whole.tokenizer, whole.facts)
+    assert part.magnitudes.items() <= whole.magnitudes.items()
+    assert [*part.magnitudes] == ["model.embed_tokens.weight"]
 
 
 def test_sharded_checkpoints_and_other_dtypes_are_read(tmp_path):
@@ -86,8 +75,7 @@ def test_sharded_checkpoints_and_other_dtypes_are_read(tmp_path):
 
 
 def test_names_without_the_prefix_of_the_base_model_are_found(tmp_path):
-    config = GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    model = GPT2LMHeadModel(config)
+    model = build("GPT2LMHeadModel", {"tie_word_embeddings": True})
     save_checkpoint(tmp_path, model)
 
     def strip(weights):
@@ -100,58 +88,41 @@ def test_names_without_the_prefix_of_the_base_model_are_found(tmp_path):
     assert ends.max_context_len == 64
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            lambda weights: weights.pop("lm_head.weight"),
-            "must hold lm_head.weight .* holds nothing",
-        ),
-        (
-            lambda weights: weights.update({"lm_head.weight": torch.zeros(96, 32)}),
-            r"shape \(97, 32\) but holds torch.float32 \(96, 32\)",
-        ),
-        (
-            lambda weights: weights.update(
-                {"model.embed_tokens.weight": torch.zeros(97, 32, dtype=torch.int8)}
-            ),
-            "holds torch.int8 .* quantized",
-        ),
-    ],
-)
-def test_ends_that_are_missing_or_of_another_shape_are_refused(tmp_path, change, message):
-    save_checkpoint(tmp_path)
-    edit_weights(tmp_path, change)
-    with pytest.raises(ValueError, match=message):
-        load_ends(str(tmp_path), device="cpu")
+HEAD_NAME, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+WEIGHTS = "model.safetensors"
 
 
-def test_damaged_or_missing_files_are_refused(tmp_path):
-    save_checkpoint(tmp_path)
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(b"\xff" * 8 + weights.read_bytes()[8:])
-    with pytest.raises(ValueError, match="corrupt or truncated"):
-        load_ends(str(tmp_path), device="cpu")
-    weights.unlink()
-    with pytest.raises(FileNotFoundError, match="only safetensors are read"):
-        load_ends(str(tmp_path), device="cpu")
-    with pytest.raises(FileNotFoundError, match="is not a folder"):
-        load_ends("./nothing")
+def changed(change):
+    return lambda folder: edit_weights(folder, change)
 
 
-def test_an_embedding_that_does_more_than_look_up_is_refused(tmp_path):
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+def damaged(folder):
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(b"\xff" * 8 + content[8:])
 
-    config = Gemma3TextConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=64,
-    )
-    save_checkpoint(tmp_path, Gemma3ForCausalLM(config))
-    with pytest.raises(ValueError, match=r"does more than nn\.Embedding; train beside"):
+
+REFUSED = [
+    (changed(lambda weights: weights.pop(HEAD_NAME)), "must hold lm_head.weight .* holds nothing"),
+    (
+        changed(lambda weights: weights.update({HEAD_NAME: torch.zeros(96, 32)})),
+        r"shape \(97, 32\) but holds torch.float32 \(96, 32\)",
+    ),
+    (
+        changed(lambda weights: weights.update({EMBEDDING: weights[EMBEDDING].char()})),
+        "holds torch.int8 .* quantized",
+    ),
+    (damaged, "corrupt or truncated"),
+    (lambda folder: (folder / WEIGHTS).unlink(), "only safetensors are read"),
+    (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+    (
+        lambda folder: build("Gemma3", HEAD | BOTH).save_pretrained(folder),
+        r"does more than nn\.Embedding; train beside",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED, ids=[case[1] for case in REFUSED])
+def test_checkpoint_without_the_ends_is_refused(tmp_path, change, message):
+    change(save_checkpoint(tmp_path))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         load_ends(str(tmp_path), device="cpu")

@@ -112,15 +112,11 @@ class _LlamaLayout(Layout):
         backbone = given.model_dump(exclude_none=True)
         if missing := [name for name in FACTS if name not in backbone]:
             raise ValueError(
-                f"the layout {cls.name!r} states every fact of the head, but its options leave "
-                f"{', '.join(missing)} of the backbone to the target; give the target too "
-                "(specdec convert --target), or save the head with all of head.options"
+                f"the layout {cls.name!r} states every fact, but the head's options leave backbone."
+                f"{', '.join(missing)} to the target; give it too (specdec convert --target)"
             )
         if extra := [name for name in sorted(backbone) if backbone[name] and name not in FACTS]:
-            raise ValueError(
-                f"the layout {cls.name!r} cannot hold the option backbone.{extra[0]}; use the "
-                "layout 'specdec', or train a head without it"
-            )
+            raise cls.cannot_hold(f"the option backbone.{extra[0]}")
         return super().write(checkpoint)
 
 
@@ -219,15 +215,15 @@ class _Eagle3Layout(_LlamaLayout):
         if taps is None:
             return config
         if sorted(set(taps)) != taps:
-            raise ValueError(
-                f"the layout {cls.name!r} cannot hold the taps {taps}: engines capture a layer "
-                "once and in ascending order; train a head on distinct layers"
+            raise cls.cannot_hold(
+                f"the taps {taps}: engines capture a layer once and in ascending order",
+                "train a head on distinct layers",
             )
         if target and target.num_layers and taps[-1] >= target.num_layers:
-            raise ValueError(
-                f"the layout {cls.name!r} cannot hold the tap {taps[-1]} of a target with "
-                f"{target.num_layers} layers: engines capture before the final norm, and "
-                "hidden_states[-1] is behind it; train a head on lower layers"
+            raise cls.cannot_hold(
+                f"the tap {taps[-1]} of a target with {target.num_layers} layers: engines do not "
+                "capture behind the final norm",
+                "train a head on lower layers",
             )
         return config | {IDS: taps}
 
@@ -278,10 +274,8 @@ class Eagle3(_Eagle3Layout, LlamaLayer):
     @classmethod
     def config(cls, checkpoint: HeadCheckpoint, options: Any) -> dict[str, Any]:
         if options.norm_before_residual:
-            raise ValueError(
-                f"the layout {cls.name!r} cannot hold norm_before_residual=true, which only vLLM "
-                "reads there: other engines would draft wrongly; write the layout 'speculators'"
-            )
+            fix = "use the layout 'speculators'"
+            raise cls.cannot_hold("norm_before_residual=true, which only vLLM reads there", fix)
         config = {
             "architectures": ["LlamaForCausalLMEagle3"],
             **_llama_config(checkpoint.options["backbone"]),

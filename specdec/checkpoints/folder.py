@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from errno import EINVAL
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -97,8 +98,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    # An OSError is torch's answer to a file that was cut off.
     except (SafetensorError, RuntimeError, EOFError, ValueError, UnpicklingError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != EINVAL:  # torch's for a file cut off
+            raise
         raise ValueError(
             f"{str(path)!r} cannot be read ({first_line(error)}); it is corrupt or truncated, copy "
             "or download it again"

@@ -60,6 +60,10 @@ class Layout(ForeignConfig):
         return str
 
     @classmethod
+    def cannot_hold(cls, what: str, fix: str = "use the layout 'specdec'") -> ValueError:
+        return ValueError(f"the layout {cls.name!r} cannot hold {what}; {fix}")
+
+    @classmethod
     def read(cls, files: RawFiles) -> HeadCheckpoint:
         keys = validated(cls, files.config, repr(files.config_path))
         found = replace(keys.parse(files), layout=cls.name)

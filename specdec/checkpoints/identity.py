@@ -117,15 +117,7 @@ def check_target(checkpoint: HeadCheckpoint, identity: TargetIdentity, force: bo
     """Refuse a head that was trained for another target.
 
     A fact that the checkpoint or the target does not know is not compared, nor are names, which
-    change with a folder.
-
-    Args:
-        checkpoint: the head.
-        identity: the target that is to use it, from `identify_target`.
-        force: take a target with other weights or another tokenizer; never one of another size.
-
-    Raises:
-        ValueError: the first fact that differs, or a tap that the target does not have.
+    change with a folder. With `force` only another size and taps that are not there are refused.
     """
     known, last, theirs = checkpoint.target, identity.num_layers, _called(identity)
     for tap in checkpoint.options.get("taps") or ():
@@ -152,8 +144,7 @@ def check_target(checkpoint: HeadCheckpoint, identity: TargetIdentity, force: bo
             noun = _NOUNS.get(fact.split(" ")[0], "configuration")
             raise ValueError(
                 f"the head was trained for {_called(known)}, whose {noun} differs from that of "
-                f"{theirs} ({fact} {wanted}, not {given}); use that target, or force=true to draft "
-                "for this one all the same"
+                f"{theirs} ({fact} {wanted}, not {given}); use that target, or force=true"
             )
 
 
@@ -172,12 +163,7 @@ def differences(
     A quantized version of a target is the same one to a head, which drafts well for it: how it is
     quantized, and weights that are rounded otherwise, count only where a run is to go on.
 
-    Args:
-        known: the target as it was written down.
-        given: the target that is there.
-        where: holder of the known one, for a warning if an older version wrote it.
-        renew: the command that writes it anew.
-        is_resume: a run is to go on with it.
+    A warning tells `where` an identity stands that an older version wrote, and how to `renew` it.
     """
     if known.facts is None and (known.weights or is_resume):
         warnings.warn(

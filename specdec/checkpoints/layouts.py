@@ -48,7 +48,7 @@ class Description(Config):
         sha256: hash of the rest and of the tensors; None where it was deleted.
     """
 
-    format: Literal[1] = 1
+    format: Literal[1]
     layout: str
     kind: str
     options: dict[str, Any]
@@ -59,16 +59,9 @@ class Description(Config):
 
 
 def read_head(path: str | Path, revision: str | None = None) -> HeadCheckpoint:
-    """Read a head, whatever its layout, which its files tell.
+    """Read a head from a folder or of a hub id, whatever its layout, which its files tell.
 
-    Args:
-        path: folder (`~` is the home folder) or hub id.
-        revision: branch, tag or commit of a hub id.
-
-    Raises:
-        FileNotFoundError: no such folder or hub id, or a file is missing.
-        ValueError: no head in any known layout, or one whose tensors or facts are not in order;
-            the message names the tensor or the fact.
+    A tensor or a fact that is not in order is a ValueError that names it.
     """
     folder = find_folder(path, revision)
     sidecar = folder / SIDECAR
@@ -95,9 +88,8 @@ def read_head(path: str | Path, revision: str | None = None) -> HeadCheckpoint:
     content = read_json(sidecar)
     if "sha256" in content and content.pop("sha256") != _checksum(content, checkpoint.tensors):
         raise ValueError(
-            f"{str(sidecar)!r} or the tensors beside it have changed since they were written (the "
-            "SHA-256 is another one); copy both again or, if that was on purpose, delete sha256 "
-            "there"
+            f"{str(sidecar)!r} or the tensors beside it have changed since they were written; copy "
+            "both again or, if that was on purpose, delete sha256 there"
         )
     return checkpoint
 
@@ -162,18 +154,8 @@ def _checksum(content: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 def write_head(checkpoint: HeadCheckpoint, folder: str | Path, layout: str = NATIVE) -> Path:
     """Write a head into a folder, whose other files stay; it is replaced at once, or not at all.
 
-    Args:
-        checkpoint: the head, its tensors in the dtype in which they are to be stored.
-        folder: made if it is not there; `~` is the home folder.
-        layout: one of `LAYOUTS`.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: no such layout, something that it cannot hold, or a tensor that is missing, left
-            over or wrong, by name; or the folder holds another checkpoint's tensors.
-        OSError: it cannot be written; what stood there is as it was.
+    Something that the layout cannot hold, a tensor that is missing, left over or wrong, and a
+    folder with another checkpoint's tensors are a ValueError; what stood there is as it was.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r} but must be one of {', '.join(LAYOUTS)}")
@@ -192,7 +174,7 @@ def write_head(checkpoint: HeadCheckpoint, folder: str | Path, layout: str = NAT
 
 def _files(checkpoint: HeadCheckpoint, layout: str) -> dict[str, bytes]:
     """Name to content, the description last: it completes the checkpoint."""
-    facts = {**vars(checkpoint), "layout": layout}
+    facts = {**vars(checkpoint), "format": 1, "layout": layout}
     tensors = facts.pop("tensors")
     content = validated(Description, facts, "the head").model_dump(exclude={"sha256"})
     json_bytes(content)  # what no file can hold is refused here

@@ -17,17 +17,20 @@ _BLOCK = re.compile(r"(\d+)\.(\d+)\.linear\.(weight|bias)")
 _PROJECTION = re.compile(r"(\d+)\.\d+\.weight")
 
 
-def _check_tap(checkpoint: HeadCheckpoint, tap: int, layout: str) -> None:
-    """Refuse heads that do not read the target's last state, as these layouts imply."""
-    num_layers = checkpoint.target.num_layers if checkpoint.target else None
-    if num_layers not in (None, tap):
-        raise ValueError(
-            f"the layout {layout!r} cannot hold the tap {tap}: its heads read the last state of "
-            f"the target, {num_layers}; use the layout 'specdec'"
-        )
+class _MedusaLayout(Layout):
+    kind = "medusa"
+
+    @classmethod
+    def config(cls, checkpoint: HeadCheckpoint, options: Any) -> dict[str, Any]:
+        last = checkpoint.target.num_layers if checkpoint.target else None
+        if last not in (None, options.tap):
+            raise cls.cannot_hold(
+                f"the tap {options.tap}: its heads read the target's last, {last}"
+            )
+        return {}
 
 
-class Medusa(Layout):
+class Medusa(_MedusaLayout):
     """`medusa_lm_head.safetensors` or `.pt`, and a small `config.json`.
 
     Version 1 has a vocabulary projection for every head, version 2 has none.
@@ -35,7 +38,7 @@ class Medusa(Layout):
     Source: FasterDecoding/Medusa.
     """
 
-    name, kind, weights = "medusa", "medusa", "medusa_lm_head.safetensors"
+    name, weights = "medusa", "medusa_lm_head.safetensors"
     medusa_num_heads: Count | None = None
     medusa_num_layers: Count | None = None
     base_model_name_or_path: str | None = None
@@ -84,8 +87,7 @@ class Medusa(Layout):
 
     @classmethod
     def config(cls, checkpoint: HeadCheckpoint, options: Any) -> dict[str, Any]:
-        _check_tap(checkpoint, options.tap, cls.name)
-        return {
+        return super().config(checkpoint, options) | {
             "medusa_num_heads": options.num_heads,
             "medusa_num_layers": options.num_layers,
             "base_model_name_or_path": checkpoint.target.name if checkpoint.target else None,
@@ -94,13 +96,13 @@ class Medusa(Layout):
         }
 
 
-class VllmMedusa(Layout):
+class VllmMedusa(_MedusaLayout):
     """Medusa heads as vLLM up to 0.32 serves them; later ones dropped Medusa.
 
     Source: vLLM 0.32, `MedusaConfig` and `Medusa`.
     """
 
-    name, kind = "vllm-medusa", "medusa"
+    name = "vllm-medusa"
     carried = ("token_map",)  # vLLM leaves it alone where the vocabulary is whole
     hidden_size: Count
     vocab_size: Count
@@ -161,14 +163,10 @@ class VllmMedusa(Layout):
 
     @classmethod
     def config(cls, checkpoint: HeadCheckpoint, options: Any) -> dict[str, Any]:
-        _check_tap(checkpoint, options.tap, cls.name)
         if not options.own_vocab_head:
-            raise ValueError(
-                f"the layout {cls.name!r} cannot hold heads without their own vocabulary "
-                "projection (own_vocab_head=false): it wants a copy of the target's; use the "
-                "layout 'medusa'"
-            )
-        return {
+            what = "heads without projections (own_vocab_head=false), but copies of the target's"
+            raise cls.cannot_hold(what, "use the layout 'medusa'")
+        return super().config(checkpoint, options) | {
             "architectures": ["MedusaModel"],
             "model_type": "medusa",
             "hidden_size": options.hidden_size,

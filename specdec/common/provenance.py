@@ -60,43 +60,27 @@ def _version(package: str) -> str:
 
 def _git(*arguments: str) -> str | None:
     """Output of git in the checkout that holds the package; None for an installed wheel."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        return subprocess.check_output(
+            command, stderr=subprocess.DEVNULL, timeout=10, text=True
+        ).strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
 
 
 def machine(target: Any) -> dict[str, Any]:
-    """Command, commit, versions, machine and time of any measurement.
-
-    Args:
-        target: an `HFTarget`, or another with its `device` and `model`.
-    """
+    """Command, commit, versions, machine and time of a measurement with an `HFTarget`."""
+    device, info = target.device, Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpus = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
         **code(),
-        "device": _device_name(target.device),
-        "cpu": _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "cpu": cpus[0] if cpus else platform.processor(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
         "dtype": str(target.model.dtype).removeprefix("torch."),
         "quantized": bool(getattr(target.model, "is_quantized", False)),
     }
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

@@ -20,37 +20,20 @@ Works = Sequence[Work | None]  # one a prompt; None where it failed or emitted n
 
 
 def bootstrap_interval(samples: tuple[np.ndarray, ...], statistic: Callable[..., Any]) -> Interval:
-    """95 % percentile interval over prompts; None for fewer than two.
-
-    Args:
-        samples: arrays [prompts] that are drawn together.
-        statistic: function of such arrays along `axis`.
-    """
+    """95 % percentile interval of a statistic along `axis`, arrays [prompts] drawn together."""
     if len(samples[0]) < 2:
         return None
-    found = bootstrap(
-        samples,
-        statistic,
-        paired=True,
-        vectorized=True,
-        method="percentile",
-        n_resamples=2000,
-        rng=np.random.default_rng(0),
-    ).confidence_interval
+    options: dict[str, Any] = {"paired": True, "vectorized": True, "method": "percentile"}
+    rng = np.random.default_rng(0)
+    found = bootstrap(samples, statistic, n_resamples=2000, rng=rng, **options).confidence_interval
     return float(found.low), float(found.high)
 
 
 def total_speed(key: str, over: Sequence[Works], under: Sequence[Works] = ()) -> dict[str, Any]:
     """Total tokens over total seconds of each arm; those of `over` multiplied, of `under` divided.
 
-    Args:
-        key: name of the figure; its interval is `KEY_ci`.
-        over: arms, each with one entry a prompt.
-        under: likewise.
-
-    Returns:
-        The figure over the prompts that all arms have, and its interval by bootstrap over them, the
-        arms drawn together.
+    The figure `key` is over the prompts that all arms have; its interval `KEY_ci` is by bootstrap
+    over them, the arms drawn together.
     """
     both = [row for row in zip(*over, *under, strict=True) if None not in row]
     if not both:

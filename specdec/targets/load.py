@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -109,13 +110,13 @@ def check_path(path: str) -> str:
 
 def find_device(device: str | torch.device | None) -> torch.device:
     """Return a device that is here; None is CUDA if there is one, else the CPU."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        default = "cuda" if torch.cuda.is_available() else "cpu"
         chosen = torch.device(default if device is None else device)
+        if chosen.type == "meta":
+            raise ValueError("nothing can be computed there")
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"device is {device!r} but must be cpu, cuda or cuda:N") from error
-    if chosen.type == "meta":
-        raise ValueError("device is 'meta', where nothing can be computed; use cpu, cuda or cuda:N")
     num_devices = torch.cuda.device_count()
     if chosen.type == "cuda" and (chosen.index or 0) >= num_devices:
         raise ValueError(
@@ -157,13 +158,10 @@ def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> 
 def _quantization(name: str, device: torch.device) -> Any:
     if name not in QUANTIZATIONS:
         raise ValueError(f"quantization is {name!r} but must be one of {QUANTIZATIONS}, or None")
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
+    if find_spec("bitsandbytes") is None:
         raise ValueError(
-            f"quantization {name!r} needs bitsandbytes; install it with: "
-            "pip install 'specdec[quant]'"
-        ) from error
+            f"quantization {name!r} needs bitsandbytes; install it: pip install 'specdec[quant]'"
+        )
     from transformers import BitsAndBytesConfig
 
     if name == "8bit":
@@ -182,18 +180,18 @@ def _check_stored(path: str, revision: str | None, model: Any, info: Mapping[str
     from safetensors import safe_open
     from transformers.utils import cached_file
 
-    misfit = f"{path!r} does not fit its config"
-    for name, stored, wanted in sorted(info.get("mismatched_keys", ())):
-        raise IncompleteCheckpointError(
-            f"{misfit}: {name} has shape {tuple(stored)} but must have {tuple(wanted)}; the "
-            "checkpoint or its config.json is of another model"
-        )
+    faults = [
+        f"{name} has shape {tuple(stored)} but must have {tuple(wanted)}"
+        for name, stored, wanted in sorted(info.get("mismatched_keys", ()))
+    ]
     for kind in ("missing", "unexpected"):
         if names := sorted(str(name) for name in info.get(f"{kind}_keys", ())):
-            raise IncompleteCheckpointError(
-                f"{misfit}: {kind} tensors ({len(names)}), {names[0]} for one; the checkpoint is "
-                "incomplete or of another model"
-            )
+            faults.append(f"{kind} tensors ({len(names)}), {names[0]} for one")
+    if faults:
+        raise IncompleteCheckpointError(
+            f"{path!r} does not fit its config: {faults[0]}; the checkpoint is incomplete, or one "
+            "of the two is of another model"
+        )
     folder = Path(cached_file(path, CONFIG, revision=revision) or path).parent
     if (settings := folder / "generation_config.json").exists():
         read_json(settings)
@@ -229,10 +227,10 @@ def _does_not_fit(path: str, device: torch.device) -> Exception:
     """Return the error of too little memory, or of a config that asks for more than there is."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    stored, asked, free = 0, 0, ""
+    stored, asked, free = 0, 0, "fewer"
     # A hub id has no files here, and a model with code of its own is not built.
     with LOADING, suppress(ValueError, OSError), torch.device("meta"):
-        stored = sum(file.stat().st_size for file in Path(path).expanduser().glob("*.safetensors"))
+        stored = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
         asked = sum(weight.numel() for weight in model.parameters())
     if 0 < 8 * stored < asked:  # no format packs more than four weights into a byte
@@ -240,14 +238,13 @@ def _does_not_fit(path: str, device: torch.device) -> Exception:
             f"{path!r} could not be loaded: its config.json asks for {asked:,} weights, but its "
             f"files hold only {stored:,} bytes; is a size in it wrong?"
         )
+    with suppress(OSError, IndexError):  # not on other systems than Linux
+        free = Path("/proc/meminfo").read_text().split("MemAvailable:")[1].splitlines()[0].strip()
     if device.type == "cuda":
         free = f"{torch.cuda.mem_get_info(device)[0]:,} bytes"
-    with suppress(OSError):
-        info = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = free or info["MemAvailable"].strip()
     return MemoryError(
         f"no memory for the weights of {path!r} on {device}: its files hold {stored:,} bytes, and "
-        f"{free or 'fewer'} are free; use a smaller dtype, quantization=4bit or another device"
+        f"{free} are free; use a smaller dtype, quantization=4bit or another device"
     )
 
 

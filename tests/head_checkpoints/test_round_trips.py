@@ -32,20 +32,15 @@ def test_a_head_comes_back_as_it_was_written(tmp_path, name, layout, dtype):
     assert (found.target, found.training, found.layout) == (written.target, TRAINING, layout)
     head, _ = load_head(written.kind, target(), str(folder), dtype=dtype)
     assert same_tensors(head.state_dict(), written.tensors)
-
-
-@pytest.mark.parametrize(("name", "layout"), [pair for pair in PAIRS if pair[1] != "specdec"])
-def test_layout_alone_makes_same_head(tmp_path, name, layout):
-    written = random_head(name, tree=TREE)
-    folder = write_head(written, tmp_path / "head", layout)
-    (folder / "specdec.json").unlink()
+    if layout == "specdec":
+        return
+    (folder / "specdec.json").unlink()  # the layout alone makes the same head
     found = read_head(folder)
     head = build_head(found.kind, found.options, target())
     fill_head(head, found.tensors, str(folder))
     assert head.options.model_dump(exclude_none=True) == written.options
-    assert same_tensors(head.state_dict(), written.tensors)
-    assert found.target.weights is None
-    assert found.target.hidden_size == 32
+    assert same_tensors(found.tensors, written.tensors)
+    assert (found.target.weights, found.target.hidden_size) == (None, 32)
     assert found.tree == (TREE if layout == "medusa" else None)
     check_target(found, identify_target(target()))
 
@@ -58,22 +53,6 @@ def test_converting_through_every_layout_ends_where_it_began(tmp_path, name):
     assert same_tensors(head.tensors, written.tensors)
     assert (head.options, head.tree, head.target) == (written.options, TREE, written.target)
     assert head.training == TRAINING
-
-
-def test_sparse_options_stay_sparse_in_our_own_layout(tmp_path):
-    written = replace(random_head("eagle3"), options={"draft_vocab_size": 40})
-    assert read_head(write_head(written, tmp_path)).options == {"draft_vocab_size": 40}
-
-
-@pytest.mark.parametrize(
-    ("name", "layout"), [("eagle", "eagle"), ("eagle3", "eagle3"), ("eagle3", "speculators")]
-)
-def test_foreign_layouts_refuse_sparse_options(tmp_path, name, layout):
-    written = random_head(name)
-    sparse = {key: value for key, value in written.options.items() if key != "backbone"}
-    with pytest.raises(ValueError, match=r"num_attention_heads.*--target"):
-        write_head(replace(written, options=sparse), tmp_path / "head", layout)
-    assert not (tmp_path / "head").exists()
 
 
 def test_tensors_may_share_memory(tmp_path):

@@ -323,6 +323,12 @@ ANY = [
     (lambda head: {"tree": [0, 1]}, "tree.0 is 0 but must be a list"),
 ]
 UNCHANGED = dict
+
+
+def without_backbone(head):
+    return {"options": {key: value for key, value in head.options.items() if key != "backbone"}}
+
+
 # Head, layout, its change, the refusal; our own layout holds what is changed here.
 HELD_BY_OURS = [
     ("eagle3-normed", "eagle3", UNCHANGED, "cannot hold norm_before_residual=true"),
@@ -334,6 +340,10 @@ HELD_BY_OURS = [
     ("eagle3", "eagle3", with_options(taps=[2, 4, 8]), "the tap 8 of a target with 8 layers"),
     ("medusa", "medusa", with_options(tap=7), "the tap 7"),
     ("medusa", "vllm-medusa", with_options(tap=7), "the tap 7"),
+    *(
+        (name, layout, without_backbone, "num_attention_heads.*--target")
+        for name, layout in (("eagle", "eagle"), ("eagle3", "eagle3"), ("eagle3", "speculators"))
+    ),
     ("eagle", "eagle", with_biased_mlp, r"cannot hold the option backbone\.mlp_bias"),
     ("eagle3", "speculators", lambda head: {"target": None}, "names its target.*--target"),
     (
