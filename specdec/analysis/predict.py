@@ -195,7 +195,7 @@ def coverage(evidence: Evidence, width: int = 10) -> list[list[float]]:
     """Share of places where the text takes the candidate of each rank, by depth: [depth][rank].
 
     At a depth those places count where it took one of the first `width` candidates at every depth
-    above, as `best_static_tree` expects. Depths without a place are left out.
+    above, as `best_static_tree` expects.
     """
     reached, table = evidence.valid[:, :, 0], []
     for level in range(evidence.depth):

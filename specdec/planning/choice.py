@@ -44,9 +44,8 @@ class Forecast:
         """Total seconds of plain decoding over the candidate's own, all prompts together."""
         expected, plain = self.expected(candidate), self.costs.plain[batch_size]
         sizes = _sizes(candidate, expected, batch_size)
-        step = self.costs.step(candidate, batch_size, sizes, self.context)
+        step, error = self.costs.step(candidate, batch_size, sizes, self.context)
         ratio = float(plain.sum() / step.sum())
-        error = self.costs.uncertainty(candidate, batch_size)
         return Configuration(
             name=candidate.name,
             type=candidate.type,
@@ -72,7 +71,7 @@ class Forecast:
         if batch_size == 1:
             share = min(1.0, expected.nodes_per_step / larger.shape.nodes)
         sizes = _between(share * candidate.shape.nodes, 0.0)
-        step = self.costs.step(candidate, batch_size, sizes, self.context)
+        step, _ = self.costs.step(candidate, batch_size, sizes, self.context)
         return float(expected.tau * self.costs.plain[batch_size].sum() / step.sum())
 
     def _interval(self, expected: Expected, ratio: float, error: float) -> Interval:
@@ -90,10 +89,8 @@ class Forecast:
 
 
 def _sizes(candidate: Candidate, expected: Expected, batch_size: int) -> Sizes:
-    """Shares of the steps by the nodes that they draft: all that the shape has, fewer, or none.
-
-    A batch is padded to the largest draft of its rows, and drafts nothing where none of them does.
-    """
+    """Shares of the steps by the nodes that they draft: all that the shape has, fewer, or none."""
+    # A batch is padded to the largest draft of its rows.
     nodes = candidate.shape.nodes
     if batch_size > 1 and not candidate.varies:
         return {nodes: 1.0}
@@ -109,10 +106,7 @@ def _sizes(candidate: Candidate, expected: Expected, batch_size: int) -> Sizes:
 
 
 def _between(mean: float, empty: float) -> Sizes:
-    """Sizes with this mean: none in a share `empty` of the steps, in the others as equal as can be.
-
-    A step's cost is close to linear in the nodes, all but the first.
-    """
+    """Sizes with this mean: none in a share `empty` of the steps, else as equal as can be."""
     if mean <= 0 or empty >= 1:
         return {0: 1.0}
     low, part = divmod(mean / (1 - empty), 1.0)
@@ -130,9 +124,7 @@ def search(
 ) -> list[Predicted]:
     """Predict whatever may be among the `wanted` fastest, and every given configuration.
 
-    The fastest come first; of equally fast ones the smaller draft. Every candidate that is left out
-    is slower than the first `wanted`: predictions are dear, and a larger draft's acceptance bounds
-    the speed of smaller ones.
+    Predictions are dear: what is left out is too slow by the bounds that larger drafts set.
     """
     found: list[Predicted] = []
     bounds = [inf] * len(candidates)
@@ -163,8 +155,7 @@ def confirm(
 ) -> list[Predicted]:
     """Rank the fastest again, whose own times the costs hold by now; the others follow as before.
 
-    A fit flatters some of the many configurations, and these are the ones that look fastest: so the
-    choice is among those that were timed.
+    A fit flatters some of many configurations, and these look fastest: so the choice was timed.
     """
     again = [(candidate, forecast(candidate, batch_size)) for candidate, _ in ranked[:finalists]]
     again.sort(key=lambda pair: -pair[1].predicted_speedup)
@@ -176,9 +167,8 @@ def schedule(
 ) -> tuple[dict[int, int], list[ScheduledLength], dict[int, dict[int, float]]]:
     """Choose a draft length for every batch size, for which the costs hold the drafter.
 
-    Returns:
-        The most nodes a row by batch size, 0 for plain decoding; every length that was compared;
-        and seconds of a whole step by batch size and nodes, 0 for plain decoding.
+    Give the most nodes a row by batch size, every length that was compared, and seconds of a whole
+    step by batch size and nodes; 0 nodes is plain decoding.
     """
     lengths: list[ScheduledLength] = []
     nodes, step_s = {}, {}

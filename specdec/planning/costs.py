@@ -93,23 +93,32 @@ class Costs:
             **{f"{part}_ms": ms[part] for part in ("target", "other", "wall")},
             relative_error=float(moments.std() / moments.mean() / len(moments) ** 0.5),
         )
-        by_drafter: dict[str, list[TimedRun]] = {}
-        for run in runs:
-            if run.candidate is not None:
-                by_drafter.setdefault(run.candidate.drafter, []).append(run)
-        for name, own in by_drafter.items():
-            self._fit(name, batch_size, own, common_s)
-
-    def _fit(self, name: str, batch_size: int, runs: Sequence[TimedRun], common_s: float) -> None:
-        """Fit a drafter's steps, in groups of one shape that drafted as many nodes."""
-        groups: dict[tuple[DraftShape, int], list[Array]] = {}
-        for run in runs:
-            assert run.candidate is not None
+        # Steps by drafter, and of each by shape and nodes drafted.
+        found: dict[str, dict[tuple[DraftShape, int], list[Array]]] = {}
+        drafting = [(run, run.candidate) for run in runs if run.candidate]
+        for run, candidate in drafting:
+            groups = found.setdefault(candidate.drafter, {})
             for step in run.at(common_s):
-                groups.setdefault((run.candidate.shape, int(step[1])), []).append(step)
-        contexts = [float(np.mean([step[0] for step in steps])) for steps in groups.values()]
-        times = np.array([trim_mean(np.array(steps)[:, 2:], TRIMMED) for steps in groups.values()])
-        counts = np.array([len(steps) for steps in groups.values()])
+                groups.setdefault((candidate.shape, int(step[1])), []).append(step)
+        for name, groups in found.items():
+            fit = self._fit(name, batch_size, groups)
+            self._fits[name, batch_size] = fit
+            self.measured.drafters.append(fit)
+        # Given configurations are known as they were timed, too, whatever each step drafted.
+        for given in (candidate for _, candidate in drafting if candidate.is_given):
+            own = [g for (shape, _), g in found[given.drafter].items() if shape == given.shape]
+            means = [trim_mean(np.array(group)[:, 2:], TRIMMED) for group in own]
+            self._given[given.key, batch_size] = np.average(means, 0, [len(g) for g in own])
+
+    def _fit(
+        self, name: str, batch_size: int, groups: Mapping[tuple[DraftShape, int], list[Array]]
+    ) -> DrafterFit:
+        tables, counts = (
+            [np.array(steps) for steps in groups.values()],
+            [*map(len, groups.values())],
+        )
+        contexts = [float(table[:, 0].mean()) for table in tables]
+        times = np.array([trim_mean(table[:, 2:], TRIMMED) for table in tables])
         walls = times.sum(1)
         rows = [
             self._features(shape, nodes, batch_size, context)
@@ -123,13 +132,11 @@ class Costs:
         points = []
         for place, (shape, nodes) in enumerate(groups):
             ours, theirs = to_ms(times[place]), to_ms(fitted[place])
-            parts = {p: PartTime(measured_ms=ours[p], fitted_ms=theirs[p]) for p in ours}
-            context, steps = round(contexts[place], 1), int(counts[place])
-            points.append(
-                StepPoint(shape=shape, nodes=nodes, context=context, steps=steps, **parts)
-            )
+            point: dict[str, Any] = {"shape": shape, "nodes": nodes, "steps": counts[place]}
+            point |= {p: PartTime(measured_ms=ours[p], fitted_ms=theirs[p]) for p in ours}
+            points.append(StepPoint(context=round(contexts[place], 1), **point))
         isolated = np.array([row["target"][0] for row in rows])
-        self._fits[name, batch_size] = DrafterFit(
+        return DrafterFit(
             drafter=name,
             batch_size=batch_size,
             points=points,
@@ -137,19 +144,12 @@ class Costs:
             **fits,
             residuals=Residuals.of(walls, fitted.sum(1), counts),
         )
-        self.measured.drafters.append(self._fits[name, batch_size])
-        # Given configurations are known as they were timed, too, whatever each step drafted.
-        for given in (run.candidate for run in runs if run.candidate and run.candidate.is_given):
-            own = [shape == given.shape for shape, _ in groups]
-            self._given[given.key, batch_size] = np.average(times[own], 0, counts[own])
 
     def time(self, batch_size: int, runs: Sequence[TimedRun]) -> None:
         """Take configurations' own times in place of those that follow from the fits.
 
-        Args:
-            batch_size: rows.
-            runs: decodings of the same rounds, plain ones among them: a machine's speed moves, and
-                what was timed at another moment cannot be compared within a few percent.
+        All runs, plain ones among them, are of the same rounds: a machine's speed moves, and what
+        was timed at another moment cannot be compared within a few percent.
         """
         by_key: dict[str, list[TimedRun]] = {}
         for run in runs:
@@ -169,17 +169,24 @@ class Costs:
             self._timed[key, batch_size] = scale * mean, float(errors[place])
 
     def is_timed(self, candidate: Candidate, batch_size: int) -> bool:
-        """Tell if its own steps were timed."""
         return (candidate.key, batch_size) in self._timed
 
-    def step(self, candidate: Candidate, batch_size: int, sizes: Sizes, context: float) -> Array:
-        """The mean step of a candidate whose drafts have these sizes: its own, if it was timed."""
+    def step(
+        self, candidate: Candidate, batch_size: int, sizes: Sizes, context: float
+    ) -> tuple[Array, float]:
+        """The mean step of a candidate whose drafts have these sizes: its own, if it was timed.
+
+        With it comes its relative error against plain's step, one standard deviation.
+        """
         key = (candidate.key, batch_size)
+        error = self._fits[candidate.drafter, batch_size].residuals.rms
         if key in self._timed:
-            return self._timed[key][0]
-        if key in self._given:
-            return self._given[key]
-        return self._fitted(candidate, batch_size, sizes, context)
+            step, error = self._timed[key]
+        elif key in self._given:
+            step = self._given[key]
+        else:
+            step = self._fitted(candidate, batch_size, sizes, context)
+        return step, float(np.hypot(error, self.measured.plain[batch_size].relative_error))
 
     def full_step(self, candidate: Candidate, batch_size: int, context: float) -> Array:
         """A step that drafts all the nodes of a candidate, by the fits wherever there are some.
@@ -187,17 +194,9 @@ class Costs:
         A finalist and its cuts are then timed by one ruler; and where drafts vary, what was timed
         is a mean over steps that mostly drafted fewer.
         """
+        asked = (candidate, batch_size, {candidate.shape.nodes: 1.0}, context)
         is_mean = candidate.varies or self.is_timed(candidate, batch_size)
-        step = self._fitted if is_mean else self.step
-        return step(candidate, batch_size, {candidate.shape.nodes: 1.0}, context)
-
-    def uncertainty(self, candidate: Candidate, batch_size: int) -> float:
-        """Relative error of a step's time against plain's, one standard deviation."""
-        if self.is_timed(candidate, batch_size):
-            own = self._timed[candidate.key, batch_size][1]
-        else:
-            own = self._fits[candidate.drafter, batch_size].residuals.rms
-        return float(np.hypot(own, self.measured.plain[batch_size].relative_error))
+        return self._fitted(*asked) if is_mean else self.step(*asked)[0]
 
     def _fitted(self, candidate: Candidate, batch_size: int, sizes: Sizes, context: float) -> Array:
         fit = self._fits[candidate.drafter, batch_size]
@@ -270,15 +269,16 @@ def _forward_points(cells: Sequence[Mapping[str, Any]]) -> list[ForwardPoint]:
 
 def _fit_forward(points: Sequence[ForwardPoint], batch_size: int) -> ForwardFit:
     own = [point for point in points if point.batch_size == batch_size]
-    chains, trees = ([p for p in own if p.is_tree == is_tree] for is_tree in (False, True))
-    chain = fit_piecewise(
-        [p.new_tokens for p in chains], [p.context for p in chains], [p.median_s for p in chains]
+    chains, trees = (
+        [(p.new_tokens, p.context, p.median_s) for p in own if p.is_tree == is_tree]
+        for is_tree in (False, True)
     )
-    if not trees:
-        return ForwardFit(chain=chain, tree_extra=None)
-    extra = [p.median_s - chain(p.new_tokens, p.context) for p in trees]
-    rows, times = [(1.0, p.new_tokens) for p in trees], [p.median_s for p in trees]
-    return ForwardFit(chain=chain, tree_extra=fit_linear(("tree", "token"), rows, extra, times))
+    chain, tree = fit_piecewise(*zip(*chains, strict=True)), None
+    if trees:
+        rows = [(1.0, tokens) for tokens, _, _ in trees]
+        extra = [seconds - chain(tokens, context) for tokens, context, seconds in trees]
+        tree = fit_linear(("tree", "token"), rows, extra, [seconds for *_, seconds in trees])
+    return ForwardFit(chain=chain, tree_extra=tree)
 
 
 def fit_piecewise(
@@ -349,8 +349,7 @@ def fit_linear(
 def median_polish(table: Array) -> tuple[Array, Array]:
     """Split a table into effects of its rows and columns; give the columns' and the residuals.
 
-    With medians a moment in which the machine was busy moves nothing but its own cell. A cell that
-    was not measured is nan, but every row and column has a value.
+    A busy moment moves nothing but its own cell; one that was not measured is nan.
 
     Source: Tukey 1977, Exploratory Data Analysis.
     """

@@ -134,11 +134,7 @@ class Drafters:
         self._first: dict[str, Drafter] = {}
 
     def get(self, candidate: Candidate, generation: int = 0) -> Drafter:
-        """The drafter of a candidate, built at the first call of each generation.
-
-        A drafter that remembers what it saw drafts better there than on a new prompt: ask for
-        another generation before it sees a prompt again.
-        """
+        """The drafter of a candidate; one of another generation remembers no prompt."""
         key = (candidate.key, generation)
         if key not in self._built:
             built = load_drafter({"type": candidate.type, **candidate.options}, self._target)
@@ -204,10 +200,7 @@ def time_run(
 def timed_runs(
     runs: Sequence[Candidate | None], found: Sequence[Sequence[Sequence[float]]], number: int = 0
 ) -> list[TimedRun]:
-    """Put a round's decodings beside the plain ones around them; those without a step are left out.
-
-    `found` are the steps of each of the `runs` that `sequence` gave.
-    """
+    """Put a round's decodings beside the plain ones around them; those without a step go."""
     tables = [np.array(steps, float).reshape(-1, 5) for steps in found]
     plain = {
         place: float(np.median(table[:, 2:].sum(1)))
@@ -255,10 +248,7 @@ class Measurements:
     def decodings(
         self, candidates: Sequence[Candidate], batch_size: int, rounds: int, phase: str = "loop"
     ) -> list[TimedRun]:
-        """Short decodings with every candidate, and plainly in between.
-
-        Every round has its own prompts. The journal knows other candidates by another phase.
-        """
+        """Short decodings with every candidate, plain ones in between; a round has its own prompts."""
         found: list[TimedRun] = []
         # Afresh: a drafter may remember what it saw when other shapes were timed.
         drafters = Drafters(self._work.target)

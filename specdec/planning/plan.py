@@ -36,16 +36,7 @@ def run_plan(
 ) -> Plan:
     """Plan a bench's drafters on this machine; writes `plan.json` and `bench.yaml`.
 
-    Args:
-        config: target, prompts, sampling, and arms, which say which drafters there are.
-        folder: keeps the measurements in `costs.jsonl`, none of which is made again.
-        progress: called with points done, points in all, and what runs next.
-        quick: measure few points once, to try things out.
-
-    Raises:
-        ValueError: no arm with a drafter, options or settings whose acceptance cannot be worked
-            out, or a folder of another plan.
-        OSError: the folder cannot be written, or is full; finished points are kept.
+    `costs.jsonl` in the folder keeps the measurements, none of which is made again.
     """
     torch.set_num_threads(config.threads)
     sampling = config.sampling.with_seed(config.seed)
@@ -71,13 +62,11 @@ def run_plan(
         measured = Measurements(predictor, effort, journal, progress)
         chosen = _choose(config, drafters, predictor, measured, effort, progress)
     plan = Plan(provenance=provenance, target=known, **chosen)
-    choice = plan.choice
-    header = (
-        f"# The choice of specdec plan: {choice.name}, predicted to be "
-        f"{choice.predicted_speedup:.2f} times as fast as plain decoding.\n"
+    content = (
+        f"# The choice of specdec plan: {plan.choice.name}, predicted to be "
+        f"{plan.choice.predicted_speedup:.2f} times as fast as plain decoding.\n"
         "#\n#   specdec bench bench.yaml --out runs/choice\n"
-    )
-    content = header + yaml.safe_dump(plan.config, sort_keys=False, allow_unicode=True)
+    ) + yaml.safe_dump(plan.config, sort_keys=False, allow_unicode=True)
     replace_file(folder / "bench.yaml", content.encode())
     plan.write(folder)
     return plan

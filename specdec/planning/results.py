@@ -31,7 +31,7 @@ class Residuals(Record):
     rms: NonNegativeFloat
 
     @classmethod
-    def of(cls, measured: Array, fitted: Array, counts: Array | None = None) -> "Residuals":
+    def of(cls, measured: Array, fitted: Array, counts: Any = None) -> "Residuals":
         """Compare times [points] with fitted ones; the mean square weighs by `counts`."""
         relative = np.abs(fitted / measured - 1)
         return cls(

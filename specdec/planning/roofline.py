@@ -28,7 +28,7 @@ STATE_BYTES = 2  # of a number that goes from device to device
 
 
 def _check_alpha(given: Any) -> Any:
-    """Refuse what is no probability, or no list of them; a union's own errors would name both."""
+    # A union's own errors would name both types.
     values = given if isinstance(given, list) else [given]
     if not values or not all(type(v) in (int, float) and 0 <= v <= 1 for v in values):
         raise ValueError("must be a number in [0, 1], or a list of them, one a depth")
@@ -40,9 +40,9 @@ class Device(Config):
 
     Attributes:
         name: for drafters to say where they run.
-        bandwidth_tb_s: memory bandwidth, TB/s.
-        compute_tflops: dense, in the type that is multiplied in, TFLOP/s.
-        memory_gb: GB; None if it does not matter.
+        bandwidth_tb_s: bandwidth of its memory.
+        compute_tflops: dense compute, in the type that is multiplied in.
+        memory_gb: None if it does not matter.
         share: part of the target's layers or, split by tensors, of each layer; None for a share in
             proportion to the bandwidth. Either all devices state one or none does.
     """
@@ -90,7 +90,6 @@ class Model(Config):
     overhead_us: NonNegativeFloat = 0.0
 
     def memory_gb(self, rows: int, context: int) -> float:
-        """Weights, keys and values."""
         return self.parameters_b * self.bits / 8 + rows * context * self.kv_bytes_per_token / 1e9
 
 
@@ -98,7 +97,6 @@ class DraftModel(Model):
     """A draft model, whole on one device.
 
     Attributes:
-        device: name of a device.
         alpha: probability that a drafted token is accepted, one number for all depths or the
             conditional one of each depth, the last of which holds behind the list's end.
     """
@@ -114,7 +112,6 @@ class Hardware(Config):
         split: "pipeline" puts the target's layers one after the other, so that times add; "tensor"
             divides every layer, so that the slowest device decides.
         context: tokens cached in every row.
-        batch_sizes: rows.
         max_draft_tokens: longest chain that is tried.
     """
 
@@ -183,7 +180,6 @@ class Hardware(Config):
 
 
 def load_hardware(path: str, overrides: Sequence[str] = ()) -> Hardware:
-    """Read stated parameters from YAML."""
     return load_config(Hardware, path, Path(path), overrides, example="context=4096")
 
 
@@ -235,7 +231,6 @@ class Estimate(Results):
 
 
 def estimate(hardware: Hardware) -> Estimate:
-    """Estimate every drafter at every batch size."""
     target, drafters = [], []
     for batch_size in hardware.batch_sizes:
         plain_s = float(hardware.forward_s(hardware.target, batch_size, 1))
@@ -293,7 +288,6 @@ def _drafter(hardware: Hardware, drafter: DraftModel, batch_size: int) -> Drafte
 
 
 def _assumptions(hardware: Hardware) -> list[str]:
-    """Everything that the estimate takes for granted, in words."""
     target, efficiency, link = hardware.target, hardware.efficiency, hardware.link
     pairs, context = hardware.shares(target), hardware.context
     shares = ", ".join(f"{device.name} {share:.0%}" for device, share in pairs)

@@ -92,33 +92,30 @@ def test_a_given_shape_beyond_those_timed_is_timed(target, head):
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "is_searched"),
+    ("kind", "options", "is_searched", "num_cuts"),
     [
-        ("eagle3", {"depth": 3}, True),
-        ("eagle3", {"choices": [[0]]}, False),
-        ("eagle3", {"children": "with_replacement"}, False),
-        ("hybrid", {"enough": 3}, False),
+        ("eagle3", {"depth": 3}, True, 7),
+        ("eagle3", {"choices": [[0], [0, 0], [1]]}, False, 1),
+        ("eagle3", {"children": "with_replacement"}, False, 7),
+        ("hybrid", {"enough": 3}, False, 7),
     ],
 )
-def test_sampled_or_given_trees_are_planned_as_configured(kind, options, is_searched):
-    assert given(kind, options, TREE).is_searched == is_searched
+def test_sampled_or_given_trees_are_planned_as_configured(kind, options, is_searched, num_cuts):
+    mine = given(kind, options, TREE)
+    assert mine.is_searched == is_searched
+    assert len(mine.cuts()) == num_cuts
+    assert mine.cuts()[-1] is mine
+
+
+TREE_OPTIONS = {"depth": 4, "width": 3, "max_nodes": 9}
+CHAIN_OPTIONS = {"num_draft_tokens": 4, "width": 1, "confidence_threshold": 0.3}
 
 
 @pytest.mark.parametrize(
     ("kind", "shape", "options", "words"),
     [
-        (
-            "draft_model",
-            chain(4, 0.3),
-            {"num_draft_tokens": 4, "width": 1, "confidence_threshold": 0.3},
-            "chain 4 above 0.3",
-        ),
-        (
-            "eagle",
-            DraftShape(4, 3, 9, True),
-            {"depth": 4, "width": 3, "max_nodes": 9},
-            "tree 4x3 of 9",
-        ),
+        ("draft_model", chain(4, 0.3), CHAIN_OPTIONS, "chain 4 above 0.3"),
+        ("eagle", DraftShape(4, 3, 9, True), TREE_OPTIONS, "tree 4x3 of 9"),
         ("suffix", budget(5), {"max_nodes": 5}, "5 nodes"),
     ],
 )
@@ -129,27 +126,16 @@ def test_a_shape_becomes_options(kind, shape, options, words):
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "shape", "nodes", "wanted"),
+    ("kind", "options", "shape", "wanted"),
     [
-        ("draft_model", {"num_draft_tokens": 6}, chain(6), 2, {"num_draft_tokens": 2, "width": 1}),
-        ("suffix", {}, budget(8), 3, {"max_nodes": 3}),
-        ("eagle", {"width": 2}, TREE, 3, {"depth": 3, "max_nodes": 3}),
-        ("eagle", {"width": 2}, TREE, 7, {}),
+        ("draft_model", {"num_draft_tokens": 6}, chain(6), {"num_draft_tokens": 3, "width": 1}),
+        ("suffix", {}, budget(8), {"max_nodes": 3}),
+        ("eagle", {"width": 2}, TREE, {"depth": 3, "max_nodes": 3}),
     ],
 )
-def test_a_draft_is_cut_by_its_options(kind, options, shape, nodes, wanted):
-    (found,) = [c for c in given(kind, options, shape).cuts() if c.shape.nodes == nodes]
+def test_a_draft_is_cut_by_its_options(kind, options, shape, wanted):
+    (found,) = [c for c in given(kind, options, shape).cuts() if c.shape.nodes == 3]
     assert found.options == {**options, **wanted}
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "count"),
-    [("hybrid", {"enough": 3}, 3), ("eagle", {"choices": [[0], [0, 0], [1]]}, 1)],
-)
-def test_a_draft_without_such_options_is_not_cut(kind, options, count):
-    mine = given(kind, options, DraftShape(2, 2, 3, True))
-    assert mine.cuts()[-1] is mine
-    assert len(mine.cuts()) == count
 
 
 def test_a_shape_covers_its_parts_alone():
