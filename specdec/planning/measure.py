@@ -248,7 +248,7 @@ class Measurements:
     def decodings(
         self, candidates: Sequence[Candidate], batch_size: int, rounds: int, phase: str = "loop"
     ) -> list[TimedRun]:
-        """Short decodings with every candidate, plain ones in between; a round has its own prompts."""
+        """Short decodings of every candidate, plain ones in between; each round has its prompts."""
         found: list[TimedRun] = []
         # Afresh: a drafter may remember what it saw when other shapes were timed.
         drafters = Drafters(self._work.target)
