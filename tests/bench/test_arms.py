@@ -66,11 +66,13 @@ def test_sampled_arm_leaves_the_global_generator_alone():
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_assisted_bursts_are_counted_once(tmp_path):
-    target = tiny_target()
+@pytest.mark.parametrize(
+    "sampling", [{}, {"presence_penalty": 2.0, "frequency_penalty": 1.0, "min_new_tokens": 5}]
+)
+def test_assistant_stays_lossless_and_its_bursts_count_once(tmp_path, sampling):
     perturbed(tiny_llama(), 0.05).save_pretrained(tmp_path)
-    options = {"path": str(tmp_path), "num_draft_tokens": 3}
-    arms = arms_of(target, assisted_arm(options), batch_size=1)
+    assisted = assisted_arm({"path": str(tmp_path), "num_draft_tokens": 3})
+    arms = arms_of(tiny_target(), assisted, sampling=SamplingOptions(**sampling), batch_size=1)
     for prompt in PROMPTS:
         (plain,), (assisted,) = (decode(arms[name], [prompt]) for name in ("plain", "assisted"))
         assert assisted.tokens == plain.tokens
@@ -122,16 +124,6 @@ def test_both_arms_draw_from_the_same_distribution():
         assert abs(share - counts["hf_generate"][token]) < 0.12
 
 
-def test_assistant_with_penalties_stays_lossless(tmp_path):
-    perturbed(tiny_llama(), 0.05).save_pretrained(tmp_path)
-    options = {"path": str(tmp_path), "num_draft_tokens": 3}
-    sampling = SamplingOptions(presence_penalty=2.0, frequency_penalty=1.0, min_new_tokens=5)
-    arms = arms_of(tiny_target(), assisted_arm(options), sampling=sampling, batch_size=1)
-    for prompt in PROMPTS:
-        (plain,), (assisted,) = (decode(arms[name], [prompt]) for name in ("plain", "assisted"))
-        assert assisted.tokens == plain.tokens
-
-
 class Row(BaseModel):
     name: str
     type: str = "ngram"
@@ -147,48 +139,49 @@ def ngram(name, draft_length=None, **options):
     return ArmConfig(name=name, type="ngram", options=options, draft_length=draft_length)
 
 
-def added(choice, *arms):
-    """Outcome for a plan that knows two configurations and chose one."""
-    plan = Plan(choice=choice, configurations=[choice, Row(name="other")])
-    found, arms = add_choice(plan, arms)
-    return found.choice.name, [each.name for each in found.configurations], arms
-
-
-FIVE = Row(name="five", options={"num_draft_tokens": 5})
-
-
-def test_choice_that_is_a_given_arm_is_measured_once():
-    given = ngram("five", num_draft_tokens=5)
-    assert added(FIVE, given) == ("five", ["five", "other"], [given])
-
-
-def test_choice_of_another_name_comes_first():
-    given = ngram("six", num_draft_tokens=6)
-    assert added(FIVE, given)[2] == [ngram("five", num_draft_tokens=5), given]
+FIVE, PLAIN = Row(name="five", options={"num_draft_tokens": 5}), Row(name="plain", type="plain")
+OWN = ngram("five", num_draft_tokens=5)
+PLANNED = ngram("five (planned)", num_draft_tokens=5)
 
 
 @pytest.mark.parametrize(
-    "given",
+    ("choice", "given", "known", "arms"),
     [
-        ngram("five", num_draft_tokens=4),
-        ArmConfig(name="five", type="suffix", options={"num_draft_tokens": 5}),
-        ngram("five", {1: 2}, num_draft_tokens=5),
+        # The choice is a given arm: it is measured once.
+        (FIVE, [OWN], ["five", "other"], [OWN]),
+        # It has another name: it comes first.
+        (FIVE, [ngram("six")], ["five", "other"], [OWN, ngram("six")]),
+        # It has the name of another configuration: it is renamed until it has none.
+        *(
+            (FIVE, [other], ["five (planned)", "other"], [PLANNED, other])
+            for other in (
+                ngram("five", num_draft_tokens=4),
+                ArmConfig(name="five", type="suffix", options={"num_draft_tokens": 5}),
+                ngram("five", {1: 2}, num_draft_tokens=5),
+            )
+        ),
+        (
+            FIVE,
+            [ngram("five"), ngram("five (planned)")],
+            ["five (planned) (planned)", "other"],
+            [
+                ngram("five (planned) (planned)", num_draft_tokens=5),
+                *(ngram("five"), ngram("five (planned)")),
+            ],
+        ),
+        # One that was not chosen does not pass for an arm; plain decoding adds none.
+        (
+            FIVE,
+            [ngram("other", min_ngram=2)],
+            ["five", "other (planned)"],
+            [OWN, ngram("other", min_ngram=2)],
+        ),
+        (PLAIN, [OWN], ["plain", "other"], [OWN]),
     ],
 )
-def test_choice_with_the_name_of_another_configuration_is_renamed(given):
-    name, known, arms = added(FIVE, given)
-    assert arms == [ngram("five (planned)", num_draft_tokens=5), given]
-    assert (name, known) == ("five (planned)", ["five (planned)", "other"])
-    taken = [given, ngram("five (planned)")]
-    assert added(FIVE, *taken)[0] == "five (planned) (planned)"
-
-
-def test_unchosen_configuration_does_not_pass_for_an_arm():
-    _, known, arms = added(Row(name="five"), ngram("other", min_ngram=2))
-    assert [arm.name for arm in arms] == ["five", "other"]
-    assert known == ["five", "other (planned)"]
-
-
-def test_plain_choice_adds_no_arm():
-    name, _, arms = added(Row(name="plain", type="plain"), ngram("five"))
-    assert (name, arms) == ("plain", [ngram("five")])
+def test_choice_is_measured_beside_the_arms(choice, given, known, arms):
+    plan = Plan(choice=choice, configurations=[choice, Row(name="other")])
+    found, measured = add_choice(plan, given)
+    assert measured == arms
+    assert [each.name for each in found.configurations] == known
+    assert found.choice.name == known[0]

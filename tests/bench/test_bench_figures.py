@@ -15,12 +15,15 @@ from specdec.engine.metrics import StepRecord
 NO_MEMORY = Memory(peak_rss_bytes=0, peak_device_bytes=None, cache_bytes=None)
 
 
-def request(name, user=0, domain="maths"):
-    return Request(name, domain, [1, 2], 8, 0, user)
+def requests_of(*users):
+    return [Request(str(i), "maths", [1, 2], 8, 0, user) for i, user in enumerate(users)]
 
 
-def group(*names):
-    return Group("some", 1, [[request(name)] for name in names])
+def served(chunk_s, chunk_tokens, sent_s=0.0, queue_s=0.0, records=()):
+    """A run whose chunks came at these times."""
+    times = chunk_s[0] - sent_s - queue_s, chunk_s[-1] - chunk_s[0]
+    rest = list(records), sent_s, queue_s, chunk_s, chunk_tokens
+    return Run(list(range(sum(chunk_tokens))), chunk_tokens[0], *times, *rest)
 
 
 def call(*rows, energy_j=None):
@@ -33,21 +36,20 @@ def call(*rows, energy_j=None):
 
 
 def timed(num_tokens, decode_s, ttft_s=1.0):
-    return Run([0] * num_tokens, 1, ttft_s, decode_s, [], 0.0, 0.0, [ttft_s, ttft_s + decode_s])
+    return served([ttft_s, ttft_s + decode_s], [1, num_tokens - 1])
 
 
 def repeats(*rows):
-    """Calls of one prompt: (tokens, seconds after the first token) of each repeat; None failed."""
+    """Calls of one prompt: arguments of `timed` for each repeat; None failed."""
     return [call("no" if row is None else timed(*row)) for row in rows]
 
 
-def bench_arm(ours, plain=None, eos=(), domains=None):
+def bench_arm(ours, plain=None, eos=()):
     """The figures of an arm with these calls."""
-    prompts = [request(str(i), domain=(domains or ["a"] * 9)[i]) for i in range(len(ours))]
     calls = {"plain": plain or ours, "hf_generate": plain or ours, "ngram": ours}
     config = BenchConfig(arms=[ArmConfig(type="ngram")])
-    whole = Group("prompts", len(ours), [[each] for each in prompts])
-    return bench_arms(config, whole, calls, {name: [] for name in calls}, eos)[-1]
+    group = Group("prompts", len(ours), [[each] for each in requests_of(*[0] * len(ours))])
+    return bench_arms(config, group, calls, {name: [] for name in calls}, eos)[-1]
 
 
 ONCE = [repeats((11, 10.0)), repeats((101, 100.0))]  # a second a token
@@ -64,14 +66,13 @@ ONCE = [repeats((11, 10.0)), repeats((101, 100.0))]  # a second a token
         ([repeats((11, 5.0)), repeats(None)], 2.0, None),
         ([repeats((11, 5.0)), repeats((1, 0.0))], 2.0, None),
         ([repeats(None), repeats(None)], None, None),
+        (ONCE, 1.0, (1.0, 1.0)),
     ],
 )
 def test_headline_is_the_ratio_of_total_times(ours, ratio, interval):
     found = bench_arm(ours, ONCE)
     assert found.speedup_vs_plain == (ratio and pytest.approx(ratio))
     assert found.speedup_vs_plain_ci == (interval and pytest.approx(interval))
-    same = bench_arm(ONCE)
-    assert (same.speedup_vs_plain, same.speedup_vs_plain_ci) == (1.0, (1.0, 1.0))
 
 
 def test_slow_repeat_moves_nothing():
@@ -96,8 +97,8 @@ def test_ended_answer_is_told_from_a_cut_one():
 
 def test_bench_waits_are_percentiles_of_medians():
     ours = [
-        [call(timed(3, 0.2, 1.0)), call(timed(3, 0.2, 9.0)), call(timed(3, 0.8, 2.0))],
-        [call(timed(3, 0.4, 3.0)), call("no"), call(timed(3, 1.2, 5.0))],
+        repeats((3, 0.2, 1.0), (3, 0.2, 9.0), (3, 0.8, 2.0)),
+        repeats((3, 0.4, 3.0), None, (3, 1.2, 5.0)),
         repeats(None, None, None),
     ]
     found = bench_arm(ours)
@@ -105,15 +106,6 @@ def test_bench_waits_are_percentiles_of_medians():
     assert found.ttft_s == pytest.approx({"p50": 3.0, "p90": 3.8, "p99": 3.98})
     assert found.itl_s == pytest.approx({"p50": 0.25, "p90": 0.37, "p99": 0.397})
     assert bench_arm([repeats(None)]).ttft_s == {}
-
-
-def provenance(**config):
-    machine = {
-        **{"command": "x", "git_commit": None, "git_dirty": False, "versions": {}, "date": ""},
-        **{"device": "cpu", "cpu": "", "cpu_count": 1, "threads": 1, "load_average": 0.0},
-    }
-    where = {"dtype": "float32", "quantized": False, "config_fingerprint": ""}
-    return {**machine, **where, "config": BenchConfig(**config).model_dump()}
 
 
 @pytest.mark.parametrize(
@@ -132,8 +124,13 @@ def test_arm_faster_than_its_tau_fails_the_run(low, tau, high, prompts, batch_si
         **{"name": "a", "tau": tau, "tau_ci": tau and (1.0, high), "prompts": prompts},
         **{"speedup_vs_plain": 3.0, "speedup_vs_plain_ci": (low, 9.0)},
     }
+    where = {
+        **{"command": "x", "git_commit": None, "git_dirty": False, "versions": {}, "date": ""},
+        **{"device": "cpu", "cpu": "", "cpu_count": 1, "threads": 1, "load_average": 0.0},
+        **{"dtype": "float32", "quantized": False, "config_fingerprint": ""},
+        "config": BenchConfig(batch_size=batch_size),
+    }
     arm = bench_arm(ONCE).model_copy(update=changes)
-    where = provenance(batch_size=batch_size)
     results = BenchResults(provenance=where, memory=NO_MEMORY, arms=[arm])
     said = faster_than_tau(results)
     assert len(said) == fails
@@ -148,18 +145,12 @@ def test_arm_faster_than_its_tau_fails_the_run(low, tau, high, prompts, batch_si
 # --- Suites ---
 
 
-def served(chunk_s, chunk_tokens, sent_s=0.0, queue_s=0.0, records=()):
-    tokens = list(range(sum(chunk_tokens)))
-    ttft_s, decode_s = chunk_s[0] - sent_s - queue_s, chunk_s[-1] - chunk_s[0]
-    first = chunk_tokens[0]
-    return Run(
-        tokens, first, ttft_s, decode_s, list(records), sent_s, queue_s, chunk_s, chunk_tokens
-    )
-
-
-def suite_arm(whole, calls, plain=None, config=None):
+def suite_arm(calls, plain=None, config=None):
+    """The figures of an arm whose call is of users that ask once."""
+    users = [range(len(each[0].rows)) for each in calls]
+    group = Group("some", 1, [requests_of(*each) for each in users])
     calls = {"plain": plain or calls, "arm": calls}
-    return suite_group(config or SingleTurnConfig(), whole, calls, {"plain": [], "arm": []}).arms[1]
+    return suite_group(config or SingleTurnConfig(), group, calls, {"plain": [], "arm": []}).arms[1]
 
 
 def test_percentiles_lie_linearly_between_two_values():
@@ -182,7 +173,7 @@ def test_fairness_is_one_for_equal_speeds():
 def test_waits_of_a_request_begin_with_its_sending():
     one = served([1.5, 2.0, 3.0], [1, 3, 2], sent_s=0.5, queue_s=0.25)
     assert one.gaps_s == pytest.approx([0.5, 1.0])
-    figures = suite_arm(group("a"), [[call(one)]])
+    figures = suite_arm([[call(one)]])
     assert figures.ttft_s["p50"] == pytest.approx(1.0)
     # Five tokens after the first, in 1.5 s: a mean gap of 0.3 s, while chunks are 0.75 s apart.
     assert figures.itl_s["p50"] == pytest.approx(0.3)
@@ -200,14 +191,13 @@ def test_suite_waits_are_percentiles_of_medians():
         [one(1.0, 2.0, 0.1), one(9.0, 19.0, 0.9), one(2.0, 4.0, 0.2)],
         [one(4.0, 8.0, 0.4), one(4.0, 8.0, 0.4), one(4.0, 8.0, 0.4)],
     ]
-    figures = suite_arm(group("a", "b"), calls)
+    figures = suite_arm(calls)
     # Medians of the first request and of the second; the slow repeat is none of its own request.
-    for key, (low, high) in {
-        "ttft_s": (2.0, 4.0),
-        "itl_s": (1.0, 2.0),
-        "queue_s": (0.2, 0.4),
-        "latency_s": (4.0, 8.0),
-    }.items():
+    medians = {
+        **{"ttft_s": (2.0, 4.0), "itl_s": (1.0, 2.0)},
+        **{"queue_s": (0.2, 0.4), "latency_s": (4.0, 8.0)},
+    }
+    for key, (low, high) in medians.items():
         shares = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
         wanted = {name: low + share * (high - low) for name, share in shares.items()}
         assert getattr(figures, key) == pytest.approx(wanted), key
@@ -217,10 +207,9 @@ def test_suite_waits_are_percentiles_of_medians():
 
 
 def test_request_that_failed_once_keeps_its_other_waits():
-    good, slow = call(served([1.0, 2.0], [1, 3])), call(served([3.0, 6.0], [1, 3]))
-    figures = suite_arm(group("a"), [[good, call("RuntimeError: no"), slow]])
-    assert figures.ttft_s == {"p50": 2.0, "p95": 2.0, "p99": 2.0}
-    figures = suite_arm(group("a"), [[call("RuntimeError: no")]])
+    good, bad, slow = call(served([1.0, 2.0], [1, 3])), call("no"), call(served([3.0, 6.0], [1, 3]))
+    assert suite_arm([[good, bad, slow]]).ttft_s == {"p50": 2.0, "p95": 2.0, "p99": 2.0}
+    figures = suite_arm([[bad]])
     assert figures.ttft_s == figures.chunk_gap_s == {}
 
 
@@ -228,7 +217,7 @@ def test_suite_speeds_are_paired_by_request():
     slow = [[call(served([1.0, 3.0], [1, 4]))] * 3, [call(served([1.0, 5.0], [1, 4]))] * 3]
     times = ((2.0, 3.0, 2.0), (2.0, 2.0, 9.0))  # when the second chunk came, by repeat
     ours = [[call(served([1.0, end], [1, 4])) for end in ends] for ends in times]
-    figures = suite_arm(group("a", "b"), ours, slow)
+    figures = suite_arm(ours, slow)
     # Two and four seconds against one each.
     assert figures.speedup_vs_plain == pytest.approx(6 / 2)
     assert figures.speedup_vs_plain_ci == pytest.approx((2, 4))
@@ -241,7 +230,7 @@ def test_tau_and_its_depths_are_of_all_steps():
         StepRecord(0, 0, 1, 3, 2, 3, 3, 0.1, 0.2, 0.4, 0.05, 0.01),
         StepRecord(0, 1, 1, 3, 0, 1, 1, 0.1, 0.2, 0.4, 0.05, 0.01),
     ]
-    figures = suite_arm(group("a"), [[call(served([1.0, 2.0, 3.0], [1, 3, 1], records=steps))]])
+    figures = suite_arm([[call(served([1.0, 2.0, 3.0], [1, 3, 1], records=steps))]])
     assert figures.tau == pytest.approx(2.0)
     assert figures.per_depth == pytest.approx([0.5, 0.5, 0.0])
     assert figures.acceptance_rate == pytest.approx(2 / 6)
@@ -251,20 +240,15 @@ def test_tau_and_its_depths_are_of_all_steps():
 
 
 def test_load_adds_up_users_and_requests():
-    requests = [request("a", 0), request("b", 1), request("c", 0)]
-    # User 0: 4 tokens in 2 s and 2 tokens in 2 s; user 1: 8 tokens in 8 s.
-    ours = call(
-        served([1.0, 2.0], [1, 3]),
-        served([1.0, 3.0, 8.0], [1, 3, 4]),
-        served([3.0, 4.0], [1, 1], sent_s=2.0),
-    )
-    # Twice as slow.
-    plain = call(
-        served([2.0, 4.0], [1, 3]),
-        served([2.0, 6.0, 16.0], [1, 3, 4]),
-        served([6.0, 8.0], [1, 1], sent_s=4.0),
-    )
-    figures = load_figures(requests, [ours], [plain])
+    def rows(slower):
+        # User 0: 4 tokens in 2 s and 2 tokens in 2 s; user 1: 8 tokens in 8 s.
+        return call(
+            served([slower * 1.0, slower * 2.0], [1, 3]),
+            served([slower * 1.0, slower * 3.0, slower * 8.0], [1, 3, 4]),
+            served([slower * 3.0, slower * 4.0], [1, 1], sent_s=slower * 2.0),
+        )
+
+    figures = load_figures(requests_of(0, 1, 0), [rows(1)], [rows(2)])
     assert figures.users == 2
     assert figures.tokens_per_s == pytest.approx(14 / 8)
     assert figures.tokens_per_s_vs_plain == pytest.approx(2.0)
@@ -281,7 +265,7 @@ def test_load_adds_up_users_and_requests():
 def test_user_speed_weighs_requests_by_time_waited():
     ours = [call(served([1.0, 2.0], [1, 1]), served([1.0, 2.0], [1, 1]))]
     plain = [call(served([1.0, 2.0], [1, 1]), served([1.0, 10.0], [1, 1]))]
-    figures = load_figures([request("a", 0), request("b", 1)], ours, plain)
+    figures = load_figures(requests_of(0, 1), ours, plain)
     # 4 tokens in 2 + 2 s against 4 in 2 + 10 s; the plain mean of the ratios is also 3.
     assert figures.user_speed_vs_plain == pytest.approx(3.0)
     assert figures.user_speed_vs_plain_ci == pytest.approx((1.0, 5.0))
@@ -290,20 +274,18 @@ def test_user_speed_weighs_requests_by_time_waited():
 def test_call_with_a_failure_is_not_timed():
     good = call(served([1.0, 2.0], [1, 3]), served([1.0, 2.0], [1, 3]))
     bad = call(served([9.0, 99.0], [1, 3]), "RuntimeError: no")
-    users = Group("2 users", 2, [[request("a", 0), request("b", 1)]])
-    figures = suite_arm(users, [[good, bad]], [[good, good]], ConcurrentConfig())
+    figures = suite_arm([[good, bad]], [[good, good]], ConcurrentConfig())
     assert figures.failed == 1
     (failure,) = figures.failures
-    assert failure.model_dump() == {"request": "b", "repeat": 1, "reason": "RuntimeError: no"}
+    assert failure.model_dump() == {"request": "1", "repeat": 1, "reason": "RuntimeError: no"}
     assert figures.load.tokens_per_s == pytest.approx(8 / 2)
     assert figures.ttft_s["p99"] > 1.0
-    nothing = suite_arm(users, [[bad]], config=ConcurrentConfig())
+    nothing = suite_arm([[bad]], config=ConcurrentConfig())
     assert nothing.load.tokens_per_s is nothing.load.jain_index is None
 
 
 def test_energy_is_told_by_token_where_measured():
     one = served([1.0, 2.0], [1, 3])
-    calls = [[call(one, energy_j=30.0), call(one, energy_j=50.0)]]
-    measured = suite_arm(group("a"), calls).power
+    measured = suite_arm([[call(one, energy_j=30.0), call(one, energy_j=50.0)]]).power
     assert measured.model_dump() == {"energy_j": 80.0, "power_w": 20.0, "energy_j_per_token": 10.0}
-    assert set(suite_arm(group("a"), [[call(one)]]).power.model_dump().values()) == {None}
+    assert set(suite_arm([[call(one)]]).power.model_dump().values()) == {None}
