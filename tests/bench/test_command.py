@@ -214,80 +214,63 @@ class Plan(BaseModel):
 
 
 GIVEN = "arms=[{type: ngram}, {name: two, type: ngram, draft_length: {1: 2}}]"
+OTHER = "arms=[{name: ngram 3, type: ngram, options: {num_draft_tokens: 5}}]"
 
 
-@pytest.fixture
-def auto(folder, monkeypatch):
-    """Bench with a plan, without its measurements, that chooses a name; returns what it did."""
+@pytest.mark.parametrize(
+    ("choice", "given", "arms"),
+    [
+        ("ngram 3", GIVEN, ["ngram 3", "ngram", "two"]),
+        ("ngram", GIVEN, ["ngram", "two"]),
+        ("plain", GIVEN, ["ngram", "two"]),
+        # The name is another arm's: both are measured.
+        ("two", GIVEN, ["two (planned)", "ngram", "two"]),
+        ("ngram 3", OTHER, ["ngram 3 (planned)", "ngram 3"]),
+    ],
+)
+def test_auto_measures_choice_and_arms_beside_the_prediction(
+    folder, monkeypatch, choice, given, arms
+):
+    """A plan, without its measurements, chooses a name."""
+    known = [
+        Configuration(name="ngram 3", options={"num_draft_tokens": 3}),
+        *(Configuration(name=each) for each in ("ngram", "two")),
+    ]
+    plain = Configuration(name="plain", type="plain")
+    found = next(each for each in [*known, plain] if each.name == choice)
     asked = []
 
-    def run(name, *more):
-        known = [
-            Configuration(name="ngram 3", options={"num_draft_tokens": 3}),
-            *(Configuration(name=each) for each in ("ngram", "two")),
-        ]
-        plain = Configuration(name="plain", type="plain")
-        found = next(each for each in [*known, plain] if each.name == name)
+    def run_plan(config, out, progress):
+        asked.append(config)
+        return Plan(choice=found, configurations=known)
 
-        def run_plan(config, out, progress):
-            asked.append(config)
-            return Plan(choice=found, configurations=known)
-
-        monkeypatch.setattr("specdec.planning.plan.run_plan", run_plan)
-        done = bench(folder, "--auto", "batch_size=1", GIVEN, *more)
-        lines = done.stdout.splitlines()
-        title = [i for i, line in enumerate(lines) if "The plan chose: " in line]
-        return done, asked, lines[title[0] :] if title else []
-
-    return run
-
-
-@pytest.mark.parametrize(
-    ("choice", "arms"),
-    [
-        ("ngram 3", ["ngram 3", "ngram", "two"]),
-        ("ngram", ["ngram", "two"]),
-        ("plain", ["ngram", "two"]),
-    ],
-)
-def test_auto_measures_choice_and_arms_beside_the_prediction(folder, auto, choice, arms):
-    done, asked, shown = auto(choice)
+    monkeypatch.setattr("specdec.planning.plan.run_plan", run_plan)
+    done = bench(folder, "--auto", "batch_size=1", given)
     assert done.exit_code == 0, done.stderr
-    assert [arm.name for arm in asked[0].arms] == ["ngram", "two"]
+    is_renamed = "(planned)" in arms[0]
+    assert [arm.name for arm in asked[0].arms] == [name for name in arms if name in given]
     assert list(results(folder)) == ["plain", "hf_generate", *arms]
-    assert json.loads(shown[-1])["choice"] == choice
-    assert f"The plan chose: {choice}" in shown[0]
-    # Predicted tau and speed; "two" has a schedule, of which the plan says nothing.
-    assert any(line.startswith("ngram ") and {"1.25", "1.40"} <= {*line.split()} for line in shown)
-    marked = [line.split(" *")[0] for line in shown if " * " in line]
-    assert marked == [choice] * (choice != "plain")
-    assert not any(line.startswith("two") for line in shown)
+    now = arms[0] if is_renamed else choice
+    lines = done.stdout.splitlines()
+    assert json.loads(lines[-1])["choice"] == now
+    said = f"The plan's choice {choice!r} is not the arm of that name"
+    assert (said in done.stdout) == is_renamed
+    # The prediction stands beside the arm that it is of; of a schedule the plan says nothing.
+    shown = lines[next(i for i, line in enumerate(lines) if f"The plan chose: {now}" in line) :]
+    marked = [line for line in shown if " * " in line]
+    assert [line.split(" *")[0] for line in marked] == [now] * (choice != "plain")
+    assert all({"1.25", "1.40"} <= {*line.split()} for line in marked)
+    assert not any(line.startswith("two  ") for line in shown)
+    if is_renamed:
+        planned, own = (results(folder)[name] for name in (now, choice))
+        assert (planned["options"], planned["draft_length"]) != (
+            own["options"],
+            own["draft_length"],
+        )
+        assert not any(line.startswith(f"{choice}  ") for line in shown)
 
 
-@pytest.mark.parametrize(
-    ("choice", "arm"),
-    [
-        ("two", "{name: two, type: ngram, draft_length: {1: 2}}"),
-        ("ngram 3", "{name: ngram 3, type: ngram, options: {num_draft_tokens: 5}}"),
-    ],
-)
-def test_choice_named_like_another_arm_is_renamed(folder, auto, choice, arm):
-    done, _, shown = auto(choice, f"arms=[{arm}]")
-    assert done.exit_code == 0, done.stderr
-    now = f"{choice} (planned)"
-    _, _, planned, given = results(folder).values()
-    assert (planned["name"], given["name"]) == (now, choice)
-    options = [(each["options"], each["draft_length"]) for each in (planned, given)]
-    assert options[0] != options[1]
-    assert json.loads(shown[-1])["choice"] == now
-    assert f"The plan's choice {choice!r} is not the arm of that name" in done.stdout
-    # The prediction stands beside the arm that it is of, not beside the other.
-    assert f"The plan chose: {now}" in shown[0]
-    assert [line.split(" *")[0] for line in shown if " * " in line] == [now]
-    assert not any(line.startswith(f"{choice}  ") for line in shown)
-
-
-def test_auto_refuses_a_grid(folder, auto):
+def test_auto_refuses_a_grid(folder):
     done = bench(folder, "--auto", "grid.seed=[1,2]")
     assert done.exit_code == 2
     assert "--auto plans one bench" in done.stderr
