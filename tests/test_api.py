@@ -121,6 +121,7 @@ def test_impossible_argument_is_refused_by_name(target, name, values, message):
 HYBRID = {"type": "hybrid", "drafters": ["ngram", "suffix"]}
 CALLS = [
     (lambda t: Engine(t, max_rows=1.5), "max_rows is 1.5"),
+    (lambda t: Engine(t, max_rows=0), "max_rows is 0"),
     (lambda t: Engine(t, max_cache_bytes="1"), "max_cache_bytes is '1'"),
     (lambda t: Engine(t).submit("Hi", {"logit_bias": {9999: 1.0}}), "token 9999"),
     (lambda t: Engine(t).submit("Hi", {"bad_words": [[9999]]}), "token 9999"),

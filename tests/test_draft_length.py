@@ -57,9 +57,7 @@ def cost(step_s, nodes):
 
 def decode(controller, text, num_steps, step_s=STEP_S, batch_size=1):
     """Seconds per token over those of plain decoding, and the drafts that were chosen."""
-    costs, seconds, num_tokens, chosen = step_s[max(step_s)], 0.0, 0.0, []
-    if batch_size in step_s:
-        costs = step_s[batch_size]
+    costs, seconds, num_tokens, chosen = step_s.get(batch_size, step_s[max(step_s)]), 0.0, 0.0, []
     for step in range(num_steps):
         nodes = controller.choose(batch_size)
         counts = [text.accepted(nodes) for _ in range(batch_size)]

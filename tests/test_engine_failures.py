@@ -106,42 +106,44 @@ def test_preempted_row_draws_the_same_tokens(monkeypatch, rule, done):
     assert engine.result(ids[1]).finish_reason == "length"
 
 
-class Crowded:
-    """Lets a target run out of memory where more than `most` tokens are cached."""
+def crowd(monkeypatch, target, most):
+    """Let the target run out of memory where more than `most` tokens are cached."""
+    whole = target.prefill
 
-    def __init__(self, monkeypatch, target, most):
-        whole, self.target, self.most = target.prefill, target, most
-        monkeypatch.setattr(target, "prefill", lambda *a, **k: self._check(whole(*a, **k)))
-
-    def _check(self, output):
-        if sum(self.target.lengths) > self.most:
+    def prefill(*args, **kwargs):
+        output = whole(*args, **kwargs)
+        if sum(target.lengths) > most:
             raise MemoryError("too many tokens")
         return output
+
+    monkeypatch.setattr(target, "prefill", prefill)
+
+
+def batch_sizes(engine, ids):
+    return {record.batch_size for index in ids for record in engine.peek(index).records}
 
 
 def test_row_without_memory_waits_for_room(monkeypatch):
     target = tiny_target()
     engine = Engine(target, max_rows=3)
-    Crowded(monkeypatch, target, 80)
+    crowd(monkeypatch, target, 80)
     limits = (4, 8, 3, 3)
     ids = [engine.submit([1] * 30, max_new_tokens=limit) for limit in limits]
     chunks, errors = run_on(engine)
     assert len(errors) == 1
     assert list(dict.fromkeys(chunk.index for chunk in chunks)) == ids
-    sizes = [record.batch_size for index in ids for record in engine.peek(index).records]
-    assert max(sizes) == 2
+    assert max(batch_sizes(engine, ids)) == 2
     for index, limit in zip(ids, limits, strict=True):
         assert engine.result(index).tokens == plain_tokens(target, [1] * 30, limit)
     small = [engine.submit([1] * 9, max_new_tokens=3) for _ in range(3)]
     run(engine)
-    sizes = [record.batch_size for index in small for record in engine.peek(index).records]
-    assert set(sizes) == {3}
+    assert batch_sizes(engine, small) == {3}
 
 
 def test_row_without_memory_alone_ends_with_error(monkeypatch):
     target = tiny_target()
     engine = Engine(target, max_rows=3)
-    Crowded(monkeypatch, target, 80)
+    crowd(monkeypatch, target, 80)
     ids = [engine.submit([1] * n, max_new_tokens=6) for n in (5, 90, 7)]
     chunks, errors = run_on(engine)
     assert errors
@@ -159,11 +161,9 @@ def test_other_error_ends_only_joining_rows(monkeypatch, target):
     engine.step()
     ids += [engine.submit([7, 8], max_new_tokens=6) for _ in range(3)]
     breaking(monkeypatch, target, "prefill", 1, ArithmeticError("broken"), done=True)
-    _, errors = run_on(engine)
-    assert [str(error) for error in errors] == ["broken"]
+    assert [str(error) for error in run_on(engine)[1]] == ["broken"]
     results = [engine.result(index) for index in ids]
-    ends = [result.finish_reason for result in results]
-    assert ends == ["length", "error", "error", "length"]
+    assert [r.finish_reason for r in results] == ["length", "error", "error", "length"]
     assert results[1].error == "prompt 1: ArithmeticError: broken"
     assert results[0].tokens == plain_tokens(target, [5, 6], 6)
 
@@ -175,8 +175,9 @@ def test_step_error_ends_running_rows_only(monkeypatch, target):
     chunks, errors = run_on(engine)
     assert len(errors) == 1
     results = [engine.result(index) for index in ids]
-    assert [result.finish_reason for result in results] == ["error", "error", "length"]
-    assert [len(result.tokens) for result in results] == [2, 2, 6]
+    assert [(r.finish_reason, len(r.tokens)) for r in results] == [
+        *(("error", 2), ("error", 2), ("length", 6))
+    ]
     assert streamed(chunks, ids[0]) == results[0].tokens
 
 

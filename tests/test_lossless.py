@@ -3,7 +3,6 @@
 import inspect
 from collections import Counter
 from dataclasses import replace
-from importlib import import_module
 from itertools import product
 
 import pytest
@@ -13,7 +12,8 @@ from tiny_heads import save_tiny_head
 from tiny_models import perturbed, tiny_target
 
 from specdec import SamplingConfig, generate, generate_baseline, load_drafter, stream
-from specdec.registry import DRAFTERS, head_kinds
+from specdec.registry import DRAFTERS, head_kinds, strategy
+from specdec.sampling.sampler import Sampler
 from specdec.verify import RULES
 
 PROMPTS = [[5, 6, 7, 8, 5, 6, 7], [3] * 12, [11, 12, 13, 11, 12], [60]]
@@ -112,15 +112,17 @@ def build(name, options, target, folder):
 
 def resolved(name, options, folder):
     """The options with the paths of the tiny checkpoints in them."""
-    module, attribute = DRAFTERS[name].split(":")
-    strategy = getattr(import_module(module), attribute)
-    parameters = inspect.signature(getattr(strategy, "load", strategy)).parameters
+    parameters = inspect.signature(getattr(strategy(name), "load", strategy(name))).parameters
     path = {"path": str(folder / name)} if "path" in parameters else {}
     options = {"type": name, **path, **options}
     if "drafters" in options:
         inner = [{**item} for item in options["drafters"]]
         options["drafters"] = [resolved(item.pop("type"), item, folder) for item in inner]
     return options
+
+
+def tokens_of(results):
+    return [result.tokens for result in results]
 
 
 def test_plain_decoding_equals_transformers_generate(target, greedy):
@@ -130,16 +132,6 @@ def test_plain_decoding_equals_transformers_generate(target, greedy):
         )
         room = target.max_context_len - len(prompt)
         assert result.tokens == theirs[0, len(prompt) :].tolist()[:room]
-
-
-@pytest.mark.parametrize(("name", "options"), CASES)
-def test_greedy_output_equals_plain_decoding(name, options, target, greedy, draft_folder):
-    drafter = build(name, options, target, draft_folder)
-    prompts, plain = greedy
-    drafted = generate(target, drafter, prompts, max_new_tokens=40)
-    assert [r.tokens for r in drafted] == [r.tokens for r in plain]
-    steps = sum(result.stats.num_steps for result in drafted)
-    assert steps < sum(result.stats.num_steps for result in plain), "nothing was ever accepted"
 
 
 class EveryStepAnother:
@@ -158,52 +150,39 @@ class EveryStepAnother:
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_draft_length_keeps_greedy_output(name, options, target, greedy, draft_folder):
+def test_greedy_output_equals_plain_decoding(name, options, target, greedy, draft_folder):
     drafter = build(name, options, target, draft_folder)
     prompts, plain = greedy
-    for batch_size in (1, 3):
-        lengths = EveryStepAnother()
-        drafted = generate(
-            target,
-            drafter,
-            prompts,
-            max_new_tokens=40,
-            batch_size=batch_size,
-            draft_length=lengths,
-        )
-        assert [r.tokens for r in drafted] == [r.tokens for r in plain]
+    drafted = generate(target, drafter, prompts, max_new_tokens=40)
+    assert tokens_of(drafted) == tokens_of(plain)
+    steps = sum(result.stats.num_steps for result in drafted)
+    assert steps < sum(result.stats.num_steps for result in plain), "nothing was ever accepted"
+    for rows in (1, 3):
+        limited = {"batch_size": rows, "draft_length": EveryStepAnother()}
+        drafted = generate(target, drafter, prompts, max_new_tokens=40, **limited)
+        assert tokens_of(drafted) == tokens_of(plain)
         assert any(r.stats.num_accepted for r in drafted), "nothing was ever accepted"
-        counts = {record.num_drafted for r in drafted for record in r.records}
-        assert 0 in counts
-
-
-@pytest.mark.parametrize(("name", "options"), CASES)
-def test_row_does_not_depend_on_its_batch(name, options, target, draft_folder):
-    # With shared memory of past outputs drafts differ, and with them the random numbers used.
-    options = {**options, **FORGET.get(name, {})}
-    drafter = build(name, options, target, draft_folder)
-    configs = [SamplingConfig(temperature=0.8, seed=s) for s in (1, 2, 3, 4)]
-    together = generate(target, drafter, PROMPTS, configs, max_new_tokens=24)
-    alone = generate(target, drafter, PROMPTS, configs, max_new_tokens=24, batch_size=1)
-    assert [r.tokens for r in together] == [r.tokens for r in alone]
-    assert [len(r.tokens) for r in together] == [24] * len(PROMPTS)
+        assert 0 in {record.num_drafted for r in drafted for record in r.records}
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_joining_row_decodes_as_if_alone(name, options, temperature, target, draft_folder):
+def test_row_decodes_as_if_alone(name, options, temperature, target, draft_folder):
     full = target.max_context_len - 8  # leaves room for eight tokens only, so it ends first
     prompts = [[5, 6, 7, 8] * (full // 4), [9], [3] * 12, [11, 12, 13, 11, 12], [60] * 5]
     configs = [
         SamplingConfig(temperature=temperature, repetition_penalty=1.2 if s == 4 else 1, seed=s)
         for s in range(5)
     ]
+    # With shared memory of past outputs drafts differ, and with them the random numbers used.
     drafter = build(name, {**options, **FORGET.get(name, {})}, target, draft_folder)
-    alone = generate(target, drafter, prompts, configs, max_new_tokens=24, batch_size=1)
-    joined = generate(target, drafter, prompts, configs, max_new_tokens=24, batch_size=3)
-    assert [r.tokens for r in joined] == [r.tokens for r in alone]
-    late = joined[3].records
-    assert late[0].batch_size == 3, "the fourth prompt waited for the whole batch"
+    alone, together, joined = (
+        generate(target, drafter, prompts, configs, max_new_tokens=24, batch_size=rows)
+        for rows in (1, None, 3)
+    )
+    assert tokens_of(alone) == tokens_of(together) == tokens_of(joined)
+    assert [len(r.tokens) for r in alone] == [8, 24, 24, 24, 24]
+    assert joined[3].records[0].batch_size == 3, "the fourth prompt waited for the whole batch"
 
 
 def exact_distribution(target, prompt, sampling):
@@ -212,8 +191,6 @@ def exact_distribution(target, prompt, sampling):
     ids = torch.tensor([prompt + list(sequence) for sequence in sequences])
     with torch.no_grad():
         logits = target.model(input_ids=ids).logits[:, len(prompt) - 1 : -1]
-    from specdec.sampling.sampler import Sampler
-
     exact = torch.ones(len(sequences), dtype=torch.float64)
     sampler = Sampler([sampling] * len(ids), SMALL_VOCAB, None, [prompt] * len(ids), ())
     for position in range(HORIZON):
@@ -257,10 +234,10 @@ def narrow(options):
 def sampled(target, drafter, prompt, sampling, **options):
     """The first HORIZON tokens of many rows with room for whole drafts, and the depth judged."""
     counts, depth = Counter(), 0
-    for first in range(0, NUM_SAMPLES, 500):
-        configs = [replace(sampling, seed=first + i) for i in range(500)]
+    for first in range(0, NUM_SAMPLES, 1000):
+        configs = [replace(sampling, seed=first + i) for i in range(1000)]
         run = stream(
-            target, drafter, [prompt] * 500, configs, max_new_tokens=HORIZON + ROOM, **options
+            target, drafter, [prompt] * 1000, configs, max_new_tokens=HORIZON + ROOM, **options
         )
         num_tokens = Counter()
         for chunks in run.steps():
@@ -305,7 +282,7 @@ def test_match_rule_keeps_every_sampled_token(name, options, target, matched, dr
     drafted = generate(
         target, drafter, PROMPTS, configs, max_new_tokens=24, batch_size=3, rule="match"
     )
-    assert [r.tokens for r in drafted] == [r.tokens for r in plain]
+    assert tokens_of(drafted) == tokens_of(plain)
     # Random Medusa heads never guess what is sampled.
     assert name == "medusa" or any(r.stats.num_accepted for r in drafted), "nothing was accepted"
 
@@ -317,10 +294,7 @@ def matched(target):
     return configs, generate_baseline(target, PROMPTS, configs, max_new_tokens=24)
 
 
-CHAIN_RULES = [name for name, rule in RULES.items() if rule.lossless]
-
-
-@pytest.mark.parametrize("rule", CHAIN_RULES)
+@pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if rule.lossless])
 def test_lossless_rule_keeps_the_distribution(rule, small_target, small_vocab_folder):
     drafter = build("draft_model", {}, small_target, small_vocab_folder)
     prompt, sampling = [0, 1, 2], SamplingConfig(temperature=0.9)

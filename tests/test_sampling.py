@@ -8,14 +8,10 @@ import torch
 import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import one_hot
 
 from specdec.sampling.randomness import row_exponentials
-from specdec.sampling.sampler import (
-    Sampler,
-    SamplingConfig,
-    sample,
-    sample_without_replacement,
-)
+from specdec.sampling.sampler import Sampler, SamplingConfig, sample, sample_without_replacement
 from specdec.verify.draft import Draft
 
 V, EOS = 24, (3, 5)
@@ -210,17 +206,16 @@ def test_context_in_steps_equals_context_at_once():
     stepwise = sampler_for([config], [[1, 7]])
     for tokens in ([[8]], [[9, -1]], [[-1, -1]]):
         stepwise.observe(torch.tensor(tokens))
-    at_once = sampler_for([config], [[1, 7]], [[8, 9]])
     scores = stepwise.scores(logits)
-    assert torch.equal(scores, at_once.scores(logits))
+    assert torch.equal(scores, sampler_for([config], [[1, 7]], [[8, 9]]).scores(logits))
     assert scores[0, 0, 1] == -torch.inf  # 7 8 9 would be completed, across prompt and output
 
 
-def test_bad_words_with_one_end_are_all_banned():
-    words = [[1, 9], [2, 9], [4, 1, 9], [9, 9, 9, 9, 9, 9, 9, 9]]
-    for order in (words, words[::-1]):
-        sampler = sampler_for([SamplingConfig(bad_words=order)], [[4, 1]])
-        assert sampler.scores(logits_for(1, 1, seed=0))[0, 0, 9] == -torch.inf
+@pytest.mark.parametrize("step", [1, -1])
+def test_bad_words_with_one_end_are_all_banned(step):
+    words = [[1, 9], [2, 9], [4, 1, 9], [9, 9, 9, 9, 9, 9, 9, 9]][::step]
+    sampler = sampler_for([SamplingConfig(bad_words=words)], [[4, 1]])
+    assert sampler.scores(logits_for(1, 1, seed=0))[0, 0, 9] == -torch.inf
 
 
 def test_padding_does_not_change_real_rows():
@@ -233,14 +228,7 @@ def test_padding_does_not_change_real_rows():
     assert torch.equal(scores[:1, :2], alone)
 
 
-def test_plain_sampling_returns_the_very_logits():
-    sampler = sampler_for([SamplingConfig(temperature=0.5, top_k=3)], [[1]], [[2]])
-    logits = logits_for(1, 1, seed=0)
-    assert sampler.is_plain
-    assert sampler.scores(logits) is logits
-
-
-def test_inputs_are_never_changed():
+def test_inputs_are_never_changed_nor_copied_in_vain():
     config = SamplingConfig(
         temperature=1, top_k=5, top_p=0.5, min_p=0.1, logit_bias={1: 2}, repetition_penalty=2
     )
@@ -251,6 +239,9 @@ def test_inputs_are_never_changed():
     sampler.probs(scores)
     assert torch.equal(logits, before)
     assert torch.equal(scores, scored)
+    plain = sampler_for([SamplingConfig(temperature=0.5, top_k=3)], [[1]], [[2]])
+    assert plain.is_plain
+    assert plain.scores(logits) is logits
 
 
 def test_low_precision_logits_are_processed_in_float32():
@@ -258,9 +249,8 @@ def test_low_precision_logits_are_processed_in_float32():
     logits = logits_for(1, 1, seed=0).bfloat16()
     sampler = sampler_for([config], [[1]], [[2]])
     scores = sampler.scores(logits)
-    assert scores.dtype == torch.float32
+    assert scores.dtype == sampler.probs(logits).dtype == torch.float32
     assert scores[0, 0, 2] == logits[0, 0, 2].float() - 0.001
-    assert sampler.probs(logits).dtype == torch.float32
 
 
 def test_greedy_and_sampled_rows_share_a_batch():
@@ -274,8 +264,7 @@ def test_greedy_and_sampled_rows_share_a_batch():
     sampler.keep(torch.tensor([0, 2]))
     assert sampler.is_greedy
     assert torch.equal(sampler.probs(logits[[0, 2]]), probs[[0, 2]])
-    assert probs[[0, 2]].amax(-1).eq(1).all()
-    assert probs[[0, 2]].sum(-1).eq(1).all()
+    assert torch.equal(probs[[0, 2]], one_hot(logits[[0, 2]].argmax(-1), V).float())
 
 
 def test_top_p_splits_ties_as_transformers_does():
@@ -290,81 +279,88 @@ def test_tokens_past_the_vocabulary_do_no_harm():
     config = SamplingConfig(repetition_penalty=2.0, frequency_penalty=1.0)
     logits = logits_for(1, 2, seed=0)
     draft = Draft.chain(torch.tensor([[V + 1]]))
-    sampler = sampler_for([config], [[V + 3]], [[V]])
-    assert torch.equal(sampler.scores(logits, draft), logits)
-
-
-def test_sampled_frequencies_equal_the_probabilities():
-    probs = torch.tensor([0.5, 0.25, 0.0, 0.2, 0.05])
-    n = 40_000
-    noise = row_exponentials(torch.arange(n), torch.zeros(n, dtype=torch.long), 0, 5)
-    frequency = torch.bincount(sample(probs, noise), minlength=5) / n
-    assert (frequency - probs).abs().max() < 4 * 0.5 / n**0.5
-    assert frequency[2] == 0
-
-
-def test_draws_without_replacement_follow_the_renormalised_rest():
-    probs = torch.tensor([0.5, 0.3, 0.2])
-    n = 40_000
-    noise = row_exponentials(torch.arange(n), torch.zeros(n, dtype=torch.long), 0, 3)
-    pairs = sample_without_replacement(probs, noise, 2)
-    for a in range(3):
-        for b in {0, 1, 2} - {a}:
-            expected = probs[a] * probs[b] / (1 - probs[a])
-            seen = ((pairs[:, 0] == a) & (pairs[:, 1] == b)).float().mean()
-            assert abs(seen - expected) < 4 * 0.5 / n**0.5
-    assert torch.equal(pairs[:, 0], sample(probs, noise))
-
-
-def test_impossible_tokens_are_never_drawn():
-    probs, noise = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.0, 1.0, 30.0])
-    assert sample(probs, noise) == 2
-    assert sample(probs, torch.zeros(3)) == 2
-    assert sample_without_replacement(probs, noise, 3).tolist() == [2, -1, -1]
-    with pytest.raises(ValueError, match="k is 0"):
-        sample_without_replacement(probs, noise, 0)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *[("temperature", value) for value in (-1, 1e-9, float("nan"), float("inf"), "1", True)],
-        *[("top_k", value) for value in (-1, 1.5, True)],
-        *[("top_p", value) for value in (0, 1.1, float("nan"))],
-        *[("min_p", value) for value in (-0.1, 1.1)],
-        *[("repetition_penalty", value) for value in (0, -1, float("inf"))],
-        ("presence_penalty", float("nan")),
-        ("frequency_penalty", None),
-        *[("logit_bias", value) for value in ([1], {-1: 1.0}, {1: float("inf")}, {1: "x"})],
-        *[("bad_words", value) for value in ([[]], [[-1]], [3], "ab", ["ab"])],
-        *[("min_new_tokens", value) for value in (-1, 2.0)],
-        *[("seed", value) for value in (-1, 2**63)],
-    ],
-)
-def test_a_bad_value_is_refused_with_its_rule(name, value):
-    with pytest.raises(ValueError, match=f"{name} is .* but must be .*; use "):
-        SamplingConfig(**{name: value})
-
-
-def test_wrong_shapes_and_foreign_tokens_are_refused():
-    with pytest.raises(ValueError, match="logit_bias of row 1 has token 24"):
-        sampler_for([SamplingConfig(), SamplingConfig(logit_bias={V: 1.0})], [[1], [1]])
-    with pytest.raises(ValueError, match="bad_words of row 0 has token 99"):
-        sampler_for([SamplingConfig(bad_words=[[1, 99]])], [[1]])
-    with pytest.raises(ValueError, match="configs has 1 rows and prompts 2"):
-        sampler_for([SamplingConfig()], [[1], [2]])
-    sampler = sampler_for([SamplingConfig()], [[1]])
-    draft = Draft.chain(torch.tensor([[1, 2]]))
-    with pytest.raises(ValueError, match="logits has shape"):
-        sampler.scores(logits_for(1, 2, seed=0), draft)
-    with pytest.raises(ValueError, match="nodes has shape"):
-        sampler.scores(logits_for(1, 1, seed=0), draft, torch.tensor([[1], [1]]))
+    assert torch.equal(sampler_for([config], [[V + 3]], [[V]]).scores(logits, draft), logits)
 
 
 def test_empty_draft_equals_no_draft():
     config = SamplingConfig(repetition_penalty=1.5, min_new_tokens=3, bad_words=[[1, 2]])
     sampler, logits = sampler_for([config], [[1]]), logits_for(1, 1, seed=0)
     assert torch.equal(sampler.scores(logits, Draft.empty(1)), sampler.scores(logits))
+
+
+def test_draws_follow_the_probabilities_and_what_is_left_of_them():
+    probs, n = torch.tensor([0.5, 0.25, 0.0, 0.2, 0.05]), 40_000
+    noise = row_exponentials(torch.arange(n), torch.zeros(n, dtype=torch.long), 0, 5)
+    pairs = sample_without_replacement(probs, noise, 2)
+    assert torch.equal(pairs[:, 0], sample(probs, noise))
+    seen = torch.bincount(pairs[:, 0] * 5 + pairs[:, 1], minlength=25).view(5, 5) / n
+    left = probs / (1 - probs).unsqueeze(1)
+    assert ((seen.sum(1) - probs).abs() < 4 * 0.5 / n**0.5).all()
+    expected = (probs.unsqueeze(1) * left).fill_diagonal_(0)
+    assert ((seen - expected).abs() < 4 * 0.5 / n**0.5).all()
+    assert seen[2].sum() == seen[:, 2].sum() == 0
+
+
+def test_impossible_tokens_are_never_drawn():
+    probs, noise = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.0, 1.0, 30.0])
+    assert sample(probs, noise) == sample(probs, torch.zeros(3)) == 2
+    assert sample_without_replacement(probs, noise, 3).tolist() == [2, -1, -1]
+
+
+REFUSED = {
+    "temperature": (-1, 1e-9, float("nan"), float("inf"), "1", True),
+    "top_k": (-1, 1.5, True),
+    "top_p": (0, 1.1, float("nan")),
+    "min_p": (-0.1, 1.1),
+    "repetition_penalty": (0, -1, float("inf")),
+    "presence_penalty": (float("nan"),),
+    "frequency_penalty": (None,),
+    "logit_bias": ([1], {-1: 1.0}, {1: float("inf")}, {1: "x"}),
+    "bad_words": ([[]], [[-1]], [3], "ab", ["ab"]),
+    "min_new_tokens": (-1, 2.0),
+    "seed": (-1, 2**63),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_bad_value_is_refused_with_its_rule(name):
+    for value in REFUSED[name]:
+        with pytest.raises(ValueError, match=f"{name} is .* but must be .*; use "):
+            SamplingConfig(**{name: value})
+
+
+PAIR = Draft.chain(torch.tensor([[1, 2]]))
+ONE = SamplingConfig()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: sampler_for([ONE, SamplingConfig(logit_bias={V: 1.0})], [[1], [1]]),
+            "logit_bias of row 1 has token 24",
+        ),
+        (
+            lambda: sampler_for([SamplingConfig(bad_words=[[1, 99]])], [[1]]),
+            "bad_words of row 0 has token 99",
+        ),
+        (lambda: sampler_for([ONE], [[1], [2]]), "configs has 1 rows and prompts 2"),
+        (
+            lambda: sampler_for([ONE], [[1]]).scores(logits_for(1, 2, seed=0), PAIR),
+            "logits has shape",
+        ),
+        (
+            lambda: sampler_for([ONE], [[1]]).scores(
+                logits_for(1, 1, seed=0), PAIR, torch.tensor([[1], [1]])
+            ),
+            "nodes has shape",
+        ),
+        (lambda: sample_without_replacement(torch.ones(3), torch.ones(3), 0), "k is 0"),
+    ],
+)
+def test_wrong_shapes_and_foreign_tokens_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 @pytest.mark.gpu

@@ -54,8 +54,9 @@ class Batch:
         self.taps = drafter.taps if drafter else ()
         self._checks_drafts = drafter is not None and (check or not is_registered(drafter))
         self.owners = cache_owners(target, drafter)
-        for i, owner in enumerate(self.owners):
-            if any(owner is other for other in self.owners[:i]):
+        ids = list(map(id, self.owners))
+        for owner in self.owners:
+            if ids.count(id(owner)) > 1:
                 raise ValueError(
                     f"this {type(owner).__name__} is there twice, as target, drafter or inside of "
                     "one, but has one cache; load it once more for the second place"

@@ -38,7 +38,7 @@ class Engine:
     """Decodes requests that come at any time, together.
 
     A request's output depends on its prompt, its sampling settings and its seed, not on what runs
-    beside it; see `generate` for draft lengths that follow the batch.
+    beside it; see `stream` for draft lengths that follow the batch.
 
     Args:
         target: the model whose distribution is kept.
@@ -47,9 +47,9 @@ class Engine:
         max_cache_bytes: bound of keys and values between two steps, the target's and the drafter's;
             a request that does not fit waits. While rows join, the new rows and half of the old
             cache stand there twice. None for no bound.
-        rule: as in `generate`.
-        draft_length: as in `generate`.
-        check: as in `generate`.
+        rule: as in `stream`.
+        draft_length: as in `stream`.
+        check: as in `stream`.
 
     Raises:
         ValueError: an option or a combination that cannot work, by name.
@@ -134,7 +134,7 @@ class Engine:
         if self._limit:
             self._limit.check(request)
         self._requests[index] = request
-        self._scheduler.add(request)
+        self._scheduler.waiting.append(request)
         self._num_submitted += 1
         return index
 
@@ -288,28 +288,26 @@ def _check_combination(
     target: Target, drafter: Drafter | None, max_rows: int, rule: str | Rule
 ) -> None:
     """Refuse what the target, the drafter and the rule cannot do together."""
-    if max_rows < 1:
-        raise ValueError(f"max_rows is {max_rows} but must be at least 1")
-    if max_rows > 1 and not target.capabilities.batched:
-        raise ValueError(f"max_rows is {max_rows} but this target takes one row; set it to 1")
-    supports_trees = get_rule(rule).supports_trees
-    if drafter is not None and drafter.makes_trees:
-        if not supports_trees:
-            raise ValueError(f"rule {rule!r} judges chains only but this drafter makes trees")
-        if not target.capabilities.trees:
-            raise ValueError("this target scores chains only but the drafter makes trees")
+    can, vocab_size = target.capabilities, target.vocab_size
+    makes_trees = drafter is not None and drafter.makes_trees
+    no_chain = makes_trees and not get_rule(rule).supports_trees
+    faults = [
+        (max_rows < 1, f"max_rows is {max_rows} but must be at least 1"),
+        (max_rows > 1 and not can.batched, f"max_rows is {max_rows} but this target takes one row"),
+        (no_chain, f"rule {rule!r} judges chains only but this drafter makes trees"),
+        (
+            makes_trees and not can.trees,
+            "this target scores chains only but the drafter makes trees",
+        ),
+    ]
     num_layers = getattr(getattr(target, "config", None), "num_hidden_layers", float("inf"))
     for each in cache_owners(drafter):
+        size, taps = getattr(each, "vocab_size", vocab_size), getattr(each, "taps", ())
+        wrong = [tap for tap in taps if not 0 <= tap <= num_layers or not can.taps]
         name, fix = type(each).__name__, "load a drafter for this target"
-        size = getattr(each, "vocab_size", target.vocab_size)
-        if size != target.vocab_size and isinstance(each, Drafter):
-            raise ValueError(
-                f"vocab_size of this {name} is {size} but the target has {target.vocab_size}; {fix}"
-            )
-        taps = getattr(each, "taps", ())
-        wrong = [tap for tap in taps if not 0 <= tap <= num_layers or not target.capabilities.taps]
-        if wrong:
-            raise ValueError(
-                f"taps of this {name} are {tuple(taps)} but the target has no hidden states "
-                f"{wrong}; {fix}"
-            )
+        sizes = f"vocab_size of this {name} is {size} but the target's is {vocab_size}; {fix}"
+        states = f"taps of this {name} are {tuple(taps)} but the target has no {wrong}; {fix}"
+        faults += [(size != vocab_size and isinstance(each, Drafter), sizes), (bool(wrong), states)]
+    for is_fault, message in faults:
+        if is_fault:
+            raise ValueError(message)

@@ -159,8 +159,7 @@ def claim(owners: Sequence[object], holder: object) -> None:
             if _HOLDERS.get(id(owner), holder) is not holder:
                 raise RuntimeError(
                     f"this {type(owner).__name__} is in use by another loop, whose cache would be "
-                    "overwritten; let that stream or engine end, or drop it, or load the target "
-                    "or drafter once more for a second loop"
+                    "overwritten; let that stream or engine end, drop it, or load another"
                 )
         _HOLDERS.update((id(owner), holder) for owner in owners)
 

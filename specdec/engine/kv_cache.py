@@ -27,68 +27,39 @@ class _Slots:
 
 
 class _Bank:
-    """Storage of layers of equal shape, [layers, rows, kv heads, capacity, head_dim].
+    """Storage of layers of equal shape, moved, grown and reordered by one operation.
 
-    Layers that share one are moved, grown and reordered by one operation.
+    Keys and values are [layers, rows, kv heads, capacity, head_dim] once their shape is known.
     """
 
-    def __init__(self, slots: _Slots) -> None:
-        self._slots = slots
+    def __init__(self) -> None:
         self.layers: list[_SlotLayer] = []
-        self.states: dict[str, Tensor] = {}  # keys and values, once their shape is known
+        self.states: dict[str, Tensor] = {}
 
-    def allocate(self, keys: Tensor, values: Tensor) -> None:
-        """Make room, for states [..., heads, any length, head_dim] like these."""
-        for name, like in (("keys", keys), ("values", values)):
-            self._put(name, _allocate(like, len(self.layers), self._slots))
+    @property
+    def num_rows(self) -> int:
+        return self.states["keys"].shape[1] if self.states else 0
 
-    def _put(self, name: str, states: Tensor) -> None:
+    def put(self, name: str, states: Tensor) -> None:
         self.states[name] = states
         for layer, own in zip(self.layers, states, strict=True):
             setattr(layer, name, own)
             layer.is_initialized = True
 
-    def resize(self, num_rows: int) -> None:
-        """Allocate this many rows of the slots there are now; only one part stands twice."""
-        slots = _Slots(num_rows, self._slots.capacity)
-        for name, states in list(self.states.items()):
-            changed = _allocate(states, len(self.layers), slots)
-            rows, width = min(num_rows, states.shape[1]), min(slots.capacity, states.shape[3])
-            changed[:, :rows, :, :width] = states[:, :rows, :, :width]
-            self._put(name, changed)
-            del states, changed
+    def allocate(self, keys: Tensor, values: Tensor, num_rows: int, capacity: int) -> None:
+        """Make room, for states [..., heads, any length, head_dim] like these."""
+        for name, like in (("keys", keys), ("values", values)):
+            self.put(name, _allocate(like, len(self.layers), num_rows, capacity))
 
-    def grow(self) -> None:
-        """Make room for the rows and slots there are now."""
-        if self.states:
-            self.resize(max(self.states["keys"].shape[1], self._slots.num_rows))
-
-    def move(self, sources: Tensor, first: Tensor, start: int) -> None:
-        """Copy slots [B, D] to the D slots from `first` [B] on in every layer, reading first.
-
-        A single row is copied to the slots from `start` on, which is cheaper.
-        """
-        batch, count = sources.shape
-        for states in self.states.values():
-            where = sources.to(states.device)
-            if batch == 1:
-                row = states[:, 0]
-                row[:, :, start : start + count] = row.index_select(2, where[0])
-                continue
-            slots = states.transpose(2, 3)  # [layers, rows, capacity, heads, head_dim]
-            rows = torch.arange(batch, device=states.device).unsqueeze(1)
-            steps = torch.arange(count, device=states.device)
-            slots[:, rows, first.to(states.device).unsqueeze(1) + steps] = slots[:, rows, where]
-
-    def append(self, other: "_Bank", first: int, num_slots: int) -> None:
-        """Put another cache's rows at `first` and after; rows without a token hold no keys yet."""
-        if not self.states and other.states:
-            self.allocate(other.states["keys"][0], other.states["values"][0])
-        if self.states and self.states["keys"].shape[1] < self._slots.num_rows:
-            self.grow()
-        for name, joining in other.states.items():
-            rows = slice(first, first + joining.shape[1])
-            self.states[name][:, rows, :, :num_slots] = joining[:, :, :, :num_slots]
+    def resize(self, num_rows: int, capacity: int) -> None:
+        """Allocate this many rows and slots anew; only one of keys and values stands twice."""
+        for name in self.states:
+            old = self.states[name]
+            new = _allocate(old, len(self.layers), num_rows, capacity)
+            rows, slots = min(num_rows, old.shape[1]), min(capacity, old.shape[3])
+            new[:, :rows, :, :slots] = old[:, :rows, :, :slots]
+            self.put(name, new)
+            del old, new
 
 
 class _SlotLayer(CacheLayerMixin):
@@ -106,7 +77,8 @@ class _SlotLayer(CacheLayerMixin):
         bank.layers.append(self)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self._bank.allocate(key_states, value_states)
+        slots = self._slots
+        self._bank.allocate(key_states, value_states, slots.num_rows, slots.capacity)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -162,7 +134,7 @@ class SlotCache(Cache):
     ) -> None:
         self._slots = _Slots(batch_size, capacity)
         kinds = range(num_layers) if plan is None else plan
-        banks = {kind: _Bank(self._slots) for kind in kinds}
+        banks = {kind: _Bank() for kind in kinds}
         self._banks = list(banks.values())
         self._slot_layers = [_SlotLayer(self._slots, banks[kind]) for kind in kinds]
         super().__init__(layers=list(self._slot_layers))
@@ -240,8 +212,15 @@ class SlotCache(Cache):
         steps = torch.arange(path.shape[1], device=path.device)
         # Padding copies a slot onto itself.
         sources = first.unsqueeze(1) + torch.where(path >= 0, path, steps)
-        for bank in self._banks:
-            bank.move(sources, first, self.lengths[0] + 1)
+        for states in self._states():
+            where, behind = sources.to(states.device), first.to(states.device).unsqueeze(1)
+            if len(where) == 1:  # slices are cheaper
+                row, start = states[:, 0], self.lengths[0] + 1
+                row[:, :, start : start + len(steps)] = row.index_select(2, where[0])
+            else:
+                slots = states.transpose(2, 3)  # [layers, rows, capacity, heads, head_dim]
+                rows = torch.arange(len(where), device=states.device).unsqueeze(1)
+                slots[:, rows, behind + steps.to(states.device)] = slots[:, rows, where]
 
     def append(self, other: "SlotCache") -> None:
         """Take the rows of another cache behind one's own; no copy of one's own where they fit."""
@@ -249,7 +228,12 @@ class SlotCache(Cache):
         self._slots.num_rows = first + len(other.lengths)
         self._grow(num_slots)
         for bank, joining in zip(self._banks, other._banks, strict=True):
-            bank.append(joining, first, num_slots)
+            if joining.states and not bank.states:  # rows without a token held no keys yet
+                keys, values = (joining.states[name][0] for name in ("keys", "values"))
+                bank.allocate(keys, values, self._slots.num_rows, self._slots.capacity)
+            for name, states in joining.states.items():
+                rows = slice(first, first + states.shape[1])
+                bank.states[name][:, rows, :, :num_slots] = states[:, :, :, :num_slots]
         self._set_lengths([*self.lengths, *other.lengths])
 
     def reorder(self, rows: Tensor) -> None:
@@ -271,7 +255,7 @@ class SlotCache(Cache):
         """
         self._slots.capacity = num_slots
         for bank in self._banks:
-            bank.resize(num_rows)
+            bank.resize(num_rows, num_slots)
 
     def wipe(self, rows: Sequence[int]) -> None:
         """Zero these rows: a masked place still takes part in 0 * value, and 0 * NaN is NaN."""
@@ -279,12 +263,13 @@ class SlotCache(Cache):
             states[:, list(rows)] = 0
 
     def _grow(self, num_slots: int) -> None:
-        """Double the slots of every row until they suffice."""
-        if num_slots > self._slots.capacity:
-            while self._slots.capacity < num_slots:
-                self._slots.capacity *= 2
-            for bank in self._banks:
-                bank.grow()
+        """Make room for all rows, and double the slots of every row until they suffice."""
+        slots, is_short = self._slots, num_slots > self._slots.capacity
+        while slots.capacity < num_slots:
+            slots.capacity *= 2
+        for bank in self._banks:
+            if bank.states and (is_short or bank.num_rows < slots.num_rows):
+                bank.resize(max(bank.num_rows, slots.num_rows), slots.capacity)
 
     def _set_lengths(self, lengths: list[int]) -> None:
         self.lengths = lengths
@@ -292,9 +277,9 @@ class SlotCache(Cache):
         self._device_lengths = None
 
 
-def _allocate(like: Tensor, num_layers: int, slots: _Slots) -> Tensor:
+def _allocate(like: Tensor, num_layers: int, num_rows: int, capacity: int) -> Tensor:
     """Allocate zeros, because a masked slot still takes part in 0 * value, and 0 * NaN is NaN."""
-    shape = (num_layers, slots.num_rows, like.shape[-3], slots.capacity, like.shape[-1])
+    shape = (num_layers, num_rows, like.shape[-3], capacity, like.shape[-1])
     try:
         return like.new_zeros(shape)
     except RuntimeError as error:  # torch.OutOfMemoryError is one
@@ -304,9 +289,9 @@ def _allocate(like: Tensor, num_layers: int, slots: _Slots) -> Tensor:
         hint = "lower batch_size or max_new_tokens"
         if like.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(like.device)
-            fits = max(0, int(slots.num_rows * free / wanted))
+            fits = max(0, int(num_rows * free / wanted))
             hint = f"{free:,} bytes are free, enough for these at batch_size {fits}"
         raise MemoryError(
             f"no memory for {wanted:,} bytes of keys or values of {num_layers} layers (batch "
-            f"{slots.num_rows}, {slots.capacity} slots a row); {hint}"
+            f"{num_rows}, {capacity} slots a row); {hint}"
         ) from error

@@ -1,6 +1,5 @@
 """Scheduling: first come, first served, as many requests together as rows and memory allow."""
 
-from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -29,15 +28,11 @@ class Scheduler:
 
     def __init__(self, max_rows: int, limit: "CacheLimit | None" = None) -> None:
         self.max_rows, self.limit = max_rows, limit
-        self.waiting: deque[Request] = deque()
+        self.waiting: list[Request] = []  # in the order that they came in
         # After memory ran out, so many may run until those that had no room have ended.
         self._reduced_rows = max_rows
         self._had_no_room: list[Request] = []
         self._has_just_joined = False
-
-    def add(self, request: Request) -> None:
-        """Put a request at the end of the queue."""
-        self.waiting.append(request)
 
     def schedule(self, running: Sequence[Request]) -> list[Request]:
         """Take the requests that join the running ones now off the queue.
@@ -49,16 +44,17 @@ class Scheduler:
         if not (self._has_just_joined and running):
             self._had_no_room = [each for each in self._had_no_room if not each.finish_reason]
             max_rows = self._reduced_rows if self._had_no_room else self.max_rows
-            while self.waiting and len(running) + len(joining) < max_rows:
-                if self.limit and not self.limit.fits([*running, *joining, self.waiting[0]]):
+            for request in self.waiting[: max(0, max_rows - len(running))]:
+                if self.limit and not self.limit.fits([*running, *joining, request]):
                     break
-                joining.append(self.waiting.popleft())
+                joining.append(request)
+            del self.waiting[: len(joining)]
         self._has_just_joined = bool(joining)
         return joining
 
     def requeue(self, rows: Sequence[Request]) -> None:
         """Let rows wait again, each in the place that it came to."""
-        self.waiting = deque(sorted([*rows, *self.waiting], key=lambda row: row.index))
+        self.waiting = sorted([*rows, *self.waiting], key=lambda row: row.index)
 
     def preempt(
         self, running: Sequence[Request], joining: Sequence[Request], error: BaseException
@@ -84,7 +80,7 @@ class Scheduler:
         """Take requests that have ended off the queue and return them."""
         ended = [request for request in self.waiting if request.finish_reason]
         if ended:
-            self.waiting = deque(each for each in self.waiting if not each.finish_reason)
+            self.waiting = [each for each in self.waiting if not each.finish_reason]
         return ended
 
 
@@ -115,6 +111,10 @@ class CacheLimit:
         for owner, _ in self._owners:
             owner.reserve(1, 1, join=False)  # what an earlier call left would count as well
 
+    def bytes_for(self, num_rows: int, num_tokens: int) -> int:
+        """Return the bytes of all caches for so many rows with so many committed tokens each."""
+        return sum(owner.bytes_for(num_rows, num_tokens + extra) for owner, extra in self._owners)
+
     def check(self, request: Request) -> None:
         """Refuse a request whose cache would not even fit alone."""
         needed = self.bytes_for(*_size([request]))
@@ -122,8 +122,7 @@ class CacheLimit:
             raise ValueError(
                 f"prompt {request.index} needs {needed:,} bytes of cache for "
                 f"{len(request.prompt)} tokens and {request.max_tokens} new ones but "
-                f"max_cache_bytes is {self.max_bytes:,}; lower max_new_tokens, shorten the prompt "
-                "or raise the limit"
+                f"max_cache_bytes is {self.max_bytes:,}; lower max_new_tokens or raise the limit"
             )
 
     def fits(self, rows: Sequence[Request]) -> bool:
@@ -141,10 +140,6 @@ class CacheLimit:
             for owner, extra in self._owners:
                 owner.reserve(size[0], size[1] + extra, join=join)
         self._allocated = size
-
-    def bytes_for(self, num_rows: int, num_tokens: int) -> int:
-        """Return the bytes of all caches for so many rows with so many committed tokens each."""
-        return sum(owner.bytes_for(num_rows, num_tokens + extra) for owner, extra in self._owners)
 
 
 def _size(rows: Sequence[Request]) -> tuple[int, int]:

@@ -276,14 +276,57 @@ class VerdictDistribution:
 
 def verdict_distribution(engine: Engine, target_probs: Tensor, draft: Draft) -> VerdictDistribution:
     """Integrate out the uniforms and the noise of `engine` for every row of a small draft."""
-    patterns = list(product((True, False), repeat=draft.num_nodes))
-    accept = torch.tensor(patterns).view(-1, draft.num_nodes)  # [K, N] all decisions
-    thresholds, spread = _find_thresholds(engine, target_probs, draft, accept.double() * _LARGEST)
-    cut = thresholds.nan_to_num(0.5).unsqueeze(1)  # [B, 1, N]
-    uniforms = torch.where(accept, cut / 2, (cut + 1) / 2).clamp(max=_LARGEST)
+    (batch_size, num_nodes), vocab_size = draft.tokens.shape, target_probs.shape[2]
+    accept = torch.tensor(list(product((True, False), repeat=num_nodes))).view(-1, num_nodes)
+    num_patterns = len(accept)  # K, all decisions about N nodes
+
+    def run(uniforms: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Judge as many copies of each row as there is randomness: the paths and last tokens."""
+        copies = len(noise) // batch_size
+        verdict = engine(
+            target_probs.repeat_interleave(copies, 0),
+            draft.map_rows(lambda tensor: tensor.repeat_interleave(copies, 0)),
+            uniforms=uniforms,
+            noise=noise,
+        )
+        return verdict.path, verdict.tokens.gather(1, verdict.num_accepted.unsqueeze(1)).squeeze(1)
+
+    # Each node's uniform is bisected in every context of the others' extremes, [B * N * K].
+    contexts = (accept.double() * _LARGEST).repeat(batch_size * num_nodes, 1)
+    column = torch.arange(num_nodes).repeat_interleave(num_patterns).repeat(batch_size).unsqueeze(1)
+    even = torch.ones(len(contexts), vocab_size, dtype=torch.float64)
+
+    def path_at(value: Tensor) -> Tensor:
+        return run(contexts.scatter(1, column, value.unsqueeze(1)), even)[0]
+
+    largest = torch.full((len(contexts),), _LARGEST, dtype=torch.float64)
+    accepted = path_at(torch.zeros_like(largest))
+    decides = (accepted != path_at(largest)).any(1)
+    _, high = _bisect(lambda middle: (path_at(middle) == accepted).all(1), largest)
+    found = torch.where(decides, high, torch.nan).view(batch_size, num_nodes, num_patterns)
+    is_idle = found.isnan().all(2)  # the node never decides anything
+    top = found.nan_to_num(-1.0).amax(2)
+    spread = (top - found.nan_to_num(2.0).amin(2)).masked_fill(is_idle, 0.0)
+
+    cut = top.masked_fill(is_idle, 0.5).unsqueeze(1)  # [B, 1, N]
     probs = torch.where(accept, cut, 1 - cut).prod(2)
-    paths, last_probs = _find_last_probs(engine, target_probs, draft, uniforms)
-    return VerdictDistribution(spread, paths, probs, last_probs)
+    uniforms = torch.where(accept, cut / 2, (cut + 1) / 2).clamp(max=_LARGEST).flatten(0, 1)
+
+    # The noise of each token is bisected against that of the likeliest one, [B * K * V].
+    paths, likeliest = run(uniforms, torch.ones(len(uniforms), vocab_size, dtype=torch.float64))
+    likeliest = likeliest.repeat_interleave(vocab_size)
+    tokens = torch.arange(vocab_size).repeat(len(uniforms))
+    noise = torch.full((len(tokens), vocab_size), _REJECTED_NOISE, dtype=torch.float64)
+    noise.scatter_(1, likeliest.unsqueeze(1), 1.0)
+    repeated = uniforms.repeat_interleave(vocab_size, 0)
+
+    def wins(middle: Tensor) -> Tensor:
+        return run(repeated, noise.scatter(1, tokens[:, None], middle[:, None]))[1] == tokens
+
+    low, _ = _bisect(wins, torch.ones(len(tokens), dtype=torch.float64))
+    ratio = torch.where(likeliest == tokens, 1.0, low).view(batch_size, num_patterns, vocab_size)
+    last_probs = ratio / ratio.sum(2, keepdim=True)
+    return VerdictDistribution(spread, paths.view(*probs.shape, -1), probs, last_probs)
 
 
 def _bisect(is_below: Callable[[Tensor], Tensor], high: Tensor) -> tuple[Tensor, Tensor]:
@@ -294,69 +337,6 @@ def _bisect(is_below: Callable[[Tensor], Tensor], high: Tensor) -> tuple[Tensor,
         below = is_below(middle)
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     return low, high
-
-
-def _find_thresholds(
-    engine: Engine, target_probs: Tensor, draft: Draft, contexts: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Find the uniform below which each node is accepted, and how far contexts disagree: [B, N].
-
-    Every node is bisected in every one of the `contexts` [K, N], uniforms of the other nodes. NaN
-    marks a node that never decides anything.
-    """
-    batch_size, num_nodes = draft.tokens.shape
-    num_contexts = len(contexts)
-    rows = num_nodes * num_contexts
-    repeated = draft.map_rows(lambda t: t.repeat_interleave(rows, 0))
-    target = target_probs.repeat_interleave(rows, 0)
-    base = contexts.repeat(batch_size * num_nodes, 1)  # [B * N * K, N]
-    column = torch.arange(num_nodes).repeat_interleave(num_contexts).repeat(batch_size).unsqueeze(1)
-    noise = torch.ones(batch_size * rows, target_probs.shape[2], dtype=torch.float64)
-
-    def path_at(value: Tensor) -> Tensor:
-        uniforms = base.scatter(1, column, value.unsqueeze(1))
-        return engine(target, repeated, uniforms=uniforms, noise=noise).path
-
-    largest = torch.full((batch_size * rows,), _LARGEST, dtype=torch.float64)
-    accepted = path_at(torch.zeros_like(largest))
-    decides = (accepted != path_at(largest)).any(1)
-    _, high = _bisect(lambda middle: (path_at(middle) == accepted).all(1), largest)
-    # A node that accepts even the largest uniform in every context is certain: see below.
-    found = torch.where(decides, high, torch.nan).view(batch_size, num_nodes, num_contexts)
-    is_idle = found.isnan().all(2)
-    top = found.nan_to_num(-1.0).amax(2)
-    spread = (top - found.nan_to_num(2.0).amin(2)).masked_fill(is_idle, 0.0)
-    return top.masked_fill(is_idle, torch.nan), spread
-
-
-def _find_last_probs(
-    engine: Engine, target_probs: Tensor, draft: Draft, uniforms: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Bisect the noise of each token against the likeliest one: paths [B, K, D], and [B, K, V]."""
-    batch_size, num_patterns, _ = uniforms.shape
-    vocab_size, flat = target_probs.shape[2], batch_size * num_patterns
-
-    def run(copies: int, noise: Tensor) -> tuple[Tensor, Tensor]:
-        verdict = engine(
-            target_probs.repeat_interleave(num_patterns * copies, 0),
-            draft.map_rows(lambda t: t.repeat_interleave(num_patterns * copies, 0)),
-            uniforms=uniforms.flatten(0, 1).repeat_interleave(copies, 0),
-            noise=noise,
-        )
-        return verdict.path, verdict.tokens.gather(1, verdict.num_accepted.unsqueeze(1)).squeeze(1)
-
-    paths, likeliest = run(1, torch.ones(flat, vocab_size, dtype=torch.float64))
-    likeliest = likeliest.repeat_interleave(vocab_size)  # [B * K * V]
-    tokens = torch.arange(vocab_size).repeat(flat)
-    noise = torch.full((flat * vocab_size, vocab_size), _REJECTED_NOISE, dtype=torch.float64)
-    noise.scatter_(1, likeliest.unsqueeze(1), 1.0)
-
-    def wins(middle: Tensor) -> Tensor:
-        return run(vocab_size, noise.scatter(1, tokens[:, None], middle[:, None]))[1] == tokens
-
-    low, _ = _bisect(wins, torch.ones(flat * vocab_size, dtype=torch.float64))
-    ratio = torch.where(likeliest == tokens, 1.0, low).view(batch_size, num_patterns, vocab_size)
-    return paths.view(batch_size, num_patterns, -1), ratio / ratio.sum(2, keepdim=True)
 
 
 def random_world(

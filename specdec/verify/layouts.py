@@ -5,13 +5,16 @@ Nothing here reads a tensor back to the host, as long as the caller gives the si
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from specdec.verify.draft import Draft, Verdict
 
 
-def _flat_index(cu_counts: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def _flat_index(cu_counts: Tensor, width: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Locate each padded entry in the flat tensor: index [B, width], is_real, counts [B]."""
     counts = torch.diff(cu_counts, prepend=cu_counts.new_zeros(1)).long()
+    if width is None:
+        width = int(counts.amax()) if len(counts) else 0
     columns = torch.arange(width, device=cu_counts.device)
     is_real = columns < counts.unsqueeze(1)
     starts = (cu_counts - counts).unsqueeze(1)
@@ -33,9 +36,6 @@ def from_flat(
         max_len: N, at least the largest k; None reads it from the device, a host synchronization.
         probs: [sum k, V] the q of each token.
     """
-    if max_len is None:
-        counts = torch.diff(cu_num_draft_tokens, prepend=cu_num_draft_tokens.new_zeros(1))
-        max_len = int(counts.amax()) if counts.numel() else 0
     index, is_real, counts = _flat_index(cu_num_draft_tokens, max_len)
     if tokens.shape[0] == 0:
         return Draft.chain(torch.full_like(index, -1), counts)
@@ -126,25 +126,18 @@ def to_retrieve(draft: Draft, root: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
         candidates, retrieve_index, retrieve_next_token and retrieve_next_sibling, all [B, N + 1].
     """
     batch_size, num_nodes = draft.tokens.shape
-    device = draft.tokens.device
-    real = draft.real_nodes()
-    rows = draft.explicit_parents() + 1
-    slots = torch.arange(1, num_nodes + 1, device=device)
+    real, rows = draft.real_nodes(), draft.explicit_parents() + 1
     none = num_nodes + 1
+    slots = torch.arange(1, none, device=rows.device)
     own = torch.where(real, slots, none)
-    first = own.new_full((batch_size, num_nodes + 1), none).scatter_reduce(1, rows, own, "amin")
+    first = own.new_full((batch_size, none), none).scatter_reduce(1, rows, own, "amin")
     same = (rows.unsqueeze(2) == rows.unsqueeze(1)) & real.unsqueeze(1) & real.unsqueeze(2)
     later = torch.where(same.triu(1), slots, none)  # [B, N, N]
-    following = torch.nn.functional.pad(later, (0, 1), value=none).amin(2)
-    following = torch.nn.functional.pad(following, (1, 0), value=none)
-    index = torch.arange(batch_size * (num_nodes + 1), device=device).view(batch_size, -1)
+    following = pad(pad(later, (0, 1), value=none).amin(2), (1, 0), value=none)
+    index = torch.arange(batch_size * none, device=rows.device).view(batch_size, -1)
     candidates = torch.cat((root.unsqueeze(1), draft.tokens), 1)
-    return (
-        candidates,
-        index,
-        first.masked_fill(first == none, -1),
-        following.masked_fill(following == none, -1),
-    )
+    first, following = (links.masked_fill(links == none, -1) for links in (first, following))
+    return candidates, index, first, following
 
 
 def verdict_to_retrieve(verdict: Verdict, draft: Draft) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,7 +148,7 @@ def verdict_to_retrieve(verdict: Verdict, draft: Draft) -> tuple[Tensor, Tensor,
     """
     batch_size, num_slots = draft.batch_size, draft.num_nodes + 1
     start = torch.arange(batch_size, device=verdict.path.device).unsqueeze(1) * num_slots
-    slots = torch.nn.functional.pad(verdict.path + 1, (1, 0))  # [B, D + 1], 0 also for padding
+    slots = pad(verdict.path + 1, (1, 0))  # [B, D + 1], 0 also for padding
     is_real = verdict.tokens >= 0
     accept_index = (slots + start).masked_fill(~is_real, -1)
     total = batch_size * num_slots

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def ancestors(parents: Tensor, depth: int) -> Tensor:
@@ -21,7 +22,7 @@ def ancestors(parents: Tensor, depth: int) -> Tensor:
     """
     batch_size, num_nodes = parents.shape
     # Row 0 stands for the root and is its own parent, so that a finished climb stays there.
-    above = torch.nn.functional.pad(parents + 1, (1, 0))  # [B, N + 1]
+    above = pad(parents + 1, (1, 0))  # [B, N + 1]
     row = torch.arange(1, num_nodes + 1, device=parents.device).expand(batch_size, -1)
     climb = [row]
     for _ in range(depth - 1):
@@ -57,9 +58,7 @@ def ancestor_mask(parents: Tensor, depth: int) -> Tensor:
     """
     batch_size, num_nodes = parents.shape
     rows = ancestors(parents, depth) + 1  # [B, N, depth], 0 = root
-    mask = torch.zeros(
-        batch_size, num_nodes, num_nodes + 1, dtype=torch.bool, device=parents.device
-    )
+    mask = rows.new_zeros(batch_size, num_nodes, num_nodes + 1, dtype=torch.bool)
     return mask.scatter_(2, rows, True)[:, :, 1:]
 
 
@@ -92,7 +91,7 @@ def from_choices(
     Raises:
         ValueError: an entry is empty, negative, given twice, or its parent is missing.
     """
-    paths = sorted((tuple(choice) for choice in choices), key=lambda path: (len(path), path))
+    paths = sorted(map(tuple, choices), key=lambda path: (len(path), path))
     index = {path: i for i, path in enumerate(paths)}
     if len(index) != len(paths):
         raise ValueError("choices names a node twice; give every node once")
@@ -101,13 +100,10 @@ def from_choices(
             raise ValueError(f"choices has {path}: a node is a non-empty tuple of ranks >= 0")
         if len(path) > 1 and path[:-1] not in index:
             raise ValueError(f"choices has {path} but not its parent {path[:-1]}; add the parent")
-    parents = [index.get(path[:-1], -1) for path in paths]
-    return StaticTree(
-        torch.tensor(parents, dtype=torch.long, device=device),
-        torch.tensor([path[-1] for path in paths], dtype=torch.long, device=device),
-        torch.tensor([len(path) for path in paths], dtype=torch.long, device=device),
-        len(paths[-1]) if paths else 0,
-    )
+    columns = [(index.get(path[:-1], -1), path[-1], len(path)) for path in paths]
+    tensor = torch.tensor(columns, dtype=torch.long, device=device).view(-1, 3)
+    parents, ranks, depths = tensor.T.contiguous()
+    return StaticTree(parents, ranks, depths, len(paths[-1]) if paths else 0)
 
 
 def best_static_tree(
@@ -137,17 +133,15 @@ def best_static_tree(
         if wrong is not None:
             raise ValueError(f"acceptance[{depth}] holds {wrong} but must be within [0, 1]")
     # (minus the worth, path): a child is never worth more than its parent, so parents come first.
-    heap: list[tuple[float, tuple[int, ...]]] = []
-    for rank, value in enumerate(acceptance[0]):
-        heapq.heappush(heap, (-value, (rank,)))
+    heap: list[tuple[float, tuple[int, ...]]] = [(-1.0, ())]
     chosen: list[tuple[int, ...]] = []
-    while heap and len(chosen) < num_nodes:
+    while heap and len(chosen) <= num_nodes:  # the root is the first
         worth, path = heapq.heappop(heap)
         chosen.append(path)
         if len(path) < len(acceptance):
             for rank, value in enumerate(acceptance[len(path)]):
                 heapq.heappush(heap, (worth * value, (*path, rank)))
-    return chosen
+    return chosen[1:]
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,9 +192,6 @@ def best_first(
     renamed = parents.new_full((parents.shape[0], num_candidates + 2), -1)
     renamed = renamed.scatter(1, nodes + 1, positions)
     real = nodes < num_candidates
-    above = torch.nn.functional.pad(parents, (0, 1), value=-1).gather(1, nodes)  # [B, K]
-    return Selection(
-        nodes.masked_fill(~real, -1),
-        renamed.gather(1, above + 1).masked_fill(~real, -1),
-        lengths,
-    )
+    above = pad(parents, (0, 1), value=-1).gather(1, nodes)  # [B, K]
+    kept_parents = renamed.gather(1, above + 1).masked_fill(~real, -1)
+    return Selection(nodes.masked_fill(~real, -1), kept_parents, lengths)
