@@ -5,6 +5,7 @@ Source of the contract: a `ValueError` names the argument, the row, the value an
 """
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,31 +33,28 @@ def check_shapes(
     batch_size: int,
     vocab_size: int,
     device: torch.device,
-    **beside: Tensor | None,
+    target_probs: Tensor | None = None,
+    uniforms: Tensor | None = None,
+    noise: Tensor | None = None,
 ) -> None:
-    """Check what is known without a host synchronization: kinds, shapes, dtypes and devices.
-
-    `beside` the draft may be given what `verify` takes: target_probs, uniforms, noise.
-    """
+    """Check what is known without a host synchronization: kinds, shapes, dtypes and devices."""
     if not isinstance(draft, Draft):
         raise TypeError(f"it is a {type(draft).__name__} but must be a Draft")
     if type(draft.depth) is not int or draft.depth < 0:
         raise ValueError(f"depth is {draft.depth!r} but must be an int >= 0 (rule {rule!r})")
     num_nodes = draft.tokens.shape[-1] if getattr(draft.tokens, "ndim", 0) else 0
     by_node, floats, ids = (batch_size, num_nodes), tuple(SUM_TOLERANCE), (torch.int64,)
-    expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
-        "tokens": (by_node, ids),
-        "lengths": ((batch_size,), ids),
-        "parents": (by_node, ids),
-        "probs": ((*by_node, vocab_size), floats),
-        "confidence": (by_node, floats),
-        "target_probs": ((batch_size, num_nodes + 1, vocab_size), floats),
-        "uniforms": (by_node, floats),
-        "noise": ((batch_size, vocab_size), floats),
-    }
-    given = {**vars(draft), **beside}
-    for name, (shape, dtypes) in expected.items():
-        tensor = given.get(name)
+    expected: list[tuple[str, Any, tuple[int, ...], tuple[torch.dtype, ...]]] = [
+        ("tokens", draft.tokens, by_node, ids),
+        ("lengths", draft.lengths, (batch_size,), ids),
+        ("parents", draft.parents, by_node, ids),
+        ("probs", draft.probs, (*by_node, vocab_size), floats),
+        ("confidence", draft.confidence, by_node, floats),
+        ("target_probs", target_probs, (batch_size, num_nodes + 1, vocab_size), floats),
+        ("uniforms", uniforms, by_node, floats),
+        ("noise", noise, (batch_size, vocab_size), floats),
+    ]
+    for name, tensor, shape, dtypes in expected:
         if tensor is None and name not in ("tokens", "lengths"):
             continue
         if not isinstance(tensor, Tensor):

@@ -84,7 +84,8 @@ class Draft:
         chain = cls.chain(tokens, lengths, probs, confidence)
         if parents.dim() == 1:
             parents = parents.expand(tokens.shape)
-        return replace(chain, parents=parents, depth=chain.depth if depth is None else depth)
+        deepest = chain.depth if depth is None else depth
+        return cls(tokens, chain.lengths, parents, probs, deepest, confidence)
 
     @classmethod
     def empty(cls, batch_size: int, device: torch.device | str | None = None) -> "Draft":

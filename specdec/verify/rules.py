@@ -166,16 +166,8 @@ def verify(
             f"target_probs has shape {shape} but rule {chosen.name!r} needs [B, N + 1, V]"
         )
     batch_size, _, vocab_size = target_probs.shape
-    check_shapes(
-        draft,
-        chosen.name,
-        batch_size,
-        vocab_size,
-        target_probs.device,
-        target_probs=target_probs,
-        uniforms=uniforms,
-        noise=noise,
-    )
+    sizes = batch_size, vocab_size, target_probs.device
+    check_shapes(draft, chosen.name, *sizes, target_probs, uniforms, noise)
     if check:
         refuse(draft_faults(draft, vocab_size, chosen.supports_trees), chosen.name)
         reads = chosen.needs_uniforms
