@@ -15,7 +15,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, TextIO
 
@@ -53,17 +53,12 @@ SHARED_SHAPE = {
     "tie_word_embeddings": True,
     "rope_theta": 10000.0,
 }
-BLOCK_LEN, BLOCKS_PER_STEP, WARMUP_STEPS, SEED = 512, 16, 60, 1
-
-
-@dataclass(frozen=True)
-class Recipe:
-    num_layers: int
-    passes: float
-    learning_rate: float
-
-
-MODELS = {"target": Recipe(16, 1.8, 5e-3), "draft": Recipe(2, 1.2, 4e-3)}
+SETTINGS = {"block_len": 512, "blocks_per_step": 16, "warmup_steps": 60, "seed": 1}
+BLOCK_LEN, BLOCKS_PER_STEP, WARMUP_STEPS, SEED = SETTINGS.values()
+MODELS = {
+    "target": {"num_layers": 16, "passes": 1.8, "learning_rate": 5e-3},
+    "draft": {"num_layers": 2, "passes": 1.2, "learning_rate": 4e-3},
+}
 HEADS = {"medusa": "Medusa heads", "eagle": "EAGLE-1 head", "eagle3": "EAGLE-3 head"}
 
 Turns = list[tuple[str, str]]
@@ -134,7 +129,7 @@ def pack(conversations: list[Turns], tokenizer: PreTrainedTokenizerFast, seed: i
 def build_model(kind: str, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     config = LlamaConfig(
         **SHARED_SHAPE,
-        num_hidden_layers=MODELS[kind].num_layers,
+        num_hidden_layers=MODELS[kind]["num_layers"],
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -190,7 +185,7 @@ def validate(
 def fit(kind: str, data_dir: Path, out: Path, passes: float) -> None:
     """Train one model with checkpoints; running it again resumes from the last one."""
     set_seed(SEED)
-    recipe = replace(MODELS[kind], passes=passes)
+    recipe = {**MODELS[kind], "passes": passes}
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "tokenizer")
     model, teacher = build_model(kind, tokenizer), None
     if kind == "draft":
@@ -202,7 +197,7 @@ def fit(kind: str, data_dir: Path, out: Path, passes: float) -> None:
     train, held_out = read_conversations(data_dir)
     blocks = torch.cat([pack(train, tokenizer, number) for number in range(math.ceil(passes))])
     num_steps = int(len(blocks) * passes / math.ceil(passes)) // BLOCKS_PER_STEP
-    optimizers = build_optimizers(model, recipe.learning_rate)
+    optimizers = build_optimizers(model, recipe["learning_rate"])
 
     def rate(step: int) -> float:
         return min(1.0, (step + 1) / WARMUP_STEPS) * max(0.02, 1 - step / num_steps)
@@ -229,7 +224,7 @@ def fit(kind: str, data_dir: Path, out: Path, passes: float) -> None:
             "tokens": step * BLOCKS_PER_STEP * BLOCK_LEN,
             "device": str(accelerator.device),
             "num_processes": accelerator.num_processes,
-            "settings": {**asdict(recipe), "seed": SEED, "warmup_steps": WARMUP_STEPS},
+            "settings": {**recipe, **SETTINGS},
         }
         if is_first:
             accelerator.unwrap_model(model).save_pretrained(out / kind)
@@ -239,7 +234,6 @@ def fit(kind: str, data_dir: Path, out: Path, passes: float) -> None:
 
     with Progress(disable=not is_first) as bar:
         task = bar.add_task(kind, total=num_steps, completed=step)
-        last_saved = time.monotonic()
         while step < num_steps:
             started = time.monotonic()
             first = step * BLOCKS_PER_STEP + accelerator.process_index * share
@@ -254,11 +248,8 @@ def fit(kind: str, data_dir: Path, out: Path, passes: float) -> None:
             step += 1
             seconds += time.monotonic() - started
             bar.update(task, completed=step, description=f"{kind} loss {loss.item():.3f}")
-            # The clock of process 0 decides, so that all processes save at the same step.
-            late = torch.tensor(float(time.monotonic() - last_saved > 300))
-            if accelerator.reduce(late.to(accelerator.device)).item() > 0:
+            if step % 100 == 0:
                 checkpoint()
-                last_saved = time.monotonic()
         summary = checkpoint()
     if is_first:
         samples = {k: pack(v[:300], tokenizer, 0)[:24] for k, v in held_out.items()}
@@ -276,12 +267,12 @@ def tokenizer(data_dir: DataDir, out: Path = OUT) -> None:
 
 
 @app.command()
-def target(data_dir: DataDir, out: Path = OUT, passes: float = MODELS["target"].passes) -> None:
+def target(data_dir: DataDir, out: Path = OUT, passes: float = MODELS["target"]["passes"]) -> None:
     fit("target", data_dir, out, passes)
 
 
 @app.command()
-def draft(data_dir: DataDir, out: Path = OUT, passes: float = MODELS["draft"].passes) -> None:
+def draft(data_dir: DataDir, out: Path = OUT, passes: float = MODELS["draft"]["passes"]) -> None:
     fit("draft", data_dir, out, passes)
 
 
@@ -392,7 +383,7 @@ def model_card(kind: str, summary: dict) -> str:
     agreed = summary.get("argmax_agreement")
     trained = "distilled from the demo target" if agreed else "trained"
     about = (
-        f"A Llama of {MODELS[kind].num_layers} layers and width {SHARED_SHAPE['hidden_size']}, "
+        f"A Llama of {MODELS[kind]['num_layers']} layers and width {SHARED_SHAPE['hidden_size']}, "
         f"{trained} by `scripts/train_demo.py` for tests and demonstrations of speculative "
         "decoding. It writes fluent sentences of three narrow domains and knows nothing."
     )
