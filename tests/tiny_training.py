@@ -10,6 +10,21 @@ from specdec.engine.decode import generate_baseline
 from specdec.targets.hf import HFTarget
 from specdec.train.config import TrainingConfig, load_train_config
 
+# `specdec train CONFIG --out OUT` that sends a signal, to itself or to torchrun, after a step.
+STOPPING = """
+import os, sys
+from specdec.cli import app
+from specdec.train import run
+
+def stopping(config, out, show):
+    whom = os.getppid() if sys.argv[5:] else os.getpid()
+    return real(config, out, lambda done, *_: done == step and os.kill(whom, number))
+
+real, run.run_training = run.run_training, stopping
+step, number = map(int, sys.argv[3:5])
+app(["train", sys.argv[1], "--out", sys.argv[2]])
+"""
+
 
 def answer_rows(target, num_rows=20, prompt_len=4, answer_len=10, seed=0):
     """Dialogues of two turns, both answers greedy; every third row has a shorter second one."""

@@ -3,12 +3,13 @@
 import shutil
 import subprocess
 import sys
+from signal import SIGTERM
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import tiny_llama
-from tiny_training import logged, write_run
+from tiny_training import STOPPING, logged, write_run
 from transformers import AutoModelForCausalLM
 
 from specdec.train.config import load_train_config
@@ -46,32 +47,18 @@ def drafter(folder):
     return load_file(folder / "drafter" / "model.safetensors")
 
 
-# torchrun, told to end, tells its processes; here the first of them tells torchrun.
-STOPPED = """
-import os, signal, sys
-from specdec.cli import app
-from specdec.train import run
-
-def stopping(config, out, show):
-    return real(config, out, lambda done, *_: done == 2 and os.kill(os.getppid(), signal.SIGTERM))
-
-real, run.run_training = run.run_training, stopping
-app(sys.argv[1:])
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_share_steps_and_signals(tmp_path):
     path = write_run(tmp_path, **RUN, report_to="tensorboard")
     two, script = tmp_path / "two", tmp_path / "stopped.py"
-    script.write_text(STOPPED)
+    script.write_text(STOPPING)
     # Enough steps for the signal to come before the last one.
     long = {**RUN, "num_train_epochs": 40, "eval_strategy": "no", "save_strategy": "no"}
     (tmp_path / "long").mkdir()
-    stopped = launched(
-        str(script), "train", str(write_run(tmp_path / "long", **long)), "--out", str(two)
-    )
+    path_of_long = str(write_run(tmp_path / "long", **long))
+    # torchrun, told to end, tells its processes; here the first of them tells torchrun.
+    stopped = launched(str(script), path_of_long, str(two), "2", str(int(SIGTERM)), "torchrun")
     assert stopped.returncode != 0
     assert "stopped by SIGTERM at" in stopped.stderr
     (checkpoint,) = two.glob("*checkpoint-*")

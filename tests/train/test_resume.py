@@ -12,7 +12,7 @@ import threading
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_training import logged, tiny_config, write_run
+from tiny_training import STOPPING, logged, tiny_config, write_run
 
 from specdec.train import trainer
 from specdec.train.config import load_train_config
@@ -59,24 +59,10 @@ def assert_same_run(folder, other):
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-COMMAND = """
-import os, sys
-from specdec.cli import app
-from specdec.train import run
-
-def stopping(config, out, show):
-    return real(config, out, lambda done, *_: done == step and os.kill(os.getpid(), number))
-
-real, run.run_training = run.run_training, stopping
-step, number = map(int, sys.argv[3:])
-app(["train", sys.argv[1], "--out", sys.argv[2]])
-"""
-
-
 def stopped(whole, out, step, number):
     """Give the command to a process that sends itself a signal after a step."""
     given = [str(whole / "train.yaml"), str(out), str(step), str(int(number))]
-    command = [sys.executable, "-c", COMMAND, *given]
+    command = [sys.executable, "-c", STOPPING, *given]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
