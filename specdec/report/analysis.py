@@ -23,7 +23,6 @@ _COLUMNS = (
 
 
 def analysis_table(analysis: Analysis, label: str = "") -> Table:
-    """Show one row a drafter."""
     temperature = analysis.provenance.config.sampling.temperature
     tokens = sum(prompt.new_tokens for prompt in analysis.prompts)
     rows = [
@@ -52,7 +51,6 @@ def _best(drafts: Sequence[Any], size: str) -> str | None:
 
 
 def add_analysis(section: Section, run: Run) -> None:
-    """Show alpha, expected tau, coverage, and acceptance by entropy, class and position."""
     drafters = run.data.drafters
     section.show(analysis_table(run.data, f"{run.label}: "))
     _add_depths(section, run)
@@ -85,7 +83,6 @@ def add_analysis(section: Section, run: Run) -> None:
 
 
 def _add_depths(section: Section, run: Run) -> None:
-    """Draw expected acceptance by depth, as configured."""
     curves = []
     for drafter in run.data.drafters:
         if drafter.configured and drafter.per_depth_conditional:
@@ -121,7 +118,6 @@ def _add_expected(section: Section, run: Run) -> None:
 
 
 def _drafts(expected: Counterfactuals) -> dict[str, Any]:
-    """Name each draft."""
     return {
         **{f"chain of {each.length}": each for each in expected.chains},
         **{f"tree of {each.nodes}": each for each in expected.trees},

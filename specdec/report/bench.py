@@ -110,7 +110,6 @@ def draw(results: BenchResults | SuiteResults) -> Any:
 
 
 def plot(results: BenchResults | SuiteResults, path: Path) -> None:
-    """Write the picture of a bench or a suite as a PNG."""
     replace_file(path, to_png(draw(results)))
 
 
@@ -147,7 +146,6 @@ def _domain(arm: Any, name: str) -> str | None:
 
 
 def add_results(section: Section, run: Run) -> None:
-    """Show every arm of a bench, or of a sweep's cells."""
     if run.kind == "sweep":
         section.show(sweep_table(run.data, f"{run.label}: "))
         section.missing += [
@@ -254,7 +252,6 @@ def speedup_factors(arm: Any, ours: Mapping[str, float], plain: Mapping[str, flo
 
 
 def add_time(section: Section, run: Run) -> None:
-    """Show milliseconds of a token by part."""
     rows, without = [], []
     for arm in run.data.arms:
         step = step_ms(arm, run.config["repeats"])

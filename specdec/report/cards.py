@@ -69,7 +69,6 @@ def drafter_card(results: "TrainResults", answers: "AnswersManifest | None" = No
 
 
 def _acceptance(results: "TrainResults") -> Table:
-    """Make a table of the acceptance on held-out rows."""
     whole = {
         "domain": "all",
         "rows": results.validation_rows,

@@ -41,7 +41,6 @@ class Difference(NamedTuple):
 def find_differences(
     first: Run, other: Run, fields: Collection[str] = tuple(MUST_AGREE)
 ) -> list[Difference]:
-    """Find differences that make figures of two runs incomparable."""
     ours, theirs = _comparable(first), _comparable(other)
     return [
         Difference(field, *each)
@@ -52,7 +51,6 @@ def find_differences(
 
 
 def _comparable(run: Run) -> dict[str, Any]:
-    """Collect what may have to agree."""
     config, identity = run.config, run.identity
     target, prompts = {"path": lookup(config, "target.path")}, config.get("prompts")
     if identity is not None:  # it tells the model itself, wherever it was loaded from
@@ -123,7 +121,6 @@ def warn_of_differences(runs: Sequence[Run]) -> list[str]:
 
 
 def add_comparison(section: Section, runs: Sequence[Run]) -> None:
-    """Set every bench against the first."""
     first, *others = runs
     section.text.append(
         f"Each run against {first.label}. Ratios are of total times of the same arm on the prompts "

@@ -46,7 +46,6 @@ Values = Sequence[float | None]
 
 
 def bench_panels(results: BenchResults) -> Any:
-    """Draw every arm's speed, and its acceptance by depth."""
     arms = results.arms
     names = [arm.name for arm in arms if arm.name not in _BASELINES]
     places = {arm.name: names.index(arm.name) if arm.name in names else -1 for arm in arms}

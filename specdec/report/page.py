@@ -31,18 +31,9 @@ _SECTIONS: list[tuple[str, str, tuple[str, ...], Callable[[Section, Any], None]]
     ("estimate", "Estimate for other hardware", ("estimate",), plan.add_estimate),
     ("runs", "Runs and settings", (), compare.add_settings),
 ]
-# Kind of run -> the command that gives one.
-_SOURCES = {
-    "bench": "bench",
-    "analysis": "analyze",
-    "plan": "plan",
-    "suite": "bench for a suite",
-    "estimate": "plan for hardware that is not here",
-}
 
 
 def write_report(folders: Sequence[Path], out: Path, allowed: Sequence[str] = ()) -> Report:
-    """Write `index.html`, `report.md` with PNGs, and `report.json`."""
     report = build_report(read_runs(folders), allowed)
     texts = {
         name: render(name, report=report, definitions=words()["terms"])
@@ -91,8 +82,7 @@ def build_report(runs: Sequence[Run], allowed: Sequence[str] = ()) -> Report:
 def _section(
     runs: Sequence[Run], name: str, title: str, kinds: tuple[str, ...], add: Callable[..., Any]
 ) -> Section:
-    text = words()["introductions"].get(name)
-    section = Section(id=name, title=title, text=[text] if text else [])
+    section = Section(id=name, title=title, text=words()["introductions"].get(name, []))
     given = [run for run in runs if run.kind in kinds] if kinds else [runs]
     for each in given:
         try:
@@ -100,9 +90,7 @@ def _section(
         except AbsentError as reason:
             section.missing.append(str(reason))
     if not given:
-        section.missing.append(
-            f"No {kinds[0]} among the runs: give the --out folder of specdec {_SOURCES[kinds[0]]}."
-        )
+        section.missing.append(words()["absent"][kinds[0]])
     return section
 
 

@@ -34,7 +34,6 @@ _CHOICE = "*: the plan's choice"
 
 
 def plan_table(plan: Plan, label: str = "") -> Table:
-    """Show the choice and the runners-up."""
     rows = [
         {"place": str(place) if place > 1 else "choice", "steps": _steps(each), **vars(each)}
         for place, each in enumerate([plan.choice, *plan.runners_up], start=1)
@@ -51,7 +50,6 @@ def plan_table(plan: Plan, label: str = "") -> Table:
 
 
 def _steps(predicted: Any) -> str:
-    """Say where the times of a configuration's steps come from."""
     return "timed" if predicted.is_timed else "fitted"
 
 
@@ -66,7 +64,6 @@ def not_trusted(plan: Plan) -> list[str]:
 
 
 def schedule_table(plan: Plan, label: str = "") -> Table:
-    """Show the draft length of every batch size."""
     best = {(each.batch_size, each.nodes): each for each in plan.schedule_predictions}
     rows = []
     for size, nodes in sorted(plan.schedule.items()):
@@ -94,7 +91,6 @@ def costs_table(plan: Plan, label: str = "") -> Table:
 
 
 def estimate_table(estimate: Estimate, label: str = "") -> Table:
-    """Show an estimate's drafters at their best draft lengths."""
     caption = f"{label}ESTIMATE from stated parameters: nothing here was measured"
     return Table("estimate", caption, columns(_ESTIMATE), estimate.drafters)
 
@@ -105,7 +101,6 @@ def add_plan(section: Section, run: Run) -> None:
 
 
 def add_estimate(section: Section, run: Run) -> None:
-    """Show the best length of every draft model, what it assumes, and speed by length."""
     section.text += [f"{run.label}, {run.data.label}. It assumes:", *run.data.assumptions]
     section.show(estimate_table(run.data, f"{run.label}: "))
     smallest = min(drafter.batch_size for drafter in run.data.drafters)
@@ -124,20 +119,14 @@ def add_estimate(section: Section, run: Run) -> None:
 
 
 class Match(NamedTuple):
-    """A configuration of a plan, and the arm of a bench that is the same.
-
-    Attributes:
-        run: label of the bench.
-        name: name of the arm, marked where the plan chose it.
-        error: predicted over measured speedup, minus 1.
-    """
+    """A configuration of a plan, and the arm of a bench, with the label `run`, that is the same."""
 
     run: str | None
     planned: Configuration
     arm: BenchArm
-    name: str
+    name: str  # of the arm, marked where the plan chose it
     steps: str
-    error: float
+    error: float  # predicted over measured speedup, minus 1
 
 
 def match_plan(
@@ -163,7 +152,6 @@ def match_plan(
 
 
 def _same_key(arm: Any) -> str:
-    """Make a text that two arms share when they are the same strategy."""
     return json.dumps([arm.type, _filled(arm.type, arm.options)], sort_keys=True, default=str)
 
 
@@ -235,15 +223,10 @@ def summarize(matches: Sequence[Match]) -> str:
 
 
 class Point(NamedTuple):
-    """One shape and the speedup over plain decoding that it has.
+    """One shape and the speedup over plain decoding that it has."""
 
-    Attributes:
-        depth: levels of the draft; None where the strategy has only a budget of nodes.
-        width: nodes expanded a level; 1 is a chain.
-    """
-
-    depth: int | None
-    width: int
+    depth: int | None  # None where the strategy has only a budget of nodes
+    width: int  # nodes expanded a level; 1 is a chain
     nodes: int | None
     speedup: float
     name: str
@@ -255,14 +238,9 @@ class Point(NamedTuple):
 
 
 def find_shapes(arms: Iterable[Any], key: str) -> tuple[dict[str, list[Point]], ...]:
-    """Find arms, or configurations of a plan, that differ in their shape alone.
+    """Find arms that differ in shape alone: trees, and chains, by strategy and other options.
 
-    Args:
-        arms: all of them; those of a strategy without a shape are left out.
-        key: field with the speedup.
-
-    Returns:
-        Trees, and chains: strategy with the options that are not its shape, in words -> points.
+    The speedup is their field `key`.
     """
     trees: dict[str, list[Point]] = defaultdict(list)
     chains: dict[str, list[Point]] = defaultdict(list)
@@ -307,7 +285,6 @@ def axis_of(trees: Sequence[Point]) -> str | None:
 
 
 def add_shapes(section: Section, runs: Sequence[Run]) -> None:
-    """Draw trees as heat maps and chains as lines, measured and predicted."""
     for run in runs:
         if run.kind == "bench":
             _draw(section, run.data.arms, run.label)

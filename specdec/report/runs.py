@@ -56,7 +56,6 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read every known file of every folder."""
     places = [folder.resolve() for folder in folders]
     runs = []
     for folder, place, label in zip(folders, places, _labels(places), strict=True):

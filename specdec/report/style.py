@@ -114,7 +114,6 @@ def whole_numbers(axes: Any) -> None:
 
 
 def legend_below(figure: Any, axes: Any, columns: int = 2) -> None:
-    """Put one legend for all panels under them."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)

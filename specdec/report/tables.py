@@ -45,7 +45,6 @@ class Column:
 
     @property
     def heading(self) -> str:
-        """The title in one line."""
         return self.title.replace("\n/", "/").replace("\n", " ")
 
     def cell(self, row: Any, with_interval: bool = True) -> str:
@@ -111,7 +110,6 @@ class Table(Config):
         return found
 
     def cells(self) -> list[list[str]]:
-        """Format every cell, [rows][columns]."""
         return [[column.cell(row) for column in self.columns] for row in self.rows]
 
     def fit(self, width: int) -> RichTable:
@@ -166,7 +164,6 @@ def lookup(row: Any, key: str) -> Any:
 
 
 def print_tables(*tables: Table) -> None:
-    """Print tables as wide as the terminal."""
     console = Console(width=None if sys.stdout.isatty() else 140)
     for table in tables:
         console.print(table.fit(console.width))
