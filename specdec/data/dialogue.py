@@ -10,8 +10,8 @@ from specdec.common.messages import Message, Query
 from specdec.demo import demo_path
 from specdec.targets.load import load_tokenizer
 
-# Stands for an answer in a rendered conversation; no template changes or holds it.
-_MARK = "specdec\u2060answer"
+# Stands for an answer in a rendered conversation; no template changes or holds its text.
+_MARK = {"role": "assistant", "content": "specdec\u2060answer"}
 
 
 class Chat:
@@ -40,11 +40,13 @@ class Chat:
         None where the template does not go on behind the answer's last token: no conversation with
         this answer could look like that.
         """
-        mark: Message = {"role": "assistant", "content": _MARK}
-        messages = [message for turn in asked for message in (*turn, mark)][:-1]
-        _, found, tail = self.text(messages).rpartition(_MARK)
-        tokens = self.tokens(tail)
-        return tokens[1:] if found and tokens[:1] == [last_token] else None
+        messages = [message for turn in asked for message in (*turn, _MARK)][:-1]
+        tokens = self._behind_mark(messages)
+        return tokens[1:] if tokens[:1] == [last_token] else None
+
+    def _behind_mark(self, messages: Sequence[Message], **options: bool) -> list[int]:
+        _, found, tail = self.text(messages, **options).rpartition(_MARK["content"])
+        return self.tokens(tail) if found else []
 
     def end_of_turn(self, messages: Sequence[Message]) -> list[int]:
         """Find the token with which the target ends an answer to these messages, if there is one.
@@ -53,9 +55,7 @@ class Chat:
         nothing there or if there are no messages.
         """
         if messages:
-            mark: Message = {"role": "assistant", "content": _MARK}
-            text = self.text([*messages, mark], add_generation_prompt=False)
-            first = self.tokens(text.rpartition(_MARK)[2])[:1]
+            first = self._behind_mark([*messages, _MARK], add_generation_prompt=False)[:1]
             if self.ends.intersection(first):
                 return first
         own = self.tokenizer.eos_token_id

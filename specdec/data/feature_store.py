@@ -207,12 +207,8 @@ class StoredRow:
     logits: TopLogits | None  # of these places; None in a store without
 
 
-@dataclass(frozen=True, eq=False)
-class _Entry:
-    row: AnswerRow
-    file: Any
-    first_token: int
-    first_place: int
+# A row, its file, and where its tokens and its places start there.
+_Entry = tuple[AnswerRow, Any, int, int]
 
 
 class FeatureStore:
@@ -272,7 +268,7 @@ class FeatureStore:
 
     def rows(self, split: str) -> list[AnswerRow]:
         """Read the rows of a split, in the order of their file; no two of a store share an id."""
-        return [entry.row for entry in self._read(split).values()]
+        return [row for row, *_ in self._read(split).values()]
 
     def get(
         self, row_id: str, taps: Sequence[int] | None = None, max_len: int | None = None
@@ -284,10 +280,11 @@ class FeatureStore:
         entry = next((entry for entry in entries if entry), None)
         if entry is None:
             raise KeyError(f"{str(self.folder)!r} has no row {row_id!r}")
-        row = entry.row if max_len is None else entry.row.cut(max_len)
-        places, read = logit_places(row), entry.file.get_slice
-        tokens = slice(entry.first_token, entry.first_token + len(row.tokens))
-        span = slice(entry.first_place, entry.first_place + len(places))
+        row, file, first_token, first_place = entry
+        row, read = row if max_len is None else row.cut(max_len), file.get_slice
+        places = logit_places(row)
+        tokens = slice(first_token, first_token + len(row.tokens))
+        span = slice(first_place, first_place + len(places))
         logits = None
         if self.layout.top_k:
             logits = TopLogits(read("top_logits")[span], None, None)
@@ -305,7 +302,7 @@ class FeatureStore:
         if split not in self._entries:
             shards = self.index.splits[split].shards
             entries = chain.from_iterable(map(self._entries_of, shards))
-            self._entries[split] = {entry.row.id: entry for entry in entries}
+            self._entries[split] = {entry[0].id: entry for entry in entries}
         return self._entries[split]
 
     def _entries_of(self, shard: Shard) -> Iterator[_Entry]:
@@ -325,7 +322,7 @@ class FeatureStore:
         for name, length, count in zip(names, lens, num_answers, strict=True):
             given = tuple(tokens[token : token + length]), tuple(spans[span : span + count])
             row = AnswerRow(*given, *json.loads(name))
-            yield _Entry(row, file, token, place)
+            yield row, file, token, place
             token, span, place = token + length, span + count, place + len(logit_places(row))
 
 

@@ -8,32 +8,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from specdec.checkpoints.identity import TARGET, check_resumed, hash_of_ends, identify_target
-from specdec.common.config import write_model
+from specdec.common.config import validated, write_model
 from specdec.common.files import check_same_run, replace_file
 from specdec.common.provenance import MachineProvenance, machine
-from specdec.data.answers import (
-    AnswerRow,
-    check_answers_target,
-    load_answers,
-    read_rows,
-)
+from specdec.data.answers import AnswerRow, check_answers_target, load_answers, read_rows
 from specdec.data.config import FeatureOptions
 from specdec.data.feature_store import (
     INDEX,
     FeatureIndex,
     FeatureLayout,
-    LogitsDtype,
     Shard,
-    SplitRecord,
-    StoreSettings,
-    StoreSource,
     TopLogits,
     file_hash,
     logit_places,
@@ -90,15 +81,16 @@ class FeaturePlan:
             )
         num_layers = target.config.num_hidden_layers
         dtype = str(target.model.dtype).removeprefix("torch.")
-        self.layout = FeatureLayout(
-            taps=resolve_taps(options.taps, num_layers),
-            hidden_size=target.config.hidden_size,
-            vocab_size=target.vocab_size,
-            num_layers=num_layers,
-            dtype=options.dtype,
-            top_k=options.top_k,
-            logits_dtype=cast(LogitsDtype, dtype),
-        )
+        layout = {
+            "taps": resolve_taps(options.taps, num_layers),
+            "hidden_size": target.config.hidden_size,
+            "vocab_size": target.vocab_size,
+            "num_layers": num_layers,
+            "dtype": options.dtype,
+            "top_k": options.top_k,
+            "logits_dtype": dtype,
+        }
+        self.layout = validated(FeatureLayout, layout, noun="store")
         self.shards: dict[str, tuple[str, list[AnswerRow]]] = {}  # file -> split, rows
         where, identity, manifest = path.expanduser(), identify_target(target), None
         files = {SPLITS[0]: where}
@@ -106,34 +98,35 @@ class FeaturePlan:
             manifest = load_answers(where)
             check_answers_target(manifest, identity)
             files = {split: where / f"{split}.jsonl" for split in SPLITS}
-        seen, splits, whole = Counter[str](), dict[str, SplitRecord](), hashlib.sha256()
+        seen, splits, whole = Counter[str](), dict[str, dict[str, int]](), hashlib.sha256()
         for split, file in files.items():
             given = list(read_rows(file, target.vocab_size))
             cut = [row.cut(max_len) for row in given]
             rows = [_with_own_id(row, seen) for row in cut if row.answers]
             for piece in (split, *map(repr, rows)):
                 whole.update(piece.encode())
-            splits[split] = SplitRecord(
-                rows=len(rows),
-                tokens=sum(len(row.tokens) for row in rows),
-                cut=sum(len(row.tokens) > max_len for row in given),
-                dropped=len(given) - len(rows),
-            )
+            splits[split] = {
+                "rows": len(rows),
+                "tokens": sum(len(row.tokens) for row in rows),
+                "cut": sum(len(row.tokens) > max_len for row in given),
+                "dropped": len(given) - len(rows),
+            }
             for number, shard in enumerate(self._share_out(rows, options.shard_mib * _MIB)):
                 self.shards[f"{split}-{number:05d}.safetensors"] = split, shard
-        self.num_tokens = sum(split.tokens for split in splits.values())
+        self.num_tokens = sum(split["tokens"] for split in splits.values())
         if not self.num_tokens:
             raise ValueError(f"{str(path)!r} holds no row with an answer within {max_len} tokens")
         kept = options.model_dump(include={"batch_tokens", "shard_mib"})
-        self.index = FeatureIndex(
-            layout=self.layout,
-            target=identity,
-            ends=hash_of_ends(target.model),
-            settings=StoreSettings(max_len=max_len, target_dtype=dtype, **kept),
-            source=StoreSource(rows=whole.hexdigest(), answers=manifest),
-            splits=splits,
-            provenance=MachineProvenance(**machine(target)),
-        )
+        facts = {
+            "layout": self.layout,
+            "target": identity,
+            "ends": hash_of_ends(target.model),
+            "settings": {"max_len": max_len, "target_dtype": dtype, **kept},
+            "source": {"rows": whole.hexdigest(), "answers": manifest},
+            "splits": splits,
+            "provenance": MachineProvenance(**machine(target)),
+        }
+        self.index = validated(FeatureIndex, facts)
 
     @property
     def num_bytes(self) -> int:

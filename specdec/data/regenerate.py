@@ -16,17 +16,15 @@ from specdec.checkpoints.identity import (
     hash_of_vocabulary,
     identify_target,
 )
+from specdec.common.config import validated
 from specdec.common.files import Journal
 from specdec.common.messages import Query, short_hash
 from specdec.common.provenance import CodeProvenance, MachineProvenance, machine
 from specdec.data.answers import (
     JOURNAL,
-    AllCounts,
     AnswerSettings,
     AnswersManifest,
     AskedEndpoint,
-    SessionFigures,
-    SplitCounts,
     load_answers,
     write_answers,
 )
@@ -142,28 +140,29 @@ def regenerate(
     assert all(each.is_done for each in done), "a query is neither answered nor listed as failed"
     kept = [answer for dialogue in done for answer in dialogue.kept]
     num_decoded = session.tokens - session.prefills
-    manifest = AnswersManifest(
-        target=answers.target,
-        endpoint=answers.endpoint,
-        identity=identity,
-        settings=settings,
-        counts=AllCounts(**{split: _counts(dialogues, split) for split in SPLITS}),
-        answers=len(kept),
-        unanswered_turns=sum(len(each.asked) - len(each.kept) for each in done),
-        retokenized_answers=sum(answer.is_retokenized for answer in kept),
-        answer_tokens=sum(len(answer.tokens) for answer in kept),
-        tokens=sum(len(d.kept[-1].prompt) + len(d.kept[-1].tokens) for d in done),
-        finish_reasons=dict(Counter(answer.finish_reason for answer in kept)),
-        temperatures={str(t): n for t, n in Counter(d.temperature for d in done).items()},
-        session=SessionFigures(
-            tokens=session.tokens,
-            seconds=session.seconds,
-            tokens_per_s=session.tokens_per_s,
-            tau=num_decoded / session.forwards if session.forwards else None,
-            batch_size=answers.batch_size,
-        ),
-        provenance=answers.provenance,
-    )
+    facts = {
+        "target": answers.target,
+        "endpoint": answers.endpoint,
+        "identity": identity,
+        "settings": settings,
+        "counts": {split: _counts(dialogues, split) for split in SPLITS},
+        "answers": len(kept),
+        "unanswered_turns": sum(len(each.asked) - len(each.kept) for each in done),
+        "retokenized_answers": sum(answer.is_retokenized for answer in kept),
+        "answer_tokens": sum(len(answer.tokens) for answer in kept),
+        "tokens": sum(len(d.kept[-1].prompt) + len(d.kept[-1].tokens) for d in done),
+        "finish_reasons": Counter(answer.finish_reason for answer in kept),
+        "temperatures": Counter(str(dialogue.temperature) for dialogue in done),
+        "session": {
+            "tokens": session.tokens,
+            "seconds": session.seconds,
+            "tokens_per_s": session.tokens_per_s,
+            "tau": num_decoded / session.forwards if session.forwards else None,
+            "batch_size": answers.batch_size,
+        },
+        "provenance": answers.provenance,
+    }
+    manifest = validated(AnswersManifest, facts)
     rows = {split: _rows(done, split, tokenizer) for split in SPLITS}
     failed = _failures(dialogues)
     write_answers(out, rows, failed, manifest)
@@ -176,10 +175,10 @@ def _hash_of(queries: Iterable[Query]) -> str:
     return short_hash("".join(json.dumps([q.id, q.messages, q.text]) + "\n" for q in queries))
 
 
-def _counts(dialogues: Iterable[Dialogue], split: str) -> SplitCounts:
+def _counts(dialogues: Iterable[Dialogue], split: str) -> dict[str, int]:
     has_failed = [bool(dialogue.failure) for dialogue in dialogues if dialogue.split == split]
     num, failed = len(has_failed), sum(has_failed)
-    return SplitCounts(queries=num, rows=num - failed, failed=failed)
+    return {"queries": num, "rows": num - failed, "failed": failed}
 
 
 def _failures(dialogues: Iterable[Dialogue]) -> list[dict[str, str]]:

@@ -1,6 +1,5 @@
 """`specdec collect`, from sources to the folder."""
 
-import csv
 import errno
 import json
 import os
@@ -112,10 +111,8 @@ def source_of_kind(folder, kind):
     source = folder / f"source.{kind}"
     if kind == "txt":
         source.write_text("\n".join(QUESTIONS))
-    elif kind in ("csv", "tsv"):
-        with source.open("w", newline="") as file:
-            writer = csv.writer(file, delimiter="," if kind == "csv" else "\t")
-            writer.writerows([("no", "asked"), *enumerate(QUESTIONS)])
+    elif kind == "tsv":
+        source.write_text("no\tasked\n" + "".join(f"{n}\t{q}\n" for n, q in enumerate(QUESTIONS)))
         return source, ["--column", "asked"]
     elif kind == "parquet":
         Dataset.from_dict({"asked": QUESTIONS}).to_parquet(source)
@@ -124,18 +121,15 @@ def source_of_kind(folder, kind):
         splits = {split: Dataset.from_dict({"x": each}) for split, each in texts.items()}
         DatasetDict(splits).save_to_disk(source)
         return source, ["--split", "dev", "--column", "x"]
-    elif kind == "folder":
+    else:
         source.mkdir()
         requests(source / "requests-00001.jsonl", QUESTIONS[:20])
         requests(source / "requests-00002.jsonl", QUESTIONS[20:])
         (source / "notes.txt").write_text("not a query")
-    else:
-        turns = [[{"from": "human", "value": q}, {"from": "gpt", "value": "ok"}] for q in QUESTIONS]
-        source.write_text(json.dumps([{"conversations": turn} for turn in turns]))
     return source, []
 
 
-@pytest.mark.parametrize("kind", ["txt", "csv", "tsv", "parquet", "saved", "folder", "json"])
+@pytest.mark.parametrize("kind", ["txt", "tsv", "parquet", "saved", "folder"])
 def test_every_source_gives_the_same_queries(tmp_path, out, kind):
     source, options = source_of_kind(tmp_path, kind)
     summary(source, "--out", out, *options)
@@ -238,14 +232,6 @@ def test_interrupted_write_leaves_the_folder_as_it_was(
     assert not there or everything(out) == sorted(QUESTIONS[:5])
 
 
-def test_killed_exchange_of_folders_loses_nothing(log, tmp_path, out):
-    summary(log, "--out", out)
-    out.rename(tmp_path / ".q.before")
-    more = requests(tmp_path / "more.jsonl", ["Is there any more bread?"])
-    summary(more, "--out", out, "--append")
-    assert everything(out) == sorted([*QUESTIONS, "Is there any more bread?"])
-
-
 def test_other_contents_are_not_overwritten(log, tmp_path, out):
     summary(log, "--out", out)
     before = everything(out)
@@ -265,6 +251,7 @@ def test_other_contents_are_not_overwritten(log, tmp_path, out):
 def test_appending_drops_what_repeats_the_folder(tmp_path, out):
     summary(requests(tmp_path / "a.jsonl", QUESTIONS[:30]), "--out", out)
     before = kept(out)
+    out.rename(tmp_path / ".q.before")  # a run was killed while it exchanged the folders
     more = requests(tmp_path / "b.jsonl", [*QUESTIONS[20:], QUESTIONS[0] + "?"])
     last = summary(more, "--out", out, "--append")
     assert last["dropped"] == {"duplicate": 10, "near_duplicate": 1}

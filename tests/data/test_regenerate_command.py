@@ -79,7 +79,6 @@ LOCAL, SERVER = ["--target", "demo"], ["--endpoint", "http://h/v1"]
         ("", [*SERVER, "--model", "m"], "needs --tokenizer"),
         (None, LOCAL, "does not exist"),
         ("", [*LOCAL, "--turns", "first"], "turns is 'first'"),
-        ("", [*LOCAL, "--temperature", "-1"], "temperature is -1.0"),
         ("", LOCAL, "holds no queries"),
         ("{", LOCAL, ":1: not JSON"),
         ('{"id": "a"}', LOCAL, 'needs either "messages" or "text"'),
