@@ -73,8 +73,7 @@ def test_short_forms_equal_long_ones(target):
     ):
         given = {"target": target, "prompts": ["Hi, hi, hi, hi,"], "max_new_tokens": 9, **options}
         assert generate(**given)[0].tokens == expected.tokens
-    drafter = {"type": "draft_model", "path": "demo"}
-    limited = generate(target, drafter, "Hi", max_new_tokens=9, draft_length=1)[0]
+    limited = generate(target, MODEL, "Hi", max_new_tokens=9, draft_length=1)[0]
     assert max(record.num_drafted for record in limited.records) == 1
     seeded = SamplingConfig(temperature=1, seed=np.int64(2**63 - 1))
     assert len(generate(target, None, [[3], [4]], seeded, max_new_tokens=2)) == 2
@@ -118,10 +117,12 @@ def test_impossible_argument_is_refused_by_name(target, name, values, message):
             generate(**{**given, name: value})
 
 
+MODEL = {"type": "draft_model", "path": "demo"}
 HYBRID = {"type": "hybrid", "drafters": ["ngram", "suffix"]}
 CALLS = [
     (lambda t: Engine(t, max_rows=1.5), "max_rows is 1.5"),
     (lambda t: Engine(t, max_rows=0), "max_rows is 0"),
+    (lambda t: Engine(t, {**MODEL, "width": 2}, rule="block"), "rule 'block' judges chains only"),
     (lambda t: Engine(t, max_cache_bytes="1"), "max_cache_bytes is '1'"),
     (lambda t: Engine(t).submit("Hi", {"logit_bias": {9999: 1.0}}), "token 9999"),
     (lambda t: Engine(t).submit("Hi", {"bad_words": [[9999]]}), "token 9999"),
@@ -151,7 +152,7 @@ CALLS += [
         ({"type": "suffix"}, "factor"),
         (HYBRID, "max_nodes"),
         (HYBRID, "calibrate"),
-        ({"type": "draft_model", "path": "demo"}, "num_draft_tokens"),
+        (MODEL, "num_draft_tokens"),
         ({"type": "medusa"}, "choices"),
         ({"type": "eagle"}, "depth"),
         ({"type": "eagle3"}, "force"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import perturbed, tiny_llama, tiny_target
 
-from specdec import SamplingConfig, generate, generate_baseline, load_drafter, stream
+from specdec import SamplingConfig, generate, generate_baseline, stream
 from specdec.drafters.draft_model import DraftModel
 from specdec.engine.metrics import AcceptanceStats
 from specdec.targets.hf import HFTarget
@@ -158,24 +158,13 @@ def test_nan_logits_raise_with_the_prompt(drafter):
         ({"max_new_tokens": [3, 4]}, "max_new_tokens has 2 entries"),
         ({"sampling": [SamplingConfig()] * 2}, "sampling has 2 entries"),
         ({"stop": [""]}, "empty string"),
+        ({"drafter": "ngramm"}, "did you mean 'ngram'"),
+        ({"drafter": {"type": "ngram", "max_ngrams": 3}}, "did you mean 'max_ngram'"),
     ],
 )
 def test_bad_input_is_named(target, drafter, options, message):
     with pytest.raises(ValueError, match=message):
         generate(**{"target": target, "drafter": drafter, "prompts": [PROMPT], **options})
-
-
-def test_chain_rule_refuses_tree_drafter(target):
-    tree = DraftModel(HFTarget(tiny_llama(seed=1), None), target.vocab_size, 3, width=2)
-    with pytest.raises(ValueError, match="block"):
-        generate(target, tree, [PROMPT], rule="block")
-
-
-def test_misspelled_drafter_suggests_nearest_name(target):
-    with pytest.raises(ValueError, match="did you mean 'ngram'"):
-        load_drafter("ngramm", target)
-    with pytest.raises(ValueError, match="did you mean 'max_ngram'"):
-        load_drafter({"type": "ngram", "max_ngrams": 3}, target)
 
 
 def test_parts_of_a_step_do_not_overlap(target, drafter):

@@ -126,19 +126,6 @@ def test_memory_limit_keeps_order_and_tokens(name, seed):
     assert {result.finish_reason for result in results} == {"length"}
 
 
-def test_short_request_never_overtakes_a_long_one(target):
-    engine = Engine(target, max_cache_bytes=bytes_of(target)(2, 60))
-    first = engine.submit([1] * 30, max_new_tokens=30)
-    engine.step()
-    long = engine.submit([2] * 60, max_new_tokens=40)
-    short = engine.submit([3], max_new_tokens=2)
-    begun = [chunk.index for chunk in run(engine)]
-    assert begun.index(long) < begun.index(short)
-    results = [engine.result(index) for index in (first, long)]
-    assert results[1].records[0].batch_size == 1
-    assert results[0].queue_s < results[1].queue_s
-
-
 def test_longer_rows_reuse_freed_memory(target):
     needed = bytes_of(target)
     engine = Engine(target, max_cache_bytes=needed(4, 50))

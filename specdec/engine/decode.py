@@ -96,10 +96,9 @@ def stream(
         batch_size: rows decoded together, at most; a row that ends makes room for the next
             prompt. None for all prompts at once.
         rule: "token", "block", "traversal", the lossy "typical", or "match", which keeps the draft
-            tokens that equal what the target would have drawn without a draft: it accepts less,
-            and what it emits depends on the prompt and the seed alone, whatever the drafter (Daliri
-            et al. 2024, arXiv 2408.07978). At temperature 0 all of them accept what equals the
-            target's argmax.
+            tokens that the target would have drawn without a draft: it accepts less, and what it
+            emits depends on the prompt and the seed alone, whatever the drafter (Daliri et al.
+            2024, arXiv 2408.07978). At temperature 0 all accept what equals the target's argmax.
         draft_length: chooses before every step how many nodes the rows may draft; None leaves it
             to the drafter, a number holds for all batch sizes and a mapping is a `Schedule`. An
             `OnlineController` learns it.

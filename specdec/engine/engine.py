@@ -141,19 +141,15 @@ class Engine:
     def step(self) -> list[Chunk]:
         """Let requests join if there is room, or else decode one step of all rows.
 
-        Text that may still become a stop string or half a character is held back until it is
-        settled.
-
         Returns:
-            A chunk for every row that emitted tokens or ended; `index` is the id.
+            A chunk for every row that emitted tokens or ended; `index` is the id. Text that may
+            still become a stop string or half a character is held back until it is settled.
 
         Raises:
             Exception: any error of target or drafter. The next step may be taken all the same: no
-                request and no token is lost. All rows are preempted: they go back to the head of
-                the queue, and their next prefill caches their tokens anew. Where memory ran out,
-                fewer run together until those that had no room have ended; one that has none even
-                alone ends with an error. Any other error ends those that were joining, or all rows
-                if none was. The next step tells who has ended like this.
+                request and no token is lost. All rows go back to the queue. Without memory fewer
+                run together from then on; any other error ends those that were joining, or all
+                rows if none was, and the next step tells who.
         """
         chunks = self.advance()
         streams = [self._requests[chunk.index].text_stream for chunk in chunks]
@@ -208,9 +204,7 @@ class Engine:
     def cancel(self, index: int) -> None:
         """End a request now, running or not; its result says "cancelled". No-op if it has ended.
 
-        Raises:
-            KeyError: no such request.
-            Exception: as in `step`; the request has ended all the same.
+        Errors of the target or the drafter are as in `step`; the request has ended all the same.
         """
         request = self._find(index)
         if request.finish_reason:
@@ -226,11 +220,7 @@ class Engine:
         self._batch.clear()
 
     def peek(self, index: int) -> Result:
-        """Return what there is of a request; an unfinished one says "interrupted".
-
-        Raises:
-            KeyError: no such request.
-        """
+        """Return what there is of a request; an unfinished one says "interrupted"."""
         return self._find(index).result()
 
     def result(self, index: int) -> Result:

@@ -202,10 +202,9 @@ class SlotCache(Cache):
             self._set_lengths(list(lengths))
 
     def gather_path(self, path: Tensor) -> None:
-        """Move an accepted tree path behind the root: node i was written at length + 1 + i.
+        """Move a tree's accepted `path` [B, D] (nodes, -1 padded) behind the root.
 
-        Args:
-            path: [B, D] int64 node indices, -1 padded.
+        Node i was written at length + 1 + i.
         """
         path = path[:, : self._slots.end - max(self.lengths) - 1]  # no longer than all nodes
         first = self.device_lengths + 1

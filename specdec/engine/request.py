@@ -51,20 +51,7 @@ class Result:
 
 @dataclass(eq=False)
 class Request:
-    """A prompt that waits or runs, as the host sees it.
-
-    Args:
-        index: number of the request in its engine.
-        prompt: its ids.
-        sampling: its settings and its seed.
-        target: the model that decodes it.
-        max_new_tokens: tokens to emit at most, at least 1; the context may hold fewer.
-        stop: strings; the text ends before the first of them.
-        max_time_s: seconds from now; None for no limit.
-
-    Raises:
-        ValueError: a limit that cannot be.
-    """
+    """A prompt (ids) that waits or runs, as the host sees it; its options are `Engine.submit`'s."""
 
     index: int
     prompt: list[int]
@@ -85,18 +72,18 @@ class Request:
     last_token: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens} but must be at least 1")
+        count, limit, tokenizer = self.max_new_tokens, self.max_time_s, self.target.tokenizer
+        if count < 1:
+            raise ValueError(f"max_new_tokens is {count} but must be at least 1")
         if not all(self.stop):
             raise ValueError(f"stop is {self.stop!r} but an empty string ends every text; drop it")
-        if self.stop and self.target.tokenizer is None:
+        if self.stop and tokenizer is None:
             raise ValueError("stop strings need a target with a tokenizer")
-        if self.max_time_s is not None and self.max_time_s <= 0:
-            raise ValueError(f"max_time_s is {self.max_time_s} but must be positive, or None")
-        room = self.target.max_context_len - len(self.prompt)
-        self.max_tokens = min(self.max_new_tokens, room)
-        self.deadline = self.submitted + (self.max_time_s or float("inf"))
-        self.text_stream = TextStream(self.target.tokenizer, self.stop)
+        if limit is not None and limit <= 0:
+            raise ValueError(f"max_time_s is {limit} but must be positive, or None")
+        self.max_tokens = min(count, self.target.max_context_len - len(self.prompt))
+        self.deadline = self.submitted + (limit or float("inf"))
+        self.text_stream = TextStream(tokenizer, self.stop)
         self._eos = frozenset(self.target.eos_token_ids)
         # A token is at least one byte, so a stop string spans at most this many tokens.
         longest = max((len(s.encode(errors="surrogatepass")) for s in self.stop), default=0)

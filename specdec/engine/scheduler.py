@@ -19,12 +19,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class Scheduler:
-    """Holds the requests that wait and picks those that join; none overtakes another.
-
-    Args:
-        max_rows: requests that run together, at most.
-        limit: bound of the memory that their caches take; None for no bound.
-    """
+    """Holds the requests that wait and picks those that join; none overtakes another."""
 
     def __init__(self, max_rows: int, limit: "CacheLimit | None" = None) -> None:
         self.max_rows, self.limit = max_rows, limit
@@ -89,9 +84,6 @@ class CacheLimit:
 
     A cache is as long as its longest row for all its rows. So what counts is what will be allocated
     if every row runs to its last token, and exactly that is allocated when rows join.
-
-    Raises:
-        ValueError: a limit that cannot be, or a target that does not tell its cache's size.
     """
 
     def __init__(self, target: Target, drafter: Drafter | None, max_bytes: int) -> None:

@@ -35,16 +35,11 @@ def encode(prompt: Prompt, target: Target, index: int = 0) -> list[int]:
     """Turn text, chat messages or token ids into the ids of a prompt that fits the target.
 
     Text is tokenized as it is, with the tokenizer's special tokens; messages go through its chat
-    template with a generation prompt.
-
-    Args:
-        prompt: text, messages, or ids as any array or as a tokenizer returns them.
-        target: the model whose tokenizer, vocabulary and context the prompt must fit.
-        index: number of the prompt in error messages.
+    template with a generation prompt; ids may be any array, or what a tokenizer returns.
 
     Raises:
         ValueError: an empty prompt, one that leaves no room in the context, an id outside the
-            vocabulary, or text without a tokenizer.
+            vocabulary, or text without a tokenizer; it names the prompt by `index`.
         TypeError: something other than a prompt.
     """
     row = _unwrap(prompt)
@@ -129,9 +124,7 @@ def _is_message(value: Any) -> bool:
 class TextStream:
     """Turns tokens into text as they come, and never takes a piece back.
 
-    Args:
-        tokenizer: has `decode(ids, skip_special_tokens=True)`; None gives empty pieces.
-        stop: strings that end the text; they and what follows are not given out.
+    Stop strings and what follows are not given out. Without a tokenizer all pieces are empty.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
