@@ -165,21 +165,28 @@ def test_greedy_output_equals_plain_decoding(name, options, target, greedy, draf
         assert 0 in {record.num_drafted for r in drafted for record in r.records}
 
 
-@pytest.mark.parametrize(("name", "options"), CASES)
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_row_decodes_as_if_alone(name, options, temperature, target, draft_folder):
+def decode_rows(target, drafter, temperature, batch_size):
     full = target.max_context_len - 8  # leaves room for eight tokens only, so it ends first
     prompts = [[5, 6, 7, 8] * (full // 4), [9], [3] * 12, [11, 12, 13, 11, 12], [60] * 5]
     configs = [
         SamplingConfig(temperature=temperature, repetition_penalty=1.2 if s == 4 else 1, seed=s)
         for s in range(5)
     ]
+    return generate(target, drafter, prompts, configs, max_new_tokens=24, batch_size=batch_size)
+
+
+@pytest.fixture(scope="module")
+def plain_rows(target):
+    return decode_rows(target, None, 0.0, 1)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_row_decodes_as_if_alone(name, options, temperature, target, draft_folder, plain_rows):
     # With shared memory of past outputs drafts differ, and with them the random numbers used.
     drafter = build(name, {**options, **FORGET.get(name, {})}, target, draft_folder)
-    alone, together, joined = (
-        generate(target, drafter, prompts, configs, max_new_tokens=24, batch_size=rows)
-        for rows in (1, None, 3)
-    )
+    alone = decode_rows(target, drafter, temperature, 1) if temperature else plain_rows
+    together, joined = (decode_rows(target, drafter, temperature, rows) for rows in (None, 3))
     assert tokens_of(alone) == tokens_of(together) == tokens_of(joined)
     assert [len(r.tokens) for r in alone] == [8, 24, 24, 24, 24]
     assert joined[3].records[0].batch_size == 3, "the fourth prompt waited for the whole batch"
