@@ -4,9 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
 from model_matrix import HEAD, MOE, SLIDING, build
-from tiny_models import tiny_llama
+from tiny_models import perturbed, tiny_llama
 
 from specdec import generate
 from specdec.drafters.draft_model import DraftModel
@@ -55,8 +54,7 @@ def path_to(row, node):
     return path
 
 
-def test_prefill_of_ragged_prompts_equals_single_forwards(target):
-    taps = (0, 1, LAYERS)
+def check_prefill(target, taps=()):
     output = target.prefill(PROMPTS, taps)
     for row, prompt in enumerate(PROMPTS):
         logits, hidden = alone(target, prompt, taps)
@@ -66,20 +64,16 @@ def test_prefill_of_ragged_prompts_equals_single_forwards(target):
     assert target.cache.lengths == [len(prompt) for prompt in PROMPTS]
 
 
-def test_hooked_taps_equal_the_models_own(target):
-    taps = (0, 1, LAYERS)
-    target.prefill(PROMPTS, taps)  # the first one proves the hooks
+def test_prefill_and_taps_equal_single_forwards(target):
+    check_prefill(target, (0, 1, LAYERS))
     asked = []
     handle = target.model.register_forward_pre_hook(
         lambda module, args, kwargs: asked.append(kwargs["output_hidden_states"]), with_kwargs=True
     )
-    output = target.prefill(PROMPTS, taps)
+    check_prefill(target, (0, 1, LAYERS))
     handle.remove()
-    assert asked == [False]
-    for row, prompt in enumerate(PROMPTS):
-        hidden = alone(target, prompt, taps)[1]
-        for tap in taps:
-            close(output.hidden[tap][row, : len(prompt)], hidden[tap])
+    assert asked[0] is False  # the first prefill proved the hooks
+    assert len(asked) == 1 + len(PROMPTS)
 
 
 @pytest.mark.parametrize("breakage", ["no decoder", "other tensors"])
@@ -94,9 +88,13 @@ def test_wrong_hooks_fall_back_to_the_model(breakage, monkeypatch):
             lambda module, args, kwargs: (add_one(module, args), kwargs), with_kwargs=True
         )
     for _ in range(2):
-        output = target.prefill(PROMPTS, (1,))
-        for row, prompt in enumerate(PROMPTS):
-            close(output.hidden[1][row, : len(prompt)], alone(target, prompt, (1,))[1][1])
+        check_prefill(target, (1,))
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral"])
+def test_prompt_longer_than_a_chunk_is_cached(family, monkeypatch):
+    monkeypatch.setattr("specdec.targets.hf.PREFILL_CHUNK", 4)
+    check_prefill(HFTarget(model_of(family)), (1,))
 
 
 def test_tree_forward_equals_every_path_run_alone(target):
@@ -147,8 +145,8 @@ def test_leaving_rows_do_not_disturb_others(target):
 
 @pytest.mark.parametrize("width", [1, 2])
 def test_speculative_greedy_output_equals_generate(target, width):
-    draft = perturbed_any(target.model)
-    drafter = DraftModel(HFTarget(draft), target.vocab_size, 4, width=width)
+    draft = HFTarget(perturbed(target.model, 0.05, seed=3))
+    drafter = DraftModel(draft, target.vocab_size, 4, width=width)
     results = generate(target, drafter, PROMPTS, max_new_tokens=24)
     for prompt, result in zip(PROMPTS, results, strict=True):
         theirs = target.model.generate(
@@ -156,26 +154,6 @@ def test_speculative_greedy_output_equals_generate(target, width):
         )
         assert result.tokens == theirs[0, len(prompt) :].tolist()
     assert sum(result.stats.num_accepted for result in results) > 0
-
-
-def perturbed_any(model):
-    copy = type(model)(model.config).eval()
-    copy.load_state_dict(model.state_dict())
-    noise = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for weight in copy.parameters():
-            if weight.ndim == 2:
-                weight.add_(0.05 * weight.std() * torch.randn(weight.shape, generator=noise))
-    return copy
-
-
-def test_prompt_longer_than_a_chunk_is_cached(monkeypatch):
-    monkeypatch.setattr("specdec.targets.hf.PREFILL_CHUNK", 4)
-    for family in ("Llama", "Mistral"):
-        target = HFTarget(model_of(family))
-        output = target.prefill(PROMPTS)
-        for row, prompt in enumerate(PROMPTS):
-            close(output.logits[row, 0], alone(target, prompt)[0][-1])
 
 
 def test_cache_doubles_when_full():
@@ -236,14 +214,10 @@ def test_context_ends_where_longrope_changes(ropes, original, length, recwarn):
         max_position_embeddings=64, rope_parameters=ropes, original_max_position_embeddings=original
     )
     assert max_context_len(config) == length
-    assert [f"its context is {length} tokens" in str(each.message) for each in recwarn] == [
-        True
-    ] * (length < 64)
+    said = [f"its context is {length} tokens" in str(each.message) for each in recwarn]
+    assert said == [True] * (length < 64)
 
 
 def test_recurrent_model_is_refused_by_name():
-    config = transformers.MambaConfig(
-        vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4
-    )
     with pytest.raises(ValueError, match="MambaForCausalLM"):
-        HFTarget(transformers.MambaForCausalLM(config))
+        HFTarget(build("Mamba", {}))

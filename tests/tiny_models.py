@@ -30,7 +30,7 @@ def tiny_llama(vocab_size: int = 97, num_layers: int = 2, seed: int = 0) -> Llam
 
 def perturbed(model: LlamaForCausalLM, amount: float, seed: int = 1) -> LlamaForCausalLM:
     """A copy that agrees with the model often, but not always: a drafter for it."""
-    copy = LlamaForCausalLM(model.config).eval()
+    copy = type(model)(model.config).eval()
     copy.load_state_dict(model.state_dict())
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -71,7 +71,7 @@ class LlamaLayer(ForeignConfig):
                 f"has the rotary parameters {rope}, which specdec's heads do not have; rope_type "
                 f"must be one of {', '.join(_ROPE_TYPES)}, and all of a head is rotated"
             )
-        if type(base) not in (int, float) or not 0 < base < float("inf"):
+        if type(base) not in (int, float) or not 0 < base < 1e38:
             raise ValueError(f"has rope_theta {base!r} but must have a number above 0")
         self.rope_parameters = rope | {"rope_theta": float(base)}
         return self

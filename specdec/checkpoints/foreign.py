@@ -74,6 +74,6 @@ class Layout(ForeignConfig):
         """Make `config.json` and the tensors."""
         tensors, name_of = checkpoint.tensors, cls.naming(checkpoint)
         config = cls.config(checkpoint, head_of(checkpoint).options)
-        # The dtype of most of the weights.
-        config["torch_dtype"] = mode(str(t.dtype)[6:] for t in tensors.values() if t.ndim == 2)
+        dtype = mode(str(tensor.dtype) for tensor in tensors.values() if tensor.ndim == 2)
+        config["torch_dtype"] = dtype.removeprefix("torch.")
         return config, {name_of(name): tensor for name, tensor in tensors.items()}

@@ -2,10 +2,10 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from statistics import mode
 from typing import Any
 
-import torch
 from pydantic import AliasChoices, Field
 
 from specdec.checkpoints.folder import RawFiles
@@ -24,9 +24,7 @@ class _MedusaLayout(Layout):
     def config(cls, checkpoint: HeadCheckpoint, options: Any) -> dict[str, Any]:
         last = checkpoint.target.num_layers if checkpoint.target else None
         if last not in (None, options.tap):
-            raise cls.cannot_hold(
-                f"the tap {options.tap}: its heads read the target's last, {last}"
-            )
+            raise cls.cannot_hold(f"the tap {options.tap}: its heads read the last, {last}")
         return {}
 
 
@@ -46,7 +44,7 @@ class Medusa(_MedusaLayout):
 
     @staticmethod
     def matches(files: RawFiles) -> bool:
-        return "/medusa_lm_head." in files.weights_path
+        return Path(files.weights_path).name.startswith("medusa_lm_head.")
 
     def parse(self, files: RawFiles) -> HeadCheckpoint:
         tensors = files.tensors
@@ -136,15 +134,15 @@ class VllmMedusa(_MedusaLayout):
             if not is_copy:
                 tensors[name] = tensor
         if not self.medusa_fc_bias:  # zeros do what a block without a bias does
-            blocks = {name: len(t) for name, t in tensors.items() if name.startswith("blocks.")}
+            blocks = {name: t for name, t in tensors.items() if name.startswith("blocks.")}
             if biases := sorted(name for name in blocks if name.endswith(".bias")):
                 raise ValueError(
                     f"{files.weights_path!r} has the tensor {biases[0]}, which its config does not "
                     "ask for: set medusa_fc_bias to true in config.json"
                 )
-            for name, size in blocks.items():
-                bias = torch.zeros(size, dtype=tensors[name].dtype)
-                tensors[name.removesuffix("weight") + "bias"] = bias
+            for name, weight in blocks.items():
+                bias = name.removesuffix("weight") + "bias"
+                tensors[bias] = weight.new_zeros(weight.shape[:1])
         options = {
             "hidden_size": self.hidden_size,
             "vocab_size": self.vocab_size,

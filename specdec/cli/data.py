@@ -92,14 +92,13 @@ def _table(report: "CollectReport") -> Table:
         shown = " ".join(f"{each.where} {each.quote}" for each in drop.examples[:1]).strip()
         rows += [(f"dropped: {REASONS[name]}", drop.count, shown)] if drop.count else []
     rows += [(f"masked: {mask}", count, "") for mask, count in report.masked.items() if count]
-    return Table(
-        id="collection",
-        caption="",
-        columns=[
-            *(Column("fate", ""), Column("queries", "queries", 0), Column("example", "for example"))
-        ],
-        rows=[{"fate": escape(f), "queries": n, "example": escape(e)} for f, n, e in rows],
-    )
+    columns = [
+        Column("fate", ""),
+        Column("queries", "queries", 0),
+        Column("example", "for example"),
+    ]
+    named = [{"fate": escape(f), "queries": n, "example": escape(e)} for f, n, e in rows]
+    return Table("collection", "", named, columns)
 
 
 @command(collect_app, "proxy")

@@ -182,11 +182,7 @@ def plan(
         raise typer.BadParameter("--quick measures few points, --roofline none: drop one of them")
     if roofline:
         _estimate(config, overrides, out)
-    else:
-        _plan(config, overrides, out, quick)
-
-
-def _plan(config: str, overrides: list[str], out: Path, quick: bool) -> None:
+        return
     from specdec.bench.config import load_config
 
     settings = load_config(config, overrides)  # wrong ones are told before the slow imports

@@ -7,7 +7,7 @@ from specdec.analysis.results import Analysis, Counterfactuals
 from specdec.report import figures
 from specdec.report.document import AbsentError, Context, Section
 from specdec.report.runs import Run
-from specdec.report.tables import Column, Table, columns
+from specdec.report.tables import Column, Table
 
 _HARDEST = 5
 _RANKS = 5
@@ -16,10 +16,6 @@ _PLACES = {
     "token_classes": "class of the token that came",
     "positions": "position in the answer",
 }
-_COLUMNS = (
-    "drafter alpha configured.tau configured.nodes_per_step depth_1 depth_2 depth_3 "
-    "calibration.ece best_chain best_tree method"
-)
 
 
 def analysis_table(analysis: Analysis, label: str = "") -> Table:
@@ -38,11 +34,7 @@ def analysis_table(analysis: Analysis, label: str = "") -> Table:
         f"{label}{len(analysis.prompts)} texts of {tokens} new tokens, T = {temperature:g}: "
         "expected, not measured"
     )
-    legend = [
-        "tau: expected accepted length as configured; best: of chains up to 10 tokens, and of "
-        "static trees"
-    ]
-    return Table("analysis", caption, columns(_COLUMNS), rows, legend=legend)
+    return Table("analysis", caption, rows)
 
 
 def _best(drafts: Sequence[Any], size: str) -> str | None:
@@ -61,19 +53,13 @@ def add_analysis(section: Section, run: Run) -> None:
         for drafter in drafters
         for depth, ranks in enumerate(drafter.coverage, start=1)
     ]
-    section.show(
-        Table(
-            "coverage",
-            f"{run.label}: coverage by depth and rank",
-            columns("drafter depth") + guesses,
-            rows,
-        )
-    )
+    caption = f"{run.label}: coverage by depth and rank"
+    section.show(Table("coverage", caption, rows, guesses))
     for key, title in _PLACES.items():
-        shown = [Column("kind", title), *columns("count")]
+        shown = [Column("kind", title), Column("count", "most places", 0)]
         shown += [Column(f"drafter {drafter.name}", drafter.name, 3) for drafter in drafters]
         caption = f"{run.label}: acceptance of the first drafted token by {title}"
-        section.show(Table(key.replace("_", "-"), caption, shown, _places(drafters, key)))
+        section.show(Table(key.replace("_", "-"), caption, _places(drafters, key), shown))
     section.missing += [
         f"{drafter.name} of {run.label} is not expected as configured: "
         f"{drafter.not_configured_because}"
@@ -90,9 +76,8 @@ def _add_depths(section: Section, run: Run) -> None:
             whole = [count / steps for count in drafter.configured.accepted_at]
             curves.append((drafter.name, whole, drafter.per_depth_conditional))
     if curves:
-        said = "; ".join(f"{name} from {whole[0]:.2f} at depth 1" for name, whole, _ in curves)
         png = figures.acceptance_by_depth(curves)
-        section.draw("expected-depths", png, label=run.label, said=said)
+        section.draw("expected-depths", png, curves, label=run.label)
 
 
 def _add_expected(section: Section, run: Run) -> None:
@@ -106,15 +91,9 @@ def _add_expected(section: Section, run: Run) -> None:
     if not rows:
         section.missing.append(f"No drafter of {run.label} has a tau for other drafts.")
         return
-    said = "; ".join(
-        f"{name} up to {max(each.tau for each in found.values()):.2f}"
-        for name, found in drafts.items()
-        if found
-    )
-    png = figures.expected_tau(run.data.drafters)
-    section.draw("expected", png, label=run.label, said=said)
-    shown = columns("drafter draft nodes_per_step expected_tau")
-    section.show(Table("expected", f"{run.label}: expected tau of other drafts", shown, rows))
+    best = [(name, max(x.tau for x in found.values())) for name, found in drafts.items() if found]
+    section.draw("expected", figures.expected_tau(run.data.drafters), best, label=run.label)
+    section.show(Table("expected", f"{run.label}: expected tau of other drafts", rows))
 
 
 def _drafts(expected: Counterfactuals) -> dict[str, Any]:
@@ -144,8 +123,7 @@ def add_calibration(section: Section, run: Run) -> None:
     shown = [each for each in run.data.drafters if each.calibration and each.calibration.bins]
     if not shown:
         raise AbsentError(f"No drafter of {run.label} tells how sure it is.")
-    said = "; ".join(f"{each.name} {each.calibration.ece:.3f}" for each in shown)
-    section.draw("calibration", figures.reliability(shown), label=run.label, said=said)
+    section.draw("calibration", figures.reliability(shown), shown, label=run.label)
 
 
 def add_hardest(section: Section, run: Run) -> None:

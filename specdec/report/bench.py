@@ -12,36 +12,14 @@ from specdec.report import figures
 from specdec.report.document import AbsentError, Section
 from specdec.report.runs import Run, last_part, title_of
 from specdec.report.style import to_png
-from specdec.report.tables import Column, Table, columns
+from specdec.report.tables import Column, Table, columns, words
 
-_CHECKS = "differ failed"
-_BENCH = f"arm tau accepted speed vs_plain vs_hf whole mean_ratio efficiency all_prompts {_CHECKS}"
-_ALONE = "tau accepted speed vs_plain whole efficiency"
-_LOAD = (
-    "plain_tau load.tokens_per_s load.tokens_per_s_vs_plain load.user_tokens_per_s_mean "
-    "load.user_speed_vs_plain load.jain_index load.worst_over_mean"
-)
-_MACHINE = (
-    "memory.cache_bytes memory.peak_rss_bytes memory.peak_device_bytes power.energy_j_per_token "
-    "power.power_w requests"
-)
 _WAITS = {
     "queue_s": "queue",
     "ttft_s": "TTFT",
     "itl_s": "ITL",
     "chunk_gap_s": "chunk gap",
     "latency_s": "request",
-}
-# Suite -> what a group is, and keys of the panels of its picture.
-_SUITES = {
-    "single_turn": ("prompt, tokens", "speedup_vs_plain tau ttft_s.p50 itl_s.p50"),
-    "multi_turn": ("turn", "speedup_vs_plain tau ttft_s.p50 latency_s.p50"),
-    "long_context": ("position, tokens", "speedup_vs_plain tau decode_tokens_per_s ttft_s.p50"),
-    "concurrent": (
-        "users",
-        "load.tokens_per_s load.user_speed_vs_plain ttft_s.p95 itl_s.p95 load.jain_index "
-        "memory.cache_bytes",
-    ),
 }
 
 
@@ -52,13 +30,9 @@ def tables(results: BenchResults | SuiteResults, label: str = "") -> list[Table]
         return _suite_tables(results, title)
     gaps = [each.top2_gap for arm in results.arms for each in arm.differences]
     known = [gap for gap in gaps if gap is not None]
-    legend = [
-        "acc.: accepted / drafted; speeds are of total times",
-        "HF: transformers' generate; differ: prompts whose greedy tokens differ",
-    ]
-    if known:
-        legend.append(f"the two best logits where outputs part are at most {max(known):.2g} apart")
-    return [Table("arms", title, columns(_BENCH), map(_row, results.arms), legend=legend)]
+    apart = f"the two best logits where outputs part are at most {max(known, default=0):.2g} apart"
+    legend = [apart] if known else []
+    return [Table("arms", title, map(_row, results.arms), legend=legend)]
 
 
 def _row(arm: Any) -> dict[str, Any]:
@@ -67,29 +41,10 @@ def _row(arm: Any) -> dict[str, Any]:
 
 
 def _suite_tables(results: SuiteResults, title: str) -> list[Table]:
-    notes = ["differ: requests whose greedy tokens are not plain decoding's"]
-    if results.suite == "concurrent":
-        notes.append("Jain: 1 where all users are served alike")
-    if all(arm.power.energy_j is None for group in results.groups for arm in group.arms):
-        notes.append("power: not measured, which takes a CUDA device and nvidia-ml-py")
-    meanings = [
-        "TTFT: from sending to the first token; ITL: a request's mean time between tokens; "
-        "chunk gap: from one chunk of tokens to the next"
-    ]
-    speeds, waits = _suite_columns(results)
-    first = [Column("group", _SUITES[results.suite][0]), *columns("arm")]
-    rows = [{"group": group.name, **_row(arm)} for group in results.groups for arm in group.arms]
-    return [
-        Table(name, caption, first + figures, rows, legend=legend, num_grouped=1)
-        for name, caption, figures, legend in (
-            ("suite", title, speeds, notes),
-            ("waiting", f"{title}; waiting times", waits, meanings),
-        )
-    ]
-
-
-def _suite_columns(results: SuiteResults) -> tuple[list[Column], list[Column]]:
-    """Give the columns of speeds, and those of waiting times."""
+    arms = [arm for group in results.groups for arm in group.arms]
+    notes = ["power: not measured, which takes a CUDA device and nvidia-ml-py"]
+    if any(arm.power.energy_j is not None for arm in arms):
+        notes = []
     is_loaded = results.suite == "concurrent"
     waits = [
         Column(f"{key}.{part}", f"{name}\n{part} ms", 1, scale=1000)
@@ -97,16 +52,24 @@ def _suite_columns(results: SuiteResults) -> tuple[list[Column], list[Column]]:
         if key != ("latency_s" if is_loaded else "queue_s")
         for part in ("p50", "p95", "p99")
     ]
-    return columns(f"{_LOAD if is_loaded else _ALONE} {_MACHINE} {_CHECKS}"), waits
+    first = [Column("group", words()["suites"][results.suite]["group"])]
+    rows = [{"group": group.name, **_row(arm)} for group in results.groups for arm in group.arms]
+    like = "concurrent" if is_loaded else "suite"
+    later = f"{title}; waiting times"
+    return [
+        Table("suite", title, rows, first, notes, num_grouped=1, like=like),
+        Table("waiting", later, rows, [*first, Column("name", "arm"), *waits], num_grouped=1),
+    ]
 
 
 def draw(results: BenchResults | SuiteResults) -> Any:
     """Draw the arms of a bench, or the figures of a suite that matter most, a panel each."""
     if isinstance(results, BenchResults):
         return figures.bench_panels(results)
-    group, keys = _SUITES[results.suite]
-    known = {column.key: column for part in _suite_columns(results) for column in part}
-    return figures.group_panels(results, [known[key] for key in keys.split()], group)
+    found = words()["suites"][results.suite]
+    known = {column.key: column for table in tables(results) for column in table.columns}
+    panels = [known[key] for key in found["panels"].split()]
+    return figures.group_panels(results, panels, found["group"])
 
 
 def plot(results: BenchResults | SuiteResults, path: Path) -> None:
@@ -135,7 +98,7 @@ def sweep_table(sweep: SweepResults, label: str = "") -> Table:
     ]
     by_domain = "; by domain: tau and speed / plain decoding" if domains else ""
     caption = f"{label}{len(sweep.cells)} cells{by_domain}"
-    return Table("sweep", caption, shown, rows, num_grouped=len(titles))
+    return Table("sweep", caption, rows, shown, num_grouped=len(titles))
 
 
 def _domain(arm: Any, name: str) -> str | None:
@@ -177,16 +140,14 @@ def add_domains(section: Section, run: Run) -> None:
     ]
     if not rows:
         raise AbsentError(f"{run.label} does not tell tasks apart; run it again.")
-    shown = columns("domain arm_of_both prompts tau speed vs_plain vs_hf")
-    section.show(Table("domains", f"{run.label}: each task by itself", shown, rows))
+    section.show(Table("domains", f"{run.label}: each task by itself", rows))
 
 
 def add_speed(section: Section, run: Run) -> None:
     arms = [arm for arm in run.data.arms if arm.tau and arm.speedup_vs_plain]
     if not arms:
         raise AbsentError(f"{run.label} has no arm with a tau and a speed.")
-    said = "; ".join(f"{arm.name} {arm.tau:.2f} and {arm.speedup_vs_plain:.2f}x" for arm in arms)
-    section.draw("speed", figures.speed_against_tau(arms), label=run.label, said=said)
+    section.draw("speed", figures.speed_against_tau(arms), arms, label=run.label)
 
 
 def add_acceptance(section: Section, run: Run) -> None:
@@ -194,8 +155,7 @@ def add_acceptance(section: Section, run: Run) -> None:
     if not arms:
         raise AbsentError(f"No arm of {run.label} drafted anything.")
     curves = [(arm.name, arm.per_depth, arm.per_depth_conditional) for arm in arms]
-    said = "; ".join(f"{name} from {whole[0]:.2f} at depth 1" for name, whole, _ in curves)
-    section.draw("acceptance", figures.acceptance_by_depth(curves), label=run.label, said=said)
+    section.draw("acceptance", figures.acceptance_by_depth(curves), curves, label=run.label)
     rows = [
         {"name": name, "kind": kind, **{str(n): v for n, v in enumerate(values, start=1)}}
         for name, *both in curves
@@ -203,16 +163,15 @@ def add_acceptance(section: Section, run: Run) -> None:
     ]
     deepest = max(len(whole) for _, whole, _ in curves)
     depths = [Column(str(depth), str(depth), 2) for depth in range(1, deepest + 1)]
-    shown = columns("arm kind") + depths
-    section.show(Table("depths", f"{run.label}: acceptance by depth", shown, rows))
+    section.show(Table("depths", f"{run.label}: acceptance by depth", rows, depths))
 
 
 def add_suite(section: Section, run: Run) -> None:
     section.show(*tables(run.data, f"{run.label}: "))
     groups = run.data.groups
     if len(groups) > 1:
-        said = f"from {groups[0].name} to {groups[-1].name}"
-        section.draw("suite", to_png(draw(run.data)), label=run.label, said=said)
+        ends = {"first": groups[0].name, "last": groups[-1].name}
+        section.draw("suite", to_png(draw(run.data)), label=run.label, **ends)
 
 
 # --- Where the time went, and the speedup ---
@@ -262,12 +221,10 @@ def add_time(section: Section, run: Run) -> None:
         else:
             without.append(arm.name)
     if rows:
-        said = "; ".join(f"{row['name']} {row['token']:.2f} ms" for row in rows)
         png = figures.time_bars({row["name"]: row for row in rows})
-        section.draw("time", png, label=run.label, said=said)
+        section.draw("time", png, rows, label=run.label)
         parts = [Column(part, name, 3, is_optional=True) for part, name in figures.PARTS.items()]
-        shown = [*columns("arm tau"), *parts, *columns("token step")]
-        section.show(Table("times", f"{run.label}: ms per token, and per step", shown, rows))
+        section.show(Table("times", f"{run.label}: ms per token, and per step", rows, parts))
     if without:
         section.missing.append(
             f"{run.label}: no times of steps of {', '.join(without)}: the loop is not ours."
@@ -291,10 +248,6 @@ def add_speedup(section: Section, run: Run) -> None:
     ]
     if not falls:
         raise AbsentError(f"{run.label} has no arm with a speedup to explain.")
-    said = "; ".join(
-        f"{each['name']} from {each['tau']:.2f} to {each['measured']:.2f}" for each in falls
-    )
-    section.draw("speedup", figures.waterfalls(falls), label=run.label, said=said)
+    section.draw("speedup", figures.waterfalls(falls), falls, label=run.label)
     factors = [Column(f"factors.{name}", f"x {name}", 3) for name in falls[0]["factors"]]
-    shown = [*columns("arm tau_3"), *factors, *columns("measured")]
-    section.show(Table("factors", f"{run.label}: factors of the speedup", shown, falls))
+    section.show(Table("factors", f"{run.label}: factors of the speedup", falls, factors))

@@ -85,7 +85,7 @@ def _acceptance(results: "TrainResults") -> Table:
     shown += [Column(f"alpha.{t}", f"alpha, T = {t}", 3) for t in (0, 1)]
     depths = range(1, 1 + len(results.offline_acceptance or ()))
     shown += [Column(f"depth {depth}", f"depth {depth}", 3) for depth in depths]
-    return Table("acceptance", "", shown, rows)
+    return Table("acceptance", "", rows, shown)
 
 
 def _is_hub_id(path: Any) -> bool:

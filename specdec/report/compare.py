@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from specdec.common.stats import Work, total_speed
 from specdec.report.document import Section
 from specdec.report.runs import Run, last_part
-from specdec.report.tables import Column, Table, columns, lookup
+from specdec.report.tables import Column, Table, lookup
 
 # Fields that `--allow` takes -> keys of a run that must agree; only what both know is compared.
 MUST_AGREE = {
@@ -129,15 +129,14 @@ def add_comparison(section: Section, runs: Sequence[Run]) -> None:
         "of the same run."
     )
     for other in others:
-        shown = columns("arm_of_both")
+        shown: list[Column] = []
         for key, title in (("tau", "tau"), ("speedup_vs_plain", "vs plain")):
             shown += [
                 Column(f"{name}.{key}", f"{title}, {run.label}", 2)
                 for name, run in (("first", first), ("other", other))
             ]
-        shown += columns("paired speed_ratio vs_plain_ratio")
         rows = _pairs(first, other)
-        section.show(Table("pairs", f"{other.label} against {first.label}", shown, rows))
+        section.show(Table("pairs", f"{other.label} against {first.label}", rows, shown))
         for run, another in ((first, other), (other, first)):
             alone = {arm.name for arm in run.data.arms} - {arm.name for arm in another.data.arms}
             if alone:
@@ -185,13 +184,12 @@ def _work_by_prompt(run: Run) -> dict[str, dict[Any, Work]]:
 def add_settings(section: Section, runs: Sequence[Run]) -> None:
     """Show provenance and settings: a column a run, a row a setting."""
     facts = [_facts(run) for run in runs]
-    shown = columns("setting")
-    shown += [Column(str(n), f"{run.label} ({run.kind})") for n, run in enumerate(runs)]
+    shown = [Column(str(n), f"{run.label} ({run.kind})") for n, run in enumerate(runs)]
     rows = [
         {"name": name, **{str(n): each.get(name) for n, each in enumerate(facts)}}
         for name in dict.fromkeys(name for each in facts for name in each)
     ]
-    section.show(Table("settings", "Provenance and settings", shown, rows))
+    section.show(Table("settings", "Provenance and settings", rows, shown))
     dirty = [run.label for run in runs if run.data.provenance.git_dirty]
     if dirty:
         section.text.append(

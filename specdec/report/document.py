@@ -2,6 +2,7 @@
 
 import re
 from base64 import b64encode
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -66,9 +67,13 @@ class Section(Config):
             table.id = _numbered(table.id, self.tables)
             self.tables.append(table)
 
-    def draw(self, kind: str, png: bytes, name: str = "", **values: Any) -> None:
-        """Add a picture; the words of its kind are filled with values."""
-        caption, alt = (text.format(**values) for text in words()["figures"][kind])
+    def draw(
+        self, kind: str, png: bytes, items: Iterable[Any] = (), name: str = "", **values: Any
+    ) -> None:
+        """Add a picture; the words of its kind say something of each item and hold values."""
+        caption, alt, *of_item = words()["figures"][kind]
+        values["said"] = "; ".join(text.format(item) for text in of_item for item in items)
+        caption, alt = (text.format(**values) for text in (caption, alt))
         name = _numbered(name or kind, self.figures)
         self.figures.append(Figure(id=name, caption=caption, alt=alt, png=png))
 

@@ -57,8 +57,13 @@ def bench_panels(results: BenchResults) -> Any:
         depths = range(1, 1 + len(arm.per_depth))
         draw_series(right, places[arm.name], arm.name, depths, arm.per_depth)
     title = "Acceptance by depth (the sum is tau - 1)"
-    finish(right, "depth in the draft", "steps that accept at this depth / all steps", title)
-    right.set_ylim(0, 1)
+    finish(
+        right,
+        "depth in the draft",
+        "steps that accept at this depth / all steps",
+        title,
+        ylim=(0, 1),
+    )
     if drafting:
         whole_numbers(right)
         right.legend(fontsize=9)
@@ -80,9 +85,9 @@ def _speed_bars(axes: Any, arms: Sequence[Any], places: Mapping[str, int]) -> No
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         axes.text(end + 0.02 * reach, place, text, va="center", fontsize=9, bbox=box, zorder=3)
     _name_bars(axes, (arm.name for arm in arms), 26)
-    axes.set_xlim(0, 1.4 * reach)
-    axes.set_xlabel("decode time of plain / own, all prompts (95 % interval over prompts)")
     axes.set_title("Speed", fontsize=10)
+    shown = "decode time of plain / own, all prompts (95 % interval over prompts)"
+    axes.set(xlim=(0, 1.4 * reach), xlabel=shown)
 
 
 def _name_bars(axes: Any, names: Iterable[str], width: int) -> None:
@@ -130,13 +135,18 @@ def group_panels(results: SuiteResults, columns: Sequence[Column], x_label: str)
 
 
 def _chart(
-    height: float, series: Mapping[str, Iterable[Any]], x: str, y: str, first: int = 0, **look: Any
+    height: float,
+    series: Mapping[str, Iterable[Any]],
+    labels: tuple[str, str],
+    first: int = 0,
+    line_at: float | None = None,
+    **look: Any,
 ) -> Any:
     """Draw series, name -> arguments of `draw_series`, in one panel."""
     figure, (axes,) = new_figure(height)
     for place, (name, values) in enumerate(series.items(), start=first):
         draw_series(axes, place, name, *values, **look)
-    finish(axes, x, y)
+    finish(axes, *labels, line_at=line_at)
     return figure, axes
 
 
@@ -149,7 +159,7 @@ def speed_against_tau(arms: Sequence[Any]) -> bytes:
     labels = "tau, tokens per target forward", "decode speed / plain decoding"
     first = -int(arms[0].name == "plain")
     height = 4.2 + 0.13 * len(arms)
-    figure, axes = _chart(height, series, *labels, first, markersize=8, linestyle="none")
+    figure, axes = _chart(height, series, labels, first, 1, markersize=8, linestyle="none")
     for key, limit in (("tau", axes.set_xlim), ("speedup_vs_plain", axes.set_ylim)):
         found = [x for a in arms for x in (lookup(a, key), *(lookup(a, f"{key}_ci") or ()))]
         low, high = min([1.0, *found]), max([1.0, *found])
@@ -157,7 +167,6 @@ def speed_against_tau(arms: Sequence[Any]) -> bytes:
         limit(low - margin, high + margin)
     line = [1, axes.get_xlim()[1]]
     axes.plot(line, line, label="speed = tau: all else free", **_DASHED)
-    axes.axhline(1, color=GREY, linewidth=0.8)
     return to_png(figure, axes)
 
 
@@ -171,8 +180,7 @@ def acceptance_by_depth(curves: Sequence[tuple[str, Values, Values]]) -> bytes:
             width = 2.6 - 1.6 * place / max(1, len(curves) - 1)
             depths = range(1, 1 + len(shares[which]))
             draw_series(axes, place, name, depths, shares[which], linewidth=width)
-        finish(axes, "depth in the draft", "share", title)
-        axes.set_ylim(0, 1.02)
+        finish(axes, "depth in the draft", "share", title, ylim=(0, 1.02))
         whole_numbers(axes)
     return to_png(figure, panels[0])
 
@@ -184,8 +192,7 @@ def speed_by_length(
 ) -> bytes:
     """Draw lines, name -> (length of the draft, speed)."""
     series = {name: zip(*sorted(points), strict=True) for name, points in lines.items()}
-    figure, axes = _chart(3.4 + 0.15 * len(lines), series, x, y)
-    axes.axhline(1, color=GREY, linewidth=0.8)
+    figure, axes = _chart(3.4 + 0.15 * len(lines), series, (x, y), line_at=1)
     whole_numbers(axes)
     return to_png(figure, axes)
 
@@ -202,7 +209,7 @@ def predicted_against_measured(matches: Sequence[Any]) -> bytes:
             [arm.speedup_vs_plain_ci for _, arm in some],
         )
     labels = "measured speed / plain", "predicted speed / plain"
-    figure, axes = _chart(5.4, series, *labels, linestyle="none", elinewidth=0.7, markersize=6)
+    figure, axes = _chart(5.4, series, labels, linestyle="none", elinewidth=0.7, markersize=6)
     ends = [*axes.get_xlim(), *axes.get_ylim()]
     both = min(ends), max(ends)
     axes.plot(both, both, **_DASHED)
@@ -212,7 +219,7 @@ def predicted_against_measured(matches: Sequence[Any]) -> bytes:
 
 def expected_tau(drafters: Sequence[DrafterAnalysis]) -> bytes:
     """Draw tau against drafted tokens a step: a line of chains and one of trees a drafter."""
-    figure, axes = _chart(4.0 + 0.13 * len(drafters), {}, "drafted tokens a step", "expected tau")
+    figure, axes = _chart(4.0 + 0.13 * len(drafters), {}, ("drafted tokens a step", "expected tau"))
     chains, trees = {"linestyle": "-"}, {"linestyle": "--", "markerfacecolor": "white"}
     for place, drafter in enumerate(drafters):
         for kind, changes in (("chains", chains), ("trees", trees)):
@@ -315,8 +322,8 @@ def reliability(drafters: Sequence[DrafterAnalysis]) -> bytes:
         axes.plot(*points, color=color, linewidth=1)
         sizes = [12 + 300 * each.count / total for each in bins]
         axes.scatter(*points, s=sizes, color=color, alpha=0.75)
-        finish(axes, "", title=f"{label(drafter.name, 24)}\nECE {drafter.calibration.ece:.3f}")
-        axes.set(xlim=(0, 1.03), ylim=(0, 1.03), aspect="equal")
+        title = f"{label(drafter.name, 24)}\nECE {drafter.calibration.ece:.3f}"
+        finish(axes, "", title=title, xlim=(0, 1.03), ylim=(0, 1.03), aspect="equal")
     figure.supxlabel("confidence of the drafter", fontsize=10)
     figure.supylabel("acceptance by the target", fontsize=10)
     return to_png(figure)
@@ -332,8 +339,8 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     left.plot(places, losses, color=COLORS[0], alpha=0.25, linewidth=0.8)
     left.plot(places, _smoothed(losses), color=COLORS[0], label="training (smoothed)")
     finish(left, "step", "loss", "Loss")
-    finish(right, "step", "share of tested depths", "Offline acceptance on held-out rows")
-    right.set_ylim(0, 1)
+    title = "Offline acceptance on held-out rows"
+    finish(right, "step", "share of tested depths", title, ylim=(0, 1))
     if evaluations:
         keys = ("step", "validation_loss", "acceptance", "tau")
         at, held_out, acceptance, taus = ([each[key] for each in evaluations] for key in keys)

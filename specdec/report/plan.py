@@ -16,21 +16,7 @@ from specdec.report import figures
 from specdec.report.compare import PLAN_FIELDS, find_differences
 from specdec.report.document import AbsentError, Section
 from specdec.report.runs import Run, read_cells
-from specdec.report.tables import Table, columns
-
-_PLAN = (
-    "place configuration type options predicted_tau predicted_speedup steps step_ms.wall "
-    "step_ms.draft step_ms.target step_ms.other"
-)
-_ESTIMATE = (
-    "drafter batch_size given_alpha estimated_draft_forward_ms best.num_draft_tokens "
-    "best.estimated_tau best.estimated_step_ms best.estimated_speedup best.estimated_tokens_per_s"
-)
-_MATCHES = (
-    "arm run planned.batch_size planned.predicted_tau arm.tau steps planned.predicted_speedup "
-    "arm.speedup_vs_plain error"
-)
-_CHOICE = "*: the plan's choice"
+from specdec.report.tables import Table
 
 
 def plan_table(plan: Plan, label: str = "") -> Table:
@@ -42,11 +28,7 @@ def plan_table(plan: Plan, label: str = "") -> Table:
         f"{label}plan for batch size {plan.choice.batch_size}: predictions from measured costs and "
         f"the acceptance of {plan.workload.tokens} tokens"
     )
-    legend = (
-        "tau: from acceptance; step: milliseconds of draft, target and everything else, timed as "
-        "it is or fitted to other shapes"
-    )
-    return Table("choice", caption, columns(_PLAN), rows, legend=[legend, *not_trusted(plan)])
+    return Table("choice", caption, rows, legend=not_trusted(plan))
 
 
 def _steps(predicted: Any) -> str:
@@ -72,7 +54,7 @@ def schedule_table(plan: Plan, label: str = "") -> Table:
             row |= {"gain": found.predicted_speedup, "steps": _steps(found)}
         rows.append(row)
     caption = f"{label}nodes to draft by batch size (0: plain decoding), {plan.controller.drafter}"
-    return Table("schedule", caption, columns("from_batch nodes gain steps"), rows)
+    return Table("schedule", caption, rows)
 
 
 def costs_table(plan: Plan, label: str = "") -> Table:
@@ -87,12 +69,12 @@ def costs_table(plan: Plan, label: str = "") -> Table:
         rows.append((what, each.batch_size, len(each.points), each.residuals))
     named = [dict(zip(("what", "batch", "points", "errors"), row, strict=True)) for row in rows]
     caption = f"{label}fits of measured times; errors are relative to the measured time"
-    return Table("costs", caption, columns("what batch points errors.median errors.largest"), named)
+    return Table("costs", caption, named)
 
 
 def estimate_table(estimate: Estimate, label: str = "") -> Table:
     caption = f"{label}ESTIMATE from stated parameters: nothing here was measured"
-    return Table("estimate", caption, columns(_ESTIMATE), estimate.drafters)
+    return Table("estimate", caption, estimate.drafters)
 
 
 def add_plan(section: Section, run: Run) -> None:
@@ -104,15 +86,14 @@ def add_estimate(section: Section, run: Run) -> None:
     section.text += [f"{run.label}, {run.data.label}. It assumes:", *run.data.assumptions]
     section.show(estimate_table(run.data, f"{run.label}: "))
     smallest = min(drafter.batch_size for drafter in run.data.drafters)
-    lines, said = {}, []
-    for each in run.data.drafters:
-        if each.batch_size == smallest:
-            lines[each.name] = [(x.num_draft_tokens, x.estimated_speedup) for x in each.lengths]
-            best = each.best
-            said.append(f"{each.name} {best.estimated_speedup:.2f}x at {best.num_draft_tokens}")
+    shown = [drafter for drafter in run.data.drafters if drafter.batch_size == smallest]
+    lines = {
+        each.name: [(x.num_draft_tokens, x.estimated_speedup) for x in each.lengths]
+        for each in shown
+    }
     labels = "drafted tokens a step", "speed / plain decoding, ESTIMATED"
     png = figures.speed_by_length(lines, *labels)
-    section.draw("estimate", png, label=run.label, batch=smallest, said="; ".join(said))
+    section.draw("estimate", png, shown, label=run.label, batch=smallest)
 
 
 # --- Predictions beside measurements ---
@@ -171,9 +152,8 @@ def _filled(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
 def planned_table(plan: Plan, results: BenchResults) -> Table:
     """Show what a plan predicted for the arms of a bench, its choice marked."""
     matches = match_plan(plan, results.arms, results.provenance.config.batch_size)
-    legend = [_CHOICE, *not_trusted(plan)]
     caption = f"The plan chose: {plan.choice.name}"
-    return Table("predictions", caption, columns(_MATCHES), matches, legend=legend)
+    return Table("predictions", caption, matches, legend=not_trusted(plan))
 
 
 def add_predictions(section: Section, runs: Sequence[Run]) -> None:
@@ -199,9 +179,8 @@ def add_predictions(section: Section, runs: Sequence[Run]) -> None:
         )
     summary = summarize(matches)
     section.text.append(summary)
-    section.draw("prediction", figures.predicted_against_measured(matches), said=summary)
-    caption = "Predicted and measured"
-    section.show(Table("predictions", caption, columns(_MATCHES), matches, legend=[_CHOICE]))
+    section.draw("prediction", figures.predicted_against_measured(matches), [summary])
+    section.show(Table("predictions", "Predicted and measured", matches))
 
 
 def summarize(matches: Sequence[Match]) -> str:
@@ -309,16 +288,11 @@ def _draw(section: Section, arms: Iterable[Any], label: str, origin: str = "meas
     for group, points in trees.items():
         if axis := axis_of(points):
             best = max(points, key=lambda point: point.speedup)
-            said = (
-                f"{len(points)} trees of {group}. The fastest, {best.name}, reaches "
-                f"{best.speedup:.2f}x with depth {best.depth}, width {best.width} and {best.nodes} "
-                "nodes"
-            )
+            where |= {"axis": {"nodes": "node budget"}.get(axis, axis), "group": group}
             png = figures.tree_heat_map(group, points, axis)
-            axis = "node budget" if axis == "nodes" else axis
-            section.draw("trees", png, "shape", **where, group=group, axis=axis, said=said)
+            section.draw("trees", png, (), "shape", **where, num=len(points), best=best)
     if chains:
         lines = {name: [(p.length, p.speedup) for p in points] for name, points in chains.items()}
         best_of = {name: max(line, key=lambda point: point[1]) for name, line in lines.items()}
-        said = "; ".join(f"{name} best at {n}: {x:.2f}x" for name, (n, x) in best_of.items())
-        section.draw("chains", figures.speed_by_length(lines), "shape", **where, said=said)
+        png = figures.speed_by_length(lines)
+        section.draw("chains", png, best_of.items(), "shape", **where)

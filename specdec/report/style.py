@@ -99,9 +99,11 @@ def draw_series(
     )
 
 
-def finish(axes: Any, x: str, y: str = "", title: str = "", line_at: float | None = None) -> None:
+def finish(
+    axes: Any, x: str, y: str = "", title: str = "", line_at: float | None = None, **more: Any
+) -> None:
     """Label a panel; `line_at` marks a height to compare with, as 1 for plain decoding."""
-    axes.set(xlabel=x, ylabel=y)
+    axes.set(xlabel=x, ylabel=y, **more)
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     if line_at is not None:

@@ -1,7 +1,7 @@
 """One table model, which the terminal, Markdown and HTML show alike."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -59,7 +59,7 @@ class Column:
 
 @cache
 def words() -> dict[str, Any]:
-    """Read the words of reports: introductions, figures, columns and terms."""
+    """Read the words of reports: introductions, figures, tables, suites, columns and terms."""
     text = files("specdec.report").joinpath("templates/words.yaml").read_text()
     found: dict[str, Any] = yaml.safe_load(text)
     return found
@@ -81,6 +81,8 @@ class Table(Config):
         rows: models or mappings.
         legend: lines below the table in a terminal; a page defines its terms instead.
         num_grouped: number of leading columns that a terminal shows once for rows that share them.
+        like: name of its columns and legend in `words.yaml`, where it is not the id.
+        more: columns in place of the * there.
     """
 
     id: str
@@ -90,9 +92,25 @@ class Table(Config):
     legend: list[str] = Field(default=[], exclude=True)
     num_grouped: int = Field(default=0, exclude=True)
 
-    def __init__(self, id: str, caption: str, columns: Sequence[Column], rows: Any, **given: Any):
-        shown = [c for c in columns if not c.is_optional or any(c.cell(row) != "-" for row in rows)]
-        given |= {"id": id, "caption": caption, "columns": shown, "rows": list(rows)}
+    def __init__(
+        self,
+        id: str,
+        caption: str,
+        rows: Iterable[Any],
+        more: Sequence[Column] = (),
+        legend: Iterable[str] = (),
+        num_grouped: int = 0,
+        like: str = "",
+    ) -> None:
+        rows, known = list(rows), words()["tables"].get(like or id, {"columns": "*"})
+        shown = [
+            column
+            for name in known["columns"].split()
+            for column in (more if name == "*" else columns(name))
+            if not column.is_optional or any(column.cell(row) != "-" for row in rows)
+        ]
+        given: dict[str, Any] = {"id": id, "caption": caption, "columns": shown, "rows": rows}
+        given |= {"legend": [*known.get("legend", ()), *legend], "num_grouped": num_grouped}
         super().__init__(**given)
 
     @field_serializer("columns")

@@ -306,6 +306,7 @@ REFUSED = [
     (EAGLE3, {"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state is False"),
     (EAGLE3, {"rope_scaling": {"type": "mrope", "mrope_section": [1]}}, "rope_type must be one of"),
     (EAGLE3, {"rope_theta": 2.0, "rope_parameters": {"rope_theta": 3.0}}, "contradicts itself"),
+    (EAGLE3, {"rope_parameters": {"rope_theta": 10**400}}, "rope_theta 1000.* a number above 0"),
     (EAGLE3, {"hidden_size": None}, "hidden_size is missing"),
     (EAGLE3, {"intermediate_size": "64"}, "intermediate_size is '64'"),
     (EAGLE3, {IDS: [2, 4], "eagle_config": {IDS: [2, 4]}}, r"must be \[1, 3\] there"),

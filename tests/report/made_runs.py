@@ -6,7 +6,6 @@ from functools import cache
 from pathlib import Path
 
 from specdec.analysis.results import Analysis
-from specdec.bench.results import BenchResults, SuiteResults
 from specdec.planning.roofline import estimate, load_hardware
 
 ROOT = Path(__file__).parents[2]
@@ -26,22 +25,13 @@ def _committed(name):
     return json.loads((ROOT / "experiments" / name).read_text())
 
 
-def _of_today(model, content, schema):
-    return model.read(content).model_dump(mode="json", by_alias=True) | {"schema": schema}
-
-
-@cache
-def _bench(name, arms):
+def bench(name="11-prediction/same.json", arms=ARMS):
+    """The content of a results.json with two shapes of a head and a name that looks like markup."""
     content = deepcopy(_committed(name))
     for part in (content, content["provenance"]["config"]):
-        kept = [arm for arm in part["arms"] if arm["name"] in dict(arms)]
-        part["arms"] = [arm | {"name": dict(arms)[arm["name"]]} for arm in kept]
-    return _of_today(BenchResults, content, "specdec-bench-3")
-
-
-def bench():
-    """The content of a results.json with two shapes of a head and a name that looks like markup."""
-    return deepcopy(_bench("11-prediction/same.json", tuple(ARMS.items())))
+        kept = [arm for arm in part["arms"] if arm["name"] in arms]
+        part["arms"] = [arm | {"name": arms[arm["name"]]} for arm in kept]
+    return content
 
 
 def faster(results, factor):
@@ -58,7 +48,7 @@ def sweep(folder):
     names = ("plain", "hf_generate", *SHAPES, *CHAINS)
     cells = []
     for temperature in (0.0, 1.0):
-        results = deepcopy(_bench("06-shapes/results.json", tuple((n, n) for n in names)))
+        results = bench("06-shapes/results.json", {name: name for name in names})
         results["provenance"]["config"]["sampling"]["temperature"] = temperature
         name = f"temperature={temperature:g}"
         write(folder / "cells" / name, "results.json", results)
@@ -83,7 +73,7 @@ def suite(name="concurrent"):
     """A suite's first two groups."""
     content = deepcopy(_committed(f"12-serving/{name}.json"))
     del content["groups"][2:]
-    return _of_today(SuiteResults, content, "specdec-suite-2")
+    return content
 
 
 def roofline():
@@ -93,45 +83,25 @@ def roofline():
 
 
 HARDEST = {
-    "prompt": 3,
-    "position": 7,
-    "before": "It ends </p>_wrong_ ",
-    "drafted": ["<i>here</i>"],
-    "target": "there",
-    "p": 0.9,
-    "q": 0.001,
-    "overlap": 0.02,
+    **{"prompt": 3, "position": 7, "before": "It ends </p>_wrong_ ", "drafted": ["<i>here</i>"]},
+    **{"target": "there", "p": 0.9, "q": 0.001, "overlap": 0.02},
 }
 
 
 def analysis():
     """An analysis of two drafters, one of them known by replay alone."""
     figures = {"tau_ci": None, "nodes_are_exact": True, "children": "top"}
-    drafts = [
-        {**figures, "tau": 1 + 0.8 * n**0.5, "nodes_per_step": 0.9 * n, "length": n}
-        for n in (1, 2, 4)
-    ]
-    trees = [
-        {**{k: v for k, v in each.items() if k != "length"}, "nodes": 4, "depth": 2, "choices": []}
-        for each in drafts[:1]
-    ]
+    drafts = [{**figures, "tau": 1 + 0.8 * n**0.5, "nodes_per_step": 0.9 * n} for n in (1, 2, 4)]
+    chains = [draft | {"length": n} for n, draft in zip((1, 2, 4), drafts, strict=True)]
+    trees = [drafts[0] | {"nodes": 4, "depth": 2, "choices": []}]
     place = {"alpha": 0.8, "acceptance": 0.8125, "count": 40}
     known = {
-        "name": "eagle3",
-        "type": "eagle3",
-        "options": {},
-        "method": "evidence",
-        "alpha": 0.812,
-        "alpha_ci": [0.79, 0.83],
+        **{"name": "eagle3", "type": "eagle3", "options": {}, "method": "evidence"},
+        **{"alpha": 0.812, "alpha_ci": [0.79, 0.83]},
         "configured": {
-            "tau": 2.9,
-            "tau_ci": [2.7, 3.1],
-            "nodes_per_step": 3.9,
-            "nodes_are_exact": True,
-            "tokens": [29.0, 29.0],
-            "steps": [10.0, 10.0],
-            "accepted_at": [16.2, 12.8, 9.0],
-            "tested_at": [20.0, 16.2, 12.8],
+            **{"tau": 2.9, "tau_ci": [2.7, 3.1], "nodes_per_step": 3.9, "nodes_are_exact": True},
+            **{"tokens": [29.0, 29.0], "steps": [10.0, 10.0]},
+            **{"accepted_at": [16.2, 12.8, 9.0], "tested_at": [20.0, 16.2, 12.8]},
         },
         "per_depth_conditional": [0.81, 0.79, 0.703],
         "coverage": [[0.812, 0.1, 0.05], [0.77, 0.12, 0.04]],
@@ -140,7 +110,7 @@ def analysis():
         "token_classes": [{"name": "digit", **place}],
         "positions": [{"low": 1, "high": 2, **place}],
         "hardest": [HARDEST],
-        "expected": {"chains": drafts, "trees": trees, "thresholds": []},
+        "expected": {"chains": chains, "trees": trees, "thresholds": []},
     }
     replayed = {
         **{"name": "suffix", "type": "suffix", "options": {}, "method": "replay"},
@@ -160,14 +130,9 @@ def analysis():
 
 
 def _bin(place):
-    confidence = place / 10 + 0.05 if place else None
-    return {
-        "low": place / 10,
-        "high": (place + 1) / 10,
-        "count": 10 * place,
-        "confidence": confidence,
-        "acceptance": confidence and 0.9 * confidence,
-    }
+    sure = place / 10 + 0.05 if place else None
+    ends = {"low": place / 10, "high": (place + 1) / 10, "count": 10 * place}
+    return ends | {"confidence": sure, "acceptance": sure and 0.9 * sure}
 
 
 def write(folder, name, content):

@@ -15,15 +15,17 @@ from specdec.report.runs import read_runs
 RESULTS = made_runs.bench()
 SAMPLED = deepcopy(RESULTS)
 SAMPLED["provenance"]["config"]["sampling"]["temperature"] = 1.0
+IMPOSSIBLE = deepcopy(RESULTS)
+IMPOSSIBLE["arms"][2] |= {"speedup_vs_plain": 9.5, "speedup_vs_plain_ci": [9.0, 10.0]}
 
 
-def command(*arguments):
-    return CliRunner().invoke(app, ["report", *map(str, arguments)])
+def command(tmp_path, *arguments):
+    return CliRunner().invoke(app, ["report", *map(str, arguments), "--out", str(tmp_path / "out")])
 
 
 def report(tmp_path, *arguments):
     """The content of the report that a command made, and its sections by id."""
-    done = command(*arguments, "--out", tmp_path / "out")
+    done = command(tmp_path, *arguments)
     assert done.exit_code == 0, done.output
     data = json.loads((tmp_path / "out" / "report.json").read_text())
     return done, data, {section["id"]: section for section in data["sections"]}
@@ -39,8 +41,7 @@ def test_command_writes_three_files_and_a_summary(bench, tmp_path):
     for name in ("index.html", "report.md", "report.json"):
         assert (tmp_path / "out" / name).is_file()
     last = json.loads(done.stdout.splitlines()[-1])
-    assert last["schema"] == "specdec-report-1"
-    assert last["figures"] == 4
+    assert (last["schema"], last["figures"]) == ("specdec-report-1", 4)
     # A section without its kind of run says what it would need.
     assert "calibration" not in found
     said = " ".join(found["absent"]["missing"])
@@ -67,16 +68,6 @@ def test_comparable_benches_are_compared_first(bench, tmp_path):
     assert "faster" in table["caption"]
 
 
-def test_arm_faster_than_tau_is_refused(tmp_path):
-    content = deepcopy(RESULTS)
-    content["arms"][2] |= {"speedup_vs_plain": 9.5, "speedup_vs_plain_ci": [9.0, 10.0]}
-    wrong = made_runs.write(tmp_path / "wrong", "results.json", content)
-    done = command(wrong, "--out", tmp_path / "out")
-    assert done.exit_code == 2
-    assert f"wrong: the arm {RESULTS['arms'][2]['name']!r} is" in done.stderr
-    assert not (tmp_path / "out").exists()
-
-
 def test_plan_of_busy_machine_is_told_first(tmp_path):
     trust = {
         **{"is_trusted": False, "reasons": ["the load average was 9.0 on 2 cores"]},
@@ -85,15 +76,6 @@ def test_plan_of_busy_machine_is_told_first(tmp_path):
     folder = made_runs.write(tmp_path / "p", "plan.json", made_runs.plan() | {"trust": trust})
     (said,) = report(tmp_path, folder)[1]["warnings"]
     assert said.startswith("p: its times are not to be trusted: the load average was 9.0")
-
-
-def test_incomparable_benches_are_refused(bench, tmp_path):
-    other = made_runs.write(tmp_path / "sampled", "results.json", SAMPLED)
-    done = command(bench, other, "--out", tmp_path / "out")
-    assert done.exit_code == 2
-    for words in ("sampling.temperature is '0.0' in 'bench'", "'1.0' in 'sampled'", "--allow"):
-        assert words in done.stderr
-    assert not (tmp_path / "out").exists()
 
 
 def test_allowed_difference_comes_first_on_the_page(bench, tmp_path):
@@ -123,21 +105,38 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path):
     assert [run.label for run in read_runs(places)] == ["a/t0", "b/t0"]
 
 
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda folder: None, "no folder"),
-        (lambda folder: folder.mkdir(), "holds none of results.json"),
-        (lambda folder: made_runs.write(folder, "plan.json", {"schema": "x"}), "schema 'x' but"),
-        (lambda folder: made_runs.write(folder, "plan.json", [1]), "must hold an object"),
-        (lambda folder: (folder.mkdir(), (folder / "plan.json").write_text("{")), "plan.json"),
-    ],
-)
-def test_folder_without_a_run_is_refused(tmp_path, make, words):
-    make(tmp_path / "run")
-    done = command(tmp_path / "run", "--out", tmp_path / "out")
-    assert done.exit_code == 2
-    assert words in done.stderr
+# What the folder `run` beside a good one holds: nothing, or a file and its text; what is refused.
+REFUSALS = [
+    (None, "no folder"),
+    (("notes.txt", ""), "holds none of results.json"),
+    (("plan.json", '{"schema": "x"}'), "schema 'x' but"),
+    (("plan.json", "[1]"), "must hold an object"),
+    (("plan.json", "{"), "plan.json"),
+    (("results.json", json.dumps(IMPOSSIBLE)), f"run: the arm {RESULTS['arms'][2]['name']!r} is"),
+    (
+        ("results.json", json.dumps(SAMPLED)),
+        "sampling.temperature is '0.0' in 'bench' and '1.0' in 'run'. Run both with the same "
+        "sampling, or pass --allow sampling",
+    ),
+    ("again", "given twice"),
+    ("no matplotlib", "pip install 'specdec[plot]'"),
+]
+
+
+@pytest.mark.parametrize(("given", "words"), REFUSALS, ids=[each[1][:20] for each in REFUSALS])
+def test_bad_runs_are_refused_and_nothing_is_written(bench, tmp_path, monkeypatch, given, words):
+    folders = [bench, tmp_path / "run"]
+    if isinstance(given, tuple):
+        folders[1].mkdir()
+        (folders[1] / given[0]).write_text(given[1])
+    elif given == "again":
+        folders[1] = bench.parent / "." / "bench"
+    elif given == "no matplotlib":
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        del folders[1]
+    done = command(tmp_path, *folders)
+    assert (done.exit_code, words in done.stderr) == (2, True), done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")
@@ -146,39 +145,28 @@ def folders(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("kind", "file", "holder", "key", "place"),
+    ("kind", "file", "place"),
     [
-        ("bench", "results.json", lambda d: d, "arms", "arms"),
-        ("bench", "results.json", lambda d: d["arms"][3], "tau", "arms.3.tau"),
-        ("bench", "results.json", lambda d: d["arms"][2]["time_s"], "wall", "arms.2.time_s.wall"),
-        ("bench", "results.json", lambda d: d["provenance"], "config", "provenance.config"),
-        ("sweep", "sweep.json", lambda d: d["cells"][1], "settings", "cells.1.settings"),
-        ("plan", "plan.json", lambda d: d["choice"], "options", "choice.options"),
-        ("plan", "analysis.json", lambda d: d["drafters"][0], "method", "drafters.0.method"),
-        ("suite", "suite.json", lambda d: d["groups"][1], "arms", "groups.1.arms"),
-        ("estimate", "estimate.json", lambda d: d["drafters"][0], "best", "drafters.0.best"),
+        ("bench", "results.json", "arms"),
+        ("bench", "results.json", "arms.3.tau"),
+        ("bench", "results.json", "arms.2.time_s.wall"),
+        ("bench", "results.json", "provenance.config"),
+        ("sweep", "sweep.json", "cells.1.settings"),
+        ("plan", "plan.json", "choice.options"),
+        ("plan", "analysis.json", "drafters.0.method"),
+        ("suite", "suite.json", "groups.1.arms"),
+        ("estimate", "estimate.json", "drafters.0.best"),
     ],
 )
-def test_damaged_file_is_named_with_the_key(folders, tmp_path, kind, file, holder, key, place):
-    content = json.loads((folders[kind] / file).read_text())
-    del holder(content)[key]
+def test_damaged_file_is_named_with_the_key(folders, tmp_path, kind, file, place):
+    content = holder = json.loads((folders[kind] / file).read_text())
+    *path, key = place.split(".")
+    for part in path:
+        holder = holder[int(part) if part.isdigit() else part]
+    del holder[key]
     folder = made_runs.write(tmp_path / kind, file, content)
-    done = command(folder, "--out", tmp_path / "out")
+    done = command(tmp_path, folder)
     assert done.exit_code == 2, done.output
     assert str(folder / file) in done.stderr
     assert place in done.stderr
-    assert not (tmp_path / "out").exists()
-
-
-def test_run_given_twice_is_refused(bench, tmp_path):
-    done = command(bench, bench.parent / "." / "bench", "--out", tmp_path / "out")
-    assert done.exit_code == 2
-    assert "given twice" in done.stderr
-
-
-def test_missing_matplotlib_is_named(bench, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    done = command(bench, "--out", tmp_path / "out")
-    assert done.exit_code == 2
-    assert "pip install 'specdec[plot]'" in done.stderr
     assert not (tmp_path / "out").exists()

@@ -10,26 +10,28 @@ from specdec.bench.results import BenchResults, SuiteResults, SweepResults
 from specdec.report.bench import sweep_table, tables
 from specdec.report.tables import Column, Table
 
+SUITES = ["single-turn", "multi-turn", "long-context", "concurrent"]
+
 
 def lines(table, width):
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(table.fit(width))
-    return [line.rstrip() for line in console.export_text().splitlines()]
+    found = [line.rstrip() for line in console.export_text().splitlines()]
+    assert max(map(len, found)) <= width
+    assert not any("…" in line for line in found)
+    return found
 
 
-def results(change=lambda content: None):
+def bench_lines(width, change=lambda arms: None):
     content = made_runs.bench()
-    for arm in content["arms"]:
-        arm["name"] = arm["name"].replace(" <b>&amp;</b>", "")
-    change(content)
-    return BenchResults.read(content)
+    content["arms"][-1]["name"] = "ngram"
+    change(content["arms"])
+    return lines(*tables(BenchResults.read(content)), width)
 
 
 @pytest.mark.parametrize(("width", "num_intervals"), [(80, 0), (100, 1), (140, 3)])
 def test_table_gives_up_intervals_before_cutting(width, num_intervals):
-    text = lines(*tables(results()), width)
-    assert max(map(len, text)) <= width
-    assert not any("…" in line for line in text)
+    text = bench_lines(width)
     row = next(line for line in text if line.startswith("ngram"))
     assert row.count("[") == num_intervals
     assert row.split()[-2:] == ["0", "0"]
@@ -38,29 +40,26 @@ def test_table_gives_up_intervals_before_cutting(width, num_intervals):
 
 def test_long_name_goes_on_in_next_line():
     name = "a head with many nodes and an adapter"
-    found = results(lambda content: content["arms"][2].update(name=name))
-    text = "\n".join(lines(*tables(found), 80))
-    assert "…" not in text
+    text = "\n".join(bench_lines(80, lambda arms: arms[2].update(name=name)))
     assert all(word in text for word in name.split())
 
 
 def test_caption_says_how_near_ties_were():
-    def differ(content):
-        content["arms"][2]["differences"] = [
-            {"prompt": 0, "against": "plain", "position": 1, "top2_gap": gap}
-            for gap in (0.02, 0.03125, None)
-        ]
+    def differ(arms):
+        difference = {"prompt": 0, "against": "plain", "position": 1}
+        gaps = (0.02, 0.03125, None)
+        arms[2]["differences"] = [difference | {"top2_gap": gap} for gap in gaps]
 
-    assert not any("apart" in line for line in lines(*tables(results()), 140))
-    assert any("0.031 apart" in line for line in lines(*tables(results(differ)), 140))
+    assert not any("apart" in line for line in bench_lines(140))
+    assert any("0.031 apart" in line for line in bench_lines(140, differ))
 
 
 def test_arms_without_figures_show_dashes():
-    def forget(content):
-        for arm in content["arms"]:
+    def forget(arms):
+        for arm in arms:
             arm |= {"speedup_vs_plain": None, "speedup_vs_plain_ci": None, "per_depth": []}
 
-    assert any(" - " in line for line in lines(*tables(results(forget)), 80))
+    assert any(" - " in line for line in bench_lines(80, forget))
 
 
 @pytest.fixture
@@ -81,14 +80,13 @@ def sweep(tmp_path):
         }
         for (temperature, source), arms in zip(settings, [[plain, eagle3], [only], []], strict=True)
     ]
-    return SweepResults.read(content)
+    return sweep_table(SweepResults.read(content))
 
 
 def test_sweep_names_settings_once_and_keeps_failed_cells(sweep):
-    rows = [line.split()[:3] for line in lines(sweep_table(sweep), 140)]
-    assert ["0", "a.txt", "plain"] in rows
-    assert ["0.5", "b.txt", "plain"] in rows
-    assert ["1", "b.txt", "failed"] in rows
+    rows = [line.split()[:3] for line in lines(sweep, 140)]
+    for row in (["0", "a.txt", "plain"], ["0.5", "b.txt", "plain"], ["1", "b.txt", "failed"]):
+        assert row in rows
     assert any(row[0] == "eagle3" for row in rows if row)
 
 
@@ -97,9 +95,7 @@ def test_sweep_names_settings_once_and_keeps_failed_cells(sweep):
     [(140, 3, True), (90, 1, True), (80, 2, False), (56, 0, False)],
 )
 def test_sweep_gives_up_intervals_then_domains(sweep, width, num_intervals, has_domains):
-    text = lines(sweep_table(sweep), width)
-    assert max(map(len, text)) <= width
-    assert not any("…" in line for line in text)
+    text = lines(sweep, width)
     row = next(line for line in text if line.strip().startswith("eagle3"))
     assert row.count("[") == num_intervals
     assert any("sea" in line for line in text) == has_domains
@@ -109,14 +105,12 @@ def test_sweep_gives_up_intervals_then_domains(sweep, width, num_intervals, has_
     assert second.endswith(" -") == has_domains
 
 
-@pytest.mark.parametrize("name", ["single-turn", "multi-turn", "long-context", "concurrent"])
+@pytest.mark.parametrize("name", SUITES)
 def test_suite_tables_hold_every_group_once(name):
     found = SuiteResults.read(made_runs.suite(name))
     first, waiting = ("\n".join(lines(table, 140)) for table in tables(found))
-    for text in (first, waiting):
-        assert max(map(len, text.splitlines())) <= 140
-        for group in found.groups:
-            assert text.count(group.name) == 1
+    for group in found.groups:
+        assert first.count(group.name) == waiting.count(group.name) == 1
     assert "power: not measured" in first
     assert "J/token" not in first
     assert "chunk gap" in waiting.replace("\n", " ")
@@ -126,12 +120,8 @@ def test_suite_tables_hold_every_group_once(name):
 def test_suite_tables_show_figures_of_results():
     content = made_runs.suite()
     arm = content["groups"][1]["arms"][2]
-    arm["load"] |= {
-        "tokens_per_s": 1234.0,
-        "user_speed_vs_plain": 1.75,
-        "user_speed_vs_plain_ci": [1.5, 2.0],
-        "jain_index": 0.875,
-    }
+    arm["load"] |= {"tokens_per_s": 1234.0, "jain_index": 0.875}
+    arm["load"] |= {"user_speed_vs_plain": 1.75, "user_speed_vs_plain_ci": [1.5, 2.0]}
     arm["memory"] |= {"cache_bytes": 77 * 2**20, "peak_device_bytes": 88 * 2**20}
     arm["power"] = {"energy_j": 5.0, "power_w": 60.0, "energy_j_per_token": 0.125}
     arm["ttft_s"] = {"p50": 0.0111, "p95": 0.0222, "p99": 0.0333}
@@ -146,16 +136,12 @@ def test_suite_tables_show_figures_of_results():
 
 def test_table_gives_values_and_intervals_as_data():
     columns = [Column("a", "a", 1), Column("b.c", "b\nc", 0, scale=1000), Column("d", "d")]
-    rows = [{"a": 0.123, "a_ci": (0.1, 0.2), "b": {"c": 0.5}}]
-    table = Table(id="t", caption="c", columns=columns, rows=rows)
+    table = Table("t", "c", [{"a": 0.123, "a_ci": (0.1, 0.2), "b": {"c": 0.5}}], columns)
     assert table.cells() == [["0.1 [0.1, 0.2]", "500", "-"]]
+    titles = {"a": "a", "b.c": "b c", "d": "d"}
     assert table.model_dump(mode="json") == {
         "id": "t",
         "caption": "c",
-        "columns": [
-            {"key": "a", "title": "a"},
-            {"key": "b.c", "title": "b c"},
-            {"key": "d", "title": "d"},
-        ],
+        "columns": [{"key": key, "title": title} for key, title in titles.items()],
         "rows": [{"a": 0.123, "a_ci": [0.1, 0.2], "b.c": 0.5, "d": None}],
     }
