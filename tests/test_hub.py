@@ -10,7 +10,7 @@ from specdec.bench.prompts import load_prompts
 from specdec.checkpoints import read_head
 from specdec.common.hub import find_path
 from specdec.data.dialogue import load_chat
-from specdec.data.sources import open_source
+from specdec.data.queries import open_source
 from specdec.targets.load import load_ends
 
 TARGET = tiny_target()

@@ -165,28 +165,22 @@ def _read_csv(name: str, file: IO[bytes], delimiter: str = ",") -> Iterator[Reco
     csv.field_size_limit(1 << 30)
     # Bytes that are no UTF-8 spoil their own row only.
     text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
-    rows = csv.reader(text, delimiter=delimiter, strict=True)
-    header: list[str] = []
+    rows = csv.DictReader(text, delimiter=delimiter, strict=True)
     while True:
         try:
             row = next(rows, None)
         except csv.Error as error:
-            yield Record(f"{name}:{rows.line_num}", "", f"no CSV: {error}")
+            yield Record(f"{name}:{rows.reader.line_num}", "", f"no CSV: {error}")
             continue
         if row is None:
             return
-        if not row or not header:
-            header = header or row
-            continue
-        where, shown, fault = f"{name}:{rows.line_num}", delimiter.join(row), ""
-        if len(row) != len(header):
-            fault = f"it has {len(row)} fields but the header has {len(header)}"
+        shown, fault = delimiter.join(map(str, row.values())), ""
+        if None in row or None in row.values():
+            fault = f"it must have {len(rows.fieldnames or ())} fields as the header has"
         elif re.search("[\udc80-\udcff]", shown):
             fault = "not UTF-8 text"
-        if fault:
-            yield Record(where, shown.encode(errors="replace").decode(), fault)
-        else:
-            yield Record(where, dict(zip(header, row, strict=True)))
+        shown = shown.encode(errors="replace").decode()
+        yield Record(f"{name}:{rows.reader.line_num}", shown if fault else row, fault)
 
 
 def _read_parquet(name: str, file: IO[bytes]) -> Iterator[Record]:

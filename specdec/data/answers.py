@@ -168,10 +168,7 @@ def load_answers(folder: Path) -> AnswersManifest:
     manifest = read_model(AnswersManifest, folder / MANIFEST)
     for split, counts in manifest.counts:
         path = folder / f"{split}.jsonl"
-        if not path.is_file():
-            raise FileNotFoundError(f"{str(path)!r} is missing; copy the folder again")
-        with path.open("rb") as lines:
-            found = sum(1 for _ in lines)
+        found = sum(1 for _ in path.open("rb")) if path.is_file() else 0
         if found != counts.rows:
             fix = f"{MANIFEST} counts {counts.rows}; give the command that made it again"
             raise ValueError(f"{str(path)!r} has {found} rows but {fix}")

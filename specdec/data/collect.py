@@ -34,8 +34,14 @@ from specdec.data.cleaning import (
     split_of,
 )
 from specdec.data.config import CollectSettings
-from specdec.data.queries import SPLITS, write_queries
-from specdec.data.sources import DataSetIdentity, FileIdentity, identify, open_source
+from specdec.data.queries import (
+    SPLITS,
+    DataSetIdentity,
+    FileIdentity,
+    identify,
+    open_source,
+    write_queries,
+)
 
 # In the order in which a record meets them.
 REASONS = {

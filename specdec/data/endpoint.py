@@ -113,20 +113,19 @@ class Endpoint:
             reply = await self.client.post(f"{self.url}/{path}", json=asked)
         except httpx.TransportError as error:
             raise Unavailable(f"{type(error).__name__} {error}".strip()) from error
-        status, text = reply.status_code, " ".join(reply.text.split())[:300]
         if reply.is_success:
             try:
                 content = reply.json()
             except ValueError as error:
                 # A proxy in front of a server that is going down answers with pages like that.
-                raise Unavailable(f"the answer is no JSON: {text!r:.100}") from error
+                raise Unavailable(f"the answer is no JSON: {_brief(reply)!r:.100}") from error
             if not isinstance(content, dict) or not content.get("choices"):
-                raise Refused(f"the answer holds no choices: {text!r}")
+                raise Refused(f"the answer holds no choices: {_brief(reply)!r}")
             return _reply(content)
         if "return_token_ids" in asked and "return_token_ids" in reply.text:
             self._asks_for_ids = False  # a server that takes no field it does not know
             return await self._post(path, body)
-        reason = f"HTTP {status}: {text}"
+        status, reason = reply.status_code, f"HTTP {reply.status_code}: {_brief(reply)}"
         if self._api_key:
             reason = reason.replace(self._api_key, "***")
         if status in _PASSING or status >= 500:
@@ -137,6 +136,10 @@ class Endpoint:
                 "with /v1), --model and the API key's environment variable"
             )
         raise Refused(reason)
+
+
+def _brief(reply: httpx.Response) -> str:
+    return " ".join(reply.text.split())[:300]
 
 
 def _wait_s(state: RetryCallState) -> float:

@@ -234,14 +234,13 @@ def fill_shard(
     show: Callable[[int], None],
 ) -> dict[str, Tensor]:
     """Make the tensors of a file, in batches that do not depend on other files."""
-    kept: list[dict[str, Tensor]] = [{}] * len(rows)
+    dtypes, kept = layout.dtypes, [dict[str, Tensor]()] * len(rows)
     for numbers in _batches([len(row.tokens) for row in rows], batch_tokens):
         batch = [rows[number] for number in numbers]
         for number, found in zip(numbers, _read(target, layout, batch), strict=True):
             # A copy: a view would keep the whole batch.
             kept[number] = {
-                name: values.to("cpu", layout.dtypes[name], copy=True)
-                for name, values in found.items()
+                name: values.to("cpu", dtypes[name], copy=True) for name, values in found.items()
             }
         show(sum(len(row.tokens) for row in batch))
     plain: dict[str, Sequence[Any]] = {
@@ -255,7 +254,7 @@ def fill_shard(
         name: torch.tensor(plain[name], dtype=dtype)
         if name in plain
         else torch.cat([found.pop(name) for found in kept])
-        for name, dtype in layout.dtypes.items()
+        for name, dtype in dtypes.items()
     }
 
 

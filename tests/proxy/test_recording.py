@@ -14,7 +14,7 @@ from fake_upstream import PATIENCE_S, answer, chat, content_of, delta, event, js
 from starlette.responses import Response, StreamingResponse
 
 from specdec.common.messages import NoQueryError, find_queries
-from specdec.data.sources import open_source
+from specdec.data.queries import open_source
 from specdec.proxy.records import Record
 
 DONE = event("[DONE]")
