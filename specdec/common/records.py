@@ -265,9 +265,8 @@ def load_split(name: str, arguments: Mapping[str, Any]) -> DataSetRecords:
         ) from error
     except Exception as error:  # the hub, the network and the file formats each raise their own
         reason = str(error).split("\n")[0]
-        raise FileNotFoundError(
-            f"{path} could not be read as a data set: {type(error).__name__}: {reason}"
-        ) from error
+        what = f"could not be read as a data set: {type(error).__name__}: {reason}"
+        raise FileNotFoundError(f"{path} {what}; check its name and the network") from error
     return choose_split(name, loaded, arguments.get("split"))
 
 

@@ -147,8 +147,7 @@ def collect(
     """Write the queries of the sources into a folder, with a card and a report."""
     begun, where = time.monotonic(), CodeProvenance(**code(_PACKAGES))
     restore(out)
-    given = {"form": settings.format, "split": settings.split, "subset": settings.subset}
-    sources = [open_source(name, **given, data_dir=data_dir) for name in names]
+    sources = [open_source(name, settings, data_dir) for name in names]
     reports = [
         SourceReport(
             name=_whole(source.name),

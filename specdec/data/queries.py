@@ -23,6 +23,7 @@ from specdec.common.records import (
     open_named,
     read_objects,
 )
+from specdec.data.config import CollectSettings
 
 SPLITS = ("train", "held_out")
 _SAVED_TO_DISK = ("dataset_dict.json", "state.json")
@@ -95,12 +96,7 @@ NAMED_SOURCES: dict[str, NamedSource] = {
 
 
 def open_source(
-    name: str,
-    *,
-    form: str | None = None,
-    split: str | None = None,
-    subset: str | None = None,
-    data_dir: Path | None = None,
+    name: str, settings: CollectSettings | None = None, data_dir: Path | None = None
 ) -> Source:
     """Find a source: a name of `NAMED_SOURCES`, else a file or folder, else a data set of the hub.
 
@@ -110,8 +106,11 @@ def open_source(
     if name in NAMED_SOURCES:
         return open_named(name, NAMED_SOURCES[name], data_dir)
     path = find_path(name, f"a file, a folder or one of {', '.join(NAMED_SOURCES)}")
+    settings = settings or CollectSettings()
+    form, split = settings.format, settings.split
     if isinstance(path, str):
-        return Source(name, [load_split(name, {"path": path, "name": subset, "split": split})])
+        given = {"path": path, "name": settings.subset, "split": split}
+        return Source(name, [load_split(name, given)])
     if path.is_file():
         return Source(name, [RecordFile(path, form)])
     if not path.is_dir():
