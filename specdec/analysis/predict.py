@@ -230,7 +230,7 @@ class Predictor:
         prompts: dict[tuple[int, ...], int] = {}
         self.prompt_of = [prompts.setdefault(tuple(t.prompt), len(prompts)) for t in texts]
         self.sampling, self.seed, self.rule = sampling, seed, rule
-        self._passes: dict[str, Evidence] = {}
+        self._passes: dict[str, tuple[int, int, Evidence | None]] = {}
         self._predicted: dict[str, Expected] = {}
 
     def predict(self, options: Mapping[str, Any]) -> Expected:
@@ -283,21 +283,18 @@ class Predictor:
     ) -> Evidence:
         """The pass behind the predictions of a drafter and of all its shapes, this one at least."""
         key = _key({k: v for k, v in options.items() if k not in drafter.shape_options.all})
-        depth, num_siblings = MIN_DEPTH, 1
+        depth, num_siblings = MIN_DEPTH, 1 if self.sampling.is_greedy else MIN_SIBLINGS
         if shape is not None and self.why_unknown(shape) is None:
             depth = max(depth, shape.tree.depth)
             if self.is_sampled(shape):
-                num_siblings = int(shape.tree.ranks.max()) + 1
-        known = self._passes.get(key)
-        # A drafter that is bound to fewer levels answers with all it has.
-        looked = max(known.depth, MIN_DEPTH) if known else 0
-        if known is None or depth > looked or num_siblings > known.accept.shape[3]:
-            if not self.sampling.is_greedy:
-                num_siblings = max(num_siblings, MIN_SIBLINGS)
-            self._passes[key] = gather_evidence(
-                self.target, drafter, self.texts, self.sampling, max(depth, looked), num_siblings
-            )
-        return self._passes[key]
+                num_siblings = max(num_siblings, int(shape.tree.ranks.max()) + 1)
+        # What was asked for, as a drafter that is bound to fewer levels answers with all it has.
+        looked, seen, known = self._passes.get(key, (0, 0, None))
+        if known is None or depth > looked or num_siblings > seen:
+            asked = max(depth, looked), max(num_siblings, seen)
+            known = gather_evidence(self.target, drafter, self.texts, self.sampling, *asked)
+            self._passes[key] = (*asked, known)
+        return known
 
 
 def _key(options: Mapping[str, Any]) -> str:

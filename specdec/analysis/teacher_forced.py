@@ -88,9 +88,12 @@ def gather_evidence(
     num_siblings: int = 1,
 ) -> Evidence:
     """Teacher-force target and drafter over texts, one after the other."""
-    rows: list[list[dict[str, Tensor]]] = []
+    size = (len(texts), max(1, *(len(text.tokens) - 1 for text in texts)), depth)
+    names = [name for name in Evidence.__annotations__ if not name.endswith("_tokens")]
+    arrays: dict[str, Array] = {n: np.zeros(size, _DTYPES.get(n, np.float32)) for n in names}
+    arrays["accept"] = np.zeros((*size, num_siblings), np.float32)
+    deepest = 1
     for index, text in enumerate(texts):
-        rows.append([])
         if len(text.tokens) < 2:
             continue  # a text of one token, which prefill emits, has no step
         given, first = [*text.prompt, *text.tokens[:-1]], len(text.prompt)
@@ -103,21 +106,14 @@ def gather_evidence(
         for level, logits in enumerate(guesses):
             refuse_not_finite("drafter", logits, index, may_ban=True)
             pair = (logits, reading.logits[level:])
-            rows[-1].append(_compare(*pair, emitted[level:], sampler, num_siblings))
-    size = (len(texts), max(1, *(len(text.tokens) - 1 for text in texts)), max(1, *map(len, rows)))
-    names = [name for name in Evidence.__annotations__ if not name.endswith("_tokens")]
-    arrays: dict[str, Array] = {
-        name: np.zeros(size, _DTYPES.get(name, np.float32)) for name in names
-    }
-    arrays["accept"] = np.zeros((*size, num_siblings), np.float32)
-    for row, levels in enumerate(rows):
-        for level, found in enumerate(levels):
-            for name, values in found.items():
-                arrays[name][row, : len(values), level] = values.numpy()
+            facts = _compare(*pair, emitted[level:], sampler, num_siblings)
+            for name, values in facts.items():
+                arrays[name][index, : len(values), level] = values.numpy()
+            deepest = max(deepest, level + 1)
     return Evidence(
         np.array([len(text.tokens) for text in texts]),
         np.array([text.max_tokens for text in texts]),
-        **arrays,
+        **{name: array[:, :, :deepest] for name, array in arrays.items()},
     )
 
 

@@ -4,8 +4,6 @@ Shares no formula with `specdec.analysis`: a step's law comes from the enumerato
 """
 
 import random
-from collections import defaultdict
-from itertools import product
 
 import numpy as np
 import torch
@@ -119,36 +117,22 @@ class ToyLoop:
                     total += chance * share * np.array(rest)
         return total
 
-    def _drafts(self, context, budget):
-        """(probability, tokens) of every draft of at most `budget` nodes."""
-        if self.shape.children == "top":
-            yield 1.0, self._chosen(context, budget)
-            return
-        merged = defaultdict(float)
-        for tokens in product(range(VOCAB), repeat=budget):
-            chance, kept = 1.0, self._kept(context, tokens)
-            for node in range(kept):
-                chance *= self._law(context, tokens, node)[tokens[node]]
-            # Drafts that a threshold cuts to the same tokens are one draft.
-            merged[tokens[:kept]] = chance
-        yield from ((chance, tokens) for tokens, chance in merged.items() if chance)
-
-    def _kept(self, context, tokens):
-        survival = 1.0
-        for node in range(len(tokens)):
-            if self.shape.threshold:
-                survival *= max(draft_law((*context, *tokens[:node]), node))
-                if survival < self.shape.threshold:
-                    return node
-        return len(tokens)
-
-    def _chosen(self, context, budget):
-        tokens = []
-        for node in range(budget):
+    def _drafts(self, context, budget, tokens=(), survival=1.0):
+        """(probability, tokens) of every draft of at most `budget` nodes that begins so."""
+        node = len(tokens)
+        if node < budget:
             probs = draft_law(*self._place(context, tokens, node))
+            survival *= max(probs)
+        if node == budget or survival < self.shape.threshold:
+            yield 1.0, tokens
+            return
+        chances = self.process(probs)
+        if self.shape.children == "top":
             order = sorted(range(VOCAB), key=lambda token: -probs[token])
-            tokens.append(order[self.ranks[node]])
-        return tuple(tokens)
+            chances = [float(token == order[self.ranks[node]]) for token in range(VOCAB)]
+        for token in filter(chances.__getitem__, range(VOCAB)):
+            for rest, whole in self._drafts(context, budget, (*tokens, token), survival):
+                yield chances[token] * rest, whole
 
     def _place(self, context, tokens, node):
         """The context of a node's law, and its depth."""
@@ -158,15 +142,13 @@ class ToyLoop:
             above = self.parents[above]
         return (*context, *reversed(path)), len(path)
 
-    def _law(self, context, tokens, node):
-        return self.process(draft_law(*self._place(context, tokens, node)))
-
     def _step(self, context, tokens):
-        parents = self.parents[: len(tokens)]
-        rows = [self.process(law("p", context))]
-        for node in range(len(tokens)):
-            above, _ = self._place(context, tokens, node)
-            rows.append(self.process(law("p", (*above, tokens[node]))))
-        laws = [self._law(context, tokens, node) for node in range(len(tokens))]
+        places = [self._place(context, tokens, node) for node in range(len(tokens))]
+        behind = [
+            context,
+            *((*place[0], token) for place, token in zip(places, tokens, strict=True)),
+        ]
+        rows = [self.process(law("p", each)) for each in behind]
+        laws = [self.process(draft_law(*place)) for place in places]
         laws = None if self.shape.children == "top" else laws
-        return enumerate_law("token", rows, laws, tokens, parents)
+        return enumerate_law("token", rows, laws, tokens, self.parents[: len(tokens)])
