@@ -127,7 +127,7 @@ def _completed(found: HeadCheckpoint, known: Description, where: str) -> HeadChe
             told, seen = (getattr(each.target, size, None) for each in (known, found))
             yield f"target.{size}", told or seen, seen or told
         heads = head_of(whole, where), head_of(replace(whole, options=found.options), where)
-        ours, theirs = (dict(flat(head.options.model_dump())) for head in heads)
+        ours, theirs = (dict(flat(head.options.model_dump(warnings=False))) for head in heads)
         for name, value in theirs.items():
             yield name, ours.get(name), value
 

@@ -33,8 +33,7 @@ from specdec.data.feature_store import (
 )
 from specdec.data.queries import SPLITS
 from specdec.registry import head_class, head_kinds
-from specdec.targets.hf import HFTarget
-from specdec.targets.load import TargetEnds
+from specdec.targets.hf import HFTarget, TargetEnds
 
 _MIB = 2**20
 # A header names a handful of tensors; this is more than it ever has.

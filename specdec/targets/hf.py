@@ -24,7 +24,23 @@ PREFILL_CHUNK = 1024
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
-class HFTarget:
+class TargetEnds:
+    """A transformers causal LM as code sees it that builds heads for it and never runs it.
+
+    Weights other than those of its embedding and its vocabulary projection may be on the meta
+    device.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.config = model.config.get_text_config()
+        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+        self.max_context_len = max_context_len(self.config)
+        self.eos_token_ids = eos_token_ids(model)
+
+
+class HFTarget(TargetEnds):
     """A transformers causal LM with a `SlotCache`.
 
     Args:
@@ -45,14 +61,9 @@ class HFTarget:
             raise TypeError(
                 f"model is a {type(model).__name__} but must be a transformers causal LM"
             )
-        self.config = model.config.get_text_config()
-        _refuse_what_cannot_roll_back(model, self.config)
-        self.model, self.tokenizer = model, tokenizer
-        self.device: torch.device = model.device
+        _refuse_what_cannot_roll_back(model, model.config.get_text_config())
+        super().__init__(model, tokenizer)
         self.clock = ForwardClock(self.device)
-        self.vocab_size: int = head().weight.shape[0]
-        self.max_context_len = max_context_len(self.config)
-        self.eos_token_ids = eos_token_ids(model)
         # "eager" attention adds its mask to the scores, so it needs the dtype of the activations.
         is_eager = getattr(self.config, "_attn_implementation", None) == "eager"
         mask_dtype = model.get_input_embeddings().weight.dtype if is_eager else None

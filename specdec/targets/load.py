@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from threading import RLock
@@ -17,7 +16,7 @@ from specdec.common.files import first_line, read_json
 from specdec.common.hub import find_checkpoint
 from specdec.demo import demo_path
 from specdec.engine.scheduler import is_out_of_memory
-from specdec.targets.hf import HFTarget, eos_token_ids, max_context_len
+from specdec.targets.hf import HFTarget, TargetEnds
 
 QUANTIZATIONS = ("8bit", "4bit")
 _WEIGHTS = "model.safetensors"
@@ -248,23 +247,6 @@ def _does_not_fit(path: str, device: torch.device) -> Exception:
     )
 
 
-@dataclass(frozen=True, eq=False)
-class TargetEnds:
-    """A target that cannot run, for code that only builds heads for it.
-
-    Its attributes mean what they mean in `HFTarget`. All weights of its model but those of its
-    embedding and its vocabulary projection are on the meta device.
-    """
-
-    model: Any
-    tokenizer: Any
-    config: Any
-    device: torch.device
-    vocab_size: int
-    max_context_len: int
-    eos_token_ids: tuple[int, ...]
-
-
 def load_ends(
     path: str,
     *,
@@ -322,15 +304,8 @@ def load_ends(
         setattr(module, part, nn.Parameter(stored.to(chosen, wanted)))
     if is_tied:
         projection.weight = embedding.weight
-    return TargetEnds(
-        model.eval().requires_grad_(False),
-        load_tokenizer(where, revision, trust_remote_code=False),
-        text_config,
-        embedding.weight.device,
-        len(projection.weight),
-        max_context_len(text_config),
-        eos_token_ids(model),
-    )
+    tokenizer = load_tokenizer(where, revision, trust_remote_code=False)
+    return TargetEnds(model.eval().requires_grad_(False), tokenizer)
 
 
 def _read_stored(
