@@ -106,7 +106,7 @@ def open_source(
     if name in NAMED_SOURCES:
         return open_named(name, NAMED_SOURCES[name], data_dir)
     path = find_path(name, f"a file, a folder or one of {', '.join(NAMED_SOURCES)}")
-    settings = settings or CollectSettings()
+    settings = settings or validated(CollectSettings, {})
     form, split = settings.format, settings.split
     if isinstance(path, str):
         given = {"path": path, "name": settings.subset, "split": split}
