@@ -66,8 +66,7 @@ class Record(Config):
         ge=0, description="seconds from the request's head to the end of the answer"
     )
     ttft_s: float | None = Field(
-        ge=0,
-        description="seconds from the request's head to the first text of a stream",
+        ge=0, description="seconds from the request's head to the first text of a stream"
     )
 
 

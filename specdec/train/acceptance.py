@@ -191,9 +191,7 @@ class ParityGate:
 
     @torch.no_grad()
     def predict(
-        self,
-        trainee: Trainee,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        self, trainee: Trainee, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     ) -> Steps:
         """Walk the steps of a drafter in memory, by teacher forcing."""
         rows = [

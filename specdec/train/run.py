@@ -129,10 +129,7 @@ def _identity(config: TrainConfig, materials: Materials, num_processes: int) -> 
 
 
 def _results(
-    trainer: Any,
-    materials: Materials,
-    vocabulary: DraftVocabulary | None,
-    drafter: dict[str, Any],
+    trainer: Any, materials: Materials, vocabulary: DraftVocabulary | None, drafter: dict[str, Any]
 ) -> TrainResults:
     """Sum a run up; "parity" is to be filled in."""
     plan, steps, split = trainer.plan, trainer.state.global_step, materials.split

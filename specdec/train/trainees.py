@@ -11,13 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from specdec.checkpoints import (
-    HeadCheckpoint,
-    TargetIdentity,
-    check_target,
-    read_head,
-    write_head,
-)
+from specdec.checkpoints import HeadCheckpoint, TargetIdentity, check_target, read_head, write_head
 from specdec.common.config import Config, validated
 from specdec.common.files import write_json
 from specdec.demo import demo_path
@@ -71,13 +65,12 @@ class HeadTrainee(_Trainee):
             raise ValueError(
                 f"config loss.{name} is no option of the {kind} loss; known: {', '.join(known)}"
             )
-        last = identity.num_layers
-        for tap in head.taps:
-            if not isinstance(tap, int) or tap < 0 or (last is not None and tap > last):
-                raise ValueError(
-                    f"the head reads hidden_states[{tap}] but the target has only 0 to {last}; set "
-                    "drafter.options.taps to some of these"
-                )
+        last, highest = identity.num_layers, max(head.taps, default=0)
+        if last is not None and highest > last:
+            raise ValueError(
+                f"the head reads hidden_states[{highest}] but the target has only 0 to {last}; set "
+                "drafter.options.taps to some of these"
+            )
         super().__init__(kind, head, loss_options)
         self.taps, self.max_depth, self.identity = tuple(head.taps), head.max_depth, identity
         self.candidates, self.guesses = head.candidates, head.guesses

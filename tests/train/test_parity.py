@@ -83,10 +83,7 @@ def both(trainee, target, folder, shape=CHAIN, break_it=lambda folder: None, **c
 @pytest.mark.parametrize("eos", [(), (1,)], ids=["length", "eos"])
 @pytest.mark.parametrize(
     ("kind", "options", "shape"),
-    [
-        *[(*each, CHAIN) for each in HEADS],
-        *[(*each, BRANCHES) for each in HEADS[:3]],
-    ],
+    [*[(*each, CHAIN) for each in HEADS], *[(*each, BRANCHES) for each in HEADS[:3]]],
 )
 def test_head_accepts_exactly_what_is_predicted(tmp_path, kind, options, shape, eos):
     target = few_tokens(eos)
