@@ -173,7 +173,8 @@ def _plain(node: Any) -> Any:
     """Make texts, and lists of mappings whose keys are places."""
     if isinstance(node, StringIO):
         return node.getvalue()
-    found = {key: _plain(each) for key, each in node.items()}
+    parts = {key: _plain(each) for key, each in node.items()}
+    found = {key: part for key, part in parts.items() if part != {}}  # of which nothing was said
     is_list = found and all(isinstance(key, int) for key in found)
     return [found[place] for place in sorted(found)] if is_list else found
 
