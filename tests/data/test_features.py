@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import edit_weights, save_tokenizer
+from model_matrix import HEAD, SHAPE
 from tiny_features import (
     contents,
     extract,
@@ -170,31 +171,28 @@ def test_options_that_cannot_work_are_refused(tmp_path, options, message):
 
 def test_folder_of_another_store_is_refused(tmp_path):
     make_store(tmp_path, tiny_target())
-    for change, message in (
-        ({"top_k": 9}, "layout.top_k is 8 there, not 9"),
-        ({"dtype": "float32"}, "layout.dtype is 'bf16' there, not 'float32'"),
-        ({"batch_tokens": 64}, "settings.batch_tokens is 4096 there, not 64"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            make_store(tmp_path, tiny_target(), **change)
-    with pytest.raises(ValueError, match=r"ends is .* there"):
-        make_store(tmp_path, tiny_target(seed=1))
-    body = tiny_target()
+    body, rows = tiny_target(), random_rows()
     body.model.model.layers[0].mlp.down_proj.weight.data.neg_()
-    with pytest.raises(ValueError, match="another target: weights was"):
-        make_store(tmp_path, body)
-    shutil.rmtree(tmp_path / "answers")
-    rows = random_rows()
     rows[3]["domain"] = "another"
-    with pytest.raises(ValueError, match="rows is"):
-        make_store(tmp_path, tiny_target(), rows=rows)
+    for target, change, message in (
+        (tiny_target(), {"top_k": 9}, "layout.top_k is 8 there, not 9"),
+        (tiny_target(), {"dtype": "float32"}, "layout.dtype is 'bf16' there, not 'float32'"),
+        (tiny_target(), {"batch_tokens": 64}, "settings.batch_tokens is 4096 there, not 64"),
+        (tiny_target(seed=1), {}, r"ends is .* there"),
+        (body, {}, "another target: weights was"),
+        (tiny_target(), {"rows": rows}, "rows is"),
+    ):
+        if "rows" in change:
+            shutil.rmtree(tmp_path / "answers")
+        with pytest.raises(ValueError, match=message):
+            make_store(tmp_path, target, **change)
 
 
 def test_answers_of_another_target_are_refused(tmp_path):
     path = write_folder(tmp_path / "answers", random_rows())
     manifest = json.loads((path / "answers.json").read_text())
-    manifest["target"] |= {"name": "other", "weights": "0" * 64}
-    (path / "answers.json").write_text(json.dumps(manifest))
+    other = manifest["target"] | {"name": "other", "weights": "0" * 64}
+    (path / "answers.json").write_text(json.dumps({**manifest, "target": other}))
     with pytest.raises(ValueError, match="written by target 'other'"):
         feature_plan(path, tiny_target())
 
@@ -210,18 +208,8 @@ def test_states_that_are_not_finite_name_the_row(tmp_path):
 def test_logits_beyond_the_projection_are_not_left_out(tmp_path):
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    config = Gemma2Config(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=64,
-        final_logit_softcapping=0.5,
-    )
-    target = HFTarget(Gemma2ForCausalLM(config).eval())
+    sizes = SHAPE | HEAD | {"vocab_size": 97, "final_logit_softcapping": 0.5}
+    target = HFTarget(Gemma2ForCausalLM(Gemma2Config(**sizes)).eval())
     path = write_folder(tmp_path / "answers", random_rows())
     with pytest.raises(ValueError, match="does more to its logits"):
         extract(path, target, tmp_path / "store", taps="eagle", top_k=0)
