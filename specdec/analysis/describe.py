@@ -8,27 +8,13 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
+from specdec.analysis import results
 from specdec.analysis.predict import (
     Expected,
     Predictor,
     coverage,
     first_acceptance,
     ratio_interval,
-)
-from specdec.analysis.results import (
-    Calibration,
-    CalibrationBin,
-    ChainFigures,
-    ConfiguredFigures,
-    Counterfactuals,
-    DrafterAnalysis,
-    EntropyBin,
-    HardContext,
-    PositionBin,
-    ThresholdFigures,
-    TokenClass,
-    TokenClassBin,
-    TreeFigures,
 )
 from specdec.analysis.teacher_forced import CHUNK, Array, Evidence, refuse_not_finite
 from specdec.analysis.texts import Text
@@ -45,7 +31,7 @@ THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 NUM_CONTEXTS, NUM_BEFORE = 20, 32
 NUM_BINS = 10
 ENTROPY_EDGES = (0.0, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # nats
-CLASSES: tuple[TokenClass, ...] = get_args(TokenClass)
+CLASSES: tuple[results.TokenClass, ...] = get_args(results.TokenClass)
 _WORD_MARKS = ("Ġ", "▁", " ")
 # One row a text, one column a step that might start there, as in `Evidence`: the target's entropy
 # in nats at temperature 1, and the class of the token that came; -1 is none.
@@ -54,7 +40,7 @@ Facts = tuple[Array, Array]
 
 def describe(
     predictor: Predictor, facts: Facts, name: str, options: Mapping[str, Any]
-) -> tuple[DrafterAnalysis, Evidence | None]:
+) -> tuple[results.DrafterAnalysis, Evidence | None]:
     """Analyze a drafter; a replayed one leaves no evidence."""
     drafter: Any = load_drafter(options, predictor.target)
     inner = {key: value for key, value in options.items() if key != "type"}
@@ -65,7 +51,9 @@ def describe(
         text, step, taken = np.array(notes.starts, np.int64).reshape(-1, 3).T
         configured |= _by_place(facts, text, step, taken, None)
         calibration = reliability(np.array(notes.confidence), np.array(notes.taken, bool))
-        return DrafterAnalysis(**head, **configured, method="replay", calibration=calibration), None
+        return results.DrafterAnalysis(
+            **head, **configured, method="replay", calibration=calibration
+        ), None
     shape: FixedShape | None = drafter.fixed_shape
     evidence = predictor.evidence(options, drafter, shape)
     try:
@@ -82,7 +70,7 @@ def describe(
     if predictor.why_unknown(first) is None:
         sampled = predictor.is_sampled(first)
         accepted = first_acceptance(evidence, first, sampled=sampled)[rows, steps]
-    found = DrafterAnalysis(
+    found = results.DrafterAnalysis(
         **head,
         **configured,
         **_by_place(facts, rows, steps, accepted, overlaps[rows, steps]),
@@ -99,7 +87,7 @@ def describe(
 
 
 def _configured(expected: Expected) -> dict[str, Any]:
-    figures = ConfiguredFigures(
+    figures = results.ConfiguredFigures(
         **expected.figures(),
         tokens=expected.tokens,
         steps=expected.steps,
@@ -121,7 +109,7 @@ def _counterfactuals(
     drafter: Any,
     evidence: Evidence,
     table: Sequence[Sequence[float]],
-) -> Counterfactuals:
+) -> results.Counterfactuals:
     """Expectations for other shapes, as far as the drafter has an option for them.
 
     Chains are left out where the acceptance of the drafter's chains is not worked out.
@@ -132,15 +120,17 @@ def _counterfactuals(
     def figures(shape: FixedShape) -> dict[str, Any]:
         return predictor.expect(options, drafter, shape).figures()
 
-    found = Counterfactuals()
+    found = results.Counterfactuals()
     if predictor.why_unknown(_chain(1, children)) is None:
         shown = "top" if predictor.sampling.is_greedy else children
         found.chains = [
-            ChainFigures(length=length, children=shown, **figures(_chain(length, children)))
+            results.ChainFigures(length=length, children=shown, **figures(_chain(length, children)))
             for length in range(1, depth + 1)
         ]
         found.thresholds = [
-            ThresholdFigures(threshold=t, length=depth, **figures(_chain(depth, children, t)))
+            results.ThresholdFigures(
+                threshold=t, length=depth, **figures(_chain(depth, children, t))
+            )
             for t in (THRESHOLDS if "confidence_threshold" in known else ())
         ]
     for num_nodes in TREE_SIZES if table and "choices" in known else ():
@@ -148,7 +138,7 @@ def _counterfactuals(
         if len(choices) < num_nodes:
             break
         found.trees.append(
-            TreeFigures(
+            results.TreeFigures(
                 nodes=num_nodes,
                 depth=max(map(len, choices)),
                 choices=[list(path) for path in choices],
@@ -161,7 +151,7 @@ def _counterfactuals(
 
 def hardest_contexts(
     evidence: Evidence, texts: Sequence[Text], tokenizer: Any
-) -> list[HardContext]:
+) -> list[results.HardContext]:
     """The places of lowest overlap; among equals, those where the text's token surprised it most.
 
     Places where the drafter's likeliest token is the text's are left out.
@@ -179,7 +169,7 @@ def hardest_contexts(
     for row, step in np.stack([rows, steps], 1)[order[:NUM_CONTEXTS]].tolist():
         text, position = texts[row], step + 1
         found.append(
-            HardContext(
+            results.HardContext(
                 prompt=row,
                 position=position,
                 before=said([*text.prompt, *text.tokens[:position]][-NUM_BEFORE:]),
@@ -217,7 +207,7 @@ class _Notes:
                 self.taken.append(node in path)
 
 
-def reliability(confidence: Array, taken: Array) -> Calibration | None:
+def reliability(confidence: Array, taken: Array) -> results.Calibration | None:
     """Bins of equal width over [0, 1], and the expected calibration error.
 
     Source: Guo et al. 2017, arXiv 1706.04599, equation 3.
@@ -232,7 +222,7 @@ def reliability(confidence: Array, taken: Array) -> Calibration | None:
         if shown is not None and worth is not None:
             error += inside.mean() * abs(shown - worth)
         bins.append(
-            CalibrationBin(
+            results.CalibrationBin(
                 low=index / NUM_BINS,
                 high=(index + 1) / NUM_BINS,
                 count=int(inside.sum()),
@@ -240,7 +230,7 @@ def reliability(confidence: Array, taken: Array) -> Calibration | None:
                 acceptance=worth,
             )
         )
-    return Calibration(bins=bins, ece=error)
+    return results.Calibration(bins=bins, ece=error)
 
 
 def _chain_confidence(evidence: Evidence, depth: int) -> tuple[Array, Array]:
@@ -287,7 +277,7 @@ def classify(tokens: Sequence[int], tokenizer: Any) -> list[int]:
     return found
 
 
-def _class(said: str, starts_word: bool) -> TokenClass:
+def _class(said: str, starts_word: bool) -> results.TokenClass:
     core = said.strip()
     if not core:
         return "newline" if "\n" in said else "space" if said else "other"
@@ -317,7 +307,7 @@ def _by_place(
     doubling = [2**n for n in range(int(max(place, default=0)).bit_length() + 1)]
     return {
         "entropy_bins": [
-            EntropyBin(
+            results.EntropyBin(
                 low=low,
                 high=high if high < np.inf else None,
                 **figures((entropy >= low) & (entropy < high)),
@@ -325,12 +315,12 @@ def _by_place(
             for low, high in pairwise([*ENTROPY_EDGES, np.inf])
         ],
         "token_classes": [
-            TokenClassBin(name=name, **figures(classes == index))
+            results.TokenClassBin(name=name, **figures(classes == index))
             for index, name in enumerate(CLASSES)
             if (classes == index).any()
         ],
         "positions": [
-            PositionBin(low=low, high=high, **figures((place >= low) & (place < high)))
+            results.PositionBin(low=low, high=high, **figures((place >= low) & (place < high)))
             for low, high in pairwise(doubling)
         ],
     }

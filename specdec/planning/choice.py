@@ -28,13 +28,11 @@ class Forecast:
 
     Attributes:
         predict: acceptance of a drafter's options, which remembers what it was asked.
-        context: tokens in the cache, the mean over the workload.
         seed: seed of the bootstrap.
     """
 
     costs: Costs
     predict: Callable[[Mapping[str, Any]], Expected]
-    context: float
     seed: int = 0
 
     def expected(self, candidate: Candidate) -> Expected:
@@ -44,7 +42,7 @@ class Forecast:
         """Total seconds of plain decoding over the candidate's own, all prompts together."""
         expected, plain = self.expected(candidate), self.costs.plain[batch_size]
         sizes = _sizes(candidate, expected, batch_size)
-        step, error = self.costs.step(candidate, batch_size, sizes, self.context)
+        step, error = self.costs.step(candidate, batch_size, sizes)
         ratio = float(plain.sum() / step.sum())
         return Configuration(
             name=candidate.name,
@@ -71,7 +69,7 @@ class Forecast:
         if batch_size == 1:
             share = min(1.0, expected.nodes_per_step / larger.shape.nodes)
         sizes = _between(share * candidate.shape.nodes, 0.0)
-        step, _ = self.costs.step(candidate, batch_size, sizes, self.context)
+        step, _ = self.costs.step(candidate, batch_size, sizes)
         return float(expected.tau * self.costs.plain[batch_size].sum() / step.sum())
 
     def _interval(self, expected: Expected, ratio: float, error: float) -> Interval:
@@ -177,7 +175,7 @@ def schedule(
         for cut in candidate.cuts():
             shared = forecast(cut, size).model_dump(include=set(ScheduledLength.model_fields))
             row.append(ScheduledLength(nodes=cut.shape.nodes, **shared))
-            step = forecast.costs.full_step(cut, size, forecast.context)
+            step = forecast.costs.full_step(cut, size)
             whole_s[cut.shape.nodes] = float(step.sum())
         # The choice of a plan was timed as it is, and has beaten its cuts already.
         best = row[-1] if row[-1].is_timed else max(row, key=lambda each: each.predicted_speedup)

@@ -12,22 +12,10 @@ from scipy.optimize import nnls
 from scipy.stats import trim_mean
 
 from specdec.drafters.base import DraftShape
+from specdec.planning import results
 from specdec.planning.candidates import Candidate
 from specdec.planning.measure import TimedRun
-from specdec.planning.results import (
-    Array,
-    DrafterFit,
-    ForwardFit,
-    ForwardPoint,
-    LinearCost,
-    MeasuredCosts,
-    PartTime,
-    PiecewiseLinear,
-    PlainStep,
-    Residuals,
-    StepPoint,
-    bent,
-)
+from specdec.planning.results import Array, bent
 
 # Drafted nodes of a step and how often: {nodes: share}.
 Sizes = Mapping[int, float]
@@ -44,21 +32,21 @@ FEATURES = {
 
 
 class Costs:
-    """All that was measured, as one function of drafter, shape, batch and context.
+    """All that was measured, as one function of drafter, shape and batch at a mean context.
 
     Attributes:
         measured: measurements and fits as a plan holds them.
         plain: the mean step of plain decoding by batch size.
     """
 
-    def __init__(self, cells: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, cells: Sequence[Mapping[str, Any]], context: float) -> None:
         points = _forward_points(cells)
         if not points:
             raise ValueError(
                 "no target forward was timed, nothing fitted into memory; use a smaller target, "
                 "dtype or batch"
             )
-        self.measured = MeasuredCosts(
+        self.measured = results.MeasuredCosts(
             points=points,
             skipped=sorted({cell["skipped"] for cell in cells if "skipped" in cell}),
             forward={
@@ -67,8 +55,9 @@ class Costs:
             plain={},
             drafters=[],
         )
+        self._context = context
         self.plain: dict[int, Array] = {}
-        self._fits: dict[tuple[str, int], DrafterFit] = {}
+        self._fits: dict[tuple[str, int], results.DrafterFit] = {}
         self._given: dict[tuple[str, int], Array] = {}
         self._timed: dict[tuple[str, int], tuple[Array, float]] = {}
 
@@ -89,7 +78,7 @@ class Costs:
         mean = trim_mean(np.concatenate([run.at(common_s) for run in plain])[:, 2:], TRIMMED)
         ms = to_ms(mean)
         self.plain[batch_size] = mean
-        self.measured.plain[batch_size] = PlainStep(
+        self.measured.plain[batch_size] = results.PlainStep(
             **{f"{part}_ms": ms[part] for part in ("target", "other", "wall")},
             relative_error=float(moments.std() / moments.mean() / len(moments) ** 0.5),
         )
@@ -112,7 +101,7 @@ class Costs:
 
     def _fit(
         self, name: str, batch_size: int, groups: Mapping[tuple[DraftShape, int], list[Array]]
-    ) -> DrafterFit:
+    ) -> results.DrafterFit:
         tables, counts = (
             [np.array(steps) for steps in groups.values()],
             [*map(len, groups.values())],
@@ -133,16 +122,16 @@ class Costs:
         for place, (shape, nodes) in enumerate(groups):
             ours, theirs = to_ms(times[place]), to_ms(fitted[place])
             point: dict[str, Any] = {"shape": shape, "nodes": nodes, "steps": counts[place]}
-            point |= {p: PartTime(measured_ms=ours[p], fitted_ms=theirs[p]) for p in ours}
-            points.append(StepPoint(context=round(contexts[place], 1), **point))
+            point |= {p: results.PartTime(measured_ms=ours[p], fitted_ms=theirs[p]) for p in ours}
+            points.append(results.StepPoint(context=round(contexts[place], 1), **point))
         isolated = np.array([row["target"][0] for row in rows])
-        return DrafterFit(
+        return results.DrafterFit(
             drafter=name,
             batch_size=batch_size,
             points=points,
             loop_over_isolated_forward=float(np.median(times[:, 1] / isolated)),
             **fits,
-            residuals=Residuals.of(walls, fitted.sum(1), counts),
+            residuals=results.Residuals.of(walls, fitted.sum(1), counts),
         )
 
     def time(self, batch_size: int, runs: Sequence[TimedRun]) -> None:
@@ -171,9 +160,7 @@ class Costs:
     def is_timed(self, candidate: Candidate, batch_size: int) -> bool:
         return (candidate.key, batch_size) in self._timed
 
-    def step(
-        self, candidate: Candidate, batch_size: int, sizes: Sizes, context: float
-    ) -> tuple[Array, float]:
+    def step(self, candidate: Candidate, batch_size: int, sizes: Sizes) -> tuple[Array, float]:
         """The mean step of a candidate whose drafts have these sizes: its own, if it was timed.
 
         With it comes its relative error against plain's step, one standard deviation.
@@ -185,24 +172,24 @@ class Costs:
         elif key in self._given:
             step = self._given[key]
         else:
-            step = self._fitted(candidate, batch_size, sizes, context)
+            step = self._fitted(candidate, batch_size, sizes)
         return step, float(np.hypot(error, self.measured.plain[batch_size].relative_error))
 
-    def full_step(self, candidate: Candidate, batch_size: int, context: float) -> Array:
+    def full_step(self, candidate: Candidate, batch_size: int) -> Array:
         """A step that drafts all the nodes of a candidate, by the fits wherever there are some.
 
         A finalist and its cuts are then timed by one ruler; and where drafts vary, what was timed
         is a mean over steps that mostly drafted fewer.
         """
-        asked = (candidate, batch_size, {candidate.shape.nodes: 1.0}, context)
+        asked = (candidate, batch_size, {candidate.shape.nodes: 1.0})
         is_mean = candidate.varies or self.is_timed(candidate, batch_size)
         return self._fitted(*asked) if is_mean else self.step(*asked)[0]
 
-    def _fitted(self, candidate: Candidate, batch_size: int, sizes: Sizes, context: float) -> Array:
+    def _fitted(self, candidate: Candidate, batch_size: int, sizes: Sizes) -> Array:
         fit = self._fits[candidate.drafter, batch_size]
         step = np.zeros(3)
         for nodes, share in sizes.items():
-            features = self._features(candidate.shape, nodes, batch_size, context)
+            features = self._features(candidate.shape, nodes, batch_size, self._context)
             step += share * np.array([getattr(fit, part)(row) for part, row in features.items()])
         return step
 
@@ -243,7 +230,7 @@ def _log_wall(runs: Sequence[TimedRun], number: int) -> float:
     return float(np.log(np.median(means))) if means else np.nan
 
 
-def _forward_points(cells: Sequence[Mapping[str, Any]]) -> list[ForwardPoint]:
+def _forward_points(cells: Sequence[Mapping[str, Any]]) -> list[results.ForwardPoint]:
     """Medians over the repeats of cells as `Measurements.forwards` gives them."""
     found: dict[tuple[int, int, int, bool], list[float]] = {}
     for cell, kind in itertools.product(cells, ("chain", "tree")):
@@ -254,7 +241,7 @@ def _forward_points(cells: Sequence[Mapping[str, Any]]) -> list[ForwardPoint]:
     for (batch_size, new_tokens, context, is_tree), times in sorted(found.items()):
         low, middle, high = np.quantile(times, [0.25, 0.5, 0.75]).tolist()
         points.append(
-            ForwardPoint(
+            results.ForwardPoint(
                 batch_size=batch_size,
                 new_tokens=new_tokens,
                 context=context,
@@ -267,7 +254,7 @@ def _forward_points(cells: Sequence[Mapping[str, Any]]) -> list[ForwardPoint]:
     return points
 
 
-def _fit_forward(points: Sequence[ForwardPoint], batch_size: int) -> ForwardFit:
+def _fit_forward(points: Sequence[results.ForwardPoint], batch_size: int) -> results.ForwardFit:
     own = [point for point in points if point.batch_size == batch_size]
     chains, trees = (
         [(p.new_tokens, p.context, p.median_s) for p in own if p.is_tree == is_tree]
@@ -278,12 +265,12 @@ def _fit_forward(points: Sequence[ForwardPoint], batch_size: int) -> ForwardFit:
         rows = [(1.0, tokens) for tokens, _, _ in trees]
         extra = [seconds - chain(tokens, context) for tokens, context, seconds in trees]
         tree = fit_linear(("tree", "token"), rows, extra, [seconds for *_, seconds in trees])
-    return ForwardFit(chain=chain, tree_extra=tree)
+    return results.ForwardFit(chain=chain, tree_extra=tree)
 
 
 def fit_piecewise(
     new_tokens: Sequence[float], context: Sequence[float], seconds: Sequence[float]
-) -> PiecewiseLinear:
+) -> results.PiecewiseLinear:
     """Fit relative errors by least squares; knots join one at a time while BIC says they pay."""
     tokens, cached, times = (np.array(x, float) for x in (new_tokens, context, seconds))
 
@@ -311,14 +298,14 @@ def fit_piecewise(
         best = found
     _, knots, coefficients = best
     constant, slope, per_context, both, *changes = coefficients.tolist()
-    return PiecewiseLinear(
+    return results.PiecewiseLinear(
         constant=constant,
         per_token=slope,
         per_context=per_context,
         per_token_and_context=both,
         knots=knots,
         slope_changes=changes,
-        residuals=Residuals.of(times, bent(tokens, cached, knots) @ coefficients),
+        residuals=results.Residuals.of(times, bent(tokens, cached, knots) @ coefficients),
     )
 
 
@@ -328,7 +315,7 @@ def fit_linear(
     seconds: Any,
     scale: Any,
     counts: Any = 1,
-) -> LinearCost:
+) -> results.LinearCost:
     """Fit seconds [points] by features [points, features].
 
     Errors count against `scale`, the seconds of the whole step, so that a part that hardly matters
@@ -340,9 +327,9 @@ def fit_linear(
     # Columns of very different size would stop the solver early.
     size = np.maximum(np.abs(rows).max(0), 1e-12)
     coefficients = nnls(rows / size * weights[:, None], times * weights)[0] / size
-    return LinearCost(
+    return results.LinearCost(
         coefficients=dict(zip(names, coefficients.tolist(), strict=True)),
-        residuals=Residuals.of(whole, whole + rows @ coefficients - times, number),
+        residuals=results.Residuals.of(whole, whole + rows @ coefficients - times, number),
     )
 
 

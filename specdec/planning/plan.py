@@ -87,12 +87,12 @@ def _choose(
     for done, candidate in enumerate(given):
         progress(done, len(given), f"acceptance of {candidate.name}")
         predictor.predict({"type": candidate.type, **candidate.options})
-    costs = Costs(measured.forwards(size))
+    context = sum(len(text.prompt) + len(text.tokens) / 2 for text in texts) / len(texts)
+    costs = Costs(measured.forwards(size), context)
     timed = [candidate for family in drafters for candidate in family.timed()]
     runs = measured.decodings(timed, size, effort.rounds)
     costs.add(size, runs)
-    context = sum(len(text.prompt) + len(text.tokens) / 2 for text in texts) / len(texts)
-    forecast = Forecast(costs, predictor.predict, context, config.seed)
+    forecast = Forecast(costs, predictor.predict, config.seed)
     searched = [candidate for family in drafters for candidate in family.searched()]
     ranked = search(forecast, searched, size, effort.finalists, progress)
     # No prompt twice: a drafter that remembers would be flattered.

@@ -12,7 +12,6 @@ from specdec.planning.candidates import Candidate, chain
 from specdec.planning.choice import MARGIN, SLACK, Forecast, confirm, schedule, search
 from tests.planning.toys import (
     CHAINS,
-    CONTEXT,
     NO_DRAFT,
     Machine,
     ToyExpected,
@@ -30,11 +29,6 @@ TREES = [
 ALL = [candidate(shape) for shape in CHAINS + TREES]
 CHAIN_CANDIDATES = ALL[: len(CHAINS)]
 MACHINE = Machine()
-
-
-def forecast(costs, accept):
-    """Predictions from costs, and acceptance as a function of options."""
-    return Forecast(costs, accept, CONTEXT)
 
 
 def accepting(alpha, asked=None):
@@ -61,7 +55,7 @@ def test_search_finds_what_an_exhaustive_one_finds(seed):
         per_token_s=float(rng.choice([1e-5, 1e-4, 1e-3])), level_s=float(rng.uniform(1e-4, 3e-3))
     )
     asked = set()
-    found = forecast(machine.costs(ALL), accepting(float(rng.uniform(0.3, 0.95)), asked))
+    found = Forecast(machine.costs(ALL), accepting(float(rng.uniform(0.3, 0.95)), asked))
     ranked = search(found, ALL, 1)
     assert len(asked) < len(ALL)
     every = {each.name: found(each, 1).predicted_speedup for each in ALL}
@@ -72,7 +66,7 @@ def test_search_finds_what_an_exhaustive_one_finds(seed):
 
 def test_the_optimum_of_a_chain_is_known():
     machine = Machine(per_token_s=0.0, level_s=4e-4, rest_s=0.0, node_s=0.0)
-    found = forecast(machine.costs(ALL), accepting(0.8))
+    found = Forecast(machine.costs(ALL), accepting(0.8))
     best, configuration = search(found, CHAIN_CANDIDATES, 1)[0]
     wanted = {n: chain_tau(0.8, n) / (1 + 0.1 * n) for n in range(1, 13)}
     assert best.shape.depth == max(wanted, key=wanted.get)
@@ -81,7 +75,7 @@ def test_the_optimum_of_a_chain_is_known():
 
 def test_slow_given_configurations_are_predicted():
     slow = replace(candidate(chain(12)), name="mine", is_given=True)
-    ranked = search(forecast(Machine(level_s=1e-2).costs(ALL), accepting(0.3)), [slow, *ALL], 1)
+    ranked = search(Forecast(Machine(level_s=1e-2).costs(ALL), accepting(0.3)), [slow, *ALL], 1)
     assert "mine" in [each.name for each, _ in ranked]
     assert speeds(ranked) == sorted(speeds(ranked), reverse=True)
 
@@ -94,7 +88,7 @@ def wider_is_better(options):
 
 @pytest.mark.parametrize("level_s", [1e-4, 1e-3, 3e-3])
 def test_runners_up_are_those_of_exhaustive_search(level_s):
-    found = forecast(Machine(level_s=level_s).costs(ALL), wider_is_better)
+    found = Forecast(Machine(level_s=level_s).costs(ALL), wider_is_better)
     ranked = search(found, ALL, 1, wanted=6)
     every = sorted((found(each, 1).predicted_speedup for each in ALL), reverse=True)
     assert speeds(ranked)[:6] == every[:6]
@@ -106,7 +100,7 @@ def test_a_reranked_tree_may_lose_by_growing():
     large, small = candidate(DraftShape(3, 2, 8, True)), candidate(DraftShape(3, 2, 4, True))
     taus = {8: 2.0, 4: 2.0 * (1 + SLACK * 0.9)}
     costs = Machine(per_token_s=0.0, node_s=0.0).costs([large, small])
-    found = forecast(costs, lambda o: expected(taus[o["max_nodes"]], o["max_nodes"]))
+    found = Forecast(costs, lambda o: expected(taus[o["max_nodes"]], o["max_nodes"]))
     assert search(found, [large, small], 1)[0][0] == small
 
 
@@ -116,7 +110,7 @@ FINALISTS = 6
 def chain_forecast(finals=()):
     """Of all chains, from fits that hold and from what was timed besides."""
     costs = MACHINE.costs(CHAIN_CANDIDATES, finals=finals)
-    return forecast(costs, lambda o: expected(chain_tau(0.8, o["depth"]), o["depth"]))
+    return Forecast(costs, lambda o: expected(chain_tau(0.8, o["depth"]), o["depth"]))
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +178,7 @@ SIZES = (1, 4, 16)
 
 def lengths(machine, sizes=SIZES, chosen=CHAIN, timed=TIMED, finals=()):
     costs = machine.costs(timed, sizes, finals)
-    found = forecast(costs, lambda o: expected(chain_tau(0.7, o["depth"]), o["depth"]))
+    found = Forecast(costs, lambda o: expected(chain_tau(0.7, o["depth"]), o["depth"]))
     return schedule(found, chosen, sizes)
 
 
@@ -231,7 +225,7 @@ def test_the_controller_pays_for_what_is_drafted():
     """A lookup that finds something in two steps of five is cheap on the mean, not when it does."""
     machine = Machine(level_s=0.0)
     budgets = [candidate(DraftShape(0, 1, n, False), "suffix") for n in (1, 3, 6, 8)]
-    seldom = forecast(
+    seldom = Forecast(
         machine.costs(budgets), lambda o: ToyExpected([121] * 2, [100] * 2, [300] * 2, [40] * 2)
     )
     _, _, step_s = schedule(seldom, budgets[-1], (1,))
@@ -246,7 +240,7 @@ LOOKUPS = [replace(LOOKUP, shape=DraftShape(0, 1, n, False)) for n in range(4)]
 def test_speed_is_the_ratio_of_total_times():
     one = candidate(chain(2))
     acceptance = ToyExpected([11, 151], [2, 100], [4, 200], [2, 100])
-    found = forecast(MACHINE.costs([one]), lambda o: acceptance)(one, 1)
+    found = Forecast(MACHINE.costs([one]), lambda o: acceptance)(one, 1)
     wanted = (10 + 150) / (2 + 100) * MACHINE.wall(NO_DRAFT, 0) / MACHINE.wall(one.shape, 2)
     assert found.predicted_speedup == pytest.approx(wanted, rel=1e-3)
     low, high = found.predicted_speedup_ci
@@ -256,7 +250,7 @@ def test_speed_is_the_ratio_of_total_times():
 def lookup_wall(tokens, steps, drafted, judging, batch_size=1):
     acceptance = ToyExpected([tokens], [steps], [drafted], [judging])
     costs = MACHINE.costs(LOOKUPS, (batch_size,))
-    return forecast(costs, lambda o: acceptance)(LOOKUP, batch_size).step_ms.wall / 1000
+    return Forecast(costs, lambda o: acceptance)(LOOKUP, batch_size).step_ms.wall / 1000
 
 
 @pytest.mark.parametrize(("drafted", "judging"), [(27, 27), (30, 27), (81, 27), (0, 0), (20, 100)])
@@ -277,7 +271,7 @@ def test_a_batch_drafts_where_any_row_does():
 def test_drafts_cut_near_the_end_cost_less():
     costs = MACHINE.costs(CHAIN_CANDIDATES)
     whole, short = (
-        forecast(costs, lambda o, n=n: expected(3.0, n))(CHAIN, 1).step_ms.wall for n in (8, 6.5)
+        Forecast(costs, lambda o, n=n: expected(3.0, n))(CHAIN, 1).step_ms.wall for n in (8, 6.5)
     )
     assert short < whole
     halfway = [500 * MACHINE.wall(CHAIN.shape, nodes) for nodes in (6, 7)]

@@ -27,18 +27,18 @@ def test_a_configuration_timed_as_given_costs_its_mean():
     """Long drafts from a lookup are cheap and short ones of a model dear: no line says both."""
     cheap, dear = np.array([1e-4, 5e-3, 1e-3]), np.array([4e-3, 5e-3, 2e-3])
     mixed = np.concatenate([steps(cheap, 10, 10), steps(dear, 6, 30)])
-    costs = Costs(MACHINE.cells())
+    costs = Costs(MACHINE.cells(), CONTEXT)
     costs.add(1, [MACHINE.run(None), TimedRun(MIXED, mixed, MACHINE.wall(NO_DRAFT, 0))])
-    found, _ = costs.step(MIXED, 1, {7: 1.0}, CONTEXT)
+    found, _ = costs.step(MIXED, 1, {7: 1.0})
     assert found == pytest.approx(0.25 * cheap + 0.75 * dear)
 
 
 def test_times_are_brought_to_one_speed():
-    one, costs = candidate(chain(4)), Costs(MACHINE.cells())
+    one, costs = candidate(chain(4)), Costs(MACHINE.cells(), CONTEXT)
     plain_s = MACHINE.wall(NO_DRAFT, 0)
     pairs = [(each, slow) for slow in (1, 2) for each in (None, one)]
     costs.add(1, [MACHINE.run(each, scale=n, plain_s=n * plain_s) for each, n in pairs])
-    step, _ = costs.step(one, 1, {4: 1.0}, CONTEXT)
+    step, _ = costs.step(one, 1, {4: 1.0})
     assert step.sum() / costs.plain[1].sum() == pytest.approx(
         MACHINE.wall(one.shape, 4) / plain_s, rel=1e-3
     )

@@ -85,7 +85,7 @@ class Machine:
 
     def costs(self, timed, batch_sizes=(1,), finals=()):
         """Costs fitted to decodings of these candidates, all steps alike."""
-        costs = Costs(self.cells(batch_sizes))
+        costs = Costs(self.cells(batch_sizes), CONTEXT)
         for size in batch_sizes:
             costs.add(size, [self.run(each, size) for each in (None, *timed)])
         costs.time(1, finals)
