@@ -81,7 +81,9 @@ def _cell(given: dict[str, Any], settings: dict[str, Any]) -> Cell:
     whole = copy.deepcopy(given)
     for key, value in settings.items():
         section, dot, last = key.rpartition(".")
-        place = whole.setdefault(section, {}) if dot else whole
+        place = whole
+        if dot:
+            place = whole[section] = whole.get(section) or {}
         if isinstance(place, dict):  # another thing is refused below
             place[last] = value
     name = _folder_name(settings)
