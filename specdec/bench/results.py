@@ -249,7 +249,6 @@ class RequestInfo(PromptInfo):
     max_new_tokens: int
     arrival_s: float | None
     """seconds after the start; null for as soon as the user's one before is answered"""
-    fingerprint: str = ""
 
 
 class GroupResults(Record):

@@ -29,10 +29,6 @@ _MACHINE = ("device", "cpu", "cpu_count", "dtype", "quantized")
 _CALL = TypeAdapter(Call)
 
 
-class GreedyMismatchError(RuntimeError):
-    """At temperature 0 in float32 two arms disagreed: something is not lossless."""
-
-
 class Key(NamedTuple):
     """One call of one arm in one repeat; calls are numbered through all groups."""
 
@@ -187,7 +183,7 @@ def check_results(results: BenchResults | SuiteResults) -> None:
         wrong = {arm.name: arm.mismatches for arm in arms if arm.mismatches}
         if wrong and is_exact:
             first = next(arm.differences[0] for arm in arms if arm.differences)
-            raise GreedyMismatchError(
+            raise RuntimeError(
                 f"outputs differ at temperature 0 in float32{place}; {noun}s by arm: {wrong}; "
                 f"first: {noun} {getattr(first, noun)} from output token {first.position} on "
                 f"(top-2 logit gap {first.top2_gap}); see differences in {results.FILE}"

@@ -193,6 +193,12 @@ class _TextPool:
         seed = next(self._seeds)
         return Request(prompt.id, prompt.domain, ids, max_new_tokens, seed, **when)
 
+    def calls(self, num: int, name: str, max_new_tokens: int, *limits: Any) -> list[list[Request]]:
+        """Calls of one request; limits are those of `prompt`."""
+        names = {f"{name}-{index}": self.domain(index) for index in range(num)}
+        prompts = [self.prompt(name, domain, *limits) for name, domain in names.items()]
+        return [[self.request(prompt, max_new_tokens)] for prompt in prompts]
+
 
 def _turns(texts: Sequence[BenchPrompt], answers: Mapping[str, str] | None) -> tuple[Message, ...]:
     """One user turn of all texts, or turns with answers but for the last."""
@@ -209,9 +215,7 @@ def _turns(texts: Sequence[BenchPrompt], answers: Mapping[str, str] | None) -> t
 def _single_turn(config: SingleTurnConfig, pool: _TextPool, progress: Progress) -> Iterator[Group]:
     for bucket in config.buckets:
         low, high = bucket.low, bucket.high
-        names = {f"{bucket.name}-{index}": pool.domain(index) for index in range(bucket.num)}
-        prompts = [pool.prompt(name, domain, low, high) for name, domain in names.items()]
-        calls = [[pool.request(prompt, config.max_new_tokens)] for prompt in prompts]
+        calls = pool.calls(bucket.num, bucket.name, config.max_new_tokens, low, high)
         yield Group(f"{bucket.name} ({low}-{high})", high, calls)
 
 
@@ -264,12 +268,9 @@ def _long_context(
     answers = {text.id: result.text for text, result in zip(asked, results, strict=True)}
     for place in range(config.bins):
         low, high = limit * place // config.bins, limit * (place + 1) // config.bins
-        names = {f"context-{high}-{index}": pool.domain(index) for index in range(config.num)}
-        prompts = [
-            pool.prompt(name, domain, max(1, low), high - new, answers)
-            for name, domain in names.items()
-        ]
-        yield Group(f"{low} to {high}", high, [[pool.request(each, new)] for each in prompts])
+        ends = max(1, low), high - new
+        calls = pool.calls(config.num, f"context-{high}", new, *ends, answers)
+        yield Group(f"{low} to {high}", high, calls)
 
 
 def _concurrent(config: ConcurrentConfig, pool: _TextPool, progress: Progress) -> Iterator[Group]:

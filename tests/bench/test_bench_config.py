@@ -15,6 +15,7 @@ PACKAGED = [f"demo/{name.replace('_', '-')}" for name in SUITES]
 BOMB = b"a0: &a0 [1]\n" + b"".join(
     b"a%d: &a%d [%s]\n" % (i, i, b",".join([b"*a%d" % (i - 1)] * 9)) for i in range(1, 12)
 )
+USERS = "users: [1]\n"
 BENCH = "arms: [{type: ngram}, {type: suffix}]\nsampling: {top_p: 0.5}\n"
 GRID = """
 grid:
@@ -80,7 +81,6 @@ def test_overrides_reach_into_mappings_and_lists(load):
         ("rule=${oc.env:HOME}", r"'\$\{oc.env:HOME\}' is not filled in; write the value"),
         ("threads=10000000", "threads is 10000000 but must be at most"),
         ("prompts_per_call=-1", "prompts_per_call is -1 but must be 0 or at least batch_size, 1"),
-        ("suite=concurrent", "override suite=concurrent would change the suite"),
         ("arms=[{type: ngram}, {type: ngram}]", "arms: 'ngram' is used twice; rename"),
         ("arms=[{name: plain, type: ngram}]", "arms: 'plain' is used twice"),
         ("arms={type: ngram}", "'arms' does not exist, or is of another kind"),
@@ -159,6 +159,7 @@ def test_packaged_suite_is_sound_and_compares_arms(path):
         ("concurrent", "grid.users=[[1]]", "key grid does not exist"),
         ("concurrent", "user=[1]", "key user does not exist; did you mean users"),
         ("multi_turn", "users=[1]", "key users does not exist"),
+        ("concurrent", "suite=multi_turn", "key users does not exist"),
         ("concurrent", "users=[]", r"users is \[\] but must be a list of at least 1"),
         ("concurrent", "users=[0,2]", r"users.0 is 0 but must be at least 1"),
         ("concurrent", "users=[2,2]", "users: 2 is used twice"),
@@ -182,7 +183,7 @@ def test_packaged_suite_is_sound_and_compares_arms(path):
 )
 def test_wrong_suite_is_named(tmp_path, name, override, message):
     with pytest.raises(ValueError, match=message):
-        load_cells(save_suite(tmp_path, tmp_path, name, ""), [override])
+        load_cells(save_suite(tmp_path, tmp_path, name, USERS * (name == "concurrent")), [override])
 
 
 # --- Grids ---
