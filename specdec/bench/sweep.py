@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specdec.bench.arms import build_arm
+from specdec.bench.arms import build_arms
 from specdec.bench.config import (
     RunConfig,
-    TargetConfig,
     build_config,
     combinations,
     in_words,
@@ -111,9 +110,22 @@ def run_sweep(
     A target is loaded once for all cells that share it. What a cell cannot do is refused before
     the first one runs; one that fails later is told of in its "error", and the others go on.
     """
-    targets = _Targets()
-    makes_trees: dict[str, bool] = {}
-    groups = [_checked(cell, folder, targets, makes_trees, progress) for cell in cells]
+    loaded: dict[str, HFTarget] = {}
+
+    def target_of(config: RunConfig) -> HFTarget:
+        key = config.target.model_dump_json()
+        if key not in loaded:
+            loaded.clear()  # two of them may not fit
+            loaded[key] = load_target(**config.target.model_dump())
+        return loaded[key]
+
+    groups = []
+    for cell in cells:
+        try:
+            place = folder / "cells" / cell.name
+            groups.append(_check(cell.config, place, target_of(cell.config), progress))
+        except (FileNotFoundError, ValueError) as error:
+            raise ValueError(f"cell {cell.name}: {error}") from error
     found = []
     for number, (cell, asked) in enumerate(zip(cells, groups, strict=True), 1):
 
@@ -123,7 +135,7 @@ def run_sweep(
         row = CellResults(
             name=cell.name, settings=cell.settings, folder=f"cells/{cell.name}", error=None, arms=[]
         )
-        target = targets.of(cell.config.target)
+        target = target_of(cell.config)
         try:
             results = run_bench(cell.config, folder / row.folder, show, target=target, groups=asked)
             assert isinstance(results, BenchResults)
@@ -147,42 +159,17 @@ def check_sweep(sweep: SweepResults) -> None:
         )
 
 
-class _Targets:
-    """The target that was loaded last: cells mostly share one."""
-
-    _loaded: tuple[TargetConfig, HFTarget] | None = None
-
-    def of(self, config: TargetConfig) -> HFTarget:
-        if self._loaded is None or config != self._loaded[0]:
-            self._loaded = None  # two of them may not fit
-            self._loaded = config, load_target(**config.model_dump())
-        return self._loaded[1]
-
-
-def _checked(
-    cell: Cell, folder: Path, targets: _Targets, makes_trees: dict[str, bool], progress: Progress
-) -> list[Group]:
-    """Refuse a cell that cannot run, or whose folder is another run's; returns its workload.
-
-    `makes_trees` remembers arms that were built for other cells.
-    """
-    config = cell.config
-    try:
-        target = targets.of(config.target)
-        groups = make_groups(config, target, progress)
-        with open_store(config, folder / "cells" / cell.name, target, groups) as store:
-            turns = take_turns(groups, config.arm_names, config.repeats)
-            is_finished = all(key in store.done for key, *_ in turns)
-        for arm in () if is_finished else config.arms:
-            key = f"{config.target} {arm}"
-            if key not in makes_trees:
-                makes_trees[key] = build_arm(arm, target, config).makes_trees
-            if makes_trees[key] and not get_rule(config.rule).supports_trees:
-                raise ValueError(
-                    f"rule {config.rule!r} judges chains only but the arm {arm.name!r} makes "
-                    "trees; give the arm a chain, or the grid another rule"
-                )
-    except (FileNotFoundError, ValueError) as error:
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(f"cell {cell.name}: {error}") from error
+def _check(config: RunConfig, folder: Path, target: HFTarget, progress: Progress) -> list[Group]:
+    """Refuse a cell that cannot run, or whose folder is another run's; returns its workload."""
+    groups = make_groups(config, target, progress)
+    with open_store(config, folder, target, groups) as store:
+        turns = take_turns(groups, config.arm_names, config.repeats)
+        if all(key in store.done for key, *_ in turns):
+            return groups
+    for name, arm in build_arms(config, target).items():
+        if arm.makes_trees and not get_rule(config.rule).supports_trees:
+            raise ValueError(
+                f"rule {config.rule!r} judges chains only but the arm {name!r} makes trees; give "
+                "the arm a chain, or the grid another rule"
+            )
     return groups
