@@ -5,7 +5,7 @@ Plain decoding is the same loop with empty drafts, so both arms of a comparison 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from specdec.common.arguments import checked
 from specdec.engine.engine import Chunk, DraftLengths, Engine, resolve_target
@@ -20,12 +20,24 @@ __all__ = ["Chunk", "Stream", "generate", "generate_baseline", "stream"]
 Settings = SamplingConfig | Mapping[str, Any] | None
 
 
+class Options(TypedDict, total=False):
+    """The keywords of `stream`, which says what they are."""
+
+    max_new_tokens: int | Sequence[int]
+    stop: str | Sequence[str] | None
+    max_time_s: float | None
+    batch_size: int | None
+    rule: str | Rule
+    draft_length: DraftLengths
+    check: bool
+
+
 def generate(
     target: Target | str,
     drafter: Drafter | Mapping[str, Any] | str | None,
     prompts: Prompt | Sequence[Prompt],
     sampling: Settings | Sequence[Settings] = None,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> list[Result]:
     """Decode prompts speculatively to their ends; arguments and errors as in `stream`.
 
@@ -53,7 +65,7 @@ def generate_baseline(
     target: Target | str,
     prompts: Prompt | Sequence[Prompt],
     sampling: Settings | Sequence[Settings] = None,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> list[Result]:
     """Decode plainly, one token per forward, in the same loop; arguments as in `generate`."""
     return generate(target, None, prompts, sampling, **options)
