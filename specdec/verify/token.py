@@ -24,8 +24,8 @@ def judge_token(target_probs: Tensor, draft: Draft, uniforms: Tensor, noise: Ten
     tokens = draft.tokens.masked_fill(~real, 0)
     parents = draft.parents.masked_fill(~real, -1)
     judge = _judge_point_masses if draft.probs is None else _judge_sampled
-    path, last, tested = judge(target_probs, draft, tokens, parents, real, uniforms, noise)
-    return emit(draft, path, (path >= 0).sum(1), last, tested & real)
+    path, weights, tested = judge(target_probs, draft, tokens, parents, real, uniforms)
+    return emit(draft, path, (path >= 0).sum(1), draw(weights, noise), tested & real)
 
 
 def chain_ratio(target_probs: Tensor, draft: Draft, real: Tensor, steps: Tensor) -> Tensor:
@@ -88,14 +88,13 @@ def _judge_point_masses(
     parents: Tensor,
     real: Tensor,
     uniforms: Tensor,
-    noise: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # Zeroing the earlier siblings and renormalizing is p(x) / (1 - their sum): no residual needed.
     mass, before = point_masses(target_probs, tokens, parents, real)
     left = (1 - before).clamp(min=torch.finfo(before.dtype).tiny)
     path, last_row, tested = follow(uniforms < mass / left, parents, draft.depth)
     rejected = (parents + 1 == last_row.unsqueeze(1)) & real
-    return path, draw(strike(select_row(target_probs, last_row), tokens, rejected), noise), tested
+    return path, strike(select_row(target_probs, last_row), tokens, rejected), tested
 
 
 def _judge_sampled(
@@ -105,7 +104,6 @@ def _judge_sampled(
     parents: Tensor,
     real: Tensor,
     uniforms: Tensor,
-    noise: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Judge siblings against residuals over the whole vocabulary.
 
@@ -134,4 +132,4 @@ def _judge_sampled(
         accepted_columns.append(accepted)
     path, last_row, tested = follow(torch.stack(accepted_columns, 1), parents, draft.depth)
     weights = torch.where(has_mass(weights), weights, select_row(target_probs, last_row))
-    return path, draw(weights, noise), tested
+    return path, weights, tested

@@ -52,12 +52,14 @@ def test_padding_never_leaks(rule, data):
     padding = ~draft.real_nodes()
     target = target.clone()
     target[:, 1:][padding] = torch.nan
-    probs = draft.probs
-    if probs is not None:
-        probs = probs.masked_fill(padding[:, :, None], torch.nan)
+    dirt = {"tokens": draft.tokens.masked_fill(padding, 99)}
+    if draft.parents is not None:
+        dirt["parents"] = draft.parents.masked_fill(padding, 77)
+    if draft.probs is not None:
+        dirt["probs"] = draft.probs.masked_fill(padding[:, :, None], torch.nan)
     dirty = verify(
         target,
-        replace(draft, probs=probs),
+        replace(draft, **dirt),
         rule=rule,
         uniforms=uniforms.masked_fill(padding, torch.nan),
         noise=noise,
