@@ -3,6 +3,7 @@
 import random
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
 from specdec import OnlineController, Schedule, StepRecord
@@ -49,10 +50,7 @@ class Tree(Text):
 
 def cost(step_s, nodes):
     """A step's seconds, interpolated as the controller should."""
-    low = max(n for n in step_s if n <= nodes)
-    high = min(n for n in step_s if n >= nodes)
-    share = (nodes - low) / (high - low) if high > low else 0
-    return step_s[low] + share * (step_s[high] - step_s[low])
+    return float(np.interp(nodes, list(step_s), list(step_s.values())))
 
 
 def decode(controller, text, num_steps, step_s=STEP_S, batch_size=1):
@@ -84,20 +82,6 @@ def test_schedule_takes_largest_batch_size_not_above():
     assert [schedule.choose(size) for size in (1, 3, 4, 7, 8, 15, 16, 99)] == (
         [6, 6, 3, 3, 0, 0, None, None]
     )
-
-
-@pytest.mark.parametrize(
-    ("nodes", "message"),
-    [
-        ({2: 4}, "needs an entry for batch size 1"),
-        ({1: -1}, "is -1"),
-        ({1: 4, 0: 2}, "batch size 0"),
-        ({1: 2.5}, "is 2.5"),
-    ],
-)
-def test_impossible_schedule_is_refused(nodes, message):
-    with pytest.raises(ValueError, match=message):
-        Schedule(nodes)
 
 
 EASY = [[0.6], [0.8], [0.9], [0.95], [0.8, 0.6, 0.4], [0.6, 0.8, 0.9], [0.99] * 3 + [0.1]]
@@ -207,17 +191,21 @@ def test_drafter_that_finds_nothing_is_seldom_asked():
 
 
 @pytest.mark.parametrize(
-    ("step_s", "options", "message"),
+    ("build", "given", "options", "message"),
     [
-        ({}, {}, "step_s is empty"),
-        ({1: {1: 2.0}}, {}, r"step_s\[1\] has the nodes \[1\]"),
-        ({1: {0: 2.0}}, {}, r"step_s\[1\] has the nodes \[0\]"),
-        ({1: {0: 2.0, 1: 0.0}}, {}, "positive"),
-        (STEP_S, {"acceptance": [1.2]}, "acceptance is"),
-        (STEP_S, {"acceptance": []}, "acceptance is"),
-        (STEP_S, {"half_life": 0}, "half_life 0"),
+        (Schedule, {2: 4}, {}, "needs an entry for batch size 1"),
+        (Schedule, {1: -1}, {}, "is -1"),
+        (Schedule, {1: 4, 0: 2}, {}, "batch size 0"),
+        (Schedule, {1: 2.5}, {}, "is 2.5"),
+        (OnlineController, {}, {}, "step_s is empty"),
+        (OnlineController, {1: {1: 2.0}}, {}, r"step_s\[1\] has the nodes \[1\]"),
+        (OnlineController, {1: {0: 2.0}}, {}, r"step_s\[1\] has the nodes \[0\]"),
+        (OnlineController, {1: {0: 2.0, 1: 0.0}}, {}, "positive"),
+        (OnlineController, STEP_S, {"acceptance": [1.2]}, "acceptance is"),
+        (OnlineController, STEP_S, {"acceptance": []}, "acceptance is"),
+        (OnlineController, STEP_S, {"half_life": 0}, "half_life 0"),
     ],
 )
-def test_impossible_option_is_refused(step_s, options, message):
+def test_impossible_table_or_option_is_refused(build, given, options, message):
     with pytest.raises(ValueError, match=message):
-        OnlineController(step_s, **options)
+        build(given, **options)
