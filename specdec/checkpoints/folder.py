@@ -26,18 +26,11 @@ WEIGHT_FILES = (
 
 @dataclass(frozen=True, eq=False)
 class RawFiles:
-    """The files of a layout of the field.
-
-    Attributes:
-        config_path: path of `config.json`, for messages.
-        weights_path: path of the tensors, for messages.
-        config: content of `config.json`; empty if there is none.
-        tensors: tensors under the layout's names.
-    """
+    """The files of a layout of the field, tensors under its names."""
 
     config_path: str
     weights_path: str
-    config: dict[str, Any]
+    config: dict[str, Any]  # empty if there is none
     tensors: dict[str, Tensor]
 
 

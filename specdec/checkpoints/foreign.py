@@ -27,19 +27,12 @@ class ForeignConfig(Config):
 
 
 class Layout(ForeignConfig):
-    """A layout of the field: the keys of its `config.json`, and how they and its tensors are meant.
-
-    Attributes:
-        name: name of the layout.
-        kind: kind of its heads.
-        weights: file of the tensors that is written.
-        carried: tensors that may be there for nothing.
-    """
+    """A layout of the field: keys of its `config.json`, and how they and its tensors are meant."""
 
     name: ClassVar[str]
-    kind: ClassVar[str]
+    kind: ClassVar[str]  # of its heads
     weights: ClassVar[str] = "model.safetensors"
-    carried: ClassVar[tuple[str, ...]] = ()
+    carried: ClassVar[tuple[str, ...]] = ()  # tensors that may be there for nothing
 
     @staticmethod
     def matches(files: RawFiles) -> bool:

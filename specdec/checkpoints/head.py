@@ -55,26 +55,15 @@ class TargetIdentity:
 
 @dataclass(frozen=True, eq=False)
 class HeadCheckpoint:
-    """A head as its drafter builds it.
+    """A head as its drafter builds it; options and training are JSON values."""
 
-    Attributes:
-        kind: strategy in the registry whose head it is.
-        options: JSON values for that head's class; taps are indices of Hugging Face's
-            `hidden_states`.
-        tensors: under the names of the head's `state_dict`.
-        tree: choices of a static tree that came with it; None for none.
-        target: identity of the model it was trained for; None if the layout does not say.
-        training: how it was trained (data, tokens seen, seconds, loss, acceptance), JSON values.
-        layout: the layout that it was read from.
-    """
-
-    kind: str
-    options: dict[str, Any]
-    tensors: dict[str, Tensor]
-    tree: list[list[int]] | None = None
-    target: TargetIdentity | None = None
+    kind: str  # in the registry
+    options: dict[str, Any]  # taps are indices of Hugging Face's `hidden_states`
+    tensors: dict[str, Tensor]  # under the names of the head's `state_dict`
+    tree: list[list[int]] | None = None  # choices of a static tree that came with it
+    target: TargetIdentity | None = None  # the model it was trained for, if the layout says
     training: dict[str, Any] = field(default_factory=dict)
-    layout: str = "specdec"
+    layout: str = "specdec"  # that it was read from
 
 
 def construct(kind: str, options: Mapping[str, Any], target_config: Any, *parts: Any) -> Any:
@@ -142,8 +131,7 @@ def take_tensors(
 ) -> dict[str, Tensor]:
     """Check tensors against a module's `state_dict`, and name them as it does.
 
-    `name_of` gives the layout's name of one of ours, `carried` names tensors that may be there for
-    nothing.
+    `name_of` gives the layout's name of one of ours; `carried` tensors may be there for nothing.
     """
     wanted = head.state_dict()
     names = {ours: name_of(ours) for ours in wanted}

@@ -55,11 +55,8 @@ def use_grouped_attention(model: Any) -> None:
 class Masks:
     """Builds the attention mask of a forward over new tokens behind cached ones.
 
-    Args:
-        config: the text config; says which layers slide and how far they look.
-        device: device of the masks.
-        dtype: None for boolean masks, which "sdpa" takes; "eager" attention adds its mask to the
-            scores, and needs a mask of this floating dtype.
+    The text config says which layers slide and how far they look. Masks are boolean, as "sdpa"
+    takes them; "eager" attention adds its mask to the scores, and needs it in a floating `dtype`.
     """
 
     def __init__(self, config: Any, device: torch.device, dtype: torch.dtype | None = None) -> None:
@@ -92,10 +89,8 @@ class Masks:
     def tree(self, cache: SlotCache, own: Tensor, depths: Tensor) -> Any:
         """Mask the last n of S uncommitted tokens, which lie behind the committed ones.
 
-        Args:
-            cache: holds the committed tokens, which everyone sees.
-            own: [B, n, S] bool, which uncommitted tokens each new one sees, itself included.
-            depths: [B, S] int64, how far behind the first uncommitted position each one stands.
+        `own` [B, n, S] says which uncommitted tokens each new one sees, itself included; `depths`
+        [B, S] how far behind the first uncommitted position each one stands.
         """
         batch, num_new, num_open = own.shape
         end = max(cache.lengths) + num_open

@@ -87,15 +87,10 @@ def _is_same(own: Tensor, seen: Tensor) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """One text as a model sees it, L tokens of which the last P were looked at.
+    """One text as a model sees it, L tokens of which the last P were looked at."""
 
-    Attributes:
-        logits: [P, V]; each row predicts the token behind its own.
-        hidden: tap -> [L, H].
-    """
-
-    logits: Tensor
-    hidden: dict[int, Tensor]
+    logits: Tensor  # [P, V]; each row predicts the token behind its own
+    hidden: dict[int, Tensor]  # tap -> [L, H]
 
 
 @torch.inference_mode()
@@ -104,11 +99,7 @@ def read_text(
 ) -> Reading:
     """Teacher-force a text; the batch that the model was decoding is forgotten.
 
-    Args:
-        target: a target, or a draft model's own.
-        tokens: L ids, at most its context.
-        first: index of the first token whose logits are wanted, in [1, L).
-        taps: hidden states to return.
+    Logits are wanted from the token at `first` on, which is in [1, L).
     """
     with claimed(target):
         output = target.prefill([tokens[:first]], taps)
