@@ -172,10 +172,7 @@ def _quantization(name: str, device: torch.device) -> Any:
 
 
 def _check_stored(path: str, revision: str | None, model: Any, info: Mapping[str, Any]) -> None:
-    """Refuse files that do not fit their config, also where transformers takes them.
-
-    It says nothing of whole numbers as weights, and of damaged JSON.
-    """
+    """Refuse files that do not fit their config; transformers takes integers and damaged JSON."""
     from safetensors import safe_open
     from transformers.utils import cached_file
 
@@ -201,7 +198,8 @@ def _check_stored(path: str, revision: str | None, model: Any, info: Mapping[str
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             for name in weights.intersection(opened.keys()):
-                if (dtype := opened.get_slice(name).get_dtype())[0] in "IUB" and dtype != "BF16":
+                dtype = opened.get_slice(name).get_dtype()
+                if dtype == "BOOL" or dtype[0] in "IU":
                     raise IncompleteCheckpointError(
                         f"{str(file)!r} holds {name} as {dtype}, but its config says nothing of a "
                         "quantization; the file is damaged or config.json is of another model"
