@@ -185,7 +185,7 @@ def _at_user_turns(turns: list[Any], answer: str | None, chosen: str) -> Iterato
         found = answer
         if answer is None and roles[end : end + 1] == ["assistant"]:
             with suppress(NoQueryError):  # a tool call, or an image
-                found = _content(turns[end])
+                found = _message(turns[end])["content"]
         yield Query("", tuple(messages), answer=found)
 
 
@@ -197,26 +197,17 @@ def _role(turn: Any) -> str:
 
 
 def _message(turn: dict[str, Any]) -> Message:
-    role = _role(turn)
+    """Read a turn; parts of text are joined by line breaks, as chat templates join them."""
+    role, content = _role(turn), turn.get("content", turn.get("value"))
     if role == "tool" or turn.get("tool_calls") or turn.get("function_call"):
         raise NoQueryError("tools")
-    return {"role": role, "content": _content(turn)}
-
-
-def _content(turn: dict[str, Any]) -> str:
-    """Read the text of a turn; its parts are joined by line breaks, as chat templates join them."""
-    content = turn.get("content", turn.get("value"))
-    if isinstance(content, str):
-        return content
-    if content is None and (turn.get("tool_calls") or turn.get("function_call")):
-        raise NoQueryError("tools")
-    texts = []
-    for part in _list(content, "content"):
-        text = part.get("text") if isinstance(part, dict) else part
-        if not isinstance(text, str):
+    if not isinstance(content, str):
+        parts = _list(content, "content")
+        texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+        if not all(isinstance(text, str) for text in texts):
             raise NoQueryError("not_text")
-        texts.append(text)
-    return "\n".join(texts)
+        content = "\n".join(map(str, texts))
+    return {"role": role, "content": content}
 
 
 def _list(value: Any, name: str) -> list[Any]:
