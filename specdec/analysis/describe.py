@@ -18,7 +18,7 @@ from specdec.analysis.predict import (
 )
 from specdec.analysis.teacher_forced import CHUNK, Array, Evidence, refuse_not_finite
 from specdec.analysis.texts import Text
-from specdec.drafters.base import FixedShape, is_forced
+from specdec.drafters.base import FixedShape, Forced
 from specdec.engine.interfaces import Target
 from specdec.registry import load_drafter
 from specdec.targets.taps import read_text
@@ -45,7 +45,7 @@ def describe(
     drafter: Any = load_drafter(options, predictor.target)
     inner = {key: value for key, value in options.items() if key != "type"}
     head = {"name": name, "type": options["type"], "options": inner}
-    if not is_forced(drafter):
+    if not isinstance(drafter, Forced):
         notes = _Notes()
         configured = _configured(predictor.replayed(drafter, notes.note))
         text, step, taken = np.array(notes.starts, np.int64).reshape(-1, 3).T

@@ -16,7 +16,7 @@ from specdec.analysis.replay import Watch, replay
 from specdec.analysis.teacher_forced import Array, Evidence, gather_evidence
 from specdec.analysis.texts import Text, check_texts
 from specdec.common.stats import Interval, bootstrap_interval
-from specdec.drafters.base import FixedShape, is_forced
+from specdec.drafters.base import FixedShape, Forced
 from specdec.engine.interfaces import Target
 from specdec.engine.metrics import AcceptanceStats, StepRecord
 from specdec.registry import load_drafter
@@ -238,7 +238,7 @@ class Predictor:
         key = _key(options)
         if key not in self._predicted:
             drafter: Any = load_drafter(options, self.target)
-            shape = drafter.fixed_shape if is_forced(drafter) else None
+            shape = drafter.fixed_shape if isinstance(drafter, Forced) else None
             self._predicted[key] = (
                 self.replayed(drafter) if shape is None else self.expect(options, drafter, shape)
             )

@@ -7,7 +7,7 @@ planner, trainer, reports and checkpoints ask the class that `specdec.registry.s
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,26 +19,17 @@ from specdec.verify import Draft, Verdict
 from specdec.verify.tree import StaticTree
 
 Tokens = Sequence[Sequence[int]]  # ids row by row, of any lengths
-Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True)
 class DraftShape:
-    """A draft as far as its cost depends on it.
+    """A draft as far as its cost depends on it."""
 
-    Attributes:
-        depth: levels, at most; 0 where the strategy does not say.
-        width: nodes expanded a level; 1 is a chain.
-        nodes: drafted nodes, at most.
-        is_tree: scored with a tree mask.
-        threshold: confidence that ends a chain; 0 is off.
-    """
-
-    depth: int
-    width: int
-    nodes: int
-    is_tree: bool
-    threshold: float = 0.0
+    depth: int  # levels, at most; 0 where the strategy does not say
+    width: int  # nodes expanded a level; 1 is a chain
+    nodes: int  # drafted nodes, at most
+    is_tree: bool  # scored with a tree mask
+    threshold: float = 0.0  # confidence that ends a chain; 0 is off
 
     def covers(self, other: "DraftShape") -> bool:
         """Tell if a draft of the other shape is a part of one of this shape."""
@@ -76,16 +67,11 @@ class ShapeOptions:
 
 @dataclass(frozen=True, eq=False)
 class FixedShape:
-    """A draft whose nodes are known before a token is seen.
+    """A draft whose nodes are known before a token is seen."""
 
-    Attributes:
-        tree: its nodes, in the order in which a budget keeps them.
-        children: how tokens are taken above temperature 0, see `specdec.drafters.tree_growth`.
-        threshold: a chain ends where the product of the highest probabilities falls below it.
-    """
-
-    tree: StaticTree
-    children: str
+    tree: StaticTree  # its nodes, in the order in which a budget keeps them
+    children: str  # how tokens are taken above temperature 0, as in `TreeShape`
+    # A chain ends where the product of the highest probabilities falls below it.
     threshold: float = 0.0
 
 
@@ -179,11 +165,6 @@ class Forced(Protocol):
         """
 
 
-def is_forced(drafter: Any) -> bool:
-    """Tell if a drafter can be given a whole text."""
-    return isinstance(drafter, Forced)
-
-
 class CachePasser(BaseDrafter):
     """A drafter whose cache is that of others: what an engine asks of it is passed on to them."""
 
@@ -206,7 +187,7 @@ class CachePasser(BaseDrafter):
             holder.wipe(rows)
 
 
-def padded(rows: Sequence[Sequence[Entry]], fill: Entry) -> list[list[Entry]]:
+def padded(rows: Sequence[Sequence[Any]], fill: Any) -> list[list[Any]]:
     """Rows of equal length, filled up at the end."""
     width = max(map(len, rows), default=0)
     return [[*row, *[fill] * (width - len(row))] for row in rows]

@@ -92,13 +92,12 @@ class DraftModel(CachePasser):
         self.makes_trees = width > 1
         # The cache keeps the accepted part of a chain: what is judged must be this very chain.
         self.caches_draft = not self.makes_trees
-        self.max_nodes = num_draft_tokens
-        if self.makes_trees:
-            self.max_nodes = num_draft_tokens * width if max_nodes is None else max_nodes
+        whole = num_draft_tokens * width
+        self.max_nodes = max_nodes if max_nodes is not None and width > 1 else whole
         self.confidence_threshold = confidence_threshold
         self.clock = model.clock
         self._holders = [model]
-        self._num_fed = max(CATCH_UP, num_draft_tokens * width)
+        self._num_fed = max(CATCH_UP, whole)
         self._committed: list[list[int]] = []
 
     @classmethod
@@ -232,9 +231,7 @@ class DraftModel(CachePasser):
     def _fit(self, logits: Tensor) -> Tensor:
         """Crop or pad the last dimension to the target's vocabulary."""
         missing = self.vocab_size - logits.shape[-1]
-        if missing == 0:
-            return logits
-        if missing < 0:
+        if missing <= 0:
             return logits[..., : self.vocab_size]
         return pad(logits, (0, missing), value=float("-inf"))
 

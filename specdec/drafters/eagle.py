@@ -7,7 +7,7 @@ Source: EAGLE, arXiv 2401.15077; EAGLE-2, arXiv 2406.16858.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -23,8 +23,8 @@ class EagleOptions(Config):
     """The options of an EAGLE-1 head."""
 
     backbone: Backbone = Backbone()
-    bias: Annotated[bool, Field(description="bias where token and feature are fused")] = True
-    qkv_bias: Annotated[bool, Field(description="bias of queries, keys and values")] = False
+    bias: bool = Field(True, description="bias where token and feature are fused")
+    qkv_bias: bool = Field(False, description="bias of queries, keys and values")
 
 
 class EagleHead(FeatureHead):
@@ -58,11 +58,8 @@ class EagleHead(FeatureHead):
     ) -> LossOutput:
         """Smooth L1 to the target's next feature, and soft cross-entropy to its distribution.
 
-        Args:
-            batch: see `TrainingBatch`.
-            noise: width of the uniform noise on the features, for texts of 512 tokens; shorter
-                ones get more of it, as published.
-            cross_entropy_weight: weight of the second part.
+        `noise` is the width of the uniform noise on the features, for texts of 512 tokens; shorter
+        ones get more of it, as published.
         """
         features = self.fuse(batch.hidden)
         scattered = (torch.rand_like(features) - 0.5) * noise * 512 / features.shape[1]

@@ -17,31 +17,17 @@ from specdec.drafters.training import LossOutput, TrainingBatch, shifted, soft_c
 
 
 class Eagle3Options(Config):
-    """The options of an EAGLE-3 head.
-
-    Attributes:
-        backbone: the decoder layer.
-        taps: HF `hidden_states` indices, usually three; None for the published ones.
-        target_hidden_size: H of the target; the backbone's unless it has an embedding of its own.
-        draft_vocab_size: D; None for the target's whole vocabulary.
-        norm_before_residual: the residual is the normed feature (speculators).
-        norm_before_fc: norm the taps together before they are fused (speculators).
-        norm_output: feed the normed state back, not the raw one (speculators).
-        own_embedding: the head brings its embedding instead of sharing the target's.
-    """
+    """The options of an EAGLE-3 head; the norms are those of speculators."""
 
     backbone: Backbone = Backbone()
+    # HF `hidden_states` indices, usually three; None for the published ones.
     taps: Annotated[list[Layer], Field(min_length=1)] | None = None
-    target_hidden_size: Size | None = None
-    draft_vocab_size: Size | None = None
-    norm_before_residual: Annotated[
-        bool, Field(description="the normed feature is the residual")
-    ] = False
-    norm_before_fc: Annotated[
-        bool, Field(description="the taps are normed before they are fused")
-    ] = False
-    norm_output: Annotated[bool, Field(description="the normed state is fed back")] = False
-    own_embedding: Annotated[bool, Field(description="its own embedding")] = False
+    target_hidden_size: Size | None = None  # another than the layer's where the embedding is own
+    draft_vocab_size: Size | None = None  # None for the target's whole vocabulary
+    norm_before_residual: bool = Field(False, description="the normed feature is the residual")
+    norm_before_fc: bool = Field(False, description="the taps are normed before they are fused")
+    norm_output: bool = Field(False, description="the normed state is fed back")
+    own_embedding: bool = Field(False, description="its own embedding")
 
 
 class Eagle3Head(FeatureHead):
@@ -150,12 +136,9 @@ class Eagle3Head(FeatureHead):
     def loss(  # type: ignore[override]
         self, batch: TrainingBatch, num_steps: int = 4, decay: float = 0.8
     ) -> LossOutput:
-        """Training-time test: soft cross-entropy of every step in the draft vocabulary.
+        """Training-time test: soft cross-entropy of every drafted step in the draft vocabulary.
 
-        Args:
-            batch: see `TrainingBatch`.
-            num_steps: drafted depths that are trained.
-            decay: weight of a step over that of the step before.
+        A step weighs `decay` times what the step before does.
         """
         if num_steps < 1:
             raise ValueError(f"loss.num_steps is {num_steps} but must be at least 1")
@@ -182,9 +165,8 @@ class Eagle3Head(FeatureHead):
         if given.get("taps"):
             taps = ", ".join(map(str, given["taps"]))
             said["reads"] = f"hidden_states {taps} of the target (0 is its embedding)"
-        drafted, vocab = self.options.draft_vocab_size, self.config.vocab_size
-        if drafted < vocab:
-            said["drafts"] = f"{drafted:,} of {vocab:,} tokens"
+        if (drafted := self.options.draft_vocab_size) < self.config.vocab_size:
+            said["drafts"] = f"{drafted:,} of {self.config.vocab_size:,} tokens"
         return said
 
 

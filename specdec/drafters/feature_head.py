@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from pydantic import field_validator
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import LlamaConfig
+from transformers import DynamicCache, LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -39,7 +39,7 @@ from specdec.verify import Draft, Verdict
 
 # Long prompts are fed in chunks, which bounds the memory of masks and activations.
 CHUNK = 1024
-# Entries of a row that may wait while no draft is asked for.
+# Steps whose entries may wait while no draft is asked for.
 MAX_PENDING = 256
 # They are fed in parts, which bounds the cache of ragged rows.
 CATCH_UP = 64
@@ -130,11 +130,7 @@ def norm(config: LlamaConfig, size: int | None = None) -> LlamaRMSNorm:
 
 
 class FeatureHead(Head):
-    """A head of one Llama layer that predicts the target's next feature.
-
-    Attributes:
-        config: the layer's config.
-    """
+    """A head of one Llama layer, of this config, that predicts the target's next feature."""
 
     config: LlamaConfig
 
@@ -175,13 +171,9 @@ class FeatureHead(Head):
     ) -> Iterator[Tensor]:
         """Yield the outputs [B, L, F] of each step; step k at place i predicts t_{i+2+k}.
 
-        Args:
-            tokens: [B, L] int64.
-            features: [B, L, F] of the target, fused.
-            num_steps: at least 1.
-            window: places of the text that the head may look back at; None for all of them.
+        A window bounds the places of the text [B, L] that the head may look back at.
         """
-        length, cache = tokens.shape[1], _StepCache()
+        length, cache = tokens.shape[1], DynamicCache()
         places = torch.arange(length, device=tokens.device).expand(tokens.shape)
         mask = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
         if window is not None:
@@ -246,66 +238,27 @@ class FeatureHead(Head):
         return said | {"layer": ", ".join(f"{name} {value}" for name, value in facts.items())}
 
 
-class _StepCache:
-    """Keys and values of all steps so far, with their gradients, for layers that expect a cache."""
-
-    def __init__(self) -> None:
-        self._states: list[tuple[Tensor, Tensor]] = []
-
-    def update(self, keys: Tensor, values: Tensor, *args: Any, **kw: Any) -> tuple[Tensor, ...]:
-        """Add a step's keys and values [B, heads, L, head_dim]; returns those of all steps."""
-        self._states.append((keys, values))
-        return tuple(torch.cat(parts, 2) for parts in zip(*self._states, strict=True))
+# Committed tokens [B, n] of a step and each of its taps [B, n, H], and how many count in each row.
+Entries = tuple[list[Tensor], list[int]]
 
 
-class Pending:
-    """Committed tokens [B, n] of some steps with their taps, in ragged rows.
-
-    Steps that draft nothing only add to it, so that they cost what plain decoding costs.
-    """
-
-    def __init__(self) -> None:
-        # Tokens and taps [B, n, ...] of each step, and how many of them count in each row.
-        self._parts: list[tuple[list[Tensor], list[int]]] = []
-        self.num_columns = 0  # of all parts; no row has more entries
-
-    def add(self, values: list[Tensor], counts: list[int]) -> None:
-        """Add a step's tokens [B, n] and taps [B, n, H]; the first `counts[b]` of row b count."""
-        self._parts.append((values, counts))
-        self.num_columns += values[0].shape[1]
-
-    def join(self, num_rows: int) -> None:
-        """Let rows without an entry come behind the others."""
-        for values, counts in self._parts:
-            values[:] = [torch.cat([v, v.new_zeros(num_rows, *v.shape[1:])]) for v in values]
-            counts += [0] * num_rows
-
-    def reorder(self, rows: Tensor) -> None:
-        kept = rows.tolist()
-        for values, counts in self._parts:
-            values[:] = [value[rows] for value in values]
-            counts[:] = [counts[row] for row in kept]
-
-    def take(self) -> tuple[list[Tensor], list[int]]:
-        """All parts as one, every row's entries moved up behind each other; forgets them."""
-        parts, self._parts, self.num_columns = self._parts, [], 0
-        if len(parts) == 1:
-            return parts[0]
-        columns, lengths = zip(*parts, strict=True)
-        values = [torch.cat(each, 1) for each in zip(*columns, strict=True)]
-        counts = [sum(row) for row in zip(*lengths, strict=True)]
-        if min(counts) < values[0].shape[1]:
-            is_padding = [
-                torch.arange(tokens.shape[1]) >= torch.tensor(part).unsqueeze(1)
-                for (tokens, *_), part in parts
-            ]
-            # A stable sort moves padding to the end and keeps the order of the entries.
-            order = torch.cat(is_padding, 1).to(torch.uint8).argsort(dim=1, stable=True)
-            order = order[:, : max(counts)].to(values[0].device)  # [B, longest]
-            tokens, *taps = values
-            taps = [torch.take_along_dim(tap, order.unsqueeze(2), 1) for tap in taps]
-            values = [tokens.gather(1, order), *taps]
-        return values, counts
+def merged(parts: Sequence[Entries]) -> Entries:
+    """All parts as one, every row's entries moved up behind each other."""
+    if len(parts) == 1:
+        return parts[0]
+    columns, lengths = zip(*parts, strict=True)
+    values = [torch.cat(each, 1) for each in zip(*columns, strict=True)]
+    counts = [sum(row) for row in zip(*lengths, strict=True)]
+    is_padding = [
+        torch.arange(tokens.shape[1]) >= torch.tensor(part).unsqueeze(1)
+        for (tokens, *_), part in parts
+    ]
+    # A stable sort moves padding to the end and keeps the order of the entries.
+    order = torch.cat(is_padding, 1).to(torch.uint8).argsort(dim=1, stable=True)
+    order = order[:, : max(counts)].to(values[0].device)  # [B, longest]
+    tokens, *taps = values
+    taps = [torch.take_along_dim(tap, order.unsqueeze(2), 1) for tap in taps]
+    return [tokens.gather(1, order), *taps], counts
 
 
 class FeatureDrafter(HeadDrafter):
@@ -358,7 +311,8 @@ class FeatureDrafter(HeadDrafter):
         config = SimpleNamespace(layer_types=None, sliding_window=window)
         self._masks = Masks(config, self.device)
         self.cache = SlotCache(1, 1, 1, self.device)
-        self._pending = Pending()
+        # Steps that draft nothing only add to it, so that they cost what plain decoding costs.
+        self._pending: list[Entries] = []
         self._reserved: int | None = None  # slots of the next batch's rows
         self._outputs = torch.empty(0, device=self.device)  # [B, F]
         # Entries that stand behind the committed ones at most.
@@ -370,10 +324,15 @@ class FeatureDrafter(HeadDrafter):
         self, prompts: Prompts, output: TargetOutput, sampler: Sampler, *, join: bool = False
     ) -> None:
         """Feed every prompt's pairs of token and feature."""
-        if join:
-            self._pending.join(len(prompts))
-        else:
-            self._pending = Pending()
+
+        def longer(values: Tensor) -> Tensor:
+            return torch.cat([values, values.new_zeros(len(prompts), *values.shape[1:])])
+
+        self._pending = [
+            ([longer(value) for value in values], [*counts, *[0] * len(prompts)])
+            for values, counts in self._pending
+            if join
+        ]
         running = self.cache if join else None  # or else it must not stay beside the new one
         outputs, lengths = self._outputs, [len(prompt) - 1 for prompt in prompts]
         longest = max(lengths)
@@ -416,7 +375,7 @@ class FeatureDrafter(HeadDrafter):
 
     def observe(self, verdict: Verdict, committed: Tokens, hidden: dict[int, Tensor]) -> None:
         """Keep the true features of the root and the accepted path until a draft is asked for."""
-        if self._pending.num_columns >= MAX_PENDING:
+        if len(self._pending) >= MAX_PENDING:
             self._catch_up()
         num_new = max(map(len, committed))
         taps = [hidden[tap] for tap in self.taps]
@@ -425,12 +384,15 @@ class FeatureDrafter(HeadDrafter):
             places = places[:, :num_new].unsqueeze(2)
             taps = [torch.take_along_dim(tap, places, 1) for tap in taps]
         tokens = verdict.tokens[:, :num_new].clamp(min=0)
-        self._pending.add([tokens, *taps], [len(new) for new in committed])
+        self._pending.append(([tokens, *taps], [len(new) for new in committed]))
 
     def reorder(self, rows: Tensor) -> None:
         self.cache.reorder(rows)
-        self._outputs = self._outputs[rows]
-        self._pending.reorder(rows)
+        self._outputs, kept = self._outputs[rows], rows.tolist()
+        self._pending = [
+            ([value[rows] for value in values], [counts[row] for row in kept])
+            for values, counts in self._pending
+        ]
 
     @property
     def draft_shape(self) -> DraftShape:
@@ -472,9 +434,10 @@ class FeatureDrafter(HeadDrafter):
 
     def _catch_up(self) -> None:
         """Feed what is committed but not cached."""
-        if not self._pending.num_columns:
+        if not self._pending:
             return
-        (tokens, *taps), counts = self._pending.take()
+        (tokens, *taps), counts = merged(self._pending)
+        self._pending = []
         with self.clock.forward():
             features = self.head.fuse(dict(zip(self.taps, taps, strict=True)))
         self._feed(tokens, features, counts, CATCH_UP)

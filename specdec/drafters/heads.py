@@ -34,20 +34,13 @@ class Head(nn.Module):
         target_config: the target's text config.
         parts: the target's input embedding and vocabulary projection, no parameters of the head;
             none where it is built for its shapes alone, on the meta device.
-
-    Attributes:
-        Options: the head's options; a flag's description is what `specdec inspect` says of it.
-        options: all of them, none left to the target.
-        taps: HF `hidden_states` indices that it reads.
-        max_depth: levels that it can draft; None for any number.
-        token_map: [D] target ids of a reduced draft vocabulary, or None.
     """
 
-    Options: ClassVar[type[Config]]
-    options: Any
-    taps: tuple[int, ...]
-    max_depth: int | None = None
-    token_map: Tensor | None = None
+    Options: ClassVar[type[Config]]  # a flag's description is what `specdec inspect` says of it
+    options: Any  # all of them, none left to the target
+    taps: tuple[int, ...]  # HF `hidden_states` indices that it reads
+    max_depth: int | None = None  # levels that it can draft; None for any number
+    token_map: Tensor | None = None  # [D] target ids of a reduced draft vocabulary
 
     def __init__(self, options: Mapping[str, Any], target_config: Any, *parts: Any) -> None:
         super().__init__()
@@ -111,7 +104,7 @@ class Head(nn.Module):
             "reads": "the last hidden state of the target, behind its final norm",
             "drafts": f"all {size:,} tokens" if size else "all tokens of the target",
             "layer": f"width {sizes.get('hidden_size', '?')}",
-            "has": ", ".join(words for words in flags if words) or "no optional parts",
+            "has": ", ".join(filter(None, flags)) or "no optional parts",
         }
 
 
@@ -130,14 +123,10 @@ def fill_head(head: Head, tensors: Mapping[str, Tensor], path: str) -> None:
 def load_head(
     kind: str, target: Any, path: str, *, force: bool = False, dtype: torch.dtype | None = None
 ) -> tuple[Any, HeadCheckpoint]:
-    """Load a head for an `HFTarget`, in eval mode and the target's dtype.
+    """Load a head of a kind for an `HFTarget`, in eval mode and the target's dtype.
 
-    Args:
-        kind: strategy that the head must be of.
-        target: the model it drafts for.
-        path: folder or hub id in any known layout; "demo" for the embedded head.
-        force: take a head that was trained for another target of the same shape.
-        dtype: dtype of the head; None for the target's.
+    `path` is a folder or hub id in any known layout, or "demo" for the embedded head; `force` takes
+    a head that was trained for another target of the same shape.
     """
     checkpoint = read_head(str(demo_path(kind)) if path == "demo" else path)
     if checkpoint.kind != kind:

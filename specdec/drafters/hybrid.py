@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -44,12 +45,9 @@ class Calibration:
         return (self._taken / self._shown)[self._bins(confidence)]
 
     def add(self, confidence: Tensor, counted: Tensor, taken: Tensor) -> None:
-        """Learn from judged nodes.
+        """Learn from nodes `taken` [...]; a source drafted those `counted` [S, ...].
 
-        Args:
-            confidence: [S, ...] conditional confidences.
-            counted: [S, ...] bool, nodes that the source drafted and whose parent was taken.
-            taken: [...] bool, nodes on the accepted path.
+        Of the others nothing is known, as their parents were not taken.
         """
         bins = self._bins(confidence).flatten()
         self._shown = self._shown.index_add(0, bins, counted.flatten().float())
@@ -58,21 +56,13 @@ class Calibration:
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """Candidates from S sources, M in each row; topological.
+    """Candidates from S sources, M in each row; topological."""
 
-    Attributes:
-        tokens: [B, M] int64.
-        parents: [B, M] int64 pool indices, -1 for a child of the root.
-        real: [B, M] bool; the others are padding, or stand elsewhere already.
-        confidence: [S, B, M] each source's confidence in the path; 0 where it did not draft it.
-        depth: at least the longest path.
-    """
-
-    tokens: Tensor
-    parents: Tensor
-    real: Tensor
-    confidence: Tensor
-    depth: int
+    tokens: Tensor  # [B, M]
+    parents: Tensor  # [B, M] pool indices, -1 for a child of the root
+    real: Tensor  # [B, M] bool; the others are padding, or stand elsewhere already
+    confidence: Tensor  # [S, B, M] each source's confidence in the path; 0 where it has none
+    depth: int  # at least the longest path
 
     def above(self, values: Tensor, root: float) -> Tensor:
         """Each candidate's parent's value; of [..., B, M], with `root` above the first level."""
@@ -148,7 +138,8 @@ class HybridDrafter(CachePasser):
         self.drafters = list(drafters)
         self.max_nodes, self.enough, self.calibrate = max_nodes, enough, calibrate
         self.taps = tuple(sorted({tap for drafter in drafters for tap in drafter.taps}))
-        self.clock: Any = _SumClock(drafters)
+        clocks = [drafter.clock for drafter in drafters]
+        self.clock: Any = SimpleNamespace(take=lambda: sum(clock.take() for clock in clocks))
         self._calibration: Calibration | None = None
         # Conditional confidences [S, B, N] and parents [B, N] of a merged draft.
         self._merged: tuple[Tensor, Tensor] | None = None
@@ -239,13 +230,3 @@ def _refuse_what_cannot_merge(drafter: Drafter) -> None:
             "a hybrid cannot hold a draft model that drafts chains: it keeps the accepted part of "
             "its own draft in its cache; use width=2 or more"
         )
-
-
-class _SumClock:
-    """The forwards of all drafters."""
-
-    def __init__(self, drafters: Sequence[Drafter]) -> None:
-        self._clocks = [drafter.clock for drafter in drafters]
-
-    def take(self) -> float:
-        return sum(clock.take() for clock in self._clocks)

@@ -4,7 +4,7 @@ Source: Medusa, arXiv 2401.10774.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -20,31 +20,18 @@ from specdec.engine.interfaces import Prompts, TargetOutput
 from specdec.sampling.sampler import Sampler
 from specdec.verify import Draft, Verdict, best_static_tree
 
-_DEFAULT_NODES, _GUESSED_WIDTH = 24, 8
 _MOST_BLOCKS = 1000  # a number in a config takes no memory, a module does
 
 
 class MedusaOptions(Config):
-    """The options of Medusa heads.
-
-    Attributes:
-        hidden_size: H of the target.
-        vocab_size: V of the target.
-        tap: HF `hidden_states` index they read: the target's last, after its final norm.
-        num_heads: tokens guessed behind the root.
-        num_layers: residual blocks of each head.
-        own_vocab_head: each head brings its own vocabulary projection; otherwise all of them use
-            the target's.
-    """
+    """The options of Medusa heads; without projections of their own they use the target's."""
 
     hidden_size: Size | None = None
     vocab_size: Size | None = None
-    tap: Layer | None = None
-    num_heads: Size = 4
-    num_layers: Size = 1
-    own_vocab_head: Annotated[bool, Field(description="a vocabulary projection for every head")] = (
-        True
-    )
+    tap: Layer | None = None  # None for the target's last, after its final norm
+    num_heads: Size = 4  # tokens guessed behind the root
+    num_layers: Size = 1  # residual blocks of each head
+    own_vocab_head: bool = Field(True, description="a vocabulary projection for every head")
 
     @model_validator(mode="after")
     def _can_be_built(self) -> Self:
@@ -122,12 +109,9 @@ class MedusaHeads(Head):
     def loss(  # type: ignore[override]
         self, batch: TrainingBatch, decay: float = 0.8, objective: str = "cross_entropy"
     ) -> LossOutput:
-        """Sum over heads of decay^k times the cross-entropy to the text, or the KL to the target.
+        """Sum over heads k = 1, 2, ... of decay^k times the cross-entropy to the text (Medusa-1).
 
-        Args:
-            batch: see `TrainingBatch`.
-            decay: weight of a head over that of the one before; the first has `decay` itself.
-            objective: "cross_entropy" (Medusa-1) or "kl" (self-distillation).
+        With the objective "kl" it is the KL to the target instead (self-distillation).
         """
         if objective not in ("cross_entropy", "kl"):
             raise ValueError(f"objective is {objective!r} but must be 'cross_entropy' or 'kl'")
@@ -195,9 +179,9 @@ class MedusaDrafter(HeadDrafter):
             if acceptance is None:
                 acceptance = checkpoint.training.get("acceptance_by_rank")
             if acceptance is None:
-                acceptance = guessed_acceptance(heads.max_depth, _GUESSED_WIDTH)
+                acceptance = guessed_acceptance(heads.max_depth, 8)
             ranks = [row[: target.vocab_size] for row in acceptance]
-            choices = best_static_tree(ranks, _DEFAULT_NODES if max_nodes is None else max_nodes)
+            choices = best_static_tree(ranks, 24 if max_nodes is None else max_nodes)
         return cls(heads, target.vocab_size, TreeShape(choices=choices, children=children))
 
     def __init__(self, head: MedusaHeads, vocab_size: int, shape: TreeShape) -> None:

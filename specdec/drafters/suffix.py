@@ -1,6 +1,6 @@
 """Suffix lookup: continue the longest suffix seen before, by how often each token followed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 from itertools import count
 from typing import ClassVar
@@ -73,30 +73,29 @@ class SuffixAutomaton:
 
     def match(self, state: int, length: int, token: int, longest: int) -> tuple[int, int]:
         """The longest known suffix after one more token, up to `longest`: (state, its length)."""
-        state = self._state_of(state, length)
-        while state > 0 and token not in self._next[state]:
-            state = self._link[state]
-            length = self._len[state]
+        state, length = self._suffix(state, length, lambda edges: token in edges)
         after = self._next[state].get(token)
         return (0, 0) if after is None else (after, min(length + 1, longest))
 
     def earlier(self, state: int, length: int) -> tuple[int, int]:
         """The longest suffix of a match that is also followed by something."""
-        state = self._state_of(state, length)
-        while state > 0 and not self._next[state]:
-            state = self._link[state]
-            length = self._len[state]
-        return state, length
+        return self._suffix(state, length, bool)
 
-    def _state_of(self, state: int, length: int) -> int:
-        """The state of a match's last `length` tokens.
+    def _suffix(
+        self, state: int, length: int, fits: Callable[[dict[int, int]], bool]
+    ) -> tuple[int, int]:
+        """The longest suffix of a match whose continuations fit.
 
-        It lies further up the suffix chain where the match was cut short, or where its state has
-        been split since. A match grows by one token at a time, so this is constant on average.
+        The state of its last `length` tokens lies further up the suffix chain where the match was
+        cut short, or where its state has been split since. A match grows by one token at a time, so
+        this is constant on average.
         """
         while state > 0 and self._len[self._link[state]] >= length:
             state = self._link[state]
-        return state
+        while state > 0 and not fits(self._next[state]):
+            state = self._link[state]
+            length = self._len[state]
+        return state, length
 
     def children(self, state: int, width: int) -> list[tuple[float, int, int]]:
         """The likeliest continuations: (share of the counts, token, state)."""

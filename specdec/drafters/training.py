@@ -8,21 +8,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class TrainingBatch:
-    """Texts of B rows and L tokens, and the target's view of them.
+    """Texts of B rows and L tokens, and the target's view of them."""
 
-    Attributes:
-        tokens: [B, L] int64; padding may be any token.
-        loss_mask: [B, L] bool, the tokens that are to be predicted: the target's own answers.
-        hidden: tap -> [B, L, H].
-        target_logits: [B, L, V]; row i predicts token i + 1.
-        positions: [B, L] int64, each token's place in its own text, where several texts share a
-            line; None where each has its own.
-    """
-
-    tokens: Tensor
-    loss_mask: Tensor
-    hidden: dict[int, Tensor]
-    target_logits: Tensor
+    tokens: Tensor  # [B, L] int64; padding may be any token
+    loss_mask: Tensor  # [B, L] bool, the tokens to be predicted: the target's own answers
+    hidden: dict[int, Tensor]  # tap -> [B, L, H]
+    target_logits: Tensor  # [B, L, V]; row i predicts token i + 1
+    # [B, L] each token's place in its own text, where several texts share a line.
     positions: Tensor | None = None
 
 
@@ -64,14 +56,9 @@ OBJECTIVES = ("cross_entropy", "forward_kl", "reverse_kl", "total_variation")
 def objective(
     name: str, logits: Tensor, target_logits: Tensor, tokens: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    """One of `OBJECTIVES`; 0 for no places.
+    """One of `OBJECTIVES`, of logits [places, V] and tokens [places]; 0 for no places.
 
-    Args:
-        name: the objective.
-        logits: [places, V] of the drafter, with their graph.
-        target_logits: [places, V] of the target; a larger vocabulary is cut, and so are logits.
-        tokens: [places] int64 that the target wrote.
-        temperature: that both distributions are compared at; cross-entropy has none.
+    The larger vocabulary is cut; cross-entropy has no temperature.
     """
     if not len(logits):
         return logits.sum().float()

@@ -69,38 +69,27 @@ class TreeShape:
         if choices is None:
             table = guessed_acceptance(self.depth, min(self.width, vocab_size))
             choices = best_static_tree(table, self.max_nodes)
-        highest = max((max(path) for path in choices if path), default=0)
-        if highest >= vocab_size:
+        tree = from_choices(choices, device)
+        if (highest := int(tree.ranks.max())) >= vocab_size:
             raise ValueError(
                 f"choices hold the rank {highest} but the drafter has {vocab_size} tokens; "
                 f"use ranks below {vocab_size}"
             )
-        return from_choices(choices, device)
+        return tree
 
 
 @dataclass(frozen=True, eq=False)
 class _Level:
-    """Index tensors of one level of a static tree, whose *beam* are its nodes with children.
+    """Index tensors of one level of a static tree, whose *beam* are its nodes with children."""
 
-    Attributes:
-        parent_places: [nodes] places of their parents in the beam before.
-        parents_before: [nodes] places of their parents in the level before.
-        ranks: [nodes] ranks among their siblings.
-        num_children: most children of any node of the beam before.
-        expanded: [beam] places within this level.
-        origin: [beam] places of their parents in the beam before.
-        visible: [beam, fed so far] ancestors of each node of the beam, itself included.
-        fed_levels: [fed so far] levels of all expanded nodes, 0 for the root's children.
-    """
-
-    parent_places: Tensor
-    parents_before: Tensor
-    ranks: Tensor
-    num_children: int
-    expanded: Tensor
-    origin: Tensor
-    visible: Tensor
-    fed_levels: Tensor
+    parent_places: Tensor  # [nodes] in the beam before
+    parents_before: Tensor  # [nodes] places of their parents in the level before
+    ranks: Tensor  # [nodes] among their siblings
+    num_children: int  # most children of any node of the beam before
+    expanded: Tensor  # [beam] places within this level
+    origin: Tensor  # [beam] places of their parents in the beam before
+    visible: Tensor  # [beam, fed so far] ancestors of each node, itself included
+    fed_levels: Tensor  # [fed so far] of all expanded nodes, 0 for the root's children
 
 
 class StaticPlan:
@@ -138,13 +127,8 @@ class StaticPlan:
 class StaticGrowth:
     """Fills a `StaticTree` with tokens, level by level.
 
-    Args:
-        plan: the shape.
-        children: "top" takes each node's likeliest children, which is a point mass; the others
-            sample them from the processed distribution and report its q.
-        budget: the largest of the rows' budgets, at least 1; levels behind it are left out.
-        sampler: the batch's.
-        counters: [B] int64 committed tokens, the counter of the rows' randomness.
+    Levels behind `budget`, the largest of the rows' budgets, are left out; `counters` [B] are the
+    numbers of committed tokens, which the rows' randomness depends on.
     """
 
     def __init__(
@@ -273,11 +257,7 @@ def _without_earlier(probs: Tensor, drawn: Tensor) -> Tensor:
 class DynamicGrowth:
     """EAGLE-2's tree: the best candidates of each level are expanded, the best of all are kept.
 
-    Args:
-        width: children taken per node, and nodes expanded per level.
-        max_nodes: node budget.
-        num_levels: levels to grow.
-        sampler: the batch's.
+    `width` children are taken of each node, and as many nodes expanded per level.
     """
 
     origin: Tensor  # [B, beam] parents of the newest beam in the beam before
@@ -326,11 +306,10 @@ class DynamicGrowth:
 
     @property
     def newest(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The newest beam, to be fed to a model.
+        """The newest beam, to be fed to a model: its tokens [B, beam].
 
-        Returns:
-            tokens [B, beam]; which of the S expanded nodes each of them sees, bool [B, beam, S],
-            the beam itself last; and the levels [S] of these nodes, 0 for the root's children.
+        Then which of the S expanded nodes each of them sees, bool [B, beam, S], the beam itself
+        last, and the levels [S] of these nodes, 0 for the root's children.
         """
         sizes = [beam[0].shape[1] for beam in self._beams]
         levels = [level for level, size in enumerate(sizes) for _ in range(size)]

@@ -9,7 +9,7 @@ from tiny_models import tiny_target
 
 from specdec import generate
 from specdec.drafters.eagle3 import Eagle3Drafter
-from specdec.drafters.feature_head import Pending
+from specdec.drafters.feature_head import merged
 from specdec.drafters.medusa import MedusaDrafter
 from specdec.drafters.tree_growth import TreeShape
 from specdec.engine.draft_length import Schedule
@@ -59,25 +59,18 @@ def test_medusa_asks_only_heads_within_budget():
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_pending_parts_keep_order_while_rows_come_and_go(seed):
+def test_merged_parts_keep_each_rows_order(seed):
     draw = random.Random(seed)
-    pending, expected = Pending(), [[], [], []]
+    parts, expected = [], [[], [], []]
     for part in range(draw.randrange(1, 7)):
-        num_rows, width = len(expected), draw.randrange(1, 5)
+        width = draw.randrange(1, 5)
         counts = [draw.randrange(width + 1) for _ in expected]
-        tokens = 100 * part + torch.arange(num_rows * width).view(num_rows, width)
-        pending.add([tokens, tokens.unsqueeze(2) + torch.tensor([0.25, 0.5])], counts.copy())
+        tokens = 100 * part + torch.arange(3 * width).view(3, width)
+        parts.append(([tokens, tokens.unsqueeze(2) + torch.tensor([0.25, 0.5])], counts))
         for row, count in enumerate(counts):
             expected[row] += tokens[row, :count].tolist()
-        if draw.random() < 0.3:
-            pending.reorder(torch.tensor([2, 0, 1]))
-            expected = [expected[2], expected[0], expected[1]]
-        if draw.random() < 0.3:
-            pending.join(2)
-            expected += [[], []]
-    (tokens, tap), counts = pending.take()
+    (tokens, tap), counts = merged(parts)
     assert counts == [len(row) for row in expected]
     for row, wanted in enumerate(expected):
         assert tokens[row, : len(wanted)].tolist() == wanted
         assert tap[row, : len(wanted), 1].tolist() == [token + 0.5 for token in wanted]
-    assert pending.num_columns == 0
