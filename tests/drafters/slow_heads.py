@@ -81,20 +81,18 @@ class SlowLayer:
     def attention(self, states, positions, sees):
         """Attention output [n, H]; sees(i, j) says whether entry i looks at entry j."""
         size = len(states)
-        shapes = {"q": self._heads, "k": self._kv_heads, "v": self._kv_heads}
-        parts = {
-            name: self.linear(f"self_attn.{name}_proj", states).view(size, heads, self.head_dim)
-            for name, heads in shapes.items()
-        }
-        queries = self._rotated(parts["q"], positions)
-        keys = self._rotated(parts["k"], positions)
+        queries, keys, values = (
+            self.linear(f"self_attn.{name}_proj", states).view(size, -1, self.head_dim)
+            for name in "qkv"
+        )
+        queries, keys = self._rotated(queries, positions), self._rotated(keys, positions)
         mask = torch.tensor([[sees(i, j) for j in range(size)] for i in range(size)])
         outputs = []
         for head in range(self._heads):
             shared = head // (self._heads // self._kv_heads)
             scores = queries[:, head] @ keys[:, shared].T / math.sqrt(self.head_dim)
             weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
-            outputs.append(weights @ parts["v"][:, shared])
+            outputs.append(weights @ values[:, shared])
         return self.linear("self_attn.o_proj", torch.cat(outputs, -1))
 
     def mlp(self, states):
@@ -140,22 +138,11 @@ class SlowEagle:
 class SlowEagle3:
     """EAGLE-3: three fused taps, token and feature side by side in attention, own vocabulary."""
 
-    def __init__(
-        self,
-        head,
-        target_model,
-        taps,
-        rope=None,
-        norm_before_residual=False,
-        norm_before_fc=False,
-        norm_output=False,
-    ):
+    def __init__(self, head, target_model, taps, rope=None, **norms):
         self._tensors = tensors = _doubled(head)
         rope = rope or target_model.config.rope_parameters
         self._layer = SlowLayer(tensors, "midlayer", head.config, rope)
-        self._taps = taps
-        self._norm_before_residual = norm_before_residual
-        self._norm_before_fc, self._norm_output = norm_before_fc, norm_output
+        self._taps, self._norms = taps, norms
         shared = target_model.get_input_embeddings().weight.detach().double()
         self._embedding = tensors.get("embed_tokens.weight", shared)
         self.ids = None
@@ -168,7 +155,7 @@ class SlowEagle3:
 
     def fuse(self, hidden):
         joined = torch.cat([hidden[tap].double() for tap in self._taps], -1)
-        if self._norm_before_fc:
+        if self._norms.get("norm_before_fc"):
             joined = self._norm("input_norm", joined)
         return joined @ self._tensors["fc.weight"].T
 
@@ -177,7 +164,7 @@ class SlowEagle3:
         layer = self._layer
         normed = layer.norm("hidden_norm", features)
         pairs = torch.cat([layer.norm("input_layernorm", self._embedding[tokens]), normed], -1)
-        residual = normed if self._norm_before_residual else features
+        residual = normed if self._norms.get("norm_before_residual") else features
         states = residual + layer.attention(pairs, positions, sees)
         return states + layer.mlp(layer.norm("post_attention_layernorm", states))
 
@@ -185,17 +172,11 @@ class SlowEagle3:
         return self._norm("norm", output) @ self._tensors["lm_head.weight"].T
 
     def carry(self, output):
-        return self._norm("norm", output) if self._norm_output else output
+        return self._norm("norm", output) if self._norms.get("norm_output") else output
 
 
 class Continuation:
-    """What a feature head says behind a committed text, one path at a time.
-
-    Args:
-        head: a slow head.
-        committed: tokens t_0 .. t_n; the last is the root.
-        features: [n, F] fused features of t_0 .. t_{n-1}.
-    """
+    """What a slow head says behind committed tokens t_0 .. t_n and the features of the first n."""
 
     def __init__(self, head, committed, features):
         self._head = head
@@ -219,13 +200,7 @@ class Continuation:
 
 
 class MedusaGuesses:
-    """What Medusa's heads say behind a text: it depends on the depth only.
-
-    Args:
-        heads: the tested module, for its tensors.
-        target_model: its projection is used by heads that have none of their own.
-        feature: [H] the target's last hidden state where the root was sampled.
-    """
+    """What Medusa's heads say behind the feature [H] of a text: it depends on the depth only."""
 
     def __init__(self, heads, target_model, feature):
         self._tensors = _doubled(heads)

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
 import pytest
 import torch
@@ -56,7 +55,7 @@ def test_every_class_names_its_method(kind):
 
 
 class ToyOptions(Config):
-    bias: Annotated[bool, Field(description="a bias of its own")] = True
+    bias: bool = Field(True, description="a bias of its own")
 
 
 class ToyHead(Head):
