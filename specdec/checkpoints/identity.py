@@ -133,8 +133,7 @@ def check_target(checkpoint: HeadCheckpoint, identity: TargetIdentity, force: bo
             )
     if known is None:
         return
-    renew = "specdec convert HEAD NEW_FOLDER --to specdec --target TARGET"
-    for fact, wanted, given in differences(known, identity, "the head", renew):
+    for fact, wanted, given in differences(known, identity):
         if fact in SIZES:
             raise ValueError(
                 f"the head was trained for {_called(known)} with {fact} {wanted}, but {theirs} has "
@@ -156,19 +155,18 @@ def _called(identity: TargetIdentity) -> str:
 
 
 def differences(
-    known: TargetIdentity, given: TargetIdentity, where: str, renew: str, is_resume: bool = False
+    known: TargetIdentity, given: TargetIdentity, is_resume: bool = False
 ) -> Iterator[tuple[str, Any, Any]]:
     """Yield facts that differ, with both values; what an identity does not know is not compared.
 
     A quantized version of a target is the same one to a head, which drafts well for it: how it is
     quantized, and weights that are rounded otherwise, count only where a run is to go on.
-
-    A warning tells `where` an identity stands that an older version wrote, and how to `renew` it.
     """
     if known.facts is None and (known.weights or is_resume):
         warnings.warn(
-            f"{where} knows its target by the signs of sampled weights at most, as older versions "
-            f"wrote it: other differences go unseen. To renew it: {renew}",
+            "the target is known by the signs of sampled weights at most, as older versions wrote "
+            "it: other differences go unseen. A new run writes more, and of a head: specdec "
+            "convert HEAD NEW_FOLDER --to specdec --target TARGET",
             stacklevel=4,
         )
 
@@ -201,19 +199,21 @@ def _different(
         if isinstance(mine, dict) and isinstance(other, dict):
             yield from _different(mine, other)
         elif mine != other:
-            is_hash = name in ("tokenizer", "weights")
-            yield (name, f"{mine[:8]}...", f"{other[:8]}...") if is_hash else (name, mine, other)
+            yield name, _short(mine), _short(other)
+
+
+def _short(value: Any) -> Any:
+    return f"{value[:8]}..." if isinstance(value, str) and len(value) == 64 else value  # a hash
 
 
 def check_resumed(folder: Path, written: Any, given: Any) -> None:
     """Refuse to go on with a run of another target."""
     names = [each.name for each in fields(TargetIdentity)]
     known, now = (TargetIdentity(**{n: (e or {}).get(n) for n in names}) for e in (written, given))
-    where, renew = repr(str(folder)), "give the command with an empty --out folder"
-    for fact, was, new in differences(known, now, where, renew, is_resume=True):
+    for fact, was, new in differences(known, now, is_resume=True):
         raise ValueError(
-            f"{where} is of another target: {fact} was {was} and is {new} now; choose another "
-            "--out folder or remove this one"
+            f"{str(folder)!r} is of another target: {fact} was {was} and is {new} now; choose "
+            "another --out folder or remove this one"
         )
 
 

@@ -178,7 +178,7 @@ def load_answers(folder: Path) -> AnswersManifest:
 def check_answers_target(manifest: AnswersManifest, identity: TargetIdentity) -> None:
     """Refuse answers that another target wrote; what either does not know is not compared."""
     known = manifest.target
-    for fact, wrote, given in differences(known, identity, MANIFEST, "specdec regenerate"):
+    for fact, wrote, given in differences(known, identity):
         raise ValueError(
             f"the answers were written by target {known.name!r} with {fact} {wrote}, but "
             f"{identity.name!r} has {given}; use that target, or regenerate them with this one"

@@ -248,7 +248,7 @@ class FeatureStore:
     def check_target(self, target: Any) -> None:
         """Refuse a target, or the ends of one, other than the one whose features these are."""
         known, identity, name = self.index.target, identify_target(target), repr(str(self.folder))
-        facts = [*differences(known, identity, name, "specdec features")]
+        facts = [*differences(known, identity)]
         ends = self.index.ends, hash_of_ends(target.model)
         if None not in ends and ends[0] != ends[1]:
             facts = [("embedding or projection", *ends)]
