@@ -89,7 +89,7 @@ class ArmFigures(Speeds):
     mean_speedup_vs_plain: float | None
     """mean over prompts of their ratios, which short, easy answers dominate"""
     end_to_end_speedup_vs_plain: float | None
-    """with prefill, and the queue of a suite"""
+    """the same with prefill, and with the queue of a suite"""
     end_to_end_speedup_vs_plain_ci: Interval
     acceptance_rate: float | None
     """accepted / drafted; for a tree every node that was verified counts"""
@@ -100,7 +100,7 @@ class ArmFigures(Speeds):
     loop_efficiency: float | None
     time_s: StepTimes
     ttft_s: Percentiles
-    """over prompts of the median of their repeats; in a suite queue included"""
+    """percentiles over prompts of the median of their repeats; in a suite queue included"""
     itl_s: Percentiles
     """a prompt's mean time between its tokens after the first chunk"""
     tokens: Whole
@@ -219,7 +219,7 @@ class SuiteArm(ArmFigures):
     """One arm in one group of a suite."""
 
     chunk_gap_s: Percentiles
-    """from one chunk of a request to the next, over all gaps of all requests and repeats"""
+    """time from one chunk of a request to the next, over all gaps of all requests and repeats"""
     queue_s: Percentiles
     latency_s: Percentiles
     requests: Whole
