@@ -7,6 +7,7 @@ from pathlib import Path
 
 from specdec.analysis.results import Analysis
 from specdec.planning.roofline import estimate, load_hardware
+from specdec.report.runs import MODELS, Run
 
 ROOT = Path(__file__).parents[2]
 ARMS = {
@@ -133,6 +134,26 @@ def _bin(place):
     sure = place / 10 + 0.05 if place else None
     ends = {"low": place / 10, "high": (place + 1) / 10, "count": 10 * place}
     return ends | {"confidence": sure, "acceptance": sure and 0.9 * sure}
+
+
+def run(content, label="a", kind="bench"):
+    return Run(kind, label, Path(label), MODELS[kind].read(deepcopy(content)))
+
+
+def holder(content, place):
+    """The part of a content that holds a dotted place, and its key there."""
+    *path, key = (int(part) if part.isdigit() else part for part in place.split("."))
+    for part in path:
+        content = content[part]
+    return content, key
+
+
+def changed(place, value, content=None):
+    """A copy of a content, by default that of a bench, with another value at a dotted place."""
+    found = bench() if content is None else deepcopy(content)
+    part, key = holder(found, place)
+    part[key] = value
+    return found
 
 
 def write(folder, name, content):

@@ -1,10 +1,10 @@
 """Runs that are not comparable are refused, each difference by name, and let pass by name."""
 
 from copy import deepcopy
-from pathlib import Path
 
 import made_runs
 import pytest
+from made_runs import changed, run
 
 from specdec.report.compare import (
     MUST_AGREE,
@@ -14,48 +14,32 @@ from specdec.report.compare import (
 )
 from specdec.report.document import Section
 from specdec.report.page import build_report
-from specdec.report.runs import MODELS, Run
 
 RESULTS = made_runs.bench()
-CONFIG = ("provenance", "config")
-
-
-def run(content, label="a", kind="bench"):
-    return Run(kind, label, Path(label), MODELS[kind].read(deepcopy(content)))
-
-
-def changed(*path_and_value, content=RESULTS):
-    *path, last, value = path_and_value
-    content = place = deepcopy(content)
-    for key in path:
-        place = place[key]
-    place[last] = value
-    return content
-
 
 # Field, the place of its value, another value, and the two values as the message gives them.
 CHANGES = [
-    ("target", ("target", "weights", "c" * 64), RESULTS["target"]["weights"], "c" * 64),
-    ("target", ("target", "tokenizer", "c" * 64), RESULTS["target"]["tokenizer"], "c" * 64),
-    ("prompts", ("prompts", 3, "fingerprint", "other"), "24 prompts", "24 prompts"),
-    ("sampling", (*CONFIG, "sampling", "temperature", 1.0), "0.0", "1.0"),
-    ("sampling", (*CONFIG, "sampling", "top_p", 0.9), "1.0", "0.9"),
-    ("max_new_tokens", (*CONFIG, "max_new_tokens", 99), "64", "99"),
-    ("batch_size", (*CONFIG, "batch_size", 8), "1", "8"),
-    ("batch_size", (*CONFIG, "prompts_per_call", 4), "0", "4"),
-    ("rule", (*CONFIG, "rule", "block"), "token", "block"),
-    ("dtype", ("provenance", "dtype", "bfloat16"), "float32", "bfloat16"),
-    ("dtype", ("provenance", "quantized", True), "False", "True"),
-    ("device", ("provenance", "device", "A GPU"), "cpu", "A GPU"),
-    ("device", ("provenance", "cpu", "Another"), "Intel", "Another"),
-    ("device", ("provenance", "cpu_count", 64), "2", "64"),
-    ("threads", ("provenance", "threads", 8), "2", "8"),
-    ("processes", ("provenance", "processes", 2), "1", "2"),
+    ("target", ("target.weights", "c" * 64), RESULTS["target"]["weights"], "c" * 64),
+    ("target", ("target.tokenizer", "c" * 64), RESULTS["target"]["tokenizer"], "c" * 64),
+    ("prompts", ("prompts.3.fingerprint", "other"), "24 prompts", "24 prompts"),
+    ("sampling", ("provenance.config.sampling.temperature", 1.0), "0.0", "1.0"),
+    ("sampling", ("provenance.config.sampling.top_p", 0.9), "1.0", "0.9"),
+    ("max_new_tokens", ("provenance.config.max_new_tokens", 99), "64", "99"),
+    ("batch_size", ("provenance.config.batch_size", 8), "1", "8"),
+    ("batch_size", ("provenance.config.prompts_per_call", 4), "0", "4"),
+    ("rule", ("provenance.config.rule", "block"), "token", "block"),
+    ("dtype", ("provenance.dtype", "bfloat16"), "float32", "bfloat16"),
+    ("dtype", ("provenance.quantized", True), "False", "True"),
+    ("device", ("provenance.device", "A GPU"), "cpu", "A GPU"),
+    ("device", ("provenance.cpu", "Another"), "Intel", "Another"),
+    ("device", ("provenance.cpu_count", 64), "2", "64"),
+    ("threads", ("provenance.threads", 8), "2", "8"),
+    ("processes", ("provenance.processes", 2), "1", "2"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("field", "change", "ours", "theirs"), CHANGES, ids=[f"{c[0]}: {c[1][-2]}" for c in CHANGES]
+    ("field", "change", "ours", "theirs"), CHANGES, ids=[change[1][0] for change in CHANGES]
 )
 def test_difference_is_refused_with_both_values(field, change, ours, theirs):
     runs = [run(RESULTS), run(changed(*change), "b")]
@@ -78,9 +62,10 @@ def test_every_field_has_a_refusal():
 
 
 def test_seed_matters_only_where_something_is_drawn():
-    greedy = changed(*CONFIG, "seed", 7)
+    greedy = changed("provenance.config.seed", 7)
     assert check_comparable([run(RESULTS), run(greedy, "b")]) == []
-    drawn = [changed(*CONFIG, "sampling", "temperature", 0.7, content=c) for c in (RESULTS, greedy)]
+    place = "provenance.config.sampling.temperature"
+    drawn = [changed(place, 0.7, content) for content in (RESULTS, greedy)]
     with pytest.raises(ValueError, match="seed is '0' in 'a' and '7' in 'b'"):
         check_comparable([run(drawn[0]), run(drawn[1], "b")])
 
@@ -89,46 +74,35 @@ def test_seed_matters_only_where_something_is_drawn():
 @pytest.mark.parametrize(
     ("place", "values", "message"),
     [
-        (
-            (*CONFIG, "target", "quantization"),
-            ("4bit", "8bit"),
-            "quantization is '4bit' in 'a'",
-        ),
-        (
-            ("target", "facts"),
-            ({"rope": {"theta": 1e4}}, {"rope": {"theta": 5e5}}),
-            "target.rope.theta",
-        ),
-        (("target", "hidden_size"), (160, 320), "hidden_size is '160' in 'a' and '320'"),
+        ("provenance.config.target.quantization", ("4bit", "8bit"), "quantization is '4bit' in"),
+        ("target.facts", ({"rope": {"base": 1e4}}, {"rope": {"base": 5e5}}), "target.rope.base"),
+        ("target.hidden_size", (160, 320), "hidden_size is '160' in 'a' and '320'"),
     ],
 )
 def test_target_without_hash_is_compared_by_its_facts(place, values, message):
-    unknown = changed("target", "weights", None)  # quantized weights have no hash
-    runs = [
-        run(changed(*place, value, content=unknown), label)
-        for value, label in zip(values, "ab", strict=True)
-    ]
+    unknown = changed("target.weights", None)  # quantized weights have no hash
+    runs = [run(changed(place, x, unknown), label) for x, label in zip(values, "ab", strict=True)]
     assert check_comparable([runs[0], runs[0]]) == []
     with pytest.raises(ValueError, match=message):
         check_comparable(runs)
 
 
 def test_every_difference_of_every_run_is_told():
-    third = changed("provenance", "threads", 8, content=changed(*CONFIG, "rule", "block"))
+    third = changed("provenance.threads", 8, changed("provenance.config.rule", "block"))
     with pytest.raises(ValueError, match=r"rule is .* in 'c'; threads is .* in 'c'"):
         check_comparable([run(RESULTS), run(RESULTS, "b"), run(third, "c")])
 
 
 def test_commit_repeats_and_order_of_prompts_may_differ():
-    other = changed("provenance", "git_commit", "2" * 40)
+    other = changed("provenance.git_commit", "2" * 40)
     other["provenance"]["config"]["repeats"] = 5
     other["prompts"] = other["prompts"][::-1]
     assert check_comparable([run(RESULTS), run(other, "b")]) == []
 
 
 def test_runs_without_identity_are_compared_by_paths_and_sources():
-    content = changed("target", None, content=changed("prompts", None))
-    moved = changed(*CONFIG, "target", "path", "elsewhere", content=content)
+    content = changed("target", None, changed("prompts", None))
+    moved = changed("provenance.config.target.path", "elsewhere", content)
     moved["provenance"]["config"]["prompts"]["num"] = 4
     assert check_comparable([run(content), run(content)]) == []
     with pytest.raises(ValueError, match=r"target\.path is .*prompts\.num is '24' in 'a' and '4'"):
@@ -178,7 +152,7 @@ def test_comparison_tells_what_it_cannot_pair():
 
 
 def test_settings_tell_options_of_arms():
-    other = changed(*CONFIG, "arms", 0, "draft_length", {"1": 2})
+    other = changed("provenance.config.arms.0.draft_length", {"1": 2})
     report = build_report([run(RESULTS), run(other, "b")])
     settings = next(section for section in report.sections if section.id == "runs").tables[0]
     row = next(row for row in settings.rows if row["name"] == f"arm {RESULTS['arms'][2]['name']}")
@@ -189,7 +163,7 @@ def test_settings_tell_options_of_arms():
 @pytest.mark.parametrize("kind", ["analysis", "suite"])
 def test_other_kinds_that_differ_bring_a_warning(kind):
     content = getattr(made_runs, kind)()
-    other = changed("provenance", "dtype", "bfloat16", content=content)
+    other = changed("provenance.dtype", "bfloat16", content)
     assert warn_of_differences([run(content, "a", kind), run(content, "b", kind)]) == []
     runs = [run(content, "a", kind), run(other, "b", kind)]
     (said,) = warn_of_differences(runs)
@@ -198,6 +172,6 @@ def test_other_kinds_that_differ_bring_a_warning(kind):
 
 
 def test_different_suites_need_no_warning():
-    other = changed("provenance", "dtype", "bfloat16", content=made_runs.suite("multi-turn"))
+    other = changed("provenance.dtype", "bfloat16", made_runs.suite("multi-turn"))
     runs = [run(made_runs.suite(), "a", "suite"), run(other, "b", "suite")]
     assert warn_of_differences(runs) == []

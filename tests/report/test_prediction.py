@@ -1,6 +1,5 @@
 """Plans matched with what was measured, and draft shapes read from options."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import made_runs
@@ -16,7 +15,6 @@ from specdec.report.plan import (
     match_plan,
     summarize,
 )
-from specdec.report.runs import Run
 
 
 @pytest.fixture
@@ -61,21 +59,15 @@ def test_other_batch_or_changing_length_is_not_matched(plan, bench):
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        (("threads",), 8, "threads is '8', not '2'"),
-        (("dtype",), "bfloat16", "dtype is 'bfloat16', not 'float32'"),
-        (("cpu",), "Another", "cpu is 'Another'"),
-        (("config", "sampling", "temperature"), 1.0, "sampling.temperature is '1.0', not '0.0'"),
+        ("threads", 8, "threads is '8', not '2'"),
+        ("dtype", "bfloat16", "dtype is 'bfloat16', not 'float32'"),
+        ("cpu", "Another", "cpu is 'Another'"),
+        ("config.sampling.temperature", 1.0, "sampling.temperature is '1.0', not '0.0'"),
     ],
 )
-def test_plan_of_another_machine_is_not_matched(plan, place, value, message):
-    content = made_runs.bench()
-    *path, last = ("provenance", *place)
-    where = content
-    for key in path:
-        where = where[key]
-    where[last] = value
-    runs = [Run("plan", "planned", Path("planned"), plan)]
-    runs.append(Run("bench", "measured", Path("measured"), BenchResults.read(content)))
+def test_plan_of_another_machine_is_not_matched(place, value, message):
+    content = made_runs.changed(f"provenance.{place}", value)
+    runs = [made_runs.run(made_runs.plan(), kind="plan"), made_runs.run(content)]
     section = Section(id="prediction", title="Prediction")
     with pytest.raises(AbsentError, match="No configuration of a plan was measured"):
         add_predictions(section, runs)

@@ -159,11 +159,9 @@ def folders(tmp_path_factory):
     ],
 )
 def test_damaged_file_is_named_with_the_key(folders, tmp_path, kind, file, place):
-    content = holder = json.loads((folders[kind] / file).read_text())
-    *path, key = place.split(".")
-    for part in path:
-        holder = holder[int(part) if part.isdigit() else part]
-    del holder[key]
+    content = json.loads((folders[kind] / file).read_text())
+    part, key = made_runs.holder(content, place)
+    del part[key]
     folder = made_runs.write(tmp_path / kind, file, content)
     done = command(tmp_path, folder)
     assert done.exit_code == 2, done.output
