@@ -14,14 +14,6 @@ from specdec.report.runs import Run, last_part, title_of
 from specdec.report.style import to_png
 from specdec.report.tables import Column, Table, columns, words
 
-_WAITS = {
-    "queue_s": "queue",
-    "ttft_s": "TTFT",
-    "itl_s": "ITL",
-    "chunk_gap_s": "chunk gap",
-    "latency_s": "request",
-}
-
 
 def tables(results: BenchResults | SuiteResults, label: str = "") -> list[Table]:
     """Show one row an arm, of a suite in every group: speeds, then waiting times."""
@@ -45,20 +37,13 @@ def _suite_tables(results: SuiteResults, title: str) -> list[Table]:
     notes = ["power: not measured, which takes a CUDA device and nvidia-ml-py"]
     if any(arm.power.energy_j is not None for arm in arms):
         notes = []
-    is_loaded = results.suite == "concurrent"
-    waits = [
-        Column(f"{key}.{part}", f"{name}\n{part} ms", 1, scale=1000)
-        for key, name in _WAITS.items()
-        if key != ("latency_s" if is_loaded else "queue_s")
-        for part in ("p50", "p95", "p99")
-    ]
-    first = [Column("group", words()["suites"][results.suite]["group"])]
+    kind = "concurrent " if results.suite == "concurrent" else ""
+    group = [Column("group", words()["suites"][results.suite]["group"])]
     rows = [{"group": group.name, **_row(arm)} for group in results.groups for arm in group.arms]
-    like = "concurrent" if is_loaded else "suite"
     later = f"{title}; waiting times"
     return [
-        Table("suite", title, rows, first, notes, num_grouped=1, like=like),
-        Table("waiting", later, rows, [*first, Column("name", "arm"), *waits], num_grouped=1),
+        Table("suite", title, rows, group, notes, num_grouped=1, like=f"{kind}suite"),
+        Table("waiting", later, rows, group, num_grouped=1, like=f"{kind}waiting"),
     ]
 
 
@@ -67,9 +52,7 @@ def draw(results: BenchResults | SuiteResults) -> Any:
     if isinstance(results, BenchResults):
         return figures.bench_panels(results)
     found = words()["suites"][results.suite]
-    known = {column.key: column for table in tables(results) for column in table.columns}
-    panels = [known[key] for key in found["panels"].split()]
-    return figures.group_panels(results, panels, found["group"])
+    return figures.group_panels(results, columns(found["panels"]), found["group"])
 
 
 def plot(results: BenchResults | SuiteResults, path: Path) -> None:
@@ -182,7 +165,7 @@ def step_ms(arm: Any, repeats: int) -> dict[str, float]:
     steps = count_steps(arm, repeats)
     if not steps or not arm.tau or not arm.time_s.wall:
         return {}
-    times = {part: getattr(arm.time_s, part) for part in figures.PARTS}
+    times = {part: getattr(arm.time_s, part) for part in words()["parts"]}
     return {part: 1000 * time / steps for part, time in times.items() if time is not None}
 
 
@@ -204,7 +187,7 @@ def speedup_factors(arm: Any, ours: Mapping[str, float], plain: Mapping[str, flo
     factors = {}
     for part in ours:
         more = cost + ours[part] - plain.get(part, 0.0)
-        factors[figures.PARTS[part]] = cost / more
+        factors[words()["parts"][part]] = cost / more
         cost = more
     factors["outside of steps"] = arm.speedup_vs_plain / (arm.tau * prod(factors.values()))
     return factors
@@ -223,7 +206,7 @@ def add_time(section: Section, run: Run) -> None:
     if rows:
         png = figures.time_bars({row["name"]: row for row in rows})
         section.draw("time", png, rows, label=run.label)
-        parts = [Column(part, name, 3, is_optional=True) for part, name in figures.PARTS.items()]
+        parts = [Column(part, name, 3, is_optional=True) for part, name in words()["parts"].items()]
         section.show(Table("times", f"{run.label}: ms per token, and per step", rows, parts))
     if without:
         section.missing.append(

@@ -26,16 +26,8 @@ from specdec.report.style import (
     to_png,
     whole_numbers,
 )
-from specdec.report.tables import Column, lookup
+from specdec.report.tables import Column, lookup, words
 
-# Parts of a step in the order of the pictures.
-PARTS = {
-    "target": "target forward",
-    "draft": "drafting",
-    "verify": "verify",
-    "commit": "commit",
-    "other": "rest of the loop",
-}
 _BASELINES = ("plain", "hf_generate")
 _EDGE = {"edgecolor": "white", "linewidth": 0.5}
 # Depths from dark to light.
@@ -234,11 +226,11 @@ def time_bars(times: Mapping[str, Mapping[str, float]]) -> bytes:
     """Draw milliseconds of an emitted token, arm -> part -> value, as stacked bars."""
     figure, (axes,) = new_figure(1.4 + 0.46 * len(times))
     left = np.zeros(len(times))
-    parts = [part for part in PARTS if any(part in each for each in times.values())]
+    parts = [part for part in words()["parts"] if any(part in each for each in times.values())]
     for part, color, hatch in zip(parts, COLORS, HATCHES, strict=False):
         # What no clock saw can come out a hair below nothing.
         values = np.array([max(0.0, each.get(part, 0.0)) for each in times.values()])
-        bar = {"color": color, "hatch": hatch, "label": PARTS[part], **_EDGE}
+        bar = {"color": color, "hatch": hatch, "label": words()["parts"][part], **_EDGE}
         axes.barh(range(len(times)), values, left=left, **bar)
         left = left + values
     for place, end in enumerate(left):
