@@ -59,8 +59,8 @@ def describe(
     try:
         configured = _configured(predictor.predict(options))
     except ValueError as error:
-        configured = {"configured": None, "per_depth_conditional": []}
-        configured["not_configured_because"] = str(error)
+        reason = {"not_configured_because": str(error)}
+        configured = {"configured": None, "per_depth_conditional": [], **reason}
     valid, overlaps = evidence.valid[:, :, 0], evidence.overlap[:, :, 0].astype(np.float64)
     rows, steps = np.nonzero(valid)
     totals = overlaps.sum(1), valid.sum(1).astype(np.float64)
@@ -94,8 +94,10 @@ def _configured(expected: Expected) -> dict[str, Any]:
         accepted_at=np.sum(expected.accepted_at, 0).tolist(),
         tested_at=np.sum(expected.tested_at, 0).tolist(),
     )
-    conditional = expected.conditional_acceptance_at_depth
-    return {"configured": figures, "per_depth_conditional": conditional}
+    return {
+        "configured": figures,
+        "per_depth_conditional": expected.conditional_acceptance_at_depth,
+    }
 
 
 def _chain(length: int, children: str, threshold: float = 0.0) -> FixedShape:

@@ -53,8 +53,7 @@ class Expected:
 
     @property
     def tau(self) -> float:
-        """Accepted length, 1 + A / S; 1.0 if there is no step."""
-        # T - 1 = A + S, as in `specdec.engine.metrics`.
+        """Accepted length, 1 + A / S; 1.0 if there is no step. T - 1 is A + S."""
         steps = sum(self.steps)
         return (sum(self.tokens) - len(self.tokens)) / steps if steps else 1.0
 
@@ -139,17 +138,16 @@ def first_acceptance(evidence: Evidence, shape: FixedShape, *, sampled: bool) ->
     The budget at a text's end is ignored, as though the text went on.
     """
     at_least, _ = _reach(evidence, shape.tree, _drafted(evidence, shape), sampled)
-    accepted: Array = np.where(evidence.valid[:, :, 0], at_least[..., 1], 0.0)
-    return accepted
+    return np.where(evidence.valid[:, :, 0], at_least[..., 1], 0.0)
 
 
 def _drafted(evidence: Evidence, shape: FixedShape) -> Array:
     """Nodes [B, S] of a draft, those of a chain that its threshold leaves."""
-    nodes: Array = np.full(evidence.rank.shape[:2], len(shape.tree.parents))
-    if shape.threshold:
-        survival = np.cumprod(evidence.confidence.astype(np.float64), 2)
-        nodes = np.minimum(nodes, (survival >= shape.threshold).sum(2))
-    return nodes
+    nodes = np.full(evidence.rank.shape[:2], len(shape.tree.parents))
+    if not shape.threshold:
+        return nodes
+    survival = np.cumprod(evidence.confidence.astype(np.float64), 2)
+    return np.minimum(nodes, (survival >= shape.threshold).sum(2))
 
 
 def _reach(
@@ -187,8 +185,7 @@ def _visits(at_least: Array) -> Array:
     for start in range(num_steps):
         # Behind `a` accepted tokens and the step's own the next one starts.
         visits[:, start + 1 : start + 1 + size] += visits[:, start, None] * exactly[:, start]
-    found: Array = visits[:, :num_steps] * (at_least[..., 0] > 0)
-    return found
+    return visits[:, :num_steps] * (at_least[..., 0] > 0)
 
 
 def coverage(evidence: Evidence, width: int = 10) -> list[list[float]]:

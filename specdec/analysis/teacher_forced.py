@@ -70,8 +70,7 @@ class Evidence:
     def valid(self) -> Array:
         """[B, S, D] bool, the text has a token there."""
         steps, depths = np.arange(self.rank.shape[1]), np.arange(self.depth)
-        token: Array = steps[:, None] + 1 + depths
-        return token[None] < self.num_tokens[:, None, None]
+        return steps[:, None] + 1 + depths < self.num_tokens[:, None, None]
 
     def arrays(self) -> dict[str, Array]:
         """All fields by name, for a file."""
@@ -105,8 +104,8 @@ def gather_evidence(
         guesses = drafter.forced(tokens, reading.hidden, depth, first - 1)
         for level, logits in enumerate(guesses):
             refuse_not_finite("drafter", logits, index, may_ban=True)
-            pair = (logits, reading.logits[level:])
-            facts = _compare(*pair, emitted[level:], sampler, num_siblings)
+            places = (logits, reading.logits[level:], emitted[level:])
+            facts = _compare(*places, sampler, num_siblings)
             for name, values in facts.items():
                 arrays[name][index, : len(values), level] = values.numpy()
             deepest = max(deepest, level + 1)

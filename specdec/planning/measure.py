@@ -33,6 +33,9 @@ MAX_SPREAD, MAX_LOAD = 0.4, 1.25
 # Runs between two plain ones, whose mean is what the machine could do at that moment.
 RUNS_PER_PLAIN = 4
 
+# Drafters by family, options and generation.
+Built = dict[tuple[str, str, int], Drafter]
+
 
 @dataclass(frozen=True)
 class Effort:
@@ -125,24 +128,19 @@ def _draft(kind: str, batch: int, new_tokens: int, device: torch.device) -> Draf
     return Draft.tree(tokens, parents, depth=new_tokens // 2)
 
 
-class Drafters:
-    """Builds drafters for timing; those that differ in their shape alone share their weights."""
+def get_drafter(target: Any, built: Built, candidate: Candidate, generation: int = 0) -> Drafter:
+    """Build a drafter for timing, once; those that differ in their shape alone share weights.
 
-    def __init__(self, target: Any) -> None:
-        self._target = target
-        self._built: dict[tuple[str, int], Drafter] = {}
-        self._first: dict[str, Drafter] = {}
-
-    def get(self, candidate: Candidate, generation: int = 0) -> Drafter:
-        """The drafter of a candidate; one of another generation remembers no prompt."""
-        key = (candidate.key, generation)
-        if key not in self._built:
-            built = load_drafter({"type": candidate.type, **candidate.options}, self._target)
-            owner = self._first.setdefault(candidate.drafter, built)
-            for mine, theirs in zip(_parameters(built), _parameters(owner), strict=True):
-                mine.data = theirs.data
-            self._built[key] = built
-        return self._built[key]
+    A drafter of another generation remembers none of the prompts that it saw.
+    """
+    key = (candidate.drafter, candidate.key, generation)
+    if key not in built:
+        options = {"type": candidate.type, **candidate.options}
+        built[key] = load_drafter(options, target)
+        owner = next(each for (name, *_), each in built.items() if name == candidate.drafter)
+        for mine, theirs in zip(_parameters(built[key]), _parameters(owner), strict=True):
+            mine.data = theirs.data
+    return built[key]
 
 
 def _parameters(drafter: Any) -> Iterator[nn.Parameter]:
@@ -251,7 +249,7 @@ class Measurements:
         """Short decodings of every candidate, plain ones in between; each round has its prompts."""
         found: list[TimedRun] = []
         # Afresh: a drafter may remember what it saw when other shapes were timed.
-        drafters = Drafters(self._work.target)
+        drafters: Built = {}
 
         def point(index: int, slot: int, run: Candidate | None) -> dict[str, Any]:
             row = {"phase": phase, "batch": batch_size, "round": index, "slot": slot}
@@ -298,14 +296,14 @@ class Measurements:
         )
 
     def _decode(
-        self, drafters: Drafters, run: Candidate | None, batch_size: int, turn: int
+        self, drafters: Built, run: Candidate | None, batch_size: int, turn: int
     ) -> dict[str, Any]:
         """Decode the prompts of a turn; each drafter sees a prompt once, as in a bench."""
         first = turn * batch_size
         generation = 0
         if run and run.rule.varies:
             generation = (first + batch_size - 1) // len(self._work.texts)
-        drafter = drafters.get(run, generation) if run else None
+        drafter = get_drafter(self._work.target, drafters, run, generation) if run else None
         return {"steps": time_run(self._work, drafter, batch_size, first)}
 
     def _row(self, point: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 from specdec.bench.config import ArmConfig
 from specdec.drafters.base import DraftShape
 from specdec.planning.candidates import Candidate, budget, chain, families
-from specdec.planning.measure import Drafters, sequence
+from specdec.planning.measure import get_drafter, sequence
 from specdec.registry import DRAFTERS, load_drafter, strategy
 from tests.tiny_heads import save_tiny_head
 from tests.tiny_models import tiny_target
@@ -164,8 +164,8 @@ def test_plain_decoding_stands_around_every_few_runs(target):
 
 def test_shapes_of_one_drafter_share_their_weights(target, head):
     (family,) = families([arm("a", head, depth=2, width=1)], target)
-    built = Drafters(target)
-    first, second = (built.get(candidate) for candidate in family.timed()[:2])
+    built = {}
+    first, second = (get_drafter(target, built, each) for each in family.timed()[:2])
     assert first is not second
     pairs = zip(first.head.parameters(), second.head.parameters(), strict=True)
     assert all(a.data_ptr() == b.data_ptr() for a, b in pairs)

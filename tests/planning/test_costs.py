@@ -52,8 +52,7 @@ def test_a_remembering_drafter_meets_each_prompt_once(monkeypatch):
         seen.append((drafter, first % len(work.texts)))
         return steps((0.0, 1e-3, 1e-4), 0).tolist()
 
-    drafters = SimpleNamespace(get=lambda run, generation=0: generation)
-    monkeypatch.setattr(measure, "Drafters", lambda target: drafters)
+    monkeypatch.setattr(measure, "get_drafter", lambda target, built, run, generation: generation)
     monkeypatch.setattr(measure, "time_run", time_run)
     journal = SimpleNamespace(entries=(), append=lambda row: None)
     work = SimpleNamespace(target=None, texts=range(4))
