@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specdec.bench.arms import build_arms
+from specdec.bench.arms import build_arm
 from specdec.bench.config import (
     RunConfig,
     build_config,
@@ -120,10 +120,11 @@ def run_sweep(
         return loaded[key]
 
     groups = []
+    makes_trees: dict[str, bool] = {}
     for cell in cells:
         try:
-            place = folder / "cells" / cell.name
-            groups.append(_check(cell.config, place, target_of(cell.config), progress))
+            place, target = folder / "cells" / cell.name, target_of(cell.config)
+            groups.append(_check(cell.config, place, target, makes_trees, progress))
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"cell {cell.name}: {error}") from error
     found = []
@@ -159,17 +160,29 @@ def check_sweep(sweep: SweepResults) -> None:
         )
 
 
-def _check(config: RunConfig, folder: Path, target: HFTarget, progress: Progress) -> list[Group]:
-    """Refuse a cell that cannot run, or whose folder is another run's; returns its workload."""
+def _check(
+    config: RunConfig,
+    folder: Path,
+    target: HFTarget,
+    makes_trees: dict[str, bool],
+    progress: Progress,
+) -> list[Group]:
+    """Refuse a cell that cannot run, or whose folder is another run's; returns its workload.
+
+    `makes_trees` remembers arms that were built for other cells.
+    """
     groups = make_groups(config, target, progress)
     with open_store(config, folder, target, groups) as store:
         turns = take_turns(groups, config.arm_names, config.repeats)
         if all(key in store.done for key, *_ in turns):
             return groups
-    for name, arm in build_arms(config, target).items():
-        if arm.makes_trees and not get_rule(config.rule).supports_trees:
+    for arm in config.arms:
+        key = f"{config.target} {arm}"
+        if key not in makes_trees:
+            makes_trees[key] = build_arm(arm, target, config).makes_trees
+        if makes_trees[key] and not get_rule(config.rule).supports_trees:
             raise ValueError(
-                f"rule {config.rule!r} judges chains only but the arm {name!r} makes trees; give "
-                "the arm a chain, or the grid another rule"
+                f"rule {config.rule!r} judges chains only but the arm {arm.name!r} makes trees; "
+                "give the arm a chain, or the grid another rule"
             )
     return groups
