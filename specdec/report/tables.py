@@ -81,8 +81,6 @@ class Table(Config):
         rows: models or mappings.
         legend: lines below the table in a terminal; a page defines its terms instead.
         num_grouped: number of leading columns that a terminal shows once for rows that share them.
-        like: name of its columns and legend in `words.yaml`, where it is not the id.
-        more: columns in place of the * there.
     """
 
     id: str
@@ -102,6 +100,7 @@ class Table(Config):
         num_grouped: int = 0,
         like: str = "",
     ) -> None:
+        """Take columns from `words.yaml`, by `like` or the id, with `more` in place of a *."""
         rows, known = list(rows), words()["tables"].get(like or id, {"columns": "*"})
         shown = [
             column
