@@ -28,11 +28,7 @@ def closest(name: str, known: Mapping[str, Any] | list[str]) -> str:
 
 
 def strategy(kind: Any) -> Any:
-    """The registered class of a strategy, a `specdec.drafters.base.BaseDrafter`.
-
-    Raises:
-        ValueError: no such strategy.
-    """
+    """The registered class of a strategy, a `specdec.drafters.base.BaseDrafter`."""
     if not isinstance(kind, str) or kind not in DRAFTERS:
         raise ValueError(
             f"drafter type is {kind!r} but must be registered; {closest(str(kind), list(DRAFTERS))}"
@@ -52,11 +48,7 @@ def head_kinds() -> tuple[str, ...]:
 
 
 def head_class(kind: Any) -> Any:
-    """The `specdec.drafters.heads.Head` of a strategy.
-
-    Raises:
-        ValueError: no such strategy, or one without a head.
-    """
+    """The `specdec.drafters.heads.Head` of a strategy."""
     found = strategy(kind).head_class if kind in DRAFTERS else None
     if found is None:
         raise ValueError(f"head kind is {kind!r} but must be one of {', '.join(head_kinds())}")
@@ -71,8 +63,7 @@ def is_registered(drafter: Any) -> bool:
 
 def load_target(path: str) -> Target:
     """Load the target that a name or a path stands for, with the default options."""
-    target: Target = import_module("specdec.targets.load").load_target(path)
-    return target
+    return import_module("specdec.targets.load").load_target(path)
 
 
 def load_drafter(options: Mapping[str, Any] | str, target: Target) -> Drafter:

@@ -202,16 +202,13 @@ class FeatureHead(Head):
     def target_facts(cls, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """Sizes of a layer as wide as the target's, read off its matrices."""
 
-        def rows(ending: str) -> int:
-            return next(
-                (t.shape[0] for n, t in tensors.items() if n.endswith(ending) and t.ndim), 1
-            )
-
-        queries, keys = rows("q_proj.weight"), rows("k_proj.weight")
+        matrices = {name: t for name, t in tensors.items() if name.endswith("_proj.weight")}
+        rows = {name.split(".")[-2]: t.shape[0] for name, t in matrices.items() if t.ndim}
+        queries, keys = rows.get("q_proj", 1), rows.get("k_proj", 1)
         head_dim = gcd(queries, keys) or 1
         return {
-            "hidden_size": rows("o_proj.weight"),
-            "intermediate_size": rows("gate_proj.weight"),
+            "hidden_size": rows.get("o_proj", 1),
+            "intermediate_size": rows.get("gate_proj", 1),
             "num_attention_heads": queries // head_dim,
             "num_key_value_heads": keys // head_dim,
             "head_dim": head_dim,
@@ -229,7 +226,6 @@ class FeatureHead(Head):
         }
 
     def describe(self, given: Mapping[str, Any]) -> dict[str, str]:
-        """Describe the head, and its layer where the checkpoint states facts of it."""
         said = super().describe(given)
         layer = dict(given.get("backbone") or {})
         if not layer:
@@ -264,13 +260,9 @@ def merged(parts: Sequence[Entries]) -> Entries:
 class FeatureDrafter(HeadDrafter):
     """Drafts trees with a head that reads the target's hidden states.
 
-    Args:
-        head: in eval mode, on the target's device.
-        vocab_size: V of the target.
-        shape: the tree.
-        window: committed entries that the head may look back at; None for all of them. A head
-            that was trained on short texts keeps its acceptance on long ones with a window of
-            its trained length, because rotary positions matter by their distance only.
+    A `window` bounds the committed entries that the head may look back at. A head that was trained
+    on short texts keeps its acceptance on long ones with a window of its trained length, because
+    rotary positions matter by their distance only.
     """
 
     shape_options: ClassVar[ShapeOptions] = ShapeOptions(
@@ -292,11 +284,7 @@ class FeatureDrafter(HeadDrafter):
     ) -> Self:
         """Load a head for a target; options from depth to children are those of `TreeShape`.
 
-        Args:
-            target: the model it drafts for.
-            path: folder or hub id in any known layout; "demo" for the embedded head.
-            window: see the class.
-            force: take a head that was trained for another target of the same shape.
+        `path` and `force` are those of `load_head`.
         """
         shape = TreeShape(depth, width, max_nodes, choices, children)
         head, _ = load_head(cls.kind, target, path, force=force)
@@ -308,17 +296,15 @@ class FeatureDrafter(HeadDrafter):
         require_counts(2**30, window=window)
         super().__init__(head, vocab_size, shape)
         self.window = window
-        config = SimpleNamespace(layer_types=None, sliding_window=window)
-        self._masks = Masks(config, self.device)
+        self._masks = Masks(SimpleNamespace(sliding_window=window), self.device)
         self.cache = SlotCache(1, 1, 1, self.device)
         # Steps that draft nothing only add to it, so that they cost what plain decoding costs.
         self._pending: list[Entries] = []
         self._reserved: int | None = None  # slots of the next batch's rows
         self._outputs = torch.empty(0, device=self.device)  # [B, F]
         # Entries that stand behind the committed ones at most.
-        self._num_fed = max(
-            CATCH_UP, self.plan.num_nodes if self.plan else shape.width * shape.depth
-        )
+        tree = self.plan.num_nodes if self.plan else shape.width * shape.depth
+        self._num_fed = max(CATCH_UP, tree)
 
     def begin(
         self, prompts: Prompts, output: TargetOutput, sampler: Sampler, *, join: bool = False
