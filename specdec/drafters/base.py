@@ -23,13 +23,21 @@ Tokens = Sequence[Sequence[int]]  # ids row by row, of any lengths
 
 @dataclass(frozen=True)
 class DraftShape:
-    """A draft as far as its cost depends on it."""
+    """A draft as far as its cost depends on it.
 
-    depth: int  # levels, at most; 0 where the strategy does not say
-    width: int  # nodes expanded a level; 1 is a chain
-    nodes: int  # drafted nodes, at most
-    is_tree: bool  # scored with a tree mask
-    threshold: float = 0.0  # confidence that ends a chain; 0 is off
+    Attributes:
+        depth: levels, at most; 0 where the strategy does not say.
+        width: nodes expanded a level; 1 is a chain.
+        nodes: drafted nodes, at most.
+        is_tree: scored with a tree mask.
+        threshold: confidence that ends a chain; 0 is off.
+    """
+
+    depth: int
+    width: int
+    nodes: int
+    is_tree: bool
+    threshold: float = 0.0
 
     def covers(self, other: "DraftShape") -> bool:
         """Tell if a draft of the other shape is a part of one of this shape."""
