@@ -11,7 +11,7 @@ import typer
 
 from specdec.cli.app import argument, command, option, progress_bar, quiet_transformers
 from specdec.common.config import read_model
-from specdec.common.files import locked, parse_json
+from specdec.common.files import locked, parse_json, replace_file
 from specdec.demo import demo_path
 
 if TYPE_CHECKING:
@@ -121,11 +121,11 @@ def train(
 def _describe(results: "TrainResults", out: Path) -> str:
     """Draw the log, and write the drafter's card with what is known of where its data come from."""
     from specdec.data.answers import MANIFEST, AnswersManifest
-    from specdec.report.cards import write_drafter_card
+    from specdec.report.cards import drafter_card
 
     manifest = Path(results.provenance.config.data.path).expanduser() / MANIFEST
     answers = read_model(AnswersManifest, manifest) if manifest.is_file() else None
-    write_drafter_card(results, out / "drafter", answers)
+    replace_file(out / "drafter" / "README.md", drafter_card(results, answers).encode())
     if find_spec("matplotlib") is None:
         return "none, they need specdec[plot]"
     from specdec.report.figures import plot_curves

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specdec.checkpoints import HeadCheckpoint, head_of
-from specdec.common.files import replace_file
 from specdec.common.hub import HUB
 from specdec.registry import strategy
 from specdec.report.document import render
@@ -23,15 +22,8 @@ _TRAINING = {
 }
 
 
-def write_drafter_card(
-    results: "TrainResults", folder: Path, answers: "AnswersManifest | None" = None
-) -> None:
-    """Write `README.md` into a drafter's folder, with a header as the hub reads it."""
-    replace_file(folder / "README.md", drafter_card(results, answers).encode())
-
-
 def drafter_card(results: "TrainResults", answers: "AnswersManifest | None" = None) -> str:
-    """Describe a trained drafter: use, measurements, training and limits."""
+    """Describe a trained drafter in the README.md of its folder, with a header for the hub."""
     from huggingface_hub import ModelCardData
 
     config, kind = results.provenance.config, results.drafter["type"]
