@@ -134,7 +134,17 @@ class HybridDrafter(CachePasser):
             raise ValueError(f"drafters holds {len(drafters)} but a hybrid merges at least two")
         require_counts(max_nodes=max_nodes)
         for drafter in drafters:
-            _refuse_what_cannot_merge(drafter)
+            children = getattr(getattr(drafter, "shape", None), "children", "top")
+            if children != "top":
+                raise ValueError(
+                    f"a hybrid cannot hold children={children!r}: a sampled tree may not be "
+                    "pruned; use children=top"
+                )
+            if getattr(drafter, "caches_draft", False):
+                raise ValueError(
+                    "a hybrid cannot hold a draft model that drafts chains: it keeps the accepted "
+                    "part of its own draft in its cache; use width=2 or more"
+                )
         self.drafters = list(drafters)
         self.max_nodes, self.enough, self.calibrate = max_nodes, enough, calibrate
         self.taps = tuple(sorted({tap for drafter in drafters for tap in drafter.taps}))
@@ -216,17 +226,3 @@ class HybridDrafter(CachePasser):
     def reorder(self, rows: Tensor) -> None:
         for drafter in self.drafters:
             drafter.reorder(rows)
-
-
-def _refuse_what_cannot_merge(drafter: Drafter) -> None:
-    children = getattr(getattr(drafter, "shape", None), "children", "top")
-    if children != "top":
-        raise ValueError(
-            f"a hybrid cannot hold children={children!r}: a sampled tree may not be pruned; "
-            "use children=top"
-        )
-    if getattr(drafter, "caches_draft", False):
-        raise ValueError(
-            "a hybrid cannot hold a draft model that drafts chains: it keeps the accepted part of "
-            "its own draft in its cache; use width=2 or more"
-        )
