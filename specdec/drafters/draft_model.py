@@ -161,9 +161,13 @@ class DraftModel(CachePasser):
             return Draft.empty(root.shape[0], root.device)
         logits = self._catch_up()
         if self.makes_trees:
-            draft = self._grow_tree(logits, num_levels, budget, sampler)
+            growth = DynamicGrowth(self.width, self.max_nodes, num_levels, sampler)
+            growth.add_level(logits.unsqueeze(1))
+            for _ in range(1, num_levels):
+                growth.add_level(self._fit(self.model.grow(*growth.newest)))
+            draft = growth.draft(budget)
         else:
-            draft = self._extend_chain(logits, num_levels, budget, sampler)
+            draft = self._chain(logits, num_levels, budget, sampler)
         return draft.map_rows(lambda tensor: tensor.to(root.device))
 
     def observe(self, verdict: Verdict, committed: Tokens, hidden: dict[int, Tensor]) -> None:
@@ -235,7 +239,7 @@ class DraftModel(CachePasser):
             return logits[..., : self.vocab_size]
         return pad(logits, (0, missing), value=float("-inf"))
 
-    def _extend_chain(
+    def _chain(
         self, logits: Tensor, num_levels: int, budget: Sequence[int], sampler: Sampler
     ) -> Draft:
         # A row whose context is full drafts nothing and must not grow with its neighbours.
@@ -294,15 +298,6 @@ class DraftModel(CachePasser):
             counters, stream = counters + level, sampler.shared_stream
         return row_exponentials(seeds, counters, stream, self.vocab_size)
 
-    def _grow_tree(
-        self, logits: Tensor, num_levels: int, budget: Sequence[int], sampler: Sampler
-    ) -> Draft:
-        growth = DynamicGrowth(self.width, self.max_nodes, num_levels, sampler)
-        growth.add_level(logits.unsqueeze(1))
-        for _ in range(1, num_levels):
-            growth.add_level(self._fit(self.model.grow(*growth.newest)))
-        return growth.draft(budget)
-
 
 def check_same_tokenizer(draft: Any, target: Any, path: str) -> None:
     """Refuse a drafter whose ids mean other text; a padded vocabulary is fine."""
@@ -327,19 +322,13 @@ def base_mark(model: Any) -> str:
 
 
 def save_adapter(model: Any, folder: Path, weights: dict[str, Tensor], mark: str) -> None:
-    """Write a peft model's adapter in peft's own layout, with the mark of its base.
-
-    `weights` are the adapter's, by their names in the model's state dict.
-    """
+    """Write a peft model's adapter, of these weights, in peft's own layout with its base's mark."""
     model.save_pretrained(folder, state_dict=weights)
     (folder / _BASE_FILE).write_text(json.dumps({"embedding": mark}, indent=1) + "\n")
 
 
 def merged_adapter(model: Any, base: Any, weights: dict[str, Tensor]) -> Any:
-    """A plain model that says what a peft model does.
-
-    `base` is its base, once more and not quantized; it is changed.
-    """
+    """A plain model that says what a peft model does; its base, not quantized, is changed."""
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     plain = get_peft_model(base, model.peft_config["default"])
