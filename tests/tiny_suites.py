@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import pytest
 from checkpoints import save_checkpoint
+from pydantic import BaseModel
 from tiny_models import perturbed, tiny_llama
 
 WORDS = ("latte", "mocha now", "tea for two", "a small cup", "one bun", "cold brew to go")
@@ -62,3 +64,34 @@ def calls_of(folder: Path) -> list[dict]:
 def key_of(row: dict) -> tuple:
     """Repeat, call and arm of a finished call."""
     return row["repeat"], row["call"], row["arm"]
+
+
+def killed(when, run, *arguments):
+    """Begin a run and end it, as Ctrl-C would, once `when(done, text)` holds of its progress."""
+
+    def kill(done, total, text):
+        if when(done, text):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(*arguments, kill)
+
+
+class Configuration(BaseModel):
+    """One configuration of a plan."""
+
+    name: str
+    type: str = "ngram"
+    options: dict[str, int] = {}
+    predicted_tau: float = 1.25
+    predicted_tau_ci: tuple[float, float] = (1.0, 1.5)
+    predicted_speedup: float = 1.4
+    predicted_speedup_ci: None = None
+    is_timed: bool = True
+    batch_size: int = 1
+
+
+class Plan(BaseModel):
+    choice: Configuration
+    configurations: list[Configuration]
+    trust: None = None

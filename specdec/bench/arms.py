@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import GenerationConfig
 
 from specdec.bench.config import SINGLE_PROMPT_TYPES, ArmConfig, RunConfig, SamplingOptions
 from specdec.bench.measure import Arm, Requests, Run, serve
@@ -29,17 +29,16 @@ def build_arms(config: RunConfig, target: HFTarget) -> dict[str, Arm]:
 
 
 def build_arm(arm: ArmConfig, target: HFTarget, config: RunConfig) -> Arm:
-    """Build one arm; errors as in `load_drafter`."""
+    """Build one arm; errors as in `load_drafter`, and for what it cannot do with this rule."""
     if arm.type in ("hf_generate", *SINGLE_PROMPT_TYPES):
-        return HFArm(target, config.sampling, config.rows, _hf_options(arm, target))
+        return HFArm(config, target, _hf_options(arm, target))
     drafter = None
     if arm.type != "plain":
         drafter = load_drafter({"type": arm.type, **arm.options}, target)
     return EngineArm(
-        target,
-        drafter,
-        config.sampling,
-        max_rows=config.rows,
+        config,
+        target=target,
+        drafter=drafter,
         max_cache_bytes=getattr(config, "max_cache_bytes", None),
         rule=config.rule,
         draft_length=drafter and load_draft_length(arm, drafter, target),
@@ -73,8 +72,7 @@ def load_draft_length(arm: ArmConfig, drafter: Drafter, target: HFTarget) -> Dra
         if planned.get(key, given) != given:
             raise ValueError(
                 f"draft_length.plan {str(path)!r} of {arm.name!r} was made for {key} "
-                f"{planned[key]}, not {given}: a step costs something else there; plan this one, "
-                "or give a schedule as in {1: 6, 8: 0}"
+                f"{planned[key]}, not {given}; plan this one, or give a schedule, {{1: 6, 8: 0}}"
             )
     return OnlineController(step_s, trees=drafter.makes_trees)
 
@@ -84,22 +82,13 @@ class EngineArm:
 
     cache_bytes: int | None = None
 
-    def __init__(
-        self,
-        target: HFTarget,
-        drafter: Drafter | None,
-        sampling: SamplingOptions,
-        max_rows: int,
-        **options: Any,
-    ) -> None:
-        self._target, self._drafter, self._sampling = target, drafter, sampling
-        self._max_rows, self._options = max_rows, options
-        self.makes_trees = drafter is not None and drafter.makes_trees
+    def __init__(self, config: RunConfig, **options: Any) -> None:
+        self._config, self._options = config, options
+        Engine(**options)  # refuses what does not go together
 
     def __call__(self, requests: Requests, after_step: Callable[[], None]) -> list[Run | str]:
-        max_rows = min(self._max_rows, len(requests))
-        engine = Engine(self._target, self._drafter, max_rows=max_rows, **self._options)
-        rows = serve(engine, requests, self._sampling, after_step)
+        engine = Engine(**self._options, max_rows=min(self._config.rows, len(requests)))
+        rows = serve(engine, requests, self._config.sampling, after_step)
         self.cache_bytes = engine.peak_cache_bytes
         return rows
 
@@ -110,20 +99,16 @@ class EngineArm:
 class HFArm:
     """transformers `generate` on the same model object, prompts and sampling settings.
 
-    It decodes one batch of `max_rows` prompts after the other.
+    It decodes one batch of prompts after the other.
     """
 
     cache_bytes: int | None = None
-    makes_trees = False
 
-    def __init__(
-        self, target: HFTarget, sampling: SamplingOptions, max_rows: int, options: dict[str, Any]
-    ) -> None:
-        self._target, self._max_rows = target, max_rows
-        self._sampling, self._options = sampling, options
+    def __init__(self, config: RunConfig, target: HFTarget, options: dict[str, Any]) -> None:
+        self._config, self._target, self._options = config, target, options
 
     def __call__(self, requests: Requests, after_step: Callable[[], None]) -> list[Run | str]:
-        size = self._max_rows
+        size = self._config.rows
         batches = [requests[first : first + size] for first in range(0, len(requests), size)]
         return [run for batch in batches for run in self._decode(batch)]
 
@@ -134,7 +119,16 @@ class HFArm:
         pads = [width - request.num_tokens for request in batch]
         ids = [[pad] * n + request.prompt for n, request in zip(pads, batch, strict=True)]
         mask = [[0] * n + [1] * (width - n) for n in pads]
-        stamps = _Stamps()
+        reached: list[tuple[int, float]] = []  # new tokens, and when
+
+        def stamp(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            """A stopping criterion that never stops."""
+            if input_ids.is_cuda:
+                # transformers waits for the device right after this call in any case.
+                torch.cuda.synchronize(input_ids.device)
+            reached.append((input_ids.shape[1] - width, time.perf_counter()))
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
         with _own_defaults(target), torch.random.fork_rng():
             torch.manual_seed(batch[0].seed)
             started = time.perf_counter()
@@ -143,50 +137,18 @@ class HFArm:
                 attention_mask=torch.tensor(mask, device=target.device),
                 max_new_tokens=batch[0].max_new_tokens,
                 pad_token_id=pad,
-                stopping_criteria=[stamps],
-                **_in_transformers_names(self._sampling, width),
+                stopping_criteria=[stamp],
+                **_in_transformers_names(self._config.sampling, width),
                 **self._options,
-            ).tolist()
-        first_len, first_s = stamps.reached[0]
+            )
+        num_first, first_s = reached[0]
         runs = []
-        for row in out:
-            tokens = self._cut(row[width:])
+        for row in out[:, width:].tolist():
+            end = next((i + 1 for i, token in enumerate(row) if token in eos), len(row))
             # A row ended with its own last token, not with the batch's.
-            last_s = next(when for size, when in stamps.reached if size - width >= len(tokens))
-            num_first = min(first_len - width, len(tokens))
-            runs.append(Run(tokens, num_first, first_s - started, last_s - first_s))
+            last_s = next(when for size, when in reached if size >= end)
+            runs.append(Run(row[:end], min(num_first, end), first_s - started, last_s - first_s))
         return runs
-
-    def _cut(self, tokens: list[int]) -> list[int]:
-        eos = self._target.eos_token_ids
-        return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in eos), None)]
-
-
-class _Stamps:
-    """A stopping criterion that never stops; it notes when each length was reached."""
-
-    def __init__(self) -> None:
-        self.reached: list[tuple[int, float]] = []
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        if input_ids.is_cuda:
-            # transformers waits for the device right after this call in any case.
-            torch.cuda.synchronize(input_ids.device)
-        self.reached.append((input_ids.shape[1], time.perf_counter()))
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
-class _OutputPenalties(LogitsProcessor):
-    """Presence and frequency penalties as in `SamplingConfig`, which transformers does not have."""
-
-    def __init__(self, presence: float, frequency: float, prompt_len: int) -> None:
-        self._presence, self._frequency, self._prompt_len = presence, frequency, prompt_len
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        output = input_ids[:, self._prompt_len :]
-        ones = torch.ones_like(output, dtype=scores.dtype)
-        counts = torch.zeros_like(scores).scatter_add_(1, output, ones)
-        return scores - self._frequency * counts - self._presence * (counts > 0)
 
 
 @contextmanager
@@ -213,9 +175,11 @@ def _hf_options(arm: ArmConfig, target: HFTarget) -> dict[str, Any]:
     # The same model as our own arm's, with the same refusals.
     drafter: Any = load_drafter({"type": "draft_model", **known, **arm.options}, target)
     model = drafter.model.model
-    model.generation_config.num_assistant_tokens = drafter.num_draft_tokens
-    model.generation_config.num_assistant_tokens_schedule = "constant"
-    model.generation_config.assistant_confidence_threshold = 0.0
+    model.generation_config.update(
+        num_assistant_tokens=drafter.num_draft_tokens,
+        num_assistant_tokens_schedule="constant",
+        assistant_confidence_threshold=0.0,
+    )
     return {"assistant_model": model}
 
 
@@ -229,8 +193,16 @@ def _in_transformers_names(sampling: SamplingOptions, prompt_len: int) -> dict[s
         options |= sampling.model_dump(include={"temperature", "top_k", "top_p"})
         options["min_p"] = sampling.min_p or None
     presence, frequency = sampling.presence_penalty, sampling.frequency_penalty
+
+    def penalize(input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Penalties of the output alone, which transformers does not have."""
+        output = input_ids[:, prompt_len:]
+        ones = torch.ones_like(output, dtype=scores.dtype)
+        counts = torch.zeros_like(scores).scatter_add_(1, output, ones)
+        return scores - frequency * counts - presence * (counts > 0)
+
     if presence or frequency:
-        options["logits_processor"] = [_OutputPenalties(presence, frequency, prompt_len)]
+        options["logits_processor"] = [penalize]
     return options
 
 
@@ -253,9 +225,9 @@ def add_choice(plan: Any, arms: Sequence[ArmConfig]) -> tuple[Any, list[ArmConfi
         return row.model_copy(update={"name": name})
 
     choice = renamed(plan.choice)
-    configurations = [renamed(row) for row in plan.configurations]
     if choice.type != "plain" and choice.name not in given:
         own = ArmConfig(name=choice.name, type=choice.type, options=dict(choice.options))
         arms = [own, *arms]
+    configurations = [renamed(row) for row in plan.configurations]
     update = {"choice": choice, "configurations": configurations}
     return plan.model_copy(update=update), list(arms)

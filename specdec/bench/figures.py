@@ -1,6 +1,6 @@
 """Figures of one arm over some requests; definitions stand in `specdec.engine.metrics`."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from statistics import mean, median
 from typing import Any
@@ -111,7 +111,6 @@ def arm_figures(
 
     plain, records = baselines["plain"], records_of(chain(*table))
     accepted, times = AcceptanceStats.from_records(records), step_times(records)
-    assert abs(1 + sum(accepted.acceptance_at_depth) - accepted.accepted_length) < 1e-9
     ratios = [ratio for ratio in paired_ratios(table, plain) if ratio is not None]
     whole = [_work(each, lambda run: len(run.tokens), whole_speed) for each in (table, plain)]
     return {
@@ -130,11 +129,12 @@ def arm_figures(
     }
 
 
-def largest_memory(calls: Iterable[Call]) -> Memory:
-    peaks = [call.memory.model_dump() for call in calls]
-    kinds = Memory.model_fields
-    known = {kind: [peak[kind] for peak in peaks if peak[kind] is not None] for kind in kinds}
-    return Memory(**{kind: max(values, default=None) for kind, values in known.items()})
+def largest_memory(calls: Collection[Call]) -> Memory:
+    def largest(kind: str) -> int | None:
+        found = (getattr(call.memory, kind) for call in calls)
+        return max((size for size in found if size is not None), default=None)
+
+    return Memory(**{kind: largest(kind) for kind in Memory.model_fields})
 
 
 def load_figures(requests: Sequence[Request], calls: Sequence[Call], plain: Sequence[Call]) -> Load:

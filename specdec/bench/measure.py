@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -24,7 +23,6 @@ from specdec.engine.scheduler import is_out_of_memory
 # What ends one request but not the run: it is counted as failed and never timed.
 PROMPT_ERRORS = (ValueError, RuntimeError, MemoryError, FloatingPointError)
 _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-_OF_RESULT = ("tokens", "ttft_s", "decode_s", "records")
 Requests = Sequence[Request]
 
 
@@ -47,10 +45,6 @@ class Run:
         """Seconds from sending to the last token: queue and prefill included."""
         return self.queue_s + self.ttft_s + self.decode_s
 
-    @property
-    def gaps_s(self) -> list[float]:
-        return [b - a for a, b in pairwise(self.chunk_s)]
-
 
 @dataclass(frozen=True)
 class Call:
@@ -70,7 +64,6 @@ class Arm(Protocol):
     """Decodes the requests of a call, each to a run or to the reason why it failed."""
 
     cache_bytes: int | None  # largest keys and values of the last call, where they are known
-    makes_trees: bool
 
     def __call__(self, requests: Requests, after_step: Callable[[], None]) -> list[Run | str]: ...
 
@@ -136,9 +129,12 @@ def serve(
                 result = engine.result(chunk.index)
                 rows[place] = result.error or replace(
                     run,
+                    tokens=result.tokens,
                     num_first=run.chunk_tokens[0],
                     queue_s=run.queue_s + result.queue_s,
-                    **{key: getattr(result, key) for key in _OF_RESULT},
+                    ttft_s=result.ttft_s,
+                    decode_s=result.decode_s,
+                    records=result.records,
                 )
         after_step()
     return [rows[place] for place in range(len(requests))]
@@ -226,19 +222,34 @@ class PowerMeter:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._read = _nvml_reader(device)
-        self.start()
+        self._uuid = ""
+        if device.type == "cuda" and find_spec("pynvml"):
+            # CUDA_VISIBLE_DEVICES renumbers torch's devices alone.
+            uuid = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
+            self._uuid = f"GPU-{uuid}"
+
+    def _read(self, name: str) -> float | None:
+        """A thousandth of what a function of NVML says of the device; None where it cannot."""
+        if not self._uuid:
+            return None
+        import pynvml
+
+        try:
+            pynvml.nvmlInit()
+            handle = pynvml.nvmlDeviceGetHandleByUUID(self._uuid)
+            return float(getattr(pynvml, name)(handle)) / 1000
+        except pynvml.NVMLError:
+            return None
 
     def start(self) -> None:
-        self._first_j = self._read("nvmlDeviceGetTotalEnergyConsumption")  # millijoules
+        self._first_j = self._read("nvmlDeviceGetTotalEnergyConsumption")
         self._looks: list[tuple[float, float]] = []
         self.look()
 
     def look(self) -> None:
         """Take in the power now, where there is no counter."""
-        if self._first_j is None:
-            power_w = self._read("nvmlDeviceGetPowerUsage")  # milliwatts
-            self._looks += [] if power_w is None else [(time.perf_counter(), power_w)]
+        if self._first_j is None and (power_w := self._read("nvmlDeviceGetPowerUsage")) is not None:
+            self._looks.append((time.perf_counter(), power_w))
 
     def stop(self) -> float | None:
         """Joules since the start; None where nothing was measured."""
@@ -246,30 +257,5 @@ class PowerMeter:
             last_j = self._read("nvmlDeviceGetTotalEnergyConsumption")
             return None if last_j is None else last_j - self._first_j
         self.look()
-        if not self._looks:
-            return None
-        seconds, watts = zip(*self._looks, strict=True)
-        return float(np.trapezoid(watts, seconds))
-
-
-def _nvml_reader(device: torch.device) -> Callable[[str], float | None]:
-    """A function of NVML by name: a thousandth of what it says of the device, or None."""
-    if device.type != "cuda" or find_spec("pynvml") is None:
-        return lambda name: None
-    import pynvml
-
-    # By its UUID: CUDA_VISIBLE_DEVICES renumbers torch's devices alone.
-    uuid = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-    except pynvml.NVMLError:
-        return lambda name: None
-
-    def read(name: str) -> float | None:
-        try:
-            return float(getattr(pynvml, name)(handle)) / 1000
-        except pynvml.NVMLError:
-            return None
-
-    return read
+        seconds, watts = np.array(self._looks).reshape(-1, 2).T
+        return float(np.trapezoid(watts, seconds)) if self._looks else None

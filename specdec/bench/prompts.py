@@ -2,8 +2,10 @@
 
 import os
 import random
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ def load_prompts(
 
     A source is a name in `SOURCES` (in `data_dir` or SPECDEC_DATA_DIR, else on the hub), a file of
     records (`find_queries`) or of text, a prompt a line, or a folder that `specdec collect` wrote,
-    whose held-out queries are taken. Seed 0 keeps the order, but for the data sets in `_SHUFFLED`.
+    whose held-out queries are taken. Seed 0 keeps the order of most.
     """
     if source in SOURCES:
         folder = data_dir or os.environ.get(DATA_DIR_VARIABLE)
@@ -56,10 +58,9 @@ def load_prompts(
         )
     if not prompts:
         raise ValueError(f"prompts.source {source!r} holds no prompts; give a file with at least 1")
-    if empty := [prompt for prompt in prompts if prompt.is_empty]:
-        fix = f"prompt {empty[0].id!r} is empty; fill it in or remove it"
-        raise ValueError(f"prompts.source {source!r}: {fix}")
-    if seed or source in _SHUFFLED:
+    if empty := [prompt.id for prompt in prompts if prompt.is_empty]:
+        raise ValueError(f"prompts.source {source!r}: prompt {empty[0]!r} is empty; remove it")
+    if seed or source in ("gsm8k", "sgd", "taskmaster4"):  # others are balanced as they stand
         prompts = shuffled(prompts, seed)
     return prompts[:num]
 
@@ -99,8 +100,8 @@ def _read_file(path: Path) -> Iterator[BenchPrompt]:
 
 def _read_named(name: str, folder: Path | None) -> list[BenchPrompt]:
     if name == "demo":
-        rows = list(read_objects(demo_path("prompts.jsonl")))
-        prompts = [BenchPrompt(row["id"], row["domain"], tuple(row["messages"])) for row in rows]
+        rows = read_objects(demo_path("prompts.jsonl"))
+        prompts = (BenchPrompt(row["id"], row["domain"], tuple(row["messages"])) for row in rows)
         return _in_turn(prompts)
     if name == HELD_OUT:  # the three domains of the demo models, none of it seen in training
         domains = (shuffled(_read_named(each, folder)) for each in ("gsm8k", "sgd", "taskmaster4"))
@@ -108,42 +109,31 @@ def _read_named(name: str, folder: Path | None) -> list[BenchPrompt]:
     return [record.value for record in sound(open_named(name, _NAMED[name], folder))]
 
 
-def _in_turn(prompts: Sequence[BenchPrompt]) -> list[BenchPrompt]:
-    seen: Counter[str] = Counter()
-    turns = []
-    for prompt in prompts:
-        seen[prompt.domain] += 1
-        turns.append(seen[prompt.domain])
-    return [prompts[place] for place in sorted(range(len(prompts)), key=turns.__getitem__)]
+def _in_turn(prompts: Iterable[BenchPrompt]) -> list[BenchPrompt]:
+    """The first of every domain, then the second of every domain, and so on."""
+    seen: defaultdict[str, Iterator[int]] = defaultdict(count)
+    return sorted(prompts, key=lambda prompt: next(seen[prompt.domain]))
 
 
 def _user(text: str) -> Message:
     return {"role": "user", "content": text}
 
 
-def _dialogue(domain: str, every: int = 1) -> Callable[[int, Row], BenchPrompt | None]:
+def _dialogue(domain: str, every: int, index: int, row: Row) -> BenchPrompt | None:
     """Take every nth dialogue, up to one of its user turns that a fixed seed chooses."""
-
-    def prompt(index: int, row: Row) -> BenchPrompt | None:
-        turns = [{"role": role, "content": text} for role, text in row["turns"]]
-        ends = [i + 1 for i, turn in enumerate(turns[:-1]) if turn["role"] == "user"]
-        if index % every or not ends:
-            return None
-        return BenchPrompt(row["id"], domain, tuple(turns[: random.Random(row["id"]).choice(ends)]))
-
-    return prompt
+    turns = [{"role": role, "content": text} for role, text in row["turns"]]
+    ends = [i + 1 for i, turn in enumerate(turns[:-1]) if turn["role"] == "user"]
+    if index % every or not ends:
+        return None
+    return BenchPrompt(row["id"], domain, tuple(turns[: random.Random(row["id"]).choice(ends)]))
 
 
-def _questions(source: str) -> Callable[[int, Row], BenchPrompt]:
-    """Take questions of several turns, in the names of the original file or of the hub's copy."""
-
-    def prompt(_: int, row: Row) -> BenchPrompt:
-        turns = row["turns"] if "turns" in row else row["prompt"]
-        number = row["question_id"] if "question_id" in row else row["prompt_id"]
-        name, follow_ups = f"{source}-{number}", tuple(turns[1:])
-        return BenchPrompt(name, row["category"], (_user(turns[0]),), follow_ups=follow_ups)
-
-    return prompt
+def _question(source: str, _: int, row: Row) -> BenchPrompt:
+    """Take a question of several turns, in the names of the original file or of the hub's copy."""
+    first, *follow_ups = row["turns"] if "turns" in row else row["prompt"]
+    number = row["question_id"] if "question_id" in row else row["prompt_id"]
+    name, asked = f"{source}-{number}", (_user(first),)
+    return BenchPrompt(name, row["category"], asked, follow_ups=tuple(follow_ups))
 
 
 _TURNS = 'a line a dialogue: {"id", "turns": [[role, text], ...]}'
@@ -155,24 +145,24 @@ _NAMED = {
     ),
     "sgd": NamedSource(
         "sgd/dev.jsonl",
-        _dialogue("sgd"),
+        partial(_dialogue, "sgd", 1),
         published="whose copy is a loading script, which datasets does not run any more; the "
         f"original is dstc8-schema-guided-dialogue, {_TURNS}",
     ),
     "taskmaster4": NamedSource(
         "taskmaster4/dialogs.jsonl",
         # The other nine tenths are what the demo models were trained on.
-        _dialogue("taskmaster4", every=10),
+        partial(_dialogue, "taskmaster4", 10),
         published=f"the original is google-research-datasets/Taskmaster, TM-4, {_TURNS}",
     ),
     "spec_bench": NamedSource(
         "spec_bench/question.jsonl",
-        _questions("spec_bench"),
+        partial(_question, "spec_bench"),
         published="the original is data/spec_bench of hemingkx/Spec-Bench",
     ),
     "mt_bench": NamedSource(
         "mt_bench/question.jsonl",
-        _questions("mt_bench"),
+        partial(_question, "mt_bench"),
         {"path": "HuggingFaceH4/mt_bench_prompts", "split": "train"},
     ),
     "human_eval": NamedSource(
@@ -182,4 +172,3 @@ _NAMED = {
     ),
 }
 SOURCES = ("demo", HELD_OUT, *_NAMED)
-_SHUFFLED = ("gsm8k", "sgd", "taskmaster4")  # the others are balanced as they stand

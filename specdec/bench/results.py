@@ -316,11 +316,6 @@ class BenchResults(Results):
     memory: Memory
     arms: list[BenchArm]
 
-    @property
-    def parts(self) -> list[tuple[str, list[BenchArm]]]:
-        """Arms that were measured on the same requests, with their place in words."""
-        return [("", self.arms)]
-
 
 class SuiteResults(Results):
     """suite.json of a suite."""
@@ -333,11 +328,6 @@ class SuiteResults(Results):
     provenance: SuiteProvenance
     memory: Memory
     groups: list[GroupResults]
-
-    @property
-    def parts(self) -> list[tuple[str, list[SuiteArm]]]:
-        """Arms that were measured on the same requests, with their place in words."""
-        return [(f" in {group.name}", group.arms) for group in self.groups]
 
 
 class CellResults(Record):

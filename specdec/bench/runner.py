@@ -15,7 +15,7 @@ from specdec.bench.arms import build_arms
 from specdec.bench.config import RunConfig
 from specdec.bench.measure import PROMPT_ERRORS, Arm, Call, PowerMeter, measure_call
 from specdec.bench.results import BenchResults, SuiteResults
-from specdec.bench.summary import faster_than_tau, summarize
+from specdec.bench.summary import faster_than_tau, places, summarize
 from specdec.bench.workloads import Group, Progress, Request, fingerprint_of, make_groups
 from specdec.checkpoints.identity import TARGET, as_json, check_resumed, identify_target
 from specdec.common.files import Journal
@@ -23,9 +23,6 @@ from specdec.common.provenance import machine
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
 
-_WARM_UP_TOKENS = 32
-# Facts of the machine that make a run the same run.
-_MACHINE = ("device", "cpu", "cpu_count", "dtype", "quantized")
 _CALL = TypeAdapter(Call)
 
 
@@ -94,15 +91,14 @@ def _warm_up(
 ) -> None:
     """Have every arm decode the first requests of the largest call, cut short."""
     largest = max((call for group in groups for call in group.calls), key=len)
-    firsts = {request.user: request for request in reversed(largest)}
     short = [
-        replace(each, max_new_tokens=min(_WARM_UP_TOKENS, each.max_new_tokens), arrival_s=None)
-        for each in reversed(firsts.values())
+        replace(each, max_new_tokens=min(32, each.max_new_tokens), arrival_s=None)
+        for each in largest[:rows]
     ]
     for name, arm in arms.items():
         show(f"warm-up {name}")
         try:
-            arm(short[:rows], lambda: None)
+            arm(short, lambda: None)
         except ValueError:
             raise  # the requests are sound, so the options are not
         except PROMPT_ERRORS:
@@ -148,11 +144,11 @@ def open_store(config: RunConfig, folder: Path, target: HFTarget, groups: Sequen
     """Open the records of a run; `ValueError` if the folder holds another one."""
     asked = fingerprint_of([asdict(group) for group in groups])
     provenance = provenance_of(config, asked, target)  # of now: code may be another at the end
+    kept = ("config", "device", "cpu", "cpu_count", "dtype", "quantized")
     identity = {
-        "config": provenance["config"],
         "requests": asked,
         TARGET: as_json(identify_target(target)),
-        **{name: provenance[name] for name in _MACHINE},
+        **{name: provenance[name] for name in kept},
     }
     return Store(folder, identity, provenance)
 
@@ -164,7 +160,7 @@ def provenance_of(config: RunConfig, asked: str, target: HFTarget) -> dict[str, 
     return {"config": content, "config_fingerprint": mark, **machine(target)}
 
 
-# --- What cannot be ---
+# --- Failed runs ---
 
 
 def check_results(results: BenchResults | SuiteResults) -> None:
@@ -175,7 +171,7 @@ def check_results(results: BenchResults | SuiteResults) -> None:
     """
     noun = results.NOUN
     is_exact = results.provenance.dtype == "float32" and not results.provenance.quantized
-    for place, arms in results.parts:
+    for place, arms in places(results):
         for arm in arms:
             if arm.failed == getattr(arm, f"{noun}s"):
                 reason = arm.failures[0].reason

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
-from itertools import chain, count, islice, product
+from itertools import chain, count, islice, pairwise, product
 from statistics import median
 from typing import Any, Literal
 
@@ -31,10 +31,6 @@ from specdec.engine.interfaces import claimed
 from specdec.sampling.sampler import Sampler
 from specdec.targets.hf import HFTarget
 
-# Fewer prompts than this all lie on one side of the truth by chance in more than 5 % of runs.
-MIN_PROMPTS = 5
-# Share of a speedup that is put down to the machine.
-NOISE = 0.1
 Calls = Mapping[str, Sequence[Sequence[Call]]]  # arm -> [call][repeat]
 Differences = Mapping[str, Sequence[models.PromptDifference]]  # by arm
 
@@ -142,10 +138,17 @@ def bench_arms(
     """Figures of every arm; an answer that ends with no end-of-sequence id was cut."""
     tables = {name: table_of(each) for name, each in calls.items()}
     baselines = {"plain": tables["plain"], "hf": tables["hf_generate"]}
-    domains = [request.domain for request in group.requests]
+    domains: dict[str, list[int]] = {}
+    for place, request in enumerate(group.requests):
+        domains.setdefault(request.domain, []).append(place)
 
     def finish(run: Run) -> Literal["eos", "length"]:
         return "eos" if run.tokens[-1] in eos_token_ids else "length"
+
+    def domain_figures(table: Table, places: Sequence[int]) -> models.DomainFigures:
+        ours, *theirs = ([each[i] for i in places] for each in (table, *baselines.values()))
+        figures = speeds(ours, dict(zip(baselines, theirs, strict=True)))
+        return models.DomainFigures(prompts=len(places), **figures)
 
     arms = []
     for arm in config.all_arms:
@@ -163,9 +166,7 @@ def bench_arms(
             **_throughput(own, config.batch_size),
             other_ms_per_step=1000 * median(gaps_s) if gaps_s else None,
             **largest_memory(own).model_dump(exclude={"peak_rss_bytes"}),
-            domains={
-                name: _domain(table, baselines, domains, name) for name in dict.fromkeys(domains)
-            },
+            domains={name: domain_figures(table, places) for name, places in domains.items()},
             per_prompt=per_prompt,
             finish=models.Finish(eos=ends.count("eos"), length=ends.count("length")),
             mismatches=None if config.sampling.temperature > 0 else len(differences[arm.name]),
@@ -175,16 +176,6 @@ def bench_arms(
         )
         arms.append(found)
     return arms
-
-
-def _domain(
-    table: Table, baselines: Mapping[str, Table], domains: Sequence[str], name: str
-) -> models.DomainFigures:
-    """The headline of one domain."""
-    rows = [place for place, domain in enumerate(domains) if domain == name]
-    theirs = {key: [each[row] for row in rows] for key, each in baselines.items()}
-    figures = speeds([table[row] for row in rows], theirs)
-    return models.DomainFigures(prompts=len(rows), **figures)
 
 
 def _prompt_figures(
@@ -211,18 +202,19 @@ def _throughput(calls: Iterable[Call], batch_size: int) -> dict[str, Any]:
 
     Calls with a failed prompt are left out.
     """
-    tokens, later, wall_s, decode_s = 0, 0, 0.0, 0.0
-    for call in (call for call in calls if call.wall_s):
-        runs, records = call.runs, records_of(call.runs)
-        # Without records, of transformers: from first to last chunks of its batches.
-        batches = [runs[first : first + batch_size] for first in range(0, len(runs), batch_size)]
-        waits = (max(run.decode_s for run in batch) for batch in batches)
-        decode_s += step_times(records).wall if records else sum(waits)
-        wall_s += call.wall_s or 0.0
-        tokens += sum(len(run.tokens) for run in runs)
-        later += sum(len(run.tokens) - run.num_first for run in runs)
+    whole = [call for call in calls if call.wall_s]
+    runs = [run for call in whole for run in call.runs]
+    records, wall_s = records_of(runs), sum(call.wall_s or 0.0 for call in whole)
+    # Without records, of transformers: from first to last chunks of its batches.
+    waits = (
+        max(run.decode_s for run in call.runs[first : first + batch_size])
+        for call in whole
+        for first in range(0, len(call.runs), batch_size)
+    )
+    decode_s = step_times(records).wall if records else sum(waits)
+    later = sum(len(run.tokens) - run.num_first for run in runs)
     return {
-        "batch_tokens_per_s": tokens / wall_s if wall_s else None,
+        "batch_tokens_per_s": sum(len(run.tokens) for run in runs) / wall_s if wall_s else None,
         "batch_decode_tokens_per_s": later / decode_s if decode_s else None,
     }
 
@@ -239,13 +231,13 @@ def suite_group(
     arms = []
     for name, each in calls.items():
         table, own = table_of(each), list(chain(*each))
-        gaps_s = [gap for run in runs_of(chain(*table)) for gap in run.gaps_s]
+        chunks = (pairwise(run.chunk_s) for run in runs_of(chain(*table)))
         arm = models.SuiteArm(
             name=name,
             **arm_figures(table, baselines, wanted, has_queue=True),
             queue_s=over_requests(table, lambda run: run.queue_s, wanted),
             latency_s=over_requests(table, lambda run: run.waited_s, wanted),
-            chunk_gap_s=percentiles(gaps_s, wanted),
+            chunk_gap_s=percentiles([b - a for a, b in chain(*chunks)], wanted),
             requests=len(table),
             mismatches=None if config.sampling.temperature > 0 else len(differences[name]),
             differences=[
@@ -283,23 +275,31 @@ def _power(calls: Iterable[Call]) -> models.Power:
 # --- What cannot be ---
 
 
+def places(results: models.BenchResults | models.SuiteResults) -> list[tuple[str, Sequence[Any]]]:
+    """Arms that were measured on the same requests, with their place in words."""
+    if isinstance(results, models.SuiteResults):
+        return [(f" in {group.name}", group.arms) for group in results.groups]
+    return [("", results.arms)]
+
+
 def faster_than_tau(results: models.BenchResults | models.SuiteResults) -> list[str]:
     """Complaints about arms that were faster than their tau, which no drafter can be.
 
     A step costs at least what a step of plain decoding costs, so the speedup of rows that are
     decoded one at a time is at most tau. (In a batch rows that end early leave the others a
-    cheaper one.) Intervals over prompts and a tenth of the speedup are put down to noise.
+    cheaper one.) Intervals over prompts and a tenth of the speedup are put down to noise; fewer
+    than five prompts lie on one side of the truth by chance in more than 5 % of runs.
     """
     return [
         f"the arm {arm.name!r}{place} is {arm.speedup_vs_plain:.2f} times as fast as plain "
         f"decoding (at least {low:.2f}) but accepts only {arm.tau:.2f} tokens a step (at most "
         f"{arm.tau_ci[1]:.2f}), which no speed can pass: the machine was busy while plain decoding "
         "ran; measure again in a new folder with nothing else running"
-        for place, arms in results.parts
+        for place, arms in places(results)
         for arm in arms
         if results.provenance.config.rows == 1
         and arm.tau_ci
         and arm.speedup_vs_plain_ci
-        and getattr(arm, f"{results.NOUN}s") >= MIN_PROMPTS
-        and (low := arm.speedup_vs_plain_ci[0]) > (1 + NOISE) * arm.tau_ci[1]
+        and getattr(arm, f"{results.NOUN}s") >= 5
+        and (low := arm.speedup_vs_plain_ci[0]) > 1.1 * arm.tau_ci[1]
     ]

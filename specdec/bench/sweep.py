@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,16 @@ from specdec.bench.config import (
     read_config,
     short_names,
 )
+from specdec.bench.measure import PROMPT_ERRORS
 from specdec.bench.results import BenchResults, CellResults, SweepProvenance, SweepResults
 from specdec.bench.runner import check_results, open_store, run_bench, take_turns
 from specdec.bench.workloads import Group, Progress, make_groups
+from specdec.common.files import flat
 from specdec.common.provenance import code
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
-from specdec.verify import get_rule
 
 _LONGEST_NAME = 120
-# What ends a cell but not the sweep.
-_CELL_ERRORS = (ValueError, RuntimeError, MemoryError, FloatingPointError, OSError)
 
 
 @dataclass(frozen=True)
@@ -49,16 +48,16 @@ def load_cells(path: str, overrides: Sequence[str] = ()) -> list[Cell]:
     if not isinstance(given, dict) or "grid" not in given or "suite" in given:
         return [Cell("", {}, build_config(given))]
     grid = given.pop("grid")
-    grid = dict(_flattened(grid)) if isinstance(grid, dict) else grid
+    grid = dict(flat(grid)) if isinstance(grid, dict) else grid
     settings = combinations(grid, "config grid")
     for key in grid:
-        section, dot, last = key.rpartition(".")
+        section, _, last = key.rpartition(".")
         if key.partition(".")[0] == "arms":
             raise ValueError(
                 f"config grid.{key} is of the arms, which all cells share; put a grid into the "
                 "arm, as in {type: eagle3, grid: {depth: [3, 5]}}"
             )
-        place = given.get(section) if dot else given
+        place = given.get(section) if section else given
         if isinstance(place, dict) and last in place:
             raise ValueError(
                 f"config sets both {key} and grid.{key}; drop one of them, or give the one value "
@@ -67,22 +66,11 @@ def load_cells(path: str, overrides: Sequence[str] = ()) -> list[Cell]:
     return [_cell(given, each) for each in settings]
 
 
-def _flattened(grid: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys with dots, whether they were given with dots or as mappings in mappings."""
-    for key, values in grid.items():
-        if isinstance(values, dict):
-            yield from _flattened(values, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", values
-
-
 def _cell(given: dict[str, Any], settings: dict[str, Any]) -> Cell:
     whole = copy.deepcopy(given)
     for key, value in settings.items():
-        section, dot, last = key.rpartition(".")
-        place = whole
-        if dot:
-            place = whole[section] = whole.get(section) or {}
+        section, _, last = key.rpartition(".")
+        place = whole.setdefault(section, {}) if section else whole
         if isinstance(place, dict):  # another thing is refused below
             place[last] = value
     name = _folder_name(settings)
@@ -120,11 +108,11 @@ def run_sweep(
         return loaded[key]
 
     groups = []
-    makes_trees: dict[str, bool] = {}
+    built: set[str] = set()
     for cell in cells:
         try:
             place, target = folder / "cells" / cell.name, target_of(cell.config)
-            groups.append(_check(cell.config, place, target, makes_trees, progress))
+            groups.append(_check(cell.config, place, target, built, progress))
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"cell {cell.name}: {error}") from error
     found = []
@@ -142,7 +130,7 @@ def run_sweep(
             assert isinstance(results, BenchResults)
             row.arms = results.arms
             check_results(results)
-        except _CELL_ERRORS as failure:
+        except (*PROMPT_ERRORS, OSError) as failure:
             row.error = f"{type(failure).__name__}: {failure}"
         found.append(row)
     sweep = SweepResults(provenance=SweepProvenance(**code()), cells=found)
@@ -161,28 +149,19 @@ def check_sweep(sweep: SweepResults) -> None:
 
 
 def _check(
-    config: RunConfig,
-    folder: Path,
-    target: HFTarget,
-    makes_trees: dict[str, bool],
-    progress: Progress,
+    config: RunConfig, folder: Path, target: HFTarget, built: set[str], progress: Progress
 ) -> list[Group]:
     """Refuse a cell that cannot run, or whose folder is another run's; returns its workload.
 
-    `makes_trees` remembers arms that were built for other cells.
+    `built` remembers the arms of other cells, which need not be built again.
     """
     groups = make_groups(config, target, progress)
     with open_store(config, folder, target, groups) as store:
         turns = take_turns(groups, config.arm_names, config.repeats)
-        if all(key in store.done for key, *_ in turns):
-            return groups
-    for arm in config.arms:
-        key = f"{config.target} {arm}"
-        if key not in makes_trees:
-            makes_trees[key] = build_arm(arm, target, config).makes_trees
-        if makes_trees[key] and not get_rule(config.rule).supports_trees:
-            raise ValueError(
-                f"rule {config.rule!r} judges chains only but the arm {arm.name!r} makes trees; "
-                "give the arm a chain, or the grid another rule"
-            )
+        is_done = all(key in store.done for key, *_ in turns)
+    for arm in [] if is_done else config.arms:
+        key = f"{config.target} {config.rule} {arm}"
+        if key not in built:
+            build_arm(arm, target, config)
+            built.add(key)
     return groups

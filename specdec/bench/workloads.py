@@ -24,7 +24,7 @@ from specdec.bench.prompts import encode_prompts, load_prompts, render
 from specdec.common.messages import BenchPrompt, Message
 from specdec.engine.decode import generate_baseline
 from specdec.engine.interfaces import Target
-from specdec.engine.text import encode, tokenize
+from specdec.engine.text import tokenize
 
 Progress = Callable[[int, int, str], None]
 
@@ -186,10 +186,7 @@ class _TextPool:
         return best
 
     def request(self, prompt: BenchPrompt, max_new_tokens: int, **when: Any) -> Request:
-        try:
-            ids = encode(render(prompt, self.target.tokenizer), self.target)
-        except ValueError as error:
-            raise ValueError(f"prompt {prompt.id!r}: {error}") from error
+        (ids,) = encode_prompts([prompt], self.target)
         seed = next(self._seeds)
         return Request(prompt.id, prompt.domain, ids, max_new_tokens, seed, **when)
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from pydantic import BaseModel
 from tiny_models import perturbed, tiny_llama, tiny_target
+from tiny_suites import Configuration, Plan
 
 from specdec.bench.arms import add_choice, build_arms
 from specdec.bench.config import ArmConfig, BenchConfig, SamplingOptions
@@ -22,12 +22,16 @@ def decode(arm, prompts=PROMPTS, seed=0, num=16):
     return arm(requests, lambda: None)
 
 
-def assisted_arm(options):
-    return ArmConfig(name="assisted", type="hf_assisted", options=options)
-
-
 def tokens_of(arm, **options):
     return [run.tokens for run in decode(arm, **options)]
+
+
+def both(target, **settings):
+    """Runs of plain decoding, which transformers agrees with, and of transformers."""
+    arms = arms_of(target, **settings)
+    ours, theirs = decode(arms["plain"]), decode(arms["hf_generate"])
+    assert [run.tokens for run in ours] == [run.tokens for run in theirs]
+    return ours, theirs
 
 
 def test_transformers_and_our_loop_emit_the_same_tokens():
@@ -35,9 +39,7 @@ def test_transformers_and_our_loop_emit_the_same_tokens():
     whole = tokens_of(arms_of(target)["plain"])
     early = next(t for t in whole[0][2:8] if t not in whole[1])
     target.eos_token_ids = (early,)
-    arms = arms_of(target)
-    ours, theirs = decode(arms["plain"]), decode(arms["hf_generate"])
-    assert [run.tokens for run in ours] == [run.tokens for run in theirs]
+    ours, theirs = both(target)
     assert ours[0].tokens[-1] == early
     assert len(ours[0].tokens) < len(ours[1].tokens)
     # A row that ended early is not charged with the rest of its batch, in either arm.
@@ -49,9 +51,7 @@ def test_checkpoint_s_defaults_do_not_change_the_baseline():
     target = tiny_target()
     target.model.generation_config.repetition_penalty = 1.9
     target.model.generation_config.no_repeat_ngram_size = 1
-    arms = arms_of(target)
-    ours, theirs = decode(arms["plain"]), decode(arms["hf_generate"])
-    assert [run.tokens for run in ours] == [run.tokens for run in theirs]
+    both(target)
     assert target.model.generation_config.repetition_penalty == 1.9
 
 
@@ -71,18 +71,13 @@ def test_sampled_arm_leaves_the_global_generator_alone():
 )
 def test_assistant_stays_lossless_and_its_bursts_count_once(tmp_path, sampling):
     perturbed(tiny_llama(), 0.05).save_pretrained(tmp_path)
-    assisted = assisted_arm({"path": str(tmp_path), "num_draft_tokens": 3})
+    options = {"path": str(tmp_path), "num_draft_tokens": 3}
+    assisted = ArmConfig(name="assisted", type="hf_assisted", options=options)
     arms = arms_of(tiny_target(), assisted, sampling=SamplingOptions(**sampling), batch_size=1)
     for prompt in PROMPTS:
         (plain,), (assisted,) = (decode(arms[name], [prompt]) for name in ("plain", "assisted"))
         assert assisted.tokens == plain.tokens
         assert 1 <= assisted.num_first <= 4
-
-
-def test_unknown_option_of_an_assisted_arm_is_named(tmp_path):
-    perturbed(tiny_llama(), 0.05).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no option 'num_tokens'"):
-        arms_of(tiny_target(), assisted_arm({"path": str(tmp_path), "num_tokens": 3}), batch_size=1)
 
 
 @pytest.mark.parametrize(
@@ -104,9 +99,7 @@ def test_sampling_settings_mean_the_same_in_both_arms(sampling):
     greedy = tokens_of(arms_of(target)["plain"])
     target.eos_token_ids = (greedy[0][3],)
     unset = tokens_of(arms_of(target)["plain"])
-    arms = arms_of(target, sampling=SamplingOptions(**sampling))
-    ours, theirs = decode(arms["plain"]), decode(arms["hf_generate"])
-    assert [run.tokens for run in ours] == [run.tokens for run in theirs]
+    ours, _ = both(target, sampling=SamplingOptions(**sampling))
     if sampling.keys() & {"min_new_tokens", "repetition_penalty", "presence_penalty"}:
         assert [run.tokens for run in ours] != unset
 
@@ -124,22 +117,12 @@ def test_both_arms_draw_from_the_same_distribution():
         assert abs(share - counts["hf_generate"][token]) < 0.12
 
 
-class Row(BaseModel):
-    name: str
-    type: str = "ngram"
-    options: dict[str, int] = {}
-
-
-class Plan(BaseModel):
-    choice: Row
-    configurations: list[Row]
-
-
 def ngram(name, draft_length=None, **options):
     return ArmConfig(name=name, type="ngram", options=options, draft_length=draft_length)
 
 
-FIVE, PLAIN = Row(name="five", options={"num_draft_tokens": 5}), Row(name="plain", type="plain")
+FIVE = Configuration(name="five", options={"num_draft_tokens": 5})
+PLAIN = Configuration(name="plain", type="plain")
 OWN = ngram("five", num_draft_tokens=5)
 PLANNED = ngram("five (planned)", num_draft_tokens=5)
 
@@ -180,7 +163,7 @@ PLANNED = ngram("five (planned)", num_draft_tokens=5)
     ],
 )
 def test_choice_is_measured_beside_the_arms(choice, given, known, arms):
-    plan = Plan(choice=choice, configurations=[choice, Row(name="other")])
+    plan = Plan(choice=choice, configurations=[choice, Configuration(name="other")])
     found, measured = add_choice(plan, given)
     assert measured == arms
     assert [each.name for each in found.configurations] == known

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from checkpoints import save_checkpoint
 from tiny_models import perturbed, tiny_llama
-from tiny_suites import calls_of, key_of, save_bench
+from tiny_suites import calls_of, key_of, killed, save_bench
 
 from specdec.bench import runner
 from specdec.bench.config import load_config
@@ -116,32 +116,17 @@ def test_arms_take_turns_and_repeats_forget(config, tmp_path):
     assert len(drafts[0, 1]) < len(drafts[0, 0])
 
 
-def kill_after(num_calls, settings, folder):
-    """Begin a run and end it there, as Ctrl-C would."""
-
-    def kill(done, total, text):
-        if done == num_calls:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_bench(settings, folder, kill)
-
-
-def test_killed_run_serves_only_what_is_missing(config, tmp_path, monkeypatch):
+def test_killed_run_serves_only_what_is_missing(config, tmp_path, measured):
     settings, folder = config("arms=[{type: ngram}]"), tmp_path / "out"
-    kill_after(7, settings, folder)
+    killed(lambda done, text: done == 7, run_bench, settings, folder)
     records = folder / "records.jsonl"
     before = records.read_text()
     records.write_text(before + '{"repeat": 0, "half a li')
-    served = []
-    real = runner.measure_call
-    monkeypatch.setattr(runner, "measure_call", lambda *a: served.append(1) or real(*a))
     finished = run_bench(settings, folder)
     assert records.read_text().startswith(before)
     keys = [key_of(row) for row in calls_of(folder)]
-    assert len(keys) == len(set(keys)) == 7 + len(served) == 2 * 3 * 3
     assert run_bench(settings, folder) == finished
-    assert len(served) == 2 * 3 * 3 - 7
+    assert len(keys) == len(set(keys)) == len(measured) == 2 * 3 * 3
 
 
 def test_provenance_is_of_the_start_that_measured(config, tmp_path, monkeypatch):
@@ -171,7 +156,8 @@ def test_provenance_is_of_the_start_that_measured(config, tmp_path, monkeypatch)
 def test_run_goes_on_only_with_what_it_began_with(config, tmp_path, monkeypatch, change, message):
     target, folder = save_checkpoint(tmp_path / "target"), tmp_path / "out"
     overrides = [f"target.path={target}", "arms=[{type: ngram}]"]
-    kill_after(3, config(*overrides, "repeats=1"), folder)
+    settings = config(*overrides, "repeats=1")
+    killed(lambda done, text: done == 3, run_bench, settings, folder)
     before = (folder / "records.jsonl").read_text()
     if change == "device":
         monkeypatch.setattr(runner, "machine", lambda t: machine(t) | {"device": "A GPU"})

@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny_suites import save_suite
 
 from specdec.bench.config import SUITES, BenchConfig, load_config, short_names
 from specdec.bench.sweep import load_cells
@@ -15,7 +14,6 @@ PACKAGED = [f"demo/{name.replace('_', '-')}" for name in SUITES]
 BOMB = b"a0: &a0 [1]\n" + b"".join(
     b"a%d: &a%d [%s]\n" % (i, i, b",".join([b"*a%d" % (i - 1)] * 9)) for i in range(1, 12)
 )
-USERS = "users: [1]\n"
 BENCH = "arms: [{type: ngram}, {type: suffix}]\nsampling: {top_p: 0.5}\n"
 GRID = """
 grid:
@@ -51,81 +49,133 @@ def test_overrides_reach_into_mappings_and_lists(load):
     assert config.arms[0].options == {"max_ngram": 2}
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("repeats", "must be key=value"),
-        ("=3", "must be key=value"),
-        ("arms.7.name=x", "leads nowhere"),
-        ("arms.first.name=x", "leads nowhere"),
-        ("arms.0.nam=x", "did you mean arms.0.name"),
-        ("repeats=[", "config"),
-        ("max_new_token=3", "did you mean max_new_tokens"),
-        ("prompts.nun=3", "did you mean prompts.num"),
-        ("prompts.num=many", "prompts.num"),
-        ("prompts=3", "config"),
-        ("repeats=0", "repeats is 0 but must be at least 1"),
-        ("repeats=1.5", "repeats is 1.5 but must be a whole number"),
-        ("repeats='3'", "repeats is '3' but must be a whole number"),
-        ("repeats=true", "repeats is True but must be a whole number"),
-        ("repeats=null", "repeats is None but must be a whole number"),
-        (f"repeats={10**30}", "repeats is .* but must be a whole number"),
-        ("sampling.top_p=.inf", "sampling.top_p is inf but must be a finite number"),
-        ("sampling.top_p=1e999", "sampling.top_p is inf but must be a finite number"),
-        ("sampling.top_p=true", "sampling.top_p is True but must be a finite number"),
-        ("sampling.top_p=0", r"top_p is 0.0 but must be in \(0, 1\]; use 1"),
-        ("sampling.min_new_tokens=65", "at most max_new_tokens, 64"),
-        ("arms.0.options.a=[1, .nan]", r"arms.0.options.a.1 is nan but must be a finite number"),
-        ("rule=3", "rule is 3 but must be text"),
-        ("rule=tokens", "rule is 'tokens': did you mean"),
-        ("rule=${oc.env:HOME}", r"'\$\{oc.env:HOME\}' is not filled in; write the value"),
-        ("threads=10000000", "threads is 10000000 but must be at most"),
-        ("prompts_per_call=-1", "prompts_per_call is -1 but must be 0 or at least batch_size, 1"),
-        ("arms=[{type: ngram}, {type: ngram}]", "arms: 'ngram' is used twice; rename"),
-        ("arms=[{name: plain, type: ngram}]", "arms: 'plain' is used twice"),
-        ("arms={type: ngram}", "'arms' does not exist, or is of another kind"),
-        ("arms=[ngram]", "arms.0 is 'ngram' but must be a mapping"),
-        ("arms=[{name: x}]", "arms.0.type is missing"),
-        ("arms=[{type: ngram, options: [3]}]", "options is .* must be a mapping"),
-        ("arms=[{type: ngram, draft_length: 4}]", "arms.0.draft_length is 4 but must be a mapping"),
-        ("arms=[{type: ngram, draft_length: {}}]", "arms.0.draft_length is .* for batch size 1"),
-        ("arms=[{type: ngram, draft_length: {a: 1}}]", "draft_length is .* as in {1: 6, 8: 0}"),
-        ("arms=[{type: ngram, draft_length: {1: 2, 0: 4}}]", "batch size 0 must be"),
-        ("arms=[{type: ngram, draft_length: {1: -1}}]", "nodes for batch size 1 is -1"),
-        ("arms=[{type: ngram, draft_length: {plans: x}}]", "{plan: PATH}"),
-        ("arms=[{type: hf_prompt_lookup, draft_length: {1: 2}}]", "no draft_length .here {1: 2}"),
-    ],
-)
-def test_wrong_override_is_named(load, override, message):
-    with pytest.raises(ValueError, match=message):
-        load(BENCH, override)
+OVERRIDES = [
+    ("repeats", "must be key=value"),
+    ("=3", "must be key=value"),
+    ("arms.7.name=x", "leads nowhere"),
+    ("arms.first.name=x", "leads nowhere"),
+    ("arms.0.nam=x", "did you mean arms.0.name"),
+    ("repeats=[", "config"),
+    ("max_new_token=3", "did you mean max_new_tokens"),
+    ("prompts.nun=3", "did you mean prompts.num"),
+    ("prompts.num=many", "prompts.num"),
+    ("prompts=3", "config"),
+    ("repeats=0", "repeats is 0 but must be at least 1"),
+    *(
+        (f"repeats={value}", "repeats is .* but must be a whole number")
+        for value in ("1.5", "'3'", "true", "null", 10**30)
+    ),
+    ("sampling.top_p=.inf", "sampling.top_p is inf but must be a finite number"),
+    ("sampling.top_p=1e999", "sampling.top_p is inf but must be a finite number"),
+    ("sampling.top_p=true", "sampling.top_p is True but must be a finite number"),
+    ("sampling.top_p=0", r"top_p is 0.0 but must be in \(0, 1\]; use 1"),
+    ("sampling.min_new_tokens=65", "at most max_new_tokens, 64"),
+    ("arms.0.options.a=[1, .nan]", r"arms.0.options.a.1 is nan but must be a finite number"),
+    ("rule=3", "rule is 3 but must be text"),
+    ("rule=tokens", "rule is 'tokens': did you mean"),
+    ("rule=${oc.env:HOME}", r"'\$\{oc.env:HOME\}' is not filled in; write the value"),
+    ("threads=10000000", "threads is 10000000 but must be at most"),
+    ("prompts_per_call=-1", "prompts_per_call is -1 but must be 0 or at least batch_size, 1"),
+    ("arms=[{type: ngram}, {type: ngram}]", "arms: 'ngram' is used twice; rename"),
+    ("arms=[{name: plain, type: ngram}]", "arms: 'plain' is used twice"),
+    ("arms={type: ngram}", "'arms' does not exist, or is of another kind"),
+    ("arms=[ngram]", "arms.0 is 'ngram' but must be a mapping"),
+    ("arms=[{name: x}]", "arms.0.type is missing"),
+    ("arms=[{type: ngram, options: [3]}]", "options is .* must be a mapping"),
+    ("arms=[{type: ngram, draft_length: 4}]", "arms.0.draft_length is 4 but must be a mapping"),
+    ("arms=[{type: ngram, draft_length: {}}]", "arms.0.draft_length is .* for batch size 1"),
+    ("arms=[{type: ngram, draft_length: {a: 1}}]", "draft_length is .* as in {1: 6, 8: 0}"),
+    ("arms=[{type: ngram, draft_length: {1: 2, 0: 4}}]", "batch size 0 must be"),
+    ("arms=[{type: ngram, draft_length: {1: -1}}]", "nodes for batch size 1 is -1"),
+    ("arms=[{type: ngram, draft_length: {plans: x}}]", "{plan: PATH}"),
+    ("arms=[{type: hf_prompt_lookup, draft_length: {1: 2}}]", "no draft_length .here {1: 2}"),
+]
+FILES = [
+    (b"- a\n", "config is .* must be a mapping"),
+    (b"arms: {type: ngram}", "arms is .* must be a list"),
+    (b"prompts: 3", "prompts is 3 but must be a mapping"),
+    (b"a: : b", "mapping values"),
+    (b"\xff\xfe", "utf-8"),
+    (b"rule: !!bool x", "'x'"),
+    (b"rule: tok\0en", "special characters are not allowed"),
+    (b"rule: a\nrule: b", "found duplicate key rule"),
+    (b"rule: ${oc.env:HOME}", "is not filled in"),
+    (b"arms: [{type: ngram, options: {'${rule}': 1}}]", "is not filled in"),
+    (b"[" * 100_000, "nested more than 50 deep"),
+    (b"a: &a [*a]", "recursive aliases are not supported"),
+    (BOMB, "50,000 values are no configuration"),
+    (b"rule: " + b"a" * 2**20, "1,048,576 characters are no configuration"),
+    (b"arms: [{type: hf_assisted}]\nbatch_size: 2", "one prompt at a time .here 2.*batch_size"),
+    (b"suite: sprint", "suite is 'sprint' but must be one of single_turn, multi"),
+    *((f"grid: {grid}".encode(), "grid is .* map keys to lists") for grid in ("[1]", "{}", "")),
+]
+GRIDS = [
+    ("grid.bach_size=[1]", "key bach_size does not exist; did you mean batch_size"),
+    ("grid.sampling.zzz=[1]", r"key sampling.zzz does not exist; known: frequency_penalty"),
+    ("grid.batch_size=[]", r"grid.batch_size is \[\] but must be a list"),
+    ("grid.batch_size=3", "grid.batch_size is 3 but must be a list"),
+    ("grid.batch_size=[1,4,1]", "grid.batch_size holds 1 twice"),
+    ("grid.arms=[1]", "put a grid into the arm"),
+    ("grid.batch_size=[1,0]", "cell temperature=0,batch_size=0: .*batch_size is 0"),
+    ("batch_size=4", r"sets both batch_size and grid\.batch_size; drop one of them"),
+    ("sampling.temperature=0", r"sets both sampling.temperature and grid\.sampling\.temper"),
+    ("arms=[{type: hf_prompt_lookup}]", "batch_size=4: .*one prompt at a time"),
+    ("sampling=3", "sampling is 3"),
+    ("arms=[{type: ngram, grid: [1]}]", r"arms.0.grid is \[1\] but must map keys to lists"),
+    ("arms=[{type: ngram, grid: {min_ngram: 2}}]", "arms.0.grid.min_ngram is 2 but must be a"),
+    ("arms=[{type: ngram, grid: {min_ngram: []}}]", r"arms.0.grid.min_ngram is \[\] but must"),
+    (
+        "arms=[{type: ngram, options: {min_ngram: 1}, grid: {min_ngram: [2]}}]",
+        "both set 'min_ngram'",
+    ),
+    (
+        "arms=[{type: ngram, name: 'n {depth}', grid: {min_ngram: [2]}}]",
+        "in braces must be an option of the arm: min_ngram",
+    ),
+    ("arms=[{type: ngram, name: '{', grid: {min_ngram: [2]}}]", "in braces must be an option"),
+    (
+        "arms=[{type: suffix, name: 'n {a}', options: {a: 1}, grid: {min_match: [2, 3]}}]",
+        "arms: 'n 1' is used twice",
+    ),
+]
+SUITE_KEYS = [
+    ("concurrent", "grid.users=[[1]]", "key grid does not exist"),
+    ("concurrent", "user=[1]", "key user does not exist; did you mean users"),
+    ("multi_turn", "users=[1]", "key users does not exist"),
+    ("concurrent", "users=[]", r"users is \[\] but must be a list of at least 1"),
+    ("concurrent", "users=[0,2]", r"users.0 is 0 but must be at least 1"),
+    ("concurrent", "users=[2,2]", "users: 2 is used twice"),
+    ("concurrent", "users=4", "must be a list"),
+    ("concurrent", "requests_per_user=0", "requests_per_user is 0 but must be at least 1"),
+    ("concurrent", "prompt_len.low=0", "prompt_len.low is 0 but must be at least 1"),
+    ("concurrent", "answer_len={high: 3}", "high is 3 but must be at least low, 16"),
+    ("concurrent", "arrivals=bursts", "arrivals is 'bursts' but must be one of 'closed'"),
+    ("concurrent", "rate=0", "rate is 0.* but must be above 0"),
+    ("concurrent", "max_rows=0", "max_rows is 0 but must be at least 1"),
+    ("multi_turn", "turns=0", "turns is 0 but must be at least 1"),
+    ("long_context", "bins=0", "bins is 0 but must be at least 1"),
+    ("single_turn", "buckets=[]", r"buckets is \[\] but must be a list of at least 1"),
+    ("single_turn", "buckets=[{low: 9, high: 4}]", "high is 4 but must be at least low, 9"),
+    ("single_turn", "buckets=[{hi: 4}]", "key buckets.0.hi does not exist; did you mean"),
+    ("single_turn", "buckets=[{name: a}, {name: a}]", "buckets: 'a' is used twice"),
+    ("single_turn", "rule=best", "best"),
+    ("single_turn", "prompts.num=0", "prompts.num is 0 but must be at least 1"),
+    ("single_turn", "arms=[{type: hf_assisted}]", "no part in a suite; drop the arm"),
+]
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("given", "overrides", "message"),
     [
-        (b"- a\n", "config is .* must be a mapping"),
-        (b"arms: {type: ngram}", "arms is .* must be a list"),
-        (b"prompts: 3", "prompts is 3 but must be a mapping"),
-        (b"a: : b", "mapping values"),
-        (b"\xff\xfe", "utf-8"),
-        (b"rule: !!bool x", "'x'"),
-        (b"rule: tok\0en", "special characters are not allowed"),
-        (b"rule: a\nrule: b", "found duplicate key rule"),
-        (b"rule: ${oc.env:HOME}", "is not filled in"),
-        (b"arms: [{type: ngram, options: {'${rule}': 1}}]", "is not filled in"),
-        (b"[" * 100_000, "nested more than 50 deep"),
-        (b"a: &a [*a]", "recursive aliases are not supported"),
-        (BOMB, "50,000 values are no configuration"),
-        (b"rule: " + b"a" * 2**20, "1,048,576 characters are no configuration"),
-        (b"arms: [{type: hf_assisted}]\nbatch_size: 2", "one prompt at a time .here 2.*batch_size"),
-        (b"suite: sprint", "suite is 'sprint' but must be one of single_turn, multi"),
-        *((f"grid: {grid}".encode(), "grid is .* map keys to lists") for grid in ("[1]", "{}", "")),
+        *((BENCH, [override], message) for override, message in OVERRIDES),
+        *((content, [], message) for content, message in FILES),
+        *((GRID, [override], message) for override, message in GRIDS),
+        *((f"suite: {name}", [override], message) for name, override, message in SUITE_KEYS),
     ],
 )
-def test_file_of_another_form_is_named(load, content, message):
+def test_wrong_configuration_is_named(load, given, overrides, message):
     with pytest.raises(ValueError, match=message):
-        load(content)
+        load(given, *overrides)
 
 
 def test_aliases_and_byte_order_mark_are_read(load):
@@ -151,39 +201,6 @@ def test_packaged_suite_is_sound_and_compares_arms(path):
     assert len(cell.config.arms) >= 3
     assert load_cells(path.replace("-", "_")) == [cell]
     assert load_cells(path, ["repeats=7"])[0].config.repeats == 7
-
-
-@pytest.mark.parametrize(
-    ("name", "override", "message"),
-    [
-        ("concurrent", "grid.users=[[1]]", "key grid does not exist"),
-        ("concurrent", "user=[1]", "key user does not exist; did you mean users"),
-        ("multi_turn", "users=[1]", "key users does not exist"),
-        ("concurrent", "suite=multi_turn", "key users does not exist"),
-        ("concurrent", "users=[]", r"users is \[\] but must be a list of at least 1"),
-        ("concurrent", "users=[0,2]", r"users.0 is 0 but must be at least 1"),
-        ("concurrent", "users=[2,2]", "users: 2 is used twice"),
-        ("concurrent", "users=4", "'users' does not exist|must be a list"),
-        ("concurrent", "requests_per_user=0", "requests_per_user is 0 but must be at least 1"),
-        ("concurrent", "prompt_len.low=0", "prompt_len.low is 0 but must be at least 1"),
-        ("concurrent", "answer_len={high: 3}", "high is 3 but must be at least low, 16"),
-        ("concurrent", "arrivals=bursts", "arrivals is 'bursts' but must be one of 'closed'"),
-        ("concurrent", "rate=0", "rate is 0.* but must be above 0"),
-        ("concurrent", "max_rows=0", "max_rows is 0 but must be at least 1"),
-        ("multi_turn", "turns=0", "turns is 0 but must be at least 1"),
-        ("long_context", "bins=0", "bins is 0 but must be at least 1"),
-        ("single_turn", "buckets=[]", r"buckets is \[\] but must be a list of at least 1"),
-        ("single_turn", "buckets=[{low: 9, high: 4}]", "high is 4 but must be at least low, 9"),
-        ("single_turn", "buckets=[{hi: 4}]", "key buckets.0.hi does not exist; did you mean"),
-        ("single_turn", "buckets=[{name: a}, {name: a}]", "buckets: 'a' is used twice"),
-        ("single_turn", "rule=best", "best"),
-        ("single_turn", "prompts.num=0", "prompts.num is 0 but must be at least 1"),
-        ("single_turn", "arms=[{type: hf_assisted}]", "no part in a suite; drop the arm"),
-    ],
-)
-def test_wrong_suite_is_named(tmp_path, name, override, message):
-    with pytest.raises(ValueError, match=message):
-        load_cells(save_suite(tmp_path, tmp_path, name, USERS * (name == "concurrent")), [override])
 
 
 # --- Grids ---
@@ -240,43 +257,6 @@ def test_cells_have_names_for_any_file_system(load, tmp_path):
 def test_keys_are_shown_by_their_ends():
     ends = {"sampling.top_k": "top_k", "seed": "seed", "prompts.seed": "prompts.seed"}
     assert short_names(list(ends)) == ends
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("grid.bach_size=[1]", "key bach_size does not exist; did you mean batch_size"),
-        ("grid.sampling.zzz=[1]", r"key sampling.zzz does not exist; known: frequency_penalty"),
-        ("grid.batch_size=[]", r"grid.batch_size is \[\] but must be a list"),
-        ("grid.batch_size=3", "grid.batch_size is 3 but must be a list"),
-        ("grid.batch_size=[1,4,1]", "grid.batch_size holds 1 twice"),
-        ("grid.arms=[1]", "put a grid into the arm"),
-        ("grid.batch_size=[1,0]", "cell temperature=0,batch_size=0: .*batch_size is 0"),
-        ("batch_size=4", r"sets both batch_size and grid\.batch_size; drop one of them"),
-        ("sampling.temperature=0", r"sets both sampling.temperature and grid\.sampling\.temper"),
-        ("arms=[{type: hf_prompt_lookup}]", "batch_size=4: .*one prompt at a time"),
-        ("sampling=3", "sampling is 3"),
-        ("arms=[{type: ngram, grid: [1]}]", r"arms.0.grid is \[1\] but must map keys to lists"),
-        ("arms=[{type: ngram, grid: {min_ngram: 2}}]", "arms.0.grid.min_ngram is 2 but must be a"),
-        ("arms=[{type: ngram, grid: {min_ngram: []}}]", r"arms.0.grid.min_ngram is \[\] but must"),
-        (
-            "arms=[{type: ngram, options: {min_ngram: 1}, grid: {min_ngram: [2]}}]",
-            "both set 'min_ngram'",
-        ),
-        (
-            "arms=[{type: ngram, name: 'n {depth}', grid: {min_ngram: [2]}}]",
-            "in braces must be an option of the arm: min_ngram",
-        ),
-        ("arms=[{type: ngram, name: '{', grid: {min_ngram: [2]}}]", "in braces must be an option"),
-        (
-            "arms=[{type: suffix, name: 'n {a}', options: {a: 1}, grid: {min_match: [2, 3]}}]",
-            "arms: 'n 1' is used twice",
-        ),
-    ],
-)
-def test_wrong_grid_is_named(load, override, message):
-    with pytest.raises(ValueError, match=message):
-        load(GRID, override)
 
 
 def test_documented_grid_runs_and_keys_are_documented(load):

@@ -2,12 +2,12 @@
 
 import json
 import resource
+from dataclasses import replace
 
 import pytest
 import torch
 from checkpoints import WEIGHTS, edit_weights, save_checkpoint, save_tokenizer
-from pydantic import BaseModel
-from tiny_suites import save_bench
+from tiny_suites import Configuration, Plan, save_bench
 from typer.testing import CliRunner
 
 from specdec.bench.arms import HFArm
@@ -118,6 +118,7 @@ def test_unfit_drafter_is_bad_input(folder, kind):
     (other / WEIGHTS).write_bytes(b"short")
     assert "corrupt or truncated" in refused(other)
     assert "'./gone' is not a folder" in refused("./gone")
+    assert "no option 'num'" in refused("demo, num: 3")
 
 
 @pytest.mark.parametrize(
@@ -126,12 +127,9 @@ def test_unfit_drafter_is_bad_input(folder, kind):
         ("target.path=./nothing", ["'./nothing' is not a folder"]),
         ("prompts.source=./nothing.jsonl", ["'./nothing.jsonl' but must be a file, a folder"]),
         ("arms=[{type: ngrams}]", ["'ngrams'", "did you mean 'ngram'"]),
-        ("arms=[{type: hf_other}]", ["'hf_other'"]),
         ("arms=[{type: ngram, options: {max_gram: 3}}]", ["no option 'max_gram'", "max_ngram"]),
         ("arms=[{type: draft_model}]", ["needs the option 'path'"]),
-        ("rule=tokens", ["'tokens'", "token"]),
         ("target.device=cuda:99", ["'cuda:99'", "use cpu"]),
-        ("grid.batchsize=[1]", ["did you mean batch_size?"]),
     ],
 )
 def test_options_that_fit_nothing_are_bad_input(folder, override, words):
@@ -176,8 +174,12 @@ def test_full_disk_fails_the_run_that_then_resumes(folder):
 
 @pytest.mark.parametrize(("dtype", "status"), [("float32", 1), ("bfloat16", 0), ("float16", 0)])
 def test_differences_fail_the_run_in_float32_alone(folder, monkeypatch, dtype, status):
-    cut = HFArm._cut
-    monkeypatch.setattr(HFArm, "_cut", lambda *given: [*cut(*given)[:4], 1, 2])
+    decode = HFArm._decode
+
+    def changed(*given):
+        return [replace(run, tokens=[*run.tokens[:4], 1, 2]) for run in decode(*given)]
+
+    monkeypatch.setattr(HFArm, "_decode", changed)
     done = bench(folder, f"target.dtype={dtype}", "arms=[]", "max_new_tokens=6")
     assert done.exit_code == status, done.stderr
     plain = results(folder)["plain"]
@@ -193,44 +195,19 @@ def test_differences_fail_the_run_in_float32_alone(folder, monkeypatch, dtype, s
 # --- A plan's choice ---
 
 
-class Configuration(BaseModel):
-    """One configuration of a plan."""
-
-    name: str
-    type: str = "ngram"
-    options: dict[str, int] = {}
-    predicted_tau: float = 1.25
-    predicted_tau_ci: tuple[float, float] = (1.0, 1.5)
-    predicted_speedup: float = 1.4
-    predicted_speedup_ci: None = None
-    is_timed: bool = True
-    batch_size: int = 1
-
-
-class Plan(BaseModel):
-    choice: Configuration
-    configurations: list[Configuration]
-    trust: None = None
-
-
 GIVEN = "arms=[{type: ngram}, {name: two, type: ngram, draft_length: {1: 2}}]"
-OTHER = "arms=[{name: ngram 3, type: ngram, options: {num_draft_tokens: 5}}]"
 
 
 @pytest.mark.parametrize(
-    ("choice", "given", "arms"),
+    ("choice", "arms"),
     [
-        ("ngram 3", GIVEN, ["ngram 3", "ngram", "two"]),
-        ("ngram", GIVEN, ["ngram", "two"]),
-        ("plain", GIVEN, ["ngram", "two"]),
+        ("ngram 3", ["ngram 3", "ngram", "two"]),
+        ("plain", ["ngram", "two"]),
         # The name is another arm's: both are measured.
-        ("two", GIVEN, ["two (planned)", "ngram", "two"]),
-        ("ngram 3", OTHER, ["ngram 3 (planned)", "ngram 3"]),
+        ("two", ["two (planned)", "ngram", "two"]),
     ],
 )
-def test_auto_measures_choice_and_arms_beside_the_prediction(
-    folder, monkeypatch, choice, given, arms
-):
+def test_auto_measures_choice_and_arms_beside_the_prediction(folder, monkeypatch, choice, arms):
     """A plan, without its measurements, chooses a name."""
     known = [
         Configuration(name="ngram 3", options={"num_draft_tokens": 3}),
@@ -245,10 +222,10 @@ def test_auto_measures_choice_and_arms_beside_the_prediction(
         return Plan(choice=found, configurations=known)
 
     monkeypatch.setattr("specdec.planning.plan.run_plan", run_plan)
-    done = bench(folder, "--auto", "batch_size=1", given)
+    done = bench(folder, "--auto", "batch_size=1", GIVEN)
     assert done.exit_code == 0, done.stderr
     is_renamed = "(planned)" in arms[0]
-    assert [arm.name for arm in asked[0].arms] == [name for name in arms if name in given]
+    assert [arm.name for arm in asked[0].arms] == ["ngram", "two"]
     assert list(results(folder)) == ["plain", "hf_generate", *arms]
     now = arms[0] if is_renamed else choice
     lines = done.stdout.splitlines()
@@ -263,28 +240,26 @@ def test_auto_measures_choice_and_arms_beside_the_prediction(
     assert not any(line.startswith("two  ") for line in shown)
     if is_renamed:
         planned, own = (results(folder)[name] for name in (now, choice))
-        assert (planned["options"], planned["draft_length"]) != (
-            own["options"],
-            own["draft_length"],
-        )
+        assert planned["draft_length"] != own["draft_length"]
         assert not any(line.startswith(f"{choice}  ") for line in shown)
 
 
-def test_auto_refuses_a_grid(folder):
-    done = bench(folder, "--auto", "grid.seed=[1,2]")
+@pytest.mark.parametrize(
+    ("content", "flag", "message"),
+    [
+        ("grid: {seed: [1, 2]}", "--auto", "--auto plans one bench"),
+        ("suite: concurrent", "--auto", "--auto is of benches and grids"),
+        ("suite: concurrent", "--list", "--list is of benches and grids"),
+    ],
+)
+def test_flag_of_another_kind_is_bad_input(folder, content, flag, message):
+    (folder / "bench.yaml").write_text(content)
+    done = bench(folder, flag)
     assert done.exit_code == 2
-    assert "--auto plans one bench" in done.stderr
+    assert message in done.stderr
 
 
 # --- Suites ---
-
-
-@pytest.mark.parametrize("flag", ["--list", "--auto"])
-def test_suite_refuses_flags_of_benches(folder, flag):
-    (folder / "bench.yaml").write_text("suite: concurrent\n")
-    done = bench(folder, flag)
-    assert done.exit_code == 2
-    assert f"{flag} is of benches and grids" in done.stderr
 
 
 def test_packaged_suite_ends_with_a_summary(tmp_path):

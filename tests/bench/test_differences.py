@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from checkpoints import save_checkpoint
 from tiny_models import tiny_target
 
-from specdec import generate_baseline, load_target
+from specdec import generate_baseline
 from specdec.bench.config import BenchConfig, SamplingOptions
 from specdec.bench.measure import Run
 from specdec.bench.summary import find_differences
@@ -58,8 +57,3 @@ def test_gap_is_of_the_penalized_logits():
 
 def test_sampled_outputs_are_not_compared():
     assert compare(lambda i, tokens: [0], temperature=1.0)[2] == []
-
-
-def test_half_precision_loads_as_asked(tmp_path):
-    target = load_target(str(save_checkpoint(tmp_path)), dtype="bfloat16")
-    assert target.model.dtype == torch.bfloat16

@@ -18,33 +18,30 @@ class NVMLError(Exception):
 
 @pytest.fixture
 def meter(monkeypatch):
-    """A meter whose pynvml tells these numbers one after the other, and then fails."""
+    """A meter whose functions of NVML tell these numbers one after the other, and then fail."""
 
-    def next_of(values):
-        remaining = iter(values)
-
-        def read(handle):
-            assert handle == "handle of GPU-1234"
-            try:
-                return next(remaining)
-            except StopIteration:
-                raise NVMLError("not supported") from None
-
-        return read
-
-    def make(energy_mj=(), power_mw=(), has_device=True):
+    def make(has_device=True, **told):
         def handle(uuid):
             if not has_device:
                 raise NVMLError("not found")
             return f"handle of {uuid}"
 
+        def reader(numbers):
+            def read(handle):
+                assert handle == "handle of GPU-1234"
+                for number in numbers:
+                    return number
+                raise NVMLError("not supported")
+
+            return read
+
+        functions = ("nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetPowerUsage")
         nvml = SimpleNamespace(
             __spec__=True,
             NVMLError=NVMLError,
             nvmlInit=lambda: None,
             nvmlDeviceGetHandleByUUID=handle,
-            nvmlDeviceGetTotalEnergyConsumption=next_of(energy_mj),
-            nvmlDeviceGetPowerUsage=next_of(power_mw),
+            **{name: reader(iter(told.get(name[13:], ()))) for name in functions},
         )
         monkeypatch.setitem(sys.modules, "pynvml", nvml)
         properties = SimpleNamespace(uuid="1234")
@@ -65,10 +62,9 @@ def clock(monkeypatch):
 @pytest.mark.parametrize(
     ("told", "joules"),
     [
-        # One reading of the counter at creation, one at each start and stop.
-        ({"energy_mj": [1000, 5000, 25_000]}, 20.0),
+        ({"TotalEnergyConsumption": [5000, 25_000]}, 20.0),
         # (100 + 200) / 2 W for 2 s, then (200 + 50) / 2 W for 1 s.
-        ({"power_mw": [0, 100_000, 200_000, 50_000]}, 425.0),
+        ({"PowerUsage": [100_000, 200_000, 50_000]}, 425.0),
         ({}, None),
         ({"has_device": False}, None),
     ],
@@ -84,8 +80,10 @@ def test_energy_is_the_counter_s_difference_or_power_summed(meter, clock, told, 
 
 def test_nothing_is_measured_without_nvml_or_gpu(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)  # importing it fails
-    assert PowerMeter(CUDA).stop() is None
-    assert PowerMeter(CPU).stop() is None
+    for device in (CUDA, CPU):
+        meter = PowerMeter(device)
+        meter.start()
+        assert meter.stop() is None
 
 
 @pytest.mark.skipif(not measure._RESET.exists(), reason="only Linux lets a peak be set back")

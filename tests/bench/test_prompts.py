@@ -56,9 +56,9 @@ def test_source_is_read_from_the_data_folder(data, monkeypatch):
 
 def test_records_become_prompts(data):
     folder = str(data)
-    questions = [p.messages[0]["content"] for p in load_prompts("gsm8k", 9, folder)]
-    assert sorted(questions) == ["0?", "1?", "2?", "3?", "4?"]
-    assert questions == [p.messages[0]["content"] for p in load_prompts("gsm8k", 9, folder)]
+    questions = load_prompts("gsm8k", 9, folder)
+    assert sorted(p.messages[0]["content"] for p in questions) == ["0?", "1?", "2?", "3?", "4?"]
+    assert questions == load_prompts("gsm8k", 9, folder)
     for prompt in load_prompts("sgd", 9, folder):
         assert prompt.domain == "sgd"
         assert prompt.messages[-1]["role"] == "user"
@@ -138,20 +138,14 @@ def test_records_of_another_source_are_refused(data):
 
 def test_jsonl_records_hold_text_or_messages(tmp_path):
     turns = [user("three"), {"role": "assistant", "content": "four"}]
-    rows = [
-        {"prompt": "one"},
-        {"id": "b", "domain": "d", "text": "two\u2028x"},
-        {"messages": turns},
-    ]
+    named = {"id": "b", "domain": "d", "text": "two\u2028x"}
+    rows = [{"prompt": "one"}, named, {"messages": turns}]
     for name in ("a.jsonl", "a.jsonl.gz"):
         write_lines(tmp_path / name, rows)
         prompts = load_prompts(str(tmp_path / name), 9)
-        assert [p.messages for p in prompts] == [
-            (user("one"),),
-            (user("two\u2028x"),),
-            (user("three"),),
-        ]
-        assert [(p.id, p.domain) for p in prompts][1] == ("b", "d")
+        texts = ("one", "two\u2028x", "three")
+        assert [p.messages for p in prompts] == [(user(text),) for text in texts]
+        assert (prompts[1].id, prompts[1].domain) == ("b", "d")
 
 
 def test_sharegpt_ends_at_its_first_user_turn(tmp_path):
@@ -177,17 +171,9 @@ def test_text_file_holds_a_prompt_a_line(tmp_path):
         ("a.jsonl", b"", "holds no prompts"),
         ("a.jsonl", b'{"prompt": "x"}\n{"prompt": ""}\n', "prompt '1' is empty"),
         ("a.jsonl", b'{"messages": []}\n', ":1 is no prompt: .*no_user_turn"),
-        (
-            "a.jsonl",
-            b'{"messages": [{"role": "user"}]}\n',
-            ":1 is no prompt: its content",
-        ),
+        ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', ":1 is no prompt: its content"),
         ("a.jsonl", b'{"prompt": 3}\n', ":1 is no prompt: its question is int but must be text"),
-        (
-            "a.jsonl",
-            b'{"promt": "x", "x": 1}\n',
-            "its keys are .'promt', .* must be messages",
-        ),
+        ("a.jsonl", b'{"promt": "x", "x": 1}\n', "its keys are .'promt', .* must be messages"),
         ("a.jsonl", b'{"prompt": "x"}\n{"prom', ":2: not JSON"),
         ("a.jsonl", b"[1]\n", "#1 is no prompt: a record must be an object"),
         ("a.json", b'{\n"prompt": "x"}', "one object over many lines.*give a list"),

@@ -7,6 +7,7 @@ from tiny_suites import calls_of, key_of, save_suite
 from typer.testing import CliRunner
 
 from specdec.bench import arms
+from specdec.bench.measure import serve
 from specdec.bench.results import SuiteResults
 from specdec.bench.runner import check_results, run_bench
 from specdec.bench.sweep import load_cells
@@ -84,18 +85,6 @@ def test_users_share_a_batch_and_wait_for_a_row(run, tmp_path):
     assert [arm.memory.cache_bytes for arm in three] == [2 * ROW, 2 * ROW, 4 * ROW]
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("max_cache_bytes=1000", "cache"),
-        ("arms=[{type: ngram, options: {min_ngramm: 1}}]", "min_ngramm"),
-    ],
-)
-def test_impossible_options_are_bad_input(run, override, message):
-    with pytest.raises(ValueError, match=message):
-        run("concurrent", override)
-
-
 def test_requests_wait_under_a_cache_limit(run):
     options = ["repeats=1", "users=[3]", "max_rows=8", "arms=[]"]
     free = run("concurrent", *options, out="free")
@@ -106,6 +95,8 @@ def test_requests_wait_under_a_cache_limit(run):
     assert narrow.tokens == wide.tokens
     assert narrow.memory.cache_bytes <= 2 * ROW < wide.memory.cache_bytes
     assert narrow.queue_s["p99"] > 0
+    with pytest.raises(ValueError, match="cache"):
+        run("concurrent", *options, "max_cache_bytes=1000", out="none")
 
 
 def test_sampled_requests_use_their_own_seeds(run, tmp_path):
@@ -121,24 +112,14 @@ def test_sampled_requests_use_their_own_seeds(run, tmp_path):
     assert [g.requests for g in again.groups] == [g.requests for g in results.groups]
 
 
-@pytest.fixture
-def changed(monkeypatch):
-    """Change the rows of every served call, given the engine too."""
-    real = arms.serve
-
-    def install(change):
-        monkeypatch.setattr(arms, "serve", lambda *given: change(given[0], real(*given)))
-
-    return install
-
-
-def test_other_tokens_than_plain_fail_the_run(models, tmp_path, changed):
-    def swap_a_token(engine, rows):
+def test_other_tokens_than_plain_fail_the_run(models, tmp_path, monkeypatch):
+    def swap_a_token(engine, *given):
+        rows = serve(engine, *given)
         if engine.drafter is not None:
             rows[0].tokens[2] = (rows[0].tokens[2] + 1) % 97
         return rows
 
-    changed(swap_a_token)
+    monkeypatch.setattr(arms, "serve", swap_a_token)
     path = save_suite(tmp_path, models, "single_turn", KEYS["single_turn"])
     done = CliRunner().invoke(app, ["bench", path, "repeats=1", "--out", str(tmp_path / "out")])
     assert done.exit_code == 1
@@ -151,17 +132,6 @@ def test_other_tokens_than_plain_fail_the_run(models, tmp_path, changed):
         check_results(results)
     results.provenance.dtype = "bfloat16"
     check_results(results)  # there it is reported, and fails nothing
-
-
-def test_call_with_a_failed_request_has_no_throughput(run, changed):
-    changed(lambda engine, rows: [*rows[:-1], "no room"])
-    results = run("concurrent", "repeats=1", "users=[2]", "arms=[]")
-    check_results(results)
-    (plain,) = results.groups[0].arms
-    (failure,) = plain.failures
-    assert failure.model_dump() == {"request": "user1-1", "repeat": 0, "reason": "no room"}
-    assert plain.load.tokens_per_s is None
-    assert plain.latency_s["p50"] > 0
 
 
 def test_arm_without_a_good_request_fails_the_run(run, monkeypatch):

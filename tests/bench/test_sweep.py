@@ -1,12 +1,11 @@
 """Sweeps: cells are benches, finished ones stay, bad ones are refused, failing ones are told of."""
 
 import json
-from contextlib import suppress
 
 import pytest
 from checkpoints import save_checkpoint
 from tiny_models import perturbed, tiny_llama
-from tiny_suites import save_bench
+from tiny_suites import killed, save_bench
 from typer.testing import CliRunner
 
 from specdec.bench import runner, sweep
@@ -62,29 +61,19 @@ def test_cell_gives_what_its_bench_gives(path, models, tmp_path, monkeypatch):
     assert BenchResults.read(stored).arms == cell.arms
 
 
-def test_finished_cell_stays_and_killed_one_goes_on(path, tmp_path, monkeypatch):
+def test_finished_cell_stays_and_killed_one_goes_on(path, tmp_path, measured):
     out, cells = tmp_path / "out", load_cells(str(path))
-
-    def kill(done, total, text):
-        if text.startswith("cell 2 of 4") and done == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_sweep(cells, out, kill)
+    killed(lambda done, text: text.startswith("cell 2 of 4") and done == 3, run_sweep, cells, out)
     first, second = (out / "cells" / cell.name for cell in cells[:2])
     assert (first / "results.json").exists()
     assert not (second / "results.json").exists()
     before = (first / "results.json").read_bytes(), (second / "records.jsonl").read_bytes()
-    measured = []
-    real = runner.measure_call
-    monkeypatch.setattr(runner, "measure_call", lambda *a: measured.append(1) or real(*a))
     joined = run_sweep(cells, out)
-    # Four arms and three prompts a cell of batch 1, two batches of them in one of batch 2.
-    assert len(measured) == 4 * (2 + 3 + 2) - 3
     assert (first / "results.json").read_bytes() == before[0]
     assert (second / "records.jsonl").read_bytes().startswith(before[1])
     assert run_sweep(cells, out).cells == joined.cells
-    assert len(measured) == 4 * (2 + 3 + 2) - 3
+    # Four arms and three prompts a cell of batch 1, two batches of them in one of batch 2.
+    assert len(measured) == 4 * (3 + 2 + 3 + 2)
 
 
 def test_sweep_may_grow_but_keep_its_cells_configurations(path, tmp_path):
@@ -104,13 +93,10 @@ def test_cell_of_another_target_is_refused_before_any_runs(tmp_path, is_finished
     target, out = save_checkpoint(tmp_path / "target"), tmp_path / "out"
     save_checkpoint(tmp_path / "draft", perturbed(tiny_llama(), 0.1))
     cells = load_cells(str(write(tmp_path, tmp_path, "grid: {batch_size: [1, 2]}")), ["arms=[]"])
-
-    def kill(done, total, text):
-        if done == 2 and not is_finished:
-            raise KeyboardInterrupt
-
-    with suppress(KeyboardInterrupt):
-        run_sweep(cells[1:], out, kill)
+    if is_finished:
+        run_sweep(cells[1:], out)
+    else:
+        killed(lambda done, text: done == 2, run_sweep, cells[1:], out)
     before = files_of(out / "cells" / "batch_size=2")
     save_checkpoint(target, perturbed(tiny_llama(), 0.2))
     with pytest.raises(
@@ -138,7 +124,7 @@ def test_finished_cells_stay_with_another_commit_not_machine(path, tmp_path, mon
         (["grid.rule=[token,tokens]"], "cell .*rule=tokens: .*rule is 'tokens': did you mean"),
         (
             ["grid.rule=[token,block]", "arms=[{type: ngram, options: {num_continuations: 2}}]"],
-            "rule=block: rule 'block' judges chains only but the arm 'ngram' makes trees",
+            "rule=block: rule 'block' judges chains only but this drafter makes trees",
         ),
         (["grid.prompts.num=[2]", "prompts.source=./gone.txt"], "cell .*'./gone.txt'"),
         (["arms=[{type: ngram, grid: {min_gram: [1]}}]"], "cell .*no option .min_gram.; .*did you"),
