@@ -256,7 +256,9 @@ LINEAR = {"rope_type": "linear", "rope_theta": 77.0, "factor": 8.0}
 )
 def test_other_families_give_their_rotary_settings(config_class, rope, expected):
     config = config_class(hidden_size=32, num_attention_heads=4, rope_parameters=rope)
-    assert Backbone().for_target(config).rope_parameters == expected
+    backbone = Backbone().for_target(config)
+    assert backbone.rope_parameters == expected
+    assert backbone.head_dim == getattr(config, "head_dim", 32 // 4)
 
 
 @pytest.mark.parametrize("field", ["rope_theta", "rope_scaling", "hiden_size"])

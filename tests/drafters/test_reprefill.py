@@ -153,9 +153,11 @@ def test_pause_and_late_joins_change_no_draft(name, pause, folder):
     for _ in range(pause):
         decoding.step([0] * 3)
     decoding.join([[9, 8, 9]])
+    decoding.step([0] * 4)
+    decoding.keep([3, 0, 2])  # while several parts wait
     for _ in range(2):
         assert step_beside_a_fresh_start(decoding, name, {}, folder)
-        decoding.step([0] * 4)
+        decoding.step([0] * 3)
 
 
 @pytest.mark.parametrize("name", ["eagle", "eagle3"])
