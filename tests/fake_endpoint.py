@@ -4,7 +4,7 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from tiny_chat import END
+from tiny_chat import END, said
 
 
 class FakeEndpoint:
@@ -87,14 +87,11 @@ class FakeEndpoint:
             read = "".join(chr(32 + token) for token in body["prompt"])
             text = read.removesuffix(f"{end}a:").rpartition(":")[2][::-1]
         limit = body["max_tokens"]
-        has_ended = len(text) < limit
+        has_ended, text = len(text) < limit, text[:limit]
         choice = {"index": 0, "finish_reason": "stop" if has_ended else "length"}
-        text = text[:limit]
         answer = {"choices": [choice], "usage": {"completion_tokens": len(text) + has_ended}}
-        if path.endswith("/chat/completions"):
-            choice["message"] = {"role": "assistant", "content": text}
-        else:
-            choice["text"] = text
+        is_chat = path.endswith("/chat/completions")
+        choice |= {"message": said(text)} if is_chat else {"text": text}
         if self.gives_ids and body.get("return_token_ids"):
             choice["token_ids"] = letters(text) + [END] * has_ended
             answer["prompt_token_ids"] = letters(read)

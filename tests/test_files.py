@@ -3,12 +3,12 @@
 import errno
 import os
 import re
-import resource
 import shutil
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
+from tiny_features import room_for
 from typer.testing import CliRunner
 
 from specdec.bench.prompts import load_prompts
@@ -39,11 +39,8 @@ def test_one_module_makes_files_durable():
 
 
 def content(folder):
-    return {
-        str(path.relative_to(folder)): path.read_text()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_text() for path in files}
 
 
 @pytest.fixture
@@ -68,21 +65,15 @@ def killed_at(call, act):
     process = os.fork()
     if process:
         return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
-    left = [call]
+    left = iter(range(call))
 
-    def dying(name):
-        real = getattr(os, name)
-
-        def counted(*arguments, **options):
-            left[0] -= 1
-            if left[0] < 0:
-                os._exit(9)
-            return real(*arguments, **options)
-
-        setattr(os, name, counted)
+    def counted(real, *arguments, **options):
+        if next(left, None) is None:
+            os._exit(9)
+        return real(*arguments, **options)
 
     for name in ("fsync", "replace", "rename", "link"):
-        dying(name)
+        setattr(os, name, partial(counted, getattr(os, name)))
     act()
     os._exit(0)
 
@@ -168,17 +159,6 @@ def test_mount_points_and_files_are_no_folders(folder, monkeypatch):
         write(folder / "config")
     with pytest.raises(PermissionError, match="cannot be written"), locked(folder / "config"):
         pass
-
-
-@contextmanager
-def room_for(num_bytes):
-    """No file may grow beyond it, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_full_disk_leaves_whole_lines(tmp_path):

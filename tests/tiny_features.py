@@ -5,6 +5,7 @@ import resource
 from contextlib import contextmanager
 
 import torch
+from tiny_training import write_rows
 
 from specdec.common.provenance import code
 from specdec.data.answers import AnswersManifest
@@ -21,15 +22,8 @@ def random_rows(num_rows=9, longest=40, vocab_size=97, seed=0):
         length = longest - 3 * (number % 5)
         tokens = torch.randint(vocab_size, (length,), generator=generator).tolist()
         spans = [[[0, 6]], [[3, 9], [9, 14]], [[length // 2, length]]][number % 3]
-        rows.append(
-            {
-                "id": f"row {number}",
-                "domain": "ab"[number % 2],
-                "temperature": number % 2 or None,
-                "tokens": tokens,
-                "answers": spans,
-            }
-        )
+        facts = {"domain": "ab"[number % 2], "temperature": number % 2 or None}
+        rows.append({"id": f"row {number}", **facts, "tokens": tokens, "answers": spans})
     return rows
 
 
@@ -55,8 +49,7 @@ def write_folder(folder, train, held_out=()):
     """A folder as `specdec regenerate` leaves it."""
     folder.mkdir(parents=True)
     for name, rows in (("train", train), ("held_out", held_out)):
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(lines)
+        write_rows(folder / f"{name}.jsonl", rows)
     (folder / "answers.json").write_text(json.dumps(manifest(len(train), len(held_out))))
     return folder
 

@@ -35,11 +35,7 @@ def checked(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
 
 
 def fit(name: str, value: Any, hint: Any) -> Any:
-    """Return a value as plain Python, or untouched if the hint names more than numbers and text.
-
-    Raises:
-        ValueError: the value does not fit the hint; True and False are no numbers.
-    """
+    """Return a value as plain Python, or untouched if the hint names more than numbers and text."""
     must = _describe(hint)
     if not must:
         return value

@@ -43,7 +43,6 @@ class Config(BaseModel):
 def load_config(
     model: type[Model], path: str, file: Path, overrides: Sequence[str] = (), example: str = "a=1"
 ) -> Model:
-    """Read a YAML file and overrides into a model."""
     return validated(model, read_yaml(path, file, overrides, example))
 
 
@@ -62,15 +61,16 @@ def read_model(model: type[Model], path: Path) -> Model:
         return model.model_validate_json(text)
     except ValidationError as error:
         raise ValueError(
-            f"{str(path)!r} is damaged, or of another version: {_fault(model, error)}; copy it "
-            "again, or give the command that made it again"
+            f"{str(path)!r} is damaged, or of another version: {_fault(model, error)}; make it anew"
         ) from error
 
 
-def write_model(path: Path, content: BaseModel, *, private: bool = False) -> None:
-    """Replace a JSON file by a model; errors as in `replace_files`."""
-    text = content.model_dump_json(by_alias=True, indent=1) + "\n"
-    replace_file(path, text.encode(), private=private)
+def model_bytes(content: BaseModel) -> bytes:
+    return (content.model_dump_json(by_alias=True, indent=1) + "\n").encode()
+
+
+def write_model(path: Path, content: BaseModel) -> None:
+    replace_file(path, model_bytes(content))
 
 
 def _fault(model: type[BaseModel], error: ValidationError) -> str:
@@ -110,7 +110,6 @@ def _fields(model: Any, path: tuple[Any, ...]) -> list[str]:
 
 
 def read_yaml(path: str, file: Path, overrides: Sequence[str] = (), example: str = "a=1") -> Any:
-    """Read a YAML file with overrides into plain values."""
     if not file.is_file():
         raise FileNotFoundError(f"config {path!r} is not a file; give a YAML file")
     try:
@@ -169,9 +168,8 @@ def _override(given: Any, override: str, example: str) -> None:
     try:
         OmegaConf.update(given, key, parsed, merge=True, force_add=True)
     except (TypeError, IndexError, AssertionError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"override {override!r} leads nowhere: {key!r} does not exist, or is of another kind"
-        ) from error
+        what = f"leads nowhere: {key!r} does not exist, or is of another kind"
+        raise ValueError(f"override {override!r} {what}") from error
 
 
 def _check_numbers(value: Any, key: str) -> None:

@@ -2,18 +2,19 @@
 
 import ctypes
 import errno
+import hashlib
 import json
 import os
 import shutil
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_MAX_JSON = 2**28
 _AT_CWD, _SWAP = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fs.h
 
 
@@ -33,9 +34,14 @@ def parse_json(text: str | bytes) -> Any:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} is there twice")
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice!r} is there twice")
     return found
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
@@ -51,23 +57,18 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read the object in a JSON file."""
     if not path.is_file():  # a pipe would be waited for
         raise FileNotFoundError(f"{str(path.parent)!r} has no {path.name}")
-    if path.stat().st_size > _MAX_JSON:
-        raise ValueError(f"{str(path)!r} has more than {_MAX_JSON:,} bytes; it is no description")
     try:
         content = parse_json(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise ValueError(
-            f"{str(path)!r} is not JSON ({error}); it is corrupt or truncated, copy it again"
-        ) from error
+        what = f"is not JSON ({error}); it is corrupt or truncated, copy it again"
+        raise ValueError(f"{str(path)!r} {what}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} holds {type(content).__name__}, it must hold an object")
     return content
 
 
-def write_json(path: Path, content: Mapping[str, Any], *, private: bool = False) -> None:
-    """Replace a JSON file; errors as in `replace_files`."""
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    replace_file(path, text.encode(), private=private)
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    replace_file(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
 def disk_trouble(folder: Path, error: OSError) -> OSError:
@@ -80,14 +81,10 @@ def disk_trouble(folder: Path, error: OSError) -> OSError:
             "finished is kept: make room and give the same command again"
         )
     if error.errno == errno.ENOENT:
-        return FileNotFoundError(
-            f"the output folder {str(folder)!r}, or a file in it, was removed during the run; give "
-            "the same command again, or choose another one with --out"
-        )
-    return PermissionError(
-        f"the output folder {str(folder)!r} cannot be written ({error.strerror}); choose another "
-        "one with --out"
-    )
+        why = "or a file in it, was removed during the run; give the same command again"
+        return FileNotFoundError(f"the output folder {str(folder)!r}, {why}")
+    why = f"cannot be written ({error.strerror}); choose another --out"
+    return PermissionError(f"the output folder {str(folder)!r} {why}")
 
 
 @contextmanager
@@ -141,16 +138,9 @@ def _make_folder(folder: Path, private: bool) -> None:
 
 def _private_opener(path: str, flags: int) -> int:
     """Open a file for its owner alone, and nothing put in its place; an `opener` of `open`."""
-    elsewhere = f"{path!r} is a link or no regular file; remove it"
-    try:
-        opened = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO):
-            raise OSError(error.errno, elsewhere) from error
-        raise
-    if not stat.S_ISREG(os.fstat(opened).st_mode):
-        os.close(opened)
-        raise OSError(errno.ENXIO, elsewhere)
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        raise OSError(errno.ENXIO, f"{path!r} is a link or no regular file; remove it")
+    opened = os.open(path, flags | os.O_NOFOLLOW, 0o600)
     os.fchmod(opened, 0o600)  # it may have been there before
     return opened
 
@@ -165,9 +155,8 @@ def _sync(path: Path) -> None:
             os.close(opened)
 
 
-def replace_file(path: Path, content: bytes, *, private: bool = False) -> None:
-    """Replace one file; see `replace_files`."""
-    replace_files(path.parent, {path.name: [content]}, private=private)
+def replace_file(path: Path, content: bytes) -> None:
+    replace_files(path.parent, {path.name: [content]})
 
 
 def replace_files(
@@ -175,8 +164,7 @@ def replace_files(
 ) -> None:
     """Write files under other names, wait until they are on the disk, then rename them.
 
-    Of several files the last one is the seal: it is removed first and renamed last, so that a
-    folder with a seal holds the files that belong to it.
+    The last of several is the seal, removed first and renamed last: what it seals belongs to it.
     """
     partial = {name: folder / f".{name}.partial" for name in contents}
     try:
@@ -201,8 +189,7 @@ def replace_files(
 class LineFile:
     """A file of lines that only grows, for one process at a time.
 
-    A line is handed to the system when `write` returns: a killed process loses nothing. What a
-    killed process or a full disk left of a line is cut off.
+    A killed process loses no line; what it, or a full disk, left of one is cut off.
     """
 
     def __init__(self, path: Path, *, private: bool = False) -> None:
@@ -213,9 +200,7 @@ class LineFile:
             opener = _private_opener if private else None
             self._file = open(path, "a+b", buffering=0, opener=opener)  # noqa: SIM115
             _sync(path.parent)  # the name of a new file
-        if not _lock(self._file.fileno()):
-            self._file.close()
-            raise _another_run(path.parent)
+        _lock(self._file, path.parent)
         if not self.num_bytes:
             return
         # A last line without its end is cut off, or ended if it lacks nothing else.
@@ -229,7 +214,6 @@ class LineFile:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the file."""
         return os.fstat(self._file.fileno()).st_size
 
     @property
@@ -246,7 +230,7 @@ class LineFile:
             yield from map(parse_line, file)
 
     def append(self, *rows: Mapping[str, Any]) -> None:
-        """Add rows, all of them or none; errors as in `write`."""
+        """Add rows, all of them or none."""
         self.write("".join(json.dumps(r, separators=(",", ":")) + "\n" for r in rows).encode())
 
     def write(self, lines: bytes, *, durable: bool = False) -> None:
@@ -278,10 +262,7 @@ class LineFile:
 
 
 class Journal(LineFile):
-    """Everything a run has finished, a JSON line each; the first line says which run it is.
-
-    `entries` holds the rows of earlier runs; whoever has read them may clear them.
-    """
+    """Everything a run has finished, a JSON line each; the first line says which run it is."""
 
     def __init__(
         self,
@@ -294,7 +275,7 @@ class Journal(LineFile):
         super().__init__(path, private=private)
         try:
             first, *rows = [*self.rows()] or [{}]
-            self.entries = [row for row in rows if row]
+            self.entries = [row for row in rows if row]  # whoever has read them may clear them
             if self.entries:
                 check_same_run(path.parent, first.get("run"), identity, checks)
             else:  # a run that got nowhere: its folder serves any other
@@ -305,20 +286,19 @@ class Journal(LineFile):
             raise
 
 
-def _lock(fd: int) -> bool:
-    """Lock an open file until it is closed, however its process ends; False if it is taken."""
+def _lock(file: IO[Any], folder: Path) -> None:
+    """Lock a file of a folder until it is closed, however its process ends."""
     import fcntl
 
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A run that ends just now may have removed the file before we had the lock.
+        if os.fstat(file.fileno()).st_nlink:
+            return
     except BlockingIOError:
-        return False
-    return True
-
-
-def _another_run(folder: Path) -> ValueError:
-    """Make the error of a folder that is taken."""
-    return ValueError(
+        pass
+    file.close()
+    raise ValueError(
         f"another run is writing to {str(folder)!r}; wait for it or choose another --out folder"
     )
 
@@ -335,9 +315,7 @@ def locked(folder: Path, file: Path | None = None, *, is_writer: bool = True) ->
         _make_folder(path.parent, private=file is not None)
         opened = path.open("a")
     with opened:
-        # A run that ends just now may have removed the file before we had the lock.
-        if not _lock(opened.fileno()) or not os.fstat(opened.fileno()).st_nlink:
-            raise _another_run(folder)
+        _lock(opened, folder)
         try:
             yield
         finally:

@@ -35,8 +35,7 @@ def find_path(name: str, wanted: str) -> Path | str:
         is_own = _FOLDER.fullmatch(first) or (first != name and os.path.isdir(first))
         if is_own or _FILE.fullmatch(name) or not _ID.fullmatch(name):
             raise FileNotFoundError(
-                f"{name!r} is not a folder or file here; give {wanted}, or a hub id, which is "
-                "hub:owner/name where it looks like a path"
+                f"{name!r} is not a folder or file here; give {wanted}, or a hub id, hub:owner/name"
             )
     _log.warning("%s is taken from the hub, or from its cache on this machine", hub_id)
     return hub_id

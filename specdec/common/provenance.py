@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 PACKAGES = ("specdec", "torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy")
 
 
-class CodeProvenance(BaseModel):
+class CodeProvenance(BaseModel, extra="forbid"):
     """Command, commit, versions and time of a file; the fields of `code`."""
-
-    model_config = ConfigDict(extra="forbid")
 
     command: str
     git_commit: str | None
@@ -62,9 +60,8 @@ def _git(*arguments: str) -> str | None:
     """Output of git in the checkout that holds the package; None for an installed wheel."""
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
-        return subprocess.check_output(
-            command, stderr=subprocess.DEVNULL, timeout=10, text=True
-        ).strip()
+        found = subprocess.run(command, capture_output=True, timeout=10, text=True, check=True)
+        return found.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

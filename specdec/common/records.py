@@ -135,11 +135,9 @@ def _read_jsonl(name: str, file: IO[bytes]) -> Iterator[Record]:
 def _read_json(name: str, file: IO[bytes]) -> Iterator[Record]:
     """Read a list, whose items are decoded one by one: such files are larger than memory."""
     text = io.TextIOWrapper(file, encoding="utf-8-sig")
-    decoder, number = json.JSONDecoder(), 0
-    read = text.read(_CHUNK_CHARS)
-    while not read.strip() and (more := text.read(_CHUNK_CHARS)):
-        read += more
-    at = read.find("[") + 1
+    while text.read(1) not in ("[", ""):
+        pass
+    decoder, read, at, number = json.JSONDecoder(), "", 0, 0
     while True:
         at = cast(re.Match[str], _GAP.match(read, at)).end()
         if read.startswith("]", at):
@@ -260,9 +258,8 @@ def load_split(name: str, arguments: Mapping[str, Any]) -> DataSetRecords:
 
         loaded = load_dataset(**arguments)
     except ImportError as error:
-        raise FileNotFoundError(
-            f"reading {path} needs datasets; install it with: pip install 'specdec[collect]'"
-        ) from error
+        fix = "needs datasets: pip install 'specdec[collect]'"
+        raise FileNotFoundError(f"reading {path} {fix}") from error
     except Exception as error:  # the hub, the network and the file formats each raise their own
         reason = str(error).split("\n")[0]
         what = f"could not be read as a data set: {type(error).__name__}: {reason}"

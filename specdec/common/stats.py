@@ -32,8 +32,7 @@ def bootstrap_interval(samples: tuple[np.ndarray, ...], statistic: Callable[...,
 def total_speed(key: str, over: Sequence[Works], under: Sequence[Works] = ()) -> dict[str, Any]:
     """Total tokens over total seconds of each arm; those of `over` multiplied, of `under` divided.
 
-    The figure `key` is over the prompts that all arms have; its interval `KEY_ci` is by bootstrap
-    over them, the arms drawn together.
+    It and its bootstrap interval `KEY_ci` are over the prompts that all arms have.
     """
     both = [row for row in zip(*over, *under, strict=True) if None not in row]
     if not both:

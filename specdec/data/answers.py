@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from specdec.checkpoints import TargetIdentity
 from specdec.checkpoints.identity import differences
-from specdec.common.config import Config, read_model, validated
+from specdec.common.config import Config, model_bytes, read_model, validated
 from specdec.common.files import parse_json, replace_files
 from specdec.common.provenance import CodeProvenance, MachineProvenance
 from specdec.sampling.config import SamplingConfig
@@ -39,10 +39,8 @@ class AnswerRow:
         return replace(self, tokens=self.tokens[:max_len], answers=tuple(spans))
 
 
-class _Line(Config):
+class _Line(Config, extra="ignore"):
     """A line as far as it is read; its other keys may hold anything."""
-
-    model_config = ConfigDict(extra="ignore")
 
     tokens: list[int]
     answers: list[Annotated[list[int], Field(min_length=2, max_length=2)]] = Field(min_length=1)
@@ -72,10 +70,8 @@ def read_rows(path: Path, vocab_size: int, max_rows: int | None = None) -> Itera
             try:
                 line = validated(_Line, parse_json(text), noun="row")
                 if wrong := [token for token in line.tokens if not 0 <= token < vocab_size]:
-                    raise ValueError(
-                        f"token id {wrong[0]} is outside the target's vocabulary of {vocab_size}; "
-                        "write the answers with the target's own tokenizer"
-                    )
+                    what = f"is outside the target's vocabulary of {vocab_size}; use its tokenizer"
+                    raise ValueError(f"token id {wrong[0]} {what}")
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
             name = f"line {number}" if line.id is None else str(line.id)
@@ -137,10 +133,8 @@ class SessionFigures(Config):
     batch_size: int = Field(ge=1, description="rows decoded together, or dialogues asked at once")
 
 
-class AnswersManifest(Config):
+class AnswersManifest(Config, extra="ignore"):
     """The content of `answers.json`, which is written last."""
-
-    model_config = ConfigDict(extra="ignore")
 
     schema_: Literal["specdec-answers-1"] = Field(default="specdec-answers-1", alias="schema")
     target: TargetIdentity = Field(description="who wrote the answers, as far as it is known")
@@ -192,14 +186,10 @@ def write_answers(
     manifest: AnswersManifest | None,
 ) -> None:
     """Replace all files of a folder; the manifest goes first and comes last."""
-    files = {f"{split}.jsonl": _lines(each) for split, each in rows.items()}
-    files[FAILED] = _lines(failed)
+    given = {**{f"{split}.jsonl": each for split, each in rows.items()}, FAILED: failed}
+    files: dict[str, Iterable[bytes]] = {
+        name: (json.dumps(row).encode() + b"\n" for row in each) for name, each in given.items()
+    }
     if manifest:
-        text = manifest.model_dump_json(by_alias=True, indent=1) + "\n"
-        files[MANIFEST] = iter([text.encode()])
+        files[MANIFEST] = [model_bytes(manifest)]
     replace_files(folder, files, private=True)
-
-
-def _lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
-    for row in rows:
-        yield json.dumps(row).encode() + b"\n"

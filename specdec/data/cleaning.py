@@ -48,10 +48,8 @@ _PHONE_CUE = re.compile(
 )
 _CUE_REACH, _MIN_CUED_DIGITS = 40, 9
 _SHINGLE_LEN, _NUM_PERM = 5, 64
-# Of false positives and negatives: the exact comparison then refuses the former.
-_WEIGHTS = (0.1, 0.9)
-# Standard errors of the estimate below the threshold, from which comparing is a waste.
-_SLACK = 3.0
+_WEIGHTS = (0.1, 0.9)  # of false positives, which are compared exactly, and of negatives
+_SLACK = 3.0  # standard errors of the estimate below the threshold: comparing is a waste
 
 
 class Masker:
@@ -66,9 +64,7 @@ class Masker:
         from phonenumbers import SUPPORTED_REGIONS
 
         if phone_region not in SUPPORTED_REGIONS:
-            raise ValueError(
-                f"phone_region is {phone_region!r} but must be a region's two capital letters (US)"
-            )
+            raise ValueError(f"phone_region is {phone_region!r} but must be a region, such as US")
         self.counts: Counter[str] = Counter()
         self._region = phone_region
 
@@ -162,8 +158,7 @@ class NearDuplicates:
 
     Two queries are near-duplicates if both their last user turns and all that stands before these
     have at least `threshold` of their runs of five characters in common (Jaccard similarity).
-    Comparing the turns apart keeps the turns of one long conversation, and questions behind the
-    same long instructions. System messages are not compared.
+    Comparing them apart keeps the turns of one long conversation. System messages do not count.
 
     Source: Broder 1997, On the resemblance and containment of documents.
     """

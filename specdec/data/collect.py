@@ -57,7 +57,7 @@ REASONS = {
     "near_duplicate": "nearly the same as another",
     "not_sampled": "more than num",
 }
-_SCHEMA, _REPORT = "specdec-collect-1", "collect.json"
+_REPORT = "collect.json"
 _PACKAGES = ("specdec", "datasets", "datasketch", "phonenumbers", "py3langid", "python-stdnum")
 _SHOW_EVERY = 500
 _NUM_EXAMPLES = 5
@@ -148,41 +148,36 @@ def collect(
     begun, where = time.monotonic(), CodeProvenance(**code(_PACKAGES))
     restore(out)
     sources = [open_source(name, settings, data_dir) for name in names]
+    zeros = dict.fromkeys(("records", "queries", "malformed"), 0)
     reports = [
-        SourceReport(
-            name=_whole(source.name),
-            parts=[identify(part) for part in source.parts],
-            **{"records": 0, "queries": 0, "malformed": 0},
-        )
+        SourceReport(name=_whole(source.name), parts=[*map(identify, source.parts)], **zeros)
         for source in sources
     ]
     inputs = [each.model_dump(include={"name", "parts"}) for each in reports]
-    facts = [_SCHEMA, settings.model_dump(), inputs]
+    facts = ["specdec-collect-1", settings.model_dump(), inputs]
     fingerprint = short_hash(json.dumps(facts, sort_keys=True))
     earlier = _report_of(out)
-    if earlier is not None:
-        if earlier.fingerprint == fingerprint:
-            return earlier
-        if not append:
-            what = "queries of other sources or settings; give another --out, or --append"
-            raise ValueError(f"{str(out)!r} holds {what}")
-        if earlier.settings.held_out != settings.held_out:
-            fix = f"{earlier.settings.held_out} in {str(out)!r}; give it, so that no query moves"
-            raise ValueError(f"held_out is {settings.held_out} but was {fix}")
+    if earlier and earlier.fingerprint == fingerprint:
+        return earlier
+    if earlier and not append:
+        what = "queries of other sources or settings; give another --out, or --append"
+        raise ValueError(f"{str(out)!r} holds {what}")
+    if earlier and earlier.settings.held_out != settings.held_out:
+        fix = f"{earlier.settings.held_out} in {str(out)!r}; give it, so that no query moves"
+        raise ValueError(f"held_out is {settings.held_out} but was {fix}")
     splits = {split: read_queries(out, split) if earlier else [] for split in SPLITS}
     collector = _Collector(settings, [query for found in splits.values() for query in found])
     for each in zip(sources, reports, strict=True):
         collector.read(*each, show)
     for query in collector.kept(show):
         splits[split_of(query.conversation, settings.held_out)].append(query)
-    counts = SplitCounts(**{split: len(found) for split, found in splits.items()})
-    if not counts.train + counts.held_out:
-        why = {reason: drop for reason, drop in collector.dropped.items() if drop.count}
-        reasons = ", ".join(f"{drop.count} {reason}" for reason, drop in why.items())
-        first = next((example for drop in why.values() for example in drop.examples), None)
+    queries = [query for found in splits.values() for query in found]
+    if not queries:
+        dropped = collector.dropped.items()
+        reasons = ", ".join(f"{drop.count} {reason}" for reason, drop in dropped if drop.count)
+        first = next((example for _, drop in dropped for example in drop.examples), None)
         shown = f"; the first: {first.where}: {first.why} {first.quote!r}" if first else ""
         raise ValueError(f"{', '.join(names)}: no query is left ({reasons or 'no records'}){shown}")
-    queries = [query for found in splits.values() for query in found]
     by_domain = {split: Counter(q.domain for q in found) for split, found in splits.items()}
     domains = sorted({query.domain for query in queries})
     sizes = sorted(sum(len(t["content"]) for t in q.messages) + len(q.text) for q in queries)
@@ -194,7 +189,7 @@ def collect(
         earlier=Earlier(fingerprint=earlier.fingerprint, kept=earlier.kept) if earlier else None,
         dropped=collector.dropped,
         masked={mask: collector.masker.counts[mask] for mask in MASKS},
-        kept=counts,
+        kept=SplitCounts(**{split: len(found) for split, found in splits.items()}),
         domains={d: SplitCounts(**{s: by_domain[s][d] for s in splits}) for d in domains},
         languages=dict(Counter(q.language for q in queries if q.language).most_common()),
         characters=Characters(median=sizes[len(sizes) // 2], max=sizes[-1]),
@@ -215,9 +210,8 @@ def _report_of(out: Path) -> CollectReport | None:
     try:
         return read_model(CollectReport, out / _REPORT)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{str(out)!r} exists and holds no collected queries ({error}); give another --out"
-        ) from error
+        what = f"holds no collected queries ({error}); give another --out"
+        raise ValueError(f"{str(out)!r} {what}") from error
 
 
 class _Collector:
@@ -267,22 +261,19 @@ class _Collector:
         show(len(order), len(order), "compared")
         num_near = self.dropped["near_duplicate"].count
         self.dropped["not_sampled"].count = len(order) - len(kept) - num_near
-        queries = [found[index] for index in sorted(kept)]
-        return [_tagged(query) for query in queries] if settings.tag_language else queries
+        return [_tagged(found[i]) if settings.tag_language else found[i] for i in sorted(kept)]
 
     def _take(self, record: Record, source_name: str) -> None:
         settings, where, asked = self._settings, _whole(record.where), list[Query]()
-        fault = record.fault
         try:
-            if not fault:
-                for each in find_queries(_column(record.value, settings.column), settings.turns):
-                    asked.append(each)
+            if record.fault:
+                raise ValueError(record.fault)
+            for each in find_queries(_column(record.value, settings.column), settings.turns):
+                asked.append(each)
         except NoQueryError as error:  # the turns before it stand
             self._drop(error.reason, where, record.value)
         except (ValueError, RecursionError) as error:
-            fault = str(error)
-        if fault:
-            self._drop("malformed", where, record.value, fault)
+            self._drop("malformed", where, record.value, str(error))
             return
         mask = self.masker.mask if settings.mask else str
 

@@ -20,11 +20,11 @@ class Chat:
     def __init__(self, tokenizer: Any, eos_token_ids: Sequence[int]) -> None:
         self.tokenizer, self.ends = tokenizer, frozenset(eos_token_ids)
 
-    def text(self, messages: Sequence[Message], **options: bool) -> str:
+    def text(self, messages: Sequence[Message], ends_open: bool = True) -> str:
         """Render the conversation up to where the answer begins; ValueError if that is refused."""
         from jinja2 import TemplateError
 
-        options = {"add_generation_prompt": True, "tokenize": False, **options}
+        options = {"add_generation_prompt": ends_open, "tokenize": False}
         try:
             return str(self.tokenizer.apply_chat_template(list(messages), **options))
         except TemplateError as error:
@@ -40,12 +40,11 @@ class Chat:
         None where the template does not go on behind the answer's last token: no conversation with
         this answer could look like that.
         """
-        messages = [message for turn in asked for message in (*turn, _MARK)][:-1]
-        tokens = self._behind_mark(messages)
+        tokens = self._behind_mark([message for turn in asked for message in (*turn, _MARK)][:-1])
         return tokens[1:] if tokens[:1] == [last_token] else None
 
-    def _behind_mark(self, messages: Sequence[Message], **options: bool) -> list[int]:
-        _, found, tail = self.text(messages, **options).rpartition(_MARK["content"])
+    def _behind_mark(self, messages: Sequence[Message], ends_open: bool = True) -> list[int]:
+        _, found, tail = self.text(messages, ends_open).rpartition(_MARK["content"])
         return self.tokens(tail) if found else []
 
     def end_of_turn(self, messages: Sequence[Message]) -> list[int]:
@@ -55,7 +54,7 @@ class Chat:
         nothing there or if there are no messages.
         """
         if messages:
-            first = self._behind_mark([*messages, _MARK], add_generation_prompt=False)[:1]
+            first = self._behind_mark([*messages, _MARK], ends_open=False)[:1]
             if self.ends.intersection(first):
                 return first
         own = self.tokenizer.eos_token_id
@@ -86,6 +85,10 @@ class Answer:
     finish_reason: str = ""  # "eos", "length", "context" (it is full); empty while unfinished
     text: str | None = None  # as an endpoint gave it
     is_retokenized: bool = False  # made from the text, and perhaps not as they were sampled
+
+    @property
+    def whole(self) -> list[int]:
+        return self.prompt + self.tokens
 
 
 @dataclass
@@ -122,7 +125,7 @@ class Dialogue:
     @property
     def written(self) -> list[int]:
         """All tokens up to the end of the last answer; none before the first."""
-        return self.answers[-1].prompt + self.answers[-1].tokens if self.answers else []
+        return self.answers[-1].whole if self.answers else []
 
     def next_prompt(self, chat: Chat) -> list[int]:
         """Find the tokens in front of the next answer; without any the dialogue has ended."""

@@ -5,7 +5,6 @@ import random
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -24,15 +23,11 @@ from specdec.data.answers import AnswerSettings, AskedEndpoint
 from specdec.data.dialogue import Answer, Chat, Dialogue
 from specdec.data.regenerate import EndpointDownError, Session
 
-# Of the client errors these pass by themselves: a timeout, a conflict, too many requests.
-_PASSING = (408, 409, 429)
-# Wrong for every query: the key, the URL or the model.
-_FATAL = (401, 403, 404)
-# What servers take out of a message's text.
-_TAKEN_OUT = ("reasoning_content", "reasoning", "tool_calls")
+_PASSING = (408, 409, 429)  # a timeout, a conflict, too many requests
+_FATAL = (401, 403, 404)  # wrong for every query: the key, the URL or the model
+_TAKEN_OUT = ("reasoning_content", "reasoning", "tool_calls")  # of a message's text
 _FIRST_WAIT_S, _LONGEST_WAIT_S, _LONGEST_ASKED_WAIT_S = 1.0, 60.0, 600.0
-# Servers take seeds of 32 bits with a sign.
-_SEEDS = 2**31
+_SEEDS = 2**31  # servers take 32 bits with a sign
 
 
 class Refused(Exception):  # noqa: N818 (it ends one query, not the run)
@@ -47,21 +42,8 @@ class Unavailable(Exception):  # noqa: N818
         self.wait_s = wait_s
 
 
-@dataclass(frozen=True)
-class Reply:
-    text: str
-    has_ended: bool
-    token_ids: list[int] | None
-    prompt_token_ids: list[int] | None
-    num_tokens: int | None
-
-
 class Endpoint:
-    """Asks a server for chat or text completions.
-
-    Timeouts, lost connections, 408, 409, 429 and server errors are tried again, with waits that
-    double from a second on and are blurred at random, or as long as `Retry-After` says.
-    """
+    """Asks a server for completions; what may pass is tried again, as `_wait_s` says."""
 
     def __init__(
         self,
@@ -79,10 +61,8 @@ class Endpoint:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"endpoint is {url!r} but must be a URL, as http://localhost:8000/v1")
         if parts.username or parts.password or parts.query:
-            raise ValueError(
-                "endpoint holds a user name, a password or a query, which would be written down; "
-                "give the key in an environment variable, see --api-key-variable"
-            )
+            what = "a user name, a password or a query, which would be written down"
+            raise ValueError(f"endpoint holds {what}; use --api-key-variable")
         self.url, self.model, self.concurrency = url.rstrip("/"), model, concurrency
         self._api_key, self._asks_for_ids = api_key, True
         self._attempts = AsyncRetrying(
@@ -97,7 +77,7 @@ class Endpoint:
             limits=httpx.Limits(max_connections=concurrency),
         )
 
-    async def ask(self, path: str, body: Mapping[str, Any]) -> Reply:
+    async def ask(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         return await self._attempts.copy()(self._post, path, {"model": self.model, **body})
 
     async def is_alive(self) -> bool:
@@ -107,7 +87,7 @@ class Endpoint:
             return False
         return reply.status_code < 500
 
-    async def _post(self, path: str, body: dict[str, Any]) -> Reply:
+    async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         asked = {**body, "return_token_ids": True} if self._asks_for_ids else body
         try:
             reply = await self.client.post(f"{self.url}/{path}", json=asked)
@@ -121,7 +101,7 @@ class Endpoint:
                 raise Unavailable(f"the answer is no JSON: {_brief(reply)!r:.100}") from error
             if not isinstance(content, dict) or not content.get("choices"):
                 raise Refused(f"the answer holds no choices: {_brief(reply)!r}")
-            return _reply(content)
+            return content
         if "return_token_ids" in asked and "return_token_ids" in reply.text:
             self._asks_for_ids = False  # a server that takes no field it does not know
             return await self._post(path, body)
@@ -131,10 +111,8 @@ class Endpoint:
         if status in _PASSING or status >= 500:
             raise Unavailable(reason, _retry_after_s(reply))
         if status in _FATAL:
-            raise ValueError(
-                f"{self.url} refuses model {self.model!r} ({reason}); check --endpoint (up to and "
-                "with /v1), --model and the API key's environment variable"
-            )
+            fix = "check --endpoint (up to and with /v1), --model and --api-key-variable"
+            raise ValueError(f"{self.url} refuses model {self.model!r} ({reason}); {fix}")
         raise Refused(reason)
 
 
@@ -160,28 +138,9 @@ def _retry_after_s(reply: httpx.Response) -> float | None:
     return None
 
 
-def _reply(content: dict[str, Any]) -> Reply:
-    choice = content["choices"][0]
-    message = choice.get("message") or {"content": choice.get("text")}
-    reason, token_ids = choice.get("finish_reason"), _ids(choice.get("token_ids"))
-    if token_ids is None and any(message.get(part) for part in _TAKEN_OUT):
-        fix = "serve it without these parsers, or use --api completion"
-        raise Refused(f"the server took reasoning or tool calls out of the answer's text; {fix}")
-    if reason not in ("stop", "length", "tool_calls"):
-        raise Refused(f"the answer ended by {reason!r}, which is not the target's own end")
-    text, usage = message.get("content"), content.get("usage") or {}
-    return Reply(
-        text=text if isinstance(text, str) else "",
-        has_ended=reason != "length",
-        token_ids=token_ids,
-        prompt_token_ids=_ids(content.get("prompt_token_ids") or choice.get("prompt_token_ids")),
-        num_tokens=len(token_ids) if token_ids else usage.get("completion_tokens"),
-    )
-
-
-def _ids(given: Any) -> list[int] | None:
+def _ids(given: Any) -> list[int]:
     is_list = isinstance(given, list) and all(type(token) is int and token >= 0 for token in given)
-    return given if is_list and given else None
+    return given if is_list else []
 
 
 class EndpointAnswers:
@@ -237,11 +196,9 @@ class EndpointAnswers:
                 self._unavailable_in_a_row += 1
                 is_alive = await self._server.is_alive()
                 if not is_alive or self._unavailable_in_a_row >= max(3, self.batch_size):
-                    raise EndpointDownError(
-                        f"the endpoint {self._server.url} answers no more ({error}); finished "
-                        "answers are kept, and the same command goes on with the others"
-                    ) from error
-            session.add(0, ended=1)
+                    what = f"answers no more ({error}); give the same command again, it goes on"
+                    raise EndpointDownError(f"the endpoint {self._server.url} {what}") from error
+            session.add(ended=1)
 
     async def _answer_turn(self, dialogue: Dialogue, journal: Journal, session: Session) -> None:
         messages, prompt = dialogue.next_messages(), dialogue.next_prompt(self.chat)
@@ -255,7 +212,8 @@ class EndpointAnswers:
         }
         if self.facts["api"] == "chat" and messages:
             reply = await self._server.ask("chat/completions", {"messages": messages, **body})
-            prompt = reply.prompt_token_ids or self.chat.tokens(self.chat.text(messages))
+            given = reply.get("prompt_token_ids") or reply["choices"][0].get("prompt_token_ids")
+            prompt = _ids(given) or self.chat.tokens(self.chat.text(messages))
         else:
             reply = await self._server.ask("completions", {"prompt": prompt, **body})
         self._unavailable_in_a_row = 0
@@ -268,24 +226,36 @@ class EndpointAnswers:
         journal.append({"dialogue": dialogue.index, "turn": turn, "answer": vars(answer)})
         dialogue.answers.append(answer)
         dialogue.finish(answer.finish_reason)
-        session.add(len(answer.tokens), ended=0)
+        session.add(len(answer.tokens))
 
     def _answer(
-        self, dialogue: Dialogue, reply: Reply, prompt: list[int], messages: Sequence[Message]
+        self, dialogue: Dialogue, reply: dict[str, Any], prompt: list[int], messages: list[Message]
     ) -> Answer:
-        chat, tokens, is_retokenized = self.chat, reply.token_ids or [], not reply.token_ids
+        chat, choice = self.chat, reply["choices"][0]
+        message = choice.get("message") or {"content": choice.get("text")}
+        text = message["content"] if isinstance(message.get("content"), str) else ""
+        tokens, reason = _ids(choice.get("token_ids")), choice.get("finish_reason")
+        is_retokenized, num_written = not tokens, len(tokens)
         if is_retokenized:
+            if any(message.get(part) for part in _TAKEN_OUT):
+                fix = "serve it without these parsers, or use --api completion"
+                raise Refused(f"the server took reasoning or tool calls out of the text; {fix}")
+            num_written = (reply.get("usage") or {}).get("completion_tokens")
             # Prompt and answer are read together.
             before = chat.text(messages) if messages else dialogue.query.text
-            whole = chat.tokens(before + reply.text, special=not messages)
+            whole = chat.tokens(before + text, special=not messages)
             if whole[: len(prompt)] != prompt:
                 what = "prompt and answer read together do not begin with the tokens of the prompt"
                 raise Refused(f"{what}; use a server that gives token ids, such as vLLM")
             tokens = whole[len(prompt) :]
-        if reply.has_ended and not chat.ends.intersection(tokens[-1:]):
-            tokens, is_retokenized = [*tokens, *chat.end_of_turn(messages)], True
+        if reason in ("stop", "tool_calls"):
+            if not chat.ends.intersection(tokens[-1:]):
+                tokens, is_retokenized = [*tokens, *chat.end_of_turn(messages)], True
+            reason = "eos"
+        elif reason != "length":
+            raise Refused(f"the answer ended by {reason!r}, which is not the target's own end")
+        elif num_written is not None and num_written < self.settings.max_new_tokens:
+            reason = "context"
         if not tokens:
             raise Refused("the answer is empty")
-        was_cut = reply.num_tokens is not None and reply.num_tokens < self.settings.max_new_tokens
-        reason = "eos" if reply.has_ended else "context" if was_cut else "length"
-        return Answer(prompt, tokens, reason, reply.text, is_retokenized)
+        return Answer(prompt, tokens, reason, text, is_retokenized)

@@ -1,6 +1,5 @@
 """Feature stores: their index and files, and reading any row at any time, in many processes."""
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from torch import Tensor
 from specdec.checkpoints import TargetIdentity
 from specdec.checkpoints.identity import TARGET, as_json, differences, hash_of_ends, identify_target
 from specdec.common.config import Config, read_model
+from specdec.common.files import file_hash
 from specdec.common.provenance import MachineProvenance
 from specdec.data.answers import AnswerRow, AnswersManifest
 
@@ -116,8 +116,7 @@ class TopLogits:
     def dense(self, vocab_size: int, dtype: torch.dtype) -> Tensor:
         """Make logits [N, V]: the kept ones exact, the others all alike, with their exact sum.
 
-        Probabilities of kept tokens, the argmax, and any divergence's share of the kept tokens are
-        thereby exact (up to `dtype`); among the other tokens the target's order is lost.
+        Among the other tokens the target's order is lost.
         """
         if self.ids is None or self.rest is None:
             return self.values.to(dtype)
@@ -190,13 +189,6 @@ class FeatureIndex(Config):
         return {**same, "rows": self.source.rows, TARGET: as_json(self.target)}
 
 
-def read_index(folder: Path) -> FeatureIndex:
-    if not (folder / INDEX).is_file():
-        fix = f"it has no {INDEX}; make one with `specdec features`"
-        raise FileNotFoundError(f"{str(folder)!r} is no feature store, {fix}")
-    return read_model(FeatureIndex, folder / INDEX)
-
-
 @dataclass(frozen=True, eq=False)
 class StoredRow:
     """The stored features of n tokens of a row, P of which have logits."""
@@ -212,11 +204,7 @@ _Entry = tuple[AnswerRow, Any, int, int]
 
 
 class FeatureStore:
-    """A folder that `specdec features` wrote; `open` opens one.
-
-    Files are mapped, not read: opening takes no memory to speak of beyond the rows' tokens. Open a
-    store in every process that reads it.
-    """
+    """A folder that `specdec features` wrote; its files are mapped, not read."""
 
     def __init__(self, folder: Path, index: FeatureIndex) -> None:
         self.folder, self.index, self.layout = folder, index, index.layout
@@ -226,11 +214,12 @@ class FeatureStore:
     def open(cls, folder: Path | str) -> "FeatureStore":
         """Open a finished store, whose files are all there and of the right size."""
         where = Path(folder).expanduser()
-        store = cls(where, read_index(where))
+        if not (where / INDEX).is_file():
+            fix = f"it has no {INDEX}; make one with `specdec features`"
+            raise FileNotFoundError(f"{str(where)!r} is no feature store, {fix}")
+        store = cls(where, read_model(FeatureIndex, where / INDEX))
         if not store.index.is_complete:
-            raise ValueError(
-                f"{str(where)!r} is not finished; give the command that began it again, it goes on"
-            )
+            raise ValueError(f"{str(where)!r} is not finished; give the same command again")
         for shard in store.index.shards:
             path = where / shard.file
             if not path.is_file():
@@ -285,12 +274,11 @@ class FeatureStore:
         places = logit_places(row)
         tokens = slice(first_token, first_token + len(row.tokens))
         span = slice(first_place, first_place + len(places))
-        logits = None
+        logits = ids = rest = None
+        if "rest" in self.layout.dtypes:
+            ids, rest = read("top_ids")[span].long(), read("rest")[span]
         if self.layout.top_k:
-            logits = TopLogits(read("top_logits")[span], None, None)
-            if self.layout.top_k < self.layout.vocab_size:
-                ids, rest = read("top_ids")[span].long(), read("rest")[span]
-                logits = TopLogits(logits.values, ids, rest)
+            logits = TopLogits(read("top_logits")[span], ids, rest)
         hidden = {tap: read(f"hidden.{tap}")[tokens] for tap in wanted}
         where = torch.tensor(places, dtype=torch.long)
         return StoredRow(torch.tensor(row.tokens), hidden, where, logits)
@@ -326,13 +314,6 @@ class FeatureStore:
             token, span, place = token + length, span + count, place + len(logit_places(row))
 
 
-def file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _damaged(path: Path, reason: str) -> ValueError:
-    return ValueError(
-        f"{str(path)!r} is damaged ({reason}); copy it again, or remove it and give the command "
-        "that made the store again"
-    )
+    fix = "copy it again, or remove it and give the command that made the store again"
+    return ValueError(f"{str(path)!r} is damaged ({reason}); {fix}")

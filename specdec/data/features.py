@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,8 +16,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from specdec.checkpoints.identity import TARGET, check_resumed, hash_of_ends, identify_target
-from specdec.common.config import validated, write_model
-from specdec.common.files import check_same_run, replace_file
+from specdec.common.config import read_model, validated, write_model
+from specdec.common.files import check_same_run, file_hash, replace_file
 from specdec.common.provenance import MachineProvenance, machine
 from specdec.data.answers import AnswerRow, check_answers_target, load_answers, read_rows
 from specdec.data.config import FeatureOptions
@@ -26,9 +27,7 @@ from specdec.data.feature_store import (
     FeatureLayout,
     Shard,
     TopLogits,
-    file_hash,
     logit_places,
-    read_index,
     row_name,
 )
 from specdec.data.queries import SPLITS
@@ -36,8 +35,7 @@ from specdec.registry import head_class, head_kinds
 from specdec.targets.hf import HFTarget, TargetEnds
 
 _MIB = 2**20
-# A header names a handful of tensors; this is more than it ever has.
-_HEADER_BYTES = 4096
+_HEADER_BYTES = 4096  # more than the header of a file ever has
 
 
 def resolve_taps(names: str, num_layers: int) -> tuple[int, ...]:
@@ -49,10 +47,8 @@ def resolve_taps(names: str, num_layers: int) -> tuple[int, ...]:
         elif name.isascii() and name.isdigit() and int(name) <= num_layers:
             taps.add(int(name))
         elif name != "none":
-            raise ValueError(
-                f"tap {name!r} does not exist; give {', '.join(kinds)}, none or a number from 0 "
-                f"(the embeddings) to {num_layers} (after the target's final norm)"
-            )
+            known = f"{', '.join(kinds)}, none or a number from 0 (embeddings) to {num_layers}"
+            raise ValueError(f"tap {name!r} does not exist; give {known}")
     return tuple(sorted(taps))
 
 
@@ -67,26 +63,21 @@ def _with_own_id(row: AnswerRow, seen: Counter[str]) -> AnswerRow:
 
 
 class FeaturePlan:
-    """The rows of answers, what is kept of them, and how they are shared out among files.
-
-    Answers are a folder, or a JSONL file, which is all for training.
-    """
+    """Rows of a folder of answers, or of a JSONL file for training, shared out among files."""
 
     def __init__(self, path: Path, target: HFTarget | TargetEnds, options: FeatureOptions) -> None:
-        max_len = options.max_len or target.max_context_len
-        if max_len > target.max_context_len:
-            raise ValueError(
-                f"max_len is {max_len} but the target's context is only {target.max_context_len}"
-            )
+        room = target.max_context_len
+        max_len = options.max_len or room
+        if max_len > room:
+            raise ValueError(f"max_len is {max_len} but the target's context is only {room}")
         num_layers = target.config.num_hidden_layers
         dtype = str(target.model.dtype).removeprefix("torch.")
         layout = {
+            **options.model_dump(include={"dtype", "top_k"}),
             "taps": resolve_taps(options.taps, num_layers),
             "hidden_size": target.config.hidden_size,
             "vocab_size": target.vocab_size,
             "num_layers": num_layers,
-            "dtype": options.dtype,
-            "top_k": options.top_k,
             "logits_dtype": dtype,
         }
         self.layout = validated(FeatureLayout, layout, noun="store")
@@ -182,8 +173,8 @@ def extract_features(
         progress(done, plan.num_tokens, f"{name}, {speed:.0f} tokens/s")
 
     for name, (split, rows) in missing.items():
-        size = index.settings.batch_tokens
-        tensors = fill_shard(target, plan.layout, rows, size, partial(show, name))
+        batch_tokens = index.settings.batch_tokens
+        tensors = fill_shard(target, plan.layout, rows, batch_tokens, partial(show, name))
         replace_file(out / name, save(tensors))
         shard = Shard(
             file=name,
@@ -196,9 +187,8 @@ def extract_features(
         shards = index.splits[split].shards
         shards.append(shard)
         shards.sort(key=lambda each: each.file)
+        index.is_complete = len(index.shards) == len(plan.shards)
         write_model(out / INDEX, index)
-    index.is_complete = True
-    write_model(out / INDEX, index)
     num_bytes = sum(shard.bytes for shard in index.shards)
     return {
         "bytes": num_bytes,
@@ -213,7 +203,7 @@ def extract_features(
 
 def _resumed(out: Path, ours: FeatureIndex) -> FeatureIndex:
     """Take up the index that an earlier run left, but for files that are gone; or begin one."""
-    index = read_index(out) if (out / INDEX).exists() else None
+    index = read_model(FeatureIndex, out / INDEX) if (out / INDEX).exists() else None
     if index is None or not index.shards:
         # Nothing is kept of a run that finished no file: its folder serves any other.
         return ours.model_copy(deep=True)
@@ -273,13 +263,10 @@ def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
 def _read(
     target: HFTarget, layout: FeatureLayout, rows: Sequence[AnswerRow]
 ) -> list[dict[str, Tensor]]:
-    """Run the target over rows; of each its taps [n, H] and the top logits of its places.
-
-    No attention mask is needed: padding is at the end, where causal attention never looks back
-    from.
-    """
+    """Run the target over rows; of each its taps [n, H] and the top logits of its places."""
     places = [logit_places(row) for row in rows]
     columns = sorted(set().union(*places)) if layout.top_k else []
+    # Padding is at the end, where causal attention never looks back from: no mask is needed.
     tokens = torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(row.tokens) for row in rows], batch_first=True
     )
@@ -294,12 +281,11 @@ def _read(
     _check_finite({**hidden, "logits": out.logits}, rows)
     if not layout.top_k:
         _check_projection(target, hidden[f"hidden.{layout.num_layers}"][:, :1], out.logits)
-    column_of = {place: column for column, place in enumerate(columns)}
     found = []
     for line, row in enumerate(rows):
         found.append({name: states[line, : len(row.tokens)] for name, states in hidden.items()})
         if layout.top_k:
-            wanted = [column_of[place] for place in places[line]]
+            wanted = [bisect_left(columns, place) for place in places[line]]
             top = TopLogits.of(out.logits[line, wanted], layout.top_k)
             named = {"top_logits": top.values, "top_ids": top.ids, "rest": top.rest}
             found[-1] |= {name: each for name, each in named.items() if each is not None}

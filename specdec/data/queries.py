@@ -1,15 +1,15 @@
 """Queries: the sources that they are collected from, and the folders and files that hold them."""
 
-import hashlib
 import json
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from specdec.common.config import Config, validated
+from specdec.common.files import file_hash
 from specdec.common.hub import find_path
 from specdec.common.messages import Query, read_queries, short_hash
 from specdec.common.records import (
@@ -26,7 +26,6 @@ from specdec.common.records import (
 from specdec.data.config import CollectSettings
 
 SPLITS = ("train", "held_out")
-_SAVED_TO_DISK = ("dataset_dict.json", "state.json")
 _TURNS = 'a line a dialogue: {"id", "turns": [[role, text], ...]}'
 
 
@@ -50,19 +49,12 @@ def identify(part: Records) -> FileIdentity | DataSetIdentity:
     if not isinstance(part, RecordFile):
         fingerprint = part.rows._fingerprint
         return DataSetIdentity(data_set=part.name, rows=part.size, fingerprint=fingerprint)
-    with part.path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    # A file's name may hold what is no Unicode.
-    name = str(part.path).encode(errors="replace").decode()
-    return FileIdentity(path=name, bytes=part.size, sha256=digest)
+    name = str(part.path).encode(errors="replace").decode()  # it may hold what is no Unicode
+    return FileIdentity(path=name, bytes=part.size, sha256=file_hash(part.path))
 
 
 def _dialogue(_: int, row: Row) -> Row:
     return {"conversations": [{"role": role, "content": text} for role, text in row["turns"]]}
-
-
-def _unmeasured_dialogue(index: int, row: Row) -> Row | None:
-    return _dialogue(index, row) if index % 10 else None  # every tenth is a prompt of the bench
 
 
 def _task(_: int, row: Row) -> Row:
@@ -79,7 +71,8 @@ NAMED_SOURCES: dict[str, NamedSource] = {
     ),
     "taskmaster4": NamedSource(
         "taskmaster4/dialogs.jsonl",
-        _unmeasured_dialogue,
+        # Every tenth is a prompt of the bench.
+        lambda index, row: _dialogue(index, row) if index % 10 else None,
         published=f"google-research-datasets/Taskmaster, TM-4, {_TURNS}",
     ),
     "banking77": NamedSource(
@@ -115,7 +108,7 @@ def open_source(
         return Source(name, [RecordFile(path, form)])
     if not path.is_dir():
         raise ValueError(f"{name!r} is neither a file nor a folder; write it to a file first")
-    if any((path / each).is_file() for each in _SAVED_TO_DISK):
+    if any((path / each).is_file() for each in ("dataset_dict.json", "state.json")):
         from datasets import load_from_disk
 
         return Source(name, [choose_split(str(path), load_from_disk(str(path)), split)])
@@ -141,16 +134,12 @@ def write_queries(queries: dict[str, list[Query]], folder: Path) -> None:
     DatasetDict(splits).save_to_disk(folder, num_shards=shards)
 
 
-class _Turn(Config):
-    model_config = ConfigDict(extra="ignore")
-
+class _Turn(Config, extra="ignore"):
     role: str
     content: str
 
 
-class _Row(Config):
-    model_config = ConfigDict(extra="ignore")
-
+class _Row(Config, extra="ignore"):
     id: Any = None
     messages: list[_Turn] | None = None
     text: str | None = None
@@ -189,15 +178,12 @@ def read_query_splits(path: Path) -> dict[str, list[Query]]:
             given = validated(_Row, row, f"{path}, query {number}:")
             splits[given.split].append(given.query(row))
     else:
-        raise FileNotFoundError(
-            f"{str(path)!r} does not exist; give a folder that collect wrote, or a JSONL file"
-        )
+        fix = "give a folder that collect wrote, or a JSONL file"
+        raise FileNotFoundError(f"{str(path)!r} does not exist; {fix}")
     counts = Counter(query.id for queries in splits.values() for query in queries)
     if not counts:
         raise ValueError(f"{str(path)!r} holds no queries; give at least one")
-    name, count = counts.most_common(1)[0]
+    [(name, count)] = counts.most_common(1)
     if count > 1:
-        raise ValueError(
-            f"{str(path)!r} holds the query {name!r} twice; remove one: answers are kept by id"
-        )
+        raise ValueError(f"{str(path)!r} holds the query {name!r} twice; remove one")
     return splits

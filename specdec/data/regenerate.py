@@ -4,6 +4,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,8 +38,7 @@ from specdec.targets.hf import HFTarget
 
 Progress = Callable[[int, int, str], None]
 
-# Rows of one call of the loop, in batches: enough that its end, where the batch runs empty, is
-# less than a hundredth of it, and few enough that what the loop remembers of them stays small.
+# Of one call of the loop: its end, where the batch runs empty, is less than a hundredth of it.
 BATCHES_PER_CALL = 64
 
 
@@ -57,9 +57,9 @@ class Session:
     def begin(self, dialogues: Sequence[Dialogue]) -> None:
         self._done, self._total = sum(each.is_done for each in dialogues), len(dialogues)
         self._last_time = time.perf_counter()
-        self.add(0, 0)
+        self.add()
 
-    def add(self, tokens: int, ended: int) -> None:
+    def add(self, tokens: int = 0, ended: int = 0) -> None:
         """Count new tokens, the time since the last call, and dialogues that have ended."""
         now = time.perf_counter()
         self.seconds, self._last_time = self.seconds + now - self._last_time, now
@@ -132,10 +132,8 @@ def regenerate(
             write_answers(out, {}, _failures(dialogues), None)
             raise
     if not session.tokens:
-        try:
+        with suppress(FileNotFoundError, ValueError):  # something must be written again
             return load_answers(out)  # the folder is whole already, and nothing was added
-        except (FileNotFoundError, ValueError):
-            pass  # something must be written again
     done = [dialogue for dialogue in dialogues if not dialogue.failure]
     assert all(each.is_done for each in done), "a query is neither answered nor listed as failed"
     kept = [answer for dialogue in done for answer in dialogue.kept]
@@ -150,7 +148,7 @@ def regenerate(
         "unanswered_turns": sum(len(each.asked) - len(each.kept) for each in done),
         "retokenized_answers": sum(answer.is_retokenized for answer in kept),
         "answer_tokens": sum(len(answer.tokens) for answer in kept),
-        "tokens": sum(len(d.kept[-1].prompt) + len(d.kept[-1].tokens) for d in done),
+        "tokens": sum(len(dialogue.kept[-1].whole) for dialogue in done),
         "finish_reasons": Counter(answer.finish_reason for answer in kept),
         "temperatures": Counter(str(dialogue.temperature) for dialogue in done),
         "session": {
@@ -176,9 +174,8 @@ def _hash_of(queries: Iterable[Query]) -> str:
 
 
 def _counts(dialogues: Iterable[Dialogue], split: str) -> dict[str, int]:
-    has_failed = [bool(dialogue.failure) for dialogue in dialogues if dialogue.split == split]
-    num, failed = len(has_failed), sum(has_failed)
-    return {"queries": num, "rows": num - failed, "failed": failed}
+    failed = [bool(dialogue.failure) for dialogue in dialogues if dialogue.split == split]
+    return {"queries": len(failed), "rows": failed.count(False), "failed": failed.count(True)}
 
 
 def _failures(dialogues: Iterable[Dialogue]) -> list[dict[str, str]]:
@@ -192,16 +189,16 @@ def _failures(dialogues: Iterable[Dialogue]) -> list[dict[str, str]]:
 def _rows(dialogues: Iterable[Dialogue], split: str, tokenizer: Any) -> Iterator[dict[str, Any]]:
     for dialogue in (each for each in dialogues if each.split == split):
         query, kept = dialogue.query, dialogue.kept
-        texts = [
+        texts = (
             tokenizer.decode(a.tokens, skip_special_tokens=True) if a.text is None else a.text
             for a in kept
-        ]
+        )
         yield {
             "id": query.id,
             "domain": query.domain,
             "language": query.language,
-            "tokens": kept[-1].prompt + kept[-1].tokens,
-            "answers": [[len(a.prompt), len(a.prompt) + len(a.tokens)] for a in kept],
+            "tokens": kept[-1].whole,
+            "answers": [[len(a.prompt), len(a.whole)] for a in kept],
             "temperature": dialogue.temperature,
             "seed": dialogue.seed,
             # "eos", "length", or why later turns have no answer.
@@ -214,8 +211,7 @@ def _rows(dialogues: Iterable[Dialogue], split: str, tokenizer: Any) -> Iterator
 class LocalAnswers:
     """Answers of a target in this process: batched, and journalled token by token.
 
-    The rule is "match" and a row's random numbers are a function of its seed and the position: a
-    row that was killed and goes on behind its journalled tokens draws what it would have drawn.
+    By the rule "match" a row that goes on behind its journalled tokens draws the same ones.
     """
 
     def __init__(
@@ -250,11 +246,10 @@ class LocalAnswers:
             answer = dialogue.open_answer
             # Behind a line that was damaged everything is written again.
             if answer and turn == len(dialogue.answers) - 1 and start == len(answer.tokens):
-                self._add(dialogue, answer, tokens, finish_reason)
+                self._add(dialogue, tokens, finish_reason)
 
     def run(self, dialogues: Sequence[Dialogue], journal: Journal, session: Session) -> None:
-        """Answer all that can be answered; a turn of all dialogues after the other."""
-        while True:
+        while True:  # a turn of all dialogues after the other
             for dialogue in dialogues:
                 if not dialogue.is_done and not dialogue.open_answer:
                     self._open(dialogue)
@@ -295,20 +290,18 @@ class LocalAnswers:
             step: list[list[Any]] = []
             for chunk in chunks:
                 dialogue = dialogues[chunk.index]
-                answer = dialogue.answers[-1]
-                place = [dialogue.index, len(dialogue.answers) - 1, len(answer.tokens)]
-                step.append([*place, chunk.tokens, chunk.finish_reason])
-                self._add(dialogue, answer, chunk.tokens, chunk.finish_reason)
+                place = len(dialogue.answers) - 1, len(dialogue.answers[-1].tokens)
+                step.append([dialogue.index, *place, chunk.tokens, chunk.finish_reason])
+                self._add(dialogue, chunk.tokens, chunk.finish_reason)
             journal.append({"step": step})
             session.forwards += len(chunks)
             ended = sum(bool(c.finish_reason) and dialogues[c.index].is_done for c in chunks)
             session.add(sum(len(chunk.tokens) for chunk in chunks), ended)
 
-    def _add(
-        self, dialogue: Dialogue, answer: Answer, tokens: list[int], finish_reason: str | None
-    ) -> None:
-        answer.tokens += tokens
+    def _add(self, dialogue: Dialogue, tokens: list[int], finish_reason: str | None) -> None:
+        written = dialogue.answers[-1].tokens
+        written += tokens
+        if finish_reason == "length" and len(written) < self.settings.max_new_tokens:
+            finish_reason = "context"
         if finish_reason:
-            limit = self.settings.max_new_tokens
-            was_cut = finish_reason == "length" and len(answer.tokens) < limit
-            dialogue.finish("context" if was_cut else finish_reason)
+            dialogue.finish(finish_reason)

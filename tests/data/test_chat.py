@@ -1,24 +1,20 @@
 """Prompts as chat templates write them, and what stands between an answer and the next one."""
 
 import pytest
-from tiny_chat import END, letter_tokenizer
+from tiny_chat import END, letter_tokenizer, said, spelled, user
 
 from specdec.data.dialogue import Chat, load_chat
 
 EOT = chr(32 + END)
 LOOP = "{% for m in messages %}BODY{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
 ASKED = [
-    [{"role": "system", "content": "be kind"}, {"role": "user", "content": "one"}],
-    [{"role": "user", "content": "two"}, {"role": "user", "content": "three"}],
+    [{"role": "system", "content": "be kind"}, *user("one")],
+    [*user("two", "three")],
 ]
 
 
 def chat(body):
     return Chat(letter_tokenizer(LOOP.replace("BODY", body.replace("EOT", EOT))), (END,))
-
-
-def text(tokens):
-    return "".join(chr(32 + token) for token in tokens)
 
 
 @pytest.mark.parametrize(
@@ -36,24 +32,20 @@ def text(tokens):
 )
 def test_the_next_turn_begins_behind_the_end_that_the_target_wrote(body, between):
     found = chat(body).follow_up(ASKED, END)
-    assert text(found) == between
-    whole = [m for turn in ASKED for m in (*turn, {"role": "assistant", "content": "hi"})][:-1]
-    assert chat(body).text(whole).endswith(f"hi{EOT}{between}")
+    assert spelled(found) == between
+    assert chat(body).text([*ASKED[0], said("hi"), *ASKED[1]]).endswith(f"hi{EOT}{between}")
 
 
 @pytest.mark.parametrize(
-    "body",
+    ("body", "last"),
     [
-        "{{ m['role'][0] + ':' + m['content'] + '/' }}",  # no end of turn
-        "{% if m['role'] == 'user' %}{{ m['content'] + 'EOT' }}{% endif %}",  # answers left out
+        ("{{ m['role'][0] + ':' + m['content'] + '/' }}", END),  # no end of turn
+        ("{% if m['role'] == 'user' %}{{ m['content'] + 'EOT' }}{% endif %}", END),  # no answers
+        ("{{ m['content'] + 'EOT' }}", END + 1),
     ],
 )
-def test_a_template_that_does_not_go_on_behind_an_answer_gives_nothing(body):
-    assert chat(body).follow_up(ASKED, END) is None
-
-
-def test_an_answer_that_ended_with_another_token_has_no_next_turn():
-    assert chat("{{ m['content'] + 'EOT' }}").follow_up(ASKED, END + 1) is None
+def test_template_that_does_not_go_on_behind_it_gives_nothing(body, last):
+    assert chat(body).follow_up(ASKED, last) is None
 
 
 def test_a_template_that_refuses_a_conversation_says_why():

@@ -7,6 +7,8 @@ import stat
 
 import pytest
 from datasets import Dataset, DatasetDict
+from tiny_chat import said, user
+from tiny_training import write_rows
 from typer.testing import CliRunner
 
 from specdec.cli import app
@@ -37,17 +39,8 @@ def report_of(folder):
     return read_model(CollectReport, folder / "collect.json")
 
 
-def lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
 def requests(path, questions=QUESTIONS):
-    return lines(path, [{"model": "m", "messages": [user(q)]} for q in questions])
+    return write_rows(path, [{"model": "m", "messages": user(q)} for q in questions])
 
 
 def kept(folder):
@@ -147,9 +140,9 @@ def test_query_keeps_its_split_in_any_collection(tmp_path):
 
 
 def test_turns_of_a_conversation_share_a_split(tmp_path, out):
-    said = {"role": "assistant", "content": "Let me see."}
-    rows = [{"conversation": [user(q), said, user(f"{q[:9]} again")]} for q in QUESTIONS]
-    last = summary(lines(tmp_path / "c.jsonl", rows), "--out", out, "--near-duplicates", 0)
+    later = [(*user(q), said("Let me see."), *user(f"{q[:9]} again")) for q in QUESTIONS]
+    log = write_rows(tmp_path / "c.jsonl", [{"conversation": each} for each in later])
+    last = summary(log, "--out", out, "--near-duplicates", 0)
     assert sum(last["kept"].values()) == 2 * len(QUESTIONS)
     names = [{q.conversation for q in read_queries(out, split)} for split in SPLITS]
     assert not names[0] & names[1]
@@ -168,8 +161,8 @@ def test_smaller_draw_is_part_of_a_larger(log, tmp_path):
 
 def test_drops_are_counted_by_reason(tmp_path, out):
     texts = ["Where is my order?", "Where is my order?", "where is  my order??", " ", "word " * 50]
-    messages = [*([user(text)] for text in texts), [{"role": "system", "content": "x"}]]
-    log = lines(tmp_path / "log.jsonl", [{"messages": each} for each in messages])
+    messages = [*map(user, texts), [{"role": "system", "content": "x"}]]
+    log = write_rows(tmp_path / "log.jsonl", [{"messages": each} for each in messages])
     with log.open("a") as file:
         file.write("{oops")
     reasons = "malformed no_user_turn too_short too_long duplicate near_duplicate"
@@ -265,21 +258,19 @@ def test_appending_drops_what_repeats_the_folder(tmp_path, out):
 
 def test_lopsided_splits_are_told(tmp_path, out):
     rows = [{"text": q, "topic": "food"} for q in QUESTIONS] + [{"text": "Hello?", "topic": "rare"}]
-    result = run(lines(tmp_path / "log.jsonl", rows), "--out", out, "--domain-field", "topic")
+    result = run(write_rows(tmp_path / "log.jsonl", rows), "--out", out, "--domain-field", "topic")
     assert report_of(out).domains["rare"].model_dump() == {"train": 1, "held_out": 0}
     assert "no query of domain 'rare' is held out" in result.stderr
-    shots = [user("1+1?"), {"role": "assistant", "content": "2"}]
-    rows = [{"messages": [*shots, user(q)]} for q in QUESTIONS]
-    result = run(lines(tmp_path / "log.jsonl", rows), "--out", tmp_path / "r")
+    rows = [{"messages": [*user("1+1?"), said("2"), *user(q)]} for q in QUESTIONS]
+    result = run(write_rows(tmp_path / "log.jsonl", rows), "--out", tmp_path / "r")
     assert max(report_of(tmp_path / "r").kept.model_dump().values()) == len(QUESTIONS)
     assert "begin with the same user turn" in result.stderr
 
 
 def test_named_sources_leave_out_bench_prompts(tmp_path, out):
     (tmp_path / "data" / "taskmaster4").mkdir(parents=True)
-    turns = [[["user", q], ["assistant", "ok"]] for q in QUESTIONS]
-    rows = [{"id": str(n), "turns": t} for n, t in enumerate(turns)]
-    lines(tmp_path / "data" / "taskmaster4" / "dialogs.jsonl", rows)
+    rows = [{"id": q, "turns": [["user", q], ["assistant", "ok"]]} for q in QUESTIONS]
+    write_rows(tmp_path / "data" / "taskmaster4" / "dialogs.jsonl", rows)
     report = collect(["taskmaster4"], out, CollectSettings(), data_dir=tmp_path / "data")
     assert everything(out) == sorted(q for n, q in enumerate(QUESTIONS) if n % 10)
     assert list(report.domains) == ["taskmaster4"]

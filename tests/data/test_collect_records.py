@@ -7,25 +7,10 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_chat import said, user
 
 from specdec.common.messages import NoQueryError, find_queries
 from specdec.common.records import RecordFile, form_of
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
-
-def human(text):
-    return {"from": "human", "value": text}
-
-
-def gpt(text):
-    return {"from": "gpt", "value": text}
 
 
 def asked(record, turns="all"):
@@ -36,18 +21,18 @@ def asked(record, turns="all"):
     ]
 
 
-ANSWER = {"choices": [{"message": assistant("Hi!")}]}
-CHAT = {"model": "m", "messages": [{"role": "developer", "content": "Be kind."}, user("Hello")]}
+ANSWER = {"choices": [{"message": said("Hi!")}]}
+CHAT = {"model": "m", "messages": [{"role": "developer", "content": "Be kind."}, *user("Hello")]}
 LOGGED = {"request": CHAT, "response": ANSWER, "status": 200}
 ONE = [(["Be kind.", "Hello"], None)]
 ANSWERED = [(["Be kind.", "Hello"], "Hi!")]
 TALK = [(["a"], "b"), (["a", "b", "c"], "d")]
 PARTS = [{"type": "text", "text": "What is"}, {"type": "text", "text": "this?"}]
 IMAGE = {"type": "image_url", "image_url": {"url": "data:..."}}
-REQUEST = {"model": "m", "messages": [user("a"), assistant("b"), user("c")]}
+TURNS = [*user("a"), said("b"), *user("c"), said("d")]
 # A piece of a longer conversation may begin with the end of an answer.
-SHAREGPT = {"id": "x", "conversations": [gpt("..."), human("a"), gpt("b"), human("c"), gpt("d")]}
-MESSAGES = {"messages": [user("a"), assistant("b"), user("c"), assistant("d")]}
+PIECE = [("gpt", "..."), ("human", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "d")]
+SHAREGPT = {"id": "x", "conversations": [{"from": who, "value": text} for who, text in PIECE]}
 
 
 @pytest.mark.parametrize(
@@ -62,8 +47,11 @@ MESSAGES = {"messages": [user("a"), assistant("b"), user("c"), assistant("d")]}
         ({"custom_id": "1", "url": "/v1/chat/completions", "body": CHAT}, "all", ONE),
         ({"body": CHAT, "response": {"status_code": 200, "body": ANSWER}}, "all", ANSWERED),
         # It asks its last turn only.
-        *((REQUEST, turns, [(["a", "b", "c"], None)]) for turns in ("all", "last", "first")),
-        ({"model": "m", "messages": [user("a"), assistant("b")]}, "all", [(["a"], "b")]),
+        *(
+            ({"model": "m", "messages": TURNS[:3]}, turns, [(["a", "b", "c"], None)])
+            for turns in ("all", "last", "first")
+        ),
+        ({"model": "m", "messages": TURNS[:2]}, "all", [(["a"], "b")]),
         # A completion keeps its prompt as text, a question is a user's turn.
         (
             {"request": {"model": "m", "prompt": "A"}, "response": {"choices": [{"text": " b"}]}},
@@ -76,11 +64,11 @@ MESSAGES = {"messages": [user("a"), assistant("b"), user("c"), assistant("d")]}
         ({"question": "1+1?", "answer": "2"}, "all", [(["1+1?"], "2")]),
         ({"instruction": "Add", "input": "1, 1", "output": "2"}, "all", [(["Add\n\n1, 1"], "2")]),
         ({"instruction": "Add", "input": ""}, "all", [(["Add"], None)]),
-        ({"messages": [user(PARTS)]}, "all", [(["What is\nthis?"], None)]),
+        ({"messages": [*user(PARTS)]}, "all", [(["What is\nthis?"], None)]),
         # A conversation is a query at each turn.
         *(
             (record, turns, TALK[place])
-            for record in (SHAREGPT, MESSAGES, MESSAGES["messages"])
+            for record in (SHAREGPT, {"messages": TURNS}, TURNS)
             for turns, place in (("all", slice(2)), ("last", slice(1, 2)), ("first", slice(1)))
         ),
     ],
@@ -95,7 +83,7 @@ def test_roles_have_one_name_each():
 
 def test_tool_call_ends_what_a_conversation_asks():
     call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
-    record = {"messages": [user("a"), assistant("b"), user("c"), call, user("d"), assistant("e")]}
+    record = {"messages": [*TURNS[:3], call, *user("d"), said("e")]}
     found = find_queries(record)
     assert [len(next(found).messages), len(next(found).messages)] == [1, 3]
     with pytest.raises(NoQueryError, match="tools"):
@@ -105,8 +93,8 @@ def test_tool_call_ends_what_a_conversation_asks():
 @pytest.mark.parametrize(
     ("record", "error", "message"),
     [
-        ({"messages": [assistant("b")]}, NoQueryError, "no_user_turn"),
-        ({"messages": [user([*PARTS, IMAGE])]}, NoQueryError, "not_text"),
+        ({"messages": TURNS[1:2]}, NoQueryError, "no_user_turn"),
+        ({"messages": [*user([*PARTS, IMAGE])]}, NoQueryError, "not_text"),
         ({"model": "m", "prompt": [1, 2, 3]}, NoQueryError, "not_text"),
         ({"request": {"model": "e", "input": "x"}, "response": {}}, NoQueryError, "other_request"),
         ({"request": CHAT, "response": {"error": {}}, "status": 400}, NoQueryError, "refused"),

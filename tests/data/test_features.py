@@ -4,6 +4,7 @@ import json
 import shutil
 from inspect import signature
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from checkpoints import edit_weights, save_tokenizer
@@ -64,16 +65,16 @@ def test_run_killed_anywhere_resumes_to_the_same_bytes(tmp_path, small_files, mo
     monkeypatch.setattr(features, "machine", lambda target: where)
     extract(path, target, tmp_path / "whole")
     whole = contents(tmp_path / "whole")
-    num_writes = 2 * (len(whole) - 1) + 2  # an index after each file, one before and one after all
+    num_writes = 2 * (len(whole) - 1) + 1  # an index before all files and after each
     for last in range(num_writes):
         out, writes = tmp_path / f"killed-{last}", []
 
-        def killed(folder, content, *, private=False, last=last, writes=writes):
+        def killed(folder, content, last=last, writes=writes):
             if len(writes) == last:
                 (folder / f".{next(iter(content))}.partial").write_bytes(b"half")
                 raise Killed
             writes.append(content)
-            replace_files(folder, content, private=private)
+            replace_files(folder, content)
 
         with monkeypatch.context() as patch:
             patch.setattr(files, "replace_files", killed)
@@ -90,16 +91,11 @@ def test_resumed_run_repeats_no_finished_file(tmp_path, small_files, monkeypatch
     path, target = write_folder(tmp_path / "answers", random_rows()), tiny_target()
     extract(path, target, tmp_path / "store")
     (tmp_path / "store" / "train-00001.safetensors").unlink()
-    filled, shown, fill = [], [], features.fill_shard
-
-    def counted(*arguments):
-        filled.append(arguments)
-        return fill(*arguments)
-
-    monkeypatch.setattr(features, "fill_shard", counted)
-    extract(path, target, tmp_path / "store", lambda done, total, text: shown.append((done, total)))
-    assert len(filled) == 1
-    assert shown[-1] == (sum(len(row["tokens"]) for row in random_rows()),) * 2
+    filled, shown = Mock(wraps=features.fill_shard), Mock()
+    monkeypatch.setattr(features, "fill_shard", filled)
+    extract(path, target, tmp_path / "store", shown)
+    filled.assert_called_once()
+    assert shown.call_args.args[:2] == (sum(len(row["tokens"]) for row in random_rows()),) * 2
     FeatureStore.open(tmp_path / "store").verify()
 
 
@@ -132,8 +128,8 @@ def test_store_beyond_the_disk_is_refused_before_it_starts(tmp_path, monkeypatch
 
 
 def test_long_rows_are_cut_and_counted(tmp_path):
-    rows = random_rows(6, longest=300)
-    rows.append({"tokens": [5] * 300, "answers": [[290, 300]], "id": "late"})
+    late = {"tokens": [5] * 300, "answers": [[290, 300]], "id": "late"}
+    rows = [*random_rows(6, longest=300), late]
     store = make_store(tmp_path, tiny_target(), rows=rows)
     split = store.index.splits["train"]
     assert (split.rows, split.cut, split.dropped) == (6, 7, 1)
@@ -268,18 +264,13 @@ def test_dry_run_needs_only_the_ends_of_the_target(command, tmp_path):
         load_target(str(tmp_path / "target"))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_bad_input_ends_with_status_two(command):
+    for change, message in (
         (["--dtype", "int8", "--out", "x"], "dtype is 'int8' but must be one of"),
         ([], "--out must be given"),
-    ],
-)
-def test_bad_input_ends_with_status_two(command, change, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    done = invoke(*command, *change)
-    assert done.exit_code == 2
-    assert message in done.stderr
+    ):
+        done = invoke(*command, *change)
+        assert (done.exit_code, message in done.stderr) == (2, True)
 
 
 # A target of 8B, half of whose tokens are answers.
@@ -290,12 +281,8 @@ LARGE = {"hidden_size": 4096, "vocab_size": 128_256, "num_layers": 32, "logits_d
 @pytest.mark.parametrize("line", [line for line in DOCS.splitlines() if line.endswith(" GB |")])
 def test_documented_sizes_are_those_of_the_code(line):
     taps, dtype, top_k, per_token, size = (cell.strip(" `") for cell in line.strip("|").split("|"))
-    layout = FeatureLayout(
-        taps=resolve_taps(taps, 32),
-        dtype="bf16" if dtype == "-" else dtype,
-        top_k=int(top_k.replace(",", "")),
-        **LARGE,
-    )
+    kept = {"dtype": dtype.replace("-", "bf16"), "top_k": int(top_k.replace(",", ""))}
+    layout = FeatureLayout(taps=resolve_taps(taps, 32), **kept, **LARGE)
     num_bytes = layout.num_bytes(**HALF)
     assert (per_token, size) == (f"{num_bytes / 1e8:,.0f}", f"{num_bytes / 1e9:,.0f} GB")
 

@@ -128,15 +128,11 @@ def test_batches_come_in_the_drafters_dtype(tmp_path):
     assert batch.hidden[0].dtype == batch.target_logits.dtype == torch.bfloat16
 
 
-def test_taps_that_the_store_lacks_are_refused_at_once(tmp_path):
+def test_missing_taps_and_rows_of_another_file_are_refused(tmp_path):
     target = tiny_target()
-    store = make_store(tmp_path, target, taps="eagle")
+    stored, _, _ = sources(tmp_path, target, (2,))
     with pytest.raises(ValueError, match=r"holds the taps \[2\] but not 1.*--taps 1,2"):
-        StoredSource(store, target, [1, 2], torch.float32)
-
-
-def test_rows_of_another_file_are_refused(tmp_path):
-    stored, _, _ = sources(tmp_path, tiny_target())
-    other = make_store(tmp_path / "other", tiny_target(), rows=random_rows(seed=2))
+        StoredSource(stored.store, target, [1, 2], torch.float32)
+    other = make_store(tmp_path / "other", target, rows=random_rows(seed=2))
     with pytest.raises(ValueError, match="'row 0' has other tokens"):
         stored.batch(other.rows("train"))

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from unittest.mock import DEFAULT, Mock, patch
 
 import pytest
 from tiny_chat import END, answers_in, chatty_target, lines_of, said, spelled, user
@@ -39,19 +40,12 @@ def target():
     return chatty_target()
 
 
-def kill(queries, out, target, monkeypatch, num_forwards, **options):
+def kill(queries, out, target, num_forwards, **options):
     """Stop a run as if its process had been killed after some forwards of the target."""
-    left, score = iter(range(num_forwards)), target.score
-
-    def dying(*arguments, **more):
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return score(*arguments, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(target, "score", dying)
-        with pytest.raises(KeyboardInterrupt):
-            regenerate(queries, out, target, **options)
+    left = [DEFAULT] * num_forwards + [KeyboardInterrupt]
+    dying = Mock(wraps=target.score, side_effect=left)
+    with patch.object(target, "score", dying), pytest.raises(KeyboardInterrupt):
+        regenerate(queries, out, target, **options)
 
 
 def test_rows_hold_what_the_target_wrote_in_order(target, tmp_path):
@@ -93,7 +87,7 @@ def test_sampling_of_a_query_ignores_its_neighbours():
 
 
 @pytest.mark.parametrize("turns", ["last", "all"])
-def test_run_killed_anywhere_resumes_to_the_same_tokens(target, tmp_path, monkeypatch, turns):
+def test_run_killed_anywhere_resumes_to_the_same_tokens(target, tmp_path, turns):
     queries = some_queries()
     queries["train"][1:3] = [Query("x", user("hello", "again", "more")), Query("y", text="12 34")]
     messages = [message for text in "abc" for message in (*user(text), said("z"))]
@@ -104,7 +98,7 @@ def test_run_killed_anywhere_resumes_to_the_same_tokens(target, tmp_path, monkey
         folder = tmp_path / f"killed{number}"
         # Killed twice, and each run has another batch.
         for size, forwards in ((3, num_forwards), (5, num_forwards // 3)):
-            kill(queries, folder, target, monkeypatch, forwards, settings=settings, batch_size=size)
+            kill(queries, folder, target, forwards, settings=settings, batch_size=size)
             with (folder / "journal.jsonl").open("ab") as file:
                 file.write(b'{"step":[[0,0,0,[5')  # a line torn by the kill
         whole_lines = (folder / "journal.jsonl").read_bytes().split(b"\n")[1:-1]
@@ -118,10 +112,10 @@ def test_run_killed_anywhere_resumes_to_the_same_tokens(target, tmp_path, monkey
         assert drafter is None or manifest.session.tau > 1
 
 
-def test_damaged_journal_line_costs_only_its_tokens(target, tmp_path, monkeypatch):
+def test_damaged_journal_line_costs_only_its_tokens(target, tmp_path):
     queries = some_queries()
     regenerate(queries, tmp_path / "whole", target)
-    kill(queries, tmp_path / "torn", target, monkeypatch, 40)
+    kill(queries, tmp_path / "torn", target, 40)
     journal = tmp_path / "torn" / "journal.jsonl"
     lines = journal.read_bytes().splitlines(keepends=True)
     lines[12] = b"\x00" * 20 + b"\n"
@@ -174,14 +168,9 @@ def test_last_turn_is_answered_after_recorded_ones(target, tmp_path):
 
 
 def test_unanswerable_queries_are_listed_with_their_reason(target, tmp_path):
-    queries = [
-        Query("good", user("hello")),
-        Query("long", user("x" * 300)),
-        Query("nearly", user("x" * 246)),
-        Query("empty", user("  ")),
-        Query("nothing"),
-        Query("silent", ({"role": "system", "content": "be brief"},)),
-    ]
+    asked = {"good": "hello", "long": "x" * 300, "nearly": "x" * 246, "empty": "  "}
+    queries = [Query(name, user(text)) for name, text in asked.items()]
+    queries += [Query("nothing"), Query("silent", ({"role": "system", "content": "be brief"},))]
     manifest = regenerate({"train": queries}, tmp_path, target, changed(temperatures=[0.0]))
     reasons = {row["id"]: row["reason"] for row in lines_of(tmp_path / "failed.jsonl")}
     assert reasons.keys() == {"long", "nearly", "empty", "nothing", "silent"}
@@ -215,10 +204,10 @@ def test_answers_of_another_target_are_refused_by_fact(target, tmp_path):
             check_answers_target(manifest, replace(ours, **{fact: value}))
 
 
-def test_unfinished_or_changed_folder_is_not_loaded(target, tmp_path, monkeypatch):
+def test_unfinished_or_changed_folder_is_not_loaded(target, tmp_path):
     with pytest.raises(FileNotFoundError, match="no finished answers"):
         load_answers(tmp_path)
-    kill(some_queries(), tmp_path, target, monkeypatch, 5)
+    kill(some_queries(), tmp_path, target, 5)
     with pytest.raises(FileNotFoundError, match="again, to finish it"):
         load_answers(tmp_path)
     regenerate(some_queries(), tmp_path, target)
@@ -238,12 +227,9 @@ def test_folder_of_another_run_is_refused_by_name(target, tmp_path):
     other, spoken = chatty_target(), chatty_target()
     other.model.lm_head.weight.data.neg_()
     spoken.tokenizer.chat_template += " "
+    changes = {"temperatures": [0.0], "top_p": 0.9, "max_new_tokens": 25, "turns": "all", "seed": 6}
     for name, queries, who, settings in (
-        ("temperatures", 3, target, changed(temperatures=[0.0])),
-        ("top_p", 3, target, changed(top_p=0.9)),
-        ("max_new_tokens", 3, target, changed(max_new_tokens=25)),
-        ("turns", 3, target, changed(turns="all")),
-        ("seed", 3, target, changed(seed=6)),
+        *((name, 3, target, changed(**{name: value})) for name, value in changes.items()),
         ("held_out_queries", 6, target, MIX),
         ("target_weights", 3, other, MIX),
         ("chat_template", 3, spoken, MIX),

@@ -4,7 +4,8 @@ import json
 
 import pytest
 from fake_endpoint import FakeEndpoint
-from tiny_chat import END, chatty_model, letter_tokenizer
+from tiny_chat import END, chatty_model, letter_tokenizer, lines_of, user
+from tiny_training import write_rows
 from typer.testing import CliRunner
 
 from specdec.cli import app
@@ -18,7 +19,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("regenerate")
     chatty_model().save_pretrained(path / "target")
     letter_tokenizer().save_pretrained(path / "target")
-    queries = [Query(f"q{i}", ({"role": "user", "content": f"say {i}"},)) for i in range(20)]
+    queries = [Query(f"q{i}", user(f"say {i}")) for i in range(20)]
     write_queries({"train": queries[:14], "held_out": queries[14:]}, path / "queries")
     return path
 
@@ -28,21 +29,19 @@ def invoke(*arguments):
 
 
 def test_failed_queries_do_not_fail_the_run(folder, tmp_path):
-    lines = [
-        {"id": "long", "messages": [{"role": "user", "content": "x" * 300}], "split": "held_out"},
-        {"messages": [{"role": "user", "content": "hello"}], "domain": "greetings"},
+    rows = [
+        {"id": "long", "messages": user("x" * 300), "split": "held_out"},
+        {"messages": user("hello"), "domain": "greetings"},
         {"text": "ab", "language": "en"},
     ]
-    queries = tmp_path / "queries.jsonl"
-    queries.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    queries = write_rows(tmp_path / "queries.jsonl", rows)
     done = invoke(queries, "--target", folder / "target", "--out", tmp_path / "out")
     assert done.exit_code == 0, done.stderr
     assert f"1 of 3 queries failed: {tmp_path / 'out' / 'failed.jsonl'}" in done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary["counts"]["train"] == {"queries": 2, "rows": 2, "failed": 0}
-    rows = [json.loads(line) for line in (tmp_path / "out/train.jsonl").read_text().splitlines()]
-    assert [row["domain"] for row in rows] == ["greetings", ""]
-    assert [row["language"] for row in rows] == ["", "en"]
+    found = [(r["domain"], r["language"]) for r in lines_of(tmp_path / "out/train.jsonl")]
+    assert found == [("greetings", ""), ("", "en")]
 
 
 def test_endpoint_answers_and_a_dead_one_fails(folder, tmp_path, monkeypatch):
@@ -62,8 +61,7 @@ def test_endpoint_answers_and_a_dead_one_fails(folder, tmp_path, monkeypatch):
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["answers"] == 20
     assert server.headers[0]["Authorization"] == "Bearer sk-secret"
-    row = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])
-    assert row["tokens"][-1] == END
+    assert lines_of(tmp_path / "train.jsonl")[0]["tokens"][-1] == END
     server.close()
 
 
@@ -93,12 +91,10 @@ def test_bad_input_ends_with_status_two(tmp_path, line, arguments, message):
     if line is not None:
         queries.write_text(line + "\n")
     done = invoke(queries, "--out", tmp_path / "out", *arguments)
-    assert done.exit_code == 2
-    assert message in done.stderr
+    assert (done.exit_code, message in done.stderr) == (2, True)
     assert not (tmp_path / "out").exists()
 
 
 def test_folder_without_queries_is_told(tmp_path):
     done = invoke(tmp_path, *LOCAL, "--out", tmp_path / "out")
-    assert done.exit_code == 2
-    assert "holds no split 'train' of collected queries" in done.stderr
+    assert (done.exit_code, "no split 'train' of collected queries" in done.stderr) == (2, True)
