@@ -235,7 +235,8 @@ class EndpointAnswers:
         message = choice.get("message") or {"content": choice.get("text")}
         text = message["content"] if isinstance(message.get("content"), str) else ""
         tokens, reason = _ids(choice.get("token_ids")), choice.get("finish_reason")
-        is_retokenized, num_written = not tokens, len(tokens)
+        is_retokenized = not tokens
+        num_written: int | None = len(tokens)
         if is_retokenized:
             if any(message.get(part) for part in _TAKEN_OUT):
                 fix = "serve it without these parsers, or use --api completion"
