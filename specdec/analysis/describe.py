@@ -1,7 +1,6 @@
 """The analysis of one drafter: its configured draft, other shapes, and where it fails."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, get_args
 
@@ -16,12 +15,11 @@ from specdec.analysis.predict import (
     first_acceptance,
     ratio_interval,
 )
-from specdec.analysis.teacher_forced import CHUNK, Array, Evidence, refuse_not_finite
+from specdec.analysis.teacher_forced import CHUNK, Array, Evidence, read_target
 from specdec.analysis.texts import Text
 from specdec.drafters.base import FixedShape, Forced
 from specdec.engine.interfaces import Target
 from specdec.registry import load_drafter
-from specdec.targets.taps import read_text
 from specdec.verify import Draft, Verdict
 from specdec.verify.tree import best_static_tree, from_choices
 
@@ -43,17 +41,11 @@ def describe(
 ) -> tuple[results.DrafterAnalysis, Evidence | None]:
     """Analyze a drafter; a replayed one leaves no evidence."""
     drafter: Any = load_drafter(options, predictor.target)
-    inner = {key: value for key, value in options.items() if key != "type"}
-    head = {"name": name, "type": options["type"], "options": inner}
+    inner = dict(options)
+    head = {"name": name, "type": inner.pop("type"), "options": inner}
     if not isinstance(drafter, Forced):
-        notes = _Notes()
-        configured = _configured(predictor.replayed(drafter, notes.note))
-        text, step, taken = np.array(notes.starts, np.int64).reshape(-1, 3).T
-        configured |= _by_place(facts, text, step, taken, None)
-        calibration = reliability(np.array(notes.confidence), np.array(notes.taken, bool))
-        return results.DrafterAnalysis(
-            **head, **configured, method="replay", calibration=calibration
-        ), None
+        found = results.DrafterAnalysis(**head, **_replayed(predictor, facts, drafter))
+        return found, None
     shape: FixedShape | None = drafter.fixed_shape
     evidence = predictor.evidence(options, drafter, shape)
     try:
@@ -86,6 +78,29 @@ def describe(
     return found, evidence
 
 
+def _replayed(predictor: Predictor, facts: Facts, drafter: Any) -> dict[str, Any]:
+    starts: list[tuple[int, int, bool]] = []  # text, step, and if its first token was taken
+    judged: list[tuple[float, bool]] = []  # confidences, and if they were right
+
+    def note(text: int, num_done: int, draft: Draft, verdict: Verdict) -> None:
+        starts.append((text, num_done - 1, bool(verdict.num_accepted[0] > 0)))
+        if draft.confidence is None or not draft.num_nodes:
+            return
+        path, whole = set(verdict.path[0].tolist()), draft.confidence[0].tolist()
+        parents = draft.explicit_parents()[0].tolist()
+        for node, parent in enumerate(parents[: int(draft.lengths[0])]):
+            above = whole[parent] if parent >= 0 else 1.0
+            # Judged or not: had the step come this far, this child would be the text's or not.
+            if (parent < 0 or parent in path) and above > 0:
+                judged.append((min(1.0, whole[node] / above), node in path))
+
+    configured = _configured(predictor.replayed(drafter, note))
+    text, step, taken = np.array(starts, np.int64).reshape(-1, 3).T
+    calibration = reliability(*np.array(judged, float).reshape(-1, 2).T)
+    places = _by_place(facts, text, step, taken, None)
+    return {**configured, **places, "method": "replay", "calibration": calibration}
+
+
 def _configured(expected: Expected) -> dict[str, Any]:
     figures = results.ConfiguredFigures(
         **expected.figures(),
@@ -94,15 +109,12 @@ def _configured(expected: Expected) -> dict[str, Any]:
         accepted_at=np.sum(expected.accepted_at, 0).tolist(),
         tested_at=np.sum(expected.tested_at, 0).tolist(),
     )
-    return {
-        "configured": figures,
-        "per_depth_conditional": expected.conditional_acceptance_at_depth,
-    }
+    conditional = expected.conditional_acceptance_at_depth
+    return {"configured": figures, "per_depth_conditional": conditional}
 
 
 def _chain(length: int, children: str, threshold: float = 0.0) -> FixedShape:
-    choices = [(0,) * (level + 1) for level in range(length)]
-    return FixedShape(from_choices(choices), children, threshold)
+    return FixedShape(from_choices([(0,) * n for n in range(1, length + 1)]), children, threshold)
 
 
 def _counterfactuals(
@@ -126,14 +138,15 @@ def _counterfactuals(
     if predictor.why_unknown(_chain(1, children)) is None:
         shown = "top" if predictor.sampling.is_greedy else children
         found.chains = [
-            results.ChainFigures(length=length, children=shown, **figures(_chain(length, children)))
-            for length in range(1, depth + 1)
+            results.ChainFigures(length=n, children=shown, **figures(_chain(n, children)))
+            for n in range(1, depth + 1)
         ]
+        ends = THRESHOLDS if "confidence_threshold" in known else ()
         found.thresholds = [
             results.ThresholdFigures(
                 threshold=t, length=depth, **figures(_chain(depth, children, t))
             )
-            for t in (THRESHOLDS if "confidence_threshold" in known else ())
+            for t in ends
         ]
     for num_nodes in TREE_SIZES if table and "choices" in known else ():
         choices = best_static_tree(table, num_nodes)
@@ -143,7 +156,7 @@ def _counterfactuals(
             results.TreeFigures(
                 nodes=num_nodes,
                 depth=max(map(len, choices)),
-                choices=[list(path) for path in choices],
+                choices=[*map(list, choices)],
                 children="top",
                 **figures(FixedShape(from_choices(choices), "top")),
             )
@@ -160,53 +173,26 @@ def hardest_contexts(
     """
 
     def said(tokens: Sequence[int]) -> str:
-        if tokenizer is None:
-            return " ".join(map(str, tokens))
-        return str(tokenizer.decode(list(tokens)))
+        return " ".join(map(str, tokens)) if tokenizer is None else str(tokenizer.decode(tokens))
 
-    wrong = evidence.valid[:, :, 0] & (evidence.rank[:, :, 0] != 0)
-    rows, steps = np.nonzero(wrong)
-    order = np.lexsort((evidence.draft_prob[rows, steps, 0], evidence.overlap[rows, steps, 0]))
+    wrong = np.argwhere(evidence.valid[:, :, 0] & (evidence.rank[:, :, 0] != 0))
+    order = np.lexsort([array[*wrong.T, 0] for array in (evidence.draft_prob, evidence.overlap)])
     found = []
-    for row, step in np.stack([rows, steps], 1)[order[:NUM_CONTEXTS]].tolist():
-        text, position = texts[row], step + 1
+    for row, step in wrong[order[:NUM_CONTEXTS]].tolist():
+        text, position, place = texts[row], step + 1, (row, step, 0)
         found.append(
             results.HardContext(
                 prompt=row,
                 position=position,
                 before=said([*text.prompt, *text.tokens[:position]][-NUM_BEFORE:]),
-                drafted=[said([int(evidence.best_draft[row, step, 0])])],
+                drafted=[said([int(evidence.best_draft[place])])],
                 target=said([text.tokens[position]]),
-                p=float(evidence.target_prob[row, step, 0]),
-                q=float(evidence.draft_prob[row, step, 0]),
-                overlap=float(evidence.overlap[row, step, 0]),
+                p=evidence.target_prob[place],
+                q=evidence.draft_prob[place],
+                overlap=evidence.overlap[place],
             )
         )
     return found
-
-
-@dataclass
-class _Notes:
-    """Notes of a replay: text, step and acceptance of every start, and judged confidences."""
-
-    starts: list[tuple[int, int, bool]] = field(default_factory=list)
-    confidence: list[float] = field(default_factory=list)
-    taken: list[bool] = field(default_factory=list)
-
-    def note(self, text: int, num_done: int, draft: Draft, verdict: Verdict) -> None:
-        """Keep one step; a step without a draft accepts nothing."""
-        self.starts.append((text, num_done - 1, bool(verdict.num_accepted[0] > 0)))
-        if draft.confidence is None or not draft.num_nodes:
-            return
-        path = set(verdict.path[0].tolist())
-        parents = draft.explicit_parents()[0].tolist()
-        whole = draft.confidence[0].tolist()
-        for node, parent in enumerate(parents[: int(draft.lengths[0])]):
-            above = whole[parent] if parent >= 0 else 1.0
-            # Judged or not: had the step come this far, this child would be the text's or not.
-            if (parent < 0 or parent in path) and above > 0:
-                self.confidence.append(min(1.0, whole[node] / above))
-                self.taken.append(node in path)
 
 
 def reliability(confidence: Array, taken: Array) -> results.Calibration | None:
@@ -217,22 +203,18 @@ def reliability(confidence: Array, taken: Array) -> results.Calibration | None:
     if not len(confidence):
         return None
     places = np.clip((confidence * NUM_BINS).astype(int), 0, NUM_BINS - 1)
-    bins, error = [], 0.0
-    for index in range(NUM_BINS):
-        inside = places == index
-        shown, worth = _mean(confidence, inside), _mean(taken, inside)
-        if shown is not None and worth is not None:
-            error += inside.mean() * abs(shown - worth)
-        bins.append(
-            results.CalibrationBin(
-                low=index / NUM_BINS,
-                high=(index + 1) / NUM_BINS,
-                count=int(inside.sum()),
-                confidence=shown,
-                acceptance=worth,
-            )
+    bins = [
+        results.CalibrationBin(
+            low=index / NUM_BINS,
+            high=(index + 1) / NUM_BINS,
+            count=(places == index).sum(),
+            confidence=_mean(confidence, places == index),
+            acceptance=_mean(taken, places == index),
         )
-    return results.Calibration(bins=bins, ece=error)
+        for index in range(NUM_BINS)
+    ]
+    errors = (bin.count * abs((bin.confidence or 0) - (bin.acceptance or 0)) for bin in bins)
+    return results.Calibration(bins=bins, ece=sum(errors) / len(confidence))
 
 
 def _chain_confidence(evidence: Evidence, depth: int) -> tuple[Array, Array]:
@@ -257,9 +239,8 @@ def gather_facts(target: Target, texts: Sequence[Text]) -> Facts:
         count = len(text.tokens) - 1
         if not count:
             continue
-        logits = read_text(target, [*text.prompt, *text.tokens[:-1]], len(text.prompt)).logits
-        refuse_not_finite("target", logits, index)
-        parts = [torch.special.entr(p.float().softmax(-1)).sum(-1) for p in logits.split(CHUNK)]
+        parts = read_target(target, text, index).logits.split(CHUNK)
+        parts = [torch.special.entr(part.float().softmax(-1)).sum(-1) for part in parts]
         entropy[index, :count] = torch.cat(parts).cpu().numpy()
         if target.tokenizer is not None:
             classes[index, :count] = classify(text.tokens, target.tokenizer)[1:]
@@ -304,27 +285,26 @@ def _by_place(
         means = {"alpha": _mean(overlap, inside), "acceptance": _mean(accepted, inside)}
         return {"count": int(inside.sum()), **means}
 
+    def bins(values: Array, edges: Sequence[float]) -> list[dict[str, Any]]:
+        return [
+            {
+                "low": low,
+                "high": high if high < np.inf else None,
+                **figures((values >= low) & (values < high)),
+            }
+            for low, high in pairwise(edges)
+        ]
+
     entropy, classes = (fact[text, step] for fact in facts)
-    place = step + 1
-    doubling = [2**n for n in range(int(max(place, default=0)).bit_length() + 1)]
+    doubling = [2**n for n in range(int(max(step + 1, default=0)).bit_length() + 1)]
     return {
-        "entropy_bins": [
-            results.EntropyBin(
-                low=low,
-                high=high if high < np.inf else None,
-                **figures((entropy >= low) & (entropy < high)),
-            )
-            for low, high in pairwise([*ENTROPY_EDGES, np.inf])
-        ],
+        "entropy_bins": bins(entropy, [*ENTROPY_EDGES, np.inf]),
         "token_classes": [
-            results.TokenClassBin(name=name, **figures(classes == index))
+            {"name": name, **figures(classes == index)}
             for index, name in enumerate(CLASSES)
             if (classes == index).any()
         ],
-        "positions": [
-            results.PositionBin(low=low, high=high, **figures((place >= low) & (place < high)))
-            for low, high in pairwise(doubling)
-        ],
+        "positions": bins(step + 1, doubling),
     }
 
 

@@ -16,7 +16,7 @@ from specdec.analysis.replay import Watch, replay
 from specdec.analysis.teacher_forced import Array, Evidence, gather_evidence
 from specdec.analysis.texts import Text, check_texts
 from specdec.common.stats import Interval, bootstrap_interval
-from specdec.drafters.base import FixedShape, Forced
+from specdec.drafters.base import FixedShape, Forced, padded
 from specdec.engine.interfaces import Target
 from specdec.engine.metrics import AcceptanceStats, StepRecord
 from specdec.registry import load_drafter
@@ -69,11 +69,11 @@ class Expected:
     @property
     def conditional_acceptance_at_depth(self) -> list[float | None]:
         """Accepted over tested at depth 1, 2, ...; None where none is tested."""
-        sums = [np.atleast_1d(np.sum(part, 0)) for part in (self.accepted_at, self.tested_at)]
-        return [min(1.0, float(a / t)) if t > 1e-9 else None for a, t in zip(*sums, strict=True)]
+        sums = zip(np.sum(self.accepted_at, 0), np.sum(self.tested_at, 0), strict=True)
+        return [min(1.0, float(a / t)) if t > 1e-9 else None for a, t in sums]
 
     def figures(self) -> dict[str, Any]:
-        """The fields of `ExpectedFigures`."""
+        """The fields of `results.ExpectedFigures`."""
         return {
             "tau": self.tau,
             "tau_ci": self.tau_interval(),
@@ -85,17 +85,12 @@ class Expected:
     def from_records(cls, rows: Sequence[Sequence[StepRecord]]) -> "Expected":
         """Add up certain steps, one sequence of records a text."""
         stats = [AcceptanceStats.from_records(row) for row in rows]
-        depth = max((len(each.tested_at) for each in stats), default=0)
-
-        def padded(counts: Sequence[int]) -> list[float]:
-            return [*map(float, counts), *[0.0] * (depth - len(counts))]
-
         return cls(
             tokens=[1.0 + each.num_accepted + each.num_steps for each in stats],
-            steps=[float(each.num_steps) for each in stats],
-            drafted=[float(each.num_drafted) for each in stats],
-            accepted_at=[padded(each.accepted_at) for each in stats],
-            tested_at=[padded(each.tested_at) for each in stats],
+            steps=[each.num_steps for each in stats],
+            drafted=[each.num_drafted for each in stats],
+            accepted_at=padded([each.accepted_at for each in stats], 0.0),
+            tested_at=padded([each.tested_at for each in stats], 0.0),
         )
 
 
@@ -118,10 +113,16 @@ def expect(evidence: Evidence, shape: FixedShape, *, sampled: bool) -> Expected:
     at_least, tested = _reach(evidence, shape.tree, budget, sampled)
     depths = np.arange(at_least.shape[2])
     # The last token of a text counts as its step's own, whoever found it.
-    at_least = np.where(depths <= left[..., None] - 1, at_least, 0.0)
-    at_least[..., 0] = left > 0
+    at_least = np.where(depths < left[..., None], at_least, 0.0)
     tested = np.where(depths[1:] <= left[..., None], tested, 0.0)
-    visits = _visits(at_least)  # [B, S]
+    exactly = -np.diff(at_least, append=0.0)
+    visits = np.zeros((len(left), len(starts) + len(depths)))  # chances that a step starts there
+    visits[:, 0] = left[:, 0] > 0
+    for start in range(len(starts)):
+        # Behind `a` accepted tokens and the step's own the next one starts.
+        behind = slice(start + 1, start + 1 + len(depths))
+        visits[:, behind] += visits[:, start, None] * exactly[:, start]
+    visits = visits[:, : len(starts)] * (left > 0)
     return Expected(
         tokens=[float(count) for count in evidence.num_tokens],
         steps=visits.sum(1).tolist(),
@@ -157,35 +158,22 @@ def _reach(
     at_least = np.zeros((*budget.shape, tree.depth + 1))
     tested = np.zeros((*budget.shape, tree.depth))
     at_least[..., 0] = 1.0
-    reached, valid = [np.ones(budget.shape)], evidence.valid  # of the root, then of every node
-    has_child: set[int] = set()
-    nodes = zip(tree.parents.tolist(), tree.ranks.tolist(), tree.depths.tolist(), strict=True)
-    for node, (parent, rank, depth) in enumerate(nodes, 1):
-        above, level = reached[parent + 1] * (node <= budget), depth - 1
-        if parent not in has_child:
+    reached, valid = [at_least[..., 0]], evidence.valid  # of the root, then of every node
+    parents = tree.parents.tolist()
+    nodes = zip(parents, tree.ranks.tolist(), (tree.depths - 1).tolist(), strict=True)
+    for node, (parent, rank, level) in enumerate(nodes):
+        above = reached[parent + 1] * (node < budget)
+        if parent not in parents[:node]:
             # Of a node's children the first is the last to fall to a budget.
             tested[..., level] += above
-            has_child.add(parent)
         taken: Array | float = 0.0  # what the drafter does not draft
-        if level < evidence.depth:
-            is_it = (evidence.rank[:, :, level] == rank) & valid[:, :, level]
-            taken = evidence.accept[:, :, level, rank] if sampled else is_it
+        if level < evidence.depth and sampled:
+            taken = evidence.accept[:, :, level, rank]
+        elif level < evidence.depth:
+            taken = (evidence.rank[:, :, level] == rank) & valid[:, :, level]
         reached.append(above * taken)
-        at_least[..., depth] += reached[-1]
+        at_least[..., level + 1] += reached[-1]
     return at_least, tested
-
-
-def _visits(at_least: Array) -> Array:
-    """Probability [B, S] that a step starts at each place."""
-    num_rows, num_steps, size = at_least.shape
-    exactly = at_least.copy()
-    exactly[..., :-1] -= at_least[..., 1:]
-    visits = np.zeros((num_rows, num_steps + size))
-    visits[:, 0] = at_least[:, 0, 0]
-    for start in range(num_steps):
-        # Behind `a` accepted tokens and the step's own the next one starts.
-        visits[:, start + 1 : start + 1 + size] += visits[:, start, None] * exactly[:, start]
-    return visits[:, :num_steps] * (at_least[..., 0] > 0)
 
 
 def coverage(evidence: Evidence, width: int = 10) -> list[list[float]]:
@@ -194,15 +182,15 @@ def coverage(evidence: Evidence, width: int = 10) -> list[list[float]]:
     At a depth those places count where it took one of the first `width` candidates at every depth
     above, as `best_static_tree` expects.
     """
-    reached, table = evidence.valid[:, :, 0], []
+    valid = evidence.valid
+    table, taken = [], valid[:, :, 0]
     for level in range(evidence.depth):
-        reached = reached & evidence.valid[:, :, level]
+        reached, ranks = valid[:, :, level] & taken, evidence.rank[:, :, level]
         if not reached.any():
             break
-        ranks = evidence.rank[:, :, level]
-        hits = np.bincount(ranks[reached & (ranks < width)], minlength=width)
+        taken = reached & (ranks < width)
+        hits = np.bincount(ranks[taken], minlength=width)
         table.append([round(float(share), 6) for share in hits / reached.sum()])
-        reached = reached & (ranks < width)
     return table
 
 
@@ -227,7 +215,7 @@ class Predictor:
         prompts: dict[tuple[int, ...], int] = {}
         self.prompt_of = [prompts.setdefault(tuple(t.prompt), len(prompts)) for t in texts]
         self.sampling, self.seed, self.rule = sampling, seed, rule
-        self._passes: dict[str, tuple[int, int, Evidence | None]] = {}
+        self._passes: dict[str, tuple[tuple[int, int], Evidence]] = {}
         self._predicted: dict[str, Expected] = {}
 
     def predict(self, options: Mapping[str, Any]) -> Expected:
@@ -236,9 +224,8 @@ class Predictor:
         if key not in self._predicted:
             drafter: Any = load_drafter(options, self.target)
             shape = drafter.fixed_shape if isinstance(drafter, Forced) else None
-            self._predicted[key] = (
-                self.replayed(drafter) if shape is None else self.expect(options, drafter, shape)
-            )
+            found = self.expect(options, drafter, shape) if shape else self.replayed(drafter)
+            self._predicted[key] = found
         return self._predicted[key]
 
     def expect(self, options: Mapping[str, Any], drafter: Any, shape: FixedShape) -> Expected:
@@ -280,17 +267,18 @@ class Predictor:
     ) -> Evidence:
         """The pass behind the predictions of a drafter and of all its shapes, this one at least."""
         key = _key({k: v for k, v in options.items() if k not in drafter.shape_options.all})
-        depth, num_siblings = MIN_DEPTH, 1 if self.sampling.is_greedy else MIN_SIBLINGS
+        # What was asked for, as a drafter that is bound to fewer levels answers with all it has.
+        start = MIN_DEPTH, 1 if self.sampling.is_greedy else MIN_SIBLINGS
+        before, known = self._passes.get(key, (start, None))
+        depth, num_siblings = before
         if shape is not None and self.why_unknown(shape) is None:
             depth = max(depth, shape.tree.depth)
             if self.is_sampled(shape):
                 num_siblings = max(num_siblings, int(shape.tree.ranks.max()) + 1)
-        # What was asked for, as a drafter that is bound to fewer levels answers with all it has.
-        looked, seen, known = self._passes.get(key, (0, 0, None))
-        if known is None or depth > looked or num_siblings > seen:
-            asked = max(depth, looked), max(num_siblings, seen)
+        if known is None or (depth, num_siblings) != before:
+            asked = depth, num_siblings
             known = gather_evidence(self.target, drafter, self.texts, self.sampling, *asked)
-            self._passes[key] = (*asked, known)
+            self._passes[key] = asked, known
         return known
 
 

@@ -11,21 +11,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from specdec.analysis.teacher_forced import refuse_not_finite
+from specdec.analysis.teacher_forced import read_target
 from specdec.analysis.texts import Text
 from specdec.drafters.base import BaseDrafter
-from specdec.engine.interfaces import (
-    Drafter,
-    Prompts,
-    Target,
-    TargetOutput,
-    cache_owners,
-    claimed,
-)
+from specdec.engine.interfaces import Drafter, Prompts, Target, TargetOutput, cache_owners, claimed
 from specdec.engine.metrics import StepRecord
 from specdec.sampling.config import SamplingConfig
 from specdec.sampling.sampler import Sampler
-from specdec.targets.taps import read_text
 from specdec.verify import Draft, Verdict, match
 from specdec.verify.tree import StaticTree, node_depths
 
@@ -47,26 +39,23 @@ def replay(
     A drafter that remembers past outputs remembers these. Past the end of a text the loop may have
     drafted and accepted more than it kept; that is not replayed.
     """
-    rows: list[list[StepRecord]] = []
+    device, rows = target.device, list[list[StepRecord]]()
     for index, text in enumerate(texts):
         rows.append([])
         if len(text.tokens) < 2:
             continue  # prefill emits the first token
         settings = [replace(sampling, seed=seed + index)]
-        sampler = Sampler(
-            settings, target.vocab_size, target.device, [text.prompt], target.eos_token_ids
-        )
-        hidden = _hidden(target, drafter, text, index)
+        sampler = Sampler(settings, target.vocab_size, device, [text.prompt], target.eos_token_ids)
+        hidden = read_target(target, text, index, drafter.taps).hidden if drafter.taps else {}
         with claimed(*cache_owners(drafter)):
-            logits = torch.zeros(1, 1, target.vocab_size, device=target.device)
+            logits = torch.zeros(1, 1, target.vocab_size, device=device)
             known = {tap: states[None, : len(text.prompt)] for tap, states in hidden.items()}
-            begun = [[*text.prompt, text.tokens[0]]]
+            begun, num_done = [[*text.prompt, text.tokens[0]]], 1
             drafter.begin(begun, TargetOutput(logits, known), sampler)
-            num_done = 1
             while num_done < len(text.tokens):
                 # As `Request.budget`: nodes that can still be kept, beside the step's own token.
                 budget = min(max(0, text.max_tokens - num_done - 1), drafter.max_nodes)
-                root = torch.tensor([text.tokens[num_done - 1]], device=target.device)
+                root = torch.tensor([text.tokens[num_done - 1]], device=device)
                 draft = drafter.propose(root, [budget], sampler)
                 if draft.probs is not None:
                     raise ValueError(
@@ -106,28 +95,14 @@ def replay(
     return rows
 
 
-def _hidden(target: Target, drafter: Drafter, text: Text, index: int) -> dict[int, Tensor]:
-    """Hidden states of the text that the drafter reads: tap -> [L, H]."""
-    if not drafter.taps:
-        return {}
-    given = [*text.prompt, *text.tokens[:-1]]
-    reading = read_text(target, given, len(text.prompt), drafter.taps)
-    refuse_not_finite("target", reading.logits, index)
-    return reading.hidden
-
-
 def _verdict(draft: Draft, places: Tensor, left: Sequence[int]) -> Verdict:
     """Match a draft with what is left of a text, whose last token counts as its step's own."""
-    tokens = torch.tensor(left, device=places.device)
-    verdict = match(tokens[places.clamp(max=len(left) - 1)].unsqueeze(0), draft)
-    if int(verdict.num_accepted) < len(left):
-        return verdict
-    path, tokens = verdict.path.clone(), verdict.tokens.clone()
-    path[:, len(left) - 1 :] = -1
-    tokens[:, len(left) :] = -1
-    return Verdict(
-        tokens, torch.full_like(verdict.num_accepted, len(left) - 1), path, verdict.tested
-    )
+    last = len(left) - 1
+    tokens = torch.tensor(left, device=places.device)[places.clamp(max=last)]
+    verdict = match(tokens.unsqueeze(0), draft)
+    verdict.path[:, last:] = -1
+    verdict.tokens[:, last + 1 :] = -1
+    return replace(verdict, num_accepted=verdict.num_accepted.clamp(max=last))
 
 
 class MadeDrafts(BaseDrafter):

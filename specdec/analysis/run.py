@@ -9,12 +9,7 @@ from safetensors.numpy import load_file, save
 
 from specdec.analysis.describe import describe, gather_facts
 from specdec.analysis.predict import Predictor, check_settings
-from specdec.analysis.results import (
-    Analysis,
-    AnalysisProvenance,
-    AnalyzedPrompt,
-    DrafterAnalysis,
-)
+from specdec.analysis.results import Analysis, AnalysisProvenance, AnalyzedPrompt, DrafterAnalysis
 from specdec.analysis.texts import prompt_ids, read_texts, target_answers
 from specdec.bench.config import SINGLE_PROMPT_TYPES, ArmConfig, BenchConfig
 from specdec.bench.workloads import Progress, fingerprint_of
@@ -105,7 +100,7 @@ def _drafters(
         found[arm.name], evidence = describe(predictor, facts, arm.name, options)
         if evidence is not None:
             path = journal.path.parent / f"{index}.safetensors"
-            replace_file(path, save(evidence.arrays()))
+            replace_file(path, save(vars(evidence)))
         # The row, which makes the drafter count, is written last.
         journal.append(found[arm.name].model_dump(mode="json"))
     progress(len(arms), len(arms), "done")

@@ -12,7 +12,7 @@ from specdec.analysis.texts import Text
 from specdec.engine.interfaces import Target
 from specdec.sampling.config import SamplingConfig
 from specdec.sampling.sampler import Sampler
-from specdec.targets.taps import read_text
+from specdec.targets.taps import Reading, read_text
 
 Array = np.ndarray[Any, Any]
 # Rows are compared in chunks, which bounds the memory of vocabularies.
@@ -37,14 +37,11 @@ class Evidence:
             distribution is the accepted one, given the text; at the sampling settings.
         overlap: [B, S, D] float32 sum_x min(p(x), q(x)), at the sampling settings.
         possible: [B, S, D] bool, the target could say the token at these settings.
-        target_prob: [B, S, D] float32 of the token, as the models give it: at temperature 1,
-            unfiltered. So are the five below.
-        draft_prob: the drafter's probability of the token.
-        confidence: the drafter's highest probability.
-        target_entropy: in nats.
-        draft_entropy: in nats.
-        best_draft: [B, S, D] int32 the drafter's likeliest token.
-        best_target: [B, S, D] int32 the target's.
+        target_prob, draft_prob: [B, S, D] float32 of the token, as the models give it: at
+            temperature 1, unfiltered. So are all below.
+        confidence: [B, S, D] float32 highest probability of the drafter.
+        target_entropy, draft_entropy: [B, S, D] float32 nats.
+        best_draft, best_target: [B, S, D] int32 likeliest token.
     """
 
     num_tokens: Array
@@ -63,18 +60,13 @@ class Evidence:
 
     @property
     def depth(self) -> int:
-        """D, the levels that were looked at."""
         return int(self.rank.shape[2])
 
     @property
     def valid(self) -> Array:
         """[B, S, D] bool, the text has a token there."""
-        steps, depths = np.arange(self.rank.shape[1]), np.arange(self.depth)
-        return steps[:, None] + 1 + depths < self.num_tokens[:, None, None]
-
-    def arrays(self) -> dict[str, Array]:
-        """All fields by name, for a file."""
-        return {name: np.ascontiguousarray(array) for name, array in vars(self).items()}
+        steps, depths = np.indices(self.rank.shape[1:])
+        return steps + 1 + depths < self.num_tokens[:, None, None]
 
 
 @torch.inference_mode()
@@ -95,29 +87,33 @@ def gather_evidence(
     for index, text in enumerate(texts):
         if len(text.tokens) < 2:
             continue  # a text of one token, which prefill emits, has no step
-        given, first = [*text.prompt, *text.tokens[:-1]], len(text.prompt)
-        reading = read_text(target, given, first, drafter.taps)
-        refuse_not_finite("target", reading.logits, index)
+        reading = read_target(target, text, index, drafter.taps)
         emitted = torch.tensor(text.tokens[1:], device=target.device)
-        tokens = torch.tensor(given, device=target.device)
+        tokens = torch.tensor([*text.prompt, *text.tokens[:-1]], device=target.device)
         sampler = Sampler([sampling], target.vocab_size, target.device, [text.prompt], ())
-        guesses = drafter.forced(tokens, reading.hidden, depth, first - 1)
+        guesses = drafter.forced(tokens, reading.hidden, depth, len(text.prompt) - 1)
         for level, logits in enumerate(guesses):
-            refuse_not_finite("drafter", logits, index, may_ban=True)
+            _refuse_not_finite("drafter", logits, index, may_ban=True)
             places = (logits, reading.logits[level:], emitted[level:])
-            facts = _compare(*places, sampler, num_siblings)
-            for name, values in facts.items():
+            for name, values in _compare(*places, sampler, num_siblings).items():
                 arrays[name][index, : len(values), level] = values.numpy()
             deepest = max(deepest, level + 1)
     return Evidence(
         np.array([len(text.tokens) for text in texts]),
         np.array([text.max_tokens for text in texts]),
-        **{name: array[:, :, :deepest] for name, array in arrays.items()},
+        **{name: np.ascontiguousarray(rows[:, :, :deepest]) for name, rows in arrays.items()},
     )
 
 
-def refuse_not_finite(name: str, logits: Tensor, text: int, *, may_ban: bool = False) -> None:
-    """Refuse NaN in logits [n, V] along a text; `may_ban` allows rows that are all -inf."""
+def read_target(target: Target, text: Text, index: int, taps: Sequence[int] = ()) -> Reading:
+    """Run the target over a text: what it says of every token behind the first new one."""
+    reading = read_text(target, [*text.prompt, *text.tokens[:-1]], len(text.prompt), taps)
+    _refuse_not_finite("target", reading.logits, index)
+    return reading
+
+
+def _refuse_not_finite(name: str, logits: Tensor, text: int, *, may_ban: bool = False) -> None:
+    """Refuse NaN in logits [n, V]; `may_ban` allows rows that are all -inf."""
     best = logits.amax(-1)
     wrong = best.isnan() | (best == float("inf")) if may_ban else ~best.isfinite()
     if bool(wrong.any()):

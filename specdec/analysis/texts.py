@@ -12,7 +12,7 @@ from specdec.bench.workloads import Progress, unfold_turns
 from specdec.checkpoints import identify_target
 from specdec.common.messages import BenchPrompt
 from specdec.common.records import read_objects
-from specdec.data.answers import MANIFEST, check_answers_target, load_answers, read_rows
+from specdec.data.answers import check_answers_target, load_answers, read_rows
 from specdec.engine.decode import generate_baseline
 from specdec.engine.interfaces import Target
 from specdec.sampling.config import SamplingConfig
@@ -71,15 +71,18 @@ def check_texts(texts: Sequence[Text], target: Target) -> None:
     for index, text in enumerate(texts):
         old, new, most = len(text.prompt), len(text.tokens), text.max_tokens
         wrong = next((t for t in (*text.prompt, *text.tokens) if not 0 <= t < size), None)
-        faults = {
-            f"{old} prompt tokens and {new} new ones; give one of each": not old or not new,
-            f"{new} new tokens but was allowed {most}; raise max_tokens": new > most,
-            f"{old + new} tokens but the target's context holds {room}; cut it": old + new > room,
-            f"token {wrong} but ids are in [0, {size}); give texts of this target": wrong
-            is not None,
-        }
-        if found := [fault for fault, is_so in faults.items() if is_so]:
-            raise ValueError(f"text {index} has {found[0]}")
+        faults = [
+            (not old or not new, f"{old} prompt tokens and {new} new ones; give one of each"),
+            (new > most, f"{new} new tokens but was allowed {most}; raise max_tokens"),
+            (old + new > room, f"{old + new} tokens but the target's context holds {room}; cut it"),
+            (
+                wrong is not None,
+                f"token {wrong} but ids are in [0, {size}); give texts of this target",
+            ),
+        ]
+        for is_so, fault in faults:
+            if is_so:
+                raise ValueError(f"text {index} has {fault}")
 
 
 def read_texts(path: Path, target: Target, num: int, max_new_tokens: int) -> list[Text]:
@@ -90,9 +93,8 @@ def read_texts(path: Path, target: Target, num: int, max_new_tokens: int) -> lis
     limits = (path, target, max_new_tokens)
     texts = list(islice(_pieces(*limits) if is_prose else _answers(*limits, num), num))
     if not texts:
-        raise ValueError(
-            f"--text {str(path)!r} holds no text of at least one token behind a prompt; give some"
-        )
+        fault = "holds no text of at least one token behind a prompt; give some"
+        raise ValueError(f"--text {str(path)!r} {fault}")
     return texts
 
 
@@ -116,19 +118,12 @@ def _answers(path: Path, target: Target, max_new_tokens: int, num: int) -> Itera
 
 def _pairs(path: Path, target: Target, num: int) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
     """Prompts and answers of a folder that `specdec regenerate` wrote, or of a file of rows."""
-    first: dict[str, Any] = {"tokens": ()}
-    if path.is_dir():
-        if not (path / MANIFEST).is_file():
-            raise FileNotFoundError(
-                f"--text {str(path)!r} holds no {MANIFEST}; give a folder that specdec regenerate "
-                "wrote"
-            )
+    is_folder = path.is_dir()
+    if is_folder:
         manifest = load_answers(path)
         check_answers_target(manifest, identify_target(target))
         path = path / ("held_out.jsonl" if manifest.counts.held_out.rows else "train.jsonl")
-    else:
-        first = next(read_objects(path), {})
-    if "tokens" in first:
+    if is_folder or "tokens" in next(read_objects(path), {}):
         for each in read_rows(path, target.vocab_size, num):
             start, end = max(each.answers, key=lambda answer: answer[1] - answer[0])
             # Every prompt holds a token: of an answer to nothing, its first.
@@ -138,10 +133,8 @@ def _pairs(path: Path, target: Target, num: int) -> Iterator[tuple[Sequence[int]
     for number, row in enumerate(read_objects(path), 1):
         prompt, answer = row.get("prompt"), row.get("answer")
         if not isinstance(prompt, str) or not isinstance(answer, str):
-            raise ValueError(
-                f'{path}, row {number}: a row must be an object with "prompt" and "answer", both '
-                'text, or with "tokens" and "answers"'
-            )
+            rule = 'a row must be an object with "prompt" and "answer", both text, or with "tokens"'
+            raise ValueError(f'{path}, row {number}: {rule} and "answers"')
         yield _ids(prompt, target), _ids(answer, target, special=False)
 
 

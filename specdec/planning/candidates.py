@@ -63,9 +63,13 @@ class Candidate:
     is_given: bool = field(default=False, compare=False)
 
     @property
+    def arm(self) -> dict[str, Any]:
+        return {"type": self.type, **self.options}
+
+    @property
     def key(self) -> str:
         """The same for the same strategy with the same options."""
-        return repr((self.type, sorted(self.options.items())))
+        return repr(sorted(self.arm.items()))
 
     @property
     def rule(self) -> ShapeOptions:

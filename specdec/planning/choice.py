@@ -35,20 +35,15 @@ class Forecast:
     predict: Callable[[Mapping[str, Any]], Expected]
     seed: int = 0
 
-    def expected(self, candidate: Candidate) -> Expected:
-        return self.predict({"type": candidate.type, **candidate.options})
-
     def __call__(self, candidate: Candidate, batch_size: int) -> Configuration:
         """Total seconds of plain decoding over the candidate's own, all prompts together."""
-        expected, plain = self.expected(candidate), self.costs.plain[batch_size]
+        expected, plain = self.predict(candidate.arm), self.costs.plain[batch_size]
         sizes = _sizes(candidate, expected, batch_size)
         step, error = self.costs.step(candidate, batch_size, sizes)
         ratio = float(plain.sum() / step.sum())
+        shown = ("name", "type", "options", "is_given")
         return Configuration(
-            name=candidate.name,
-            type=candidate.type,
-            options=candidate.options,
-            is_given=candidate.is_given,
+            **{key: getattr(candidate, key) for key in shown},
             is_timed=self.costs.is_timed(candidate, batch_size),
             batch_size=batch_size,
             predicted_tau=expected.tau,
@@ -63,18 +58,16 @@ class Forecast:
         """Speed that a candidate cannot pass: a larger draft's acceptance at its own cost."""
         if candidate.varies:
             return inf  # its cost depends on how much it drafts, which only a prediction tells
-        expected = self.expected(larger)
+        expected = self.predict(larger.arm)
         # Near the end of a text drafts are cut, those of a small shape less than those of a large.
-        share = 1.0
-        if batch_size == 1:
-            share = min(1.0, expected.nodes_per_step / larger.shape.nodes)
-        sizes = _between(share * candidate.shape.nodes, 0.0)
+        share = expected.nodes_per_step / larger.shape.nodes if batch_size == 1 else 1.0
+        sizes = _between(min(1.0, share) * candidate.shape.nodes, 0.0)
         step, _ = self.costs.step(candidate, batch_size, sizes)
         return float(expected.tau * self.costs.plain[batch_size].sum() / step.sum())
 
     def _interval(self, expected: Expected, ratio: float, error: float) -> Interval:
         """Each resample of the prompts at a cost that is off by `error`."""
-        tokens, steps = np.array(expected.tokens, float), np.array(expected.steps, float)
+        steps, tokens = np.array([expected.steps, expected.tokens], float)
         tokens, steps = tokens[steps > 0] - 1, steps[steps > 0]  # the first token is prefill's
         if len(steps) < 2:
             return None
@@ -95,8 +88,7 @@ def _sizes(candidate: Candidate, expected: Expected, batch_size: int) -> Sizes:
     mean = min(expected.nodes_per_step, nodes)
     # Steps that judge no token had nothing drafted.
     judged = sum(row[0] for row in expected.tested_at if row)
-    empty = max(0.0, 1 - judged / max(sum(expected.steps), 1e-9))
-    empty = min(empty, 1 - mean / nodes)
+    empty = min(max(0.0, 1 - judged / max(sum(expected.steps), 1e-9)), 1 - mean / nodes)
     if empty >= 1:
         return {0: 1.0}
     empty_batch = empty**batch_size
@@ -125,23 +117,22 @@ def search(
     Predictions are dear: what is left out is too slow by the bounds that larger drafts set.
     """
     found: list[Predicted] = []
-    bounds = [inf] * len(candidates)
-    left = sorted(range(len(candidates)), key=lambda i: largest_first(candidates[i].shape))
-    while left:
-        index = max(left, key=lambda i: (candidates[i].is_given, bounds[i]))
-        candidate = candidates[index]
+    # Candidates that are left, by place, and their bounds.
+    order = sorted(range(len(candidates)), key=lambda i: largest_first(candidates[i].shape))
+    bounds = dict.fromkeys(order, inf)
+    while bounds:
+        index = max(bounds, key=lambda i: (candidates[i].is_given, bounds[i]))
+        candidate, bound = candidates[index], bounds.pop(index)
         speeds = sorted((each.predicted_speedup for _, each in found), reverse=True)
-        is_hopeless = len(speeds) >= wanted and bounds[index] < speeds[wanted - 1]
-        if is_hopeless and not candidate.is_given:
+        if not candidate.is_given and len(speeds) >= wanted and bound < speeds[wanted - 1]:
             break
-        progress(len(candidates) - len(left), len(candidates), candidate.name)
-        left.remove(index)
+        progress(len(found), len(candidates), candidate.name)
         found.append((candidate, forecast(candidate, batch_size)))
-        for i in left:
+        for i, bound in bounds.items():
             other = candidates[i]
             if candidate.drafter == other.drafter and candidate.shape.covers(other.shape):
-                bound = forecast.bound(other, batch_size, candidate) * (1 + SLACK)
-                bounds[i] = min(bounds[i], bound)
+                limit = forecast.bound(other, batch_size, candidate) * (1 + SLACK)
+                bounds[i] = min(bound, limit)
     progress(len(candidates), len(candidates), "search")
     return sorted(
         found, key=lambda pair: (-pair[1].predicted_speedup, pair[0].shape.nodes, pair[0].name)
@@ -156,8 +147,7 @@ def confirm(
     A fit flatters some of many configurations, and these look fastest: so the choice was timed.
     """
     again = [(candidate, forecast(candidate, batch_size)) for candidate, _ in ranked[:finalists]]
-    again.sort(key=lambda pair: -pair[1].predicted_speedup)
-    return [*again, *ranked[finalists:]]
+    return [*sorted(again, key=lambda pair: -pair[1].predicted_speedup), *ranked[finalists:]]
 
 
 def schedule(
@@ -171,15 +161,13 @@ def schedule(
     lengths: list[ScheduledLength] = []
     nodes, step_s = {}, {}
     for size in batch_sizes:
-        row, whole_s = [], {0: float(forecast.costs.plain[size].sum())}
+        row, step_s[size] = [], {0: float(forecast.costs.plain[size].sum())}
         for cut in candidate.cuts():
             shared = forecast(cut, size).model_dump(include=set(ScheduledLength.model_fields))
             row.append(ScheduledLength(nodes=cut.shape.nodes, **shared))
-            step = forecast.costs.full_step(cut, size)
-            whole_s[cut.shape.nodes] = float(step.sum())
+            step_s[size][cut.shape.nodes] = float(forecast.costs.full_step(cut, size).sum())
         # The choice of a plan was timed as it is, and has beaten its cuts already.
         best = row[-1] if row[-1].is_timed else max(row, key=lambda each: each.predicted_speedup)
         nodes[size] = best.nodes if best.predicted_speedup > 1 + MARGIN else 0
-        step_s[size] = whole_s
         lengths += row
     return nodes, lengths, step_s

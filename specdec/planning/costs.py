@@ -4,6 +4,7 @@ A step is an array of seconds in the drafter, in the target, and of everything e
 """
 
 import itertools
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from specdec.planning.results import Array, bent
 
 # Drafted nodes of a step and how often: {nodes: share}.
 Sizes = Mapping[int, float]
+# Steps of a drafter by shape and nodes drafted.
+Groups = Mapping[tuple[DraftShape, int], list[Array]]
 
 MAX_KNOTS = 4
 SWEEPS = 50
@@ -42,23 +45,21 @@ class Costs:
     def __init__(self, cells: Sequence[Mapping[str, Any]], context: float) -> None:
         points = _forward_points(cells)
         if not points:
-            raise ValueError(
-                "no target forward was timed, nothing fitted into memory; use a smaller target, "
-                "dtype or batch"
-            )
+            fix = "use a smaller target, dtype or batch"
+            raise ValueError(f"no target forward was timed, nothing fitted into memory; {fix}")
+        by_size = itertools.groupby(points, lambda point: point.batch_size)
         self.measured = results.MeasuredCosts(
             points=points,
             skipped=sorted({cell["skipped"] for cell in cells if "skipped" in cell}),
-            forward={
-                size: _fit_forward(points, size) for size in {p.batch_size: 1 for p in points}
-            },
+            forward={size: _fit_forward([*own]) for size, own in by_size},
             plain={},
             drafters=[],
         )
         self._context = context
         self.plain: dict[int, Array] = {}
         self._fits: dict[tuple[str, int], results.DrafterFit] = {}
-        self._given: dict[tuple[str, int], Array] = {}
+        # Mean steps and their relative errors, by candidate and batch size.
+        self._given: dict[tuple[str, int], tuple[Array, float]] = {}
         self._timed: dict[tuple[str, int], tuple[Array, float]] = {}
 
     def add(self, batch_size: int, runs: Sequence[TimedRun]) -> None:
@@ -69,13 +70,11 @@ class Costs:
         """
         plain = [run for run in runs if run.candidate is None]
         if not plain:
-            raise ValueError(
-                "no step of plain decoding could be timed; give prompts and max_new_tokens that "
-                "leave at least two tokens to decode"
-            )
+            fix = "give prompts and max_new_tokens that leave at least two tokens to decode"
+            raise ValueError(f"no step of plain decoding could be timed; {fix}")
         moments = np.array([run.plain_s for run in plain])
         common_s = float(np.median(moments))
-        mean = trim_mean(np.concatenate([run.at(common_s) for run in plain])[:, 2:], TRIMMED)
+        mean = mean_step(np.concatenate([run.at(common_s) for run in plain]))
         ms = to_ms(mean)
         self.plain[batch_size] = mean
         self.measured.plain[batch_size] = results.PlainStep(
@@ -83,31 +82,25 @@ class Costs:
             relative_error=float(moments.std() / moments.mean() / len(moments) ** 0.5),
         )
         # Steps by drafter, and of each by shape and nodes drafted.
-        found: dict[str, dict[tuple[DraftShape, int], list[Array]]] = {}
+        found: dict[str, Any] = defaultdict(lambda: defaultdict(list))
         drafting = [(run, run.candidate) for run in runs if run.candidate]
         for run, candidate in drafting:
-            groups = found.setdefault(candidate.drafter, {})
             for step in run.at(common_s):
-                groups.setdefault((candidate.shape, int(step[1])), []).append(step)
+                found[candidate.drafter][candidate.shape, int(step[1])].append(step)
         for name, groups in found.items():
-            fit = self._fit(name, batch_size, groups)
-            self._fits[name, batch_size] = fit
-            self.measured.drafters.append(fit)
+            self._fits[name, batch_size] = self._fit(name, batch_size, groups)
+            self.measured.drafters.append(self._fits[name, batch_size])
         # Given configurations are known as they were timed, too, whatever each step drafted.
         for given in (candidate for _, candidate in drafting if candidate.is_given):
             own = [g for (shape, _), g in found[given.drafter].items() if shape == given.shape]
-            means = [trim_mean(np.array(group)[:, 2:], TRIMMED) for group in own]
-            self._given[given.key, batch_size] = np.average(means, 0, [len(g) for g in own])
+            mean = np.average([*map(mean_step, own)], 0, [*map(len, own)])
+            error = self._fits[given.drafter, batch_size].residuals.rms
+            self._given[given.key, batch_size] = mean, error
 
-    def _fit(
-        self, name: str, batch_size: int, groups: Mapping[tuple[DraftShape, int], list[Array]]
-    ) -> results.DrafterFit:
-        tables, counts = (
-            [np.array(steps) for steps in groups.values()],
-            [*map(len, groups.values())],
-        )
-        contexts = [float(table[:, 0].mean()) for table in tables]
-        times = np.array([trim_mean(table[:, 2:], TRIMMED) for table in tables])
+    def _fit(self, name: str, batch_size: int, groups: Groups) -> results.DrafterFit:
+        counts = [*map(len, groups.values())]
+        contexts = [float(np.mean([step[0] for step in steps])) for steps in groups.values()]
+        times = np.array([*map(mean_step, groups.values())])
         walls = times.sum(1)
         rows = [
             self._features(shape, nodes, batch_size, context)
@@ -122,7 +115,7 @@ class Costs:
         for place, (shape, nodes) in enumerate(groups):
             ours, theirs = to_ms(times[place]), to_ms(fitted[place])
             point: dict[str, Any] = {"shape": shape, "nodes": nodes, "steps": counts[place]}
-            point |= {p: results.PartTime(measured_ms=ours[p], fitted_ms=theirs[p]) for p in ours}
+            point |= {p: {"measured_ms": ours[p], "fitted_ms": theirs[p]} for p in ours}
             points.append(results.StepPoint(context=round(contexts[place], 1), **point))
         isolated = np.array([row["target"][0] for row in rows])
         return results.DrafterFit(
@@ -140,9 +133,9 @@ class Costs:
         All runs, plain ones among them, are of the same rounds: a machine's speed moves, and what
         was timed at another moment cannot be compared within a few percent.
         """
-        by_key: dict[str, list[TimedRun]] = {}
+        by_key: dict[str, list[TimedRun]] = defaultdict(list)
         for run in runs:
-            by_key.setdefault(run.candidate.key if run.candidate else "", []).append(run)
+            by_key[run.candidate.key if run.candidate else ""].append(run)
         if len(by_key) < 2:
             return
         rounds = sorted({run.round for run in runs})
@@ -153,7 +146,7 @@ class Costs:
         sigma = 1.4826 * np.nanmedian(np.abs(residuals), axis=0)
         errors = sigma * np.sqrt(np.pi / 2 / np.isfinite(residuals).sum(0))
         for place, (key, own) in enumerate(by_key.items()):
-            mean = trim_mean(np.concatenate([run.steps for run in own])[:, 2:], TRIMMED)
+            mean = mean_step(np.concatenate([run.steps for run in own]))
             scale = ratios[place] * self.plain[batch_size].sum() / mean.sum()
             self._timed[key, batch_size] = scale * mean, float(errors[place])
 
@@ -166,13 +159,8 @@ class Costs:
         With it comes its relative error against plain's step, one standard deviation.
         """
         key = (candidate.key, batch_size)
-        error = self._fits[candidate.drafter, batch_size].residuals.rms
-        if key in self._timed:
-            step, error = self._timed[key]
-        elif key in self._given:
-            step = self._given[key]
-        else:
-            step = self._fitted(candidate, batch_size, sizes)
+        own = self._timed.get(key) or self._given.get(key)
+        step, error = own or self._fitted(candidate, batch_size, sizes)
         return step, float(np.hypot(error, self.measured.plain[batch_size].relative_error))
 
     def full_step(self, candidate: Candidate, batch_size: int) -> Array:
@@ -183,15 +171,15 @@ class Costs:
         """
         asked = (candidate, batch_size, {candidate.shape.nodes: 1.0})
         is_mean = candidate.varies or self.is_timed(candidate, batch_size)
-        return self._fitted(*asked) if is_mean else self.step(*asked)[0]
+        return (self._fitted(*asked) if is_mean else self.step(*asked))[0]
 
-    def _fitted(self, candidate: Candidate, batch_size: int, sizes: Sizes) -> Array:
+    def _fitted(self, candidate: Candidate, batch_size: int, sizes: Sizes) -> tuple[Array, float]:
         fit = self._fits[candidate.drafter, batch_size]
         step = np.zeros(3)
         for nodes, share in sizes.items():
             features = self._features(candidate.shape, nodes, batch_size, self._context)
             step += share * np.array([getattr(fit, part)(row) for part, row in features.items()])
-        return step
+        return step, fit.residuals.rms
 
     def _features(
         self, shape: DraftShape, nodes: int, batch_size: int, context: float
@@ -212,10 +200,13 @@ class Costs:
     def _forward_s(self, batch_size: int, new_tokens: int, context: float, is_tree: bool) -> float:
         """Seconds of a forward, between the measured batches by linear interpolation."""
         fits = self.measured.forward
-        sizes, times = list(fits), [fit(new_tokens, context, is_tree) for fit in fits.values()]
-        if batch_size > sizes[-1]:
-            return times[-1] * batch_size / sizes[-1]
-        return float(np.interp(batch_size, sizes, times))
+        sizes, times = [*fits], [fit(new_tokens, context, is_tree) for fit in fits.values()]
+        return float(np.interp(batch_size, sizes, times) * max(1.0, batch_size / sizes[-1]))
+
+
+def mean_step(steps: Sequence[Array] | Array) -> Array:
+    """The mean of steps as `TimedRun` has them, without the slowest and the fastest."""
+    return np.asarray(trim_mean(np.array(steps)[:, 2:], TRIMMED))
 
 
 def to_ms(step: Array) -> dict[str, float]:
@@ -232,32 +223,21 @@ def _log_wall(runs: Sequence[TimedRun], number: int) -> float:
 
 def _forward_points(cells: Sequence[Mapping[str, Any]]) -> list[results.ForwardPoint]:
     """Medians over the repeats of cells as `Measurements.forwards` gives them."""
-    found: dict[tuple[int, int, int, bool], list[float]] = {}
+    found: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     for cell, kind in itertools.product(cells, ("chain", "tree")):
         for count, seconds in cell.get(kind, {}).items():
-            key = (cell["batch"], int(count), cell["context"], kind == "tree")
-            found.setdefault(key, []).append(seconds)
-    points = []
-    for (batch_size, new_tokens, context, is_tree), times in sorted(found.items()):
+            found[cell["batch"], int(count), cell["context"], kind == "tree"].append(seconds)
+    points, names = [], ("batch_size", "new_tokens", "context", "is_tree")
+    for key, times in sorted(found.items()):
         low, middle, high = np.quantile(times, [0.25, 0.5, 0.75]).tolist()
-        points.append(
-            results.ForwardPoint(
-                batch_size=batch_size,
-                new_tokens=new_tokens,
-                context=context,
-                is_tree=is_tree,
-                median_s=middle,
-                spread_s=high - low,
-                repeats=len(times),
-            )
-        )
+        measured = {"median_s": middle, "spread_s": high - low, "repeats": len(times)}
+        points.append(results.ForwardPoint(**dict(zip(names, key, strict=True)), **measured))
     return points
 
 
-def _fit_forward(points: Sequence[results.ForwardPoint], batch_size: int) -> results.ForwardFit:
-    own = [point for point in points if point.batch_size == batch_size]
+def _fit_forward(points: Sequence[results.ForwardPoint]) -> results.ForwardFit:
     chains, trees = (
-        [(p.new_tokens, p.context, p.median_s) for p in own if p.is_tree == is_tree]
+        [(p.new_tokens, p.context, p.median_s) for p in points if p.is_tree == is_tree]
         for is_tree in (False, True)
     )
     chain, tree = fit_piecewise(*zip(*chains, strict=True)), None
@@ -288,23 +268,20 @@ def fit_piecewise(
         return float(bic), knots, found
 
     # Between the first and the last number of tokens that was measured.
-    places = sorted(set(tokens.tolist()))[1:-1]
-    best = solve([])
-    while len(best[1]) < MAX_KNOTS:
-        tried = [solve(sorted([*best[1], each])) for each in places if each not in best[1]]
-        found = min(tried, key=lambda each: each[0], default=best)
-        if found[0] >= best[0]:
-            break
+    places = set(sorted(set(tokens.tolist()))[1:-1])
+    best: tuple[float, list[float], Array] = (np.inf, [], tokens)
+    found = solve([])
+    while found[0] < best[0]:
         best = found
+        more = sorted(places.difference(best[1])) if len(best[1]) < MAX_KNOTS else []
+        tried = [solve(sorted([*best[1], each])) for each in more]
+        found = min(tried, key=lambda each: each[0], default=best)
     _, knots, coefficients = best
-    constant, slope, per_context, both, *changes = coefficients.tolist()
+    linear = coefficients[:4].tolist()
     return results.PiecewiseLinear(
-        constant=constant,
-        per_token=slope,
-        per_context=per_context,
-        per_token_and_context=both,
+        **dict(zip(results.LINEAR, linear, strict=True)),
         knots=knots,
-        slope_changes=changes,
+        slope_changes=coefficients[4:].tolist(),
         residuals=results.Residuals.of(times, bent(tokens, cached, knots) @ coefficients),
     )
 

@@ -135,8 +135,7 @@ def get_drafter(target: Any, built: Built, candidate: Candidate, generation: int
     """
     key = (candidate.drafter, candidate.key, generation)
     if key not in built:
-        options = {"type": candidate.type, **candidate.options}
-        built[key] = load_drafter(options, target)
+        built[key] = load_drafter(candidate.arm, target)
         owner = next(each for (name, *_), each in built.items() if name == candidate.drafter)
         for mine, theirs in zip(_parameters(built[key]), _parameters(owner), strict=True):
             mine.data = theirs.data
@@ -181,7 +180,7 @@ def time_run(
     recorded = sum(record.wall_s for record in longest.records)
     between = max(0.0, longest.decode_s - recorded) / max(1, len(longest.records))
     steps: list[list[float]] = []
-    contexts = [len(result.prompt_tokens) for result in results]
+    cached = sum(len(result.prompt_tokens) for result in results)
     # Rows that began together share their steps.
     for records in zip(*(result.records for result in results), strict=False):
         shared = records[0]
@@ -190,8 +189,8 @@ def time_run(
         other_s = max(0.0, shared.wall_s - shared.draft_s - shared.target_s + between)
         times = [round(each, 8) for each in (shared.draft_s, shared.target_s, other_s)]
         nodes = max(record.num_drafted for record in records)
-        steps.append([round(sum(contexts) / batch_size, 1), nodes, *times])
-        contexts = [c + r.num_emitted for c, r in zip(contexts, records, strict=True)]
+        steps.append([round(cached / batch_size, 1), nodes, *times])
+        cached += sum(record.num_emitted for record in records)
     return steps
 
 
@@ -199,18 +198,18 @@ def timed_runs(
     runs: Sequence[Candidate | None], found: Sequence[Sequence[Sequence[float]]], number: int = 0
 ) -> list[TimedRun]:
     """Put a round's decodings beside the plain ones around them; those without a step go."""
-    tables = [np.array(steps, float).reshape(-1, 5) for steps in found]
+    pairs = zip(runs, found, strict=True)
+    tables = {place: (run, np.array(steps)) for place, (run, steps) in enumerate(pairs) if steps}
     plain = {
         place: float(np.median(table[:, 2:].sum(1)))
-        for place, (run, table) in enumerate(zip(runs, tables, strict=True))
-        if run is None and len(table)
+        for place, (run, table) in tables.items()
+        if run is None
     }
     timed = []
-    for place, (run, table) in enumerate(zip(runs, tables, strict=True)):
-        if len(table) and plain:
-            before = max((each for each in plain if each <= place), default=min(plain))
-            after = min((each for each in plain if each >= place), default=max(plain))
-            timed.append(TimedRun(run, table, (plain[before] + plain[after]) / 2, number))
+    for place, (run, table) in tables.items() if plain else ():
+        before = max((each for each in plain if each <= place), default=min(plain))
+        after = min((each for each in plain if each >= place), default=max(plain))
+        timed.append(TimedRun(run, table, (plain[before] + plain[after]) / 2, number))
     return timed
 
 
@@ -288,23 +287,18 @@ class Measurements:
             reasons.append(f"the same step of plain decoding took {low:.1f} to {high:.1f} ms")
         if load > MAX_LOAD * cores:
             reasons.append(f"the load average was {load:.1f} on {cores} cores")
-        return Trust(
-            is_trusted=not reasons,
-            reasons=reasons,
-            plain_step_ms_range=(low, high),
-            load_average=load,
-        )
+        measured: dict[str, Any] = {"plain_step_ms_range": (low, high), "load_average": load}
+        return Trust(is_trusted=not reasons, reasons=reasons, **measured)
 
     def _decode(
         self, drafters: Built, run: Candidate | None, batch_size: int, turn: int
     ) -> dict[str, Any]:
         """Decode the prompts of a turn; each drafter sees a prompt once, as in a bench."""
-        first = turn * batch_size
-        generation = 0
-        if run and run.rule.varies:
-            generation = (first + batch_size - 1) // len(self._work.texts)
-        drafter = get_drafter(self._work.target, drafters, run, generation) if run else None
-        return {"steps": time_run(self._work, drafter, batch_size, first)}
+        work, first, drafter = self._work, turn * batch_size, None
+        if run:
+            generation = (first + batch_size - 1) // len(work.texts) if run.rule.varies else 0
+            drafter = get_drafter(work.target, drafters, run, generation)
+        return {"steps": time_run(work, drafter, batch_size, first)}
 
     def _row(self, point: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The journal's row of this point, measured now if it is not there."""

@@ -62,11 +62,12 @@ def run_plan(
         measured = Measurements(predictor, effort, journal, progress)
         chosen = _choose(config, drafters, predictor, measured, effort, progress)
     plan = Plan(provenance=provenance, target=known, **chosen)
-    content = (
+    head = (
         f"# The choice of specdec plan: {plan.choice.name}, predicted to be "
         f"{plan.choice.predicted_speedup:.2f} times as fast as plain decoding.\n"
         "#\n#   specdec bench bench.yaml --out runs/choice\n"
-    ) + yaml.safe_dump(plan.config, sort_keys=False, allow_unicode=True)
+    )
+    content = head + yaml.safe_dump(plan.config, sort_keys=False, allow_unicode=True)
     replace_file(folder / "bench.yaml", content.encode())
     plan.write(folder)
     return plan
@@ -86,7 +87,7 @@ def _choose(
     given = [candidate for family in drafters for candidate in family.given]
     for done, candidate in enumerate(given):
         progress(done, len(given), f"acceptance of {candidate.name}")
-        predictor.predict({"type": candidate.type, **candidate.options})
+        predictor.predict(candidate.arm)
     context = sum(len(text.prompt) + len(text.tokens) / 2 for text in texts) / len(texts)
     costs = Costs(measured.forwards(size), context)
     timed = [candidate for family in drafters for candidate in family.timed()]

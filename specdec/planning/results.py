@@ -47,6 +47,9 @@ def bent(tokens: Array, context: Array, knots: Sequence[float]) -> Array:
     return np.stack([np.ones_like(tokens), tokens, context, tokens * context, *bends], 1)
 
 
+LINEAR = ("constant", "per_token", "per_context", "per_token_and_context")
+
+
 class PiecewiseLinear(Record):
     """seconds = constant + per_token n + per_context c + per_token_and_context n c + the sum of
     slope_change max(0, n - knot), for n new tokens and c cached ones in a row."""
@@ -60,9 +63,8 @@ class PiecewiseLinear(Record):
     residuals: Residuals
 
     def __call__(self, new_tokens: float, context: float) -> float:
-        linear = (self.constant, self.per_token, self.per_context, self.per_token_and_context)
         (row,) = bent(np.array([float(new_tokens)]), np.array([float(context)]), self.knots)
-        return float(row @ np.array([*linear, *self.slope_changes]))
+        return float(row @ [*(getattr(self, name) for name in LINEAR), *self.slope_changes])
 
 
 class LinearCost(Record):

@@ -5,6 +5,7 @@ arXiv 2211.17192, section 3.1.
 """
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -141,10 +142,7 @@ class Hardware(Config):
         if len(names) > 1 and not self.target.hidden_size:
             raise ValueError("target.hidden_size is 0 but must be above 0; state it")
         if len(names) > 1 and self.split == "tensor" and self.target.num_layers < 2:
-            raise ValueError(
-                f"target.num_layers is {self.target.num_layers} but must be at least 2 for a "
-                "tensor split; state it"
-            )
+            raise ValueError("target.num_layers is 1 but must be at least 2 for a tensor split")
         return self
 
     def shares(self, model: Model) -> list[tuple[Device, float]]:
@@ -152,10 +150,8 @@ class Hardware(Config):
         if isinstance(model, DraftModel):
             return [(device, 1.0) for device in self.devices if device.name == model.device]
         total = sum(device.bandwidth_tb_s for device in self.devices)
-        is_stated = self.devices[0].share is not None
-        return [
-            (d, d.share or 0.0 if is_stated else d.bandwidth_tb_s / total) for d in self.devices
-        ]
+        even = ((device, device.bandwidth_tb_s / total) for device in self.devices)
+        return [(device, part if device.share is None else device.share) for device, part in even]
 
     def forward_s(self, model: Model, batch_size: int, new_tokens: Any) -> Any:
         """Seconds of a forward over all devices of a model, with what they send each other.
@@ -231,22 +227,21 @@ class Estimate(Results):
 
 
 def estimate(hardware: Hardware) -> Estimate:
-    target, drafters = [], []
-    for batch_size in hardware.batch_sizes:
-        plain_s = float(hardware.forward_s(hardware.target, batch_size, 1))
-        target.append(
-            TargetEstimate(
-                batch_size=batch_size,
-                estimated_forward_ms=1000 * plain_s,
-                estimated_plain_tokens_per_s=1 / plain_s,
-            )
-        )
-        drafters += [_drafter(hardware, drafter, batch_size) for drafter in hardware.drafters]
+    sizes = hardware.batch_sizes
+    plain = [(size, float(hardware.forward_s(hardware.target, size, 1))) for size in sizes]
+    drafters = [_drafter(hardware, *pair) for pair in product(hardware.drafters, sizes)]
     return Estimate(
         provenance=CodeProvenance(**code(("specdec",))),
         parameters=hardware.model_dump(mode="json"),
         assumptions=_assumptions(hardware),
-        target=target,
+        target=[
+            TargetEstimate(
+                batch_size=size,
+                estimated_forward_ms=1000 * plain_s,
+                estimated_plain_tokens_per_s=1 / plain_s,
+            )
+            for size, plain_s in plain
+        ],
         drafters=sorted(drafters, key=lambda row: (row.batch_size, -row.best.estimated_speedup)),
     )
 
@@ -310,11 +305,9 @@ def _assumptions(hardware: Hardware) -> list[str]:
         found.append(f"keys and values of {', '.join(bare)} are left out: kv_bytes_per_token is 0")
     rows = max(hardware.batch_sizes)
     for device, share in pairs:
-        part = share * target.memory_gb(rows, context)
-        needed = {"": part}
-        for each in hardware.drafters:
-            if each.device == device.name:
-                needed[f" with the drafter {each.name}"] = part + each.memory_gb(rows, context)
+        needed = {"": share * target.memory_gb(rows, context)}
+        for each in (drafter for drafter in hardware.drafters if drafter.device == device.name):
+            needed[f" with the drafter {each.name}"] = needed[""] + each.memory_gb(rows, context)
         found += [
             f"DOES NOT FIT: {device.name} holds {device.memory_gb:g} GB but its share of the "
             f"target{company} takes {size:.1f} GB at batch {rows}; the estimate stands for a "

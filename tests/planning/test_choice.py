@@ -31,12 +31,10 @@ CHAIN_CANDIDATES = ALL[: len(CHAINS)]
 MACHINE = Machine()
 
 
-def accepting(alpha, asked=None):
+def accepting(alpha):
     """Acceptance of chains and trees whose tokens are taken with probability alpha."""
 
     def accept(options):
-        if asked is not None:
-            asked.add(str(options))
         shape = DraftShape(options["depth"], options["width"], options["max_nodes"], True)
         tau = chain_tau(alpha, shape.depth) if shape.width == 1 else tree_tau(alpha, shape)
         return expected(tau, shape.nodes)
@@ -54,14 +52,10 @@ def test_search_finds_what_an_exhaustive_one_finds(seed):
     machine = Machine(
         per_token_s=float(rng.choice([1e-5, 1e-4, 1e-3])), level_s=float(rng.uniform(1e-4, 3e-3))
     )
-    asked = set()
-    found = Forecast(machine.costs(ALL), accepting(float(rng.uniform(0.3, 0.95)), asked))
+    found = Forecast(machine.costs(ALL), accepting(float(rng.uniform(0.3, 0.95))))
     ranked = search(found, ALL, 1)
-    assert len(asked) < len(ALL)
-    every = {each.name: found(each, 1).predicted_speedup for each in ALL}
-    assert speeds(ranked)[0] == max(every.values())
-    left_out = every.keys() - {each.name for each, _ in ranked}
-    assert max(every[name] for name in left_out) <= speeds(ranked)[0]
+    assert len(ranked) < len(ALL)
+    assert speeds(ranked)[0] == max(found(each, 1).predicted_speedup for each in ALL)
 
 
 def test_the_optimum_of_a_chain_is_known():
@@ -137,9 +131,7 @@ def confirmed(ranked, factors=None, slow_rounds=(), slow_runs=()):
 
 def test_a_flattered_configuration_is_found_out(ranked):
     (first, _), (second, _) = ranked[:2]
-    best, configuration = confirmed(ranked, {first.shape.depth: 3.0})[0]
-    assert best == second
-    assert configuration.is_timed
+    assert confirmed(ranked, {first.shape.depth: 3.0})[0][0] == second
 
 
 def test_the_choice_was_always_timed_itself(ranked):
@@ -148,15 +140,11 @@ def test_the_choice_was_always_timed_itself(ranked):
     assert order[FINALISTS:] == ranked[FINALISTS:]
 
 
-def test_fits_that_hold_keep_places_and_speeds(ranked):
-    order = confirmed(ranked)
-    assert [each for each, _ in order] == [each for each, _ in ranked]
-    assert speeds(order) == pytest.approx(speeds(ranked), rel=0.02)
-
-
-def test_busy_moments_decide_nothing(ranked):
-    depths = [each.shape.depth for each, _ in ranked[:FINALISTS]]
+def test_fits_that_hold_stay_and_busy_moments_decide_nothing(ranked):
     calm = confirmed(ranked)
+    assert [each for each, _ in calm] == [each for each, _ in ranked]
+    assert speeds(calm) == pytest.approx(speeds(ranked), rel=0.02)
+    depths = [each.shape.depth for each, _ in ranked[:FINALISTS]]
     slow_runs = [(0, depths[0]), (2, depths[0]), (5, depths[3]), (6, 0)]
     busy = confirmed(ranked, slow_rounds=(1, 4), slow_runs=slow_runs)
     assert [each for each, _ in busy] == [each for each, _ in calm]

@@ -16,6 +16,7 @@ DRAFTER = {
     **{"name": "D", "parameters_b": 1.0, "bits": 8.0, "kv_bytes_per_token": 1e4},
     **{"device": "b", "alpha": 0.5},
 }
+HOP_S = 100e-6 + 1000 * 2 / 10e9  # a token's state from device to device
 
 
 def hardware(**changes):
@@ -38,24 +39,22 @@ def target_s(given, batch_size, new_tokens):
     return given.forward_s(given.target, batch_size, new_tokens)
 
 
-def test_a_pipeline_adds_devices_and_link():
-    # 10 GB of weights and 0.1 GB of cache, two thirds at 2 TB/s and one third at 1 TB/s.
-    memory_s = 10.1e9 * (2 / 3 / 2e12 + 1 / 3 / 1e12)
-    link_s = 100e-6 + 1000 * 2 / 10e9
-    assert target_s(hardware(), 1, 1) == pytest.approx(memory_s + link_s)
-
-
-def test_a_tensor_split_waits_for_its_slowest_device():
-    devices = [{**A, "share": 0.5}, {**B, "share": 0.5}]
-    link_s = 2 * 20 * (100e-6 + 1000 * 2 / 10e9)  # twice a layer
-    found = target_s(hardware(split="tensor", devices=devices), 1, 1)
-    assert found == pytest.approx(0.5 * 10.1e9 / 1e12 + link_s)
-
-
-def test_many_tokens_are_bound_by_arithmetic():
-    # 2 operations a weight and token: 10e9 * 2 * 64 * 16 at 50 TFLOP/s.
-    found = target_s(hardware(devices=[B]), 16, 64)
-    assert found == pytest.approx(2 * 10e9 * 64 * 16 / 50e12)
+@pytest.mark.parametrize(
+    ("changes", "batch_size", "new_tokens", "wanted_s"),
+    [
+        # 10 GB of weights and 0.1 GB of cache, two thirds at 2 TB/s and one third at 1 TB/s.
+        ({}, 1, 1, 10.1e9 * (2 / 3 / 2e12 + 1 / 3 / 1e12) + HOP_S),
+        # Tensors wait for the slowest device, and travel twice a layer.
+        (
+            {"split": "tensor", "devices": [{**A, "share": 0.5}, {**B, "share": 0.5}]},
+            *(1, 1, 0.5 * 10.1e9 / 1e12 + 2 * 20 * HOP_S),
+        ),
+        # 2 operations a weight and token, at 50 TFLOP/s.
+        ({"devices": [B]}, 16, 64, 2 * 10e9 * 64 * 16 / 50e12),
+    ],
+)
+def test_a_forward_takes_what_its_formula_says(changes, batch_size, new_tokens, wanted_s):
+    assert target_s(hardware(**changes), batch_size, new_tokens) == pytest.approx(wanted_s)
 
 
 def test_efficiency_and_overhead_lengthen_a_forward():
@@ -64,25 +63,25 @@ def test_efficiency_and_overhead_lengthen_a_forward():
     assert half.forward_s(half.drafters[0], 1, 1) == pytest.approx(1.01e9 / 0.5e12 + 50e-6)
 
 
-@pytest.mark.parametrize(("alpha", "length"), [(0.0, 4), (0.5, 1), (0.8, 6)])
-def test_expected_tokens_are_the_geometric_sum(alpha, length):
-    formula = [(1 - alpha ** (n + 1)) / (1 - alpha) for n in range(length + 1)]
-    assert expected_tokens(alpha, length) == pytest.approx(formula)
-
-
-def test_expected_tokens_follow_alphas_by_depth():
-    assert expected_tokens([0.8, 0.5, 0.1], 3)[-1] == pytest.approx(1 + 0.8 + 0.4 + 0.04)
-    assert expected_tokens(1.0, 5)[-1] == 6
-    # The last one holds behind the list's end.
-    assert expected_tokens([0.8, 0.5], 4) == pytest.approx(expected_tokens([0.8, 0.5, 0.5, 0.5], 4))
+@pytest.mark.parametrize(
+    ("alpha", "wanted"),
+    [
+        (0.0, [1, 1, 1]),
+        (0.8, [(1 - 0.8 ** (n + 1)) / (1 - 0.8) for n in range(7)]),
+        (1.0, [1, 2, 3, 4, 5, 6]),
+        # The last one holds behind the list's end.
+        ([0.8, 0.5], [1, 1.8, 2.2, 2.4, 2.5]),
+    ],
+)
+def test_expected_tokens_sum_products_of_alphas(alpha, wanted):
+    assert expected_tokens(alpha, len(wanted) - 1) == pytest.approx(wanted)
 
 
 def test_the_best_length_is_the_fastest_tried():
     given = hardware(max_draft_tokens=6)
     (found,) = estimate(given).drafters
     speeds = [row.estimated_speedup for row in found.lengths]
-    assert len(speeds) == 7
-    assert speeds[0] == 1.0
+    assert (len(speeds), speeds[0]) == (7, 1.0)
     assert found.best.estimated_speedup == max(speeds)
     step_s = 2 * given.forward_s(given.drafters[0], 1, 1) + target_s(given, 1, 3)
     assert speeds[2] == pytest.approx(1.75 * target_s(given, 1, 1) / step_s)
