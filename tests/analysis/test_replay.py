@@ -81,9 +81,7 @@ def test_chosen_drafts_are_certain_along_sampled_texts(name, options, target, fo
     assert found.drafted == pytest.approx([result.stats.num_drafted for result in results])
 
 
-@pytest.mark.parametrize(
-    ("name", "options"), [case.values for case in CASES if "hybrid" in case.id]
-)
+@pytest.mark.parametrize(("name", "options"), [case for case in CASES if "hybrid" in case.id])
 def test_drafters_with_a_memory_see_texts_in_turn(name, options, target, folder):
     options = resolved(name, options, folder)
     _, texts = decoded(target, options)
@@ -120,23 +118,18 @@ def test_a_replay_refuses_sampled_drafts(target):
 
 
 def test_one_pass_serves_all_shapes_of_a_drafter(target, folder, monkeypatch):
-    from specdec.analysis import predict
-
     passes = []
-    real = predict.gather_evidence
-    monkeypatch.setattr(
-        predict, "gather_evidence", lambda *given: passes.append(given) or real(*given)
-    )
-    texts = target_answers(target, PROMPTS, SAMPLED, NUM_NEW)
-    predictor = Predictor(target, texts, SAMPLED)
-    chains = [
-        predictor.predict({"type": "eagle", "path": str(folder / "eagle"), "width": 1, "depth": d})
-        for d in range(1, 9)
-    ]
-    taus = [chain.tau for chain in chains]
+
+    def gather(*given):
+        passes.append(given)
+        return gather_evidence(*given)
+
+    monkeypatch.setattr("specdec.analysis.predict.gather_evidence", gather)
+    predictor = Predictor(target, target_answers(target, PROMPTS, SAMPLED, NUM_NEW), SAMPLED)
+    chain = {"type": "eagle", "path": str(folder / "eagle"), "width": 1}
+    taus = [predictor.predict({**chain, "depth": depth}).tau for depth in range(1, 9)]
     assert taus == sorted(taus)
-    sampled = {"width": 1, "depth": 3, "children": "with_replacement"}
-    predictor.predict({"type": "eagle", "path": str(folder / "eagle"), **sampled})
+    predictor.predict({**chain, "depth": 3, "children": "with_replacement"})
     assert len(passes) == 1
-    predictor.predict({"type": "eagle", "path": str(folder / "eagle"), "width": 1, "depth": 12})
+    predictor.predict({**chain, "depth": 12})
     assert len(passes) == 2

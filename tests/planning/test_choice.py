@@ -14,7 +14,7 @@ from tests.planning.toys import (
     CHAINS,
     NO_DRAFT,
     Machine,
-    ToyExpected,
+    acceptance,
     candidate,
     chain_tau,
     expected,
@@ -213,9 +213,7 @@ def test_the_controller_pays_for_what_is_drafted():
     """A lookup that finds something in two steps of five is cheap on the mean, not when it does."""
     machine = Machine(level_s=0.0)
     budgets = [candidate(DraftShape(0, 1, n, False), "suffix") for n in (1, 3, 6, 8)]
-    seldom = Forecast(
-        machine.costs(budgets), lambda o: ToyExpected([121] * 2, [100] * 2, [300] * 2, [40] * 2)
-    )
+    seldom = Forecast(machine.costs(budgets), lambda o: acceptance([121], [100], [300], [40]))
     _, _, step_s = schedule(seldom, budgets[-1], (1,))
     assert step_s[1][8] == pytest.approx(machine.wall(budgets[-1].shape, 8), rel=0.02)
     assert seldom(budgets[-1], 1).step_ms.wall < 950 * step_s[1][8]
@@ -227,8 +225,8 @@ LOOKUPS = [replace(LOOKUP, shape=DraftShape(0, 1, n, False)) for n in range(4)]
 
 def test_speed_is_the_ratio_of_total_times():
     one = candidate(chain(2))
-    acceptance = ToyExpected([11, 151], [2, 100], [4, 200], [2, 100])
-    found = Forecast(MACHINE.costs([one]), lambda o: acceptance)(one, 1)
+    two = acceptance([11, 151], [2, 100], [4, 200], [2, 100])
+    found = Forecast(MACHINE.costs([one]), lambda o: two)(one, 1)
     wanted = (10 + 150) / (2 + 100) * MACHINE.wall(NO_DRAFT, 0) / MACHINE.wall(one.shape, 2)
     assert found.predicted_speedup == pytest.approx(wanted, rel=1e-3)
     low, high = found.predicted_speedup_ci
@@ -236,9 +234,9 @@ def test_speed_is_the_ratio_of_total_times():
 
 
 def lookup_wall(tokens, steps, drafted, judging, batch_size=1):
-    acceptance = ToyExpected([tokens], [steps], [drafted], [judging])
+    given = acceptance([tokens], [steps], [drafted], [judging])
     costs = MACHINE.costs(LOOKUPS, (batch_size,))
-    return Forecast(costs, lambda o: acceptance)(LOOKUP, batch_size).step_ms.wall / 1000
+    return Forecast(costs, lambda o: given)(LOOKUP, batch_size).step_ms.wall / 1000
 
 
 @pytest.mark.parametrize(("drafted", "judging"), [(27, 27), (30, 27), (81, 27), (0, 0), (20, 100)])

@@ -15,20 +15,13 @@ NO_DRAFT = DraftShape(0, 1, 0, False)
 CHAINS = [chain(depth) for depth in range(1, 13)]
 
 
-class ToyExpected(Expected):
-    """Acceptance of one prompt or more, without the cost of an interval."""
-
-    def __init__(self, tokens, steps, drafted, judging):
-        super().__init__(tokens, steps, drafted, [], [[each] for each in judging])
-
-    def tau_interval(self):
-        return None
+def acceptance(tokens, steps, drafted, judging):
+    return Expected(tokens, steps, drafted, [], [[each] for each in judging])
 
 
-def expected(tau, nodes, num_steps=100.0, num_prompts=3):
-    """The same tau for every prompt, with every draft as large as it may be."""
-    each = (1 + tau * num_steps, num_steps, nodes * num_steps, num_steps)
-    return ToyExpected(*([value] * num_prompts for value in each))
+def expected(tau, nodes):
+    """One prompt, with every draft as large as it may be."""
+    return acceptance([1 + 100 * tau], [100], [100 * nodes], [100])
 
 
 def chain_tau(alpha, length):
