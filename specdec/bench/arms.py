@@ -20,8 +20,6 @@ from specdec.engine.interfaces import Drafter
 from specdec.registry import load_drafter
 from specdec.targets.hf import HFTarget
 
-_STEP_S = TypeAdapter(dict[int, dict[int, float]])  # JSON keeps its keys as text
-
 
 def build_arms(config: RunConfig, target: HFTarget) -> dict[str, Arm]:
     """Build every arm afresh, so that nothing it saw before helps it."""
@@ -53,7 +51,8 @@ def load_draft_length(arm: ArmConfig, drafter: Drafter, target: HFTarget) -> Dra
     path = Path(option["plan"]).expanduser()
     try:
         plan = read_json(path)
-        step_s = _STEP_S.validate_python(plan["controller"]["step_s"])
+        costs = plan["controller"]["step_s"]  # JSON keeps its keys as text
+        step_s = TypeAdapter(dict[int, dict[int, float]]).validate_python(costs)
         planned = dict(plan.get("target", {}))  # a plan written by hand may leave out both
         if "configurations" in plan:
             planned["drafter"] = plan["configurations"][0]["type"]
@@ -84,7 +83,7 @@ class EngineArm:
 
     def __init__(self, config: RunConfig, **options: Any) -> None:
         self._config, self._options = config, options
-        Engine(**options)  # refuses what does not go together
+        Engine(**options, max_rows=config.rows)  # refuses what does not go together
 
     def __call__(self, requests: Requests, after_step: Callable[[], None]) -> list[Run | str]:
         engine = Engine(**self._options, max_rows=min(self._config.rows, len(requests)))

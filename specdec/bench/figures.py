@@ -143,8 +143,8 @@ def load_figures(requests: Sequence[Request], calls: Sequence[Call], plain: Sequ
     pairs = [(a.runs, b.runs) for a, b in zip(calls, plain, strict=True) if a.wall_s and b.wall_s]
     users = sorted({request.user for request in requests})
     places = [[i for i, each in enumerate(requests) if each.user == user] for user in users]
-    user_works = [[_waited([runs[i] for i in own]) for runs in whole] for own in places]
-    by_user = [typical(work.tokens / work.seconds for work in works) for works in user_works]
+    works = [[_waited([runs[i] for i in own]) for runs in whole] for own in places]
+    by_user = [typical(work.tokens / work.seconds for work in each) for each in works]
     known = [speed for speed in by_user if speed is not None]
     totals = [_throughput(runs) for runs in whole]
     ratios = [_throughput(ours) / _throughput(theirs) for ours, theirs in pairs]

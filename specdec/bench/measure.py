@@ -16,6 +16,7 @@ import torch
 from specdec.bench.config import SamplingOptions
 from specdec.bench.results import Memory
 from specdec.bench.workloads import Request
+from specdec.common.files import first_line
 from specdec.engine.engine import Engine
 from specdec.engine.metrics import StepRecord
 from specdec.engine.scheduler import is_out_of_memory
@@ -72,7 +73,7 @@ def measure_call(arm: Arm, requests: Requests, device: torch.device, meter: "Pow
     reset_peaks(device)
     meter.start()
     started = time.perf_counter()
-    rows = decode_healthy(arm, requests, meter.look)
+    rows = decode_healthy(lambda given: arm(given, meter.look), requests)
     took_s = time.perf_counter() - started
     energy_j = meter.stop()
     is_whole = all(isinstance(row, Run) for row in rows)
@@ -142,48 +143,46 @@ def serve(
 
 # --- Failures ---
 
+Decode = Callable[[Requests], list[Run | str]]
 
-def decode_healthy(
-    arm: Arm, requests: Requests, after_step: Callable[[], None] = lambda: None
-) -> list[Run | str]:
+
+def decode_healthy(decode: Decode, requests: Requests) -> list[Run | str]:
     """Decode requests; where some make the call fail, the others are decoded without them."""
-    rows, reason, out_of_memory = _try(arm, requests, after_step)
+    rows, reason, out_of_memory = _try(decode, requests)
     if rows is not None:
         return rows
     users = {request.user for request in requests}
     if len(requests) == 1 or len(users) < len(requests):
         return [reason] * len(requests)  # a user's requests follow each other
     if out_of_memory:
-        return [f"{reason}; {_largest_batch(arm, requests, after_step)}"] * len(requests)
-    alone = [_try(arm, [request], after_step) for request in requests]
+        return [f"{reason}; {_largest_batch(decode, requests)}"] * len(requests)
+    alone = [_try(decode, [request]) for request in requests]
     healthy = [request for request, one in zip(requests, alone, strict=True) if one[0] is not None]
     if len(healthy) == len(requests):
         return [reason] * len(requests)  # only together do they fail
-    again = iter(decode_healthy(arm, healthy, after_step) if healthy else [])
+    again = iter(decode_healthy(decode, healthy) if healthy else [])
     return [why if found is None else next(again) for found, why, _ in alone]
 
 
-def _try(
-    arm: Arm, requests: Requests, after_step: Callable[[], None]
-) -> tuple[list[Run | str] | None, str, bool]:
+def _try(decode: Decode, requests: Requests) -> tuple[list[Run | str] | None, str, bool]:
     """The rows, or None with the reason and whether memory ran out."""
     try:
-        return arm(requests, after_step), "", False
+        return decode(requests), "", False
     except PROMPT_ERRORS as error:
-        first_line = (str(error).splitlines() or ["no message"])[0]
-        reason, out_of_memory = f"{type(error).__name__}: {first_line}", is_out_of_memory(error)
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        out_of_memory = is_out_of_memory(error)
     # Only here is the error gone, and with it the frames that hold the batch's tensors.
     if out_of_memory and torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None, reason, out_of_memory
 
 
-def _largest_batch(arm: Arm, requests: Requests, after_step: Callable[[], None]) -> str:
+def _largest_batch(decode: Decode, requests: Requests) -> str:
     """The largest batch that does decode, found by halving, with the longest prompts in it."""
     longest = sorted(requests, key=lambda request: -request.num_tokens)
     size = len(requests) // 2
     while size:
-        if _try(arm, longest[:size], after_step)[0] is not None:
+        if _try(decode, longest[:size])[0] is not None:
             return f"{size} of these prompts fit together, set batch_size={size}"
         size //= 2
     return "one prompt alone does not fit, lower max_new_tokens or use a smaller target.dtype"

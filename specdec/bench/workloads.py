@@ -9,7 +9,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import chain, count
 from typing import Any
 
 from specdec.bench.config import (
@@ -202,11 +202,11 @@ def _turns(texts: Sequence[BenchPrompt], answers: Mapping[str, str] | None) -> t
     words = [text.messages[-1]["content"] if text.messages else text.text for text in texts]
     if answers is None:
         return ({"role": "user", "content": "\n\n".join(words)},)
-    turns = []
-    for text, question in zip(texts, words, strict=True):
-        turns.append({"role": "user", "content": question})
-        turns.append({"role": "assistant", "content": answers[text.id]})
-    return tuple(turns[:-1])
+    turns = (
+        ({"role": "user", "content": question}, {"role": "assistant", "content": answers[text.id]})
+        for text, question in zip(texts, words, strict=True)
+    )
+    return tuple(chain(*turns))[:-1]
 
 
 def _single_turn(config: SingleTurnConfig, pool: _TextPool, progress: Progress) -> Iterator[Group]:

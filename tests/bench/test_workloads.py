@@ -151,8 +151,7 @@ def test_users_ask_the_same_at_every_load(users):
     one, three = users(requests_per_user=4)
     assert [group.value for group in (one, three)] == [1, 3]
     (alone,), (together,) = one.calls, three.calls
-    assert len(alone) == 4
-    assert len(together) == 12
+    assert (len(alone), len(together)) == (4, 12)
     assert [request for request in together if request.user == 0] == alone
     assert [request.user for request in together[:3]] == [0, 1, 2]
     assert all(10 <= len(request.prompt) <= 60 for request in together)
@@ -187,13 +186,9 @@ def test_follow_up_is_asked_after_the_target_s_answer():
         generate_baseline(target, [list(prompt.messages)], max_new_tokens=12)[0].text
         for prompt in unfolded[:2]
     ]
-    assert list(unfolded[2].messages) == [
-        user("one latte"),
-        {"role": "assistant", "content": answers[0]},
-        user("yes"),
-        {"role": "assistant", "content": answers[1]},
-        user("thanks"),
-    ]
+    replies = [{"role": "assistant", "content": answer} for answer in answers]
+    asked = user("one latte"), replies[0], user("yes"), replies[1], user("thanks")
+    assert unfolded[2].messages == asked
     assert not any(prompt.follow_ups for prompt in unfolded)
 
 
