@@ -5,16 +5,17 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from specdec.common.files import first_line, read_json, replace_file
 
 Model = TypeVar("Model", bound=BaseModel)
+Count = Annotated[int, Field(ge=0)]
 
 # Far more than a configuration holds, and little enough to be read at once.
 _MAX_CHARS, _MAX_VALUES, _MAX_DEPTH = 2**20, 50_000, 50

@@ -10,14 +10,12 @@ from pydantic import Field, JsonValue, model_validator
 
 from specdec.checkpoints import TargetIdentity
 from specdec.checkpoints.identity import differences
-from specdec.common.config import Config, model_bytes, read_model, validated
+from specdec.common.config import Config, Count, model_bytes, read_model, validated
 from specdec.common.files import parse_json, replace_files
 from specdec.common.provenance import CodeProvenance, MachineProvenance
 from specdec.sampling.config import SamplingConfig
 
 MANIFEST, FAILED, JOURNAL = "answers.json", "failed.jsonl", "journal.jsonl"
-
-Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from jinja2 import Environment
 from pydantic import Field
 
-from specdec.common.config import Config, read_model, write_model
+from specdec.common.config import Config, Count, read_model, write_model
 from specdec.common.files import restore, whole_folder
 from specdec.common.messages import (
     Message,
@@ -66,7 +66,6 @@ _CARD = Path(__file__).with_name("collection_card.md.jinja")
 _LOPSIDED_SHARE = 0.2  # of queries that begin alike: a split by conversation is lopsided
 _TOLD_LETTERS = 20  # below which a language is a guess
 
-Count = Annotated[int, Field(ge=0)]
 Show = Callable[[int, int, str], None]
 
 

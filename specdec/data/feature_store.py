@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -15,15 +15,12 @@ from torch import Tensor
 
 from specdec.checkpoints import TargetIdentity
 from specdec.checkpoints.identity import TARGET, as_json, differences, hash_of_ends, identify_target
-from specdec.common.config import Config, read_model
+from specdec.common.config import Config, Count, read_model
 from specdec.common.files import file_hash
 from specdec.common.provenance import MachineProvenance
 from specdec.data.answers import AnswerRow, AnswersManifest
 
 INDEX = "features.json"
-
-Count = Annotated[int, Field(ge=0)]
-LogitsDtype = Literal["float32", "bfloat16", "float16"]
 
 
 def logit_places(row: AnswerRow) -> list[int]:
@@ -44,7 +41,7 @@ class FeatureLayout(Config):
     num_layers: int = Field(ge=1)
     dtype: Literal["bf16", "float32"] = Field(default="bf16", description="of the taps")
     top_k: Count = Field(default=64, description="logits kept for each place; V keeps all, 0 none")
-    logits_dtype: LogitsDtype = "float32"
+    logits_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     @model_validator(mode="after")
     def _check_logits(self) -> "FeatureLayout":

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from specdec.common.config import Config, validated
+from specdec.common.config import Config, Count, validated
 from specdec.common.files import file_hash
 from specdec.common.hub import find_path
 from specdec.common.messages import Query, read_queries, short_hash
@@ -33,7 +33,7 @@ class FileIdentity(Config):
     """A file that was read."""
 
     path: str
-    bytes: int = Field(ge=0)
+    bytes: Count
     sha256: str
 
 
@@ -41,7 +41,7 @@ class DataSetIdentity(Config):
     """A split of a data set that was read."""
 
     data_set: str
-    rows: int = Field(ge=0)
+    rows: Count
     fingerprint: str = Field(description="fingerprint that `datasets` gives it")
 
 
