@@ -41,16 +41,14 @@ def parse_object(body: bytes | bytearray) -> dict[str, Any] | None:
 class Answer:
     """The body of an answer while it passes: decompressed, and a stream's events joined.
 
-    Of a stream only the text is kept, never its events. Every text field of the deltas is joined
-    (content, reasoning, refusal, arguments of tool calls); log probabilities are not kept.
+    Of a stream only the text is kept: every text field of the deltas, and never its events.
     """
 
     def __init__(self, headers: httpx.Headers) -> None:
         self.is_stream = headers.get("content-type", "").lower().startswith("text/event-stream")
         self.has_ended = self.has_text = False  # the stream said `[DONE]`; the model a text
         coding = headers.get("content-encoding", "").lower()
-        if coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
-            raise ValueError(f"content coding {coding!r} cannot be read")
+        self.is_readable = coding in ("", "identity", "gzip", "x-gzip", "deflate")
         # 32 more than the window's size: zlib finds out by itself which of the two headers it is.
         self._zlib = None if coding in ("", "identity") else zlib.decompressobj(zlib.MAX_WBITS | 32)
         self._rest = bytearray()  # the body, or of a stream its last line
@@ -58,7 +56,7 @@ class Answer:
         self._top: dict[str, Any] = {}
         self._choices: dict[int, tuple[dict[str, Any], dict[Any, Any]]] = {}  # reasons, texts
         self._joined_bytes = 0
-        self._is_chat = self._is_damaged = self._is_unreadable = False
+        self._is_chat = self._is_damaged = False
 
     @property
     def size(self) -> int:
@@ -68,7 +66,7 @@ class Answer:
     def feed(self, received: bytes, max_bytes: int) -> bool:
         """Take the next bytes as they came over the wire; False if they are too many to keep."""
         try:
-            for piece in self._inflated(b"" if self._is_unreadable else received):
+            for piece in self._inflated(received) if self.is_readable else ():
                 self._rest += piece
                 if self.is_stream and b"\n" in piece:
                     *lines, self._rest = self._rest.split(b"\n")
@@ -76,15 +74,11 @@ class Answer:
                 if self.size > max_bytes:
                     return False
         except zlib.error:  # damaged: the request is worth a record all the same
-            self._is_unreadable = True
+            self.is_readable = False
         return True
 
     def response(self) -> tuple[dict[str, Any] | None, bool]:
-        """Return what the same request gives without a stream, and whether it is whole.
-
-        A stream is if it said `[DONE]` or gave every choice's finish reason, with no error and
-        no event that could not be read.
-        """
+        """Return what the same request gives without a stream, and whether it is whole."""
         if not self.is_stream:
             found = parse_object(self._rest)
             return found, found is not None
@@ -115,10 +109,7 @@ class Answer:
             yield piece
 
     def _take_lines(self, lines: Iterable[bytes | bytearray]) -> None:
-        """Read server-sent events (WHATWG HTML), whose lines end in LF or CR LF.
-
-        httpx-sse reads a response of httpx, not bytes that are on their way to somebody else.
-        """
+        """Read server-sent events (WHATWG HTML), whose lines end in LF or CR LF."""
         for line in lines:
             line = line.removesuffix(b"\r")
             if line.startswith(b"data:"):
@@ -146,12 +137,13 @@ class Answer:
 
     def _join(self, node: dict[Any, Any], delta: Any) -> None:
         """Add a delta's texts to those before; items of lists are told apart by their index."""
-        pairs = delta.items() if isinstance(delta, dict) else map(_placed, enumerate(delta))
+        pairs: Any = delta.items() if isinstance(delta, dict) else enumerate(delta)
         for key, each in pairs:
+            if isinstance(delta, list) and isinstance(each, dict):
+                key = int(each.get("index", key))
             is_once = key in _SAID_ONCE
             if isinstance(each, str) and not (is_once and (not each or key in node)):
-                text = self._entry(node, key, StringIO)
-                text.write(each)
+                self._entry(node, key, StringIO).write(each)
                 self._joined_bytes += len(each.encode("utf-8", "surrogatepass"))
                 self.has_text = self.has_text or bool(each and not is_once)
             elif each and isinstance(each, dict | list):
@@ -162,11 +154,6 @@ class Answer:
             node[key] = make()
             self._joined_bytes += _ENTRY
         return node[key]
-
-
-def _placed(item: tuple[int, Any]) -> tuple[int, Any]:
-    place, each = item
-    return int(each.get("index", place) if isinstance(each, dict) else place), each
 
 
 def _plain(node: Any) -> Any:
@@ -198,15 +185,12 @@ class Exchange:
             latency_s=0.0,
             ttft_s=None,
         )
-        self.is_open = True
-        self.ended = False
-        self._recorder = recorder
-        self._started = time.perf_counter()
+        self.is_open, self.ended = True, False
+        self._recorder, self._started = recorder, time.perf_counter()
         self._secrets = secrets_outside(headers, query)
-        self._request = bytearray()
+        self._request, self._held = bytearray(), 0
         self._answer: Answer | None = None
         self._bytes_left: int | None = None
-        self._held = 0
 
     @property
     def has_answer(self) -> bool:
@@ -228,12 +212,10 @@ class Exchange:
         # A length beside a transfer coding says nothing.
         is_told = length.isdecimal() and "transfer-encoding" not in headers
         self._bytes_left = int(length) if is_told else None
-        try:
-            self._answer = Answer(headers)
-        except ValueError:
+        self._answer = Answer(headers)
+        self.record.status, self.record.stream = status, self._answer.is_stream
+        if not self._answer.is_readable:
             self.skip("unknown content coding")
-        else:
-            self.record.status, self.record.stream = status, self._answer.is_stream
 
     def add_answer(self, piece: bytes) -> None:
         if not self.is_open or self._answer is None:
@@ -243,13 +225,8 @@ class Exchange:
         if not self._answer.feed(piece, self._recorder.max_body_bytes):
             self.skip("answer too large")
         elif self.record.ttft_s is None and self._answer.has_text:
-            self.record.ttft_s = self._elapsed()
+            self.record.ttft_s = self.elapsed()
         self._hold()
-
-    def seal(self) -> None:
-        """Take no more: it is recorded as it is now."""
-        self.is_open = False
-        self.record.latency_s = self._elapsed()
 
     def skip(self, reason: str) -> None:
         """Give it up; only the count of such remains."""
@@ -274,8 +251,7 @@ class Exchange:
         if self._answer:
             response, is_whole = self._answer.response()
             record.response = None if response is None else keep(response, "response")
-        named = (each.get("model") for each in (record.request, record.response or {}))
-        record.model = next((name for name in named if name), None)
+        record.model = record.request.get("model") or (record.response or {}).get("model") or None
         record.complete = is_whole and (self.ended or self.has_answer)
         # Secrets of what is not kept, too: the answer may repeat them.
         found = (secrets | self._secrets | secrets_inside(request)) - {record.model or ""}
@@ -290,15 +266,12 @@ class Exchange:
             if self._recorder.held_bytes > self._recorder.max_held_bytes:
                 self.skip("too much in flight")
 
-    def _elapsed(self) -> float:
+    def elapsed(self) -> float:
         return round(time.perf_counter() - self._started, 6)
 
 
 class Recorder:
-    """Writes one record after the other in a thread of its own.
-
-    Its state changes in the event loop's thread alone.
-    """
+    """Writes records in a thread of its own; its state changes in the event loop's alone."""
 
     def __init__(
         self,
@@ -332,7 +305,8 @@ class Recorder:
     async def keep(self, exchange: Exchange) -> None:
         """Record the exchange as it is now, once; wait for the disk, but not for ever."""
         if exchange.is_open:
-            exchange.seal()
+            exchange.is_open = False  # it is recorded as it is now
+            exchange.record.latency_s = exchange.elapsed()
             loop = asyncio.get_running_loop()
             writing = loop.run_in_executor(self._thread, self._write, exchange)
             self._pending[exchange.record.id] = writing

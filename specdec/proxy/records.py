@@ -75,10 +75,7 @@ class TotalReachedError(Exception):
 
 
 class RecordFiles:
-    """`requests-00001.jsonl` and so on; a line that `append` returned for is on the disk.
-
-    Not for several threads at once. One process at a time holds the folder.
-    """
+    """`requests-00001.jsonl` and so on, of one process and one thread at a time."""
 
     def __init__(self, folder: Path, max_file_bytes: int, max_total_bytes: int) -> None:
         self._folder, self._max_file, self._max_total = folder, max_file_bytes, max_total_bytes
@@ -93,6 +90,7 @@ class RecordFiles:
         return self._folder / f"requests-{self._number:05d}.jsonl"
 
     def append(self, line: bytes) -> None:
+        """Add a line; when this returns it is on the disk."""
         if self.total_bytes + len(line) > self._max_total:
             self.total_bytes = sum(self._sizes().values())  # somebody may have taken files away
             if self.total_bytes + len(line) > self._max_total:

@@ -99,7 +99,11 @@ def secrets_outside(
     """Find credentials in the headers and the query string of a request or an answer."""
     found: list[str] = []
     for raw_name, raw_value in headers:
-        name, value = raw_name.decode("latin-1").lower(), _decoded(raw_value).strip()
+        name = raw_name.decode("latin-1").lower()
+        try:
+            value = raw_value.decode().strip()
+        except UnicodeDecodeError:
+            value = raw_value.decode("latin-1").strip()
         if _is_named(name, _CREDENTIAL_OUTSIDE):
             found += _cookies(value) if _plain(name).endswith("cookie") else _credentials(value)
         # An answer's id, say, only looks like a key.
@@ -125,10 +129,9 @@ def long_enough(texts: Iterable[str]) -> frozenset[str]:
 
 
 def redact(value: Any, secrets: Iterable[str]) -> Any:
-    """Remove credentials from a JSON value.
+    """Replace what goes under a credential's name, keys of known forms and named passwords.
 
-    What goes under a credential's name is replaced, as are keys of known forms and named passwords
-    in any text, and the `secrets` and whatever was found, wherever they are repeated.
+    The `secrets` and whatever was found are replaced wherever they are repeated, too.
     """
     redaction = _Redaction(secrets)
     clean = redaction.apply(value)
@@ -186,13 +189,6 @@ class _Redaction:
         # Of a login in a URL, the password alone as well.
         self.secrets.update(found, (each.partition(":")[2] for each in found))
         return read.masked(REDACTED)
-
-
-def _decoded(raw: bytes) -> str:
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        return raw.decode("latin-1")
 
 
 def _cookies(value: str) -> list[str]:

@@ -18,16 +18,14 @@ import uvicorn
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route, Router
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from specdec.proxy.recorder import Exchange, Headers, Recorder, Say
 from specdec.proxy.records import ProxyConfig, RecordFiles, parse_size
 from specdec.proxy.redaction import long_enough, redact
 
 _CHECK_TIMEOUT_S, _CHECK_EVERY_S = 2.0, 5.0
-# Servers close a quiet connection after 5 s or more; one that is closed just as a request is sent
-# would fail it, and a request cannot be sent twice.
-_KEEPALIVE_S = 2.0
+_KEEPALIVE_S = 2.0  # servers close a quiet connection after 5 s or more, which would fail a request
 _MAX_ENCODINGS = 4
 _LAST_RECORDS_S = 5.0
 # RFC 9110, section 7.6.1, with "proxy-connection", which clients still send.
@@ -39,17 +37,14 @@ _READABLE = (b"gzip", b"x-gzip", b"deflate", b"identity")
 
 
 def end_to_end(headers: Headers) -> Headers:
-    """Return headers without those of this hop, names in lower case, order and repetitions kept.
-
-    A length beside a transfer coding is dropped too: only one of them can be true.
-    """
+    """Return headers without those of this hop, names in lower case, order and repetitions kept."""
     lower = [(name.lower(), value) for name, value in headers]
     dropped = set(_HOP_BY_HOP)
     for name, value in lower:
         if name == b"connection":
             dropped.update(option.strip().lower() for option in value.split(b","))
         elif name == b"transfer-encoding":
-            dropped.add(b"content-length")
+            dropped.add(b"content-length")  # only one of them can be true
     return [(name, value) for name, value in lower if name not in dropped]
 
 
@@ -83,8 +78,7 @@ class Upstream:
             verify=httpx.create_ssl_context() if base.scheme == "https" else False,
             limits=httpx.Limits(max_connections=None, keepalive_expiry=_KEEPALIVE_S),
         )
-        self._health: dict[str, Any] = {}
-        self._checked = -_CHECK_EVERY_S
+        self._health, self._checked = dict[str, Any](), -_CHECK_EVERY_S
         self._checking = asyncio.Lock()
 
     async def send(
@@ -99,25 +93,24 @@ class Upstream:
     async def health(self) -> dict[str, Any]:
         """Tell if the server can be reached, and the status of its `/health`; not asked often."""
         async with self._checking:
-            if time.monotonic() - self._checked >= _CHECK_EVERY_S:
-                self._health = await self._check()
-                self._checked = time.monotonic()
-        return {"url": self.url, **self._health}
+            if time.monotonic() - self._checked < _CHECK_EVERY_S:
+                return self._health
+            found: dict[str, Any] = {"url": self.url, "reachable": True, "health_status": None}
+            timeout = dict.fromkeys(self._timeout, _CHECK_TIMEOUT_S)
+            target = self._prefix.removesuffix(b"/v1") + b"/health"
+            try:
+                response = await self._send("GET", target, [], None, timeout)
+                await response.aclose()
+                found["health_status"] = response.status_code
+            except httpx.TransportError as error:
+                # One that takes the connection and says nothing is only busy.
+                if not isinstance(error, httpx.ReadTimeout | httpx.PoolTimeout):
+                    found |= {"reachable": False, "error": _reason(error)}
+            self._health, self._checked = found, time.monotonic()
+            return found
 
     async def close(self) -> None:
         await self._transport.aclose()
-
-    async def _check(self) -> dict[str, Any]:
-        timeout = dict.fromkeys(self._timeout, _CHECK_TIMEOUT_S)
-        target = self._prefix.removesuffix(b"/v1") + b"/health"
-        try:
-            response = await self._send("GET", target, [], None, timeout)
-        except (httpx.ReadTimeout, httpx.PoolTimeout):
-            return {"reachable": True, "health_status": None}  # it took the connection, but is busy
-        except httpx.TransportError as error:
-            return {"reachable": False, "health_status": None, "error": _reason(error)}
-        await response.aclose()
-        return {"reachable": True, "health_status": response.status_code}
 
     async def _send(
         self, method: str, target: bytes, headers: Headers, body: Any, timeout: dict[str, Any]
@@ -140,31 +133,68 @@ def _reason(error: httpx.TransportError) -> str:
 def _parsed(url: str) -> httpx.URL:
     if "@" in url:
         raise ValueError(
-            "--upstream holds a login, which every user of this machine could read in the list of "
+            "--upstream holds a login, which every user of this machine could read in its list of "
             "processes; put it in an environment variable and give --upstream-key-env NAME"
         )
-    try:
+    with suppress(httpx.InvalidURL):
         parsed = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise ValueError(f"--upstream is no URL ({error}); give http://HOST:PORT") from error
-    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query:
-        shown = repr(redact(url, []))
-        raise ValueError(f"--upstream {shown} is no address of a server; give http://HOST:PORT")
-    return parsed
+        if parsed.scheme in ("http", "https") and parsed.host and not parsed.query:
+            return parsed
+    shown = repr(redact(url, []))
+    raise ValueError(f"--upstream {shown} is no address of a server; give http://HOST:PORT")
 
 
-class Forwarder:
-    """An ASGI application for every path.
+class Application(Router):
+    """The proxy as an ASGI application: `/health`, and every other path passed on.
 
     A part of an answer goes to the client as soon as it comes. Only the part that ends an answer
     waits for its record: what a client knows to be finished is on the disk.
     """
 
-    def __init__(self, upstream: Upstream, recorder: Recorder, say: Say) -> None:
-        self.running = 0  # requests that are being served
-        self._upstream, self._recorder, self._say = upstream, recorder, say
+    def __init__(
+        self, upstream: Upstream, recorder: Recorder, say: Say, hosts: frozenset[str] | None = None
+    ) -> None:
+        self._running = 0  # requests that are being served
+        self._upstream, self._recorder, self._say, self._hosts = upstream, recorder, say, hosts
+        health = Route("/health", self._health, methods=["GET"])
+        super().__init__([health], False, self._pass_on, lifespan=self._lifespan)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = refused(scope, self._hosts) if scope["type"] == "http" else None
+        await (refusal or super().__call__)(scope, receive, send)
+
+    async def _health(self, request: Request) -> JSONResponse:
+        server, recorder = await self._upstream.health(), self._recorder
+        status = "not recording" if recorder.trouble else "ok"
+        state = {
+            "status": status if server["reachable"] else "upstream unreachable",
+            "upstream": server,
+            "recording": not recorder.trouble,
+            "why_not": recorder.trouble or None,
+            "recorded": recorder.recorded,
+            "skipped": dict(recorder.skipped),
+            "bytes": recorder.files.total_bytes,
+            "file": recorder.files.path.name,
+            "running": self._running,
+            "held_bytes": recorder.held_bytes,
+            "last_error": recorder.last_error or None,
+        }
+        return JSONResponse(state, 200 if server["reachable"] else 503)
+
+    @asynccontextmanager
+    async def _lifespan(self, _: object) -> AsyncIterator[None]:
+        yield
+        # Requests that the server has just cancelled still hand in what they have.
+        with anyio.move_on_after(_LAST_RECORDS_S):
+            while self._running:
+                await anyio.sleep(0.01)
+        await self._recorder.close()
+        await self._upstream.close()
+        recorded, skipped = self._recorder.recorded, self._recorder.skipped
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common())
+        self._say(f"recorded {recorded} requests, left out: {reasons or 'none'}")
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, until its answer has ended or the client has left."""
         path, query = scope["raw_path"].decode("latin-1"), scope["query_string"]
         exchange = self._recorder.begin(scope["method"], path, scope["headers"], query)
@@ -186,7 +216,7 @@ class Forwarder:
         has_body = not {"content-length", "transfer-encoding"}.isdisjoint(request.headers)
         if not has_body:
             was_read.set()
-        self.running += 1
+        self._running += 1
         try:
             async with anyio.create_task_group() as group:
                 group.start_soon(cancel_when_gone, group.cancel_scope)
@@ -195,7 +225,7 @@ class Forwarder:
         finally:
             with anyio.CancelScope(shield=True):
                 await self._recorder.keep(exchange)
-            self.running -= 1
+            self._running -= 1
 
     async def _forward(
         self, request: Request, body: AsyncIterator[bytes] | None, send: Send, exchange: Exchange
@@ -258,8 +288,13 @@ def refused(scope: Scope, hosts: frozenset[str] | None) -> JSONResponse | None:
     return None
 
 
-def hosts_of(host: str, port: int) -> frozenset[str]:
-    """List what clients of a loopback address write into the header Host."""
+def hosts_of(host: str, port: int) -> frozenset[str] | None:
+    """List what clients of a loopback address write into the header Host; None for another one."""
+    is_loopback = host == "localhost"
+    with suppress(ValueError):
+        is_loopback = ipaddress.ip_address(host).is_loopback
+    if not is_loopback:
+        return None
     names = {"localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host.lower()}
     return frozenset({f"{name}:{port}" for name in names} | (names if port == 80 else set()))
 
@@ -275,66 +310,16 @@ def _leaves_root(path: bytes) -> bool:
     except UnicodeDecodeError:
         return True
     parts = [part.split(";")[0].strip() for part in text.split("/")[1:]]
-    dots = any(part in (".", "..") for part in parts)
-    return dots or "" in parts[:-1] or b"%" in path or not text.isprintable()
-
-
-def build_application(
-    upstream: Upstream, recorder: Recorder, say: Say, hosts: frozenset[str] | None = None
-) -> ASGIApp:
-    """Build the proxy: `/health`, and every other path passed on."""
-    forwarder = Forwarder(upstream, recorder, say)
-
-    async def health(request: Request) -> JSONResponse:
-        server = await upstream.health()
-        status = "not recording" if recorder.trouble else "ok"
-        state = {
-            "status": status if server["reachable"] else "upstream unreachable",
-            "upstream": server,
-            "recording": not recorder.trouble,
-            "why_not": recorder.trouble or None,
-            "recorded": recorder.recorded,
-            "skipped": dict(recorder.skipped),
-            "bytes": recorder.files.total_bytes,
-            "file": recorder.files.path.name,
-            "running": forwarder.running,
-            "held_bytes": recorder.held_bytes,
-            "last_error": recorder.last_error or None,
-        }
-        return JSONResponse(state, 200 if server["reachable"] else 503)
-
-    @asynccontextmanager
-    async def lifespan(_: object) -> AsyncIterator[None]:
-        yield
-        # Requests that the server has just cancelled still hand in what they have.
-        with anyio.move_on_after(_LAST_RECORDS_S):
-            while forwarder.running:
-                await anyio.sleep(0.01)
-        await recorder.close()
-        await upstream.close()
-        skipped = recorder.skipped
-        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common())
-        left_out = f"left out {skipped.total()}" + (f" ({reasons})" if reasons else "")
-        say(f"recorded {recorder.recorded} requests, {left_out}")
-
-    routes = [Route("/health", health, methods=["GET"])]
-    router = Router(routes, redirect_slashes=False, default=forwarder, lifespan=lifespan)
-
-    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
-        answer = refused(scope, hosts) if scope["type"] == "http" else None
-        await (answer or router)(scope, receive, send)
-
-    return guarded
+    is_odd = {".", ".."} & {*parts} or "" in parts[:-1] or b"%" in path
+    return bool(is_odd) or not text.isprintable()
 
 
 def serve(config: ProxyConfig, say: Say) -> None:
     """Serve until SIGTERM or Ctrl-C; then answers that run may end within the time to drain."""
     login = os.environ.get(config.upstream_key_env or "", "").strip()
     if config.upstream_key_env and not login:
-        raise ValueError(
-            "the environment variable that --upstream-key-env names is empty or not set; export "
-            "the server's key under a name and give that name"
-        )
+        fix = "export the server's key under a name and give that name"
+        raise ValueError(f"the variable that --upstream-key-env names is empty or not set; {fix}")
     host, out = config.host, config.out
     upstream = Upstream(config.upstream, config.connect_timeout, login)
     files = RecordFiles(out, parse_size(config.max_file), parse_size(config.max_total))
@@ -345,11 +330,11 @@ def serve(config: ProxyConfig, say: Say) -> None:
         say(f"recording http://{shown}:{port} -> {upstream.url} into {out}")
         if out.stat().st_mode & 0o077:
             say(f"others may look into {out}; close it with: chmod 700")
-        hosts = hosts_of(host, port) if _is_loopback(host) else None
+        hosts = hosts_of(host, port)
         if hosts is None:
             say(f"{host} is no loopback address: whoever reaches it can use the upstream server")
         server = uvicorn.Config(
-            build_application(upstream, recorder, say, hosts),
+            Application(upstream, recorder, say, hosts),
             http="h11",  # it bounds the size of a request's head
             timeout_graceful_shutdown=config.drain,
             # The answers' headers are the upstream's own.
@@ -369,17 +354,9 @@ def serve(config: ProxyConfig, say: Say) -> None:
 def listen(host: str, port: int) -> socket.socket:
     """Open a socket whose connections send every piece at once.
 
-    asyncio sees to that only for sockets that it opens itself; without it the kernel may keep a
-    piece of a stream back until the client has acknowledged the one before.
+    asyncio sees to that only for sockets that it opens itself; the kernel may keep pieces back.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, port), family=family, backlog=2048)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
     return listener
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

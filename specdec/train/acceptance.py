@@ -1,16 +1,15 @@
 """How far drafts would be accepted on held-out rows, and the gate: decoding must agree with it.
 
 Training measures a drafter in memory on whole texts; serving loads it from its files and feeds it
-token by token. Whatever goes wrong in between (a tap, a position, a vocabulary map, rounded
-weights) leaves every training metric as good as it was. So both are made to measure tau on the same
-texts, and have to agree.
+token by token. A fault in between leaves every training metric as good as it was.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import chain, groupby, zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,9 +31,6 @@ from specdec.train.results import DomainAcceptance, Evaluation, FeatureCheck, Pa
 from specdec.train.trainees import Trainee
 from specdec.verify.tree import StaticTree
 
-if TYPE_CHECKING:  # the command says what is missing
-    from accelerate import Accelerator
-
 NUM_RANKS = 10
 # Stored bf16, and a target in half precision, stay below a hundredth; the next layer's states are
 # a seventh off or more.
@@ -46,8 +42,7 @@ def count_ranks(drafted: Tensor, batch: TrainingBatch) -> Tensor:
     """Count [D, 1 + width] int64: places tested, and those where the target takes each rank.
 
     Every answer token that has another one after it is a root, after which candidates [B, L, D,
-    width] are drafted from the text's own tokens and, above depth 1, the drafter's own outputs. A
-    depth is tested where the answer goes on, and the target's argmax after the true prefix was one
+    width] are drafted. A depth is tested where the answer goes on, and the target's argmax was one
     of the candidates at every depth above. With width 1 these are greedy chains.
     """
     best = batch.target_logits.argmax(-1)  # [B, L], place i says t_{i+1}
@@ -66,18 +61,11 @@ def count_ranks(drafted: Tensor, batch: TrainingBatch) -> Tensor:
 def chain_acceptance(counts: Tensor) -> tuple[float, list[float | None]]:
     """Turn sums of `count_ranks` with width 1 into tau, and the share that matches by depth.
 
-    Tau is 1 + the mean over roots of the matching depths, and 1.0 without a root; the share is None
-    where no chain was tested.
+    Tau is 1.0 without a root; the share is None where no chain was tested.
     """
     tested, matched = counts.T.tolist()
-    tau = 1 + sum(matched) / tested[0] if tested[0] else 1.0
+    tau = 1 + sum(matched) / max(tested[0], 1)
     return tau, [m / t if t else None for m, t in zip(matched, tested, strict=True)]
-
-
-def acceptance_by_rank(counts: Tensor) -> list[list[float]]:
-    """Make the table [depth][rank] of `best_static_tree` from sums of `count_ranks`."""
-    shares = counts[:, 1:] / counts[:, :1].clamp(min=1)
-    return [[round(share, 6) for share in row] for row in shares.tolist()]
 
 
 def drafted_places(batch: TrainingBatch) -> Tensor:
@@ -110,7 +98,7 @@ def evaluate(
     source: Source,
     rows: Sequence[AnswerRow],
     config: TrainConfig,
-    accelerator: "Accelerator",
+    accelerator: Any,
 ) -> Evaluation:
     """Measure loss and offline acceptance on held-out rows, which the processes share out."""
     chosen, device = config.training, accelerator.device
@@ -123,8 +111,8 @@ def evaluate(
         for number, each in enumerate(domains.values())
         for at in range(0, len(each), batch_size)
     ]
-    num_sums = 5 + depth * (2 + 1 + NUM_RANKS)
-    sums = torch.zeros(len(domains), num_sums, dtype=torch.float64, device=device)
+    size = 5 + depth * (2 + 1 + NUM_RANKS)
+    sums = torch.zeros(len(domains), size, dtype=torch.float64, device=device)
     # Processes work in step, as sharded weights ask for: one without a batch repeats the first.
     rank, world = accelerator.process_index, accelerator.num_processes
     for turn in range(rank, -(-len(batches) // world) * world, world):
@@ -146,10 +134,12 @@ def evaluate(
     trainee.train()
     sums = accelerator.reduce(sums, "sum")
     total = sums.sum(0)
+    counts = total[5 + 2 * depth :].view(depth, -1).float()
+    by_rank = (counts[:, 1:] / counts[:, :1].clamp(min=1)).tolist()
     return Evaluation(
         validation_loss=(total[0] / total[1]).item(),
         **_acceptance(total, depth),
-        acceptance_by_rank=acceptance_by_rank(total[5 + 2 * depth :].view(depth, -1).long()),
+        acceptance_by_rank=[[round(share, 6) for share in row] for row in by_rank],
         domains={
             name: DomainAcceptance(rows=len(each), **_acceptance(its, depth))
             for (name, each), its in zip(domains.items(), sums, strict=True)
@@ -198,14 +188,13 @@ class ParityGate:
             AnswerRow((*text.prompt, *text.tokens), ((len(text.prompt), len(text.prompt) + 1),))
             for text in self.texts
         ]
-        was_training, width = trainee.training, int(self.shape.ranks.max()) + 1
+        width = int(self.shape.ranks.max()) + 1
         trainee.eval()
         drafted: list[Tensor] = []
         for first in range(0, len(rows), self.config.batch_size):
             batch = self.source.batch(rows[first : first + self.config.batch_size])
             with autocast():
                 drafted += trainee.candidates(batch, self.shape.depth, width).cpu()
-        trainee.train(was_training)
         pairs = zip(drafted, self.texts, strict=True)
         drafter: Any = MadeDrafts([x for x, text in pairs if len(text.tokens) > 1], self.shape)
         return replay(self.source.target, drafter, self.texts, SamplingConfig())
@@ -219,11 +208,8 @@ class ParityGate:
         return results
 
     def compare_features(self, stored: Source, rows: Sequence[AnswerRow]) -> FeatureCheck:
-        """Compare what a store holds with what the target gives for the same texts.
-
-        A drafter that learned from the wrong states decodes as badly as it then predicts.
-        """
-        found: dict[str, list[Tensor]] = {}
+        """Compare a store with the target: wrong states decode as badly as they then predict."""
+        found: dict[str, list[Tensor]] = defaultdict(list)
         for row in rows:
             ours, theirs = stored.batch([row]), self.source.batch([row])
             mask = shifted(ours.loss_mask, 1)  # places that a store has logits for
@@ -234,7 +220,7 @@ class ParityGate:
             for name, (mine, other) in pairs.items():
                 size = other.float().norm(dim=-1).clamp_min(1e-9)
                 apart = (mine.float() - other.float()).norm(dim=-1) / size
-                found.setdefault(name, []).append(apart)
+                found[name].append(apart)
         medians = {name: torch.cat(each).median().item() for name, each in found.items()}
         return FeatureCheck(
             num_rows=len(rows),
@@ -286,11 +272,12 @@ class ParityGate:
 
 def choose_prompts(rows: Sequence[AnswerRow], count: int) -> list[list[int]]:
     """Take up to `count` rows, from all domains in turn, each cut before its longest answer."""
-    turns = zip_longest(*_by_domain(rows).values())
-    chosen = [row for turn in turns for row in turn if row is not None][:count]
-    starts = [max(row.answers, key=lambda answer: answer[1] - answer[0])[0] for row in chosen]
-    # Every prompt holds a token: of an answer to nothing, its first.
-    return [list(row.tokens[: max(start, 1)]) for row, start in zip(chosen, starts, strict=True)]
+    turns = chain.from_iterable(zip_longest(*_by_domain(rows).values()))
+    prompts = []
+    for row in list(filter(None, turns))[:count]:
+        start, _ = max(row.answers, key=lambda answer: answer[1] - answer[0])
+        prompts.append([*row.tokens[: max(start, 1)]])  # of an answer to nothing, its first token
+    return prompts
 
 
 def _within_text(result: Result) -> list[StepRecord]:
@@ -305,14 +292,9 @@ def _within_text(result: Result) -> list[StepRecord]:
 
 def require_parity(results: TrainResults) -> None:
     """Refuse a run whose drafter was not accepted as predicted; without a gate anything passes."""
-    parity = results.parity
-    if parity is not None and not parity.passed:
-        where = results.drafter.get("adapter") or results.drafter["path"]
-        raise ParityError(
-            f"parity gate: {_finding(parity)}. The drafter is in {where!r}; the same command runs "
-            "this check again, without training again",
-            results,
-        )
+    if results.parity and not results.parity.passed:
+        again = "the same command runs this check again, without training again"
+        raise ParityError(f"parity gate: {_finding(results.parity)}; {again}", results)
 
 
 def _finding(parity: Parity) -> str:
@@ -320,9 +302,8 @@ def _finding(parity: Parity) -> str:
     if features is not None and not features.passed:
         name, most = max(features.differences.items(), key=lambda item: item[1])
         return (
-            f"the store that it was trained from is not what the target gives: its {name} "
-            f"differ{'s' * (name != 'logits')} by {most:.1%}, but at most "
-            f"{features.max_difference:.1%} may be. Extract the features again, and train again"
+            f"the store is not what the target gives: its {name} differ by {most:.1%}, but at most "
+            f"{features.max_difference:.1%} may be; extract the features and train again"
         )
     prompts = f"{parity.num_prompts} held-out prompts"
     differing = f"the outputs for {parity.mismatches} of {prompts} are not those of plain decoding"
@@ -335,11 +316,9 @@ def _finding(parity: Parity) -> str:
     pairs = [(ours or 0.0, theirs or 0.0) for ours, theirs in depths]
     gaps = [abs(ours - theirs) for ours, theirs in pairs]
     depth = next(n for n, gap in enumerate(gaps) if gap > parity.max_difference or gap == max(gaps))
-    hint = (
-        "the depths above are right, so look at positions and at what it feeds to itself"
-        if depth
-        else "look at what it reads there: its weights, features, taps, tokenizer or vocabulary map"
-    )
+    hint = "look at what it reads: weights, features, taps, tokenizer or vocabulary map"
+    if depth:
+        hint = "the depths above are right, so look at positions and at what it feeds to itself"
     return (
         f"the drafter as it was written measures tau {parity.measured_tau:.3f} where offline "
         f"acceptance predicts {parity.predicted_tau:.3f}, for a {parity.shape} on {prompts}: "

@@ -1,7 +1,6 @@
 """The checkpoints of a run: safetensors and JSON, whole or not there, for any number of processes.
 
-transformers' own are pickles that are written in place and read without a check, and sharded ones
-fit the number of processes that wrote them only.
+transformers' own are unchecked pickles, and sharded ones fit one number of processes only.
 """
 
 import shutil
@@ -92,8 +91,7 @@ def read_tensors(folder: Path, tensors: Mapping[str, Tensor], prefix: str = "") 
     """Fill tensors in place with those of a checkpoint, from however many processes."""
     reader = dcp.HuggingFaceStorageReader(str(folder))
     try:
-        found = reader.read_metadata().state_dict_metadata
-        _check(folder, tensors, {n: each for n, each in found.items() if n.startswith(prefix)})
+        _check(folder, tensors, reader.read_metadata().state_dict_metadata, prefix)
         with _distributed() as is_alone:
             dcp.load(dict(tensors), storage_reader=reader, no_dist=is_alone)
     except SafetensorError as error:
@@ -103,28 +101,25 @@ def read_tensors(folder: Path, tensors: Mapping[str, Tensor], prefix: str = "") 
             raise _damaged(folder, f"its {name!r} holds numbers that are not finite")
 
 
-def _check(folder: Path, tensors: Mapping[str, Tensor], found: Mapping[str, Any]) -> None:
+def _check(folder: Path, tensors: Mapping[str, Tensor], found: Any, prefix: str) -> None:
     """The planner of torch looks at shapes alone, and not whether all parts of one are there."""
-    for name in sorted(tensors.keys() ^ found.keys()):
-        fault = f"it lacks {name!r}" if name in tensors else f"{name!r} is not of this run"
-        raise _damaged(folder, fault)
+    for name in found:
+        if name.startswith(prefix) and name not in tensors:
+            raise _damaged(folder, f"{name!r} is not of this run")
     for name, tensor in tensors.items():
+        if name not in found:
+            raise _damaged(folder, f"it lacks {name!r}")
         stored = found[name]
-        was, now = (
-            f"{list(size)} {kind}"
-            for size, kind in ((stored.size, stored.properties.dtype), (tensor.shape, tensor.dtype))
-        )
-        if was != now:
+        was = f"{list(stored.size)} {stored.properties.dtype}"
+        if was != (now := f"{list(tensor.shape)} {tensor.dtype}"):
             raise _damaged(folder, f"its {name!r} is {was} but must be {now}")
         if sum(prod(chunk.sizes) for chunk in stored.chunks) != prod(stored.size):
             raise _damaged(folder, f"it lacks a part of {name!r}")
 
 
 def _damaged(folder: Path, fault: str) -> ValueError:
-    return ValueError(
-        f"the checkpoint {str(folder)!r} is damaged: {fault}; remove it, and the same command "
-        "resumes from the one before"
-    )
+    fix = "remove it, and the same command resumes from the one before"
+    return ValueError(f"the checkpoint {str(folder)!r} is damaged: {fault}; {fix}")
 
 
 @contextmanager
@@ -142,10 +137,9 @@ def _distributed() -> Iterator[bool]:
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Hold the weights of a model whole; nothing where it is not sharded.
+    """Hold the weights of a sharded model whole; all processes enter together.
 
-    All processes enter together. Inside, each may call what it likes, as often as it likes,
-    without gradients, but for a first forward of the model itself.
+    Inside, each may call what it likes without gradients, but for a first forward of the model.
     """
     parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
     # The model itself stays whole after its forward anyway.

@@ -15,12 +15,6 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 TextLength = Annotated[int, Field(ge=3)]
 
 
-def _require_one(config: Config, section: str, *keys: str) -> None:
-    if all(getattr(config, key) is not None for key in keys):
-        names = " and ".join(f"{section}.{key}" for key in keys)
-        raise ValueError(f"{names} are both given; remove one")
-
-
 class TargetConfig(Config):
     """The model whose answers are learned; see `load_target`. The launcher chooses the GPU."""
 
@@ -76,7 +70,10 @@ class DataConfig(Config):
 
     @model_validator(mode="after")
     def _one_size(self) -> Self:
-        _require_one(self, "data", "num_validation", "validation_fraction")
+        if self.num_validation and self.validation_fraction:
+            raise ValueError(
+                "data.num_validation and validation_fraction are both given; remove one"
+            )
         return self
 
 
@@ -155,7 +152,8 @@ class TrainingConfig(Config):
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
-        _require_one(self, "training", "num_train_epochs", "max_steps")
+        if self.num_train_epochs and self.max_steps:
+            raise ValueError("training.num_train_epochs and max_steps are both given; remove one")
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("training.push_to_hub needs training.hub_model_id; give owner/name")
         return self
@@ -186,13 +184,11 @@ class TrainConfig(Config):
     def _fits_the_kind(self) -> Self:
         if self.drafter.is_head and self.data.pack_len is not None:
             raise ValueError(
-                f"data.pack_len is for draft models; {self.drafter.kind} heads look ahead in their "
-                "text, which packing would lead into the next one; remove it"
+                f"data.pack_len is for draft models; {self.drafter.kind} heads look ahead, into "
+                "the text behind their own; remove it"
             )
-        for key, value in (
-            ("drafter.init", self.drafter.init),
-            ("draft_vocab_size", self.draft_vocab_size),
-        ):
+        given = {"drafter.init": self.drafter.init, "draft_vocab_size": self.draft_vocab_size}
+        for key, value in given.items():
             if value is not None and not self.drafter.is_head:
                 raise ValueError(f"{key} is for heads; remove it")
         return self

@@ -21,11 +21,7 @@ from specdec.targets.load import load_ends, load_target
 from specdec.train.config import DataConfig, TrainConfig
 from specdec.train.results import DraftVocabulary
 
-# A root and one token to draft after it.
-MIN_ANSWER_LEN = 2
-# Rows of like length are sought within a chunk of so many batches: enough to pad little, few
-# enough that the batches of an epoch still differ from those of the next.
-_CHUNK_BATCHES = 32
+_CHUNK_BATCHES = 32  # few enough that the batches of an epoch differ from those of the next
 
 
 @dataclass(frozen=True)
@@ -59,16 +55,13 @@ def load_split(
     else:
         found = [list(read_rows(path, vocab_size, config.max_rows))]
     cut = [[row.cut(max_len) for row in rows] for rows in found]
-    usable = (
-        [row for row in rows if any(end - start >= MIN_ANSWER_LEN for start, end in row.answers)]
-        for rows in cut
-    )
-    training, *held_out = usable
+    training, *held_out = ([row for row in rows if _is_usable(row)] for rows in cut)
     num_dropped = sum(map(len, cut)) - sum(map(len, [training, *held_out]))
     if not training:
-        reason = f"none of its {len(cut[0])} rows has an answer of {MIN_ANSWER_LEN} tokens"
-        hint = f"{reason} within max_len {max_len}; raise data.max_len" if cut[0] else "it is empty"
-        raise ValueError(f"{config.path} holds nothing to train on: {hint}")
+        raise ValueError(
+            f"{config.path} holds nothing to train on: none of its {len(cut[0])} rows has an "
+            f"answer of two tokens within max_len {max_len}; raise data.max_len or give more rows"
+        )
     if held_out:
         return Split(training, held_out[0], num_dropped)
     count = config.num_validation or round((config.validation_fraction or 0) * len(training))
@@ -79,6 +72,11 @@ def load_split(
         )
     first = len(training) - count
     return Split(training[:first], training[first:], num_dropped)
+
+
+def _is_usable(row: AnswerRow) -> bool:
+    """Tell a row that holds a root and one token to draft after it."""
+    return any(end - start > 1 for start, end in row.answers)
 
 
 @dataclass(frozen=True)
@@ -93,8 +91,7 @@ class StepPlan(IterableDataset):
     """The batches of one process in an epoch, a function of the seed and the epoch alone.
 
     Each epoch shuffles the rows, sorts them by length within chunks, cuts them into batches and
-    shuffles those. A step takes `batches_per_step` of all processes together, the last one of an
-    epoch what is left; how many processes share them changes nothing.
+    shuffles those. A step takes `batches_per_step`, however many processes share them.
     """
 
     def __init__(
@@ -161,16 +158,14 @@ def lay_out(
     if pack_len is None:
         return [(line, 0) for line in range(len(lengths))], (len(lengths), longest)
     if longest > pack_len:
-        raise ValueError(
-            f"a text has {longest} tokens but a packed line only {pack_len}; lower data.max_len "
-            "to data.pack_len"
-        )
+        held = f"a packed line only {pack_len}"
+        raise ValueError(f"a text has {longest} tokens but {held}; lower data.max_len to that")
     room: list[int] = []
     places = [(0, 0)] * len(lengths)
     for text in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
-        fits = (line for line, left in enumerate(room) if left >= lengths[text])
-        line = next(fits, len(room))
-        if line == len(room):
+        fits = [line for line, left in enumerate(room) if left >= lengths[text]]
+        line = fits[0] if fits else len(room)
+        if not fits:
             room.append(pack_len)
         places[text] = (line, pack_len - room[line])
         room[line] -= lengths[text]
@@ -197,11 +192,10 @@ def collate(
 
 
 class OnlineSource:
-    """Runs the target once over every batch, without a cache and without gradients.
+    """Runs the target once over every batch.
 
     No attention mask is needed: padding is at the end, where causal attention never looks back
-    from, and transformers tells packed texts apart by their positions. Of the hidden states only
-    the taps outlive the call; the last one is after the final norm.
+    from, and transformers tells packed texts apart by their positions.
     """
 
     def __init__(self, target: Any, taps: Sequence[int], dtype: torch.dtype) -> None:
@@ -221,12 +215,10 @@ class OnlineSource:
 
 
 class StoredSource:
-    """Reads what the target made of the rows.
+    """Reads what the target made of the rows: batches of `OnlineSource` but for what is rounded.
 
-    Batches are those of `OnlineSource` but for what the store rounds: taps in bf16, and the logits
-    outside the top k, which are all alike (`TopLogits.dense`). Where a store has no logits, the
-    target's vocabulary projection makes them from the last tap. Places whose next token is no
-    answer's have zeros for logits; nothing is learned there.
+    Where a store has no logits, the target's vocabulary projection makes them from the last tap.
+    Places whose next token is no answer's have zeros for logits; nothing is learned there.
     """
 
     def __init__(
@@ -246,10 +238,8 @@ class StoredSource:
         for row, (line, first) in zip(rows, places, strict=True):
             stored = self.store.get(row.id, self._read, len(row.tokens))
             if tuple(stored.tokens.tolist()) != row.tokens:
-                raise ValueError(
-                    f"row {row.id!r} has other tokens than the row of that id in "
-                    f"{str(self.store.folder)!r}; train on the rows of the store itself"
-                )
+                where = f"the row of that id in {str(self.store.folder)!r}"
+                raise ValueError(f"row {row.id!r} has other tokens than {where}; train on that one")
             for tap in self.taps:
                 hidden[tap][line, first : first + len(row.tokens)] = stored.hidden[tap].to(**kind)
             logits[line, first + stored.places.to(self.target.device)] = self._logits(stored)
@@ -259,14 +249,15 @@ class StoredSource:
     def _logits(self, stored: Any) -> Tensor:
         """Return logits [P, V] of a row's places."""
         device, sizes = self.target.device, self.store.layout
+        logits: Tensor
         if stored.logits is not None:
-            dense: Tensor = stored.logits.to(device).dense(sizes.vocab_size, self.dtype)
-            return dense
-        projection = self.target.model.get_output_embeddings()
-        weight = next(projection.parameters())
-        states = stored.hidden[sizes.num_layers][stored.places]
-        logits: Tensor = projection(states.to(weight.device, weight.dtype))
-        return logits.to(device, self.dtype)
+            logits = stored.logits.to(device).dense(sizes.vocab_size, self.dtype)
+        else:
+            projection = self.target.model.get_output_embeddings()
+            weight = next(projection.parameters())
+            states = stored.hidden[sizes.num_layers][stored.places]
+            logits = projection(states.to(weight.device, weight.dtype)).to(device, self.dtype)
+        return logits
 
 
 Source = OnlineSource | StoredSource
@@ -300,10 +291,10 @@ class Materials:
 
 def load_materials(config: TrainConfig, device: torch.device) -> Materials:
     """Open the data of a run, and load as much of the target as it needs."""
-    path = Path(config.data.path).expanduser()
-    store = FeatureStore.open(path) if (path / INDEX).is_file() else None
+    path, store = Path(config.data.path).expanduser(), None
     target: Any
-    if store is not None:
+    if (path / INDEX).is_file():
+        store = FeatureStore.open(path)
         target = load_ends(config.target.path, dtype=config.target.dtype, device=device)
         store.check_target(target)
         identity = store.index.target

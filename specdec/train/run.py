@@ -30,7 +30,7 @@ def run_training(
     out: Path,
     callback: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> TrainResults | None:
-    """Train a drafter, or go on where a killed run of the same configuration stopped."""
+    """Train a drafter, or go on where a run of the same configuration stopped."""
     _require_packages(config)
     from specdec.train.acceptance import ParityGate, require_parity
     from specdec.train.checkpoint import unsharded, whole_state
@@ -107,8 +107,7 @@ def _require_packages(config: TrainConfig) -> None:
         if name not in known:
             raise ValueError(
                 f"config training.report_to is {name!r}, which is no tracker or is not installed; "
-                "install it (pip install 'specdec[train]' brings tensorboard), or set "
-                "training.report_to=none"
+                "install it (specdec[train] brings tensorboard), or set training.report_to=none"
             )
 
 

@@ -24,8 +24,7 @@ from specdec.drafters.draft_model import (
 from specdec.drafters.heads import Head, build_head, fill_head
 from specdec.drafters.training import TrainingBatch, objective, shifted
 from specdec.targets.load import load_target
-
-Count = Annotated[int, Field(ge=1)]
+from specdec.train.config import Count
 
 
 class _Trainee(nn.Module):
@@ -48,7 +47,6 @@ class _Trainee(nn.Module):
         return next(iter(self.trained.values())).dtype
 
     def drafter(self, folder: Path) -> dict[str, Any]:
-        """Return options of `load_drafter` for what `export` wrote."""
         return {"type": self.kind, "path": str(folder)}
 
 
@@ -76,22 +74,20 @@ class HeadTrainee(_Trainee):
         self.candidates, self.guesses = head.candidates, head.guesses
 
     def forward(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss with its graph, and its detached parts."""
         result = self.module.loss(batch, **self.loss_options)
         return result.loss, result.parts
 
     def export(self, folder: Path, training: dict[str, Any], weights: dict[str, Tensor]) -> None:
-        """Write the head; `weights` are whole, where the module's own may be spread out."""
+        """Write the head with `weights`, which are whole where its own may be spread out."""
         options = self.module.options.model_dump(exclude_none=True)
         facts: dict[str, Any] = {"target": self.identity, "training": training}
         write_head(HeadCheckpoint(self.kind, options, weights, **facts), folder)
 
     def remember(self, folder: Path, training: dict[str, Any]) -> None:
-        """Let what `export` wrote remember this of its training instead."""
         write_head(replace(read_head(folder), training=training), folder)
 
     def chain(self, depth: int) -> dict[str, Any]:
-        """Return further options of `load_drafter`, that make it draft chains."""
+        """Return options of `load_drafter` that make it draft chains."""
         levels = min(depth, self.max_depth or depth)
         return {"choices": [[0] * (level + 1) for level in range(levels)]}
 
@@ -104,8 +100,8 @@ def new_head(
         return build_head(kind, options, target)
     if options:
         raise ValueError(
-            f"config drafter.options {sorted(options)} and drafter.init are both given; a head "
-            "brings its own options, remove drafter.options (and draft_vocab_size)"
+            f"config drafter.options {sorted(options)} and drafter.init are both given; a head has "
+            "its own, remove drafter.options (and draft_vocab_size)"
         )
     checkpoint = read_head(init)
     if checkpoint.kind != kind:
@@ -138,13 +134,13 @@ class DraftModelOptions(Config):
             raise ValueError("export is 'adapter', but method 'full' makes none; use export=merged")
         return self
 
-    def load(self, device: torch.device) -> Any:
+    def load(self, device: torch.device, dtype: torch.dtype | None = None) -> Any:
         """Load the model to start from, an `HFTarget`; "demo" is the embedded draft model."""
         path = str(demo_path("draft")) if self.path == "demo" else self.path
         # Small steps are lost in half precision; autocast computes in it where asked.
-        dtype = self.dtype or ("float32" if self.method == "full" else None)
+        chosen = dtype or self.dtype or ("float32" if self.method == "full" else None)
         quantization = "4bit" if self.method == "qlora" else None
-        return load_target(path, dtype=dtype, device=device, quantization=quantization)
+        return load_target(path, dtype=chosen, device=device, quantization=quantization)
 
     def prepared(self, model: Any) -> Any:
         """Return the model with what is to be trained, in train mode."""
@@ -157,10 +153,8 @@ class DraftModelOptions(Config):
         try:
             from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
         except ImportError as error:
-            raise ValueError(
-                f"drafter.options.method {self.method!r} needs peft; install it with: "
-                "pip install 'specdec[train]'"
-            ) from error
+            fix = "install it with: pip install 'specdec[train]'"
+            raise ValueError(f"drafter.options.method {self.method!r} needs peft; {fix}") from error
         if self.method == "qlora":
             model = prepare_model_for_kbit_training(model, self.gradient_checkpointing, reentrant)
         config = LoraConfig(
@@ -206,11 +200,10 @@ class DraftModelTrainee(_Trainee):
 
     @property
     def _no_split_modules(self) -> Any:
-        """Decoder layers, which are sharded each by itself; accelerate asks for this name."""
+        """Decoder layers, which accelerate shards each by itself."""
         return self.module._no_split_modules
 
     def forward(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the mean of the objective over the answers' tokens."""
         mask = shifted(batch.loss_mask, 1)  # place i says t_{i+1}
         tokens, goal = shifted(batch.tokens, 1)[mask], batch.target_logits[mask]
         name, temperature = self.loss_options["objective"], self.loss_options["temperature"]
@@ -253,15 +246,14 @@ class DraftModelTrainee(_Trainee):
         """Return what an adapter is merged into: never four bits, and nothing that is sharded."""
         if self.options.method == "qlora":
             return copy.deepcopy(self.module).unload().dequantize()
-        dtype = str(self._base_dtype).removeprefix("torch.")
-        return self.options.model_copy(update={"dtype": dtype}).load(torch.device("cpu")).model
+        return self.options.load(torch.device("cpu"), self._base_dtype).model
 
     def drafter(self, folder: Path) -> dict[str, Any]:
-        if self.options.export == "merged":
-            return super().drafter(folder)
-        quantization = {"quantization": "4bit"} if self.options.method == "qlora" else {}
-        named = {"type": self.kind, "path": self.options.path, "adapter": str(folder)}
-        return named | quantization
+        options = super().drafter(folder)
+        if self.options.export == "adapter":
+            options |= {"path": self.options.path, "adapter": str(folder)}
+            options |= {"quantization": "4bit"} if self.options.method == "qlora" else {}
+        return options
 
     def chain(self, depth: int) -> dict[str, Any]:
         return {"num_draft_tokens": depth}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import FullyShardedDataParallelPlugin
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
@@ -30,7 +30,6 @@ from specdec.data.answers import AnswerRow
 from specdec.targets.load import find_device
 from specdec.train.acceptance import evaluate
 from specdec.train.checkpoint import (
-    Checkpoint,
     Progress,
     newest_checkpoint,
     read_tensors,
@@ -42,12 +41,9 @@ from specdec.train.config import TrainConfig
 from specdec.train.data import Source, Split, StepBatch, StepPlan, seeded
 from specdec.train.trainees import Trainee
 
-Show = Callable[[int, int, str], None]  # steps done, steps in all, and what was measured
-
 # A launcher passes on to its processes the Ctrl-C that the terminal has sent them already.
 _SAME_PRESS_S = 1.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_NAMED_ROWS = 5
 
 
 class Interrupted(KeyboardInterrupt):
@@ -97,12 +93,16 @@ class Trainer(transformers.Trainer, TrainerCallback):
         split: Split,
         arguments: TrainingArguments,
         identity: dict[str, Any],
-        show: Show = lambda done, total, text: None,
+        show: Callable[[int, int, str], None],
     ) -> None:
         if not split.validation:
             arguments.eval_strategy = IntervalStrategy.NO
-        if arguments.fsdp:
-            _require_floats(trainee)
+        for name, weight in trainee.module.named_parameters() if arguments.fsdp else ():
+            if not weight.is_floating_point():
+                raise ValueError(
+                    f"config training.fsdp is true, but {name!r} is quantized ({weight.dtype}) and "
+                    "cannot be sharded; set training.fsdp=false or drafter.options.method=lora"
+                )
         self.config, self.source, self.split = config, source, split
         self.out, self.identity, self.show = Path(str(arguments.output_dir)), identity, show
         self.plan = StepPlan(
@@ -113,13 +113,10 @@ class Trainer(transformers.Trainer, TrainerCallback):
             arguments.process_index,
             arguments.world_size,
         )
-        self.seconds, self.step_seconds = 0.0, 0.0  # of all sessions; of all steps
-        self._began = self._step_began = time.monotonic()
-        self._resumed: Checkpoint | None = None
+        self.step_seconds = 0.0  # of all sessions
         self._received: dict[int, float] = {}  # signals of this process
         self._heard: list[int] = []  # signals that any process received, as all know
         self._sums: dict[str, Tensor] = {}  # losses of this process in the running step
-        self._losses: dict[str, float] = {}  # of all processes in the newest step
         self._unlogged: list[tuple[dict[str, float], int, float]] = []  # losses, tokens, seconds
         self._log: LineFile | None = None
         super().__init__(
@@ -149,11 +146,9 @@ class Trainer(transformers.Trainer, TrainerCallback):
             self.is_fsdp_enabled = True
 
     def run(self) -> None:
-        """Train to the last step, evaluating and saving on the way and at the end."""
         found = self._resumed = newest_checkpoint(self.out, self.identity)
-        here = torch.tensor([found.state.global_step if found else 0], device=self.args.device)
-        steps = sorted(set(self.accelerator.gather(here).tolist()))
-        if len(steps) > 1:
+        steps = gather_object([found.state.global_step if found else 0])
+        if len({*steps}) > 1:
             raise ValueError(
                 f"the processes find checkpoints of different steps {steps} in {str(self.out)!r}; "
                 "put --out where all machines see the same folder"
@@ -164,10 +159,8 @@ class Trainer(transformers.Trainer, TrainerCallback):
             self.step_seconds = found.progress.step_seconds
         try:
             if found is not None and found.state.global_step == found.state.max_steps:
-                read_tensors(found.folder, self._weights(), "weight.")
+                read_tensors(found.folder, self._tensors()[0], "weight.")
                 self.state = found.state
-                if not self._is_evaluated():
-                    self._open_log()
             else:
                 with noted_signals() as self._received:
                     self.train(resume_from_checkpoint=str(found.folder) if found else None)
@@ -183,12 +176,10 @@ class Trainer(transformers.Trainer, TrainerCallback):
     # --- Steps ---
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return the batches of this process; what the target makes of them comes with the step."""
         return DataLoader(self.plan, batch_size=None, collate_fn=lambda batch: {"batch": batch})
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.state.compute_steps(self.args, self.state.max_steps)  # not those of earlier sessions
-        self._open_log()
         # A run that was stopped has left its evaluation to this session.
         is_due = self.args.eval_strategy == IntervalStrategy.STEPS and (
             self.state.global_step > 0 and self.state.global_step % self.state.eval_steps == 0
@@ -224,7 +215,7 @@ class Trainer(transformers.Trainer, TrainerCallback):
         received = [float(number in self._received) for number in _SIGNALS]
         mine = [*self._sums.values(), *torch.tensor(received, device=self.args.device)]
         values = self.accelerator.reduce(torch.stack(mine), "sum").tolist()
-        self._losses = dict(zip(self._sums, values, strict=False))
+        self._losses = dict(zip(self._sums, values, strict=False))  # of all processes
         self._heard = [n for n, count in zip(_SIGNALS, values[-2:], strict=True) if count]
         self._sums = {}
         # Under float16 the loss scaler skips a step whose scaled gradients overflow.
@@ -234,7 +225,7 @@ class Trainer(transformers.Trainer, TrainerCallback):
         return norm
 
     def _not_finite(self, norm: float) -> FloatingPointError:
-        """Make the error that stops the run; all processes read the rows again."""
+        """Make the error that stops the run; all processes call together."""
         step, loss = self.state.global_step, self._losses["loss"]
         rows, culprits = self.plan.rows(step), []
         if not math.isfinite(loss):
@@ -243,15 +234,13 @@ class Trainer(transformers.Trainer, TrainerCallback):
                     with seeded(self.args.device, self.config.training.seed, step):
                         its, _ = self.model(self.source.batch([row]))
                     culprits += [] if its.isfinite() else [row]
-        alone = "" if math.isfinite(loss) else "none of its rows alone has such a loss; "
-        where = f"{alone}it read {_named(rows)}"
+        where = f"it read {_named(rows)}"
         if culprits:
             where = f"the loss of {_named(culprits)} alone is not finite, look at it first"
         return FloatingPointError(
             f"step {step + 1}: the loss is {loss} and its gradients' norm {norm}; both must be "
-            f"finite. In this step {where}. The newest checkpoint in {str(self.out)!r} is intact; "
-            "lower training.learning_rate or training.max_grad_norm, or train in float32, into "
-            "another --out folder"
+            f"finite. In this step {where}. The checkpoints in {str(self.out)!r} are intact; lower "
+            "training.learning_rate or max_grad_norm, or use float32, with another --out folder"
         )
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -281,7 +270,6 @@ class Trainer(transformers.Trainer, TrainerCallback):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Measure loss and offline acceptance on the held-out rows."""
         held_out = self.split.validation
         with unsharded(self.model):
             measured = evaluate(self.model, self.source, held_out, self.config, self.accelerator)
@@ -294,7 +282,7 @@ class Trainer(transformers.Trainer, TrainerCallback):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Record the steps since the last record; what `Trainer` sums up is in `results.json`."""
+        """Record the steps since the last record."""
         if not self._unlogged:
             return
         losses, tokens, seconds = zip(*self._unlogged, strict=True)
@@ -309,22 +297,20 @@ class Trainer(transformers.Trainer, TrainerCallback):
         self._record("step", values, {n: v for n, v in values.items() if v is not None})
 
     def _record(self, kind: str, values: dict[str, Any], figures: dict[str, float]) -> None:
-        """Add a line to the log, and numbers to the trackers."""
-        record = {"kind": kind, "step": self.state.global_step, **values}
-        self.state.log_history.append(record)
-        if self._log:
-            self._log.append(record)
+        """Add a line to the log, and numbers to the trackers.
+
+        A session begins `log.jsonl` with what the state remembers; later lines are dropped.
+        """
+        lines = [{"kind": kind, "step": self.state.global_step, **values}]
+        self.state.log_history += lines
+        if self.is_world_process_zero():
+            if self._log is None:
+                replace_file(self.out / "log.jsonl", b"")
+                self._log, lines = LineFile(self.out / "log.jsonl"), self.state.log_history
+            self._log.append(*lines)
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, figures)
 
-    def _open_log(self) -> None:
-        """Begin `log.jsonl` with what the state remembers; lines after its step are dropped."""
-        if self.is_world_process_zero():
-            replace_file(self.out / "log.jsonl", b"")
-            self._log = LineFile(self.out / "log.jsonl")
-            self._log.append(*self.state.log_history)
-
     def last(self, kind: str) -> dict[str, Any]:
-        """Return the newest record of a kind; empty if there is none."""
         return next((r for r in reversed(self.state.log_history) if r["kind"] == kind), {})
 
     def _is_evaluated(self) -> bool:
@@ -335,17 +321,16 @@ class Trainer(transformers.Trainer, TrainerCallback):
     def _checkpoint(self) -> Path:
         return self.out / f"checkpoint-{self.state.global_step}"
 
-    def _weights(self) -> dict[str, Tensor]:
-        return {f"weight.{name}": weight.detach() for name, weight in self.model.trained.items()}
-
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Return what training changes, in place: weights and, after a first step, the optimizer.
 
         The second part is what the optimizer holds as plain numbers.
         """
-        tensors, numbers = self._weights(), dict[str, float]()
+        tensors, numbers = dict[str, Tensor](), dict[str, float]()
+        state = self.optimizer.state if self.optimizer else {}
         for name, weight in self.model.trained.items():
-            for key, value in self.optimizer.state.get(weight, {}).items():
+            tensors[f"weight.{name}"] = weight.detach()
+            for key, value in state.get(weight, {}).items():
                 if isinstance(value, Tensor):
                     tensors[f"optimizer.{name}.{key}"] = value
                 elif value is not None:
@@ -353,7 +338,6 @@ class Trainer(transformers.Trainer, TrainerCallback):
         return tensors, numbers
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write our own checkpoint in place of transformers' pickles."""
         tensors, numbers = self._tensors()
         scaler = self.accelerator.scaler
         progress = Progress(
@@ -361,7 +345,7 @@ class Trainer(transformers.Trainer, TrainerCallback):
             seconds=time.monotonic() - self._began,
             step_seconds=self.step_seconds,
             scheduler=self.lr_scheduler.state_dict(),
-            scaler={} if scaler is None else scaler.state_dict(),
+            scaler=scaler.state_dict() if scaler else {},
             numbers=numbers,
         )
         write_checkpoint(self._checkpoint(), progress, self.state, tensors)
@@ -372,7 +356,6 @@ class Trainer(transformers.Trainer, TrainerCallback):
         """Leave the weights to what comes next: they are where they stay only then."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Fill weights and optimizer from our own checkpoint."""
         if self._resumed is None:
             return
         progress, optimizer = self._resumed.progress, self.optimizer.optimizer
@@ -383,11 +366,10 @@ class Trainer(transformers.Trainer, TrainerCallback):
         optimizer.step()  # by nothing: the optimizer knows best which tensors it keeps
         optimizer.zero_grad()
         read_tensors(self._resumed.folder, self._tensors()[0])
-        for name, weight in self.model.trained.items():
-            state = optimizer.state[weight]
-            names = {key: f"optimizer.{name}.{key}" for key in state}
-            numbers = progress.numbers
-            state |= {key: numbers[full] for key, full in names.items() if full in numbers}
+        weights = self.model.trained
+        for full, number in progress.numbers.items():
+            name, _, key = full.removeprefix("optimizer.").rpartition(".")
+            optimizer.state[weights[name]][key] = number
         self.lr_scheduler.load_state_dict(progress.scheduler)
         rates = self.lr_scheduler.get_last_lr()
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -420,29 +402,13 @@ def follow_dtype(arguments: TrainingArguments, dtype: torch.dtype, config: Train
         return
     if getattr(config.training, follows) is False:
         raise ValueError(
-            f"config training.{follows} is false but the target is in {_name(dtype)}, and heads "
-            f"use its embedding and projection; set training.{follows}=true or target.dtype=float32"
+            f"config training.{follows} is false but the target is in {dtype}, and heads use its "
+            f"embedding and projection; set training.{follows}=true or target.dtype=float32"
         )
     setattr(arguments, follows, True)
     arguments.mixed_precision = follows
 
 
-def _require_floats(trainee: Trainee) -> None:
-    for name, weight in trainee.module.named_parameters():
-        if not weight.is_floating_point():
-            raise ValueError(
-                f"config training.fsdp is true, but {name!r} is quantized ({_name(weight.dtype)}) "
-                "and cannot be sharded; set training.fsdp=false, where every process holds the "
-                "base, or drafter.options.method=lora"
-            )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _named(rows: Sequence[AnswerRow]) -> str:
-    names = ", ".join(repr(row.id) for row in rows[:_NAMED_ROWS])
-    more = len(rows) - _NAMED_ROWS
-    plural = "s" if len(rows) > 1 else ""
-    return f"row{plural} {names}" + (f" and {more} more" if more > 0 else "")
+    names = ", ".join(repr(row.id) for row in rows[:5])
+    return f"row{'s'[: len(rows) - 1]} {names}" + ("" if len(rows) <= 5 else " and others")

@@ -8,7 +8,7 @@ from fake_upstream import PATIENCE_S, FakeUpstream, Proxy, Served, answer, json_
 
 from specdec.proxy.recorder import Recorder
 from specdec.proxy.records import ProxyConfig, RecordFiles, parse_size
-from specdec.proxy.server import Upstream, build_application
+from specdec.proxy.server import Application, Upstream
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def start_proxy(tmp_path, stopped):
         said = []
         upstream = Upstream(url, PATIENCE_S, login)
         recorder = Recorder(config, files, upstream.secrets, said.append, **(recording or {}))
-        served = Served(build_application(upstream, recorder, said.append, hosts))
+        served = Served(Application(upstream, recorder, said.append, hosts))
         running.append(served)
         return Proxy(served, config.out, said, recorder)
 

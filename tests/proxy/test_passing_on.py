@@ -290,7 +290,8 @@ def test_only_its_own_hosts_are_answered(start_proxy, upstream, status, path):
 
 def test_usual_port_may_be_left_out():
     assert {"localhost", "127.0.0.1:80"} <= hosts_of("127.0.0.1", 80)
-    assert "[::2]:1" in hosts_of("::2", 1)
+    assert "[0::1]:1" in hosts_of("0::1", 1)
+    assert hosts_of("::2", 1) is hosts_of("example.com", 1) is None
 
 
 @pytest.mark.parametrize(

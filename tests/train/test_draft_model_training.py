@@ -6,13 +6,12 @@ from itertools import product
 import pytest
 import torch
 from tiny_models import tiny_llama, tiny_target
-from tiny_training import answer_rows, logged, tiny_config
+from tiny_training import logged, tiny_config
 from transformers import AutoModelForCausalLM
 
-from specdec.data.answers import AnswerRow
+from specdec.data.answers import AnswerRow, read_rows
 from specdec.drafters.training import OBJECTIVES, objective, shifted
 from specdec.registry import load_drafter
-from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
 from specdec.train.data import OnlineSource, lay_out
 from specdec.train.run import run_training
@@ -95,9 +94,8 @@ EXPORTS = [("full", "merged"), *product(("lora", "qlora"), ("merged", "adapter")
 
 @pytest.mark.parametrize(("method", "export"), EXPORTS)
 def test_export_says_what_was_trained(tmp_path, method, export):
-    rows = answer_rows(HFTarget(tiny_llama(num_layers=3)))
     given = drafter(tmp_path, method=method, export=export)
-    config = tiny_config(tmp_path, rows, **{**RUN, "max_steps": 30}, drafter=given)
+    config = tiny_config(tmp_path, **{**RUN, "max_steps": 30}, drafter=given)
     results = run_training(config, tmp_path / "out")
     if export == "merged":  # a plain checkpoint
         folder = tmp_path / "out" / "drafter"
@@ -108,16 +106,16 @@ def test_export_says_what_was_trained(tmp_path, method, export):
     before = tiny_llama(num_layers=1, seed=5)
     target = load_target(config.target.path, device="cpu")
     loaded = load_drafter(results.drafter, target)
-    tokens = torch.tensor([rows[-1]["tokens"]])
+    rows = [*read_rows(tmp_path / "answers.jsonl", target.vocab_size)][-5:]
+    tokens = torch.tensor([rows[-1].tokens])
     matches = loaded.model.model(tokens).logits.argmax(-1) == target.model(tokens).logits.argmax(-1)
     guessed = before(tokens).logits.argmax(-1) == target.model(tokens).logits.argmax(-1)
     assert matches.sum() > guessed.sum()
     # The loss of the last evaluation, computed again from what is on the disk.
     seen = OnlineSource(target, (), torch.float32)
     total, count = 0.0, 0
-    for row in rows[-5:]:
-        spans = tuple(map(tuple, row["answers"]))
-        batch = seen.batch([AnswerRow(tuple(row["tokens"]), spans)])
+    for row in rows:
+        batch = seen.batch([row])
         mask = shifted(batch.loss_mask, 1)
         logits = loaded.model.model(batch.tokens).logits[mask]
         goal, said = batch.target_logits[mask], shifted(batch.tokens, 1)[mask]

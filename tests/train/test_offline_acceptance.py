@@ -7,13 +7,12 @@ from tiny_models import tiny_llama, tiny_target
 from tiny_training import answer_rows, tiny_config
 
 from specdec.checkpoints import identify_target
-from specdec.data.answers import AnswerRow
+from specdec.data.answers import AnswerRow, read_rows
 from specdec.drafters.heads import load_head
 from specdec.drafters.training import TrainingBatch
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
 from specdec.train.acceptance import (
-    acceptance_by_rank,
     chain_acceptance,
     count_ranks,
     sum_of_overlaps,
@@ -100,9 +99,7 @@ def test_ranks_are_counted_behind_taken_candidates():
     drafted[0, 1] = torch.tensor([[1, 8], [1, 2]])  # second rank, then none
     drafted[0, 2] = torch.tensor([[1, 2], [7, 1]])  # none: the depth below is not tested
     drafted[0, 3] = torch.tensor([[7, 1], [1, 1]])  # first rank, and the answer ends
-    counts = count_ranks(drafted, batch)
-    assert counts.tolist() == [[4, 2, 1], [2, 0, 1]]
-    assert acceptance_by_rank(counts) == [[0.5, 0.25], [0.0, 0.5]]
+    assert count_ranks(drafted, batch).tolist() == [[4, 2, 1], [2, 0, 1]]
 
 
 def test_tau_and_acceptance_by_depth():
@@ -115,10 +112,8 @@ def test_alpha_is_the_overlap_of_distributions():
     mine, its = torch.randn(2, 40, 11, generator=generator)
     greedy, sampled = sum_of_overlaps(mine, its).tolist()
     assert greedy == sum(a.argmax() == b.argmax() for a, b in zip(mine, its, strict=True))
-    pairs = zip(mine.softmax(-1).tolist(), its.softmax(-1).tolist(), strict=True)
-    assert sampled == pytest.approx(
-        sum(min(p, q) for a, b in pairs for p, q in zip(a, b, strict=True)), rel=1e-5
-    )
+    pairs = zip(mine.softmax(-1).flatten(), its.softmax(-1).flatten(), strict=True)
+    assert sampled == pytest.approx(sum(map(min, pairs)).item(), rel=1e-5)
     assert sum_of_overlaps(its, its).tolist() == pytest.approx([40, 40])
     assert sum_of_overlaps(its, its).max() <= 40
 
@@ -151,9 +146,13 @@ def test_head_learns_twenty_dialogues_by_heart(tmp_path, kind, options, loss, se
 
     target = load_target(config.target.path, device="cpu")
     head, checkpoint = load_head(kind, target, str(tmp_path / "out" / "drafter"))
-    rows = [AnswerRow(tuple(r["tokens"]), tuple(map(tuple, r["answers"]))) for r in rows]
+    rows = [*read_rows(tmp_path / "answers.jsonl", target.vocab_size, 20)]
     seen = OnlineSource(target, head.taps, target.model.dtype).batch(rows)
     trainee = HeadTrainee(kind, head, identify_target(target), {})
-    tau, by_depth = chain_acceptance(count_ranks(trainee.candidates(seen, 3, 1), seen))
+    drafted = trainee.candidates(seen, 3, 10)
+    tau, by_depth = chain_acceptance(count_ranks(drafted[..., :1], seen))
+    counts = count_ranks(drafted, seen)
+    shares = (counts[:, 1:] / counts[:, :1]).tolist()
+    assert results.acceptance_by_rank == [pytest.approx(each, abs=1e-6) for each in shares]
     assert by_depth == results.offline_acceptance
     assert checkpoint.training["offline_tau"] == tau

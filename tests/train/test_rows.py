@@ -86,7 +86,7 @@ def test_rows_without_an_answer_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "settings", "message"),
     [
-        ([], {}, "nothing to train on: it is empty"),
+        ([], {}, "nothing to train on: none of its 0 rows"),
         ([row()], {"max_len": 3}, r"none of its 1 rows .* max_len 3; raise data.max_len"),
         ([row(), row()], {"num_validation": 2}, r"holds 2 rows .* and 2 of them"),
         ([row()], {"path": "none.jsonl"}, "is not a file"),

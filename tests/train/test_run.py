@@ -25,11 +25,7 @@ MEDUSA, EAGLE = {"kind": "medusa"}, {"kind": "eagle"}
 
 def test_provenance_is_of_the_start_of_a_run(tmp_path, monkeypatch):
     events = []
-
-    def note(target):
-        events.append("provenance")
-        return machine(target)
-
+    note = lambda target: events.append("provenance") or machine(target)  # noqa: E731
     monkeypatch.setattr("specdec.train.data.machine", note)
     config = tiny_config(tmp_path, max_steps=2, drafter=MEDUSA)
     run_training(config, tmp_path / "out", lambda done, total, text: events.append(done))
@@ -85,20 +81,18 @@ def test_epochs_count_every_row(tmp_path):
 
 
 def test_accumulated_batches_are_one_large_batch(tmp_path):
+    path = write_run(
+        tmp_path,
+        **RUN,
+        drafter={"kind": "medusa", "options": {"num_heads": 1}},
+        data={"num_validation": 8},
+    )
     losses = []
     for size, count in ((12, 1), (3, 4)):
-        folder = tmp_path / str(size)
-        folder.mkdir()
-        config = tiny_config(
-            folder,
-            **RUN,
-            drafter={"kind": "medusa", "options": {"num_heads": 1}},
-            data={"num_validation": 8},
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=count,
-        )
-        run_training(config, folder / "out")
-        losses.append([record["loss"] for record in logged(folder / "out")])
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": count}
+        overrides = [f"training.{key}={value}" for key, value in sizes.items()]
+        run_training(load_train_config(str(path), overrides), tmp_path / str(size))
+        losses.append([record["loss"] for record in logged(tmp_path / str(size))])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert losses[0][0] != losses[0][-1]
 
@@ -148,15 +142,10 @@ def infinite_slope(head, loss):
 def test_loss_that_is_not_finite_stops_training(tmp_path, monkeypatch, wrong, named):
     config = tiny_config(tmp_path, **RUN, drafter=MEDUSA)
     calls = []
-
-    def is_fourth(trainee, batch):
-        calls.extend([1] * trainee.training)
-        return len(calls) >= 4
-
+    is_fourth = lambda trainee, _: calls.extend([1] * trainee.training) or len(calls) >= 4  # noqa: E731
     poison(monkeypatch, is_fourth, wrong)
-    with pytest.raises(
-        FloatingPointError, match=rf"step 4: the loss is .* must be finite.*{named}"
-    ):
+    message = rf"step 4: the loss is .* must be finite.*{named}"
+    with pytest.raises(FloatingPointError, match=message):
         run_training(config, tmp_path / "out")
     monkeypatch.undo()
     assert [record["step"] for record in logged(tmp_path / "out")] == [1, 2, 3]
@@ -193,6 +182,10 @@ def test_row_whose_loss_is_not_finite_is_named(tmp_path, monkeypatch):
         ({"drafter": {"kind": "medusa"}, "draft_vocab_size": 40}, "draft_vocab_size"),
         ({"report_to": "wanbd"}, "report_to is 'wanbd', which is no tracker or is not installed"),
         ({"optim": "adamm"}, "adamm"),
+        pytest.param(
+            *({"target": {"device": "cuda"}}, "device is 'cuda' but torch finds 0 CUDA devices"),
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
     ],
 )
 def test_impossible_settings_are_named(tmp_path, settings, message):
@@ -201,10 +194,3 @@ def test_impossible_settings_are_named(tmp_path, settings, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_training(config, tmp_path / "out")
     assert not (tmp_path / "out" / "drafter").exists()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
-def test_missing_device_is_refused_not_replaced(tmp_path):
-    config = tiny_config(tmp_path, **RUN, drafter=MEDUSA, target={"device": "cuda"})
-    with pytest.raises(ValueError, match="device is 'cuda' but torch finds 0 CUDA devices here"):
-        run_training(config, tmp_path / "out")
