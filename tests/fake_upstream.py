@@ -1,6 +1,7 @@
 """A fake upstream server, a running proxy, and what passes between them."""
 
 import json
+import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -71,12 +72,13 @@ class Proxy:
     said: list
     recorder: Recorder
 
-    @property
-    def url(self):
-        return self.served.url
+    def connect(self):
+        """A connection for what no decent client would send."""
+        host, port = self.served.url.removeprefix("http://").split(":")
+        return socket.create_connection((host, int(port)), PATIENCE_S)
 
     def client(self):
-        return httpx.Client(base_url=self.url, timeout=PATIENCE_S, verify=False)
+        return httpx.Client(base_url=self.served.url, timeout=PATIENCE_S, verify=False)
 
     def ask(self, body=None, path="/v1/chat/completions", method="POST", **options):
         """Send a chat, or other content as it is."""
@@ -115,11 +117,8 @@ def chat(text, **more):
 
 
 def answer(text, **more):
-    choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": text},
-        "finish_reason": "stop",
-    }
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
     return {"id": "c1", "object": "chat.completion", "model": "m", "choices": [choice], **more}
 
 

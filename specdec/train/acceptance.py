@@ -302,8 +302,8 @@ def _finding(parity: Parity) -> str:
     if features is not None and not features.passed:
         name, most = max(features.differences.items(), key=lambda item: item[1])
         return (
-            f"the store is not what the target gives: its {name} differ by {most:.1%}, but at most "
-            f"{features.max_difference:.1%} may be; extract the features and train again"
+            f"the store is not what the target gives: it differs by {most:.1%} in {name}, but at "
+            f"most {features.max_difference:.1%} may be; extract the features and train again"
         )
     prompts = f"{parity.num_prompts} held-out prompts"
     differing = f"the outputs for {parity.mismatches} of {prompts} are not those of plain decoding"

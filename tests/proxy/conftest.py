@@ -1,7 +1,6 @@
 """A fake upstream server and the proxy before it, each in a thread on a free port."""
 
 import functools
-import socket
 
 import pytest
 from fake_upstream import PATIENCE_S, FakeUpstream, Proxy, Served, answer, json_answer
@@ -27,7 +26,6 @@ def upstream(upstream_server):
     app.seen.clear()
     app.left.clear()
     app.url = served.url
-
     app.answer = json_answer(answer("hi"))
     return app
 
@@ -67,10 +65,3 @@ def start_proxy(tmp_path, stopped):
 @pytest.fixture
 def proxy(start_proxy, upstream):
     return start_proxy(upstream.url)
-
-
-@pytest.fixture
-def free_port():
-    """A port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]

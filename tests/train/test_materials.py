@@ -74,7 +74,7 @@ def test_store_trains_what_the_target_trains(made, tmp_path, kind, monkeypatch):
 
 @pytest.mark.parametrize(
     ("kind", "said"),
-    [("eagle3", "its tap [12] differs by"), ("draft_model", "its logits differ by")],
+    [("eagle3", "differs by .* in tap [12]"), ("draft_model", "differs by .* in logits")],
 )
 def test_lying_store_fails_the_gate(made, tmp_path, kind, said, monkeypatch):
     get = FeatureStore.get

@@ -176,7 +176,7 @@ def test_row_whose_loss_is_not_finite_is_named(tmp_path, monkeypatch):
         ({"data": {"max_len": 257}}, "max_len is 257 but the target's context is only 256"),
         (
             {"target": {"dtype": "bfloat16"}, "bf16": False},
-            "bf16 is false but the target is in bfloat16",
+            "bf16 is false but the target is in torch.bfloat16",
         ),
         ({"data": {"path": "none.jsonl"}}, r"none\.jsonl' is not a file"),
         ({"drafter": {"kind": "medusa"}, "draft_vocab_size": 40}, "draft_vocab_size"),
