@@ -274,22 +274,14 @@ class Recorder:
     """Writes records in a thread of its own; its state changes in the event loop's alone."""
 
     def __init__(
-        self,
-        config: ProxyConfig,
-        files: RecordFiles,
-        secrets: frozenset[str],
-        say: Say,
-        chance: random.Random | None = None,
-        max_held_bytes: int = 256 * 1024**2,
-        max_wait_s: float = 2.0,
+        self, config: ProxyConfig, files: RecordFiles, secrets: frozenset[str], say: Say
     ) -> None:
-        self.files = files
-        self.max_body_bytes, self.max_held_bytes = parse_size(config.max_body), max_held_bytes
+        self.files, self.chance, self.max_wait_s = files, random.Random(), 2.0
+        self.max_body_bytes, self.max_held_bytes = parse_size(config.max_body), 256 * 1024**2
         self.held_bytes = self.recorded = 0  # memory of all exchanges; exchanges on the disk
         self.skipped: Counter[str] = Counter()  # those that are not recorded, by reason
         self.trouble = self.last_error = ""
         self._config, self._secrets, self._say = config, secrets, say
-        self._chance, self._max_wait_s = chance or random.Random(), max_wait_s
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recorder")
         self._pending: dict[str, asyncio.Future[bool]] = {}
 
@@ -298,7 +290,7 @@ class Recorder:
         exchange = Exchange(self, path, headers, query)
         if method != "POST" or not exchange.record.path:
             exchange.release()
-        elif self._chance.random() >= self._config.sample:
+        elif self.chance.random() >= self._config.sample:
             exchange.skip("not sampled")
         return exchange
 
@@ -313,7 +305,7 @@ class Recorder:
             writing.add_done_callback(lambda done: self._written(exchange, done))
         if exchange.record.id in self._pending:
             # A disk that hangs must not hang the client.
-            await asyncio.wait([self._pending[exchange.record.id]], timeout=self._max_wait_s)
+            await asyncio.wait([self._pending[exchange.record.id]], timeout=self.max_wait_s)
 
     async def close(self) -> None:
         """Write what is waiting, and give the folder free."""

@@ -55,7 +55,10 @@ def load_split(
     else:
         found = [list(read_rows(path, vocab_size, config.max_rows))]
     cut = [[row.cut(max_len) for row in rows] for rows in found]
-    training, *held_out = ([row for row in rows if _is_usable(row)] for rows in cut)
+    # What can be used holds a root and one token to draft after it.
+    training, *held_out = (
+        [row for row in rows if any(end - start > 1 for start, end in row.answers)] for rows in cut
+    )
     num_dropped = sum(map(len, cut)) - sum(map(len, [training, *held_out]))
     if not training:
         raise ValueError(
@@ -72,11 +75,6 @@ def load_split(
         )
     first = len(training) - count
     return Split(training[:first], training[first:], num_dropped)
-
-
-def _is_usable(row: AnswerRow) -> bool:
-    """Tell a row that holds a root and one token to draft after it."""
-    return any(end - start > 1 for start, end in row.answers)
 
 
 @dataclass(frozen=True)

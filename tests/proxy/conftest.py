@@ -41,7 +41,7 @@ def stopped():
 
 @pytest.fixture
 def start_proxy(tmp_path, stopped):
-    """Starts a proxy; options, the recorder's arguments and an `append` may be given."""
+    """Starts a proxy; options, the recorder's attributes and an `append` may be given."""
     running = []
 
     def start(url, append=None, login="", hosts=None, recording=None, **options):
@@ -51,7 +51,8 @@ def start_proxy(tmp_path, stopped):
             files.append = functools.partial(append, files.append)
         said = []
         upstream = Upstream(url, PATIENCE_S, login)
-        recorder = Recorder(config, files, upstream.secrets, said.append, **(recording or {}))
+        recorder = Recorder(config, files, upstream.secrets, said.append)
+        vars(recorder).update(recording or {})
         served = Served(Application(upstream, recorder, said.append, hosts))
         running.append(served)
         return Proxy(served, config.out, said, recorder)

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from tiny_training import STOPPING, logged, tiny_config, write_run
 from specdec.train import trainer
 from specdec.train.config import load_train_config
 from specdec.train.run import run_training
-from specdec.train.trainer import Interrupted, noted_signals
+from specdec.train.trainer import noted_signals
 
 pytestmark = pytest.mark.slow
 
@@ -205,7 +205,17 @@ def test_paths_threads_and_saving_may_change(whole, tmp_path):
         torch.set_num_threads(1)
 
 
-def assert_stopped_at_six_and_resumes(whole, out):
+@pytest.mark.parametrize(
+    ("number", "status", "name"),
+    [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")],
+)
+def test_signal_writes_a_checkpoint_that_resumes(whole, tmp_path, number, status, name):
+    out = tmp_path / "out"
+    done = stopped(whole, out, 5, number)
+    assert done.returncode == status, done.stderr
+    said = " ".join(done.stderr.split())
+    assert f"stopped by {name} at" in said
+    assert "checkpoint-6; the same command resumes from there" in said
     assert checkpoints(out) == {"checkpoint-4", "checkpoint-6"}
     assert len(logged(out)) == 6
     again(whole, out)
@@ -213,27 +223,12 @@ def assert_stopped_at_six_and_resumes(whole, out):
         assert logged(out, kind) == logged(whole / "out", kind)
 
 
-def test_ctrl_c_writes_a_checkpoint_that_resumes(whole, tmp_path):
-    done = stopped(whole, tmp_path / "out", 5, signal.SIGINT)
-    assert done.returncode == 130, done.stderr
-    assert "stopped by Ctrl-C at" in done.stderr
-    assert "checkpoint-6; the same command resumes from there" in " ".join(done.stderr.split())
-    assert_stopped_at_six_and_resumes(whole, tmp_path / "out")
-
-
-def test_sigterm_writes_a_checkpoint_and_restores_handlers(whole, tmp_path):
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    config = load_train_config(str(whole / "train.yaml"))
-    stop = lambda done, *_: done == 5 and os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
-    with pytest.raises(Interrupted, match=r"SIGTERM at .*checkpoint-6; the same") as caught:
-        run_training(config, tmp_path / "out", stop)
-    assert caught.value.status == 143
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-    assert_stopped_at_six_and_resumes(whole, tmp_path / "out")
+def handlers():
+    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
 
 def test_second_ctrl_c_stops_at_once(monkeypatch):
-    now = [100.0]
+    before, now = handlers(), [100.0]
     monkeypatch.setattr(trainer.time, "monotonic", lambda: now[0])
     with noted_signals() as noted:
         os.kill(os.getpid(), signal.SIGINT)
@@ -244,16 +239,13 @@ def test_second_ctrl_c_stops_at_once(monkeypatch):
         now[0] += 2
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+    assert handlers() == before
 
 
 def test_other_threads_leave_signals_alone():
-    before, seen = signal.getsignal(signal.SIGINT), []
-
-    def enter():
+    def inside():
         with noted_signals():
-            seen.append(signal.getsignal(signal.SIGINT))
+            return handlers()
 
-    thread = threading.Thread(target=enter)
-    thread.start()
-    thread.join()
-    assert seen == [before]
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(inside).result() == handlers()
