@@ -39,12 +39,10 @@ _READABLE = (b"gzip", b"x-gzip", b"deflate", b"identity")
 def end_to_end(headers: Headers) -> Headers:
     """Return headers without those of this hop, names in lower case, order and repetitions kept."""
     lower = [(name.lower(), value) for name, value in headers]
-    dropped = set(_HOP_BY_HOP)
-    for name, value in lower:
-        if name == b"connection":
-            dropped.update(option.strip().lower() for option in value.split(b","))
-        elif name == b"transfer-encoding":
-            dropped.add(b"content-length")  # only one of them can be true
+    named = b",".join(value for name, value in lower if name == b"connection")
+    dropped = _HOP_BY_HOP | {option.strip().lower() for option in named.split(b",")}
+    if any(name == b"transfer-encoding" for name, _ in lower):
+        dropped |= {b"content-length"}  # only one of them can be true
     return [(name, value) for name, value in lower if name not in dropped]
 
 

@@ -228,12 +228,11 @@ class Trainer(transformers.Trainer, TrainerCallback):
         """Make the error that stops the run; all processes call together."""
         step, loss = self.state.global_step, self._losses["loss"]
         rows, culprits = self.plan.rows(step), []
-        if not math.isfinite(loss):
-            with torch.no_grad(), unsharded(self.model), self.accelerator.autocast():
-                for row in rows:
-                    with seeded(self.args.device, self.config.training.seed, step):
-                        its, _ = self.model(self.source.batch([row]))
-                    culprits += [] if its.isfinite() else [row]
+        with torch.no_grad(), unsharded(self.model), self.accelerator.autocast():
+            for row in rows:
+                with seeded(self.args.device, self.config.training.seed, step):
+                    its, _ = self.model(self.source.batch([row]))
+                culprits += [] if its.isfinite() else [row]
         where = f"it read {_named(rows)}"
         if culprits:
             where = f"the loss of {_named(culprits)} alone is not finite, look at it first"
