@@ -256,9 +256,8 @@ class Predictor:
             )
         if shape.children == "without_replacement" and shape.tree.ranks.max() > 0:
             return (
-                "children is 'without_replacement': above temperature 0 the acceptance of such "
-                "siblings depends on what was drawn; use children=with_replacement or top, or "
-                "measure it with specdec bench"
+                "children is 'without_replacement': above temperature 0 acceptance of such "
+                "siblings depends on what was drawn; use children=with_replacement or top"
             )
         return None
 

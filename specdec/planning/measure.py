@@ -195,7 +195,7 @@ def time_run(
 
 
 def timed_runs(
-    runs: Sequence[Candidate | None], found: Sequence[Sequence[Sequence[float]]], number: int = 0
+    runs: Sequence[Candidate | None], found: Sequence[Sequence[Sequence[float]]], number: int
 ) -> list[TimedRun]:
     """Put a round's decodings beside the plain ones around them; those without a step go."""
     pairs = zip(runs, found, strict=True)
@@ -219,13 +219,13 @@ class Measurements:
     def __init__(
         self, work: Predictor, effort: Effort, journal: Journal, progress: Progress
     ) -> None:
-        self._work, self._effort = work, effort
-        self._journal, self._progress = journal, progress
+        self.work, self.effort = work, effort
+        self._journal, self.progress = journal, progress
         self._known = {_key(row["point"]): row for row in journal.entries}
 
     def forwards(self, batch_size: int) -> list[dict[str, Any]]:
         """Cells of the target's forwards as `time_cell` gives them, the batch size among them."""
-        effort, target = self._effort, self._work.target
+        effort, target = self.effort, self.work.target
         most = target.max_context_len
         room = max(1, most - max(effort.new_tokens))
         contexts = sorted({min(context, room) for context in effort.contexts})
@@ -234,12 +234,12 @@ class Measurements:
         cells = list(product(range(effort.repeats), contexts, batches))
         rows: list[dict[str, Any]] = []
         for done, (repeat, context, batch) in enumerate(cells):
-            self._progress(done, len(cells), f"forwards of {batch} rows behind {context} tokens")
+            self.progress(done, len(cells), f"forwards of {batch} rows behind {context} tokens")
             point = {"phase": "forward", "repeat": repeat, "batch": batch, "context": context}
             kinds = ("chain", "tree") if context == contexts[len(contexts) // 2] else ("chain",)
             measure = partial(time_cell, target, batch, context, counts, kinds)
             rows.append({**point, **self._row(point, measure)})
-        self._progress(len(cells), len(cells), "forwards")
+        self.progress(len(cells), len(cells), "forwards")
         return rows
 
     def decodings(
@@ -268,11 +268,11 @@ class Measurements:
                 turn = index + rounds * runs[:slot].count(run) if run else index
                 here = point(index, slot, run)
                 what = f"steps of {batch_size} rows: {here['name']}"
-                self._progress(index * len(runs) + slot, rounds * len(runs), what)
+                self.progress(index * len(runs) + slot, rounds * len(runs), what)
                 decode = partial(self._decode, drafters, run, batch_size, turn)
                 steps.append(self._row(here, decode)["steps"])
             found += timed_runs(runs, steps, index)
-        self._progress(rounds * len(runs), rounds * len(runs), "steps")
+        self.progress(rounds * len(runs), rounds * len(runs), "steps")
         return found
 
     def trust(self, runs: Sequence[TimedRun]) -> Trust:
@@ -294,7 +294,7 @@ class Measurements:
         self, drafters: Built, run: Candidate | None, batch_size: int, turn: int
     ) -> dict[str, Any]:
         """Decode the prompts of a turn; each drafter sees a prompt once, as in a bench."""
-        work, first, drafter = self._work, turn * batch_size, None
+        work, first, drafter = self.work, turn * batch_size, None
         if run:
             generation = (first + batch_size - 1) // len(work.texts) if run.rule.varies else 0
             drafter = get_drafter(work.target, drafters, run, generation)

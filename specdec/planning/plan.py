@@ -20,7 +20,7 @@ from specdec.engine.scheduler import is_out_of_memory
 from specdec.planning.candidates import Family, families
 from specdec.planning.choice import MARGIN, Forecast, confirm, schedule, search
 from specdec.planning.costs import Costs, to_ms
-from specdec.planning.measure import FULL, QUICK, Effort, Measurements
+from specdec.planning.measure import FULL, QUICK, Measurements
 from specdec.planning.results import Configuration, Controller, Plan, PlannedWorkload, StepMs
 from specdec.targets.load import load_target
 
@@ -58,9 +58,8 @@ def run_plan(
         progress(0, 1, "the target's own answers")
         texts = target_answers(target, ids, sampling, config.max_new_tokens)
         predictor = Predictor(target, texts, sampling, config.seed, config.rule)
-        effort = QUICK if quick else FULL
-        measured = Measurements(predictor, effort, journal, progress)
-        chosen = _choose(config, drafters, predictor, measured, effort, progress)
+        measured = Measurements(predictor, QUICK if quick else FULL, journal, progress)
+        chosen = _choose(config, drafters, measured)
     plan = Plan(provenance=provenance, target=known, **chosen)
     head = (
         f"# The choice of specdec plan: {plan.choice.name}, predicted to be "
@@ -74,26 +73,22 @@ def run_plan(
 
 
 def _choose(
-    config: BenchConfig,
-    drafters: Sequence[Family],
-    predictor: Predictor,
-    measured: Measurements,
-    effort: Effort,
-    progress: Progress,
+    config: BenchConfig, drafters: Sequence[Family], measured: Measurements
 ) -> dict[str, Any]:
     """Measure, predict, choose: the fields of a plan."""
-    size, texts = config.batch_size, predictor.texts
+    predict, effort, progress = measured.work.predict, measured.effort, measured.progress
+    size, texts = config.batch_size, measured.work.texts
     # What no acceptance can be worked out for is told first of all.
     given = [candidate for family in drafters for candidate in family.given]
     for done, candidate in enumerate(given):
         progress(done, len(given), f"acceptance of {candidate.name}")
-        predictor.predict(candidate.arm)
+        predict(candidate.arm)
     context = sum(len(text.prompt) + len(text.tokens) / 2 for text in texts) / len(texts)
     costs = Costs(measured.forwards(size), context)
     timed = [candidate for family in drafters for candidate in family.timed()]
     runs = measured.decodings(timed, size, effort.rounds)
     costs.add(size, runs)
-    forecast = Forecast(costs, predictor.predict, config.seed)
+    forecast = Forecast(costs, predict, config.seed)
     searched = [candidate for family in drafters for candidate in family.searched()]
     ranked = search(forecast, searched, size, effort.finalists, progress)
     # No prompt twice: a drafter that remembers would be flattered.
@@ -104,7 +99,7 @@ def _choose(
     ranked = confirm(forecast, ranked, size, effort.finalists)
     best, fastest = ranked[0]
     family = next(each for each in drafters if each.base.drafter == best.drafter)
-    _add_other_batches(costs, family, measured, effort)
+    _add_other_batches(costs, family, measured)
     nodes, lengths, step_s = schedule(forecast, best, sorted(costs.plain))
     pays = fastest.predicted_speedup > 1 + MARGIN
     arms = [ArmConfig(name=best.name, type=best.type, options=best.options)] if pays else []
@@ -128,13 +123,11 @@ def _choose(
     }
 
 
-def _add_other_batches(
-    costs: Costs, family: Family, measured: Measurements, effort: Effort
-) -> None:
+def _add_other_batches(costs: Costs, family: Family, measured: Measurements) -> None:
     """Add the chosen drafter's decodings at the other batch sizes; what does not fit is named."""
     for size in [size for size in costs.measured.forward if size not in costs.plain]:
         try:
-            costs.add(size, measured.decodings(family.timed(), size, effort.batch_rounds))
+            costs.add(size, measured.decodings(family.timed(), size, measured.effort.batch_rounds))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
