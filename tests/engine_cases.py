@@ -18,6 +18,20 @@ def plain_tokens(target, prompt, count, sampling=SamplingConfig()):  # noqa: B00
     return generate_baseline(target, [prompt], sampling, max_new_tokens=count)[0].tokens
 
 
+def breaking(monkeypatch, owner, name, call, error, *, done):
+    """Let one call of a method raise, before its work or with all of it done."""
+    whole, calls = getattr(owner, name), []
+
+    def method(*args, **kwargs):
+        calls.append(name)
+        found = whole(*args, **kwargs) if done or len(calls) != call else None
+        if len(calls) == call:
+            raise error
+        return found
+
+    monkeypatch.setattr(owner, name, method)
+
+
 def run(engine):
     """Step until nothing is left; the chunks, in order."""
     chunks = []

@@ -51,49 +51,27 @@ def rope(kind: str, **options: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **options}}
 
 
-LONG = rope(
-    "longrope",
-    short_factor=[1.0] * 4,
-    long_factor=[4.0, 6.0, 8.0, 10.0],
-    factor=4.0,
-    original_max_position_embeddings=16,
-)
-LONG["original_max_position_embeddings"] = 16
-TREE, OWN, RUNS, STATE, LENGTH, SEQ2SEQ = (
-    "in a tree",
-    "masks of its own behind",
-    "does not run",
-    "cannot be rolled back",
-    "names no context length",
-    "encoder-decoder",
-)
+ORIGINAL = {"original_max_position_embeddings": 16}
+FACTORS = {"short_factor": [1.0] * 4, "long_factor": [4.0, 6.0, 8.0, 10.0], "factor": 4.0}
+LONG = rope("longrope", **FACTORS, **ORIGINAL) | ORIGINAL
+BANDS = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 REASONS = {
-    TREE: "position biases by slot, which a draft tree breaks",
-    OWN: "masks of its own, counted in slots",
-    RUNS: "does not take a cache and masks from outside",
-    STATE: "a rejected token would stay in its state",
-    LENGTH: "no context length, and position biases (ALiBi)",
-    SEQ2SEQ: "an encoder-decoder",
+    "in a tree": "position biases by slot, which a draft tree breaks",
+    "masks of its own behind": "masks of its own, counted in slots",
+    "does not run": "does not take a cache and masks from outside",
+    "cannot be rolled back": "a rejected token would stay in its state",
+    "names no context length": "no context length, and position biases (ALiBi)",
+    "encoder-decoder": "an encoder-decoder",
 }
+TREE, OWN, RUNS, STATE, LENGTH, SEQ2SEQ = REASONS
 # Class without "ForCausalLM", variant, changes to SHAPE, and why it is refused.
 CASES: list[tuple[str, str, dict[str, Any], str | None]] = [
     ("Llama", "", {}, None),
     ("Llama", "eager", EAGER, None),
     ("Llama", "linear rope", rope("linear", factor=2.0), None),
     ("Llama", "dynamic rope", rope("dynamic", factor=2.0) | {"max_position_embeddings": 16}, None),
-    ("Llama", "yarn", rope("yarn", factor=4.0, original_max_position_embeddings=16), None),
-    (
-        "Llama",
-        "llama3 rope",
-        rope(
-            "llama3",
-            factor=8.0,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-            original_max_position_embeddings=16,
-        ),
-        None,
-    ),
+    ("Llama", "yarn", rope("yarn", factor=4.0, **ORIGINAL), None),
+    ("Llama", "llama3 rope", rope("llama3", **BANDS, **ORIGINAL), None),
     ("Phi3", "LongRoPE, up to its original length", LONG, None),
     ("Phi3", "window, eager", SLIDING | EAGER, None),
     ("Phi", "partial rotary", {}, None),

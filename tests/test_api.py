@@ -84,7 +84,17 @@ REFUSED = [
     ("target", [None, 5, HFTarget, NgramDrafter()], "target is"),
     ("target", [lambda t: t.model], "HFTarget"),
     ("drafter", [5, False, ["ngram"], NgramDrafter, lambda t: t], "drafter is"),
-    ("drafter", ["ngramm", {}, {"type": None}], "drafter type is"),
+    ("drafter", [{}, {"type": None}], "drafter type is"),
+    ("drafter", [{"type": "draft_model"}], "needs the option 'path'"),
+    ("drafter", [{"type": "ngram", "max_ngram": "wide"}], "max_ngram='wide'"),
+    ("drafter", ["ngramm"], "did you mean 'ngram'"),
+    ("drafter", [{"type": "ngram", "max_ngrams": 3}], "did you mean 'max_ngram'"),
+    ("prompts", [[]], "prompts is empty"),
+    ("prompts", [[[]], [""]], "prompt 0 is empty"),
+    ("prompts", [[[3], [1] * 10**4]], r"prompt 1 has 10000 tokens .* shorten"),
+    ("prompts", [[[1, 10**4]]], "token 10000"),
+    ("max_new_tokens", [[3, 4]], "max_new_tokens has 2 entries"),
+    ("sampling", [[None, None]], "sampling has 2 entries"),
     ("prompts", [None, 5, b"a", {"Hi"}, {"a": 1}, (x for x in "a"), np.array(3)], "prompts is"),
     ("prompts", [[None], [5.0], [b"a"], np.array([True]), torch.rand(2)], "prompt 0 is"),
     ("prompts", [[[1.0]], [[True]], [["a"]], [[3, "a"]], [[{"role": "user"}]]], "prompt 0 holds"),
@@ -98,7 +108,8 @@ REFUSED = [
     ("sampling", [5, "greedy", True, SamplingConfig, [5], {"temprature": 1}], "sampling is"),
     ("sampling", [{"temperature": True}], "temperature is"),
     ("max_new_tokens", [0, -1, True, "5", 2.0, NAN, None, ["2"], [True]], "max_new_tokens is"),
-    ("stop", [[""], "", [1], 5, b"a", {"a"}], "stop is"),
+    ("stop", [[""], ""], "stop is .* an empty string"),
+    ("stop", [[1], 5, b"a", {"a"}], "stop is"),
     ("max_time_s", [NAN, INF, "1", 0, True, 10**400], "max_time_s is"),
     ("batch_size", [0, True, "1", 1.0], "batch_size is"),
     ("rule", [None, "Token", [], 5], "rule is"),
@@ -173,20 +184,11 @@ def test_target_without_tokenizer_refuses_text():
             generate(tiny_target(), None, prompt)
 
 
-def test_wrong_draft_length_answer_is_refused(target):
-    class Answers:
-        def __init__(self, answer):
-            self.answer = answer
-
-        def choose(self, batch_size):
-            return self.answer
-
-        def learn(self, records):
-            pass
-
+def test_wrong_draft_length_answer_is_refused(target, monkeypatch):
     for answer in (-1, True, 2.5, "3"):
+        monkeypatch.setattr(Schedule, "choose", lambda self, size, answer=answer: answer)
         with pytest.raises(ValueError, match="draft_length chose"):
-            generate(target, "ngram", "Hi", draft_length=Answers(answer))
+            generate(target, "ngram", "Hi", draft_length=4)
 
 
 BLOCK = r"```python\n(.*?)```"

@@ -196,7 +196,7 @@ def test_drafter_that_finds_nothing_is_seldom_asked():
         (Schedule, {2: 4}, {}, "needs an entry for batch size 1"),
         (Schedule, {1: -1}, {}, "is -1"),
         (Schedule, {1: 4, 0: 2}, {}, "batch size 0"),
-        (Schedule, {1: 2.5}, {}, "is 2.5"),
+        (Schedule, {1: 2.5}, {}, r"nodes is \{1: 2.5\}"),
         (OnlineController, {}, {}, "step_s is empty"),
         (OnlineController, {1: {1: 2.0}}, {}, r"step_s\[1\] has the nodes \[1\]"),
         (OnlineController, {1: {0: 2.0}}, {}, r"step_s\[1\] has the nodes \[0\]"),

@@ -1,7 +1,7 @@
 """The engine after failures: no request is lost, and no token is told twice."""
 
 import pytest
-from engine_cases import PROMPTS, Cases, plain_tokens, run
+from engine_cases import PROMPTS, Cases, breaking, plain_tokens, run
 from tiny_models import perturbed, tiny_llama, tiny_target
 
 from specdec import Engine, SamplingConfig, generate
@@ -12,20 +12,6 @@ from specdec.targets.hf import HFTarget
 @pytest.fixture(scope="module")
 def target():
     return tiny_target()
-
-
-def breaking(monkeypatch, owner, name, call, error, *, done):
-    """Let one call of a method raise, before its work or with all of it done."""
-    whole, calls = getattr(owner, name), []
-
-    def method(*args, **kwargs):
-        calls.append(name)
-        found = whole(*args, **kwargs) if done or len(calls) != call else None
-        if len(calls) == call:
-            raise error
-        return found
-
-    monkeypatch.setattr(owner, name, method)
 
 
 def run_on(engine, before=((), ()), most=1000):
@@ -155,30 +141,27 @@ def test_row_without_memory_alone_ends_with_error(monkeypatch):
     assert sorted(ends) == [(0, "length"), (1, "error"), (2, "length")]
 
 
-def test_other_error_ends_only_joining_rows(monkeypatch, target):
+@pytest.mark.parametrize(
+    ("method", "call", "ends"),
+    [  # those that were joining, or all that run where none was
+        ("prefill", 2, [("length", 6), ("error", 0), ("error", 0), ("length", 6)]),
+        ("score", 2, [("error", 2), ("error", 1), ("error", 1), ("length", 6)]),
+    ],
+)
+def test_error_ends_rows_of_its_part_only(monkeypatch, target, method, call, ends):
     engine = Engine(target, max_rows=3)
+    breaking(monkeypatch, target, method, call, ArithmeticError("broken"), done=False)
     ids = [engine.submit([5, 6], max_new_tokens=6)]
-    engine.step()
+    before = run_on(engine, most=1)
     ids += [engine.submit([7, 8], max_new_tokens=6) for _ in range(3)]
-    breaking(monkeypatch, target, "prefill", 1, ArithmeticError("broken"), done=True)
-    assert [str(error) for error in run_on(engine)[1]] == ["broken"]
+    chunks, errors = run_on(engine, before)
+    assert [str(error) for error in errors] == ["broken"]
     results = [engine.result(index) for index in ids]
-    assert [r.finish_reason for r in results] == ["length", "error", "error", "length"]
+    assert [(r.finish_reason, len(r.tokens)) for r in results] == ends
     assert results[1].error == "prompt 1: ArithmeticError: broken"
-    assert results[0].tokens == plain_tokens(target, [5, 6], 6)
-
-
-def test_step_error_ends_running_rows_only(monkeypatch, target):
-    engine = Engine(target, max_rows=2)
-    ids = [engine.submit([5, 6], max_new_tokens=6) for _ in range(3)]
-    breaking(monkeypatch, target, "score", 2, ArithmeticError("broken"), done=False)
-    chunks, errors = run_on(engine)
-    assert len(errors) == 1
-    results = [engine.result(index) for index in ids]
-    assert [(r.finish_reason, len(r.tokens)) for r in results] == [
-        *(("error", 2), ("error", 2), ("length", 6))
-    ]
-    assert streamed(chunks, ids[0]) == results[0].tokens
+    for index, result in zip(ids, results, strict=True):
+        assert streamed(chunks, index) == result.tokens
+        assert result.tokens == plain_tokens(target, result.prompt_tokens, 6)[: len(result.tokens)]
 
 
 def test_keyboard_interrupt_ends_no_request(monkeypatch, target):

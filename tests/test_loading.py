@@ -158,16 +158,3 @@ def test_a_drafter_with_another_tokenizer_is_refused(checkpoint, tmp_path):
     drafter = f'{{"type": "draft_model", "path": "{other}"}}'
     done = generate(checkpoint, "--drafter", drafter)
     assert refused(done, str(other), "another tokenizer", "97 of 97", "the target's own tokenizer")
-
-
-OPTIONS = [
-    ({"type": "draft_model"}, "needs the option 'path'"),
-    ({"type": "ngram", "max_ngram": "wide"}, "max_ngram='wide'"),
-    ({"type": "draft_modell"}, "did you mean 'draft_model'"),
-]
-
-
-@pytest.mark.parametrize(("options", "message"), OPTIONS)
-def test_options_that_a_drafter_cannot_use_are_named(checkpoint, options, message):
-    with pytest.raises(ValueError, match=message):
-        load_drafter(options, load_target(str(checkpoint)))

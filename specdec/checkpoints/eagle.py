@@ -30,11 +30,7 @@ Layers = Annotated[list[int], Field(min_length=1)]
 
 
 class LlamaLayer(ForeignConfig):
-    """A Llama `config.json`, of transformers 4 or 5; what it leaves out is transformers' default.
-
-    Nothing is left to the target, whose own values may be others. The last four have a single value
-    with which our layer computes the same.
-    """
+    """A Llama `config.json` of transformers 4 or 5, whose own defaults fill what it leaves out."""
 
     hidden_size: Count
     intermediate_size: Count
@@ -48,6 +44,7 @@ class LlamaLayer(ForeignConfig):
     rope_theta: Positive | None = None
     rope_scaling: dict[str, Any] | None = None
     rope_parameters: dict[str, Any] | None = None
+    # With these values alone our layer computes the same.
     attention_bias: Literal[False] = False
     mlp_bias: Literal[False] = False
     logit_scale: One = 1
@@ -68,8 +65,8 @@ class LlamaLayer(ForeignConfig):
             )
         if rope["rope_type"] not in _ROPE_TYPES or rope.get("partial_rotary_factor", 1) != 1:
             raise ValueError(
-                f"has the rotary parameters {rope}, which specdec's heads do not have; rope_type "
-                f"must be one of {', '.join(_ROPE_TYPES)}, and all of a head is rotated"
+                f"has the rotary parameters {rope}, but rope_type must be one of "
+                f"{', '.join(_ROPE_TYPES)}, and all of a head is rotated"
             )
         if type(base) not in (int, float) or not 0 < base < 1e38:
             raise ValueError(f"has rope_theta {base!r} but must have a number above 0")
@@ -121,10 +118,7 @@ class _LlamaLayout(Layout):
 
 
 class Eagle(_LlamaLayout, LlamaLayer):
-    """EAGLE-1, which EAGLE-2 shares, as SafeAILab publishes it; tensors under our own names.
-
-    Source: SafeAILab/EAGLE.
-    """
+    """EAGLE-1 and EAGLE-2 as SafeAILab/EAGLE publishes them; tensors have our own names."""
 
     name, kind = "eagle", "eagle"
     # Copies of parts of the target, which the head never trained; it uses the target's own.
@@ -143,9 +137,11 @@ class Eagle(_LlamaLayout, LlamaLayer):
 
     @classmethod
     def config(cls, checkpoint: HeadCheckpoint, options: Any) -> dict[str, Any]:
-        flags = {"bias": options.bias, "qkv_bias": options.qkv_bias}
-        layer = _llama_config(checkpoint.options["backbone"])
-        return {"architectures": ["LlamaForCausalLM"], **layer, **flags}
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            **_llama_config(checkpoint.options["backbone"]),
+            **{"bias": options.bias, "qkv_bias": options.qkv_bias},
+        }
 
 
 def _flag(name: str) -> Any:
@@ -154,10 +150,7 @@ def _flag(name: str) -> Any:
 
 
 class _Eagle3Layout(_LlamaLayout):
-    """Keys that all layouts of EAGLE-3 share.
-
-    EAGLE-3.1's norms of each tap and heads on one tap are not supported.
-    """
+    """Keys that all layouts of EAGLE-3 share; EAGLE-3.1's norms of each tap are not supported."""
 
     kind, carried = "eagle3", _BUFFERS
     target_hidden_size: Count | None = None
@@ -204,10 +197,7 @@ class _Eagle3Layout(_LlamaLayout):
 
     @classmethod
     def config(cls, checkpoint: HeadCheckpoint, options: Any) -> dict[str, Any]:
-        """Make the keys that all layouts share, layers counted as vLLM does.
-
-        A layer twice, out of order, or the state behind the target's final norm is refused.
-        """
+        """Make the keys that all layouts share, layers counted as vLLM does."""
         config = {"draft_vocab_size": options.draft_vocab_size}
         if options.target_hidden_size != options.backbone.hidden_size:
             config["target_hidden_size"] = options.target_hidden_size
@@ -221,8 +211,8 @@ class _Eagle3Layout(_LlamaLayout):
             )
         if target and target.num_layers and taps[-1] >= target.num_layers:
             raise cls.cannot_hold(
-                f"the tap {taps[-1]} of a target with {target.num_layers} layers: engines do not "
-                "capture behind the final norm",
+                f"the tap {taps[-1]} of a target with {target.num_layers} layers, which is behind "
+                "the final norm",
                 "train a head on lower layers",
             )
         return config | {IDS: taps}
@@ -248,13 +238,10 @@ def _with_whole_maps(
 
 
 class Eagle3(_Eagle3Layout, LlamaLayer):
-    """EAGLE-3 as SafeAILab published it and vLLM, SGLang and SpecForge read it.
+    """EAGLE-3 as SafeAILab/EAGLE published it; `LlamaForCausalLMEagle3` of vLLM and SGLang read it.
 
-    A Llama `config.json` with `draft_vocab_size`, tensors under `midlayer.` or `layers.0.`. Layers
-    are counted as vLLM does at the top level, which is as we do, and one less inside
+    Layers are counted as vLLM does at the top level, which is as we do, and one less inside
     `eagle_config`, which is as SGLang does.
-
-    Source: SafeAILab/EAGLE; sgl-project/SpecForge; vLLM and SGLang, `LlamaForCausalLMEagle3`.
     """
 
     name = "eagle3"
@@ -298,12 +285,7 @@ class _WindowedLayer(LlamaLayer):
 
 
 class Speculators(_Eagle3Layout):
-    """EAGLE-3 as vLLM's speculators library writes it.
-
-    Its `config.json` nests the layer's config, names the target, and says how it normalizes.
-
-    Source: vllm-project/speculators, `Eagle3SpeculatorConfig`.
-    """
+    """EAGLE-3 as vllm-project/speculators writes it, `Eagle3SpeculatorConfig`."""
 
     name = "speculators"
     speculators_model_type: Literal["eagle3"]
@@ -348,12 +330,9 @@ class Speculators(_Eagle3Layout):
         layer = _llama_config(checkpoint.options["backbone"])
         if window := checkpoint.training.get("sliding_window"):
             layer |= {"sliding_window": window, "layer_types": ["sliding_attention"]}
-        method = {
-            "proposal_type": "greedy",
-            "speculative_tokens": 5,  # vLLM wants a number; users set their own when they serve
-            "verifier_accept_k": 1,
-            "accept_tolerance": 0.0,
-        }
+        # vLLM wants a number of tokens; users set their own when they serve.
+        method = {"proposal_type": "greedy", "speculative_tokens": 5}
+        method |= {"verifier_accept_k": 1, "accept_tolerance": 0.0}
         return {
             "architectures": ["Eagle3Speculator"],
             "speculators_model_type": "eagle3",

@@ -38,10 +38,10 @@ def read_raw(folder: Path) -> RawFiles:
     found = [name for name in WEIGHT_FILES if (folder / name).exists()]
     config = _read_config(folder)
     if not found:
-        layers = config.get("num_hidden_layers")
+        layers = config.get("num_hidden_layers", "no")
         raise FileNotFoundError(
-            f"{str(folder)!r} holds no draft head: none of {', '.join(WEIGHT_FILES)} is there"
-            + (f"; its config.json is that of a model of {layers} layers" if layers else "")
+            f"{str(folder)!r} holds no draft head: none of {', '.join(WEIGHT_FILES)} is there, and "
+            f"a config.json of a model of {layers} layers"
         )
     # The same head is often published twice; a Medusa head may lie beside its target's weights.
     weights = folder / next((name for name in found if name.startswith("medusa")), found[0])
@@ -72,10 +72,7 @@ def find_folder(path: str | Path, revision: str | None = None) -> Path:
     # A published EAGLE-3 config counts its target's layers, and some Medusa heads their target's.
     is_head = {"draft_vocab_size", "medusa_num_heads"} & config.keys()
     if isinstance(layers, int) and layers > 1 and not is_head:
-        raise ValueError(
-            f"{name!r} is a model of {layers} layers, not a draft head; its weights were not "
-            "downloaded"
-        )
+        raise ValueError(f"{name!r} is a model of {layers} layers; its weights were not downloaded")
     return fetch(*WEIGHT_FILES)
 
 
@@ -83,6 +80,13 @@ def size_on_disk(folder: Path) -> int:
     """Count the bytes of the files that make a checkpoint, and no others of the folder."""
     paths = (folder / name for name in (CONFIG, SIDECAR, *WEIGHT_FILES))
     return sum(path.stat().st_size for path in paths if path.exists())
+
+
+def unreadable(path: str | Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{str(path)!r} cannot be read ({first_line(error)}); it is corrupt or truncated, copy or "
+        "download it again"
+    )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -94,10 +98,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, RuntimeError, EOFError, ValueError, UnpicklingError, OSError) as error:
         if isinstance(error, OSError) and error.errno != EINVAL:  # torch's for a file cut off
             raise
-        raise ValueError(
-            f"{str(path)!r} cannot be read ({first_line(error)}); it is corrupt or truncated, copy "
-            "or download it again"
-        ) from error
+        raise unreadable(path, error) from error
     if not isinstance(content, Mapping) or not all(isinstance(t, Tensor) for t in content.values()):
         raise ValueError(f"{str(path)!r} must hold named tensors and nothing else")
     # They may share memory, which safetensors cannot hold.

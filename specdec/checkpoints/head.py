@@ -83,12 +83,9 @@ def head_of(checkpoint: HeadCheckpoint, where: str = "the head") -> Any:
     known = {"hidden_size": None, "vocab_size": None, "num_hidden_layers": 0}
     known |= head_class(checkpoint.kind).target_facts(checkpoint.tensors)
     if (target := checkpoint.target) is not None:
-        sizes = {
-            "hidden_size": target.hidden_size,
-            "vocab_size": target.vocab_size,
-            "num_hidden_layers": target.num_layers,
-        }
-        known |= {name: size for name, size in sizes.items() if size} | (target.facts or {})
+        sizes = (target.hidden_size, target.vocab_size, target.num_layers)
+        known |= {name: size for name, size in zip(known, sizes, strict=False) if size}
+        known |= target.facts or {}
     try:
         with torch.device("meta"):
             return construct(checkpoint.kind, checkpoint.options, SimpleNamespace(**known))
@@ -140,8 +137,8 @@ def take_tensors(
         if name not in given:
             others = f" (it has {', '.join(left[:3])}, which nothing asks for)" if left else ""
             raise ValueError(
-                f"{where!r} lacks the tensor {name}{others}; the checkpoint is incomplete or its "
-                "config is of another head, copy or download both again"
+                f"{where!r} lacks the tensor {name}{others}; it is incomplete or its config of "
+                "another head, copy both again"
             )
         if fault := _fault(given[name], wanted[ours]):
             raise ValueError(f"{where!r}: {name} {fault}")
@@ -166,9 +163,8 @@ def _fault(tensor: Tensor, wanted: Tensor) -> str | None:
         return f"is of {tensor.dtype} but must be of {' or '.join(map(str, dtypes))}"
     if tensor.shape != wanted.shape:
         return (
-            f"has shape {tuple(tensor.shape)} but must have {tuple(wanted.shape)}; the tensor or "
-            "the config is of another head"
+            f"has shape {tuple(tensor.shape)} but must have {tuple(wanted.shape)}; check the config"
         )
     if tensor.is_floating_point() and not tensor.isfinite().all():
-        return "holds NaN or infinite values; copy it again, or train with a smaller learning rate"
+        return "holds NaN or infinite values; copy it again, or lower the learning rate"
     return None

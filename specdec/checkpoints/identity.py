@@ -13,6 +13,7 @@ from torch import Tensor
 
 from specdec.checkpoints.head import HeadCheckpoint, TargetIdentity
 
+_NOUNS = {"tokenizer": "vocabulary", "weights": "set of weights", "magnitude": "set of weights"}
 # Its key where a run says what makes it the same run.
 TARGET = "the target"
 # Weights that the hash looks at, spread over every matrix, and those measured of every tensor.
@@ -85,10 +86,7 @@ def _magnitudes(model: Any) -> Iterator[tuple[str, list[float]]]:
 
 
 def hash_of_ends(model: Any) -> str | None:
-    """Hash the signs of a model's input embedding and vocabulary projection.
-
-    It is known where only these two are in memory, and in a quantized model that kept both.
-    """
+    """Hash the signs of a model's embedding and projection; quantized models may have kept both."""
     parts = (model.get_input_embeddings(), model.get_output_embeddings())
     return _hash_of_signs([part.weight for part in parts])
 
@@ -124,12 +122,12 @@ def check_target(checkpoint: HeadCheckpoint, identity: TargetIdentity, force: bo
         if last is not None and tap > last:
             raise ValueError(
                 f"the head reads hidden_states[{tap}] but {theirs} has only {last} layers; use the "
-                "target that the head was trained for"
+                "head's own"
             )
         if tap == last and checkpoint.layout != "specdec":
             raise ValueError(
                 f"the head reads hidden_states[{tap}] of {theirs}, which engines capture before "
-                "the final norm and we behind it; only heads trained by specdec can read it"
+                "the final norm and we behind it; train it by specdec"
             )
     if known is None:
         return
@@ -147,9 +145,6 @@ def check_target(checkpoint: HeadCheckpoint, identity: TargetIdentity, force: bo
             )
 
 
-_NOUNS = {"tokenizer": "vocabulary", "weights": "set of weights", "magnitude": "set of weights"}
-
-
 def _called(identity: TargetIdentity) -> str:
     return f"target {identity.name!r}" if identity.name else "a target"
 
@@ -164,9 +159,8 @@ def differences(
     """
     if known.facts is None and (known.weights or is_resume):
         warnings.warn(
-            "the target is known by the signs of sampled weights at most, as older versions wrote "
-            "it: other differences go unseen. A new run writes more, and of a head: specdec "
-            "convert HEAD NEW_FOLDER --to specdec --target TARGET",
+            "the target is known as older versions wrote it, so differences may go unseen; run "
+            "again, or: specdec convert HEAD NEW_FOLDER --to specdec --target TARGET",
             stacklevel=4,
         )
 

@@ -59,10 +59,7 @@ class Description(Config):
 
 
 def read_head(path: str | Path, revision: str | None = None) -> HeadCheckpoint:
-    """Read a head from a folder or of a hub id, whatever its layout, which its files tell.
-
-    A tensor or a fact that is not in order is a ValueError that names it.
-    """
+    """Read a head from a folder or of a hub id, whatever its layout, which its files tell."""
     folder = find_folder(path, revision)
     sidecar = folder / SIDECAR
     if not sidecar.exists():
@@ -75,21 +72,17 @@ def read_head(path: str | Path, revision: str | None = None) -> HeadCheckpoint:
     if known.layout == NATIVE:
         weights = folder / WEIGHTS
         if not weights.exists():
-            raise FileNotFoundError(
-                f"{str(folder)!r} has no {WEIGHTS}; the checkpoint is incomplete"
-            )
-        tensors = read_tensors(weights)
-        checkpoint = HeadCheckpoint(
-            known.kind, known.options, tensors, known.tree, known.target, known.training
-        )
-        checkpoint = checked(checkpoint, str(weights))
+            raise FileNotFoundError(f"{str(folder)!r} has no {WEIGHTS}; it is incomplete")
+        facts = known.kind, known.options, read_tensors(weights), known.tree
+        made = HeadCheckpoint(*facts, known.target, known.training)
+        checkpoint = checked(made, str(weights))
     else:
         checkpoint = _completed(_read_foreign(folder), known, str(sidecar))
     content = read_json(sidecar)
     if "sha256" in content and content.pop("sha256") != _checksum(content, checkpoint.tensors):
         raise ValueError(
             f"{str(sidecar)!r} or the tensors beside it have changed since they were written; copy "
-            "both again or, if that was on purpose, delete sha256 there"
+            "both again, or delete sha256 there"
         )
     return checkpoint
 
@@ -134,8 +127,8 @@ def _completed(found: HeadCheckpoint, known: Description, where: str) -> HeadChe
     for name, told, seen in facts():
         if told != seen:
             raise ValueError(
-                f"{where!r} says {name} {told!r}, but the files beside it say {seen!r}; if they "
-                "were changed on purpose, delete specdec.json"
+                f"{where!r} says {name} {told!r}, but the files beside it say {seen!r}; copy all "
+                "again, or delete specdec.json"
             )
     return whole
 
@@ -161,11 +154,11 @@ def write_head(checkpoint: HeadCheckpoint, folder: str | Path, layout: str = NAT
         raise ValueError(f"layout is {layout!r} but must be one of {', '.join(LAYOUTS)}")
     place = Path(folder).expanduser()
     files = _files(checked(checkpoint, "the head"), layout)
-    others = [name for name in WEIGHT_FILES if name not in files and (place / name).exists()]
-    if others:
-        raise ValueError(
-            f"{str(place)!r} holds {others[0]} of another checkpoint; give an empty folder"
-        )
+    for name in WEIGHT_FILES:
+        if name not in files and (place / name).exists():
+            raise ValueError(
+                f"{str(place)!r} holds {name} of another checkpoint; give an empty one"
+            )
     with whole_folder(place) as partial:
         for name, content in files.items():
             (partial / name).write_bytes(content)

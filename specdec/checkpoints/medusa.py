@@ -29,11 +29,9 @@ class _MedusaLayout(Layout):
 
 
 class Medusa(_MedusaLayout):
-    """`medusa_lm_head.safetensors` or `.pt`, and a small `config.json`.
+    """`medusa_lm_head.safetensors` or `.pt` of FasterDecoding/Medusa, and a small `config.json`.
 
     Version 1 has a vocabulary projection for every head, version 2 has none.
-
-    Source: FasterDecoding/Medusa.
     """
 
     name, weights = "medusa", "medusa_lm_head.safetensors"
@@ -95,10 +93,7 @@ class Medusa(_MedusaLayout):
 
 
 class VllmMedusa(_MedusaLayout):
-    """Medusa heads as vLLM up to 0.32 serves them; later ones dropped Medusa.
-
-    Source: vLLM 0.32, `MedusaConfig` and `Medusa`.
-    """
+    """Medusa heads as vLLM up to 0.32 serves them, `MedusaConfig`; later ones dropped Medusa."""
 
     name = "vllm-medusa"
     carried = ("token_map",)  # vLLM leaves it alone where the vocabulary is whole
@@ -137,19 +132,15 @@ class VllmMedusa(_MedusaLayout):
             blocks = {name: t for name, t in tensors.items() if name.startswith("blocks.")}
             if biases := sorted(name for name in blocks if name.endswith(".bias")):
                 raise ValueError(
-                    f"{files.weights_path!r} has the tensor {biases[0]}, which its config does not "
-                    "ask for: set medusa_fc_bias to true in config.json"
+                    f"{files.weights_path!r} has the tensor {biases[0]}: set medusa_fc_bias to "
+                    "true in config.json"
                 )
             for name, weight in blocks.items():
                 bias = name.removesuffix("weight") + "bias"
                 tensors[bias] = weight.new_zeros(weight.shape[:1])
-        options = {
-            "hidden_size": self.hidden_size,
-            "vocab_size": self.vocab_size,
-            "num_heads": self.num_heads,
-            "num_layers": self.num_hidden_layers,
-            "own_vocab_head": not self.original_lm_head,
-        }
+        options = self.model_dump(include={"hidden_size", "vocab_size", "num_heads"})
+        options["num_layers"] = self.num_hidden_layers
+        options["own_vocab_head"] = not self.original_lm_head
         target = TargetIdentity(None, self.hidden_size, self.vocab_size)
         return HeadCheckpoint(self.kind, options, tensors, target=target)
 
@@ -165,13 +156,9 @@ class VllmMedusa(_MedusaLayout):
             what = "heads without projections (own_vocab_head=false), but copies of the target's"
             raise cls.cannot_hold(what, "use the layout 'medusa'")
         return super().config(checkpoint, options) | {
-            "architectures": ["MedusaModel"],
-            "model_type": "medusa",
-            "hidden_size": options.hidden_size,
-            "vocab_size": options.vocab_size,
+            **{"architectures": ["MedusaModel"], "model_type": "medusa"},
+            **options.model_dump(include={"hidden_size", "vocab_size", "num_heads"}),
             "truncated_vocab_size": options.vocab_size,
-            "num_heads": options.num_heads,
             "num_hidden_layers": options.num_layers,
-            "original_lm_head": False,
-            "medusa_fc_bias": True,
+            **{"original_lm_head": False, "medusa_fc_bias": True},
         }

@@ -50,13 +50,11 @@ class Batch:
     ) -> None:
         self.target, self.drafter, self.draft_length = target, drafter, draft_length
         self.rule = get_rule(rule)
-        self._samples_nodes = self.rule.judge is None  # rule "match": the loop draws every token
         self.taps = drafter.taps if drafter else ()
         self._checks_drafts = drafter is not None and (check or not is_registered(drafter))
         self.owners = cache_owners(target, drafter)
-        ids = list(map(id, self.owners))
         for owner in self.owners:
-            if ids.count(id(owner)) > 1:
+            if sum(owner is other for other in self.owners) > 1:
                 raise ValueError(
                     f"this {type(owner).__name__} is there twice, as target, drafter or inside of "
                     "one, but has one cache; load it once more for the second place"
@@ -111,7 +109,7 @@ class Batch:
         """Build the sampler of these rows, with what they have emitted so far."""
         target = self.target
         configs, prompts = [row.sampling for row in rows], [row.prompt for row in rows]
-        shared = NOISE_STREAM if self._samples_nodes else None
+        shared = NOISE_STREAM if self.rule.judge is None else None  # rule "match"
         sampler = Sampler(
             configs, target.vocab_size, target.device, prompts, target.eos_token_ids, shared
         )
@@ -130,14 +128,15 @@ class Batch:
             verdict, is_healthy = self._judge(output.logits, draft)
             if is_valid is not None:
                 is_healthy = is_healthy & is_valid
-            counts, tokens = _to_host(verdict, draft, is_healthy)
-        if faults and not all(counts["is_healthy"]):
+            figures, tokens = _to_host(verdict, draft, is_healthy)
+        num_accepted, num_drafted, depth_tested, healthy = figures
+        if faults and not all(healthy):
             with self._blaming_the_drafter():
                 refuse(faults, self.rule.name)
-        _fail_not_finite(self.rows, counts["is_healthy"])
+        _fail_not_finite(self.rows, healthy)
         drafting_s = self.drafter.clock.take() if self.drafter else 0.0
         with self._commit_clock.forward():
-            self.target.commit(verdict, counts["num_accepted"])
+            self.target.commit(verdict, num_accepted)
             self.sampler.observe(verdict.tokens)
             if self.drafter:
                 self.drafter.observe(verdict, tokens, output.hidden)
@@ -160,9 +159,9 @@ class Batch:
                     prompt=row.index,
                     step=len(row.records),
                     batch_size=len(self.rows),
-                    num_drafted=counts["num_drafted"][i],
+                    num_drafted=num_drafted[i],
                     num_accepted=kept[i] - 1,
-                    depth_tested=max(counts["depth_tested"][i], kept[i] - 1),
+                    depth_tested=max(depth_tested[i], kept[i] - 1),
                     num_emitted=kept[i],
                     **times,
                 )
@@ -232,14 +231,13 @@ class Batch:
             return match(likeliest, draft), is_finite
         probs = self.sampler.probs(scores)
         seeds, counters = self.sampler.seeds, self.num_committed
-        if not self._samples_nodes:
-            uniforms = row_uniforms(seeds, counters, UNIFORM_STREAM, draft.num_nodes)
-            noise = self._noise(seeds, counters)
-            verdict = verify(
-                probs, draft, rule=self.rule, uniforms=uniforms, noise=noise, check=False
-            )
-            return verdict, is_finite
-        # Noise by position [B, N + 1, V], so that a token's draw ignores the draft.
+        if self.rule.judge:
+            randomness = {
+                "uniforms": row_uniforms(seeds, counters, UNIFORM_STREAM, draft.num_nodes),
+                "noise": self._noise(seeds, counters),
+            }
+            return verify(probs, draft, rule=self.rule, **randomness, check=False), is_finite
+        # Every token is drawn, with noise by position, so that its draw ignores the draft.
         if draft.parents is None:
             depths = rows[1:].expand(draft.batch_size, -1)
         else:
@@ -281,23 +279,18 @@ class Batch:
 
 def _to_host(
     verdict: Verdict, draft: Draft, is_healthy: Tensor
-) -> tuple[dict[str, list[int]], list[list[int]]]:
-    """Bring counts and new tokens of every row to the host, a step's one synchronization."""
-    if draft.parents is None or not draft.num_nodes:
-        depth_tested = verdict.tested.sum(1)
-    else:
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Bring four figures and the new tokens of every row to the host, a step's one synchronization.
+
+    A row that is not healthy has no tokens.
+    """
+    depth_tested = verdict.tested.sum(1)
+    if draft.parents is not None and draft.num_nodes:
         depth_tested = (node_depths(draft.parents, draft.depth) * verdict.tested).amax(1)
-    counts = {
-        "num_accepted": verdict.num_accepted,
-        "num_drafted": draft.lengths,
-        "depth_tested": depth_tested,
-        "is_healthy": is_healthy,
-    }
-    values = torch.cat([torch.stack([*counts.values()], 1), verdict.tokens], 1).tolist()
-    columns = zip(*(row[: len(counts)] for row in values), strict=True)
-    host = {name: list(column) for name, column in zip(counts, columns, strict=True)}
-    # A row that is not healthy has no tokens.
-    return host, [row[4 : 5 + row[0]] if row[3] else [] for row in values]
+    figures = torch.stack([verdict.num_accepted, draft.lengths, depth_tested, is_healthy], 1)
+    values = torch.cat([figures, verdict.tokens], 1).tolist()
+    tokens = [row[4 : 5 + row[0]] if row[3] else [] for row in values]
+    return [[row[column] for row in values] for column in range(4)], tokens
 
 
 def _fail_not_finite(rows: list[Request], is_finite: Sequence[int]) -> None:
@@ -305,6 +298,5 @@ def _fail_not_finite(rows: list[Request], is_finite: Sequence[int]) -> None:
         if not is_number:
             row.fail(
                 f"prompt {row.index}, token {len(row.tokens)}: the target's logits are NaN or "
-                "infinite, or the sampling settings ban every token; check the weights, or "
-                "load with dtype float32 or bfloat16"
+                "infinite, or all tokens are banned; check the weights, or load as float32"
             )

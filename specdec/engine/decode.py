@@ -4,6 +4,7 @@ Plain decoding is the same loop with empty drafts, so both arms of a comparison 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypedDict, Unpack
 
@@ -53,11 +54,9 @@ def generate(
     Source: Leviathan et al. 2022, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318.
     """
     run = stream(target, drafter, prompts, sampling, **options)
-    try:
+    with suppress(KeyboardInterrupt):  # unfinished rows say "interrupted"
         for _ in run.steps():
             pass
-    except KeyboardInterrupt:
-        pass  # unfinished rows say "interrupted"
     return run.results()
 
 
@@ -127,9 +126,7 @@ def stream(
         raise ValueError(f"batch_size is {batch_size} but must be at least 1")
     max_rows = min(batch_size or len(rows), len(rows))
     if max_rows > 1 and not target.capabilities.batched:
-        raise ValueError(
-            f"batch_size is {max_rows} but this target takes one row; pass batch_size=1"
-        )
+        raise ValueError(f"batch_size is {max_rows} but this target takes one row; pass 1")
     limits = _one_each("max_new_tokens", max_new_tokens, len(rows))
     configs = [SamplingConfig.of(each) for each in _one_each("sampling", sampling, len(rows))]
     if not isinstance(sampling, Sequence):
@@ -150,9 +147,7 @@ def _one_each(name: str, given: Any, num_prompts: int) -> list[Any]:
     if not isinstance(given, Sequence) or isinstance(given, str):
         return [given] * num_prompts
     if len(given) != num_prompts:
-        raise ValueError(
-            f"{name} has {len(given)} entries for {num_prompts} prompts; give one or one for each"
-        )
+        raise ValueError(f"{name} has {len(given)} entries for {num_prompts} prompts; give as many")
     return list(given)
 
 

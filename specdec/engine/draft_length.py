@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from math import ceil, log2
-from typing import Any, Protocol
+from typing import Protocol
 
-from specdec.common.arguments import checked, fit
+from specdec.common.arguments import checked
 from specdec.engine.metrics import StepRecord
 
 # The belief before anything was seen, and the number of observations that it is worth.
@@ -46,18 +46,17 @@ class Schedule:
         ValueError: an entry that cannot be, or none for 1.
     """
 
+    @checked
     def __init__(self, nodes: Mapping[int, int | None]) -> None:
-        self._nodes = dict(fit("nodes", nodes, Mapping[Any, Any]))
-        if 1 not in self._nodes:
-            raise ValueError(f"nodes is {self._nodes} but needs an entry for batch size 1; add it")
-        for size, count in self._nodes.items():
-            if fit("batch size", size, int) < 1:
-                raise ValueError(f"batch size {size!r} must be a whole number of at least 1")
-            if (fit(f"nodes for batch size {size}", count, int | None) or 0) < 0:
+        if 1 not in nodes:
+            raise ValueError(f"nodes is {nodes} but needs an entry for batch size 1; add it")
+        for size, count in nodes.items():
+            if size < 1 or (count or 0) < 0:
                 raise ValueError(
-                    f"nodes for batch size {size} is {count!r} but must be at least 0, or None for "
-                    "no limit"
+                    f"nodes for batch size {size} is {count} but a batch size is at least 1, and "
+                    "nodes at least 0 or None for no limit"
                 )
+        self._nodes = dict(nodes)
 
     def choose(self, batch_size: int) -> int | None:
         """Return the entry of the batch size."""
@@ -189,8 +188,8 @@ class OnlineController:
             )
         if margin < 0 or half_life <= 0 or not 0 < probe_share < 1:
             raise ValueError(
-                f"margin is {margin}, half_life {half_life} and probe_share {probe_share}: margin "
-                "must be at least 0, half_life positive and probe_share in (0, 1)"
+                f"margin is {margin} but must be at least 0, half_life {half_life} but must be "
+                f"positive, or probe_share {probe_share} but must be in (0, 1)"
             )
         # In units of a plain step of the same batch size: batch sizes then share one account.
         self._ratios = {size: _ratios(size, costs) for size, costs in step_s.items()}

@@ -72,8 +72,7 @@ class Engine:
         if isinstance(drafter, str | Mapping):
             drafter = load_drafter(drafter, target)
         elif drafter is not None:
-            hint = "load_drafter, or None for plain decoding"
-            _require_members("drafter", drafter, Drafter, hint)
+            _require_members("drafter", drafter, Drafter, "load_drafter, or None")
         _check_combination(target, drafter, max_rows, rule)
         self.target, self.drafter = target, drafter
         self._batch = Batch(target, drafter, rule, _resolve_draft_length(draft_length), check)
@@ -253,10 +252,8 @@ def resolve_target(given: Target | str) -> Target:
 
 def _resolve_draft_length(given: DraftLengths) -> DraftLength | None:
     given = plain(given)
-    if isinstance(given, int) and not isinstance(given, bool):
-        return Schedule({1: given})
-    if isinstance(given, Mapping):
-        return Schedule(given)
+    if type(given) is int or isinstance(given, Mapping):
+        return Schedule({1: given} if isinstance(given, int) else given)
     if given is not None:
         hint = "a whole number, a mapping from batch sizes to numbers, a Schedule or None"
         _require_members("draft_length", given, DraftLength, hint)
@@ -268,9 +265,8 @@ def _require_members(name: str, given: Any, protocol: Any, hint: str) -> None:
     missing = [member for member in members if not hasattr(given, member)]
     if missing or isinstance(given, type):
         raise TypeError(
-            f"{name} is {given!r:.80} but must be an object with the members of "
-            f"{protocol.__module__}.{protocol.__name__}; it lacks {', '.join(missing) or 'none'}; "
-            f"use {hint}"
+            f"{name} is {given!r:.80} but must be a {protocol.__module__}.{protocol.__name__}; it "
+            f"lacks {', '.join(missing) or 'none of its members'}; use {hint}"
         )
 
 
@@ -278,7 +274,7 @@ def _check_combination(
     target: Target, drafter: Drafter | None, max_rows: int, rule: str | Rule
 ) -> None:
     """Refuse what the target, the drafter and the rule cannot do together."""
-    can, vocab_size = target.capabilities, target.vocab_size
+    can = target.capabilities
     makes_trees = drafter is not None and drafter.makes_trees
     no_chain = makes_trees and not get_rule(rule).supports_trees
     faults = [
@@ -292,12 +288,13 @@ def _check_combination(
     ]
     num_layers = getattr(getattr(target, "config", None), "num_hidden_layers", float("inf"))
     for each in cache_owners(drafter):
-        size, taps = getattr(each, "vocab_size", vocab_size), getattr(each, "taps", ())
+        size, taps = getattr(each, "vocab_size", target.vocab_size), getattr(each, "taps", ())
         wrong = [tap for tap in taps if not 0 <= tap <= num_layers or not can.taps]
+        is_other = size != target.vocab_size and isinstance(each, Drafter)
         name, fix = type(each).__name__, "load a drafter for this target"
-        sizes = f"vocab_size of this {name} is {size} but the target's is {vocab_size}; {fix}"
+        sizes = f"vocab_size of this {name} is {size}, the target's {target.vocab_size}; {fix}"
         states = f"taps of this {name} are {tuple(taps)} but the target has no {wrong}; {fix}"
-        faults += [(size != vocab_size and isinstance(each, Drafter), sizes), (bool(wrong), states)]
+        faults += [(is_other, sizes), (bool(wrong), states)]
     for is_fault, message in faults:
         if is_fault:
             raise ValueError(message)

@@ -157,9 +157,9 @@ def claim(owners: Sequence[object], holder: object) -> None:
     with _HOLDING:
         for owner in owners:
             if _HOLDERS.get(id(owner), holder) is not holder:
+                name = type(owner).__name__
                 raise RuntimeError(
-                    f"this {type(owner).__name__} is in use by another loop, whose cache would be "
-                    "overwritten; let that stream or engine end, drop it, or load another"
+                    f"this {name} is in use by another loop; let that end, drop it, or load another"
                 )
         _HOLDERS.update((id(owner), holder) for owner in owners)
 

@@ -44,7 +44,8 @@ class _Bank:
         self.states[name] = states
         for layer, own in zip(self.layers, states, strict=True):
             setattr(layer, name, own)
-            layer.is_initialized = True
+            # No longer needed there; and what holds each other is not freed at once.
+            layer.is_initialized, layer.bank = True, None
 
     def allocate(self, keys: Tensor, values: Tensor, num_rows: int, capacity: int) -> None:
         """Make room, for states [..., heads, any length, head_dim] like these."""
@@ -73,12 +74,14 @@ class _SlotLayer(CacheLayerMixin):
 
     def __init__(self, slots: _Slots, bank: _Bank) -> None:
         super().__init__()
-        self._slots, self._bank = slots, bank
+        self._slots = slots
+        self.bank: _Bank | None = bank
         bank.layers.append(self)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        slots = self._slots
-        self._bank.allocate(key_states, value_states, slots.num_rows, slots.capacity)
+        assert self.bank is not None
+        num_rows, capacity = self._slots.num_rows, self._slots.capacity
+        self.bank.allocate(key_states, value_states, num_rows, capacity)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -288,8 +291,7 @@ def _allocate(like: Tensor, num_layers: int, num_rows: int, capacity: int) -> Te
         hint = "lower batch_size or max_new_tokens"
         if like.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(like.device)
-            fits = max(0, int(num_rows * free / wanted))
-            hint = f"{free:,} bytes are free, enough for these at batch_size {fits}"
+            hint = f"{free:,} bytes are free, enough for batch_size {int(num_rows * free / wanted)}"
         raise MemoryError(
             f"no memory for {wanted:,} bytes of keys or values of {num_layers} layers (batch "
             f"{num_rows}, {capacity} slots a row); {hint}"

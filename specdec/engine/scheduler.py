@@ -74,8 +74,7 @@ class Scheduler:
     def remove_ended(self) -> list[Request]:
         """Take requests that have ended off the queue and return them."""
         ended = [request for request in self.waiting if request.finish_reason]
-        if ended:
-            self.waiting = [each for each in self.waiting if not each.finish_reason]
+        self.waiting = [each for each in self.waiting if not each.finish_reason]
         return ended
 
 
@@ -90,9 +89,9 @@ class CacheLimit:
         if max_bytes < 1:
             raise ValueError(f"max_cache_bytes is {max_bytes} but must be at least 1, or None")
         if not isinstance(target, HoldsCache):
+            name = type(target).__name__
             raise ValueError(
-                f"max_cache_bytes is {max_bytes} but {type(target).__name__} does not tell the "
-                "size of its cache; leave the limit out, and bound max_rows"
+                f"max_cache_bytes: {name} does not tell the size of its cache; drop it"
             )
         self.max_bytes = max_bytes
         # Every owner, and the slots that it is told of besides those of committed tokens.

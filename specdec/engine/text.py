@@ -18,10 +18,8 @@ def split_prompts(given: Any) -> list[Any]:
     if isinstance(rows, str) or _is_message(rows):
         return [rows]
     if not _is_list(rows):
-        raise TypeError(
-            f"prompts is {type(given).__name__} {given!r:.60} but must be a list of prompts, each "
-            "text, chat messages or token ids, or one of these"
-        )
+        must = "text, chat messages or token ids, or a list of them"
+        raise TypeError(f"prompts is {given!r:.60} but must be {must}")
     if not rows:
         raise ValueError("prompts is empty but must hold at least one prompt")
     if all(_is_id(each) or _is_message(each) for each in rows):
@@ -59,22 +57,19 @@ def encode(prompt: Prompt, target: Target, index: int = 0) -> list[int]:
     if (is_text or is_chat) and target.tokenizer is None:
         raise ValueError(f"prompt {index} is text but the target has no tokenizer; pass ids")
     try:
-        ids = (
-            tokenize(row, target.tokenizer) if row and (is_text or is_chat) else list(map(int, row))
-        )
+        ids = tokenize(row, target.tokenizer) if is_text or is_chat else list(map(int, row))
     except Exception as error:  # of any template or tokenizer
         raise ValueError(f"prompt {index} cannot be tokenized: {error}") from error
-    if not ids:
+    if not row or not ids:
         raise ValueError(f"prompt {index} is empty but needs at least one token to continue from")
     if len(ids) >= target.max_context_len:
         raise ValueError(
             f"prompt {index} has {len(ids)} tokens but the target's context holds "
             f"{target.max_context_len}, new tokens included; shorten the prompt"
         )
-    wrong = next((token for token in ids if not 0 <= token < target.vocab_size), None)
-    if wrong is not None:
+    if wrong := [token for token in ids if not 0 <= token < target.vocab_size]:
         raise ValueError(
-            f"prompt {index} holds token {wrong} but ids of this target are in "
+            f"prompt {index} holds token {wrong[0]} but ids of this target are in "
             f"[0, {target.vocab_size}); was it encoded by another tokenizer?"
         )
     return ids
@@ -96,9 +91,7 @@ def _unwrap(given: Any) -> Any:
     try:
         return plain(ids) if mask is None else _without_padding(ids, mask)
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            "attention_mask must have the shape of input_ids, as tokenizers return it"
-        ) from error
+        raise ValueError("attention_mask must have the shape of input_ids") from error
 
 
 def _without_padding(ids: Any, mask: Any) -> list[Any]:

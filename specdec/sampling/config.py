@@ -45,20 +45,17 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "min_p": (lambda p: _is_finite(p) and 0 <= p <= 1, "in [0, 1]; use 0 to keep all"),
     "repetition_penalty": (
-        lambda penalty: _is_finite(penalty) and penalty > 1 / _LARGEST,
+        lambda p: _is_finite(p) and p > 1 / _LARGEST,
         "finite and > 0 in float32; use 1 for none",
     ),
     "presence_penalty": (_is_finite, "finite in float32; use 0 for none"),
     "frequency_penalty": (_is_finite, "finite in float32; use 0 for none"),
     "logit_bias": (
         _is_bias,
-        "a mapping from token ids >= 0 to numbers that are finite in float32, or -inf; use -inf "
-        "to ban a token, {} for none",
+        "a mapping from token ids >= 0 to finite numbers or -inf; use -inf to ban, {} for none",
     ),
     "bad_words": (
-        lambda words: _is_list_of(
-            lambda word: _is_list_of(_is_count, word) and len(word) > 0, words
-        ),
+        lambda words: _is_list_of(lambda word: _is_list_of(_is_count, word) and word, words),
         "non-empty sequences of token ids >= 0; use [[id], ...] to ban single tokens",
     ),
     "min_new_tokens": (_is_count, "a whole number in [0, 2**63); use 0 for none"),
@@ -129,6 +126,5 @@ class SamplingConfig:
         try:
             return cls(**({} if given is None else given))
         except TypeError as error:
-            raise TypeError(
-                f"sampling is {given!r} but must be a SamplingConfig, its fields or None: {error}"
-            ) from error
+            must = f"a SamplingConfig, its fields or None: {error}"
+            raise TypeError(f"sampling is {given!r} but must be {must}") from error

@@ -170,9 +170,9 @@ def check_tokens(config: SamplingConfig, vocab_size: int, row: int) -> None:
     for name, tokens in named:
         for token in tokens:
             if token >= vocab_size:
+                where = f"{name} of row {row} has token {token}"
                 raise ValueError(
-                    f"{name} of row {row} has token {token} but the vocabulary ends at "
-                    f"{vocab_size - 1}; use ids of this model's tokenizer"
+                    f"{where} but ids of this model are below {vocab_size}; correct it"
                 )
 
 

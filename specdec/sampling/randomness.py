@@ -44,8 +44,7 @@ def _row_bits(seeds: Tensor, counters: Tensor, stream: int, size: int) -> Tensor
             raise TypeError(f"{name} must be int64, got {rows.dtype}; call .long()")
     if seeds.dim() != 1 or seeds.shape != counters.shape:
         raise ValueError(
-            f"counters has shape {tuple(counters.shape)} and seeds {tuple(seeds.shape)}: "
-            "both must be [B], one entry a row"
+            f"counters has shape {tuple(counters.shape)}, seeds {tuple(seeds.shape)}; give [B]"
         )
     if size < 0:
         raise ValueError(f"size is {size} but must be at least 0: it counts the numbers of a row")

@@ -55,10 +55,8 @@ class Sampler:
         shared_stream: int | None = None,
     ) -> None:
         if not configs or len(configs) != len(prompts):
-            raise ValueError(
-                f"configs has {len(configs)} rows and prompts {len(prompts)}: "
-                "give one of each for every row, at least one"
-            )
+            sizes = f"configs has {len(configs)} rows and prompts {len(prompts)}"
+            raise ValueError(f"{sizes}: give one of each for every row, at least one")
         self.vocab_size, self.device, self.shared_stream = vocab_size, device, shared_stream
         self._penalties: Penalties | None = None
         self._compile(configs)
@@ -74,7 +72,7 @@ class Sampler:
         if self.is_greedy:
             return
         greedy = [config.is_greedy for config in configs]
-        rows = [SamplingConfig(temperature=1) if config.is_greedy else config for config in configs]
+        rows = [SamplingConfig(temperature=1) if c.is_greedy else c for c in configs]
         top_k = [row.top_k if 0 < row.top_k < self.vocab_size else 0 for row in rows]
         limited = [i for i, row in enumerate(rows) if row.top_p < 1]
 

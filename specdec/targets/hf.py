@@ -25,11 +25,7 @@ _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 class TargetEnds:
-    """A transformers causal LM as code sees it that builds heads for it and never runs it.
-
-    Weights other than those of its embedding and its vocabulary projection may be on the meta
-    device.
-    """
+    """A causal LM that is never run; weights other than its two ends' may be on the meta device."""
 
     def __init__(self, model: Any, tokenizer: Any = None) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -273,10 +269,8 @@ def max_context_len(config: Any) -> int:
     names = ("max_position_embeddings", "n_positions", "max_seq_len")
     stated = max(int(getattr(config, name, None) or 0) for name in names)
     if stated <= 0:
-        raise ValueError(
-            f"{type(config).__name__} names no context length ({', '.join(names)}); a target must "
-            "look at positions, and know how many there are"
-        )
+        kind = type(config).__name__
+        raise ValueError(f"{kind} names no context length ({', '.join(names)}); give it one")
     ropes = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     original = getattr(config, "original_max_position_embeddings", None) or stated
     safe = stated
@@ -284,11 +278,8 @@ def max_context_len(config: Any) -> int:
         if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) in ("longrope", "su"):
             safe = min(safe, rope.get("original_max_position_embeddings") or original)
     if safe < stated:
-        warnings.warn(
-            f"{type(config).__name__} has LongRoPE, whose frequencies change behind {safe} tokens: "
-            f"its context is {safe} tokens here and not {stated}",
-            stacklevel=2,
-        )
+        change = f"its context is {safe} tokens here and not {stated}"
+        warnings.warn(f"LongRoPE changes its frequencies: {change}", stacklevel=2)
     return min(safe, torch.iinfo(torch.int64).max)
 
 
@@ -301,7 +292,7 @@ def eos_token_ids(model: Any) -> tuple[int, ...]:
     ids = tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,)
     if not all(type(each) is int for each in ids):
         raise ValueError(
-            f"{type(model).__name__} has eos_token_id {eos!r} but must have token ids or None"
+            f"eos_token_id {eos!r} of {type(model).__name__} must be token ids or None"
         )
     return ids
 
@@ -314,6 +305,6 @@ def _refuse_what_cannot_roll_back(model: Any, config: Any) -> None:
     unknown = sorted(layers - _KNOWN_LAYERS)
     if unknown or getattr(model, "_is_stateful", False):
         raise ValueError(
-            f"{name} has layers that cannot be rolled back ({', '.join(unknown) or 'recurrent'}): "
-            "a rejected draft token would stay in their state; use a model with attention only"
+            f"{name} has layers that cannot be rolled back after a rejection "
+            f"({', '.join(unknown) or 'recurrent'}); use a model with attention only"
         )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdec.checkpoints.folder import CONFIG
+from specdec.checkpoints.folder import CONFIG, unreadable
 from specdec.common.arguments import checked
 from specdec.common.files import first_line, read_json
 from specdec.common.hub import find_checkpoint
@@ -119,8 +119,7 @@ def find_device(device: str | torch.device | None) -> torch.device:
     num_devices = torch.cuda.device_count()
     if chosen.type == "cuda" and (chosen.index or 0) >= num_devices:
         raise ValueError(
-            f"device is {str(device)!r} but torch finds {num_devices} CUDA devices here; use cpu, "
-            "or install a CUDA build of torch"
+            f"device is {str(device)!r} but torch finds {num_devices} CUDA devices here; use cpu"
         )
     return chosen
 
@@ -149,8 +148,8 @@ def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> 
         )
     except Exception as error:
         raise ValueError(
-            f"the tokenizer of {path!r} could not be loaded ({first_line(error)}); copy or "
-            "download its tokenizer files again"
+            f"the tokenizer of {path!r} could not be loaded, copy its files again: "
+            f"{first_line(error)}"
         ) from error
 
 
@@ -158,9 +157,7 @@ def _quantization(name: str, device: torch.device) -> Any:
     if name not in QUANTIZATIONS:
         raise ValueError(f"quantization is {name!r} but must be one of {QUANTIZATIONS}, or None")
     if find_spec("bitsandbytes") is None:
-        raise ValueError(
-            f"quantization {name!r} needs bitsandbytes; install it: pip install 'specdec[quant]'"
-        )
+        raise ValueError(f"quantization {name!r} needs bitsandbytes; pip install 'specdec[quant]'")
     from transformers import BitsAndBytesConfig
 
     if name == "8bit":
@@ -185,8 +182,7 @@ def _check_stored(path: str, revision: str | None, model: Any, info: Mapping[str
             faults.append(f"{kind} tensors ({len(names)}), {names[0]} for one")
     if faults:
         raise IncompleteCheckpointError(
-            f"{path!r} does not fit its config: {faults[0]}; the checkpoint is incomplete, or one "
-            "of the two is of another model"
+            f"{path!r} does not fit its config: {faults[0]}; one is incomplete or of another model"
         )
     folder = Path(cached_file(path, CONFIG, revision=revision) or path).parent
     if (settings := folder / "generation_config.json").exists():
@@ -202,7 +198,7 @@ def _check_stored(path: str, revision: str | None, model: Any, info: Mapping[str
                 if dtype == "BOOL" or dtype[0] in "IU":
                     raise IncompleteCheckpointError(
                         f"{str(file)!r} holds {name} as {dtype}, but its config says nothing of a "
-                        "quantization; the file is damaged or config.json is of another model"
+                        "quantization; one of the two is damaged, copy both again"
                     )
 
 
@@ -212,10 +208,7 @@ def _explained(path: str, error: Exception, device: torch.device) -> Exception:
         return _does_not_fit(path, device)
     text = first_line(error)
     if "afetensor" in type(error).__name__ or "header" in text.lower():
-        return ValueError(
-            f"{path!r} holds a safetensors file that cannot be read ({text}); it is corrupt or "
-            "truncated, copy or download it again"
-        )
+        return unreadable(path, error)
     kind = FileNotFoundError if isinstance(error, OSError) else ValueError
     return kind(f"{path!r} could not be loaded: {text}")
 
@@ -228,12 +221,11 @@ def _does_not_fit(path: str, device: torch.device) -> Exception:
     # A hub id has no files here, and a model with code of its own is not built.
     with LOADING, suppress(ValueError, OSError), torch.device("meta"):
         stored = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
-        asked = sum(weight.numel() for weight in model.parameters())
+        asked = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).num_parameters()
     if 0 < 8 * stored < asked:  # no format packs more than four weights into a byte
         return ValueError(
-            f"{path!r} could not be loaded: its config.json asks for {asked:,} weights, but its "
-            f"files hold only {stored:,} bytes; is a size in it wrong?"
+            f"config.json of {path!r} asks for {asked:,} weights, but its files hold only "
+            f"{stored:,} bytes; is a size in it wrong?"
         )
     with suppress(OSError, IndexError):  # not on other systems than Linux
         free = Path("/proc/meminfo").read_text().split("MemAvailable:")[1].splitlines()[0].strip()
@@ -254,14 +246,8 @@ def load_ends(
 ) -> TargetEnds:
     """Load the embedding and the vocabulary projection of a causal LM, and nothing else.
 
-    Draft heads are built from these two alone; with stored features the rest of the target, nearly
-    all of its weights, need not be in memory while they are trained. Arguments are those of
-    `load_target`; of a hub id only the files that hold the two are downloaded.
-
-    Raises:
-        FileNotFoundError: no such folder or hub id, or no safetensors in it.
-        ValueError: the checkpoint does not hold the two, or not of the shapes that its config
-            asks for; or they do more than to look up and to multiply.
+    Draft heads are built from these two alone. Arguments are those of `load_target`; of a hub id
+    only the files that hold the two are downloaded.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -290,10 +276,7 @@ def load_ends(
                 f"the {noun} of {where!r} is a {type(module).__name__}, which does more than "
                 f"nn.{kind.__name__}; train beside the whole target"
             )
-    parts = [
-        (embedding, "weight"),
-        *((projection, part) for part, _ in projection.named_parameters()),
-    ]
+    parts = [(embedding, "weight"), *((projection, n) for n, _ in projection.named_parameters())]
     if is_tied := text_config.tie_word_embeddings:
         parts.remove((projection, "weight"))
     for module, part in parts:
@@ -325,21 +308,18 @@ def _read_stored(
     path = find(file)
     if path is None:
         raise FileNotFoundError(
-            f"{where!r} has no {file}; only safetensors are read, copy or download it again"
+            f"{where!r} has no {file}; only safetensors are read, copy it again"
         )
     try:
         with safe_open(path, "pt") as opened:
             found = next((each for each in names if each in opened.keys()), None)  # noqa: SIM118
             tensor = None if found is None else opened.get_tensor(found)
     except SafetensorError as error:
-        raise ValueError(
-            f"{path!r} cannot be read ({first_line(error)}); it is corrupt or truncated, copy or "
-            "download it again"
-        ) from error
+        raise unreadable(path, error) from error
     if tensor is None or tensor.shape != shape or not tensor.is_floating_point():
         seen = "nothing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
         raise ValueError(
             f"{where!r} must hold {name} as floats of the shape {tuple(shape)} but holds {seen}; "
-            "the checkpoint is incomplete, quantized or of another model"
+            "it is incomplete, quantized or of another model"
         )
     return tensor

@@ -41,7 +41,7 @@ def check_target(target: Any) -> None:
         if isinstance(reach, int) and 0 < reach < target.max_context_len:
             raise ValueError(
                 f"{name} makes masks of its own behind {reach} tokens ({field}), which would be "
-                "wrong for a draft tree or rows of several lengths; use another model"
+                "wrong for trees and ragged rows; use another model"
             )
     if target.max_context_len < _TEXT_LEN:
         use_grouped_attention(model)
@@ -67,8 +67,8 @@ def check_target(target: Any) -> None:
         if not off <= (_EXACT if is_exact else _ROUNDED):
             raise ValueError(
                 f"{name} gives other logits {stage} than in its own forward, off by {off:.2g} of "
-                "their spread: its attention does not keep to the masks and positions it is given "
-                "(ALiBi, masks of its own), or it is not in eval mode; use another model"
+                "their spread: it does not keep to masks and positions given (ALiBi, masks of its "
+                "own), or is not in eval mode; use another model"
             )
 
 

@@ -20,10 +20,7 @@ CHUNK = 512
 
 
 class TapReader:
-    """Runs forwards of a causal LM and hands out taps, HF `hidden_states` indices.
-
-    Tap `num_layers` is behind the final norm.
-    """
+    """Runs forwards of a causal LM and hands out taps, HF `hidden_states` indices."""
 
     def __init__(self, model: Any, num_layers: int) -> None:
         self._num_layers = num_layers
@@ -32,7 +29,7 @@ class TapReader:
         found = [m for m in children if isinstance(m, nn.ModuleList) and len(m) == num_layers]
         # Untrusted where layers cannot be told from other lists of modules.
         self._is_trusted = len(found) == 1
-        self._layers: Any = found[0] if self._is_trusted else None
+        self._layers: Any = found and found[0]
         self._hooked: set[int] = set()
         self._proven: set[int] = set()
         self._seen: dict[int, Tensor] | None = None  # while a forward is watched
@@ -60,7 +57,10 @@ class TapReader:
             return out, {tap: seen[tap] for tap in taps}
         # One difference from the model's own record ends the use of hooks.
         own = {tap: out.hidden_states[tap] for tap in taps}
-        self._is_trusted = all(tap in seen and _is_same(own[tap], seen[tap]) for tap in taps)
+        self._is_trusted = all(
+            tap in seen and own[tap].device == seen[tap].device and torch.equal(own[tap], seen[tap])
+            for tap in taps
+        )
         self._proven.update(taps)
         return out, own
 
@@ -79,10 +79,6 @@ class TapReader:
             self._decoder.register_forward_hook(keep_output)
         else:
             self._layers[tap].register_forward_pre_hook(keep_input, with_kwargs=True)
-
-
-def _is_same(own: Tensor, seen: Tensor) -> bool:
-    return own.device == seen.device and torch.equal(own, seen)
 
 
 @dataclass(frozen=True, eq=False)

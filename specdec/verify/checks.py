@@ -108,10 +108,8 @@ def randomness_faults(
     real = draft.real_nodes()
     rows = pad(real, (1, 0), value=True)
     yield from _distribution_faults("target_probs", target_probs, rows)
-    needed = {"uniforms": uniforms, "noise": noise}
-    if not needs_uniforms or not draft.num_nodes:
-        del needed["uniforms"]
-    for name in [name for name, tensor in needed.items() if tensor is None]:
+    missing = ["uniforms"] if uniforms is None and needs_uniforms and draft.num_nodes else []
+    for name in missing + (["noise"] if noise is None else []):
         support = (target_probs > 0).sum(2)
         must = "may be None only where every target row has one possible token"
         yield name, rows & (support != 1), support, must

@@ -89,8 +89,7 @@ def match(sampled: Tensor, draft: Draft) -> Verdict:
     needed = (draft.batch_size, draft.num_nodes + 1)
     if sampled.shape != needed:
         raise ValueError(
-            f"sampled has shape {tuple(sampled.shape)} but rule 'match' needs one token per node "
-            f"and one for the root: {needed}"
+            f"sampled has shape {tuple(sampled.shape)} but rule 'match' needs {needed}"
         )
     if draft.parents is None:
         return _match_chain(sampled, draft)

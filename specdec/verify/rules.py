@@ -160,18 +160,15 @@ def verify(
             f"rule {chosen.name!r} judges tokens that the engine sampled itself: "
             "call specdec.verify.match(sampled, draft)"
         )
-    if target_probs.dim() != 3 or not target_probs.shape[2]:
-        shape = tuple(target_probs.shape)
-        raise ValueError(
-            f"target_probs has shape {shape} but rule {chosen.name!r} needs [B, N + 1, V]"
-        )
-    batch_size, _, vocab_size = target_probs.shape
-    sizes = batch_size, vocab_size, target_probs.device
-    check_shapes(draft, chosen.name, *sizes, target_probs, uniforms, noise)
+    shape, name = tuple(target_probs.shape), chosen.name
+    if len(shape) != 3 or not shape[2]:
+        raise ValueError(f"target_probs has shape {shape} but rule {name!r} needs [B, N + 1, V]")
+    sizes = shape[0], shape[2], target_probs.device
+    check_shapes(draft, name, *sizes, target_probs, uniforms, noise)
     if check:
-        refuse(draft_faults(draft, vocab_size, chosen.supports_trees), chosen.name)
+        refuse(draft_faults(draft, shape[2], chosen.supports_trees), name)
         reads = chosen.needs_uniforms
-        refuse(randomness_faults(draft, target_probs, uniforms, noise, reads), chosen.name)
+        refuse(randomness_faults(draft, target_probs, uniforms, noise, reads), name)
     if noise is None:  # rows are one-hot: any noise draws their token, and ...
         noise = torch.ones_like(target_probs[:, 0])
     if draft.num_nodes == 0 or draft.depth == 0:

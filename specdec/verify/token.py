@@ -23,9 +23,22 @@ def judge_token(target_probs: Tensor, draft: Draft, uniforms: Tensor, noise: Ten
     real = draft.real_nodes()
     tokens = draft.tokens.masked_fill(~real, 0)
     parents = draft.parents.masked_fill(~real, -1)
-    judge = _judge_point_masses if draft.probs is None else _judge_sampled
-    path, weights, tested = judge(target_probs, draft, tokens, parents, real, uniforms)
-    return emit(draft, path, (path >= 0).sum(1), draw(weights, noise), tested & real)
+    weights = None
+    if draft.probs is None:
+        # Zeroing the earlier siblings and renormalizing is p(x) / (1 - their sum): no residual.
+        mass, before = point_masses(target_probs, tokens, parents, real)
+        accepted = uniforms < mass / (1 - before).clamp(min=torch.finfo(before.dtype).tiny)
+    else:
+        accepted, weights = _judge_sampled(
+            target_probs, draft.probs, tokens, parents, real, uniforms
+        )
+    path, last_row, tested = follow(accepted, parents, draft.depth)
+    row = select_row(target_probs, last_row)
+    if weights is None:
+        row = strike(row, tokens, (parents + 1 == last_row.unsqueeze(1)) & real)
+    else:
+        row = torch.where(has_mass(weights), weights, row)
+    return emit(draft, path, (path >= 0).sum(1), draw(row, noise), tested & real)
 
 
 def chain_ratio(target_probs: Tensor, draft: Draft, real: Tensor, steps: Tensor) -> Tensor:
@@ -81,44 +94,27 @@ def point_masses(
     return mass, (before * mass.unsqueeze(1)).sum(2)
 
 
-def _judge_point_masses(
-    target_probs: Tensor,
-    draft: Draft,
-    tokens: Tensor,
-    parents: Tensor,
-    real: Tensor,
-    uniforms: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    # Zeroing the earlier siblings and renormalizing is p(x) / (1 - their sum): no residual needed.
-    mass, before = point_masses(target_probs, tokens, parents, real)
-    left = (1 - before).clamp(min=torch.finfo(before.dtype).tiny)
-    path, last_row, tested = follow(uniforms < mass / left, parents, draft.depth)
-    rejected = (parents + 1 == last_row.unsqueeze(1)) & real
-    return path, strike(select_row(target_probs, last_row), tokens, rejected), tested
-
-
 def _judge_sampled(
     target_probs: Tensor,
-    draft: Draft,
+    draft_probs: Tensor,
     tokens: Tensor,
     parents: Tensor,
     real: Tensor,
     uniforms: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Judge siblings against residuals over the whole vocabulary.
+) -> tuple[Tensor, Tensor]:
+    """Judge siblings against residuals over the vocabulary: accepted [B, N], last residual [B, V].
 
     Node order is topological with siblings in order, so one pass over the N columns meets every
     node after its parent and its earlier siblings; elsewhere a row stands still.
     """
-    assert draft.probs is not None
     dtype = work_dtype(target_probs)
-    current = torch.zeros_like(draft.lengths)
+    current = torch.zeros_like(tokens[:, 0])
     weights = target_probs[:, 0].to(dtype)  # p' times `mass`: rejections need no division
     mass = torch.ones_like(weights[:, :1])
     accepted_columns = []
-    for node in range(draft.num_nodes):
+    for node in range(tokens.shape[1]):
         token = tokens[:, node : node + 1]
-        draft_row = draft.probs[:, node].to(dtype)
+        draft_row = draft_probs[:, node].to(dtype)
         ratio = weights.gather(1, token) / (mass * draft_row.gather(1, token))
         judged = real[:, node] & (parents[:, node] + 1 == current)
         accepted = judged & (uniforms[:, node] < ratio.squeeze(1))
@@ -130,6 +126,4 @@ def _judge_sampled(
         mass = mass.masked_fill(accepted.unsqueeze(1), 1)
         current = torch.where(accepted, node + 1, current)
         accepted_columns.append(accepted)
-    path, last_row, tested = follow(torch.stack(accepted_columns, 1), parents, draft.depth)
-    weights = torch.where(has_mass(weights), weights, select_row(target_probs, last_row))
-    return path, weights, tested
+    return torch.stack(accepted_columns, 1), weights

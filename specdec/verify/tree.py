@@ -129,9 +129,8 @@ def best_static_tree(
     if not acceptance or not acceptance[0]:
         raise ValueError("acceptance is empty but needs at least one depth with one rank")
     for depth, row in enumerate(acceptance):
-        wrong = next((value for value in row if not 0 <= value <= 1), None)
-        if wrong is not None:
-            raise ValueError(f"acceptance[{depth}] holds {wrong} but must be within [0, 1]")
+        if wrong := [value for value in row if not 0 <= value <= 1]:
+            raise ValueError(f"acceptance[{depth}] holds {wrong[0]} but must be within [0, 1]")
     # (minus the worth, path): a child is never worth more than its parent, so parents come first.
     heap: list[tuple[float, tuple[int, ...]]] = [(-1.0, ())]
     chosen: list[tuple[int, ...]] = []

@@ -30,14 +30,14 @@ def refused(done, *words):
     return True
 
 
-@pytest.mark.parametrize("name", ["medusa", "eagle", "eagle3"])
+@pytest.mark.parametrize("name", LAYOUTS_OF)
 def test_convert_writes_every_layout_of_head(tmp_path, name):
     head = random_head(name, training={"loss": 1.5})
     source = write_head(head, tmp_path / "specdec")
     for layout in LAYOUTS_OF[name][1:]:
         done = run("convert", source, tmp_path / layout, "--to", layout)
         assert done.exit_code == 0, done.stderr
-        assert f"{head.kind} head: specdec -> {layout}, {tmp_path / layout}" in done.output
+        assert f"head: specdec -> {layout}, {tmp_path / layout}" in done.output
         back = tmp_path / f"{layout} back"
         assert run("convert", tmp_path / layout, back, "--to", "specdec").exit_code == 0
         found = read_head(back)

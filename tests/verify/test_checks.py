@@ -31,32 +31,24 @@ def with_(name, value, index=None):
 
 
 BAD_VALUES = [
-    ("target_probs", (1, 2, 0), -0.1),
-    ("target_probs", (1, 2, 0), torch.nan),
-    ("target_probs", (1, 2, 0), torch.inf),
-    ("target_probs", (1, 2), 0.3),
-    ("tokens", (1, 1), 5),
-    ("tokens", (1, 1), -1),
-    ("lengths", (1,), 4),
-    ("lengths", (1,), -1),
-    ("parents", (1, 1), 1),
-    ("parents", (1, 1), -2),
-    ("probs", (1, 1, 0), -0.1),
-    ("probs", (1, 1, 0), torch.nan),
-    ("probs", (1, 1), 0.4),
-    ("probs", (1, 1), [0.5, 0.5, 0.0, 0.0, 0.0]),
-    ("uniforms", (1, 1), 1.0),
-    ("uniforms", (1, 1), torch.nan),
-    ("noise", (1, 1), -1.0),
-    ("noise", (1, 1), torch.nan),
+    ("target_probs", (1, 2, 0), [-0.1, torch.nan, torch.inf]),
+    ("target_probs", (1, 2), [0.3]),
+    ("tokens", (1, 1), [5, -1]),
+    ("lengths", (1,), [4, -1]),
+    ("parents", (1, 1), [1, -2]),
+    ("probs", (1, 1, 0), [-0.1, torch.nan]),
+    ("probs", (1, 1), [0.4, [0.5, 0.5, 0.0, 0.0, 0.0]]),
+    ("uniforms", (1, 1), [1.0, torch.nan]),
+    ("noise", (1, 1), [-1.0, torch.nan]),
 ]
 
 
 @pytest.mark.parametrize("rule", ["token", "traversal"])
-@pytest.mark.parametrize(("name", "index", "value"), BAD_VALUES)
-def test_bad_value_names_argument_row_and_rule(name, index, value, rule):
-    with pytest.raises(ValueError, match=rf"^{name}: row 1.*rule '{rule}'"):
-        verify(**with_(name, value, index), rule=rule)
+@pytest.mark.parametrize(("name", "index", "values"), BAD_VALUES)
+def test_bad_value_names_argument_row_and_rule(name, index, values, rule):
+    for value in values:
+        with pytest.raises(ValueError, match=rf"^{name}: row 1.*rule '{rule}'"):
+            verify(**with_(name, value, index), rule=rule)
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,14 @@ def verdicts_of(rule, case):
     )
 
 
-def check(rule, shape, kind, dtype, processing):
+@pytest.mark.parametrize(
+    ("dtype", "processing"),
+    [*((torch.float64, each) for each in PROCESSING), (torch.float32, None)],
+    ids=["plain", "cool-top-p", "greedy", "float32"],
+)
+@pytest.mark.parametrize(("rule", "shape", "kind"), COMBINATIONS)
+def test_rule_equals_its_paper_and_keeps_distribution(rule, shape, kind, dtype, processing):
+    processing = processing or PROCESSING[len(kind) % 2]
     target, drafter = worlds(len(kind) + 100 * PROCESSING.index(processing), processing, dtype)
     case = build_case(target, drafter, shape, kind, dtype, as_chain=rule == "block")
     verdicts = verdicts_of(rule, case)
@@ -65,17 +72,6 @@ def check(rule, shape, kind, dtype, processing):
         for prefix, prob in law.items():
             textbook[prefix] += case.weights[row] * prob * after(prefix)
     assert total_variation(textbook, exact) < TOLERANCE[dtype]
-
-
-@pytest.mark.parametrize("processing", PROCESSING, ids=["plain", "cool-top-p", "greedy"])
-@pytest.mark.parametrize(("rule", "shape", "kind"), COMBINATIONS)
-def test_rule_equals_its_paper_and_keeps_distribution(rule, shape, kind, processing):
-    check(rule, shape, kind, torch.float64, processing)
-
-
-@pytest.mark.parametrize(("rule", "shape", "kind"), COMBINATIONS)
-def test_float32_keeps_the_joint_distribution_to_a_millionth(rule, shape, kind):
-    check(rule, shape, kind, torch.float32, PROCESSING[len(kind) % 2])
 
 
 def accepted(rule, case):
