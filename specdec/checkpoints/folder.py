@@ -38,10 +38,10 @@ def read_raw(folder: Path) -> RawFiles:
     found = [name for name in WEIGHT_FILES if (folder / name).exists()]
     config = _read_config(folder)
     if not found:
-        layers = config.get("num_hidden_layers", "no")
+        layers = config.get("num_hidden_layers")
+        other = f", but the config of a model of {layers} layers" if layers else ""
         raise FileNotFoundError(
-            f"{str(folder)!r} holds no draft head: none of {', '.join(WEIGHT_FILES)} is there, and "
-            f"a config.json of a model of {layers} layers"
+            f"{str(folder)!r} holds no draft head: none of {', '.join(WEIGHT_FILES)}{other}"
         )
     # The same head is often published twice; a Medusa head may lie beside its target's weights.
     weights = folder / next((name for name in found if name.startswith("medusa")), found[0])

@@ -83,9 +83,9 @@ def head_of(checkpoint: HeadCheckpoint, where: str = "the head") -> Any:
     known = {"hidden_size": None, "vocab_size": None, "num_hidden_layers": 0}
     known |= head_class(checkpoint.kind).target_facts(checkpoint.tensors)
     if (target := checkpoint.target) is not None:
-        sizes = (target.hidden_size, target.vocab_size, target.num_layers)
-        known |= {name: size for name, size in zip(known, sizes, strict=False) if size}
-        known |= target.facts or {}
+        sizes = {"hidden_size": target.hidden_size, "vocab_size": target.vocab_size}
+        sizes["num_hidden_layers"] = target.num_layers
+        known |= {name: size for name, size in sizes.items() if size} | (target.facts or {})
     try:
         with torch.device("meta"):
             return construct(checkpoint.kind, checkpoint.options, SimpleNamespace(**known))
