@@ -72,7 +72,9 @@ def find_folder(path: str | Path, revision: str | None = None) -> Path:
     # A published EAGLE-3 config counts its target's layers, and some Medusa heads their target's.
     is_head = {"draft_vocab_size", "medusa_num_heads"} & config.keys()
     if isinstance(layers, int) and layers > 1 and not is_head:
-        raise ValueError(f"{name!r} is a model of {layers} layers; its weights were not downloaded")
+        raise ValueError(
+            f"{name!r} is a model of {layers} layers, no head; weights were not downloaded"
+        )
     return fetch(*WEIGHT_FILES)
 
 

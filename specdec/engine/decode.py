@@ -125,8 +125,6 @@ def stream(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size} but must be at least 1")
     max_rows = min(batch_size or len(rows), len(rows))
-    if max_rows > 1 and not target.capabilities.batched:
-        raise ValueError(f"batch_size is {max_rows} but this target takes one row; pass 1")
     limits = _one_each("max_new_tokens", max_new_tokens, len(rows))
     configs = [SamplingConfig.of(each) for each in _one_each("sampling", sampling, len(rows))]
     if not isinstance(sampling, Sequence):

@@ -277,9 +277,10 @@ def _check_combination(
     can = target.capabilities
     makes_trees = drafter is not None and drafter.makes_trees
     no_chain = makes_trees and not get_rule(rule).supports_trees
+    is_crowded = max_rows > 1 and not can.batched
     faults = [
         (max_rows < 1, f"max_rows is {max_rows} but must be at least 1"),
-        (max_rows > 1 and not can.batched, f"max_rows is {max_rows} but this target takes one row"),
+        (is_crowded, f"max_rows or batch_size is {max_rows} but this target takes one row"),
         (no_chain, f"rule {rule!r} judges chains only but this drafter makes trees"),
         (
             makes_trees and not can.trees,

@@ -90,11 +90,9 @@ class HFTarget(TargetEnds):
         running = self.cache if join else None  # or else it must not stay beside the new one
         lengths = [len(prompt) for prompt in prompts]
         longest = max(lengths)
-        capacity = max(2 * longest, 128) if self._reserved is None else self._reserved
-        plan, _ = self._layout
-        self.cache = SlotCache(
-            self.config.num_hidden_layers, len(prompts), max(longest, capacity), self.device, plan
-        )
+        capacity = max(2 * longest, 128) if self._reserved is None else max(longest, self._reserved)
+        num_layers, plan = self.config.num_hidden_layers, self._layout[0]
+        self.cache = SlotCache(num_layers, len(prompts), capacity, self.device, plan)
         self._reserved = None
         output = self._cache_prompts(prompts, lengths, taps)
         self.cache.rollback(lengths)
@@ -172,7 +170,7 @@ class HFTarget(TargetEnds):
         # Everyone sees the root, the root only itself.
         visible = pad(ancestor_mask(draft.parents, draft.depth), (1, 0, 1, 0))
         visible[:, :, 0] = True
-        return self._forward_tree(tokens, visible, depths, depths, taps)
+        return self._forward_tree(tokens, visible, depths, taps)
 
     def feed(self, tokens: Tensor, counts: Sequence[int]) -> Tensor:
         """Commit `counts[b]` of the tokens [B, n] to every row; logits [B, V] after the last.
@@ -195,8 +193,7 @@ class HFTarget(TargetEnds):
         """
         batch, num_new, num_open = visible.shape
         self.cache.open(num_new, behind=num_open - num_new)
-        newest = depths[num_open - num_new :]
-        return self._forward_tree(tokens, visible, depths.expand(batch, -1), newest, ()).logits
+        return self._forward_tree(tokens, visible, depths.expand(batch, -1), ()).logits
 
     def commit(self, verdict: Verdict, num_accepted: Sequence[int]) -> None:
         """Keep the root and the accepted path: a chain only moves lengths, a tree gathers."""
@@ -230,9 +227,10 @@ class HFTarget(TargetEnds):
         return self._forward(tokens, positions, mask, taps, keep)
 
     def _forward_tree(
-        self, tokens: Tensor, visible: Tensor, depths: Tensor, own: Tensor, taps: Sequence[int]
+        self, tokens: Tensor, visible: Tensor, depths: Tensor, taps: Sequence[int]
     ) -> TargetOutput:
-        """Feed nodes of a tree; `own` are the depths [B, n] of these alone."""
+        """Feed the last n of S uncommitted nodes of a tree, whose `depths` are [B, S]."""
+        own = depths[:, depths.shape[1] - tokens.shape[1] :]
         positions = self._clamp(self.cache.device_lengths.unsqueeze(1) + own)
         mask = self._masks.tree(self.cache, visible, depths)
         return self._forward(tokens, positions, mask, taps, 0)

@@ -29,9 +29,8 @@ def judge_token(target_probs: Tensor, draft: Draft, uniforms: Tensor, noise: Ten
         mass, before = point_masses(target_probs, tokens, parents, real)
         accepted = uniforms < mass / (1 - before).clamp(min=torch.finfo(before.dtype).tiny)
     else:
-        accepted, weights = _judge_sampled(
-            target_probs, draft.probs, tokens, parents, real, uniforms
-        )
+        nodes = draft.probs, tokens, parents, real
+        accepted, weights = _judge_sampled(target_probs, *nodes, uniforms)
     path, last_row, tested = follow(accepted, parents, draft.depth)
     row = select_row(target_probs, last_row)
     if weights is None:
