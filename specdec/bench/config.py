@@ -306,6 +306,11 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> Any:
                 f"config {path!r} is neither a file nor packaged; those are {', '.join(packaged)}"
             )
         file = demo_path(packaged[name])
+    if changed := [each for each in overrides if each.startswith("suite=")]:
+        raise ValueError(
+            f"override {changed[0]} would change the suite of the configuration, and each has keys "
+            "of its own; give another file"
+        )
     return read_yaml(path, file, overrides, example="repeats=1")
 
 

@@ -114,9 +114,11 @@ def test_unfit_drafter_is_bad_input(folder, kind):
         return done.stderr
 
     save_tokenizer(other, first=8)
-    assert "another tokenizer" in refused(other)
-    (other / WEIGHTS).write_bytes(b"short")
-    assert "corrupt or truncated" in refused(other)
+    for fault in ("another tokenizer", "corrupt or truncated"):
+        said = refused(other)
+        assert fault in said
+        assert str(other) in said
+        (other / WEIGHTS).write_bytes(b"short")
     assert "'./gone' is not a folder" in refused("./gone")
     assert "no option 'num'" in refused("demo, num: 3")
 
@@ -142,14 +144,15 @@ def test_options_that_fit_nothing_are_bad_input(folder, override, words):
     ("texts", "words"),
     [
         ("abc\n" + "a" * 256 + "\n", ["prompt 1 has 256 tokens", "holds 256", "shorten"]),
-        ("\n", ["prompts.txt", "holds no prompts"]),
+        ("\n", ["{path}", "holds no prompts"]),
     ],
 )
 def test_prompts_that_do_not_fit_are_bad_input(folder, texts, words):
-    (folder / "prompts.txt").write_text(texts)
+    path = folder / "prompts.txt"
+    path.write_text(texts)
     done = bench(folder)
     assert done.exit_code == 2
-    assert all(word in done.stderr for word in words), done.stderr
+    assert all(word.format(path=path) in done.stderr for word in words), done.stderr
     assert not (folder / "out" / "results.json").exists()
 
 
@@ -187,6 +190,7 @@ def test_differences_fail_the_run_in_float32_alone(folder, monkeypatch, dtype, s
     for difference in plain["differences"]:
         assert (difference["against"], difference["position"]) == ("hf_generate", 4)
         assert difference["top2_gap"] >= 0
+    assert "differ" in done.stdout  # the table comes first
     if status:
         assert "outputs differ at temperature 0 in float32" in done.stderr
         assert "prompt 0 from output token 4 on (top-2 logit gap" in done.stderr
@@ -210,10 +214,11 @@ GIVEN = "arms=[{type: ngram}, {name: two, type: ngram, draft_length: {1: 2}}]"
 def test_auto_measures_choice_and_arms_beside_the_prediction(folder, monkeypatch, choice, arms):
     """A plan, without its measurements, chooses a name."""
     known = [
-        Configuration(name="ngram 3", options={"num_draft_tokens": 3}),
-        *(Configuration(name=each) for each in ("ngram", "two")),
+        Configuration(name="ngram 3", options={"num_draft_tokens": 3}, predicted_speedup=1.5),
+        Configuration(name="ngram"),
+        Configuration(name="two", predicted_speedup=1.3),
     ]
-    plain = Configuration(name="plain", type="plain")
+    plain = Configuration(name="plain", type="plain", predicted_speedup=1.0)
     found = next(each for each in [*known, plain] if each.name == choice)
     asked = []
 
@@ -236,7 +241,11 @@ def test_auto_measures_choice_and_arms_beside_the_prediction(folder, monkeypatch
     shown = lines[next(i for i, line in enumerate(lines) if f"The plan chose: {now}" in line) :]
     marked = [line for line in shown if " * " in line]
     assert [line.split(" *")[0] for line in marked] == [now] * (choice != "plain")
-    assert all({"1.25", "1.40"} <= {*line.split()} for line in marked)
+    speeds = {"1.25", f"{found.predicted_speedup:.2f}"}
+    assert all(speeds <= {*line.split()} for line in marked)
+    if not is_renamed:
+        rows = [line.split() for line in shown if line.startswith("ngram ")]
+        assert any({"1.25", "1.40"} <= {*row} for row in rows)
     assert not any(line.startswith("two  ") for line in shown)
     if is_renamed:
         planned, own = (results(folder)[name] for name in (now, choice))
@@ -250,9 +259,11 @@ def test_auto_measures_choice_and_arms_beside_the_prediction(folder, monkeypatch
         ("grid: {seed: [1, 2]}", "--auto", "--auto plans one bench"),
         ("suite: concurrent", "--auto", "--auto is of benches and grids"),
         ("suite: concurrent", "--list", "--list is of benches and grids"),
+        ("seed: 1", "suite=concurrent", "would change the suite"),
     ],
 )
-def test_flag_of_another_kind_is_bad_input(folder, content, flag, message):
+def test_flag_of_another_kind_is_bad_input(folder, monkeypatch, content, flag, message):
+    monkeypatch.setattr("specdec.planning.plan.run_plan", None)  # nothing is planned before
     (folder / "bench.yaml").write_text(content)
     done = bench(folder, flag)
     assert done.exit_code == 2

@@ -169,6 +169,7 @@ def test_text_file_holds_a_prompt_a_line(tmp_path):
     [
         ("a.txt", b"\n \n", "holds no prompts"),
         ("a.jsonl", b"", "holds no prompts"),
+        ("a.json", b"[]", "holds no prompts"),
         ("a.jsonl", b'{"prompt": "x"}\n{"prompt": ""}\n', "prompt '1' is empty"),
         ("a.jsonl", b'{"messages": []}\n', ":1 is no prompt: .*no_user_turn"),
         ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', ":1 is no prompt: its content"),
