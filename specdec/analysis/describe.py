@@ -131,34 +131,29 @@ def _counterfactuals(
     children, depth = drafter.children, min(evidence.depth, LONGEST_CHAIN)
     known = drafter.shape_options.all
 
-    def figures(shape: FixedShape) -> dict[str, Any]:
-        return predictor.expect(options, drafter, shape).figures()
+    def chain(length: int, threshold: float = 0.0) -> dict[str, Any]:
+        shape = _chain(length, children, threshold)
+        return {"length": length, **predictor.expect(options, drafter, shape).figures()}
 
     found = results.Counterfactuals()
     if predictor.why_unknown(_chain(1, children)) is None:
         shown = "top" if predictor.sampling.is_greedy else children
-        found.chains = [
-            results.ChainFigures(length=n, children=shown, **figures(_chain(n, children)))
-            for n in range(1, depth + 1)
-        ]
+        lengths = range(1, depth + 1)
+        found.chains = [results.ChainFigures(children=shown, **chain(n)) for n in lengths]
         ends = THRESHOLDS if "confidence_threshold" in known else ()
-        found.thresholds = [
-            results.ThresholdFigures(
-                threshold=t, length=depth, **figures(_chain(depth, children, t))
-            )
-            for t in ends
-        ]
+        found.thresholds = [results.ThresholdFigures(threshold=t, **chain(depth, t)) for t in ends]
     for num_nodes in TREE_SIZES if table and "choices" in known else ():
         choices = best_static_tree(table, num_nodes)
         if len(choices) < num_nodes:
             break
+        expected = predictor.expect(options, drafter, FixedShape(from_choices(choices), "top"))
         found.trees.append(
             results.TreeFigures(
                 nodes=num_nodes,
                 depth=max(map(len, choices)),
                 choices=[*map(list, choices)],
                 children="top",
-                **figures(FixedShape(from_choices(choices), "top")),
+                **expected.figures(),
             )
         )
     return found

@@ -262,16 +262,15 @@ def _drafter(hardware: Hardware, drafter: DraftModel, batch_size: int) -> Drafte
     # Without a draft the draft model does not run, and this is plain decoding.
     step_s = counts * draft_s + hardware.forward_s(hardware.target, batch_size, counts + 1)
     tokens = expected_tokens(drafter.alpha, hardware.max_draft_tokens)
-    lengths = [
-        LengthEstimate(
-            num_draft_tokens=int(count),
-            estimated_tau=tokens[count],
-            estimated_step_ms=1000 * step_s[count],
-            estimated_speedup=tokens[count] * step_s[0] / step_s[count],
-            estimated_tokens_per_s=tokens[count] / step_s[count],
-        )
-        for count in counts
-    ]
+    columns = {
+        "num_draft_tokens": counts,
+        "estimated_tau": tokens,
+        "estimated_step_ms": 1000 * step_s,
+        "estimated_speedup": tokens * step_s[0] / step_s,
+        "estimated_tokens_per_s": tokens / step_s,
+    }
+    rows = zip(*columns.values(), strict=True)
+    lengths = [LengthEstimate(**dict(zip(columns, row, strict=True))) for row in rows]
     return DrafterEstimate(
         name=drafter.name,
         batch_size=batch_size,
