@@ -23,7 +23,6 @@ Headers = list[tuple[bytes, bytes]]
 Say = Callable[[str], None]
 
 _PIECE = 65536
-_ENTRY = 512  # bytes of memory, about, that a field costs beside its text
 _TOP_FIELDS = ("id", "created", "model", "system_fingerprint", "usage", "timings", "error")
 _REASONS = ("finish_reason", "stop_reason")
 _SAID_ONCE = ("role", "id", "type", "name")  # other texts of a delta grow
@@ -152,7 +151,7 @@ class Answer:
     def _entry(self, node: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
         if key not in node:
             node[key] = make()
-            self._joined_bytes += _ENTRY
+            self._joined_bytes += 512  # what a field costs beside its text, about
         return node[key]
 
 

@@ -71,7 +71,6 @@ def _form_of(name: str, form: dict[str, Any]) -> Any:
 
 
 REDACTED = "[redacted]"
-_SCHEMA_TYPES = ("string", "number", "integer", "boolean", "array", "object", "null")
 
 # What a name ends with, in lower case and without "-", "_" and a plural's "s".
 _CREDENTIAL = re.compile(
@@ -83,8 +82,6 @@ _CREDENTIAL = re.compile(
 _CREDENTIAL_OUTSIDE = re.compile(rf"{_CREDENTIAL.pattern}|(?:key|token|auth|sig|signature)$")
 # Shorter ones are placeholders ("EMPTY", "none"), and common words would be torn out of the texts.
 _LONG_ENOUGH = re.compile(r"(?s).{8,}|(?=.*\d)(?=.*[A-Za-z]).{6,7}")
-_SHORTEST_COOKIE = 16
-_SCHEMES = ("basic", "bearer", "token", "apikey", "key")
 # Of other headers a value that looks like a key is taken for one.
 _PUBLIC_HEADER = re.compile(
     r"accept(?:-.*)?|cache-control|connection|content-(?:encoding|length|type)|date|expect|host|origin"
@@ -194,13 +191,13 @@ class _Redaction:
 def _cookies(value: str) -> list[str]:
     """Find values of cookies; short ones are settings, and so are a new cookie's attributes."""
     values = (pair.partition("=")[2].strip() for pair in value.split(";"))
-    return [value for value in values if len(value) >= _SHORTEST_COOKIE]
+    return [value for value in values if len(value) >= 16]
 
 
 def _credentials(value: str) -> list[str]:
     """Return a credential as it stands, or without its scheme, and what is encoded in it."""
     scheme, _, token = value.partition(" ")
-    if scheme.lower() not in _SCHEMES:
+    if scheme.lower() not in ("basic", "bearer", "token", "apikey", "key"):
         return [value]
     found = [token.strip()]
     if scheme.lower() == "basic":
@@ -220,5 +217,6 @@ def _plain(name: str) -> str:
 
 def _is_schema(value: dict[str, Any]) -> bool:
     """Tell a tool's parameter that is called, say, "password", without any values."""
-    is_typed = value.get("type") in _SCHEMA_TYPES or "$ref" in value
+    types = ("string", "number", "integer", "boolean", "array", "object", "null")
+    is_typed = value.get("type") in types or "$ref" in value
     return is_typed and value.keys() <= _FORMS["schema"].keys() - {"enum"}

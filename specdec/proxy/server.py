@@ -25,9 +25,6 @@ from specdec.proxy.records import ProxyConfig, RecordFiles, parse_size
 from specdec.proxy.redaction import long_enough, redact
 
 _CHECK_TIMEOUT_S, _CHECK_EVERY_S = 2.0, 5.0
-_KEEPALIVE_S = 2.0  # servers close a quiet connection after 5 s or more, which would fail a request
-_MAX_ENCODINGS = 4
-_LAST_RECORDS_S = 5.0
 # RFC 9110, section 7.6.1, with "proxy-connection", which clients still send.
 _HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer "
@@ -74,7 +71,8 @@ class Upstream:
         self._timeout = {"connect": connect_timeout_s, "read": None, "write": None, "pool": None}
         self._transport = httpx.AsyncHTTPTransport(
             verify=httpx.create_ssl_context() if base.scheme == "https" else False,
-            limits=httpx.Limits(max_connections=None, keepalive_expiry=_KEEPALIVE_S),
+            # Servers close a quiet connection after 5 s or more, which would fail a request.
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=2),
         )
         self._health, self._checked = dict[str, Any](), -_CHECK_EVERY_S
         self._checking = asyncio.Lock()
@@ -183,7 +181,7 @@ class Application(Router):
     async def _lifespan(self, _: object) -> AsyncIterator[None]:
         yield
         # Requests that the server has just cancelled still hand in what they have.
-        with anyio.move_on_after(_LAST_RECORDS_S):
+        with anyio.move_on_after(5):
             while self._running:
                 await anyio.sleep(0.01)
         await self._recorder.close()
@@ -301,7 +299,7 @@ def _leaves_root(path: bytes) -> bool:
     """Tell a path that a server, which decodes it however often, could read as outside its root."""
     if not path.startswith(b"/"):
         return True
-    for _ in range(_MAX_ENCODINGS):
+    for _ in range(4):
         path = unquote_to_bytes(path)
     try:
         text = unicodedata.normalize("NFKC", path.decode()).replace("\\", "/")

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from itertools import chain, groupby, zip_longest
+from itertools import accumulate, chain, groupby, zip_longest
 from typing import Any
 
 import torch
@@ -273,21 +273,19 @@ class ParityGate:
 def choose_prompts(rows: Sequence[AnswerRow], count: int) -> list[list[int]]:
     """Take up to `count` rows, from all domains in turn, each cut before its longest answer."""
     turns = chain.from_iterable(zip_longest(*_by_domain(rows).values()))
-    prompts = []
-    for row in list(filter(None, turns))[:count]:
-        start, _ = max(row.answers, key=lambda answer: answer[1] - answer[0])
-        prompts.append([*row.tokens[: max(start, 1)]])  # of an answer to nothing, its first token
-    return prompts
+    chosen = [row for row in turns if row is not None][:count]
+    starts = [max(row.answers, key=lambda answer: answer[1] - answer[0])[0] for row in chosen]
+    # Every prompt holds a token: of an answer to nothing, its first.
+    return [list(row.tokens[: max(start, 1)]) for row, start in zip(chosen, starts, strict=True)]
 
 
 def _within_text(result: Result) -> list[StepRecord]:
     """Leave out what steps judged after the end of the text, where nothing is predicted."""
-    records, num_done = [], 1
-    for record in result.records:
-        left = len(result.tokens) - num_done
-        records.append(replace(record, depth_tested=min(record.depth_tested, left)))
-        num_done += record.num_emitted
-    return records
+    done = accumulate((record.num_emitted for record in result.records), initial=1)
+    return [
+        replace(record, depth_tested=min(record.depth_tested, len(result.tokens) - num_done))
+        for record, num_done in zip(result.records, done, strict=False)
+    ]
 
 
 def require_parity(results: TrainResults) -> None:

@@ -21,8 +21,6 @@ from specdec.targets.load import load_ends, load_target
 from specdec.train.config import DataConfig, TrainConfig
 from specdec.train.results import DraftVocabulary
 
-_CHUNK_BATCHES = 32  # few enough that the batches of an epoch differ from those of the next
-
 
 @dataclass(frozen=True)
 class Split:
@@ -135,7 +133,8 @@ class StepPlan(IterableDataset):
     def _shuffle(self, epoch: int) -> list[list[AnswerRow]]:
         generator = torch.Generator().manual_seed((self._seed << 20) + epoch)
         order = torch.randperm(len(self._rows), generator=generator).tolist()
-        size, chunk_size = self._batch_size, self._batch_size * _CHUNK_BATCHES
+        # Chunks are small enough that the batches of an epoch differ from those of the next.
+        size, chunk_size = self._batch_size, self._batch_size * 32
         batches = []
         for start in range(0, len(order), chunk_size):
             chunk = [self._rows[number] for number in order[start : start + chunk_size]]

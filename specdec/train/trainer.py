@@ -41,8 +41,6 @@ from specdec.train.config import TrainConfig
 from specdec.train.data import Source, Split, StepBatch, StepPlan, seeded
 from specdec.train.trainees import Trainee
 
-# A launcher passes on to its processes the Ctrl-C that the terminal has sent them already.
-_SAME_PRESS_S = 1.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -66,7 +64,8 @@ def noted_signals() -> Iterator[dict[int, float]]:
     def note(number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         first = received.setdefault(number, now)
-        if number == signal.SIGINT and now - first > _SAME_PRESS_S:
+        # A launcher passes on the Ctrl-C that the terminal has sent its processes already.
+        if number == signal.SIGINT and now - first > 1:
             raise KeyboardInterrupt
 
     is_main = threading.current_thread() is threading.main_thread()
