@@ -267,6 +267,7 @@ def test_dry_run_needs_only_the_ends_of_the_target(command, tmp_path):
 def test_bad_input_ends_with_status_two(command):
     for change, message in (
         (["--dtype", "int8", "--out", "x"], "dtype is 'int8' but must be one of"),
+        (["--batch-tokens", "0", "--out", "x"], "batch_tokens is 0 but must be at least 1"),
         ([], "--out must be given"),
     ):
         done = invoke(*command, *change)
