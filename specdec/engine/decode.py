@@ -6,7 +6,7 @@ Plain decoding is the same loop with empty drafts, so both arms of a comparison 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 from specdec.common.arguments import checked
 from specdec.engine.engine import Chunk, DraftLengths, Engine, resolve_target
@@ -19,63 +19,14 @@ from specdec.verify import Rule
 __all__ = ["Chunk", "Stream", "generate", "generate_baseline", "stream"]
 
 Settings = SamplingConfig | Mapping[str, Any] | None
-
-
-class Options(TypedDict, total=False):
-    """The keywords of `stream`, which says what they are."""
-
-    max_new_tokens: int | Sequence[int]
-    stop: str | Sequence[str] | None
-    max_time_s: float | None
-    batch_size: int | None
-    rule: str | Rule
-    draft_length: DraftLengths
-    check: bool
+Sampling = Settings | Sequence[Settings]
 
 
 def generate(
     target: Target | str,
     drafter: Drafter | Mapping[str, Any] | str | None,
     prompts: Prompt | Sequence[Prompt],
-    sampling: Settings | Sequence[Settings] = None,
-    **options: Unpack[Options],
-) -> list[Result]:
-    """Decode prompts speculatively to their ends; arguments and errors as in `stream`.
-
-    The output follows the target's own distribution. KeyboardInterrupt ends the call early and
-    returns what there is.
-
-    Returns:
-        One result per prompt, in order.
-
-    Raises:
-        FloatingPointError: the target's logits are not finite.
-
-    Source: Leviathan et al. 2022, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318.
-    """
-    run = stream(target, drafter, prompts, sampling, **options)
-    with suppress(KeyboardInterrupt):  # unfinished rows say "interrupted"
-        for _ in run.steps():
-            pass
-    return run.results()
-
-
-def generate_baseline(
-    target: Target | str,
-    prompts: Prompt | Sequence[Prompt],
-    sampling: Settings | Sequence[Settings] = None,
-    **options: Unpack[Options],
-) -> list[Result]:
-    """Decode plainly, one token per forward, in the same loop; arguments as in `generate`."""
-    return generate(target, None, prompts, sampling, **options)
-
-
-@checked
-def stream(
-    target: Target | str,
-    drafter: Drafter | Mapping[str, Any] | str | None,
-    prompts: Prompt | Sequence[Prompt],
-    sampling: Settings | Sequence[Settings] = None,
+    sampling: Sampling = None,
     *,
     max_new_tokens: int | Sequence[int] = 128,
     stop: str | Sequence[str] | None = None,
@@ -84,13 +35,14 @@ def stream(
     rule: str | Rule = "token",
     draft_length: DraftLengths = None,
     check: bool = False,
-) -> "Stream":
-    """Decode prompts speculatively, and yield `Chunk`s as they come.
+) -> list[Result]:
+    """Decode prompts speculatively to their ends; the output follows the target's distribution.
 
     A row's output depends on its prompt, its sampling settings and its seed, not on its batch;
     with a `draft_length` that follows the batch (`Schedule`) or other rows (`OnlineController`)
     this holds at temperature 0 and for the rule "match" alone: elsewhere the tokens drawn depend
     on the batch too, and only their distribution does not.
+    KeyboardInterrupt ends the call early and returns what there is.
 
     Args:
         target: the model whose distribution is kept; a string is loaded by `load_target`.
@@ -115,12 +67,77 @@ def stream(
             `OnlineController` learns it.
         check: also check every draft of a registered drafter; those of others always are.
 
+    Returns:
+        One result per prompt, in order.
+
     Raises:
         ValueError: a prompt, an option or a combination that cannot work, by name.
         TypeError: an argument of a wrong kind, by name.
-        FloatingPointError: the target's logits are not finite; while it decodes.
-        RuntimeError: another loop has rows on this target or drafter; while it decodes.
+        FloatingPointError: the target's logits are not finite.
+        RuntimeError: another loop has rows on this target or drafter.
+
+    Source: Leviathan et al. 2022, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318.
     """
+    run = stream(
+        target,
+        drafter,
+        prompts,
+        sampling,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        max_time_s=max_time_s,
+        batch_size=batch_size,
+        rule=rule,
+        draft_length=draft_length,
+        check=check,
+    )
+    with suppress(KeyboardInterrupt):  # unfinished rows say "interrupted"
+        for _ in run.steps():
+            pass
+    return run.results()
+
+
+def generate_baseline(
+    target: Target | str,
+    prompts: Prompt | Sequence[Prompt],
+    sampling: Sampling = None,
+    *,
+    max_new_tokens: int | Sequence[int] = 128,
+    stop: str | Sequence[str] | None = None,
+    max_time_s: float | None = None,
+    batch_size: int | None = None,
+    rule: str | Rule = "token",
+) -> list[Result]:
+    """Decode plainly, one token per forward, in the same loop; arguments as in `generate`."""
+    return generate(
+        target,
+        None,
+        prompts,
+        sampling,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        max_time_s=max_time_s,
+        batch_size=batch_size,
+        rule=rule,
+    )
+
+
+@checked
+def stream(
+    target: Target | str,
+    drafter: Drafter | Mapping[str, Any] | str | None,
+    prompts: Prompt | Sequence[Prompt],
+    sampling: Sampling = None,
+    *,
+    max_new_tokens: int | Sequence[int] = 128,
+    stop: str | Sequence[str] | None = None,
+    max_time_s: float | None = None,
+    batch_size: int | None = None,
+    rule: str | Rule = "token",
+    draft_length: DraftLengths = None,
+    check: bool = False,
+) -> "Stream":
+    """Decode as `generate` does, with its arguments and errors, and yield `Chunk`s as they come."""
     target, rows = resolve_target(target), split_prompts(prompts)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size} but must be at least 1")

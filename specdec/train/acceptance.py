@@ -291,8 +291,12 @@ def _within_text(result: Result) -> list[StepRecord]:
 def require_parity(results: TrainResults) -> None:
     """Refuse a run whose drafter was not accepted as predicted; without a gate anything passes."""
     if results.parity and not results.parity.passed:
-        again = "the same command runs this check again, without training again"
-        raise ParityError(f"parity gate: {_finding(results.parity)}; {again}", results)
+        where = results.drafter.get("adapter") or results.drafter["path"]
+        raise ParityError(
+            f"parity gate: {_finding(results.parity)}; the drafter is in {where!r}, and the same "
+            "command runs this check again, without training again",
+            results,
+        )
 
 
 def _finding(parity: Parity) -> str:

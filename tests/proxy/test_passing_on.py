@@ -22,7 +22,7 @@ from fake_upstream import (
 )
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from specdec.proxy.server import hosts_of, listen
+from specdec.proxy.server import end_to_end, hosts_of, listen
 
 
 def test_first_chunk_arrives_before_the_last_is_sent(proxy, upstream):
@@ -316,6 +316,11 @@ def test_hostile_request_reaches_nobody(proxy, upstream, head, body):
     assert [method for method, _, _ in upstream.seen if method in ("TRACE", "CONNECT", "GET")] == []
     assert proxy.lines() == []
     assert proxy.ask(chat("a")).json() == answer("hi")
+
+
+def test_length_beside_a_transfer_coding_is_dropped():
+    headers = [(b"Content-Length", b"5"), (b"Transfer-Encoding", b"chunked"), (b"A", b"1")]
+    assert end_to_end(headers) == [(b"a", b"1")]
 
 
 def test_length_beside_chunks_is_not_passed_on(proxy, upstream):

@@ -108,7 +108,7 @@ def test_failed_save_leaves_the_older_checkpoint(whole, tmp_path, monkeypatch, e
         fsync(file)
 
     monkeypatch.setattr(os, "fsync", failing)
-    with pytest.raises(type(error), match=message):
+    with pytest.raises(type(error), match=message or None):
         again(whole, tmp_path)
     monkeypatch.undo()
     assert checkpoints(tmp_path) == {"checkpoint-4"}
@@ -137,7 +137,10 @@ def unfinished(whole, tmp_path):
             lambda tensor: {"NAME": tensor.half()},
             r"its 'NAME' is \[32, 64\] torch.float16 but must be \[32, 64\] torch.float32",
         ),
-        (lambda tensor: {"NAME": tensor / 0}, "its 'NAME' holds numbers that are not finite"),
+        (
+            lambda tensor: {"NAME": tensor.put(torch.tensor(5), torch.tensor(torch.nan))},
+            "its 'NAME' holds numbers that are not finite",
+        ),
     ],
     ids=["missing", "unknown", "misshapen", "dtype", "nan"],
 )
