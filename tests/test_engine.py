@@ -91,6 +91,7 @@ def test_result_is_taken_once_at_the_end(target):
         engine.result(index)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", Cases.NAMES)
 @pytest.mark.parametrize("seed", range(3))
 def test_memory_limit_keeps_order_and_tokens(name, seed):

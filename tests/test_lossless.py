@@ -180,6 +180,7 @@ def plain_rows(target):
     return decode_rows(target, None, 0.0, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), CASES)
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_row_decodes_as_if_alone(name, options, temperature, target, draft_folder, plain_rows):

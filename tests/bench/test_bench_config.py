@@ -85,7 +85,10 @@ OVERRIDES = [
     ("arms=[{type: ngram, draft_length: 4}]", "arms.0.draft_length is 4 but must be a mapping"),
     ("arms=[{type: ngram, draft_length: {}}]", "arms.0.draft_length is .* for batch size 1"),
     ("arms=[{type: ngram, draft_length: {a: 1}}]", "draft_length is .* as in {1: 6, 8: 0}"),
-    ("arms=[{type: ngram, draft_length: {1: 2, 0: 4}}]", "batch size 0 is 4 but a batch size is at"),
+    (
+        "arms=[{type: ngram, draft_length: {1: 2, 0: 4}}]",
+        "batch size 0 is 4 but a batch size is at",
+    ),
     ("arms=[{type: ngram, draft_length: {1: -1}}]", "nodes for batch size 1 is -1"),
     ("arms=[{type: ngram, draft_length: {plans: x}}]", "{plan: PATH}"),
     ("arms=[{type: hf_prompt_lookup, draft_length: {1: 2}}]", "no draft_length .here {1: 2}"),

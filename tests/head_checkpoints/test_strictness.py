@@ -52,6 +52,7 @@ def damages(name, tensors):
             yield {**others, name: spoiled(value, wrong)}, [f"{name} holds NaN or infinite"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "layout"), PAIRS)
 def test_every_damaged_tensor_is_named(tmp_path, name, layout):
     folder, path, tensors = written(tmp_path, name, layout)
@@ -220,6 +221,7 @@ def keys_of(content, before=()):
             yield from keys_of(value, (*before, key))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "layout"), {layout: (n, layout) for n, layout in PAIRS}.values())
 @pytest.mark.parametrize("value", [[], {"a": 1}, "x", -1])
 def test_value_of_wrong_type_is_refused_in_words(tmp_path, name, layout, value):
