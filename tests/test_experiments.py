@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from specdec.bench.sweep import load_cells
+from specdec.bench.config import load_cells
 
 ROOT = Path(__file__).parents[1]
 HERE = ROOT / "experiments"

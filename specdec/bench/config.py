@@ -1,7 +1,11 @@
-"""Configurations of benches and suites, behind YAML files and `key=value` overrides."""
+"""Configurations of benches, suites and grids, behind YAML files and `key=value` overrides."""
 
+import copy
+import hashlib
 import itertools
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -9,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from specdec.common.config import Config, read_yaml, validated
+from specdec.common.files import flat
 from specdec.demo import demo_path
 from specdec.engine.draft_length import Schedule
 from specdec.sampling.config import SamplingConfig
@@ -19,7 +24,7 @@ Repeats = Annotated[int, Field(ge=1, le=4096)]
 SuiteName = Literal["single_turn", "multi_turn", "long_context", "concurrent"]
 
 SINGLE_PROMPT_TYPES = ("hf_assisted", "hf_prompt_lookup")
-_MOST_CELLS = 10_000
+_MOST_CELLS, _LONGEST_NAME = 10_000, 120
 
 
 class TargetConfig(Config):
@@ -384,3 +389,64 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
     """The last part of each key, or the whole where two end alike."""
     ends = [key.rpartition(".")[2] for key in keys]
     return {key: end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One configuration of a sweep; `name` is its folder's, made from the settings."""
+
+    name: str
+    settings: dict[str, Any]
+    config: RunConfig
+
+
+def load_cells(path: str, overrides: Sequence[str] = ()) -> list[Cell]:
+    """Read a YAML file whose `grid:` maps keys of the configuration to lists.
+
+    The cells are the cross product, the last key changing fastest. A file without a grid is one
+    cell without settings; suites have no grid.
+    """
+    given = read_config(path, overrides)
+    if not isinstance(given, dict) or "grid" not in given or "suite" in given:
+        return [Cell("", {}, build_config(given))]
+    grid = given.pop("grid")
+    grid = dict(flat(grid)) if isinstance(grid, dict) else grid
+    settings = combinations(grid, "config grid")
+    for key in grid:
+        section, _, last = key.rpartition(".")
+        if key.partition(".")[0] == "arms":
+            raise ValueError(
+                f"config grid.{key} is of the arms, which all cells share; put a grid into the "
+                "arm, as in {type: eagle3, grid: {depth: [3, 5]}}"
+            )
+        place = given.get(section) if section else given
+        if isinstance(place, dict) and last in place:
+            raise ValueError(
+                f"config sets both {key} and grid.{key}; drop one of them, or give the one value "
+                f"as grid.{key}=[{place[last]}]"
+            )
+    return [_cell(given, each) for each in settings]
+
+
+def _cell(given: dict[str, Any], settings: dict[str, Any]) -> Cell:
+    whole = copy.deepcopy(given)
+    for key, value in settings.items():
+        section, _, last = key.rpartition(".")
+        place = whole.setdefault(section, {}) if section else whole
+        if isinstance(place, dict):  # another thing is refused below
+            place[last] = value
+    name = _folder_name(settings)
+    try:
+        return Cell(name, settings, build_config(whole))
+    except ValueError as error:
+        raise ValueError(f"cell {name}: {error}") from error
+
+
+def _folder_name(settings: dict[str, Any]) -> str:
+    """A name that any file system takes; different for different settings."""
+    short = short_names(list(settings))
+    text = ",".join(f"{short[key]}={in_words(value)}" for key, value in settings.items())
+    name = re.sub(r"[^A-Za-z0-9._,=+-]+", "_", text)
+    if name == text and len(name) <= _LONGEST_NAME:
+        return name
+    return f"{name[:_LONGEST_NAME]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -1,93 +1,17 @@
 """A sweep: the cells of a grid, each a run in a folder of its own, and what they gave together."""
 
-import copy
-import hashlib
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from specdec.bench.arms import build_arm
-from specdec.bench.config import (
-    RunConfig,
-    build_config,
-    combinations,
-    in_words,
-    read_config,
-    short_names,
-)
+from specdec.bench.config import Cell, RunConfig
 from specdec.bench.measure import PROMPT_ERRORS
 from specdec.bench.results import BenchResults, CellResults, SweepProvenance, SweepResults
 from specdec.bench.runner import check_results, open_store, run_bench, take_turns
 from specdec.bench.workloads import Group, Progress, make_groups
-from specdec.common.files import flat
 from specdec.common.provenance import code
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
-
-_LONGEST_NAME = 120
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One configuration of a sweep; `name` is its folder's, made from the settings."""
-
-    name: str
-    settings: dict[str, Any]
-    config: RunConfig
-
-
-def load_cells(path: str, overrides: Sequence[str] = ()) -> list[Cell]:
-    """Read a YAML file whose `grid:` maps keys of the configuration to lists.
-
-    The cells are the cross product, the last key changing fastest. A file without a grid is one
-    cell without settings; suites have no grid.
-    """
-    given = read_config(path, overrides)
-    if not isinstance(given, dict) or "grid" not in given or "suite" in given:
-        return [Cell("", {}, build_config(given))]
-    grid = given.pop("grid")
-    grid = dict(flat(grid)) if isinstance(grid, dict) else grid
-    settings = combinations(grid, "config grid")
-    for key in grid:
-        section, _, last = key.rpartition(".")
-        if key.partition(".")[0] == "arms":
-            raise ValueError(
-                f"config grid.{key} is of the arms, which all cells share; put a grid into the "
-                "arm, as in {type: eagle3, grid: {depth: [3, 5]}}"
-            )
-        place = given.get(section) if section else given
-        if isinstance(place, dict) and last in place:
-            raise ValueError(
-                f"config sets both {key} and grid.{key}; drop one of them, or give the one value "
-                f"as grid.{key}=[{place[last]}]"
-            )
-    return [_cell(given, each) for each in settings]
-
-
-def _cell(given: dict[str, Any], settings: dict[str, Any]) -> Cell:
-    whole = copy.deepcopy(given)
-    for key, value in settings.items():
-        section, _, last = key.rpartition(".")
-        place = whole.setdefault(section, {}) if section else whole
-        if isinstance(place, dict):  # another thing is refused below
-            place[last] = value
-    name = _folder_name(settings)
-    try:
-        return Cell(name, settings, build_config(whole))
-    except ValueError as error:
-        raise ValueError(f"cell {name}: {error}") from error
-
-
-def _folder_name(settings: dict[str, Any]) -> str:
-    """A name that any file system takes; different for different settings."""
-    short = short_names(list(settings))
-    text = ",".join(f"{short[key]}={in_words(value)}" for key, value in settings.items())
-    name = re.sub(r"[^A-Za-z0-9._,=+-]+", "_", text)
-    if name == text and len(name) <= _LONGEST_NAME:
-        return name
-    return f"{name[:_LONGEST_NAME]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def run_sweep(

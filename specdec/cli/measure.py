@@ -13,8 +13,7 @@ from specdec.common.files import locked
 from specdec.report.tables import print_tables
 
 if TYPE_CHECKING:
-    from specdec.bench.config import RunConfig
-    from specdec.bench.sweep import Cell
+    from specdec.bench.config import Cell, RunConfig
 
 # What the last line of output, which is for machines, says of an arm.
 _SUITE_KEYS = ("name", "tau", "decode_tokens_per_s", "speedup_vs_plain", "mismatches", "failed")
@@ -37,7 +36,7 @@ def bench(
     ),
 ) -> None:
     """Measure draft strategies against plain decoding and transformers' generate."""
-    from specdec.bench.sweep import load_cells
+    from specdec.bench.config import load_cells
 
     cells = load_cells(config, overrides)
     is_suite = "hf_generate" not in cells[0].config.baselines

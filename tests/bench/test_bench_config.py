@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from specdec.bench.config import SUITES, BenchConfig, load_config, short_names
-from specdec.bench.sweep import load_cells
+from specdec.bench.config import SUITES, BenchConfig, load_cells, load_config, short_names
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "bench.md").read_text()
 PACKAGED = [f"demo/{name.replace('_', '-')}" for name in SUITES]

@@ -7,10 +7,10 @@ from tiny_suites import calls_of, key_of, save_suite
 from typer.testing import CliRunner
 
 from specdec.bench import arms
+from specdec.bench.config import load_cells
 from specdec.bench.measure import serve
 from specdec.bench.results import SuiteResults
 from specdec.bench.runner import check_results, run_bench
-from specdec.bench.sweep import load_cells
 from specdec.cli import app
 from specdec.engine.engine import Engine
 

@@ -9,10 +9,10 @@ from tiny_suites import killed, save_bench
 from typer.testing import CliRunner
 
 from specdec.bench import runner, sweep
-from specdec.bench.config import load_config
+from specdec.bench.config import load_cells, load_config
 from specdec.bench.results import BenchResults, SweepResults
 from specdec.bench.runner import run_bench
-from specdec.bench.sweep import check_sweep, load_cells, run_sweep
+from specdec.bench.sweep import check_sweep, run_sweep
 from specdec.cli import app
 
 GRID = """
