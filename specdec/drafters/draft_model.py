@@ -168,6 +168,8 @@ class DraftModel(CachePasser):
             draft = growth.draft(budget)
         else:
             draft = self._chain(logits, num_levels, budget, sampler)
+        if draft.tokens.device == root.device:
+            return draft
         return draft.map_rows(lambda tensor: tensor.to(root.device))
 
     def observe(self, verdict: Verdict, committed: Tokens, hidden: dict[int, Tensor]) -> None:
@@ -236,7 +238,7 @@ class DraftModel(CachePasser):
         """Crop or pad the last dimension to the target's vocabulary."""
         missing = self.vocab_size - logits.shape[-1]
         if missing <= 0:
-            return logits[..., : self.vocab_size]
+            return logits[..., : self.vocab_size] if missing else logits
         return pad(logits, (0, missing), value=float("-inf"))
 
     def _chain(

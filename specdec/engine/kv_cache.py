@@ -192,7 +192,8 @@ class SlotCache(Cache):
         if not self.is_uniform:
             offsets = torch.arange(behind, behind + num_new, device=self.device)
             slots.index = self.device_lengths.unsqueeze(1) + offsets
-        self._grow(slots.end)
+        if slots.end > slots.capacity:
+            self._grow(slots.end)
         return slots.end
 
     def extend(self, counts: Sequence[int]) -> None:

@@ -12,9 +12,9 @@ is empty at the start of every repeat.
 """
 
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -28,22 +28,28 @@ class ForwardClock:
 
     def __init__(self, device: torch.device) -> None:
         self._on_cuda = device.type == "cuda"
-        self._seconds = 0.0
+        self._seconds = self._started = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    @contextmanager
-    def forward(self) -> Iterator[None]:
+    def forward(self) -> Self:
         """Time one model forward; one that raises does not count. Forwards do not nest."""
+        return self
+
+    def __enter__(self) -> None:
         if self._on_cuda:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            yield
-            end.record()
             self._events.append((start, end))
+            start.record()
         else:
-            started = time.perf_counter()
-            yield
-            self._seconds += time.perf_counter() - started
+            self._started = time.perf_counter()
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        if error_type is not None:
+            del self._events[-1:]
+        elif self._on_cuda:
+            self._events[-1][1].record()
+        else:
+            self._seconds += time.perf_counter() - self._started
 
     def take(self, *, wait: bool = True) -> float:
         """Return the seconds since the last call; without `wait` those of what has completed."""
