@@ -45,7 +45,7 @@ def main(
     # 1. What users asked: without duplicates and private data, a tenth of it held out.
     specdec("collect", source, "--domain", domain, "--num", str(num), "--out", queries)
 
-    # 2. What the target answers. A drafter foresees its target: nobody else's answers will do.
+    # 2. What the target answers. A drafter predicts its target: nobody else's answers will do.
     limit = ["--max-new-tokens", str(max_new_tokens)]
     specdec("regenerate", queries, "--target", target, *limit, "--out", answers)
 

@@ -80,7 +80,7 @@ def collect(
 
 
 def _table(report: "CollectReport") -> Table:
-    """What was kept and dropped, with an example of each kind."""
+    """Show what was kept and dropped, with an example of each kind."""
     from rich.markup import escape
 
     from specdec.data.collect import REASONS

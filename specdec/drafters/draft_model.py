@@ -244,7 +244,7 @@ class DraftModel(CachePasser):
     def _chain(
         self, logits: Tensor, num_levels: int, budget: Sequence[int], sampler: Sampler
     ) -> Draft:
-        # A row whose context is full drafts nothing and must not grow with its neighbours.
+        # A row whose context is full drafts nothing and must not grow with its neighbors.
         counts = [int(limit > 0) for limit in budget]
         chosen: list[Tensor] = []  # [B, 1] of each level
         reported: list[Tensor] = []
@@ -259,7 +259,7 @@ class DraftModel(CachePasser):
                 survival = scores.float().softmax(-1).amax(-1) * survival
                 ended = survival < self.confidence_threshold
                 lengths = torch.where(ended, lengths.clamp(max=level), lengths)
-                # Only where it costs no synchronisation does an ended batch save its forwards.
+                # Only where it costs no synchronization does an ended batch save its forwards.
                 if logits.device.type == "cpu" and bool((lengths <= level).all()):
                     break
             if sampler.is_greedy:

@@ -151,7 +151,7 @@ def check_engine(
 def _broken_contracts(
     engine: Engine, case: "Case", generator: torch.Generator
 ) -> Iterator[tuple[str, str]]:
-    """Check what holds for every draw: padding, neighbours, and the outputs' bookkeeping."""
+    """Check what holds for every draw: padding, neighbors, and the outputs' bookkeeping."""
     draft, target_probs = case.draft, case.target_probs
     lengths = torch.randint(0, draft.num_nodes + 1, draft.lengths.shape, generator=generator)
     real = replace(draft, lengths=lengths).real_nodes()
@@ -176,7 +176,7 @@ def _broken_contracts(
     apart = engine(target_probs[some], ragged.map_rows(lambda t: t[some]), **moved)
     changed = (apart.tokens != clean.tokens[some]).any(1)
     if changed.any():
-        yield "neighbours", f"other rows in the batch change row {int(some[changed][0])}"
+        yield "neighbors", f"other rows in the batch change row {int(some[changed][0])}"
 
     on_path = torch.zeros_like(pad(real, (0, 1)))
     on_path = on_path.scatter(1, clean.path % (draft.num_nodes + 1), True)[:, :-1]

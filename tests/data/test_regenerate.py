@@ -75,7 +75,7 @@ def test_rows_hold_what_the_target_wrote_in_order(target, tmp_path):
     assert regenerate(queries, tmp_path, target) == manifest, "given again, it changes nothing"
 
 
-def test_sampling_of_a_query_ignores_its_neighbours():
+def test_sampling_of_a_query_ignores_its_neighbors():
     queries = some_queries()
     whole = plan_dialogues(queries, (0.0, 0.8), 5, "last")
     some = plan_dialogues({"train": queries["held_out"][1:]}, (0.0, 0.8), 5, "last")

@@ -46,7 +46,7 @@ def claims_to_be_token_but_is_typical(target, draft, uniforms, noise):
     return judge(target, draft, uniforms, noise, "typical")
 
 
-def reads_its_neighbour(target, draft, uniforms, noise):
+def reads_its_neighbor(target, draft, uniforms, noise):
     return judge(target, draft, uniforms.roll(1, 0), noise)
 
 
@@ -63,7 +63,7 @@ def reads_padding(target, draft, uniforms, noise):
         (draws_the_last_token_from_the_target, "losslessness", "variation to the target is 0"),
         (accepts_at_equality, "losslessness", "total variation to the target is 0"),
         (claims_to_be_token_but_is_typical, "losslessness", "total variation to the target is 0"),
-        (reads_its_neighbour, "neighbours", "other rows in the batch change row"),
+        (reads_its_neighbor, "neighbors", "other rows in the batch change row"),
         (reads_padding, "tested", "path, tested and real nodes are not nested"),
     ],
 )

@@ -77,7 +77,7 @@ def test_every_rule_and_layout_traces_as_one_graph(work, options):
 @pytest.mark.parametrize(("work", "options"), WORK)
 def test_gpu_never_waits_and_agrees_with_cpu(work, options):
     given = problem("cuda")
-    work(given, *options)  # the first call loads kernels, which may synchronise
+    work(given, *options)  # the first call loads kernels, which may synchronize
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
