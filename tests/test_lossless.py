@@ -210,7 +210,7 @@ def exact_distribution(target, prompt, sampling):
 
 
 def p_value(counts, exact):
-    """Of a G-test; cells that are too rare for it are joined."""
+    """Run a G-test; cells that are too rare for it are joined."""
     num_samples = sum(counts.values())
     common = [s for s, p in exact.items() if p * num_samples >= 5]
     impossible = [s for s in counts if exact[s] == 0]

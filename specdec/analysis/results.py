@@ -15,14 +15,14 @@ TokenClass = Literal[
 
 
 class AnalyzedPrompt(Record):
-    """A prompt, and the text behind it."""
+    """A prompt, and the text after it."""
 
     id: str
     domain: str
     num_tokens: Whole
-    """of the prompt"""
+    """tokens of the prompt"""
     new_tokens: Whole
-    """of the text behind it"""
+    """tokens of the text after it"""
     fingerprint: str
 
 
@@ -137,7 +137,7 @@ class HardContext(Record):
     prompt: int
     """index into prompts"""
     position: int
-    """of the token in its answer, from 0"""
+    """index of the token in its answer, from 0"""
     before: str
     """text up to it"""
     drafted: list[str]
@@ -166,7 +166,7 @@ class DrafterAnalysis(Record):
     not_configured_because: str | None = None
     """why the configured draft is not worked out"""
     per_depth_conditional: list[Share | None]
-    """of the configured draft: accepted over tested at depth 1, 2, ..."""
+    """shares of the configured draft: accepted over tested at depth 1, 2, ..."""
     impossible: Share | None = None
     """share of tokens that the target would never emit at these settings"""
     coverage: list[list[Share]] = Field(default_factory=list)

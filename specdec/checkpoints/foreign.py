@@ -1,4 +1,4 @@
-"""What the layouts of the field have in common: `config.json`, and tensors under other names."""
+"""The base of the layouts of the field: `config.json`, and tensors under other names."""
 
 from collections.abc import Callable
 from dataclasses import replace

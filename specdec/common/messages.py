@@ -1,4 +1,4 @@
-"""What users asked: chat messages or text, found in records of many forms."""
+"""Queries of users: chat messages or text, found in records of many forms."""
 
 import hashlib
 import random

@@ -1,4 +1,4 @@
-"""What lookup drafters share: rows with texts of their own, and nodes packed into a draft."""
+"""The base of lookup drafters: rows with texts of their own, and nodes packed into a draft."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -18,7 +18,7 @@ class PlannedWorkload(Record):
 
     prompts: Whole
     tokens: Whole
-    """of the target's own answers, along which acceptance is worked out"""
+    """tokens of the target's own answers, along which acceptance is worked out"""
     mean_context: NonNegativeFloat
     """tokens in the cache at the mean step, for which steps are predicted"""
 
@@ -90,7 +90,7 @@ class ForwardPoint(Record):
     is_tree: bool
     median_s: NonNegativeFloat
     spread_s: NonNegativeFloat
-    """of the middle half of the repeats"""
+    """width of the middle half of the repeats"""
     repeats: Whole
 
 
@@ -99,7 +99,7 @@ class ForwardFit(Record):
 
     chain: PiecewiseLinear
     tree_extra: LinearCost | None
-    """what a tree mask adds; null where it was not measured"""
+    """seconds that a tree mask adds; null where it was not measured"""
 
     def __call__(self, new_tokens: float, context: float, is_tree: bool) -> float:
         seconds = self.chain(new_tokens, context)
@@ -160,7 +160,7 @@ class MeasuredCosts(Record):
     points: list[ForwardPoint]
     """isolated forwards of the target"""
     skipped: list[str]
-    """what did not fit into memory"""
+    """points that did not fit into memory"""
     forward: dict[int, ForwardFit]
     """by batch size"""
     plain: dict[int, PlainStep]
@@ -256,4 +256,4 @@ class Plan(Results):
     schedule_predictions: list[ScheduledLength]
     controller: Controller
     config: dict[str, Any]
-    """of the bench that runs the choice, as in bench.yaml"""
+    """settings of the bench that runs the choice, as in bench.yaml"""

@@ -1,4 +1,4 @@
-"""What a record keeps of a request and its answer: the parts that readers need, no credentials."""
+"""Requests and answers as a record keeps them: the parts that readers need, no credentials."""
 
 import base64
 import json

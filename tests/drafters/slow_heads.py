@@ -176,7 +176,7 @@ class SlowEagle3:
 
 
 class Continuation:
-    """What a slow head says behind committed tokens t_0 .. t_n and the features of the first n."""
+    """Logits of a slow head after committed tokens t_0 .. t_n and the features of the first n."""
 
     def __init__(self, head, committed, features):
         self._head = head
@@ -200,7 +200,7 @@ class Continuation:
 
 
 class MedusaGuesses:
-    """What Medusa's heads say behind the feature [H] of a text: it depends on the depth only."""
+    """Logits of Medusa's heads after the feature [H] of a text: it depends on the depth only."""
 
     def __init__(self, heads, target_model, feature):
         self._tensors = _doubled(heads)

@@ -1,4 +1,4 @@
-"""What drafts for a small budget, for none, and after steps without one cost."""
+"""Costs of drafts for a small budget, for none, and after steps without one."""
 
 import random
 

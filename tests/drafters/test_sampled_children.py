@@ -53,7 +53,7 @@ def without(probs, tokens):
 
 
 def row_law(config, guesses, committed, path):
-    """What a row's settings make of the head's logits behind a path."""
+    """The head's logits after a path, processed by a row's settings."""
     logits = guesses.logits(path)
     if config.repetition_penalty != 1:
         logits = penalised(logits, {*committed, *path}, config.repetition_penalty)

@@ -102,7 +102,7 @@ FINALISTS = 6
 
 
 def chain_forecast(finals=()):
-    """Of all chains, from fits that hold and from what was timed besides."""
+    """Rank all chains, from fits that hold and from what was timed besides."""
     costs = MACHINE.costs(CHAIN_CANDIDATES, finals=finals)
     return Forecast(costs, lambda o: expected(chain_tau(0.8, o["depth"]), o["depth"]))
 
