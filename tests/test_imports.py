@@ -16,7 +16,7 @@ FLOORS = [
     ["engine", "registry", "checkpoints"],
     ["targets"],
     ["drafters"],
-    ["bench", "proxy"],
+    ["bench", "proxy", "serve"],
     ["data"],
     ["analysis"],
     ["train", "planning"],
