@@ -109,7 +109,7 @@ CASES = {
     "parts": ({"messages": PARTS, "max_tokens": 9, "temperature": 0, "seed": None}, [(CHAT, 0)]),
     "choices": ({"messages": CHAT, "max_tokens": 20, "n": 2, **WILD}, [(CHAT, 7), (CHAT, 8)]),
     "stop": (
-        {"messages": CHAT, "max_tokens": 30, "temperature": 0, "stop": [" and", "zz"]},
+        {"messages": CHAT, "max_tokens": 30, "temperature": 0, "stop": [" oolong", "zz"]},
         [(CHAT, 0)],
     ),
     "texts": (
