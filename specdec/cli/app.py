@@ -2,8 +2,11 @@
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from pkgutil import resolve_name
 from typing import Any, Literal, get_args, get_origin
 
 import typer
@@ -18,6 +21,8 @@ app = typer.Typer(
 )
 BAD_INPUT = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError)
 FAILURES = (RuntimeError, MemoryError, FloatingPointError, OSError)
+LOOP = "specdec.engine.engine:Engine"  # what a command's metrics observe
+_metrics: ContextVar[Any] = ContextVar("metrics", default=None)
 
 
 def argument(text: str, default: Any = ...) -> Any:
@@ -29,10 +34,13 @@ def option(default: Any, text: str | None = None, *flags: str) -> Any:
     return typer.Option(default, *flags, help=text)
 
 
-def command(group: typer.Typer = app, name: str | None = None) -> Callable[..., Any]:
+def command(
+    group: typer.Typer = app, name: str | None = None, *, watch: str = ""
+) -> Callable[..., Any]:
     """Register a command, whose expected errors end with an exit status.
 
-    A parameter that is a config becomes an option for each of its fields.
+    A parameter that is a config becomes an option for each of its fields. One that can be watched
+    has --metrics-port; `watch` is the class whose `observer` the metrics are then.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -41,7 +49,7 @@ def command(group: typer.Typer = app, name: str | None = None) -> Callable[..., 
 
         @functools.wraps(function)
         def run(**given: Any) -> None:
-            with exit_statuses():
+            with exit_statuses(), _watched(watch, given.pop("metrics_port", None)):
                 for parameter, model in configs.items():
                     fields = {field: given.pop(field) for field in model.model_fields}
                     given[parameter] = validated(model, fields, "option")
@@ -49,12 +57,32 @@ def command(group: typer.Typer = app, name: str | None = None) -> Callable[..., 
 
         found = [each for each in parameters if each.name not in configs]
         found += [option for model in configs.values() for option in _options(model)]
+        if watch:
+            shown = option(None, "local port that shows metrics to Prometheus; 0 finds one")
+            each = inspect.Parameter("metrics_port", inspect.Parameter.KEYWORD_ONLY, default=shown)
+            found.append(each.replace(annotation=int | None))
         found = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in found]
         run.__signature__ = inspect.Signature(found)  # type: ignore[attr-defined]
         run.__annotations__ = {each.name: each.annotation for each in found}
         return group.command(name)(run)
 
     return register
+
+
+@contextmanager
+def _watched(watch: str, port: int | None) -> Iterator[None]:
+    """Show metrics while a command runs, where a port is given; of several processes the first."""
+    if port is None or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    from specdec.common.metrics import serve_metrics
+
+    with serve_metrics(port) as (metrics, found):
+        warn(f"metrics: http://127.0.0.1:{found}/metrics")
+        with suppress(ImportError):  # the command itself says what is missing
+            resolve_name(watch).observer = metrics
+        _metrics.set(metrics)
+        yield
 
 
 def _is_config(parameter: inspect.Parameter) -> bool:
@@ -130,10 +158,15 @@ def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
 
     columns = (BarColumn(), MofNCompleteColumn(), Remaining(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("loading", total=None)
-        yield lambda done, total, text: progress.update(
-            task, completed=done, total=total, description=text
-        )
+        task, metrics = progress.add_task("loading", total=None), _metrics.get()
+
+        def show(done: int, total: int, text: str) -> None:
+            progress.update(task, completed=done, total=total, description=text)
+            if metrics:
+                metrics.done.set(done)
+                metrics.total.set(total)
+
+        yield show
 
 
 def warn(text: str) -> None:

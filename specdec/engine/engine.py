@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -34,8 +34,17 @@ class Chunk:
     finish_reason: str | None
 
 
+class Observer(Protocol):
+    """A listener to an engine, as `specdec.common.metrics.Metrics` is one."""
+
+    def observe(self, engine: "Engine", requests: Sequence[Request]) -> None:
+        """Take in the requests that have new tokens after a step, or have ended."""
+
+
 class Engine:
     """Decodes requests that come at any time, together.
+
+    `observer`, where it is set on an engine or on the class for all of them, hears of every step.
 
     A request's output depends on its prompt, its sampling settings and its seed, not on what runs
     beside it; see `stream` for draft lengths that follow the batch.
@@ -55,6 +64,8 @@ class Engine:
         ValueError: an option or a combination that cannot work, by name.
         RuntimeError: in `step`, while another loop has rows on this target or drafter.
     """
+
+    observer: Observer | None = None
 
     @checked
     def __init__(
@@ -185,6 +196,8 @@ class Engine:
                 row.num_reported = len(row.tokens)
                 chunks.append(Chunk(row.index, new, "", row.finish_reason or None))
         self._ended = []
+        if self.observer:
+            self.observer.observe(self, [self._requests[chunk.index] for chunk in chunks])
         return chunks
 
     @contextmanager
@@ -212,6 +225,8 @@ class Engine:
         self._scheduler.remove_ended()
         with self._preempting_on_error(list(self._batch.rows), []):
             self._batch.retire()
+        if self.observer:
+            self.observer.observe(self, [request])
 
     def preempt(self) -> None:
         """Send all rows back to the queue and leave target and drafter to other loops."""

@@ -212,7 +212,7 @@ class Application(Router):
         has_body = not {"content-length", "transfer-encoding"}.isdisjoint(request.headers)
         if not has_body:
             was_read.set()
-        self._running += 1
+        self._count_running(1)
         try:
             async with anyio.create_task_group() as group:
                 group.start_soon(cancel_when_gone, group.cancel_scope)
@@ -221,7 +221,12 @@ class Application(Router):
         finally:
             with anyio.CancelScope(shield=True):
                 await self._recorder.keep(exchange)
-            self._running -= 1
+            self._count_running(-1)
+
+    def _count_running(self, change: int) -> None:
+        self._running += change
+        if self._recorder.observer:
+            self._recorder.observer.running.set(self._running)
 
     async def _forward(
         self, request: Request, body: AsyncIterator[bytes] | None, send: Send, exchange: Exchange
