@@ -1,0 +1,1 @@
+"""Serving engines: what they are given, how they are started, and what they count."""
