@@ -1,1 +1,1 @@
-"""Serving engines: what they are given, how they are started, and what they count."""
+"""Serving engines: drafters handed over to them, started here, and held against our own loop."""
