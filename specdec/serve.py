@@ -13,6 +13,7 @@ from typing import Any
 
 import anyio
 import uvicorn
+from prometheus_client import generate_latest
 from pydantic import Field
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -22,6 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from specdec.common.config import Config, validated
 from specdec.common.files import parse_json
+from specdec.common.metrics import Metrics
 from specdec.engine.engine import Chunk, Engine
 from specdec.engine.request import Result
 from specdec.engine.text import encode, split_prompts
@@ -102,15 +104,21 @@ class Server(Starlette):
         # By the engine's requests: where their chunks go, and their rows in the answer.
         self.running: dict[int, tuple[asyncio.Queue[Any], int]] = {}
         self._steps: asyncio.Task[None] | None = None
+        self.metrics = engine.observer = Metrics()
         about = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "specdec"}
         models = [{**about, "max_model_len": engine.target.max_context_len}]
         self.add_route("/v1/models", lambda _: JSONResponse({"object": "list", "data": models}))
         self.add_route("/health", lambda _: JSONResponse({}))
+        self.add_route("/metrics", self._show_metrics)
         for path in ("/v1/chat/completions", "/v1/completions"):
             self.add_route(path, self._complete, ["POST"])
 
     async def _complete(self, request: Request) -> Any:
         return Answer(self, await request.body(), "/chat/" in request.url.path)
+
+    async def _show_metrics(self, _: Request) -> Response:
+        page = generate_latest(self.metrics.registry)
+        return Response(page, media_type="text/plain; version=0.0.4")
 
     async def submit(self, work: Callable[[], None]) -> None:
         """Let the engine's thread submit requests, and step while there are any."""
@@ -134,13 +142,14 @@ class Server(Starlette):
         chunks = self.engine.step()
         return [(c, self.engine.result(c.index) if c.finish_reason else None) for c in chunks]
 
-    def cancel(self, rows: list[int]) -> None:
-        """End requests, in the engine's thread; it has forgotten those that have ended."""
-        for index in rows:
-            self.running.pop(index, None)
-            with suppress(KeyError):
-                self.engine.cancel(index)
-                self.engine.result(index)
+    def cancel(self, heard: asyncio.Queue[Any]) -> None:
+        """End, in the engine's thread, what would go to a queue."""
+        for index, (queue, _) in list(self.running.items()):
+            if queue is heard:
+                self.running.pop(index, None)
+                with suppress(KeyError):  # it has ended, and is about to be told
+                    self.engine.cancel(index)
+                    self.engine.result(index)
 
 
 class Answer:
@@ -152,7 +161,6 @@ class Answer:
             what = f"the model {self._asked.model!r} does not exist; this is {server.model!r}"
             raise HTTPException(404, what)
         self._server, self._is_chat = server, is_chat
-        self._rows: list[int] = []
         self._new: dict[int, list[int]] = {}  # prompts of the rows that have said nothing yet
         self._heard: asyncio.Queue[tuple[Chunk, Result | None]] = asyncio.Queue()
         self._num_given = self._num_emitted = 0
@@ -173,7 +181,7 @@ class Answer:
                 await (await self._response())(scope, receive, send)
                 group.cancel_scope.cancel()
         finally:
-            self._server.thread.submit(self._server.cancel, self._rows)
+            self._server.thread.submit(self._server.cancel, self._heard)
 
     async def _response(self) -> Response:
         try:
@@ -201,8 +209,8 @@ class Answer:
         for row, ids in self._new.items():
             seed = (self._sampling.seed + row % asked.n) % 2**63
             sampling = replace(self._sampling, seed=seed)
-            self._rows.append(engine.submit(ids, sampling, max_new_tokens=limit, stop=asked.stop))
-            self._server.running[self._rows[-1]] = (self._heard, row)
+            index = engine.submit(ids, sampling, max_new_tokens=limit, stop=asked.stop)
+            self._server.running[index] = (self._heard, row)
 
     async def _events(self) -> AsyncIterator[str]:
         async for body in self._bodies():
@@ -213,7 +221,7 @@ class Answer:
         """Yield a body for each chunk, or for all of them."""
         whole, num_running, options = (
             list[Chunk](),
-            len(self._rows),
+            len(self._new),
             self._asked.stream_options or {},
         )
         while num_running:

@@ -14,6 +14,7 @@ import pytest
 from fake_upstream import PATIENCE_S, Served
 
 from specdec import Engine, SamplingConfig, generate, load_drafter, load_target
+from specdec.engines.counters import read_counters
 from specdec.serve import Server
 
 CHAT = [{"role": "user", "content": "How do I bake bread?"}]
@@ -158,6 +159,17 @@ def test_streams_tell_their_usage_if_asked(client):
         assert {counts[0], counts[-1]} == {*told}
         assert counts == sorted(counts)
     assert "token_ids" not in ask(client, body).text
+
+
+def test_metrics_count_drafts_as_the_loop_does(engine, client):
+    before = read_counters(str(client.base_url))
+    ask(client, {"messages": CHAT, "max_tokens": 24, "temperature": 0})
+    counted = read_counters(str(client.base_url)) - before
+    [result] = generate(engine.target, engine.drafter, [CHAT], max_new_tokens=24)
+    stats = result.stats
+    drafted = (sum(record.num_drafted > 0 for record in result.records), stats.num_drafted)
+    assert (counted.num_drafts, counted.num_drafted) == drafted
+    assert counted.num_accepted == stats.num_accepted == sum(counted.accepted_per_position) > 0
 
 
 REFUSED = [

@@ -1,10 +1,11 @@
-"""`specdec export`: hand a drafter to the engine that serves."""
+"""`specdec export` and `serve`: hand a drafter to the engine that serves, or serve it here."""
 
 from pathlib import Path
 
 import typer
 
-from specdec.cli.app import argument, command, option, quiet_transformers
+from specdec.cli.app import argument, command, option, quiet_transformers, warn
+from specdec.cli.models import load_strategy
 
 
 @command()
@@ -38,3 +39,30 @@ def export(
     for note in made.notes:
         typer.echo(f"Note: {note}")
     typer.echo(made.command)
+
+
+@command()
+def serve(
+    target: str = option("demo", "'demo', a folder or a hub id"),
+    drafter: str = option("none", "'none', a name, or JSON with options"),
+    host: str = option("127.0.0.1", "address to listen on"),
+    port: int = option(8000, "0 takes a free one"),
+    max_rows: int = option(16, "requests decoded together, at most"),
+    rule: str = option("token", "as in generate"),
+    dtype: str | None = option(None),
+    device: str | None = option(None),
+    quantization: str | None = option(None, "of the target: 8bit or 4bit"),
+) -> None:
+    """Serve OpenAI's API with a drafter: for research, not for production."""
+    from specdec.engine.engine import Engine
+    from specdec.targets.load import load_target
+
+    try:
+        from specdec.serve import serve as run
+    except ImportError as error:
+        fix = "install with: pip install 'specdec[serve]'"
+        raise ValueError(f"serving needs {error.name}; {fix}") from error
+    quiet_transformers()
+    model = load_target(target, dtype=dtype, device=device, quantization=quantization)
+    engine = Engine(model, load_strategy(drafter, model), max_rows=max_rows, rule=rule)
+    run(engine, target, host, port, warn)

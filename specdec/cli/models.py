@@ -9,15 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from specdec.cli.app import (
-    LOOP,
-    argument,
-    command,
-    option,
-    progress_bar,
-    quiet_transformers,
-    warn,
-)
+from specdec.cli.app import LOOP, argument, command, option, progress_bar, quiet_transformers
 from specdec.common.config import read_model
 from specdec.common.files import locked, parse_json, replace_file
 from specdec.demo import demo_path
@@ -64,33 +56,6 @@ def generate(
         f"token after {1000 * result.ttft_s:.0f} ms]",
         err=True,
     )
-
-
-@command()
-def serve(
-    target: str = option("demo", "'demo', a folder or a hub id"),
-    drafter: str = option("none", "'none', a name, or JSON with options"),
-    host: str = option("127.0.0.1", "address to listen on"),
-    port: int = option(8000, "0 takes a free one"),
-    max_rows: int = option(16, "requests decoded together, at most"),
-    rule: str = option("token", "as in generate"),
-    dtype: str | None = option(None),
-    device: str | None = option(None),
-    quantization: str | None = option(None, "of the target: 8bit or 4bit"),
-) -> None:
-    """Serve OpenAI's API with a drafter: for research, not for production."""
-    from specdec.engine.engine import Engine
-    from specdec.targets.load import load_target
-
-    try:
-        from specdec.serve import serve as run
-    except ImportError as error:
-        fix = "install with: pip install 'specdec[serve]'"
-        raise ValueError(f"serving needs {error.name}; {fix}") from error
-    quiet_transformers()
-    model = load_target(target, dtype=dtype, device=device, quantization=quantization)
-    engine = Engine(model, load_strategy(drafter, model), max_rows=max_rows, rule=rule)
-    run(engine, target, host, port, warn)
 
 
 def load_strategy(text: str, target: Any) -> Any:
