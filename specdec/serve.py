@@ -13,7 +13,7 @@ from typing import Any
 
 import anyio
 import uvicorn
-from prometheus_client import generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import Field
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -30,11 +30,12 @@ from specdec.engine.text import encode, split_prompts
 from specdec.proxy.server import listen
 from specdec.sampling.config import SamplingConfig
 
+_PLAIN = {"content-type": CONTENT_TYPE_LATEST}
 # Fields that change no answer, by what Python writes for the values that may be given.
 _HARMLESS = {
-    **dict.fromkeys(("user", "metadata", "store", "service_tier", "cache_prompt"), ".*"),
-    **{"echo": "False", "logprobs": "False", "ignore_eos": "False", "tools": r"\[\]"},
-    **{"tool_choice": "'(none|auto)'", "response_format": "{'type': 'text'}"},
+    **dict.fromkeys(("user", "metadata", "store", "cache_prompt", "cache_salt"), ".*"),
+    **dict.fromkeys(("echo", "logprobs", "ignore_eos"), "False"),
+    **{"tools": r"\[\]", "tool_choice": "'(none|auto)'", "repeat_penalty": r"1(\.0)?"},
 }
 
 
@@ -47,7 +48,6 @@ class Asked(Config):
     max_tokens: int | None = None
     n: int = Field(1, ge=1, le=128)
     stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
     stream: bool = False
     stream_options: dict[str, bool] | None = None
     return_token_ids: bool = False
@@ -64,22 +64,18 @@ def read_request(body: bytes, needed: str) -> tuple[Asked, SamplingConfig]:
     # OpenAI's defaults are temperature 1 and a seed of chance.
     settings = asdict(SamplingConfig(temperature=1.0, seed=secrets.randbits(62)))
     settings |= {name: given.pop(name) for name in settings if name in given}
-    if settings["top_k"] == -1:  # vLLM's word for all
-        settings["top_k"] = 0
     known = Asked.model_fields.keys() - ({"messages", "prompt"} - {needed})
     for name in given.keys() - known:
         value = given.pop(name)
         if not re.fullmatch(_HARMLESS.get(name, ""), repr(value), re.DOTALL):
             raise ValueError(f"{name} is {value!r:.60} but is not honored here; leave it out")
-    return validated(Asked, given, "request"), SamplingConfig(**settings)
-
-
-def _text(content: Any) -> Any:
-    """Join a message's parts; templates take text alone."""
-    parts = content if isinstance(content, list) else []
-    if wrong := [each for each in parts if not isinstance(each, dict) or "text" not in each]:
-        raise ValueError(f"content holds {wrong[0]!r:.60} but its parts must be text")
-    return "\n".join(str(each["text"]) for each in parts) if parts else content
+    asked = validated(Asked, given, "request")
+    for message in asked.messages or []:
+        if isinstance(parts := message.get("content"), list):  # templates take text alone
+            if not all(isinstance(part, dict) and "text" in part for part in parts):
+                raise ValueError(f"content is {parts!r:.80} but its parts must be text")
+            message["content"] = "\n".join(str(part["text"]) for part in parts)
+    return asked, SamplingConfig(**settings)
 
 
 def _error(status: int, message: str) -> dict[str, Any]:
@@ -104,21 +100,19 @@ class Server(Starlette):
         # By the engine's requests: where their chunks go, and their rows in the answer.
         self.running: dict[int, tuple[asyncio.Queue[Any], int]] = {}
         self._steps: asyncio.Task[None] | None = None
-        self.metrics = engine.observer = Metrics()
+        engine.observer = metrics = Metrics()
         about = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "specdec"}
         models = [{**about, "max_model_len": engine.target.max_context_len}]
         self.add_route("/v1/models", lambda _: JSONResponse({"object": "list", "data": models}))
         self.add_route("/health", lambda _: JSONResponse({}))
-        self.add_route("/metrics", self._show_metrics)
+        self.add_route(
+            "/metrics", lambda _: Response(generate_latest(metrics.registry), 200, _PLAIN)
+        )
         for path in ("/v1/chat/completions", "/v1/completions"):
             self.add_route(path, self._complete, ["POST"])
 
     async def _complete(self, request: Request) -> Any:
         return Answer(self, await request.body(), "/chat/" in request.url.path)
-
-    async def _show_metrics(self, _: Request) -> Response:
-        page = generate_latest(self.metrics.registry)
-        return Response(page, media_type="text/plain; version=0.0.4")
 
     async def submit(self, work: Callable[[], None]) -> None:
         """Let the engine's thread submit requests, and step while there are any."""
@@ -165,7 +159,11 @@ class Answer:
         self._heard: asyncio.Queue[tuple[Chunk, Result | None]] = asyncio.Queue()
         self._num_given = self._num_emitted = 0
         name = f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}"
-        self._head = {"id": name, "created": int(time.time()), "model": server.model}
+        self._head: dict[str, Any] = {
+            "id": name,
+            "created": int(time.time()),
+            "model": server.model,
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer until the end, or until the client leaves."""
@@ -195,14 +193,10 @@ class Answer:
 
     def _submit(self) -> None:
         asked, engine = self._asked, self._server.engine
-        own, ends = engine.target.eos_token_ids, asked.stop_token_ids or []
-        if not {*ends} <= {*own}:
-            raise ValueError(f"stop_token_ids is {ends} but must be among the target's own, {own}")
         limit = asked.max_tokens
         if limit is None:  # OpenAI's defaults
             limit = engine.target.max_context_len if self._is_chat else 16
-        chat = [{**each, "content": _text(each.get("content"))} for each in asked.messages or []]
-        given = [chat] if self._is_chat else split_prompts(asked.prompt)
+        given = [asked.messages] if self._is_chat else split_prompts(asked.prompt)
         prompts = [encode(each, engine.target, place) for place, each in enumerate(given)]
         self._num_given = sum(map(len, prompts))
         self._new = dict(enumerate(ids for ids in prompts for _ in range(asked.n)))
@@ -219,11 +213,8 @@ class Answer:
 
     async def _bodies(self) -> AsyncIterator[dict[str, Any]]:
         """Yield a body for each chunk, or for all of them."""
-        whole, num_running, options = (
-            list[Chunk](),
-            len(self._new),
-            self._asked.stream_options or {},
-        )
+        options, num_running = self._asked.stream_options or {}, len(self._new)
+        whole: list[Chunk] = []
         while num_running:
             chunk, result = await self._heard.get()
             self._num_emitted += len(chunk.tokens)
@@ -241,10 +232,9 @@ class Answer:
             yield self._body([], has_usage=True)
 
     def _body(self, chunks: list[Chunk], has_usage: bool) -> dict[str, Any]:
-        asked, choices, kind = self._asked, list[dict[str, Any]](), "text_completion"
-        if self._is_chat:
-            kind = "chat.completion.chunk" if asked.stream else "chat.completion"
-        body: dict[str, Any] = {**self._head, "object": kind, "choices": choices}
+        asked, choices = self._asked, list[dict[str, Any]]()
+        kind = f"chat.completion{'.chunk' * asked.stream}" if self._is_chat else "text_completion"
+        body = {**self._head, "object": kind, "choices": choices}
         for chunk in chunks:
             prompt = self._new.pop(chunk.index, None)
             said: dict[str, Any] = {"text": chunk.text}
@@ -266,8 +256,7 @@ class Answer:
 def serve(engine: Engine, model: str, host: str, port: int, say: Callable[[str], None]) -> None:
     """Serve until SIGTERM or Ctrl-C; what runs then has a second to end."""
     with listen(host, port) as listener, suppress(KeyboardInterrupt):
-        shown = f"[{host}]" if ":" in host else host
-        url = f"http://{shown}:{listener.getsockname()[1]}/v1"
+        url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/v1"
         say(f"serving {model} at {url}: for research, not for production")
         config = uvicorn.Config(
             Server(engine, model, say), timeout_graceful_shutdown=1, log_level="warning", ws="none"

@@ -187,7 +187,7 @@ REFUSED = [
     ({"prompt": "a", "n": 0}, "n is 0 but must be at least 1"),
     ({"prompt": "a", "max_tokens": 0}, "max_new_tokens is 0"),
     ({"prompt": "a", "stop": [""]}, "an empty string"),
-    ({"prompt": "a", "stop_token_ids": [99]}, r"stop_token_ids is \[99\]"),
+    ({"prompt": "a", "stop_token_ids": [9]}, r"stop_token_ids is \[9\] but is not honored"),
     ({"prompt": ["a", ""]}, "prompt 1 is empty"),
     ({"prompt": [1] * 5000}, "prompt 0 has 5000 tokens but the target's context holds"),
     ({"prompt": 5}, "prompts is 5"),
