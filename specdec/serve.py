@@ -192,7 +192,7 @@ class Answer:
         return JSONResponse(body, 500 if "error" in body else 200)
 
     def _submit(self) -> None:
-        asked, engine = self._asked, self._server.engine
+        asked, own, engine = self._asked, self._sampling, self._server.engine
         limit = asked.max_tokens
         if limit is None:  # OpenAI's defaults
             limit = engine.target.max_context_len if self._is_chat else 16
@@ -201,8 +201,7 @@ class Answer:
         self._num_given = sum(map(len, prompts))
         self._new = dict(enumerate(ids for ids in prompts for _ in range(asked.n)))
         for row, ids in self._new.items():
-            seed = (self._sampling.seed + row % asked.n) % 2**63
-            sampling = replace(self._sampling, seed=seed)
+            sampling = replace(own, seed=(own.seed + row % asked.n) % 2**63)
             index = engine.submit(ids, sampling, max_new_tokens=limit, stop=asked.stop)
             self._server.running[index] = (self._heard, row)
 
@@ -218,18 +217,16 @@ class Answer:
         while num_running:
             chunk, result = await self._heard.get()
             self._num_emitted += len(chunk.tokens)
+            num_running -= bool(result)
             if result and result.error:
                 yield _error(500, result.error)
                 return
-            if result:
-                num_running -= 1
-                whole.append(replace(chunk, tokens=result.tokens, text=result.text))
             if self._asked.stream:
                 yield self._body([chunk], options.get("continuous_usage_stats", False))
-        if not self._asked.stream:
+            elif result:
+                whole.append(replace(chunk, tokens=result.tokens, text=result.text))
+        if not self._asked.stream or options.get("include_usage"):
             yield self._body(sorted(whole, key=lambda each: each.index), has_usage=True)
-        elif options.get("include_usage"):
-            yield self._body([], has_usage=True)
 
     def _body(self, chunks: list[Chunk], has_usage: bool) -> dict[str, Any]:
         asked, choices = self._asked, list[dict[str, Any]]()

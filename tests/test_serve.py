@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -100,6 +101,13 @@ def expected(engine, body, rows):
         }
         for each in results
     ]
+
+
+def eventually(holds):
+    until = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < until, "it did not come about"
+        time.sleep(0.01)
 
 
 # Half a character is often sampled at such a temperature.
@@ -222,18 +230,20 @@ def test_client_that_leaves_frees_its_rows(engine, client, monkeypatch):
 
     monkeypatch.setattr(engine, "cancel", cancel)
     monkeypatch.setattr(engine, "step", slow_step)
-    body = {"messages": CHAT, "n": 2, "temperature": 3, "seed": 1}
-    with client.stream("POST", path_of(body), json={**body, "stream": True}) as reply:
-        assert next(reply.iter_raw())
-        for each in (body, {**body, "stream": True}):
-            with pytest.raises(httpx.ReadTimeout):
-                client.post(path_of(body), json=each, timeout=0.3)
-    assert ask(client, {"prompt": "a", "max_tokens": 3}).status_code == 200
-    until = time.monotonic() + PATIENCE_S
-    while len(cancelled) < 6 and time.monotonic() < until:
-        time.sleep(0.01)
-    assert len(cancelled) == 6
+    body = {"messages": CHAT, "n": 2, "temperature": 3, "seed": 1, "min_new_tokens": 300}
+    port, sockets = client.base_url.port, []
+    for number, options in enumerate(({"stream": True}, {}, {"stream": True}), 1):
+        sent = json.dumps({**body, **options}).encode()
+        head = f"POST {path_of(body)} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(sent)}\r\n\r\n"
+        sockets.append(socket.create_connection(("127.0.0.1", port)))
+        sockets[-1].sendall(head.encode() + sent)
+        eventually(lambda: engine.num_running + engine.num_waiting == 2 * number)  # noqa: B023
+    assert sockets[0].recv(1)
+    for connection in sockets:
+        connection.close()
+    eventually(lambda: len(cancelled) == 6)
     assert (engine.num_running, engine.num_waiting) == (0, 0)
+    assert ask(client, {"prompt": "a", "max_tokens": 3}).status_code == 200
 
 
 def test_error_of_one_answer_leaves_the_others(engine, client, monkeypatch):
