@@ -33,6 +33,7 @@ class Layout(ForeignConfig):
     kind: ClassVar[str]  # of its heads
     weights: ClassVar[str] = "model.safetensors"
     carried: ClassVar[tuple[str, ...]] = ()  # tensors that may be there for nothing
+    engines: ClassVar[tuple[str, ...]] = ()  # that `specdec export` writes it for
 
     @staticmethod
     def matches(files: RawFiles) -> bool:

@@ -1,0 +1,40 @@
+"""`specdec export`: hand a drafter to the engine that serves."""
+
+from pathlib import Path
+
+import typer
+
+from specdec.cli.app import argument, command, option, quiet_transformers
+
+
+@command()
+def export(
+    drafter: str = argument(
+        "a head or a draft model: a folder, a hub id, demo/NAME; a lookup's name; or JSON"
+    ),
+    to: str = option(..., "an engine, or a layout of heads; docs/engines.md lists them"),
+    out: Path = option(..., "a folder that is new or empty"),
+    target: str | None = option(None, "folder or hub id of the target that verifies"),
+    num_tokens: int = option(5, "tokens drafted in a step"),
+    dtype: str = option("auto", "float32, bfloat16 or float16 for the engine"),
+    revision: str | None = option(None, "of a hub id"),
+) -> None:
+    """Write a drafter for an engine, with its config and launch line, or a head in a layout."""
+    from specdec.checkpoints import LAYOUTS
+    from specdec.engines.export import ENGINES, export, export_layout
+    from specdec.registry import closest
+
+    quiet_transformers()
+    if to in LAYOUTS:
+        head = export_layout(drafter, to, out, target, revision)
+        typer.echo(f"{head.kind} head: {head.layout} -> {to}, {out}")
+        return
+    if to not in ENGINES:
+        raise ValueError(
+            f"--to is {to!r}, neither engine nor layout; {closest(to, [*ENGINES, *LAYOUTS])}"
+        )
+    made = export(drafter, to, out, target, num_tokens, dtype, revision)
+    typer.echo(f"{made.kind} for {made.engine}: {', '.join(made.files)} in {made.folder}")
+    for note in made.notes:
+        typer.echo(f"Note: {note}")
+    typer.echo(made.command)
