@@ -1,15 +1,112 @@
 """Parts of specdec inside vLLM 0.32; `docs/verify.md` tells how to switch them on."""
 
+import inspect
 import json
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from specdec.drafters.base import padded
 from specdec.registry import load_drafter
-from specdec.verify import Verdict
+from specdec.verify import (
+    Verdict,
+    from_flat,
+    get_rule,
+    target_from_flat,
+    uniforms_from_flat,
+    verify,
+)
+
+VERSION = "0.32"  # of vLLM: the one whose seam this is
+
+
+def install() -> None:
+    """Put `specdec.verify` in the place of vLLM's rejection sampler: the plugin's entry point.
+
+    The environment variable SPECDEC_VERIFIER holds the rule; while it is unset nothing happens.
+    vLLM calls this in each of its processes. The seam is that of its first model runner, which is
+    switched on.
+
+    Raises:
+        ValueError: SPECDEC_VERIFIER is no lossless rule that judges probabilities.
+        RuntimeError: this vLLM has its sampler elsewhere, or its second runner was asked for.
+    """
+    name = os.environ.get("SPECDEC_VERIFIER")
+    if not name:
+        return
+    fix = "unset SPECDEC_VERIFIER to keep vLLM's own"
+    try:
+        rule = get_rule(name)
+    except ValueError as error:
+        raise ValueError(f"SPECDEC_VERIFIER is {name!r}: {error}; {fix}") from error
+    if not rule.lossless or rule.judge is None:
+        raise ValueError(
+            f"SPECDEC_VERIFIER is {name!r} but must be token, block or traversal; {fix}"
+        )
+    if os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":
+        raise RuntimeError(
+            f"SPECDEC_VERIFIER works in vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0, "
+            f"or {fix}"
+        )
+    try:
+        from vllm.v1.sample import rejection_sampler as module
+
+        own, draw_uniforms = module.rejection_sample, module.generate_uniform_probs
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(
+            f"SPECDEC_VERIFIER needs the sampler of vLLM {VERSION}: {error}; {fix}"
+        ) from error
+
+    def rejection_sample(
+        draft_token_ids: Tensor,
+        num_draft_tokens: Sequence[int],
+        max_spec_len: int,
+        cu_num_draft_tokens: Tensor,
+        draft_probs: Tensor | None,
+        target_logits: Tensor,
+        bonus_token_ids: Tensor,
+        sampling_metadata: Any,
+        synthetic_mode: bool = False,
+        synthetic_conditional_rates: Tensor | None = None,
+        use_fp64_gumbel: bool = False,
+    ) -> Tensor:
+        """Verify as vLLM's function of this name does, from the same random numbers."""
+        if synthetic_mode:
+            raise RuntimeError(f"vLLM's synthetic acceptance judges no draft: drop it, or {fix}")
+        flat = cu_num_draft_tokens, max_spec_len
+        draft = from_flat(draft_token_ids, flat[0], max_len=max_spec_len, probs=draft_probs)
+        target = target_from_flat(target_logits, *flat, bonus=False)
+        options: dict[str, Any] = {"rule": rule, "bonus_tokens": bonus_token_ids[:, 0].long()}
+        if sampling_metadata.all_greedy:
+            options["greedy"] = torch.ones_like(draft.lengths, dtype=torch.bool)
+            return verify(target, draft, **options, check=False).tokens.int()
+        probs = target.softmax(2, dtype=torch.float32)
+        if not sampling_metadata.all_random:
+            options["greedy"] = sampling_metadata.temperature == 0
+            probs = torch.where(options["greedy"].view(-1, 1, 1), target, probs)
+        generators = sampling_metadata.generators
+        uniforms = draw_uniforms(
+            len(draft_token_ids), num_draft_tokens, generators, target_logits.device
+        )
+        noise = torch.empty_like(
+            probs[:, 0], dtype=torch.float64 if use_fp64_gumbel else torch.float32
+        ).exponential_()
+        for row, generator in generators.items():
+            if num_draft_tokens[row]:
+                noise[row].exponential_(generator=generator)
+        options |= {"uniforms": uniforms_from_flat(uniforms, *flat), "noise": noise}
+        return verify(probs, draft, **options, check=False).tokens.int()
+
+    found, expected = ([*inspect.signature(f).parameters] for f in (own, rejection_sample))
+    if found != expected:
+        raise RuntimeError(
+            f"SPECDEC_VERIFIER needs the sampler of vLLM {VERSION}, rejection_sample("
+            f"{', '.join(expected)}), but here it takes ({', '.join(found)}); {fix}"
+        )
+    module.rejection_sample = rejection_sample
 
 
 class Proposer:
