@@ -19,7 +19,7 @@ FLOORS = [
     ["bench", "proxy"],
     ["data"],
     ["analysis"],
-    ["train", "planning"],
+    ["train", "planning", "engines"],
     ["report"],
     ["cli", "__main__", "integrations"],
 ]
