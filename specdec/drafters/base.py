@@ -96,6 +96,9 @@ class BaseDrafter:
         taps: hidden states of the target that it reads.
         max_nodes: most nodes of a draft.
         makes_trees: its drafts may have parents.
+        needs_target: it reads what a target or a sampler gives. Where False, None may stand for the
+            `output` and `sampler` of its methods, {} for hidden states, and a verdict needs no
+            `tested`: engines can ask it that pass token ids alone, see `specdec.integrations.vllm`.
     """
 
     kind: ClassVar[str] = ""
@@ -108,6 +111,7 @@ class BaseDrafter:
     taps: tuple[int, ...] = ()
     max_nodes: int = 8
     makes_trees: bool = False
+    needs_target: bool = True
 
     @cached_property
     def clock(self) -> ForwardClock:
