@@ -1,10 +1,11 @@
-"""`specdec export`: hand a drafter to the engine that serves."""
+"""`specdec export` and `admit`: hand a drafter to the engine that serves, and check it there."""
 
 from pathlib import Path
 
 import typer
 
-from specdec.cli.app import argument, command, option, quiet_transformers
+from specdec.cli.app import argument, command, option, progress_bar, quiet_transformers
+from specdec.engines.config import AdmitConfig
 
 
 @command()
@@ -38,3 +39,25 @@ def export(
     for note in made.notes:
         typer.echo(f"Note: {note}")
     typer.echo(made.command)
+
+
+@command()
+def admit(
+    asked: AdmitConfig,
+    drafter: str = argument("as in specdec export"),
+    out: Path = option(Path("runs/admit"), "folder of the answers; the same command goes on there"),
+) -> None:
+    """Hold a drafter in a serving engine against our own loop: the same texts, the same counts."""
+    from specdec.engines.admit import FILE, admit
+    from specdec.report.cards import add_to_card, admission_table
+    from specdec.report.tables import print_tables
+
+    quiet_transformers()
+    with progress_bar() as show:
+        admission = admit(drafter, asked, out, show)
+    print_tables(admission_table(admission))
+    typer.echo(f"{admission.verdict}\nAll of it: {out / FILE}")
+    if card := add_to_card(Path(drafter), admission):
+        typer.echo(f"Card: {card}")
+    if not admission.is_equal:
+        raise typer.Exit(1)
