@@ -114,16 +114,16 @@ def admit(drafter: str, asked: AdmitConfig, out: Path, show: Show) -> Admission:
             f"max_new_tokens is {limit}, but with them and two drafts the longest prompt has "
             f"{max_len} tokens, and the context {target.max_context_len}; ask for fewer"
         )
-    show(0, 2, "our own loop")
-    plain = generate_baseline(target, ids, max_new_tokens=limit, batch_size=_ROWS)
-    show(1, 2, "our own loop")
-    # Drafts are whole up to the limit, as vLLM's are.
-    ours = generate(target, options, ids, max_new_tokens=limit + num_tokens, batch_size=_ROWS)
     identity = {"drafter": options, **asked.model_dump(exclude={"max_wait_s", "python"})}
     with Journal(out / JOURNAL, identity) as journal:
         asking = (asked, options, target.eos_token_ids, max_len, num_tokens)
         facts = _ask_engine(ids, *asking, out, journal, show)
         rows = {(row["arm"], row["prompt"]): row for row in journal.rows() if "arm" in row}
+    show(0, 2, "our own loop")
+    plain = generate_baseline(target, ids, max_new_tokens=limit, batch_size=_ROWS)
+    show(1, 2, "our own loop")
+    # Drafts are whole up to the limit, as vLLM's are.
+    ours = generate(target, options, ids, max_new_tokens=limit + num_tokens, batch_size=_ROWS)
 
     differences, equal = [], {}
     for arm in [arm for arm in ("plain", "drafter") if (arm, 0) in rows]:
