@@ -31,14 +31,13 @@ def export(
         typer.echo(f"{head.kind} head: {head.layout} -> {to}, {out}")
         return
     if to not in ENGINES:
-        raise ValueError(
-            f"--to is {to!r}, neither engine nor layout; {closest(to, [*ENGINES, *LAYOUTS])}"
-        )
+        known = closest(to, [*ENGINES, *LAYOUTS])
+        raise ValueError(f"--to is {to!r}, which is no engine and no layout; {known}")
     made = export(drafter, to, out, target, num_tokens, dtype, revision)
     typer.echo(f"{made.kind} for {made.engine}: {', '.join(made.files)} in {made.folder}")
-    for note in made.notes:
-        typer.echo(f"Note: {note}")
     typer.echo(made.command)
+    if made.note:
+        typer.echo(f"Note: {made.note}")
 
 
 @command()
