@@ -73,8 +73,8 @@ def load_drafter(options: Mapping[str, Any] | str, target: Target | None) -> Dra
         options: `{"type": name, **options of that strategy}`, or just the name. A class that
             has a `load` classmethod is given the target as well. An option "drafters" holds a list
             of such options, one for each drafter inside.
-        target: the model that will verify; None for a drafter whose `needs_target` is False
-            (`ngram`, `suffix`, and a `hybrid` of them).
+        target: the model that will verify; None if the drafter's `needs_target` is False (`ngram`,
+            `suffix`, and a `hybrid` of them).
 
     Raises:
         ValueError: no such strategy, or an option that it does not have, needs, or cannot use.

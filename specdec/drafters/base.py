@@ -96,9 +96,8 @@ class BaseDrafter:
         taps: hidden states of the target that it reads.
         max_nodes: most nodes of a draft.
         makes_trees: its drafts may have parents.
-        needs_target: it reads what a target or a sampler gives. Where False, None may stand for the
-            `output` and `sampler` of its methods, {} for hidden states, and a verdict needs no
-            `tested`: engines can ask it that pass token ids alone, see `specdec.integrations.vllm`.
+        needs_target: it reads what a target or a sampler gives. If not, None may stand for `output`
+            and `sampler`, and {} for `hidden`: an engine that passes token ids alone can ask it.
     """
 
     kind: ClassVar[str] = ""

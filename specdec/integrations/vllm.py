@@ -3,7 +3,8 @@
 import inspect
 import json
 import os
-from collections.abc import Sequence
+from functools import wraps
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,114 +12,86 @@ from torch import Tensor
 
 from specdec.drafters.base import padded
 from specdec.registry import load_drafter
-from specdec.verify import (
-    Verdict,
-    from_flat,
-    get_rule,
-    target_from_flat,
-    uniforms_from_flat,
-    verify,
-)
+from specdec.verify import RULES, Verdict, from_flat, target_from_flat, uniforms_from_flat, verify
 
-VERSION = "0.32"  # of vLLM: the one whose seam this is
+SEAM = (
+    "draft_token_ids num_draft_tokens max_spec_len cu_num_draft_tokens draft_probs target_logits "
+    "bonus_token_ids sampling_metadata synthetic_mode synthetic_conditional_rates use_fp64_gumbel"
+)
 
 
 def install() -> None:
-    """Put `specdec.verify` in the place of vLLM's rejection sampler: the plugin's entry point.
+    """Put `specdec.verify` in the place of vLLM's rejection sampler, in its first model runner.
 
-    The environment variable SPECDEC_VERIFIER holds the rule; while it is unset nothing happens.
-    vLLM calls this in each of its processes. The seam is that of its first model runner, which is
-    switched on.
+    This is the plugin's entry point, called in every process of vLLM. SPECDEC_VERIFIER in the
+    environment holds the rule; while it is unset, nothing happens.
 
     Raises:
-        ValueError: SPECDEC_VERIFIER is no lossless rule that judges probabilities.
-        RuntimeError: this vLLM has its sampler elsewhere, or its second runner was asked for.
+        ValueError: SPECDEC_VERIFIER is no lossless rule for given probabilities.
+        RuntimeError: this vLLM has another sampler, or its second runner is asked for.
     """
     name = os.environ.get("SPECDEC_VERIFIER")
     if not name:
         return
-    fix = "unset SPECDEC_VERIFIER to keep vLLM's own"
-    try:
-        rule = get_rule(name)
-    except ValueError as error:
-        raise ValueError(f"SPECDEC_VERIFIER is {name!r}: {error}; {fix}") from error
-    if not rule.lossless or rule.judge is None:
-        raise ValueError(
-            f"SPECDEC_VERIFIER is {name!r} but must be token, block or traversal; {fix}"
-        )
+    rule, fix = RULES.get(name), "or unset SPECDEC_VERIFIER to keep vLLM's own"
+    if rule is None or rule.judge is None or not rule.lossless:
+        raise ValueError(f"SPECDEC_VERIFIER is {name!r} but must be token, block, traversal, {fix}")
     if os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":
-        raise RuntimeError(
-            f"SPECDEC_VERIFIER works in vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0, "
-            f"or {fix}"
-        )
+        raise RuntimeError(f"SPECDEC_VERIFIER needs VLLM_USE_V2_MODEL_RUNNER=0; set it, {fix}")
     try:
         from vllm.v1.sample import rejection_sampler as module
 
         own, draw_uniforms = module.rejection_sample, module.generate_uniform_probs
+        found = " ".join(inspect.signature(own).parameters)
     except (ImportError, AttributeError) as error:
+        found = str(error)
+    if found != SEAM:
         raise RuntimeError(
-            f"SPECDEC_VERIFIER needs the sampler of vLLM {VERSION}: {error}; {fix}"
-        ) from error
-
-    def rejection_sample(
-        draft_token_ids: Tensor,
-        num_draft_tokens: Sequence[int],
-        max_spec_len: int,
-        cu_num_draft_tokens: Tensor,
-        draft_probs: Tensor | None,
-        target_logits: Tensor,
-        bonus_token_ids: Tensor,
-        sampling_metadata: Any,
-        synthetic_mode: bool = False,
-        synthetic_conditional_rates: Tensor | None = None,
-        use_fp64_gumbel: bool = False,
-    ) -> Tensor:
-        """Verify as vLLM's function of this name does, from the same random numbers."""
-        if synthetic_mode:
-            raise RuntimeError(f"vLLM's synthetic acceptance judges no draft: drop it, or {fix}")
-        flat = cu_num_draft_tokens, max_spec_len
-        draft = from_flat(draft_token_ids, flat[0], max_len=max_spec_len, probs=draft_probs)
-        target = target_from_flat(target_logits, *flat, bonus=False)
-        options: dict[str, Any] = {"rule": rule, "bonus_tokens": bonus_token_ids[:, 0].long()}
-        if sampling_metadata.all_greedy:
-            options["greedy"] = torch.ones_like(draft.lengths, dtype=torch.bool)
-            return verify(target, draft, **options, check=False).tokens.int()
-        probs = target.softmax(2, dtype=torch.float32)
-        if not sampling_metadata.all_random:
-            options["greedy"] = sampling_metadata.temperature == 0
-            probs = torch.where(options["greedy"].view(-1, 1, 1), target, probs)
-        generators = sampling_metadata.generators
-        uniforms = draw_uniforms(
-            len(draft_token_ids), num_draft_tokens, generators, target_logits.device
+            f"SPECDEC_VERIFIER needs rejection_sample({SEAM}) of vLLM 0.32 but found: {found}; "
+            f"install that, {fix}"
         )
-        noise = torch.empty_like(
-            probs[:, 0], dtype=torch.float64 if use_fp64_gumbel else torch.float32
-        ).exponential_()
-        for row, generator in generators.items():
-            if num_draft_tokens[row]:
-                noise[row].exponential_(generator=generator)
-        options |= {"uniforms": uniforms_from_flat(uniforms, *flat), "noise": noise}
-        return verify(probs, draft, **options, check=False).tokens.int()
 
-    found, expected = ([*inspect.signature(f).parameters] for f in (own, rejection_sample))
-    if found != expected:
-        raise RuntimeError(
-            f"SPECDEC_VERIFIER needs the sampler of vLLM {VERSION}, rejection_sample("
-            f"{', '.join(expected)}), but here it takes ({', '.join(found)}); {fix}"
-        )
+    @wraps(own)
+    def rejection_sample(*args: Any, **options: Any) -> Tensor:
+        # What vLLM's own function does, from the same random numbers.
+        given = SimpleNamespace(**inspect.signature(own).bind(*args, **options).arguments)
+        if getattr(given, "synthetic_mode", False):
+            raise RuntimeError(f"vLLM's synthetic acceptance judges no draft: drop it, {fix}")
+        sampling, num_drafted = given.sampling_metadata, given.num_draft_tokens
+        ends, width = given.cu_num_draft_tokens, given.max_spec_len
+        draft = from_flat(given.draft_token_ids, ends, max_len=width, probs=given.draft_probs)
+        target = target_from_flat(given.target_logits, ends, width, bonus=False)
+        greedy = torch.ones_like(draft.lengths, dtype=torch.bool)
+        uniforms = noise = None
+        if not sampling.all_greedy:
+            probs, greedy = target.softmax(2, dtype=torch.float32), sampling.temperature == 0
+            target = torch.where(greedy.view(-1, 1, 1), target, probs)
+            total, generators = len(given.draft_token_ids), sampling.generators
+            flat = draw_uniforms(total, num_drafted, generators, target.device)
+            uniforms = uniforms_from_flat(flat, ends, width)
+            is_double = getattr(given, "use_fp64_gumbel", False)
+            noise = torch.empty_like(target[:, 0], dtype=torch.float64 if is_double else None)
+            noise.exponential_()
+            for row, generator in generators.items():
+                if num_drafted[row]:
+                    noise[row].exponential_(generator=generator)
+        rows = {"greedy": greedy, "bonus_tokens": given.bonus_token_ids[:, 0].long()}
+        random = {"uniforms": uniforms, "noise": noise}
+        return verify(target, draft, rule=rule, **random, **rows, check=False).tokens.int()
+
     module.rejection_sample = rejection_sample
 
 
 class Proposer:
-    """Drafts by any drafter that needs no target: vLLM's `custom_class`.
+    """Drafts by any drafter that needs no target, as vLLM's `custom_class`.
 
-    The environment variable SPECDEC_DRAFTER holds its name, or its options as JSON. Of a tree, the
-    first child of every node is served. vLLM passes rows and not requests: a row is a new request
-    unless its text is a known one and the tokens that were just sampled. What a request emits last
-    is never seen, so a drafter that remembers past outputs learns that much less.
+    SPECDEC_DRAFTER in the environment holds its name, or its options as JSON. Of a tree, the first
+    child of every node is served. vLLM passes rows, not requests: a row is a new request unless its
+    text is a known one and the tokens just sampled. What a request emits last is never seen, so a
+    drafter that remembers past outputs learns that much less.
 
     Args:
-        vllm_config: vLLM's; `num_speculative_tokens` is the budget of every row.
+        vllm_config: vLLM's own; `num_speculative_tokens` is the budget of every row.
 
     Raises:
         ValueError: SPECDEC_DRAFTER names no drafter, or one that needs a target.
@@ -136,79 +109,57 @@ class Proposer:
                 f"SPECDEC_DRAFTER is {given!r} but must be a drafter that needs no target, as "
                 f'suffix or {{"type": "ngram", "max_ngram": 3}}: {error}'
             ) from error
-        # The drafter's rows: the text that each was told, and its last draft's nodes.
-        self._texts: Sequence[tuple[int, ...]] = ()
+        # The drafter's rows: the text each was told, and the nodes of its last draft.
+        self._texts: list[tuple[int, ...]] = []
         self._paths: list[list[int]] = []
 
-    def load_model(self, *_: Any, **__: Any) -> None:
+    def load_model(self, *_: Any) -> None:
         """Load nothing; vLLM calls it on every proposer."""
 
     def propose(
-        self,
-        sampled_token_ids: Sequence[Sequence[int]],
-        num_tokens_no_spec: Any,
-        token_ids_cpu: Any,
-        slot_mappings: Any = None,
+        self, sampled_token_ids: Any, num_tokens_no_spec: Any, token_ids_cpu: Any, **_: Any
     ) -> list[list[int]]:
-        """Draft behind every row of the batch that sampled a token; see vLLM's proposers.
+        """Draft behind the rows that sampled tokens, the last ones of their texts.
 
         Args:
-            sampled_token_ids: new tokens of each row, none where it is not to draft.
-            num_tokens_no_spec: [rows] length of each row's text, the new tokens included.
+            sampled_token_ids: new tokens row by row, none where a row is not to draft.
+            num_tokens_no_spec: [rows] lengths of the texts.
             token_ids_cpu: [rows, max_model_len] the texts.
-            slot_mappings: not used.
         """
         known: dict[tuple[int, ...], list[int]] = {}
         for row, text in enumerate(self._texts):
             known.setdefault(text, []).append(row)
-        kept, joined = [], []  # (slot in vLLM's batch, text), in the order of the drafter's rows
-        rows, committed = [], []
-        for slot, sampled in enumerate(sampled_token_ids):
-            if not sampled:
-                continue
-            text = tuple(token_ids_cpu[slot, : num_tokens_no_spec[slot]].tolist())
-            if same := known.get(text[: -len(sampled)]):
-                kept.append((slot, text))
-                rows.append(same.pop(0))
-                committed.append(sampled)
-            else:
-                joined.append((slot, text))
-        answer: list[list[int]] = [[] for _ in sampled_token_ids]
-        if not kept and not joined:
-            return answer
+        kept: list[Any] = []  # (slot in vLLM's batch, text, new tokens, the drafter's row)
+        joined: list[Any] = []
+        for slot, new in enumerate(sampled_token_ids):
+            if new:
+                text = tuple(token_ids_cpu[slot, : num_tokens_no_spec[slot]].tolist())
+                rows = known.get(text[: -len(new)])
+                (kept if rows else joined).append((slot, text, new, rows.pop(0) if rows else -1))
+        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+        if not kept + joined:
+            return drafts
         if kept:
-            self._drafter.reorder(torch.tensor(rows))
-            self._observe(rows, committed)
+            self._drafter.reorder(torch.tensor([row for *_, row in kept]))
+            committed = [new for _, _, new, _ in kept]
+            accepted = [self._paths[row][: len(new) - 1] for _, _, new, row in kept]
+            counts, path = torch.tensor([*map(len, accepted)]), padded(accepted, -1)
+            tokens, tested = torch.tensor(padded(committed, -1)), torch.zeros(len(kept), 0).bool()
+            verdict = Verdict(tokens, counts, torch.tensor(path, dtype=torch.long), tested)
+            self._drafter.observe(verdict, committed, {})
         if joined:
-            self._drafter.begin([text for _, text in joined], None, None, join=bool(kept))
-        slots, self._texts = zip(*kept, *joined, strict=True)
+            self._drafter.begin([text for _, text, *_ in joined], None, None, join=bool(kept))
+        self._texts, self._paths = [text for _, text, *_ in kept + joined], []
+        root = torch.tensor([text[-1] for text in self._texts])
         budget = [max(0, min(self._num_tokens, self._max_len - len(t))) for t in self._texts]
-        draft = self._drafter.propose(torch.tensor([t[-1] for t in self._texts]), budget, None)
-        self._paths = []
-        for slot, length, tokens, parents in zip(
-            slots,
-            draft.lengths.tolist(),
-            draft.tokens.tolist(),
-            draft.explicit_parents().tolist(),
-            strict=True,
-        ):
-            path: list[int] = []
+        draft = self._drafter.propose(root, budget, None)
+        columns = draft.lengths, draft.tokens, draft.explicit_parents()
+        listed = zip(kept + joined, *(column.tolist() for column in columns), strict=True)
+        for (slot, *_), length, tokens, parents in listed:
+            path = []
             for node in range(length):
                 if parents[node] == (path[-1] if path else -1):
                     path.append(node)
             self._paths.append(path)
-            answer[slot] = [tokens[node] for node in path]
-        return answer
-
-    def _observe(self, rows: Sequence[int], committed: Sequence[Sequence[int]]) -> None:
-        """Tell the drafter what became of its last draft in these of its rows."""
-        accepted = [
-            self._paths[row][: len(new) - 1] for row, new in zip(rows, committed, strict=True)
-        ]
-        verdict = Verdict(
-            torch.tensor(padded(committed, -1)),
-            torch.tensor([len(path) for path in accepted]),
-            torch.tensor(padded(accepted, -1), dtype=torch.long),
-            torch.zeros(len(rows), 0, dtype=torch.bool),
-        )
-        self._drafter.observe(verdict, committed, {})
+            drafts[slot] = [tokens[node] for node in path]
+        return drafts

@@ -72,10 +72,8 @@ def check_shapes(
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} but rule {rule!r} works on {device}")
     if bonus_tokens is not None and draft.parents is not None:
-        raise ValueError(
-            f"bonus_tokens: a tree has a row behind each leaf, so give a chain (parents=None), or "
-            f"target_probs of all rows and no bonus_tokens (rule {rule!r})"
-        )
+        must = "a tree has a row behind each leaf: give a chain (parents=None), or no bonus_tokens"
+        raise ValueError(f"bonus_tokens: {must} (rule {rule!r})")
 
 
 def draft_faults(draft: Draft, vocab_size: int, supports_trees: bool = True) -> Iterator[Fault]:
@@ -120,13 +118,14 @@ def randomness_faults(
     rows = pad(real, (1, 0), value=True)
     if bonus_tokens is not None:  # the row behind the last node is not read
         rows = pad(real, (0, 1), value=False)
-        outside = (bonus_tokens < 0) | (bonus_tokens >= target_probs.shape[2])
-        yield "bonus_tokens", outside, bonus_tokens, f"ids are 0 to {target_probs.shape[2] - 1}"
+        last = target_probs.shape[2] - 1
+        outside = (bonus_tokens < 0) | (bonus_tokens > last)
+        yield "bonus_tokens", outside, bonus_tokens, f"token ids are 0 to {last}"
     if greedy is not None:
-        highest, argmax_rows = target_probs.amax(2), rows & greedy.unsqueeze(1)
-        must = "the largest entry of a greedy row is finite"
-        yield "target_probs", argmax_rows & ~highest.isfinite(), highest, must
-        rows = rows & ~greedy.unsqueeze(1)
+        highest, is_cold = target_probs.amax(2), greedy.unsqueeze(1)
+        odd = rows & is_cold & ~highest.isfinite()
+        yield "target_probs", odd, highest, "the largest entry of a greedy row is finite"
+        rows = rows & ~is_cold
     yield from _distribution_faults("target_probs", target_probs, rows)
     missing = ["uniforms"] if uniforms is None and needs_uniforms and draft.num_nodes else []
     for name in missing + (["noise"] if noise is None else []):

@@ -44,29 +44,19 @@ def from_flat(
 
 
 def target_from_flat(
-    target_probs: Tensor,
-    cu_num_draft_tokens: Tensor,
-    max_len: int,
-    *,
-    bonus: Tensor | bool = True,
+    target_probs: Tensor, cu_num_draft_tokens: Tensor, max_len: int, *, bonus: Tensor | bool = True
 ) -> Tensor:
-    """Pad flat target rows to [B, max_len + 1, V], vLLM's layouts.
+    """Pad flat target rows to [B, max_len + 1, V]; padding repeats some other row, or is 0.
 
     Args:
-        target_probs: [sum (k + 1), V], each chain's bonus row behind those of its tokens, as in
-            vLLM's second runner (`cu_num_logits[1:]` = `cu_num_draft_tokens` + 1 .. B); with
-            `bonus`, [sum k, V] without these rows, as in its first one.
+        target_probs: [sum (k + 1), V], each chain's bonus row last, as in vLLM's second runner
+            (`cu_num_logits[1:]` = `cu_num_draft_tokens` + 1 .. B); else [sum k, V] without these.
         cu_num_draft_tokens: [B] cumulative counts k, without a leading zero.
         max_len: N, at least the largest k.
-        bonus: [B, V] the bonus rows, where they stand apart; False where there are none, because
-            their tokens are sampled already (`verify(bonus_tokens=)`); True where `target_probs`
-            holds them.
-
-    Returns:
-        The rows; what stands behind a chain's last row repeats some row, or is 0.
+        bonus: True if `target_probs` holds the bonus rows; these rows [B, V] if they stand apart;
+            False if there are none, as for `verify(bonus_tokens=)` in vLLM's first runner.
     """
-    num_rows = cu_num_draft_tokens.shape[0]
-    rows = torch.arange(num_rows, device=cu_num_draft_tokens.device)
+    rows = torch.arange(cu_num_draft_tokens.shape[0], device=cu_num_draft_tokens.device)
     ends = cu_num_draft_tokens + (rows + 1 if bonus is True else 0)
     index, _, counts = _flat_index(ends, max_len + 1)
     padded = _take(target_probs, index)
@@ -76,18 +66,11 @@ def target_from_flat(
 
 
 def uniforms_from_flat(uniforms: Tensor, cu_num_draft_tokens: Tensor, max_len: int) -> Tensor:
-    """Pad uniforms [sum k] that stand one after another, vLLM's layout, to [B, max_len].
-
-    Args:
-        uniforms: one for each draft token.
-        cu_num_draft_tokens: [B] cumulative counts k, without a leading zero.
-        max_len: N, at least the largest k.
-    """
+    """Pad uniforms [sum k], vLLM's layout, to [B, max_len]; arguments as in `target_from_flat`."""
     return _take(uniforms, _flat_index(cu_num_draft_tokens, max_len)[0])
 
 
 def _take(flat: Tensor, index: Tensor) -> Tensor:
-    """Flat entries at a padded index; zeros where there are none at all."""
     return flat[index] if len(flat) else flat.new_zeros(*index.shape, *flat.shape[1:])
 
 

@@ -147,19 +147,17 @@ def verify(
         uniforms: [B, N] i.i.d. uniform on [0, 1); node i is accepted iff uniforms[:, i] < a.
         noise: [B, V] i.i.d. Exp(1); the last token is argmax(residual / noise). None for
             either is allowed only where every row is greedy or one-hot (temperature 0).
-        bonus_tokens: [B] int64, the tokens that the engine sampled itself behind chains that are
-            accepted whole. The target's rows after the last nodes are then not read.
-        greedy: [B] bool rows at temperature 0: what counts is the argmax of their `target_probs`,
-            which may be logits. The verdict of such a row is that of `match`, which is what every
-            lossless rule says of one-hot rows; `uniforms` and `noise` are not read.
+        bonus_tokens: [B] int64 tokens that the engine sampled itself, to stand behind chains that
+            are accepted whole. The target's rows there are not read.
+        greedy: [B] bool rows at temperature 0: the argmax of their `target_probs`, which may be
+            logits, is judged by `match`, as any lossless rule judges one-hot rows.
         check: also check values, which reads them back to the host. Shapes are always checked.
 
     Returns:
         The verdict; each rule's judge explains its `tested`.
 
     Raises:
-        ValueError: names the argument, the row, the value and the rule; `bonus_tokens` come with
-            a tree.
+        ValueError: names the argument, the row, the value and the rule.
         TypeError: a tensor has the wrong dtype.
     """
     chosen = get_rule(rule)

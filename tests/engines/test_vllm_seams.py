@@ -2,13 +2,15 @@
 
 import json
 import random
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from specdec import load_drafter
-from specdec.integrations.vllm import Proposer
+from specdec.integrations.vllm import Proposer, install
 from specdec.registry import DRAFTERS
 
 CONFIG = SimpleNamespace(
@@ -86,3 +88,76 @@ def test_needing_a_target_is_declared(monkeypatch):
     assert not load_drafter("ngram", None).needs_target
     with pytest.raises(ValueError, match="'toy' needs one"):
         load_drafter("toy", None)
+
+
+def seam(rejection_sample):
+    """A module like vLLM's, at its place."""
+    module = ModuleType("vllm.v1.sample.rejection_sampler")
+    module.rejection_sample, module.generate_uniform_probs = rejection_sample, None
+    sample = ModuleType("vllm.v1.sample")
+    sample.rejection_sampler = module
+    return {"vllm": ModuleType("vllm"), "vllm.v1": ModuleType("vllm.v1"), "vllm.v1.sample": sample}
+
+
+def as_in_0_32(
+    draft_token_ids,
+    num_draft_tokens,
+    max_spec_len,
+    cu_num_draft_tokens,
+    draft_probs,
+    target_logits,
+    bonus_token_ids,
+    sampling_metadata,
+    synthetic_mode=False,
+    synthetic_conditional_rates=None,
+    use_fp64_gumbel=False,
+):
+    raise AssertionError("vLLM's own")
+
+
+@pytest.mark.parametrize("rule", [None, "", "token", "block", "traversal"])
+def test_the_verifier_is_in_place_where_it_was_asked_for(monkeypatch, rule):
+    modules = seam(as_in_0_32)
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    monkeypatch.delenv("SPECDEC_VERIFIER", raising=False)
+    if rule is not None:
+        monkeypatch.setenv("SPECDEC_VERIFIER", rule)
+    install()
+    install()  # vLLM may call it again
+    found = modules["vllm.v1.sample"].rejection_sampler.rejection_sample
+    assert (found is as_in_0_32) == (not rule)
+    if rule:
+        ids = torch.tensor([1, 2, 3])
+        greedy = SimpleNamespace(all_greedy=True)
+        logits = torch.eye(5)[[1, 2, 0]]  # the third token is another one
+        counts = [1, 0, 2], 2, torch.tensor([1, 1, 3], dtype=torch.int32)
+        tokens = found(ids, *counts, None, logits, torch.tensor([[4], [3], [2]]), greedy)
+        assert tokens.tolist() == [[1, 4, -1], [3, -1, -1], [2, 0, -1]]
+        assert tokens.dtype == torch.int32
+        with pytest.raises(RuntimeError, match="synthetic"):
+            found(ids, *counts, None, logits, None, greedy, synthetic_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("rule", "runner", "sampler", "message"),
+    [
+        ("tokens", "0", as_in_0_32, "must be token, block, traversal"),
+        ("typical", "0", as_in_0_32, "must be token, block, traversal"),
+        ("match", "0", as_in_0_32, "must be token, block, traversal"),
+        ("token", "1", as_in_0_32, "VLLM_USE_V2_MODEL_RUNNER=0"),
+        ("token", "0", lambda logits: logits, r"vLLM 0[.]32 but found: logits;"),
+        ("token", "0", None, r"vLLM 0[.]32 but found: "),
+    ],
+)
+def test_a_seam_that_moved_is_one_clear_error(monkeypatch, rule, runner, sampler, message):
+    for name, module in seam(sampler).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    if sampler is None:
+        del sys.modules["vllm.v1.sample"].rejection_sampler
+    monkeypatch.setenv("SPECDEC_VERIFIER", rule)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    with pytest.raises((ValueError, RuntimeError), match=message) as error:
+        install()
+    assert "unset SPECDEC_VERIFIER" in str(error.value)
