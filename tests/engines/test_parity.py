@@ -15,8 +15,21 @@ from specdec.demo import demo_path
 from specdec.engines.admit import AdmitConfig, admit
 
 ROOT = Path(__file__).parents[2]
-llamacpp = pytest.param("llama.cpp", marks=pytest.mark.llamacpp)
-vllm = pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)])
+MARKS = {
+    "llama.cpp": [pytest.mark.llamacpp],
+    "vllm": [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)],
+}
+CASES = [
+    ("llama.cpp", "demo/draft", None, 6),
+    ("llama.cpp", "demo/eagle3", None, 6),
+    ("vllm", "demo/eagle3", None, 20),
+    ("vllm", "demo/eagle3", "speculators", 20),
+    ("vllm", "demo/eagle", "eagle", 20),
+    ("vllm", "demo/draft", None, 20),
+    ("vllm", "demo/medusa", None, 20),
+    ("vllm", "suffix", None, 20),
+    ("vllm", "ngram", None, 20),
+]
 
 
 @pytest.fixture
@@ -38,17 +51,7 @@ def in_layout(name, layout, folder):
 
 @pytest.mark.parametrize(
     ("engine", "drafter", "layout", "num"),
-    [
-        (llamacpp, "demo/draft", None, 6),
-        (llamacpp, "demo/eagle3", None, 6),
-        (vllm, "demo/eagle3", None, 20),
-        (vllm, "demo/eagle3", "speculators", 20),
-        (vllm, "demo/eagle", "eagle", 20),
-        (vllm, "demo/draft", None, 20),
-        (vllm, "demo/medusa", None, 20),
-        (vllm, "suffix", None, 20),
-        (vllm, "ngram", None, 20),
-    ],
+    [pytest.param(*case, marks=MARKS[case[0]]) for case in CASES],
 )
 def test_engine_gives_our_texts_and_our_counts(engine, drafter, layout, num, engines, tmp_path):
     name = engine.replace(".", "")
