@@ -1,11 +1,12 @@
-"""`specdec export` and `serve`: hand a drafter to the engine that serves, or serve it here."""
+"""`specdec export`, `admit` and `serve`: in the engine that serves, and beside it."""
 
 from pathlib import Path
 
 import typer
 
-from specdec.cli.app import argument, command, option, quiet_transformers, warn
+from specdec.cli.app import argument, command, option, progress_bar, quiet_transformers, warn
 from specdec.cli.models import load_strategy
+from specdec.engines.config import AdmitConfig
 
 
 @command()
@@ -31,14 +32,35 @@ def export(
         typer.echo(f"{head.kind} head: {head.layout} -> {to}, {out}")
         return
     if to not in ENGINES:
-        raise ValueError(
-            f"--to is {to!r}, neither engine nor layout; {closest(to, [*ENGINES, *LAYOUTS])}"
-        )
+        known = closest(to, [*ENGINES, *LAYOUTS])
+        raise ValueError(f"--to is {to!r}, which is no engine and no layout; {known}")
     made = export(drafter, to, out, target, num_tokens, dtype, revision)
     typer.echo(f"{made.kind} for {made.engine}: {', '.join(made.files)} in {made.folder}")
-    for note in made.notes:
-        typer.echo(f"Note: {note}")
     typer.echo(made.command)
+    if made.note:
+        typer.echo(f"Note: {made.note}")
+
+
+@command()
+def admit(
+    asked: AdmitConfig,
+    drafter: str = argument("as in specdec export"),
+    out: Path = option(Path("runs/admit"), "folder of the answers; the same command goes on there"),
+) -> None:
+    """Hold a drafter in a serving engine against our own loop: the same texts, the same counts."""
+    from specdec.engines.admit import FILE, admit
+    from specdec.report.cards import add_to_card, admission_table
+    from specdec.report.tables import print_tables
+
+    quiet_transformers()
+    with progress_bar() as show:
+        admission = admit(drafter, asked, out, show)
+    print_tables(admission_table(admission))
+    typer.echo(f"{admission.verdict}\nAll of it: {out / FILE}")
+    if card := add_to_card(Path(drafter), admission):
+        typer.echo(f"Card: {card}")
+    if not admission.is_equal:
+        raise typer.Exit(1)
 
 
 @command()

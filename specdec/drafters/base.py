@@ -96,6 +96,8 @@ class BaseDrafter:
         taps: hidden states of the target that it reads.
         max_nodes: most nodes of a draft.
         makes_trees: its drafts may have parents.
+        needs_target: it reads what a target or a sampler gives. If not, None may stand for `output`
+            and `sampler`, and {} for `hidden`: an engine that passes token ids alone can ask it.
     """
 
     kind: ClassVar[str] = ""
@@ -108,6 +110,7 @@ class BaseDrafter:
     taps: tuple[int, ...] = ()
     max_nodes: int = 8
     makes_trees: bool = False
+    needs_target: bool = True
 
     @cached_property
     def clock(self) -> ForwardClock:

@@ -3,11 +3,11 @@
 import re
 from collections import Counter
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import httpx
 
 _NAME = re.compile(r"(?:vllm|llamacpp|specdec)[:_]spec_decode_num_(\w+?)(?:_total)?")
-_POSITIONS = "accepted_tokens_per_pos"
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Counters:
         num_drafts: steps that verified a draft.
         num_drafted: tokens drafted; None where the server does not count them, as SGLang.
         num_accepted: tokens accepted; None likewise.
-        accepted_per_position: tokens accepted at position 1, 2, ... of a draft, no zeros behind.
+        accepted_per_position: tokens accepted at position 1, 2, ... of a draft.
     """
 
     num_drafts: int
@@ -30,15 +30,12 @@ class Counters:
         """Count what came after `before`; a server that had drafted nothing yet has None."""
         if before is None:
             return self
-        old = before.accepted_per_position + (0,) * len(self.accepted_per_position)
-        later = [now - then for now, then in zip(self.accepted_per_position, old, strict=False)]
-        while later and not later[-1]:
-            later.pop()
+        places = (self.accepted_per_position, before.accepted_per_position)
         return Counters(
             self.num_drafts - before.num_drafts,
             None if self.num_drafted is None else self.num_drafted - (before.num_drafted or 0),
             None if self.num_accepted is None else self.num_accepted - (before.num_accepted or 0),
-            tuple(later),
+            tuple(now - then for now, then in zip_longest(*places, fillvalue=0)),
         )
 
 
@@ -61,22 +58,17 @@ def parse_counters(text: str) -> Counters | None:
     """Add up the counters of all models and ranks on a page of /metrics."""
     from prometheus_client.parser import text_string_to_metric_families
 
-    totals, positions, num_calls = Counter[str](), Counter[int](), None
+    totals, places, num_calls = Counter[str](), Counter[int](), None
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            found = _NAME.fullmatch(sample.name)
-            if found and found[1] == _POSITIONS:
-                positions[int(sample.labels["position"])] += int(sample.value)
-            elif found:
-                totals[found[1]] += int(sample.value)
+            if found := _NAME.fullmatch(sample.name):
+                if "position" in sample.labels:
+                    places[int(sample.labels["position"])] += int(sample.value)
+                else:
+                    totals[found[1]] += int(sample.value)
             elif sample.name == "sglang:spec_verify_calls_total":
                 num_calls = (num_calls or 0) + int(sample.value)
     if "drafts" not in totals:
         return None if num_calls is None else Counters(num_calls, None, None)
-    last = max((place for place, count in positions.items() if count), default=-1)
-    return Counters(
-        totals["drafts"],
-        totals["draft_tokens"],
-        totals["accepted_tokens"],
-        tuple(positions[place] for place in range(last + 1)),
-    )
+    deep = tuple(places[place] for place in range(max(places, default=-1) + 1))
+    return Counters(totals["drafts"], totals["draft_tokens"], totals["accepted_tokens"], deep)

@@ -14,64 +14,52 @@ from pathlib import Path
 
 import httpx
 
-SERVER = Path(__file__).with_name("llamacpp_server.py")
-# The folder under .engines, and the variable that names another Python.
-_ENGINES = {
-    "vllm": ("vllm", "SPECDEC_VLLM_PYTHON"),
-    "llama.cpp": ("llamacpp", "SPECDEC_LLAMACPP_PYTHON"),
-}
+_ENGINES = {"vllm": "vllm", "llama.cpp": "llamacpp"}  # and their folders under .engines
 # Flags that give a server its drafter; each has one value.
-_OF_DRAFTER = re.compile(
-    r"--speculative-config|-sc|-md|--model-draft|-ctkd|-ctvd|--spec-.+|--draft-p-min"
-)
+_OF_DRAFTER = re.compile(r"(--speculative-config|--model-draft|-md|-ctkd|-ctvd|--spec-[^=]+)(=.*)?")
 # What begins an error: a Python exception's name, or the level of a line of llama.cpp.
 _ERROR = re.compile(r"\b\w*(?:Error|Exception): .*|^[\d.]+ E (.*)|\berror: .*")
 
 
-def engine_python(engine: str, python: str | None = None) -> str:
-    """Find the Python of an engine's environment.
+def server_command(launch: Sequence[str], engine: str, python: str | None = None) -> list[str]:
+    """Turn an engine's launch line as people type it into the command that runs here.
 
     Raises:
-        ValueError: an engine that is not started from here.
+        ValueError: an engine that is not started from here, or the line of another one.
         FileNotFoundError: it is not installed.
     """
-    if engine not in _ENGINES:
-        raise ValueError(f"engine is {engine!r} but must be {' or '.join(_ENGINES)}, or a URL")
-    folder, variable = _ENGINES[engine]
-    home = Path(os.environ.get("SPECDEC_ENGINES_DIR", ".engines"))
-    found = python or os.environ.get(variable) or str(home / folder / "bin/python")
-    if shutil.which(found) is None:
-        fix = f"run `bash scripts/engines.sh {folder}`, or give --python or {variable}"
-        raise FileNotFoundError(f"{engine} is not installed: {found!r} is no Python; {fix}")
-    return os.path.abspath(found) if os.sep in found else found
-
-
-def server_command(launch: Sequence[str], engine: str, python: str | None = None) -> list[str]:
-    """Turn an engine's launch line as people type it into the command that runs here."""
     program, *flags = launch
     if program == "specdec":
         return [sys.executable, "-m", "specdec", *flags]
     if program == "llama-server" and not python and shutil.which(program):
         return [program, *flags]
-    found = engine_python(engine, python)
+    if engine not in _ENGINES:
+        raise ValueError(f"engine is {engine!r} but must be {' or '.join(_ENGINES)}, or a URL")
+    folder = _ENGINES[engine]
+    home, variable = os.environ.get("SPECDEC_ENGINES_DIR", ".engines"), folder.upper()
+    variable = f"SPECDEC_{variable}_PYTHON"
+    found = python or os.environ.get(variable) or os.path.abspath(f"{home}/{folder}/bin/python")
+    if shutil.which(found) is None:
+        fix = f"run `bash scripts/engines.sh {folder}`, or give --python or {variable}"
+        raise FileNotFoundError(f"{engine} is not installed: {found!r} is no Python; {fix}")
     if program == "llama-server":
-        return [found, str(SERVER), *flags]
-    if [program, *flags[:1]] == ["vllm", "serve"]:
+        return [found, str(Path(__file__).with_name("llamacpp_server.py")), *flags]
+    if program == "vllm":
         # The wheel for CPUs has no `vllm serve`: the command wants a package of its own name.
         return [found, "-m", "vllm.entrypoints.openai.api_server", "--model", *flags[1:]]
-    if program in ("python", "python3"):
+    if program.startswith("python"):
         return [found, *flags]
     raise ValueError(f"the launch line begins with {program!r}, which is not {engine}'s server")
 
 
 def without_drafter(launch: Sequence[str]) -> list[str]:
     """Leave out of a launch line what gives the server its drafter."""
-    kept, is_value = list[str](), False
-    for word in launch:
-        if is_value or _OF_DRAFTER.fullmatch(word):
-            is_value = not is_value
-        elif not _OF_DRAFTER.fullmatch(word.partition("=")[0]):
+    kept, words = list[str](), iter(launch)
+    for word in words:
+        if not (found := _OF_DRAFTER.fullmatch(word)):
             kept.append(word)
+        elif not found[2]:
+            next(words, "")  # its value
     return kept
 
 
@@ -119,48 +107,34 @@ def start(
             start_new_session=True,  # a group of its own, which is stopped as one
         )
     try:
-        root = f"http://127.0.0.1:{port}"
-        _wait_until_ready(process, root, engine, log, max_wait_s, progress)
-        yield f"{root}/v1"
+        url = f"http://127.0.0.1:{port}/v1"
+        started = told = time.monotonic()
+        while not _answers(url):
+            waited, reason = time.monotonic() - started, ""
+            if process.poll() is not None:
+                reason = f"ended with status {process.returncode} before it answered"
+            elif waited > max_wait_s:
+                reason = f"does not answer after {max_wait_s:.0f} s"
+            if reason:
+                raise RuntimeError(f"{engine} {reason}: {last_error(log)} (all of it: {log})")
+            if time.monotonic() - told > 5:
+                told = time.monotonic()
+                progress(f"{engine} is starting, {waited:.0f} s, at most {max_wait_s:.0f}")
+            time.sleep(0.2)
+        yield url
     finally:
-        _stop(process)
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, sign)
+                process.wait(10)
 
 
-def _wait_until_ready(
-    process: subprocess.Popen[bytes],
-    root: str,
-    engine: str,
-    log: Path,
-    max_wait_s: float,
-    progress: Callable[[str], None],
-) -> None:
-    started = told = time.monotonic()
-    while True:
-        with suppress(httpx.HTTPError):
-            # Not every server has /health, and llama.cpp lists its models before it has read them.
-            health = httpx.get(f"{root}/health", timeout=5.0).status_code
-            if health in (200, 404) and httpx.get(f"{root}/v1/models", timeout=5.0).is_success:
-                return
-        waited = time.monotonic() - started
-        if process.poll() is not None:
-            what = f"{engine} ended with status {process.returncode} before it answered"
-            raise RuntimeError(f"{what}: {last_error(log)} (all of it: {log})")
-        if waited > max_wait_s:
-            what = f"{engine} does not answer after {max_wait_s:.0f} s"
-            raise RuntimeError(f"{what}: {last_error(log)} (all of it: {log}); allow it more time")
-        if time.monotonic() - told > 5:
-            told = time.monotonic()
-            progress(f"{engine} is starting, {waited:.0f} s, at most {max_wait_s:.0f}")
-        time.sleep(0.2)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask the whole group to end, and make it."""
-    for sign, wait_s in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, sign)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(wait_s)
+def _answers(url: str) -> bool:
+    # Not every server has /health, and llama.cpp lists its models before it has read them.
+    with suppress(httpx.HTTPError):
+        health = httpx.get(url.replace("/v1", "/health"), timeout=5.0).status_code
+        return health in (200, 404) and httpx.get(f"{url}/models", timeout=5.0).is_success
+    return False
 
 
 def last_error(log: Path) -> str:

@@ -75,8 +75,11 @@ def parameters(flags: list[str] | None = None) -> Any:
 
 
 if __name__ == "__main__":
-    from xllamacpp import Server
+    import xllamacpp
 
-    server = Server(parameters())  # returns when the model is loaded and the server listens
+    print(f"xllamacpp {xllamacpp.__version__}", flush=True)
+    server = xllamacpp.Server(
+        parameters()
+    )  # returns when the model is loaded and the server listens
     print(f"listening on {server.listening_address}", flush=True)
     signal.pause()

@@ -113,10 +113,10 @@ def test_counters_of_engines_are_read_and_subtracted():
             ("accepted_tokens_per_pos", ',position="2"', "0.0"),
         ]
     )
-    both = Counters(6, 30, 8, (6, 2))
+    both = Counters(6, 30, 8, (6, 2, 0))
     assert parse_counters(page.format(name="vllm")) == both
     assert parse_counters(page.format(name="llamacpp")) == both
     assert parse_counters("sglang:spec_verify_calls_total 7\n") == Counters(7, None, None)
     assert parse_counters("vllm:num_requests_running 1\n") is None
-    assert both - Counters(2, 10, 3, (1, 2)) == Counters(4, 20, 5, (5,))
+    assert both - Counters(2, 10, 3, (1, 2)) == Counters(4, 20, 5, (5, 0, 0))
     assert both - None == both
