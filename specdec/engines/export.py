@@ -242,10 +242,12 @@ def _completed(head: HeadCheckpoint, source: str, target: str) -> HeadCheckpoint
     from specdec.targets.load import load_target
 
     path = _find_target(target, source, head)
-    identity = replace(identify_target(load_target(path)), name=path)
+    model = load_target(path)
+    identity = replace(identify_target(model), name=path)
     with warnings.catch_warnings(action="ignore"):  # an older identity is about to be renewed
         check_target(head, identity)
-    whole = replace(head, target=identity)
+    facts = {**(identity.facts or {}), "architectures": model.model.config.architectures}
+    whole = replace(head, target=replace(identity, facts=facts))
     options = head_of(whole, source).options.model_dump(exclude_none=True)
     return replace(whole, options=options)
 

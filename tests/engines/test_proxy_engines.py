@@ -15,6 +15,7 @@ from specdec.proxy.recorder import Exchange, Recorder
 from specdec.proxy.records import ProxyConfig, RecordFiles
 from specdec.proxy.server import Application, Upstream
 
+ROOT = Path(__file__).parents[2]
 KEY = "sk-proj-" + "Qm7vT2xK9" * 3
 FOLDERS = {"llama.cpp": "llamacpp", "vllm": "vllm"}
 FLAGS = {
@@ -32,13 +33,13 @@ def folder(tmp_path_factory):
     scope="module",
     params=[
         pytest.param("llama.cpp", marks=pytest.mark.llamacpp),
-        pytest.param("vllm", marks=pytest.mark.vllm),
+        pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]),
     ],
 )
 def engine(request, folder):
     """The root of a real server, and of a proxy in front of it."""
     name = request.param
-    home = Path(os.environ.get("SPECDEC_ENGINES_DIR", ".engines")) / FOLDERS[name]
+    home = Path(os.environ.get("SPECDEC_ENGINES_DIR", ROOT / ".engines")) / FOLDERS[name]
     if not (home / "bin/python").exists():
         pytest.skip(f"no {home}: bash scripts/engines.sh {FOLDERS[name]}")
     target = demo_path("target")
