@@ -108,7 +108,7 @@ def test_nothing_is_imported_before_it_is_asked_for():
         )
 
 
-def test_a_port_that_is_taken_or_none_is_refused():
+def test_a_port_that_is_taken_or_none_and_a_missing_package_are_refused(monkeypatch):
     server, thread = start_http_server(0, "127.0.0.1", REGISTRY)
     for port in (server.server_port, 70_000):
         done = CliRunner().invoke(app, ["bench", "demo", "--list", "--metrics-port", str(port)])
@@ -117,6 +117,9 @@ def test_a_port_that_is_taken_or_none_is_refused():
     server.shutdown()
     server.server_close()
     thread.join()
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)  # importing it fails
+    done = CliRunner().invoke(app, ["bench", "demo", "--list", "--metrics-port", "0"])
+    assert (done.exit_code, "pip install 'specdec[metrics]'" in done.stderr) == (2, True)
 
 
 # --- Dashboard and alerts ---

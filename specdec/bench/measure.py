@@ -239,29 +239,23 @@ class PowerMeter:
     def start(self) -> None:
         self._first_j, self._cpu_s = self._read("energy_joules"), time.process_time()
         self._looks: list[tuple[float, ...]] = []
-        self._looked = 0.0
         self.look()
 
     def look(self, every_s: float = 0.1) -> None:
         """Take in power, utilization and memory now, where the last look is some time ago."""
         now = time.perf_counter()
-        if self._uuid and now >= self._looked + every_s:
+        if self._uuid and not (self._looks and now < self._looks[-1][0] + every_s):
             figures = map(self._read, ("power_watts", "utilization", "memory_used_bytes"))
             self._looks.append((now, *(nan if each is None else each for each in figures)))
-            self._looked = now
 
     def stop(self) -> dict[str, Any]:
         """Give the figures of a `Call` since the start; None where nothing was measured."""
         self.look(every_s=0)
         first_j, last_j = self._first_j, self._read("energy_joules")
         seconds, power, use, memory = np.array(self._looks).reshape(-1, 4).T
-        found = {
-            "energy_j": np.trapezoid(power, seconds),
-            "gpu_busy_s": np.trapezoid(use, seconds),
-            "gpu_memory_bytes": memory.max(initial=0),
-        }
-        is_known = {name: bool(self._looks) and isfinite(each) for name, each in found.items()}
-        figures = {name: float(each) if is_known[name] else None for name, each in found.items()}
+        figures = np.trapezoid(power, seconds), np.trapezoid(use, seconds), memory.max(initial=0)
+        found = [float(each) if self._looks and isfinite(each) else None for each in figures]
         if first_j is not None and last_j is not None:
-            figures["energy_j"] = last_j - first_j
-        return {**figures, "cpu_s": time.process_time() - self._cpu_s}
+            found[0] = last_j - first_j
+        names = ("energy_j", "gpu_busy_s", "gpu_memory_bytes")
+        return {**dict(zip(names, found, strict=True)), "cpu_s": time.process_time() - self._cpu_s}

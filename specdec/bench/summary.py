@@ -263,28 +263,22 @@ def suite_group(
 def _power(calls: Sequence[Call]) -> models.Power:
     """Energy and use of whole calls that were measured, over their seconds and tokens."""
 
-    def measured(kind: str) -> list[Call]:
-        return [call for call in calls if call.wall_s and getattr(call, kind) is not None]
-
-    def total(kind: str, of: Iterable[Call]) -> float:
-        return sum(getattr(call, kind) for call in of)
-
     def per_s(kind: str) -> float | None:
-        own = measured(kind)
-        return total(kind, own) / total("wall_s", own) if own else None
+        found = [(getattr(call, kind), call.wall_s) for call in calls if call.wall_s]
+        known = [(value, seconds) for value, seconds in found if value is not None]
+        return sum(each[0] for each in known) / sum(each[1] for each in known) if known else None
 
-    own = measured("energy_j")
-    energy_j = total("energy_j", own)
-    tokens = sum(len(run.tokens) for call in own for run in call.runs)
+    measured = [call for call in calls if call.energy_j is not None and call.wall_s]
+    energy_j = sum(call.energy_j or 0.0 for call in measured)
+    tokens = sum(len(run.tokens) for call in measured for run in call.runs)
+    used = [call.gpu_memory_bytes or 0.0 for call in calls if call.wall_s]
     return models.Power(
-        energy_j=energy_j if own else None,
+        energy_j=energy_j if measured else None,
         power_w=per_s("energy_j"),
         energy_j_per_token=energy_j / tokens if tokens else None,
         tokens_per_j=tokens / energy_j if energy_j else None,
         gpu_utilization=per_s("gpu_busy_s"),
-        gpu_memory_bytes=max(
-            (call.gpu_memory_bytes or 0.0 for call in measured("gpu_memory_bytes")), default=None
-        ),
+        gpu_memory_bytes=max(used, default=0.0) or None,
         cpu_cores=per_s("cpu_s"),
     )
 

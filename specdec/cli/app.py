@@ -21,7 +21,7 @@ app = typer.Typer(
 )
 BAD_INPUT = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError)
 FAILURES = (RuntimeError, MemoryError, FloatingPointError, OSError)
-LOOP = "specdec.engine.engine:Engine"  # what a command's metrics observe
+_OBSERVED = {"loop": "specdec.engine.engine:Engine", "proxy": "specdec.proxy.recorder:Recorder"}
 _metrics: ContextVar[Any] = ContextVar("metrics", default=None)
 
 
@@ -40,7 +40,7 @@ def command(
     """Register a command, whose expected errors end with an exit status.
 
     A parameter that is a config becomes an option for each of its fields. One that can be watched
-    has --metrics-port; `watch` is the class whose `observer` the metrics are then.
+    has --metrics-port; `watch` says what the metrics observe, "loop" or "proxy".
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -49,7 +49,8 @@ def command(
 
         @functools.wraps(function)
         def run(**given: Any) -> None:
-            with exit_statuses(), _watched(watch, given.pop("metrics_port", None)):
+            with exit_statuses():
+                _show_metrics(watch, given.pop("metrics_port", None))
                 for parameter, model in configs.items():
                     fields = {field: given.pop(field) for field in model.model_fields}
                     given[parameter] = validated(model, fields, "option")
@@ -58,9 +59,9 @@ def command(
         found = [each for each in parameters if each.name not in configs]
         found += [option for model in configs.values() for option in _options(model)]
         if watch:
-            shown = option(None, "local port that shows metrics to Prometheus; 0 finds one")
-            each = inspect.Parameter("metrics_port", inspect.Parameter.KEYWORD_ONLY, default=shown)
-            found.append(each.replace(annotation=int | None))
+            kind, shown = inspect.Parameter.KEYWORD_ONLY, "local port for Prometheus; 0 finds one"
+            port = {"default": option(None, shown), "annotation": int | None}
+            found.append(inspect.Parameter("metrics_port", kind, **port))
         found = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in found]
         run.__signature__ = inspect.Signature(found)  # type: ignore[attr-defined]
         run.__annotations__ = {each.name: each.annotation for each in found}
@@ -69,20 +70,16 @@ def command(
     return register
 
 
-@contextmanager
-def _watched(watch: str, port: int | None) -> Iterator[None]:
-    """Show metrics while a command runs, where a port is given; of several processes the first."""
-    if port is None or os.environ.get("RANK", "0") != "0":
-        yield
+def _show_metrics(watch: str, port: int | None) -> None:
+    if port is None or os.environ.get("RANK", "0") != "0":  # of a training's processes one tells
         return
     from specdec.common.metrics import serve_metrics
 
-    with serve_metrics(port) as (metrics, found):
-        warn(f"metrics: http://127.0.0.1:{found}/metrics")
-        with suppress(ImportError):  # the command itself says what is missing
-            resolve_name(watch).observer = metrics
-        _metrics.set(metrics)
-        yield
+    metrics, port = serve_metrics(port)
+    warn(f"metrics: http://127.0.0.1:{port}/metrics")
+    _metrics.set(metrics)
+    with suppress(ImportError):  # the command itself says what is missing
+        resolve_name(_OBSERVED[watch]).observer = metrics
 
 
 def _is_config(parameter: inspect.Parameter) -> bool:

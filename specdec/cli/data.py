@@ -9,16 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperGroup
 
-from specdec.cli.app import (
-    LOOP,
-    app,
-    argument,
-    command,
-    option,
-    progress_bar,
-    quiet_transformers,
-    warn,
-)
+from specdec.cli.app import app, argument, command, option, progress_bar, quiet_transformers, warn
 from specdec.cli.models import load_strategy
 from specdec.common.config import validated
 from specdec.common.files import locked
@@ -110,7 +101,7 @@ def _table(report: "CollectReport") -> Table:
     return Table("collection", "", named, columns)
 
 
-@command(collect_app, "proxy", watch="specdec.proxy.recorder:Recorder")
+@command(collect_app, "proxy", watch="proxy")
 def proxy(config: ProxyConfig) -> None:
     """Record requests and answers on their way to an OpenAI-compatible server."""
     _require("the proxy", "starlette", "uvicorn", "httpx")
@@ -119,7 +110,7 @@ def proxy(config: ProxyConfig) -> None:
     serve(config, say=warn)
 
 
-@command(watch=LOOP)
+@command(watch="loop")
 def regenerate(
     queries: Path = argument("a folder that collect wrote, or a JSONL file"),
     out: Path = option(..., "folder for the answers; a killed run resumes in it"),
@@ -202,7 +193,7 @@ def _check_source(
     _require("--endpoint", "httpx", "tenacity")
 
 
-@command(watch=LOOP)
+@command(watch="loop")
 def features(
     options: FeatureOptions,
     answers: Path = argument("a folder that regenerate wrote, or a JSONL file; see --check"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from specdec.cli.app import LOOP, argument, command, option, progress_bar, quiet_transformers
+from specdec.cli.app import argument, command, option, progress_bar, quiet_transformers
 from specdec.common.config import read_model
 from specdec.common.files import locked, parse_json, replace_file
 from specdec.demo import demo_path
@@ -75,7 +75,7 @@ def load_strategy(text: str, target: Any) -> Any:
     return None if text == "none" else load_drafter(options, target)
 
 
-@command(watch=LOOP)
+@command(watch="loop")
 def train(
     config: str = argument("a YAML file, as in recipes/"),
     out: Path = option(..., "folder for checkpoints, log, results and drafter"),

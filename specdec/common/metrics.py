@@ -2,14 +2,12 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
-from itertools import count, takewhile
+from itertools import count
 from typing import Any
 from weakref import WeakKeyDictionary
 
-_BOUNDS = [0.001 * 2**power for power in range(21)]  # seconds, from 1 ms to 17 minutes
 # Figure of a GPU -> NVML's function, the field of what it returns, and parts of it in a unit.
 _NVML = {
     "power_watts": ("nvmlDeviceGetPowerUsage", "", 1000),
@@ -38,10 +36,7 @@ def read_gpu(gpu: int | str, figure: str) -> float | None:
 
 
 class Metrics:
-    """Counters, histograms and gauges of one process, in a registry of their own.
-
-    `Engine.observer` and the proxy's `Recorder.observer` take it; without one they count nothing.
-    """
+    """Counters, histograms and gauges, for `Engine.observer` or the `observer` of the proxy."""
 
     def __init__(self) -> None:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -52,7 +47,8 @@ class Metrics:
         def make(kind: Any, name: str, text: str, *labels: str, **options: Any) -> Any:
             return kind(f"specdec_{name}", text, labels, registry=self.registry, **options)
 
-        seconds = partial(make, Histogram, buckets=_BOUNDS)
+        # From 1 ms to 17 minutes.
+        seconds = partial(make, Histogram, buckets=[0.001 * 2**power for power in range(21)])
         self.drafts = make(Counter, "spec_decode_num_drafts", "steps that verified a draft")
         self.drafted = make(Counter, "spec_decode_num_draft_tokens", "draft tokens verified")
         self.accepted = make(Counter, "spec_decode_num_accepted_tokens", "draft tokens accepted")
@@ -76,41 +72,39 @@ class Metrics:
         """Tell the figures of all GPUs of the machine, as Prometheus asks for them."""
         from prometheus_client.metrics_core import GaugeMetricFamily
 
-        gpus = list(takewhile(lambda gpu: read_gpu(gpu, "memory_total_bytes"), count()))
         for figure in _NVML:
-            text = "figure of the whole device, by NVML"
-            family = GaugeMetricFamily(f"specdec_gpu_{figure}", text, labels=["gpu"])
-            for gpu in gpus:
-                if (value := read_gpu(gpu, figure)) is not None:
-                    family.add_metric([str(gpu)], value)
+            family = GaugeMetricFamily(f"specdec_gpu_{figure}", "told by NVML", labels=["gpu"])
+            for gpu in count():
+                if (value := read_gpu(gpu, figure)) is None:
+                    break
+                family.add_metric([str(gpu)], value)
             yield family
 
     def observe(self, engine: Any, requests: Sequence[Any]) -> None:
         """Count a step of an engine: requests with new tokens, and those that have ended."""
         self.running.set(engine.num_running)
         self.waiting.set(engine.num_waiting)
+        drafts: list[Any] = []
         for request in requests:
             num_tokens, num_records, last = self._seen.get(request, (0, 0, 0.0))
-            if num_tokens:
+            new = len(request.tokens) - num_tokens
+            self.generated.inc(new)
+            if new and num_tokens:
                 self.itl.observe(request.last_token - last)
-            elif request.tokens:
+            elif new:
                 self.prompted.inc(len(request.prompt))
                 self.ttft.observe(request.first_token - request.submitted)
-            self.generated.inc(len(request.tokens) - num_tokens)
-            for record in request.records[num_records:]:
-                self._count(record)
+            # As in vLLM, a step without a draft is none.
+            drafts += [each for each in request.records[num_records:] if each.num_drafted]
             self._seen[request] = len(request.tokens), len(request.records), request.last_token
             if request.finish_reason:
                 self.ended.labels(request.finish_reason).inc()
                 self.e2e.observe(time.perf_counter() - request.submitted)
-
-    def _count(self, record: Any) -> None:
-        if record.num_drafted:  # as in vLLM, a step without a draft is none
-            self.drafts.inc()
-            self.drafted.inc(record.num_drafted)
-            self.accepted.inc(record.num_accepted)
-            for position in range(record.depth_tested):
-                self.accepted_at.labels(position).inc(position < record.num_accepted)
+        self.drafts.inc(len(drafts))
+        self.drafted.inc(sum(each.num_drafted for each in drafts))
+        self.accepted.inc(sum(each.num_accepted for each in drafts))
+        for place in range(max((each.depth_tested for each in drafts), default=0)):
+            self.accepted_at.labels(place).inc(sum(each.num_accepted > place for each in drafts))
 
     def observe_exchange(self, record: Any) -> None:
         """Count a recorded exchange of the proxy, tokens as its server's `usage` tells them."""
@@ -125,13 +119,8 @@ class Metrics:
         self.e2e.observe(record.latency_s)
 
 
-@contextmanager
-def serve_metrics(port: int) -> Iterator[tuple[Metrics, int]]:
-    """Show metrics at this port of the loopback address, 0 for a free one; yields them with it.
-
-    Raises:
-        ValueError: prometheus_client is missing, or the port cannot be had.
-    """
+def serve_metrics(port: int) -> tuple[Metrics, int]:
+    """Show metrics at this port of the loopback address, 0 for a free one, and return both."""
     if not find_spec("prometheus_client"):
         fix = "install with: pip install 'specdec[metrics]'"
         raise ValueError(f"--metrics-port needs prometheus_client; {fix}")
@@ -139,12 +128,7 @@ def serve_metrics(port: int) -> Iterator[tuple[Metrics, int]]:
 
     metrics = Metrics()
     try:
-        server, thread = start_http_server(port, "127.0.0.1", metrics.registry)
+        server, _ = start_http_server(port, "127.0.0.1", metrics.registry)
     except (OSError, OverflowError) as error:
         raise ValueError(f"--metrics-port {port}: {error}; give a free port, or 0") from error
-    try:
-        yield metrics, server.server_port
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    return metrics, server.server_port

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -34,17 +34,8 @@ class Chunk:
     finish_reason: str | None
 
 
-class Observer(Protocol):
-    """A listener to an engine, as `specdec.common.metrics.Metrics` is one."""
-
-    def observe(self, engine: "Engine", requests: Sequence[Request]) -> None:
-        """Take in the requests that have new tokens after a step, or have ended."""
-
-
 class Engine:
     """Decodes requests that come at any time, together.
-
-    `observer`, where it is set on an engine or on the class for all of them, hears of every step.
 
     A request's output depends on its prompt, its sampling settings and its seed, not on what runs
     beside it; see `stream` for draft lengths that follow the batch.
@@ -65,7 +56,7 @@ class Engine:
         RuntimeError: in `step`, while another loop has rows on this target or drafter.
     """
 
-    observer: Observer | None = None
+    observer: Any = None  # of one engine, or of all: its `observe` hears of every step
 
     @checked
     def __init__(

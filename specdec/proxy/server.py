@@ -152,6 +152,8 @@ class Application(Router):
     ) -> None:
         self._running = 0  # requests that are being served
         self._upstream, self._recorder, self._say, self._hosts = upstream, recorder, say, hosts
+        if recorder.observer:
+            recorder.observer.running.set_function(lambda: self._running)
         health = Route("/health", self._health, methods=["GET"])
         super().__init__([health], False, self._pass_on, lifespan=self._lifespan)
 
@@ -212,7 +214,7 @@ class Application(Router):
         has_body = not {"content-length", "transfer-encoding"}.isdisjoint(request.headers)
         if not has_body:
             was_read.set()
-        self._count_running(1)
+        self._running += 1
         try:
             async with anyio.create_task_group() as group:
                 group.start_soon(cancel_when_gone, group.cancel_scope)
@@ -221,12 +223,7 @@ class Application(Router):
         finally:
             with anyio.CancelScope(shield=True):
                 await self._recorder.keep(exchange)
-            self._count_running(-1)
-
-    def _count_running(self, change: int) -> None:
-        self._running += change
-        if self._recorder.observer:
-            self._recorder.observer.running.set(self._running)
+            self._running -= 1
 
     async def _forward(
         self, request: Request, body: AsyncIterator[bytes] | None, send: Send, exchange: Exchange
