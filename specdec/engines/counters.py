@@ -7,7 +7,7 @@ from itertools import zip_longest
 
 import httpx
 
-_NAME = re.compile(r"(?:vllm|llamacpp|specdec)[:_]spec_decode_num_(\w+?)(?:_total)?")
+_NAME = re.compile(r"(?:vllm|llamacpp|specdec)[:_]spec_decode_num_(\w+?)(?:_total)?(?<!_created)")
 
 
 @dataclass(frozen=True)
