@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Make the environment if it is not there yet, then lint, type-check and test. Safe to run again.
+# Make the environments if they are not there yet, then lint, type-check and test. Safe to run again.
+# Tests in vLLM run where `bash scripts/engines.sh vllm` was run before; they are skipped elsewhere.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh dev
+bash scripts/engines.sh llamacpp
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

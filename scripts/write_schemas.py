@@ -11,6 +11,7 @@ from pathlib import Path
 
 DOCS = Path(__file__).parents[1] / "docs"
 MODELS = {
+    "admission": "specdec.engines.admit:Admission",
     "analyze": "specdec.analysis.results:Analysis",
     "answers": "specdec.data.answers:AnswersManifest",
     "collect": "specdec.data.collect:CollectReport",

@@ -66,14 +66,15 @@ def load_target(path: str) -> Target:
     return import_module("specdec.targets.load").load_target(path)
 
 
-def load_drafter(options: Mapping[str, Any] | str, target: Target) -> Drafter:
+def load_drafter(options: Mapping[str, Any] | str, target: Target | None) -> Drafter:
     """Build a drafter for a target.
 
     Args:
         options: `{"type": name, **options of that strategy}`, or just the name. A class that
             has a `load` classmethod is given the target as well. An option "drafters" holds a list
             of such options, one for each drafter inside.
-        target: the model that will verify.
+        target: the model that will verify; None if the drafter's `needs_target` is False (`ngram`,
+            `suffix`, and a `hybrid` of them).
 
     Raises:
         ValueError: no such strategy, or an option that it does not have, needs, or cannot use.
@@ -109,12 +110,15 @@ def load_drafter(options: Mapping[str, Any] | str, target: Target) -> Drafter:
             )
         settings["target"] = target
     try:
-        return build(**settings)
+        drafter: Drafter = build(**settings)
     except TypeError as error:
         settings.pop("target", None)
         raise ValueError(
             f"drafter {name!r} cannot use its options ({error}); {_given(settings)}"
         ) from error
+    if target is None and getattr(drafter, "needs_target", True):
+        raise ValueError(f"target is None but drafter {name!r} needs one (`needs_target`)")
+    return drafter
 
 
 def _given(settings: Mapping[str, Any]) -> str:

@@ -16,10 +16,10 @@ FLOORS = [
     ["engine", "registry", "checkpoints"],
     ["targets"],
     ["drafters"],
-    ["bench", "proxy"],
+    ["bench", "proxy", "serve"],
     ["data"],
     ["analysis"],
-    ["train", "planning"],
+    ["train", "planning", "engines"],
     ["report"],
     ["cli", "__main__", "integrations"],
 ]

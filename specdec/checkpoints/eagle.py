@@ -110,7 +110,8 @@ class _LlamaLayout(Layout):
         if missing := [name for name in FACTS if name not in backbone]:
             raise ValueError(
                 f"the layout {cls.name!r} states every fact, but the head's options leave backbone."
-                f"{', '.join(missing)} to the target; give it too (specdec convert --target)"
+                f"{', '.join(missing)} to the target; make it whole (specdec export --to specdec "
+                "--target)"
             )
         if extra := [name for name in sorted(backbone) if backbone[name] and name not in FACTS]:
             raise cls.cannot_hold(f"the option backbone.{extra[0]}")
@@ -120,7 +121,7 @@ class _LlamaLayout(Layout):
 class Eagle(_LlamaLayout, LlamaLayer):
     """EAGLE-1 and EAGLE-2 as SafeAILab/EAGLE publishes them; tensors have our own names."""
 
-    name, kind = "eagle", "eagle"
+    name, kind, engines = "eagle", "eagle", ("vllm",)
     # Copies of parts of the target, which the head never trained; it uses the target's own.
     carried = ("embed_tokens.weight", "lm_head.weight", *_BUFFERS)
     bias: bool = True
@@ -142,6 +143,31 @@ class Eagle(_LlamaLayout, LlamaLayer):
             **_llama_config(checkpoint.options["backbone"]),
             **{"bias": options.bias, "qkv_bias": options.qkv_bias},
         }
+
+
+class SglangEagle(Eagle):
+    """EAGLE-1 as SGLang loads it: `fc` always has a bias, and `bias` is that of the attention."""
+
+    name, engines = "sglang-eagle", ("sglang",)
+
+    @staticmethod
+    def matches(files: RawFiles) -> bool:
+        return files.config.get("architectures") == ["LlamaForCausalLMEagle"]
+
+    def parse(self, files: RawFiles) -> HeadCheckpoint:
+        found, bias = super().parse(files), files.tensors.get("fc.bias")
+        is_biased = True  # zeros stand in place of none
+        if bias is not None and bias.shape == (self.hidden_size,) and bias.is_floating_point():
+            is_biased = bool(bias.any())
+        left = {name: t for name, t in files.tensors.items() if is_biased or name != "fc.bias"}
+        return replace(found, options={**found.options, "bias": is_biased}, tensors=left)
+
+    @classmethod
+    def write(cls, checkpoint: HeadCheckpoint) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        config, tensors = super().write(checkpoint)
+        weight = tensors["fc.weight"]
+        tensors.setdefault("fc.bias", weight.new_zeros(len(weight)))
+        return config | {"architectures": ["LlamaForCausalLMEagle"], "bias": False}, tensors
 
 
 def _flag(name: str) -> Any:
@@ -245,6 +271,7 @@ class Eagle3(_Eagle3Layout, LlamaLayer):
     """
 
     name = "eagle3"
+    engines = ("vllm", "sglang", "tensorrt-llm", "llama.cpp")
 
     @staticmethod
     def matches(files: RawFiles) -> bool:
@@ -287,7 +314,7 @@ class _WindowedLayer(LlamaLayer):
 class Speculators(_Eagle3Layout):
     """EAGLE-3 as vllm-project/speculators writes it, `Eagle3SpeculatorConfig`."""
 
-    name = "speculators"
+    name, engines, dtype_key = "speculators", ("vllm", "llama.cpp"), "dtype"
     speculators_model_type: Literal["eagle3"]
     speculators_config: dict[str, Any] | None = None
     verifier: str | None = Field(
@@ -325,23 +352,25 @@ class Speculators(_Eagle3Layout):
         if target is None or target.name is None:
             raise ValueError(
                 f"the layout {cls.name!r} names its target, which this checkpoint does not know; "
-                "give the target too (specdec convert --target)"
+                "give the target too (specdec export --target)"
             )
         layer = _llama_config(checkpoint.options["backbone"])
         if window := checkpoint.training.get("sliding_window"):
             layer |= {"sliding_window": window, "layer_types": ["sliding_attention"]}
+        architectures = (target.facts or {}).get("architectures") or []
         # vLLM wants a number of tokens; users set their own when they serve.
         method = {"proposal_type": "greedy", "speculative_tokens": 5}
         method |= {"verifier_accept_k": 1, "accept_tolerance": 0.0}
         return {
             "architectures": ["Eagle3Speculator"],
+            "auto_map": {"": "config.Eagle3SpeculatorConfig"},
             "speculators_model_type": "eagle3",
             "speculators_version": "0.9.0",  # the library wants the key and compares nothing
             "speculators_config": {
                 "algorithm": "eagle3",
                 "proposal_methods": [method],
                 "default_proposal_method": "greedy",
-                "verifier": {"name_or_path": target.name, "architectures": []},
+                "verifier": {"name_or_path": target.name, "architectures": architectures},
             },
             "transformer_layer_config": layer,
             **super().config(checkpoint, options),

@@ -160,7 +160,7 @@ def differences(
     if known.facts is None and (known.weights or is_resume):
         warnings.warn(
             "the target is known as older versions wrote it, so differences may go unseen; run "
-            "again, or: specdec convert HEAD NEW_FOLDER --to specdec --target TARGET",
+            "again, or: specdec export HEAD --to specdec --target TARGET --out NEW_FOLDER",
             stacklevel=4,
         )
 

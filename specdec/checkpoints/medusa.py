@@ -95,7 +95,7 @@ class Medusa(_MedusaLayout):
 class VllmMedusa(_MedusaLayout):
     """Medusa heads as vLLM up to 0.32 serves them, `MedusaConfig`; later ones dropped Medusa."""
 
-    name = "vllm-medusa"
+    name, engines = "vllm-medusa", ("vllm",)
     carried = ("token_map",)  # vLLM leaves it alone where the vocabulary is whole
     hidden_size: Count
     vocab_size: Count

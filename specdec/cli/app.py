@@ -17,7 +17,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Speculative decoding: generate text, measure draft strategies, train and convert heads.",
+    help="Speculative decoding: generate text, measure draft strategies, train and hand over.",
 )
 BAD_INPUT = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError)
 FAILURES = (RuntimeError, MemoryError, FloatingPointError, OSError)

@@ -1,4 +1,4 @@
-"""`specdec generate` and `train`, and `convert` and `inspect` of draft heads."""
+"""`specdec generate` and `train`, and `inspect` of draft heads."""
 
 import json
 import os
@@ -149,47 +149,6 @@ def _push(results: "TrainResults", folder: Path) -> str:
         revision=chosen.hub_revision,
     )
     return f", and at {done.commit_url}"
-
-
-@command()
-def convert(
-    source: str = argument(_HEAD),
-    destination: Path = argument("a folder that is new or empty"),
-    to: str = option(..., "the layout to write; docs/checkpoints.md lists them"),
-    target: str | None = option(None, "the head's target, for facts that the source leaves to it"),
-    revision: str | None = option(None, "of a hub id"),
-) -> None:
-    """Write a draft head in another layout, tensor for tensor."""
-    from specdec.checkpoints import read_head, write_head
-
-    if destination.expanduser().exists() and any(destination.expanduser().iterdir()):
-        raise ValueError(f"{str(destination)!r} is not empty; give a new folder")
-    source = _head_source(source)
-    checkpoint = read_head(source, revision)
-    if target is not None:
-        checkpoint = _completed(checkpoint, source, target)
-    folder = write_head(checkpoint, destination, to)
-    typer.echo(f"{checkpoint.kind} head: {checkpoint.layout} -> {to}, {folder}")
-
-
-def _completed(checkpoint: Any, source: str, target: str) -> Any:
-    """The checkpoint with all options that its target settles, and the target's identity."""
-    import warnings
-    from dataclasses import replace
-
-    from specdec.checkpoints import check_target, identify_target
-    from specdec.drafters.heads import build_head, fill_head
-    from specdec.targets.load import load_target
-
-    quiet_transformers()
-    model = load_target(target)
-    identity = identify_target(model)
-    with warnings.catch_warnings(action="ignore"):  # an older identity is about to be renewed
-        check_target(checkpoint, identity)
-    head = build_head(checkpoint.kind, checkpoint.options, model)
-    fill_head(head, checkpoint.tensors, source)
-    options = head.options.model_dump(exclude_none=True)
-    return replace(checkpoint, options=options, target=identity)
 
 
 @command()

@@ -92,9 +92,12 @@ class BaseDrafter:
         shape_options: how the shape of its drafts is set.
         head_class: the `specdec.drafters.heads.Head` that it drafts with; None for none.
         trained_as: how `specdec train` trains it: "head", "language_model", or not at all.
+        engine_methods: its name in each serving engine that runs it, see `specdec export`.
         taps: hidden states of the target that it reads.
         max_nodes: most nodes of a draft.
         makes_trees: its drafts may have parents.
+        needs_target: it reads what a target or a sampler gives. If not, None may stand for `output`
+            and `sampler`, and {} for `hidden`: an engine that passes token ids alone can ask it.
     """
 
     kind: ClassVar[str] = ""
@@ -102,10 +105,12 @@ class BaseDrafter:
     shape_options: ClassVar[ShapeOptions] = ShapeOptions({}, varies=True)
     head_class: ClassVar[Any] = None
     trained_as: ClassVar[Literal["head", "language_model"] | None] = None
+    engine_methods: ClassVar[Mapping[str, str]] = {}
 
     taps: tuple[int, ...] = ()
     max_nodes: int = 8
     makes_trees: bool = False
+    needs_target: bool = True
 
     @cached_property
     def clock(self) -> ForwardClock:

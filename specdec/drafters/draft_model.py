@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -62,6 +62,11 @@ class DraftModel(CachePasser):
     """
 
     kind, title, trained_as = "draft_model", "Draft model", "language_model"
+    engine_methods: ClassVar[Mapping[str, str]] = {
+        **{"vllm": "draft_model", "sglang": "STANDALONE", "tensorrt-llm": "Draft_Target"},
+        **{"llama.cpp": "draft-simple", "transformers": "assistant_model"},
+        **{"tabbyapi": "model", "exllamav2": "draft_model"},
+    }
     shape_options: ClassVar[ShapeOptions] = ShapeOptions(
         {
             "depth": "num_draft_tokens",

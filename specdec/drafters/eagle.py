@@ -7,7 +7,7 @@ Source: EAGLE, arXiv 2401.15077; EAGLE-2, arXiv 2406.16858.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -39,6 +39,13 @@ class EagleHead(FeatureHead):
         self.fc = nn.Linear(2 * size, size, bias=self.options.bias)
         # There is no norm before the attention: the features are normed already.
         self.layers = nn.ModuleList([DraftLayer(self.config, size, self.options.qkv_bias)])
+
+    def lost_in(self, engine: str) -> str:
+        fused, attended = self.options.bias and engine != "sglang", self.options.qkv_bias
+        if not (fused or attended):
+            return ""
+        option = "qkv_bias" if attended else "bias"
+        return f"the head's {option}; train it without, drafter.options.{option}=false"
 
     def fuse(self, hidden: dict[int, Tensor]) -> Tensor:
         return hidden[self.taps[0]]
@@ -81,3 +88,4 @@ class EagleDrafter(FeatureDrafter):
     """Drafts trees with an EAGLE-1 head."""
 
     kind, title, head_class = "eagle", "EAGLE-1 head", EagleHead
+    engine_methods: ClassVar[Mapping[str, str]] = {"vllm": "eagle", "sglang": "EAGLE"}

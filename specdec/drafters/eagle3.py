@@ -4,7 +4,7 @@ Source: EAGLE-3, arXiv 2503.01840.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -14,6 +14,12 @@ from specdec.common.config import Config
 from specdec.drafters.feature_head import Backbone, DraftLayer, FeatureDrafter, FeatureHead, norm
 from specdec.drafters.heads import Layer, Size
 from specdec.drafters.training import LossOutput, TrainingBatch, shifted, soft_cross_entropy
+
+# Norms that engines do not read.
+_LOST = {
+    **{"sglang": ("norm_before_residual",), "llama.cpp": ("norm_output",)},
+    "tensorrt-llm": ("norm_before_residual", "norm_before_fc"),
+}
 
 
 class Eagle3Options(Config):
@@ -63,6 +69,11 @@ class Eagle3Head(FeatureHead):
             self.register_buffer("d2t", torch.zeros(num_drafted, dtype=torch.long))
             self.register_buffer("t2d", torch.zeros(vocab, dtype=torch.bool))
         self.set_draft_vocab(torch.arange(num_drafted))
+
+    def lost_in(self, engine: str) -> str:
+        lost = [name for name in _LOST.get(engine, ()) if getattr(self.options, name)]
+        fix = "train it without, or take another engine"
+        return f"the head's {lost[0]}; {fix}" if lost else ""
 
     @staticmethod
     def default_taps(num_layers: int) -> tuple[int, ...]:
@@ -178,3 +189,7 @@ class Eagle3Drafter(FeatureDrafter):
     """Drafts trees with an EAGLE-3 head."""
 
     kind, title, head_class = "eagle3", "EAGLE-3 head", Eagle3Head
+    engine_methods: ClassVar[Mapping[str, str]] = {
+        **{"vllm": "eagle3", "sglang": "EAGLE3"},
+        **{"tensorrt-llm": "Eagle3", "llama.cpp": "draft-eagle3"},
+    }

@@ -91,6 +91,10 @@ class Head(nn.Module):
         """
         raise NotImplementedError
 
+    def lost_in(self, engine: str) -> str:
+        """Say what a serving engine would drop without a word, and the fix; empty for nothing."""
+        return ""
+
     def sizes(self) -> dict[str, int]:
         known = self.options.model_dump(exclude_none=True)
         return {name: value for name, value in known.items() if name.endswith("_size")}

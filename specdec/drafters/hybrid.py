@@ -147,6 +147,7 @@ class HybridDrafter(CachePasser):
                 )
         self.drafters = list(drafters)
         self.max_nodes, self.enough, self.calibrate = max_nodes, enough, calibrate
+        self.needs_target = any(getattr(drafter, "needs_target", True) for drafter in drafters)
         self.taps = tuple(sorted({tap for drafter in drafters for tap in drafter.taps}))
         clocks = [drafter.clock for drafter in drafters]
         self.clock: Any = SimpleNamespace(take=lambda: sum(clock.take() for clock in clocks))
@@ -226,3 +227,5 @@ class HybridDrafter(CachePasser):
     def reorder(self, rows: Tensor) -> None:
         for drafter in self.drafters:
             drafter.reorder(rows)
+        if self._merged is not None:
+            self._merged = self._merged[0][:, rows], self._merged[1][rows]

@@ -25,6 +25,7 @@ class LookupDrafter(BaseDrafter):
     """
 
     expected: Sequence[float] = ()
+    needs_target = False
 
     def __init__(self, max_nodes: int, *, makes_trees: bool) -> None:
         self.max_nodes, self.makes_trees = max_nodes, makes_trees

@@ -146,6 +146,7 @@ class MedusaDrafter(HeadDrafter):
     shape_options: ClassVar[ShapeOptions] = ShapeOptions(
         {"nodes": "max_nodes"}, ("nodes",), ("choices", "acceptance")
     )
+    engine_methods: ClassVar[Mapping[str, str]] = {"vllm": "medusa"}
     plan: StaticPlan
 
     @classmethod

@@ -163,6 +163,7 @@ class Batch:
                     num_accepted=kept[i] - 1,
                     depth_tested=max(depth_tested[i], kept[i] - 1),
                     num_emitted=kept[i],
+                    num_accepted_raw=num_accepted[i],
                     **times,
                 )
                 row.records.append(record)

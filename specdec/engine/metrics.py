@@ -12,8 +12,9 @@ is empty at the start of every repeat.
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -93,6 +94,7 @@ class StepRecord:
     wall_s: float
     verify_s: float = 0.0
     commit_s: float = 0.0
+    num_accepted_raw: int | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,49 @@ class AcceptanceStats:
             accepted_at=tuple(sum(row.num_accepted >= d for row in rows) for d in depths),
             tested_at=tuple(sum(row.depth_tested >= d for row in rows) for d in depths),
         )
+
+    @classmethod
+    def as_engine(
+        cls, engine: str, records: Iterable[StepRecord], max_new_tokens: int
+    ) -> "AcceptanceStats":
+        """Count the drafts of chains as the counters of a serving engine do.
+
+        They differ in an answer's last steps alone. vLLM drafts its full length up to the end, and
+        counts all that its rule accepts, also behind the end. llama.cpp drafts no more than can be
+        emitted and counts what it keeps, and an end of sequence in a draft's last place besides.
+        Both count no step that drafted nothing.
+
+        Args:
+            engine: "vllm" or "llamacpp".
+            records: those of one call, in order, which decoded at least K tokens beyond
+                `max_new_tokens` with drafts of K, so that these are whole up to there.
+            max_new_tokens: tokens that the engine was asked for.
+
+        Returns:
+            The counts; num_steps is the number of drafts.
+
+        Raises:
+            ValueError: an unknown engine, or records that no rule judged.
+        """
+        if engine not in ("vllm", "llamacpp"):
+            raise ValueError(f"engine is {engine!r} but must be vllm or llamacpp")
+        num_emitted, drafts = Counter[int](), []
+        for row in records:
+            left = max_new_tokens - 1 - num_emitted[row.prompt]  # the first token is prefill's
+            num_emitted[row.prompt] += row.num_emitted
+            drafted, raw = row.num_drafted, row.num_accepted_raw
+            if raw is None:
+                raise ValueError("the records hold no verdicts (num_accepted_raw); decode anew")
+            if engine == "llamacpp":
+                drafted = min(drafted, left - 1)
+                ends_with_it = drafted <= raw and row.num_emitted == drafted
+                raw = drafted if ends_with_it else min(row.num_accepted, drafted)
+            if left > 0 and drafted > 0:
+                tested = min(raw + 1, drafted)
+                drafts.append(
+                    replace(row, num_drafted=drafted, num_accepted=raw, depth_tested=tested)
+                )
+        return cls.from_records(drafts)
 
     @property
     def accepted_length(self) -> float:

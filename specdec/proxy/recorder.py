@@ -24,8 +24,11 @@ Headers = list[tuple[bytes, bytes]]
 Say = Callable[[str], None]
 
 _PIECE = 65536
-_TOP_FIELDS = ("id", "created", "model", "system_fingerprint", "usage", "timings", "error")
-_REASONS = ("finish_reason", "stop_reason")
+_TOP_FIELDS = (
+    *("id", "created", "model", "system_fingerprint", "usage", "timings", "error"),
+    "prompt_token_ids",
+)
+_FACTS = ("finish_reason", "stop_reason", "prompt_token_ids")  # of a choice, said once
 _SAID_ONCE = ("role", "id", "type", "name")  # other texts of a delta grow
 
 
@@ -41,7 +44,7 @@ def parse_object(body: bytes | bytearray) -> dict[str, Any] | None:
 class Answer:
     """The body of an answer while it passes: decompressed, and a stream's events joined.
 
-    Of a stream only the text is kept: every text field of the deltas, and never its events.
+    Of a stream its text fields and token ids are kept, and never its events.
     """
 
     def __init__(self, headers: httpx.Headers) -> None:
@@ -54,7 +57,7 @@ class Answer:
         self._rest = bytearray()  # the body, or of a stream its last line
         self._data = bytearray()  # of an event that is not whole yet
         self._top: dict[str, Any] = {}
-        self._choices: dict[int, tuple[dict[str, Any], dict[Any, Any]]] = {}  # reasons, texts
+        self._choices: dict[int, tuple[dict[str, Any], dict[Any, Any]]] = {}  # facts, texts
         self._joined_bytes = 0
         self._is_chat = self._is_damaged = False
 
@@ -86,12 +89,12 @@ class Answer:
         if not self._choices and not self._top:
             return None, False
         choices: list[dict[str, Any]] = []
-        for index, (reasons, texts) in sorted(self._choices.items()):
+        for index, (facts, texts) in sorted(self._choices.items()):
             fields = _plain(texts)
             if self._is_chat:
                 said = {"role": "assistant", "content": None, **fields.pop("delta", {})}
                 fields = {"message": said}
-            choices.append({"index": index, **fields, "finish_reason": None, **reasons})
+            choices.append({"index": index, **fields, "finish_reason": None, **facts})
         finished = bool(choices) and all(choice["finish_reason"] for choice in choices)
         is_whole = (self.has_ended or finished) and not self._is_damaged
         kind = "chat.completion" if self._is_chat else "text_completion"
@@ -124,11 +127,19 @@ class Answer:
             return
         try:
             event = json.loads(data)
+            if not isinstance(event, dict):  # llama.cpp begins some streams with null
+                return
             self._top |= {key: event[key] for key in _TOP_FIELDS if event.get(key) is not None}
             for chunk in event.get("choices") or []:
                 index = int(chunk.get("index", 0))
-                reasons, texts = self._entry(self._choices, index, lambda: ({}, {}))
-                reasons |= {name: chunk[name] for name in _REASONS if chunk.get(name) is not None}
+                facts, texts = self._entry(self._choices, index, lambda: ({}, {}))
+                told = {name: chunk[name] for name in _FACTS if name in chunk}
+                facts |= {name: each for name, each in told.items() if facts.get(name) is None}
+                new = chunk.get("token_ids")
+                if new is not None:
+                    facts.setdefault("token_ids", []).extend(new)
+                ids = (new, chunk.get("prompt_token_ids"), event.get("prompt_token_ids"))
+                self._joined_bytes += 40 * sum(len(each or ()) for each in ids)
                 self._is_chat = self._is_chat or "delta" in chunk
                 self._join(texts, {key: chunk[key] for key in ("delta", "text") if key in chunk})
         except (ValueError, TypeError, AttributeError, RecursionError):
@@ -254,8 +265,18 @@ class Exchange:
         record.model = record.request.get("model") or (record.response or {}).get("model") or None
         record.complete = is_whole and (self.ended or self.has_answer)
         # Secrets of what is not kept, too: the answer may repeat them.
-        found = (secrets | self._secrets | secrets_inside(request)) - {record.model or ""}
-        text = json.dumps(redact(vars(record), found), allow_nan=False, separators=(",", ":"))
+        inside = secrets_inside(request)
+        found = (secrets | self._secrets | inside) - {record.model or ""}
+        clean = redact(vars(record), found)
+        # No pattern finds in ids what they spell: they stay where the text has been searched.
+        is_clean = clean == vars(record) and not inside
+        is_read = is_clean and record.request.get("prompt") == request.get("prompt")
+        hidden = {"token_ids": is_clean, "prompt_token_ids": is_read}
+        answer = clean["response"] or {}
+        for part in (answer, *(answer.get("choices") or ())):
+            for name in [name for name, may_stay in hidden.items() if not may_stay]:
+                part.pop(name, None)
+        text = json.dumps(clean, allow_nan=False, separators=(",", ":"))
         return text.encode("ascii") + b"\n"
 
     def _hold(self) -> None:

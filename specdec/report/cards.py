@@ -1,18 +1,25 @@
-"""Cards: of a drafter that was trained, for its folder, and of a head, for `specdec inspect`."""
+"""Cards: of a drafter that was trained, for its folder, and of a head, for `specdec inspect`.
+
+What a serving engine did with a drafter is added to its card.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specdec.checkpoints import HeadCheckpoint, head_of
+from specdec.common.files import replace_file
 from specdec.common.hub import HUB
+from specdec.demo import demo_path
 from specdec.registry import strategy
 from specdec.report.document import render
 from specdec.report.tables import Column, Table
 
 if TYPE_CHECKING:
     from specdec.data.answers import AnswersManifest
+    from specdec.engines.admit import Admission
     from specdec.train.results import TrainResults
 
 _HERE = "PATH/OF/THIS/FOLDER"
@@ -58,6 +65,43 @@ def drafter_card(results: "TrainResults", answers: "AnswersManifest | None" = No
         temperatures=", ".join(f"{t:g}" for t in answers.settings.temperatures) if answers else "",
         training=config.training.model_dump(include=_TRAINING),
     )
+
+
+def admission_table(admission: "Admission") -> Table:
+    """Put texts and counts of an engine beside ours."""
+    rows: list[dict[str, Any]] = [
+        {"what": f"equal texts, {arm}", "ours": admission.num_prompts, "theirs": equal}
+        for arm, equal in admission.equal_texts.items()
+    ]
+    ours, theirs = asdict(admission.ours), asdict(admission.theirs) if admission.theirs else {}
+    for name, count in ours.items():
+        if name == "accepted_per_position":
+            places = zip_longest(count, theirs.get(name, ()))
+            rows += [
+                {"what": f"accepted at {place}", "ours": mine, "theirs": other}
+                for place, (mine, other) in enumerate(places, start=1)
+            ]
+        else:
+            what = name.removeprefix("num_")
+            rows.append({"what": what, "ours": count, "theirs": theirs.get(name)})
+    engine = f"{admission.engine} {admission.version}"
+    shown = [Column("what", ""), Column("ours", "here", 0), Column("theirs", engine, 0)]
+    caption = f"{admission.kind}, chains of {admission.num_tokens}, temperature 0, float32"
+    return Table("admission", caption, rows, shown)
+
+
+def add_to_card(folder: Path, admission: "Admission") -> Path | None:
+    """Write an engine's verdict into the card of a drafter's own folder, in place of its last."""
+    if not folder.is_dir() or folder.resolve().parent == demo_path("target").resolve().parent:
+        return None
+    card, title = folder / "README.md", "## In serving engines"
+    text = card.read_text() if card.exists() else f"# {folder.resolve().name}\n"
+    before, _, said = text.partition(f"\n{title}\n")
+    of_engine = f" by {admission.engine} "
+    lines = [line for line in said.strip().splitlines() if line and of_engine not in line]
+    lines.append(f"- {admission.verdict} ({admission.num_tokens} tokens a draft)")
+    replace_file(card, f"{before.rstrip()}\n\n{title}\n\n{chr(10).join(lines)}\n".encode())
+    return card
 
 
 def _acceptance(results: "TrainResults") -> Table:

@@ -10,6 +10,7 @@ from specdec.verify.layouts import (
     target_from_flat,
     to_flat,
     to_retrieve,
+    uniforms_from_flat,
     verdict_to_retrieve,
 )
 from specdec.verify.path import match
@@ -50,6 +51,7 @@ __all__ = [
     "to_flat",
     "to_retrieve",
     "typical",
+    "uniforms_from_flat",
     "verdict_to_retrieve",
     "verify",
 ]

@@ -36,6 +36,8 @@ def check_shapes(
     target_probs: Tensor | None = None,
     uniforms: Tensor | None = None,
     noise: Tensor | None = None,
+    bonus_tokens: Tensor | None = None,
+    greedy: Tensor | None = None,
 ) -> None:
     """Check what is known without a host synchronization: kinds, shapes, dtypes and devices."""
     if not isinstance(draft, Draft):
@@ -53,6 +55,8 @@ def check_shapes(
         ("target_probs", target_probs, (batch_size, num_nodes + 1, vocab_size), floats),
         ("uniforms", uniforms, by_node, floats),
         ("noise", noise, (batch_size, vocab_size), floats),
+        ("bonus_tokens", bonus_tokens, (batch_size,), ids),
+        ("greedy", greedy, (batch_size,), (torch.bool,)),
     ]
     for name, tensor, shape, dtypes in expected:
         if tensor is None and name not in ("tokens", "lengths"):
@@ -67,6 +71,9 @@ def check_shapes(
             raise TypeError(f"{name} is {tensor.dtype} but rule {rule!r} needs one of {allowed}")
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} but rule {rule!r} works on {device}")
+    if bonus_tokens is not None and draft.parents is not None:
+        must = "a tree has a row behind each leaf: give a chain (parents=None), or no bonus_tokens"
+        raise ValueError(f"bonus_tokens: {must} (rule {rule!r})")
 
 
 def draft_faults(draft: Draft, vocab_size: int, supports_trees: bool = True) -> Iterator[Fault]:
@@ -103,15 +110,27 @@ def randomness_faults(
     uniforms: Tensor | None,
     noise: Tensor | None,
     needs_uniforms: bool,
+    bonus_tokens: Tensor | None = None,
+    greedy: Tensor | None = None,
 ) -> Iterator[Fault]:
     """List what is wrong with the target's rows and with the randomness that they need."""
     real = draft.real_nodes()
     rows = pad(real, (1, 0), value=True)
+    if bonus_tokens is not None:  # the row behind the last node is not read
+        rows = pad(real, (0, 1), value=False)
+        last = target_probs.shape[2] - 1
+        outside = (bonus_tokens < 0) | (bonus_tokens > last)
+        yield "bonus_tokens", outside, bonus_tokens, f"token ids are 0 to {last}"
+    if greedy is not None:
+        highest, is_cold = target_probs.amax(2), greedy.unsqueeze(1)
+        odd = rows & is_cold & ~highest.isfinite()
+        yield "target_probs", odd, highest, "the largest entry of a greedy row is finite"
+        rows = rows & ~is_cold
     yield from _distribution_faults("target_probs", target_probs, rows)
     missing = ["uniforms"] if uniforms is None and needs_uniforms and draft.num_nodes else []
     for name in missing + (["noise"] if noise is None else []):
         support = (target_probs > 0).sum(2)
-        must = "may be None only where every target row has one possible token"
+        must = "may be None only where every row is greedy or has one possible token"
         yield name, rows & (support != 1), support, must
     if uniforms is not None:
         outside = real & ~((uniforms >= 0) & (uniforms < 1))

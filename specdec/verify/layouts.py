@@ -43,15 +43,35 @@ def from_flat(
     return Draft.chain(padded, counts, None if probs is None else probs[index])
 
 
-def target_from_flat(target_probs: Tensor, cu_num_draft_tokens: Tensor, max_len: int) -> Tensor:
-    """Pad flat target rows [sum (k + 1), V], each row's bonus row last, to [B, max_len + 1, V].
+def target_from_flat(
+    target_probs: Tensor, cu_num_draft_tokens: Tensor, max_len: int, *, bonus: Tensor | bool = True
+) -> Tensor:
+    """Pad flat target rows to [B, max_len + 1, V]; padding repeats some other row, or is 0.
 
-    vLLM's first runner keeps draft and bonus rows apart; its second one concatenates them, with
-    `cu_num_logits[1:]` = `cu_num_draft_tokens` + 1 .. B. Padded rows repeat some other row.
+    Args:
+        target_probs: [sum (k + 1), V], each chain's bonus row last, as in vLLM's second runner
+            (`cu_num_logits[1:]` = `cu_num_draft_tokens` + 1 .. B); else [sum k, V] without these.
+        cu_num_draft_tokens: [B] cumulative counts k, without a leading zero.
+        max_len: N, at least the largest k.
+        bonus: True if `target_probs` holds the bonus rows; these rows [B, V] if they stand apart;
+            False if there are none, as for `verify(bonus_tokens=)` in vLLM's first runner.
     """
-    rows = torch.arange(1, cu_num_draft_tokens.shape[0] + 1, device=cu_num_draft_tokens.device)
-    index, _, _ = _flat_index(cu_num_draft_tokens + rows, max_len + 1)
-    return target_probs[index]
+    rows = torch.arange(cu_num_draft_tokens.shape[0], device=cu_num_draft_tokens.device)
+    ends = cu_num_draft_tokens + (rows + 1 if bonus is True else 0)
+    index, _, counts = _flat_index(ends, max_len + 1)
+    padded = _take(target_probs, index)
+    if isinstance(bonus, Tensor):
+        padded[rows, counts] = bonus.to(padded.dtype)
+    return padded
+
+
+def uniforms_from_flat(uniforms: Tensor, cu_num_draft_tokens: Tensor, max_len: int) -> Tensor:
+    """Pad uniforms [sum k], vLLM's layout, to [B, max_len]; arguments as in `target_from_flat`."""
+    return _take(uniforms, _flat_index(cu_num_draft_tokens, max_len)[0])
+
+
+def _take(flat: Tensor, index: Tensor) -> Tensor:
+    return flat[index] if len(flat) else flat.new_zeros(*index.shape, *flat.shape[1:])
 
 
 def to_flat(

@@ -3,6 +3,8 @@
 Inside, a *row* is an index into the target's N + 1 rows: 0 is the root, i + 1 is node i.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -23,6 +25,20 @@ def plain(draft: Draft, last: Tensor) -> Verdict:
     path = draft.tokens.new_full((draft.batch_size, draft.depth), -1)
     tokens = pad(last.unsqueeze(1), (0, draft.depth), value=-1)
     return Verdict(tokens, torch.zeros_like(last), path, draft.real_nodes())
+
+
+def choose(first: Tensor, one: Verdict, other: Verdict) -> Verdict:
+    """Take rows of `one` verdict where `first` [B] holds, and of the `other` one elsewhere."""
+    pairs = zip(vars(one).values(), vars(other).values(), strict=True)
+    return Verdict(*(torch.where(first.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in pairs))
+
+
+def with_bonus(verdict: Verdict, draft: Draft, bonus_tokens: Tensor) -> Verdict:
+    """Put the engine's own tokens [B] behind the chains that were accepted whole."""
+    end = verdict.num_accepted.unsqueeze(1)
+    is_whole = verdict.num_accepted == draft.lengths
+    last = torch.where(is_whole, bonus_tokens, verdict.tokens.gather(1, end).squeeze(1))
+    return replace(verdict, tokens=verdict.tokens.scatter(1, end, last.unsqueeze(1)))
 
 
 def chain_path(num_accepted: Tensor, depth: int) -> Tensor:

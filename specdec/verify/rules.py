@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specdec.verify.checks import check_shapes, draft_faults, randomness_faults, refuse
 from specdec.verify.draft import Draft, Verdict
-from specdec.verify.path import emit, plain
+from specdec.verify.path import choose, emit, match, plain, with_bonus
 from specdec.verify.residual import draw, select_row, token_probs, work_dtype
 from specdec.verify.token import judge_token
 from specdec.verify.traversal import judge_block, judge_traversal
@@ -129,6 +129,8 @@ def verify(
     rule: str | Rule = "token",
     uniforms: Tensor | None = None,
     noise: Tensor | None = None,
+    bonus_tokens: Tensor | None = None,
+    greedy: Tensor | None = None,
     check: bool = True,
 ) -> Verdict:
     """Decide which nodes of a draft the target keeps, and draw the token after them.
@@ -144,7 +146,11 @@ def verify(
         rule: a name in `RULES`, or a `Rule`.
         uniforms: [B, N] i.i.d. uniform on [0, 1); node i is accepted iff uniforms[:, i] < a.
         noise: [B, V] i.i.d. Exp(1); the last token is argmax(residual / noise). None for
-            either is allowed only where every target row is one-hot (temperature 0).
+            either is allowed only where every row is greedy or one-hot (temperature 0).
+        bonus_tokens: [B] int64 tokens that the engine sampled itself, to stand behind chains that
+            are accepted whole. The target's rows there are not read.
+        greedy: [B] bool rows at temperature 0: the argmax of their `target_probs`, which may be
+            logits, is judged by `match`, as any lossless rule judges one-hot rows.
         check: also check values, which reads them back to the host. Shapes are always checked.
 
     Returns:
@@ -164,15 +170,19 @@ def verify(
     if len(shape) != 3 or not shape[2]:
         raise ValueError(f"target_probs has shape {shape} but rule {name!r} needs [B, N + 1, V]")
     sizes = shape[0], shape[2], target_probs.device
-    check_shapes(draft, name, *sizes, target_probs, uniforms, noise)
+    check_shapes(draft, name, *sizes, target_probs, uniforms, noise, bonus_tokens, greedy)
     if check:
         refuse(draft_faults(draft, shape[2], chosen.supports_trees), name)
-        reads = chosen.needs_uniforms
-        refuse(randomness_faults(draft, target_probs, uniforms, noise, reads), name)
+        given = uniforms, noise, chosen.needs_uniforms, bonus_tokens, greedy
+        refuse(randomness_faults(draft, target_probs, *given), name)
     if noise is None:  # rows are one-hot: any noise draws their token, and ...
         noise = torch.ones_like(target_probs[:, 0])
     if draft.num_nodes == 0 or draft.depth == 0:
-        return plain(draft, draw(target_probs[:, 0].to(work_dtype(target_probs)), noise))
-    if uniforms is None:  # ... all acceptances are 0 or 1, and this is between them
-        uniforms = torch.full_like(draft.tokens, 0.5, dtype=noise.dtype)
-    return chosen.judge(target_probs, draft, uniforms, noise)
+        verdict = plain(draft, draw(target_probs[:, 0].to(work_dtype(target_probs)), noise))
+    else:
+        if uniforms is None:  # ... all acceptances are 0 or 1, and this is between them
+            uniforms = torch.full_like(draft.tokens, 0.5, dtype=noise.dtype)
+        verdict = chosen.judge(target_probs, draft, uniforms, noise)
+    if greedy is not None:
+        verdict = choose(greedy, match(target_probs.max(2).indices, draft), verdict)
+    return verdict if bonus_tokens is None else with_bonus(verdict, draft, bonus_tokens)

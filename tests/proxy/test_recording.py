@@ -138,7 +138,11 @@ ANSWERS = {
     ),
     **{
         bad: (streaming([delta(content="a"), event(bad), DONE]), joined("a"), False)
-        for bad in ("{not json", '{"choices": [null]}', "[1]")
+        for bad in ("{not json", '{"choices": [null]}')
+    },
+    **{  # llama.cpp begins the stream of several prompts with null
+        other: (streaming([event(other), delta(content="a"), DONE]), joined("a"), True)
+        for other in ("null", "[1]", '"text"')
     },
     "no gzip": (streaming([b"no gzip at all"], **GZIP), None, False),
     **{
@@ -155,6 +159,63 @@ def test_answer_is_recorded_as_far_as_sound(proxy, upstream, name):
         assert served.status_code == 200
         list(served.iter_raw())
     assert (only(proxy).response, only(proxy).complete) == (response, complete)
+
+
+def choice(index, text, reason=None, **more):
+    return {"index": index, "text": text, "finish_reason": reason, **more}
+
+
+def said_with_ids(is_chat):
+    """What vLLM answers with `return_token_ids`: whole, and as a stream."""
+    prompt = {"prompt_token_ids": [1, 2]}
+    ends = {"stop_reason": 9}, {"stop_reason": None}
+    pieces = [
+        choice(1, "b", token_ids=[5], **({} if is_chat else prompt)),
+        choice(0, "", token_ids=[], **({} if is_chat else prompt)),
+        choice(0, "a", token_ids=[3, 4]),
+        choice(0, "A", "stop", token_ids=[9], **ends[0]),
+        choice(1, "", "length", token_ids=[0], **ends[1]),
+    ]
+    texts = [
+        choice(0, "aA", "stop", token_ids=[3, 4, 9], **ends[0]),
+        choice(1, "b", "length", token_ids=[5, 0], **ends[1]),
+    ]
+    if not is_chat:
+        whole = {"object": "text_completion", "choices": [each | prompt for each in texts]}
+        return whole, [event({"choices": [each]}) for each in pieces]
+    for each in texts:
+        each["message"] = {"role": "assistant", "content": each.pop("text")}
+    for each in pieces:
+        each["delta"] = {"content": each.pop("text")}
+    whole = {"object": "chat.completion", "choices": texts, **prompt}
+    return whole, [event({"choices": [each], **prompt}) for each in pieces]
+
+
+IDS = {"token_ids", "prompt_token_ids"}
+
+
+@pytest.mark.parametrize(
+    ("is_chat", "text", "dropped"),
+    [
+        (True, "a", set()),
+        (True, "it is sk-proj-" + "Qm7vT2xK9" * 3, IDS),
+        (False, "a", set()),
+        (False, [1, 2], {"prompt_token_ids"}),
+    ],
+    ids=["chat", "chat with a secret", "text", "ids"],
+)
+def test_token_ids_are_kept_where_texts_were_searched(proxy, upstream, is_chat, text, dropped):
+    whole, events = said_with_ids(is_chat)
+    body, path = ({"prompt": text}, "/v1/completions")
+    if is_chat:
+        body, path = chat(text), "/v1/chat/completions"
+    for respond in (json_answer(whole), streaming([*events, DONE])):
+        upstream.answer = respond
+        proxy.ask(body, path=path)
+    for part in (whole, *whole["choices"]):
+        for name in dropped & part.keys():
+            del part[name]
+    assert [record["response"] for record in proxy.records()] == [whole, whole]
 
 
 RECORDED = (

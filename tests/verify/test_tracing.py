@@ -12,12 +12,14 @@ from specdec.verify import (
     target_from_flat,
     to_flat,
     to_retrieve,
+    uniforms_from_flat,
     verify,
 )
 
+RULES = ("token", "block", "traversal", "typical", "match")
 COMBINATIONS = [
     (rule, shape, is_sampled)
-    for rule in ("token", "block", "traversal", "typical", "match")
+    for rule in RULES
     for shape in ("chain", "tree")
     for is_sampled in (False, True)
     if not (rule == "block" and shape == "tree")
@@ -30,6 +32,7 @@ def problem(device="cpu"):
         "target": torch.softmax(torch.randn(2, 5, 11, generator=generator), 2),
         "probs": torch.softmax(torch.randn(2, 4, 11, generator=generator), 2),
         "tokens": torch.tensor([[1, 2, 3, 4], [5, 6, -1, -1]]),
+        "cumulative": torch.tensor([1, 4], dtype=torch.int32),
         "lengths": torch.tensor([4, 2]),
         "parents": torch.tensor([[-1, -1, 0, 0], [-1, 0, -1, -1]]),
         "uniforms": torch.rand(2, 4, generator=generator),
@@ -49,6 +52,15 @@ def judge(p, rule, shape, is_sampled):
     return verdict.tokens, verdict.num_accepted, verdict.path, verdict.tested
 
 
+def engine_rows(p, rule):
+    greedy, uniforms = p["lengths"] > 3, uniforms_from_flat(p["uniforms"][0], p["cumulative"], 4)
+    rows = target_from_flat(p["target"][0, :4], p["cumulative"], 4, bonus=p["target"][:, 4])
+    draft = from_flat(p["tokens"][0], p["cumulative"], max_len=4)
+    given = {"uniforms": uniforms, "noise": p["noise"], "greedy": greedy}
+    verdict = verify(rows, draft, rule=rule, **given, bonus_tokens=p["tokens"][:, 0], check=False)
+    return verdict.tokens, verdict.num_accepted, verdict.path, verdict.tested
+
+
 def layouts(p):
     chain = Draft(p["tokens"], p["lengths"], None, p["probs"], 4)
     flat, cumulative, probs, _ = to_flat(chain, total=6)
@@ -62,6 +74,7 @@ def layouts(p):
 
 
 WORK = [pytest.param(judge, each, id="-".join(map(str, each))) for each in COMBINATIONS]
+WORK += [pytest.param(engine_rows, (rule,), id=f"rows of engines-{rule}") for rule in RULES[:4]]
 WORK.append(pytest.param(layouts, (), id="layouts and growth"))
 
 
