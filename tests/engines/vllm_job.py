@@ -8,6 +8,7 @@ each run the tokens, the counters, and how often the two verifiers differed.
 import json
 import os
 import sys
+import time
 from copy import copy
 
 import torch
@@ -55,7 +56,7 @@ engine = vllm.LLM(
     job["target"],
     dtype="float32",
     max_model_len=256,
-    max_num_seqs=64,
+    max_num_seqs=256,
     enforce_eager=True,
     enable_prefix_caching=False,
     disable_log_stats=False,
@@ -81,7 +82,8 @@ for run in job["runs"]:
         install()
         ours = rejection_sampler.rejection_sample
         assert ours is not own
-        rejection_sampler.rejection_sample = judged_twice
+        if run.get("compare", True):
+            rejection_sampler.rejection_sample = judged_twice
     if "drafter" in run:
         os.environ["SPECDEC_DRAFTER"] = json.dumps(run["drafter"])
         for proposer, config in proposers:
@@ -92,11 +94,12 @@ for run in job["runs"]:
         for index in range(len(prompts))
         for cold in [{"temperature": 0} if index in run.get("greedy", ()) else {}]
     ]
-    before, size = counters(), run["batch_size"]
+    before, size, began = counters(), run["batch_size"], time.process_time()
     outputs = []
     for start in range(0, len(prompts), size):
         part = slice(start, start + size)
         outputs += engine.generate(prompts[part], sampling[part], use_tqdm=False)
+    print("TIMING", run["batch_size"], time.process_time() - began, file=sys.stderr, flush=True)
     answers.append(
         {
             "tokens": [list(output.outputs[0].token_ids) for output in outputs],
