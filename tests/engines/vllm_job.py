@@ -8,7 +8,6 @@ each run the tokens, the counters, and how often the two verifiers differed.
 import json
 import os
 import sys
-import time
 from copy import copy
 
 import torch
@@ -94,12 +93,11 @@ for run in job["runs"]:
         for index in range(len(prompts))
         for cold in [{"temperature": 0} if index in run.get("greedy", ()) else {}]
     ]
-    before, size, began = counters(), run["batch_size"], time.process_time()
+    before, size = counters(), run["batch_size"]
     outputs = []
     for start in range(0, len(prompts), size):
         part = slice(start, start + size)
         outputs += engine.generate(prompts[part], sampling[part], use_tqdm=False)
-    print("TIMING", run["batch_size"], time.process_time() - began, file=sys.stderr, flush=True)
     answers.append(
         {
             "tokens": [list(output.outputs[0].token_ids) for output in outputs],
