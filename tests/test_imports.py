@@ -21,7 +21,7 @@ FLOORS = [
     ["analysis"],
     ["train", "planning", "engines"],
     ["report"],
-    ["cli", "__main__"],
+    ["cli", "__main__", "integrations"],
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
