@@ -132,8 +132,7 @@ REFUSED = [
     ("medusa", "sglang", "no method for the drafter 'medusa'; it is run by vllm"),
     ("medusa-shared", "vllm", "cannot hold heads without projections"),
     ("eagle-plain", "llama.cpp", "'eagle'; it is run by sglang, vllm"),
-    ("eagle3", "vlm", "'vlm', which is not known; .* did you mean 'vllm'"),
-    ("target", "eagle3", "which is not known"),
+    ("eagle3", "vlm", "'vlm' is no engine to export to; .* did you mean 'vllm'"),
 ]
 
 
@@ -148,7 +147,7 @@ def test_target_is_one_that_an_engine_finds_and_that_fits(tiny, tmp_path):
     known = replace(random_head("eagle3").target, name="target")
     source = str(write_head(replace(random_head("eagle3"), target=known), tmp_path / "head"))
     for given, message in (
-        (None, "names its target 'target', .*--target"),
+        (None, "is 'target', where no engine finds it; .*--target"),
         ("demo", "hidden_size 160"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -162,7 +161,7 @@ def test_command_prints_the_line_and_knows_engines_and_layouts(tmp_path):
     refused = CliRunner().invoke(app, [*ask, "vlm"])
     assert (refused.exit_code, "did you mean 'vllm'" in refused.stderr) == (2, True)
     refused = CliRunner().invoke(app, ["export", "ngram", *ask[2:], "eagle3"])
-    assert (refused.exit_code, "'ngram' is a ngram" in refused.stderr) == (2, True)
+    assert (refused.exit_code, "'ngram' is a ngram, no head" in refused.stderr) == (2, True)
     done = CliRunner().invoke(app, [*ask, "vllm"])
     assert done.exit_code == 0, done.output
     assert done.stdout.splitlines()[-1] + ' "$@"' in (tmp_path / "out/launch.sh").read_text()
