@@ -4,7 +4,7 @@
 #
 #   bash scripts/engines.sh llamacpp   # llama.cpp's server and its converter, 30 s
 #   bash scripts/engines.sh vllm       # vLLM on a CPU, 3.4 GB, some minutes
-#   bash scripts/engines.sh exllama    # exllamav2 and exllamav3, for their signatures only
+#   bash scripts/engines.sh exllama    # exllamav2 and exllamav3, for their signatures only, 10 s
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name="${1:?give llamacpp, vllm or exllama}"
@@ -30,7 +30,8 @@ case "$name" in
     "$pip" install -q --no-deps -e .
     ;;
   exllama)
-    "$pip" install -q -r constraints/cpu.txt exllamav2==0.3.2 exllamav3==1.6.5 tokenizers
+    # Their Python alone, beside the packages of the project: without CUDA nothing of it runs.
+    "$pip" install -q --no-deps --target "$folder/site" exllamav2==0.3.2 exllamav3==1.6.5
     ;;
   *)
     echo "there is no engine $name; give llamacpp, vllm or exllama" >&2

@@ -45,7 +45,7 @@ def test_embedded_head_knows_target_and_training(kind, target):
     assert head.target is not None
     assert None not in (head.target.weights, head.target.tokenizer)
     check_target(head, identify_target(target))
-    assert head.training["tokens"] > 1e6
+    assert head.training["tokens"] > 1e5  # of the last of its trainings
     assert head.training["acceptance_by_rank"][0][0] > 0.5
 
 

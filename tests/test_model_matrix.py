@@ -6,6 +6,7 @@ from model_matrix import CASES, DOCS, Scripted, build, render
 
 from specdec import generate
 from specdec.drafters.ngram import NgramDrafter
+from specdec.integrations.transformers import speculative
 from specdec.targets.hf import HFTarget
 
 # Shorter than the window, at which all texts arrive, one of them past it.
@@ -45,6 +46,17 @@ def test_family_equals_generate_or_is_refused(name, variant, changes, refusal):
         accepted = sum(result.stats.num_accepted for result in results)
         assert drafter is None or drafted > 0
     assert 0 < accepted < drafted
+    width = max(map(len, PROMPTS))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in PROMPTS])
+    behind = model.generate(
+        ids,
+        attention_mask=(ids > 0).long(),  # no prompt holds a 0
+        max_new_tokens=NUM_NEW,
+        custom_generate=speculative(Scripted(texts)),
+    )
+    for prompt, row in zip(PROMPTS, behind[:, width:].tolist(), strict=True):
+        room = target.max_context_len - len(prompt)
+        assert row[:room] == texts[tuple(prompt)][:room]
 
 
 def test_page_of_models_is_that_of_the_table():

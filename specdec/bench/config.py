@@ -34,6 +34,9 @@ class TargetConfig(Config):
     dtype: str | None = None
     device: str | None = None
     quantization: str | None = None
+    engine: str | None = None
+    cache_mode: str | None = None
+    cache_tokens: Count | None = None
 
 
 class PromptConfig(Config):
@@ -179,6 +182,11 @@ class BenchConfig(RunConfig):
 
     @model_validator(mode="after")
     def _check_bench(self) -> "BenchConfig":
+        if self.target.engine:
+            raise ValueError(
+                f"target.engine is {self.target.engine!r}, but a bench also measures transformers' "
+                "generate on the target; measure a suite, as in suite: single_turn"
+            )
         if self.prompts_per_call and self.prompts_per_call < self.batch_size:
             raise ValueError(
                 f"prompts_per_call is {self.prompts_per_call} but must be 0 or at least "

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
+from math import isfinite, nan
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from specdec.bench.config import SamplingOptions
 from specdec.bench.results import Memory
 from specdec.bench.workloads import Request
 from specdec.common.files import first_line
+from specdec.common.metrics import read_gpu
 from specdec.engine.engine import Engine
 from specdec.engine.metrics import StepRecord
 from specdec.engine.scheduler import is_out_of_memory
@@ -54,7 +56,11 @@ class Call:
     rows: list[Run | str]  # in their order; the reason of one that failed
     wall_s: float | None  # prefills included; None if a request failed
     memory: Memory
-    energy_j: float | None = None  # of the whole device; None where it was not measured
+    # Of the whole device, and of the process's CPU; None where they were not measured.
+    energy_j: float | None = None
+    gpu_busy_s: float | None = None
+    gpu_memory_bytes: float | None = None  # at most
+    cpu_s: float | None = None
 
     @property
     def runs(self) -> list[Run]:
@@ -75,10 +81,10 @@ def measure_call(arm: Arm, requests: Requests, device: torch.device, meter: "Pow
     started = time.perf_counter()
     rows = decode_healthy(lambda given: arm(given, meter.look), requests)
     took_s = time.perf_counter() - started
-    energy_j = meter.stop()
+    used = meter.stop()
     is_whole = all(isinstance(row, Run) for row in rows)
     memory = read_peaks(device, arm.cache_bytes)
-    return Call(rows, took_s if is_whole else None, memory, energy_j)
+    return Call(rows, took_s if is_whole else None, memory, **used)
 
 
 # --- Serving ---
@@ -213,11 +219,11 @@ def read_peaks(device: torch.device, cache_bytes: int | None) -> Memory:
 
 
 class PowerMeter:
-    """The energy of one device from `start` to `stop`, other processes on it included.
+    """The use of one device from `start` to `stop`, other processes on it included, and of the CPU.
 
-    NVML's energy counter is read where the GPU has one (Volta and later); else its power is read
-    at every `look`, and summed up. Without a CUDA device, or without the package nvidia-ml-py
-    (module pynvml), nothing is measured.
+    NVML's energy counter is read where the GPU has one (Volta and later); else its power, which
+    `look` reads as it does utilization and memory, is summed up. Without a CUDA device, or without
+    the package nvidia-ml-py (module pynvml), nothing is measured but the CPU.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -227,34 +233,29 @@ class PowerMeter:
             uuid = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
             self._uuid = f"GPU-{uuid}"
 
-    def _read(self, name: str) -> float | None:
-        """A thousandth of what a function of NVML says of the device; None where it cannot."""
-        if not self._uuid:
-            return None
-        import pynvml
-
-        try:
-            pynvml.nvmlInit()
-            handle = pynvml.nvmlDeviceGetHandleByUUID(self._uuid)
-            return float(getattr(pynvml, name)(handle)) / 1000
-        except pynvml.NVMLError:
-            return None
+    def _read(self, figure: str) -> float | None:
+        return read_gpu(self._uuid, figure) if self._uuid else None
 
     def start(self) -> None:
-        self._first_j = self._read("nvmlDeviceGetTotalEnergyConsumption")
-        self._looks: list[tuple[float, float]] = []
+        self._first_j, self._cpu_s = self._read("energy_joules"), time.process_time()
+        self._looks: list[tuple[float, ...]] = []
         self.look()
 
-    def look(self) -> None:
-        """Take in the power now, where there is no counter."""
-        if self._first_j is None and (power_w := self._read("nvmlDeviceGetPowerUsage")) is not None:
-            self._looks.append((time.perf_counter(), power_w))
+    def look(self, every_s: float = 0.1) -> None:
+        """Take in power, utilization and memory now, where the last look is some time ago."""
+        now = time.perf_counter()
+        if self._uuid and not (self._looks and now < self._looks[-1][0] + every_s):
+            figures = map(self._read, ("power_watts", "utilization", "memory_used_bytes"))
+            self._looks.append((now, *(nan if each is None else each for each in figures)))
 
-    def stop(self) -> float | None:
-        """Joules since the start; None where nothing was measured."""
-        if self._first_j is not None:
-            last_j = self._read("nvmlDeviceGetTotalEnergyConsumption")
-            return None if last_j is None else last_j - self._first_j
-        self.look()
-        seconds, watts = np.array(self._looks).reshape(-1, 2).T
-        return float(np.trapezoid(watts, seconds)) if self._looks else None
+    def stop(self) -> dict[str, Any]:
+        """Give the figures of a `Call` since the start; None where nothing was measured."""
+        self.look(every_s=0)
+        first_j, last_j = self._first_j, self._read("energy_joules")
+        seconds, power, use, memory = np.array(self._looks).reshape(-1, 4).T
+        figures = np.trapezoid(power, seconds), np.trapezoid(use, seconds), memory.max(initial=0)
+        found = [float(each) if self._looks and isfinite(each) else None for each in figures]
+        if first_j is not None and last_j is not None:
+            found[0] = last_j - first_j
+        names = ("energy_j", "gpu_busy_s", "gpu_memory_bytes")
+        return {**dict(zip(names, found, strict=True)), "cpu_s": time.process_time() - self._cpu_s}

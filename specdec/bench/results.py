@@ -37,11 +37,18 @@ class Memory(Record):
 
 
 class Power(Record):
-    """Draw of the whole device by NVML; None where it was not measured."""
+    """Draw and use of the whole device by NVML, and of CPUs; None where they were not measured."""
 
     energy_j: float | None
     power_w: float | None
     energy_j_per_token: float | None
+    tokens_per_j: float | None = None
+    gpu_utilization: float | None = None
+    """share of the time that a kernel ran"""
+    gpu_memory_bytes: float | None = None
+    """at most, other processes included"""
+    cpu_cores: float | None = None
+    """CPU seconds of the process over seconds"""
 
 
 class StepTimes(Record):
@@ -183,8 +190,10 @@ class BenchArm(ArmFigures, BenchSpeeds):
     """tokens of all rows over the wall time of their calls, prefills included"""
     batch_decode_tokens_per_s: float | None
     other_ms_per_step: float | None
+    peak_rss_bytes: Whole | None = None
     peak_device_bytes: Whole | None
     cache_bytes: Whole | None
+    power: Power | None = None
     domains: dict[str, DomainFigures] = {}
     per_prompt: list[PromptFigures | None] | None = None
     """in the order of prompts; null for one that failed in every repeat"""

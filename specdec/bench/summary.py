@@ -165,7 +165,8 @@ def bench_arms(
             **arm_figures(table, baselines, (50, 90, 99), has_queue=False),
             **_throughput(own, config.batch_size),
             other_ms_per_step=1000 * median(gaps_s) if gaps_s else None,
-            **largest_memory(own).model_dump(exclude={"peak_rss_bytes"}),
+            **largest_memory(own).model_dump(),
+            power=_power(own),
             domains={name: domain_figures(table, places) for name, places in domains.items()},
             per_prompt=per_prompt,
             finish=models.Finish(eos=ends.count("eos"), length=ends.count("length")),
@@ -259,16 +260,26 @@ def suite_group(
     return models.GroupResults(name=group.name, value=group.value, requests=requests, arms=arms)
 
 
-def _power(calls: Iterable[Call]) -> models.Power:
-    """Energy of the calls that were measured, over their seconds and over their tokens."""
+def _power(calls: Sequence[Call]) -> models.Power:
+    """Energy and use of whole calls that were measured, over their seconds and tokens."""
+
+    def per_s(kind: str) -> float | None:
+        found = [(getattr(call, kind), call.wall_s) for call in calls if call.wall_s]
+        known = [(value, seconds) for value, seconds in found if value is not None]
+        return sum(each[0] for each in known) / sum(each[1] for each in known) if known else None
+
     measured = [call for call in calls if call.energy_j is not None and call.wall_s]
     energy_j = sum(call.energy_j or 0.0 for call in measured)
-    seconds = sum(call.wall_s or 0.0 for call in measured)
     tokens = sum(len(run.tokens) for call in measured for run in call.runs)
+    used = [call.gpu_memory_bytes or 0.0 for call in calls if call.wall_s]
     return models.Power(
         energy_j=energy_j if measured else None,
-        power_w=energy_j / seconds if measured else None,
+        power_w=per_s("energy_j"),
         energy_j_per_token=energy_j / tokens if tokens else None,
+        tokens_per_j=tokens / energy_j if energy_j else None,
+        gpu_utilization=per_s("gpu_busy_s"),
+        gpu_memory_bytes=max(used, default=0.0) or None,
+        cpu_cores=per_s("cpu_s"),
     )
 
 

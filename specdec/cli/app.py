@@ -2,8 +2,11 @@
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from pkgutil import resolve_name
 from typing import Any, Literal, get_args, get_origin
 
 import typer
@@ -18,6 +21,8 @@ app = typer.Typer(
 )
 BAD_INPUT = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError)
 FAILURES = (RuntimeError, MemoryError, FloatingPointError, OSError)
+_OBSERVED = {"loop": "specdec.engine.engine:Engine", "proxy": "specdec.proxy.recorder:Recorder"}
+_metrics: ContextVar[Any] = ContextVar("metrics", default=None)
 
 
 def argument(text: str, default: Any = ...) -> Any:
@@ -29,10 +34,13 @@ def option(default: Any, text: str | None = None, *flags: str) -> Any:
     return typer.Option(default, *flags, help=text)
 
 
-def command(group: typer.Typer = app, name: str | None = None) -> Callable[..., Any]:
+def command(
+    group: typer.Typer = app, name: str | None = None, *, watch: str = ""
+) -> Callable[..., Any]:
     """Register a command, whose expected errors end with an exit status.
 
-    A parameter that is a config becomes an option for each of its fields.
+    A parameter that is a config becomes an option for each of its fields. One that can be watched
+    has --metrics-port; `watch` says what the metrics observe, "loop" or "proxy".
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -42,6 +50,7 @@ def command(group: typer.Typer = app, name: str | None = None) -> Callable[..., 
         @functools.wraps(function)
         def run(**given: Any) -> None:
             with exit_statuses():
+                _show_metrics(watch, given.pop("metrics_port", None))
                 for parameter, model in configs.items():
                     fields = {field: given.pop(field) for field in model.model_fields}
                     given[parameter] = validated(model, fields, "option")
@@ -49,12 +58,28 @@ def command(group: typer.Typer = app, name: str | None = None) -> Callable[..., 
 
         found = [each for each in parameters if each.name not in configs]
         found += [option for model in configs.values() for option in _options(model)]
+        if watch:
+            kind, shown = inspect.Parameter.KEYWORD_ONLY, "local port for Prometheus; 0 finds one"
+            port = {"default": option(None, shown), "annotation": int | None}
+            found.append(inspect.Parameter("metrics_port", kind, **port))
         found = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in found]
         run.__signature__ = inspect.Signature(found)  # type: ignore[attr-defined]
         run.__annotations__ = {each.name: each.annotation for each in found}
         return group.command(name)(run)
 
     return register
+
+
+def _show_metrics(watch: str, port: int | None) -> None:
+    if port is None or os.environ.get("RANK", "0") != "0":  # of a training's processes one tells
+        return
+    from specdec.common.metrics import serve_metrics
+
+    metrics, port = serve_metrics(port)
+    warn(f"metrics: http://127.0.0.1:{port}/metrics")
+    _metrics.set(metrics)
+    with suppress(ImportError):  # the command itself says what is missing
+        resolve_name(_OBSERVED[watch]).observer = metrics
 
 
 def _is_config(parameter: inspect.Parameter) -> bool:
@@ -130,10 +155,15 @@ def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
 
     columns = (BarColumn(), MofNCompleteColumn(), Remaining(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("loading", total=None)
-        yield lambda done, total, text: progress.update(
-            task, completed=done, total=total, description=text
-        )
+        task, metrics = progress.add_task("loading", total=None), _metrics.get()
+
+        def show(done: int, total: int, text: str) -> None:
+            progress.update(task, completed=done, total=total, description=text)
+            if metrics:
+                metrics.done.set(done)
+                metrics.total.set(total)
+
+        yield show
 
 
 def warn(text: str) -> None:

@@ -101,7 +101,7 @@ def _table(report: "CollectReport") -> Table:
     return Table("collection", "", named, columns)
 
 
-@command(collect_app, "proxy")
+@command(collect_app, "proxy", watch="proxy")
 def proxy(config: ProxyConfig) -> None:
     """Record requests and answers on their way to an OpenAI-compatible server."""
     _require("the proxy", "starlette", "uvicorn", "httpx")
@@ -110,7 +110,7 @@ def proxy(config: ProxyConfig) -> None:
     serve(config, say=warn)
 
 
-@command()
+@command(watch="loop")
 def regenerate(
     queries: Path = argument("a folder that collect wrote, or a JSONL file"),
     out: Path = option(..., "folder for the answers; a killed run resumes in it"),
@@ -193,7 +193,7 @@ def _check_source(
     _require("--endpoint", "httpx", "tenacity")
 
 
-@command()
+@command(watch="loop")
 def features(
     options: FeatureOptions,
     answers: Path = argument("a folder that regenerate wrote, or a JSONL file; see --check"),

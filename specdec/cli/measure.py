@@ -20,7 +20,7 @@ _SUITE_KEYS = ("name", "tau", "decode_tokens_per_s", "speedup_vs_plain", "mismat
 _BENCH_KEYS = (*_SUITE_KEYS, "speedup_vs_hf", "end_to_end_speedup_vs_plain")
 
 
-@command()
+@command(watch="loop")
 def bench(
     config: str = argument(
         "a YAML file: one bench, many with a grid: in it, or a suite:; 'demo' for the packaged "
@@ -135,7 +135,7 @@ def _brief(arms: Sequence[Any], keys: Sequence[str]) -> list[dict[str, Any]]:
     return [{key: getattr(arm, key) for key in keys} for arm in arms]
 
 
-@command()
+@command(watch="loop")
 def analyze(
     config: str = argument("a bench's YAML file, or 'demo'"),
     overrides: list[str] = argument("key=value ...", []),
@@ -168,7 +168,7 @@ def analyze(
     typer.echo(json.dumps({"schema": analysis.schema_, "drafters": drafters}))
 
 
-@command()
+@command(watch="loop")
 def plan(
     config: str = argument("a bench's YAML, 'demo', or stated parameters with --roofline"),
     overrides: list[str] = argument("key=value ...", []),

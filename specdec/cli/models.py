@@ -75,7 +75,7 @@ def load_strategy(text: str, target: Any) -> Any:
     return None if text == "none" else load_drafter(options, target)
 
 
-@command()
+@command(watch="loop")
 def train(
     config: str = argument("a YAML file, as in recipes/"),
     out: Path = option(..., "folder for checkpoints, log, results and drafter"),

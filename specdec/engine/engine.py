@@ -56,6 +56,8 @@ class Engine:
         RuntimeError: in `step`, while another loop has rows on this target or drafter.
     """
 
+    observer: Any = None  # of one engine, or of all: its `observe` hears of every step
+
     @checked
     def __init__(
         self,
@@ -185,6 +187,8 @@ class Engine:
                 row.num_reported = len(row.tokens)
                 chunks.append(Chunk(row.index, new, "", row.finish_reason or None))
         self._ended = []
+        if self.observer:
+            self.observer.observe(self, [self._requests[chunk.index] for chunk in chunks])
         return chunks
 
     @contextmanager
@@ -212,6 +216,8 @@ class Engine:
         self._scheduler.remove_ended()
         with self._preempting_on_error(list(self._batch.rows), []):
             self._batch.retire()
+        if self.observer:
+            self.observer.observe(self, [request])
 
     def preempt(self) -> None:
         """Send all rows back to the queue and leave target and drafter to other loops."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 
+from specdec.common.metrics import Metrics
 from specdec.proxy.records import ProxyConfig, Record, RecordFiles, TotalReachedError, parse_size
 from specdec.proxy.redaction import keep, redact, secrets_inside, secrets_outside
 
@@ -272,6 +273,8 @@ class Exchange:
 class Recorder:
     """Writes records in a thread of its own; its state changes in the event loop's alone."""
 
+    observer: Metrics | None = None  # where it is set, hears of every record
+
     def __init__(
         self, config: ProxyConfig, files: RecordFiles, secrets: frozenset[str], say: Say
     ) -> None:
@@ -337,6 +340,8 @@ class Recorder:
             self.skipped["request is no JSON object"] += 1
         else:
             self.recorded += 1
+            if self.observer:
+                self.observer.observe_exchange(exchange.record)
             if self.trouble:
                 self.trouble = ""
                 self._say("recording goes on")

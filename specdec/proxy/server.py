@@ -152,6 +152,8 @@ class Application(Router):
     ) -> None:
         self._running = 0  # requests that are being served
         self._upstream, self._recorder, self._say, self._hosts = upstream, recorder, say, hosts
+        if recorder.observer:
+            recorder.observer.running.set_function(lambda: self._running)
         health = Route("/health", self._health, methods=["GET"])
         super().__init__([health], False, self._pass_on, lifespan=self._lifespan)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from threading import RLock
@@ -19,6 +20,11 @@ from specdec.engine.scheduler import is_out_of_memory
 from specdec.targets.hf import HFTarget, TargetEnds
 
 QUANTIZATIONS = ("8bit", "4bit")
+CACHE_MODES = ("FP16", "Q8", "Q6", "Q4")
+ENGINES = {
+    "exllamav2": "specdec.targets.exllamav2:ExLlamaV2Target",
+    "exllamav3": "specdec.targets.exllamav3:ExLlamaV3Target",
+}
 _WEIGHTS = "model.safetensors"
 # While transformers builds a model it patches torch for the whole process: one at a time.
 LOADING = RLock()
@@ -38,8 +44,11 @@ def load_target(
     quantization: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-) -> HFTarget:
-    """Load any transformers causal LM, from safetensors only.
+    engine: str | None = None,
+    cache_mode: str | None = None,
+    cache_tokens: int | None = None,
+) -> Any:
+    """Load any transformers causal LM, from safetensors only, or a folder into another engine.
 
     Args:
         path: "demo" (the embedded model), a folder, or a hub id; `hub:owner/name` is always one.
@@ -51,15 +60,26 @@ def load_target(
             needs none.
         revision: revision of a hub id.
         trust_remote_code: run Python code that the checkpoint brings. Off unless asked for.
+        engine: "exllamav2" or "exllamav3", with CUDA, for a folder that it reads, EXL2 or EXL3
+            among others; chains only. None for transformers.
+        cache_mode: "FP16", "Q8", "Q6" or "Q4": keys and values of such an engine. None: FP16.
+        cache_tokens: tokens of all rows together that it caches. None: 32,768.
+
+    Returns:
+        An `HFTarget`, or the `Target` of the engine.
 
     Raises:
         FileNotFoundError: no such folder or hub id.
+        RuntimeError: the engine cannot be imported or run here.
         ValueError: an option that cannot work here, or files that do not hold the model that their
             config describes: corrupt, or with missing, unexpected or misshapen tensors.
         MemoryError: the weights do not fit.
     """
     import transformers
 
+    if engine or cache_mode or cache_tokens:
+        own = (dtype, device, device_map, quantization, revision, trust_remote_code)
+        return _load_engine(path, engine, cache_mode, cache_tokens, any(own))
     where = check_path(path)
     chosen = find_device(device)
     options: dict[str, Any] = {
@@ -95,6 +115,24 @@ def load_target(
         raise _explained(where, error, chosen) from error
     target.tokenizer = load_tokenizer(where, revision, trust_remote_code)
     return target
+
+
+def _load_engine(
+    path: str, engine: str | None, mode: str | None, num_tokens: int | None, has_own: bool
+) -> Any:
+    """Load a folder into another engine, which takes none of the options of transformers."""
+    faults = [
+        (engine not in ENGINES, f"engine is {engine!r} but must be {' or '.join(ENGINES)}"),
+        (mode and mode not in CACHE_MODES, f"cache_mode is {mode!r}, not in {CACHE_MODES}"),
+        (num_tokens is not None and num_tokens < 1, f"cache_tokens is {num_tokens}, less than 1"),
+        (has_own, f"{engine} takes what the folder holds; CUDA_VISIBLE_DEVICES names its GPUs"),
+        (not Path(where := check_path(path)).is_dir(), f"{engine} reads folders, not {path!r}"),
+    ]
+    for is_fault, message in faults:
+        if is_fault:
+            raise ValueError(message)
+    module, name = ENGINES[str(engine)].split(":")
+    return getattr(import_module(module), name)(where, mode or "FP16", num_tokens or 2**15)
 
 
 def check_path(path: str) -> str:

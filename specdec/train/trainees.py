@@ -98,11 +98,6 @@ def new_head(
     """Build a head to train: new, or as a checkpoint left it."""
     if init is None:
         return build_head(kind, options, target)
-    if options:
-        raise ValueError(
-            f"config drafter.options {sorted(options)} and drafter.init are both given; a head has "
-            "its own, remove drafter.options (and draft_vocab_size)"
-        )
     checkpoint = read_head(init)
     if checkpoint.kind != kind:
         raise ValueError(
@@ -110,7 +105,13 @@ def new_head(
             f"{kind!r}; set drafter.kind={checkpoint.kind}"
         )
     check_target(checkpoint, identity)
-    head = build_head(kind, checkpoint.options, target)
+    own = checkpoint.options
+    if other := sorted(name for name, value in options.items() if own.get(name) != value):
+        raise ValueError(
+            f"config drafter.options {other} are not those of drafter.init {init!r}, and a head "
+            "keeps its own; remove them (or draft_vocab_size)"
+        )
+    head = build_head(kind, own, target)
     fill_head(head, checkpoint.tensors, init)
     return head
 

@@ -26,10 +26,10 @@ def served(chunk_s, chunk_tokens, sent_s=0.0, queue_s=0.0, records=()):
     return Run(list(range(sum(chunk_tokens))), chunk_tokens[0], *times, *rest)
 
 
-def call(*rows, energy_j=None):
+def call(*rows, **used):
     is_whole = all(isinstance(row, Run) for row in rows)
     wall_s = max(row.chunk_s[-1] for row in rows) if is_whole else None
-    return Call(list(rows), wall_s, NO_MEMORY, energy_j)
+    return Call(list(rows), wall_s, NO_MEMORY, **used)
 
 
 # --- Benches ---
@@ -279,5 +279,16 @@ def test_call_with_a_failure_is_not_timed():
 def test_energy_is_told_by_token_where_measured():
     one = served([1.0, 2.0], [1, 3])
     measured = suite_arm([[call(one, energy_j=30.0), call(one, energy_j=50.0)]]).power
-    assert measured.model_dump() == {"energy_j": 80.0, "power_w": 20.0, "energy_j_per_token": 10.0}
+    told = {"energy_j": 80.0, "power_w": 20.0, "energy_j_per_token": 10.0, "tokens_per_j": 0.1}
+    assert measured.model_dump(exclude_none=True) == told
     assert set(suite_arm([[call(one)]]).power.model_dump().values()) == {None}
+
+
+def test_use_of_the_machine_is_over_the_seconds_of_whole_calls():
+    one = served([1.0, 2.0], [1, 3])
+    calls = [call(one, cpu_s=3.0, gpu_busy_s=1.0, gpu_memory_bytes=5.0), call(one, cpu_s=1.0)]
+    failed = call("RuntimeError: no", cpu_s=99.0, gpu_memory_bytes=99.0)
+    used = suite_arm([[*calls, failed]]).power
+    assert used.model_dump(exclude_none=True) == {
+        **{"cpu_cores": 1.0, "gpu_utilization": 0.5, "gpu_memory_bytes": 5.0}
+    }

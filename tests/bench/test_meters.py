@@ -9,7 +9,11 @@ import torch
 from specdec.bench import measure
 from specdec.bench.measure import PowerMeter, read_peaks, reset_peaks
 
+NOTHING = dict.fromkeys(["energy_j", "gpu_busy_s", "gpu_memory_bytes"])
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+NVML = ("TotalEnergyConsumption", "PowerUsage", "UtilizationRates", "MemoryInfo")
 
 
 class NVMLError(Exception):
@@ -35,7 +39,7 @@ def meter(monkeypatch):
 
             return read
 
-        functions = ("nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetPowerUsage")
+        functions = [f"nvmlDeviceGet{name}" for name in NVML]
         nvml = SimpleNamespace(
             __spec__=True,
             NVMLError=NVMLError,
@@ -55,6 +59,7 @@ def meter(monkeypatch):
 def clock(monkeypatch):
     clock = SimpleNamespace(now=100.0)
     clock.perf_counter = lambda: clock.now
+    clock.process_time = lambda: clock.now / 2
     monkeypatch.setattr("specdec.bench.measure.time", clock)
     return clock
 
@@ -75,7 +80,24 @@ def test_energy_is_the_counter_s_difference_or_power_summed(meter, clock, told, 
     clock.now += 2
     found.look()
     clock.now += 1
-    assert found.stop() == joules
+    assert found.stop() == {**NOTHING, "energy_j": joules, "cpu_s": 1.5}
+
+
+def test_utilization_is_averaged_and_memory_is_the_largest_of_looks_that_are_not_too_close(
+    meter, clock
+):
+    busy = [SimpleNamespace(gpu=percent) for percent in (0, 100, 40)]
+    used = [SimpleNamespace(used=size) for size in (5, 9, 7)]
+    found = meter(UtilizationRates=busy, MemoryInfo=used)
+    found.start()
+    for passed_s in (0.05, 1.95, 0.05):
+        clock.now += passed_s
+        found.look()  # the second alone is not too close to the one before
+    clock.now += 0.95
+    told = found.stop()
+    assert told == {**NOTHING, "gpu_busy_s": pytest.approx(1.0 + 0.7), "cpu_s": 1.5} | {
+        "gpu_memory_bytes": 9.0
+    }
 
 
 def test_nothing_is_measured_without_nvml_or_gpu(monkeypatch):
@@ -83,7 +105,7 @@ def test_nothing_is_measured_without_nvml_or_gpu(monkeypatch):
     for device in (CUDA, CPU):
         meter = PowerMeter(device)
         meter.start()
-        assert meter.stop() is None
+        assert meter.stop() == {**NOTHING, "cpu_s": pytest.approx(0, abs=60)}
 
 
 @pytest.mark.skipif(not measure._RESET.exists(), reason="only Linux lets a peak be set back")

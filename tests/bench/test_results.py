@@ -23,7 +23,8 @@ def committed():
 @pytest.mark.parametrize(("model", "content"), list(committed()))
 def test_committed_file_is_read(model, content):
     results = model.read(content)
-    assert results.model_dump(mode="json", by_alias=True) == content
+    # Fields that came later have no value there.
+    assert results.model_dump(mode="json", by_alias=True, exclude_unset=True) == content
     for part in getattr(results, "cells", None) or getattr(results, "groups", None) or [results]:
         assert part.arms[0].name == "plain"
         assert part.arms[0].mean_speedup_vs_plain == 1.0

@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 import threading
+from functools import partial
 
 import anyio
 import pytest
@@ -13,6 +14,7 @@ from fake_upstream import PATIENCE_S, answer, chat, content_of, delta, event, js
 from starlette.responses import Response, StreamingResponse
 
 from specdec.common.messages import NoQueryError, find_queries
+from specdec.common.metrics import Metrics
 from specdec.data.queries import open_source
 from specdec.proxy.records import Record
 
@@ -67,6 +69,34 @@ def test_stream_is_recorded_joined(proxy, upstream):
     }
     assert (record.complete, record.stream) == (True, True)
     assert 0 <= record.ttft_s <= record.latency_s
+
+
+def test_metrics_count_what_is_recorded(start_proxy, upstream):
+    metrics, usage = Metrics(), {"prompt_tokens": 4, "completion_tokens": 2}
+    proxy = start_proxy(upstream.url, recording={"observer": metrics})
+    seen = []
+
+    async def stream(request):
+        seen.append(metrics.registry.get_sample_value("specdec_num_requests_running"))
+        pieces = [delta(content="two"), delta("stop"), event({"choices": [], "usage": usage}), DONE]
+        return await streaming(pieces)(request)
+
+    for respond in (stream, json_answer({"error": {"message": "no"}}, 400)):
+        upstream.answer = respond
+        proxy.ask(chat("a", stream=True))
+    running = partial(metrics.registry.get_sample_value, "specdec_num_requests_running")
+    proxy.eventually(lambda: running() == 0)
+    assert seen == [1]
+    ended = "specdec_request_success_total"
+    for name, labels, count in (
+        ("specdec_prompt_tokens_total", {}, 4),
+        ("specdec_generation_tokens_total", {}, 2),
+        ("specdec_time_to_first_token_seconds_count", {}, 1),
+        ("specdec_e2e_request_latency_seconds_count", {}, 2),
+        (ended, {"finished_reason": "stop"}, 1),
+        (ended, {"finished_reason": "error"}, 1),
+    ):
+        assert metrics.registry.get_sample_value(name, labels) == count, name
 
 
 def joined(text, reason=None):

@@ -126,7 +126,7 @@ def test_head_goes_on_from_another_one(made, tmp_path):
     assert after.draft_vocabulary is None
     for change, message in (
         ({"kind": "eagle"}, r"holds a head of the kind 'eagle3', not 'eagle'"),
-        ({"options": {"taps": [1, 2, 3]}}, "are both given"),
+        ({"options": {"taps": [1, 2, 3]}}, r"\['taps'\] are not those of drafter.init"),
     ):
         wrong_head = more | {"drafter": more["drafter"] | change}
         wrong = config_of(made, tmp_path, "eagle3", made / "answers", **wrong_head)
