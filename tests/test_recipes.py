@@ -128,8 +128,8 @@ def test_demo_recipe_runs_as_its_header_says(place, path, monkeypatch):
     assert trained["parity"]["passed"]
     assert all(arm["prompts"] == 2 and not arm["failed"] for arm in measured["arms"])
     if name != "qlora":
-        exported = next(words for words in commands(header(path)) if words[0] == "convert")
-        assert read_head(str(place / exported[2])).layout == exported[-1]
+        exported = next(words for words in commands(header(path)) if words[0] == "export")
+        assert read_head(str(place / exported[-1])).layout == exported[3]
 
 
 @pytest.mark.slow

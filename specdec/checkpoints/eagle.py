@@ -156,7 +156,9 @@ class SglangEagle(Eagle):
 
     def parse(self, files: RawFiles) -> HeadCheckpoint:
         found, bias = super().parse(files), files.tensors.get("fc.bias")
-        is_biased = bias is not None and bool(bias.any())
+        is_biased = True  # zeros stand in place of none
+        if bias is not None and bias.shape == (self.hidden_size,) and bias.is_floating_point():
+            is_biased = bool(bias.any())
         left = {name: t for name, t in files.tensors.items() if is_biased or name != "fc.bias"}
         return replace(found, options={**found.options, "bias": is_biased}, tensors=left)
 
@@ -312,7 +314,7 @@ class _WindowedLayer(LlamaLayer):
 class Speculators(_Eagle3Layout):
     """EAGLE-3 as vllm-project/speculators writes it, `Eagle3SpeculatorConfig`."""
 
-    name, engines = "speculators", ("vllm", "llama.cpp")
+    name, engines, dtype_key = "speculators", ("vllm", "llama.cpp"), "dtype"
     speculators_model_type: Literal["eagle3"]
     speculators_config: dict[str, Any] | None = None
     verifier: str | None = Field(
@@ -361,6 +363,7 @@ class Speculators(_Eagle3Layout):
         method |= {"verifier_accept_k": 1, "accept_tolerance": 0.0}
         return {
             "architectures": ["Eagle3Speculator"],
+            "auto_map": {"": "config.Eagle3SpeculatorConfig"},
             "speculators_model_type": "eagle3",
             "speculators_version": "0.9.0",  # the library wants the key and compares nothing
             "speculators_config": {

@@ -33,6 +33,7 @@ class Layout(ForeignConfig):
     kind: ClassVar[str]  # of its heads
     weights: ClassVar[str] = "model.safetensors"
     carried: ClassVar[tuple[str, ...]] = ()  # tensors that may be there for nothing
+    dtype_key: ClassVar[str] = "torch_dtype"
     engines: ClassVar[tuple[str, ...]] = ()  # that `specdec export` writes it for
 
     @staticmethod
@@ -69,5 +70,5 @@ class Layout(ForeignConfig):
         tensors, name_of = checkpoint.tensors, cls.naming(checkpoint)
         config = cls.config(checkpoint, head_of(checkpoint).options)
         dtype = mode(str(tensor.dtype) for tensor in tensors.values() if tensor.ndim == 2)
-        config["torch_dtype"] = dtype.removeprefix("torch.")
+        config[cls.dtype_key] = dtype.removeprefix("torch.")
         return config, {name_of(name): tensor for name, tensor in tensors.items()}

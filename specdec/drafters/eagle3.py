@@ -15,12 +15,6 @@ from specdec.drafters.feature_head import Backbone, DraftLayer, FeatureDrafter, 
 from specdec.drafters.heads import Layer, Size
 from specdec.drafters.training import LossOutput, TrainingBatch, shifted, soft_cross_entropy
 
-# Norms that engines do not read.
-_LOST = {
-    **{"sglang": ("norm_before_residual",), "llama.cpp": ("norm_output",)},
-    "tensorrt-llm": ("norm_before_residual", "norm_before_fc"),
-}
-
 
 class Eagle3Options(Config):
     """The options of an EAGLE-3 head; the norms are those of speculators."""
@@ -71,9 +65,10 @@ class Eagle3Head(FeatureHead):
         self.set_draft_vocab(torch.arange(num_drafted))
 
     def lost_in(self, engine: str) -> str:
-        lost = [name for name in _LOST.get(engine, ()) if getattr(self.options, name)]
-        fix = "train it without, or take another engine"
-        return f"the head's {lost[0]}; {fix}" if lost else ""
+        unread = {"sglang": "norm_before_residual", "llama.cpp": "norm_output"}
+        unread["tensorrt-llm"] = "norm_before_residual norm_before_fc"
+        lost = [name for name in unread.get(engine, "").split() if getattr(self.options, name)]
+        return f"the head's {lost[0]}; train it without, or take another engine" if lost else ""
 
     @staticmethod
     def default_taps(num_layers: int) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ from pydantic import Field
 
 from specdec.checkpoints import HeadCheckpoint, TargetIdentity, check_target, head_of, read_head
 from specdec.checkpoints.eagle import IDS
-from specdec.checkpoints.layouts import FOREIGN, write_head
+from specdec.checkpoints.layouts import FOREIGN, LAYOUTS, write_head
 from specdec.common.config import Config, write_model
 from specdec.common.files import parse_json, read_json, whole_folder
 from specdec.common.hub import find_checkpoint
@@ -31,10 +31,7 @@ from specdec.demo import demo_path
 from specdec.registry import DRAFTERS, closest, strategy
 
 RECORD, LAUNCH = "specdec-export.json", "launch.sh"
-_PLAIN = str.maketrans("-.", "__")
-_ENVIRONMENT = Environment(trim_blocks=True, lstrip_blocks=True, autoescape=False)
-_ENVIRONMENT.filters["json"] = json.dumps
-_TEMPLATE = _ENVIRONMENT.from_string(
+_TOLD = Environment(trim_blocks=True, lstrip_blocks=True).from_string(
     Path(__file__).with_name("engines.yaml.jinja").read_text(encoding="utf-8")
 )
 ENGINES = ("vllm", "sglang", "tensorrt-llm", "llama.cpp", "transformers", "tabbyapi", "exllamav2")
@@ -97,7 +94,8 @@ def export(
         ValueError: the engine does not run such a drafter, or would drop a part of it.
     """
     if engine not in ENGINES:
-        raise ValueError(f"engine is {engine!r}, which is not known; {closest(engine, [*ENGINES])}")
+        known = closest(engine, [*ENGINES, *LAYOUTS])
+        raise ValueError(f"{engine!r} is no engine to export to; {known}")
     out = _new_folder(out)
     options, head = find_drafter(drafter, revision)
     kind = options["type"]
@@ -133,8 +131,7 @@ def export_layout(
     out = _new_folder(out)
     options, head = find_drafter(source, revision)
     if head is None:
-        what = f"{source!r} is a {options['type']}, and {layout!r} is a layout of heads"
-        raise ValueError(f"{what}; give --to an engine, one of {', '.join(ENGINES)}")
+        raise ValueError(f"{source!r} is a {options['type']}, no head; name an engine instead")
     write_head(head if target is None else _completed(head, source, target), out, layout)
     return head
 
@@ -186,10 +183,8 @@ def _find_target(target: str | None, drafter: str | None, head: HeadCheckpoint |
     if target is None:
         target = head.target.name if head and head.target else None
         if target is None or "/" not in target:
-            told = (
-                f"names its target {target!r}, where no engine finds it" if target else "has none"
-            )
-            raise ValueError(f"{drafter!r} {told}; give the target (--target), a folder or hub id")
+            what = f"the target of {drafter!r} is {target or 'unknown'!r}, where no engine finds it"
+            raise ValueError(f"{what}; give a folder or hub id (--target)")
     found = str(demo) if target == "demo" else find_checkpoint(target, "the target's folder")
     return str(Path(found).resolve()) if Path(found).is_dir() else found
 
@@ -202,12 +197,13 @@ def _write_head(made: Exported, head: HeadCheckpoint, folder: Path) -> None:
     if lost := whole.lost_in(made.engine):
         raise ValueError(f"{made.engine} would drop, without a word, {lost}")
     config = AutoConfig.from_pretrained(made.target)
-    text, known = config.get_text_config(), head.target or TargetIdentity(None, None)
+    text = config.get_text_config()
     sizes = TargetIdentity(made.target, text.hidden_size, text.vocab_size, text.num_hidden_layers)
     check_target(head, sizes)
-    told = {name: value for name, value in asdict(sizes).items() if value is not None}
-    told["facts"] = {**(known.facts or {}), "architectures": config.architectures}
-    head, failure = replace(head, target=replace(known, **told)), None
+    known = head.target or sizes
+    facts = {**(known.facts or {}), "architectures": config.architectures}
+    known = replace(known, name=made.target, num_layers=sizes.num_layers, facts=facts)
+    head, failure = replace(head, target=known), None
     for layout in sorted(FOREIGN, key=lambda name: (name != head.layout, name)):
         if FOREIGN[layout].kind == head.kind and made.engine in FOREIGN[layout].engines:
             try:
@@ -242,10 +238,12 @@ def _completed(head: HeadCheckpoint, source: str, target: str) -> HeadCheckpoint
     from specdec.targets.load import load_target
 
     path = _find_target(target, source, head)
-    identity = replace(identify_target(load_target(path)), name=path)
+    model = load_target(path)
+    identity = replace(identify_target(model), name=path)
     with warnings.catch_warnings(action="ignore"):  # an older identity is about to be renewed
         check_target(head, identity)
-    whole = replace(head, target=identity)
+    facts = {**(identity.facts or {}), "architectures": model.model.config.architectures}
+    whole = replace(head, target=replace(identity, facts=facts))
     options = head_of(whole, source).options.model_dump(exclude_none=True)
     return replace(whole, options=options)
 
@@ -262,8 +260,9 @@ def _tell(made: Exported, options: Mapping[str, Any], folder: Path) -> dict[str,
     values = {"made": made, "options": options, "layers": [tap - 1 for tap in taps], "here": here}
     values |= {"dtype": {} if made.dtype == "auto" else {"dtype": made.dtype}, "path": Path}
     values |= {"flags": lambda told: [w for k, v in told.items() for w in (f"--{k}", str(v))]}
-    block = _TEMPLATE.blocks[made.engine.translate(_PLAIN)]
-    told = yaml.safe_load("".join(block(_TEMPLATE.new_context(values))))
+    values["json"] = json.dumps
+    block = _TOLD.blocks[made.engine.replace("-", "_").replace(".", "_")]
+    told = yaml.safe_load("".join(block(_TOLD.new_context(values))))
     if models := told.pop("gguf", None):
         from specdec.engines.gguf import to_gguf
 

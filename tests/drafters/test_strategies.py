@@ -149,7 +149,7 @@ def test_new_trained_head_is_one_file(tmp_path, monkeypatch):
     said = run("inspect", out / "drafter")
     assert "Toy head in the layout 'specdec'" in said
     assert "no optional parts" in said
-    run("convert", out / "drafter", copy, "--to", "specdec")
+    run("export", out / "drafter", "--to", "specdec", "--out", copy)
     arms = [{"name": "mine", "type": "toy", "options": {"path": str(copy)}}]
     bench = {"prompts": {"source": "demo", "num": 2}, "max_new_tokens": 8, "repeats": 1}
     config = write_yaml(tmp_path / "bench.yaml", {**bench, "arms": arms})

@@ -26,8 +26,8 @@ HEADS = {
 LAYOUTS_OF = {
     "medusa": ("specdec", "medusa", "vllm-medusa"),
     "medusa-shared": ("specdec", "medusa"),
-    "eagle": ("specdec", "eagle"),
-    "eagle-biased": ("specdec", "eagle"),
+    "eagle": ("specdec", "eagle", "sglang-eagle"),
+    "eagle-biased": ("specdec", "eagle", "sglang-eagle"),
     "eagle3": ("specdec", "eagle3", "speculators"),
     "eagle3-whole": ("specdec", "eagle3", "speculators"),
     "eagle3-normed": ("specdec", "speculators"),

@@ -1,4 +1,4 @@
-"""`specdec convert` and `specdec inspect`."""
+"""`specdec export` to a layout, and `specdec inspect`."""
 
 import json
 import re
@@ -31,57 +31,63 @@ def refused(done, *words):
 
 
 @pytest.mark.parametrize("name", LAYOUTS_OF)
-def test_convert_writes_every_layout_of_head(tmp_path, name):
+def test_export_writes_every_layout_of_head(tmp_path, name):
     head = random_head(name, training={"loss": 1.5})
     source = write_head(head, tmp_path / "specdec")
     for layout in LAYOUTS_OF[name][1:]:
-        done = run("convert", source, tmp_path / layout, "--to", layout)
+        done = run("export", source, "--to", layout, "--out", tmp_path / layout)
         assert done.exit_code == 0, done.stderr
         assert f"head: specdec -> {layout}, {tmp_path / layout}" in done.output
         back = tmp_path / f"{layout} back"
-        assert run("convert", tmp_path / layout, back, "--to", "specdec").exit_code == 0
+        assert run("export", tmp_path / layout, "--to", "specdec", "--out", back).exit_code == 0
         found = read_head(back)
         assert same_tensors(found.tensors, head.tensors)
         assert (found.options, found.target) == (head.options, head.target)
         assert found.training == {"loss": 1.5}
 
 
-def test_convert_completes_source_from_target(tmp_path):
+def test_export_completes_source_from_target(tmp_path):
     target = save_checkpoint(tmp_path / "tiny", tiny_llama(vocab_size=61, num_layers=8))
     source = publish(tmp_path / "source", EAGLE3, eagle3_tensors())
-    refusal = run("convert", source, tmp_path / "one", "--to", "speculators")
+    refusal = run("export", source, "--to", "speculators", "--out", tmp_path / "one")
     assert refused(refusal, "names its target", "--target")
-    done = run("convert", source, tmp_path / "two", "--to", "speculators", "--target", target)
+    done = run(
+        "export", source, "--to", "speculators", "--out", tmp_path / "two", "--target", target
+    )
     assert done.exit_code == 0, done.stderr
     found = read_head(tmp_path / "two")
-    assert (found.target.name, found.target.num_layers) == ("tiny", 8)
+    assert (found.target.name, found.target.num_layers) == (str(target), 8)
     assert found.options["taps"] == [2, 4, 5]
     other = save_checkpoint(tmp_path / "other", tiny_llama(vocab_size=97, num_layers=8))
-    done = run("convert", source, tmp_path / "three", "--to", "specdec", "--target", other)
+    done = run("export", source, "--to", "specdec", "--out", tmp_path / "three", "--target", other)
     assert refused(done, "vocab_size 61", "vocab_size 97")
 
 
-def test_convert_completes_sparse_options_from_the_target(tmp_path):
+def test_export_completes_sparse_options_from_the_target(tmp_path):
     model = tiny_llama(vocab_size=61, num_layers=8)
     target = save_checkpoint(tmp_path / "tiny", model)
     head = replace(random_head("eagle3"), target=None)
     sparse = {"draft_vocab_size": 40, "taps": [1, 4, 6]}
     source = write_head(replace(head, options=sparse), tmp_path / "source")
-    assert refused(run("convert", source, tmp_path / "one", "--to", "eagle3"), "--target")
-    done = run("convert", source, tmp_path / "two", "--to", "eagle3", "--target", target)
+    assert refused(run("export", source, "--to", "eagle3", "--out", tmp_path / "one"), "--target")
+    done = run("export", source, "--to", "eagle3", "--out", tmp_path / "two", "--target", target)
     assert done.exit_code == 0, done.stderr
     assert read_head(tmp_path / "two").options == head.options
 
 
-def test_convert_refuses_bad_input_and_leaves_nothing_behind(tmp_path):
+def test_export_refuses_bad_input_and_leaves_nothing_behind(tmp_path):
     source = write_head(random_head("eagle3-normed"), tmp_path / "head")
     new = tmp_path / "new"
-    assert refused(run("convert", source, new, "--to", "eagle3"), "norm_before_residual=true")
-    assert refused(run("convert", source, new, "--to", "hydra"), "'hydra'", "speculators")
-    assert refused(run("convert", tmp_path / "none", new, "--to", "specdec"), "is not a folder")
+    assert refused(
+        run("export", source, "--to", "eagle3", "--out", new), "norm_before_residual=true"
+    )
+    assert refused(run("export", source, "--to", "hydra", "--out", new), "'hydra'", "speculators")
+    assert refused(
+        run("export", tmp_path / "none", "--to", "specdec", "--out", new), "is not a folder"
+    )
     assert not new.exists()
-    assert refused(run("convert", source, source, "--to", "specdec"), "is not empty")
-    assert refused(run("convert", source, source / "specdec.json", "--to", "specdec"))
+    assert refused(run("export", source, "--to", "specdec", "--out", source), "is not empty")
+    assert refused(run("export", source, "--to", "specdec", "--out", source / "specdec.json"))
 
 
 TRAINING, TREE = {"loss": 1.25, "tokens": 1000}, [[0], [1], [0, 0]]
@@ -168,7 +174,7 @@ def test_the_table_lists_every_layout():
 
 def test_the_commands_and_options_of_the_examples_exist():
     commands = get_command(app).commands
-    examples = re.findall(r"specdec (inspect|convert)([^#`\n]*)", TEXT)
+    examples = re.findall(r"specdec (inspect|export)([^#`\n]*)", TEXT)
     assert len(examples) >= 4
     for name, rest in examples:
         known = {option for each in commands[name].params for option in each.opts}

@@ -142,7 +142,7 @@ def test_quantized_version_keeps_heads_and_resumes_nothing(known):
 
 def test_older_identity_is_compared_with_warning(known):
     old = replace(known, facts=None, magnitudes=None)
-    with pytest.warns(UserWarning, match=r"older versions wrote it.* specdec convert"):
+    with pytest.warns(UserWarning, match=r"older versions wrote it.* specdec export"):
         check_target(head_for(old), known)
     with pytest.warns(UserWarning, match="older"):
         check_resumed(Path("run"), None, as_json(known))
