@@ -57,7 +57,10 @@ def test_imports_run_downward(path, parts):
             assert FLOOR_OF[name] <= FLOOR_OF[parts[0]], f"{'.'.join(parts)} imports {name}"
 
 
-@pytest.mark.parametrize("module", ["specdec", "specdec.verify", "specdec.verify.conformance"])
+@pytest.mark.parametrize(
+    "module",
+    ["specdec", "specdec.verify", "specdec.verify.conformance", "specdec.integrations.vllm"],
+)
 def test_light_imports_bring_nothing_but_torch(module):
     script = (
         f"import torch, sys; before = set(sys.modules); import {module};"

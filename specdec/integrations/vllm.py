@@ -143,9 +143,9 @@ class Proposer:
             self._drafter.reorder(torch.tensor([row for *_, row in kept]))
             committed = [new for _, _, new, _ in kept]
             accepted = [self._paths[row][: len(new) - 1] for _, _, new, row in kept]
-            counts, path = torch.tensor([*map(len, accepted)]), padded(accepted, -1)
+            path = torch.tensor(padded(accepted, -1), dtype=torch.long)
             tokens, tested = torch.tensor(padded(committed, -1)), torch.zeros(len(kept), 0).bool()
-            verdict = Verdict(tokens, counts, torch.tensor(path, dtype=torch.long), tested)
+            verdict = Verdict(tokens, (path >= 0).sum(1), path, tested)
             self._drafter.observe(verdict, committed, {})
         if joined:
             self._drafter.begin([text for _, text, *_ in joined], None, None, join=bool(kept))
@@ -156,10 +156,10 @@ class Proposer:
         columns = draft.lengths, draft.tokens, draft.explicit_parents()
         listed = zip(kept + joined, *(column.tolist() for column in columns), strict=True)
         for (slot, *_), length, tokens, parents in listed:
-            path = []
+            served: list[int] = []
             for node in range(length):
-                if parents[node] == (path[-1] if path else -1):
-                    path.append(node)
-            self._paths.append(path)
-            drafts[slot] = [tokens[node] for node in path]
+                if parents[node] == (served[-1] if served else -1):
+                    served.append(node)
+            self._paths.append(served)
+            drafts[slot] = [tokens[node] for node in served]
         return drafts

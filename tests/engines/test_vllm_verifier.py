@@ -26,12 +26,14 @@ pytestmark = [
 
 NUM_PROMPTS, NUM_TOKENS, NUM_DRAFTED = 20, 64, 5
 NUM_SAMPLES, TEMPERATURE, HORIZON = 4000, 0.6, 3
+SAMPLED_PROMPT = 2  # a short one
 EVERY = list(range(NUM_PROMPTS))
 GREEDY = {"sampling": {"temperature": 0, "max_tokens": NUM_TOKENS}, "prompts": EVERY}
 SAMPLED = {
     "sampling": {"temperature": TEMPERATURE, "max_tokens": HORIZON, "ignore_eos": True},
-    "prompts": [0] * NUM_SAMPLES,
+    "prompts": [SAMPLED_PROMPT] * NUM_SAMPLES,
     "batch_size": NUM_SAMPLES,
+    "compare": False,
 }
 MIXED = {
     "sampling": {"temperature": TEMPERATURE, "max_tokens": NUM_TOKENS},
@@ -142,8 +144,7 @@ def test_at_temperature_0_no_cell_text_or_counter_differs(verifier, target, prom
 def test_rows_of_both_kinds_in_one_batch(verifier, plain):
     """The repaired vLLM agrees from the same random numbers, but for ties in rounding."""
     assert verifier["mixed"]["differ"] <= 3
-    assert verifier["token"]["differ"] <= 3
-    assert verifier["block"]["differ"] > 100
+    assert verifier["mixed"]["with_draft_probs"] > 10
     assert verifier["mixed"]["tokens"][::2] == plain[::2]
     assert verifier["mixed"]["tokens"][1::2] != plain[1::2]
 
@@ -166,7 +167,7 @@ def law(prompt):
 
 @pytest.mark.parametrize("rule", ["token", "block"])
 def test_sampled_tokens_follow_the_target(verifier, prompts, rule):
-    expected = law(prompts[0])
+    expected = law(prompts[SAMPLED_PROMPT])
     samples = [tuple(tokens) for tokens in verifier[rule]["tokens"]]
     observed = [samples.count(key) for key in expected]
     shares = [*expected.values(), 1 - sum(expected.values())]
@@ -174,7 +175,6 @@ def test_sampled_tokens_follow_the_target(verifier, prompts, rule):
         [*observed, NUM_SAMPLES - sum(observed)], [NUM_SAMPLES * share for share in shares]
     )
     assert len(expected) > 10
-    assert verifier[rule]["with_draft_probs"] > 10
     assert verifier[rule]["counters"][2] > NUM_SAMPLES / 10  # accepted
     assert statistic.pvalue > 0.01
 

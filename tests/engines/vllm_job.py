@@ -55,7 +55,7 @@ engine = vllm.LLM(
     job["target"],
     dtype="float32",
     max_model_len=256,
-    max_num_seqs=64,
+    max_num_seqs=256,
     enforce_eager=True,
     enable_prefix_caching=False,
     disable_log_stats=False,
@@ -81,7 +81,8 @@ for run in job["runs"]:
         install()
         ours = rejection_sampler.rejection_sample
         assert ours is not own
-        rejection_sampler.rejection_sample = judged_twice
+        if run.get("compare", True):
+            rejection_sampler.rejection_sample = judged_twice
     if "drafter" in run:
         os.environ["SPECDEC_DRAFTER"] = json.dumps(run["drafter"])
         for proposer, config in proposers:
