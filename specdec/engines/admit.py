@@ -14,7 +14,7 @@ from pydantic import Field
 from specdec.bench.prompts import encode_prompts, load_prompts
 from specdec.checkpoints import head_of
 from specdec.common.config import Config, read_model, write_model
-from specdec.common.files import Journal
+from specdec.common.files import Journal, file_hash
 from specdec.common.provenance import CodeProvenance, code
 from specdec.engine.decode import generate, generate_baseline
 from specdec.engine.metrics import AcceptanceStats
@@ -99,6 +99,9 @@ def admit(drafter: str, asked: AdmitConfig, out: Path, show: Show) -> Admission:
         ValueError: input that cannot work, or a server of another model.
         RuntimeError: the engine does not start, or answers no more.
     """
+    if asked.engine not in _FLAGS and "://" not in asked.engine:
+        known = f"{' or '.join(_FLAGS)}, or the URL of a server that runs"
+        raise ValueError(f"engine is {asked.engine!r} but must be {known}")
     options, head = find_drafter(drafter)
     depth = head_of(head).max_depth if head else None
     num_tokens, limit = min(asked.num_tokens, depth or asked.num_tokens), asked.max_new_tokens
@@ -114,7 +117,9 @@ def admit(drafter: str, asked: AdmitConfig, out: Path, show: Show) -> Admission:
             f"max_new_tokens is {limit}, but with them and two drafts the longest prompt has "
             f"{max_len} tokens, and the context {target.max_context_len}; ask for fewer"
         )
-    identity = {"drafter": options, **asked.model_dump(exclude={"max_wait_s", "python"})}
+    weights = sorted(Path(str(options.get("path", "-"))).glob("*.safetensors"))
+    identity = {"drafter": options, "weights": [file_hash(path) for path in weights]}
+    identity |= asked.model_dump(exclude={"max_wait_s", "python"})
     with Journal(out / JOURNAL, identity) as journal:
         asking = (asked, options, target.eos_token_ids, max_len, num_tokens)
         facts = _ask_engine(ids, *asking, out, journal, show)
@@ -125,19 +130,15 @@ def admit(drafter: str, asked: AdmitConfig, out: Path, show: Show) -> Admission:
     # Drafts are whole up to the limit, as vLLM's are.
     ours = generate(target, options, ids, max_new_tokens=limit + num_tokens, batch_size=_ROWS)
 
-    differences, equal = [], {}
-    for arm in [arm for arm in ("plain", "drafter") if (arm, 0) in rows]:
-        equal[arm] = len(ids)
-        for i, text in enumerate(plain):
-            pairs = enumerate(zip_longest(text.tokens, rows[arm, i]["tokens"]))
-            wrong = [(place, *pair) for place, pair in pairs if pair[0] != pair[1]]
-            if wrong:
+    differences, equal = [], dict.fromkeys((arm for arm, i in rows), len(ids))
+    for (arm, i), row in sorted(rows.items()):
+        pairs = enumerate(zip_longest(plain[i].tokens, row["tokens"]))
+        for place, (mine, other) in pairs:
+            if mine != other:
+                found = {"position": place, "ours": mine, "engine": other}
+                differences.append(Difference(arm=arm, prompt=names[i], **found))
                 equal[arm] -= 1
-                place, mine, other = wrong[0]
-                where = Difference(
-                    arm=arm, prompt=names[i], position=place, ours=mine, engine=other
-                )
-                differences.append(where)
+                break
     if not equal["drafter"]:
         raise ValueError(
             f"{facts['model']!r} gives none of the {len(ids)} texts of {name!r}: it is another "

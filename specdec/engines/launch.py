@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -106,6 +107,9 @@ def start(
             env={**defaults, **os.environ, **(env or {})},
             start_new_session=True,  # a group of its own, which is stopped as one
         )
+    # A command that is told to end stops its engine first, as by Ctrl-C.
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if is_main else None
     try:
         url = f"http://127.0.0.1:{port}/v1"
         started = told = time.monotonic()
@@ -123,6 +127,8 @@ def start(
             time.sleep(0.2)
         yield url
     finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
         for sign in (signal.SIGTERM, signal.SIGKILL):
             with suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, sign)

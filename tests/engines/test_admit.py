@@ -138,4 +138,4 @@ def test_server_that_cannot_be_compared_is_refused(server, answers, tmp_path):
     server.fixed = {"/v1/models": {"data": []}}
     refused("gives no model or no token ids: '{\"data\": []}'; give the URL up to and with /v1")
     refused("does not answer (ConnectError", status=1, url="http://127.0.0.1:9/v1")
-    refused("engine is 'tgi', which is not known", url="tgi")
+    refused("engine is 'tgi' but must be vllm or llama.cpp, or the URL of a server", url="tgi")

@@ -1,6 +1,7 @@
 """Engines in processes of their own, played by small scripts, and what /metrics counts."""
 
 import os
+import signal
 import sys
 import time
 
@@ -42,7 +43,7 @@ def test_interrupt_ends_an_engine_and_its_children(tmp_path):
             children.append(int(httpx.get(url.replace("/v1", "/metrics")).text.split()[-1]))
             assert is_alive(children[0])
             urls.append(url)
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGTERM)  # SIGINT's own handler is Python's
 
     children, urls = [], []
     with pytest.raises(KeyboardInterrupt):

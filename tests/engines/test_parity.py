@@ -16,7 +16,7 @@ from specdec.engines.admit import AdmitConfig, admit
 
 ROOT = Path(__file__).parents[2]
 MARKS = {
-    "llama.cpp": [pytest.mark.llamacpp],
+    "llama.cpp": [pytest.mark.llamacpp, pytest.mark.slow],
     "vllm": [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)],
 }
 CASES = [
