@@ -17,6 +17,12 @@ class FakeEndpoint:
             ordinary answer, or "drop" to cut the connection.
         gives_ids: whether answers hold token ids, as vLLM's do.
         is_down: every connection is cut.
+        models: names that it serves.
+        step: letters of an event of a stream.
+        spell: (text of an answer) -> the text that is given in its place.
+        events: (events of a stream) -> those that are sent in their place.
+        drafts: steps, drafted and accepted tokens, and accepted by position, as /metrics counts
+            them; None for a server without.
     """
 
     def __init__(self):
@@ -24,6 +30,8 @@ class FakeEndpoint:
         self.respond = lambda number, body: None
         self.gives_ids = True
         self.is_down = False
+        self.models, self.step, self.drafts = [], 1, None
+        self.spell = self.events = lambda given: given
         self._lock = threading.Lock()
         fake = self
 
@@ -37,7 +45,10 @@ class FakeEndpoint:
             def do_GET(self):
                 if fake.is_down:
                     return self._drop()
-                return self._send(200, {}, {"data": []})
+                if self.path == "/metrics" and fake.drafts is not None:
+                    return self._send(200, {}, fake.metrics())
+                known = {"data": [{"id": name} for name in fake.models]}
+                return self._send(*((200, {}, known) if "models" in self.path else (404, {}, {})))
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -49,7 +60,23 @@ class FakeEndpoint:
                     found = fake.respond(len(fake.requests), body)
                 if found == "drop" or fake.is_down:
                     return self._drop()
+                if found is None and body.get("stream"):
+                    return self._stream(fake.events(fake.stream(self.path, body)))
                 return self._send(*(found or (200, {}, fake.answer(self.path, body))))
+
+            def _stream(self, events):
+                """Send events as they are; one that is "drop" cuts the connection."""
+                self.send_response(200)
+                self.send_header("content-type", "text/event-stream")
+                self.send_header("connection", "close")
+                self.end_headers()
+                for event in events:
+                    if event == "drop":
+                        break
+                    text = event if isinstance(event, str) else json.dumps(event)
+                    self.wfile.write(f"data: {text}\n\n".encode())
+                    self.wfile.flush()
+                self.close_connection = True
 
             def _drop(self):
                 self.close_connection = True
@@ -86,7 +113,7 @@ class FakeEndpoint:
         else:
             read = "".join(chr(32 + token) for token in body["prompt"])
             text = read.removesuffix(f"{end}a:").rpartition(":")[2][::-1]
-        limit = body["max_tokens"]
+        text, limit = self.spell(text), body["max_tokens"]
         has_ended, text = len(text) < limit, text[:limit]
         choice = {"index": 0, "finish_reason": "stop" if has_ended else "length"}
         answer = {"choices": [choice], "usage": {"completion_tokens": len(text) + has_ended}}
@@ -96,6 +123,40 @@ class FakeEndpoint:
             choice["token_ids"] = letters(text) + [END] * has_ended
             answer["prompt_token_ids"] = letters(read)
         return answer
+
+    def stream(self, path, body):
+        """Events of the answer, of `step` letters each; a drafting server counts one as a step."""
+        whole = self.answer(path, body)
+        (choice,) = whole["choices"]
+        text, ids = choice["text"], choice.get("token_ids")
+        events = []
+        for first in range(0, len(text), self.step):
+            piece = slice(first, first + self.step)
+            events.append(
+                {"choices": [{"text": text[piece]} | ({"token_ids": ids[piece]} if ids else {})]}
+            )
+            if self.drafts is not None and first:
+                accepted = len(text[piece]) - 1
+                self.drafts = [
+                    now + more for now, more in zip(self.drafts, (1, 4, accepted), strict=False)
+                ] + [now + (depth < accepted) for depth, now in enumerate(self.drafts[3:])]
+        end = {"text": "", "finish_reason": choice["finish_reason"]}
+        end |= {"token_ids": ids[len(text) :]} if ids else {}
+        read = len(body["prompt"])
+        return [
+            *events,
+            {"choices": [end]},
+            {"choices": [], "usage": {**whole["usage"], "prompt_tokens": read}},
+            "[DONE]",
+        ]
+
+    def metrics(self):
+        names = ("drafts", "draft_tokens", "accepted_tokens")
+        lines = [
+            f"vllm:spec_decode_num_{n}_total {v}" for n, v in zip(names, self.drafts, strict=False)
+        ]
+        at = 'vllm:spec_decode_num_accepted_tokens_per_pos_total{position="%d"} %d'
+        return "\n".join([*lines, *(at % each for each in enumerate(self.drafts[3:]))]) + "\n"
 
 
 def letters(text):

@@ -28,7 +28,10 @@ def records_of(rows: Iterable[Run | str]) -> list[StepRecord]:
 
 
 def acceptance(rows: Iterable[Run | str]) -> AcceptanceStats:
-    return AcceptanceStats.from_records(records_of(rows))
+    """Acceptance in steps of our own, or as a server counted it."""
+    runs = runs_of(rows)
+    counted = (run.counted for run in runs if run.counted)
+    return sum(counted, AcceptanceStats.from_records(records_of(runs)))
 
 
 def decode_speed(run: Run) -> float:
@@ -110,14 +113,14 @@ def arm_figures(
         return len(run.tokens) / (ttft_s(run) + run.decode_s)
 
     plain, records = baselines["plain"], records_of(chain(*table))
-    accepted, times = AcceptanceStats.from_records(records), step_times(records)
+    accepted, times = acceptance(chain(*table)), step_times(records)
     ratios = [ratio for ratio in paired_ratios(table, plain) if ratio is not None]
     whole = [_work(each, lambda run: len(run.tokens), whole_speed) for each in (table, plain)]
     return {
         **speeds(table, baselines),
         "mean_speedup_vs_plain": float(np.mean(ratios)) if ratios else None,
         **stats.total_speed("end_to_end_speedup_vs_plain", whole[:1], whole[1:]),
-        "acceptance_rate": accepted.acceptance_rate if records else None,
+        "acceptance_rate": accepted.acceptance_rate if accepted.num_steps else None,
         "per_depth": list(accepted.acceptance_at_depth),
         "per_depth_conditional": list(accepted.conditional_acceptance_at_depth),
         "loop_efficiency": (times.draft + times.target) / times.wall if times.wall else None,

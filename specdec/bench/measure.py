@@ -20,7 +20,7 @@ from specdec.bench.workloads import Request
 from specdec.common.files import first_line
 from specdec.common.metrics import read_gpu
 from specdec.engine.engine import Engine
-from specdec.engine.metrics import StepRecord
+from specdec.engine.metrics import AcceptanceStats, StepRecord
 from specdec.engine.scheduler import is_out_of_memory
 
 # What ends one request but not the run: it is counted as failed and never timed.
@@ -42,6 +42,7 @@ class Run:
     queue_s: float = 0.0  # from sending to the start of its prefill
     chunk_s: list[float] = field(default_factory=list)  # after the call's start
     chunk_tokens: list[int] = field(default_factory=list)
+    counted: AcceptanceStats | None = None  # by a server, which keeps no records of steps
 
     @property
     def waited_s(self) -> float:
@@ -61,6 +62,7 @@ class Call:
     gpu_busy_s: float | None = None
     gpu_memory_bytes: float | None = None  # at most
     cpu_s: float | None = None
+    served: str | None = None  # the server that answered, in words
 
     @property
     def runs(self) -> list[Run]:

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 
 from specdec.bench.arms import build_arms
 from specdec.bench.config import RunConfig
+from specdec.bench.log import log_results
 from specdec.bench.measure import PROMPT_ERRORS, Arm, Call, PowerMeter, measure_call
 from specdec.bench.results import BenchResults, SuiteResults
 from specdec.bench.summary import faster_than_tau, places, summarize
@@ -58,7 +59,7 @@ def run_bench(
             progress(len(store.done), len(turns), text)
 
         if missing:
-            _warm_up(build_arms(config, target), groups, config.rows, show)
+            warm_up(build_arms(config, target), groups, config.rows, show)
         meter = PowerMeter(target.device)
         for (repeat, group), together in groupby(missing, lambda turn: (turn[0].repeat, turn[1])):
             arms = build_arms(config, target)  # nothing that one group left behind helps the next
@@ -68,6 +69,8 @@ def run_bench(
         show("all calls")
     results = summarize(config, target, groups, store.done, store.provenance)
     results.write(folder)
+    if missing:
+        log_results(results)
     return results
 
 
@@ -86,7 +89,7 @@ def take_turns(
                 yield Key(repeat, number, name), group, requests
 
 
-def _warm_up(
+def warm_up(
     arms: Mapping[str, Arm], groups: Sequence[Group], rows: int, show: Callable[[str], None]
 ) -> None:
     """Have every arm decode the first requests of the largest call, cut short."""
@@ -163,7 +166,7 @@ def provenance_of(config: RunConfig, asked: str, target: HFTarget) -> dict[str, 
 # --- Failed runs ---
 
 
-def check_results(results: BenchResults | SuiteResults) -> None:
+def check_results(results: Any) -> None:
     """Fail a run that proves an arm wrong, or that measured nothing of one.
 
     In half precision, or quantized, greedy tokens may differ where two logits nearly tie: that is

@@ -72,7 +72,11 @@ def table_of(calls: Sequence[Sequence[Call]]) -> Table:
 
 
 def find_differences(
-    requests: Sequence[Request], tables: Mapping[str, Table], config: RunConfig, target: HFTarget
+    requests: Sequence[Request],
+    tables: Mapping[str, Table],
+    config: RunConfig,
+    target: HFTarget | None,
+    baselines: Sequence[str] = (),
 ) -> dict[str, list[models.PromptDifference]]:
     """Find, by arm, the requests whose greedy tokens differ from a baseline's; none when sampling.
 
@@ -84,7 +88,7 @@ def find_differences(
     for name, place in product(tables, range(len(requests))):
         pairs = (
             (against, ours.tokens, theirs.tokens)
-            for against in config.baselines
+            for against in baselines or config.baselines
             for ours in runs_of(tables[name][place])
             for theirs in runs_of(tables[against][place])
             if ours.tokens != theirs.tokens and not config.sampling.temperature
@@ -92,7 +96,11 @@ def find_differences(
         for against, ours, theirs in islice(pairs, 1):
             equal = [a == b for a, b in zip(ours, theirs, strict=False)]
             position = [*equal, False].index(False)
-            top2_gap = gap(tuple(requests[place].prompt), tuple(ours[:position]))
+            top2_gap = (
+                None
+                if target is None
+                else gap(tuple(requests[place].prompt), tuple(ours[:position]))
+            )
             found[name].append(
                 models.PromptDifference(
                     prompt=place, against=against, position=position, top2_gap=top2_gap
@@ -102,7 +110,7 @@ def find_differences(
 
 
 def _top2_gap(
-    target: HFTarget, sampling: SamplingOptions, prompt: Sequence[int], output: Sequence[int]
+    target: Any, sampling: SamplingOptions, prompt: Sequence[int], output: Sequence[int]
 ) -> float | None:
     """Gap between the two best processed logits; None where one token alone is allowed."""
     eos, configs = target.eos_token_ids, [sampling.with_seed(0)]
@@ -224,10 +232,15 @@ def _throughput(calls: Iterable[Call], batch_size: int) -> dict[str, Any]:
 
 
 def suite_group(
-    config: RunConfig, group: Group, calls: Calls, differences: Differences
+    config: RunConfig,
+    group: Group,
+    calls: Calls,
+    differences: Differences,
+    plain: Sequence[Sequence[Call]] | None = None,
 ) -> models.GroupResults:
     ids = [request.id for request in group.requests]
-    baselines, wanted = {"plain": table_of(calls["plain"])}, (50, 95, 99)
+    plain = plain or calls["plain"]
+    baselines, wanted = {"plain": table_of(plain)}, (50, 95, 99)
     is_load = isinstance(config, ConcurrentConfig)
     arms = []
     for name, each in calls.items():
@@ -253,7 +266,7 @@ def suite_group(
             ],
             memory=largest_memory(own),
             power=_power(own),
-            load=load_figures(group.requests, each[0], calls["plain"][0]) if is_load else None,
+            load=load_figures(group.requests, each[0], plain[0]) if is_load else None,
         )
         arms.append(arm)
     requests = [models.RequestInfo.model_validate(each) for each in group.requests]

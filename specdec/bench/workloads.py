@@ -119,12 +119,22 @@ def unfold_turns(
             progress(done, len(prompts), "answers to first turns")
         for number, question in enumerate(prompt.follow_ups, 2):
             given = [render(asked, target.tokenizer)]
-            answer = generate_baseline(target, given, max_new_tokens=max_new_tokens)[0].text
+            (answer,) = _answers(target, given, max_new_tokens)
             turns = {"role": "assistant", "content": answer}, {"role": "user", "content": question}
             messages = (*asked.messages, *turns)
             asked = replace(asked, id=f"{prompt.id}-turn{number}", messages=messages)
             unfolded.append(asked)
     return unfolded
+
+
+def _answers(target: Any, prompts: Any, max_new_tokens: int, batch_size: int = 1) -> list[str]:
+    """Texts of the target's greedy answers, which a target that is elsewhere gives itself."""
+    if hasattr(target, "answers"):
+        return list(target.answers(prompts, max_new_tokens))
+    results = generate_baseline(
+        target, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
+    )
+    return [result.text for result in results]
 
 
 # --- Suites ---
@@ -261,8 +271,8 @@ def _long_context(
     progress(0, 0, "answers to the pool's questions")
     asked = [replace(text, messages=_turns([text], None)) for text in pool.texts]
     ids = encode_prompts(asked, pool.target)
-    results = generate_baseline(pool.target, ids, max_new_tokens=new, batch_size=16)
-    answers = {text.id: result.text for text, result in zip(asked, results, strict=True)}
+    found = _answers(pool.target, ids, new, batch_size=16)
+    answers = {text.id: answer for text, answer in zip(asked, found, strict=True)}
     for place in range(config.bins):
         low, high = limit * place // config.bins, limit * (place + 1) // config.bins
         ends = max(1, low), high - new

@@ -24,7 +24,7 @@ from specdec.data.dialogue import Answer, Chat, Dialogue
 from specdec.data.regenerate import EndpointDownError, Session
 
 _PASSING = (408, 409, 429)  # a timeout, a conflict, too many requests
-_FATAL = (401, 403, 404)  # wrong for every query: the key, the URL or the model
+FATAL = (401, 403, 404)  # wrong for every query: the key, the URL or the model
 _TAKEN_OUT = ("reasoning_content", "reasoning", "tool_calls")  # of a message's text
 _FIRST_WAIT_S, _LONGEST_WAIT_S, _LONGEST_ASKED_WAIT_S = 1.0, 60.0, 600.0
 _SEEDS = 2**31  # servers take 32 bits with a sign
@@ -42,6 +42,23 @@ class Unavailable(Exception):  # noqa: N818
         self.wait_s = wait_s
 
 
+def checked_url(url: str) -> str:
+    """The URL without a slash at its end; a `ValueError` if it is none, or holds a secret."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"endpoint is {url!r} but must be a URL, as http://localhost:8000/v1")
+    if parts.username or parts.password or parts.query:
+        what = "a user name, a password or a query, which would be written down"
+        raise ValueError(f"endpoint holds {what}; use --api-key-variable")
+    return url.rstrip("/")
+
+
+def refusal(reply: httpx.Response, api_key: str) -> str:
+    """What a server said of a request that it did not answer, without the key."""
+    said = f"HTTP {reply.status_code}: {_brief(reply)}"
+    return said.replace(api_key, "***") if api_key else said
+
+
 class Endpoint:
     """Asks a server for completions; what may pass is tried again, as `_wait_s` says."""
 
@@ -57,13 +74,7 @@ class Endpoint:
         if min(attempts, concurrency) < 1 or timeout_s <= 0:
             given = f"attempts is {attempts}, concurrency {concurrency}, timeout {timeout_s}"
             raise ValueError(f"{given}, but must be at least 1, 1 and above 0 seconds")
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"endpoint is {url!r} but must be a URL, as http://localhost:8000/v1")
-        if parts.username or parts.password or parts.query:
-            what = "a user name, a password or a query, which would be written down"
-            raise ValueError(f"endpoint holds {what}; use --api-key-variable")
-        self.url, self.model, self.concurrency = url.rstrip("/"), model, concurrency
+        self.url, self.model, self.concurrency = checked_url(url), model, concurrency
         self._api_key, self._asks_for_ids = api_key, True
         self._attempts = AsyncRetrying(
             stop=stop_after_attempt(attempts),
@@ -105,12 +116,10 @@ class Endpoint:
         if "return_token_ids" in asked and "return_token_ids" in reply.text:
             self._asks_for_ids = False  # a server that takes no field it does not know
             return await self._post(path, body)
-        status, reason = reply.status_code, f"HTTP {reply.status_code}: {_brief(reply)}"
-        if self._api_key:
-            reason = reason.replace(self._api_key, "***")
+        status, reason = reply.status_code, refusal(reply, self._api_key)
         if status in _PASSING or status >= 500:
             raise Unavailable(reason, _retry_after_s(reply))
-        if status in _FATAL:
+        if status in FATAL:
             fix = "check --endpoint (up to and with /v1), --model and --api-key-variable"
             raise ValueError(f"{self.url} refuses model {self.model!r} ({reason}); {fix}")
         raise Refused(reason)

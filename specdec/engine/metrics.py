@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Self
 
 import torch
@@ -127,6 +128,18 @@ class AcceptanceStats:
             num_accepted=sum(row.num_accepted for row in rows),
             accepted_at=tuple(sum(row.num_accepted >= d for row in rows) for d in depths),
             tested_at=tuple(sum(row.depth_tested >= d for row in rows) for d in depths),
+        )
+
+    def __add__(self, other: "AcceptanceStats") -> "AcceptanceStats":
+        def total(ours: Iterable[int], theirs: Iterable[int]) -> tuple[int, ...]:
+            return tuple(map(sum, zip_longest(ours, theirs, fillvalue=0)))
+
+        return AcceptanceStats(
+            self.num_steps + other.num_steps,
+            self.num_drafted + other.num_drafted,
+            self.num_accepted + other.num_accepted,
+            total(self.accepted_at, other.accepted_at),
+            total(self.tested_at, other.tested_at),
         )
 
     @classmethod

@@ -1,0 +1,267 @@
+"""An arm over HTTP: streams of an OpenAI-compatible server, timed where they arrive."""
+
+import json
+import os
+import time
+import uuid
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import torch
+from pydantic import Field, model_validator
+
+from specdec.bench.config import Count, SamplingOptions, TargetConfig
+from specdec.bench.figures import Table
+from specdec.bench.measure import Requests, Run
+from specdec.bench.workloads import Request
+from specdec.checkpoints import TargetIdentity
+from specdec.checkpoints.identity import hash_of_vocabulary
+from specdec.common.config import Config
+from specdec.data.dialogue import load_chat
+from specdec.data.endpoint import FATAL, Refused, checked_url, refusal
+from specdec.demo import demo_path
+from specdec.engine.metrics import AcceptanceStats
+from specdec.engines.counters import Counters, parse_counters
+from specdec.targets.hf import max_context_len
+
+# Fields that OpenAI does not have: ids of the answer's tokens, as vLLM and llama.cpp call them, and
+# no prompt out of a cache. A server that refuses some is asked with fewer, at last by text.
+_IDS = {"return_token_ids": True}
+_ALL = {**_IDS, "verbose": True, "return_tokens": True, "cache_prompt": False, "cache_salt": ""}
+_FORMS: list[tuple[bool, dict[str, Any]]] = [(True, _ALL), (True, _IDS), (True, {}), (False, {})]
+
+
+class EndpointConfig(Config):
+    """A server that runs at `url`, or an `engine` to start; with a drafter, or plain without one.
+
+    An engine is started by `launch`, or as `specdec export` says, with `flags` behind it. `load`
+    names JSON reports of GuideLLM on the same server.
+    """
+
+    name: str = ""
+    engine: str = ""
+    url: str | None = None
+    model: str | None = None
+    api_key_variable: str = "SPECDEC_API_KEY"
+    timeout_s: float = Field(600.0, gt=0)
+    drafter: str | dict[str, Any] | None = None
+    num_draft_tokens: Count = 5
+    launch: list[str] = Field(default=[])
+    flags: list[str] = Field(default=[])
+    load: list[str] = Field(default=[])
+
+    @model_validator(mode="after")
+    def _check(self) -> "EndpointConfig":
+        if not (self.url or self.engine):
+            raise ValueError("endpoints: one has neither url, of a server that runs, nor engine")
+        drafter = self.drafter["type"] if isinstance(self.drafter, dict) else self.drafter
+        self.name = self.name or " ".join(filter(None, [self.engine or "endpoint", drafter]))
+        return self
+
+
+class ServedTarget:
+    """A target of which only the tokenizer is here; `answers` is what a server gives."""
+
+    device = torch.device("cpu")
+    answers: Callable[[Sequence[Any], int], list[str]]
+
+    def __init__(self, config: TargetConfig) -> None:
+        from transformers import AutoConfig
+
+        chat, folder = load_chat(config.path), Path(config.path)
+        folder = demo_path("target") if config.path == "demo" else folder
+        self.tokenizer, self.eos_token_ids = chat.tokenizer, sorted(chat.ends)
+        self.model = SimpleNamespace(dtype=config.dtype or "unknown")
+        self.max_context_len, self.vocab_size = 2**31, len(self.tokenizer)
+        if (folder / "config.json").is_file():
+            found = AutoConfig.from_pretrained(folder).get_text_config()
+            self.max_context_len, self.vocab_size = max_context_len(found), found.vocab_size
+        vocabulary = hash_of_vocabulary(self.tokenizer)
+        self.identity = TargetIdentity(folder.name, None, tokenizer=vocabulary, facts={})
+
+    def text(self, tokens: Sequence[int], *, whole: bool = False) -> str:
+        """Decode tokens; special ones, as at the end of an answer, are left out if not `whole`."""
+        options = {"skip_special_tokens": not whole, "clean_up_tokenization_spaces": False}
+        return str(self.tokenizer.decode(tokens, **options))
+
+    def as_text(self, table: Table) -> Table:
+        """Put characters in place of tokens, which not every server gives."""
+
+        def spelled(row: Run) -> Run:
+            return replace(row, tokens=[*map(ord, self.text(row.tokens))])
+
+        return [[row if isinstance(row, str) else spelled(row) for row in rows] for rows in table]
+
+
+class EndpointArm:
+    """Asks one server one request after the other; nobody else may ask it meanwhile.
+
+    Raises:
+        ValueError: the server refuses key or model, or does not stream.
+        ConnectionError: it does not answer, or no more.
+    """
+
+    cache_bytes: int | None = None
+
+    def __init__(
+        self, each: EndpointConfig, url: str, sampling: SamplingOptions, target: ServedTarget
+    ) -> None:
+        self.url, self._target, self._forms = checked_url(url), target, _FORMS
+        self._key = os.environ.get(each.api_key_variable, "")
+        self._client = httpx.Client(
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            timeout=httpx.Timeout(each.timeout_s, connect=min(each.timeout_s, 10.0)),
+            limits=httpx.Limits(max_keepalive_connections=0),  # llama.cpp ends them as it likes
+        )
+        # Greedy decoding asks for nothing that is off: not every server knows all fields.
+        given = sampling.model_dump(exclude_defaults=not sampling.temperature)
+        given["repeat_penalty"] = given.get("repetition_penalty")  # llama.cpp's name
+        given["min_tokens"] = given.pop("min_new_tokens", 0) or None
+        self._sampling = {"temperature": 0.0} | {k: v for k, v in given.items() if v is not None}
+        listed = [str(one["id"]) for one in self._get(f"{self.url}/models").get("data") or ()]
+        model = each.model or (listed[0] if len(listed) == 1 else None)
+        if model is None or (listed and model not in listed):
+            known = ", ".join(listed) or "does not say which models"
+            raise ValueError(f"{self.url} serves {known}, not {each.model!r}; give one as model")
+        self.model: str = model
+        self.version = self._get(f"{self.url.removesuffix('/v1')}/version").get("version")
+        self._gives_ids = True
+
+    @property
+    def served(self) -> str:
+        """The server in words."""
+        sent, came = (
+            ("text", "token ids")[is_ids] for is_ids in (self._forms[0][0], self._gives_ids)
+        )
+        version = f" of version {self.version}" if self.version else ""
+        return f"{self.model}{version}, prompts as {sent}, answers as {came}"
+
+    def __call__(self, requests: Requests, after_step: Callable[[], None]) -> list[Run | str]:
+        """Ask one after the other."""
+        return [self._ask(request) for request in requests]
+
+    def _get(self, address: str) -> dict[str, Any]:
+        """The object at an address; empty where there is none."""
+        try:
+            reply = self._client.get(address, timeout=10.0)
+        except httpx.HTTPError as error:
+            what = f"does not answer ({type(error).__name__} {error}); is the server up?"
+            raise ConnectionError(f"{self.url} {what}") from error
+        if reply.status_code in (401, 403):
+            reason = refusal(reply, self._key)
+            raise ValueError(f"{self.url} refuses the key ({reason}); check its variable")
+        try:
+            content = reply.json() if reply.is_success else {}
+        except ValueError:
+            content = {}
+        return content if isinstance(content, dict) else {}
+
+    def _ask(self, request: Request) -> Run | str:
+        refused, bos, before = "", self._target.tokenizer.bos_token_id, self._count()
+        body = {"model": self.model, "max_tokens": request.max_new_tokens, "seed": request.seed}
+        body |= {"stream": True, "stream_options": {"include_usage": True}, **self._sampling}
+        for place, (is_ids, extras) in enumerate(self._forms):
+            prompt: Any = request.prompt
+            if not is_ids:  # the server puts the first token there itself
+                prompt = self._target.text(prompt[prompt[0] == bos :], whole=True)
+            salt = {"cache_salt": uuid.uuid4().hex} if "cache_salt" in extras else {}
+            try:
+                found = self._stream({**body, "prompt": prompt, **extras, **salt})
+            except Refused as error:
+                refused = refused or str(error)
+            except (httpx.HTTPError, json.JSONDecodeError, RuntimeError) as error:
+                self._get(f"{self.url}/models")  # this request alone fails, or the server is gone
+                return f"{type(error).__name__}: {error}"
+            else:
+                self._forms = self._forms[place:]
+                found = self._run(request, *found)
+                return found if isinstance(found, str) else self._counted(found, before)
+        return refused
+
+    def _stream(self, body: dict[str, Any]) -> Any:
+        """Events, as (seconds after sending, text, token ids or None), usage, and finish reason."""
+        events, usage, finish = [], dict[str, Any](), ""
+        started = time.perf_counter()
+        with self._client.stream("POST", f"{self.url}/completions", json=body) as reply:
+            if not reply.is_success:
+                reply.read()
+                reason = refusal(reply, self._key)
+                if reply.status_code in FATAL:
+                    fix = "check the URL (up to and with /v1), the model and the key"
+                    raise ValueError(f"{self.url} refuses {self.model!r} ({reason}); {fix}")
+                raise Refused(reason) if reply.status_code in (400, 422) else RuntimeError(reason)
+            if "event-stream" not in reply.headers.get("content-type", ""):
+                raise ValueError(f"{self.url} does not stream, so that there is nothing to time")
+            for line in reply.iter_lines():
+                now_s = time.perf_counter() - started
+                field, _, text = line.partition(":")
+                # llama.cpp begins some streams by null.
+                is_event = field == "data" and text.strip() != "[DONE]"
+                found = json.loads(text) if is_event else None
+                event = found if isinstance(found, dict) else {}
+                if error := event.get("error"):
+                    raise RuntimeError(f"the stream holds an error: {error!s:.300}")
+                usage = event.get("usage") or usage
+                for choice in event.get("choices", ()):
+                    ids = choice.get("token_ids", event.get("__verbose", {}).get("tokens"))
+                    events.append((now_s, choice.get("text") or "", ids))
+                    finish = choice.get("finish_reason") or finish
+        if not finish:
+            raise RuntimeError(f"the stream broke off after {len(events)} events")
+        return events, usage, finish
+
+    def _run(self, request: Request, events: Any, usage: dict[str, int], finish: str) -> Run | str:
+        if usage.get("prompt_tokens") not in (None, request.num_tokens):
+            read = f"{usage['prompt_tokens']} tokens of prompt, not {request.num_tokens}"
+            return f"the server read {read}: it has another tokenizer, or adds tokens"
+        if finish not in ("stop", "length"):
+            return f"the answer ended by {finish!r}, which is not the target's own end"
+        times, texts, ids = zip(*events, strict=True)
+        self._gives_ids = any(ids)
+        if self._gives_ids:
+            tokens, sizes = [i for some in ids for i in some or ()], [len(i or ()) for i in ids]
+        else:
+            before = self._target.text(request.prompt, whole=True)
+            options = {"add_special_tokens": False, "return_offsets_mapping": True}
+            found = self._target.tokenizer(before + "".join(texts), **options)
+            ends = [end - len(before) for _, end in found["offset_mapping"]]
+            first = bisect_right(ends, 0)
+            tokens = found["input_ids"][first:]
+            there = (bisect_right(ends, end) for end in accumulate(map(len, texts)))
+            sizes = [now - then for then, now in pairwise([first, *there])]
+        if finish == "stop" and usage.get("completion_tokens") == len(tokens) + 1:
+            tokens, sizes[-1] = [*tokens, self._target.eos_token_ids[0]], sizes[-1] + 1
+        chunks = [(when, size) for when, size in zip(times, sizes, strict=True) if size]
+        if not chunks:
+            return "the answer is empty"
+        when, num = (list(each) for each in zip(*chunks, strict=True))
+        end_s = when[-1] - when[0]
+        return Run(tokens, num[0], when[0], end_s, chunk_s=when, chunk_tokens=num)
+
+    def _count(self) -> Counters | None:
+        try:
+            reply = self._client.get(f"{self.url.removesuffix('/v1')}/metrics", timeout=10.0)
+            return parse_counters(reply.text) if reply.is_success else None
+        except (httpx.HTTPError, ValueError):  # nobody, or another page
+            return None
+
+    def _counted(self, run: Run, before: Counters | None) -> Run:
+        """Add the server's counts; none without counters or drafts, nor after a restart."""
+        after = self._count()
+        found = None if after is None else after - before
+        if found is None or found.num_drafts < 1:
+            return run
+        depths, accepted = found.accepted_per_position, found.num_accepted
+        if accepted is None:  # SGLang; every other token is a step's own
+            accepted = len(run.tokens) - 1 - found.num_drafts
+        drafted, tested = found.num_drafted or 0, (found.num_drafts, *depths)[: len(depths)]
+        if min(drafted, accepted, *depths) < 0:
+            return run
+        counted = AcceptanceStats(found.num_drafts, drafted, accepted, depths, tested)
+        return replace(run, counted=counted)
