@@ -12,7 +12,7 @@ import prediction
 import typer
 from results import HERE, Arms, arms_of, cells_of, groups_of, read, strategies
 
-from specdec.report.bench import plot
+from specdec.report.bench import draw, plot
 from specdec.report.style import GREY, draw_series, new_figure, to_png
 
 DOMAINS = ("gsm8k", "sgd", "taskmaster4")
@@ -233,6 +233,7 @@ PLOTS: dict[str, Callable[[], Any]] = {
     "10-batch": batch,
     "11-prediction": predicted,
     "12-serving": serving,
+    "15-engines": lambda: draw(read("15-engines/bake-off.json")),
 }
 
 

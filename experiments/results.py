@@ -11,7 +11,8 @@ from specdec.report.tables import Column
 
 HERE = Path(__file__).parent
 Arms = dict[str, Any]  # name -> arm
-KNOWN = ("specdec-bench", "specdec-sweep", "specdec-suite", "specdec-plan", "specdec-analysis")
+KINDS = ("bench", "sweep", "suite", "plan", "analysis", "bake-off")
+KNOWN = tuple(f"specdec-{kind}" for kind in KINDS)
 
 
 @cache

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the experiments again, from the data folder that SPECDEC_DATA_DIR names, and put their results here.
 #
-#   SPECDEC_DATA_DIR=DATA bash experiments/run_all.sh            # all but 03-domain: about 95 minutes on two cores
+#   SPECDEC_DATA_DIR=DATA bash experiments/run_all.sh            # all but 03-domain: about 105 minutes on two cores
 #   SPECDEC_DATA_DIR=DATA bash experiments/run_all.sh 09-rules   # or some, by name
 #
 # Whatever is stopped goes on with the same command: runs are kept in runs/experiments (remove a folder to measure it again).
@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 here=experiments runs=runs/experiments
-all=(01-core 02-heads 04-recipes 05-drafters 06-shapes 07-draft-size 08-sampling 09-rules 10-batch 11-prediction 12-serving)
+all=(01-core 02-heads 04-recipes 05-drafters 06-shapes 07-draft-size 08-sampling 09-rules 10-batch 11-prediction 12-serving 15-engines)
 suites="single-turn multi-turn long-context concurrent"
 names=("$@")
 [ $# -gt 0 ] || names=("${all[@]}")
@@ -77,6 +77,9 @@ measure() {
     12-serving)
       for suite in $suites; do bench 12-$suite demo/$suite; done
       ;;
+    15-engines) # engines in .engines, see scripts/engines.sh; status 1 if an engine fails
+      specdec bake-off $here/15-engines/bake-off.yaml --out $runs/15-engines | sed '$d'
+      ;;
   esac
 }
 
@@ -114,6 +117,7 @@ publish() {
     12-serving)
       for suite in $suites; do cp $runs/12-$suite/suite.json "$to/$suite.json"; done
       ;;
+    15-engines) cp $runs/15-engines/bake-off.json "$to/" ;;
   esac
 }
 

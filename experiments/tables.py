@@ -442,6 +442,23 @@ def _load_row(arm: Any) -> list[str]:
     return [arm.name, *speeds, *waits, f"{load.jain_index:.2f}"]
 
 
+def engines() -> dict[str, str]:
+    """Write each engine's arms: accepted length, speeds, and time to the first token."""
+    head = ["arm", "tau", "tokens/s", "vs fastest plain", "vs its own plain", "first token p50"]
+    rows = [
+        [
+            arm.name,
+            figure(arm, "tau"),
+            f"{arm.decode_tokens_per_s:.0f}",
+            figure(arm, "speedup_vs_plain"),
+            figure(arm, "speedup_vs_engine_plain"),
+            f"{1000 * arm.ttft_s['p50']:.0f} ms",
+        ]
+        for arm in read("15-engines/bake-off.json").arms
+    ]
+    return {"engines": table(head, rows)}
+
+
 # By the folder of the README; that of the repository is "..".
 TABLES: dict[str, Callable[[], dict[str, str]]] = {
     "..": measured,
@@ -457,6 +474,7 @@ TABLES: dict[str, Callable[[], dict[str, str]]] = {
     "10-batch": batch,
     "11-prediction": predicted,
     "12-serving": serving,
+    "15-engines": engines,
 }
 
 

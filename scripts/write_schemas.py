@@ -14,6 +14,7 @@ MODELS = {
     "admission": "specdec.engines.admit:Admission",
     "analyze": "specdec.analysis.results:Analysis",
     "answers": "specdec.data.answers:AnswersManifest",
+    "bake-off": "specdec.engines.bake_off:BakeOffResults",
     "collect": "specdec.data.collect:CollectReport",
     "estimate": "specdec.planning.roofline:Estimate",
     "features": "specdec.data.feature_store:FeatureIndex",

@@ -34,8 +34,20 @@ def bench(
     auto: bool = option(
         False, "let a plan choose a configuration, and measure it beside the arms", "--auto"
     ),
+    endpoint: str | None = option(
+        None, "ask a server for the answers, as http://localhost:8000/v1, in place of the arms"
+    ),
+    model: str | None = option(None, "its name of the model; needed if it serves several"),
+    api_key_variable: str = option("SPECDEC_API_KEY", "environment variable with the server's key"),
+    load: list[str] = option([], "JSON report of GuideLLM on the same server"),
 ) -> None:
     """Measure draft strategies against plain decoding and transformers' generate."""
+    if endpoint is not None:
+        if only_list or auto:
+            raise ValueError("--list and --auto are of arms, and --endpoint has none; drop them")
+        given = {"url": endpoint, "model": model, "api_key_variable": api_key_variable}
+        _bake_off(config, overrides, out, {**given, "load": load})
+        return
     from specdec.bench.config import load_cells
 
     cells = load_cells(config, overrides)
@@ -62,21 +74,42 @@ def bench(
             _run(cells[0].config, out)
 
 
+@command(name="bake-off")
+def bake_off(
+    config: str = argument("a YAML file of a bench or a suite, with endpoints: in place of arms"),
+    overrides: list[str] = argument("key=value ..., as in repeats=1", []),
+    out: Path = option(Path("runs/bake-off"), "folder for results; the same command resumes there"),
+) -> None:
+    """Measure servers, and engines that it starts, with drafters and without."""
+    _bake_off(config, overrides, out)
+
+
+def _bake_off(
+    path: str, overrides: Sequence[str], out: Path, endpoint: dict[str, Any] | None = None
+) -> None:
+    from specdec.engines.bake_off import check_bake_off, load_bake_off, run_bake_off
+
+    config = load_bake_off(path, overrides, endpoint)
+    quiet_transformers()
+    with locked(out), progress_bar() as show:
+        results = run_bake_off(config, out, show)
+    picture = _show(results, out)
+    for arm in results.arms:
+        if reason := arm.error or (arm.failures[0].reason if arm.failures else ""):
+            warn(f"{arm.name}: {arm.failed} of {arm.requests} requests failed: {reason}")
+    summary = {"schema": results.schema_, "picture": picture, "choice": results.choice}
+    typer.echo(json.dumps({**summary, "arms": _brief(results.arms, _SUITE_KEYS)}))
+    check_bake_off(results)
+
+
 def _run(config: "RunConfig", out: Path, plan: Any = None) -> None:
     """Measure a bench, which a plan may have added to, or a suite."""
     from specdec.bench.runner import check_results, run_bench
-    from specdec.report.bench import plot, tables
     from specdec.report.plan import planned_table
 
     with progress_bar() as show:
         results: Any = run_bench(config, out, show)
-    print_tables(*tables(results), *([planned_table(plan, results)] if plan else []))
-    picture = None  # without matplotlib, which is an extra, the figures stand anyway
-    if find_spec("matplotlib"):
-        picture = str((out / results.FILE).with_suffix(".png"))
-        plot(results, Path(picture))
-    shown = picture or "none, it needs specdec[plot]"
-    typer.echo(f"Records and results: {out}\nPicture: {shown}")
+    picture = _show(results, out, *([planned_table(plan, results)] if plan else []))
     summary = {"schema": results.schema_, "picture": picture}
     if hasattr(results, "groups"):
         groups = [{"name": g.name, "arms": _brief(g.arms, _SUITE_KEYS)} for g in results.groups]
@@ -87,6 +120,20 @@ def _run(config: "RunConfig", out: Path, plan: Any = None) -> None:
         summary |= {**choice, "arms": _brief(results.arms, _BENCH_KEYS)}
     typer.echo(json.dumps(summary))
     check_results(results)
+
+
+def _show(results: Any, out: Path, *more: Any) -> str | None:
+    """Print tables and draw the picture; returns its path."""
+    from specdec.report.bench import plot, tables
+
+    print_tables(*tables(results), *more)
+    picture = None  # without matplotlib, which is an extra, the figures stand anyway
+    if find_spec("matplotlib"):
+        picture = str((out / results.FILE).with_suffix(".png"))
+        plot(results, Path(picture))
+    shown = picture or "none, it needs specdec[plot]"
+    typer.echo(f"Records and results: {out}\nPicture: {shown}")
+    return picture
 
 
 def _planned(config: Any, out: Path) -> None:
@@ -229,16 +276,27 @@ def _estimate(path: str, overrides: list[str], out: Path) -> None:
 
 @command()
 def report(
-    runs: list[Path] = argument("folders of bench, sweep, analysis, plan ..."),
+    runs: list[Path] = argument("folders of bench, sweep, analysis, plan ...", []),
     out: Path = option(..., "folder for index.html, report.md and report.json"),
     allow: list[str] = option(
         [], "compare benches that differ in this: target, prompts, sampling ..."
     ),
+    log: bool = option(
+        False, "show performance logs over time: these files, or this machine's", "--log"
+    ),
 ) -> None:
     """Put measurements into one page: tables, pictures, comparisons."""
+    from specdec.bench.log import log_path
     from specdec.report.page import write_report
 
-    found = write_report(runs, out, allow)
+    if log:
+        known = log_path()
+        runs, logs = [], runs or ([known] if known else [])
+        if not logs:
+            raise ValueError("SPECDEC_LOG is off, so that there is no log; give its file")
+    elif not runs:
+        raise ValueError("no run is given; give folders of bench, analyze or plan, or --log")
+    found = write_report(runs, out, allow, logs if log else [])
     for warning in found.warnings:
         warn(warning)
     page = str(out / "index.html")

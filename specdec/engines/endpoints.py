@@ -140,7 +140,8 @@ class EndpointArm:
             ("text", "token ids")[is_ids] for is_ids in (self._forms[0][0], self._gives_ids)
         )
         version = f" of version {self.version}" if self.version else ""
-        return f"{self.model}{version}, prompts as {sent}, answers as {came}"
+        model = self.model.rpartition("/")[2] if self.model[0] in "./" else self.model
+        return f"{model}{version}, prompts as {sent}, answers as {came}"
 
     def __call__(self, requests: Requests, after_step: Callable[[], None]) -> list[Run | str]:
         """Ask one after the other."""
@@ -260,8 +261,9 @@ class EndpointArm:
         depths, accepted = found.accepted_per_position, found.num_accepted
         if accepted is None:  # SGLang; every other token is a step's own
             accepted = len(run.tokens) - 1 - found.num_drafts
-        drafted, tested = found.num_drafted or 0, (found.num_drafts, *depths)[: len(depths)]
+        drafted, tested = found.num_drafted or 0, (found.num_drafts, *depths)
         if min(drafted, accepted, *depths) < 0:
             return run
-        counted = AcceptanceStats(found.num_drafts, drafted, accepted, depths, tested)
-        return replace(run, counted=counted)
+        deep = depths[: sum(count > 0 for count in tested)]  # what was tested at all
+        at = deep, tested[: len(deep)]
+        return replace(run, counted=AcceptanceStats(found.num_drafts, drafted, accepted, *at))

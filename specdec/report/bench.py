@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from specdec.bench.config import in_words, short_names
-from specdec.bench.results import BenchResults, SuiteResults, SweepResults
+from specdec.bench.results import SuiteResults, SweepResults
 from specdec.common.files import replace_file
+from specdec.engines.bake_off import BakeOffResults
 from specdec.report import figures
 from specdec.report.document import AbsentError, Section
 from specdec.report.runs import Run, last_part, title_of
@@ -15,11 +16,13 @@ from specdec.report.style import to_png
 from specdec.report.tables import Column, Table, columns, words
 
 
-def tables(results: BenchResults | SuiteResults, label: str = "") -> list[Table]:
+def tables(results: Any, label: str = "") -> list[Table]:
     """Show one row an arm, of a suite in every group: speeds, then waiting times."""
     title = label + title_of(results)
     if isinstance(results, SuiteResults):
         return _suite_tables(results, title)
+    if isinstance(results, BakeOffResults):
+        return _bake_off_tables(results, title)
     gaps = [each.top2_gap for arm in results.arms for each in arm.differences]
     known = [gap for gap in gaps if gap is not None]
     apart = f"the two best logits where outputs part are at most {max(known, default=0):.2g} apart"
@@ -47,15 +50,35 @@ def _suite_tables(results: SuiteResults, title: str) -> list[Table]:
     ]
 
 
-def draw(results: BenchResults | SuiteResults) -> Any:
+def _bake_off_tables(results: BakeOffResults, title: str) -> list[Table]:
+    rows, runs = [_row(arm) for arm in results.arms], results.loads
+    shown = [
+        Table("bake-off", title, rows, legend=[_choice(results)]),
+        Table("waiting", f"{title}; waiting times", rows),
+    ]
+    if results.groups:
+        group = [Column("group", "group")]
+        own = [{"group": each.name, **_row(arm)} for each in results.groups for arm in each.arms]
+        shown.append(Table("suite", f"{title}; by group", own, group, num_grouped=1))
+    return [*shown, *([Table("load", "load, measured by GuideLLM", runs)] if runs else [])]
+
+
+def _choice(results: BakeOffResults) -> str:
+    best, near = results.choice[:1], ", ".join(results.choice[1:])
+    said = f"The fastest: {best[0]}" if best else "No arm answered everything"
+    said += f", not told from {near}" if near else ""
+    return f"{said}. The fastest plain arm: {results.baseline or 'none'}."
+
+
+def draw(results: Any) -> Any:
     """Draw the arms of a bench, or the figures of a suite that matter most, a panel each."""
-    if isinstance(results, BenchResults):
+    if not isinstance(results, SuiteResults):
         return figures.bench_panels(results)
     found = words()["suites"][results.suite]
     return figures.group_panels(results, columns(found["panels"]), found["group"])
 
 
-def plot(results: BenchResults | SuiteResults, path: Path) -> None:
+def plot(results: Any, path: Path) -> None:
     replace_file(path, to_png(draw(results)))
 
 
@@ -112,6 +135,18 @@ def add_results(section: Section, run: Run) -> None:
             f"{run.label} holds no figures by prompt or task, nor times of verify and commit: for "
             "intervals of speeds, and in a batch for speeds but the mean ratio, run it again."
         )
+
+
+def add_bake_off(section: Section, run: Run) -> None:
+    section.show(*tables(run.data, f"{run.label}: "))
+    section.text.append(_choice(run.data))
+    section.text += [f"{arm.name}: {arm.served}." for arm in run.data.arms if arm.served]
+    told = [arm for arm in run.data.arms if arm.decode_tokens_per_s]
+    section.draw("bake-off", to_png(draw(run.data)), told, label=run.label)
+    for arm in run.data.arms:
+        reason = arm.error or (arm.failures[0].reason if arm.failures else None)
+        if reason:
+            section.missing.append(f"{arm.name}: {arm.failed} of {arm.requests} failed: {reason}")
 
 
 def add_domains(section: Section, run: Run) -> None:

@@ -92,7 +92,7 @@ class ReportedRun(Config):
     """A file that the report was made of, and the schema of that file."""
 
     label: str
-    kind: Literal["bench", "sweep", "suite", "analysis", "plan", "estimate"]
+    kind: Literal["bench", "sweep", "suite", "analysis", "plan", "estimate", "bake-off", "log"]
     schema_: str = Field(alias="schema")
 
 

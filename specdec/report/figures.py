@@ -1,6 +1,7 @@
 """The pictures, all in the look of `style.py`."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from specdec.analysis.results import DrafterAnalysis
-from specdec.bench.results import BenchResults, SuiteResults
+from specdec.bench.log import LogEntry
+from specdec.bench.results import SuiteResults
 from specdec.common.files import replace_file
 from specdec.report.runs import title_of
 from specdec.report.style import (
@@ -37,7 +39,8 @@ _DASHED = {"color": GREY, "linestyle": "--", "linewidth": 1}
 Values = Sequence[float | None]
 
 
-def bench_panels(results: BenchResults) -> Any:
+def bench_panels(results: Any) -> Any:
+    """Draw speeds and acceptance of a bench or a bake-off."""
     arms = results.arms
     names = [arm.name for arm in arms if arm.name not in _BASELINES]
     places = {arm.name: names.index(arm.name) if arm.name in names else -1 for arm in arms}
@@ -124,6 +127,26 @@ def group_panels(results: SuiteResults, columns: Sequence[Column], x_label: str)
     title = f"{title_of(results)}; bars: 95 % intervals over requests"
     figure.suptitle(fill(title, 100), fontsize=10)
     return figure
+
+
+def over_time(settings: Sequence[Sequence[LogEntry]]) -> bytes:
+    """Draw tokens/s of every arm over time, a panel a setting; lines mark another version."""
+    figure, panels = new_figure(0.5 + 3.0 * len(settings), width=9, rows=len(settings))
+    for axes, entries in zip(panels, settings, strict=True):
+        when = [datetime.fromisoformat(entry.date) for entry in entries]
+        for place, name in enumerate(dict.fromkeys(a.name for e in entries for a in e.arms)):
+            found = [{arm.name: arm.tokens_per_s for arm in entry.arms} for entry in entries]
+            draw_series(axes, place, name, when, [each.get(name) for each in found])
+        finish(axes, "", "tokens/s", entries[0].label)
+        axes.set_ylim(bottom=0)
+        for place, entry in enumerate(entries):
+            if not place or entry.version != entries[place - 1].version:
+                axes.axvline(when[place], **_DASHED)
+                at = axes.get_xaxis_transform()
+                axes.text(when[place], 0.02, f" {entry.version}", transform=at, fontsize=8)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.legend(fontsize=8)
+    return to_png(figure)
 
 
 def _chart(

@@ -8,7 +8,7 @@ from typing import Any
 from specdec.bench.summary import faster_than_tau
 from specdec.common.files import locked, replace_file
 from specdec.common.provenance import CodeProvenance, code
-from specdec.report import analysis, bench, compare, plan
+from specdec.report import analysis, bench, compare, log, plan
 from specdec.report.document import AbsentError, Report, ReportedRun, Section, render
 from specdec.report.runs import Run, read_runs
 from specdec.report.tables import words
@@ -16,9 +16,11 @@ from specdec.report.tables import words
 # Id, title, kinds of run that give one (all runs where none is named), and what fills it.
 _SECTIONS: list[tuple[str, str, tuple[str, ...], Callable[[Section, Any], None]]] = [
     ("results", "Results", ("bench", "sweep"), bench.add_results),
+    ("bake-off", "Bake-off", ("bake-off",), bench.add_bake_off),
+    ("log", "Over time", ("log",), log.add_log),
     ("domains", "By task", ("bench",), bench.add_domains),
-    ("speed", "Speed against tau", ("bench",), bench.add_speed),
-    ("acceptance", "Acceptance by depth", ("bench",), bench.add_acceptance),
+    ("speed", "Speed against tau", ("bench", "bake-off"), bench.add_speed),
+    ("acceptance", "Acceptance by depth", ("bench", "bake-off"), bench.add_acceptance),
     ("shapes", "Draft shape against speed", (), plan.add_shapes),
     ("analysis", "Analysis without sampling noise", ("analysis",), analysis.add_analysis),
     ("calibration", "Calibration", ("analysis",), analysis.add_calibration),
@@ -33,8 +35,10 @@ _SECTIONS: list[tuple[str, str, tuple[str, ...], Callable[[Section, Any], None]]
 ]
 
 
-def write_report(folders: Sequence[Path], out: Path, allowed: Sequence[str] = ()) -> Report:
-    report = build_report(read_runs(folders), allowed)
+def write_report(
+    folders: Sequence[Path], out: Path, allowed: Sequence[str] = (), logs: Sequence[Path] = ()
+) -> Report:
+    report = build_report([*read_runs(folders), *map(log.read_log, logs)], allowed)
     texts = {
         name: render(name, report=report, definitions=words()["terms"])
         for name in ("index.html", "report.md")

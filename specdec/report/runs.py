@@ -9,6 +9,7 @@ from specdec.analysis.results import Analysis
 from specdec.bench.results import BenchResults, Results, SuiteResults, SweepResults
 from specdec.checkpoints import TargetIdentity
 from specdec.common.files import read_json
+from specdec.engines.bake_off import BakeOffResults
 from specdec.planning.results import Plan
 from specdec.planning.roofline import Estimate
 
@@ -20,6 +21,7 @@ MODELS: dict[str, type[Results]] = {
     "plan": Plan,
     "estimate": Estimate,
     "suite": SuiteResults,
+    "bake-off": BakeOffResults,
 }
 FILES = [model.FILE for model in MODELS.values()]
 
@@ -46,7 +48,8 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         """The configuration that was run; empty where the file does not hold it."""
-        return self.provenance.get("config") or {}
+        config = self.provenance.get("config") or {}
+        return config.get("run", config)  # of a bake-off
 
     @property
     def identity(self) -> dict[str, Any] | None:
@@ -79,7 +82,8 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 def _labels(places: Sequence[Path]) -> list[str]:
     """Give the last part of each path, with as many parts before it as tell them apart."""
-    for depth in range(1, 1 + max(len(place.parts) for place in places)):
+    labels: list[str] = []
+    for depth in range(1, 1 + max((len(place.parts) for place in places), default=0)):
         labels = ["/".join(place.parts[-depth:]) for place in places]
         if len(set(labels)) == len(labels):
             break
@@ -114,9 +118,15 @@ def read_file(file: Path) -> tuple[str, Any]:
         raise ValueError(f"{str(file)!r} is damaged: {error}") from error
 
 
-def title_of(results: BenchResults | SuiteResults) -> str:
-    """Describe model, machine and settings of a bench or a suite."""
+def title_of(results: Any) -> str:
+    """Describe model, machine and settings of a bench, a suite or a bake-off."""
     where, config = results.provenance, results.provenance.config
+    if isinstance(results, BakeOffResults):
+        config = config.run
+        num = f"{results.arms[0].requests} requests one after the other"
+        return (
+            f"{last_part(config.target.path)} over HTTP, T = {config.sampling.temperature:g}, {num}"
+        )
     target = f"{last_part(config.target.path)} on {where.device}, {where.dtype}"
     target += f", T = {config.sampling.temperature:g}"
     if isinstance(results, SuiteResults):

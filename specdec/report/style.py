@@ -78,7 +78,7 @@ def draw_series(
     axes: Any,
     place: int,
     name: str,
-    x: Sequence[float],
+    x: Sequence[Any],
     y: Sequence[float | None],
     y_intervals: Sequence[Interval] | None = None,
     x_intervals: Sequence[Interval] | None = None,

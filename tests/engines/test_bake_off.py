@@ -69,7 +69,7 @@ def test_arms_are_told_by_their_own_counters_and_texts(asked, servers, tmp_path)
     # Behind the first chunk: 3 + 3 + 1 letters, 3 + 3 + 3, and 3 + 3 + 1; in two repeats.
     assert drafting.acceptance_rate == pytest.approx((4 + 6 + 4) / (4 * 9))
     assert drafting.tau == pytest.approx(1 + (4 + 6 + 4) / 9)
-    assert drafting.per_depth == pytest.approx([7 / 9, 7 / 9])
+    assert drafting.per_depth == pytest.approx([7 / 9, 7 / 9, 0])
     assert drafting.mismatches == 0
     assert drafting.speedup_vs_engine_plain is None  # its engine has no plain arm
     assert "answers as token ids" in plain.served
