@@ -24,6 +24,10 @@ bench() { # bench NAME CONFIG [key=value...]
   specdec bench "$2" "${@:3}" --out "$runs/$1" | sed '$d' # without the line for machines
 }
 
+admit() { # admit ENGINE DRAFTER
+  specdec admit "$2" --engine "$1" --prompts gsm8k,sgd --num 10 --out "$runs/15-admitted/$1-${2##*[/-]}"
+}
+
 measure() {
   case $1 in
     01-core)
@@ -79,6 +83,12 @@ measure() {
       ;;
     15-engines) # engines in .engines, see scripts/engines.sh; status 1 if an engine fails
       specdec bake-off $here/15-engines/bake-off.yaml --out $runs/15-engines | sed '$d'
+      [ -d $runs/15-speculators ] ||
+        specdec export demo/eagle3 --to speculators --target demo --out $runs/15-speculators
+      for drafter in demo/eagle3 $runs/15-speculators demo/eagle draft_model demo/medusa suffix ngram; do
+        admit vllm $drafter
+      done
+      for drafter in demo/eagle3 draft_model; do admit llama.cpp $drafter; done
       ;;
   esac
 }
@@ -117,7 +127,10 @@ publish() {
     12-serving)
       for suite in $suites; do cp $runs/12-$suite/suite.json "$to/$suite.json"; done
       ;;
-    15-engines) cp $runs/15-engines/bake-off.json "$to/" ;;
+    15-engines)
+      cp $runs/15-engines/bake-off.json "$to/"
+      for run in $runs/15-admitted/*; do cp $run/admission.json "$to/admitted/${run##*/}.json"; done
+      ;;
   esac
 }
 

@@ -24,6 +24,8 @@ from results import (
     table,
 )
 
+from specdec.common.config import read_model
+from specdec.engines.admit import Admission
 from specdec.report.tables import Column
 
 DOMAINS = ("gsm8k", "sgd", "taskmaster4")
@@ -456,7 +458,22 @@ def engines() -> dict[str, str]:
         ]
         for arm in read("15-engines/bake-off.json").arms
     ]
-    return {"engines": table(head, rows)}
+    counted = ["drafts", "drafted", "accepted", "at position 1, 2, ...", "texts"]
+    admitted = []
+    for file in sorted((HERE / "15-engines/admitted").glob("*.json")):
+        found = read_model(Admission, file)
+        assert found.is_equal, file
+        theirs, num = found.theirs or found.ours, found.num_prompts
+        counts = [theirs.num_drafts, theirs.num_drafted, theirs.num_accepted]
+        places = " ".join(map(str, theirs.accepted_per_position))
+        texts = f"{found.equal_texts['drafter']} of {num} equal"
+        name = file.stem.removeprefix(f"{found.engine}-")
+        engine = f"{found.engine} {found.version}"
+        admitted.append([name, engine, *map(str, counts), places, texts])
+    return {
+        "engines": table(head, rows),
+        "admitted": table(["drafter", "engine", *counted], admitted),
+    }
 
 
 # By the folder of the README; that of the repository is "..".
