@@ -3,22 +3,14 @@
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
+from pydantic import Field
 
-from specdec.bench.results import Record
+from specdec.bench.results import Record, Results
 from specdec.bench.summary import places
 from specdec.bench.workloads import fingerprint_of
-from specdec.common.files import LineFile
-
-
-class LoggedArm(Record):
-    """One arm of a bench, or of a group of a suite."""
-
-    name: str
-    tokens_per_s: float | None
-    tau: float | None
+from specdec.common.provenance import CodeProvenance
 
 
 class LogEntry(Record):
@@ -26,17 +18,22 @@ class LogEntry(Record):
 
     date: str
     versions: dict[str, str]
-    git_commit: str | None
+    version: str
+    """specdec's own, and its commit"""
     machine: str
     setting: str
     """fingerprint of the configuration without arms, and of the machine"""
     label: str
-    arms: list[LoggedArm]
+    arms: list[dict[str, Any]]
+    """name, tokens_per_s and tau of each, in a suite of each in a group"""
 
-    @property
-    def version(self) -> str:
-        """Version and commit of specdec."""
-        return f"{self.versions.get('specdec', '')} {(self.git_commit or '')[:7]}".strip()
+
+class Log(Results):
+    """Lines of a log, as they were read now."""
+
+    schema_: Literal["specdec-log-1"] = Field(default="specdec-log-1", alias="schema")
+    provenance: CodeProvenance
+    entries: list[LogEntry]
 
 
 def log_path() -> Path | None:
@@ -54,32 +51,23 @@ def log_results(results: Any) -> None:
     run = where.config.model_dump(mode="json")
     run = {k: v for k, v in run.get("run", run).items() if k != "arms"}
     machine = f"{where.device}, {where.cpu}, {where.threads} threads"
-    source, kind = run["prompts"]["source"], run.get("suite", "bench")
+    names = [Path(run[key][part]).name for key, part in (("target", "path"), ("prompts", "source"))]
     entry = LogEntry(
         date=where.date,
         versions=where.versions,
-        git_commit=where.git_commit,
+        version=f"{where.versions['specdec']} {(where.git_commit or '')[:7]}".strip(),
         machine=machine,
         setting=fingerprint_of([run, machine]),
-        label=f"{kind} of {Path(run['target']['path']).name}, {Path(source).name}",
+        label=f"{run.get('suite', 'bench')} of {', '.join(names)}",
         arms=[
-            LoggedArm(name=f"{arm.name}{place}", tokens_per_s=arm.decode_tokens_per_s, tau=arm.tau)
+            {"name": arm.name + place, "tokens_per_s": arm.decode_tokens_per_s, "tau": arm.tau}
             for place, arms in places(results)
             for arm in arms
         ],
     )
     try:
-        _append(path, entry)
-    except (OSError, ValueError) as error:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab", buffering=0) as file:  # at once, so that other benches may write too
+            file.write(f"{entry.model_dump_json()}\n".encode())
+    except OSError as error:
         warnings.warn(f"nothing was added to the log: {error}; SPECDEC_LOG=off", stacklevel=2)
-
-
-@retry(
-    retry=retry_if_exception_type(ValueError),  # another bench is writing its line
-    stop=stop_after_delay(10),
-    wait=wait_fixed(0.05),
-    reraise=True,
-)
-def _append(path: Path, entry: LogEntry) -> None:
-    with LineFile(path) as file:
-        file.append(entry.model_dump())

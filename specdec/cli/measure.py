@@ -13,7 +13,7 @@ from specdec.common.files import locked
 from specdec.report.tables import print_tables
 
 if TYPE_CHECKING:
-    from specdec.bench.config import Cell, RunConfig
+    from specdec.bench.config import Cell
 
 # What the last line of output, which is for machines, says of an arm.
 _SUITE_KEYS = ("name", "tau", "decode_tokens_per_s", "speedup_vs_plain", "mismatches", "failed")
@@ -45,8 +45,8 @@ def bench(
     if endpoint is not None:
         if only_list or auto:
             raise ValueError("--list and --auto are of arms, and --endpoint has none; drop them")
-        given = {"url": endpoint, "model": model, "api_key_variable": api_key_variable}
-        _bake_off(config, overrides, out, {**given, "load": load})
+        given = {"url": endpoint, "model": model, "load": load}
+        _bake_off(config, overrides, out, {**given, "api_key_variable": api_key_variable})
         return
     from specdec.bench.config import load_cells
 
@@ -87,53 +87,47 @@ def bake_off(
 def _bake_off(
     path: str, overrides: Sequence[str], out: Path, endpoint: dict[str, Any] | None = None
 ) -> None:
-    from specdec.engines.bake_off import check_bake_off, load_bake_off, run_bake_off
+    from specdec.engines.bake_off import load_bake_off
 
     config = load_bake_off(path, overrides, endpoint)
     quiet_transformers()
-    with locked(out), progress_bar() as show:
-        results = run_bake_off(config, out, show)
-    picture = _show(results, out)
-    for arm in results.arms:
-        if reason := arm.error or (arm.failures[0].reason if arm.failures else ""):
-            warn(f"{arm.name}: {arm.failed} of {arm.requests} requests failed: {reason}")
-    summary = {"schema": results.schema_, "picture": picture, "choice": results.choice}
-    typer.echo(json.dumps({**summary, "arms": _brief(results.arms, _SUITE_KEYS)}))
-    check_bake_off(results)
+    with locked(out):
+        _run(config, out)
 
 
-def _run(config: "RunConfig", out: Path, plan: Any = None) -> None:
-    """Measure a bench, which a plan may have added to, or a suite."""
+def _run(config: Any, out: Path, plan: Any = None) -> None:
+    """Measure a bench, which a plan may have added to, a suite or a bake-off."""
     from specdec.bench.runner import check_results, run_bench
+    from specdec.report.bench import plot, tables
     from specdec.report.plan import planned_table
 
+    measure: Any = run_bench
+    check: Any = check_results
+    if is_bake_off := hasattr(config, "endpoints"):
+        from specdec.engines.bake_off import check_bake_off, run_bake_off
+
+        measure, check = run_bake_off, check_bake_off
     with progress_bar() as show:
-        results: Any = run_bench(config, out, show)
-    picture = _show(results, out, *([planned_table(plan, results)] if plan else []))
-    summary = {"schema": results.schema_, "picture": picture}
-    if hasattr(results, "groups"):
-        groups = [{"name": g.name, "arms": _brief(g.arms, _SUITE_KEYS)} for g in results.groups]
-        summary |= {"suite": results.suite, "groups": groups}
-    else:
-        _tell_failures(results.arms)
-        choice = {"choice": plan.choice.name} if plan else {}
-        summary |= {**choice, "arms": _brief(results.arms, _BENCH_KEYS)}
-    typer.echo(json.dumps(summary))
-    check_results(results)
-
-
-def _show(results: Any, out: Path, *more: Any) -> str | None:
-    """Print tables and draw the picture; returns its path."""
-    from specdec.report.bench import plot, tables
-
-    print_tables(*tables(results), *more)
+        results = measure(config, out, show)
+    print_tables(*tables(results), *([planned_table(plan, results)] if plan else []))
     picture = None  # without matplotlib, which is an extra, the figures stand anyway
     if find_spec("matplotlib"):
         picture = str((out / results.FILE).with_suffix(".png"))
         plot(results, Path(picture))
     shown = picture or "none, it needs specdec[plot]"
     typer.echo(f"Records and results: {out}\nPicture: {shown}")
-    return picture
+    summary = {"schema": results.schema_, "picture": picture}
+    if hasattr(results, "suite"):
+        groups = [{"name": g.name, "arms": _brief(g.arms, _SUITE_KEYS)} for g in results.groups]
+        summary |= {"suite": results.suite, "groups": groups}
+    else:
+        _tell_failures(results.arms, noun=results.NOUN)
+        choice = plan.choice.name if plan else getattr(results, "choice", None)
+        keys = _SUITE_KEYS if is_bake_off else _BENCH_KEYS
+        summary |= {"choice": choice} if choice is not None else {}
+        summary |= {"arms": _brief(results.arms, keys)}
+    typer.echo(json.dumps(summary))
+    check(results)
 
 
 def _planned(config: Any, out: Path) -> None:
@@ -171,11 +165,11 @@ def _sweep(cells: Sequence["Cell"], out: Path) -> None:
     check_sweep(sweep)
 
 
-def _tell_failures(arms: Sequence[Any], where: str = "") -> None:
+def _tell_failures(arms: Sequence[Any], where: str = "", noun: str = "prompt") -> None:
     for arm in arms:
         if arm.failed:
-            count, reason = f"{arm.failed} of {arm.prompts}", arm.failures[0].reason
-            warn(f"{where}{arm.name}: {count} prompts failed: {reason}")
+            count, reason = f"{arm.failed} of {getattr(arm, f'{noun}s')}", arm.failures[0].reason
+            warn(f"{where}{arm.name}: {count} {noun}s failed: {reason}")
 
 
 def _brief(arms: Sequence[Any], keys: Sequence[str]) -> list[dict[str, Any]]:
@@ -289,14 +283,14 @@ def report(
     from specdec.bench.log import log_path
     from specdec.report.page import write_report
 
-    if log:
-        known = log_path()
-        runs, logs = [], runs or ([known] if known else [])
-        if not logs:
-            raise ValueError("SPECDEC_LOG is off, so that there is no log; give its file")
-    elif not runs:
-        raise ValueError("no run is given; give folders of bench, analyze or plan, or --log")
-    found = write_report(runs, out, allow, logs if log else [])
+    known = log_path()
+    logs = (runs or ([known] if known else [])) if log else []
+    if not (runs or logs):
+        fix = (
+            "give folders of bench, analyze or plan, or --log, with its file if SPECDEC_LOG is off"
+        )
+        raise ValueError(f"no run is given; {fix}")
+    found = write_report([] if log else runs, out, allow, logs)
     for warning in found.warnings:
         warn(warning)
     page = str(out / "index.html")

@@ -1,6 +1,7 @@
 """Benches, sweeps and suites: arms, tasks, speed, acceptance, waiting, and where the time went."""
 
 from collections.abc import Mapping
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -51,23 +52,16 @@ def _suite_tables(results: SuiteResults, title: str) -> list[Table]:
 
 
 def _bake_off_tables(results: BakeOffResults, title: str) -> list[Table]:
-    rows, runs = [_row(arm) for arm in results.arms], results.loads
+    rows, group = [_row(arm) for arm in results.arms], [Column("group", "group")]
+    choice = ", not told from ".join(results.choice) or "none, for all failed"
+    own = [{"group": each.name, **_row(arm)} for each in results.groups for arm in each.arms]
     shown = [
-        Table("bake-off", title, rows, legend=[_choice(results)]),
+        Table("bake-off", f"{title}; the fastest: {choice}", rows),
         Table("waiting", f"{title}; waiting times", rows),
+        Table("suite", f"{title}; by group", own, group, num_grouped=1),
+        Table("load", "load, measured by GuideLLM", results.loads),
     ]
-    if results.groups:
-        group = [Column("group", "group")]
-        own = [{"group": each.name, **_row(arm)} for each in results.groups for arm in each.arms]
-        shown.append(Table("suite", f"{title}; by group", own, group, num_grouped=1))
-    return [*shown, *([Table("load", "load, measured by GuideLLM", runs)] if runs else [])]
-
-
-def _choice(results: BakeOffResults) -> str:
-    best, near = results.choice[:1], ", ".join(results.choice[1:])
-    said = f"The fastest: {best[0]}" if best else "No arm answered everything"
-    said += f", not told from {near}" if near else ""
-    return f"{said}. The fastest plain arm: {results.baseline or 'none'}."
+    return [table for table in shown if table.rows]
 
 
 def draw(results: Any) -> Any:
@@ -123,30 +117,31 @@ def add_results(section: Section, run: Run) -> None:
             if cell.error
         ]
         return
+    noun = run.data.NOUN
     section.show(*tables(run.data, f"{run.label}: "))
     section.text += [
-        f"{run.label}: {arm.failed} of {arm.prompts} prompts of {arm.name} failed and are not "
-        f"timed: {arm.failures[0].reason}"
+        f"{run.label}: {arm.failed} of {getattr(arm, f'{noun}s')} {noun}s of {arm.name} failed and "
+        f"are not timed: {arm.failures[0].reason}"
         for arm in run.data.arms
         if arm.failed
     ]
-    if all(arm.per_prompt is None for arm in run.data.arms):
+    if noun == "prompt" and all(arm.per_prompt is None for arm in run.data.arms):
         section.missing.append(
             f"{run.label} holds no figures by prompt or task, nor times of verify and commit: for "
             "intervals of speeds, and in a batch for speeds but the mean ratio, run it again."
         )
 
 
-def add_bake_off(section: Section, run: Run) -> None:
-    section.show(*tables(run.data, f"{run.label}: "))
-    section.text.append(_choice(run.data))
-    section.text += [f"{arm.name}: {arm.served}." for arm in run.data.arms if arm.served]
-    told = [arm for arm in run.data.arms if arm.decode_tokens_per_s]
-    section.draw("bake-off", to_png(draw(run.data)), told, label=run.label)
-    for arm in run.data.arms:
-        reason = arm.error or (arm.failures[0].reason if arm.failures else None)
-        if reason:
-            section.missing.append(f"{arm.name}: {arm.failed} of {arm.requests} failed: {reason}")
+def add_log(section: Section, run: Run) -> None:
+    """Draw each setting's arms over time, and list them."""
+    settings: dict[str, list[Any]] = {}
+    for entry in sorted(run.data.entries, key=lambda entry: entry.date):
+        settings.setdefault(entry.setting, []).append(entry)
+    for entries in settings.values():
+        label = f"{run.label}, {entries[0].label}"
+        section.draw("log", figures.over_time(entries), entries[-1:], label=label)
+    rows = [{**vars(entry), **arm} for entry in chain(*settings.values()) for arm in entry.arms]
+    section.show(Table("log", f"{run.label}: every bench, by setting", rows))
 
 
 def add_domains(section: Section, run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -129,24 +130,21 @@ def group_panels(results: SuiteResults, columns: Sequence[Column], x_label: str)
     return figure
 
 
-def over_time(settings: Sequence[Sequence[LogEntry]]) -> bytes:
-    """Draw tokens/s of every arm over time, a panel a setting; lines mark another version."""
-    figure, panels = new_figure(0.5 + 3.0 * len(settings), width=9, rows=len(settings))
-    for axes, entries in zip(panels, settings, strict=True):
-        when = [datetime.fromisoformat(entry.date) for entry in entries]
-        for place, name in enumerate(dict.fromkeys(a.name for e in entries for a in e.arms)):
-            found = [{arm.name: arm.tokens_per_s for arm in entry.arms} for entry in entries]
-            draw_series(axes, place, name, when, [each.get(name) for each in found])
-        finish(axes, "", "tokens/s", entries[0].label)
-        axes.set_ylim(bottom=0)
-        for place, entry in enumerate(entries):
-            if not place or entry.version != entries[place - 1].version:
-                axes.axvline(when[place], **_DASHED)
-                at = axes.get_xaxis_transform()
-                axes.text(when[place], 0.02, f" {entry.version}", transform=at, fontsize=8)
-        axes.tick_params(axis="x", labelsize=8)
-        axes.legend(fontsize=8)
-    return to_png(figure)
+def over_time(entries: Sequence[LogEntry]) -> bytes:
+    """Draw tokens/s of every arm over time; lines mark another version of specdec."""
+    when = [datetime.fromisoformat(entry.date) for entry in entries]
+    found = [{arm["name"]: arm["tokens_per_s"] for arm in entry.arms} for entry in entries]
+    names = dict.fromkeys(chain(*found))
+    series = {name: (when, [each.get(name) for each in found]) for name in names}
+    figure, axes = _chart(3.4 + 0.15 * len(names), series, ("", "tokens/s"))
+    axes.set_ylim(bottom=0)
+    versions = [entry.version for entry in entries]
+    for at, version, before in zip(when, versions, ["", *versions], strict=False):
+        if version != before:
+            axes.axvline(at, **_DASHED)
+            axes.text(at, 0, f" {version}", fontsize=8)
+    figure.autofmt_xdate()
+    return to_png(figure, axes)
 
 
 def _chart(

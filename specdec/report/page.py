@@ -8,16 +8,15 @@ from typing import Any
 from specdec.bench.summary import faster_than_tau
 from specdec.common.files import locked, replace_file
 from specdec.common.provenance import CodeProvenance, code
-from specdec.report import analysis, bench, compare, log, plan
+from specdec.report import analysis, bench, compare, plan
 from specdec.report.document import AbsentError, Report, ReportedRun, Section, render
-from specdec.report.runs import Run, read_runs
+from specdec.report.runs import Run, read_log, read_runs
 from specdec.report.tables import words
 
 # Id, title, kinds of run that give one (all runs where none is named), and what fills it.
 _SECTIONS: list[tuple[str, str, tuple[str, ...], Callable[[Section, Any], None]]] = [
-    ("results", "Results", ("bench", "sweep"), bench.add_results),
-    ("bake-off", "Bake-off", ("bake-off",), bench.add_bake_off),
-    ("log", "Over time", ("log",), log.add_log),
+    ("results", "Results", ("bench", "sweep", "bake-off"), bench.add_results),
+    ("log", "Over time", ("log",), bench.add_log),
     ("domains", "By task", ("bench",), bench.add_domains),
     ("speed", "Speed against tau", ("bench", "bake-off"), bench.add_speed),
     ("acceptance", "Acceptance by depth", ("bench", "bake-off"), bench.add_acceptance),
@@ -38,7 +37,8 @@ _SECTIONS: list[tuple[str, str, tuple[str, ...], Callable[[Section, Any], None]]
 def write_report(
     folders: Sequence[Path], out: Path, allowed: Sequence[str] = (), logs: Sequence[Path] = ()
 ) -> Report:
-    report = build_report([*read_runs(folders), *map(log.read_log, logs)], allowed)
+    runs = read_runs(folders) if folders else []
+    report = build_report([*runs, *map(read_log, logs)], allowed)
     texts = {
         name: render(name, report=report, definitions=words()["terms"])
         for name in ("index.html", "report.md")

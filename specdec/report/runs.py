@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from specdec.analysis.results import Analysis
+from specdec.bench.log import Log, LogEntry
 from specdec.bench.results import BenchResults, Results, SuiteResults, SweepResults
 from specdec.checkpoints import TargetIdentity
-from specdec.common.files import read_json
+from specdec.common.files import parse_line, read_json
+from specdec.common.provenance import CodeProvenance, code
 from specdec.engines.bake_off import BakeOffResults
 from specdec.planning.results import Plan
 from specdec.planning.roofline import Estimate
@@ -80,10 +82,21 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     return runs
 
 
+def read_log(path: Path) -> Run:
+    """Read the lines of a performance log that are whole; a `ValueError` if there is none."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no log {str(path)!r}; specdec bench writes one, see SPECDEC_LOG")
+    with path.open("rb") as file:
+        entries = [LogEntry.model_validate(row) for row in map(parse_line, file) if row]
+    if not entries:
+        raise ValueError(f"the log {str(path)!r} holds no line of a bench")
+    log = Log(provenance=CodeProvenance(**code()), entries=entries)
+    return Run("log", path.name, path.parent, log)
+
+
 def _labels(places: Sequence[Path]) -> list[str]:
     """Give the last part of each path, with as many parts before it as tell them apart."""
-    labels: list[str] = []
-    for depth in range(1, 1 + max((len(place.parts) for place in places), default=0)):
+    for depth in range(1, 1 + max(len(place.parts) for place in places)):
         labels = ["/".join(place.parts[-depth:]) for place in places]
         if len(set(labels)) == len(labels):
             break
@@ -121,14 +134,12 @@ def read_file(file: Path) -> tuple[str, Any]:
 def title_of(results: Any) -> str:
     """Describe model, machine and settings of a bench, a suite or a bake-off."""
     where, config = results.provenance, results.provenance.config
-    if isinstance(results, BakeOffResults):
-        config = config.run
-        num = f"{results.arms[0].requests} requests one after the other"
-        return (
-            f"{last_part(config.target.path)} over HTTP, T = {config.sampling.temperature:g}, {num}"
-        )
-    target = f"{last_part(config.target.path)} on {where.device}, {where.dtype}"
-    target += f", T = {config.sampling.temperature:g}"
+    is_bake_off = isinstance(results, BakeOffResults)
+    config = config.run if is_bake_off else config
+    place = "over HTTP" if is_bake_off else f"on {where.device}, {where.dtype}"
+    target = f"{last_part(config.target.path)} {place}, T = {config.sampling.temperature:g}"
+    if is_bake_off:
+        return f"{target}, {results.arms[0].requests} requests one after the other"
     if isinstance(results, SuiteResults):
         repeats = f"{config.repeats} repeat{'s' * (config.repeats > 1)}"
         return f"{results.suite.replace('_', ' ')}: {target}, {repeats}"

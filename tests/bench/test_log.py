@@ -11,7 +11,6 @@ from specdec.bench.config import load_cells
 from specdec.bench.log import log_path, log_results
 from specdec.bench.runner import run_bench
 from specdec.cli import app
-from specdec.common.files import LineFile
 
 KEYS = "max_new_tokens: 4\nrepeats: 1\narms: [{type: ngram}]\n"
 
@@ -50,13 +49,12 @@ def test_every_bench_that_measures_adds_a_line(bench, log, tmp_path):
     assert (tmp_path / "page/log-1.png").stat().st_size > 10_000
 
 
-def test_line_waits_for_its_turn_and_fails_no_bench(bench, log, monkeypatch, tmp_path):
+def test_line_is_written_beside_other_benches_and_fails_none(bench, log, monkeypatch, tmp_path):
     results = bench("1")
-    waits = []
-    other = LineFile(log)
-    monkeypatch.setattr("time.sleep", lambda _: waits.append(1) or other.close())
-    log_results(results)
-    assert (len(lines_of(log)), waits) == (2, [1])
+    with log.open("ab") as other:
+        log_results(results)
+        other.write(b'{"of": "another"}\n')
+    assert [next(iter(line)) for line in lines_of(log)] == ["date", "date", "of"]
     monkeypatch.setenv("SPECDEC_LOG", str(tmp_path))  # a folder
     with pytest.warns(UserWarning, match="nothing was added to the log"):
         log_results(results)
