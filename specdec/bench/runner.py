@@ -19,6 +19,7 @@ from specdec.bench.results import BenchResults, SuiteResults
 from specdec.bench.summary import faster_than_tau, places, summarize
 from specdec.bench.workloads import Group, Progress, Request, fingerprint_of, make_groups
 from specdec.checkpoints.identity import TARGET, as_json, check_resumed, identify_target
+from specdec.common.config import Config
 from specdec.common.files import Journal
 from specdec.common.provenance import machine
 from specdec.targets.hf import HFTarget
@@ -156,7 +157,7 @@ def open_store(config: RunConfig, folder: Path, target: HFTarget, groups: Sequen
     return Store(folder, identity, provenance)
 
 
-def provenance_of(config: RunConfig, asked: str, target: HFTarget) -> dict[str, Any]:
+def provenance_of(config: Config, asked: str, target: Any) -> dict[str, Any]:
     """Configuration as resolved, a fingerprint of it and of what is asked, code and machine."""
     content = config.model_dump(mode="json")
     mark = fingerprint_of([content, asked])

@@ -96,11 +96,7 @@ def find_differences(
         for against, ours, theirs in islice(pairs, 1):
             equal = [a == b for a, b in zip(ours, theirs, strict=False)]
             position = [*equal, False].index(False)
-            top2_gap = (
-                None
-                if target is None
-                else gap(tuple(requests[place].prompt), tuple(ours[:position]))
-            )
+            top2_gap = gap(tuple(requests[place].prompt), tuple(ours[:position]))
             found[name].append(
                 models.PromptDifference(
                     prompt=place, against=against, position=position, top2_gap=top2_gap
@@ -113,6 +109,8 @@ def _top2_gap(
     target: Any, sampling: SamplingOptions, prompt: Sequence[int], output: Sequence[int]
 ) -> float | None:
     """Gap between the two best processed logits; None where one token alone is allowed."""
+    if target is None:  # it is elsewhere
+        return None
     eos, configs = target.eos_token_ids, [sampling.with_seed(0)]
     sampler = Sampler(configs, target.vocab_size, target.device, [prompt], eos)
     with claimed(target):
@@ -232,15 +230,10 @@ def _throughput(calls: Iterable[Call], batch_size: int) -> dict[str, Any]:
 
 
 def suite_group(
-    config: RunConfig,
-    group: Group,
-    calls: Calls,
-    differences: Differences,
-    plain: Sequence[Sequence[Call]] | None = None,
+    config: RunConfig, group: Group, calls: Calls, differences: Differences, plain: str = "plain"
 ) -> models.GroupResults:
     ids = [request.id for request in group.requests]
-    plain = plain or calls["plain"]
-    baselines, wanted = {"plain": table_of(plain)}, (50, 95, 99)
+    baselines, wanted = {"plain": table_of(calls[plain])}, (50, 95, 99)
     is_load = isinstance(config, ConcurrentConfig)
     arms = []
     for name, each in calls.items():
@@ -266,7 +259,7 @@ def suite_group(
             ],
             memory=largest_memory(own),
             power=_power(own),
-            load=load_figures(group.requests, each[0], plain[0]) if is_load else None,
+            load=load_figures(group.requests, each[0], calls[plain][0]) if is_load else None,
         )
         arms.append(arm)
     requests = [models.RequestInfo.model_validate(each) for each in group.requests]
@@ -276,15 +269,17 @@ def suite_group(
 def _power(calls: Sequence[Call]) -> models.Power:
     """Energy and use of whole calls that were measured, over their seconds and tokens."""
 
-    def per_s(kind: str) -> float | None:
-        found = [(getattr(call, kind), call.wall_s) for call in calls if call.wall_s]
-        known = [(value, seconds) for value, seconds in found if value is not None]
-        return sum(each[0] for each in known) / sum(each[1] for each in known) if known else None
+    whole = [call for call in calls if call.wall_s]
 
-    measured = [call for call in calls if call.energy_j is not None and call.wall_s]
+    def per_s(kind: str) -> float | None:
+        known = [call for call in whole if getattr(call, kind) is not None]
+        total = sum(getattr(call, kind) for call in known)
+        return total / sum(call.wall_s or 0.0 for call in known) if known else None
+
+    measured = [call for call in whole if call.energy_j is not None]
     energy_j = sum(call.energy_j or 0.0 for call in measured)
     tokens = sum(len(run.tokens) for call in measured for run in call.runs)
-    used = [call.gpu_memory_bytes or 0.0 for call in calls if call.wall_s]
+    used = [call.gpu_memory_bytes or 0.0 for call in whole]
     return models.Power(
         energy_j=energy_j if measured else None,
         power_w=per_s("energy_j"),

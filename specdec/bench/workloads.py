@@ -131,10 +131,8 @@ def _answers(target: Any, prompts: Any, max_new_tokens: int, batch_size: int = 1
     """Texts of the target's greedy answers, which a target that is elsewhere gives itself."""
     if hasattr(target, "answers"):
         return list(target.answers(prompts, max_new_tokens))
-    results = generate_baseline(
-        target, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
-    )
-    return [result.text for result in results]
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    return [result.text for result in generate_baseline(target, prompts, **options)]
 
 
 # --- Suites ---

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import httpx
@@ -24,7 +24,7 @@ from specdec.data.dialogue import Answer, Chat, Dialogue
 from specdec.data.regenerate import EndpointDownError, Session
 
 _PASSING = (408, 409, 429)  # a timeout, a conflict, too many requests
-FATAL = (401, 403, 404)  # wrong for every query: the key, the URL or the model
+_FATAL = (401, 403, 404)  # wrong for every query: the key, the URL or the model
 _TAKEN_OUT = ("reasoning_content", "reasoning", "tool_calls")  # of a message's text
 _FIRST_WAIT_S, _LONGEST_WAIT_S, _LONGEST_ASKED_WAIT_S = 1.0, 60.0, 600.0
 _SEEDS = 2**31  # servers take 32 bits with a sign
@@ -53,10 +53,16 @@ def checked_url(url: str) -> str:
     return url.rstrip("/")
 
 
-def refusal(reply: httpx.Response, api_key: str) -> str:
-    """What a server said of a request that it did not answer, without the key."""
-    said = f"HTTP {reply.status_code}: {_brief(reply)}"
-    return said.replace(api_key, "***") if api_key else said
+def raise_refusal(reply: httpx.Response, url: str, model: str, api_key: str) -> NoReturn:
+    """Raise what a request that was not answered means, without the key."""
+    status, reason = reply.status_code, f"HTTP {reply.status_code}: {_brief(reply)}"
+    reason = reason.replace(api_key, "***") if api_key else reason
+    if status in _PASSING or status >= 500:
+        raise Unavailable(reason, _retry_after_s(reply))
+    if status in _FATAL:
+        fix = "check --endpoint (up to and with /v1), --model and --api-key-variable"
+        raise ValueError(f"{url} refuses model {model!r} ({reason}); {fix}")
+    raise Refused(reason)
 
 
 class Endpoint:
@@ -116,13 +122,7 @@ class Endpoint:
         if "return_token_ids" in asked and "return_token_ids" in reply.text:
             self._asks_for_ids = False  # a server that takes no field it does not know
             return await self._post(path, body)
-        status, reason = reply.status_code, refusal(reply, self._api_key)
-        if status in _PASSING or status >= 500:
-            raise Unavailable(reason, _retry_after_s(reply))
-        if status in FATAL:
-            fix = "check --endpoint (up to and with /v1), --model and --api-key-variable"
-            raise ValueError(f"{self.url} refuses model {self.model!r} ({reason}); {fix}")
-        raise Refused(reason)
+        raise_refusal(reply, self.url, self.model, self._api_key)
 
 
 def _brief(reply: httpx.Response) -> str:

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any
 
 import httpx
 
@@ -39,7 +40,7 @@ class Counters:
         )
 
 
-def read_counters(url: str) -> Counters | None:
+def read_counters(url: str, client: Any = httpx) -> Counters | None:
     """Read the counters of the server at this URL, with or without its /v1; None if it has none.
 
     Raises:
@@ -47,7 +48,7 @@ def read_counters(url: str) -> Counters | None:
     """
     address = f"{url.rstrip('/').removesuffix('/v1')}/metrics"
     try:
-        reply = httpx.get(address, timeout=10.0)
+        reply = client.get(address, timeout=10.0)
     except httpx.HTTPError as error:
         what = f"{type(error).__name__} {error}".strip()
         raise RuntimeError(f"{address} does not answer ({what}); is the server up?") from error

@@ -6,6 +6,7 @@ import time
 import uuid
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -17,24 +18,24 @@ import torch
 from pydantic import Field, model_validator
 
 from specdec.bench.config import Count, SamplingOptions, TargetConfig
-from specdec.bench.figures import Table
+from specdec.bench.figures import Table, runs_of
 from specdec.bench.measure import Requests, Run
 from specdec.bench.workloads import Request
 from specdec.checkpoints import TargetIdentity
 from specdec.checkpoints.identity import hash_of_vocabulary
 from specdec.common.config import Config
 from specdec.data.dialogue import load_chat
-from specdec.data.endpoint import FATAL, Refused, checked_url, refusal
+from specdec.data.endpoint import Refused, Unavailable, checked_url, raise_refusal
 from specdec.demo import demo_path
 from specdec.engine.metrics import AcceptanceStats
-from specdec.engines.counters import Counters, parse_counters
+from specdec.engine.text import encode
+from specdec.engines.counters import Counters, read_counters
 from specdec.targets.hf import max_context_len
 
 # Fields that OpenAI does not have: ids of the answer's tokens, as vLLM and llama.cpp call them, and
-# no prompt out of a cache. A server that refuses some is asked with fewer, at last by text.
-_IDS = {"return_token_ids": True}
-_ALL = {**_IDS, "verbose": True, "return_tokens": True, "cache_prompt": False, "cache_salt": ""}
-_FORMS: list[tuple[bool, dict[str, Any]]] = [(True, _ALL), (True, _IDS), (True, {}), (False, {})]
+# no prompt out of a cache. A server that refuses them is asked without, at last by text.
+_MORE = {"return_token_ids": True, "verbose": True, "return_tokens": True, "cache_prompt": False}
+_FORMS: list[tuple[bool, dict[str, Any]]] = [(True, _MORE), (True, {}), (False, {})]
 
 
 class EndpointConfig(Config):
@@ -93,8 +94,8 @@ class ServedTarget:
     def as_text(self, table: Table) -> Table:
         """Put characters in place of tokens, which not every server gives."""
 
-        def spelled(row: Run) -> Run:
-            return replace(row, tokens=[*map(ord, self.text(row.tokens))])
+        def spelled(run: Run) -> Run:
+            return replace(run, tokens=[*map(ord, self.text(run.tokens))])
 
         return [[row if isinstance(row, str) else spelled(row) for row in rows] for rows in table]
 
@@ -112,7 +113,8 @@ class EndpointArm:
     def __init__(
         self, each: EndpointConfig, url: str, sampling: SamplingOptions, target: ServedTarget
     ) -> None:
-        self.url, self._target, self._forms = checked_url(url), target, _FORMS
+        self._target: Any = target
+        self.url, self._forms, self._gives_ids = checked_url(url), _FORMS, True
         self._key = os.environ.get(each.api_key_variable, "")
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
@@ -125,27 +127,31 @@ class EndpointArm:
         given["min_tokens"] = given.pop("min_new_tokens", 0) or None
         self._sampling = {"temperature": 0.0} | {k: v for k, v in given.items() if v is not None}
         listed = [str(one["id"]) for one in self._get(f"{self.url}/models").get("data") or ()]
-        model = each.model or (listed[0] if len(listed) == 1 else None)
-        if model is None or (listed and model not in listed):
+        self.model = each.model or (listed[0] if len(listed) == 1 else "")
+        if not self.model or (listed and self.model not in listed):
             known = ", ".join(listed) or "does not say which models"
             raise ValueError(f"{self.url} serves {known}, not {each.model!r}; give one as model")
-        self.model: str = model
-        self.version = self._get(f"{self.url.removesuffix('/v1')}/version").get("version")
-        self._gives_ids = True
+        self.version = self._get(f"{self.url.removesuffix('/v1')}/version").get("version", "")
 
     @property
     def served(self) -> str:
         """The server in words."""
-        sent, came = (
-            ("text", "token ids")[is_ids] for is_ids in (self._forms[0][0], self._gives_ids)
-        )
-        version = f" of version {self.version}" if self.version else ""
-        model = self.model.rpartition("/")[2] if self.model[0] in "./" else self.model
-        return f"{model}{version}, prompts as {sent}, answers as {came}"
+        model = Path(self.model).name if self.model[0] in "./" else self.model
+        is_ids = self._forms[0][0], self._gives_ids
+        sent, came = ("token ids" if each else "text" for each in is_ids)
+        return f"{model} {self.version}".strip() + f", prompts as {sent}, answers as {came}"
 
     def __call__(self, requests: Requests, after_step: Callable[[], None]) -> list[Run | str]:
         """Ask one after the other."""
         return [self._ask(request) for request in requests]
+
+    def answers(self, prompts: Sequence[Any], limit: int) -> list[str]:
+        """Texts of the answers to prompts; a `RuntimeError` if there is one without."""
+        ids = [encode(each, self._target, place) for place, each in enumerate(prompts)]
+        rows = [self._ask(Request("", "", each, limit, 0)) for each in ids]
+        if failed := [row for row in rows if isinstance(row, str)]:
+            raise RuntimeError(f"{self.url} gives no answers for later turns: {failed[0]}")
+        return [self._target.text(run.tokens) for run in runs_of(rows)]
 
     def _get(self, address: str) -> dict[str, Any]:
         """The object at an address; empty where there is none."""
@@ -155,57 +161,48 @@ class EndpointArm:
             what = f"does not answer ({type(error).__name__} {error}); is the server up?"
             raise ConnectionError(f"{self.url} {what}") from error
         if reply.status_code in (401, 403):
-            reason = refusal(reply, self._key)
-            raise ValueError(f"{self.url} refuses the key ({reason}); check its variable")
-        try:
-            content = reply.json() if reply.is_success else {}
-        except ValueError:
-            content = {}
-        return content if isinstance(content, dict) else {}
+            what = f"refuses the key (HTTP {reply.status_code}); check its variable"
+            raise ValueError(f"{self.url} {what}")
+        with suppress(ValueError, TypeError):
+            return dict(reply.json()) if reply.is_success else {}
+        return {}
 
     def _ask(self, request: Request) -> Run | str:
         refused, bos, before = "", self._target.tokenizer.bos_token_id, self._count()
         body = {"model": self.model, "max_tokens": request.max_new_tokens, "seed": request.seed}
         body |= {"stream": True, "stream_options": {"include_usage": True}, **self._sampling}
-        for place, (is_ids, extras) in enumerate(self._forms):
+        for place, (is_ids, more) in enumerate(self._forms):
             prompt: Any = request.prompt
             if not is_ids:  # the server puts the first token there itself
                 prompt = self._target.text(prompt[prompt[0] == bos :], whole=True)
-            salt = {"cache_salt": uuid.uuid4().hex} if "cache_salt" in extras else {}
+            salt = {"cache_salt": uuid.uuid4().hex} if more else {}
             try:
-                found = self._stream({**body, "prompt": prompt, **extras, **salt})
+                run = self._stream(request, {**body, "prompt": prompt, **more, **salt})
             except Refused as error:
                 refused = refused or str(error)
-            except (httpx.HTTPError, json.JSONDecodeError, RuntimeError) as error:
+            except (httpx.HTTPError, json.JSONDecodeError, RuntimeError, Unavailable) as error:
                 self._get(f"{self.url}/models")  # this request alone fails, or the server is gone
                 return f"{type(error).__name__}: {error}"
             else:
                 self._forms = self._forms[place:]
-                found = self._run(request, *found)
-                return found if isinstance(found, str) else self._counted(found, before)
+                return self._counted(run, before)
         return refused
 
-    def _stream(self, body: dict[str, Any]) -> Any:
-        """Events, as (seconds after sending, text, token ids or None), usage, and finish reason."""
-        events, usage, finish = [], dict[str, Any](), ""
+    def _stream(self, request: Request, body: dict[str, Any]) -> Run:
+        # Seconds after sending, text, and token ids or None.
+        events, usage, finish = list[tuple[float, str, Any]](), dict[str, Any](), ""
         started = time.perf_counter()
         with self._client.stream("POST", f"{self.url}/completions", json=body) as reply:
             if not reply.is_success:
                 reply.read()
-                reason = refusal(reply, self._key)
-                if reply.status_code in FATAL:
-                    fix = "check the URL (up to and with /v1), the model and the key"
-                    raise ValueError(f"{self.url} refuses {self.model!r} ({reason}); {fix}")
-                raise Refused(reason) if reply.status_code in (400, 422) else RuntimeError(reason)
+                raise_refusal(reply, self.url, self.model, self._key)
             if "event-stream" not in reply.headers.get("content-type", ""):
                 raise ValueError(f"{self.url} does not stream, so that there is nothing to time")
             for line in reply.iter_lines():
                 now_s = time.perf_counter() - started
-                field, _, text = line.partition(":")
-                # llama.cpp begins some streams by null.
-                is_event = field == "data" and text.strip() != "[DONE]"
-                found = json.loads(text) if is_event else None
-                event = found if isinstance(found, dict) else {}
+                if not line.startswith("data:") or line.endswith("[DONE]"):
+                    continue
+                event = json.loads(line[5:]) or {}  # llama.cpp begins some streams by null
                 if error := event.get("error"):
                     raise RuntimeError(f"the stream holds an error: {error!s:.300}")
                 usage = event.get("usage") or usage
@@ -215,55 +212,44 @@ class EndpointArm:
                     finish = choice.get("finish_reason") or finish
         if not finish:
             raise RuntimeError(f"the stream broke off after {len(events)} events")
-        return events, usage, finish
-
-    def _run(self, request: Request, events: Any, usage: dict[str, int], finish: str) -> Run | str:
         if usage.get("prompt_tokens") not in (None, request.num_tokens):
             read = f"{usage['prompt_tokens']} tokens of prompt, not {request.num_tokens}"
-            return f"the server read {read}: it has another tokenizer, or adds tokens"
+            raise RuntimeError(f"the server read {read}: it has another tokenizer, or adds tokens")
         if finish not in ("stop", "length"):
-            return f"the answer ended by {finish!r}, which is not the target's own end"
+            raise RuntimeError(f"the answer ended by {finish!r}, not by the target's own end")
         times, texts, ids = zip(*events, strict=True)
         self._gives_ids = any(ids)
         if self._gives_ids:
-            tokens, sizes = [i for some in ids for i in some or ()], [len(i or ()) for i in ids]
+            tokens = [token for some in ids for token in some or ()]
+            ends = [*accumulate(len(some or ()) for some in ids)]
         else:
-            before = self._target.text(request.prompt, whole=True)
             options = {"add_special_tokens": False, "return_offsets_mapping": True}
-            found = self._target.tokenizer(before + "".join(texts), **options)
-            ends = [end - len(before) for _, end in found["offset_mapping"]]
-            first = bisect_right(ends, 0)
-            tokens = found["input_ids"][first:]
-            there = (bisect_right(ends, end) for end in accumulate(map(len, texts)))
-            sizes = [now - then for then, now in pairwise([first, *there])]
+            found = self._target.tokenizer("".join(texts), **options)
+            tokens, places = found["input_ids"], [end for _, end in found["offset_mapping"]]
+            ends = [bisect_right(places, end) for end in accumulate(map(len, texts))]
         if finish == "stop" and usage.get("completion_tokens") == len(tokens) + 1:
-            tokens, sizes[-1] = [*tokens, self._target.eos_token_ids[0]], sizes[-1] + 1
+            tokens, ends[-1] = [*tokens, self._target.eos_token_ids[0]], ends[-1] + 1
+        sizes = (now - then for then, now in pairwise([0, *ends]))
         chunks = [(when, size) for when, size in zip(times, sizes, strict=True) if size]
         if not chunks:
-            return "the answer is empty"
+            raise RuntimeError("the answer is empty")
         when, num = (list(each) for each in zip(*chunks, strict=True))
-        end_s = when[-1] - when[0]
-        return Run(tokens, num[0], when[0], end_s, chunk_s=when, chunk_tokens=num)
+        return Run(tokens, num[0], when[0], when[-1] - when[0], chunk_s=when, chunk_tokens=num)
 
     def _count(self) -> Counters | None:
-        try:
-            reply = self._client.get(f"{self.url.removesuffix('/v1')}/metrics", timeout=10.0)
-            return parse_counters(reply.text) if reply.is_success else None
-        except (httpx.HTTPError, ValueError):  # nobody, or another page
-            return None
+        with suppress(RuntimeError, ValueError):  # nobody, or another page
+            return read_counters(self.url, self._client)
+        return None
 
     def _counted(self, run: Run, before: Counters | None) -> Run:
         """Add the server's counts; none without counters or drafts, nor after a restart."""
         after = self._count()
-        found = None if after is None else after - before
+        found = after - before if after else None
         if found is None or found.num_drafts < 1:
             return run
         depths, accepted = found.accepted_per_position, found.num_accepted
         if accepted is None:  # SGLang; every other token is a step's own
             accepted = len(run.tokens) - 1 - found.num_drafts
-        drafted, tested = found.num_drafted or 0, (found.num_drafts, *depths)
-        if min(drafted, accepted, *depths) < 0:
-            return run
-        deep = depths[: sum(count > 0 for count in tested)]  # what was tested at all
-        at = deep, tested[: len(deep)]
-        return replace(run, counted=AcceptanceStats(found.num_drafts, drafted, accepted, *at))
+        tested = tuple(num for num in (found.num_drafts, *depths) if num > 0)[: len(depths)]
+        counts = found.num_drafts, found.num_drafted or 0, accepted, depths[: len(tested)], tested
+        return replace(run, counted=AcceptanceStats(*counts))

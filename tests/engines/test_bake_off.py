@@ -75,8 +75,7 @@ def test_arms_are_told_by_their_own_counters_and_texts(asked, servers, tmp_path)
     assert "answers as token ids" in plain.served
     assert "answers as text" in drafting.served
     assert (results.baseline, failed.failed) == ("plain", 3)
-    assert "does not answer" in failed.error
-    assert failed.failures[0].reason == failed.error
+    assert "does not answer" in failed.failures[0].reason
     assert set(results.choice) <= {"plain", "drafting"}
     with pytest.raises(RuntimeError, match="every request of the arm 'down' failed"):
         check_bake_off(results)
@@ -132,8 +131,8 @@ def answers(*reply):
     ("fault", "reason"),
     [
         (lambda server: setattr(server, "models", ["other"]), "serves other, not 'm'"),
-        (answers(401, {}, "wrong key"), "refuses 'm' (HTTP 401: wrong key)"),
-        (answers(404, {}, "no path"), "refuses 'm' (HTTP 404: no path)"),
+        (answers(401, {}, "wrong key"), "refuses model 'm' (HTTP 401: wrong key)"),
+        (answers(404, {}, "no path"), "refuses model 'm' (HTTP 404: no path)"),
         (answers(400, {}, "too long"), "HTTP 400: too long"),
         (answers(500, {}, "oh"), "HTTP 500: oh"),
         (answers(200, {}, {"choices": []}), "does not stream"),
@@ -160,7 +159,7 @@ def test_server_that_goes_away_is_asked_again_for_what_is_missing(asked, servers
     plain, drafting = servers
     drafting.respond = lambda number, body: setattr(drafting, "is_down", number == 4)
     results = run_bake_off(asked(), tmp_path / "out")
-    assert "does not answer" in by_name(results)["drafting"].error
+    assert "does not answer" in by_name(results)["drafting"].failures[0].reason
     assert by_name(results)["plain"].failed == 0
     drafting.is_down, drafting.respond = False, lambda number, body: None
     num_plain, num_drafting = len(plain.requests), len(drafting.requests)
@@ -252,8 +251,8 @@ def test_engines_are_started_in_turn_and_one_that_fails_is_told(
     arms = by_name(results)
     assert list(arms) == ["vllm", "vllm head", "llama.cpp", "sglang"]
     assert arms["vllm head"].speedup_vs_engine_plain == arms["vllm head"].speedup_vs_plain > 0
-    assert "ended with status 1" in arms["llama.cpp"].error
-    assert "give launch" in arms["sglang"].error
+    assert "ended with status 1" in arms["llama.cpp"].failures[0].reason
+    assert "give launch" in arms["sglang"].failures[0].reason
 
 
 @pytest.mark.parametrize(
