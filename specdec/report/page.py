@@ -66,7 +66,9 @@ def build_report(runs: Sequence[Run], allowed: Sequence[str] = ()) -> Report:
         comparison = Section(id="comparison", title="Comparison of runs")
         compare.add_comparison(comparison, benches)
         sections.insert(0, comparison)
-    absent = [f"{each.title}: {' '.join(each.missing)}" for each in made if each.is_empty]
+    absent = [
+        f"{each.title}: {' '.join(each.missing)}" for each in made if each.missing and each.is_empty
+    ]
     if absent:
         title = "What is not in this report"
         sections.append(Section(id="absent", title=title, missing=absent))
@@ -93,7 +95,7 @@ def _section(
             add(section, each)
         except AbsentError as reason:
             section.missing.append(str(reason))
-    if not given:
+    if not given and kinds[0] in words()["absent"]:
         section.missing.append(words()["absent"][kinds[0]])
     return section
 
