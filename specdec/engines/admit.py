@@ -125,9 +125,8 @@ def admit(
                     rows[arm, i] = {"arm": arm, "prompt": i, **answer}
                     journal.append(rows[arm, i])
                     show(i + 1, len(ids), f"{asked.engine}, {arm}")
-    show(0, 2, "our own loop")
+    show(0, 1, "our own loop")
     plain = generate_baseline(target, ids, max_new_tokens=limit, batch_size=_ROWS)
-    show(1, 2, "our own loop")
     # Drafts are whole up to the limit, as vLLM's are.
     ours = generate(target, options, ids, max_new_tokens=limit + num_tokens, batch_size=_ROWS)
 

@@ -23,8 +23,10 @@ EXACT = {
         *("-ctkd", "f32", "-ctvd", "f32", "--ctx-size"),
     ],
 }
-# Flags that give a server its drafter; each has one value.
-_OF_DRAFTER = re.compile(r"(--speculative-config|--model-draft|-md|-ctkd|-ctvd|--spec-[^=]+)(=.*)?")
+# Flags that give a server its drafter, each with its value, in words that \0 separates.
+_OF_DRAFTER = re.compile(
+    r"\0(--speculative-config|--model-draft|-md|-ctkd|-ctvd|--spec-[^=\0]+)[=\0][^\0]*"
+)
 # What begins an error: a Python exception's name, or the level of a line of llama.cpp.
 _ERROR = re.compile(r"\b\w*(?:Error|Exception): .*|^[\d.]+ E (.*)|\berror: .*")
 
@@ -59,13 +61,7 @@ def server_command(launch: Sequence[str], engine: str) -> list[str]:
 
 def without_drafter(launch: Sequence[str]) -> list[str]:
     """Leave out of a launch line what gives the server its drafter."""
-    kept, words = list[str](), iter(launch)
-    for word in words:
-        if not (found := _OF_DRAFTER.fullmatch(word)):
-            kept.append(word)
-        elif not found[2]:
-            next(words, "")  # its value
-    return kept
+    return _OF_DRAFTER.sub("", "\0".join(launch)).split("\0")
 
 
 @contextmanager
@@ -139,8 +135,7 @@ def _answers(url: str) -> bool:
 
 def last_error(log: Path) -> str:
     """Find what a server complained of: its first error, which later ones follow from."""
-    lines = log.read_text(errors="replace").split("\n")
-    found = [_ERROR.search(line) for line in lines if " WARNING " not in line]
-    errors = [error[1] or error[0] for error in found if error]
-    said = [*errors, *filter(str.strip, reversed(lines)), "it said nothing"]
+    lines = [line for line in log.read_text(errors="replace").split("\n") if line.strip()]
+    errors = filter(None, (_ERROR.search(line) for line in lines if " WARNING " not in line))
+    said = [*(error[1] or error[0] for error in errors), *lines[-1:], "it said nothing"]
     return said[0].strip()[:500]
