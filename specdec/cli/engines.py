@@ -56,7 +56,7 @@ def admit(
     if card := add_to_card(Path(drafter), admission):
         typer.echo(f"Card: {card}")
     if not admission.is_equal:
-        raise typer.Exit(1)
+        raise SystemExit(1)
 
 
 @command()

@@ -14,9 +14,9 @@ is empty at the start of every repeat.
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from itertools import zip_longest
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -131,16 +131,12 @@ class AcceptanceStats:
         )
 
     def __add__(self, other: "AcceptanceStats") -> "AcceptanceStats":
-        def total(ours: Iterable[int], theirs: Iterable[int]) -> tuple[int, ...]:
-            return tuple(map(sum, zip_longest(ours, theirs, fillvalue=0)))
+        def total(one: Any, two: Any) -> Any:
+            if isinstance(one, int):
+                return one + two
+            return tuple(map(sum, zip_longest(one, two, fillvalue=0)))
 
-        return AcceptanceStats(
-            self.num_steps + other.num_steps,
-            self.num_drafted + other.num_drafted,
-            self.num_accepted + other.num_accepted,
-            total(self.accepted_at, other.accepted_at),
-            total(self.tested_at, other.tested_at),
-        )
+        return AcceptanceStats(*map(total, astuple(self), astuple(other)))
 
     @classmethod
     def as_engine(
@@ -151,16 +147,13 @@ class AcceptanceStats:
         They differ in an answer's last steps alone. vLLM drafts its full length up to the end, and
         counts all that its rule accepts, also behind the end. llama.cpp drafts no more than can be
         emitted and counts what it keeps, and an end of sequence in a draft's last place besides.
-        Both count no step that drafted nothing.
+        Both count no step that drafted nothing, so that num_steps is the number of drafts.
 
         Args:
             engine: "vllm" or "llamacpp".
             records: those of one call, in order, which decoded at least K tokens beyond
                 `max_new_tokens` with drafts of K, so that these are whole up to there.
             max_new_tokens: tokens that the engine was asked for.
-
-        Returns:
-            The counts; num_steps is the number of drafts.
 
         Raises:
             ValueError: an unknown engine, or records that no rule judged.
@@ -171,18 +164,16 @@ class AcceptanceStats:
         for row in records:
             left = max_new_tokens - 1 - num_emitted[row.prompt]  # the first token is prefill's
             num_emitted[row.prompt] += row.num_emitted
-            drafted, raw = row.num_drafted, row.num_accepted_raw
-            if raw is None:
+            drafted, accepted = row.num_drafted, row.num_accepted_raw
+            if accepted is None:
                 raise ValueError("the records hold no verdicts (num_accepted_raw); decode anew")
             if engine == "llamacpp":
                 drafted = min(drafted, left - 1)
-                ends_with_it = drafted <= raw and row.num_emitted == drafted
-                raw = drafted if ends_with_it else min(row.num_accepted, drafted)
+                ends_with_it = drafted <= accepted and row.num_emitted == drafted
+                accepted = drafted if ends_with_it else min(row.num_accepted, drafted)
             if left > 0 and drafted > 0:
-                tested = min(raw + 1, drafted)
-                drafts.append(
-                    replace(row, num_drafted=drafted, num_accepted=raw, depth_tested=tested)
-                )
+                counts = {"num_drafted": drafted, "num_accepted": accepted}
+                drafts.append(replace(row, **counts, depth_tested=min(accepted + 1, drafted)))
         return cls.from_records(drafts)
 
     @property

@@ -15,5 +15,3 @@ class AdmitConfig(Config):
     max_new_tokens: int = Field(64, ge=2, description="tokens of an answer")
     num_tokens: int = Field(5, ge=1, description="tokens drafted in a step")
     plain: bool = Field(True, description="also start the engine without the drafter")
-    python: str | None = Field(None, description="Python of the engine's environment")
-    max_wait_s: float = Field(600.0, gt=0, description="seconds for its start, and for an answer")

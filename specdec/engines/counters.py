@@ -8,7 +8,9 @@ from typing import Any
 
 import httpx
 
-_NAME = re.compile(r"(?:vllm|llamacpp|specdec)[:_]spec_decode_num_(\w+?)(?:_total)?(?<!_created)")
+_NAME = re.compile(  # SGLang counts its "verify calls" alone
+    r"(vllm|llamacpp|specdec|sglang)[:_]spec_(?:decode_num|verify)_(\w+?)(?:_total)?(?<!_created)"
+)
 
 
 @dataclass(frozen=True)
@@ -17,15 +19,17 @@ class Counters:
 
     Attributes:
         num_drafts: steps that verified a draft.
-        num_drafted: tokens drafted; None where the server does not count them, as SGLang.
+        num_drafted: tokens drafted; 0 where the server does not count them, as SGLang.
         num_accepted: tokens accepted; None likewise.
         accepted_per_position: tokens accepted at position 1, 2, ... of a draft.
+        engine: the name before all names, by whose rules was counted.
     """
 
     num_drafts: int
-    num_drafted: int | None
-    num_accepted: int | None
+    num_drafted: int = 0
+    num_accepted: int | None = None
     accepted_per_position: tuple[int, ...] = ()
+    engine: str = ""
 
     def __sub__(self, before: "Counters | None") -> "Counters":
         """Count what came after `before`; a server that had drafted nothing yet has None."""
@@ -34,9 +38,10 @@ class Counters:
         places = (self.accepted_per_position, before.accepted_per_position)
         return Counters(
             self.num_drafts - before.num_drafts,
-            None if self.num_drafted is None else self.num_drafted - (before.num_drafted or 0),
+            self.num_drafted - before.num_drafted,
             None if self.num_accepted is None else self.num_accepted - (before.num_accepted or 0),
             tuple(now - then for now, then in zip_longest(*places, fillvalue=0)),
+            self.engine,
         )
 
 
@@ -59,17 +64,17 @@ def parse_counters(text: str) -> Counters | None:
     """Add up the counters of all models and ranks on a page of /metrics."""
     from prometheus_client.parser import text_string_to_metric_families
 
-    totals, places, num_calls = Counter[str](), Counter[int](), None
+    engine, totals, places = "", Counter[str](), Counter[int]()
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             if found := _NAME.fullmatch(sample.name):
+                engine = found[1]
                 if "position" in sample.labels:
                     places[int(sample.labels["position"])] += int(sample.value)
                 else:
-                    totals[found[1]] += int(sample.value)
-            elif sample.name == "sglang:spec_verify_calls_total":
-                num_calls = (num_calls or 0) + int(sample.value)
-    if "drafts" not in totals:
-        return None if num_calls is None else Counters(num_calls, None, None)
-    deep = tuple(places[place] for place in range(max(places, default=-1) + 1))
-    return Counters(totals["drafts"], totals["draft_tokens"], totals["accepted_tokens"], deep)
+                    totals[found[2]] += int(sample.value)
+    if (num_drafts := totals.get("drafts", totals.get("calls"))) is None:
+        return None
+    deep = tuple(places[place] for place in range(len(places)))
+    accepted = totals.get("accepted_tokens")
+    return Counters(num_drafts, totals["draft_tokens"], accepted, deep, engine)

@@ -9,59 +9,59 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
 
-_ENGINES = {"vllm": "vllm", "llama.cpp": "llamacpp"}  # and their folders under .engines
-# Flags that give a server its drafter; each has one value.
-_OF_DRAFTER = re.compile(r"(--speculative-config|--model-draft|-md|-ctkd|-ctvd|--spec-[^=]+)(=.*)?")
+# Flags for exact answers, one after the other; the length of the context goes behind them.
+EXACT = {
+    "vllm": ["--no-enable-prefix-caching", "--enforce-eager", "--max-model-len"],
+    "llama.cpp": [
+        *("--parallel", "1", "--flash-attn", "off", "-ctk", "f32", "-ctv", "f32"),
+        *("-ctkd", "f32", "-ctvd", "f32", "--ctx-size"),
+    ],
+}
+# Flags that give a server its drafter, each with its value, in words that \0 separates.
+_OF_DRAFTER = re.compile(
+    r"\0(--speculative-config|--model-draft|-md|-ctkd|-ctvd|--spec-[^=\0]+)[=\0][^\0]*"
+)
 # What begins an error: a Python exception's name, or the level of a line of llama.cpp.
 _ERROR = re.compile(r"\b\w*(?:Error|Exception): .*|^[\d.]+ E (.*)|\berror: .*")
 
 
-def server_command(launch: Sequence[str], engine: str, python: str | None = None) -> list[str]:
+def server_command(launch: Sequence[str], engine: str) -> list[str]:
     """Turn an engine's launch line as people type it into the command that runs here.
 
     Raises:
-        ValueError: an engine that is not started from here, or the line of another one.
-        FileNotFoundError: it is not installed.
+        FileNotFoundError: the engine is not installed.
+        ValueError: the line of another program.
     """
     program, *flags = launch
     if program == "specdec":
         return [sys.executable, "-m", "specdec", *flags]
-    if program == "llama-server" and not python and shutil.which(program):
+    if program == "llama-server" and shutil.which(program):
         return [program, *flags]
-    if engine not in _ENGINES:
-        raise ValueError(f"engine is {engine!r} but must be {' or '.join(_ENGINES)}, or a URL")
-    folder = _ENGINES[engine]
-    home, variable = os.environ.get("SPECDEC_ENGINES_DIR", ".engines"), folder.upper()
-    variable = f"SPECDEC_{variable}_PYTHON"
-    found = python or os.environ.get(variable) or os.path.abspath(f"{home}/{folder}/bin/python")
-    if shutil.which(found) is None:
-        fix = f"run `bash scripts/engines.sh {folder}`, or give --python or {variable}"
-        raise FileNotFoundError(f"{engine} is not installed: {found!r} is no Python; {fix}")
+    folder, home = engine.replace(".", ""), os.environ.get("SPECDEC_ENGINES_DIR", ".engines")
+    variable = f"SPECDEC_{folder.upper()}_PYTHON"
+    python = os.environ.get(variable) or os.path.abspath(f"{home}/{folder}/bin/python")
+    if shutil.which(python) is None:
+        fix = f"run `bash scripts/engines.sh {folder}`, or give {variable}"
+        raise FileNotFoundError(f"{engine} is not installed: {python!r} is no Python; {fix}")
     if program == "llama-server":
-        return [found, str(Path(__file__).with_name("llamacpp_server.py")), *flags]
+        return [python, str(Path(__file__).with_name("llamacpp_server.py")), *flags]
     if program == "vllm":
         # The wheel for CPUs has no `vllm serve`: the command wants a package of its own name.
-        return [found, "-m", "vllm.entrypoints.openai.api_server", "--model", *flags[1:]]
+        return [python, "-m", "vllm.entrypoints.openai.api_server", "--model", *flags[1:]]
     if program.startswith("python"):
-        return [found, *flags]
+        return [python, *flags]
     raise ValueError(f"the launch line begins with {program!r}, which is not {engine}'s server")
 
 
 def without_drafter(launch: Sequence[str]) -> list[str]:
     """Leave out of a launch line what gives the server its drafter."""
-    kept, words = list[str](), iter(launch)
-    for word in words:
-        if not (found := _OF_DRAFTER.fullmatch(word)):
-            kept.append(word)
-        elif not found[2]:
-            next(words, "")  # its value
-    return kept
+    return _OF_DRAFTER.sub("", "\0".join(launch)).split("\0")
 
 
 @contextmanager
@@ -70,37 +70,32 @@ def start(
     *,
     engine: str,
     log: Path,
-    python: str | None = None,
     env: Mapping[str, str] | None = None,
     max_wait_s: float = 600.0,
-    progress: Callable[[str], None] = lambda text: None,
 ) -> Iterator[str]:
     """Run a server on a free port of this machine, and yield its URL, with /v1, once it answers.
 
     Args:
         launch: the launch line, as `Exported.launch` has it.
-        engine: "vllm", "llama.cpp" or "specdec".
+        engine: its name; .engines has a folder of that name, without points.
         log: file for all that the server says; made anew.
-        python: Python of the engine's environment; None finds it.
         env: variables besides those of this process.
         max_wait_s: seconds until it must answer.
-        progress: told every few seconds what is waited for.
 
     Raises:
         FileNotFoundError: the engine is not installed.
         RuntimeError: it ended, or did not answer in time; says the engine's own reason.
     """
-    command = server_command(launch, engine, python)
+    command = server_command(launch, engine)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
     # vLLM on a CPU would take nine tenths of the memory for its cache: a gigabyte is enough here.
     defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONUNBUFFERED": "1"}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as opened:
         process = subprocess.Popen(
-            command,
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
             stdin=subprocess.DEVNULL,
             stdout=opened,
             stderr=subprocess.STDOUT,
@@ -111,20 +106,15 @@ def start(
     is_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if is_main else None
     try:
-        url = f"http://127.0.0.1:{port}/v1"
-        started = told = time.monotonic()
+        url, ends_at = f"http://127.0.0.1:{port}/v1", time.monotonic() + max_wait_s
         while not _answers(url):
-            waited, reason = time.monotonic() - started, ""
+            reason = f"does not answer after {max_wait_s:.0f} s"
             if process.poll() is not None:
                 reason = f"ended with status {process.returncode} before it answered"
-            elif waited > max_wait_s:
-                reason = f"does not answer after {max_wait_s:.0f} s"
-            if reason:
-                raise RuntimeError(f"{engine} {reason}: {last_error(log)} (all of it: {log})")
-            if time.monotonic() - told > 5:
-                told = time.monotonic()
-                progress(f"{engine} is starting, {waited:.0f} s, at most {max_wait_s:.0f}")
-            time.sleep(0.2)
+            elif time.monotonic() < ends_at:
+                time.sleep(0.2)
+                continue
+            raise RuntimeError(f"{engine} {reason}: {last_error(log)} (all of it: {log})")
         yield url
     finally:
         if is_main:
@@ -145,7 +135,7 @@ def _answers(url: str) -> bool:
 
 def last_error(log: Path) -> str:
     """Find what a server complained of: its first error, which later ones follow from."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
-    errors = [_ERROR.search(line) for line in lines if " WARNING " not in line]
-    found = [error[1] or error[0] for error in errors if error]
-    return (found or [line for line in lines if line][-1:] or ["it said nothing"])[0][:500]
+    lines = [line for line in log.read_text(errors="replace").split("\n") if line.strip()]
+    errors = filter(None, (_ERROR.search(line) for line in lines if " WARNING " not in line))
+    said = [*(error[1] or error[0] for error in errors), *lines[-1:], "it said nothing"]
+    return said[0].strip()[:500]

@@ -5,7 +5,6 @@ What a serving engine did with a drafter is added to its card.
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,21 +68,15 @@ def drafter_card(results: "TrainResults", answers: "AnswersManifest | None" = No
 
 def admission_table(admission: "Admission") -> Table:
     """Put texts and counts of an engine beside ours."""
+    ours, theirs = admission.ours, admission.theirs
     rows: list[dict[str, Any]] = [
         {"what": f"equal texts, {arm}", "ours": admission.num_prompts, "theirs": equal}
         for arm, equal in admission.equal_texts.items()
     ]
-    ours, theirs = asdict(admission.ours), asdict(admission.theirs) if admission.theirs else {}
-    for name, count in ours.items():
-        if name == "accepted_per_position":
-            places = zip_longest(count, theirs.get(name, ()))
-            rows += [
-                {"what": f"accepted at {place}", "ours": mine, "theirs": other}
-                for place, (mine, other) in enumerate(places, start=1)
-            ]
-        else:
-            what = name.removeprefix("num_")
-            rows.append({"what": what, "ours": count, "theirs": theirs.get(name)})
+    rows += [
+        {"what": k, "ours": ours[k], "theirs": theirs and theirs[k]}
+        for k in ours | (theirs or ours)
+    ]
     engine = f"{admission.engine} {admission.version}"
     shown = [Column("what", ""), Column("ours", "here", 0), Column("theirs", engine, 0)]
     caption = f"{admission.kind}, chains of {admission.num_tokens}, temperature 0, float32"
@@ -94,13 +87,13 @@ def add_to_card(folder: Path, admission: "Admission") -> Path | None:
     """Write an engine's verdict into the card of a drafter's own folder, in place of its last."""
     if not folder.is_dir() or folder.resolve().parent == demo_path("target").resolve().parent:
         return None
-    card, title = folder / "README.md", "## In serving engines"
-    text = card.read_text() if card.exists() else f"# {folder.resolve().name}\n"
-    before, _, said = text.partition(f"\n{title}\n")
-    of_engine = f" by {admission.engine} "
-    lines = [line for line in said.strip().splitlines() if line and of_engine not in line]
-    lines.append(f"- {admission.verdict} ({admission.num_tokens} tokens a draft)")
-    replace_file(card, f"{before.rstrip()}\n\n{title}\n\n{chr(10).join(lines)}\n".encode())
+    card, title = folder / "README.md", "\n\n## In serving engines\n\n"
+    text = card.read_text() if card.exists() else f"# {folder.resolve().name}"
+    before, _, said = text.partition(title)
+    others = [line for line in said.split("\n") if line and f" by {admission.engine} " not in line]
+    line = f"- {admission.verdict} ({admission.num_tokens} tokens a draft)"
+    lines = "\n".join([*others, line])
+    replace_file(card, f"{before.rstrip()}{title}{lines}\n".encode())
     return card
 
 
