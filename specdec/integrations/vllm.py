@@ -69,9 +69,8 @@ def install() -> None:
             total, generators = len(given.draft_token_ids), sampling.generators
             flat = draw_uniforms(total, num_drafted, generators, target.device)
             uniforms = uniforms_from_flat(flat, ends, width)
-            is_double = getattr(given, "use_fp64_gumbel", False)
-            noise = torch.empty_like(target[:, 0], dtype=torch.float64 if is_double else None)
-            noise.exponential_()
+            kind = torch.float64 if getattr(given, "use_fp64_gumbel", False) else None
+            noise = torch.empty_like(target[:, 0], dtype=kind).exponential_()
             for row, generator in generators.items():
                 if num_drafted[row]:
                     noise[row].exponential_(generator=generator)
@@ -89,9 +88,6 @@ class Proposer:
     child of every node is served. vLLM passes rows, not requests: a row is a new request unless its
     text is a known one and the tokens just sampled. What a request emits last is never seen, so a
     drafter that remembers past outputs learns that much less.
-
-    Args:
-        vllm_config: vLLM's own; `num_speculative_tokens` is the budget of every row.
 
     Raises:
         ValueError: SPECDEC_DRAFTER names no drafter, or one that needs a target.
@@ -144,8 +140,8 @@ class Proposer:
             committed = [new for _, _, new, _ in kept]
             accepted = [self._paths[row][: len(new) - 1] for _, _, new, row in kept]
             path = torch.tensor(padded(accepted, -1), dtype=torch.long)
-            tokens, tested = torch.tensor(padded(committed, -1)), torch.zeros(len(kept), 0).bool()
-            verdict = Verdict(tokens, (path >= 0).sum(1), path, tested)
+            tokens, untested = torch.tensor(padded(committed, -1)), path[:, :0] >= 0
+            verdict = Verdict(tokens, (path >= 0).sum(1), path, untested)
             self._drafter.observe(verdict, committed, {})
         if joined:
             self._drafter.begin([text for _, text, *_ in joined], None, None, join=bool(kept))
@@ -153,13 +149,12 @@ class Proposer:
         root = torch.tensor([text[-1] for text in self._texts])
         budget = [max(0, min(self._num_tokens, self._max_len - len(t))) for t in self._texts]
         draft = self._drafter.propose(root, budget, None)
-        columns = draft.lengths, draft.tokens, draft.explicit_parents()
-        listed = zip(kept + joined, *(column.tolist() for column in columns), strict=True)
-        for (slot, *_), length, tokens, parents in listed:
+        parents = draft.explicit_parents()
+        for row, (slot, *_) in enumerate(kept + joined):
             served: list[int] = []
-            for node in range(length):
-                if parents[node] == (served[-1] if served else -1):
+            for node, parent in enumerate(parents[row, : draft.lengths[row]].tolist()):
+                if parent == (served[-1] if served else -1):
                     served.append(node)
             self._paths.append(served)
-            drafts[slot] = [tokens[node] for node in served]
+            drafts[slot] = draft.tokens[row, served].tolist()
         return drafts
