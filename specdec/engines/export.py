@@ -305,7 +305,7 @@ def _tell(made: Exported, options: Mapping[str, Any], folder: Path) -> dict[str,
             config = {"method": made.method, "model": model, "num_speculative_tokens": num}
             if not drafter:
                 made.environment = {"SPECDEC_DRAFTER": json.dumps(options)}
-                made.note = "vLLM's environment needs it too: pip install --no-deps specdec"
+                made.note = "specdec must be in vLLM's environment: pip install --no-deps specdec"
             elif made.method == "medusa":
                 made.note = "vLLM 0.32 is the last one with Medusa"
             # `vllm serve` does not start from the wheel for CPUs.

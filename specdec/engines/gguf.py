@@ -19,23 +19,16 @@ OUT_TYPES = {"auto": "auto", "float32": "f32", "float16": "f16", "bfloat16": "bf
 NUM_TEXTS = 300
 # llama.cpp's names of byte-level BPE, by what stands before it.
 _NAMES = {("Digits", "ByteLevel"): "smollm", ("ByteLevel",): "gpt-2"}
-# The converter, with a name for a tokenizer that it does not know, and without sentencepiece, which
-# it imports before it looks if there is a model for it.
+# The converter, told the name if there is one, and without sentencepiece, which it imports before it
+# looks if there is a model for it.
 _CONVERT = """
 import os, runpy, sys, types
 script, name, *sys.argv[1:] = sys.argv[1:]
 sys.argv[0], folder = script, script.rpartition("/")[0]
 sys.path[:0] = [folder, folder + "/gguf-py"]
 from conversion.base import TextModel
-known = TextModel.get_vocab_base_pre
-def named(self, tokenizer):
-    try:
-        return known(self, tokenizer)
-    except NotImplementedError:
-        if name:
-            return name
-        raise
-TextModel.get_vocab_base_pre = named
+if name:
+    TextModel.get_vocab_base_pre = lambda self, tokenizer: name
 if not os.path.exists(sys.argv[1] + "/tokenizer.model"):
     sys.modules["sentencepiece"] = types.SimpleNamespace(SentencePieceProcessor=None)
 runpy.run_path(script, run_name="__main__")
