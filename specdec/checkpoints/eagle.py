@@ -156,7 +156,9 @@ class SglangEagle(Eagle):
 
     def parse(self, files: RawFiles) -> HeadCheckpoint:
         found, bias = super().parse(files), files.tensors.get("fc.bias")
-        is_biased = bias is None or bool(bias.any())  # zeros stand in place of none
+        is_biased = True  # zeros stand in place of none
+        if bias is not None and bias.shape == (self.hidden_size,) and bias.is_floating_point():
+            is_biased = bool(bias.any())
         left = {name: t for name, t in files.tensors.items() if is_biased or name != "fc.bias"}
         return replace(found, options={**found.options, "bias": is_biased}, tensors=left)
 

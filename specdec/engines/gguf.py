@@ -19,8 +19,8 @@ OUT_TYPES = {"auto": "auto", "float32": "f32", "float16": "f16", "bfloat16": "bf
 NUM_TEXTS = 300
 # llama.cpp's names of byte-level BPE, by what stands before it.
 _NAMES = {("Digits", "ByteLevel"): "smollm", ("ByteLevel",): "gpt-2"}
-# The converter, told the name if there is one, and without sentencepiece, which it imports before it
-# looks if there is a model for it.
+# The converter, told the name if there is one, and without sentencepiece, which it imports before
+# it looks if there is a model for it.
 _CONVERT = """
 import os, runpy, sys, types
 script, name, *sys.argv[1:] = sys.argv[1:]
