@@ -2,16 +2,15 @@
 
 import asyncio
 import json
-import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, replace
+from itertools import product
 from typing import Any
 
-import anyio
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import Field
@@ -19,24 +18,16 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
 
 from specdec.common.config import Config, validated
 from specdec.common.files import parse_json
 from specdec.common.metrics import Metrics
 from specdec.engine.engine import Chunk, Engine
-from specdec.engine.request import Result
 from specdec.engine.text import encode, split_prompts
 from specdec.proxy.server import listen
 from specdec.sampling.config import SamplingConfig
 
-_PLAIN = {"content-type": CONTENT_TYPE_LATEST}
-# Fields that change no answer, by what Python writes for the values that may be given.
-_HARMLESS = {
-    **dict.fromkeys(("user", "metadata", "store", "cache_prompt", "cache_salt"), ".*"),
-    **dict.fromkeys(("echo", "logprobs", "ignore_eos"), "False"),
-    **{"tools": r"\[\]", "tool_choice": "'(none|auto)'", "repeat_penalty": r"1(\.0)?"},
-}
+_IGNORED = {"user", "metadata", "store", "cache_prompt", "cache_salt"}  # they change no answer
 
 
 class Asked(Config):
@@ -49,7 +40,7 @@ class Asked(Config):
     n: int = Field(1, ge=1, le=128)
     stop: str | list[str] | None = None
     stream: bool = False
-    stream_options: dict[str, bool] | None = None
+    stream_options: dict[str, bool] = Field(default_factory=dict)
     return_token_ids: bool = False
 
 
@@ -58,7 +49,7 @@ def read_request(body: bytes, needed: str) -> tuple[Asked, SamplingConfig]:
     given = parse_json(body)
     if not isinstance(given, dict) or given.get(needed) is None:
         raise ValueError(f"the body is {given!r:.60} but must be an object with {needed}")
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {k: v for k, v in given.items() if v is not None and k not in _IGNORED}
     if "max_completion_tokens" in given:  # OpenAI's newer name
         given["max_tokens"] = given.pop("max_completion_tokens")
     # OpenAI's defaults are temperature 1 and a seed of chance.
@@ -66,15 +57,13 @@ def read_request(body: bytes, needed: str) -> tuple[Asked, SamplingConfig]:
     settings |= {name: given.pop(name) for name in settings if name in given}
     known = Asked.model_fields.keys() - ({"messages", "prompt"} - {needed})
     for name in given.keys() - known:
-        value = given.pop(name)
-        if not re.fullmatch(_HARMLESS.get(name, ""), repr(value), re.DOTALL):
-            raise ValueError(f"{name} is {value!r:.60} but is not honored here; leave it out")
+        raise ValueError(f"{name} is {given[name]!r:.60} but is not honored here; leave it out")
     asked = validated(Asked, given, "request")
     for message in asked.messages or []:
         if isinstance(parts := message.get("content"), list):  # templates take text alone
             if not all(isinstance(part, dict) and "text" in part for part in parts):
                 raise ValueError(f"content is {parts!r:.80} but its parts must be text")
-            message["content"] = "\n".join(str(part["text"]) for part in parts)
+            message["content"] = "\n".join(part["text"] for part in parts)
     return asked, SamplingConfig(**settings)
 
 
@@ -83,7 +72,7 @@ def _error(status: int, message: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
-def refuse(_: Request | None, error: Exception) -> JSONResponse:
+def refuse(_: Request, error: Exception) -> JSONResponse:
     """Put an error in OpenAI's form."""
     status = getattr(error, "status_code", 400)
     return JSONResponse(_error(status, getattr(error, "detail", str(error))), status)
@@ -95,167 +84,144 @@ class Server(Starlette):
     def __init__(self, engine: Engine, model: str, say: Callable[[str], None]) -> None:
         errors = dict.fromkeys((HTTPException, ValueError, TypeError), refuse)
         super().__init__(exception_handlers=errors)
-        self.engine, self.model, self._say = engine, model, say
-        self.thread = ThreadPoolExecutor(1, "engine")  # all that touches the engine runs there
-        # By the engine's requests: where their chunks go, and their rows in the answer.
-        self.running: dict[int, tuple[asyncio.Queue[Any], int]] = {}
-        self._steps: asyncio.Task[None] | None = None
+        self._engine, self._model, self._say = engine, model, say
+        self._thread = ThreadPoolExecutor(1, "engine")  # all that touches the engine runs there
+        self._running: dict[int, Callable[[Any], Any]] = {}  # who hears of the engine's requests
         engine.observer = metrics = Metrics()
         about = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "specdec"}
         models = [{**about, "max_model_len": engine.target.max_context_len}]
         self.add_route("/v1/models", lambda _: JSONResponse({"object": "list", "data": models}))
         self.add_route("/health", lambda _: JSONResponse({}))
         self.add_route(
-            "/metrics", lambda _: Response(generate_latest(metrics.registry), 200, _PLAIN)
+            "/metrics",
+            lambda _: Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST),
         )
         for path in ("/v1/chat/completions", "/v1/completions"):
             self.add_route(path, self._complete, ["POST"])
 
-    async def _complete(self, request: Request) -> Any:
-        return Answer(self, await request.body(), "/chat/" in request.url.path)
-
-    async def submit(self, work: Callable[[], None]) -> None:
-        """Let the engine's thread submit requests, and step while there are any."""
-        await asyncio.get_running_loop().run_in_executor(self.thread, work)
-        if self._steps is None or self._steps.done():
-            self._steps = asyncio.create_task(self._run())
-
-    async def _run(self) -> None:
-        while self.running:
-            try:
-                chunks = await asyncio.get_running_loop().run_in_executor(self.thread, self._step)
-            except Exception as error:  # the next step tells whom it has ended
-                self._say(f"a step failed: {error}")
-                continue
-            for chunk, result in chunks:
-                take = self.running.pop if result else self.running.get
-                if place := take(chunk.index, None):
-                    place[0].put_nowait((replace(chunk, index=place[1]), result))
-
-    def _step(self) -> list[tuple[Chunk, Result | None]]:
-        chunks = self.engine.step()
-        return [(c, self.engine.result(c.index) if c.finish_reason else None) for c in chunks]
-
-    def cancel(self, heard: asyncio.Queue[Any]) -> None:
-        """End, in the engine's thread, what would go to a queue."""
-        for index, (queue, _) in list(self.running.items()):
-            if queue is heard:
-                self.running.pop(index, None)
-                with suppress(KeyError):  # it has ended, and is about to be told
-                    self.engine.cancel(index)
-                    self.engine.result(index)
-
-
-class Answer:
-    """The answer to a request; when its client leaves, its rows are cancelled."""
-
-    def __init__(self, server: Server, body: bytes, is_chat: bool) -> None:
-        self._asked, self._sampling = read_request(body, "messages" if is_chat else "prompt")
-        if self._asked.model not in (None, server.model):
-            what = f"the model {self._asked.model!r} does not exist; this is {server.model!r}"
+    async def _complete(self, request: Request) -> Response:
+        needed = "messages" if "/chat/" in request.url.path else "prompt"
+        asked, sampling = read_request(await request.body(), needed)
+        if asked.model not in (None, self._model):
+            what = f"the model {asked.model!r} does not exist; this is {self._model!r}"
             raise HTTPException(404, what)
-        self._server, self._is_chat = server, is_chat
-        self._new: dict[int, list[int]] = {}  # prompts of the rows that have said nothing yet
-        self._heard: asyncio.Queue[tuple[Chunk, Result | None]] = asyncio.Queue()
-        self._num_given = self._num_emitted = 0
-        name = f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}"
-        self._head: dict[str, Any] = {
-            "id": name,
-            "created": int(time.time()),
-            "model": server.model,
-        }
+        heard, loop = asyncio.Queue[Any](), asyncio.get_running_loop()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer until the end, or until the client leaves."""
+        def tell(each: Any) -> None:
+            loop.call_soon_threadsafe(heard.put_nowait, each)
 
-        async def leave() -> None:
-            while (await receive())["type"] != "http.disconnect":
+        prompts = await loop.run_in_executor(self._thread, self._submit, asked, sampling, tell)
+
+        async def cancel_when_gone() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
                 pass
-            group.cancel_scope.cancel()
+            self._thread.submit(self._cancel, prompts)
 
-        try:
-            async with anyio.create_task_group() as group:
-                group.start_soon(leave)
-                await (await self._response())(scope, receive, send)
-                group.cancel_scope.cancel()
-        finally:
-            self._server.thread.submit(self._server.cancel, self._heard)
-
-    async def _response(self) -> Response:
-        try:
-            await self._server.submit(self._submit)
-        except (ValueError, TypeError) as error:
-            return refuse(None, error)
-        if self._asked.stream:
-            return StreamingResponse(self._events(), media_type="text/event-stream")
-        [body] = [each async for each in self._bodies()]
+        request.state.watch = asyncio.create_task(cancel_when_gone())
+        bodies = _bodies(asked, self._model, prompts, heard)
+        if asked.stream:
+            return StreamingResponse(_events(bodies), media_type="text/event-stream")
+        body = await anext(bodies)
         return JSONResponse(body, 500 if "error" in body else 200)
 
-    def _submit(self) -> None:
-        asked, own, engine = self._asked, self._sampling, self._server.engine
-        limit = asked.max_tokens
-        if limit is None:  # OpenAI's defaults
-            limit = engine.target.max_context_len if self._is_chat else 16
-        given = [asked.messages] if self._is_chat else split_prompts(asked.prompt)
-        prompts = [encode(each, engine.target, place) for place, each in enumerate(given)]
-        self._num_given = sum(map(len, prompts))
-        self._new = dict(enumerate(ids for ids in prompts for _ in range(asked.n)))
-        for row, ids in self._new.items():
-            sampling = replace(own, seed=(own.seed + row % asked.n) % 2**63)
-            index = engine.submit(ids, sampling, max_new_tokens=limit, stop=asked.stop)
-            self._server.running[index] = (self._heard, row)
+    def _submit(
+        self, asked: Asked, sampling: SamplingConfig, tell: Callable[[Any], Any]
+    ) -> dict[int, list[int]]:
+        """Submit the requests for all choices; returns their prompts."""
+        target, is_chat, prompts = self._engine.target, asked.messages is not None, {}
+        default = target.max_context_len if is_chat else 16  # OpenAI's
+        limit = default if asked.max_tokens is None else asked.max_tokens
+        given = [asked.messages] if is_chat else split_prompts(asked.prompt)
+        encoded = [encode(each, target, place) for place, each in enumerate(given)]
+        for ids, choice in product(encoded, range(asked.n)):
+            own = replace(sampling, seed=(sampling.seed + choice) % 2**63)
+            index = self._engine.submit(ids, own, max_new_tokens=limit, stop=asked.stop)
+            prompts[index] = ids
+        if not self._running:
+            self._thread.submit(self._step)
+        self._running |= dict.fromkeys(prompts, tell)
+        return prompts
 
-    async def _events(self) -> AsyncIterator[str]:
-        async for body in self._bodies():
-            yield f"data: {json.dumps(body)}\n\n"
-        yield "data: [DONE]\n\n"
-
-    async def _bodies(self) -> AsyncIterator[dict[str, Any]]:
-        """Yield a body for each chunk, or for all of them."""
-        options, num_running = self._asked.stream_options or {}, len(self._new)
-        whole: list[Chunk] = []
-        while num_running:
-            chunk, result = await self._heard.get()
-            self._num_emitted += len(chunk.tokens)
-            num_running -= bool(result)
-            if result and result.error:
-                yield _error(500, result.error)
-                return
-            if self._asked.stream:
-                yield self._body([chunk], options.get("continuous_usage_stats", False))
-            elif result:
-                whole.append(replace(chunk, tokens=result.tokens, text=result.text))
-        if not self._asked.stream or options.get("include_usage"):
-            yield self._body(sorted(whole, key=lambda each: each.index), has_usage=True)
-
-    def _body(self, chunks: list[Chunk], has_usage: bool) -> dict[str, Any]:
-        asked, choices = self._asked, list[dict[str, Any]]()
-        kind = f"chat.completion{'.chunk' * asked.stream}" if self._is_chat else "text_completion"
-        body = {**self._head, "object": kind, "choices": choices}
+    def _step(self) -> None:
+        """Take a step; what else waits for the thread comes before the next one."""
+        chunks: list[Chunk] = []
+        try:
+            chunks = self._engine.step()
+        except Exception as error:  # the next step tells whom it has ended
+            self._say(f"a step failed: {error}")
         for chunk in chunks:
-            prompt = self._new.pop(chunk.index, None)
-            said: dict[str, Any] = {"text": chunk.text}
-            if self._is_chat:
-                role = {"role": "assistant"} if prompt else {}
-                said = {"delta" if asked.stream else "message": {**role, "content": chunk.text}}
-            reason = "stop" if chunk.finish_reason == "eos" else chunk.finish_reason
-            choices.append({"index": chunk.index, **said, "finish_reason": reason})
-            if asked.return_token_ids:
-                choices[-1]["token_ids"] = chunk.tokens
-                if prompt:
-                    (body if self._is_chat else choices[-1])["prompt_token_ids"] = prompt
-        if has_usage:
-            counts = {"prompt_tokens": self._num_given, "completion_tokens": self._num_emitted}
-            body["usage"] = {**counts, "total_tokens": sum(counts.values())}
-        return body
+            tell, result = self._running[chunk.index], None
+            if chunk.finish_reason:
+                result = self._engine.result(chunk.index)
+                del self._running[chunk.index]
+            tell((chunk, result))
+        if self._running:
+            self._thread.submit(self._step)
+
+    def _cancel(self, indices: Mapping[int, Any]) -> None:
+        for index in indices:
+            with suppress(KeyError):  # it has ended, and was told
+                self._engine.cancel(index)
+
+
+async def _bodies(
+    asked: Asked, model: str, prompts: Mapping[int, list[int]], heard: asyncio.Queue[Any]
+) -> AsyncIterator[dict[str, Any]]:
+    """Yield a body for each chunk, or one for all of them."""
+    is_chat, is_stream, new = asked.messages is not None, asked.stream, dict(prompts)
+    head = {
+        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}",
+        "object": f"chat.completion{'.chunk' * is_stream}" if is_chat else "text_completion",
+        "created": int(time.time()),
+        "model": model,
+    }
+    num_running, choices, body = len(prompts), list[dict[str, Any]](), dict[str, Any](head)
+    num_given, num_emitted = sum(map(len, prompts.values())) // asked.n, 0
+    while num_running:
+        chunk, result = await heard.get()
+        if result and result.error:
+            yield _error(500, result.error)
+            return
+        num_running -= bool(result)
+        num_emitted += len(chunk.tokens)
+        usage = {"prompt_tokens": num_given, "completion_tokens": num_emitted}
+        usage["total_tokens"] = num_given + num_emitted
+        if not (is_stream or result):
+            continue
+        said, prompt = chunk if is_stream else result, new.pop(chunk.index, None)
+        choice: dict[str, Any] = {"index": chunk.index - min(prompts), "text": said.text}
+        if is_chat:
+            role = {"role": "assistant"} if prompt else {}
+            message = {**role, "content": choice.pop("text")}
+            choice["delta" if is_stream else "message"] = message
+        choice["finish_reason"] = "stop" if said.finish_reason == "eos" else said.finish_reason
+        if asked.return_token_ids:
+            choice["token_ids"] = said.tokens
+            if prompt:
+                (body if is_chat else choice)["prompt_token_ids"] = prompt
+        choices.append(choice)
+        if is_stream:
+            if asked.stream_options.get("continuous_usage_stats"):
+                body["usage"] = usage
+            yield {**body, "choices": choices}
+            choices, body = [], dict(head)
+    if not is_stream or asked.stream_options.get("include_usage"):
+        choices.sort(key=lambda choice: choice["index"])
+        yield {**body, "choices": choices, "usage": usage}
+
+
+async def _events(bodies: AsyncIterator[Any]) -> AsyncIterator[str]:
+    async for body in bodies:
+        yield f"data: {json.dumps(body)}\n\n"
+    yield "data: [DONE]\n\n"
 
 
 def serve(engine: Engine, model: str, host: str, port: int, say: Callable[[str], None]) -> None:
     """Serve until SIGTERM or Ctrl-C; what runs then has a second to end."""
     with listen(host, port) as listener, suppress(KeyboardInterrupt):
-        url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/v1"
+        shown = f"[{host}]" if ":" in host else host
+        url = f"http://{shown}:{listener.getsockname()[1]}/v1"
         say(f"serving {model} at {url}: for research, not for production")
-        config = uvicorn.Config(
-            Server(engine, model, say), timeout_graceful_shutdown=1, log_level="warning", ws="none"
-        )
+        server = Server(engine, model, say)
+        config = uvicorn.Config(server, timeout_graceful_shutdown=1, log_level="warning")
         uvicorn.Server(config).run(sockets=[listener])

@@ -100,7 +100,7 @@ LAUNCHED = [
     ("demo/draft", "tensorrt-llm", "trtllm-serve /.*target --extra_llm_api_options /.*.yaml"),
     ("demo/draft", "transformers", "python /.*/generate.py"),
     ("demo/draft", "tabbyapi", "python main.py --config /.*/config.yml"),
-    ('{"type": "ngram", "num_draft_tokens": 3}', "exllamav2", "python /.*/generate.py"),
+    ("demo/draft", "exllamav2", "python /.*/generate.py"),
 ]
 
 
@@ -152,6 +152,8 @@ def test_target_is_one_that_an_engine_finds_and_that_fits(tiny, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             export(source, "vllm", tmp_path / "out", target=given)
+    with pytest.raises(ValueError, match="export dtype is 'f8' but must be one of 'auto'"):
+        export("demo/draft", "vllm", tmp_path / "out", dtype="f8")
     with pytest.raises(ValueError, match="is not empty"):
         export(source, "vllm", source, target=str(tiny / "target"))
 

@@ -31,6 +31,7 @@ class EagleHead(FeatureHead):
     """The head. Its parameters are named as in the published checkpoints."""
 
     Options = EagleOptions
+    unread: ClassVar[Mapping[str, str]] = {"vllm": "qkv_bias bias", "sglang": "qkv_bias"}
 
     def __init__(self, options: Mapping[str, Any], target_config: Any, *parts: Any) -> None:
         super().__init__(options, target_config, *parts)
@@ -39,13 +40,6 @@ class EagleHead(FeatureHead):
         self.fc = nn.Linear(2 * size, size, bias=self.options.bias)
         # There is no norm before the attention: the features are normed already.
         self.layers = nn.ModuleList([DraftLayer(self.config, size, self.options.qkv_bias)])
-
-    def lost_in(self, engine: str) -> str:
-        fused, attended = self.options.bias and engine != "sglang", self.options.qkv_bias
-        if not (fused or attended):
-            return ""
-        option = "qkv_bias" if attended else "bias"
-        return f"the head's {option}; train it without, drafter.options.{option}=false"
 
     def fuse(self, hidden: dict[int, Tensor]) -> Tensor:
         return hidden[self.taps[0]]

@@ -37,6 +37,10 @@ class Eagle3Head(FeatureHead):
     """
 
     Options = Eagle3Options
+    unread: ClassVar[Mapping[str, str]] = {
+        **{"sglang": "norm_before_residual", "llama.cpp": "norm_output"},
+        "tensorrt-llm": "norm_before_residual norm_before_fc",
+    }
     d2t: Tensor
     t2d: Tensor
 
@@ -63,12 +67,6 @@ class Eagle3Head(FeatureHead):
             self.register_buffer("d2t", torch.zeros(num_drafted, dtype=torch.long))
             self.register_buffer("t2d", torch.zeros(vocab, dtype=torch.bool))
         self.set_draft_vocab(torch.arange(num_drafted))
-
-    def lost_in(self, engine: str) -> str:
-        unread = {"sglang": "norm_before_residual", "llama.cpp": "norm_output"}
-        unread["tensorrt-llm"] = "norm_before_residual norm_before_fc"
-        lost = [name for name in unread.get(engine, "").split() if getattr(self.options, name)]
-        return f"the head's {lost[0]}; train it without, or take another engine" if lost else ""
 
     @staticmethod
     def default_taps(num_layers: int) -> tuple[int, ...]:

@@ -41,6 +41,7 @@ class Head(nn.Module):
     taps: tuple[int, ...]  # HF `hidden_states` indices that it reads
     max_depth: int | None = None  # levels that it can draft; None for any number
     token_map: Tensor | None = None  # [D] target ids of a reduced draft vocabulary
+    unread: ClassVar[Mapping[str, str]] = {}  # flags that a serving engine drops without a word
 
     def __init__(self, options: Mapping[str, Any], target_config: Any, *parts: Any) -> None:
         super().__init__()
@@ -90,10 +91,6 @@ class Head(nn.Module):
         Tokens outside a reduced draft vocabulary are -inf.
         """
         raise NotImplementedError
-
-    def lost_in(self, engine: str) -> str:
-        """Say what a serving engine would drop without a word, and the fix; empty for nothing."""
-        return ""
 
     def sizes(self) -> dict[str, int]:
         known = self.options.model_dump(exclude_none=True)

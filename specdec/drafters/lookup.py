@@ -1,7 +1,7 @@
 """The base of lookup drafters: rows with texts of their own, and nodes packed into a draft."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class LookupDrafter(BaseDrafter):
 
     expected: Sequence[float] = ()
     needs_target = False
+    engine_methods: ClassVar[Mapping[str, str]] = {"vllm": "custom_class"}
 
     def __init__(self, max_nodes: int, *, makes_trees: bool) -> None:
         self.max_nodes, self.makes_trees = max_nodes, makes_trees

@@ -1,6 +1,6 @@
 """Prompt lookup: copy what followed the last tokens where they occurred before."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 from specdec.common.arguments import require_counts
@@ -26,11 +26,6 @@ class NgramDrafter(LookupDrafter):
     """
 
     kind, title = "ngram", "Prompt lookup"
-    engine_methods: ClassVar[Mapping[str, str]] = {
-        **{"vllm": "custom_class", "sglang": "NGRAM", "tensorrt-llm": "NGram"},
-        **{"llama.cpp": "ngram-simple", "transformers": "prompt_lookup_num_tokens"},
-        **{"tabbyapi": "ngram", "exllamav2": "use_ngram_draft"},
-    }
     shape_options: ClassVar[ShapeOptions] = ShapeOptions(
         {"nodes": "num_draft_tokens"}, ("nodes",), ("num_continuations",), varies=True
     )

@@ -1,6 +1,6 @@
 """Suffix lookup: continue the longest suffix seen before, by how often each token followed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 from itertools import count
 from typing import ClassVar
@@ -126,7 +126,6 @@ class SuffixDrafter(LookupDrafter):
     """
 
     kind, title = "suffix", "Suffix lookup"
-    engine_methods: ClassVar[Mapping[str, str]] = {"vllm": "custom_class"}
     shape_options: ClassVar[ShapeOptions] = ShapeOptions(
         {"nodes": "max_nodes"}, ("nodes",), ("width",), varies=True
     )

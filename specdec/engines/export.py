@@ -1,7 +1,7 @@
 """Hand a drafter to a serving engine: its files, the engine's config and the line that starts it.
 
 A strategy's class says under which name an engine knows it (`engine_methods`), a layout which
-engines read it (`engines`), and a head what an engine would drop (`lost_in`). Here is what each
+engines read it (`engines`), and a head what an engine would drop (`unread`). Here is what each
 engine wants to be told.
 """
 
@@ -14,27 +14,75 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
-from jinja2 import Environment
 from pydantic import Field
 
-from specdec.checkpoints import HeadCheckpoint, TargetIdentity, check_target, head_of, read_head
+from specdec.checkpoints import (
+    HeadCheckpoint,
+    TargetIdentity,
+    check_target,
+    head_of,
+    identify_target,
+    read_head,
+)
 from specdec.checkpoints.eagle import IDS
 from specdec.checkpoints.layouts import FOREIGN, LAYOUTS, write_head
-from specdec.common.config import Config, write_model
+from specdec.common.config import Config, validated, write_model
 from specdec.common.files import parse_json, read_json, whole_folder
-from specdec.common.hub import find_checkpoint
 from specdec.demo import demo_path
 from specdec.registry import DRAFTERS, closest, strategy
+from specdec.targets.load import check_path, load_target, load_tokenizer
 
-RECORD, LAUNCH = "specdec-export.json", "launch.sh"
-_TOLD = Environment(trim_blocks=True, lstrip_blocks=True).from_string(
-    Path(__file__).with_name("engines.yaml.jinja").read_text(encoding="utf-8")
-)
+RECORD = "specdec-export.json"
 ENGINES = ("vllm", "sglang", "tensorrt-llm", "llama.cpp", "transformers", "tabbyapi", "exllamav2")
+# Scripts for engines without a server of their own.
+_GENERATE = {
+    "transformers": """\
+import sys
+from transformers import pipeline
+
+told = {made.config!r}
+drafter = told.pop("assistant_model")
+generate = pipeline(
+    "text-generation", {made.target!r}, dtype={made.dtype!r}, assistant_model=drafter
+)
+generate.assistant_model.generation_config.update(**told)
+text = sys.argv[1] if sys.argv[1:] else "Hello"
+print(generate(text, do_sample=False, max_new_tokens=128)[0]["generated_text"])
+""",
+    "exllamav2": """\
+import sys
+from exllamav2 import ExLlamaV2, ExLlamaV2Cache, ExLlamaV2Config, ExLlamaV2Tokenizer
+from exllamav2.generator import ExLlamaV2DynamicGenerator
+
+loaded = []
+for name in "target", "drafter":
+    model = ExLlamaV2(ExLlamaV2Config({made.folder!r} + f"/{{name}}-exl2"))
+    loaded += [model, ExLlamaV2Cache(model, lazy=True)]
+    model.load_autosplit(loaded[-1])
+tokenizer = ExLlamaV2Tokenizer(loaded[0].config)
+told = dict(zip(["model", "cache", "draft_model", "draft_cache"], loaded))
+generator = ExLlamaV2DynamicGenerator(
+    tokenizer=tokenizer, num_draft_tokens={made.num_tokens}, **told
+)
+print(generator.generate(sys.argv[1] if sys.argv[1:] else "Hello", max_new_tokens=128))
+""",
+}
+_CONVERT = """\
+#!/usr/bin/env bash
+# EXL2 with 6 bits a weight. EXL3: python -m exllamav3.conversion.convert_model -i IN -w WORK -o OUT
+set -euo pipefail
+cd {folder}
+convert() {{
+    mkdir -p "$1-work"
+    python -m exllamav2.conversion.convert_exl2 -i "$2" -o "$1-work" -cf "$1-exl2" -b 6.0
+}}
+convert target {target}
+convert drafter {drafter}
+"""
 
 
 class Exported(Config):
@@ -54,8 +102,8 @@ class Exported(Config):
     method: str
     drafter: str = ""
     target: str
-    num_tokens: int
-    dtype: str
+    num_tokens: int = Field(ge=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
     folder: str
     files: list[str] = Field(default_factory=list)
     launch: list[str] = Field(default_factory=list)
@@ -103,18 +151,17 @@ def export(
     if engine not in methods:
         others = f"it is run by {', '.join(sorted(methods))}" if methods else "no engine runs it"
         raise ValueError(f"{engine} has no method for the drafter {kind!r}; {others}")
-    made = Exported(
-        **{"engine": engine, "kind": kind, "method": methods[engine], "dtype": dtype},
-        target=_find_target(target, options.get("path"), head),
-        num_tokens=options.get("num_draft_tokens", num_tokens),
-        folder=str(out),
-    )
+    about = {"engine": engine, "kind": kind, "method": methods[engine], "dtype": dtype}
+    about |= {"target": _find_target(target, options.get("path"), head), "folder": str(out)}
+    about |= {"num_tokens": options.get("num_draft_tokens", num_tokens)}
+    made = validated(Exported, about, "export")
     with whole_folder(out) as partial:
         if head is not None:
             _write_head(made, head, partial)
         elif "path" in options:
             _write_model(made, options, partial)
         texts = _tell(made, options, partial)
+        texts["launch.sh"] = f'#!/usr/bin/env bash\n{made.command} "$@"\n'
         for name, text in texts.items():
             (partial / name).write_text(text)
         made.files = sorted({*(each.name for each in partial.iterdir()), RECORD})
@@ -162,31 +209,33 @@ def find_drafter(
         base = read_json(folder / "adapter_config.json")["base_model_name_or_path"]
         return {"type": "draft_model", "path": base, "adapter": path}, None
     # A head has no tokenizer of its own; Medusa's may lie beside its target.
-    is_model = (folder / "tokenizer_config.json").is_file()
-    is_model = is_model and not any(folder.glob("medusa_lm_head.*"))
-    if is_model or (kind and not strategy(kind).head_class):
-        return {"type": "draft_model", **options}, None
-    try:
-        head = read_head(path, revision)
-    except ValueError as error:
-        if folder.is_dir() or "no head" not in str(error):
-            raise
-        return {"type": "draft_model", **options}, None
-    return {**options, "type": head.kind}, head
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    is_model = has_tokenizer and not any(folder.glob("medusa_lm_head.*"))
+    if not (is_model or (kind and not strategy(kind).head_class)):
+        try:
+            head = read_head(path, revision)
+            return {**options, "type": head.kind}, head
+        except ValueError as error:
+            if kind or folder.is_dir() or "no head" not in str(error):
+                raise
+    return {"type": "draft_model", **options}, None
 
 
 def _find_target(target: str | None, drafter: str | None, head: HeadCheckpoint | None) -> str:
     """Find a target's absolute path, or its hub id: others do not share our working folder."""
-    demo = demo_path("target").resolve()
-    if target is None and (drafter is None or Path(drafter).resolve().parent == demo.parent):
+    demo = demo_path("target").parent.resolve()
+    if target is None and (drafter is None or Path(drafter).resolve().parent == demo):
         target = "demo"
     if target is None:
         target = head.target.name if head and head.target else None
         if target is None or "/" not in target:
             what = f"the target of {drafter!r} is {target or 'unknown'!r}, where no engine finds it"
             raise ValueError(f"{what}; give a folder or hub id (--target)")
-    found = str(demo) if target == "demo" else find_checkpoint(target, "the target's folder")
-    return str(Path(found).resolve()) if Path(found).is_dir() else found
+    return _absolute(check_path(target))
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).resolve()) if Path(path).is_dir() else path
 
 
 def _write_head(made: Exported, head: HeadCheckpoint, folder: Path) -> None:
@@ -194,8 +243,10 @@ def _write_head(made: Exported, head: HeadCheckpoint, folder: Path) -> None:
     from transformers import AutoConfig
 
     whole = head_of(head)
-    if lost := whole.lost_in(made.engine):
-        raise ValueError(f"{made.engine} would drop, without a word, {lost}")
+    for name in whole.unread.get(made.engine, "").split():
+        if getattr(whole.options, name):
+            fix = f"train it without, drafter.options.{name}=false, or take another engine"
+            raise ValueError(f"{made.engine} would drop, without a word, the head's {name}; {fix}")
     config = AutoConfig.from_pretrained(made.target)
     text = config.get_text_config()
     sizes = TargetIdentity(made.target, text.hidden_size, text.vocab_size, text.num_hidden_layers)
@@ -203,40 +254,32 @@ def _write_head(made: Exported, head: HeadCheckpoint, folder: Path) -> None:
     known = head.target or sizes
     facts = {**(known.facts or {}), "architectures": config.architectures}
     known = replace(known, name=made.target, num_layers=sizes.num_layers, facts=facts)
-    head, failure = replace(head, target=known), None
-    for layout in sorted(FOREIGN, key=lambda name: (name != head.layout, name)):
-        if FOREIGN[layout].kind == head.kind and made.engine in FOREIGN[layout].engines:
-            try:
-                write_head(head, folder, layout)
-                break
-            except ValueError as error:
-                failure = failure or error
-    else:
-        raise failure or ValueError(f"{made.engine} reads no layout of the kind {head.kind!r}")
+    fits = [n for n, e in FOREIGN.items() if e.kind == head.kind and made.engine in e.engines]
+    first, *others = sorted(fits, key=lambda name: (name != head.layout, name))
+    try:
+        write_head(replace(head, target=known), folder, first)
+    except ValueError:
+        if not others:
+            raise
+        write_head(replace(head, target=known), folder, others[0])
     made.drafter = made.folder
     made.num_tokens = min(made.num_tokens, whole.max_depth or made.num_tokens)
 
 
 def _write_model(made: Exported, options: Mapping[str, Any], folder: Path) -> None:
     """Name a draft model that fits its target, or write it with its adapter merged."""
-    from specdec.targets.load import load_tokenizer
-
     tokenizer = load_tokenizer(made.target, None, False)
     target: Any = SimpleNamespace(device="cpu", vocab_size=0, tokenizer=tokenizer)
     path, adapter = options["path"], options.get("adapter")
     draft = strategy(made.kind).load(target, path, adapter, "auto").model
-    made.drafter = str(Path(path).resolve()) if Path(path).is_dir() else path
+    made.drafter = made.folder if adapter else _absolute(path)
     if adapter:
         draft.model.save_pretrained(folder)
         draft.tokenizer.save_pretrained(folder)
-        made.drafter = made.folder
 
 
 def _completed(head: HeadCheckpoint, source: str, target: str) -> HeadCheckpoint:
     """The head with all options that its target settles, and the target's identity."""
-    from specdec.checkpoints import identify_target
-    from specdec.targets.load import load_target
-
     path = _find_target(target, source, head)
     model = load_target(path)
     identity = replace(identify_target(model), name=path)
@@ -249,34 +292,72 @@ def _completed(head: HeadCheckpoint, source: str, target: str) -> HeadCheckpoint
 
 
 def _tell(made: Exported, options: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """Fill in what the engine is told, and return the texts of files by name."""
+    """Say what the engine is told and how it is started; returns texts of files by name."""
 
-    def here(name: str) -> str:
+    def here(name: str) -> Path:
         is_here = name == made.folder or Path(name).is_dir()
-        return name if is_here else import_module("huggingface_hub").snapshot_download(name)
+        return Path(name if is_here else import_module("huggingface_hub").snapshot_download(name))
 
-    config = folder / "config.json"
-    taps = read_json(config).get(IDS, []) if config.exists() else []
-    values = {"made": made, "options": options, "layers": [tap - 1 for tap in taps], "here": here}
-    values |= {"dtype": {} if made.dtype == "auto" else {"dtype": made.dtype}, "path": Path}
-    values |= {"flags": lambda told: [w for k, v in told.items() for w in (f"--{k}", str(v))]}
-    values["json"] = json.dumps
-    block = _TOLD.blocks[made.engine.replace("-", "_").replace(".", "_")]
-    told = yaml.safe_load("".join(block(_TOLD.new_context(values))))
-    if models := told.pop("gguf", None):
-        from specdec.engines.gguf import to_gguf
+    drafter, num, config, texts = made.drafter, made.num_tokens, dict[str, Any](), dict[str, str]()
+    match made.engine:
+        case "vllm":
+            model = drafter or "specdec.integrations.vllm.Proposer"
+            config = {"method": made.method, "model": model, "num_speculative_tokens": num}
+            if not drafter:
+                made.environment = {"SPECDEC_DRAFTER": json.dumps(options)}
+                made.note = "specdec must be in vLLM's environment: pip install --no-deps specdec"
+            elif made.method == "medusa":
+                made.note = "vLLM 0.32 is the last one with Medusa"
+            # `vllm serve` does not start from the wheel for CPUs.
+            made.launch = ["python", "-m", "vllm.entrypoints.openai.api_server"]
+            flags = {"model": made.target, "dtype": made.dtype}
+            flags["speculative-config"] = json.dumps(config)
+        case "sglang":  # a chain, whose root is counted too
+            config = {"speculative-algorithm": made.method, "speculative-draft-model-path": drafter}
+            config |= {"speculative-num-steps": num, "speculative-eagle-topk": 1}
+            config |= {"speculative-num-draft-tokens": num + 1}
+            made.launch = ["python", "-m", "sglang.launch_server"]
+            flags = {"model-path": made.target, "dtype": made.dtype, **config}
+        case "tensorrt-llm":
+            config = {"decoding_type": made.method, "max_draft_len": num}
+            config["speculative_model"] = drafter
+            if (head := folder / "config.json").exists() and (taps := read_json(head).get(IDS)):
+                config["eagle3_layers_to_capture"] = [tap - 1 for tap in taps]
+            config = {"dtype": made.dtype, "speculative_config": config}
+            made.launch = ["trtllm-serve", made.target]
+            flags = {"extra_llm_api_options": f"{made.folder}/extra_llm_api_options.yaml"}
+            texts["extra_llm_api_options.yaml"] = yaml.safe_dump(config, sort_keys=False)
+        case "llama.cpp":
+            from specdec.engines.gguf import to_gguf
 
-        target = Path(models["target"])
-        to_gguf(target, folder / "target.gguf", None, made.dtype)
-        if source := models["drafter"]:
-            source = folder if source == made.folder else Path(source)
-            of_target = None if (source / "tokenizer_config.json").exists() else target
-            to_gguf(source, folder / "drafter.gguf", of_target, made.dtype)
-    texts, file = told.pop("files", {}), told.pop("config_file", None)
-    if not (made.drafter or "environment" in told):
-        told = {"note": "the engine's own lookup, which accepts other tokens than ours", **told}
-    for name, value in told.items():
-        setattr(made, name, value)
-    if file:
-        texts[file] = yaml.safe_dump(made.config, sort_keys=False)
-    return texts | {LAUNCH: f'#!/usr/bin/env bash\n{made.command} "$@"\n'}
+            target, made.target = here(made.target), f"{made.folder}/target.gguf"
+            to_gguf(target, folder / "target.gguf", dtype=made.dtype)
+            source = folder if drafter == made.folder else here(drafter)
+            to_gguf(source, folder / "drafter.gguf", target, made.dtype)
+            made.drafter = f"{made.folder}/drafter.gguf"
+            config = {"spec-type": made.method, "spec-draft-model": made.drafter}
+            config |= {"spec-draft-n-max": num, "spec-draft-p-min": 0}
+            made.launch, flags = ["llama-server", "--metrics"], {"model": made.target, **config}
+        case "transformers":  # the number of drafted tokens stays as it is
+            config = {"assistant_model": drafter, "num_assistant_tokens": num}
+            config |= {"num_assistant_tokens_schedule": "constant"}
+            config |= {"assistant_confidence_threshold": 0.0}
+        case "tabbyapi":
+            for part, model in {"": made.target, "draft_": drafter}.items():
+                at = here(model)
+                about = {"model_dir": str(at.parent), "model_name": at.name, "cache_mode": "FP16"}
+                config[f"{part}model"] = {part + name: value for name, value in about.items()}
+            config["draft_model"] |= {"draft_mode": made.method, "draft_num_tokens": num}
+            made.launch, flags = ["python", "main.py"], {"config": f"{made.folder}/config.yml"}
+            made.note = "run it in TabbyAPI's folder; it loads EXL2 and EXL3, see --to exllamav2"
+            texts["config.yml"] = yaml.safe_dump(config, sort_keys=False)
+        case "exllamav2":
+            config = {"target": str(here(made.target)), "drafter": str(here(drafter))}
+            paths = {name: shlex.quote(model) for name, model in config.items()}
+            texts["convert.sh"] = _CONVERT.format(folder=shlex.quote(made.folder), **paths)
+    made.config = config
+    if script := _GENERATE.get(made.engine):
+        made.launch, flags = ["python", f"{made.folder}/generate.py"], {}
+        texts["generate.py"] = script.format(made=made)
+    made.launch += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    return texts

@@ -19,27 +19,18 @@ OUT_TYPES = {"auto": "auto", "float32": "f32", "float16": "f16", "bfloat16": "bf
 NUM_TEXTS = 300
 # llama.cpp's names of byte-level BPE, by what stands before it.
 _NAMES = {("Digits", "ByteLevel"): "smollm", ("ByteLevel",): "gpt-2"}
-# The converter, with a name for a tokenizer that it does not know, and without sentencepiece, which
-# it imports before it looks if there is a model for it.
+# The converter, told the name if there is one, and without sentencepiece, which it imports before
+# it looks if there is a model for it.
 _CONVERT = """
-import runpy, sys
+import os, runpy, sys, types
 script, name, *sys.argv[1:] = sys.argv[1:]
-sys.argv[0] = script
-sys.path[:0] = [script.rpartition("/")[0], script.rpartition("/")[0] + "/gguf-py"]
+sys.argv[0], folder = script, script.rpartition("/")[0]
+sys.path[:0] = [folder, folder + "/gguf-py"]
 from conversion.base import TextModel
-known, pieces = TextModel.get_vocab_base_pre, TextModel._create_vocab_sentencepiece
-def named(self, tokenizer):
-    try:
-        return known(self, tokenizer)
-    except NotImplementedError:
-        if not name:
-            raise
-        return name
-def needed(self):
-    if not (self.dir_model / "tokenizer.model").is_file():
-        raise FileNotFoundError("tokenizer.model")
-    return pieces(self)
-TextModel.get_vocab_base_pre, TextModel._create_vocab_sentencepiece = named, needed
+if name:
+    TextModel.get_vocab_base_pre = lambda self, tokenizer: name
+if not os.path.exists(sys.argv[1] + "/tokenizer.model"):
+    sys.modules["sentencepiece"] = types.SimpleNamespace(SentencePieceProcessor=None)
 runpy.run_path(script, run_name="__main__")
 """
 _PIECES = (
@@ -49,7 +40,7 @@ _PIECES = (
 
 
 def to_gguf(folder: Path, out_file: Path, target: Path | None = None, dtype: str = "auto") -> Path:
-    """Convert a model's folder, or that of an EAGLE-3 head, which needs its target's.
+    """Convert a model's folder, or that of an EAGLE-3 head, which has its target's tokenizer.
 
     Raises:
         ValueError: no converter here, or the file tokenizes otherwise than the model.
@@ -61,18 +52,18 @@ def to_gguf(folder: Path, out_file: Path, target: Path | None = None, dtype: str
     if not script.is_file():
         fix = "bash scripts/engines.sh llamacpp, or name one by SPECDEC_GGUF_CONVERTER"
         raise ValueError(f"llama.cpp's converter is not at {str(script)!r}; {fix}")
-    if dtype not in OUT_TYPES:
-        raise ValueError(f"dtype is {dtype!r} but must be one of {', '.join(OUT_TYPES)}")
-    given = read_json((target or folder) / "tokenizer.json").get("pre_tokenizer") or {}
+    is_model = target is None or (folder / "tokenizer_config.json").exists()
+    tokenizer = (folder if target is None or is_model else target) / "tokenizer.json"
+    given = read_json(tokenizer).get("pre_tokenizer") or {}
     parts = tuple(each.get("type") for each in given.get("pretokenizers", [given]))
     command = [sys.executable, "-c", _CONVERT, str(script), _NAMES.get(parts, ""), str(folder)]
     command += ["--outfile", str(out_file), "--outtype", OUT_TYPES[dtype]]
-    command += ["--target-model-dir", str(target)] if target else []
+    command += [] if is_model else ["--target-model-dir", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not out_file.exists():
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise RuntimeError(f"{script.name} failed on {str(folder)!r}: {last}")
-    if target is None:
+    if is_model:
         _compare_tokens(folder, out_file)
     return out_file
 

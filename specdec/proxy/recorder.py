@@ -271,11 +271,11 @@ class Exchange:
         # No pattern finds in ids what they spell: they stay where the text has been searched.
         is_clean = clean == vars(record) and not inside
         is_read = is_clean and record.request.get("prompt") == request.get("prompt")
-        hidden = {"token_ids": is_clean, "prompt_token_ids": is_read}
         answer = clean["response"] or {}
         for part in (answer, *(answer.get("choices") or ())):
-            for name in [name for name, may_stay in hidden.items() if not may_stay]:
-                part.pop(name, None)
+            for name, may_stay in (("token_ids", is_clean), ("prompt_token_ids", is_read)):
+                if not may_stay:
+                    part.pop(name, None)
         text = json.dumps(clean, allow_nan=False, separators=(",", ":"))
         return text.encode("ascii") + b"\n"
 
