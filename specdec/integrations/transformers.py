@@ -1,7 +1,7 @@
 """Our loop behind `model.generate(custom_generate=...)` of transformers."""
 
-import json
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import generation as hf
 
-from specdec.engine.decode import stream
+from specdec.engine.decode import generate
 from specdec.engine.interfaces import Drafter
 from specdec.registry import load_drafter
 from specdec.targets.hf import HFTarget
@@ -39,18 +39,24 @@ _OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidde
 
 
 def speculative(
-    drafter: Drafter | Mapping[str, Any] | str | None, *, streamer: Any = None, **options: Any
+    drafter: Drafter | Mapping[str, Any] | str | None, **options: Any
 ) -> Callable[..., Tensor | hf.GenerateDecoderOnlyOutput]:
     """Make the `custom_generate` of `model.generate`.
 
-    The model is the target as it stands, and a drafter given by options is loaded once for it.
-    Other options are those of `specdec.stream`: rule, draft_length, batch_size. A `streamer` is
-    given here, because transformers does not hand on that of `generate`. The output with
-    `return_dict_in_generate` also has `results`, one `Result` a row.
+    The model is the target as it stands; both it and the drafter are prepared in the first call
+    and kept for the next ones. Other options are those of `specdec.generate`: rule, draft_length,
+    batch_size. The output with `return_dict_in_generate` also has `results`, one `Result` a row.
 
     Raises:
         ValueError: in `generate`, an option that this loop has no counterpart for, by name.
     """
+
+    @lru_cache(1)
+    def prepare(model: PreTrainedModel, *_: Any) -> tuple[HFTarget, Drafter | None]:
+        target = HFTarget(model)
+        if isinstance(drafter, str | Mapping):
+            return target, load_drafter(drafter, target)
+        return target, drafter
 
     def custom_generate(
         model: PreTrainedModel,
@@ -72,9 +78,10 @@ def speculative(
             sampling["temperature"] = 0.0
         ends: dict[type, Any] = {type(each): each for each in stopping_criteria}
         eos = getattr(ends.get(hf.EosTokenCriteria), "eos_token_id", torch.tensor([]))
-        target, chosen = _wrap(model, drafter)
+        is_eager = model.config._attn_implementation == "eager"  # it takes other masks
+        target, chosen = prepare(model, model.device, model.dtype, is_eager)
         target.eos_token_ids = tuple(eos.tolist())
-        run = stream(
+        results = generate(
             target,
             chosen,
             [row[real].tolist() for row, real in zip(input_ids, seen, strict=True)],
@@ -83,16 +90,9 @@ def speculative(
             max_time_s=getattr(ends.get(hf.MaxTimeCriteria), "max_time", None),
             **options,
         )
-        put = (lambda tokens: None) if streamer is None else streamer.put
-        put(input_ids.cpu())
-        for chunks in run.steps():
-            for chunk in chunks:
-                put(torch.tensor(chunk.tokens))
-        if streamer is not None:
-            streamer.end()
-        results, pad_id = run.results(), int(generation_config._pad_token_tensor or 0)
         new = [torch.tensor(each.tokens, device=input_ids.device) for each in results]
-        sequences = torch.cat([input_ids, pad_sequence(new, True, pad_id)], 1)
+        padding = pad_sequence(new, True, int(generation_config._pad_token_tensor or 0))
+        sequences = torch.cat([input_ids, padding], 1)
         if not generation_config.return_dict_in_generate:
             return sequences
         output = hf.GenerateDecoderOnlyOutput(sequences=cast(Any, sequences))
@@ -102,39 +102,25 @@ def speculative(
     return custom_generate
 
 
-def _wrap(model: PreTrainedModel, drafter: Any) -> tuple[HFTarget, Drafter | None]:
-    """Return the target around a model and its drafter, which live as long as the model does."""
-    place = [model.device, model.dtype, model.config._attn_implementation]
-    kept: Any = vars(model).get("_specdec")
-    if kept is None or kept[0] != place:
-        target = HFTarget(model)
-        place[2] = model.config._attn_implementation  # which the target may have switched
-        kept = vars(model)["_specdec"] = (place, target, {})
-    _, target, loaded = kept
-    if not isinstance(drafter, str | Mapping):
-        return target, drafter
-    name = json.dumps(drafter, sort_keys=True, default=repr)
-    if name not in loaded:
-        loaded[name] = load_drafter(drafter, target)
-    return target, loaded[name]
-
-
 def _refuse_left_out(
     config: GenerationConfig, processors: Any, criteria: Any, inputs: dict[str, Any], seen: Tensor
 ) -> None:
     """Name what the loop has no counterpart for: dropped without a word, it would be missed."""
     kinds, known = [type(each) for each in processors], list(_PROCESSORS)
     order = [known.index(kind) for kind in kinds if kind in known]
-    mode, places = config.get_generation_mode(), inputs.get("position_ids")
-    own_places = places is not None and ((places != seen.cumsum(1) - 1) & seen).any()
+    places = seen.cumsum(1) - 1
+    own_places = (inputs.get("position_ids", places) != places) & seen
+    mode = config.get_generation_mode()
     left_out = {
         f"{mode.value} mode": mode not in _MODES,
         "logits processors in this order": order != sorted(set(order)),
         "min_tokens_to_keep": any(vars(p).get("min_tokens_to_keep", 1) > 1 for p in processors),
-        "prompt_ignore_length": int
-        in {type(vars(p).get("prompt_ignore_length")) for p in processors},
+        # A number is the user's own; lengths of the padding are transformers', and mean nothing.
+        "prompt_ignore_length": any(
+            isinstance(vars(p).get("prompt_ignore_length"), int) for p in processors
+        ),
         "padding on the right": not seen[:, -1].all(),
-        "position_ids of one's own": own_places,
+        "position_ids of one's own": own_places.any(),
         "cache_implementation": config.cache_implementation == "quantized",
         **{name: getattr(config, name) for name in _OUTPUTS},
         **{kind.__name__: kind not in known for kind in kinds},
