@@ -59,7 +59,10 @@ def test_imports_run_downward(path, parts):
 
 @pytest.mark.parametrize(
     "module",
-    ["specdec", "specdec.verify", "specdec.verify.conformance", "specdec.integrations.vllm"],
+    [
+        *["specdec", "specdec.verify", "specdec.verify.conformance"],
+        "specdec.integrations.vllm, specdec.common.metrics",
+    ],
 )
 def test_light_imports_bring_nothing_but_torch(module):
     script = (

@@ -101,13 +101,6 @@ def test_counters_are_those_of_the_records_to_the_last_one():
         assert value("specdec_request_success_total", {"finished_reason": reason}) == count
 
 
-def test_nothing_is_imported_before_it_is_asked_for():
-    for path in (ROOT / "specdec").rglob("*.py"):
-        assert not re.search(r"(?m)^(import|from) (prometheus_client|pynvml)", path.read_text()), (
-            path
-        )
-
-
 def test_a_port_that_is_taken_or_none_and_a_missing_package_are_refused(monkeypatch):
     server, thread = start_http_server(0, "127.0.0.1", REGISTRY)
     for port in (server.server_port, 70_000):

@@ -26,6 +26,7 @@ from specdec.engine.scheduler import is_out_of_memory
 # What ends one request but not the run: it is counted as failed and never timed.
 PROMPT_ERRORS = (ValueError, RuntimeError, MemoryError, FloatingPointError)
 _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+_LOOKED_AT = ("energy_joules", "power_watts", "utilization", "memory_used_bytes")
 Requests = Sequence[Request]
 
 
@@ -223,9 +224,9 @@ def read_peaks(device: torch.device, cache_bytes: int | None) -> Memory:
 class PowerMeter:
     """The use of one device from `start` to `stop`, other processes on it included, and of the CPU.
 
-    NVML's energy counter is read where the GPU has one (Volta and later); else its power, which
-    `look` reads as it does utilization and memory, is summed up. Without a CUDA device, or without
-    the package nvidia-ml-py (module pynvml), nothing is measured but the CPU.
+    Energy is the difference of NVML's counter where the GPU has one (Volta and later), else the
+    power of all looks, summed up. Without a CUDA device, or without the package nvidia-ml-py
+    (module pynvml), nothing is measured but the CPU.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -235,29 +236,27 @@ class PowerMeter:
             uuid = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
             self._uuid = f"GPU-{uuid}"
 
-    def _read(self, figure: str) -> float | None:
-        return read_gpu(self._uuid, figure) if self._uuid else None
-
     def start(self) -> None:
-        self._first_j, self._cpu_s = self._read("energy_joules"), time.process_time()
+        self._cpu_s = time.process_time()
         self._looks: list[tuple[float, ...]] = []
         self.look()
 
     def look(self, every_s: float = 0.1) -> None:
-        """Take in power, utilization and memory now, where the last look is some time ago."""
+        """Take in the figures of now, where the last look is some time ago."""
         now = time.perf_counter()
         if self._uuid and not (self._looks and now < self._looks[-1][0] + every_s):
-            figures = map(self._read, ("power_watts", "utilization", "memory_used_bytes"))
-            self._looks.append((now, *(nan if each is None else each for each in figures)))
+            found = read_gpu(self._uuid)
+            self._looks.append((now, *(found.get(figure, nan) for figure in _LOOKED_AT)))
 
     def stop(self) -> dict[str, Any]:
         """Give the figures of a `Call` since the start; None where nothing was measured."""
         self.look(every_s=0)
-        first_j, last_j = self._first_j, self._read("energy_joules")
-        seconds, power, use, memory = np.array(self._looks).reshape(-1, 4).T
-        figures = np.trapezoid(power, seconds), np.trapezoid(use, seconds), memory.max(initial=0)
-        found = [float(each) if self._looks and isfinite(each) else None for each in figures]
-        if first_j is not None and last_j is not None:
-            found[0] = last_j - first_j
-        names = ("energy_j", "gpu_busy_s", "gpu_memory_bytes")
-        return {**dict(zip(names, found, strict=True)), "cpu_s": time.process_time() - self._cpu_s}
+        seconds, energy, power, use, memory = np.array(self._looks or [[nan] * 5] * 2).T
+        joules = energy[-1] - energy[0]
+        found = {
+            "energy_j": joules if isfinite(joules) else np.trapezoid(power, seconds),
+            "gpu_busy_s": np.trapezoid(use, seconds),
+            "gpu_memory_bytes": memory.max(),
+            "cpu_s": time.process_time() - self._cpu_s,
+        }
+        return {name: float(each) if isfinite(each) else None for name, each in found.items()}

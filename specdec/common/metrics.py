@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
-from itertools import count
+from itertools import count, takewhile
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,21 +19,22 @@ _NVML = {
 }
 
 
-def read_gpu(gpu: int | str, figure: str) -> float | None:
-    """Read a figure of a GPU, by index or UUID; None without it, or without nvidia-ml-py."""
+def read_gpu(gpu: int | str) -> dict[str, float]:
+    """Read what NVML tells about a GPU, by index or UUID; nothing without nvidia-ml-py."""
+    found: dict[str, float] = {}
     if not find_spec("pynvml"):
-        return None
+        return found
     import pynvml
 
-    function, field, parts = _NVML[figure]
     key = "UUID" if isinstance(gpu, str) else "Index"
-    try:
+    with suppress(pynvml.NVMLError):
         pynvml.nvmlInit()
         handle = getattr(pynvml, f"nvmlDeviceGetHandleBy{key}")(gpu)
-        found = getattr(pynvml, function)(handle)
-    except pynvml.NVMLError:
-        return None
-    return float(getattr(found, field) if field else found) / parts
+        for figure, (function, field, parts) in _NVML.items():
+            with suppress(pynvml.NVMLError):
+                value = getattr(pynvml, function)(handle)
+                found[figure] = float(getattr(value, field) if field else value) / parts
+    return found
 
 
 class Metrics:
@@ -72,12 +74,12 @@ class Metrics:
         """Tell the figures of all GPUs of the machine, as Prometheus asks for them."""
         from prometheus_client.metrics_core import GaugeMetricFamily
 
+        gpus = list(takewhile(bool, map(read_gpu, count())))
         for figure in _NVML:
             family = GaugeMetricFamily(f"specdec_gpu_{figure}", "told by NVML", labels=["gpu"])
-            for gpu in count():
-                if (value := read_gpu(gpu, figure)) is None:
-                    break
-                family.add_metric([str(gpu)], value)
+            for index, figures in enumerate(gpus):
+                if figure in figures:
+                    family.add_metric([str(index)], figures[figure])
             yield family
 
     def observe(self, engine: Any, requests: Sequence[Any]) -> None:

@@ -115,10 +115,9 @@ def _refuse_left_out(
         f"{mode.value} mode": mode not in _MODES,
         "logits processors in this order": order != sorted(set(order)),
         "min_tokens_to_keep": any(vars(p).get("min_tokens_to_keep", 1) > 1 for p in processors),
-        # A number is the user's own; lengths of the padding are transformers', and mean nothing.
-        "prompt_ignore_length": any(
-            isinstance(vars(p).get("prompt_ignore_length"), int) for p in processors
-        ),
+        # A number is the user's own; a tensor is transformers', and tells the padding.
+        "prompt_ignore_length": int
+        in {type(vars(p).get("prompt_ignore_length")) for p in processors},
         "padding on the right": not seen[:, -1].all(),
         "position_ids of one's own": own_places.any(),
         "cache_implementation": config.cache_implementation == "quantized",

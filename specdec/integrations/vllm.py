@@ -69,9 +69,8 @@ def install() -> None:
             total, generators = len(given.draft_token_ids), sampling.generators
             flat = draw_uniforms(total, num_drafted, generators, target.device)
             uniforms = uniforms_from_flat(flat, ends, width)
-            is_double = getattr(given, "use_fp64_gumbel", False)
-            noise = torch.empty_like(target[:, 0], dtype=torch.float64 if is_double else None)
-            noise.exponential_()
+            kind = torch.float64 if getattr(given, "use_fp64_gumbel", False) else None
+            noise = torch.empty_like(target[:, 0], dtype=kind).exponential_()
             for row, generator in generators.items():
                 if num_drafted[row]:
                     noise[row].exponential_(generator=generator)
@@ -144,8 +143,8 @@ class Proposer:
             committed = [new for _, _, new, _ in kept]
             accepted = [self._paths[row][: len(new) - 1] for _, _, new, row in kept]
             path = torch.tensor(padded(accepted, -1), dtype=torch.long)
-            tokens, tested = torch.tensor(padded(committed, -1)), torch.zeros(len(kept), 0).bool()
-            verdict = Verdict(tokens, (path >= 0).sum(1), path, tested)
+            tokens, untested = torch.tensor(padded(committed, -1)), path[:, :0] >= 0
+            verdict = Verdict(tokens, (path >= 0).sum(1), path, untested)
             self._drafter.observe(verdict, committed, {})
         if joined:
             self._drafter.begin([text for _, text, *_ in joined], None, None, join=bool(kept))

@@ -15,17 +15,17 @@ class ExLlamaV3Target(PagedTarget):
     engine_name = "exllamav3"
 
     def _load(self, cache_mode: str) -> torch.device:
-        engine, kind = self._engine, {}
+        engine = self._engine
         self._model: Any = engine.Model.from_config(engine.Config.from_directory(self.path))
         if self._model.get_recurrent_layers():
             raise ValueError(
                 f"{self.path!r} has layers that cannot be rolled back after a rejection "
                 "(recurrent); use a model with attention only"
             )
-        if cache_mode != "FP16":
-            kind = {"k_bits": int(cache_mode[1:]), "v_bits": int(cache_mode[1:])}
-        layer_type = engine.CacheLayer_quant if kind else engine.CacheLayer_fp16
-        self._cache = engine.Cache(self._model, self.cache_tokens, layer_type, **kind)
+        is_full = cache_mode == "FP16"
+        bits = {} if is_full else dict.fromkeys(("k_bits", "v_bits"), int(cache_mode[1:]))
+        layer_type = engine.CacheLayer_fp16 if is_full else engine.CacheLayer_quant
+        self._cache = engine.Cache(self._model, self.cache_tokens, layer_type, **bits)
         self._model.load()
         return self._model.output_device
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import resolve_name
 from threading import RLock
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.checkpoints.folder import CONFIG, unreadable
-from specdec.common.arguments import checked
+from specdec.common.arguments import checked, require_counts
 from specdec.common.files import first_line, read_json
 from specdec.common.hub import find_checkpoint
 from specdec.demo import demo_path
@@ -79,7 +79,7 @@ def load_target(
 
     if engine or cache_mode or cache_tokens:
         own = (dtype, device, device_map, quantization, revision, trust_remote_code)
-        return _load_engine(path, engine, cache_mode, cache_tokens, any(own))
+        return _load_engine(path, engine, cache_mode or "FP16", cache_tokens, any(own))
     where = check_path(path)
     chosen = find_device(device)
     options: dict[str, Any] = {
@@ -118,21 +118,20 @@ def load_target(
 
 
 def _load_engine(
-    path: str, engine: str | None, mode: str | None, num_tokens: int | None, has_own: bool
+    path: str, engine: str | None, mode: str, num_tokens: int | None, has_own: bool
 ) -> Any:
     """Load a folder into another engine, which takes none of the options of transformers."""
-    faults = [
-        (engine not in ENGINES, f"engine is {engine!r} but must be {' or '.join(ENGINES)}"),
-        (mode and mode not in CACHE_MODES, f"cache_mode is {mode!r}, not in {CACHE_MODES}"),
-        (num_tokens is not None and num_tokens < 1, f"cache_tokens is {num_tokens}, less than 1"),
-        (has_own, f"{engine} takes what the folder holds; CUDA_VISIBLE_DEVICES names its GPUs"),
-        (not Path(where := check_path(path)).is_dir(), f"{engine} reads folders, not {path!r}"),
-    ]
-    for is_fault, message in faults:
-        if is_fault:
-            raise ValueError(message)
-    module, name = ENGINES[str(engine)].split(":")
-    return getattr(import_module(module), name)(where, mode or "FP16", num_tokens or 2**15)
+    where = check_path(path)
+    require_counts(2**30, cache_tokens=num_tokens)
+    faults = {
+        f"engine is {engine!r} but must be {' or '.join(ENGINES)}": engine not in ENGINES,
+        f"cache_mode is {mode!r}, not in {CACHE_MODES}": mode not in CACHE_MODES,
+        f"{engine} takes what the folder holds; CUDA_VISIBLE_DEVICES names its GPUs": has_own,
+        f"{engine} reads folders, not {path!r}": not Path(where).is_dir(),
+    }
+    for message in filter(faults.get, faults):
+        raise ValueError(message)
+    return resolve_name(ENGINES[str(engine)])(where, mode, num_tokens or 2**15)
 
 
 def check_path(path: str) -> str:

@@ -67,7 +67,7 @@ def clock(monkeypatch):
 @pytest.mark.parametrize(
     ("told", "joules"),
     [
-        ({"TotalEnergyConsumption": [5000, 25_000]}, 20.0),
+        ({"TotalEnergyConsumption": [5000, 9000, 25_000]}, 20.0),
         # (100 + 200) / 2 W for 2 s, then (200 + 50) / 2 W for 1 s.
         ({"PowerUsage": [100_000, 200_000, 50_000]}, 425.0),
         ({}, None),
@@ -87,7 +87,7 @@ def test_utilization_is_averaged_and_memory_is_the_largest_of_looks_that_are_not
     meter, clock
 ):
     busy = [SimpleNamespace(gpu=percent) for percent in (0, 100, 40)]
-    used = [SimpleNamespace(used=size) for size in (5, 9, 7)]
+    used = [SimpleNamespace(used=size, total=10) for size in (5, 5, 9, 9, 7, 7)]  # asked for twice
     found = meter(UtilizationRates=busy, MemoryInfo=used)
     found.start()
     for passed_s in (0.05, 1.95, 0.05):
