@@ -251,7 +251,7 @@ class PowerMeter:
     def stop(self) -> dict[str, Any]:
         """Give the figures of a `Call` since the start; None where nothing was measured."""
         self.look(every_s=0)
-        seconds, energy, power, use, memory = np.array(self._looks or [[nan] * 5] * 2).T
+        seconds, energy, power, use, memory = np.array(self._looks or [(nan,) * 5] * 2).T
         joules = energy[-1] - energy[0]
         found = {
             "energy_j": joules if isfinite(joules) else np.trapezoid(power, seconds),

@@ -89,9 +89,6 @@ class Proposer:
     text is a known one and the tokens just sampled. What a request emits last is never seen, so a
     drafter that remembers past outputs learns that much less.
 
-    Args:
-        vllm_config: vLLM's own; `num_speculative_tokens` is the budget of every row.
-
     Raises:
         ValueError: SPECDEC_DRAFTER names no drafter, or one that needs a target.
     """
@@ -152,13 +149,12 @@ class Proposer:
         root = torch.tensor([text[-1] for text in self._texts])
         budget = [max(0, min(self._num_tokens, self._max_len - len(t))) for t in self._texts]
         draft = self._drafter.propose(root, budget, None)
-        columns = draft.lengths, draft.tokens, draft.explicit_parents()
-        listed = zip(kept + joined, *(column.tolist() for column in columns), strict=True)
-        for (slot, *_), length, tokens, parents in listed:
+        parents = draft.explicit_parents()
+        for row, (slot, *_) in enumerate(kept + joined):
             served: list[int] = []
-            for node in range(length):
-                if parents[node] == (served[-1] if served else -1):
+            for node, parent in enumerate(parents[row, : draft.lengths[row]].tolist()):
+                if parent == (served[-1] if served else -1):
                     served.append(node)
             self._paths.append(served)
-            drafts[slot] = [tokens[node] for node in served]
+            drafts[slot] = draft.tokens[row, served].tolist()
         return drafts
