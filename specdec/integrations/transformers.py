@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import generation as hf
 
-from specdec.engine.decode import generate
+from specdec.engine.decode import stream
 from specdec.engine.interfaces import Drafter
 from specdec.registry import load_drafter
 from specdec.targets.hf import HFTarget
@@ -81,7 +81,7 @@ def speculative(
         is_eager = model.config._attn_implementation == "eager"  # it takes other masks
         target, chosen = prepare(model, model.device, model.dtype, is_eager)
         target.eos_token_ids = tuple(eos.tolist())
-        results = generate(
+        run = stream(
             target,
             chosen,
             [row[real].tolist() for row, real in zip(input_ids, seen, strict=True)],
@@ -90,6 +90,9 @@ def speculative(
             max_time_s=getattr(ends.get(hf.MaxTimeCriteria), "max_time", None),
             **options,
         )
+        for _ in run.steps():  # an interrupt ends the call, as it does in transformers
+            pass
+        results = run.results()
         new = [torch.tensor(each.tokens, device=input_ids.device) for each in results]
         padding = pad_sequence(new, True, int(generation_config._pad_token_tensor or 0))
         sequences = torch.cat([input_ids, padding], 1)
@@ -108,9 +111,8 @@ def _refuse_left_out(
     """Name what the loop has no counterpart for: dropped without a word, it would be missed."""
     kinds, known = [type(each) for each in processors], list(_PROCESSORS)
     order = [known.index(kind) for kind in kinds if kind in known]
-    places = seen.cumsum(1) - 1
-    own_places = (inputs.get("position_ids", places) != places) & seen
-    mode = config.get_generation_mode()
+    mode, places = config.get_generation_mode(), inputs.get("position_ids")
+    own_places = places is not None and ((places != seen.cumsum(1) - 1) & seen).any()
     left_out = {
         f"{mode.value} mode": mode not in _MODES,
         "logits processors in this order": order != sorted(set(order)),
@@ -119,7 +121,7 @@ def _refuse_left_out(
         "prompt_ignore_length": int
         in {type(vars(p).get("prompt_ignore_length")) for p in processors},
         "padding on the right": not seen[:, -1].all(),
-        "position_ids of one's own": own_places.any(),
+        "position_ids of one's own": own_places,
         "cache_implementation": config.cache_implementation == "quantized",
         **{name: getattr(config, name) for name in _OUTPUTS},
         **{kind.__name__: kind not in known for kind in kinds},
