@@ -464,8 +464,8 @@ def engines() -> dict[str, str]:
         found = read_model(Admission, file)
         assert found.is_equal, file
         theirs, num = found.theirs or found.ours, found.num_prompts
-        counts = [theirs.num_drafts, theirs.num_drafted, theirs.num_accepted]
-        places = " ".join(map(str, theirs.accepted_per_position))
+        counts = [theirs[what] for what in ("drafts", "drafted", "accepted")]
+        places = " ".join(str(n) for what, n in theirs.items() if what.startswith("accepted at"))
         texts = f"{found.equal_texts['drafter']} of {num} equal"
         name = file.stem.removeprefix(f"{found.engine}-")
         engine = f"{found.engine} {found.version}"

@@ -148,8 +148,8 @@ def admit(
             f"model, or does not run in float32; its answers are in {out}"
         )
     theirs = sum((Counter[str](row["counts"]) for row in drafted), Counter[str]())
-    is_known = facts["engine"] in ("vllm", "llamacpp") and bool(theirs)
-    rules = facts["engine"] if is_known else "vllm"
+    is_known = facts["engine"] in ("vllm", "llama.cpp") and bool(theirs)
+    rules = facts["engine"].replace(".", "") if is_known else "vllm"
     stats = (AcceptanceStats.as_engine(rules, each.records, limit) for each in ours)
     admission = Admission(
         **{"drafter": drafter, "kind": options["type"], "target": path, "asked": asked, **facts},
@@ -208,6 +208,7 @@ def _answers(url: str, requests: Sequence[Request], target: str) -> Iterator[dic
         if isinstance(run, str):
             raise RuntimeError(f"{url}, prompt {request.id!r}: {run}; the same command goes on")
         counters = read_counters(url)
-        facts = {"engine": counters.engine if counters else url, "model": arm.model}
+        engine = counters.engine.replace("llamacpp", "llama.cpp") if counters else url
+        facts = {"engine": engine, "model": arm.model}
         facts["version"] = arm.version or "?"
         yield {"tokens": run.tokens, "counts": run.counted and _named(run.counted), "server": facts}
