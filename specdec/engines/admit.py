@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from inspect import signature
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
@@ -173,7 +174,8 @@ def _as_chain(kind: str, num_tokens: int) -> dict[str, Any]:
     if "choices" in shape.fixed:
         return {"choices": [[0] * level for level in range(1, num_tokens + 1)]}
     # An engine's rows never see the end of an answer, so they cannot remember the same.
-    memory = {"num_remembered": 0} if kind == "suffix" else {}
+    remembers = "num_remembered" in signature(strategy(kind)).parameters
+    memory = {"num_remembered": 0} if remembers else {}
     return {**dict.fromkeys(shape.names.values(), num_tokens), **memory}
 
 
