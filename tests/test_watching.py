@@ -197,6 +197,8 @@ def command(tmp_path):
         [*BENCH, *small, "--metrics-port", "0", "--out", str(tmp_path / "bench")],
         **{"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True},
         env={**os.environ, "PYTHONPATH": paths},
+        # A shell's background jobs are born deaf to Ctrl-C, and so would this be.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     said = process.stderr.readline()
     yield process, said.rpartition("//")[2].removesuffix("/metrics\n")
