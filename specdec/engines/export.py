@@ -93,8 +93,8 @@ class Exported(Config):
         drafter: folder, hub id or file that the engine loads; empty for lookups.
         folder: the folder that was written; `files` are in it.
         launch: words of the command that starts the engine's server, in `environment`.
-        config: what the engine is told of the drafter, under its own names.
-        note: what to know before it is used.
+        config: settings of the drafter under the engine's own names.
+        note: a warning or a step to take before use; empty without one.
     """
 
     engine: str
@@ -136,7 +136,7 @@ def export(
         target: folder or hub id of the target; None for the one that the head names, and for the
             embedded one where the drafter is embedded or has no model.
         num_tokens: tokens drafted in a step, where the options do not say.
-        dtype: what the engine computes in; "auto" leaves it to the engine.
+        dtype: the engine's compute dtype; "auto" leaves it to the engine.
 
     Raises:
         ValueError: the engine does not run such a drafter, or would drop a part of it.

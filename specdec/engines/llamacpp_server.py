@@ -37,8 +37,6 @@ _FLAGS: list[tuple[str, str, Any]] = [
     ("--spec-draft-type-v -ctvd", "speculative.draft.cache_type_v", _CACHE_TYPE),
     ("--spec-draft-n-max", "speculative.draft.n_max", int),
     ("--spec-draft-p-min --draft-p-min", "speculative.draft.p_min", float),
-    ("--spec-ngram-simple-size-n", "speculative.ngram_simple.size_n", int),
-    ("--spec-ngram-simple-size-m", "speculative.ngram_simple.size_m", int),
 ]
 
 
