@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the experiments again, from the data folder that SPECDEC_DATA_DIR names, and put their results here.
 #
-#   SPECDEC_DATA_DIR=DATA bash experiments/run_all.sh            # all but 03-domain: about 105 minutes on two cores
+#   SPECDEC_DATA_DIR=DATA bash experiments/run_all.sh            # all but 03-domain: about 135 minutes on two cores
 #   SPECDEC_DATA_DIR=DATA bash experiments/run_all.sh 09-rules   # or some, by name
 #
 # Whatever is stopped goes on with the same command: runs are kept in runs/experiments (remove a folder to measure it again).
