@@ -87,6 +87,7 @@ class Server(Starlette):
         self._engine, self._model, self._say = engine, model, say
         self._thread = ThreadPoolExecutor(1, "engine")  # all that touches the engine runs there
         self._running: dict[int, Callable[[Any], Any]] = {}  # who hears of the engine's requests
+        self._is_stepping = False
         engine.observer = metrics = Metrics()
         about = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "specdec"}
         models = [{**about, "max_model_len": engine.target.max_context_len}]
@@ -136,10 +137,10 @@ class Server(Starlette):
         for ids, choice in product(encoded, range(asked.n)):
             own = replace(sampling, seed=(sampling.seed + choice) % 2**63)
             index = self._engine.submit(ids, own, max_new_tokens=limit, stop=asked.stop)
-            prompts[index] = ids
-        if not self._running:
+            prompts[index], self._running[index] = ids, tell
+        if not self._is_stepping:
+            self._is_stepping = True
             self._thread.submit(self._step)
-        self._running |= dict.fromkeys(prompts, tell)
         return prompts
 
     def _step(self) -> None:
@@ -150,18 +151,25 @@ class Server(Starlette):
         except Exception as error:  # the next step tells whom it has ended
             self._say(f"a step failed: {error}")
         for chunk in chunks:
-            tell, result = self._running[chunk.index], None
-            if chunk.finish_reason:
-                result = self._engine.result(chunk.index)
-                del self._running[chunk.index]
-            tell((chunk, result))
-        if self._running:
+            self._tell(chunk)
+        self._is_stepping = bool(self._running)
+        if self._is_stepping:
             self._thread.submit(self._step)
 
+    def _tell(self, chunk: Chunk) -> None:
+        tell, result = self._running[chunk.index], None
+        if chunk.finish_reason:
+            result = self._engine.result(chunk.index)
+            del self._running[chunk.index]
+        tell((chunk, result))
+
     def _cancel(self, indices: Mapping[int, Any]) -> None:
-        for index in indices:
-            with suppress(KeyError):  # it has ended, and was told
+        for index in self._running.keys() & indices:  # others have ended, and were told
+            try:
                 self._engine.cancel(index)
+            except Exception as error:
+                self._say(f"a step failed: {error}")
+            self._tell(Chunk(index, [], "", "cancelled"))
 
 
 async def _bodies(

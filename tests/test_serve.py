@@ -200,6 +200,7 @@ REFUSED = [
     ({"prompt": "a", "stop_token_ids": [9]}, r"stop_token_ids is \[9\] but is not honored"),
     ({"prompt": ["a", ""]}, "prompt 1 is empty"),
     ({"prompt": [1] * 5000}, "prompt 0 has 5000 tokens but the target's context holds"),
+    ({"prompt": [[5, 6], [1] * 5000]}, "prompt 1 has 5000 tokens"),
     ({"prompt": 5}, "prompts is 5"),
     ({"messages": [{"role": "user"}]}, "each entry must be"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "image_url"),
@@ -220,7 +221,7 @@ def test_request_that_cannot_be_honored_is_refused(client, body, message):
 
 def test_client_that_leaves_frees_its_rows(engine, client, monkeypatch):
     """A stream, an answer that is none, and one that still waits."""
-    cancelled, step = [], engine.step
+    cancelled, steps, step = [], [], engine.step
 
     def cancel(index, cancel=engine.cancel):
         cancel(index)  # a KeyError says that it has ended
@@ -228,7 +229,8 @@ def test_client_that_leaves_frees_its_rows(engine, client, monkeypatch):
 
     def slow_step():
         time.sleep(0.05)
-        return step()
+        steps.append(step())
+        return steps[-1]
 
     monkeypatch.setattr(engine, "cancel", cancel)
     monkeypatch.setattr(engine, "step", slow_step)
@@ -246,6 +248,12 @@ def test_client_that_leaves_frees_its_rows(engine, client, monkeypatch):
     eventually(lambda: len(cancelled) == 6)
     assert (engine.num_running, engine.num_waiting) == (0, 0)
     assert ask(client, {"prompt": "a", "max_tokens": 3}).status_code == 200
+    for index in cancelled:  # nothing is kept of them
+        with pytest.raises(KeyError):
+            engine.peek(index)
+    num_steps = len(steps)
+    time.sleep(0.3)
+    assert len(steps) <= num_steps + 1  # and nobody steps for them
 
 
 def test_error_of_one_answer_leaves_the_others(engine, client, monkeypatch):
