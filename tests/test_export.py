@@ -172,10 +172,7 @@ def test_command_prints_the_line_and_knows_engines_and_layouts(tmp_path):
 @pytest.mark.slow
 @pytest.mark.llamacpp
 @pytest.mark.skipif(not ENGINE.exists(), reason="needs: bash scripts/engines.sh llamacpp")
-def test_gguf_tokenizes_as_the_model_does_or_is_refused(tmp_path, monkeypatch):
-    made = export("demo/eagle3", "llama.cpp", tmp_path / "out", dtype="float32")
-    assert {"target.gguf", "drafter.gguf", "launch.sh"} <= {*made.files}
-    assert "--spec-type draft-eagle3 --spec-draft-model" in made.command
+def test_gguf_that_tokenizes_otherwise_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf, "_NAMES", {("Digits", "ByteLevel"): "gpt-2"})
     with pytest.raises(ValueError, match=r"tokenizes \d+ of 300 texts otherwise"):
         gguf.to_gguf(Path(DEMO), tmp_path / "wrong.gguf")

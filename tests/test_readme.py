@@ -53,18 +53,12 @@ def test_commands_run_one_after_the_other(commands, tmp_path, monkeypatch):
         assert done.stdout.strip()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", [COMMANDS[-1][0], "specdec --help"])
-def test_command_runs_as_a_process(command, tmp_path):
+def test_command_is_there_as_a_process():
     done = subprocess.run(
-        [sys.executable, "-m", *shlex.split(command)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
+        [sys.executable, "-m", "specdec", "--help"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    assert "export" in done.stdout
 
 
 @pytest.mark.parametrize("command", [line for line in SHELL if line.startswith("bash")])

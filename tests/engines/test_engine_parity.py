@@ -11,8 +11,10 @@ import pytest
 
 from specdec.checkpoints import read_head
 from specdec.checkpoints.layouts import write_head
+from specdec.common.config import read_model
 from specdec.demo import demo_path
 from specdec.engines.admit import AdmitConfig, admit
+from specdec.engines.export import RECORD, Exported
 
 ROOT = Path(__file__).parents[2]
 MARKS = {
@@ -63,6 +65,10 @@ def test_engine_gives_our_texts_and_our_counts(engine, drafter, layout, num, eng
         engine=engine, target=str(demo_path("target")), num=num, plain=drafter == "demo/draft"
     )
     found = admit(drafter, asked, tmp_path / "out", lambda *progress: None)
+    if engine == "llama.cpp":  # the GGUF files passed the comparison of their tokenizers
+        made = read_model(Exported, tmp_path / "out" / "export" / RECORD)
+        assert {"target.gguf", "drafter.gguf", "launch.sh"} <= {*made.files}
+        assert f"--spec-type {made.method} --spec-draft-model" in made.command
     assert not found.differences
     assert found.equal_texts["drafter"] == num
     assert found.theirs == found.ours
