@@ -130,7 +130,7 @@ def admit(
     plain = generate_baseline(target, ids, max_new_tokens=limit, batch_size=_ROWS)
     # Drafts are whole up to the limit, as vLLM's are.
     ours = generate(target, options, ids, max_new_tokens=limit + num_tokens, batch_size=_ROWS)
-
+    show(1, 1, "our own loop")
     differences = []
     for (arm, i), row in sorted(rows.items()):
         for place, (mine, other) in enumerate(zip_longest(plain[i].tokens, row["tokens"])):

@@ -189,6 +189,7 @@ def run_bake_off(
                     else:
                         served = arms[key.arm].served
                         store.add(key, Call(rows, None, _NO_MEMORY, served=served))
+        show("done")
     found = _summarize(config, target, groups, store.done, failed)
     where = BakeOffProvenance(**store.provenance)
     results = BakeOffResults(provenance=where, target=target.identity, loads=loads, **found)

@@ -47,7 +47,8 @@ def server_command(launch: Sequence[str], engine: str) -> list[str]:
     variable = f"SPECDEC_{folder.upper()}_PYTHON"
     python = os.environ.get(variable) or os.path.abspath(f"{home}/{folder}/bin/python")
     if shutil.which(python) is None:
-        fix = f"run `bash scripts/engines.sh {folder}`, or give {variable}"
+        script = f"run `bash scripts/engines.sh {folder}`, or " if engine in EXACT else ""
+        fix = f"{script}give {variable}, or another launch line"
         raise FileNotFoundError(f"{engine} is not installed: {python!r} is no Python; {fix}")
     if program == "llama-server":
         return [python, str(Path(__file__).with_name("llamacpp_server.py")), *flags]

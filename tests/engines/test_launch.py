@@ -88,6 +88,8 @@ def test_missing_engine_is_refused_with_its_install_command(tmp_path, monkeypatc
     monkeypatch.setenv("PATH", "")
     with pytest.raises(FileNotFoundError, match=r"run `bash scripts/engines.sh llamacpp`, or give"):
         server_command(["llama-server", "-m", "a.gguf"], "llama.cpp")
+    with pytest.raises(FileNotFoundError, match=r"is no Python; give SPECDEC_SGLANG_PYTHON"):
+        server_command(["python", "-m", "sglang.launch_server"], "sglang")
     assert server_command(["vllm", "serve", "T", "-x"], "vllm")[3:] == ["--model", "T", "-x"]
     with pytest.raises(ValueError, match=r"begins with 'sglang', which is not vllm's server"):
         server_command(["sglang"], "vllm")
