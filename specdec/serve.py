@@ -27,7 +27,8 @@ from specdec.engine.text import encode, split_prompts
 from specdec.proxy.server import listen
 from specdec.sampling.config import SamplingConfig
 
-_IGNORED = {"user", "metadata", "store", "cache_prompt", "cache_salt"}  # they change no answer
+# They change no answer; the last two are llama.cpp's for `return_token_ids`.
+_IGNORED = {"user", "metadata", "store", "cache_prompt", "cache_salt", "verbose", "return_tokens"}
 
 
 class Asked(Config):

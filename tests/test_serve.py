@@ -126,7 +126,15 @@ CASES = {
         [("Once", 3), ("Once", 4), ("Bread is", 3), ("Bread is", 4)],
     ),
     "ids": (
-        {"prompt": [[5, 6, 7]], "max_tokens": 20, "min_p": 0.1, "user": "x", **PENALTIES, **WILD},
+        {
+            "prompt": [[5, 6, 7]],
+            "max_tokens": 20,
+            "min_p": 0.1,
+            "user": "x",
+            "verbose": True,
+            **PENALTIES,
+            **WILD,
+        },
         [([5, 6, 7], 7)],
     ),
 }
