@@ -3,14 +3,13 @@
 import pytest
 import torch
 from tiny_heads import tiny_head
-from tiny_models import tiny_llama, tiny_target
-from tiny_training import answer_rows, tiny_config
+from tiny_models import tiny_target
+from tiny_training import known_rows, tiny_config
 
 from specdec.checkpoints import identify_target
 from specdec.data.answers import AnswerRow, read_rows
 from specdec.drafters.heads import load_head
 from specdec.drafters.training import TrainingBatch
-from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
 from specdec.train.acceptance import (
     chain_acceptance,
@@ -136,7 +135,7 @@ SHORT |= {"eval_strategy": "no", "save_strategy": "no"}
     ],
 )
 def test_head_learns_twenty_dialogues_by_heart(tmp_path, kind, options, loss, settings, wanted):
-    rows = answer_rows(HFTarget(tiny_llama(num_layers=3)))
+    rows = known_rows()
     given = {"drafter": {"kind": kind, "options": options}, "loss": loss, **SHORT, **settings}
     # Held out are rows that the head has seen.
     config = tiny_config(tmp_path, rows + rows, data={"num_validation": 20}, **given)

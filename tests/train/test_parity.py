@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_heads import tiny_head
 from tiny_models import perturbed, tiny_llama, tiny_target
-from tiny_training import answer_rows, logged, write_run
+from tiny_training import known_rows, logged, write_run
 from typer.testing import CliRunner
 
 from specdec.analysis.replay import MadeDrafts, replay
@@ -200,7 +200,7 @@ TRAINED = {
 def trained(tmp_path_factory):
     """A folder with config, and in `out` the run of a head that knows its held-out rows."""
     folder = tmp_path_factory.mktemp("trained")
-    rows = answer_rows(HFTarget(tiny_llama(num_layers=3)))
+    rows = known_rows()
     path = write_run(folder, rows + rows, **TRAINED, data={"num_validation": 20})
     results = run_training(load_train_config(str(path)), folder / "out")
     assert results.parity.passed
