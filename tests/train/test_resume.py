@@ -229,8 +229,9 @@ def test_folder_of_another_run_is_refused(whole, tmp_path, override, message):
     assert (whole / "out" / "log.jsonl").read_bytes() == before
 
 
-def test_paths_threads_and_saving_may_change(whole, tmp_path):
-    config = tiny_config(tmp_path, **SETTINGS, logging_steps=2)
+def test_paths_threads_saving_and_gate_may_change(whole, tmp_path):
+    parity = {"num_prompts": 1, "max_new_tokens": 2}
+    config = tiny_config(tmp_path, **SETTINGS, logging_steps=2, parity=parity)
     config.threads, config.training.save_steps = 2, 1
     try:
         run_training(config, whole / "out")
