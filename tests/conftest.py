@@ -1,5 +1,6 @@
 """Settings every test shares: no network, one torch thread, quiet tokenizers."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +18,13 @@ def _one_thread():
     """A command sets the threads of its configuration, which must not reach the next test."""
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen_imports():
+    """Every training collects garbage; among all that was imported, that is half of its time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

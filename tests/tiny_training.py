@@ -1,6 +1,7 @@
 """A tiny target in a folder, dialogues with its own answers, and runs that train on them."""
 
 import json
+from functools import cache
 
 import torch
 import yaml
@@ -44,6 +45,12 @@ def answer_rows(target, num_rows=20, prompt_len=4, answer_len=10, seed=0):
     return rows
 
 
+@cache
+def known_rows():
+    """Rows of the target of `write_run`, made once: most runs train on them. Change copies only."""
+    return tuple(answer_rows(HFTarget(tiny_llama(num_layers=3))))
+
+
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -51,9 +58,8 @@ def write_rows(path, rows):
 
 def write_run(folder, rows=None, **settings):
     """Write target, data and config, whose path is returned; training arguments stand flat."""
-    model = tiny_llama(num_layers=3)
-    model.save_pretrained(folder / "target")
-    rows = answer_rows(HFTarget(model)) if rows is None else rows
+    tiny_llama(num_layers=3).save_pretrained(folder / "target")
+    rows = known_rows() if rows is None else rows
     write_rows(folder / "answers.jsonl", rows)
     config = {
         "target": {"path": str(folder / "target"), "device": "cpu"},

@@ -7,11 +7,10 @@ from dataclasses import replace
 import pytest
 from tiny_features import extract, write_folder
 from tiny_models import tiny_llama
-from tiny_training import answer_rows, logged, tiny_config
+from tiny_training import known_rows, logged, tiny_config
 
 from specdec.common.files import read_json
 from specdec.data.feature_store import FeatureStore
-from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
 from specdec.train.acceptance import ParityError
 from specdec.train.run import run_training
@@ -34,7 +33,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     rows = [
         {**row, "id": f"q{number}", "domain": "ab"[number % 2]}
-        for number, row in enumerate(answer_rows(HFTarget(tiny_llama(num_layers=3))))
+        for number, row in enumerate(known_rows())
     ]
     write_folder(folder / "answers", rows[:15], rows[15:])
     tiny_llama(num_layers=3).save_pretrained(folder / "target")

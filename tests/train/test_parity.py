@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_heads import tiny_head
 from tiny_models import perturbed, tiny_llama, tiny_target
-from tiny_training import answer_rows, logged, write_run
+from tiny_training import known_rows, logged, write_run
 from typer.testing import CliRunner
 
 from specdec.analysis.replay import MadeDrafts, replay
@@ -70,7 +70,7 @@ def draft_model_trainee(folder, target, model=None, method="full", amount=0.3):
 
 def both(trainee, target, folder, shape=CHAIN, break_it=lambda folder: None, **config):
     """The gate, and what it predicts and measures for the exported drafter."""
-    settings = ParityConfig(**{"num_prompts": 12, "max_new_tokens": 24, "batch_size": 5} | config)
+    settings = ParityConfig(**{"num_prompts": 12, "max_new_tokens": 16, "batch_size": 7} | config)
     source = OnlineSource(target, trainee.taps, torch.float32)
     gate = ParityGate(source, rows_for(target), settings, shape)
     predicted = gate.predict(trainee)
@@ -113,8 +113,9 @@ def test_draft_model_accepts_what_is_predicted(tmp_path, method):
 
 def test_text_that_fills_the_context_is_walked(tmp_path):
     target, config = few_tokens(), {"num_prompts": 3, "max_new_tokens": 1000}
+    target.max_context_len = 64
     gate, predicted, measured = both(head_trainee("eagle", target), target, tmp_path, **config)
-    assert [len(r.prompt_tokens) + len(r.tokens) for r in measured] == [256] * 3
+    assert [len(r.prompt_tokens) + len(r.tokens) for r in measured] == [64] * 3
     found = gate.compare(predicted, measured)
     assert found.measured_tau == pytest.approx(found.predicted_tau, abs=1e-9)
 
@@ -200,7 +201,7 @@ TRAINED = {
 def trained(tmp_path_factory):
     """A folder with config, and in `out` the run of a head that knows its held-out rows."""
     folder = tmp_path_factory.mktemp("trained")
-    rows = answer_rows(HFTarget(tiny_llama(num_layers=3)))
+    rows = known_rows()
     path = write_run(folder, rows + rows, **TRAINED, data={"num_validation": 20})
     results = run_training(load_train_config(str(path)), folder / "out")
     assert results.parity.passed

@@ -1,6 +1,5 @@
 """Several processes train what one does with as many more accumulated batches, sharded or not."""
 
-import shutil
 import subprocess
 import sys
 from signal import SIGTERM
@@ -23,6 +22,7 @@ RUN = {
     "num_train_epochs": 3,
     "eval_steps": 2,
     "save_steps": 2,
+    "parity": {"num_prompts": 2, "max_new_tokens": 8},
 }
 TWICE = ["training.gradient_accumulation_steps=2"]  # what a second process does
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -49,44 +49,40 @@ def drafter(folder):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_processes_share_steps_and_signals(tmp_path):
-    path = write_run(tmp_path, **RUN, report_to="tensorboard")
-    two, script = tmp_path / "two", tmp_path / "stopped.py"
-    script.write_text(STOPPING)
+def test_signal_stops_two_processes(tmp_path):
     # Enough steps for the signal to come before the last one.
     long = {**RUN, "num_train_epochs": 40, "eval_strategy": "no", "save_strategy": "no"}
-    (tmp_path / "long").mkdir()
-    path_of_long = str(write_run(tmp_path / "long", **long))
+    path, out, script = write_run(tmp_path, **long), tmp_path / "out", tmp_path / "stopped.py"
+    script.write_text(STOPPING)
     # torchrun, told to end, tells its processes; here the first of them tells torchrun.
-    stopped = launched(str(script), path_of_long, str(two), "2", str(int(SIGTERM)), "torchrun")
+    stopped = launched(str(script), str(path), str(out), "2", str(int(SIGTERM)), "torchrun")
     assert stopped.returncode != 0
     assert "stopped by SIGTERM at" in stopped.stderr
-    (checkpoint,) = two.glob("*checkpoint-*")
-    assert f"checkpoint-{len(logged(two))}" == checkpoint.name
-    shutil.rmtree(two)
-
-    done = launched("-m", "specdec", "train", str(path), "--out", str(two))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count('"offline_tau"') == 1
-    assert len(list((two / "tensorboard").glob("events*"))) == 1
-    run_training(load_train_config(str(path), TWICE), tmp_path / "one")
-    assert_close(two, tmp_path / "one")
-    torch.testing.assert_close(drafter(two), drafter(tmp_path / "one"), rtol=0, atol=2e-3)
+    (checkpoint,) = out.glob("*checkpoint-*")
+    assert f"checkpoint-{len(logged(out))}" == checkpoint.name
 
 
-SHARDED = """
-import math, os, shutil, signal, sys
+TOGETHER = """
+import gc, math, os, shutil, signal, sys
 from pathlib import Path
 
 from accelerate import PartialState
 from torch.distributed.tensor import DTensor
 
+from specdec.cli import main
 from specdec.train.config import load_train_config
 from specdec.train.trainees import HeadTrainee
 from specdec.train.run import run_training
 from specdec.train.trainer import Interrupted, Trainer
 
+gc.freeze()  # every run collects garbage, and imports are none
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+sys.argv[1:] = ["train", str(folder / "train.yaml"), "--out", str(folder / "whole")]
+sys.argv += ["training.report_to=tensorboard"]
+try:
+    main()
+except SystemExit as done:
+    assert not done.code
 
 def run(config, out, *overrides):
     settings = load_train_config(str(folder / config), ["training.fsdp=true", *overrides])
@@ -163,21 +159,23 @@ def draft_model_run(folder, method):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_sharded_runs_equal_those_of_one_process(tmp_path):
+def test_runs_of_two_processes_equal_those_of_one(tmp_path):
     config = load_train_config(str(write_run(tmp_path, **RUN)), TWICE)
     config.training.save_steps = 1
     with pytest.raises(KeyboardInterrupt):
         run_training(config, tmp_path / "from-one", stop_at_three)
     for method in ("full", "lora"):
         draft_model_run(tmp_path / method, method)
-    (tmp_path / "sharded.py").write_text(SHARDED)
-    done = launched(str(tmp_path / "sharded.py"), str(tmp_path))
+    (tmp_path / "together.py").write_text(TOGETHER)
+    done = launched(str(tmp_path / "together.py"), str(tmp_path))
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count('"offline_tau"') == 1
+    assert len(list((tmp_path / "whole" / "tensorboard").glob("events*"))) == 1
 
     one = tmp_path / "one"
     run_training(config, one)
     run_training(config, tmp_path / "moved")
-    for name in ("two", "moved", "from-one"):
+    for name in ("whole", "two", "moved", "from-one"):
         assert_close(tmp_path / name, one)
         torch.testing.assert_close(drafter(tmp_path / name), drafter(one), rtol=0, atol=2e-3)
     assert len(list((tmp_path / "two" / "checkpoint-6").glob("*.safetensors"))) == 2

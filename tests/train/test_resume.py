@@ -59,27 +59,57 @@ def assert_same_run(folder, other):
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def stopped(whole, out, step, number):
-    """Give the command to a process that sends itself a signal after a step."""
-    given = [str(whole / "train.yaml"), str(out), str(step), str(int(number))]
-    command = [sys.executable, "-c", STOPPING, *given]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+# Every run is a process of its own, but what it imports is imported once.
+FORKS = """
+import json, os, sys
+from pathlib import Path
+from specdec.train import trainer
+
+stopping, config, folder, signals = sys.argv[1:]
+for number, step in json.loads(signals).items():
+    out = Path(folder, number)
+    out.mkdir()
+    if child := os.fork():
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        (out / "status").write_text(str(status))
+    else:
+        os.dup2(os.open(out / "stderr", os.O_WRONLY | os.O_CREAT), 2)
+        sys.argv[1:] = [config, str(out / "out"), str(step), number]
+        exec(stopping)
+"""
 
 
-def test_killed_run_resumes_to_the_same_bits(whole, tmp_path):
-    done = stopped(whole, tmp_path, 7, signal.SIGKILL)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [record["step"] for record in logged(tmp_path)] == list(range(1, 7))
-    assert checkpoints(tmp_path) == {"checkpoint-4"}
-    with (tmp_path / "log.jsonl").open("a") as file:
+@pytest.fixture(scope="module")
+def stopped(whole, tmp_path_factory):
+    """Output folder, status and stderr, by signal, of commands that send it to themselves."""
+    folder = tmp_path_factory.mktemp("stopped")
+    signals = json.dumps({int(signal.SIGKILL): 7, int(signal.SIGINT): 5, int(signal.SIGTERM): 5})
+    given = [STOPPING, str(whole / "train.yaml"), str(folder), signals]
+    subprocess.run([sys.executable, "-c", FORKS, *given], check=True)
+    return {
+        int(each.name): (
+            each / "out",
+            int((each / "status").read_text()),
+            (each / "stderr").read_text(),
+        )
+        for each in folder.iterdir()
+    }
+
+
+def test_killed_run_resumes_to_the_same_bits(whole, stopped):
+    out, status, stderr = stopped[signal.SIGKILL]
+    assert status == -signal.SIGKILL, stderr
+    assert [record["step"] for record in logged(out)] == list(range(1, 7))
+    assert checkpoints(out) == {"checkpoint-4"}
+    with (out / "log.jsonl").open("a") as file:
         file.write('{"kind": "step", "st')  # what a kill in the middle of a line leaves
 
-    path = tmp_path / "checkpoint-4" / "progress.json"
+    path = out / "checkpoint-4" / "progress.json"
     content = json.loads(path.read_text())
     content["seconds"] += 1000  # as if the first session had been a long one
     path.write_text(json.dumps(content))
-    results = again(whole, tmp_path)
-    assert_same_run(tmp_path, whole / "out")
+    results = again(whole, out)
+    assert_same_run(out, whole / "out")
     uninterrupted = json.loads((whole / "out" / "results.json").read_text())
     for key in ("steps", "tokens", "answer_tokens", "loss", "validation_loss", "offline_tau"):
         assert getattr(results, key) == uninterrupted[key]
@@ -199,8 +229,9 @@ def test_folder_of_another_run_is_refused(whole, tmp_path, override, message):
     assert (whole / "out" / "log.jsonl").read_bytes() == before
 
 
-def test_paths_threads_and_saving_may_change(whole, tmp_path):
-    config = tiny_config(tmp_path, **SETTINGS, logging_steps=2)
+def test_paths_threads_saving_and_gate_may_change(whole, tmp_path):
+    parity = {"num_prompts": 1, "max_new_tokens": 2}
+    config = tiny_config(tmp_path, **SETTINGS, logging_steps=2, parity=parity)
     config.threads, config.training.save_steps = 2, 1
     try:
         run_training(config, whole / "out")
@@ -212,11 +243,10 @@ def test_paths_threads_and_saving_may_change(whole, tmp_path):
     ("number", "status", "name"),
     [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")],
 )
-def test_signal_writes_a_checkpoint_that_resumes(whole, tmp_path, number, status, name):
-    out = tmp_path / "out"
-    done = stopped(whole, out, 5, number)
-    assert done.returncode == status, done.stderr
-    said = " ".join(done.stderr.split())
+def test_signal_writes_a_checkpoint_that_resumes(whole, stopped, number, status, name):
+    out, found, stderr = stopped[number]
+    assert found == status, stderr
+    said = " ".join(stderr.split())
     assert f"stopped by {name} at" in said
     assert "checkpoint-6; the same command resumes from there" in said
     assert checkpoints(out) == {"checkpoint-4", "checkpoint-6"}
