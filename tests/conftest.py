@@ -5,6 +5,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Configurations have two threads by default, which would spin where tests have the other core.
+os.environ.setdefault("OMP_THREAD_LIMIT", "1")
 os.environ["SPECDEC_LOG"] = "off"  # the machine's log is not a test's
 
 import pytest

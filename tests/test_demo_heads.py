@@ -15,6 +15,7 @@ from specdec.registry import head_kinds
 pytestmark = pytest.mark.slow
 
 HORIZON, NUM_SAMPLES = 4, 400
+PROMPT = 2
 HEADS = [
     {"type": "medusa"},
     {"type": "eagle", "depth": 4, "width": 3, "max_nodes": 10},
@@ -38,6 +39,25 @@ def prompts(target):
     return [render(prompt, target.tokenizer) for prompt in load_prompts("demo", 6, None, 0)]
 
 
+@pytest.fixture(scope="module")
+def plain(target, prompts):
+    return generate_baseline(target, prompts, max_new_tokens=32)
+
+
+def sampled(target, prompt, seed, drafter=None):
+    sampling = SamplingConfig(
+        temperature=0.9, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.1, seed=seed
+    )
+    batch = [prompt] * NUM_SAMPLES
+    return generate(target, drafter, batch, sampling, max_new_tokens=HORIZON, batch_size=100)
+
+
+@pytest.fixture(scope="module")
+def plain_samples(target, prompts):
+    # Other random numbers than a drafter's, so the two samples are independent.
+    return sampled(target, prompts[PROMPT], 100_005)
+
+
 @pytest.mark.parametrize("kind", head_kinds())
 def test_embedded_head_knows_target_and_training(kind, target):
     head = read_head(str(demo_path(kind)))
@@ -50,27 +70,19 @@ def test_embedded_head_knows_target_and_training(kind, target):
 
 
 @pytest.mark.parametrize("options", HEADS, ids=str)
-def test_greedy_text_is_targets_in_fewer_steps(options, target, prompts):
+def test_greedy_text_is_targets_in_fewer_steps(options, target, prompts, plain):
     ours = generate(target, load_drafter(options, target), prompts, max_new_tokens=32)
-    plain = generate_baseline(target, prompts, max_new_tokens=32)
     assert [r.tokens for r in ours] == [r.tokens for r in plain]
     steps = [sum(r.stats.num_steps for r in results) for results in (ours, plain)]
     assert steps[0] < 0.6 * steps[1]
 
 
 @pytest.mark.parametrize("options", HEADS, ids=str)
-def test_sampled_tokens_follow_target_distribution(options, target, prompts):
-    sampling = SamplingConfig(
-        temperature=0.9, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.1, seed=5
-    )
-    # The reference draws other random numbers, so the two samples are independent.
-    other = SamplingConfig(**{**vars(sampling), "seed": 100_005})
-    batch, settings = [prompts[4]] * NUM_SAMPLES, {"max_new_tokens": HORIZON, "batch_size": 100}
-    ours = generate(target, load_drafter(options, target), batch, sampling, **settings)
-    plain = generate_baseline(target, batch, other, **settings)
+def test_sampled_tokens_follow_target_distribution(options, target, prompts, plain_samples):
+    ours = sampled(target, prompts[PROMPT], 5, load_drafter(options, target))
     assert sum(result.stats.num_accepted for result in ours) > NUM_SAMPLES / 10
     for length in (1, 2, 3, HORIZON):
-        counts = [Counter(tuple(r.tokens[:length]) for r in rows) for rows in (ours, plain)]
+        counts = [Counter(tuple(r.tokens[:length]) for r in rows) for rows in (ours, plain_samples)]
         common = [key for key in counts[1] if counts[0][key] + counts[1][key] >= 10]
         table = [
             [count[key] for key in common] + [NUM_SAMPLES - sum(count[key] for key in common)]

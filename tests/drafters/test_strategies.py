@@ -141,7 +141,7 @@ def test_new_trained_head_is_one_file(tmp_path, monkeypatch):
         "drafter": {"kind": "toy", "options": {"bias": False}},
         "data": {"path": str(store), "num_validation": 4},
         "loss": {"weight": 2.0},
-        "parity": {"num_prompts": 4, "max_new_tokens": 8},
+        "parity": {"num_prompts": 2, "max_new_tokens": 4},
         "training": {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-3},
     }
     run("train", write_yaml(tmp_path / "train.yaml", training), "--out", out)
@@ -151,7 +151,7 @@ def test_new_trained_head_is_one_file(tmp_path, monkeypatch):
     assert "no optional parts" in said
     run("export", out / "drafter", "--to", "specdec", "--out", copy)
     arms = [{"name": "mine", "type": "toy", "options": {"path": str(copy)}}]
-    bench = {"prompts": {"source": "demo", "num": 2}, "max_new_tokens": 8, "repeats": 1}
+    bench = {"prompts": {"source": "demo", "num": 2}, "max_new_tokens": 4, "repeats": 1}
     config = write_yaml(tmp_path / "bench.yaml", {**bench, "arms": arms})
     run("bench", config, "--out", tmp_path / "bench")
     run("plan", config, "--quick", "--out", tmp_path / "plan")
