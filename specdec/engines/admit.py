@@ -22,7 +22,7 @@ from specdec.engine.decode import generate, generate_baseline
 from specdec.engine.metrics import AcceptanceStats
 from specdec.engines.config import AdmitConfig
 from specdec.engines.counters import read_counters
-from specdec.engines.endpoints import EndpointArm, EndpointConfig, ServedTarget
+from specdec.engines.endpoints import EndpointArm, EndpointConfig, ServedTarget, shown
 from specdec.engines.export import RECORD, Exported, export, find_drafter
 from specdec.engines.launch import EXACT, start, without_drafter
 from specdec.registry import strategy
@@ -140,7 +140,7 @@ def admit(
                 break
     wrong = Counter(each.arm for each in differences)
     drafted = [rows["drafter", i] for i in range(len(ids))]
-    facts, log = drafted[-1]["server"], out / "drafter.log"
+    facts, log = dict(drafted[-1]["server"]), out / "drafter.log"
     if log.exists() and (said := re.match(r"xllamacpp (\S+)", log.read_text())):
         facts["version"] = said[1]
     if wrong["drafter"] == len(ids):
@@ -148,12 +148,14 @@ def admit(
             f"{facts['model']!r} gives none of the {len(ids)} texts of {path!r}: it is another "
             f"model, or does not run in float32; its answers are in {out}"
         )
+    facts["model"] = shown(facts["model"])
     theirs = sum((Counter[str](row["counts"]) for row in drafted), Counter[str]())
     is_known = facts["engine"] in ("vllm", "llama.cpp") and bool(theirs)
     rules = facts["engine"].replace(".", "") if is_known else "vllm"
     stats = (AcceptanceStats.as_engine(rules, each.records, limit) for each in ours)
     admission = Admission(
-        **{"drafter": drafter, "kind": options["type"], "target": path, "asked": asked, **facts},
+        **{"drafter": drafter, "kind": options["type"], "asked": asked, **facts},
+        target=shown(path),
         num_tokens=num_tokens,
         num_prompts=len(ids),
         equal_texts={arm: len(ids) - wrong[arm] for arm in arms},

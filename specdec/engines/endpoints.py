@@ -66,6 +66,11 @@ class EndpointConfig(Config):
         return self
 
 
+def shown(model: str) -> str:
+    """Shorten a folder or file to its name, so that results tell no paths; a hub id stays."""
+    return Path(model).name if model[0] in "./" else model
+
+
 class ServedTarget:
     """A target of which only the tokenizer is here; `answers` is what a server gives."""
 
@@ -136,10 +141,10 @@ class EndpointArm:
     @property
     def served(self) -> str:
         """The server in words."""
-        model = Path(self.model).name if self.model[0] in "./" else self.model
         is_ids = self._forms[0][0], self._gives_ids
         sent, came = ("token ids" if each else "text" for each in is_ids)
-        return f"{model} {self.version}".strip() + f", prompts as {sent}, answers as {came}"
+        name = f"{shown(self.model)} {self.version}".strip()
+        return f"{name}, prompts as {sent}, answers as {came}"
 
     def __call__(self, requests: Requests, after_step: Callable[[], None]) -> list[Run | str]:
         """Ask one after the other."""

@@ -69,6 +69,7 @@ def test_engine_gives_our_texts_and_our_counts(engine, drafter, layout, num, eng
         made = read_model(Exported, tmp_path / "out" / "export" / RECORD)
         assert {"target.gguf", "drafter.gguf", "launch.sh"} <= {*made.files}
         assert f"--spec-type {made.method} --spec-draft-model" in made.command
+    assert (found.target, found.model) == ("target", "target" + ".gguf" * (engine == "llama.cpp"))
     assert not found.differences
     assert found.equal_texts["drafter"] == num
     assert found.theirs == found.ours
