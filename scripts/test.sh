@@ -5,8 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh dev
 bash scripts/engines.sh llamacpp
-# One thread also where a configuration has two: they would wait for the other core, spinning.
-export OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
