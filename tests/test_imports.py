@@ -72,3 +72,9 @@ def test_light_imports_bring_nothing_but_torch(module):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.strip() == "['specdec']", done.stderr
+
+
+def test_tables_and_pages_need_nothing_that_talks_to_servers():
+    missing = "".join(f"sys.modules['{name}'] = None;" for name in ("httpx", "tenacity", "uvicorn"))
+    script = f"import sys; {missing} import specdec.cli.measure, specdec.report.bench"
+    subprocess.run([sys.executable, "-c", f"{script}, specdec.report.page"], check=True)

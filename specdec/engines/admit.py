@@ -22,9 +22,10 @@ from specdec.engine.decode import generate, generate_baseline
 from specdec.engine.metrics import AcceptanceStats
 from specdec.engines.config import AdmitConfig
 from specdec.engines.counters import read_counters
-from specdec.engines.endpoints import EndpointArm, EndpointConfig, ServedTarget, shown
+from specdec.engines.endpoints import EndpointArm, ServedTarget, shown
 from specdec.engines.export import RECORD, Exported, export, find_drafter
 from specdec.engines.launch import EXACT, start, without_drafter
+from specdec.engines.results import EndpointConfig
 from specdec.registry import strategy
 from specdec.targets.load import load_target
 

@@ -10,14 +10,12 @@ from dataclasses import asdict
 from functools import cache
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
-from pydantic import Field, TypeAdapter, field_validator
+from pydantic import TypeAdapter
 
 from specdec.bench import results as models
 from specdec.bench.config import (
-    AnySuite,
-    BenchConfig,
     ConcurrentConfig,
     SamplingOptions,
     build_config,
@@ -29,33 +27,23 @@ from specdec.bench.measure import PROMPT_ERRORS, Call
 from specdec.bench.runner import Store, check_results, provenance_of, take_turns, warm_up
 from specdec.bench.summary import find_differences, suite_group, table_of
 from specdec.bench.workloads import Group, Progress, make_groups
-from specdec.checkpoints import TargetIdentity
 from specdec.checkpoints.identity import TARGET, as_json
-from specdec.common.config import Config, read_model, validated
+from specdec.common.config import read_model, validated
 from specdec.common.files import read_json
-from specdec.common.provenance import MachineProvenance
 from specdec.common.stats import total_speed
-from specdec.engines.endpoints import EndpointArm, EndpointConfig, ServedTarget
+from specdec.engines.endpoints import EndpointArm, ServedTarget
+from specdec.engines.results import (
+    BakeOffArm,
+    BakeOffConfig,
+    BakeOffProvenance,
+    BakeOffResults,
+    EndpointConfig,
+    LoadFigures,
+)
 
 _REPLACED = {"url", "api_key_variable", "timeout_s", "load"}  # freely, when a run goes on
 _GROUPS = TypeAdapter(list[Group])
 _NO_MEMORY = models.Memory(peak_rss_bytes=None, peak_device_bytes=None, cache_bytes=None)
-
-
-class BakeOffConfig(Config):
-    """A bench or a suite, and the endpoints that are asked, one request after the other."""
-
-    run: BenchConfig | AnySuite
-    endpoints: list[EndpointConfig] = Field(min_length=1)
-    rows: ClassVar[int] = 1
-
-    @field_validator("endpoints")
-    @classmethod
-    def _refuse_twice(cls, given: list[EndpointConfig]) -> list[EndpointConfig]:
-        names = [each.name for each in given]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"endpoints: {twice[0]!r} is used twice; rename or drop one")
-        return given
 
 
 def load_bake_off(
@@ -73,60 +61,6 @@ def load_bake_off(
         )
     run = run.model_copy(update={"arms": []})
     return validated(BakeOffConfig, {"run": run, "endpoints": endpoints})
-
-
-# --- Results ---
-
-
-class BakeOffArm(models.SuiteArm):
-    """An endpoint over all requests; plain is the fastest arm without a drafter."""
-
-    engine: str
-    drafter: Any
-    served: str | None
-    """model, version, and how prompts and answers went over the line; null if none did"""
-    speedup_vs_engine_plain: float | None
-    """the same over the fastest plain arm of its own engine"""
-    speedup_vs_engine_plain_ci: models.Interval
-
-
-class LoadFigures(models.Record):
-    """One benchmark of a GuideLLM report; figures are of the requests that succeeded."""
-
-    name: str
-    load: str
-    requests: int
-    failed: int
-    tokens_per_s: float
-    ttft_s: models.Percentiles
-    itl_s: models.Percentiles
-    latency_s: models.Percentiles
-
-
-class BakeOffProvenance(MachineProvenance):
-    """Configuration as resolved, and the machine that asked."""
-
-    config: BakeOffConfig
-    config_fingerprint: str
-
-
-class BakeOffResults(models.Results):
-    """bake-off.json of a bake-off, or of an endpoint alone."""
-
-    FILE = "bake-off.json"
-    NOUN = "request"
-
-    schema_: Literal["specdec-bake-off-1"] = Field(default="specdec-bake-off-1", alias="schema")
-    provenance: BakeOffProvenance
-    target: TargetIdentity
-    baseline: str | None
-    """the fastest plain arm"""
-    choice: list[str]
-    """the fastest arm that answered all requests, and those that are not told from it"""
-    arms: list[BakeOffArm]
-    groups: list[models.GroupResults]
-    """each group of a suite by itself; none where there is one"""
-    loads: list[LoadFigures]
 
 
 # --- The run ---

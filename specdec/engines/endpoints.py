@@ -15,55 +15,26 @@ from typing import Any
 
 import httpx
 import torch
-from pydantic import Field, model_validator
 
-from specdec.bench.config import Count, SamplingOptions, TargetConfig
+from specdec.bench.config import SamplingOptions, TargetConfig
 from specdec.bench.figures import Table, runs_of
 from specdec.bench.measure import Requests, Run
 from specdec.bench.workloads import Request
 from specdec.checkpoints import TargetIdentity
 from specdec.checkpoints.identity import hash_of_vocabulary
-from specdec.common.config import Config
 from specdec.data.dialogue import load_chat
 from specdec.data.endpoint import Refused, Unavailable, checked_url, raise_refusal
 from specdec.demo import demo_path
 from specdec.engine.metrics import AcceptanceStats
 from specdec.engine.text import encode
 from specdec.engines.counters import Counters, read_counters
+from specdec.engines.results import EndpointConfig
 from specdec.targets.hf import max_context_len
 
 # Fields that OpenAI does not have: ids of the answer's tokens, as vLLM and llama.cpp call them, and
 # no prompt out of a cache. A server that refuses them is asked without, at last by text.
 _MORE = {"return_token_ids": True, "verbose": True, "return_tokens": True, "cache_prompt": False}
 _FORMS: list[tuple[bool, dict[str, Any]]] = [(True, _MORE), (True, {}), (False, {})]
-
-
-class EndpointConfig(Config):
-    """A server that runs at `url`, or an `engine` to start; with a drafter, or plain without one.
-
-    An engine is started by `launch`, or as `specdec export` says, with `flags` behind it. `load`
-    names JSON reports of GuideLLM on the same server.
-    """
-
-    name: str = ""
-    engine: str = ""
-    url: str | None = None
-    model: str | None = None
-    api_key_variable: str = "SPECDEC_API_KEY"
-    timeout_s: float = Field(600.0, gt=0)
-    drafter: str | dict[str, Any] | None = None
-    num_draft_tokens: Count = 5
-    launch: list[str] = Field(default=[])
-    flags: list[str] = Field(default=[])
-    load: list[str] = Field(default=[])
-
-    @model_validator(mode="after")
-    def _check(self) -> "EndpointConfig":
-        if not (self.url or self.engine):
-            raise ValueError("endpoints: one has neither url, of a server that runs, nor engine")
-        drafter = self.drafter["type"] if isinstance(self.drafter, dict) else self.drafter
-        self.name = self.name or " ".join(filter(None, [self.engine or "endpoint", drafter]))
-        return self
 
 
 def shown(model: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from specdec.bench.config import in_words, short_names
 from specdec.bench.results import SuiteResults, SweepResults
 from specdec.common.files import replace_file
-from specdec.engines.bake_off import BakeOffResults
+from specdec.engines.results import BakeOffResults
 from specdec.report import figures
 from specdec.report.document import AbsentError, Section
 from specdec.report.runs import Run, last_part, title_of

@@ -11,7 +11,7 @@ from specdec.bench.results import BenchResults, Results, SuiteResults, SweepResu
 from specdec.checkpoints import TargetIdentity
 from specdec.common.files import parse_line, read_json
 from specdec.common.provenance import CodeProvenance, code
-from specdec.engines.bake_off import BakeOffResults
+from specdec.engines.results import BakeOffResults
 from specdec.planning.results import Plan
 from specdec.planning.roofline import Estimate
 

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from specdec.cli import app
 from specdec.engines import bake_off, launch
-from specdec.engines.bake_off import BakeOffResults, check_bake_off, load_bake_off, run_bake_off
+from specdec.engines.bake_off import check_bake_off, load_bake_off, run_bake_off
 from specdec.engines.export import Exported
+from specdec.engines.results import BakeOffResults
 
 TEXTS = ("abcdefghij", "hello you there", "xyxyxyxyxy")  # ten, fifteen and ten letters
 
