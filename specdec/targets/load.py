@@ -17,6 +17,7 @@ from specdec.common.files import first_line, read_json
 from specdec.common.hub import find_checkpoint
 from specdec.demo import demo_path
 from specdec.engine.scheduler import is_out_of_memory
+from specdec.targets.compiled import CannotCompileError, compile_mode
 from specdec.targets.hf import HFTarget, TargetEnds
 
 QUANTIZATIONS = ("8bit", "4bit")
@@ -44,6 +45,7 @@ def load_target(
     quantization: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    compile: bool | str = False,
     engine: str | None = None,
     cache_mode: str | None = None,
     cache_tokens: int | None = None,
@@ -60,6 +62,9 @@ def load_target(
             needs none.
         revision: revision of a hub id.
         trust_remote_code: run Python code that the checkpoint brings. Off unless asked for.
+        compile: True for code compiled by Inductor, which needs a C++ compiler and some ten seconds
+            once for each kind of layer (kept in TORCHINDUCTOR_CACHE_DIR); "graphs" for CUDA graphs;
+            "auto" for graphs on CUDA and nothing on a CPU; False for none.
         engine: "exllamav2" or "exllamav3", with CUDA, for a folder that it reads, EXL2 or EXL3
             among others; chains only. None for transformers.
         cache_mode: "FP16", "Q8", "Q6" or "Q4": keys and values of such an engine. None: FP16.
@@ -70,7 +75,8 @@ def load_target(
 
     Raises:
         FileNotFoundError: no such folder or hub id.
-        RuntimeError: the engine cannot be imported or run here.
+        RuntimeError: the engine cannot be imported or run here, or `compile` asks for what cannot
+            be compiled here.
         ValueError: an option that cannot work here, or files that do not hold the model that their
             config describes: corrupt, or with missing, unexpected or misshapen tensors.
         MemoryError: the weights do not fit.
@@ -78,10 +84,11 @@ def load_target(
     import transformers
 
     if engine or cache_mode or cache_tokens:
-        own = (dtype, device, device_map, quantization, revision, trust_remote_code)
+        own = (dtype, device, device_map, quantization, revision, trust_remote_code, compile)
         return _load_engine(path, engine, cache_mode or "FP16", cache_tokens, any(own))
     where = check_path(path)
     chosen = find_device(device)
+    compile_mode(compile, chosen)
     options: dict[str, Any] = {
         "dtype": find_dtype(dtype, chosen),
         "use_safetensors": True,
@@ -108,8 +115,8 @@ def load_target(
             for module in model.modules():
                 if hasattr(module, "support_avx512bf16_for_cpu"):
                     module.support_avx512bf16_for_cpu = False
-        target = HFTarget(model.eval())
-    except IncompleteCheckpointError:
+        target = HFTarget(model.eval(), compile=compile)
+    except (IncompleteCheckpointError, CannotCompileError):
         raise
     except Exception as error:
         raise _explained(where, error, chosen) from error

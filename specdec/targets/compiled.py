@@ -1,0 +1,554 @@
+"""Code compiled ahead of time: one function for all rows, widths and lengths, kept on disk.
+
+A forward of a small model is mostly dispatch, so its pieces are exported and compiled by Inductor
+into shared libraries whose sizes are arguments: nothing is guarded and nothing is ever compiled
+again, whatever rows join or leave. A causal LM has three kinds of pieces, and the modeling file
+stays as it is: what comes before its layers, one decoder layer of each kind, which serves all
+layers of that kind with their own weights, and what comes after them.
+"""
+
+import hashlib
+import os
+import subprocess
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_structure, tree_unflatten
+from transformers.cache_utils import Cache
+
+MODES = ("eager", "inductor", "graphs")
+# Names of sizes that differ from call to call: rows, new tokens of a row, slots that they may see,
+# and slots that a row has.
+ROWS, WIDTH, SEEN, CAPACITY = "rows", "width", "seen", "capacity"
+_OPTIONS = {"cpp.dynamic_threads": True}
+# Keys and values of every layer, [B, heads, capacity, head_dim] each.
+States = Sequence[tuple[Tensor, Tensor]]
+_COMPILING = Lock()
+_seconds = 0.0
+_num_compiled = 0
+
+
+class CannotCompileError(RuntimeError):
+    """A model or a machine that code cannot be compiled for; says why."""
+
+
+def compile_mode(compile: bool | str, device: torch.device) -> str:
+    """Return what `compile` means on a device: "eager", "inductor" or "graphs".
+
+    Raises:
+        ValueError: no such mode, or one that the device does not have.
+    """
+    if compile not in (False, True, "graphs", "auto"):
+        raise ValueError(f"compile is {compile!r} but must be False, True, 'graphs' or 'auto'")
+    if compile == "graphs" and device.type != "cuda":
+        raise ValueError(f"compile is 'graphs', which needs CUDA, but the device is {device}")
+    if compile == "auto":
+        return "graphs" if device.type == "cuda" else "eager"
+    return "graphs" if compile == "graphs" else "inductor" if compile else "eager"
+
+
+def as_target(compile: bool | str | None, target: Any) -> bool | str:
+    """Return a drafter's `compile`: None is the mode of its target."""
+    if compile is not None:
+        return compile
+    mode = getattr(target, "compile_mode", "eager")
+    return "graphs" if mode == "graphs" else mode == "inductor"
+
+
+def compiler() -> str | None:
+    """Name the C++ compiler that Inductor calls, with its version; None if there is none."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        told = subprocess.run([get_cpp_compiler(), "--version"], capture_output=True, text=True)
+    except Exception:  # Inductor has an error of its own for each way to have none
+        return None
+    return told.stdout.partition("\n")[0] or None
+
+
+def compile_s() -> float:
+    """Return the seconds that this process has spent on compiling and on loading what it had."""
+    return _seconds
+
+
+def num_compiled() -> int:
+    """Return the number of pieces that this process has compiled or loaded."""
+    return _num_compiled
+
+
+# A compiled function of a list of tensors, which it empties. They must be contiguous and of the
+# dtypes and devices that it was compiled for: nothing is checked.
+Piece = Callable[[list[Tensor]], list[Tensor]]
+
+
+def compile_piece(
+    function: Callable[..., Any], inputs: Sequence[Tensor], sizes: Sequence[Sequence[str | None]]
+) -> Piece:
+    """Compile a function of tensors to a list of tensors, or load it from the disk.
+
+    Args:
+        function: all tensors that it reads are inputs; what it writes into, too.
+        inputs: examples, contiguous; sizes that may differ must be at least 2 here.
+        sizes: of each input, a name for each dimension that may differ, else None; equal names are
+            equal sizes.
+
+    Raises:
+        CannotCompileError: the function cannot be exported or compiled.
+    """
+    global _seconds, _num_compiled
+    started = time.perf_counter()
+    named = {name for each in sizes for name in each if name}
+    # Slots that are seen are at most those that there are, which export finds out by itself.
+    dims = {n: Dim.AUTO if n in (SEEN, CAPACITY) else Dim(n, min=1, max=2**20) for n in named}
+    dynamic = tuple({i: dims[n] for i, n in enumerate(each) if n} for each in sizes)
+    try:
+        with _COMPILING, _quietly(), torch.inference_mode(False), torch.no_grad():
+            example = tuple(each.detach().clone() for each in inputs)
+            exported = torch.export.export(
+                _Function(function), example, dynamic_shapes={"inputs": dynamic}, strict=False
+            )
+            _refuse_fixed_sizes(exported, sizes)
+            if exported.constants or any(True for _ in exported.parameters()):
+                raise CannotCompileError("it reads tensors that are not its inputs")
+            path = _folder() / f"{_key(exported, inputs)}.pt2"
+            if not path.is_file():
+                _compile_to(exported, path)
+            loaded = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
+    except CannotCompileError:
+        raise
+    except Exception as error:  # whatever export, Inductor or the compiler raise
+        lines = str(error).strip().splitlines() or [""]
+        raise CannotCompileError(f"{type(error).__name__}: {lines[0]:.200}") from error
+    _seconds += time.perf_counter() - started
+    _num_compiled += 1
+    return loaded.loader.boxed_run
+
+
+def compile_bound(
+    modules: Sequence[nn.Module],
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    sizes: Sequence[Sequence[str | None]],
+) -> Callable[..., list[Tensor]]:
+    """Compile a function that also reads the weights of some modules, which stay where they are.
+
+    Returns:
+        The function, of its own inputs alone, which need not be contiguous. Otherwise as
+        `compile_piece`.
+    """
+    bound = _Function(function, *modules)
+    names, weights = [*_tensors(bound)], [*_tensors(bound).values()]
+
+    def run(*given: Tensor) -> Any:
+        own, rest = given[: len(inputs)], given[len(inputs) :]
+        return functional_call(bound, dict(zip(names, rest, strict=True)), own)
+
+    piece = compile_piece(run, [*inputs, *weights], [*sizes, *map(_fixed, weights)])
+    return lambda *given: piece([*(tensor.contiguous() for tensor in given), *weights])
+
+
+class _Function(nn.Module):
+    """A function as a module, which owns the modules that it reads."""
+
+    def __init__(self, function: Callable[..., Any], *modules: nn.Module) -> None:
+        super().__init__()
+        self._function, self._modules_read = function, nn.ModuleList(modules)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self._function(*inputs)
+
+
+def _refuse_fixed_sizes(exported: Any, sizes: Sequence[Sequence[str | None]]) -> None:
+    found = [node for node in exported.graph.nodes if node.op == "placeholder"]
+    for node, names in zip(found, sizes, strict=True):
+        for size, name in zip(node.meta["val"].shape, names, strict=True):
+            if name and isinstance(size, int):
+                raise CannotCompileError(f"it works for one size of {name} only, {size}")
+
+
+def _folder() -> Path:
+    """Return where Inductor keeps its own code: TORCHINDUCTOR_CACHE_DIR, or a folder of the user's.
+
+    Compiled code is run as it is, so nobody else may be able to write there.
+    """
+    from torch._inductor.runtime.runtime_utils import cache_dir
+
+    folder = Path(cache_dir()) / "specdec"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
+        raise CannotCompileError(f"{folder} is another user's; set TORCHINDUCTOR_CACHE_DIR")
+    return folder
+
+
+def _key(exported: Any, inputs: Sequence[Tensor]) -> str:
+    """Hash all that the compiled code depends on."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    device = inputs[0].device
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    shapes = [(tuple(t.shape), str(t.dtype), str(t.device)) for t in inputs]
+    code = exported.graph_module.code + repr(exported.range_constraints)
+    machine = (torch.__version__, compiler(), str(pick_vec_isa()), gpu, _OPTIONS)
+    return hashlib.sha256(repr((code, shapes, machine)).encode()).hexdigest()[:32]
+
+
+def _compile_to(exported: Any, path: Path) -> None:
+    if compiler() is None:
+        raise CannotCompileError("there is no C++ compiler here; install g++, or set CXX")
+    fresh = path.with_name(f"{path.stem}-{os.getpid()}.pt2")
+    torch._inductor.aoti_compile_and_package(
+        exported, package_path=str(fresh), inductor_configs=dict(_OPTIONS)
+    )
+    fresh.replace(path)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+# --- Causal language models ---
+
+
+@dataclass(frozen=True, eq=False)
+class Forward:
+    """A forward behind what a cache holds: B rows of n new tokens, which see K slots.
+
+    Attributes:
+        tokens: [B, n] int64.
+        positions: [B, n] int64.
+        mask: [B, 1, n, K], or one for each type of layer.
+        slots: [B, n] int64, where keys and values of the new tokens are written.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    mask: Any
+    slots: Tensor
+
+    @property
+    def given(self) -> list[Tensor]:
+        """The tensors that a model is called with."""
+        return [self.tokens, self.positions, *tree_leaves(self.mask)]
+
+    def replaced(self, given: Sequence[Tensor]) -> "Forward":
+        """The same forward with other tensors."""
+        tokens, positions, *masks = given
+        mask = tree_unflatten(masks, tree_structure(self.mask))
+        return Forward(tokens, positions, mask, self.slots)
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """A call of a layer: its arguments one by one, the first of them what the layer changes."""
+
+    leaves: list[Any]
+    spec: Any
+    output: Any = None
+
+    @classmethod
+    def of(cls, args: Any, kwargs: Any, output: Any = None) -> "_Call":
+        leaves, spec = tree_flatten((args, kwargs), is_leaf=lambda leaf: isinstance(leaf, Cache))
+        return cls(leaves, spec, output)
+
+    def find(self, tensor: Tensor) -> int | None:
+        """Return the place of an argument."""
+        return next((i for i, leaf in enumerate(self.leaves) if leaf is tensor), None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Anatomy:
+    """What two forwards of other sizes have shown of a model.
+
+    Attributes:
+        forward: the first of them.
+        calls: its calls of all layers.
+        states: its keys and values.
+        shared: tensors that layers are given beside their input: the caller's, then the model's.
+        names: names of the sizes of each.
+        hidden_names: names of the sizes of a layer's input.
+        state_names: names of the sizes of keys and values.
+    """
+
+    model: Any
+    layers: nn.ModuleList
+    arguments: Callable[[Forward], dict[str, Any]]
+    forward: Forward
+    calls: list[_Call]
+    states: States
+    shared: list[Tensor]
+    names: list[list[str | None]]
+    hidden_names: list[str | None]
+    state_names: list[str | None]
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        layers: nn.ModuleList,
+        arguments: Callable[[Forward], dict[str, Any]],
+        examples: Iterable[tuple[Forward, States]],
+    ) -> "_Anatomy":
+        # Each example stands while its cache does: the next one is asked for later.
+        seen = [(f, s, _watch(model, layers, arguments(f))) for f, s in examples]
+        forwards, states, calls = zip(*seen, strict=True)
+        shared = [
+            _unique([*f.given, *(leaf for call in found for leaf in call.leaves[1:])])
+            for f, _, found in seen
+        ]
+        if len({*map(len, shared)}) > 1:
+            raise CannotCompileError("it gives its layers more tensors at some sizes")
+        sizes: list[dict[str, int]] = []
+        for each, (keys, _), *_ in ((f.given, *s) for f, s, _ in seen):
+            rows, _, width, num_seen = each[2].shape
+            named = {ROWS: rows, WIDTH: width, SEEN: num_seen, CAPACITY: keys.shape[2]}
+            assert not sizes or all(named[name] != n for name, n in sizes[0].items())
+            sizes.append(named)
+
+        def names(*tensors: Tensor) -> list[str | None]:
+            return _names(tensors, sizes)
+
+        return cls(
+            model,
+            layers,
+            arguments,
+            forwards[0],
+            calls[0],
+            states[0],
+            shared[0],
+            [names(*pair) for pair in zip(*shared, strict=True)],
+            names(*(found[0].leaves[0] for found in calls)),
+            names(*(found[0][0] for found in states)),
+        )
+
+    @property
+    def made(self) -> list[tuple[int, int]]:
+        """Layer and argument where each tensor stands that the model made for its layers."""
+        places = []
+        for tensor in self.shared[len(self.forward.given) :]:
+            found = ((layer, call.find(tensor)) for layer, call in enumerate(self.calls))
+            places.append(next((layer, leaf) for layer, leaf in found if leaf is not None))
+        return places
+
+    def run_ends(
+        self, weights: dict[str, Tensor], given: Sequence[Tensor], last: Tensor | None
+    ) -> tuple[list[_Call], Any]:
+        """Run the model without its layers; the last of them returns `last`."""
+        seen: list[_Call] = []
+
+        def stub(*args: Any, **kwargs: Any) -> Any:
+            seen.append(_Call.of(args, kwargs))
+            is_last = len(seen) == len(self.layers) and last is not None
+            output = last if is_last else seen[-1].leaves[0]
+            return (output,) if isinstance(self.calls[0].output, tuple) else output
+
+        arguments = self.arguments(self.forward.replaced(given))
+        try:
+            for layer in self.layers:
+                layer.forward = stub
+            return seen, functional_call(self.model, weights, (), arguments)
+        finally:
+            for layer in self.layers:
+                del layer.forward
+
+
+class LayerCache(Cache):
+    """One layer's keys and values in its compiled code; `slots` [B, n] take the new ones."""
+
+    def __init__(self, keys: Tensor, values: Tensor, slots: Tensor, num_seen: int) -> None:
+        self._states, self._slots, self._num_seen = (keys, values), slots, num_seen
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
+        rows = torch.arange(self._slots.shape[0], device=self._slots.device).unsqueeze(1)
+        for stored, new in zip(self._states, (key_states, value_states), strict=True):
+            # Inductor writes in place by `index_put_`, and copies the whole cache for `scatter_`.
+            stored.transpose(1, 2).index_put_((rows, self._slots), new.transpose(1, 2))
+        # A slice would ask if there are so many slots.
+        return tuple(
+            stored.as_strided((*stored.shape[:2], self._num_seen, stored.shape[3]), stored.stride())
+            for stored in self._states
+        )
+
+
+class CompiledLM:
+    """The forward of a causal LM in compiled pieces, which hands out its hidden states as well.
+
+    Args:
+        model: the causal LM, whole on one device.
+        layers: its decoder layers.
+        arguments: makes the model's own arguments, a cache among them, of a `Forward`.
+        examples: yields two forwards of other sizes each, with the keys and values of all layers,
+            when the cache is ready for them.
+
+    Raises:
+        CannotCompileError: its layers do not simply follow each other, or a piece cannot be
+            exported or compiled.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        layers: nn.ModuleList,
+        arguments: Callable[[Forward], dict[str, Any]],
+        examples: Iterable[tuple[Forward, States]],
+    ) -> None:
+        found = _Anatomy.of(model, layers, arguments, examples)
+        inside = {id(t) for layer in layers for t in _tensors(layer).values()}
+        ends = {name: t for name, t in _tensors(model).items() if id(t) not in inside}
+        self._ends = [*ends.values()]
+        self._front, self._back = _compile_ends(found, ends)
+        pieces: dict[str, Piece] = {}
+        self._layers = [_compile_layer(found, place, pieces) for place in range(len(layers))]
+        self._weights = [[*_tensors(layer).values()] for layer in layers]
+
+    def __call__(self, forward: Forward, states: States) -> tuple[Tensor, list[Tensor]]:
+        """Run a forward; writes its keys and values into `states`.
+
+        Returns:
+            logits [B, n, V], and the hidden states [B, n, H] before each layer and after the norm.
+        """
+        given = [each.contiguous() for each in forward.given]
+        slots, hidden_states = forward.slots.contiguous(), []
+        hidden, *made = self._front([*given, *self._ends])
+        shared = [*given, *made]
+        layers = zip(self._layers, self._weights, states, strict=True)
+        for (piece, places), weights, (keys, values) in layers:
+            hidden_states.append(hidden)
+            beside = [shared[place] for place in places]
+            (hidden,) = piece([hidden, *beside, keys, values, slots, *weights])
+        logits, last = self._back([hidden, *given, *self._ends])
+        return logits, [*hidden_states, last]
+
+
+def _watch(model: Any, layers: nn.ModuleList, arguments: dict[str, Any]) -> list[_Call]:
+    """Run a model and note the calls of its layers, which must follow each other."""
+    calls: list[_Call] = []
+    hooks = [
+        layer.register_forward_hook(
+            lambda _, args, kwargs, output: calls.append(_Call.of(args, kwargs, output)),
+            with_kwargs=True,
+        )
+        for layer in layers
+    ]
+    try:
+        model(**arguments)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    outputs = [each.output[0] if isinstance(each.output, tuple) else each.output for each in calls]
+    follows = [call.leaves[0] is before for call, before in zip(calls[1:], outputs, strict=False)]
+    if len(calls) != len(layers) or not all(follows):
+        raise CannotCompileError("its layers do not simply follow each other")
+    return calls
+
+
+def _compile_ends(found: _Anatomy, ends: dict[str, Tensor]) -> tuple[Piece, Piece]:
+    """Compile what comes before the first layer, and what comes after the last one."""
+    made, num_given = found.made, len(found.forward.given)
+
+    def front(*inputs: Tensor) -> list[Tensor]:
+        weights = dict(zip(ends, inputs[num_given:], strict=True))
+        calls, _ = found.run_ends(weights, inputs[:num_given], None)
+        return [calls[0].leaves[0], *(calls[layer].leaves[leaf] for layer, leaf in made)]
+
+    def back(hidden: Tensor, *inputs: Tensor) -> list[Tensor]:
+        weights, states = dict(zip(ends, inputs[num_given:], strict=True)), []
+        hook = found.model.get_decoder().register_forward_hook(
+            lambda _, args, output: states.append(output.last_hidden_state)
+        )
+        try:
+            _, out = found.run_ends(weights, inputs[:num_given], hidden)
+        finally:
+            hook.remove()
+        return [out.logits, *states]
+
+    given = [*found.forward.given, *ends.values()]
+    names = [*found.names[:num_given], *map(_fixed, ends.values())]
+    hidden = found.calls[0].leaves[0]
+    return (
+        compile_piece(front, given, names),
+        compile_piece(back, [hidden, *given], [found.hidden_names, *names]),
+    )
+
+
+def _compile_layer(
+    found: _Anatomy, place: int, pieces: dict[str, Piece]
+) -> tuple[Piece, list[int]]:
+    """Compile a layer, or find the piece of its kind; and the shared tensors it is given."""
+    layer, call, (keys, values) = found.layers[place], found.calls[place], found.states[place]
+    tensors = _tensors(layer)
+    leaves = [i for i, leaf in enumerate(call.leaves) if i and isinstance(leaf, Tensor)]
+    beside = [next(k for k, t in enumerate(found.shared) if t is call.leaves[i]) for i in leaves]
+    mask = next((i for i, k in enumerate(beside) if found.names[k][-1] == SEEN), None)
+    if mask is None:
+        raise CannotCompileError("a layer is not given the mask that the model was called with")
+    constants = [leaf for leaf in call.leaves if not isinstance(leaf, Tensor | Cache)]
+    shapes = [(t.shape, t.dtype, t.device) for t in (*tensors.values(), keys, values)]
+    kind = repr((_settings(layer), list(tensors), shapes, constants, beside, leaves))
+
+    def run(hidden: Tensor, *inputs: Tensor) -> list[Tensor]:
+        given, inputs = inputs[: len(beside)], inputs[len(beside) :]
+        cache = LayerCache(inputs[0], inputs[1], inputs[2], given[mask].shape[-1])
+        arguments = [cache if isinstance(leaf, Cache) else leaf for leaf in call.leaves]
+        for i, tensor in zip((0, *leaves), (hidden, *given), strict=True):
+            arguments[i] = tensor
+        args, kwargs = tree_unflatten(arguments, call.spec)
+        weights = dict(zip(tensors, inputs[3:], strict=True))
+        output = functional_call(layer, weights, args, kwargs)
+        return [output[0] if isinstance(output, tuple) else output]
+
+    if kind not in pieces:
+        given = [call.leaves[0], *(found.shared[k] for k in beside), keys, values]
+        names = [found.hidden_names, *(found.names[k] for k in beside), *[found.state_names] * 2]
+        inputs = [*given, found.forward.slots, *tensors.values()]
+        own = map(_fixed, tensors.values())
+        pieces[kind] = compile_piece(run, inputs, [*names, [ROWS, WIDTH], *own])
+    return pieces[kind], beside
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """List parameters and buffers, each once."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _settings(layer: nn.Module) -> list[Any]:
+    """List the plain attributes that may make two layers of one class differ; not their number."""
+    return [
+        (name, type(module).__qualname__, key, value)
+        for name, module in layer.named_modules()
+        for key, value in sorted(vars(module).items())
+        if isinstance(value, int | float | str | None) and key not in ("layer_idx", "training")
+    ]
+
+
+def _fixed(tensor: Tensor) -> list[str | None]:
+    return [None] * tensor.ndim
+
+
+def _unique(values: Iterable[Any]) -> list[Tensor]:
+    """Return each tensor once."""
+    return [*{id(value): value for value in values if isinstance(value, Tensor)}.values()]
+
+
+def _names(tensors: Sequence[Tensor], sizes: Sequence[dict[str, int]]) -> list[str | None]:
+    """Name each size of the same tensor in several forwards; None where it is the same in all."""
+    names: list[str | None] = []
+    for found in zip(*(tensor.shape for tensor in tensors), strict=True):
+        pairs = [*zip(sizes, found, strict=True)]
+        fits = [name for name in sizes[0] if all(size[name] == n for size, n in pairs)]
+        if len({*found}) > 1 and not fits:
+            raise CannotCompileError(f"it makes tensors of a size that follows none given: {found}")
+        names.append(fits[0] if len({*found}) > 1 else None)
+    return names
