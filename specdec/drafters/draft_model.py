@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from specdec.common.arguments import require_counts
+from specdec.common.compile import as_target
 from specdec.common.files import read_json
 from specdec.common.hub import find_checkpoint
 from specdec.demo import demo_path
@@ -28,7 +29,6 @@ from specdec.drafters.tree_growth import DynamicGrowth
 from specdec.engine.interfaces import Prompts, Target, TargetOutput
 from specdec.sampling.randomness import row_exponentials
 from specdec.sampling.sampler import Sampler, sample
-from specdec.targets.compiled import as_target
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import LOADING, load_target
 from specdec.targets.taps import read_text

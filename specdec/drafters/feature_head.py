@@ -5,7 +5,7 @@ position i; its output predicts token t_{i+2}. Committed entries hold true featu
 grows behind them on the head's own outputs and is written over by the next step.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import gcd
 from types import SimpleNamespace
 from typing import Any, ClassVar, Self
@@ -25,8 +25,10 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from specdec.common.arguments import require_counts
+from specdec.common.compile import as_target, compile_mode
 from specdec.common.config import Config
 from specdec.drafters.base import DraftShape, ShapeOptions, Tokens, in_parts, padded
+from specdec.drafters.compiled_head import CompiledHead
 from specdec.drafters.heads import Head, HeadDrafter, Size, load_head
 from specdec.drafters.training import TrainingBatch, shifted
 from specdec.drafters.tree_growth import DynamicGrowth, Growth, StaticGrowth, TreeShape
@@ -35,15 +37,6 @@ from specdec.engine.kv_cache import SlotCache
 from specdec.sampling.sampler import Sampler
 from specdec.targets.attention import NAME as ATTENTION
 from specdec.targets.attention import Masks
-from specdec.targets.compiled import (
-    CAPACITY,
-    ROWS,
-    SEEN,
-    WIDTH,
-    LayerCache,
-    as_target,
-    compile_mode,
-)
 from specdec.verify import Draft, Verdict
 
 # Long prompts are fed in chunks, which bounds the memory of masks and activations.
@@ -319,9 +312,10 @@ class FeatureDrafter(HeadDrafter):
         self._reserved: int | None = None  # slots of the next batch's rows
         # The head's newest outputs [B, 1, F], and their logits [B, 1, D or V].
         self._outputs = self._logits = torch.empty(0, device=self.device)
-        self._compiled: Callable[..., list[Tensor]] | None = None
+        self._compiled: CompiledHead | None = None
         if compile_mode(compile, self.device) == "inductor":
-            self._compiled, self._masks.may_be_none = self._compiled_head(), False
+            self._compiled = CompiledHead(head, window)
+            self._masks.may_be_none = False
         # Entries that stand behind the committed ones at most.
         tree = self.plan.num_nodes if self.plan else shape.width * shape.depth
         self._num_fed = max(CATCH_UP, tree)
@@ -370,6 +364,14 @@ class FeatureDrafter(HeadDrafter):
             num_levels = min(self.shape.depth, max(budget))
             growth = DynamicGrowth(self.shape.width, self.max_nodes, num_levels, sampler)
         in_own_vocabulary = sampler.is_plain and self.children == "top"
+        if self._compiled and in_own_vocabulary and (not self.plan or self.plan.is_chain):
+            width = 1 if self.plan else self.shape.width
+            with self.clock.forward():
+                levels = self._compiled.grow(
+                    self._outputs, self._logits, self.cache, width, growth.num_levels
+                )
+            growth.take(levels)
+            return growth.draft(budget)
         outputs, logits = self._outputs, self._logits  # [B, beam, F] and [B, beam, D or V]
         for level in range(growth.num_levels):
             if level:
@@ -497,43 +499,11 @@ class FeatureDrafter(HeadDrafter):
                 if wanted is None:
                     wanted = torch.arange(tokens.shape[1], device=self.device)
                     wanted = wanted.expand(tokens.shape)
-                inputs = (tokens, features, positions, mask, self.cache.new_slots, wanted)
-                outputs, logits = self._compiled(*inputs, *states[0])
-                return outputs, logits
+                slots = self.cache.new_slots
+                return self._compiled.feed(
+                    tokens, features, positions, mask, slots, wanted, *states[0]
+                )
             outputs = self.head(tokens, features, positions, mask, self.cache)
             if wanted is not None:
                 outputs = torch.take_along_dim(outputs, wanted.unsqueeze(2), 1)
             return outputs, self.head.logits(outputs)
-
-    def _compiled_head(self) -> Callable[..., list[Tensor]]:
-        """Compile `_run`, for any number of rows, of pairs, of slots, and of outputs wanted."""
-        head, config = self.head, self.head.config
-
-        def run(
-            tokens: Tensor,
-            features: Tensor,
-            positions: Tensor,
-            mask: Tensor,
-            slots: Tensor,
-            wanted: Tensor,
-            keys: Tensor,
-            values: Tensor,
-        ) -> list[Tensor]:
-            cache = LayerCache(keys, values, slots, mask.shape[-1])
-            outputs = head(tokens, features, positions, mask, cache)
-            outputs = outputs.gather(1, wanted.unsqueeze(2).expand(-1, -1, outputs.shape[2]))
-            return [outputs, head.logits(outputs)]
-
-        batch, width, size = 2, 3, config.hidden_size
-        pairs = torch.zeros(batch, width, dtype=torch.long, device=self.device)
-        weight = next(head.parameters())
-        features = weight.new_zeros(batch, width, size)
-        mask = torch.ones(batch, 1, width, 7, dtype=torch.bool, device=self.device)
-        states = weight.new_zeros(batch, config.num_key_value_heads, 16, config.head_dim)
-        inputs = (pairs, features, pairs, mask, pairs, pairs[:, :2], states, states)
-        new: list[str | None] = [ROWS, WIDTH]
-        kept: list[str | None] = [ROWS, None, CAPACITY, None]
-        shown: list[str | None] = [ROWS, None, WIDTH, SEEN]
-        wanted: list[str | None] = [ROWS, "wanted"]
-        sizes = [new, [*new, None], new, shown, new, wanted, kept, kept]
-        return self._compile(run, inputs, sizes)

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from specdec.checkpoints import HeadCheckpoint, check_target, identify_target, read_head
 from specdec.checkpoints.head import construct, take_tensors
+from specdec.common.compile import CannotCompileError, compile_bound
 from specdec.common.config import Config, validated
 from specdec.demo import demo_path
 from specdec.drafters.base import BaseDrafter, FixedShape
 from specdec.drafters.training import LossOutput, TrainingBatch
 from specdec.drafters.tree_growth import StaticPlan, TreeShape
 from specdec.engine.metrics import ForwardClock
-from specdec.targets.compiled import CannotCompileError, compile_bound
 from specdec.targets.load import LOADING
 
 # Far above any real size, and small enough that shapes of a damaged config still fit 64 bits.
@@ -144,6 +144,23 @@ def load_head(
     return head.to(dtype or target.model.dtype).eval(), checkpoint
 
 
+def compile_head(
+    head: Head,
+    function: Callable[..., list[Tensor]],
+    inputs: Sequence[Tensor],
+    sizes: Sequence[Sequence[str | None]],
+) -> Callable[..., list[Tensor]]:
+    """Compile a function that reads a head; see `compile_bound`."""
+    modules = [head, *(part for part in head._target_parts if part is not None)]
+    try:
+        with torch.no_grad():
+            return compile_bound(modules, function, inputs, sizes)
+    except CannotCompileError as error:
+        raise CannotCompileError(
+            f"{type(head).__name__} cannot be compiled: {error}; give its drafter compile=False"
+        ) from error
+
+
 class HeadDrafter(BaseDrafter):
     """Drafts trees with a head.
 
@@ -166,22 +183,6 @@ class HeadDrafter(BaseDrafter):
             num_tokens = vocab_size if head.token_map is None else len(head.token_map)
             self.plan = StaticPlan(shape.static_tree(num_tokens, self.device))
             self.max_nodes, self.makes_trees = self.plan.num_nodes, not self.plan.is_chain
-
-    def _compile(
-        self,
-        function: Callable[..., list[Tensor]],
-        inputs: Sequence[Tensor],
-        sizes: Sequence[Sequence[str | None]],
-    ) -> Callable[..., list[Tensor]]:
-        """Compile a function that reads the head; see `compile_bound`."""
-        modules = [self.head, *(part for part in self.head._target_parts if part is not None)]
-        try:
-            with torch.no_grad():
-                return compile_bound(modules, function, inputs, sizes)
-        except CannotCompileError as error:
-            name = type(self.head).__name__
-            hint = "give its drafter compile=False"
-            raise CannotCompileError(f"{name} cannot be compiled: {error}; {hint}") from error
 
     @property
     def fixed_shape(self) -> FixedShape | None:

@@ -11,14 +11,14 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad, silu
 
+from specdec.common.compile import ROWS, as_target, compile_mode
 from specdec.common.config import Config
 from specdec.drafters.base import ShapeOptions, Tokens
-from specdec.drafters.heads import Head, HeadDrafter, Layer, Size, load_head
+from specdec.drafters.heads import Head, HeadDrafter, Layer, Size, compile_head, load_head
 from specdec.drafters.training import LossOutput, TrainingBatch, shifted
 from specdec.drafters.tree_growth import StaticGrowth, StaticPlan, TreeShape, guessed_acceptance
 from specdec.engine.interfaces import Prompts, TargetOutput
 from specdec.sampling.sampler import Sampler
-from specdec.targets.compiled import ROWS, as_target, compile_mode
 from specdec.verify import Draft, Verdict, best_static_tree
 
 _MOST_BLOCKS = 1000  # a number in a config takes no memory, a module does
@@ -204,7 +204,7 @@ class MedusaDrafter(HeadDrafter):
         self._compiled: Callable[..., list[Tensor]] | None = None
         if compile_mode(compile, self.device) == "inductor":
             example = next(head.parameters()).new_zeros(2, head.options.hidden_size)
-            self._compiled = self._compile(lambda h: [head(h)], [example], [[ROWS, None]])
+            self._compiled = compile_head(head, lambda h: [head(h)], [example], [[ROWS, None]])
 
     def begin(
         self, prompts: Prompts, output: TargetOutput, sampler: Sampler, *, join: bool = False

@@ -10,18 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from specdec.common.compile import CannotCompileError, compile_mode, compile_s
 from specdec.engine.interfaces import Capabilities, Prompts, TargetOutput
 from specdec.engine.kv_cache import SlotCache
 from specdec.engine.metrics import ForwardClock
 from specdec.targets.attention import Masks
-from specdec.targets.compiled import (
-    CannotCompileError,
-    CompiledLM,
-    Forward,
-    States,
-    compile_mode,
-    compile_s,
-)
+from specdec.targets.compiled import CompiledLM, Forward, States
 from specdec.targets.probe import check_target
 from specdec.targets.taps import TapReader
 from specdec.verify import Draft, Verdict

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from specdec.checkpoints.folder import CONFIG, unreadable
 from specdec.common.arguments import checked, require_counts
+from specdec.common.compile import CannotCompileError, compile_mode
 from specdec.common.files import first_line, read_json
 from specdec.common.hub import find_checkpoint
 from specdec.demo import demo_path
 from specdec.engine.scheduler import is_out_of_memory
-from specdec.targets.compiled import CannotCompileError, compile_mode
 from specdec.targets.hf import HFTarget, TargetEnds
 
 QUANTIZATIONS = ("8bit", "4bit")
