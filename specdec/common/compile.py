@@ -10,6 +10,7 @@ import os
 import subprocess
 import time
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,7 +106,8 @@ def compile_piece(
     dynamic = tuple({i: dims[n] for i, n in enumerate(each) if n} for each in sizes)
     try:
         with _COMPILING, _quietly(), torch.inference_mode(False), torch.no_grad():
-            example = tuple(each.detach().clone() for each in inputs)
+            # What was made in inference mode cannot be traced.
+            example = tuple(t.clone() if t.is_inference() else t.detach() for t in inputs)
             exported = torch.export.export(
                 _Function(function), example, dynamic_shapes={"inputs": dynamic}, strict=False
             )
@@ -150,6 +152,82 @@ def compile_bound(
 
     piece = compile_piece(run, [*inputs, *weights], [*sizes, *map(fixed, weights)])
     return lambda *given: piece([*(tensor.contiguous() for tensor in given), *weights])
+
+
+class Graphs:
+    """Runs a function of tensors as CUDA graphs, one for each set of shapes, captured at first use.
+
+    Its inputs are copied into buffers that stay in place, and all graphs share one pool of memory.
+    On a CPU the same is done without a capture: the function runs on the buffers.
+
+    Args:
+        function: waits for nothing on the host and allocates nothing that outlives it.
+        device: its device.
+        most: graphs that are kept; those used least recently go.
+
+    Attributes:
+        num_captured: graphs captured so far.
+    """
+
+    def __init__(
+        self, function: Callable[..., list[Tensor]], device: torch.device, most: int = 64
+    ) -> None:
+        self._function, self._most, self._is_cuda = function, most, device.type == "cuda"
+        self._pool = torch.cuda.graph_pool_handle() if self._is_cuda else None
+        self._kept: OrderedDict[Any, tuple[list[Tensor], list[Tensor], Any]] = OrderedDict()
+        self.num_captured = 0
+
+    def __call__(self, inputs: Sequence[Tensor], held: Sequence[Tensor] = ()) -> list[Tensor]:
+        """Run the function.
+
+        Args:
+            inputs: tensors of any values, of shapes that come again.
+            held: tensors that the function reads or writes where they are. A graph is never
+                replayed for others than those that it was captured with.
+
+        Returns:
+            What the function does, as copies.
+        """
+        key = (
+            tuple((t.shape, t.dtype) for t in inputs),
+            tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in held),
+        )
+        if key not in self._kept:
+            self._kept[key] = self._capture(inputs, held)
+            while len(self._kept) > self._most:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        buffers, outputs, graph = self._kept[key]
+        for buffer, value in zip(buffers, inputs, strict=True):
+            buffer.copy_(value)
+        if graph is None:
+            outputs = self._function(*buffers, *held)
+        else:
+            graph.replay()
+        return [output.clone() for output in outputs]
+
+    def _capture(self, inputs: Sequence[Tensor], held: Sequence[Tensor]) -> Any:
+        self.num_captured += 1
+        buffers = [value.clone() for value in inputs]
+        if not self._is_cuda:
+            return buffers, [], None
+        # What libraries set up at their first call must not be captured.
+        side = torch.cuda.Stream(buffers[0].device)
+        side.wait_stream(torch.cuda.current_stream(buffers[0].device))
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self._function(*buffers, *held)
+        torch.cuda.current_stream(buffers[0].device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            outputs = self._function(*buffers, *held)
+        return buffers, outputs, graph
+
+
+def bucket(size: int) -> int:
+    """Round a number of rows or new tokens up, so that few graphs serve all: 1, 2, 3, 4, 6 ..."""
+    step = 1 << max(0, size.bit_length() - 2)
+    return -(-size // step) * step
 
 
 def fixed(tensor: Tensor) -> list[str | None]:

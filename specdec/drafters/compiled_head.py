@@ -1,4 +1,4 @@
-"""The head of a `FeatureDrafter` in compiled pieces: one feeds pairs, one grows a level of a tree."""
+"""The head of a `FeatureDrafter` in compiled pieces: to feed pairs, to grow a level of a tree."""
 
 from collections.abc import Callable
 from math import inf
@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from specdec.common.compile import CAPACITY, CHILDREN, ROWS, SEEN, WIDTH
+from specdec.common.compile import CAPACITY, CHILDREN, ROWS, SEEN, WIDTH, bucket
 from specdec.drafters.heads import compile_head
 from specdec.drafters.tree_growth import Candidates
 from specdec.engine.kv_cache import SlotCache
-from specdec.targets.compiled import LayerCache
+from specdec.targets.compiled import StepCache, seen_slots
 
 Names = list[str | None]
 
@@ -22,28 +23,49 @@ class CompiledHead:
     Args:
         head: a `FeatureHead` in eval mode.
         window: committed entries that it looks back at; None for all.
+        mode: "inductor" or "graphs".
     """
 
-    def __init__(self, head: Any, window: int | None) -> None:
-        self._head, self._window = head, window
+    def __init__(self, head: Any, window: int | None, mode: str) -> None:
+        self._head, self._window, self._mode = head, window, mode
         self._device = next(head.parameters()).device
         self._known_places, self._known_width = self._integers(0, 2), 0
         self._feed = self._compile_feed()
         self._level = self._compile_level()
         self._leaves = self._compile_leaves()
 
-    def feed(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Feed pairs behind the cached ones.
+    def feed(
+        self,
+        tokens: Tensor,
+        features: Tensor,
+        positions: Tensor,
+        mask: Tensor,
+        wanted: Tensor,
+        cache: SlotCache,
+    ) -> tuple[Tensor, Tensor]:
+        """Feed pairs to the slots that the cache was opened for.
 
         Args:
-            inputs: tokens [B, n], features [B, n, F], positions [B, n], mask [B, 1, n, K], slots
-                [B, n], places [B, w] of the pairs whose outputs are wanted, and the keys and
-                values [B, heads, capacity, head_dim].
+            tokens: [B, n].
+            features: [B, n, F].
+            positions: [B, n].
+            mask: [B, 1, n, K].
+            wanted: [B, w] places of the pairs whose outputs are wanted.
+            cache: the head's.
 
         Returns:
             outputs [B, w, F] and logits [B, w, D].
         """
-        outputs, logits = self._feed(*inputs)
+        slots = cache.new_slots
+        if self._mode == "graphs":  # few shapes, or else few of them would be met again
+            more = bucket(tokens.shape[1]) - tokens.shape[1]
+            slots = cache.widen(tokens.shape[1] + more)
+            tokens, positions = pad(tokens, (0, more)), pad(positions, (0, more))
+            features = pad(features, (0, 0, 0, more))
+            mask = pad(mask, (0, seen_slots(cache) - mask.shape[3], 0, more))
+            mask[:, :, mask.shape[2] - more :, 0] = True  # a softmax over nothing is NaN
+        states = (cache.states or [])[0]
+        outputs, logits = self._feed(tokens, features, positions, mask, slots, wanted, *states)
         return outputs, logits
 
     def grow(
@@ -63,7 +85,9 @@ class CompiledHead:
         above = torch.zeros(batch, 1, device=self._device)
         places = torch.full((batch, 1), -1, device=self._device)
         if num_levels > 1:
-            slots = torch.arange(cache.open(width * (num_levels - 1)), device=self._device)
+            num_seen = cache.open(width * (num_levels - 1))
+            num_seen = seen_slots(cache) if self._mode == "graphs" else num_seen
+            slots = torch.arange(num_seen, device=self._device)
             states = cache.states or []
             lengths = cache.device_lengths
             seen = torch.ones(batch, 1, 1, dtype=torch.bool, device=self._device)
@@ -138,7 +162,7 @@ class CompiledHead:
                 self._head.carry(features),
                 (lengths.unsqueeze(1) + place[0]).expand(-1, width),
                 (mask | committed.unsqueeze(1)).unsqueeze(1),
-                LayerCache(keys, values, own, slots.shape[0]),
+                StepCache([(keys, values)], own, slots.shape[0]),
             )
             below = best.indices + place[1]
             return [tokens, totals, parents, below, best.values, seen, outputs, logits]
@@ -157,7 +181,8 @@ class CompiledHead:
             (torch.arange(23, device=self._device), [SEEN]),
             *self._states(2),
         ]
-        return compile_head(self._head, run, *zip(*given, strict=True))
+        inputs, sizes = zip(*given, strict=True)
+        return compile_head(self._head, self._mode, run, inputs, sizes, num_held=2)
 
     def _compile_leaves(self) -> Callable[..., list[Tensor]]:
         beam: Names = [ROWS, "beam"]
@@ -167,7 +192,8 @@ class CompiledHead:
             (self._integers(2, 3), beam),
             (self._integers(4).bool(), [CHILDREN]),
         ]
-        return compile_head(self._head, self._candidates, *zip(*given, strict=True))
+        inputs, sizes = zip(*given, strict=True)
+        return compile_head(self._head, self._mode, self._candidates, inputs, sizes)
 
     def _compile_feed(self) -> Callable[..., list[Tensor]]:
         def run(
@@ -180,7 +206,7 @@ class CompiledHead:
             keys: Tensor,
             values: Tensor,
         ) -> list[Tensor]:
-            cache = LayerCache(keys, values, slots, mask.shape[-1])
+            cache = StepCache([(keys, values)], slots, mask.shape[-1])
             outputs = self._head(tokens, features, positions, mask, cache)
             outputs = outputs.gather(1, wanted.unsqueeze(2).expand(-1, -1, outputs.shape[2]))
             return [outputs, self._head.logits(outputs)]
@@ -195,10 +221,11 @@ class CompiledHead:
             (self._integers(2, 2), [ROWS, "wanted"]),
             *self._states(2),
         ]
-        return compile_head(self._head, run, *zip(*given, strict=True))
+        inputs, sizes = zip(*given, strict=True)
+        return compile_head(self._head, self._mode, run, inputs, sizes, num_held=2)
 
     def _run(
-        self, tokens: Tensor, features: Tensor, positions: Tensor, mask: Tensor, cache: LayerCache
+        self, tokens: Tensor, features: Tensor, positions: Tensor, mask: Tensor, cache: StepCache
     ) -> tuple[Tensor, Tensor]:
         outputs = self._head(tokens, features, positions, mask, cache)
         return outputs, self._head.logits(outputs)

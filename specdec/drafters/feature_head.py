@@ -313,8 +313,8 @@ class FeatureDrafter(HeadDrafter):
         # The head's newest outputs [B, 1, F], and their logits [B, 1, D or V].
         self._outputs = self._logits = torch.empty(0, device=self.device)
         self._compiled: CompiledHead | None = None
-        if compile_mode(compile, self.device) == "inductor":
-            self._compiled = CompiledHead(head, window)
+        if (mode := compile_mode(compile, self.device)) != "eager":
+            self._compiled = CompiledHead(head, window, mode)
             self._masks.may_be_none = False
         # Entries that stand behind the committed ones at most.
         tree = self.plan.num_nodes if self.plan else shape.width * shape.depth
@@ -494,15 +494,11 @@ class FeatureDrafter(HeadDrafter):
     ) -> tuple[Tensor, Tensor]:
         """Run the head on [B, n] pairs; outputs and logits of all, or of the `wanted` [B, w]."""
         with self.clock.forward():
-            states = self.cache.states
-            if self._compiled and states and tokens.shape[1] <= CATCH_UP:
+            if self._compiled and self.cache.states and tokens.shape[1] <= CATCH_UP:
                 if wanted is None:
                     wanted = torch.arange(tokens.shape[1], device=self.device)
                     wanted = wanted.expand(tokens.shape)
-                slots = self.cache.new_slots
-                return self._compiled.feed(
-                    tokens, features, positions, mask, slots, wanted, *states[0]
-                )
+                return self._compiled.feed(tokens, features, positions, mask, wanted, self.cache)
             outputs = self.head(tokens, features, positions, mask, self.cache)
             if wanted is not None:
                 outputs = torch.take_along_dim(outputs, wanted.unsqueeze(2), 1)

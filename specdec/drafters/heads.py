@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from specdec.checkpoints import HeadCheckpoint, check_target, identify_target, read_head
 from specdec.checkpoints.head import construct, take_tensors
-from specdec.common.compile import CannotCompileError, compile_bound
+from specdec.common.compile import CannotCompileError, Graphs, compile_bound
 from specdec.common.config import Config, validated
 from specdec.demo import demo_path
 from specdec.drafters.base import BaseDrafter, FixedShape
@@ -146,11 +146,20 @@ def load_head(
 
 def compile_head(
     head: Head,
+    mode: str,
     function: Callable[..., list[Tensor]],
     inputs: Sequence[Tensor],
     sizes: Sequence[Sequence[str | None]],
+    num_held: int = 0,
 ) -> Callable[..., list[Tensor]]:
-    """Compile a function that reads a head; see `compile_bound`."""
+    """Compile a function that reads a head, or run it as CUDA graphs.
+
+    The last `num_held` inputs are read and written where they are; the rest as in `compile_bound`.
+    """
+    if mode == "graphs":
+        graphs = Graphs(function, inputs[0].device)
+        end = len(inputs) - num_held
+        return lambda *given: graphs(given[:end], given[end:])
     modules = [head, *(part for part in head._target_parts if part is not None)]
     try:
         with torch.no_grad():

@@ -202,9 +202,11 @@ class MedusaDrafter(HeadDrafter):
         self._feature = torch.empty(0, device=self.device)  # [B, H] where the root was sampled
         self._num_committed = torch.empty(0, dtype=torch.long, device=self.device)  # [B]
         self._compiled: Callable[..., list[Tensor]] | None = None
-        if compile_mode(compile, self.device) == "inductor":
+        if (mode := compile_mode(compile, self.device)) != "eager":
             example = next(head.parameters()).new_zeros(2, head.options.hidden_size)
-            self._compiled = compile_head(head, lambda h: [head(h)], [example], [[ROWS, None]])
+            self._compiled = compile_head(
+                head, mode, lambda h: [head(h)], [example], [[ROWS, None]]
+            )
 
     def begin(
         self, prompts: Prompts, output: TargetOutput, sampler: Sampler, *, join: bool = False

@@ -22,6 +22,7 @@ class _Slots:
     num_rows: int
     capacity: int
     start: int = 0  # of every row, where all are equal
+    behind: int = 0  # slots between the committed tokens and the new ones
     end: int = 0  # one past the last slot that any row uses
     index: Tensor | None = None  # [B, n] slots of ragged rows
     views: list[tuple[Tensor, Tensor]] | None = None  # see `SlotCache.states`
@@ -178,13 +179,36 @@ class SlotCache(Cache):
 
         The live rows of the storage itself: they stand until rows come or go, or it grows.
         """
-        slots = self._slots
-        if slots.views is None and all(layer.is_initialized for layer in self._slot_layers):
-            slots.views = [
-                (layer.keys[: slots.num_rows], layer.values[: slots.num_rows])
-                for layer in self._slot_layers
-            ]
-        return slots.views
+        if self._slots.views is None:
+            self._slots.views = self.rows(self._slots.num_rows)
+        return self._slots.views
+
+    def rows(self, num_rows: int) -> list[tuple[Tensor, Tensor]] | None:
+        """Return keys and values of the first rows, live or not, as far as there are so many.
+
+        At least the live ones; None as in `states`.
+        """
+        if not all(layer.is_initialized for layer in self._slot_layers):
+            return None
+        if num_rows > len(self._slot_layers[0].keys):
+            num_rows = self._slots.num_rows
+        return [(layer.keys[:num_rows], layer.values[:num_rows]) for layer in self._slot_layers]
+
+    @property
+    def end(self) -> int:
+        """Slot behind the last one that the cache was opened for."""
+        return self._slots.end
+
+    def widen(self, num_new: int) -> Tensor:
+        """Make room for more tokens than the cache was opened for; returns their slots [B, n]."""
+        self.open(num_new, self._slots.behind)
+        return self.new_slots
+
+    def restart(self, num_rows: int, num_slots: int) -> None:
+        """Forget all tokens; what is allocated stays where it is and serves the next rows."""
+        self._slots.num_rows, self._slots.views = num_rows, None
+        self._set_lengths([0] * num_rows)
+        self._grow(num_slots)
 
     @property
     def new_slots(self) -> Tensor:
@@ -210,7 +234,7 @@ class SlotCache(Cache):
         Slots between them keep what was written there: the levels of a tree before this one.
         """
         slots = self._slots
-        slots.start = self.lengths[0] + behind
+        slots.start, slots.behind = self.lengths[0] + behind, behind
         slots.end = max(self.lengths) + behind + num_new
         slots.index = None
         if not self.is_uniform:

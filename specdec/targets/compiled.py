@@ -1,4 +1,4 @@
-"""A causal LM in compiled pieces, its modeling file as it is.
+"""A causal LM in compiled pieces or as CUDA graphs, its modeling file as it is.
 
 What comes before its layers is one piece, and what comes after them another. One decoder layer of
 each kind is compiled and serves all layers of that kind, each with its own weights.
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import pad
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_structure, tree_unflatten
 from transformers.cache_utils import Cache
 
@@ -20,14 +21,25 @@ from specdec.common.compile import (
     SEEN,
     WIDTH,
     CannotCompileError,
+    Graphs,
     Piece,
+    bucket,
     compile_piece,
     fixed,
     tensors_of,
 )
+from specdec.engine.kv_cache import SlotCache
+from specdec.targets.taps import TapReader
+
+# Of forwards with more tokens than this, padding included, the time is no longer that of launches.
+MOST_TOKENS = 1024
+# Graphs see slots in such steps.
+SEEN_STEP = 256
 
 # Keys and values of every layer, [B, heads, capacity, head_dim] each.
 States = Sequence[tuple[Tensor, Tensor]]
+# The arguments of a model's own forward, for a `Forward` and a cache.
+Arguments = Callable[["Forward", Any], dict[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +104,7 @@ class _Anatomy:
 
     model: Any
     layers: nn.ModuleList
-    arguments: Callable[[Forward], dict[str, Any]]
+    arguments: Arguments
     forward: Forward
     calls: list[_Call]
     states: States
@@ -106,11 +118,11 @@ class _Anatomy:
         cls,
         model: Any,
         layers: nn.ModuleList,
-        arguments: Callable[[Forward], dict[str, Any]],
+        arguments: Arguments,
         examples: Iterable[tuple[Forward, States]],
     ) -> "_Anatomy":
         # Each example stands while its cache does: the next one is asked for later.
-        seen = [(f, s, _watch(model, layers, arguments(f))) for f, s in examples]
+        seen = [(f, s, _watch(model, layers, arguments(f, None))) for f, s in examples]
         forwards, states, calls = zip(*seen, strict=True)
         shared = [
             _unique([*f.given, *(leaf for call in found for leaf in call.leaves[1:])])
@@ -162,7 +174,7 @@ class _Anatomy:
             output = last if is_last else seen[-1].leaves[0]
             return (output,) if isinstance(self.calls[0].output, tuple) else output
 
-        arguments = self.arguments(self.forward.replaced(given))
+        arguments = self.arguments(self.forward.replaced(given), None)
         try:
             for layer in self.layers:
                 layer.forward = stub
@@ -172,22 +184,38 @@ class _Anatomy:
                 del layer.forward
 
 
-class LayerCache(Cache):
-    """One layer's keys and values in its compiled code; `slots` [B, n] take the new ones."""
+class StepCache(Cache):
+    """Keys and values for one forward, written by index: of one layer alone, or of all."""
 
-    def __init__(self, keys: Tensor, values: Tensor, slots: Tensor, num_seen: int) -> None:
-        self._states, self._slots, self._num_seen = (keys, values), slots, num_seen
+    def __init__(self, states: States, slots: Tensor, num_seen: int) -> None:
+        self.layers = []  # which a model may ask for their kinds
+        self._states, self._slots, self._num_seen = states, slots, num_seen
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
+    def get_seq_length(self, *_: Any) -> int:
+        return 0  # no model needs it that is told positions and masks
+
+    def get_mask_sizes(self, *_: Any) -> tuple[int, int]:
+        return self._num_seen, 0
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int = 0,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
         rows = torch.arange(self._slots.shape[0], device=self._slots.device).unsqueeze(1)
-        for stored, new in zip(self._states, (key_states, value_states), strict=True):
+        keys, values = self._states[layer_idx if len(self._states) > 1 else 0]
+        for stored, new in ((keys, key_states), (values, value_states)):
             # Inductor writes in place by `index_put_`, and copies the whole cache for `scatter_`.
             stored.transpose(1, 2).index_put_((rows, self._slots), new.transpose(1, 2))
-        # A slice would ask if there are so many slots.
-        return tuple(
-            stored.as_strided((*stored.shape[:2], self._num_seen, stored.shape[3]), stored.stride())
-            for stored in self._states
-        )
+        return self._seen(keys), self._seen(values)
+
+    def _seen(self, stored: Tensor) -> Tensor:
+        """All that may be attended; a slice would ask if there are so many slots."""
+        rows, heads, _, size = stored.shape
+        return stored.as_strided((rows, heads, self._num_seen, size), stored.stride())
 
 
 class CompiledLM:
@@ -196,7 +224,7 @@ class CompiledLM:
     Args:
         model: the causal LM, whole on one device.
         layers: its decoder layers.
-        arguments: makes the model's own arguments, a cache among them, of a `Forward`.
+        arguments: makes the model's own arguments; without a cache it takes that of the examples.
         examples: yields two forwards of other sizes each, with the keys and values of all layers,
             when the cache is ready for them.
 
@@ -209,7 +237,7 @@ class CompiledLM:
         self,
         model: Any,
         layers: nn.ModuleList,
-        arguments: Callable[[Forward], dict[str, Any]],
+        arguments: Arguments,
         examples: Iterable[tuple[Forward, States]],
     ) -> None:
         found = _Anatomy.of(model, layers, arguments, examples)
@@ -238,6 +266,85 @@ class CompiledLM:
             (hidden,) = piece([hidden, *beside, keys, values, slots, *weights])
         logits, last = self._back([hidden, *given, *self._ends])
         return logits, [*hidden_states, last]
+
+
+class GraphedLM:
+    """The forward of a causal LM as CUDA graphs, padded so that few of them serve all sizes.
+
+    Args:
+        model: the causal LM.
+        taps: reads its hidden states.
+        arguments: makes the model's own arguments.
+        device: its device.
+    """
+
+    def __init__(self, model: Any, taps: TapReader, arguments: Arguments, device: Any) -> None:
+        self._model, self._taps, self._arguments, self._device = model, taps, arguments, device
+        self._graphs: dict[tuple[int, ...], Graphs] = {}
+
+    def __call__(
+        self, forward: Forward, cache: SlotCache, taps: Sequence[int]
+    ) -> tuple[Tensor, dict[int, Tensor]] | None:
+        """Run a forward behind what is cached; None where it is too large for a graph.
+
+        Returns:
+            logits [B, n, V] and the taps [B, n, H].
+        """
+        batch, width = forward.tokens.shape
+        padded_rows, padded_width = bucket(batch), bucket(width)
+        if padded_rows * padded_width > MOST_TOKENS:
+            return None
+        slots = cache.widen(padded_width)  # [B, n']
+        states = cache.rows(padded_rows)
+        if states is None:
+            return None
+        padded_rows = len(states[0][0])
+        num_seen = seen_slots(cache)
+        rows, columns = padded_rows - batch, padded_width - width
+        masks, spec = tree_flatten(forward.mask)
+        hidden = [_hidden_value(mask) for mask in masks]
+        masks = [
+            pad(mask, (0, num_seen - mask.shape[3], 0, columns, 0, 0, 0, rows), value=value)
+            for mask, value in zip(masks, hidden, strict=True)
+        ]
+        for mask in masks:  # padding sees one slot, because a softmax over none is NaN
+            shown = True if mask.dtype == torch.bool else 0.0
+            mask[batch:, :, :, 0] = shown
+            mask[:, :, width:, 0] = shown
+        tokens, positions = (
+            pad(each, (0, columns, 0, rows)) for each in (forward.tokens, forward.positions)
+        )
+        own = torch.arange(padded_width, device=self._device).expand(rows, -1)
+        given = [tokens, positions, torch.cat([slots, own]), *masks]
+        graphs = self._graphs.get(tuple(taps))
+        if graphs is None:
+            graphs = self._graphs[tuple(taps)] = self._graphs_with(taps, spec, len(masks))
+        logits, *found = graphs(given, [each for pair in states for each in pair])
+        cut = [each[:batch, :width] for each in found]
+        return logits[:batch, :width], dict(zip(taps, cut, strict=True))
+
+    def _graphs_with(self, taps: Sequence[int], spec: Any, num_masks: int) -> Graphs:
+        def run(tokens: Tensor, positions: Tensor, slots: Tensor, *rest: Tensor) -> list[Tensor]:
+            masks, held = rest[:num_masks], rest[num_masks:]
+            forward = Forward(tokens, positions, tree_unflatten(masks, spec), slots)
+            states = [*zip(held[::2], held[1::2], strict=True)]
+            cache = StepCache(states, slots, masks[0].shape[-1])
+            arguments = self._arguments(forward, cache)
+            out, hidden = self._taps.run(
+                lambda own: self._model(**arguments, output_hidden_states=own), taps
+            )
+            return [out.logits, *(hidden[tap] for tap in taps)]
+
+        return Graphs(run, self._device)
+
+
+def seen_slots(cache: SlotCache) -> int:
+    """Return the slots that a graph shows: all that the cache was opened for, and some more."""
+    return min(-(-cache.end // SEEN_STEP) * SEEN_STEP, cache.capacity)
+
+
+def _hidden_value(mask: Tensor) -> float:
+    return 0.0 if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
 
 
 def _watch(model: Any, layers: nn.ModuleList, arguments: dict[str, Any]) -> list[_Call]:
@@ -308,7 +415,7 @@ def _compile_layer(
 
     def run(hidden: Tensor, *inputs: Tensor) -> list[Tensor]:
         given, inputs = inputs[: len(beside)], inputs[len(beside) :]
-        cache = LayerCache(inputs[0], inputs[1], inputs[2], given[mask].shape[-1])
+        cache = StepCache([(inputs[0], inputs[1])], inputs[2], given[mask].shape[-1])
         arguments = [cache if isinstance(leaf, Cache) else leaf for leaf in call.leaves]
         for i, tensor in zip((0, *leaves), (hidden, *given), strict=True):
             arguments[i] = tensor

@@ -15,7 +15,7 @@ from specdec.engine.interfaces import Capabilities, Prompts, TargetOutput
 from specdec.engine.kv_cache import SlotCache
 from specdec.engine.metrics import ForwardClock
 from specdec.targets.attention import Masks
-from specdec.targets.compiled import CompiledLM, Forward, States
+from specdec.targets.compiled import CompiledLM, Forward, GraphedLM, States
 from specdec.targets.probe import check_target
 from specdec.targets.taps import TapReader
 from specdec.verify import Draft, Verdict
@@ -80,6 +80,7 @@ class HFTarget(TargetEnds):
         self._places = torch.empty(1, 0, dtype=torch.long, device=self.device)
         self.cache = self._empty_cache()
         self._compiled: CompiledLM | None = None
+        self._graphed: GraphedLM | None = None
         self.compile_mode, before = "eager", compile_s()
         check_target(self)
         if (mode := compile_mode(compile, self.device)) != "eager":
@@ -90,6 +91,11 @@ class HFTarget(TargetEnds):
         self.cache = self._empty_cache()
 
     def _compile(self, mode: str) -> None:
+        self._masks.may_be_none = False
+        self.compile_mode = mode
+        if mode == "graphs":
+            self._graphed = GraphedLM(self.model, self._taps, self._arguments, self.device)
+            return
         try:
             if not self._taps.layers:
                 raise CannotCompileError("its layers cannot be told from other modules")
@@ -102,7 +108,6 @@ class HFTarget(TargetEnds):
             raise CannotCompileError(
                 f"{name} cannot be compiled: {error}; load it with compile=False"
             ) from error
-        self.compile_mode, self._masks.may_be_none = mode, False
 
     def _examples(self) -> Iterator[tuple[Forward, States]]:
         """Open two caches for forwards whose sizes all differ."""
@@ -133,7 +138,10 @@ class HFTarget(TargetEnds):
         longest = max(lengths)
         capacity = max(2 * longest, 128) if self._reserved is None else max(longest, self._reserved)
         num_layers, plan = self.config.num_hidden_layers, self._layout[0]
-        self.cache = SlotCache(num_layers, len(prompts), capacity, self.device, plan)
+        if self.compile_mode == "graphs" and not join and self.cache.num_bytes:
+            self.cache.restart(len(prompts), capacity)  # captured graphs point there
+        else:
+            self.cache = SlotCache(num_layers, len(prompts), capacity, self.device, plan)
         self._reserved = None
         output = self._cache_prompts(prompts, lengths, taps)
         self.cache.rollback(lengths)
@@ -287,26 +295,29 @@ class HFTarget(TargetEnds):
 
         def run(output_hidden_states: bool) -> Any:
             return self.model(
-                **self._arguments(forward),
+                **self._arguments(forward, self.cache),
                 logits_to_keep=keep,
                 output_hidden_states=output_hidden_states,
             )
 
         with torch.no_grad(), self.clock.forward():
-            states = self.cache.states if self._compiled and isinstance(keep, int) else None
+            is_step = isinstance(keep, int)  # and no prefill
+            if self._graphed and is_step and (found := self._graphed(forward, self.cache, taps)):
+                return TargetOutput(*found)
+            states = self.cache.states if self._compiled and is_step else None
             if self._compiled and states:
                 logits, hidden_states = self._compiled(forward, states)
                 return TargetOutput(logits, {tap: hidden_states[tap] for tap in taps})
             out, hidden = self._taps.run(run, taps)
         return TargetOutput(out.logits, hidden)
 
-    def _arguments(self, forward: Forward) -> dict[str, Any]:
+    def _arguments(self, forward: Forward, cache: Any) -> dict[str, Any]:
         return {
             "input_ids": forward.tokens,
             "attention_mask": forward.mask,
             "position_ids": forward.positions,
             "use_cache": True,
-            self._cache_name: self.cache,
+            self._cache_name: self.cache if cache is None else cache,
         }
 
 
