@@ -84,7 +84,7 @@ def test_wrong_hooks_fall_back_to_the_model(breakage, monkeypatch):
     target = HFTarget(model)
     if breakage == "other tensors":
         add_one = lambda module, args: (args[0] + 1, *args[1:])  # noqa: E731
-        target._taps._layers[1].register_forward_pre_hook(
+        target._taps.layers[1].register_forward_pre_hook(
             lambda module, args, kwargs: (add_one(module, args), kwargs), with_kwargs=True
         )
     for _ in range(2):

@@ -28,6 +28,8 @@ ROWS, WIDTH, SEEN, CAPACITY, CHILDREN = "rows", "width", "seen", "capacity", "ch
 # These have bounds that depend on other sizes, which export finds out by itself.
 _BOUNDED = (SEEN, CAPACITY, CHILDREN)
 _OPTIONS = {"cpp.dynamic_threads": True}
+# Devices that capture graphs. Tests add the CPU, on which the same code runs without a capture.
+GRAPH_DEVICES = ("cuda",)
 # A compiled function of a list of tensors, which it empties. They must be contiguous and of the
 # dtypes and devices that it was compiled for: nothing is checked.
 Piece = Callable[[list[Tensor]], list[Tensor]]
@@ -49,7 +51,7 @@ def compile_mode(compile: bool | str, device: torch.device) -> str:
     """
     if compile not in (False, True, "graphs", "auto"):
         raise ValueError(f"compile is {compile!r} but must be False, True, 'graphs' or 'auto'")
-    if compile == "graphs" and device.type != "cuda":
+    if compile == "graphs" and device.type not in GRAPH_DEVICES:
         raise ValueError(f"compile is 'graphs', which needs CUDA, but the device is {device}")
     if compile == "auto":
         return "graphs" if device.type == "cuda" else "eager"

@@ -1,0 +1,211 @@
+"""Compiled code and captured graphs say what eager code says, for all sizes."""
+
+import pytest
+import torch
+from tiny_heads import save_tiny_head
+from tiny_models import perturbed, tiny_llama
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+from specdec import generate, load_drafter
+from specdec.common import compile as compiling
+from specdec.targets.hf import HFTarget
+from specdec.verify import Draft
+
+PROMPTS = [[5, 6, 7, 8, 5, 6, 7], [3] * 12, [11, 12, 13, 11, 12], [60]]
+DRAFTERS = {
+    "plain": None,
+    "chain of a draft model": {"type": "draft_model", "num_draft_tokens": 4},
+    "tree of a draft model": {"type": "draft_model", "width": 3, "max_nodes": 8},
+    "chain of a head": {"type": "eagle3", "width": 1, "depth": 4, "max_nodes": 4},
+    "tree of a head": {"type": "eagle3", "depth": 3, "width": 24, "max_nodes": 60},
+    "tree of a head with a window": {"type": "eagle3", "depth": 2, "width": 9, "window": 6},
+    "drawn tree of a head": {"type": "eagle3", "width": 9, "children": "with_replacement"},
+    "static tree of heads": {"type": "medusa", "max_nodes": 40},
+}
+
+
+def tiny_gemma():
+    """A model with two types of layers, each with its own mask and rotary embedding."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        sliding_window=6,
+        eos_token_id=None,
+        bos_token_id=None,
+        pad_token_id=None,
+    )
+    return Gemma3ForCausalLM(config).eval()
+
+
+@pytest.fixture(autouse=True)
+def _graphs_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(compiling, "GRAPH_DEVICES", ("cuda", "cpu"))
+
+
+@pytest.fixture(scope="module")
+def targets():
+    """The same weights eagerly and compiled."""
+    return {mode: HFTarget(tiny_llama(), compile=mode) for mode in (False, True)}
+
+
+@pytest.fixture(scope="module")
+def drafts(tmp_path_factory, targets):
+    folder = tmp_path_factory.mktemp("drafts")
+    perturbed(targets[False].model, 0.1).save_pretrained(folder / "draft_model")
+    top = targets[False].config.num_hidden_layers
+    for kind, options in (("medusa", {}), ("eagle3", {"taps": [0, top // 2, top]})):
+        save_tiny_head(folder / kind, kind, targets[False], **options)
+    return folder
+
+
+def decode(target, drafts, options, **settings):
+    drafter = options and load_drafter({**options, "path": str(drafts / options["type"])}, target)
+    results = generate(target, drafter, PROMPTS, max_new_tokens=24, **settings)
+    return [(each.tokens, [step.num_accepted for step in each.records]) for each in results]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", DRAFTERS.values(), ids=DRAFTERS)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_compiled_decoding_equals_eager_decoding(targets, drafts, options, batch_size):
+    eager, compiled = (
+        decode(targets[mode], drafts, options, batch_size=batch_size) for mode in (False, True)
+    )
+    assert compiled == eager
+    assert options is None or sum(sum(accepted) for _, accepted in eager) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["chain of a draft model", "drawn tree of a head"])
+def test_compiled_sampling_draws_the_same_tokens(targets, drafts, name):
+    sampling = {"temperature": 1.0, "top_p": 0.9, "seed": 3}
+    eager, compiled = (
+        decode(targets[mode], drafts, DRAFTERS[name], sampling=sampling) for mode in (False, True)
+    )
+    assert compiled == eager
+
+
+@pytest.mark.slow
+def test_nothing_is_compiled_again_while_rows_come_and_go(targets, drafts):
+    decode(targets[True], drafts, DRAFTERS["tree of a head"], batch_size=4)
+    before = compiling.num_compiled()
+    for batch_size in (1, 2, 3, 4):
+        decode(targets[True], drafts, DRAFTERS["tree of a head"], batch_size=batch_size)
+    assert compiling.num_compiled() == before
+
+
+@pytest.mark.slow
+def test_layers_of_two_types_are_compiled_apart():
+    model = tiny_gemma()
+    eager, compiled = HFTarget(model), HFTarget(model, compile=True)
+    assert len({id(piece) for piece, _ in compiled._compiled._layers}) == 2
+    draft = Draft.chain(torch.tensor([[3, 4, 5], [6, 7, 8]]))
+    outputs = []
+    for target in (eager, compiled):
+        target.prefill([[1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2]])
+        outputs.append(target.score(torch.tensor([9, 8]), draft, taps=(0, 1, 3)))
+    torch.testing.assert_close(outputs[1].logits, outputs[0].logits, rtol=1e-4, atol=1e-4)
+    for tap, hidden in outputs[0].hidden.items():
+        torch.testing.assert_close(outputs[1].hidden[tap], hidden, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", DRAFTERS.values(), ids=DRAFTERS)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_graphed_decoding_equals_eager_decoding(targets, drafts, options, batch_size):
+    graphed = HFTarget(targets[False].model, compile="graphs")
+    eager = decode(targets[False], drafts, options, batch_size=batch_size)
+    assert decode(graphed, drafts, options, batch_size=batch_size) == eager
+
+
+def test_graphs_are_met_again_by_the_next_prompts(targets, drafts):
+    graphed = HFTarget(targets[False].model, compile="graphs")
+
+    def num_captured():
+        return sum(each.num_captured for each in graphed._graphed._graphs.values())
+
+    for _ in range(2):
+        decode(graphed, drafts, DRAFTERS["tree of a head"], batch_size=2)
+    before = num_captured()
+    decode(graphed, drafts, DRAFTERS["tree of a head"], batch_size=2)
+    assert num_captured() == before
+
+
+def test_graph_is_not_replayed_for_another_storage():
+    graphs = compiling.Graphs(lambda new, held: [held.add_(new).sum()], torch.device("cpu"), most=2)
+    one, other, new = torch.zeros(3), torch.zeros(3), torch.ones(3)
+    for held in (one, one, other):
+        graphs([new], [held])
+    assert graphs.num_captured == 2
+    assert one.tolist() == [2, 2, 2]
+    assert other.tolist() == [1, 1, 1]
+
+
+def test_graphs_used_least_recently_go():
+    graphs = compiling.Graphs(lambda new: [new + 1], torch.device("cpu"), most=2)
+    for size in (1, 2, 1, 3, 1, 2):
+        assert graphs([torch.zeros(size)])[0].tolist() == [1] * size
+    assert graphs.num_captured == 4  # that of 2 went for that of 3
+
+
+REFUSALS = [
+    ("sometimes", "compile is 'sometimes' but must be"),
+    (2, "compile is 2 but must be"),
+    ("graphs", "needs CUDA, but the device is cpu"),
+]
+
+
+@pytest.mark.parametrize(("compile", "message"), REFUSALS)
+def test_mode_that_cannot_be_is_refused(monkeypatch, compile, message):
+    monkeypatch.setattr(compiling, "GRAPH_DEVICES", ("cuda",))
+    with pytest.raises(ValueError, match=message):
+        HFTarget(tiny_llama(), compile=compile)
+
+
+def test_machine_without_a_compiler_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(compiling, "compiler", lambda: None)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiling, "_loaded", {})
+    with pytest.raises(RuntimeError, match=r"no C\+\+ compiler here; install g\+\+.*compile=False"):
+        HFTarget(tiny_llama(), compile=True)
+
+
+def test_model_whose_layers_do_not_follow_is_refused():
+    model = tiny_llama()
+    model.model.layers[1].register_forward_pre_hook(lambda module, args: (args[0] * 1, *args[1:]))
+    with pytest.raises(RuntimeError, match="its layers do not simply follow each other"):
+        HFTarget(model, compile=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", DRAFTERS.values(), ids=DRAFTERS)
+def test_graphs_on_cuda_equal_eager_decoding(tmp_path, options):
+    model = tiny_llama().cuda()
+    eager, graphed = HFTarget(model), HFTarget(model, compile="graphs")
+    perturbed(model, 0.1).save_pretrained(tmp_path / "draft_model")
+    for kind, own in (("medusa", {}), ("eagle3", {"taps": [0, 1, 2]})):
+        save_tiny_head(tmp_path / kind, kind, eager, **own)
+    for batch_size in (1, 3, 4):
+        expected = decode(eager, tmp_path, options, batch_size=batch_size)
+        assert decode(graphed, tmp_path, options, batch_size=batch_size) == expected
+
+
+@pytest.mark.gpu
+def test_replay_waits_for_nothing():
+    weights = torch.randn(8, 8, device="cuda")
+    graphs = compiling.Graphs(lambda new, held: [new @ held], weights.device)
+    new = torch.ones(2, 8, device="cuda")
+    graphs([new], [weights])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        (output,) = graphs([new], [weights])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(output, new @ weights)
