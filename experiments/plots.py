@@ -231,7 +231,7 @@ def scaling() -> Any:
         for mode, line in (("eager", "-"), ("compiled", "--")):
             cells = [c for c in found["cells"] if (c["size"], c["mode"]) == (size, mode)]
             at = [cell["value"] for cell in cells]
-            for number, part in enumerate(("target", "draft", "verify", "rest")):
+            for number, part in enumerate(cells[0]["ms"] if cells else ()):
                 times = [cell["ms"][part] for cell in cells]
                 draw_series(axes, number, f"{part}, {mode}", at, times, linestyle=line)
         others = {k: n for k, n in found["others"].items() if k != size}
@@ -250,6 +250,8 @@ def compiled() -> Any:
         names = [arm["name"] for arm in arms]
         for number, kind in enumerate(("ours, eager", "ours, compiled", "other packages")):
             some = [arm for arm in arms if kind == _maker(arm)]
+            if not some:
+                continue
             draw_series(
                 axes,
                 number,

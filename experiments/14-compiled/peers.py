@@ -38,7 +38,7 @@ class Arms:
 
     def arm(self, name: str) -> Decode:
         package, _, mode = name.partition(" ")
-        return getattr(self, package)(mode)  # type: ignore[no-any-return]
+        return getattr(self, package)(mode)
 
     def flashspec(self, mode: str) -> Decode:
         """Draft with its drafter for models; its compiled path is for CUDA, so we ask for it."""
