@@ -6,6 +6,8 @@ python experiments/14-compiled/fresh.py --compiled   # a line of JSON
 import json
 import random
 import time
+from contextlib import suppress
+from importlib import import_module
 from typing import Annotated, Any
 
 import torch
@@ -30,11 +32,10 @@ def load(is_compiled: bool) -> Any:
 
 def num_compiled() -> int:
     """Count what this process has compiled, or loaded of what another had."""
-    try:
-        from specdec.targets.compiled import num_compiled
-    except ImportError:  # nothing can be compiled
-        return 0
-    return num_compiled()
+    for name in ("specdec.common.compile", "specdec.targets.compiled"):
+        with suppress(ImportError, AttributeError):  # of code that cannot compile
+            return import_module(name).num_compiled()
+    return 0
 
 
 def run_steps(engine: Engine, prompts: list[list[int]], num_steps: int, seed: int) -> None:
@@ -85,6 +86,8 @@ def main(
         return time.perf_counter() - began
 
     first_s = decode_all()
+    if compiled and not num_compiled():
+        raise RuntimeError("nothing was compiled that num_compiled() knows of: is it elsewhere?")
     peak = read_peaks(target.device, None).peak_rss_bytes
     compile_s = getattr(target, "compile_s", 0.0)
     reset_peaks(target.device)
