@@ -30,11 +30,11 @@ def load(is_compiled: bool) -> Any:
     return load_target("demo", **({"compile": True} if is_compiled else {}))
 
 
-def num_compiled() -> int:
-    """Count what this process has compiled, or loaded of what another had."""
+def compiling(figure: str) -> float:
+    """Ask what this process has compiled or loaded: its number, `num_compiled`, or `compile_s`."""
     for name in ("specdec.common.compile", "specdec.targets.compiled"):
         with suppress(ImportError, AttributeError):  # of code that cannot compile
-            return import_module(name).num_compiled()
+            return getattr(import_module(name), figure)()
     return 0
 
 
@@ -53,14 +53,14 @@ def run_steps(engine: Engine, prompts: list[list[int]], num_steps: int, seed: in
 
 def count_compilations(
     target: Any, drafter: Drafter, prompts: list[list[int]], num_steps: int
-) -> int:
+) -> float:
     """Count compilations in steps behind as many that warm up, with other requests."""
     engine = Engine(target, drafter, max_rows=MAX_ROWS)
     run_steps(engine, prompts, num_steps, seed=1)
-    before = num_compiled()
+    before = compiling("num_compiled")
     run_steps(engine, prompts, num_steps, seed=2)
     engine.preempt()
-    return num_compiled() - before
+    return compiling("num_compiled") - before
 
 
 def main(
@@ -86,10 +86,10 @@ def main(
         return time.perf_counter() - began
 
     first_s = decode_all()
-    if compiled and not num_compiled():
+    if compiled and not compiling("num_compiled"):
         raise RuntimeError("nothing was compiled that num_compiled() knows of: is it elsewhere?")
     peak = read_peaks(target.device, None).peak_rss_bytes
-    compile_s = getattr(target, "compile_s", 0.0)
+    compile_s = compiling("compile_s")
     reset_peaks(target.device)
     second_s = decode_all()
     found = {
@@ -98,7 +98,7 @@ def main(
         "second_pass_s": second_s,
         "start_s": load_s + first_s - second_s,
         "compile_s": compile_s,
-        "num_compiled": num_compiled(),
+        "num_compiled": compiling("num_compiled"),
         "peak_bytes": peak,
         "decoding_peak_bytes": read_peaks(target.device, None).peak_rss_bytes,
     }

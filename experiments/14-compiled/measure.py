@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from fresh import load, num_compiled
+from fresh import compiling, load
 from rich.console import Console
 from rich.progress import track
 
@@ -111,7 +111,7 @@ class Peer:
 
 def in_turns(
     arms: dict[str, Arm], groups: list[Prompts], batch: int, repeats: int, journal: Journal
-) -> int:
+) -> float:
     """Measure what the journal lacks, and return what was compiled in calls that were timed."""
     done = {tuple(row["call"]) for row in journal.entries}
     calls = [(r, g, name) for r in range(repeats) for g in range(len(groups)) for name in arms]
@@ -124,14 +124,14 @@ def in_turns(
     for name in track(arms, f"warming up, batch {batch}", console=console):
         for prompts in by_length:
             arms[name](prompts)
-    before = num_compiled()
+    before = compiling("num_compiled")
     names = list(arms)
     calls.sort(key=lambda call: (call[0], call[1], (names.index(call[2]) - call[1]) % len(names)))
     for repeat, group, name in track(calls, f"measuring, batch {batch}", console=console):
         row = {"call": [batch, repeat, group, name], **arms[name](groups[group])}
         journal.append(row)
         journal.entries.append(row)
-    return num_compiled() - before
+    return compiling("num_compiled") - before
 
 
 # --- Fresh processes ---
@@ -293,7 +293,7 @@ def main(
     identity = {key: facts[key] for key in ("git_commit", "versions", "cpu", "threads", "dtype")}
     identity |= {"modes": modes, "prompts": prompts, "groups": groups, "repeats": repeats}
     with Journal(out / "calls.jsonl", identity) as journal:
-        timed = 0
+        timed = 0.0
         for batch, kinds in BATCHES.items():
             own = {n: arm for n, arm in arms.items() if n in kinds or n.rpartition(" ")[0] in kinds}
             timed += in_turns(own, by_batch[batch], batch, repeats, journal)
@@ -309,14 +309,13 @@ def main(
             rows[batch, name][group].append(entry)
     started = next(entry["starts"] for entry in entries if entry["call"] == ["starts"])
     figures = [arm_figures(name, batch, rows) for batch, name in rows]
-    compiled = targets.get("compiled")
     results = {
         "schema": "specdec-compiled-1",
         "provenance": facts
         | {
             "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
             "peers": {name: peer.about for name, peer in others.items()},
-            "compile_s": getattr(compiled, "compile_s", None),
+            "compile_s": compiling("compile_s"),
             "compiled_while_timed": timed,
             "prompts": {"sources": SOURCES, "each": prompts, "groups_of_8": groups},
             "max_new_tokens": MAX_NEW_TOKENS,
