@@ -216,6 +216,64 @@ def serving() -> Any:
     return figure
 
 
+def scaling() -> Any:
+    found = read("13-scaling/scaling.json")
+    titles = {
+        "batch": "rows",
+        "context": "tokens of context",
+        "nodes": "drafted nodes",
+        "vocab": "tokens of the vocabulary",
+    }
+    figure, panels = new_figure(8, 10.5, rows=2, columns=2, sharey=True)
+    for axes, (size, title) in zip(panels, titles.items(), strict=True):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        for mode, line in (("eager", "-"), ("compiled", "--")):
+            cells = [c for c in found["cells"] if (c["size"], c["mode"]) == (size, mode)]
+            at = [cell["value"] for cell in cells]
+            for number, part in enumerate(cells[0]["ms"] if cells else ()):
+                times = [cell["ms"][part] for cell in cells]
+                draw_series(axes, number, f"{part}, {mode}", at, times, linestyle=line)
+        others = {k: n for k, n in found["others"].items() if k != size}
+        axes.set_xlabel(title)
+        axes.set_ylabel("ms a step")
+        axes.set_title(", ".join(f"{name} {n}" for name, n in others.items()), fontsize=10)
+    panels[0].legend(frameon=False, fontsize=8, ncols=2)
+    return figure
+
+
+def compiled() -> Any:
+    found = read("14-compiled/results.json")["arms"]
+    figure, parts = new_figure(5.5, 10.5, columns=2)
+    for axes, size in zip(parts, (1, 8), strict=True):
+        arms = [arm for arm in found if arm["batch"] == size]
+        names = [arm["name"] for arm in arms]
+        for number, kind in enumerate(("ours, eager", "ours, compiled", "other packages")):
+            some = [arm for arm in arms if kind == _maker(arm)]
+            if not some:
+                continue
+            draw_series(
+                axes,
+                number,
+                kind,
+                [arm["vs_plain_eager"] for arm in some],
+                [names.index(arm["name"]) for arm in some],
+                x_intervals=[arm["vs_plain_eager_ci"] for arm in some],
+                linestyle="none",
+            )
+        axes.axvline(1, color=GREY, linewidth=1, linestyle=":")
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_xlabel("speed / plain decoding, eager")
+        axes.set_title(f"batch {size}", fontsize=10)
+    parts[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _maker(arm: dict[str, Any]) -> str:
+    return f"ours, {arm['name'].rpartition(' ')[2]}" if arm["tau"] else "other packages"
+
+
 def redraw(name: str) -> None:
     """The picture that a bench draws of its own results, from what the tables say."""
     for path in sorted((HERE / name).glob("*/results.json")):
@@ -233,6 +291,8 @@ PLOTS: dict[str, Callable[[], Any]] = {
     "10-batch": batch,
     "11-prediction": predicted,
     "12-serving": serving,
+    "13-scaling": scaling,
+    "14-compiled": compiled,
     "15-engines": lambda: draw(read("15-engines/bake-off.json")),
 }
 

@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 here=experiments runs=runs/experiments
-all=(01-core 02-heads 04-recipes 05-drafters 06-shapes 07-draft-size 08-sampling 09-rules 10-batch 11-prediction 12-serving 15-engines)
+all=(01-core 02-heads 04-recipes 05-drafters 06-shapes 07-draft-size 08-sampling 09-rules 10-batch 11-prediction 12-serving 13-scaling 14-compiled 15-engines)
 suites="single-turn multi-turn long-context concurrent"
 names=("$@")
 [ $# -gt 0 ] || names=("${all[@]}")
@@ -81,6 +81,15 @@ measure() {
     12-serving)
       for suite in $suites; do bench 12-$suite demo/$suite; done
       ;;
+    13-scaling)
+      [ -f $runs/13-scaling/scaling.json ] ||
+        python $here/13-scaling/scaling.py --out $runs/13-scaling/scaling.json
+      ;;
+    14-compiled) # other packages in .engines/peers
+      bash $here/14-compiled/peers.sh
+      [ -f $runs/14-compiled/results.json ] ||
+        python $here/14-compiled/measure.py --out $runs/14-compiled
+      ;;
     15-engines) # engines in .engines, see scripts/engines.sh; status 1 if an engine fails
       specdec bake-off $here/15-engines/bake-off.yaml --out $runs/15-engines | sed '$d'
       [ -d $runs/15-speculators ] ||
@@ -127,6 +136,8 @@ publish() {
     12-serving)
       for suite in $suites; do cp $runs/12-$suite/suite.json "$to/$suite.json"; done
       ;;
+    13-scaling) cp $runs/13-scaling/scaling.json "$to/" ;;
+    14-compiled) cp $runs/14-compiled/results.json "$to/" ;;
     15-engines)
       cp $runs/15-engines/bake-off.json "$to/"
       for run in $runs/15-admitted/*; do cp $run/admission.json "$to/admitted/${run##*/}.json"; done

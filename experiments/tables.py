@@ -444,6 +444,91 @@ def _load_row(arm: Any) -> list[str]:
     return [arm.name, *speeds, *waits, f"{load.jain_index:.2f}"]
 
 
+def scaling() -> dict[str, str]:
+    """Experiment 13: exponents of growth, and the verifier where there is most to verify."""
+    found = read("13-scaling/scaling.json")
+    parts = ("target", "draft", "verify", "rest")
+    rows = [
+        [each["size"], each["mode"], *(f"{each[part]:.2f}" for part in parts)]
+        for each in found["slopes"]
+    ]
+    large = found["large"]
+    times = [
+        [part, f"{ms:.2f}", f"{ms / large['ms']['target forward']:.2%}"]
+        for part, ms in large["ms"].items()
+    ]
+    shares = [
+        [kind, f"{large['step_ms'][kind]:.0f}", f"{large['verify_share'][kind]:.2%}"]
+        for kind in ("greedy", "sampled")
+    ]
+    return {
+        "slopes": table(["size", "mode", *parts], rows),
+        "large": table(["part", "median, ms", "of the target's forward"], times),
+        "share": table(["step", "ms", "the verifier's share"], shares),
+    }
+
+
+def compiled() -> dict[str, str]:
+    """Experiment 14: the goals, all arms at both batch sizes, and starts in fresh processes."""
+    found = read("14-compiled/results.json")
+    speeds = ("vs_plain_eager", "whole_vs_plain_eager")
+    head = ["arm", "tokens/s, decoding", "vs plain eager", "with prefill", "tau"]
+    head += ["in neither model, ms", "loop efficiency", "other texts"]
+    by_batch = {
+        f"batch{size}": table(
+            head,
+            [
+                [
+                    arm["name"],
+                    f"{arm['tokens_per_s']:.0f}",
+                    *(figure(arm, key) for key in (*speeds, "tau")),
+                    *(cell(arm) for cell in (OTHER_MS, EFFICIENCY)),
+                    f"{arm['mismatches']} of {arm['answers']}",
+                ]
+                for arm in found["arms"]
+                if arm["batch"] == size
+            ],
+        )
+        for size in (1, 8)
+    }
+    keys = ("load_s", "first_pass_s", "second_pass_s", "start_s", "compile_s")
+    starts = [
+        [
+            name,
+            *(f"{start[key]:.1f}" for key in keys),
+            *(f"{start[key] / 1e6:.0f}" for key in ("peak_bytes", "decoding_peak_bytes")),
+        ]
+        for name, start in found["starts"].items()
+    ]
+    words = ["start", "loading, s", "first pass", "second pass", "start", "of it compiling"]
+    return {
+        "goals": table(["goal", "at least", "at most", "found", "met"], _goal_rows(found["goals"])),
+        **by_batch,
+        "starts": table([*words, "peak, MB", "of the second pass"], starts),
+    }
+
+
+def _goal_rows(goals: list[dict[str, Any]]) -> list[list[str]]:
+    rows = []
+    for goal in goals:
+        least, most, value = (goal.get(key) for key in ("least", "most", "value"))
+        is_known = value is not None and (least, most) != (None, None)
+        is_met = is_known and (least is None or value >= least) and (most is None or value <= most)
+        what = goal["what"]
+        if goal.get("under") and not what.endswith("compiled / eager"):
+            what = f"{what} (`{goal['under']}`)"
+        shown = [each if each is None else f"{each:g}" for each in (least, most)]
+        rows.append(
+            [
+                what,
+                *(each or "-" for each in shown),
+                figure(goal, "value"),
+                ("yes" if is_met else "no") if is_known else "-",
+            ]
+        )
+    return rows
+
+
 def engines() -> dict[str, str]:
     """Write each engine's arms: accepted length, speeds, and time to the first token."""
     head = ["arm", "tau", "tokens/s", "vs fastest plain", "vs its own plain", "first token p50"]
@@ -491,6 +576,8 @@ TABLES: dict[str, Callable[[], dict[str, str]]] = {
     "10-batch": batch,
     "11-prediction": predicted,
     "12-serving": serving,
+    "13-scaling": scaling,
+    "14-compiled": compiled,
     "15-engines": engines,
 }
 
