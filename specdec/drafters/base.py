@@ -206,6 +206,12 @@ def padded(rows: Sequence[Sequence[Any]], fill: Any) -> list[list[Any]]:
     return [[*row, *[fill] * (width - len(row))] for row in rows]
 
 
+def set_apart(rows: Sequence[int], num_rows: int) -> tuple[Tensor, Tensor]:
+    """Return all other rows, and the order that puts these back from behind them."""
+    others = [row for row in range(num_rows) if row not in rows]
+    return torch.tensor(others), torch.tensor([*others, *rows]).argsort()
+
+
 def in_parts(counts: Sequence[int], size: int) -> Iterator[tuple[slice, list[int]]]:
     """Columns of ragged rows, `size` at a time, and how many of them count in each row."""
     for start in range(0, max(counts), size):

@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from pydantic import field_validator
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import (
@@ -26,7 +27,7 @@ from transformers.models.llama.modeling_llama import (
 
 from specdec.common.arguments import require_counts
 from specdec.common.config import Config
-from specdec.drafters.base import DraftShape, ShapeOptions, Tokens, in_parts, padded
+from specdec.drafters.base import DraftShape, ShapeOptions, Tokens, in_parts, set_apart
 from specdec.drafters.heads import Head, HeadDrafter, Size, load_head
 from specdec.drafters.training import TrainingBatch, shifted
 from specdec.drafters.tree_growth import DynamicGrowth, Growth, StaticGrowth, TreeShape
@@ -41,6 +42,8 @@ from specdec.verify import Draft, Verdict
 CHUNK = 1024
 # Steps whose entries may wait while no draft is asked for.
 MAX_PENDING = 256
+# Tokens of prompts that may wait as well, each with its taps: as many as 32 rows' pending entries.
+MAX_UNREAD = 8192
 # They are fed in parts, which bounds the cache of ragged rows.
 CATCH_UP = 64
 
@@ -300,6 +303,8 @@ class FeatureDrafter(HeadDrafter):
         self.cache = SlotCache(1, 1, 1, self.device)
         # Steps that draft nothing only add to it, so that they cost what plain decoding costs.
         self._pending: list[Entries] = []
+        # Tokens [n] and each of the taps [n, H] of every row's prompt; empty once they are fed.
+        self._prompts: list[list[Tensor]] = []
         self._reserved: int | None = None  # slots of the next batch's rows
         self._outputs = torch.empty(0, device=self.device)  # [B, F]
         # Entries that stand behind the committed ones at most.
@@ -309,30 +314,33 @@ class FeatureDrafter(HeadDrafter):
     def begin(
         self, prompts: Prompts, output: TargetOutput, sampler: Sampler, *, join: bool = False
     ) -> None:
-        """Feed every prompt's pairs of token and feature."""
+        """Keep every prompt's tokens and taps until a draft is asked for."""
 
         def longer(values: Tensor) -> Tensor:
             return torch.cat([values, values.new_zeros(len(prompts), *values.shape[1:])])
 
+        lengths = [len(prompt) - 1 for prompt in prompts]
+        default = max(2 * max(lengths), 128)
+        capacity = default if self._reserved is None else max(*lengths, self._reserved)
+        cache = SlotCache(1, len(prompts), capacity, self.device)
+        size = len(prompts), self.head.config.hidden_size
+        outputs = next(self.head.parameters()).new_zeros(size)
+        self._reserved = None
+        if join:
+            self.cache.append(cache)
+            self._outputs = torch.cat([self._outputs, outputs])
+        else:
+            self.cache, self._outputs, self._pending, self._prompts = cache, outputs, [], []
         self._pending = [
             ([longer(value) for value in values], [*counts, *[0] * len(prompts)])
             for values, counts in self._pending
-            if join
         ]
-        running = self.cache if join else None  # or else it must not stay beside the new one
-        outputs, lengths = self._outputs, [len(prompt) - 1 for prompt in prompts]
-        longest = max(lengths)
-        capacity = max(2 * longest, 128) if self._reserved is None else self._reserved
-        self.cache = SlotCache(1, len(prompts), max(longest, capacity), self.device)
-        self._reserved = None
-        tokens = torch.tensor(padded([prompt[1:] for prompt in prompts], 0), device=self.device)
-        with self.clock.forward():
-            features = self.head.fuse(output.hidden)  # [B, longest, F]
-        self._outputs = features.new_zeros(len(prompts), self.head.config.hidden_size)
-        self._feed(tokens, features, lengths, CHUNK)
-        if running:
-            running.append(self.cache)
-            self.cache, self._outputs = running, torch.cat([outputs, self._outputs])
+        for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+            tokens = torch.tensor(prompt[1:], device=self.device)
+            taps = (output.hidden[tap][row, :length].clone() for tap in self.taps)
+            self._prompts.append([tokens, *taps])
+        if sum(len(each[0]) for each in self._prompts if each) > MAX_UNREAD:
+            self._feed_prompts()
 
     def propose(self, root: Tensor, budget: Sequence[int], sampler: Sampler) -> Draft:
         """Grow a tree behind the root, each level one forward over the beam."""
@@ -379,6 +387,7 @@ class FeatureDrafter(HeadDrafter):
             ([value[rows] for value in values], [counts[row] for row in kept])
             for values, counts in self._pending
         ]
+        self._prompts = [self._prompts[row] for row in kept]
 
     @property
     def draft_shape(self) -> DraftShape:
@@ -408,18 +417,18 @@ class FeatureDrafter(HeadDrafter):
         return num_rows * (num_slots + self._num_fed) * size
 
     def reserve(self, num_rows: int, num_slots: int, *, join: bool) -> None:
-        # What joins is cached apart at first, as tightly as it can be.
-        self._reserved = 0 if join else num_slots + self._num_fed
+        num_slots += self._num_fed
         if join:
-            self.cache.resize(num_rows, num_slots + self._num_fed)
+            self.cache.resize(num_rows, num_slots)
         else:
-            self.cache = SlotCache(1, 1, 1, self.device)
+            self._reserved, self.cache = num_slots, SlotCache(1, 1, 1, self.device)
 
     def wipe(self, rows: Sequence[int]) -> None:
         self.cache.wipe(rows)
 
     def _catch_up(self) -> None:
         """Feed what is committed but not cached."""
+        self._feed_prompts()
         if not self._pending:
             return
         (tokens, *taps), counts = merged(self._pending)
@@ -427,6 +436,31 @@ class FeatureDrafter(HeadDrafter):
         with self.clock.forward():
             features = self.head.fuse(dict(zip(self.taps, taps, strict=True)))
         self._feed(tokens, features, counts, CATCH_UP)
+
+    def _feed_prompts(self) -> None:
+        """Feed the prompts that wait, without padding the rows whose prompts were fed before."""
+        new = {row: prompt for row, prompt in enumerate(self._prompts) if prompt}
+        if not new:
+            return
+        lengths = [len(tokens) for tokens, *_ in new.values()]
+        columns = zip(*new.values(), strict=True)
+        tokens, *taps = (pad_sequence(list(rows), batch_first=True) for rows in columns)
+        with self.clock.forward():
+            features = self.head.fuse(dict(zip(self.taps, taps, strict=True)))
+        self._prompts = [[] for _ in self._prompts]
+        running, outputs, rows = self.cache, self._outputs, torch.tensor([*new])
+        others, order = set_apart([*new], len(self._prompts))
+        capacity = max(lengths) if len(others) else max(*lengths, running.capacity)
+        self.cache = SlotCache(1, len(new), capacity, self.device)
+        self._outputs = outputs[rows]
+        self._feed(tokens, features, lengths, CHUNK)
+        if len(others):
+            running.reorder(others)
+            running.append(self.cache)
+            self.cache = running
+            self._outputs = torch.cat([outputs[others], self._outputs])
+        self.cache.reorder(order)
+        self._outputs = self._outputs[order]
 
     def _feed(self, tokens: Tensor, features: Tensor, counts: Sequence[int], size: int) -> None:
         """Cache the first `counts[b]` of the pairs [B, n]; keep the last ones' outputs [B, F]."""
