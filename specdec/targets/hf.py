@@ -86,6 +86,7 @@ class HFTarget(TargetEnds):
         self._cache_name = "cache" if "cache" in arguments else "past_key_values"  # older versions
         self._scored_tree = False
         self._reserved: int | None = None  # slots of the next prefill's rows
+        self._is_bounded = False  # the room of the running rows is given by `reserve`
         self._ahead: _Reading | None = None
         self._places = torch.empty(1, 0, dtype=torch.long, device=self.device)
         self.cache = self._empty_cache()
@@ -110,6 +111,7 @@ class HFTarget(TargetEnds):
         reading, self._ahead = self._begun(prompts, taps), None
         self.cache = reading.cache  # what joins is cached apart at first, as tightly as it can be
         if not join:
+            self._is_bounded = self._reserved is not None
             default = max(2 * longest, 128)
             capacity = default if self._reserved is None else max(longest, self._reserved)
             self.cache.resize(len(prompts), capacity)
@@ -131,7 +133,11 @@ class HFTarget(TargetEnds):
             return False
         reading, self._ahead = self._begun(prompts, taps), None  # forgotten where this fails
         is_long = reading.num_left * len(prompts) > num_tokens
-        if is_long:
+        num_rows, longest = len(self.lengths) + len(prompts), max(map(len, prompts))
+        room = longest + longest // 4  # and some for the answer
+        if is_long and not self._is_bounded and self.cache.make_room(num_rows, room):
+            pass  # instead of a part: it may take as long
+        elif is_long:
             running, self.cache = self.cache, reading.cache
             self._read(reading, max(1, num_tokens // len(prompts)))
             self.cache = running
