@@ -42,10 +42,10 @@ from specdec.verify import Draft, Verdict
 CHUNK = 1024
 # Steps whose entries may wait while no draft is asked for.
 MAX_PENDING = 256
-# Tokens of prompts that may wait as well, each with its taps: as many as 32 rows' pending entries.
-MAX_UNREAD = 8192
 # They are fed in parts, which bounds the cache of ragged rows.
 CATCH_UP = 64
+# Tokens of prompts that may wait with their taps: of all rows, as many as 32 have pending entries.
+MAX_UNREAD = 32 * MAX_PENDING
 
 _SHARED = (
     *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
@@ -448,7 +448,7 @@ class FeatureDrafter(HeadDrafter):
         with self.clock.forward():
             features = self.head.fuse(dict(zip(self.taps, taps, strict=True)))
         self._prompts = [[] for _ in self._prompts]
-        running, outputs, rows = self.cache, self._outputs, torch.tensor([*new])
+        running, outputs, rows = self.cache, self._outputs, torch.tensor([*new], device=self.device)
         others, order = set_apart([*new], len(self._prompts))
         capacity = max(lengths) if len(others) else max(*lengths, running.capacity)
         self.cache = SlotCache(1, len(new), capacity, self.device)
@@ -458,9 +458,8 @@ class FeatureDrafter(HeadDrafter):
             running.reorder(others)
             running.append(self.cache)
             self.cache = running
-            self._outputs = torch.cat([outputs[others], self._outputs])
         self.cache.reorder(order)
-        self._outputs = self._outputs[order]
+        self._outputs = outputs.index_copy(0, rows, self._outputs.to(outputs.dtype))
 
     def _feed(self, tokens: Tensor, features: Tensor, counts: Sequence[int], size: int) -> None:
         """Cache the first `counts[b]` of the pairs [B, n]; keep the last ones' outputs [B, F]."""

@@ -135,9 +135,8 @@ class HFTarget(TargetEnds):
         is_long = reading.num_left * len(prompts) > num_tokens
         num_rows, longest = len(self.lengths) + len(prompts), max(map(len, prompts))
         room = longest + longest // 4  # and some for the answer
-        if is_long and not self._is_bounded and self.cache.make_room(num_rows, room):
-            pass  # instead of a part: it may take as long
-        elif is_long:
+        # Making room may take as long as a part, and comes instead of one.
+        if is_long and (self._is_bounded or not self.cache.make_room(num_rows, room)):
             running, self.cache = self.cache, reading.cache
             self._read(reading, max(1, num_tokens // len(prompts)))
             self.cache = running
