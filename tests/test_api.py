@@ -134,6 +134,7 @@ CALLS = [
     (lambda t: Engine(t, max_rows=1.5), "max_rows is 1.5"),
     (lambda t: Engine(t, max_rows=0), "max_rows is 0"),
     (lambda t: Engine(t, {**MODEL, "width": 2}, rule="block"), "rule 'block' judges chains only"),
+    (lambda t: Engine(t, join_chunk=0), "join_chunk is 0"),
     (lambda t: Engine(t, max_cache_bytes="1"), "max_cache_bytes is '1'"),
     (lambda t: Engine(t).submit("Hi", {"logit_bias": {9999: 1.0}}), "token 9999"),
     (lambda t: Engine(t).submit("Hi", {"bad_words": [[9999]]}), "token 9999"),

@@ -108,7 +108,8 @@ def test_memory_limit_keeps_order_and_tokens(name, seed):
     ]
     longest = max(len(p) + n for p, n in zip(prompts, limits, strict=True))
     max_bytes = int(bytes_of(target, drafter)(1, longest) * rng.choice([1.0, 1.3, 2.2, 3.5]))
-    engine = Engine(target, drafter, max_rows=4, max_cache_bytes=max_bytes)
+    limits_of_joins = {"max_cache_bytes": max_bytes, "join_chunk": (8, 30, 128)[seed]}
+    engine = Engine(target, drafter, max_rows=4, **limits_of_joins)
     ids, begun, num_steps, most = [], [], 0, 0
     while len(ids) < len(prompts) or engine.num_waiting or engine.num_running:
         while len(ids) < len(prompts) and arrivals[len(ids)] <= num_steps:

@@ -122,6 +122,9 @@ class BaseDrafter:
     ) -> None:
         """Start a new batch; see `Drafter`."""
 
+    def catch_up(self) -> None:
+        """Read the prompts that wait for the first draft; see `CatchesUp`."""
+
     def propose(self, root: Tensor, budget: Sequence[int], sampler: Sampler) -> Draft:
         """Draft at most `budget[b]` nodes after `root[b]`; see `Drafter`."""
         raise NotImplementedError(f"{type(self).__name__} must define propose")
@@ -204,6 +207,12 @@ def padded(rows: Sequence[Sequence[Any]], fill: Any) -> list[list[Any]]:
     """Rows of equal length, filled up at the end."""
     width = max(map(len, rows), default=0)
     return [[*row, *[fill] * (width - len(row))] for row in rows]
+
+
+def set_apart(rows: Sequence[int], num_rows: int) -> tuple[Tensor, Tensor]:
+    """Return all other rows, and the order that puts these back from behind them."""
+    others = [row for row in range(num_rows) if row not in rows]
+    return torch.tensor(others), torch.tensor([*others, *rows]).argsort()
 
 
 def in_parts(counts: Sequence[int], size: int) -> Iterator[tuple[slice, list[int]]]:

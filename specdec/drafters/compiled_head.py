@@ -27,7 +27,7 @@ class CompiledHead:
     """
 
     def __init__(self, head: Any, window: int | None, mode: str) -> None:
-        self._head, self._window, self._mode = head, window, mode
+        self._head, self._window, self.mode = head, window, mode
         self._device = next(head.parameters()).device
         self._known_places, self._known_width = self._integers(0, 2), 0
         self._feed = self._compile_feed()
@@ -57,7 +57,7 @@ class CompiledHead:
             outputs [B, w, F] and logits [B, w, D].
         """
         slots = cache.new_slots
-        if self._mode == "graphs":  # few shapes, or else few of them would be met again
+        if self.mode == "graphs":  # few shapes, or else few of them would be met again
             more = bucket(tokens.shape[1]) - tokens.shape[1]
             slots = cache.widen(tokens.shape[1] + more)
             tokens, positions = pad(tokens, (0, more)), pad(positions, (0, more))
@@ -86,7 +86,7 @@ class CompiledHead:
         places = torch.full((batch, 1), -1, device=self._device)
         if num_levels > 1:
             num_seen = cache.open(width * (num_levels - 1))
-            num_seen = seen_slots(cache) if self._mode == "graphs" else num_seen
+            num_seen = seen_slots(cache) if self.mode == "graphs" else num_seen
             slots = torch.arange(num_seen, device=self._device)
             states = cache.states or []
             lengths = cache.device_lengths
@@ -182,7 +182,7 @@ class CompiledHead:
             *self._states(2),
         ]
         inputs, sizes = zip(*given, strict=True)
-        return compile_head(self._head, self._mode, run, inputs, sizes, num_held=2)
+        return compile_head(self._head, self.mode, run, inputs, sizes, num_held=2)
 
     def _compile_leaves(self) -> Callable[..., list[Tensor]]:
         beam: Names = [ROWS, "beam"]
@@ -193,7 +193,7 @@ class CompiledHead:
             (self._integers(4).bool(), [CHILDREN]),
         ]
         inputs, sizes = zip(*given, strict=True)
-        return compile_head(self._head, self._mode, self._candidates, inputs, sizes)
+        return compile_head(self._head, self.mode, self._candidates, inputs, sizes)
 
     def _compile_feed(self) -> Callable[..., list[Tensor]]:
         def run(
@@ -222,7 +222,7 @@ class CompiledHead:
             *self._states(2),
         ]
         inputs, sizes = zip(*given, strict=True)
-        return compile_head(self._head, self._mode, run, inputs, sizes, num_held=2)
+        return compile_head(self._head, self.mode, run, inputs, sizes, num_held=2)
 
     def _run(
         self, tokens: Tensor, features: Tensor, positions: Tensor, mask: Tensor, cache: StepCache

@@ -24,6 +24,7 @@ from specdec.drafters.base import (
     Tokens,
     in_parts,
     padded,
+    set_apart,
 )
 from specdec.drafters.tree_growth import DynamicGrowth
 from specdec.engine.interfaces import Prompts, Target, TargetOutput
@@ -156,11 +157,13 @@ class DraftModel(CachePasser):
     def begin(
         self, prompts: Prompts, output: TargetOutput, sampler: Sampler, *, join: bool = False
     ) -> None:
-        """Cache all but each prompt's root."""
+        """Keep the prompts, which are cached when a draft is asked for."""
         committed = [self._known(prompt) for prompt in prompts]
         self._committed = [*self._committed, *committed] if join else committed
-        limit = self.model.max_context_len
-        self.model.prefill([row[:-1][:limit] for row in committed], join=join)
+        self.model.prefill([[] for _ in prompts], join=join)
+
+    def catch_up(self) -> None:
+        self._cache_new_rows()
 
     def propose(self, root: Tensor, budget: Sequence[int], sampler: Sampler) -> Draft:
         """Draft a chain or a tree, each level one forward of the model."""
@@ -227,6 +230,7 @@ class DraftModel(CachePasser):
 
     def _catch_up(self) -> Tensor:
         """Feed what is committed but not cached, the root last; logits [B, V] after the root."""
+        self._cache_new_rows()
         limit, lengths = self.model.max_context_len, self.model.lengths
         pending = [row[n:limit] for row, n in zip(self._committed, lengths, strict=True)]
         tokens = torch.tensor(padded(pending, 0), device=self.model.device)
@@ -239,6 +243,23 @@ class DraftModel(CachePasser):
             logits = newest
         assert logits is not None
         return self._fit(logits)
+
+    def _cache_new_rows(self) -> None:
+        """Cache all but the root of rows that have not drafted yet, without padding the others."""
+        model, limit = self.model, self.model.max_context_len
+        texts = {
+            row: text[:-1][:limit]
+            for row, text in enumerate(self._committed)
+            if len(text) > 1 and not model.lengths[row]
+        }
+        if texts:
+            others, order = set_apart([*texts], len(self._committed))
+            if len(others):
+                model.reorder(others)
+            else:  # no cache is copied
+                model.reserve(len(texts), model.cache.capacity, join=False)
+            model.prefill([*texts.values()], join=bool(len(others)))
+            model.reorder(order)
 
     def _known(self, tokens: Sequence[int]) -> list[int]:
         """Tokens behind a smaller vocabulary read as its last one: any will do, none is right."""

@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from pydantic import field_validator
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import (
@@ -27,7 +28,7 @@ from transformers.models.llama.modeling_llama import (
 from specdec.common.arguments import require_counts
 from specdec.common.compile import as_target, compile_mode
 from specdec.common.config import Config
-from specdec.drafters.base import DraftShape, ShapeOptions, Tokens, in_parts, padded
+from specdec.drafters.base import DraftShape, ShapeOptions, Tokens, in_parts, set_apart
 from specdec.drafters.compiled_head import CompiledHead
 from specdec.drafters.heads import Head, HeadDrafter, Size, load_head
 from specdec.drafters.training import TrainingBatch, shifted
@@ -45,6 +46,8 @@ CHUNK = 1024
 MAX_PENDING = 256
 # They are fed in parts, which bounds the cache of ragged rows.
 CATCH_UP = 64
+# Tokens of prompts that may wait with their taps: of all rows, as many as 32 have pending entries.
+MAX_UNREAD = 32 * MAX_PENDING
 
 _SHARED = (
     *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
@@ -309,9 +312,12 @@ class FeatureDrafter(HeadDrafter):
         self.cache = SlotCache(1, 1, 1, self.device)
         # Steps that draft nothing only add to it, so that they cost what plain decoding costs.
         self._pending: list[Entries] = []
+        # Tokens [n] and each of the taps [n, H] of every row's prompt; empty once they are fed.
+        self._prompts: list[list[Tensor]] = []
         self._reserved: int | None = None  # slots of the next batch's rows
-        # The head's newest outputs [B, 1, F], and their logits [B, 1, D or V].
-        self._outputs = self._logits = torch.empty(0, device=self.device)
+        # The head's newest outputs [B, 1, F], and their logits where they are known.
+        self._outputs = torch.empty(0, device=self.device)
+        self._logits: Tensor | None = None
         self._compiled: CompiledHead | None = None
         if (mode := compile_mode(compile, self.device)) != "eager":
             self._compiled = CompiledHead(head, window, mode)
@@ -323,33 +329,36 @@ class FeatureDrafter(HeadDrafter):
     def begin(
         self, prompts: Prompts, output: TargetOutput, sampler: Sampler, *, join: bool = False
     ) -> None:
-        """Feed every prompt's pairs of token and feature."""
+        """Keep every prompt's tokens and taps until a draft is asked for."""
 
         def longer(values: Tensor) -> Tensor:
             return torch.cat([values, values.new_zeros(len(prompts), *values.shape[1:])])
 
+        lengths = [len(prompt) - 1 for prompt in prompts]
+        default = max(2 * max(lengths), 128)
+        capacity = default if self._reserved is None else max(*lengths, self._reserved)
+        size = len(prompts), 1, self.head.config.hidden_size
+        outputs = next(self.head.parameters()).new_zeros(size)
+        cache = self._new_cache(len(prompts), capacity, join)
+        self._reserved = self._logits = None
+        if join:
+            self.cache.append(cache)
+            self._outputs = torch.cat([self._outputs, outputs])
+        else:
+            self.cache, self._outputs, self._pending, self._prompts = cache, outputs, [], []
         self._pending = [
             ([longer(value) for value in values], [*counts, *[0] * len(prompts)])
             for values, counts in self._pending
-            if join
         ]
-        running = self.cache if join else None  # or else it must not stay beside the new one
-        before, lengths = (self._outputs, self._logits), [len(prompt) - 1 for prompt in prompts]
-        longest = max(lengths)
-        capacity = max(2 * longest, 128) if self._reserved is None else self._reserved
-        self.cache = SlotCache(1, len(prompts), max(longest, capacity), self.device)
-        self._reserved = None
-        tokens = torch.tensor(padded([prompt[1:] for prompt in prompts], 0), device=self.device)
-        with self.clock.forward():
-            features = self.head.fuse(output.hidden)  # [B, longest, F]
-        self._outputs = features.new_zeros(len(prompts), 1, self.head.config.hidden_size)
-        self._logits = self.head.logits(self._outputs)
-        self._feed(tokens, features, lengths, CHUNK)
-        if running:
-            running.append(self.cache)
-            self.cache = running
-            self._outputs = torch.cat([before[0], self._outputs])
-            self._logits = torch.cat([before[1], self._logits])
+        for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+            tokens = torch.tensor(prompt[1:], device=self.device)
+            taps = (output.hidden[tap][row, :length].clone() for tap in self.taps)
+            self._prompts.append([tokens, *taps])
+        if sum(len(each[0]) for each in self._prompts if each) > MAX_UNREAD:
+            self._feed_prompts()
+
+    def catch_up(self) -> None:
+        self._feed_prompts()
 
     def propose(self, root: Tensor, budget: Sequence[int], sampler: Sampler) -> Draft:
         """Grow a tree behind the root, each level one forward over the beam."""
@@ -364,18 +373,19 @@ class FeatureDrafter(HeadDrafter):
             num_levels = min(self.shape.depth, max(budget))
             growth = DynamicGrowth(self.shape.width, self.max_nodes, num_levels, sampler)
         in_own_vocabulary = sampler.is_plain and self.children == "top"
+        outputs, logits = self._outputs, self._logits  # [B, beam, F] and [B, beam, D or V]
         if self._compiled and in_own_vocabulary and (not self.plan or self.plan.is_chain):
             width = 1 if self.plan else self.shape.width
             with self.clock.forward():
-                levels = self._compiled.grow(
-                    self._outputs, self._logits, self.cache, width, growth.num_levels
-                )
-            growth.take(levels)
+                logits = self.head.logits(outputs) if logits is None else logits
+                shape = width, growth.num_levels
+                growth.take(self._compiled.grow(outputs, logits, self.cache, *shape))
             return growth.draft(budget)
-        outputs, logits = self._outputs, self._logits  # [B, beam, F] and [B, beam, D or V]
         for level in range(growth.num_levels):
-            if level:
-                outputs, logits = self._feed_beam(outputs, growth)
+            with self.clock.forward():
+                if level:
+                    outputs, logits = self._feed_beam(outputs, growth)
+                logits = self.head.logits(outputs) if logits is None else logits
             if in_own_vocabulary:
                 growth.add_level(logits, self.head.token_map)
             else:
@@ -397,12 +407,12 @@ class FeatureDrafter(HeadDrafter):
 
     def reorder(self, rows: Tensor) -> None:
         self.cache.reorder(rows)
-        self._outputs, self._logits = self._outputs[rows], self._logits[rows]
-        kept = rows.tolist()
+        self._outputs, self._logits, kept = self._outputs[rows], None, rows.tolist()
         self._pending = [
             ([value[rows] for value in values], [counts[row] for row in kept])
             for values, counts in self._pending
         ]
+        self._prompts = [self._prompts[row] for row in kept]
 
     @property
     def draft_shape(self) -> DraftShape:
@@ -432,18 +442,18 @@ class FeatureDrafter(HeadDrafter):
         return num_rows * (num_slots + self._num_fed) * size
 
     def reserve(self, num_rows: int, num_slots: int, *, join: bool) -> None:
-        # What joins is cached apart at first, as tightly as it can be.
-        self._reserved = 0 if join else num_slots + self._num_fed
+        num_slots += self._num_fed
         if join:
-            self.cache.resize(num_rows, num_slots + self._num_fed)
+            self.cache.resize(num_rows, num_slots)
         else:
-            self.cache = SlotCache(1, 1, 1, self.device)
+            self._reserved, self.cache = num_slots, SlotCache(1, 1, 1, self.device)
 
     def wipe(self, rows: Sequence[int]) -> None:
         self.cache.wipe(rows)
 
     def _catch_up(self) -> None:
         """Feed what is committed but not cached."""
+        self._feed_prompts()
         if not self._pending:
             return
         (tokens, *taps), counts = merged(self._pending)
@@ -451,6 +461,38 @@ class FeatureDrafter(HeadDrafter):
         with self.clock.forward():
             features = self.head.fuse(dict(zip(self.taps, taps, strict=True)))
         self._feed(tokens, features, counts, CATCH_UP)
+
+    def _feed_prompts(self) -> None:
+        """Feed the prompts that wait, without padding the rows whose prompts were fed before."""
+        new = {row: prompt for row, prompt in enumerate(self._prompts) if prompt}
+        if not new:
+            return
+        lengths = [len(tokens) for tokens, *_ in new.values()]
+        columns = zip(*new.values(), strict=True)
+        tokens, *taps = (pad_sequence(list(rows), batch_first=True) for rows in columns)
+        with self.clock.forward():
+            features = self.head.fuse(dict(zip(self.taps, taps, strict=True)))
+        self._prompts = [[] for _ in self._prompts]
+        running, outputs, rows = self.cache, self._outputs, torch.tensor([*new], device=self.device)
+        others, order = set_apart([*new], len(self._prompts))
+        capacity = max(lengths) if len(others) else max(*lengths, running.capacity)
+        self.cache = self._new_cache(len(new), capacity, len(others) > 0)
+        self._outputs = outputs[rows]
+        self._feed(tokens, features, lengths, CHUNK)
+        if len(others):
+            running.reorder(others)
+            running.append(self.cache)
+            self.cache = running
+        self.cache.reorder(order)
+        self._outputs = outputs.index_copy(0, rows, self._outputs.to(outputs.dtype))
+        self._logits = None
+
+    def _new_cache(self, num_rows: int, num_slots: int, is_apart: bool) -> SlotCache:
+        """Return an empty cache; captured graphs point to the storage of the old one."""
+        if self._compiled and self._compiled.mode == "graphs" and not is_apart:
+            self.cache.restart(num_rows, num_slots)
+            return self.cache
+        return SlotCache(1, num_rows, num_slots, self.device)
 
     def _feed(self, tokens: Tensor, features: Tensor, counts: Sequence[int], size: int) -> None:
         """Cache the first `counts[b]` of the pairs [B, n]; keep the last ones' outputs."""
@@ -462,16 +504,16 @@ class FeatureDrafter(HeadDrafter):
             positions = positions + torch.arange(width, device=self.device)
             mask = self._masks.chain(self.cache, width)
             fed = torch.tensor(left, device=self.device).unsqueeze(1)
-            last = (fed - 1).clamp(min=0)
-            outputs, logits = self._run(new, features[:, columns], positions, mask, last)
+            wanted, shown = (fed - 1).clamp(min=0), features[:, columns]
+            with self.clock.forward():
+                outputs, self._logits = self._run(new, shown, positions, mask, wanted)
             self.cache.extend(left)
             if min(left) == 0:
                 is_fed = (fed > 0).unsqueeze(2)
-                outputs = torch.where(is_fed, outputs, self._outputs)
-                logits = torch.where(is_fed, logits, self._logits)
-            self._outputs, self._logits = outputs, logits
+                outputs, self._logits = torch.where(is_fed, outputs, self._outputs), None
+            self._outputs = outputs
 
-    def _feed_beam(self, outputs: Tensor, growth: Growth) -> tuple[Tensor, Tensor]:
+    def _feed_beam(self, outputs: Tensor, growth: Growth) -> tuple[Tensor, Tensor | None]:
         """One level: the newest beam on its parents' outputs [B, beam before, F]."""
         tokens, visible, levels = growth.newest
         batch, num_new, num_open = visible.shape
@@ -482,24 +524,14 @@ class FeatureDrafter(HeadDrafter):
         # that deep nodes see no fewer than shallow ones, and always their own path.
         places = torch.full_like(levels, -1).expand(batch, -1)
         mask = self._masks.tree(self.cache, visible, places)
-        return self._run(tokens, features, positions, mask)
+        wanted = torch.arange(num_new, device=self.device).expand(batch, -1)
+        return self._run(tokens, features, positions, mask, wanted)
 
     def _run(
-        self,
-        tokens: Tensor,
-        features: Tensor,
-        positions: Tensor,
-        mask: Tensor,
-        wanted: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Run the head on [B, n] pairs; outputs and logits of all, or of the `wanted` [B, w]."""
-        with self.clock.forward():
-            if self._compiled and self.cache.states and tokens.shape[1] <= CATCH_UP:
-                if wanted is None:
-                    wanted = torch.arange(tokens.shape[1], device=self.device)
-                    wanted = wanted.expand(tokens.shape)
-                return self._compiled.feed(tokens, features, positions, mask, wanted, self.cache)
-            outputs = self.head(tokens, features, positions, mask, self.cache)
-            if wanted is not None:
-                outputs = torch.take_along_dim(outputs, wanted.unsqueeze(2), 1)
-            return outputs, self.head.logits(outputs)
+        self, tokens: Tensor, features: Tensor, positions: Tensor, mask: Tensor, wanted: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the head on [B, n] pairs; outputs of the `wanted` [B, w], and compiled, logits."""
+        if self._compiled and self.cache.states and tokens.shape[1] <= CATCH_UP:
+            return self._compiled.feed(tokens, features, positions, mask, wanted, self.cache)
+        outputs = self.head(tokens, features, positions, mask, self.cache)
+        return torch.take_along_dim(outputs, wanted.unsqueeze(2), 1), None

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from specdec.common.arguments import require_counts
 from specdec.drafters.base import CachePasser, ShapeOptions, Tokens
 from specdec.drafters.tree_growth import selected
-from specdec.engine.interfaces import Drafter, HoldsCache, Prompts, TargetOutput
+from specdec.engine.interfaces import CatchesUp, Drafter, HoldsCache, Prompts, TargetOutput
 from specdec.sampling.sampler import Sampler
 from specdec.verify import Draft, Verdict, best_first
 
@@ -164,6 +164,11 @@ class HybridDrafter(CachePasser):
     ) -> None:
         for drafter in self.drafters:
             drafter.begin(prompts, output, sampler, join=join)
+
+    def catch_up(self) -> None:
+        for drafter in self.drafters:
+            if isinstance(drafter, CatchesUp):
+                drafter.catch_up()
 
     def propose(self, root: Tensor, budget: Sequence[int], sampler: Sampler) -> Draft:
         """Ask all of them, and keep the likeliest nodes."""

@@ -11,7 +11,15 @@ from torch.nn.functional import pad
 
 from specdec.common.arguments import fit
 from specdec.engine.draft_length import DraftLength
-from specdec.engine.interfaces import Drafter, HoldsCache, Target, cache_owners, release
+from specdec.engine.interfaces import (
+    CatchesUp,
+    Drafter,
+    HoldsCache,
+    PrefillsInParts,
+    Target,
+    cache_owners,
+    release,
+)
 from specdec.engine.metrics import ForwardClock, StepRecord
 from specdec.engine.request import Request
 from specdec.registry import is_registered
@@ -31,6 +39,7 @@ class Batch:
 
     Attributes:
         rows: the running requests.
+        half_read: requests that wait, of whose prompts a part is cached.
         sampler: their settings and contexts.
         root: [B] int64, the last token of every row.
         num_committed: [B] int64 committed tokens, the counter of each row's randomness.
@@ -60,8 +69,32 @@ class Batch:
                     "one, but has one cache; load it once more for the second place"
                 )
         self.rows: list[Request] = []
+        self.half_read: list[Request] = []
         self._verify_clock = ForwardClock(target.device)
         self._commit_clock = ForwardClock(target.device)
+
+    def prefill_ahead(self, requests: list[Request], num_tokens: int) -> bool:
+        """Cache the next part of prompts that will join the running rows.
+
+        Returns False, and leaves the rest to `admit`, where that is no more than a part, or where
+        no row would wait for it.
+        """
+        target, started = self.target, time.perf_counter()
+        if not self.rows or not isinstance(target, PrefillsInParts):
+            return False
+        cached = [[*row.prompt, *row.tokens[:-1]] for row in requests]
+        if not target.prefill_ahead(cached, self.taps, num_tokens):
+            return False
+        target.clock.take()
+        self.half_read = requests
+        for row in requests:
+            row.started = row.started or started
+        return True
+
+    def _forget_ahead(self) -> None:
+        if self.half_read and isinstance(self.target, PrefillsInParts):
+            self.target.prefill_ahead([], (), 0)
+        self.half_read = []
 
     def admit(self, requests: list[Request]) -> None:
         """Cache the prompts, sample their first tokens and let them join the running rows.
@@ -73,6 +106,7 @@ class Batch:
         joins, device = bool(self.rows), self.target.device
         sampler = self._make_sampler(requests)
         output = self.target.prefill(cached, self.taps, join=joins)
+        self.half_read = []
         num_committed = torch.tensor([len(tokens) for tokens in cached], device=device)
         scores = sampler.scores(output.logits)
         if sampler.is_greedy:
@@ -91,6 +125,8 @@ class Batch:
         if self.drafter:
             begun = [[*before, token] for before, token in zip(cached, tokens, strict=True)]
             self.drafter.begin(begun, output, sampler, join=joins)
+            if self.draft_length is None and isinstance(self.drafter, CatchesUp):
+                self.drafter.catch_up()  # time of the prompt, and not of the first step
             self.drafter.clock.take()
         self.target.clock.take()
         for row, token in zip(requests, tokens, strict=True):
@@ -253,14 +289,18 @@ class Batch:
 
     def clear(self) -> None:
         """Drop all rows; those admitted next begin a new batch, whatever state caches are in."""
+        self._forget_ahead()
         self.rows = []
         release(self.owners, self)
 
     def retire(self) -> None:
         """Let finished rows leave the batch; the last rows move into their places."""
+        if any(row.finish_reason for row in self.half_read):
+            self._forget_ahead()
         stay = [i for i, row in enumerate(self.rows) if not row.finish_reason]
-        if not stay:
-            self.clear()
+        if not stay:  # what is half read stays: it begins the next batch
+            self.rows = []
+            release(self.owners, self)
         if len(stay) == len(self.rows):
             return
         failed = [i for i, row in enumerate(self.rows) if row.error]

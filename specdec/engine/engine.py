@@ -14,12 +14,16 @@ from specdec.engine.batch import Batch
 from specdec.engine.draft_length import DraftLength, Schedule
 from specdec.engine.interfaces import Drafter, HoldsCache, Target, cache_owners, claim, claimed
 from specdec.engine.request import Request, Result
-from specdec.engine.scheduler import CacheLimit, Scheduler
+from specdec.engine.scheduler import CacheLimit, Scheduler, is_out_of_memory
 from specdec.engine.text import Prompt, encode
 from specdec.registry import load_drafter, load_target
 from specdec.sampling.config import SamplingConfig
 from specdec.sampling.penalties import check_tokens
 from specdec.verify import Rule, get_rule
+
+# Where time goes with tokens, on a CPU, so many take a few plain steps and are read as fast as long
+# prompts are; a GPU reads some hundreds in little more time than one.
+JOIN_CHUNK, JOIN_CHUNK_OF_GPU = 128, 512
 
 DraftLengths = DraftLength | Mapping[int, int | None] | int | None
 
@@ -47,6 +51,8 @@ class Engine:
         max_cache_bytes: bound of keys and values between two steps, the target's and the drafter's;
             a request that does not fit waits. While rows join, the new rows and half of the old
             cache stand there twice. None for no bound.
+        join_chunk: tokens of joining prompts that running rows wait for between two steps, padding
+            included; a longer prompt is read in parts of so many. None for 128, on a GPU 512.
         rule: as in `stream`.
         draft_length: as in `stream`.
         check: as in `stream`.
@@ -66,6 +72,7 @@ class Engine:
         *,
         max_rows: int = 16,
         max_cache_bytes: int | None = None,
+        join_chunk: int | None = None,
         rule: str | Rule = "token",
         draft_length: DraftLengths = None,
         check: bool = False,
@@ -76,6 +83,10 @@ class Engine:
         elif drafter is not None:
             _require_members("drafter", drafter, Drafter, "load_drafter, or None")
         _check_combination(target, drafter, max_rows, rule)
+        default = JOIN_CHUNK if target.device.type == "cpu" else JOIN_CHUNK_OF_GPU
+        self._join_chunk = default if join_chunk is None else join_chunk
+        if self._join_chunk < 1:
+            raise ValueError(f"join_chunk is {join_chunk} but must be at least 1, or None")
         self.target, self.drafter = target, drafter
         self._batch = Batch(target, drafter, rule, _resolve_draft_length(draft_length), check)
         self._limit: CacheLimit | None = None
@@ -92,7 +103,7 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that have no row: they have not begun, or were preempted."""
+        """Requests that have no row: not begun, their prompts read in part, or preempted."""
         return len(self._scheduler.waiting)
 
     @property
@@ -142,6 +153,8 @@ class Engine:
     def step(self) -> list[Chunk]:
         """Let requests join if there is room, or else decode one step of all rows.
 
+        A long prompt joins running rows in parts, one a call, with a step of these in between.
+
         Returns:
             A chunk for every row that emitted tokens or ended; `index` is the id. Text that may
             still become a stop string or half a character is held back until it is settled.
@@ -165,9 +178,15 @@ class Engine:
         running = list(self._batch.rows)
         if self.num_waiting and not running:  # rows that run hold the claim
             claim(self._batch.owners, self._batch)
-        joining = self._scheduler.schedule(running)
+        is_bound = bool(running or self._batch.half_read)
+        joining = self._scheduler.schedule(running, self._join_chunk if is_bound else None)
         with self._preempting_on_error(running, joining):
-            if joining:
+            if joining and running and self._limit:
+                self._limit.reserve(running, join=True, apart=joining)
+            if joining and self._batch.prefill_ahead(joining, self._join_chunk):
+                self._scheduler.requeue(joining)
+                joining = []
+            elif joining:
                 if self._limit:
                     self._limit.reserve([*running, *joining], join=bool(running))
                 self._batch.admit(joining)
@@ -199,6 +218,8 @@ class Engine:
         try:
             yield
         except BaseException as error:
+            if is_out_of_memory(error):  # a prompt read in part has its share in it
+                joining = joining or self._batch.half_read
             self._batch.clear()
             self._ended += self._scheduler.preempt(running, joining, error)
             raise

@@ -146,6 +146,26 @@ class HoldsCache(Protocol):
         """Zero rows that may hold NaN."""
 
 
+@runtime_checkable
+class CatchesUp(Protocol):
+    """A drafter that reads a prompt only when it is asked for a draft, or before by this."""
+
+    def catch_up(self) -> None:
+        """Read all prompts now: called where every row will be drafted for."""
+
+
+@runtime_checkable
+class PrefillsInParts(Protocol):
+    """A target that can cache a long prompt in parts, with steps of the running rows in between."""
+
+    def prefill_ahead(self, prompts: Prompts, taps: Sequence[int], num_tokens: int) -> bool:
+        """Cache the next part of prompts that will join; their `prefill` goes on from there.
+
+        A part holds `num_tokens`, padding included. Where no more than that is left to do it does
+        nothing and returns False. Other prompts, or none, replace those begun before.
+        """
+
+
 # Holders of the targets and drafters that decode now. By identity, because one of the user's own
 # need not be hashable. A holder keeps its ids valid, and leaves by itself where it is dropped.
 _HOLDERS: WeakValueDictionary[int, object] = WeakValueDictionary()

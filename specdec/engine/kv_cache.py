@@ -54,9 +54,9 @@ class _Bank:
         for name, like in (("keys", keys), ("values", values)):
             self.put(name, _allocate(like, len(self.layers), num_rows, capacity))
 
-    def resize(self, num_rows: int, capacity: int) -> None:
+    def resize(self, num_rows: int, capacity: int, names: Sequence[str] = ()) -> None:
         """Allocate this many rows and slots anew; only one of keys and values stands twice."""
-        for name in self.states:
+        for name in names or self.states:
             old = self.states[name]
             new = _allocate(old, len(self.layers), num_rows, capacity)
             rows, slots = min(num_rows, old.shape[1]), min(capacity, old.shape[3])
@@ -307,6 +307,23 @@ class SlotCache(Cache):
         self._slots.capacity = num_slots
         for bank in self._banks:
             bank.resize(num_rows, num_slots)
+
+    def make_room(self, num_rows: int, num_slots: int) -> bool:
+        """Resize keys or values, one a call, until so many rows and slots can be appended.
+
+        Returns False, having done nothing, once there is room.
+        """
+        capacity = self.capacity
+        while capacity < num_slots:
+            capacity *= 2
+        for bank in self._banks:
+            for name, states in bank.states.items():
+                rows, slots = max(num_rows, states.shape[1]), max(capacity, states.shape[3])
+                if (rows, slots) != (states.shape[1], states.shape[3]):
+                    bank.resize(rows, slots, [name])
+                    return True
+        self._slots.capacity = capacity
+        return False
 
     def wipe(self, rows: Sequence[int]) -> None:
         """Zero these rows: a masked place still takes part in 0 * value, and 0 * NaN is NaN."""

@@ -29,11 +29,12 @@ class Scheduler:
         self._had_no_room: list[Request] = []
         self._has_just_joined = False
 
-    def schedule(self, running: Sequence[Request]) -> list[Request]:
+    def schedule(self, running: Sequence[Request], chunk: int | None = None) -> list[Request]:
         """Take the requests that join the running ones now off the queue.
 
         After some have joined, the rows that run have a step before others may join: short
-        requests do not hold them up.
+        requests do not hold them up. Several join together only if their prompts, padding
+        included, are within the `chunk` of tokens that running rows wait for.
         """
         joining: list[Request] = []
         if not (self._has_just_joined and running):
@@ -42,6 +43,10 @@ class Scheduler:
             for request in self.waiting[: max(0, max_rows - len(running))]:
                 if self.limit and not self.limit.fits([*running, *joining, request]):
                     break
+                together = [*joining, request]
+                longest = max(len(each.prompt) + len(each.tokens) for each in together)
+                if chunk and joining and len(together) * longest > chunk:
+                    break
                 joining.append(request)
             del self.waiting[: len(joining)]
         self._has_just_joined = bool(joining)
@@ -49,7 +54,7 @@ class Scheduler:
 
     def requeue(self, rows: Sequence[Request]) -> None:
         """Let rows wait again, each in the place that it came to."""
-        self.waiting = sorted([*rows, *self.waiting], key=lambda row: row.index)
+        self.waiting = sorted({*rows, *self.waiting}, key=lambda row: row.index)
 
     def preempt(
         self, running: Sequence[Request], joining: Sequence[Request], error: BaseException
@@ -120,13 +125,19 @@ class CacheLimit:
         """Tell if these rows can run together to their last tokens."""
         return self.bytes_for(*_size(rows)) <= self.max_bytes
 
-    def reserve(self, rows: Sequence[Request], *, join: bool) -> None:
-        """Allocate for these rows, the last of which are about to join; they must fit."""
-        size = _size(rows)
+    def reserve(
+        self, rows: Sequence[Request], *, join: bool, apart: Sequence[Request] = ()
+    ) -> None:
+        """Allocate for these rows, the last of which are about to join; they must fit.
+
+        Prompts that are cached `apart` for now must fit beside them.
+        """
+        size, longest = _size(rows), max((len(row.prompt + row.tokens) for row in apart), default=0)
+        max_bytes = self.max_bytes - self.bytes_for(len(apart), longest)
         if join:
             # What is allocated already stays, unless it is in the way.
             larger = (max(size[0], self._allocated[0]), max(size[1], self._allocated[1]))
-            size = larger if self.bytes_for(*larger) <= self.max_bytes else size
+            size = larger if self.bytes_for(*larger) <= max_bytes else size
         if not join or size != self._allocated:
             for owner, extra in self._owners:
                 owner.reserve(size[0], size[1] + extra, join=join)

@@ -3,6 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +25,22 @@ from specdec.verify.tree import ancestor_mask, node_depths
 # Long prompts are cached in chunks, which bounds the memory of masks and activations.
 PREFILL_CHUNK = 1024
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+@dataclass(eq=False)
+class _Reading:
+    """Prompts on their way into a cache of their own; the first `num_read` columns are there."""
+
+    prompts: list[list[int]]
+    taps: tuple[int, ...]
+    cache: SlotCache
+    logits: Tensor
+    num_read: int = 0
+    hidden: list[dict[int, Tensor]] = field(default_factory=list)
+
+    @property
+    def num_left(self) -> int:
+        return max(map(len, self.prompts), default=0) - self.num_read
 
 
 class TargetEnds:
@@ -77,6 +94,8 @@ class HFTarget(TargetEnds):
         self._cache_name = "cache" if "cache" in arguments else "past_key_values"  # older versions
         self._scored_tree = False
         self._reserved: int | None = None  # slots of the next prefill's rows
+        self._is_bounded = False  # the room of the running rows is given by `reserve`
+        self._ahead: _Reading | None = None
         self._places = torch.empty(1, 0, dtype=torch.long, device=self.device)
         self.cache = self._empty_cache()
         self._compiled: CompiledLM | None = None
@@ -134,46 +153,74 @@ class HFTarget(TargetEnds):
         mean nothing. With `join` the prompts become the last rows of the running batch.
         """
         running = self.cache if join else None  # or else it must not stay beside the new one
-        lengths = [len(prompt) for prompt in prompts]
-        longest = max(lengths)
-        capacity = max(2 * longest, 128) if self._reserved is None else max(longest, self._reserved)
-        num_layers, plan = self.config.num_hidden_layers, self._layout[0]
-        if self.compile_mode == "graphs" and not join and self.cache.num_bytes:
-            self.cache.restart(len(prompts), capacity)  # captured graphs point there
-        else:
-            self.cache = SlotCache(num_layers, len(prompts), capacity, self.device, plan)
+        longest = max(map(len, prompts))
+        reading, self._ahead = self._begun(prompts, taps), None
+        if not join:
+            self._is_bounded = self._reserved is not None
+            default = max(2 * longest, 128)
+            capacity = default if self._reserved is None else max(longest, self._reserved)
+            if self.compile_mode == "graphs" and self.cache.num_bytes and not reading.num_read:
+                self.cache.restart(len(prompts), capacity)  # captured graphs point there
+                reading.cache = self.cache
+            else:
+                reading.cache.resize(len(prompts), capacity)
+        self.cache = reading.cache  # what joins is cached apart at first, as tightly as it can be
         self._reserved = None
-        output = self._cache_prompts(prompts, lengths, taps)
-        self.cache.rollback(lengths)
+        while reading.num_left:
+            self._read(reading, PREFILL_CHUNK)
+        self.cache.rollback([len(prompt) for prompt in prompts])
         if running:
             running.append(self.cache)
             self.cache = running
-        return output
+        taps = taps if reading.hidden else ()
+        hidden = {tap: torch.cat([part[tap] for part in reading.hidden], 1) for tap in taps}
+        return TargetOutput(reading.logits, hidden)
 
-    def _cache_prompts(
-        self, prompts: Prompts, lengths: Sequence[int], taps: Sequence[int]
-    ) -> TargetOutput:
-        """Feed prompts in chunks of columns; every row, padding included, is written for now."""
-        batch, longest = len(prompts), max(lengths)
-        rows = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
+    def prefill_ahead(self, prompts: Prompts, taps: Sequence[int], num_tokens: int) -> bool:
+        """Cache the next part of prompts that will join, beside the running batch."""
+        if not prompts:
+            self._ahead = None
+            return False
+        reading, self._ahead = self._begun(prompts, taps), None  # forgotten where this fails
+        is_long = reading.num_left * len(prompts) > num_tokens
+        num_rows, longest = len(self.lengths) + len(prompts), max(map(len, prompts))
+        room = longest + longest // 4  # and some for the answer
+        # Making room may take as long as a part, and comes instead of one.
+        if is_long and (self._is_bounded or not self.cache.make_room(num_rows, room)):
+            running, self.cache = self.cache, reading.cache
+            self._read(reading, max(1, num_tokens // len(prompts)))
+            self.cache = running
+        self._ahead = reading
+        return is_long
+
+    def _begun(self, prompts: Prompts, taps: Sequence[int]) -> _Reading:
+        """Return what has been read ahead of these prompts, or a new beginning."""
+        given, begun = [list(prompt) for prompt in prompts], self._ahead
+        if begun is not None and (begun.prompts, begun.taps) == (given, tuple(taps)):
+            return begun
+        self._ahead = None  # its memory is free before there is more
+        longest, num_layers = max(map(len, given)), self.config.num_hidden_layers
+        cache = SlotCache(num_layers, len(given), longest, self.device, self._layout[0])
+        logits = torch.zeros(len(given), 1, self.vocab_size, device=self.device)
+        return _Reading(given, tuple(taps), cache, logits)
+
+    def _read(self, reading: _Reading, num_columns: int) -> None:
+        """Feed the next columns of prompts; every row, padding included, is written for now."""
+        start = reading.num_read
+        end = start + min(num_columns, reading.num_left)
+        lengths = [len(prompt) for prompt in reading.prompts]
+        rows = [[*row[start:end], *[0] * (end - max(start, len(row)))] for row in reading.prompts]
         tokens = torch.tensor(rows, dtype=torch.long, device=self.device)
-        logits = torch.zeros(batch, 1, self.vocab_size, device=self.device)
-        hidden = []
-        for start in range(0, longest, PREFILL_CHUNK):
-            chunk = tokens[:, start : start + PREFILL_CHUNK]
-            end = start + chunk.shape[1]
-            ending = [row for row, length in enumerate(lengths) if start < length <= end]
-            wanted = sorted({lengths[row] - 1 - start for row in ending}) or [0]
-            out = self._forward_chain(chunk, taps, torch.tensor(wanted, device=self.device))
-            self.cache.extend([chunk.shape[1]] * batch)
-            hidden.append(out.hidden)
-            if start == 0:
-                logits = torch.zeros_like(out.logits[:, :1])
-            for row in ending:
-                logits[row, 0] = out.logits[row, wanted.index(lengths[row] - 1 - start)]
-        if longest == 0:
-            return TargetOutput(logits)
-        return TargetOutput(logits, {tap: torch.cat([h[tap] for h in hidden], 1) for tap in taps})
+        ending = [row for row, length in enumerate(lengths) if start < length <= end]
+        wanted = sorted({lengths[row] - 1 - start for row in ending}) or [0]
+        out = self._forward_chain(tokens, reading.taps, torch.tensor(wanted, device=self.device))
+        self.cache.extend([end - start] * len(rows))
+        reading.num_read = end
+        reading.hidden.append(out.hidden)
+        if start == 0:
+            reading.logits = torch.zeros_like(out.logits[:, :1])
+        for row in ending:
+            reading.logits[row, 0] = out.logits[row, wanted.index(lengths[row] - 1 - start)]
 
     def _empty_cache(self) -> SlotCache:
         return SlotCache(self.config.num_hidden_layers, 1, 1, self.device)
@@ -190,17 +237,17 @@ class HFTarget(TargetEnds):
 
     @property
     def cache_bytes(self) -> int:
-        return self.cache.num_bytes
+        return self.cache.num_bytes + (self._ahead.cache.num_bytes if self._ahead else 0)
 
     def bytes_for(self, num_rows: int, num_slots: int) -> int:
         return num_rows * num_slots * self._layout[1]
 
     def reserve(self, num_rows: int, num_slots: int, *, join: bool) -> None:
-        # What joins is cached apart at first, as tightly as it can be.
-        self._reserved = 0 if join else num_slots
         if join:
             self.cache.resize(num_rows, num_slots)
-        else:
+            return
+        self._reserved = num_slots
+        if self.compile_mode != "graphs":  # which keep the storage that they point to
             self.cache = self._empty_cache()
 
     def wipe(self, rows: Sequence[int]) -> None:

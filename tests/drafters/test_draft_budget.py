@@ -8,6 +8,8 @@ from tiny_heads import tiny_head
 from tiny_models import tiny_target
 
 from specdec import generate
+from specdec.drafters import feature_head
+from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.eagle3 import Eagle3Drafter
 from specdec.drafters.feature_head import merged
 from specdec.drafters.medusa import MedusaDrafter
@@ -25,13 +27,35 @@ def eagle3(target, **shape):
     return Eagle3Drafter(head, target.vocab_size, TreeShape(**shape)), fed
 
 
-def test_no_budget_costs_no_forward_but_the_prompts():
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11], [4] * 9]
+
+
+def test_no_budget_costs_no_forward():
     target = tiny_target()
     drafter, fed = eagle3(target)
-    prompts = [[5, 6, 7], [8, 9, 10, 11], [4] * 9]
+    draft_model = DraftModel(tiny_target(), target.vocab_size)
+    draft_model.model.model.register_forward_hook(lambda *_: fed.append("draft model"))
     lengths = {"max_new_tokens": [6, 30, 20], "draft_length": Schedule({1: 0})}
-    generate(target, drafter, prompts, batch_size=2, **lengths)
-    assert fed == [[2, 4], [1, 9]]  # the third prompt, which joins, is fed alone
+    for each in (drafter, draft_model):
+        generate(target, each, PROMPTS, batch_size=2, **lengths)
+    assert fed == []
+
+
+def test_prompts_of_late_drafts_are_fed_apart():
+    target = tiny_target()
+    drafter, fed = eagle3(target, width=1, depth=1)
+    lengths = {"max_new_tokens": [6, 30, 20], "draft_length": Schedule({1: 1})}
+    generate(target, drafter, PROMPTS, batch_size=2, **lengths)
+    assert [shape for shape in fed if shape[1] > 2] == [[2, 4], [1, 9]]
+
+
+def test_taps_of_prompts_wait_within_bounds(monkeypatch):
+    monkeypatch.setattr(feature_head, "MAX_UNREAD", 12)
+    target = tiny_target()
+    drafter, fed = eagle3(target)
+    lengths = {"max_new_tokens": [6, 30, 20], "draft_length": Schedule({1: 0})}
+    generate(target, drafter, PROMPTS, batch_size=2, **lengths)
+    assert fed == [[2, 9]]  # the second and the third wait together, which is too much
 
 
 @pytest.mark.parametrize(("nodes", "forwards"), [(1, 1), (2, 2), (4, 4), (9, 5)])
