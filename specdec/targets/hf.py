@@ -50,6 +50,8 @@ class HFTarget(TargetEnds):
     """
 
     capabilities = Capabilities()
+    compile_mode = "eager"
+    compile_s = 0.0
 
     def __init__(self, model: Any, tokenizer: Any = None) -> None:
         head = getattr(model, "get_output_embeddings", None)

@@ -21,6 +21,7 @@ from specdec.targets.hf import HFTarget, TargetEnds
 
 QUANTIZATIONS = ("8bit", "4bit")
 CACHE_MODES = ("FP16", "Q8", "Q6", "Q4")
+COMPILE = (False, True, "graphs", "auto")
 ENGINES = {
     "exllamav2": "specdec.targets.exllamav2:ExLlamaV2Target",
     "exllamav3": "specdec.targets.exllamav3:ExLlamaV3Target",
@@ -47,6 +48,7 @@ def load_target(
     engine: str | None = None,
     cache_mode: str | None = None,
     cache_tokens: int | None = None,
+    compile: bool | str = False,
 ) -> Any:
     """Load any transformers causal LM, from safetensors only, or a folder into another engine.
 
@@ -64,6 +66,7 @@ def load_target(
             among others; chains only. None for transformers.
         cache_mode: "FP16", "Q8", "Q6" or "Q4": keys and values of such an engine. None: FP16.
         cache_tokens: tokens of all rows together that it caches. None: 32,768.
+        compile: True (Inductor), "graphs" (CUDA graphs), or "auto": graphs on CUDA, off on a CPU.
 
     Returns:
         An `HFTarget`, or the `Target` of the engine.
@@ -77,8 +80,10 @@ def load_target(
     """
     import transformers
 
+    if compile not in COMPILE:
+        raise ValueError(f"compile is {compile!r} but must be one of {COMPILE}")
     if engine or cache_mode or cache_tokens:
-        own = (dtype, device, device_map, quantization, revision, trust_remote_code)
+        own = (dtype, device, device_map, quantization, revision, trust_remote_code, compile)
         return _load_engine(path, engine, cache_mode or "FP16", cache_tokens, any(own))
     where = check_path(path)
     chosen = find_device(device)
