@@ -63,6 +63,16 @@ class Group:
     def requests(self) -> list[Request]:
         return [request for call in self.calls for request in call]
 
+    def longest_batches(self, rows: int) -> dict[int, int]:
+        """The most tokens of a padded batch and its answers, by the size of the batch."""
+        found: dict[int, int] = {}
+        for call in self.calls:
+            for first in range(0, len(call), rows):
+                batch = call[first : first + rows]
+                tokens = max(each.num_tokens for each in batch) + batch[0].max_new_tokens
+                found[len(batch)] = max(tokens, found.get(len(batch), 0))
+        return found
+
 
 def fingerprint_of(value: object) -> str:
     text = json.dumps(value, sort_keys=True, default=str)

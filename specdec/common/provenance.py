@@ -36,6 +36,21 @@ class MachineProvenance(CodeProvenance):
     load_average: float
     dtype: str
     quantized: bool
+    omp_wait_policy: str | None = None
+    compile_mode: str = "eager"
+    compiler: str | None = None
+    compile_s: float | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        """Facts that a reader has to know before any time of this machine."""
+        found = waits_passively(self.device, self.threads, self.omp_wait_policy)
+        if self.compile_mode != "eager":
+            by = f"{self.compile_mode}, {self.compiler or 'no C++ compiler'}"
+            found.append(
+                f"compiled ({by}); {self.compile_s or 0:.0f} s of compilation are in no timed call"
+            )
+        return found
 
 
 def code(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
@@ -56,6 +71,26 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def waits_passively(device: str, threads: int, policy: str | None) -> list[str]:
+    """Warn of threads that sleep between the parallel parts of a forward."""
+    if device != "cpu" or threads < 2 or (policy or "").strip().lower() != "passive":
+        return []
+    return [
+        "OMP_WAIT_POLICY is passive: on a CPU a forward of two tokens or more takes about twice as "
+        "long, which slows drafting and verification more than plain decoding; unset it"
+    ]
+
+
+def _compiler() -> str | None:
+    """First line of what the C++ compiler says of its version."""
+    try:
+        command = [*os.environ.get("CXX", "g++").split(), "--version"]
+        found = subprocess.run(command, capture_output=True, timeout=10, text=True, check=True)
+        return found.stdout.partition("\n")[0]
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
 def _git(*arguments: str) -> str | None:
     """Output of git in the checkout that holds the package; None for an installed wheel."""
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -71,6 +106,8 @@ def machine(target: Any) -> dict[str, Any]:
     device, info = target.device, Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     cpus = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    mode = getattr(target, "compile_mode", "eager")  # other engines have none
+    is_compiled = mode != "eager"
     return {
         **code(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
@@ -80,4 +117,8 @@ def machine(target: Any) -> dict[str, Any]:
         "load_average": os.getloadavg()[0],
         "dtype": str(target.model.dtype).removeprefix("torch."),
         "quantized": bool(getattr(target.model, "is_quantized", False)),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "compile_mode": mode,
+        "compiler": _compiler() if is_compiled else None,
+        "compile_s": target.compile_s if is_compiled else None,
     }

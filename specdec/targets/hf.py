@@ -68,7 +68,7 @@ class HFTarget(TargetEnds):
         self._masks = Masks(self.config, self.device, mask_dtype)
         self._taps = TapReader(model, self.config.num_hidden_layers)
         arguments = inspect.signature(model.forward).parameters
-        self._cache_name = "cache" if "cache" in arguments else "past_key_values"  # older versions
+        self.cache_name = "cache" if "cache" in arguments else "past_key_values"  # older versions
         self._scored_tree = False
         self._reserved: int | None = None  # slots of the next prefill's rows
         self._places = torch.empty(1, 0, dtype=torch.long, device=self.device)
@@ -252,7 +252,7 @@ class HFTarget(TargetEnds):
                 use_cache=True,
                 logits_to_keep=keep,
                 output_hidden_states=output_hidden_states,
-                **{self._cache_name: self.cache},
+                **{self.cache_name: self.cache},
             )
 
         with torch.no_grad(), self.clock.forward():
