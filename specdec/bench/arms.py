@@ -15,6 +15,7 @@ from transformers import CompileConfig, GenerationConfig, StaticCache
 from specdec.bench.config import SINGLE_PROMPT_TYPES, ArmConfig, RunConfig, SamplingOptions
 from specdec.bench.measure import Arm, Requests, Run, serve
 from specdec.common.files import first_line, read_json
+from specdec.common.provenance import compile_mode
 from specdec.engine.draft_length import DraftLength, OnlineController, Schedule
 from specdec.engine.engine import Engine
 from specdec.engine.interfaces import Drafter
@@ -57,9 +58,9 @@ def build_arm(
 
 def _compile_mode(arm: ArmConfig, target: HFTarget) -> str:
     """The target's mode, or where that is eager, the one of a drafter that is compiled alone."""
-    own = arm.options.get("compile")
-    mode = "inductor" if own is True else "graphs" if own == "graphs" else "eager"
-    return mode if target.compile_mode == "eager" else target.compile_mode
+    own, mode = arm.options.get("compile"), compile_mode(target)
+    alone = "inductor" if own is True else "graphs" if own == "graphs" else "eager"
+    return alone if mode == "eager" else mode
 
 
 def load_draft_length(arm: ArmConfig, drafter: Drafter, target: HFTarget) -> DraftLength | None:
@@ -75,6 +76,8 @@ def load_draft_length(arm: ArmConfig, drafter: Drafter, target: HFTarget) -> Dra
         planned = dict(plan.get("target", {}))  # a plan written by hand may leave out both
         if "configurations" in plan:
             planned["drafter"] = plan["configurations"][0]["type"]
+        if "provenance" in plan:
+            planned["compile_mode"] = plan["provenance"].get("compile_mode", "eager")
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(
             f"draft_length.plan {str(path)!r} holds no controller.step_s; give a plan.json that "
@@ -85,6 +88,7 @@ def load_draft_length(arm: ArmConfig, drafter: Drafter, target: HFTarget) -> Dra
         "vocab_size": target.vocab_size,
         "num_layers": target.config.num_hidden_layers,
         "hidden_size": target.config.hidden_size,
+        "compile_mode": compile_mode(target),
     }
     for key, given in ours.items():
         if planned.get(key, given) != given:

@@ -21,7 +21,7 @@ from specdec.bench.workloads import Group, Progress, Request, fingerprint_of, ma
 from specdec.checkpoints.identity import TARGET, as_json, check_resumed, identify_target
 from specdec.common.config import Config
 from specdec.common.files import Journal
-from specdec.common.provenance import machine
+from specdec.common.provenance import compile_mode, machine
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
 
@@ -59,7 +59,7 @@ def run_bench(
         def show(text: str) -> None:
             progress(len(store.done), len(turns), text)
 
-        is_compiled = target.compile_mode != "eager"
+        is_compiled = compile_mode(target) != "eager"
         kept: dict[str, Arm] = {}
         if missing:
             batches = {}  # whose shapes are compiled, and in a bench are known before

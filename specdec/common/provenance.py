@@ -101,12 +101,16 @@ def _git(*arguments: str) -> str | None:
         return None
 
 
+def compile_mode(target: Any) -> str:
+    return getattr(target, "compile_mode", "eager")  # other engines have none
+
+
 def machine(target: Any) -> dict[str, Any]:
     """Command, commit, versions, machine and time of a measurement with an `HFTarget`."""
     device, info = target.device, Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     cpus = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    mode = getattr(target, "compile_mode", "eager")  # other engines have none
+    mode = compile_mode(target)
     is_compiled = mode != "eager"
     return {
         **code(),

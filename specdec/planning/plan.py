@@ -46,7 +46,7 @@ def run_plan(
     _, ids = prompt_ids(config, target, progress)
     provenance = BenchProvenance(**provenance_of(config, fingerprint_of(ids), target))
     drafters = families(config.arms, target)
-    kept = ("device", "cpu", "threads", "dtype", "quantized")
+    kept = ("device", "cpu", "threads", "dtype", "quantized", "compile_mode")
     identity = {
         "plan": provenance.config_fingerprint,
         "quick": quick,
@@ -60,6 +60,8 @@ def run_plan(
         predictor = Predictor(target, texts, sampling, config.seed, config.rule)
         measured = Measurements(predictor, QUICK if quick else FULL, journal, progress)
         chosen = _choose(config, drafters, measured)
+    if provenance.compile_mode != "eager":
+        provenance.compile_s = target.compile_s  # until now
     plan = Plan(provenance=provenance, target=known, **chosen)
     head = (
         f"# The choice of specdec plan: {plan.choice.name}, predicted to be "
