@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +24,14 @@ from specdec.registry import load_drafter
 from specdec.targets.hf import HFTarget
 
 
-def build_arms(
-    config: RunConfig, target: HFTarget, cache_lens: Mapping[int, int] | None = None
-) -> dict[str, Arm]:
+def build_arms(config: RunConfig, target: HFTarget) -> dict[str, Arm]:
     """Build every arm afresh, so that nothing it saw before helps it."""
-    return {arm.name: build_arm(arm, target, config, cache_lens) for arm in config.all_arms}
+    return {arm.name: build_arm(arm, target, config) for arm in config.all_arms}
 
 
-def build_arm(
-    arm: ArmConfig,
-    target: HFTarget,
-    config: RunConfig,
-    cache_lens: Mapping[int, int] | None = None,
-) -> Arm:
+def build_arm(arm: ArmConfig, target: HFTarget, config: RunConfig) -> Arm:
     """Build one arm; errors as in `load_drafter`, and for what it cannot do with this rule."""
-    if arm.type == "hf_generate":
-        return HFArm(config, target, {}, cache_lens)
-    if arm.type in SINGLE_PROMPT_TYPES:
+    if arm.type in ("hf_generate", *SINGLE_PROMPT_TYPES):
         return HFArm(config, target, _hf_options(arm, target))
     drafter = None
     if arm.type != "plain":
@@ -186,13 +177,15 @@ class HFArm:
             reached.append((input_ids.shape[1] - width, time.perf_counter()))
             return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
-        options = dict(self._options)
+        options, limit = dict(self._options), nullcontext()
         if cache is not None:
             cache.reset()
             fastest = CompileConfig(dynamic=False)
             fastest._compile_all_devices = True  # type: ignore[assignment] # or a CPU runs eagerly
             options |= {target.cache_name: cache, "compile_config": fastest}
-        with _lent(target.model, eos, self._compiled), torch.random.fork_rng():
+            # A sweep has more shapes than torch compiles before it goes on eagerly.
+            limit = torch._dynamo.config.patch(recompile_limit=256)
+        with limit, _lent(target.model, eos, self._compiled), torch.random.fork_rng():
             torch.manual_seed(batch[0].seed)
             started = time.perf_counter()
             out = target.model.generate(
@@ -225,9 +218,7 @@ def _lent(model: Any, eos: Sequence[int], compiled: dict[str, Any]) -> Iterator[
     before = dict(state)
     state |= {"generation_config": own, **compiled}
     try:
-        # A sweep has more shapes than torch compiles by default before it runs eagerly.
-        with torch._dynamo.config.patch(recompile_limit=256):
-            yield
+        yield
     finally:
         compiled |= {key: state[key] for key in _COMPILED if key in state}
         state.clear()
@@ -235,7 +226,9 @@ def _lent(model: Any, eos: Sequence[int], compiled: dict[str, Any]) -> Iterator[
 
 
 def _hf_options(arm: ArmConfig, target: HFTarget) -> dict[str, Any]:
-    """Options of `generate` for assisted generation, which has a constant draft length."""
+    """Options of `generate` for an arm; assisted generation has a constant draft length."""
+    if arm.type == "hf_generate":
+        return {}
     if arm.type == "hf_prompt_lookup":
         return {"prompt_lookup_num_tokens": 8, **arm.options}
     known = {"path": "demo", "num_draft_tokens": 5}

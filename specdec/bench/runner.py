@@ -59,16 +59,14 @@ def run_bench(
         def show(text: str) -> None:
             progress(len(store.done), len(turns), text)
 
-        is_compiled = compile_mode(target) != "eager"
         kept: dict[str, Arm] = {}
         if missing:
-            batches = {}  # whose shapes are compiled, and in a bench are known before
+            is_compiled, batches = compile_mode(target) != "eager", {config.rows: 0}
             if is_compiled and isinstance(config, BenchConfig):
                 batches = groups[0].longest_batches(config.rows)
-            arms = build_arms(config, target, batches)
-            warm_up(arms, groups, batches or [config.rows], show)
-            # transformers' arms remember no prompt, and what they compiled is not timed.
-            kept = {name: arm for name, arm in arms.items() if isinstance(arm, HFArm)}
+                # It remembers no prompt, and must not compile again.
+                kept["hf_generate"] = HFArm(config, target, {}, batches)
+            warm_up(build_arms(config, target) | kept, groups, batches, show)
             if is_compiled:
                 store.note(compile_s=target.compile_s)
         meter = PowerMeter(target.device)

@@ -35,6 +35,7 @@ CHANGES = [
     ("device", ("provenance.cpu_count", 64), "2", "64"),
     ("threads", ("provenance.threads", 8), "2", "8"),
     ("processes", ("provenance.processes", 2), "1", "2"),
+    ("compile_mode", ("provenance.compile_mode", "inductor"), "eager", "inductor"),
 ]
 
 

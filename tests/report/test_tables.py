@@ -144,4 +144,5 @@ def test_table_gives_values_and_intervals_as_data():
         "caption": "c",
         "columns": [{"key": key, "title": title} for key, title in titles.items()],
         "rows": [{"a": 0.123, "a_ci": [0.1, 0.2], "b.c": 0.5, "d": None}],
+        "alarms": [],
     }
