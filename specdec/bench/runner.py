@@ -63,7 +63,7 @@ def run_bench(
         if missing:
             is_compiled, batches = compile_mode(target) != "eager", {config.rows: 0}
             if is_compiled and isinstance(config, BenchConfig):
-                batches = groups[0].longest_batches(config.rows)
+                batches = groups[0].batches(config.rows)
                 # It remembers no prompt, and must not compile again.
                 kept["hf_generate"] = HFArm(config, target, {}, batches)
             warm_up(build_arms(config, target) | kept, groups, batches, show)

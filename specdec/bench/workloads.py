@@ -63,15 +63,17 @@ class Group:
     def requests(self) -> list[Request]:
         return [request for call in self.calls for request in call]
 
-    def longest_batches(self, rows: int) -> dict[int, int]:
-        """The most tokens of a padded batch and its answers, by the size of the batch."""
-        found: dict[int, int] = {}
-        for call in self.calls:
-            for first in range(0, len(call), rows):
-                batch = call[first : first + rows]
-                tokens = max(each.num_tokens for each in batch) + batch[0].max_new_tokens
-                found[len(batch)] = max(tokens, found.get(len(batch), 0))
-        return found
+    def batches(self, rows: int) -> dict[int, int]:
+        """Sizes of the batches of all calls, each with the most tokens of any, answer included."""
+        longest = [
+            max(each.num_tokens for each in call) + call[0].max_new_tokens for call in self.calls
+        ]
+        sizes = (
+            min(rows, len(call) - first)
+            for call in self.calls
+            for first in range(0, len(call), rows)
+        )
+        return dict.fromkeys(sizes, max(longest))
 
 
 def fingerprint_of(value: object) -> str:

@@ -156,7 +156,7 @@ class Table(Config):
         note = ["in brackets: 95 % intervals"] if has_interval else []
         caption = Text("\n".join([*self.legend, *note]), "table.caption")
         for alarm in self.alarms:
-            caption.append(f"\n{alarm}", "bold red")
+            caption.append(f"\n{alarm}", "bold not dim red")
         table = RichTable(
             title=self.caption,
             caption=caption,
