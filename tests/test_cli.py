@@ -92,7 +92,7 @@ def test_waiting_threads_are_told_once(bench, monkeypatch, name):
     ("arguments", "message"),
     [
         (["generate", "--prompt", "x", "--target", "./nothing"], "is not a folder"),
-        (["generate", "--prompt", "x", "--compile", "yes"], "compile is 'yes' but must be one of"),
+        (["generate", "--prompt", "x", "--compile", "yes"], "compile is 'yes' but must be"),
         (["bench", "demo", "target.compile=no one"], "target.compile is 'no one' but must be"),
         (["generate", "--prompt", "x", "--drafter", "{"], "must be a name or a JSON object"),
         (["generate"], "--prompt"),

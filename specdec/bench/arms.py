@@ -14,8 +14,8 @@ from transformers import CompileConfig, GenerationConfig, StaticCache
 
 from specdec.bench.config import SINGLE_PROMPT_TYPES, ArmConfig, RunConfig, SamplingOptions
 from specdec.bench.measure import Arm, Requests, Run, serve
+from specdec.common.compile import as_target, compile_mode
 from specdec.common.files import first_line, read_json
-from specdec.common.provenance import compile_mode
 from specdec.engine.draft_length import DraftLength, OnlineController, Schedule
 from specdec.engine.engine import Engine
 from specdec.engine.interfaces import Drafter
@@ -43,15 +43,15 @@ def build_arm(arm: ArmConfig, target: HFTarget, config: RunConfig) -> Arm:
         max_cache_bytes=getattr(config, "max_cache_bytes", None),
         rule=config.rule,
         draft_length=drafter and load_draft_length(arm, drafter, target),
-        compile_mode=_compile_mode(arm, target),
+        compile_mode=mode_of(target, arm),
     )
 
 
-def _compile_mode(arm: ArmConfig, target: HFTarget) -> str:
-    """The target's mode, or where that is eager, the one of a drafter that is compiled alone."""
-    own, mode = arm.options.get("compile"), compile_mode(target)
-    alone = "inductor" if own is True else "graphs" if own == "graphs" else "eager"
-    return alone if mode == "eager" else mode
+def mode_of(target: HFTarget, arm: ArmConfig | None = None) -> str:
+    """The target's compile mode, or where that is eager, that of an arm's drafter."""
+    mode = compile_mode(as_target(None, target), target.device)
+    own = arm.options.get("compile") if arm and mode == "eager" else None
+    return compile_mode(own, target.device) if own else mode
 
 
 def load_draft_length(arm: ArmConfig, drafter: Drafter, target: HFTarget) -> DraftLength | None:
@@ -79,7 +79,7 @@ def load_draft_length(arm: ArmConfig, drafter: Drafter, target: HFTarget) -> Dra
         "vocab_size": target.vocab_size,
         "num_layers": target.config.num_hidden_layers,
         "hidden_size": target.config.hidden_size,
-        "compile_mode": compile_mode(target),
+        "compile_mode": mode_of(target),
     }
     for key, given in ours.items():
         if planned.get(key, given) != given:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import TypeAdapter
 
-from specdec.bench.arms import HFArm, build_arms
+from specdec.bench.arms import HFArm, build_arms, mode_of
 from specdec.bench.config import BenchConfig, RunConfig
 from specdec.bench.log import log_results
 from specdec.bench.measure import PROMPT_ERRORS, Arm, Call, PowerMeter, measure_call
@@ -19,9 +19,10 @@ from specdec.bench.results import BenchResults, SuiteResults
 from specdec.bench.summary import faster_than_tau, places, summarize
 from specdec.bench.workloads import Group, Progress, Request, fingerprint_of, make_groups
 from specdec.checkpoints.identity import TARGET, as_json, check_resumed, identify_target
+from specdec.common.compile import compile_s
 from specdec.common.config import Config
 from specdec.common.files import Journal
-from specdec.common.provenance import compile_mode, machine
+from specdec.common.provenance import machine
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
 
@@ -61,14 +62,14 @@ def run_bench(
 
         kept: dict[str, Arm] = {}
         if missing:
-            is_compiled, batches = compile_mode(target) != "eager", {config.rows: 0}
+            is_compiled, batches = mode_of(target) != "eager", {config.rows: 0}
             if is_compiled and isinstance(config, BenchConfig):
                 batches = groups[0].batches(config.rows)
                 # It remembers no prompt, and must not compile again.
                 kept["hf_generate"] = HFArm(config, target, {}, batches)
             warm_up(build_arms(config, target) | kept, groups, batches, show)
             if is_compiled:
-                store.note(compile_s=target.compile_s)
+                store.note(compile_s=compile_s())
         meter = PowerMeter(target.device)
         for (repeat, group), together in groupby(missing, lambda turn: (turn[0].repeat, turn[1])):
             # Nothing that one group left behind helps the next.

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
+from specdec.common.compile import compile_s, compiler
+
 PACKAGES = ("specdec", "torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy")
 
 
@@ -81,16 +83,6 @@ def waits_passively(device: str, threads: int, policy: str | None) -> list[str]:
     ]
 
 
-def _compiler() -> str | None:
-    """First line of what the C++ compiler says of its version."""
-    try:
-        command = [*os.environ.get("CXX", "g++").split(), "--version"]
-        found = subprocess.run(command, capture_output=True, timeout=10, text=True, check=True)
-        return found.stdout.partition("\n")[0]
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
 def _git(*arguments: str) -> str | None:
     """Output of git in the checkout that holds the package; None for an installed wheel."""
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -101,17 +93,12 @@ def _git(*arguments: str) -> str | None:
         return None
 
 
-def compile_mode(target: Any) -> str:
-    return getattr(target, "compile_mode", "eager")  # other engines have none
-
-
 def machine(target: Any) -> dict[str, Any]:
     """Command, commit, versions, machine and time of a measurement with an `HFTarget`."""
     device, info = target.device, Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     cpus = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    mode = compile_mode(target)
-    is_compiled = mode != "eager"
+    mode = getattr(target, "compile_mode", "eager")  # other engines have none
     return {
         **code(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
@@ -123,6 +110,6 @@ def machine(target: Any) -> dict[str, Any]:
         "quantized": bool(getattr(target.model, "is_quantized", False)),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "compile_mode": mode,
-        "compiler": _compiler() if is_compiled else None,
-        "compile_s": target.compile_s if is_compiled else None,
+        "compiler": None if mode == "eager" else compiler(),
+        "compile_s": None if mode == "eager" else compile_s(),
     }

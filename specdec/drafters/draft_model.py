@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from specdec.common.arguments import require_counts
+from specdec.common.compile import as_target
 from specdec.common.files import read_json
 from specdec.common.hub import find_checkpoint
 from specdec.demo import demo_path
@@ -114,6 +115,7 @@ class DraftModel(CachePasser):
         dtype: Any = None,
         device: Any = None,
         quantization: str | None = None,
+        compile: bool | str | None = None,
         num_draft_tokens: int = 5,
         width: int = 1,
         max_nodes: int | None = None,
@@ -127,12 +129,15 @@ class DraftModel(CachePasser):
             path: "demo", a folder or a hub id.
             adapter: folder or hub id of a LoRA adapter; merged, unless the model is quantized.
             quantization: "8bit", "4bit" or None.
+            compile: as in `load_target`; None for the target's own mode.
         """
+        compile = as_target(compile, target)
         model = load_target(
             str(demo_path("draft")) if path == "demo" else path,
             dtype=dtype,
             device=target.device if device is None else device,
             quantization=quantization,
+            compile=adapter is None and compile,
         )
         for name, weight in model.model.named_parameters():
             if weight.is_floating_point() and not weight.isfinite().all():
@@ -143,7 +148,7 @@ class DraftModel(CachePasser):
             adapted = load_adapter(model.model, adapter)
             # Merged into a few bits, much of a small adapter would be rounded away.
             merged = adapted.get_base_model() if quantization else adapted.merge_and_unload()
-            model = HFTarget(merged.eval(), model.tokenizer)
+            model = HFTarget(merged.eval(), model.tokenizer, compile)
         check_same_tokenizer(model.tokenizer, target.tokenizer, path)
         shape = num_draft_tokens, width, max_nodes, confidence_threshold
         return cls(model, target.vocab_size, *shape)

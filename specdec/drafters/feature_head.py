@@ -25,8 +25,10 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from specdec.common.arguments import require_counts
+from specdec.common.compile import as_target, compile_mode
 from specdec.common.config import Config
 from specdec.drafters.base import DraftShape, ShapeOptions, Tokens, in_parts, padded
+from specdec.drafters.compiled_head import CompiledHead
 from specdec.drafters.heads import Head, HeadDrafter, Size, load_head
 from specdec.drafters.training import TrainingBatch, shifted
 from specdec.drafters.tree_growth import DynamicGrowth, Growth, StaticGrowth, TreeShape
@@ -280,18 +282,25 @@ class FeatureDrafter(HeadDrafter):
         choices: Sequence[Sequence[int]] | None = None,
         children: str = "top",
         window: int | None = None,
+        compile: bool | str | None = None,
         force: bool = False,
     ) -> Self:
         """Load a head for a target; options from depth to children are those of `TreeShape`.
 
-        `path` and `force` are those of `load_head`.
+        `path` and `force` are those of `load_head`; `compile` is that of `load_target`, None for
+        the target's own.
         """
         shape = TreeShape(depth, width, max_nodes, choices, children)
         head, _ = load_head(cls.kind, target, path, force=force)
-        return cls(head, target.vocab_size, shape, window)
+        return cls(head, target.vocab_size, shape, window, as_target(compile, target))
 
     def __init__(
-        self, head: FeatureHead, vocab_size: int, shape: TreeShape, window: int | None = None
+        self,
+        head: FeatureHead,
+        vocab_size: int,
+        shape: TreeShape,
+        window: int | None = None,
+        compile: bool | str = False,
     ) -> None:
         require_counts(2**30, window=window)
         super().__init__(head, vocab_size, shape)
@@ -301,7 +310,12 @@ class FeatureDrafter(HeadDrafter):
         # Steps that draft nothing only add to it, so that they cost what plain decoding costs.
         self._pending: list[Entries] = []
         self._reserved: int | None = None  # slots of the next batch's rows
-        self._outputs = torch.empty(0, device=self.device)  # [B, F]
+        # The head's newest outputs [B, 1, F], and their logits [B, 1, D or V].
+        self._outputs = self._logits = torch.empty(0, device=self.device)
+        self._compiled: CompiledHead | None = None
+        if compile_mode(compile, self.device) == "inductor":
+            self._compiled = CompiledHead(head, window)
+            self._masks.may_be_none = False
         # Entries that stand behind the committed ones at most.
         tree = self.plan.num_nodes if self.plan else shape.width * shape.depth
         self._num_fed = max(CATCH_UP, tree)
@@ -320,7 +334,7 @@ class FeatureDrafter(HeadDrafter):
             if join
         ]
         running = self.cache if join else None  # or else it must not stay beside the new one
-        outputs, lengths = self._outputs, [len(prompt) - 1 for prompt in prompts]
+        before, lengths = (self._outputs, self._logits), [len(prompt) - 1 for prompt in prompts]
         longest = max(lengths)
         capacity = max(2 * longest, 128) if self._reserved is None else self._reserved
         self.cache = SlotCache(1, len(prompts), max(longest, capacity), self.device)
@@ -328,11 +342,14 @@ class FeatureDrafter(HeadDrafter):
         tokens = torch.tensor(padded([prompt[1:] for prompt in prompts], 0), device=self.device)
         with self.clock.forward():
             features = self.head.fuse(output.hidden)  # [B, longest, F]
-        self._outputs = features.new_zeros(len(prompts), self.head.config.hidden_size)
+        self._outputs = features.new_zeros(len(prompts), 1, self.head.config.hidden_size)
+        self._logits = self.head.logits(self._outputs)
         self._feed(tokens, features, lengths, CHUNK)
         if running:
             running.append(self.cache)
-            self.cache, self._outputs = running, torch.cat([outputs, self._outputs])
+            self.cache = running
+            self._outputs = torch.cat([before[0], self._outputs])
+            self._logits = torch.cat([before[1], self._logits])
 
     def propose(self, root: Tensor, budget: Sequence[int], sampler: Sampler) -> Draft:
         """Grow a tree behind the root, each level one forward over the beam."""
@@ -347,12 +364,18 @@ class FeatureDrafter(HeadDrafter):
             num_levels = min(self.shape.depth, max(budget))
             growth = DynamicGrowth(self.shape.width, self.max_nodes, num_levels, sampler)
         in_own_vocabulary = sampler.is_plain and self.children == "top"
-        outputs = self._outputs.unsqueeze(1)  # [B, beam, F]
-        for level in range(growth.num_levels):
+        if self._compiled and in_own_vocabulary and (not self.plan or self.plan.is_chain):
+            width = 1 if self.plan else self.shape.width
             with self.clock.forward():
-                if level:
-                    outputs = self._feed_beam(outputs, growth)
-                logits = self.head.logits(outputs)
+                levels = self._compiled.grow(
+                    self._outputs, self._logits, self.cache, width, growth.num_levels
+                )
+            growth.take(levels)
+            return growth.draft(budget)
+        outputs, logits = self._outputs, self._logits  # [B, beam, F] and [B, beam, D or V]
+        for level in range(growth.num_levels):
+            if level:
+                outputs, logits = self._feed_beam(outputs, growth)
             if in_own_vocabulary:
                 growth.add_level(logits, self.head.token_map)
             else:
@@ -374,7 +397,8 @@ class FeatureDrafter(HeadDrafter):
 
     def reorder(self, rows: Tensor) -> None:
         self.cache.reorder(rows)
-        self._outputs, kept = self._outputs[rows], rows.tolist()
+        self._outputs, self._logits = self._outputs[rows], self._logits[rows]
+        kept = rows.tolist()
         self._pending = [
             ([value[rows] for value in values], [counts[row] for row in kept])
             for values, counts in self._pending
@@ -429,22 +453,25 @@ class FeatureDrafter(HeadDrafter):
         self._feed(tokens, features, counts, CATCH_UP)
 
     def _feed(self, tokens: Tensor, features: Tensor, counts: Sequence[int], size: int) -> None:
-        """Cache the first `counts[b]` of the pairs [B, n]; keep the last ones' outputs [B, F]."""
+        """Cache the first `counts[b]` of the pairs [B, n]; keep the last ones' outputs."""
         for columns, left in in_parts(counts, size):
             new = tokens[:, columns]
             width = new.shape[1]
             self.cache.open(width)
-            offsets = torch.arange(width, device=self.device)
-            positions = self.cache.device_lengths.unsqueeze(1) + offsets
+            positions = self.cache.device_lengths.unsqueeze(1)
+            positions = positions + torch.arange(width, device=self.device)
             mask = self._masks.chain(self.cache, width)
-            with self.clock.forward():
-                outputs = self.head(new, features[:, columns], positions, mask, self.cache)
+            fed = torch.tensor(left, device=self.device).unsqueeze(1)
+            last = (fed - 1).clamp(min=0)
+            outputs, logits = self._run(new, features[:, columns], positions, mask, last)
             self.cache.extend(left)
-            fed = torch.tensor(left, device=self.device)
-            last = outputs[torch.arange(len(left), device=self.device), (fed - 1).clamp(min=0)]
-            self._outputs = torch.where((fed > 0).unsqueeze(1), last, self._outputs)
+            if min(left) == 0:
+                is_fed = (fed > 0).unsqueeze(2)
+                outputs = torch.where(is_fed, outputs, self._outputs)
+                logits = torch.where(is_fed, logits, self._logits)
+            self._outputs, self._logits = outputs, logits
 
-    def _feed_beam(self, outputs: Tensor, growth: Growth) -> Tensor:
+    def _feed_beam(self, outputs: Tensor, growth: Growth) -> tuple[Tensor, Tensor]:
         """One level: the newest beam on its parents' outputs [B, beam before, F]."""
         tokens, visible, levels = growth.newest
         batch, num_new, num_open = visible.shape
@@ -455,4 +482,28 @@ class FeatureDrafter(HeadDrafter):
         # that deep nodes see no fewer than shallow ones, and always their own path.
         places = torch.full_like(levels, -1).expand(batch, -1)
         mask = self._masks.tree(self.cache, visible, places)
-        return self.head(tokens, features, positions, mask, self.cache)
+        return self._run(tokens, features, positions, mask)
+
+    def _run(
+        self,
+        tokens: Tensor,
+        features: Tensor,
+        positions: Tensor,
+        mask: Tensor,
+        wanted: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the head on [B, n] pairs; outputs and logits of all, or of the `wanted` [B, w]."""
+        with self.clock.forward():
+            states = self.cache.states
+            if self._compiled and states and tokens.shape[1] <= CATCH_UP:
+                if wanted is None:
+                    wanted = torch.arange(tokens.shape[1], device=self.device)
+                    wanted = wanted.expand(tokens.shape)
+                slots = self.cache.new_slots
+                return self._compiled.feed(
+                    tokens, features, positions, mask, slots, wanted, *states[0]
+                )
+            outputs = self.head(tokens, features, positions, mask, self.cache)
+            if wanted is not None:
+                outputs = torch.take_along_dim(outputs, wanted.unsqueeze(2), 1)
+            return outputs, self.head.logits(outputs)

@@ -1,6 +1,6 @@
 """Draft heads: what a trainable module says of itself, how it is built, loaded and drafted with."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Annotated, Any, ClassVar
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from specdec.checkpoints import HeadCheckpoint, check_target, identify_target, read_head
 from specdec.checkpoints.head import construct, take_tensors
+from specdec.common.compile import CannotCompileError, compile_bound
 from specdec.common.config import Config, validated
 from specdec.demo import demo_path
 from specdec.drafters.base import BaseDrafter, FixedShape
@@ -141,6 +142,23 @@ def load_head(
         head = build_head(kind, checkpoint.options, target)
     fill_head(head, checkpoint.tensors, path)
     return head.to(dtype or target.model.dtype).eval(), checkpoint
+
+
+def compile_head(
+    head: Head,
+    function: Callable[..., list[Tensor]],
+    inputs: Sequence[Tensor],
+    sizes: Sequence[Sequence[str | None]],
+) -> Callable[..., list[Tensor]]:
+    """Compile a function that reads a head; see `compile_bound`."""
+    modules = [head, *(part for part in head._target_parts if part is not None)]
+    try:
+        with torch.no_grad():
+            return compile_bound(modules, function, inputs, sizes)
+    except CannotCompileError as error:
+        raise CannotCompileError(
+            f"{type(head).__name__} cannot be compiled: {error}; give its drafter compile=False"
+        ) from error
 
 
 class HeadDrafter(BaseDrafter):

@@ -3,7 +3,7 @@
 Source: Medusa, arXiv 2401.10774.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -11,9 +11,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad, silu
 
+from specdec.common.compile import ROWS, as_target, compile_mode
 from specdec.common.config import Config
 from specdec.drafters.base import ShapeOptions, Tokens
-from specdec.drafters.heads import Head, HeadDrafter, Layer, Size, load_head
+from specdec.drafters.heads import Head, HeadDrafter, Layer, Size, compile_head, load_head
 from specdec.drafters.training import LossOutput, TrainingBatch, shifted
 from specdec.drafters.tree_growth import StaticGrowth, StaticPlan, TreeShape, guessed_acceptance
 from specdec.engine.interfaces import Prompts, TargetOutput
@@ -158,6 +159,7 @@ class MedusaDrafter(HeadDrafter):
         choices: Sequence[Sequence[int]] | None = None,
         acceptance: Sequence[Sequence[float]] | None = None,
         children: str = "top",
+        compile: bool | str | None = None,
         force: bool = False,
     ) -> Self:
         """Load heads for a target, with the tree that is given, comes with them, or is best.
@@ -171,6 +173,7 @@ class MedusaDrafter(HeadDrafter):
             acceptance: [depth][rank] that the computed tree is best for, see `best_static_tree`;
                 None for what was measured when the heads were trained.
             children: see `TreeShape`.
+            compile: as in `load_target`; None for the target's own mode.
             force: take heads that were trained for another target of the same shape.
         """
         heads, checkpoint = load_head(cls.kind, target, path, force=force)
@@ -183,9 +186,12 @@ class MedusaDrafter(HeadDrafter):
                 acceptance = guessed_acceptance(heads.max_depth, 8)
             ranks = [row[: target.vocab_size] for row in acceptance]
             choices = best_static_tree(ranks, 24 if max_nodes is None else max_nodes)
-        return cls(heads, target.vocab_size, TreeShape(choices=choices, children=children))
+        shape = TreeShape(choices=choices, children=children)
+        return cls(heads, target.vocab_size, shape, as_target(compile, target))
 
-    def __init__(self, head: MedusaHeads, vocab_size: int, shape: TreeShape) -> None:
+    def __init__(
+        self, head: MedusaHeads, vocab_size: int, shape: TreeShape, compile: bool | str = False
+    ) -> None:
         super().__init__(head, vocab_size, shape)
         depth, num_heads = self.plan.tree.depth, head.options.num_heads
         if depth > num_heads:
@@ -195,6 +201,10 @@ class MedusaDrafter(HeadDrafter):
             )
         self._feature = torch.empty(0, device=self.device)  # [B, H] where the root was sampled
         self._num_committed = torch.empty(0, dtype=torch.long, device=self.device)  # [B]
+        self._compiled: Callable[..., list[Tensor]] | None = None
+        if compile_mode(compile, self.device) == "inductor":
+            example = next(head.parameters()).new_zeros(2, head.options.hidden_size)
+            self._compiled = compile_head(head, lambda h: [head(h)], [example], [[ROWS, None]])
 
     def begin(
         self, prompts: Prompts, output: TargetOutput, sampler: Sampler, *, join: bool = False
@@ -211,7 +221,10 @@ class MedusaDrafter(HeadDrafter):
             return Draft.empty(len(root), root.device)
         growth = StaticGrowth(self.plan, self.children, max(budget), sampler, self._num_committed)
         with self.clock.forward():
-            logits = self.head(self._feature, growth.num_levels)  # [B, levels, V]
+            if self._compiled:
+                (logits,) = self._compiled(self._feature)  # [B, levels, V]
+            else:
+                logits = self.head(self._feature, growth.num_levels)
         for level in range(growth.num_levels):
             beam = growth.origin.shape[1] if level else 1
             growth.add_level(logits[:, level : level + 1].expand(-1, beam, -1))

@@ -8,6 +8,7 @@ pruned after its tokens are seen is no longer drawn from the q it reports.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,6 +77,14 @@ class TreeShape:
                 f"use ranks below {vocab_size}"
             )
         return tree
+
+
+class Candidates(NamedTuple):
+    """One level of a tree before it is cut to its budget."""
+
+    tokens: Tensor  # [B, candidates]
+    scores: Tensor  # [B, candidates] log-probabilities of the paths down to them
+    parents: Tensor  # [B, candidates] among all candidates, -1 for the root
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,6 +204,11 @@ class StaticGrowth:
         self._probs.append(drawn_from[:, level.parent_places, level.ranks])
         return drawn[:, level.parent_places, level.ranks]
 
+    def take(self, levels: list[Candidates]) -> None:
+        """Take the levels of a chain as they were grown elsewhere."""
+        self._tokens, self._confidence = ([level[i] for level in levels] for i in (0, 1))
+        self.level = len(levels)
+
     @property
     def newest(self) -> tuple[Tensor, Tensor, Tensor]:
         """The nodes of the newest level that have children; see `DynamicGrowth.newest`."""
@@ -265,8 +279,7 @@ class DynamicGrowth:
     def __init__(self, width: int, max_nodes: int, num_levels: int, sampler: Sampler) -> None:
         self._width, self.max_nodes, self.sampler = width, max_nodes, sampler
         self.level, self.num_levels = 0, num_levels
-        # [B, candidates] of each level: tokens, log-probabilities, parents among all candidates.
-        self._pool: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._pool: list[Candidates] = []  # of each level
         # [B, beam] of each level: tokens, parents among all expanded nodes, and which of these each
         # one sees; then its places among all candidates, and its log-probabilities.
         self._beams: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
@@ -290,7 +303,7 @@ class DynamicGrowth:
             parents = places.repeat_interleave(width, 1)
         totals = totals.flatten(1)  # [B, beam * width]
         num_before = sum(part[0].shape[1] for part in self._pool)
-        self._pool.append((tokens, totals, parents))
+        self._pool.append(Candidates(tokens, totals, parents))
         self.level += 1
         if self.level == self.num_levels:
             return
@@ -303,6 +316,10 @@ class DynamicGrowth:
             above = torch.take_along_dim(seen, self.origin.unsqueeze(2), 1)
             visible = torch.cat([above, visible], 2)
         self._beams.append((tokens, parents, visible, num_before + best.indices, best.values))
+
+    def take(self, levels: list[Candidates]) -> None:
+        """Take all levels as they were grown elsewhere."""
+        self._pool, self.level = levels, len(levels)
 
     @property
     def newest(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,6 +24,7 @@ class _Slots:
     start: int = 0  # of every row, where all are equal
     end: int = 0  # one past the last slot that any row uses
     index: Tensor | None = None  # [B, n] slots of ragged rows
+    views: list[tuple[Tensor, Tensor]] | None = None  # see `SlotCache.states`
 
 
 class _Bank:
@@ -45,7 +46,7 @@ class _Bank:
         for layer, own in zip(self.layers, states, strict=True):
             setattr(layer, name, own)
             # No longer needed there; and what holds each other is not freed at once.
-            layer.is_initialized, layer.bank = True, None
+            layer.is_initialized, layer.bank, layer.slots.views = True, None, None
 
     def allocate(self, keys: Tensor, values: Tensor, num_rows: int, capacity: int) -> None:
         """Make room, for states [..., heads, any length, head_dim] like these."""
@@ -74,13 +75,13 @@ class _SlotLayer(CacheLayerMixin):
 
     def __init__(self, slots: _Slots, bank: _Bank) -> None:
         super().__init__()
-        self._slots = slots
+        self.slots = slots
         self.bank: _Bank | None = bank
         bank.layers.append(self)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         assert self.bank is not None
-        num_rows, capacity = self._slots.num_rows, self._slots.capacity
+        num_rows, capacity = self.slots.num_rows, self.slots.capacity
         self.bank.allocate(key_states, value_states, num_rows, capacity)
 
     def update(
@@ -92,7 +93,7 @@ class _SlotLayer(CacheLayerMixin):
 
     def _write(self, stored: Tensor, new: Tensor) -> Tensor:
         """Write new states to their slots; returns all that attention may see."""
-        slots = self._slots
+        slots = self.slots
         seen = stored.narrow(0, 0, slots.num_rows).narrow(2, 0, slots.end)
         if slots.index is None:
             seen.narrow(2, slots.start, slots.end - slots.start).copy_(new)
@@ -102,10 +103,10 @@ class _SlotLayer(CacheLayerMixin):
         return seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._slots.end, 0
+        return self.slots.end, 0
 
     def get_seq_length(self, *args: Any) -> int:
-        return self._slots.start  # asked for before the new tokens are written
+        return self.slots.start  # asked for before the new tokens are written
 
     def get_max_length(self) -> int:
         return -1
@@ -171,6 +172,29 @@ class SlotCache(Cache):
             for layer in self._slot_layers
         ]
 
+    @property
+    def states(self) -> list[tuple[Tensor, Tensor]] | None:
+        """Keys and values [B, heads, capacity, head_dim] of every layer; None until all have some.
+
+        The live rows of the storage itself: they stand until rows come or go, or it grows.
+        """
+        slots = self._slots
+        if slots.views is None and all(layer.is_initialized for layer in self._slot_layers):
+            slots.views = [
+                (layer.keys[: slots.num_rows], layer.values[: slots.num_rows])
+                for layer in self._slot_layers
+            ]
+        return slots.views
+
+    @property
+    def new_slots(self) -> Tensor:
+        """Slots [B, n] int64 of the tokens that the cache was opened for."""
+        slots = self._slots
+        if slots.index is None:
+            new = torch.arange(slots.start, slots.end, device=self.device)
+            return new.expand(slots.num_rows, -1)
+        return slots.index
+
     def _states(self) -> Iterator[Tensor]:
         for bank in self._banks:
             yield from bank.states.values()
@@ -228,7 +252,7 @@ class SlotCache(Cache):
     def append(self, other: "SlotCache") -> None:
         """Take the rows of another cache behind one's own; no copy of one's own where they fit."""
         first, num_slots = len(self.lengths), max(other.lengths)
-        self._slots.num_rows = first + len(other.lengths)
+        self._slots.num_rows, self._slots.views = first + len(other.lengths), None
         self._grow(num_slots)
         for bank, joining in zip(self._banks, other._banks, strict=True):
             if joining.states and not bank.states:  # rows without a token held no keys yet
@@ -248,7 +272,7 @@ class SlotCache(Cache):
             for states in self._states():
                 live, (to, source) = states[:, :, :, :end], moved.to(states.device)
                 live[:, to] = live[:, source]  # all reads before all writes
-        self._slots.num_rows = len(kept)
+        self._slots.num_rows, self._slots.views = len(kept), None
         self._set_lengths([self.lengths[row] for row in kept])
 
     def resize(self, num_rows: int, num_slots: int) -> None:

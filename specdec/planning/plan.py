@@ -15,6 +15,7 @@ from specdec.bench.results import BenchProvenance
 from specdec.bench.runner import provenance_of
 from specdec.bench.workloads import Progress, fingerprint_of
 from specdec.checkpoints.identity import TARGET, as_json, check_resumed, identify_target
+from specdec.common.compile import compile_s
 from specdec.common.files import Journal, replace_file
 from specdec.engine.scheduler import is_out_of_memory
 from specdec.planning.candidates import Family, families
@@ -61,7 +62,7 @@ def run_plan(
         measured = Measurements(predictor, QUICK if quick else FULL, journal, progress)
         chosen = _choose(config, drafters, measured)
     if provenance.compile_mode != "eager":
-        provenance.compile_s = target.compile_s  # until now
+        provenance.compile_s = compile_s()  # until now
     plan = Plan(provenance=provenance, target=known, **chosen)
     head = (
         f"# The choice of specdec plan: {plan.choice.name}, predicted to be "

@@ -69,6 +69,7 @@ class Masks:
         if self._layer_types and "sliding_attention" not in self._layer_types:
             self.window = 0
         self._causal = torch.ones(0, 0, dtype=torch.bool, device=device)
+        self.may_be_none = True  # compiled code takes a mask in any case
 
     def chain(self, cache: SlotCache, num_new: int) -> Any:
         """Mask `num_new` tokens a row, each behind the one before; None where all is seen."""
@@ -76,7 +77,7 @@ class Masks:
         # At the edge itself nothing is out of sight yet, but transformers would make its own mask.
         is_windowed = 0 < self.window <= end
         if cache.is_uniform and not is_windowed:
-            if num_new == 1:
+            if num_new == 1 and self.may_be_none:
                 return None
             shared = self._tril(end)[end - num_new : end, :end]
             return self._by_layer(shared.expand(len(cache.lengths), 1, -1, -1))

@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from specdec.common.compile import CannotCompileError, compile_mode, compile_s
 from specdec.engine.interfaces import Capabilities, Prompts, TargetOutput
 from specdec.engine.kv_cache import SlotCache
 from specdec.engine.metrics import ForwardClock
 from specdec.targets.attention import Masks
+from specdec.targets.compiled import CompiledLM, Forward, States
 from specdec.targets.probe import check_target
 from specdec.targets.taps import TapReader
 from specdec.verify import Draft, Verdict
@@ -42,18 +44,22 @@ class HFTarget(TargetEnds):
     Args:
         model: the causal LM, in eval mode, on its device.
         tokenizer: its tokenizer, or None for token ids only.
+        compile: as in `load_target`.
+
+    Attributes:
+        compile_mode: "eager", "inductor" or "graphs".
+        compile_s: seconds of compiling it, or of loading what was compiled before.
 
     Raises:
         TypeError: something other than a causal LM.
         ValueError: an encoder-decoder, or layers with a recurrent state, which a rejected token
-            would have changed for good.
+            would have changed for good; a mode that the device does not have.
+        RuntimeError: it cannot be compiled, and `compile` asks for it.
     """
 
     capabilities = Capabilities()
-    compile_mode = "eager"
-    compile_s = 0.0
 
-    def __init__(self, model: Any, tokenizer: Any = None) -> None:
+    def __init__(self, model: Any, tokenizer: Any = None, compile: bool | str = False) -> None:
         head = getattr(model, "get_output_embeddings", None)
         if isinstance(model, type) or head is None or head() is None:
             raise TypeError(
@@ -73,9 +79,42 @@ class HFTarget(TargetEnds):
         self._reserved: int | None = None  # slots of the next prefill's rows
         self._places = torch.empty(1, 0, dtype=torch.long, device=self.device)
         self.cache = self._empty_cache()
+        self._compiled: CompiledLM | None = None
+        self.compile_mode, before = "eager", compile_s()
         check_target(self)
+        if (mode := compile_mode(compile, self.device)) != "eager":
+            self._compile(mode)
+            check_target(self)  # the compiled code
+        self.compile_s = compile_s() - before
         self.clock.take()
         self.cache = self._empty_cache()
+
+    def _compile(self, mode: str) -> None:
+        try:
+            if not self._taps.layers:
+                raise CannotCompileError("its layers cannot be told from other modules")
+            with torch.no_grad():
+                self._compiled = CompiledLM(
+                    self.model, self._taps.layers, self._arguments, self._examples()
+                )
+        except CannotCompileError as error:
+            name = type(self.model).__name__
+            raise CannotCompileError(
+                f"{name} cannot be compiled: {error}; load it with compile=False"
+            ) from error
+        self.compile_mode, self._masks.may_be_none = mode, False
+
+    def _examples(self) -> Iterator[tuple[Forward, States]]:
+        """Open two caches for forwards whose sizes all differ."""
+        for lengths, width, num_slots in (((5, 3), 4, 16), ((9, 7, 2), 6, 32)):
+            self._reserved = num_slots
+            self.prefill([[0] * length for length in lengths])
+            tokens = torch.zeros(len(lengths), width, dtype=torch.long, device=self.device)
+            self.cache.open(width)
+            mask = self._masks.chain(self.cache, width)
+            places = self.cache.new_slots
+            assert self.cache.states is not None
+            yield Forward(tokens, self._clamp(places), mask, places), self.cache.states
 
     @property
     def lengths(self) -> list[int]:
@@ -244,20 +283,31 @@ class HFTarget(TargetEnds):
     def _forward(
         self, tokens: Tensor, positions: Tensor, mask: Any, taps: Sequence[int], keep: int | Tensor
     ) -> TargetOutput:
-        def forward(output_hidden_states: bool) -> Any:
+        forward = Forward(tokens, positions, mask, self.cache.new_slots)
+
+        def run(output_hidden_states: bool) -> Any:
             return self.model(
-                input_ids=tokens,
-                attention_mask=mask,
-                position_ids=positions,
-                use_cache=True,
+                **self._arguments(forward),
                 logits_to_keep=keep,
                 output_hidden_states=output_hidden_states,
-                **{self.cache_name: self.cache},
             )
 
         with torch.no_grad(), self.clock.forward():
-            out, hidden = self._taps.run(forward, taps)
+            states = self.cache.states if self._compiled and isinstance(keep, int) else None
+            if self._compiled and states:
+                logits, hidden_states = self._compiled(forward, states)
+                return TargetOutput(logits, {tap: hidden_states[tap] for tap in taps})
+            out, hidden = self._taps.run(run, taps)
         return TargetOutput(out.logits, hidden)
+
+    def _arguments(self, forward: Forward) -> dict[str, Any]:
+        return {
+            "input_ids": forward.tokens,
+            "attention_mask": forward.mask,
+            "position_ids": forward.positions,
+            "use_cache": True,
+            self.cache_name: self.cache,
+        }
 
 
 def max_context_len(config: Any) -> int:

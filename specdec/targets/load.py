@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from specdec.checkpoints.folder import CONFIG, unreadable
 from specdec.common.arguments import checked, require_counts
+from specdec.common.compile import CannotCompileError, compile_mode
 from specdec.common.files import first_line, read_json
 from specdec.common.hub import find_checkpoint
 from specdec.demo import demo_path
@@ -21,7 +22,6 @@ from specdec.targets.hf import HFTarget, TargetEnds
 
 QUANTIZATIONS = ("8bit", "4bit")
 CACHE_MODES = ("FP16", "Q8", "Q6", "Q4")
-COMPILE = (False, True, "graphs", "auto")
 ENGINES = {
     "exllamav2": "specdec.targets.exllamav2:ExLlamaV2Target",
     "exllamav3": "specdec.targets.exllamav3:ExLlamaV3Target",
@@ -45,10 +45,10 @@ def load_target(
     quantization: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    compile: bool | str = False,
     engine: str | None = None,
     cache_mode: str | None = None,
     cache_tokens: int | None = None,
-    compile: bool | str = False,
 ) -> Any:
     """Load any transformers causal LM, from safetensors only, or a folder into another engine.
 
@@ -62,31 +62,33 @@ def load_target(
             needs none.
         revision: revision of a hub id.
         trust_remote_code: run Python code that the checkpoint brings. Off unless asked for.
+        compile: True for code compiled by Inductor, which needs a C++ compiler and some ten seconds
+            once for each kind of layer (kept in TORCHINDUCTOR_CACHE_DIR); "graphs" for CUDA graphs;
+            "auto" for graphs on CUDA and nothing on a CPU; False for none.
         engine: "exllamav2" or "exllamav3", with CUDA, for a folder that it reads, EXL2 or EXL3
             among others; chains only. None for transformers.
         cache_mode: "FP16", "Q8", "Q6" or "Q4": keys and values of such an engine. None: FP16.
         cache_tokens: tokens of all rows together that it caches. None: 32,768.
-        compile: True (Inductor), "graphs" (CUDA graphs), or "auto": graphs on CUDA, off on a CPU.
 
     Returns:
         An `HFTarget`, or the `Target` of the engine.
 
     Raises:
         FileNotFoundError: no such folder or hub id.
-        RuntimeError: the engine cannot be imported or run here.
+        RuntimeError: the engine cannot be imported or run here, or `compile` asks for what cannot
+            be compiled here.
         ValueError: an option that cannot work here, or files that do not hold the model that their
             config describes: corrupt, or with missing, unexpected or misshapen tensors.
         MemoryError: the weights do not fit.
     """
     import transformers
 
-    if compile not in COMPILE:
-        raise ValueError(f"compile is {compile!r} but must be one of {COMPILE}")
     if engine or cache_mode or cache_tokens:
         own = (dtype, device, device_map, quantization, revision, trust_remote_code, compile)
         return _load_engine(path, engine, cache_mode or "FP16", cache_tokens, any(own))
     where = check_path(path)
     chosen = find_device(device)
+    compile_mode(compile, chosen)
     options: dict[str, Any] = {
         "dtype": find_dtype(dtype, chosen),
         "use_safetensors": True,
@@ -113,8 +115,8 @@ def load_target(
             for module in model.modules():
                 if hasattr(module, "support_avx512bf16_for_cpu"):
                     module.support_avx512bf16_for_cpu = False
-        target = HFTarget(model.eval())
-    except IncompleteCheckpointError:
+        target = HFTarget(model.eval(), compile=compile)
+    except (IncompleteCheckpointError, CannotCompileError):
         raise
     except Exception as error:
         raise _explained(where, error, chosen) from error

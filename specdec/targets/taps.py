@@ -29,7 +29,7 @@ class TapReader:
         found = [m for m in children if isinstance(m, nn.ModuleList) and len(m) == num_layers]
         # Untrusted where layers cannot be told from other lists of modules.
         self._is_trusted = len(found) == 1
-        self._layers: Any = found and found[0]
+        self.layers: Any = found[0] if self._is_trusted else None
         self._hooked: set[int] = set()
         self._proven: set[int] = set()
         self._seen: dict[int, Tensor] | None = None  # while a forward is watched
@@ -78,7 +78,7 @@ class TapReader:
         if tap == self._num_layers:
             self._decoder.register_forward_hook(keep_output)
         else:
-            self._layers[tap].register_forward_pre_hook(keep_input, with_kwargs=True)
+            self.layers[tap].register_forward_pre_hook(keep_input, with_kwargs=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from tiny_models import perturbed, tiny_llama, tiny_target
 from tiny_suites import Configuration, Plan
 
 from specdec.bench import arms as arms_module
-from specdec.bench.arms import HFArm, add_choice, build_arms
+from specdec.bench.arms import HFArm, add_choice, build_arms, mode_of
 from specdec.bench.config import ArmConfig, BenchConfig, SamplingOptions
 from specdec.bench.workloads import Request
 
@@ -130,8 +130,8 @@ def test_inductor_s_baseline_emits_the_same_tokens():
 
 def test_drafter_compiled_alone_is_told():
     arm = ArmConfig(name="a", type="ngram")
-    arms = [arm, arm.model_copy(update={"options": {"compile": "graphs"}})]
-    assert [arms_module._compile_mode(each, tiny_target()) for each in arms] == ["eager", "graphs"]
+    arms = [arm, arm.model_copy(update={"options": {"compile": True}})]
+    assert [mode_of(tiny_target(), each) for each in arms] == ["eager", "inductor"]
 
 
 def test_checkpoint_s_defaults_do_not_change_the_baseline():

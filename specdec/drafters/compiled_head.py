@@ -1,0 +1,225 @@
+"""The head of a `FeatureDrafter` in compiled pieces: one feeds pairs, one grows a level of a tree."""
+
+from collections.abc import Callable
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.common.compile import CAPACITY, CHILDREN, ROWS, SEEN, WIDTH
+from specdec.drafters.heads import compile_head
+from specdec.drafters.tree_growth import Candidates
+from specdec.engine.kv_cache import SlotCache
+from specdec.targets.compiled import LayerCache
+
+Names = list[str | None]
+
+
+class CompiledHead:
+    """Pieces for any number of rows, pairs, nodes and slots.
+
+    Args:
+        head: a `FeatureHead` in eval mode.
+        window: committed entries that it looks back at; None for all.
+    """
+
+    def __init__(self, head: Any, window: int | None) -> None:
+        self._head, self._window = head, window
+        self._device = next(head.parameters()).device
+        self._known_places, self._known_width = self._integers(0, 2), 0
+        self._feed = self._compile_feed()
+        self._level = self._compile_level()
+        self._leaves = self._compile_leaves()
+
+    def feed(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Feed pairs behind the cached ones.
+
+        Args:
+            inputs: tokens [B, n], features [B, n, F], positions [B, n], mask [B, 1, n, K], slots
+                [B, n], places [B, w] of the pairs whose outputs are wanted, and the keys and
+                values [B, heads, capacity, head_dim].
+
+        Returns:
+            outputs [B, w, F] and logits [B, w, D].
+        """
+        outputs, logits = self._feed(*inputs)
+        return outputs, logits
+
+    def grow(
+        self, outputs: Tensor, logits: Tensor, cache: SlotCache, width: int, num_levels: int
+    ) -> list[Candidates]:
+        """Grow EAGLE-2's tree behind what is cached; the candidates of each level.
+
+        Args:
+            outputs: [B, 1, F] of the root.
+            logits: [B, 1, D] of the root.
+            cache: the head's.
+            width: children taken of each node, and nodes expanded a level; 1 makes a chain.
+            num_levels: levels of the tree.
+        """
+        batch, levels = len(outputs), []
+        children = torch.empty(width, dtype=torch.bool, device=self._device)
+        above = torch.zeros(batch, 1, device=self._device)
+        places = torch.full((batch, 1), -1, device=self._device)
+        if num_levels > 1:
+            slots = torch.arange(cache.open(width * (num_levels - 1)), device=self._device)
+            states = cache.states or []
+            lengths = cache.device_lengths
+            seen = torch.ones(batch, 1, 1, dtype=torch.bool, device=self._device)
+        for place in self._places(width, num_levels - 1):
+            node = (logits, above, places, outputs, seen)
+            *found, places, above, seen, outputs, logits = self._level(
+                *node, lengths, place, children, slots, *states[0]
+            )
+            levels.append(Candidates(*found))
+        levels.append(Candidates(*self._leaves(logits, above, places, children)))
+        return levels
+
+    def _places(self, width: int, num_levels: int) -> Tensor:
+        """Depth of each level, and the number of candidates before it: [levels, 2] int64."""
+        if self._known_places.shape[0] < num_levels or self._known_width != width:
+            firsts = [0, *(width + level * width**2 for level in range(max(num_levels, 8)))]
+            places = torch.tensor([*enumerate(firsts)], device=self._device)
+            self._known_places, self._known_width = places, width
+        return self._known_places[:num_levels]
+
+    def _candidates(
+        self, logits: Tensor, above: Tensor, places: Tensor, children: Tensor
+    ) -> list[Tensor]:
+        """Take the likeliest children of every node of the beam."""
+        log_probs = logits.float().log_softmax(-1).nan_to_num(nan=-inf, neginf=-inf)
+        top = log_probs.topk(children.shape[0], -1)
+        ids = self._head.token_map
+        tokens = top.indices if ids is None else ids[top.indices]
+        totals = top.values + above.unsqueeze(2)
+        parents = places.unsqueeze(2).expand_as(tokens)
+        return [tokens.flatten(1), totals.flatten(1), parents.flatten(1)]
+
+    def _compile_level(self) -> Callable[..., list[Tensor]]:
+        def run(
+            logits: Tensor,  # [B, m, D] of the beam
+            above: Tensor,  # [B, m] its log-probabilities
+            places: Tensor,  # [B, m] among all candidates
+            outputs: Tensor,  # [B, m, F]
+            seen: Tensor,  # [B, m, S] of the last committed entry and all nodes expanded
+            lengths: Tensor,  # [B] committed entries
+            place: Tensor,  # [2] depth of the beam below, and the candidates before this level
+            children: Tensor,  # [k], for its size
+            slots: Tensor,  # [K] 0, 1, ...
+            keys: Tensor,
+            values: Tensor,
+        ) -> list[Tensor]:
+            tokens, totals, parents = self._candidates(logits, above, places, children)
+            width, num_open = children.shape[0], seen.shape[2]
+            best = totals.topk(width, 1)
+            origin = (best.indices // width).unsqueeze(2)  # [B, k, 1] in the beam before
+            itself = torch.eye(width, dtype=torch.bool, device=seen.device)
+            seen = torch.cat(
+                [
+                    seen.gather(1, origin.expand(-1, -1, num_open)),
+                    itself.expand(totals.shape[0], -1, -1),
+                ],
+                2,
+            )
+            features = outputs.gather(1, origin.expand(-1, -1, outputs.shape[2]))
+            new = torch.arange(width, device=seen.device)
+            # Column 0 of `seen` stands for the last committed entry.
+            own = lengths.unsqueeze(1) + (num_open - 1) + new
+            column = slots - lengths.unsqueeze(1) + 1  # [B, K], below 1 for what is committed
+            is_open = (column > 0) & (column < seen.shape[2])
+            index = column.clamp(0, seen.shape[2] - 1).unsqueeze(1).expand(-1, width, -1)
+            mask = seen.gather(2, index) & is_open.unsqueeze(1)
+            committed = column <= 0
+            if self._window is not None:
+                committed = committed & (column > -self._window)
+            outputs, logits = self._run(
+                tokens.gather(1, best.indices),
+                self._head.carry(features),
+                (lengths.unsqueeze(1) + place[0]).expand(-1, width),
+                (mask | committed.unsqueeze(1)).unsqueeze(1),
+                LayerCache(keys, values, own, slots.shape[0]),
+            )
+            below = best.indices + place[1]
+            return [tokens, totals, parents, below, best.values, seen, outputs, logits]
+
+        beam: Names = [ROWS, "beam"]
+        outputs, logits = self._examples(2, 3)
+        given = [
+            (logits, [*beam, None]),
+            (self._zeros(2, 3), beam),
+            (self._integers(2, 3), beam),
+            (outputs, [*beam, None]),
+            (self._integers(2, 3, 5).bool(), [*beam, "open"]),
+            (self._integers(2), [ROWS]),
+            (self._integers(2), [None]),
+            (self._integers(4).bool(), [CHILDREN]),
+            (torch.arange(23, device=self._device), [SEEN]),
+            *self._states(2),
+        ]
+        return compile_head(self._head, run, *zip(*given, strict=True))
+
+    def _compile_leaves(self) -> Callable[..., list[Tensor]]:
+        beam: Names = [ROWS, "beam"]
+        given = [
+            (self._examples(2, 3)[1], [*beam, None]),
+            (self._zeros(2, 3), beam),
+            (self._integers(2, 3), beam),
+            (self._integers(4).bool(), [CHILDREN]),
+        ]
+        return compile_head(self._head, self._candidates, *zip(*given, strict=True))
+
+    def _compile_feed(self) -> Callable[..., list[Tensor]]:
+        def run(
+            tokens: Tensor,
+            features: Tensor,
+            positions: Tensor,
+            mask: Tensor,
+            slots: Tensor,
+            wanted: Tensor,
+            keys: Tensor,
+            values: Tensor,
+        ) -> list[Tensor]:
+            cache = LayerCache(keys, values, slots, mask.shape[-1])
+            outputs = self._head(tokens, features, positions, mask, cache)
+            outputs = outputs.gather(1, wanted.unsqueeze(2).expand(-1, -1, outputs.shape[2]))
+            return [outputs, self._head.logits(outputs)]
+
+        new: Names = [ROWS, WIDTH]
+        given = [
+            (self._integers(2, 3), new),
+            (self._examples(2, 3)[0], [*new, None]),
+            (self._integers(2, 3), new),
+            (self._integers(2, 1, 3, 7).bool(), [ROWS, None, WIDTH, SEEN]),
+            (self._integers(2, 3), new),
+            (self._integers(2, 2), [ROWS, "wanted"]),
+            *self._states(2),
+        ]
+        return compile_head(self._head, run, *zip(*given, strict=True))
+
+    def _run(
+        self, tokens: Tensor, features: Tensor, positions: Tensor, mask: Tensor, cache: LayerCache
+    ) -> tuple[Tensor, Tensor]:
+        outputs = self._head(tokens, features, positions, mask, cache)
+        return outputs, self._head.logits(outputs)
+
+    # --- Examples ---
+
+    def _integers(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.long, device=self._device)
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, device=self._device)
+
+    def _examples(self, rows: int, width: int) -> tuple[Tensor, Tensor]:
+        """Outputs [rows, width, F] and their logits."""
+        weight = next(self._head.parameters())
+        outputs = weight.new_zeros(rows, width, self._head.config.hidden_size)
+        with torch.no_grad():
+            return outputs, self._head.logits(outputs)
+
+    def _states(self, rows: int) -> list[tuple[Tensor, Names]]:
+        """Keys and values."""
+        config, weight = self._head.config, next(self._head.parameters())
+        shape = rows, config.num_key_value_heads, 31, config.head_dim
+        return [(weight.new_zeros(shape), [ROWS, None, CAPACITY, None])] * 2
