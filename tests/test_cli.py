@@ -63,10 +63,37 @@ def test_generate_ends_its_answer_with_a_newline_and_its_figures_go_to_stderr():
     assert done.stderr.startswith("[4 tokens, length; tau ")
 
 
+@pytest.mark.parametrize("compile", ["true", "false", "graphs", "auto"])
+def test_generate_hands_on_the_compile_mode(monkeypatch, compile):
+    def load(path, **given):
+        raise ValueError(f"asked for {given['compile']!r}")
+
+    monkeypatch.setattr("specdec.targets.load.load_target", load)
+    done = invoke("generate", "--prompt", "x", "--compile", compile)
+    expected = {"true": True, "false": False}.get(compile, compile)
+    assert f"asked for {expected!r}" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["bench", "plan", "analyze"])
+def test_waiting_threads_are_told_once(bench, monkeypatch, name):
+    def load(**given):
+        raise ValueError("enough")
+
+    for module in ("bench.runner", "planning.plan", "analysis.run"):
+        monkeypatch.setattr(f"specdec.{module}.load_target", load)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    done = invoke(name, bench[1], "threads=2", "target.device=cpu", *bench[2:])
+    assert done.stderr.count("OMP_WAIT_POLICY is passive") == 1
+    alone = invoke(name, bench[1], "threads=1", *bench[2:])
+    assert "OMP_WAIT_POLICY" not in alone.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["generate", "--prompt", "x", "--target", "./nothing"], "is not a folder"),
+        (["generate", "--prompt", "x", "--compile", "yes"], "compile is 'yes' but must be"),
+        (["bench", "demo", "target.compile=no one"], "target.compile is 'no one' but must be"),
         (["generate", "--prompt", "x", "--drafter", "{"], "must be a name or a JSON object"),
         (["generate"], "--prompt"),
         (["bench", "nothing.yaml"], "not a file"),

@@ -1,22 +1,25 @@
 """Arms of a comparison: our engine with a drafter or plainly, and transformers `generate`."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import CompileConfig, GenerationConfig, StaticCache
 
 from specdec.bench.config import SINGLE_PROMPT_TYPES, ArmConfig, RunConfig, SamplingOptions
 from specdec.bench.measure import Arm, Requests, Run, serve
-from specdec.common.files import read_json
+from specdec.common.compile import as_target, compile_mode
+from specdec.common.files import first_line, read_json
 from specdec.engine.draft_length import DraftLength, OnlineController, Schedule
 from specdec.engine.engine import Engine
 from specdec.engine.interfaces import Drafter
+from specdec.engine.scheduler import is_out_of_memory
 from specdec.registry import load_drafter
 from specdec.targets.hf import HFTarget
 
@@ -40,7 +43,15 @@ def build_arm(arm: ArmConfig, target: HFTarget, config: RunConfig) -> Arm:
         max_cache_bytes=getattr(config, "max_cache_bytes", None),
         rule=config.rule,
         draft_length=drafter and load_draft_length(arm, drafter, target),
+        compile_mode=mode_of(target, arm),
     )
+
+
+def mode_of(target: HFTarget, arm: ArmConfig | None = None) -> str:
+    """The target's compile mode, or where that is eager, that of an arm's drafter."""
+    mode = compile_mode(as_target(None, target), target.device)
+    own = arm.options.get("compile") if arm and mode == "eager" else None
+    return compile_mode(own, target.device) if own else mode
 
 
 def load_draft_length(arm: ArmConfig, drafter: Drafter, target: HFTarget) -> DraftLength | None:
@@ -56,6 +67,8 @@ def load_draft_length(arm: ArmConfig, drafter: Drafter, target: HFTarget) -> Dra
         planned = dict(plan.get("target", {}))  # a plan written by hand may leave out both
         if "configurations" in plan:
             planned["drafter"] = plan["configurations"][0]["type"]
+        if "provenance" in plan:
+            planned["compile_mode"] = plan["provenance"].get("compile_mode", "eager")
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(
             f"draft_length.plan {str(path)!r} holds no controller.step_s; give a plan.json that "
@@ -66,6 +79,7 @@ def load_draft_length(arm: ArmConfig, drafter: Drafter, target: HFTarget) -> Dra
         "vocab_size": target.vocab_size,
         "num_layers": target.config.num_hidden_layers,
         "hidden_size": target.config.hidden_size,
+        "compile_mode": mode_of(target),
     }
     for key, given in ours.items():
         if planned.get(key, given) != given:
@@ -81,8 +95,8 @@ class EngineArm:
 
     cache_bytes: int | None = None
 
-    def __init__(self, config: RunConfig, **options: Any) -> None:
-        self._config, self._options = config, options
+    def __init__(self, config: RunConfig, *, compile_mode: str, **options: Any) -> None:
+        self._config, self._options, self.compile_mode = config, options, compile_mode
         Engine(**options, max_rows=config.rows)  # refuses what does not go together
 
     def __call__(self, requests: Requests, after_step: Callable[[], None]) -> list[Run | str]:
@@ -94,17 +108,32 @@ class EngineArm:
 
 # --- transformers ---
 
+_COMPILED = ("_compiled_call", "_last_compile_config")  # attributes of a model that it compiled
+
 
 class HFArm:
     """transformers `generate` on the same model object, prompts and sampling settings.
 
-    It decodes one batch of prompts after the other.
+    It decodes one batch of prompts after the other. Batches whose size is in `cache_lens` run in
+    transformers' fastest mode, a compiled forward over a static cache, whose length stays the same
+    from prompt to prompt, for another one would be compiled anew. The first batch of a size, which
+    the warm-up has, compiles; one of another size, as after a failure, is decoded eagerly.
     """
 
     cache_bytes: int | None = None
+    compile_mode = "eager"
 
-    def __init__(self, config: RunConfig, target: HFTarget, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        target: HFTarget,
+        options: dict[str, Any],
+        cache_lens: Mapping[int, int] | None = None,
+    ) -> None:
         self._config, self._target, self._options = config, target, options
+        self._cache_lens = dict(cache_lens or {})
+        self._caches: dict[int, StaticCache] = {}
+        self._compiled: dict[str, Any] = {}  # what transformers keeps on the model
 
     def __call__(self, requests: Requests, after_step: Callable[[], None]) -> list[Run | str]:
         size = self._config.rows
@@ -112,7 +141,27 @@ class HFArm:
         return [run for batch in batches for run in self._decode(batch)]
 
     def _decode(self, batch: Requests) -> list[Run]:
-        target, eos = self._target, self._target.eos_token_ids
+        target, size = self._target, len(batch)
+        if size in self._cache_lens and size not in self._caches:
+            try:
+                cache = StaticCache(config=target.config, max_cache_len=self._cache_lens[size])
+                self._generate(batch, (), cache)  # no end, or an early one would leave it for later
+                if "_compiled_call" not in self._compiled:
+                    raise RuntimeError("it does not compile this model")
+                self._caches[size] = cache
+            except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+                if is_out_of_memory(error):
+                    raise
+                what = "transformers' generate cannot run compiled, and is measured eagerly"
+                warnings.warn(f"{what}: {first_line(error)}", stacklevel=2)
+                self._cache_lens = {}
+        self.compile_mode = target.compile_mode if size in self._cache_lens else "eager"
+        return self._generate(batch, target.eos_token_ids, self._caches.get(size))
+
+    def _generate(
+        self, batch: Requests, eos: tuple[int, ...], cache: StaticCache | None
+    ) -> list[Run]:
+        target = self._target
         pad = eos[0] if eos else 0
         width = max(request.num_tokens for request in batch)
         pads = [width - request.num_tokens for request in batch]
@@ -128,7 +177,15 @@ class HFArm:
             reached.append((input_ids.shape[1] - width, time.perf_counter()))
             return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
-        with _own_defaults(target), torch.random.fork_rng():
+        options, limit = dict(self._options), nullcontext()
+        if cache is not None:
+            cache.reset()
+            fastest = CompileConfig(dynamic=False)
+            fastest._compile_all_devices = True  # type: ignore[assignment] # or a CPU runs eagerly
+            options |= {target.cache_name: cache, "compile_config": fastest}
+            # A sweep has more shapes than torch compiles before it goes on eagerly.
+            limit = torch._dynamo.config.patch(recompile_limit=256)
+        with limit, _lent(target.model, eos, self._compiled), torch.random.fork_rng():
             torch.manual_seed(batch[0].seed)
             started = time.perf_counter()
             out = target.model.generate(
@@ -138,7 +195,7 @@ class HFArm:
                 pad_token_id=pad,
                 stopping_criteria=[stamp],
                 **_in_transformers_names(self._config.sampling, width),
-                **self._options,
+                **options,
             )
         num_first, first_s = reached[0]
         runs = []
@@ -151,15 +208,21 @@ class HFArm:
 
 
 @contextmanager
-def _own_defaults(target: HFTarget) -> Iterator[None]:
-    """The checkpoint's own defaults (a penalty, a top-k) are not what is compared."""
-    before = target.model.generation_config
-    eos = list(target.eos_token_ids) or None
-    target.model.generation_config = GenerationConfig(eos_token_id=eos)
+def _lent(model: Any, eos: Sequence[int], compiled: dict[str, Any]) -> Iterator[None]:
+    """Lend a model to transformers' generate, and leave it as it was.
+
+    The checkpoint's own defaults (a penalty, a top-k) are not what is compared. `compiled` keeps
+    what transformers compiles from call to call.
+    """
+    state, own = vars(model), GenerationConfig(eos_token_id=list(eos) or None)
+    before = dict(state)
+    state |= {"generation_config": own, **compiled}
     try:
         yield
     finally:
-        target.model.generation_config = before
+        compiled |= {key: state[key] for key in _COMPILED if key in state}
+        state.clear()
+        state.update(before)
 
 
 def _hf_options(arm: ArmConfig, target: HFTarget) -> dict[str, Any]:

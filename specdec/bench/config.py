@@ -37,6 +37,7 @@ class TargetConfig(Config):
     engine: str | None = None
     cache_mode: str | None = None
     cache_tokens: Count | None = None
+    compile: Literal[False, True, "auto", "graphs"] = False
 
 
 class PromptConfig(Config):

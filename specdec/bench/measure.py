@@ -63,6 +63,7 @@ class Call:
     gpu_busy_s: float | None = None
     gpu_memory_bytes: float | None = None  # at most
     cpu_s: float | None = None
+    compile_mode: str = "eager"
     served: str | None = None  # the server that answered, in words
 
     @property
@@ -74,6 +75,7 @@ class Arm(Protocol):
     """Decodes the requests of a call, each to a run or to the reason why it failed."""
 
     cache_bytes: int | None  # largest keys and values of the last call, where they are known
+    compile_mode: str  # of the last call
 
     def __call__(self, requests: Requests, after_step: Callable[[], None]) -> list[Run | str]: ...
 
@@ -87,7 +89,8 @@ def measure_call(arm: Arm, requests: Requests, device: torch.device, meter: "Pow
     used = meter.stop()
     is_whole = all(isinstance(row, Run) for row in rows)
     memory = read_peaks(device, arm.cache_bytes)
-    return Call(rows, took_s if is_whole else None, memory, **used)
+    wall_s = took_s if is_whole else None
+    return Call(rows, wall_s, memory, compile_mode=arm.compile_mode, **used)
 
 
 # --- Serving ---

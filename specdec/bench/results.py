@@ -4,6 +4,7 @@ Keys of the files are the names of the fields; docs/bench.md and docs/suites.md 
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -184,6 +185,8 @@ class BenchArm(ArmFigures, BenchSpeeds):
 
     type: str = ""
     options: dict[str, Any] = {}
+    compile_mode: str = "eager"
+    """what most of its calls ran in: eager, inductor or graphs"""
     draft_length: dict[str, Any] | None = None
     """the most nodes a row may draft by size of the running batch, or {"plan": path}"""
     batch_tokens_per_s: float | None
@@ -201,6 +204,12 @@ class BenchArm(ArmFigures, BenchSpeeds):
     differences: list[PromptDifference]
     failures: list[PromptFailure]
     prompts: Whole
+
+
+def fastest_plain(arms: Sequence[BenchArm]) -> str:
+    """Name the fastest plain arm of a bench, over which the ratio quoted first is."""
+    speeds = {arm.name: arm.decode_tokens_per_s or 0.0 for arm in arms}
+    return max(BenchConfig.baselines, key=lambda name: speeds.get(name, 0.0))
 
 
 class Load(Record):

@@ -1,24 +1,25 @@
 """Run a bench or a suite: the same requests for every arm, arms in turn, repeated, resumable."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from pydantic import TypeAdapter
 
-from specdec.bench.arms import build_arms
-from specdec.bench.config import RunConfig
+from specdec.bench.arms import HFArm, build_arms, mode_of
+from specdec.bench.config import BenchConfig, RunConfig
 from specdec.bench.log import log_results
 from specdec.bench.measure import PROMPT_ERRORS, Arm, Call, PowerMeter, measure_call
 from specdec.bench.results import BenchResults, SuiteResults
 from specdec.bench.summary import faster_than_tau, places, summarize
 from specdec.bench.workloads import Group, Progress, Request, fingerprint_of, make_groups
 from specdec.checkpoints.identity import TARGET, as_json, check_resumed, identify_target
+from specdec.common.compile import compile_s
 from specdec.common.config import Config
 from specdec.common.files import Journal
 from specdec.common.provenance import machine
@@ -59,11 +60,20 @@ def run_bench(
         def show(text: str) -> None:
             progress(len(store.done), len(turns), text)
 
+        kept: dict[str, Arm] = {}
         if missing:
-            warm_up(build_arms(config, target), groups, config.rows, show)
+            is_compiled, batches = mode_of(target) != "eager", {config.rows: 0}
+            if is_compiled and isinstance(config, BenchConfig):
+                batches = groups[0].batches(config.rows)
+                # It remembers no prompt, and must not compile again.
+                kept["hf_generate"] = HFArm(config, target, {}, batches)
+            warm_up(build_arms(config, target) | kept, groups, batches, show)
+            if is_compiled:
+                store.note(compile_s=compile_s())
         meter = PowerMeter(target.device)
         for (repeat, group), together in groupby(missing, lambda turn: (turn[0].repeat, turn[1])):
-            arms = build_arms(config, target)  # nothing that one group left behind helps the next
+            # Nothing that one group left behind helps the next.
+            arms = build_arms(config, target) | kept
             for key, _, requests in together:
                 show(f"{key.arm}, repeat {repeat + 1}, {group}, call {key.call + 1}")
                 store.add(key, measure_call(arms[key.arm], requests, target.device, meter))
@@ -91,18 +101,21 @@ def take_turns(
 
 
 def warm_up(
-    arms: Mapping[str, Arm], groups: Sequence[Group], rows: int, show: Callable[[str], None]
+    arms: Mapping[str, Arm],
+    groups: Sequence[Group],
+    batches: Iterable[int],
+    show: Callable[[str], None],
 ) -> None:
     """Have every arm decode the first requests of the largest call, cut short."""
     largest = max((call for group in groups for call in group.calls), key=len)
     short = [
         replace(each, max_new_tokens=min(32, each.max_new_tokens), arrival_s=None)
-        for each in largest[:rows]
+        for each in largest
     ]
-    for name, arm in arms.items():
+    for rows, (name, arm) in product(batches, arms.items()):
         show(f"warm-up {name}")
         try:
-            arm(short, lambda: None)
+            arm(short[:rows], lambda: None)
         except ValueError:
             raise  # the requests are sound, so the options are not
         except PROMPT_ERRORS:
@@ -136,6 +149,11 @@ class Store(Journal):
                     self.done[key] = _CALL.validate_python(row)
         self.entries.clear()
 
+    def note(self, **facts: Any) -> None:
+        """Add to the provenance of this start, which the first call writes."""
+        if self._unwritten:
+            self._unwritten |= facts
+
     def add(self, key: Key, call: Call) -> None:
         if self._unwritten:
             self.append({"provenance": self._unwritten})
@@ -148,7 +166,7 @@ def open_store(config: RunConfig, folder: Path, target: HFTarget, groups: Sequen
     """Open the records of a run; `ValueError` if the folder holds another one."""
     asked = fingerprint_of([asdict(group) for group in groups])
     provenance = provenance_of(config, asked, target)  # of now: code may be another at the end
-    kept = ("config", "device", "cpu", "cpu_count", "dtype", "quantized")
+    kept = ("config", "device", "cpu", "cpu_count", "dtype", "quantized", "compile_mode")
     identity = {
         "requests": asked,
         TARGET: as_json(identify_target(target)),

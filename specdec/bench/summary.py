@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from itertools import chain, count, islice, pairwise, product
-from statistics import median
+from statistics import median, mode
 from typing import Any, Literal
 
 from specdec.bench import results as models
@@ -170,6 +170,7 @@ def bench_arms(
             **arm.model_dump(mode="json"),
             **arm_figures(table, baselines, (50, 90, 99), has_queue=False),
             **_throughput(own, config.batch_size),
+            compile_mode=mode(call.compile_mode for call in own),
             other_ms_per_step=1000 * median(gaps_s) if gaps_s else None,
             **largest_memory(own).model_dump(),
             power=_power(own),

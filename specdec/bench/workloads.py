@@ -63,6 +63,18 @@ class Group:
     def requests(self) -> list[Request]:
         return [request for call in self.calls for request in call]
 
+    def batches(self, rows: int) -> dict[int, int]:
+        """Sizes of the batches of all calls, each with the most tokens of any, answer included."""
+        longest = [
+            max(each.num_tokens for each in call) + call[0].max_new_tokens for call in self.calls
+        ]
+        sizes = (
+            min(rows, len(call) - first)
+            for call in self.calls
+            for first in range(0, len(call), rows)
+        )
+        return dict.fromkeys(sizes, max(longest))
+
 
 def fingerprint_of(value: object) -> str:
     text = json.dumps(value, sort_keys=True, default=str)

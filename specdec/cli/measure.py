@@ -1,6 +1,7 @@
 """`specdec bench`, `analyze` and `plan`, and `report` of what they measured."""
 
 import json
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,6 +66,7 @@ def bench(
         typer.echo(f"cells: {len(cells)}; in each of them every arm decodes the prompts in turn")
         return
     quiet_transformers()
+    _warn_of_passive_threads(cells[0].config)
     with locked(out):
         if cells[0].settings:
             _sweep(cells, out)
@@ -72,6 +74,15 @@ def bench(
             _planned(cells[0].config, out)
         else:
             _run(cells[0].config, out)
+
+
+def _warn_of_passive_threads(config: Any) -> None:
+    from specdec.common.provenance import waits_passively
+    from specdec.targets.load import find_device
+
+    policy, device = os.environ.get("OMP_WAIT_POLICY"), find_device(config.target.device)
+    for said in waits_passively(device.type, config.threads, policy):
+        warn(said)
 
 
 @command(name="bake-off")
@@ -97,6 +108,7 @@ def _bake_off(
 
 def _run(config: Any, out: Path, plan: Any = None) -> None:
     """Measure a bench, which a plan may have added to, a suite or a bake-off."""
+    from specdec.bench.results import fastest_plain
     from specdec.bench.runner import check_results, run_bench
     from specdec.report.bench import plot, tables
     from specdec.report.plan import planned_table
@@ -125,6 +137,7 @@ def _run(config: Any, out: Path, plan: Any = None) -> None:
         choice = plan.choice.name if plan else getattr(results, "choice", None)
         keys = _SUITE_KEYS if is_bake_off else _BENCH_KEYS
         summary |= {"choice": choice} if choice is not None else {}
+        summary |= {} if is_bake_off else {"fastest_plain": fastest_plain(results.arms)}
         summary |= {"arms": _brief(results.arms, keys)}
     typer.echo(json.dumps(summary))
     check(results)
@@ -196,6 +209,7 @@ def analyze(
     from specdec.report.analysis import analysis_table
 
     quiet_transformers()
+    _warn_of_passive_threads(settings)
     with locked(out), progress_bar() as show:
         analysis = run_analysis(settings, out, text, show, answers=answers)
     print_tables(analysis_table(analysis))
@@ -230,6 +244,7 @@ def plan(
     from specdec.report.plan import costs_table, not_trusted, plan_table, schedule_table
 
     quiet_transformers()
+    _warn_of_passive_threads(settings)
     with locked(out), progress_bar() as show:
         found = run_plan(settings, out, show, quick=quick)
     print_tables(costs_table(found), schedule_table(found), plan_table(found))

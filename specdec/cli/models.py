@@ -32,6 +32,7 @@ def generate(
     seed: int = option(0),
     dtype: str | None = option(None),
     device: str | None = option(None),
+    compile: str = option("false", "true, false, graphs (CUDA graphs) or auto"),
 ) -> None:
     """Stream one answer, then say what speculation did for it."""
     from specdec.engine.decode import stream
@@ -39,7 +40,8 @@ def generate(
     from specdec.targets.load import load_target
 
     quiet_transformers()
-    model = load_target(target, dtype=dtype, device=device)
+    mode = {"true": True, "false": False}.get(compile, compile)
+    model = load_target(target, dtype=dtype, device=device, compile=mode)
     strategy = load_strategy(drafter, model)
     text = sys.stdin.read() if prompt == "-" else prompt
     has_chat = model.tokenizer is not None and model.tokenizer.chat_template and not raw

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
+from specdec.common.compile import compile_s, compiler
+
 PACKAGES = ("specdec", "torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy")
 
 
@@ -36,6 +38,21 @@ class MachineProvenance(CodeProvenance):
     load_average: float
     dtype: str
     quantized: bool
+    omp_wait_policy: str | None = None
+    compile_mode: str = "eager"
+    compiler: str | None = None
+    compile_s: float | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        """Facts that a reader has to know before any time of this machine."""
+        found = waits_passively(self.device, self.threads, self.omp_wait_policy)
+        if self.compile_mode != "eager":
+            by = f"{self.compile_mode}, {self.compiler or 'no C++ compiler'}"
+            found.append(
+                f"compiled ({by}); {self.compile_s or 0:.0f} s of compilation are in no timed call"
+            )
+        return found
 
 
 def code(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
@@ -56,6 +73,16 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def waits_passively(device: str, threads: int, policy: str | None) -> list[str]:
+    """Warn of threads that sleep between the parallel parts of a forward."""
+    if device != "cpu" or threads < 2 or (policy or "").strip().lower() != "passive":
+        return []
+    return [
+        "OMP_WAIT_POLICY is passive: on a CPU a forward of two tokens or more takes about twice as "
+        "long, which slows drafting and verification more than plain decoding; unset it"
+    ]
+
+
 def _git(*arguments: str) -> str | None:
     """Output of git in the checkout that holds the package; None for an installed wheel."""
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -71,6 +98,7 @@ def machine(target: Any) -> dict[str, Any]:
     device, info = target.device, Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     cpus = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    mode = getattr(target, "compile_mode", "eager")  # other engines have none
     return {
         **code(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
@@ -80,4 +108,8 @@ def machine(target: Any) -> dict[str, Any]:
         "load_average": os.getloadavg()[0],
         "dtype": str(target.model.dtype).removeprefix("torch."),
         "quantized": bool(getattr(target.model, "is_quantized", False)),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "compile_mode": mode,
+        "compiler": None if mode == "eager" else compiler(),
+        "compile_s": None if mode == "eager" else compile_s(),
     }

@@ -115,7 +115,7 @@ def run_bake_off(
                         if key.arm not in arms:
                             show(f"start of {key.arm}")
                             arms[key.arm] = open_arm(stack, endpoints[key.arm], run.sampling)
-                            warm_up({key.arm: arms[key.arm]}, groups, 1, show)
+                            warm_up({key.arm: arms[key.arm]}, groups, [1], show)
                         show(f"{key.arm}, repeat {key.repeat + 1}, {group}, call {key.call + 1}")
                         rows = arms[key.arm](requests, lambda: None)
                     except (FileNotFoundError, ConnectionError, *PROMPT_ERRORS) as error:

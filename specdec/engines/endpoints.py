@@ -85,6 +85,7 @@ class EndpointArm:
     """
 
     cache_bytes: int | None = None
+    compile_mode = "eager"
 
     def __init__(
         self, each: EndpointConfig, url: str, sampling: SamplingOptions, target: ServedTarget

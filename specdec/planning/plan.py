@@ -15,6 +15,7 @@ from specdec.bench.results import BenchProvenance
 from specdec.bench.runner import provenance_of
 from specdec.bench.workloads import Progress, fingerprint_of
 from specdec.checkpoints.identity import TARGET, as_json, check_resumed, identify_target
+from specdec.common.compile import compile_s
 from specdec.common.files import Journal, replace_file
 from specdec.engine.scheduler import is_out_of_memory
 from specdec.planning.candidates import Family, families
@@ -46,7 +47,7 @@ def run_plan(
     _, ids = prompt_ids(config, target, progress)
     provenance = BenchProvenance(**provenance_of(config, fingerprint_of(ids), target))
     drafters = families(config.arms, target)
-    kept = ("device", "cpu", "threads", "dtype", "quantized")
+    kept = ("device", "cpu", "threads", "dtype", "quantized", "compile_mode")
     identity = {
         "plan": provenance.config_fingerprint,
         "quick": quick,
@@ -60,6 +61,8 @@ def run_plan(
         predictor = Predictor(target, texts, sampling, config.seed, config.rule)
         measured = Measurements(predictor, QUICK if quick else FULL, journal, progress)
         chosen = _choose(config, drafters, measured)
+    if provenance.compile_mode != "eager":
+        provenance.compile_s = compile_s()  # until now
     plan = Plan(provenance=provenance, target=known, **chosen)
     head = (
         f"# The choice of specdec plan: {plan.choice.name}, predicted to be "

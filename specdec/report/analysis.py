@@ -34,7 +34,7 @@ def analysis_table(analysis: Analysis, label: str = "") -> Table:
         f"{label}{len(analysis.prompts)} texts of {tokens} new tokens, T = {temperature:g}: "
         "expected, not measured"
     )
-    return Table("analysis", caption, rows)
+    return Table("analysis", caption, rows, legend=analysis.provenance.notes)
 
 
 def _best(drafts: Sequence[Any], size: str) -> str | None:

@@ -1,13 +1,13 @@
 """Benches, sweeps and suites: arms, tasks, speed, acceptance, waiting, and where the time went."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from specdec.bench.config import in_words, short_names
-from specdec.bench.results import SuiteResults, SweepResults
+from specdec.bench.config import BenchConfig, in_words, short_names
+from specdec.bench.results import BenchArm, SuiteResults, SweepResults, fastest_plain
 from specdec.common.files import replace_file
 from specdec.engines.results import BakeOffResults
 from specdec.report import figures
@@ -27,8 +27,36 @@ def tables(results: Any, label: str = "") -> list[Table]:
     gaps = [each.top2_gap for arm in results.arms for each in arm.differences]
     known = [gap for gap in gaps if gap is not None]
     apart = f"the two best logits where outputs part are at most {max(known, default=0):.2g} apart"
-    legend = [apart] if known else []
-    return [Table("arms", title, map(_row, results.arms), legend=legend)]
+    legend = [*results.provenance.notes, *([apart] if known else [])]
+    fastest = fastest_plain(results.arms)
+    rows = [{**_row(arm), **_over(fastest, arm)} for arm in results.arms]
+    alarms = eager_baselines(results.arms)
+    title += f"; the fastest plain arm: {fastest}"
+    return [Table("arms", title, rows, _first_ratio(fastest), legend, alarms=alarms)]
+
+
+def _over(fastest: str, arm: BenchArm) -> dict[str, Any]:
+    """Give the ratio quoted first: over the fastest plain arm."""
+    key = "speedup_vs_plain" if fastest == "plain" else "speedup_vs_hf"
+    return {"speedup": getattr(arm, key), "speedup_ci": getattr(arm, f"{key}_ci")}
+
+
+def _first_ratio(*fastest: str) -> list[Column]:
+    """Add a column for that ratio, unless the one over plain is it."""
+    return [] if set(fastest) == {"plain"} else columns("vs_fastest")
+
+
+def eager_baselines(arms: Sequence[BenchArm]) -> list[str]:
+    """Warn of compiled arms beside a baseline that is not."""
+    compiled = [arm.name for arm in arms if arm.compile_mode != "eager"]
+    names = [arm.name for arm in arms if arm.name not in compiled]
+    eager = [name for name in names if name in BenchConfig.baselines]
+    if not (eager and compiled):
+        return []
+    return [
+        f"compiled arms ({', '.join(compiled)}) stand beside an eager baseline "
+        f"({', '.join(eager)}): ratios to it are not the gain of speculation alone"
+    ]
 
 
 def _row(arm: Any) -> dict[str, Any]:
@@ -41,6 +69,7 @@ def _suite_tables(results: SuiteResults, title: str) -> list[Table]:
     notes = ["power: not measured, which takes a CUDA device and nvidia-ml-py"]
     if any(arm.power.energy_j is not None for arm in arms):
         notes = []
+    notes += results.provenance.notes
     kind = "concurrent " if results.suite == "concurrent" else ""
     group = [Column("group", words()["suites"][results.suite]["group"])]
     rows = [{"group": group.name, **_row(arm)} for group in results.groups for arm in group.arms]
@@ -88,17 +117,25 @@ def sweep_table(sweep: SweepResults, label: str = "") -> Table:
         settings = {key: last_part(in_words(value)) for key, value in cell.settings.items()}
         for arm in cell.arms:
             shares = {f"domain {name}": _domain(arm, name) for name in domains}
-            rows.append({**settings, **vars(arm), **shares})
+            first = _over(fastest_plain(cell.arms), arm)
+            rows.append({**settings, **vars(arm), **first, **shares})
         if not cell.arms:  # what failed before it measured anything keeps its place in the table
             rows.append({**settings, "name": "failed"})
+    fastest = [fastest_plain(cell.arms) for cell in sweep.cells]
     shown = [
         *(Column(key, title.replace("_", "\n")) for key, title in titles.items()),
-        *columns("arm tau speed vs_plain vs_hf"),
+        *columns("arm tau speed"),
+        *_first_ratio(*fastest),
+        *columns("vs_plain vs_hf"),
         *(Column(f"domain {name}", name, is_optional=True) for name in domains),
     ]
     by_domain = "; by domain: tau and speed / plain decoding" if domains else ""
     caption = f"{label}{len(sweep.cells)} cells{by_domain}"
-    return Table("sweep", caption, rows, shown, num_grouped=len(titles))
+    caption += f"; the fastest plain arm: {', '.join(dict.fromkeys(fastest))}"
+    alarms = [
+        f"{cell.name}: {alarm}" for cell in sweep.cells for alarm in eager_baselines(cell.arms)
+    ]
+    return Table("sweep", caption, rows, shown, num_grouped=len(titles), alarms=alarms)
 
 
 def _domain(arm: Any, name: str) -> str | None:

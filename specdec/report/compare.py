@@ -23,10 +23,11 @@ MUST_AGREE = {
     "device": ("device", "cpu", "cpu_count"),
     "threads": ("threads",),
     "processes": ("processes",),
+    "compile_mode": ("compile_mode",),
 }
 # An analysis depends on no machine; a plan is of one target on one machine.
 _ANALYSIS_FIELDS = ("target", "prompts", "sampling", "seed", "max_new_tokens", "dtype")
-PLAN_FIELDS = ("target", "sampling", "rule", "dtype", "device", "threads")
+PLAN_FIELDS = ("target", "sampling", "rule", "dtype", "device", "threads", "compile_mode")
 
 
 class Difference(NamedTuple):
@@ -136,7 +137,16 @@ def add_comparison(section: Section, runs: Sequence[Run]) -> None:
                 for name, run in (("first", first), ("other", other))
             ]
         rows = _pairs(first, other)
-        section.show(Table("pairs", f"{other.label} against {first.label}", rows, shown))
+        modes = {run.label: run.data.provenance.compile_mode for run in (first, other)}
+        eager = [label for label, mode in modes.items() if mode == "eager"]
+        alarms = [
+            f"{label} is compiled ({mode}), {eager[0]} is eager: ratios of tokens per second are "
+            "not the gain of a drafter"
+            for label, mode in modes.items()
+            if eager and label not in eager
+        ]
+        caption = f"{other.label} against {first.label}"
+        section.show(Table("pairs", caption, rows, shown, alarms=alarms))
         for run, another in ((first, other), (other, first)):
             alone = {arm.name for arm in run.data.arms} - {arm.name for arm in another.data.arms}
             if alone:
@@ -215,6 +225,9 @@ def _facts(run: Run) -> dict[str, Any]:
         "dtype": _noted(where.get("dtype"), where.get("quantized") and "quantized"),
         "device": _noted(where.get("device"), cpu),
         "threads": where.get("threads"),
+        "OMP_WAIT_POLICY": where.get("omp_wait_policy"),
+        "compile mode": _noted(where.get("compile_mode"), where.get("compiler")),
+        "compilation, s": where.get("compile_s"),
         "load at the start": None if load is None else f"{load:.1f}",
         "prompts": prompts and f"{prompts['num']} of {last_part(prompts['source'])}",
         "sampling": sampling and _sampling(**sampling),

@@ -103,6 +103,8 @@ def _section(
 def _warnings(runs: Sequence[Run]) -> list[str]:
     found = []
     for run in runs:
+        notes = getattr(run.data.provenance, "notes", [])  # of measurements alone
+        found += [f"{run.label}: {note}." for note in notes]
         if run.kind == "bench":
             found += [
                 f"{run.label}: outputs of {arm.name} differ from plain decoding on "

@@ -28,7 +28,7 @@ def plan_table(plan: Plan, label: str = "") -> Table:
         f"{label}plan for batch size {plan.choice.batch_size}: predictions from measured costs and "
         f"the acceptance of {plan.workload.tokens} tokens"
     )
-    return Table("choice", caption, rows, legend=not_trusted(plan))
+    return Table("choice", caption, rows, legend=[*plan.provenance.notes, *not_trusted(plan)])
 
 
 def _steps(predicted: Any) -> str:

@@ -12,6 +12,7 @@ from pydantic import Field, field_serializer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from specdec.common.config import Config
 
@@ -81,6 +82,7 @@ class Table(Config):
         rows: models or mappings.
         legend: lines below the table in a terminal; a page defines its terms instead.
         num_grouped: number of leading columns that a terminal shows once for rows that share them.
+        alarms: lines below the table, in red, without which its figures mislead.
     """
 
     id: str
@@ -89,6 +91,7 @@ class Table(Config):
     rows: list[Any]
     legend: list[str] = Field(default=[], exclude=True)
     num_grouped: int = Field(default=0, exclude=True)
+    alarms: list[str]
 
     def __init__(
         self,
@@ -99,6 +102,7 @@ class Table(Config):
         legend: Iterable[str] = (),
         num_grouped: int = 0,
         like: str = "",
+        alarms: Sequence[str] = (),
     ) -> None:
         """Take columns from `words.yaml`, by `like` or the id, with `more` in place of a *."""
         rows, known = list(rows), words()["tables"].get(like or id, {"columns": "*"})
@@ -110,6 +114,7 @@ class Table(Config):
         ]
         given: dict[str, Any] = {"id": id, "caption": caption, "columns": shown, "rows": rows}
         given |= {"legend": [*known.get("legend", ()), *legend], "num_grouped": num_grouped}
+        given["alarms"] = list(alarms)
         super().__init__(**given)
 
     @field_serializer("columns")
@@ -149,9 +154,12 @@ class Table(Config):
         ranked = [place for place, column in enumerate(columns) if column.rank >= min_rank]
         has_interval = any(row[place].endswith("]") for row in rows for place in ranked)
         note = ["in brackets: 95 % intervals"] if has_interval else []
+        caption = Text("\n".join([*self.legend, *note]), "table.caption")
+        for alarm in self.alarms:
+            caption.append(f"\n{alarm}", "bold not dim red")
         table = RichTable(
             title=self.caption,
-            caption="\n".join([*self.legend, *note]),
+            caption=caption,
             box=SIMPLE_HEAD,
             show_edge=False,
             pad_edge=False,

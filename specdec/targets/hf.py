@@ -91,7 +91,7 @@ class HFTarget(TargetEnds):
         self._masks = Masks(self.config, self.device, mask_dtype)
         self._taps = TapReader(model, self.config.num_hidden_layers)
         arguments = inspect.signature(model.forward).parameters
-        self._cache_name = "cache" if "cache" in arguments else "past_key_values"  # older versions
+        self.cache_name = "cache" if "cache" in arguments else "past_key_values"  # older versions
         self._scored_tree = False
         self._reserved: int | None = None  # slots of the next prefill's rows
         self._is_bounded = False  # the room of the running rows is given by `reserve`
@@ -364,7 +364,7 @@ class HFTarget(TargetEnds):
             "attention_mask": forward.mask,
             "position_ids": forward.positions,
             "use_cache": True,
-            self._cache_name: self.cache if cache is None else cache,
+            self.cache_name: self.cache if cache is None else cache,
         }
 
 

@@ -1,11 +1,14 @@
 """Arms: the same prompts, tokens and clock whoever decodes."""
 
+from functools import partial
+
 import pytest
 import torch
 from tiny_models import perturbed, tiny_llama, tiny_target
 from tiny_suites import Configuration, Plan
 
-from specdec.bench.arms import add_choice, build_arms
+from specdec.bench import arms as arms_module
+from specdec.bench.arms import HFArm, add_choice, build_arms, mode_of
 from specdec.bench.config import ArmConfig, BenchConfig, SamplingOptions
 from specdec.bench.workloads import Request
 
@@ -45,6 +48,90 @@ def test_transformers_and_our_loop_emit_the_same_tokens():
     # A row that ended early is not charged with the rest of its batch, in either arm.
     assert ours[0].decode_s < ours[1].decode_s
     assert theirs[0].decode_s < theirs[1].decode_s
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch):
+    """Traces what Inductor would compile, and runs it as it is."""
+    quick = partial(arms_module.CompileConfig, backend="eager", mode="default")
+    monkeypatch.setattr(arms_module, "CompileConfig", quick)
+    torch._dynamo.reset()  # other tests compile the same shapes
+
+
+def compiled_baseline(target, rows=3):
+    target.compile_mode = "inductor"
+    return HFArm(BenchConfig(batch_size=rows), target, {}, {rows: 40})
+
+
+def num_graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_compiled_baseline_emits_the_same_tokens(quick_compiler):
+    target = tiny_target()
+    before, num_before = dict(vars(target.model)), num_graphs()
+    plain, baseline = arms_of(target)["plain"], compiled_baseline(target)
+    whole = tokens_of(plain)
+    assert tokens_of(baseline) == whole
+    assert (baseline.compile_mode, num_graphs()) == ("inductor", num_before + 1)
+    # Other lengths and ends need nothing new; another size of a batch is decoded eagerly.
+    target.eos_token_ids = (whole[0][4],)
+    for prompts in ([[7] * 20, [3], [5, 6]], PROMPTS):
+        assert tokens_of(baseline, prompts=prompts) == tokens_of(plain, prompts=prompts)
+    assert baseline.compile_mode == "inductor"
+    assert tokens_of(baseline, prompts=PROMPTS[:2]) == tokens_of(plain, prompts=PROMPTS[:2])
+    assert (baseline.compile_mode, num_graphs()) == ("eager", num_before + 1)
+    assert vars(target.model) == before
+
+
+def test_early_end_leaves_nothing_to_compile(quick_compiler):
+    target = tiny_target()
+    (first,) = tokens_of(arms_of(target)["plain"], prompts=PROMPTS[:1], num=1)
+    target.eos_token_ids = tuple(first)
+    baseline = compiled_baseline(target, 1)
+    assert tokens_of(baseline, prompts=PROMPTS[:1]) == [first]
+    target.eos_token_ids, num_before = (), num_graphs()
+    tokens_of(baseline, prompts=PROMPTS[:1])
+    assert num_graphs() == num_before
+
+
+def test_many_shapes_stay_compiled(quick_compiler):
+    target, num_before = tiny_target(num_layers=1), num_graphs()
+    plain = tokens_of(arms_of(target)["plain"], num=2)
+    target.compile_mode = "inductor"
+    for cache_len in range(40, 49):  # one more than torch compiles of a function by default
+        baseline = HFArm(BenchConfig(batch_size=3), target, {}, {3: cache_len})
+        assert tokens_of(baseline, num=2) == plain
+    assert num_graphs() == num_before + 9
+
+
+@pytest.mark.parametrize("fault", ["raises", "does nothing"])
+def test_baseline_that_cannot_compile_runs_eagerly(monkeypatch, fault):
+    def refuse(self, config):
+        if fault == "raises":
+            raise RuntimeError("no compiler here")
+        return self.__call__
+
+    target = tiny_target()
+    monkeypatch.setattr(type(target.model), "get_compiled_call", refuse)
+    baseline = compiled_baseline(target)
+    with pytest.warns(UserWarning, match="measured eagerly: (no compiler here|it does not)"):
+        assert tokens_of(baseline) == tokens_of(arms_of(target)["plain"])
+    assert baseline.compile_mode == "eager"
+
+
+@pytest.mark.slow
+def test_inductor_s_baseline_emits_the_same_tokens():
+    target = tiny_target()
+    plain, baseline = arms_of(target)["plain"], compiled_baseline(target)
+    assert tokens_of(baseline) == tokens_of(plain)
+    assert baseline.compile_mode == "inductor"
+
+
+def test_drafter_compiled_alone_is_told():
+    arm = ArmConfig(name="a", type="ngram")
+    arms = [arm, arm.model_copy(update={"options": {"compile": True}})]
+    assert [mode_of(tiny_target(), each) for each in arms] == ["eager", "inductor"]
 
 
 def test_checkpoint_s_defaults_do_not_change_the_baseline():

@@ -2,17 +2,20 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
+import torch
 from checkpoints import save_checkpoint
 from tiny_models import perturbed, tiny_llama
 from tiny_suites import calls_of, key_of, killed, save_bench
 
-from specdec.bench import runner
+from specdec.bench import arms, runner
 from specdec.bench.config import load_config
 from specdec.bench.results import BenchResults
 from specdec.bench.runner import run_bench
 from specdec.common.provenance import machine
+from specdec.targets.load import load_target
 
 
 @pytest.fixture
@@ -115,6 +118,32 @@ def test_arms_take_turns_and_repeats_forget(config, tmp_path):
     assert (drafts[0, 0], drafts[0, 1]) == (drafts[1, 0], drafts[1, 1])
     # Within a repeat the second of two equal prompts is drafted from the first one's answer.
     assert len(drafts[0, 1]) < len(drafts[0, 0])
+
+
+def test_compiled_bench_compiles_before_it_measures(config, tmp_path, monkeypatch):
+    quick = partial(arms.CompileConfig, backend="eager", mode="default")
+    monkeypatch.setattr(arms, "CompileConfig", quick)
+    torch._dynamo.reset()  # other tests compile the same shapes
+    settings = config("arms=[{type: ngram}]", "batch_size=2")
+    target = load_target(**settings.target.model_dump())
+    target.compile_mode = "inductor"
+    counts, stats = [], torch._dynamo.utils.counters["stats"]
+    monkeypatch.setattr(runner, "compile_s", lambda: 3.0)  # asked after the warm-up
+
+    def show(done, total, text):
+        counts.append((text, stats["unique_graphs"]))
+
+    results = run_bench(settings, tmp_path / "out", show, target=target)
+    measured = [num for text, num in counts if not text.startswith("warm-up")]
+    # Batches of two prompts, and of one; neither in a call that is timed.
+    assert (measured[0], measured[-1]) == (stats["unique_graphs"], counts[0][1] + 2)
+    assert [each.compile_mode for each in results.arms] == ["inductor"] * 3
+    assert [each.mismatches for each in results.arms] == [0] * 3
+    where = results.provenance
+    assert (where.compile_mode, where.compile_s) == ("inductor", 3.0)
+    assert "3 s of compilation are in no timed call" in where.notes[0]
+    with pytest.raises(ValueError, match="compile_mode is 'inductor' there, not 'eager'"):
+        run_bench(settings, tmp_path / "out")
 
 
 def test_killed_run_serves_only_what_is_missing(config, tmp_path, measured):

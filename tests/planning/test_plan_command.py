@@ -86,6 +86,9 @@ def test_the_loops_controller_reads_the_plan(planned):
     assert {1, 2} <= set(plan.controller.step_s)
     with pytest.raises(ValueError, match=r"'a' was made for drafter \w+, not medusa"):
         load_draft_length(arm("medusa"), drafter, target)
+    target.compile_mode = "inductor"
+    with pytest.raises(ValueError, match="made for compile_mode eager, not inductor"):
+        load_draft_length(arm(kind), drafter, target)
     target.vocab_size = 7
     with pytest.raises(ValueError, match="made for vocab_size 3072, not 7"):
         load_draft_length(arm(kind), drafter, target)

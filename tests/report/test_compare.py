@@ -12,7 +12,7 @@ from specdec.report.compare import (
     check_comparable,
     warn_of_differences,
 )
-from specdec.report.document import Section
+from specdec.report.document import Section, render
 from specdec.report.page import build_report
 
 RESULTS = made_runs.bench()
@@ -35,6 +35,7 @@ CHANGES = [
     ("device", ("provenance.cpu_count", 64), "2", "64"),
     ("threads", ("provenance.threads", 8), "2", "8"),
     ("processes", ("provenance.processes", 2), "1", "2"),
+    ("compile_mode", ("provenance.compile_mode", "inductor"), "eager", "inductor"),
 ]
 
 
@@ -149,6 +150,24 @@ def test_comparison_tells_what_it_cannot_pair():
     said = " ".join(section.missing)
     assert "Arms that only a has: eagle3 tree." in said
     assert "a and b share no prompt" in said
+
+
+def test_compiled_run_beside_an_eager_one_is_alarming():
+    compiled = changed("provenance.compile_mode", "inductor")
+    report = build_report([run(RESULTS), run(compiled, "b")], ["compile_mode"])
+    (table,) = report.sections[0].tables
+    (alarm,) = table.alarms
+    assert alarm.startswith("b is compiled (inductor), a is eager")
+    texts = {n: render(n, report=report, definitions={}) for n in ("index.html", "report.md")}
+    assert f'<p class="alarm">{alarm}</p>' in texts["index.html"]
+    assert "> **Warning:** b is compiled (inductor), a is eager" in texts["report.md"]
+    section, _ = compared(run(compiled), run(compiled, "b"))
+    assert section.tables[0].alarms == []
+
+
+def test_page_begins_with_waiting_threads():
+    report = build_report([run(changed("provenance.omp_wait_policy", "passive"))])
+    assert any("OMP_WAIT_POLICY is passive" in warning for warning in report.warnings)
 
 
 def test_settings_tell_options_of_arms():

@@ -1,6 +1,7 @@
 """Tables in a terminal: nothing is cut off at any width, and figures are those of the results."""
 
 from copy import deepcopy
+from io import StringIO
 
 import made_runs
 import pytest
@@ -22,8 +23,9 @@ def lines(table, width):
     return found
 
 
-def bench_lines(width, change=lambda arms: None):
+def bench_lines(width, change=lambda arms: None, where=None):
     content = made_runs.bench()
+    content["provenance"] |= where or {}
     content["arms"][-1]["name"] = "ngram"
     change(content["arms"])
     return lines(*tables(BenchResults.read(content)), width)
@@ -52,6 +54,48 @@ def test_caption_says_how_near_ties_were():
 
     assert not any("apart" in line for line in bench_lines(140))
     assert any("0.031 apart" in line for line in bench_lines(140, differ))
+
+
+def test_ratio_over_the_fastest_plain_arm_comes_first():
+    def faster(arms):
+        arms[1] |= {"decode_tokens_per_s": 1e6}
+        arms[-1] |= {"speedup_vs_hf": 0.125, "speedup_vs_hf_ci": [0.1, 0.2]}
+
+    usual = "\n".join(bench_lines(140))
+    assert "the fastest plain arm: plain" in usual
+    assert "fastest" not in usual.replace("the fastest plain arm", "")
+    changed = bench_lines(160, faster)
+    assert "the fastest plain arm: hf_generate" in "\n".join(changed)
+    row = next(line for line in changed if line.startswith("ngram  "))
+    assert row.count("0.12 [0.10, 0.20]") == 2
+    arm = made_runs.bench()["arms"][-1]
+    assert row.index("0.12 [") < row.index(f"{arm['speedup_vs_plain']:.2f} [")
+
+
+def test_compiled_arms_beside_eager_baseline_are_red():
+    content = made_runs.bench()
+    for arm in content["arms"]:
+        arm["compile_mode"] = "inductor"
+    assert tables(BenchResults.read(content))[0].alarms == []
+    content["arms"][1]["compile_mode"] = "eager"
+    (table,) = tables(BenchResults.read(content))
+    (alarm,) = table.alarms
+    assert "stand beside an eager baseline (hf_generate)" in alarm
+    console = Console(width=400, force_terminal=True, file=StringIO())
+    console.print(table.fit(400))
+    assert "\x1b[1;3;31mcompiled arms (plain" in console.file.getvalue()
+
+
+def test_table_tells_waiting_threads_and_compilation():
+    content = made_runs.bench()
+    where = content["provenance"]
+    where |= {"omp_wait_policy": "PASSIVE", "compile_mode": "inductor", "compiler": "g++ 12"}
+    where |= {"compile_s": 41.4}
+    text = "\n".join(bench_lines(200, lambda arms: None, where))
+    assert "OMP_WAIT_POLICY is passive" in text
+    assert "compiled (inductor, g++ 12); 41 s of compilation are in no timed call" in text
+    for key, value in {"threads": 1, "device": "A GPU"}.items():
+        assert "OMP" not in "\n".join(bench_lines(200, lambda arms: None, where | {key: value}))
 
 
 def test_arms_without_figures_show_dashes():
@@ -144,4 +188,5 @@ def test_table_gives_values_and_intervals_as_data():
         "caption": "c",
         "columns": [{"key": key, "title": title} for key, title in titles.items()],
         "rows": [{"a": 0.123, "a_ci": [0.1, 0.2], "b.c": 0.5, "d": None}],
+        "alarms": [],
     }
