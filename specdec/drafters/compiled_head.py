@@ -32,7 +32,6 @@ class CompiledHead:
         self._known_places, self._known_width = self._integers(0, 2), 0
         self._feed = self._compile_feed()
         self._level = self._compile_level()
-        self._leaves = self._compile_leaves()
 
     def feed(
         self,
@@ -97,7 +96,7 @@ class CompiledHead:
                 *node, lengths, place, children, slots, *states[0]
             )
             levels.append(Candidates(*found))
-        levels.append(Candidates(*self._leaves(logits, above, places, children)))
+        levels.append(Candidates(*self._candidates(logits, above, places, children)))
         return levels
 
     def _places(self, width: int, num_levels: int) -> Tensor:
@@ -184,17 +183,6 @@ class CompiledHead:
         inputs, sizes = zip(*given, strict=True)
         return compile_head(self._head, self.mode, run, inputs, sizes, num_held=2)
 
-    def _compile_leaves(self) -> Callable[..., list[Tensor]]:
-        beam: Names = [ROWS, "beam"]
-        given = [
-            (self._examples(2, 3)[1], [*beam, None]),
-            (self._zeros(2, 3), beam),
-            (self._integers(2, 3), beam),
-            (self._integers(4).bool(), [CHILDREN]),
-        ]
-        inputs, sizes = zip(*given, strict=True)
-        return compile_head(self._head, self.mode, self._candidates, inputs, sizes)
-
     def _compile_feed(self) -> Callable[..., list[Tensor]]:
         def run(
             tokens: Tensor,
@@ -249,4 +237,4 @@ class CompiledHead:
         """Keys and values."""
         config, weight = self._head.config, next(self._head.parameters())
         shape = rows, config.num_key_value_heads, 31, config.head_dim
-        return [(weight.new_zeros(shape), [ROWS, None, CAPACITY, None])] * 2
+        return [(weight.new_zeros(shape), [ROWS, None, CAPACITY, None]) for _ in range(2)]
