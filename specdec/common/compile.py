@@ -23,10 +23,11 @@ from torch.export import Dim
 from torch.func import functional_call
 
 # Names of sizes that differ from call to call: rows, new tokens of a row, slots that they may see,
-# slots that a row has, and children of a node.
-ROWS, WIDTH, SEEN, CAPACITY, CHILDREN = "rows", "width", "seen", "capacity", "children"
+# slots that a row has, children of a node, and nodes of a draft.
+ROWS, WIDTH, SEEN, CAPACITY = "rows", "width", "seen", "capacity"
+CHILDREN, NODES = "children", "nodes"
 # These have bounds that depend on other sizes, which export finds out by itself.
-_BOUNDED = (SEEN, CAPACITY, CHILDREN)
+_BOUNDED = (SEEN, CAPACITY, CHILDREN, NODES)
 _OPTIONS = {"cpp.dynamic_threads": True}
 # Devices that capture graphs. Tests add the CPU, on which the same code runs without a capture.
 GRAPH_DEVICES = ("cuda",)

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from specdec.common.arguments import fit
 from specdec.engine.draft_length import DraftLength
@@ -20,17 +19,15 @@ from specdec.engine.interfaces import (
     cache_owners,
     release,
 )
+from specdec.engine.judge import NOISE_STREAM, Judge
 from specdec.engine.metrics import ForwardClock, StepRecord
 from specdec.engine.request import Request
 from specdec.registry import is_registered
-from specdec.sampling.randomness import row_exponentials, row_uniforms
+from specdec.sampling.randomness import row_exponentials
 from specdec.sampling.sampler import Sampler, sample
-from specdec.verify import Draft, Rule, Verdict, get_rule, match, verify
+from specdec.verify import Draft, Rule, get_rule
 from specdec.verify.checks import Fault, check_shapes, draft_faults, refuse
-from specdec.verify.tree import node_depths
 
-# Streams of the per-row randomness; drafters take theirs from 16 upwards.
-UNIFORM_STREAM, NOISE_STREAM = 0, 1
 BUDGET = "no more nodes may be drafted than the row's budget"
 
 
@@ -68,6 +65,8 @@ class Batch:
                     f"this {type(owner).__name__} is there twice, as target, drafter or inside of "
                     "one, but has one cache; load it once more for the second place"
                 )
+        is_compiled = getattr(target, "compile_mode", "eager") == "inductor"
+        self._judge = Judge(self.rule, is_compiled)
         self.rows: list[Request] = []
         self.half_read: list[Request] = []
         self._verify_clock = ForwardClock(target.device)
@@ -161,10 +160,10 @@ class Batch:
         draft, faults, is_valid = self._propose()
         output = self.target.score(self.root, draft, self.taps)
         with self._verify_clock.forward():
-            verdict, is_healthy = self._judge(output.logits, draft)
+            verdict, told = self._judge(self.sampler, output.logits, draft, self.num_committed)
             if is_valid is not None:
-                is_healthy = is_healthy & is_valid
-            figures, tokens = _to_host(verdict, draft, is_healthy)
+                told[:, 3] *= is_valid
+            figures, tokens = _to_host(told)
         num_accepted, num_drafted, depth_tested, healthy = figures
         if faults and not all(healthy):
             with self._blaming_the_drafter():
@@ -257,33 +256,6 @@ class Batch:
             name = type(self.drafter).__name__
             raise type(error)(f"{name} proposed what is no draft: {error}") from error
 
-    def _judge(self, logits: Tensor, draft: Draft) -> tuple[Verdict, Tensor]:
-        """Return the verdict, and the rows [B] whose logits are finite."""
-        scores = self.sampler.scores(logits, draft)
-        best, likeliest = scores.max(-1)  # [B, N + 1]; a NaN wins the maximum
-        # Rows past a draft's length hold anything; only real ones must be finite.
-        rows = torch.arange(best.shape[1], device=best.device)
-        is_finite = ((best.abs() < torch.inf) | (rows > draft.lengths.unsqueeze(1))).all(1)
-        if self.sampler.is_greedy:
-            return match(likeliest, draft), is_finite
-        probs = self.sampler.probs(scores)
-        seeds, counters = self.sampler.seeds, self.num_committed
-        if self.rule.judge:
-            randomness = {
-                "uniforms": row_uniforms(seeds, counters, UNIFORM_STREAM, draft.num_nodes),
-                "noise": self._noise(seeds, counters),
-            }
-            return verify(probs, draft, rule=self.rule, **randomness, check=False), is_finite
-        # Every token is drawn, with noise by position, so that its draw ignores the draft.
-        if draft.parents is None:
-            depths = rows[1:].expand(draft.batch_size, -1)
-        else:
-            depths = node_depths(draft.explicit_parents(), draft.depth)
-        positions = counters.unsqueeze(1) + pad(depths, (1, 0))
-        seeds = seeds.unsqueeze(1).expand_as(positions)
-        noise = self._noise(seeds.flatten(), positions.flatten()).view_as(probs)
-        return match(sample(probs, noise), draft), is_finite
-
     def _noise(self, seeds: Tensor, counters: Tensor) -> Tensor:
         return row_exponentials(seeds, counters, NOISE_STREAM, self.target.vocab_size)
 
@@ -318,18 +290,12 @@ class Batch:
         self.root, self.num_committed = self.root[rows], self.num_committed[rows]
 
 
-def _to_host(
-    verdict: Verdict, draft: Draft, is_healthy: Tensor
-) -> tuple[list[list[int]], list[list[int]]]:
+def _to_host(told: Tensor) -> tuple[list[list[int]], list[list[int]]]:
     """Bring four figures and the new tokens of every row to the host, a step's one synchronization.
 
     A row that is not healthy has no tokens.
     """
-    depth_tested = verdict.tested.sum(1)
-    if draft.parents is not None and draft.num_nodes:
-        depth_tested = (node_depths(draft.parents, draft.depth) * verdict.tested).amax(1)
-    figures = torch.stack([verdict.num_accepted, draft.lengths, depth_tested, is_healthy], 1)
-    values = torch.cat([figures, verdict.tokens], 1).tolist()
+    values = told.tolist()
     tokens = [row[4 : 5 + row[0]] if row[3] else [] for row in values]
     return [[row[column] for row in values] for column in range(4)], tokens
 
