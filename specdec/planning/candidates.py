@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from specdec.bench.config import SINGLE_PROMPT_TYPES, ArmConfig
+from specdec.common.compile import bucket
 from specdec.drafters.base import DraftShape, ShapeOptions
 from specdec.registry import load_drafter, strategy
 
@@ -20,6 +21,12 @@ def chain(depth: int, threshold: float = 0.0) -> DraftShape:
 
 def budget(nodes: int) -> DraftShape:
     return DraftShape(0, 1, nodes, False)
+
+
+def filled(shape: DraftShape) -> DraftShape:
+    """The shape with all nodes that CUDA graphs of the target compute for it in any case."""
+    nodes = bucket(shape.nodes + 1) - 1  # and the root
+    return replace(shape, nodes=nodes, depth=nodes if shape == chain(shape.depth) else shape.depth)
 
 
 # Shapes by the kind that a strategy lets be searched; "nodes" are budgets of the given kind.
@@ -120,10 +127,12 @@ class Family:
     Attributes:
         base: the drafter, with the options that do not shape its drafts.
         given: its arms.
+        is_padded: the target pads what it scores, so that only some shapes are worth their time.
     """
 
     base: Candidate
     given: list[Candidate] = field(default_factory=list)
+    is_padded: bool = False
 
     def searched(self) -> list[Candidate]:
         """The given configurations first, then every other shape."""
@@ -148,6 +157,8 @@ class Family:
         """Shapes of a table; none where the drafter is planned as configured."""
         kinds = self.base.rule.searched if self.base.is_searched else ()
         found = [shape for kind in kinds for shape in table[kind]]
+        if self.is_padded:
+            found = [*dict.fromkeys(map(filled, found))]
         if self.given[0].shape.is_tree and "nodes" in kinds:
             return [replace(shape, is_tree=shape.nodes > 1) for shape in found]
         return found
@@ -174,7 +185,8 @@ def families(arms: Sequence[ArmConfig], target: Any) -> list[Family]:
         names = (arm.type, arm.name, *(f"{arm.name} {n}" for n in range(2, len(taken) + 2)))
         name = next(each for each in names if each not in taken)
         base = replace(given, name=name, drafter=name, options=rest, is_given=False)
-        family = found.setdefault(base.key, Family(base))
+        is_padded = getattr(target, "compile_mode", "eager") == "graphs"
+        family = found.setdefault(base.key, Family(base, is_padded=is_padded))
         family.given.append(replace(given, drafter=family.base.drafter))
     if not found:
         raise ValueError(

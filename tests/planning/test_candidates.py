@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from specdec.bench.config import ArmConfig
+from specdec.common.compile import bucket
 from specdec.drafters.base import DraftShape
 from specdec.planning.candidates import Candidate, budget, chain, families
 from specdec.planning.measure import get_drafter, sequence
@@ -167,3 +168,12 @@ def test_shapes_of_one_drafter_share_their_weights(target, head):
     assert first is not second
     pairs = zip(first.head.parameters(), second.head.parameters(), strict=True)
     assert all(a.data_ptr() == b.data_ptr() for a, b in pairs)
+
+
+def test_shapes_fill_the_buckets_of_graphs(target, monkeypatch):
+    monkeypatch.setattr(target, "compile_mode", "graphs")
+    (family,) = families([LOOKUP], target)
+    shapes = [each.shape for each in family.searched() if not each.is_given]
+    assert shapes
+    assert all(bucket(shape.nodes + 1) == shape.nodes + 1 for shape in shapes)
+    assert all(shape.depth == shape.nodes for shape in shapes if shape.depth)
