@@ -268,8 +268,8 @@ SETTINGS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampling", "lengths"),
-    [(SETTINGS[0], ()), (SETTINGS[1], ()), (SETTINGS[0], (1, 12, 12, 0))],
-    ids=["plain", "penalties", "changing length"],
+    [(SETTINGS[1], ()), (SETTINGS[0], (1, 12, 12, 0))],  # most of these are whole drafts
+    ids=["penalties", "changing length"],
 )
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_sampled_sequences_follow_target_distribution(

@@ -1,5 +1,7 @@
 """Small random models for tests: float32, built locally, different enough to disagree."""
 
+import os
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -41,4 +43,6 @@ def perturbed(model: LlamaForCausalLM, amount: float, seed: int = 1) -> LlamaFor
 
 
 def tiny_target(vocab_size: int = 97, num_layers: int = 2, seed: int = 0) -> HFTarget:
-    return HFTarget(tiny_llama(vocab_size, num_layers, seed), tokenizer=None)
+    """A target of a tiny Llama; SPECDEC_COMPILED=1 in the environment compiles all of them."""
+    is_compiled = os.environ.get("SPECDEC_COMPILED") == "1"
+    return HFTarget(tiny_llama(vocab_size, num_layers, seed), compile=is_compiled)

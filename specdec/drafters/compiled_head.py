@@ -111,11 +111,11 @@ class CompiledHead:
         self, logits: Tensor, above: Tensor, places: Tensor, children: Tensor
     ) -> list[Tensor]:
         """Take the likeliest children of every node of the beam."""
-        log_probs = logits.float().log_softmax(-1).nan_to_num(nan=-inf, neginf=-inf)
-        top = log_probs.topk(children.shape[0], -1)
+        top = logits.topk(children.shape[0], -1)
+        whole = logits.float().logsumexp(-1, keepdim=True)
         ids = self._head.token_map
         tokens = top.indices if ids is None else ids[top.indices]
-        totals = top.values + above.unsqueeze(2)
+        totals = (top.values.float() - whole).nan_to_num(nan=-inf) + above.unsqueeze(2)
         parents = places.unsqueeze(2).expand_as(tokens)
         return [tokens.flatten(1), totals.flatten(1), parents.flatten(1)]
 

@@ -387,7 +387,7 @@ class FeatureDrafter(HeadDrafter):
                     outputs, logits = self._feed_beam(outputs, growth)
                 logits = self.head.logits(outputs) if logits is None else logits
             if in_own_vocabulary:
-                growth.add_level(logits, self.head.token_map)
+                growth.add_level(logits, self.token_map)
             else:
                 growth.add_level(self.head.spread(logits, self.vocab_size))
         return growth.draft(budget)

@@ -188,8 +188,9 @@ class HeadDrafter(BaseDrafter):
         self.device = next(head.parameters()).device
         self.clock = ForwardClock(self.device)
         self.plan, self.max_nodes, self.makes_trees = None, shape.max_nodes, True
+        self.token_map: Tensor | None = head.token_map  # worked out once
         if shape.is_static or head.max_depth:
-            num_tokens = vocab_size if head.token_map is None else len(head.token_map)
+            num_tokens = vocab_size if self.token_map is None else len(self.token_map)
             self.plan = StaticPlan(shape.static_tree(num_tokens, self.device))
             self.max_nodes, self.makes_trees = self.plan.num_nodes, not self.plan.is_chain
 

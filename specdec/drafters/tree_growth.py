@@ -291,10 +291,10 @@ class DynamicGrowth:
         level has no beam.
         """
         scores = child_scores(self, logits)
+        top = scores.topk(min(self._width, scores.shape[-1]), -1)
+        width, whole = top.indices.shape[2], scores.float().logsumexp(-1, keepdim=True)
         # Where all that the head can say is banned, no child is a candidate.
-        log_probs = scores.float().log_softmax(-1).nan_to_num(nan=-inf, neginf=-inf)
-        top = log_probs.topk(min(self._width, log_probs.shape[-1]), -1)
-        width, totals = top.indices.shape[2], top.values
+        totals = (top.values.float() - whole).nan_to_num(nan=-inf, neginf=-inf)
         tokens = (top.indices if ids is None else ids[top.indices]).flatten(1)
         parents = torch.full_like(tokens, -1)
         if self._beams:

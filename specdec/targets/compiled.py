@@ -50,13 +50,14 @@ class Forward:
         tokens: [B, n] int64.
         positions: [B, n] int64.
         mask: [B, 1, n, K], or one for each type of layer.
-        slots: [B, n] int64, where keys and values of the new tokens are written.
+        slots: [B, n] int64, where keys and values of the new tokens are written; None where the
+            cache knows.
     """
 
     tokens: Tensor
     positions: Tensor
     mask: Any
-    slots: Tensor
+    slots: Tensor | None = None
 
     @property
     def given(self) -> list[Tensor]:
@@ -256,6 +257,7 @@ class CompiledLM:
             logits [B, n, V], and the hidden states [B, n, H] before each layer and after the norm.
         """
         given = [each.contiguous() for each in forward.given]
+        assert forward.slots is not None
         slots, hidden_states = forward.slots.contiguous(), []
         hidden, *made = self._front([*given, *self._ends])
         shared = [*given, *made]
@@ -425,6 +427,7 @@ def _compile_layer(
         return [output[0] if isinstance(output, tuple) else output]
 
     if kind not in pieces:
+        assert found.forward.slots is not None
         given = [call.leaves[0], *(found.shared[k] for k in beside), keys, values]
         names = [found.hidden_names, *(found.names[k] for k in beside), *[found.state_names] * 2]
         inputs = [*given, found.forward.slots, *tensors.values()]

@@ -338,23 +338,23 @@ class HFTarget(TargetEnds):
     def _forward(
         self, tokens: Tensor, positions: Tensor, mask: Any, taps: Sequence[int], keep: int | Tensor
     ) -> TargetOutput:
-        forward = Forward(tokens, positions, mask, self.cache.new_slots)
+        is_step = isinstance(keep, int)  # and no prefill, which is mostly arithmetic
 
         def run(output_hidden_states: bool) -> Any:
             return self.model(
-                **self._arguments(forward, self.cache),
+                **self._arguments(Forward(tokens, positions, mask), self.cache),
                 logits_to_keep=keep,
                 output_hidden_states=output_hidden_states,
             )
 
         with torch.no_grad(), self.clock.forward():
-            is_step = isinstance(keep, int)  # and no prefill
-            if self._graphed and is_step and (found := self._graphed(forward, self.cache, taps)):
-                return TargetOutput(*found)
-            states = self.cache.states if self._compiled and is_step else None
-            if self._compiled and states:
-                logits, hidden_states = self._compiled(forward, states)
-                return TargetOutput(logits, {tap: hidden_states[tap] for tap in taps})
+            if self.compile_mode != "eager" and is_step and (states := self.cache.states):
+                forward = Forward(tokens, positions, mask, self.cache.new_slots)
+                if self._graphed and (found := self._graphed(forward, self.cache, taps)):
+                    return TargetOutput(*found)
+                if self._compiled:
+                    logits, hidden_states = self._compiled(forward, states)
+                    return TargetOutput(logits, {tap: hidden_states[tap] for tap in taps})
             out, hidden = self._taps.run(run, taps)
         return TargetOutput(out.logits, hidden)
 
