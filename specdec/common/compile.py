@@ -13,6 +13,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -35,6 +36,7 @@ GRAPH_DEVICES = ("cuda",)
 # dtypes and devices that it was compiled for: nothing is checked.
 Piece = Callable[[list[Tensor]], list[Tensor]]
 _loaded: dict[str, Piece] = {}
+_bound: dict[tuple[Any, ...], Piece] = {}
 _COMPILING = Lock()
 _seconds = 0.0
 _num_compiled = 0
@@ -135,6 +137,7 @@ def compile_piece(
 
 
 def compile_bound(
+    name: str,
     modules: Sequence[nn.Module],
     function: Callable[..., Any],
     inputs: Sequence[Tensor],
@@ -142,9 +145,16 @@ def compile_bound(
 ) -> Callable[..., list[Tensor]]:
     """Compile a function that also reads the weights of some modules, which stay where they are.
 
+    Args:
+        name: the same for functions that do the same with weights of the same shapes, which are
+            exported once.
+        modules: the modules.
+        function: as in `compile_piece`, as are the other arguments.
+        inputs: its own inputs alone.
+        sizes: those of its own inputs.
+
     Returns:
-        The function, of its own inputs alone, which need not be contiguous. Otherwise as
-        `compile_piece`.
+        The function, of its own inputs alone, which need not be contiguous.
     """
     bound = _Function(function, *modules)
     names, weights = [*tensors_of(bound)], [*tensors_of(bound).values()]
@@ -153,14 +163,18 @@ def compile_bound(
         own, rest = given[: len(inputs)], given[len(inputs) :]
         return functional_call(bound, dict(zip(names, rest, strict=True)), own)
 
-    piece = compile_piece(run, [*inputs, *weights], [*sizes, *map(fixed, weights)])
+    whole = [*inputs, *weights]
+    key = name, *((each.shape, each.dtype, each.device) for each in whole)
+    if key not in _bound:
+        _bound[key] = compile_piece(run, whole, [*sizes, *map(fixed, weights)])
+    piece = _bound[key]
     return lambda *given: piece([*(tensor.contiguous() for tensor in given), *weights])
 
 
 class Graphs:
     """Runs a function of tensors as CUDA graphs, one for each set of shapes, captured at first use.
 
-    Its inputs are copied into buffers that stay in place, and all graphs share one pool of memory.
+    Its inputs are copied into buffers that stay in place; all graphs share one pool of memory.
     On a CPU the same is done without a capture: the function runs on the buffers.
 
     Args:
@@ -176,7 +190,7 @@ class Graphs:
         self, function: Callable[..., list[Tensor]], device: torch.device, most: int = 64
     ) -> None:
         self._function, self._most, self._is_cuda = function, most, device.type == "cuda"
-        self._pool = torch.cuda.graph_pool_handle() if self._is_cuda else None
+        self._pool = _graph_pool() if self._is_cuda else None
         self._kept: OrderedDict[Any, tuple[list[Tensor], list[Tensor], Any]] = OrderedDict()
         self.num_captured = 0
 
@@ -225,6 +239,12 @@ class Graphs:
         with torch.cuda.graph(graph, pool=self._pool):
             outputs = self._function(*buffers, *held)
         return buffers, outputs, graph
+
+
+@cache
+def _graph_pool() -> Any:
+    """Return the memory of all graphs: none runs beside another, and outputs are copied at once."""
+    return torch.cuda.graph_pool_handle()
 
 
 def bucket(size: int) -> int:

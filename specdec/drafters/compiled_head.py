@@ -181,7 +181,8 @@ class CompiledHead:
             *self._states(2),
         ]
         inputs, sizes = zip(*given, strict=True)
-        return compile_head(self._head, self.mode, run, inputs, sizes, num_held=2)
+        name = f"level with a window of {self._window}"
+        return compile_head(self._head, self.mode, name, run, inputs, sizes, num_held=2)
 
     def _compile_feed(self) -> Callable[..., list[Tensor]]:
         def run(
@@ -210,7 +211,7 @@ class CompiledHead:
             *self._states(2),
         ]
         inputs, sizes = zip(*given, strict=True)
-        return compile_head(self._head, self.mode, run, inputs, sizes, num_held=2)
+        return compile_head(self._head, self.mode, "feed", run, inputs, sizes, num_held=2)
 
     def _run(
         self, tokens: Tensor, features: Tensor, positions: Tensor, mask: Tensor, cache: StepCache

@@ -147,6 +147,7 @@ def load_head(
 def compile_head(
     head: Head,
     mode: str,
+    name: str,
     function: Callable[..., list[Tensor]],
     inputs: Sequence[Tensor],
     sizes: Sequence[Sequence[str | None]],
@@ -154,7 +155,8 @@ def compile_head(
 ) -> Callable[..., list[Tensor]]:
     """Compile a function that reads a head, or run it as CUDA graphs.
 
-    The last `num_held` inputs are read and written where they are; the rest as in `compile_bound`.
+    Heads of the same options have the same function of a name. The last `num_held` inputs are read
+    and written where they are; the rest as in `compile_bound`.
     """
     if mode == "graphs":
         graphs = Graphs(function, inputs[0].device)
@@ -163,7 +165,8 @@ def compile_head(
     modules = [head, *(part for part in head._target_parts if part is not None)]
     try:
         with torch.no_grad():
-            return compile_bound(modules, function, inputs, sizes)
+            name = f"{name} of {type(head).__module__}.{type(head).__qualname__} {head.options!r}"
+            return compile_bound(name, modules, function, inputs, sizes)
     except CannotCompileError as error:
         raise CannotCompileError(
             f"{type(head).__name__} cannot be compiled: {error}; give its drafter compile=False"

@@ -205,7 +205,7 @@ class MedusaDrafter(HeadDrafter):
         if (mode := compile_mode(compile, self.device)) != "eager":
             example = next(head.parameters()).new_zeros(2, head.options.hidden_size)
             self._compiled = compile_head(
-                head, mode, lambda h: [head(h)], [example], [[ROWS, None]]
+                head, mode, "guess", lambda h: [head(h)], [example], [[ROWS, None]]
             )
 
     def begin(
