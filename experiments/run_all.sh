@@ -66,7 +66,7 @@ measure() {
       bench 10-held-out $here/10-batch/follow.yaml "${planned[@]}"
       bench 10-hostile $here/10-batch/follow.yaml "${planned[@]}" \
         prompts.source=$here/10-batch/hostile.txt prompts.num=24 sampling.temperature=1 \
-        repeats=6 'grid.batch_size=[1,4,16]'
+        repeats=4 'grid.batch_size=[1,4,16]'
       bench 10-users $here/10-batch/users.yaml "${planned[@]:0:2}"
       ;;
     11-prediction)
