@@ -1,5 +1,7 @@
 """Compiled code and captured graphs say what eager code says, for all sizes."""
 
+from itertools import product
+
 import pytest
 import torch
 from tiny_heads import save_tiny_head
@@ -8,8 +10,10 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from specdec import generate, load_drafter
 from specdec.common import compile as compiling
+from specdec.engine.judge import Judge
+from specdec.sampling.sampler import Sampler, SamplingConfig
 from specdec.targets.hf import HFTarget
-from specdec.verify import Draft
+from specdec.verify import Draft, get_rule
 
 PROMPTS = [[5, 6, 7, 8, 5, 6, 7], [3] * 12, [11, 12, 13, 11, 12], [6]]
 VOCAB_SIZE = 17  # so small that random heads are right at times
@@ -108,6 +112,32 @@ def test_compiled_sampling_draws_the_same_tokens(targets, load, name):
         for target in targets.values()
     )
     assert compiled == eager
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("is_sampled", [False, True])
+def test_compiled_judge_gives_the_same_verdicts(temperature, is_sampled):
+    vocab_size = 97  # no multiple of a vector's length
+    generator = torch.Generator().manual_seed(0)
+    judges = [Judge(get_rule("token"), is_compiled) for is_compiled in (False, True)]
+    for batch_size, num_nodes in product((1, 2, 3), (1, 2, 7)):
+        shape = batch_size, num_nodes + 1, vocab_size
+        logits = 3 * torch.randn(shape, generator=generator)
+        tokens = logits[:, :-1].argmax(-1)
+        tokens[:, -1] = 0
+        lengths = torch.randint(0, num_nodes + 1, (batch_size,), generator=generator)
+        tokens = tokens.masked_fill(torch.arange(num_nodes) >= lengths[:, None], -1)
+        probs = logits[:, :-1].softmax(-1) if is_sampled else None
+        configs = [SamplingConfig(temperature=temperature, seed=s) for s in range(batch_size)]
+        sampler = Sampler(configs, vocab_size, None, [[1]] * batch_size, ())
+        draft, counters = Draft.chain(tokens, lengths, probs), torch.arange(batch_size) + 5
+        (eager, told), (compiled, also_told) = (
+            judge(sampler, logits, draft, counters) for judge in judges
+        )
+        assert also_told.tolist() == told.tolist()
+        for name, value in vars(eager).items():
+            assert torch.equal(getattr(compiled, name), value)
 
 
 @pytest.mark.slow

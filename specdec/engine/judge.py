@@ -1,7 +1,6 @@
 """From the target's logits to a verdict, and to the figures of it that the host is told."""
 
-from collections.abc import Callable
-from functools import partial
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,11 +21,7 @@ Judgment = tuple[Verdict, Tensor]
 
 
 class Judge:
-    """Judges drafts by a rule.
-
-    Beside a compiled target a chain is judged by one compiled piece: from the logits on at
-    temperature 0, and from the processed probabilities on elsewhere.
-    """
+    """Judges drafts by a rule; beside a compiled target, greedy chains by compiled code."""
 
     def __init__(self, rule: Rule, is_compiled: bool) -> None:
         self._rule, self._is_compiled = rule, is_compiled
@@ -36,65 +31,44 @@ class Judge:
     ) -> Judgment:
         """Judge drafts by logits [B, N + 1, V]; `counters` [B] are the committed tokens."""
         scores = sampler.scores(logits, draft)
+        best, likeliest = scores.max(-1)  # [B, N + 1]; a NaN wins the maximum
         if sampler.is_greedy:
-            return self._run(_judge_greedy, draft, scores)
-        is_finite = _are_finite(scores.amax(-1), draft.lengths)
-        given = sampler.probs(scores), is_finite, sampler.seeds, counters
-        if self._rule.judge:
-            return self._run(partial(_judge_sampled, self._rule), draft, *given)
-        return _judge_drawn(draft, *given)
-
-    def _run(self, judge: Callable[..., Judgment], draft: Draft, *given: Tensor) -> Judgment:
-        """Run a judge, of a chain beside a compiled target as compiled code."""
-        if not self._is_compiled or draft.parents is not None or draft.num_nodes == 0:
-            return judge(draft, *given)
-        drawn = () if draft.probs is None else (draft.probs,)
-        inputs = [draft.tokens, draft.lengths, *given, *drawn]
-        piece = _piece(judge, len(given), inputs)
-        if piece is None:
-            return judge(draft, *given)
-        *verdict, figures = piece([each.contiguous() for each in inputs])
-        return Verdict(*verdict), figures
+            is_chain = draft.parents is None and draft.num_nodes > 0
+            piece = _piece(scores.device) if is_chain and self._is_compiled else None
+            if piece is None:
+                return _judge_greedy(draft, best, likeliest)
+            *verdict, figures = piece(
+                [draft.tokens.contiguous(), draft.lengths, best.float(), likeliest]
+            )
+            return Verdict(*verdict), figures
+        given = sampler.probs(scores), _are_finite(best, draft.lengths), sampler.seeds, counters
+        if self._rule.judge is None:
+            return _judge_drawn(draft, *given)
+        return _judge_sampled(self._rule, draft, *given)
 
 
-_PIECES: dict[object, Piece | None] = {}
+@cache
+def _piece(device: torch.device) -> Piece | None:
+    """Compile the greedy judge of chains; None where that is not possible.
 
+    It begins behind the argmax: Inductor's own may name a column behind the last one, where a
+    vocabulary does not fill its vectors.
+    """
 
-def _piece(judge: Callable[..., Judgment], num_given: int, inputs: list[Tensor]) -> Piece | None:
-    """Compile a judge of chains, once in a process; None where that is not possible."""
-    first = inputs[2]  # logits or probabilities
-    rule = judge.args[0].name if isinstance(judge, partial) else "greedy"
-    key = rule, len(inputs), first.shape[2], first.dtype, first.device
-    if key in _PIECES:
-        return _PIECES[key]
-
-    def run(tokens: Tensor, lengths: Tensor, *rest: Tensor) -> list[Tensor]:
-        draft = Draft.chain(tokens, lengths, *rest[num_given:])
-        verdict, figures = judge(draft, *rest[:num_given])
+    def run(tokens: Tensor, lengths: Tensor, best: Tensor, likeliest: Tensor) -> list[Tensor]:
+        verdict, figures = _judge_greedy(Draft.chain(tokens, lengths), best, likeliest)
         return [*vars(verdict).values(), figures]
 
-    each_ndim: dict[int, list[str | None]] = {
-        1: [ROWS],
-        2: [ROWS, NODES],
-        3: [ROWS, WIDTH, None],
-    }
-    names = [each_ndim[each.ndim] for each in inputs]
-    if len(inputs) > 2 + num_given:
-        names[-1] = [ROWS, NODES, None]  # distributions that the nodes were drawn from
-    sizes = {ROWS: 2, NODES: 3, WIDTH: 4, None: first.shape[2]}
-    examples = [
-        each.new_ones([sizes[name] for name in own])
-        for own, each in zip(names, inputs, strict=True)
-    ]
+    tokens = torch.ones(2, 3, dtype=torch.long, device=device)
+    rows = torch.ones(2, 4, dtype=torch.long, device=device)
+    names: list[list[str | None]] = [[ROWS, NODES], [ROWS], [ROWS, WIDTH], [ROWS, WIDTH]]
     try:
-        _PIECES[key] = compile_piece(run, examples, names)
+        return compile_piece(run, [tokens, tokens[:, 0].clone(), rows.float(), rows.clone()], names)
     except CannotCompileError:
-        _PIECES[key] = None
-    return _PIECES[key]
+        return None
 
 
-def _judge_greedy(draft: Draft, scores: Tensor) -> Judgment:
-    best, likeliest = scores.max(-1)  # [B, N + 1]; a NaN wins the maximum
+def _judge_greedy(draft: Draft, best: Tensor, likeliest: Tensor) -> Judgment:
     if draft.num_nodes == 0:
         return _told(plain(draft, likeliest[:, 0]), draft, best[:, 0].isfinite())
     return _told(match(likeliest, draft), draft, _are_finite(best, draft.lengths))
@@ -105,10 +79,7 @@ def _judge_sampled(
 ) -> Judgment:
     uniforms = row_uniforms(seeds, counters, UNIFORM_STREAM, draft.num_nodes)
     noise = row_exponentials(seeds, counters, NOISE_STREAM, probs.shape[2])
-    if draft.num_nodes == 0 or rule.judge is None:
-        verdict = verify(probs, draft, rule=rule, uniforms=uniforms, noise=noise, check=False)
-    else:  # without the checks of shapes, which compiled code has no numbers for
-        verdict = rule.judge(probs, draft, uniforms, noise)
+    verdict = verify(probs, draft, rule=rule, uniforms=uniforms, noise=noise, check=False)
     return _told(verdict, draft, is_finite)
 
 
