@@ -156,13 +156,14 @@ class CompiledHead:
             committed = column <= 0
             if self._window is not None:
                 committed = committed & (column > -self._window)
-            outputs, logits = self._run(
+            outputs = self._head(
                 tokens.gather(1, best.indices),
                 self._head.carry(features),
                 (lengths.unsqueeze(1) + place[0]).expand(-1, width),
                 (mask | committed.unsqueeze(1)).unsqueeze(1),
                 StepCache([(keys, values)], own, slots.shape[0]),
             )
+            logits = self._head.logits(outputs)
             below = best.indices + place[1]
             return [tokens, totals, parents, below, best.values, seen, outputs, logits]
 
@@ -212,12 +213,6 @@ class CompiledHead:
         ]
         inputs, sizes = zip(*given, strict=True)
         return compile_head(self._head, self.mode, "feed", run, inputs, sizes, num_held=2)
-
-    def _run(
-        self, tokens: Tensor, features: Tensor, positions: Tensor, mask: Tensor, cache: StepCache
-    ) -> tuple[Tensor, Tensor]:
-        outputs = self._head(tokens, features, positions, mask, cache)
-        return outputs, self._head.logits(outputs)
 
     # --- Examples ---
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from specdec.common.compile import NODES, ROWS, WIDTH, CannotCompileError, Piece, compile_piece
+from specdec.common.compile import NODES, ROWS, WIDTH, Piece, compile_piece
 from specdec.sampling.randomness import row_exponentials, row_uniforms
 from specdec.sampling.sampler import Sampler, sample
 from specdec.verify import Draft, Rule, Verdict, match, verify
@@ -33,13 +33,11 @@ class Judge:
         scores = sampler.scores(logits, draft)
         best, likeliest = scores.max(-1)  # [B, N + 1]; a NaN wins the maximum
         if sampler.is_greedy:
-            is_chain = draft.parents is None and draft.num_nodes > 0
-            piece = _piece(scores.device) if is_chain and self._is_compiled else None
-            if piece is None:
+            if not self._is_compiled or draft.parents is not None or draft.num_nodes == 0:
                 return _judge_greedy(draft, best, likeliest)
-            *verdict, figures = piece(
-                [draft.tokens.contiguous(), draft.lengths, best.float(), likeliest]
-            )
+            # A drafter of the user's own may hand out views, which the piece would misread.
+            tokens, lengths = draft.tokens.contiguous(), draft.lengths.contiguous()
+            *verdict, figures = _piece(scores.device)([tokens, lengths, best.float(), likeliest])
             return Verdict(*verdict), figures
         given = sampler.probs(scores), _are_finite(best, draft.lengths), sampler.seeds, counters
         if self._rule.judge is None:
@@ -48,8 +46,8 @@ class Judge:
 
 
 @cache
-def _piece(device: torch.device) -> Piece | None:
-    """Compile the greedy judge of chains; None where that is not possible.
+def _piece(device: torch.device) -> Piece:
+    """Compile the greedy judge of chains.
 
     It begins behind the argmax: Inductor's own may name a column behind the last one, where a
     vocabulary does not fill its vectors.
@@ -62,10 +60,7 @@ def _piece(device: torch.device) -> Piece | None:
     tokens = torch.ones(2, 3, dtype=torch.long, device=device)
     rows = torch.ones(2, 4, dtype=torch.long, device=device)
     names: list[list[str | None]] = [[ROWS, NODES], [ROWS], [ROWS, WIDTH], [ROWS, WIDTH]]
-    try:
-        return compile_piece(run, [tokens, tokens[:, 0].clone(), rows.float(), rows.clone()], names)
-    except CannotCompileError:
-        return None
+    return compile_piece(run, [tokens, tokens[:, 0].clone(), rows.float(), rows.clone()], names)
 
 
 def _judge_greedy(draft: Draft, best: Tensor, likeliest: Tensor) -> Judgment:
