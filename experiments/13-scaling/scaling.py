@@ -1,4 +1,4 @@
-"""How the parts of a step grow with batch, context, nodes and vocabulary: random models, T = 0.
+"""Growth of the parts of a step with batch, context, nodes and vocabulary: random models, T = 0.
 
 python experiments/13-scaling/scaling.py --out runs/experiments/13-scaling/scaling.json
 """

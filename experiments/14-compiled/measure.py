@@ -211,7 +211,7 @@ def ratio(rows: Rows, batch: int, over: str, under: str) -> dict[str, Any]:
 def goals(
     rows: Rows, arms: list[dict[str, Any]], started: dict[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """What the issue asks for, with what was found; a goal is a least or a most."""
+    """List goals beside what was measured; a goal is a least or a most."""
     by_name = {arm["name"]: arm for arm in arms if arm["batch"] == 1}
 
     def fastest(*kinds: str) -> str:

@@ -185,7 +185,7 @@ class HFArm:
             options |= {target.cache_name: cache, "compile_config": fastest}
             # A sweep has more shapes than torch compiles before it goes on eagerly.
             limit = torch._dynamo.config.patch(recompile_limit=256)
-        with limit, _lent(target.model, eos, self._compiled), torch.random.fork_rng():
+        with limit, _borrowed(target.model, eos, self._compiled), torch.random.fork_rng():
             torch.manual_seed(batch[0].seed)
             started = time.perf_counter()
             out = target.model.generate(
@@ -208,7 +208,7 @@ class HFArm:
 
 
 @contextmanager
-def _lent(model: Any, eos: Sequence[int], compiled: dict[str, Any]) -> Iterator[None]:
+def _borrowed(model: Any, eos: Sequence[int], compiled: dict[str, Any]) -> Iterator[None]:
     """Lend a model to transformers' generate, and leave it as it was.
 
     The checkpoint's own defaults (a penalty, a top-k) are not what is compared. `compiled` keeps

@@ -160,10 +160,10 @@ class Batch:
         draft, faults, is_valid = self._propose()
         output = self.target.score(self.root, draft, self.taps)
         with self._verify_clock.forward():
-            verdict, told = self._judge(self.sampler, output.logits, draft, self.num_committed)
+            verdict, packed = self._judge(self.sampler, output.logits, draft, self.num_committed)
             if is_valid is not None:
-                told[:, 3] *= is_valid
-            figures, tokens = _to_host(told)
+                packed[:, 3] *= is_valid
+            figures, tokens = _to_host(packed)
         num_accepted, num_drafted, depth_tested, healthy = figures
         if faults and not all(healthy):
             with self._blaming_the_drafter():
@@ -290,12 +290,12 @@ class Batch:
         self.root, self.num_committed = self.root[rows], self.num_committed[rows]
 
 
-def _to_host(told: Tensor) -> tuple[list[list[int]], list[list[int]]]:
+def _to_host(packed: Tensor) -> tuple[list[list[int]], list[list[int]]]:
     """Bring four figures and the new tokens of every row to the host, a step's one synchronization.
 
     A row that is not healthy has no tokens.
     """
-    values = told.tolist()
+    values = packed.tolist()
     tokens = [row[4 : 5 + row[0]] if row[3] else [] for row in values]
     return [[row[column] for row in values] for column in range(4)], tokens
 

@@ -65,8 +65,8 @@ def _piece(device: torch.device) -> Piece:
 
 def _judge_greedy(draft: Draft, best: Tensor, likeliest: Tensor) -> Judgment:
     if draft.num_nodes == 0:
-        return _told(plain(draft, likeliest[:, 0]), draft, best[:, 0].isfinite())
-    return _told(match(likeliest, draft), draft, _are_finite(best, draft.lengths))
+        return _with_figures(plain(draft, likeliest[:, 0]), draft, best[:, 0].isfinite())
+    return _with_figures(match(likeliest, draft), draft, _are_finite(best, draft.lengths))
 
 
 def _judge_sampled(
@@ -75,7 +75,7 @@ def _judge_sampled(
     uniforms = row_uniforms(seeds, counters, UNIFORM_STREAM, draft.num_nodes)
     noise = row_exponentials(seeds, counters, NOISE_STREAM, probs.shape[2])
     verdict = verify(probs, draft, rule=rule, uniforms=uniforms, noise=noise, check=False)
-    return _told(verdict, draft, is_finite)
+    return _with_figures(verdict, draft, is_finite)
 
 
 def _judge_drawn(
@@ -90,7 +90,7 @@ def _judge_drawn(
     positions = counters.unsqueeze(1) + pad(depths, (1, 0))
     rows = seeds.unsqueeze(1).expand_as(positions).flatten()
     noise = row_exponentials(rows, positions.flatten(), NOISE_STREAM, probs.shape[2])
-    return _told(match(sample(probs, noise.view_as(probs)), draft), draft, is_finite)
+    return _with_figures(match(sample(probs, noise.view_as(probs)), draft), draft, is_finite)
 
 
 def _are_finite(best: Tensor, lengths: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def _are_finite(best: Tensor, lengths: Tensor) -> Tensor:
     return ((best.abs() < torch.inf) | (rows > lengths.unsqueeze(1))).all(1)
 
 
-def _told(verdict: Verdict, draft: Draft, is_finite: Tensor) -> Judgment:
+def _with_figures(verdict: Verdict, draft: Draft, is_finite: Tensor) -> Judgment:
     depth_tested = verdict.tested.sum(1)
     if draft.parents is not None and draft.num_nodes:
         depth_tested = (node_depths(draft.parents, draft.depth) * verdict.tested).amax(1)

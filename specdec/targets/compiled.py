@@ -90,15 +90,18 @@ class _Call:
 
 
 @dataclass(frozen=True, eq=False)
-class _Anatomy:
-    """What two forwards of other sizes have shown of a model.
+class _Structure:
+    """A model as two forwards of different sizes have shown it.
 
     Attributes:
-        forward: the first of them.
-        calls: its calls of all layers.
+        model: the causal LM.
+        layers: its decoder layers.
+        arguments: maker of the model's own arguments.
+        forward: the first of the two forwards.
+        calls: the calls of all layers in it.
         states: its keys and values.
         shared: tensors that layers are given beside their input: the caller's, then the model's.
-        names: names of the sizes of each.
+        names: names of the sizes of each shared tensor.
         hidden_names: names of the sizes of a layer's input.
         state_names: names of the sizes of keys and values.
     """
@@ -121,7 +124,7 @@ class _Anatomy:
         layers: nn.ModuleList,
         arguments: Arguments,
         examples: Iterable[tuple[Forward, States]],
-    ) -> "_Anatomy":
+    ) -> "_Structure":
         # Each example stands while its cache does: the next one is asked for later.
         seen = [(f, s, _watch(model, layers, arguments(f, None))) for f, s in examples]
         forwards, states, calls = zip(*seen, strict=True)
@@ -241,7 +244,7 @@ class CompiledLM:
         arguments: Arguments,
         examples: Iterable[tuple[Forward, States]],
     ) -> None:
-        found = _Anatomy.of(model, layers, arguments, examples)
+        found = _Structure.of(model, layers, arguments, examples)
         inside = {id(t) for layer in layers for t in tensors_of(layer).values()}
         ends = {name: t for name, t in tensors_of(model).items() if id(t) not in inside}
         self._ends = [*ends.values()]
@@ -371,7 +374,7 @@ def _watch(model: Any, layers: nn.ModuleList, arguments: dict[str, Any]) -> list
     return calls
 
 
-def _compile_ends(found: _Anatomy, ends: dict[str, Tensor]) -> tuple[Piece, Piece]:
+def _compile_ends(found: _Structure, ends: dict[str, Tensor]) -> tuple[Piece, Piece]:
     """Compile what comes before the first layer, and what comes after the last one."""
     made, num_given = found.made, len(found.forward.given)
 
@@ -401,7 +404,7 @@ def _compile_ends(found: _Anatomy, ends: dict[str, Tensor]) -> tuple[Piece, Piec
 
 
 def _compile_layer(
-    found: _Anatomy, place: int, pieces: dict[str, Piece]
+    found: _Structure, place: int, pieces: dict[str, Piece]
 ) -> tuple[Piece, list[int]]:
     """Compile a layer, or find the piece of its kind; and the shared tensors it is given."""
     layer, call, (keys, values) = found.layers[place], found.calls[place], found.states[place]
