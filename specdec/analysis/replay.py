@@ -19,7 +19,7 @@ from specdec.engine.metrics import StepRecord
 from specdec.sampling.config import SamplingConfig
 from specdec.sampling.sampler import Sampler
 from specdec.verify import Draft, Verdict, match
-from specdec.verify.tree import StaticTree, node_depths
+from specdec.verify.tree import StaticTree
 
 # Called with every step: its text, the tokens done before it, the draft, and its verdict.
 Watch = Callable[[int, int, Draft, Verdict], None]
@@ -64,7 +64,7 @@ def replay(
                         "(children=top), use temperature 0, or give it what "
                         "specdec.drafters.base.Forced describes"
                     )
-                depths = node_depths(draft.explicit_parents(), draft.depth)[0]  # [N]
+                depths = draft.depths[0]  # [N]
                 places = torch.cat([depths.new_zeros(1), depths])  # of root and nodes
                 verdict = _verdict(draft, places, text.tokens[num_done:])
                 watch(index, num_done, draft, verdict)

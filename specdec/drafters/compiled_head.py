@@ -1,7 +1,6 @@
 """The head of a `FeatureDrafter` in compiled pieces: to feed pairs, to grow a level of a tree."""
 
 from collections.abc import Callable
-from math import inf
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch.nn.functional import pad
 
 from specdec.common.compile import CAPACITY, CHILDREN, ROWS, SEEN, WIDTH, bucket
 from specdec.drafters.heads import compile_head
-from specdec.drafters.tree_growth import Candidates
+from specdec.drafters.tree_growth import Candidates, best_children
 from specdec.engine.kv_cache import SlotCache
 from specdec.targets.compiled import StepCache, seen_slots
 
@@ -96,7 +95,7 @@ class CompiledHead:
                 *node, lengths, place, children, slots, *states[0]
             )
             levels.append(Candidates(*found))
-        levels.append(Candidates(*self._candidates(logits, above, places, children)))
+        levels.append(best_children(logits, above, places, width, self._head.token_map))
         return levels
 
     def _places(self, width: int, num_levels: int) -> Tensor:
@@ -106,18 +105,6 @@ class CompiledHead:
             places = torch.tensor([*enumerate(firsts)], device=self._device)
             self._known_places, self._known_width = places, width
         return self._known_places[:num_levels]
-
-    def _candidates(
-        self, logits: Tensor, above: Tensor, places: Tensor, children: Tensor
-    ) -> list[Tensor]:
-        """Take the likeliest children of every node of the beam."""
-        top = logits.topk(children.shape[0], -1)
-        whole = logits.float().logsumexp(-1, keepdim=True)
-        ids = self._head.token_map
-        tokens = top.indices if ids is None else ids[top.indices]
-        totals = (top.values.float() - whole).nan_to_num(nan=-inf) + above.unsqueeze(2)
-        parents = places.unsqueeze(2).expand_as(tokens)
-        return [tokens.flatten(1), totals.flatten(1), parents.flatten(1)]
 
     def _compile_level(self) -> Callable[..., list[Tensor]]:
         def run(
@@ -133,8 +120,9 @@ class CompiledHead:
             keys: Tensor,
             values: Tensor,
         ) -> list[Tensor]:
-            tokens, totals, parents = self._candidates(logits, above, places, children)
             width, num_open = children.shape[0], seen.shape[2]
+            found = best_children(logits, above, places, width, self._head.token_map)
+            tokens, totals, parents = found
             best = totals.topk(width, 1)
             origin = (best.indices // width).unsqueeze(2)  # [B, k, 1] in the beam before
             itself = torch.eye(width, dtype=torch.bool, device=seen.device)

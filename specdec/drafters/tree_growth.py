@@ -7,6 +7,7 @@ pruned after its tokens are seen is no longer drawn from the q it reports.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import inf
 from typing import NamedTuple
 
@@ -172,15 +173,12 @@ class StaticGrowth:
 
     def _choose(self, scores: Tensor, level: _Level) -> Tensor:
         """Take every node's likeliest children, and note how likely they are."""
-        # In half precision a log-sum would be off by percents, and confidences are multiplied.
-        total = scores.float().logsumexp(-1, keepdim=True)
+        shares = scores.float().log_softmax(-1)
         if scores.shape[1] == level.num_children == 1:
-            best, chosen = scores[:, 0].max(-1, keepdim=True)
-            share = best.float() - total[:, 0]
+            share, chosen = shares[:, 0].max(-1, keepdim=True)
         else:
-            top = scores.topk(min(level.num_children, scores.shape[-1]), -1)
-            chosen = top.indices[:, level.parent_places, level.ranks]
-            share = (top.values.float() - total)[:, level.parent_places, level.ranks]
+            top = shares.topk(min(level.num_children, shares.shape[-1]), -1)
+            chosen, share = (each[:, level.parent_places, level.ranks] for each in reversed(top))
         if self._confidence:
             share = share + self._confidence[-1][:, level.parents_before]
         self._confidence.append(share)
@@ -268,21 +266,54 @@ def _without_earlier(probs: Tensor, drawn: Tensor) -> Tensor:
     return left / left.sum(-1, keepdim=True).clamp(min=torch.finfo(left.dtype).tiny)
 
 
+def best_children(
+    scores: Tensor, above: Tensor, places: Tensor, count: int, ids: Tensor | None
+) -> Candidates:
+    """Take the `count` likeliest children of every node of a beam.
+
+    Args:
+        scores: [B, beam, V] logits, processed or not.
+        above: [B, beam] log-probabilities of the paths down to the beam.
+        places: [B, beam] of its nodes among all candidates, -1 for the root.
+        ids: [V] tokens that the columns stand for, None if they are token ids.
+    """
+    # In half precision a log-sum would be off by percents, and confidences are multiplied.
+    top = scores.float().log_softmax(-1).topk(count, -1)
+    tokens = top.indices if ids is None else ids[top.indices]
+    # Where all that the head can say is banned, no child is a candidate.
+    totals = top.values.nan_to_num(nan=-inf, neginf=-inf) + above.unsqueeze(2)
+    parents = places.unsqueeze(2).expand_as(tokens)
+    return Candidates(tokens.flatten(1), totals.flatten(1), parents.flatten(1))
+
+
+class _Beam(NamedTuple):
+    """The nodes of one level that are expanded."""
+
+    tokens: Tensor  # [B, beam]
+    above: Tensor  # [B, beam] log-probabilities of the paths down to them
+    places: Tensor  # [B, beam] among all candidates
+    origin: Tensor  # [B, beam] parents in the beam before
+    visible: Tensor  # [B, beam, S] which of all expanded nodes each one sees, the beam itself last
+
+
 class DynamicGrowth:
     """EAGLE-2's tree: the best candidates of each level are expanded, the best of all are kept.
 
     `width` children are taken of each node, and as many nodes expanded per level.
     """
 
-    origin: Tensor  # [B, beam] parents of the newest beam in the beam before
-
     def __init__(self, width: int, max_nodes: int, num_levels: int, sampler: Sampler) -> None:
         self._width, self.max_nodes, self.sampler = width, max_nodes, sampler
         self.level, self.num_levels = 0, num_levels
         self._pool: list[Candidates] = []  # of each level
-        # [B, beam] of each level: tokens, parents among all expanded nodes, and which of these each
-        # one sees; then its places among all candidates, and its log-probabilities.
-        self._beams: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
+        self._num_candidates = 0
+        self._beams: list[_Beam] = []  # of each level but the last
+        self._itself = torch.empty(0)  # [B, beam, beam] identity
+
+    @property
+    def origin(self) -> Tensor:
+        """Parents [B, beam] of the newest beam in the beam before."""
+        return self._beams[-1].origin
 
     def add_level(self, logits: Tensor, ids: Tensor | None = None) -> None:
         """Add the likeliest children of the newest beam, from its logits [B, beam, V].
@@ -291,31 +322,33 @@ class DynamicGrowth:
         level has no beam.
         """
         scores = child_scores(self, logits)
-        top = scores.topk(min(self._width, scores.shape[-1]), -1)
-        width, whole = top.indices.shape[2], scores.float().logsumexp(-1, keepdim=True)
-        # Where all that the head can say is banned, no child is a candidate.
-        totals = (top.values.float() - whole).nan_to_num(nan=-inf, neginf=-inf)
-        tokens = (top.indices if ids is None else ids[top.indices]).flatten(1)
-        parents = torch.full_like(tokens, -1)
+        count = min(self._width, scores.shape[-1])
         if self._beams:
-            *_, seen, places, above = self._beams[-1]
-            totals = totals + above.unsqueeze(2)
-            parents = places.repeat_interleave(width, 1)
-        totals = totals.flatten(1)  # [B, beam * width]
-        num_before = sum(part[0].shape[1] for part in self._pool)
-        self._pool.append(Candidates(tokens, totals, parents))
+            above, places = self._beams[-1].above, self._beams[-1].places
+        else:
+            above = torch.zeros(len(scores), 1, device=scores.device)
+            places = torch.full((len(scores), 1), -1, device=scores.device)
+        level = best_children(scores, above, places, count, ids)
+        self._pool.append(level)
         self.level += 1
-        if self.level == self.num_levels:
-            return
-        best = totals.topk(min(self._width, totals.shape[1]), 1)
-        self.origin, tokens = best.indices // width, tokens.gather(1, best.indices)
-        visible = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)
-        visible, parents = visible.expand(len(tokens), -1, -1), torch.full_like(tokens, -1)
+        if self.level < self.num_levels:
+            self._beams.append(self._expand(level, count))
+        self._num_candidates += level.tokens.shape[1]
+
+    def _expand(self, level: Candidates, num_children: int) -> _Beam:
+        """Keep the best candidates of the newest level as its beam."""
+        best = level.scores.topk(min(self._width, level.scores.shape[1]), 1)
+        batch, beam = best.indices.shape
+        if self._itself.shape[1:] != (beam, beam):
+            itself = torch.eye(beam, dtype=torch.bool, device=best.indices.device)
+            self._itself = itself.expand(batch, -1, -1)
+        origin, visible = best.indices // num_children, self._itself
         if self._beams:
-            parents = seen.shape[2] - seen.shape[1] + self.origin
-            above = torch.take_along_dim(seen, self.origin.unsqueeze(2), 1)
+            seen = self._beams[-1].visible
+            above = seen.gather(1, origin.unsqueeze(2).expand(-1, -1, seen.shape[2]))
             visible = torch.cat([above, visible], 2)
-        self._beams.append((tokens, parents, visible, num_before + best.indices, best.values))
+        tokens, places = level.tokens.gather(1, best.indices), best.indices + self._num_candidates
+        return _Beam(tokens, best.values, places, origin, visible)
 
     def take(self, levels: list[Candidates]) -> None:
         """Take all levels as they were grown elsewhere."""
@@ -328,23 +361,28 @@ class DynamicGrowth:
         Then which of the S expanded nodes each of them sees, bool [B, beam, S], the beam itself
         last, and the levels [S] of these nodes, 0 for the root's children.
         """
-        sizes = [beam[0].shape[1] for beam in self._beams]
-        levels = [level for level, size in enumerate(sizes) for _ in range(size)]
-        tokens, _, visible, *_ = self._beams[-1]
-        return tokens, visible, torch.tensor(levels, device=tokens.device)
+        beam = self._beams[-1]
+        levels = [level for level, each in enumerate(self._beams) for _ in range(each[0].shape[1])]
+        return beam.tokens, beam.visible, torch.tensor(levels, device=beam.tokens.device)
 
     def expanded(self) -> tuple[Draft, Tensor]:
         """All expanded nodes as a draft, and the rows [beam] of the newest beam in its logits."""
-        tokens, parents = (torch.cat([beam[at] for beam in self._beams], 1) for at in (0, 1))
-        last, beam = tokens.shape[1] + 1, self._beams[-1][0].shape[1]
-        rows = torch.arange(last - beam, last, device=tokens.device)
-        return Draft.tree(tokens, parents, depth=len(self._beams)), rows
+        tokens = torch.cat([beam.tokens for beam in self._beams], 1)
+        parents, first = [torch.full_like(self._beams[0].origin, -1)], 0
+        for before, beam in pairwise(self._beams):
+            parents.append(first + beam.origin)
+            first += before.origin.shape[1]
+        end = tokens.shape[1] + 1
+        rows = torch.arange(end - self.origin.shape[1], end, device=tokens.device)
+        return Draft.tree(tokens, torch.cat(parents, 1), depth=len(self._beams)), rows
 
     def draft(self, budget: Sequence[int]) -> Draft:
         """Rerank all candidates to the node budget, and row b to `budget[b]` nodes."""
         tokens, scores, parents = (torch.cat(parts, 1) for parts in zip(*self._pool, strict=True))
-        row_budgets = torch.tensor(budget, device=scores.device)
-        kept = best_first(scores, parents, min(self.max_nodes, max(budget)), row_budgets)
+        num_nodes, row_budgets = min(self.max_nodes, max(budget)), None
+        if min(budget) < num_nodes:
+            row_budgets = torch.tensor(budget, device=scores.device)
+        kept = best_first(scores, parents, num_nodes, row_budgets)
         return selected(kept, tokens, len(self._pool), confidence=scores.exp())
 
 

@@ -11,7 +11,6 @@ from specdec.sampling.randomness import row_exponentials, row_uniforms
 from specdec.sampling.sampler import Sampler, sample
 from specdec.verify import Draft, Rule, Verdict, match, verify
 from specdec.verify.path import plain
-from specdec.verify.tree import node_depths
 
 # Streams of the per-row randomness; drafters take theirs from 16 upwards.
 UNIFORM_STREAM, NOISE_STREAM = 0, 1
@@ -82,12 +81,7 @@ def _judge_drawn(
     draft: Draft, probs: Tensor, is_finite: Tensor, seeds: Tensor, counters: Tensor
 ) -> Judgment:
     """Draw every token, with noise by position, so that its draw ignores the draft."""
-    if draft.parents is None:
-        depths = torch.arange(1, draft.num_nodes + 1, device=probs.device)
-        depths = depths.expand(draft.batch_size, -1)
-    else:
-        depths = node_depths(draft.explicit_parents(), draft.depth)
-    positions = counters.unsqueeze(1) + pad(depths, (1, 0))
+    positions = counters.unsqueeze(1) + pad(draft.depths, (1, 0))
     rows = seeds.unsqueeze(1).expand_as(positions).flatten()
     noise = row_exponentials(rows, positions.flatten(), NOISE_STREAM, probs.shape[2])
     return _with_figures(match(sample(probs, noise.view_as(probs)), draft), draft, is_finite)
@@ -102,6 +96,6 @@ def _are_finite(best: Tensor, lengths: Tensor) -> Tensor:
 def _with_figures(verdict: Verdict, draft: Draft, is_finite: Tensor) -> Judgment:
     depth_tested = verdict.tested.sum(1)
     if draft.parents is not None and draft.num_nodes:
-        depth_tested = (node_depths(draft.parents, draft.depth) * verdict.tested).amax(1)
+        depth_tested = (draft.depths * verdict.tested).amax(1)
     figures = torch.stack([verdict.num_accepted, draft.lengths, depth_tested, is_finite], 1)
     return verdict, torch.cat([figures, verdict.tokens], 1)

@@ -259,19 +259,21 @@ class SlotCache(Cache):
         Node i was written at length + 1 + i.
         """
         path = path[:, : self._slots.end - max(self.lengths) - 1]  # no longer than all nodes
-        first = self.device_lengths + 1
         steps = torch.arange(path.shape[1], device=path.device)
-        # Padding copies a slot onto itself.
-        sources = first.unsqueeze(1) + torch.where(path >= 0, path, steps)
+        nodes = torch.where(path >= 0, path, steps)  # padding copies a slot onto itself
+        if len(path) == 1:  # slices are cheaper
+            start = self.lengths[0] + 1
+            for states in self._states():
+                behind = states[:, 0].narrow(2, start, self._slots.end - start)
+                moved = behind.index_select(2, nodes[0].to(states.device))
+                behind.narrow(2, 0, len(steps)).copy_(moved)
+            return
+        first = (self.device_lengths + 1).unsqueeze(1)
+        to, source = first + steps, first + nodes
         for states in self._states():
-            where, behind = sources.to(states.device), first.to(states.device).unsqueeze(1)
-            if len(where) == 1:  # slices are cheaper
-                row, start = states[:, 0], self.lengths[0] + 1
-                row[:, :, start : start + len(steps)] = row.index_select(2, where[0])
-            else:
-                slots = states.transpose(2, 3)  # [layers, rows, capacity, heads, head_dim]
-                rows = torch.arange(len(where), device=states.device).unsqueeze(1)
-                slots[:, rows, behind + steps.to(states.device)] = slots[:, rows, where]
+            slots = states.transpose(2, 3)  # [layers, rows, capacity, heads, head_dim]
+            rows = torch.arange(len(path), device=states.device).unsqueeze(1)
+            slots[:, rows, to.to(states.device)] = slots[:, rows, source.to(states.device)]
 
     def append(self, other: "SlotCache") -> None:
         """Take the rows of another cache behind one's own; no copy of one's own where they fit."""

@@ -15,7 +15,6 @@ from torch.nn.functional import pad
 
 from specdec.sampling.config import SamplingConfig
 from specdec.verify.draft import Draft
-from specdec.verify.tree import ancestors
 
 _ANY = -1  # in a bad word's prefix: matches every context, also a missing one
 _NEVER = -2  # matches no context: the prefix of a word that only pads its row
@@ -194,7 +193,7 @@ def _path_tokens(
         climb = (row.unsqueeze(-1) - torch.arange(depth, device=device)).clamp(min=0)
         climb = climb.expand(draft.batch_size, -1, -1)  # [B, M, D], 0 = the root
     else:
-        climb = pad(ancestors(draft.parents, depth) + 1, (0, 0, 1, 0))  # [B, N + 1, D]
+        climb = pad(draft.ancestors[:, :, :depth] + 1, (0, 0, 1, 0))  # [B, N + 1, D]
         if nodes is not None:
             climb = climb.gather(1, nodes.unsqueeze(2).expand(-1, -1, depth))
     of_row = pad(draft.tokens, (1, 0), value=-1)  # [B, N + 1]

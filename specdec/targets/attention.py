@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -94,7 +94,10 @@ class Masks:
         [B, S] how far behind the first uncommitted position each one stands.
         """
         batch, num_new, num_open = own.shape
-        end = max(cache.lengths) + num_open
+        start = max(cache.lengths)
+        end = start + num_open
+        if cache.is_uniform and not 0 < self.window < end:
+            return self._by_layer(pad(own, (start, 0), value=True).unsqueeze(1))
         slots = torch.arange(end, device=self._device)
         offset = slots - cache.device_lengths.unsqueeze(1)  # [B, K] < 0 in the prefix
         inside = offset.clamp(0, num_open - 1)

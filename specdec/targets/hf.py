@@ -20,7 +20,6 @@ from specdec.targets.compiled import CompiledLM, Forward, GraphedLM, States
 from specdec.targets.probe import check_target
 from specdec.targets.taps import TapReader
 from specdec.verify import Draft, Verdict
-from specdec.verify.tree import ancestor_mask, node_depths
 
 # Long prompts are cached in chunks, which bounds the memory of masks and activations.
 PREFILL_CHUNK = 1024
@@ -262,11 +261,11 @@ class HFTarget(TargetEnds):
         if draft.parents is None:
             return self._forward_chain(tokens, taps)
         self.cache.open(draft.num_nodes + 1)
-        depths = pad(node_depths(draft.parents, draft.depth), (1, 0))  # [B, N + 1]
         # Everyone sees the root, the root only itself.
-        visible = pad(ancestor_mask(draft.parents, draft.depth), (1, 0, 1, 0))
+        visible = tokens.new_zeros(*tokens.shape, tokens.shape[1], dtype=torch.bool)
+        visible[:, 1:].scatter_(2, draft.ancestors + 1, True)
         visible[:, :, 0] = True
-        return self._forward_tree(tokens, visible, depths, taps)
+        return self._forward_tree(tokens, visible, pad(draft.depths, (1, 0)), taps)
 
     def feed(self, tokens: Tensor, counts: Sequence[int]) -> Tensor:
         """Commit `counts[b]` of the tokens [B, n] to every row; logits [B, V] after the last.

@@ -4,11 +4,14 @@ Shapes everywhere in this package: B rows, N draft nodes, D tree depth, V vocabu
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from specdec.verify.tree import ancestors
 
 
 # eq=False: comparing tensors field by field has no single truth value.
@@ -94,9 +97,24 @@ class Draft:
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> "Draft":
         """Apply a change to every tensor, for example to select rows or to move them."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items()}
         return replace(self, **changed)
+
+    @cached_property
+    def ancestors(self) -> Tensor:
+        """Ancestors [B, N, D] int64 of each node, itself first, -1 above the root's children."""
+        parents = self.explicit_parents() if self.parents is None else self.parents
+        return ancestors(parents, self.depth)
+
+    @cached_property
+    def depths(self) -> Tensor:
+        """Nodes from the root to each node, itself included: [B, N] int64; padding has any."""
+        if self.parents is None:
+            steps = torch.arange(1, self.num_nodes + 1, device=self.tokens.device)
+            return steps.expand(self.batch_size, -1)
+        return (self.ancestors >= 0).sum(2)
 
     def real_nodes(self) -> Tensor:
         """Mark the nodes that are not padding, bool [B, N]."""
