@@ -474,8 +474,10 @@ def compiled() -> dict[str, str]:
     speeds = ("vs_plain_eager", "whole_vs_plain_eager")
     head = ["arm", "tokens/s, decoding", "vs plain eager", "with prefill", "tau"]
     head += ["in neither model, ms", "loop efficiency", "other texts"]
+    groups = {"batch1": (found, 1), "batch8": (found, 8)}
+    groups["eager"] = read("14-compiled/eager.json"), 1  # a later run, of the eager loop alone
     by_batch = {
-        f"batch{size}": table(
+        name: table(
             head,
             [
                 [
@@ -485,11 +487,11 @@ def compiled() -> dict[str, str]:
                     *(cell(arm) for cell in (OTHER_MS, EFFICIENCY)),
                     f"{arm['mismatches']} of {arm['answers']}",
                 ]
-                for arm in found["arms"]
+                for arm in run["arms"]
                 if arm["batch"] == size
             ],
         )
-        for size in (1, 8)
+        for name, (run, size) in groups.items()
     }
     keys = ("load_s", "first_pass_s", "second_pass_s", "start_s", "compile_s")
     starts = [
