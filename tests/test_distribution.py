@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
 import specdec
 from specdec.common.distribution import DISTRIBUTION, install
 

@@ -17,6 +17,7 @@ from specdec.common.files import flat
 from specdec.demo import demo_path
 from specdec.engine.draft_length import Schedule
 from specdec.sampling.config import SamplingConfig
+from specdec.targets.options import Placement
 from specdec.verify import get_rule
 
 Count = Annotated[int, Field(ge=1)]
@@ -27,13 +28,11 @@ SINGLE_PROMPT_TYPES = ("hf_assisted", "hf_prompt_lookup")
 _MOST_CELLS, _LONGEST_NAME = 10_000, 120
 
 
-class TargetConfig(Config):
+class TargetConfig(Placement):
     """The model whose distribution is kept: arguments of `load_target`."""
 
     path: str = "demo"
     dtype: str | None = None
-    device: str | None = None
-    quantization: str | None = None
     engine: str | None = None
     cache_mode: str | None = None
     cache_tokens: Count | None = None

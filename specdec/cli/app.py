@@ -2,9 +2,11 @@
 
 import functools
 import inspect
+import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from contextvars import ContextVar
 from pkgutil import resolve_name
 from typing import Any, Literal, get_args, get_origin
@@ -23,24 +25,42 @@ BAD_INPUT = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError)
 FAILURES = (RuntimeError, MemoryError, FloatingPointError, OSError)
 _OBSERVED = {"loop": "specdec.engine.engine:Engine", "proxy": "specdec.proxy.recorder:Recorder"}
 _metrics: ContextVar[Any] = ContextVar("metrics", default=None)
+# Standard output of a command with --json, whose own words go to standard error.
+_machine: ContextVar[Any] = ContextVar("machine", default=None)
+TARGET = ("model that verifies: 'demo', a folder or a hub id", "--target", "--model")
+DRAFTER = "'none', a name of specdec drafters, pkg.module:Class, or JSON with options"
+DTYPE = "float32, bfloat16, float16 or auto; float32 on a CPU if it is not given"
+MEASURE, DATA = "Measure", "Data and training"
+CHECKPOINTS, ENGINES = "Checkpoints", "Engines"
 
 
 def argument(text: str, default: Any = ...) -> Any:
-    return typer.Argument(default, help=text)
+    return typer.Argument(default, help=_sentence(text))
 
 
-def option(default: Any, text: str | None = None, *flags: str) -> Any:
+def option(default: Any, text: str, *flags: str) -> Any:
     """An option, which is needed where its default is `...`."""
-    return typer.Option(default, *flags, help=text)
+    return typer.Option(default, *flags, help=_sentence(text))
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def command(
-    group: typer.Typer = app, name: str | None = None, *, watch: str = ""
+    panel: str,
+    name: str | None = None,
+    *,
+    group: typer.Typer = app,
+    watch: str = "",
+    tells: bool = False,
+    threads: bool = False,
 ) -> Callable[..., Any]:
     """Register a command, whose expected errors end with an exit status.
 
     A parameter that is a config becomes an option for each of its fields. One that can be watched
-    has --metrics-port; `watch` says what the metrics observe, "loop" or "proxy".
+    has --metrics-port; `watch` says what the metrics observe, "loop" or "proxy". One that `tells`
+    machines what it found has --json, and one without a config of a run may have --threads.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -49,8 +69,10 @@ def command(
 
         @functools.wraps(function)
         def run(**given: Any) -> None:
-            with exit_statuses():
+            as_json = given.pop("json", False)
+            with exit_statuses(), _for_machines() if as_json else nullcontext():
                 _show_metrics(watch, given.pop("metrics_port", None))
+                _set_threads(given.pop("threads", None))
                 for parameter, model in configs.items():
                     fields = {field: given.pop(field) for field in model.model_fields}
                     given[parameter] = validated(model, fields, "option")
@@ -58,16 +80,53 @@ def command(
 
         found = [each for each in parameters if each.name not in configs]
         found += [option for model in configs.values() for option in _options(model)]
-        if watch:
-            kind, shown = inspect.Parameter.KEYWORD_ONLY, "local port for Prometheus; 0 finds one"
-            port = {"default": option(None, shown), "annotation": int | None}
-            found.append(inspect.Parameter("metrics_port", kind, **port))
+        found += _shared_options(bool(watch), tells, threads)
         found = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in found]
         run.__signature__ = inspect.Signature(found)  # type: ignore[attr-defined]
         run.__annotations__ = {each.name: each.annotation for each in found}
-        return group.command(name)(run)
+        return group.command(name, rich_help_panel=panel)(run)
 
     return register
+
+
+def _shared_options(is_watched: bool, tells: bool, threads: bool) -> Iterator[inspect.Parameter]:
+    """Options that commands have in common, as far as a command has them."""
+    shared = {
+        "metrics_port": (is_watched, int, "local port for Prometheus; 0 finds a free one"),
+        "json": (tells, bool, "print one JSON object and nothing else on standard output"),
+        "threads": (threads, int, "threads of the CPU; all cores if it is not given"),
+    }
+    for name, (is_there, kind, text) in shared.items():
+        if is_there:
+            given = option(False, text, "--json") if kind is bool else option(None, text)
+            annotation = kind if kind is bool else kind | None
+            place = inspect.Parameter.KEYWORD_ONLY
+            yield inspect.Parameter(name, place, default=given, annotation=annotation)
+
+
+@contextmanager
+def _for_machines() -> Iterator[None]:
+    token = _machine.set(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _machine.reset(token)
+
+
+def tell(found: Mapping[str, Any]) -> None:
+    """Print one line of JSON, where --json or a reader that is no terminal asks for it."""
+    if (asked := _machine.get()) is not None or not sys.stdout.isatty():
+        typer.echo(json.dumps(found), file=asked)
+
+
+def _set_threads(count: int | None) -> None:
+    if count is not None:
+        if count < 1:
+            raise ValueError(f"--threads is {count} but must be at least 1")
+        import torch
+
+        torch.set_num_threads(count)
 
 
 def _show_metrics(watch: str, port: int | None) -> None:
@@ -90,7 +149,7 @@ def _options(model: type[Config]) -> Iterator[inspect.Parameter]:
     for name, field in model.model_fields.items():
         default = ... if field.is_required() else field.default
         kind, annotation = inspect.Parameter.KEYWORD_ONLY, _plain_type(field.annotation)
-        given = option(default, field.description)
+        given = option(default, field.description or name.replace("_", " "))
         yield inspect.Parameter(name, kind, default=given, annotation=annotation)
 
 
@@ -98,7 +157,7 @@ def _plain_type(annotation: Any) -> Any:
     """The type of a field as typer takes it: the config checks the choices."""
     if get_origin(annotation) is Literal:
         return str
-    kinds = [_plain_type(kind) for kind in get_args(annotation)]
+    kinds = [_plain_type(kind) for kind in get_args(annotation) if get_origin(kind) is not dict]
     return functools.reduce(lambda one, other: one | other, kinds) if kinds else annotation
 
 

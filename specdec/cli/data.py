@@ -1,6 +1,5 @@
 """`specdec collect`, `regenerate` and `features`: from what users asked to what drafters learn."""
 
-import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +8,20 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperGroup
 
-from specdec.cli.app import app, argument, command, option, progress_bar, quiet_transformers, warn
+from specdec.cli.app import (
+    DATA,
+    DRAFTER,
+    DTYPE,
+    TARGET,
+    app,
+    argument,
+    command,
+    option,
+    progress_bar,
+    quiet_transformers,
+    tell,
+    warn,
+)
 from specdec.cli.models import load_strategy
 from specdec.common.config import validated
 from specdec.common.distribution import install
@@ -17,6 +29,7 @@ from specdec.common.files import locked
 from specdec.data.config import CollectSettings, FeatureOptions
 from specdec.proxy.records import ProxyConfig
 from specdec.report.tables import Column, Table, print_tables
+from specdec.targets.options import Placement
 
 if TYPE_CHECKING:
     from specdec.data.collect import CollectReport
@@ -36,7 +49,7 @@ class SourcesFirst(TyperGroup):
 collect_app = typer.Typer(
     cls=SourcesFirst, help="Collect queries from logs, files and data sets, or by recording them."
 )
-app.add_typer(collect_app, name="collect")
+app.add_typer(collect_app, name="collect", rich_help_panel=DATA)
 
 
 def _require(what: str, *modules: str) -> None:
@@ -46,7 +59,7 @@ def _require(what: str, *modules: str) -> None:
         raise ValueError(f"{what} needs {names}; install with: {install('collect')}")
 
 
-@command(collect_app, "from")
+@command(DATA, "from", group=collect_app, tells=True)
 def collect(
     settings: CollectSettings,
     sources: list[str] = argument(
@@ -77,7 +90,7 @@ def collect(
     typer.echo(f"Queries: {out}\nCard: {out / 'README.md'}")
     facts = report.model_dump(by_alias=True, include={"schema_", "fingerprint", "kept", "domains"})
     dropped = {name: drop.count for name, drop in report.dropped.items() if drop.count}
-    typer.echo(json.dumps({"out": str(out), **facts, "dropped": dropped}))
+    tell({"out": str(out), **facts, "dropped": dropped})
 
 
 def _table(report: "CollectReport") -> Table:
@@ -102,7 +115,7 @@ def _table(report: "CollectReport") -> Table:
     return Table("collection", "", named, columns)
 
 
-@command(collect_app, "proxy", watch="proxy")
+@command(DATA, "proxy", group=collect_app, watch="proxy")
 def proxy(config: ProxyConfig) -> None:
     """Record requests and answers on their way to an OpenAI-compatible server."""
     _require("the proxy", "starlette", "uvicorn", "httpx")
@@ -111,23 +124,22 @@ def proxy(config: ProxyConfig) -> None:
     serve(config, say=warn)
 
 
-@command(watch="loop")
+@command(DATA, watch="loop", tells=True, threads=True)
 def regenerate(
+    placement: Placement,
     queries: Path = argument("a folder that collect wrote, or a JSONL file"),
     out: Path = option(..., "folder for the answers; a killed run resumes in it"),
-    target: str | None = option(None, "'demo', a folder or a hub id"),
-    drafter: str = option("none", "'none', a name, or JSON with options; changes the speed alone"),
+    target: str | None = option(None, TARGET[0]),
+    drafter: str = option("none", f"{DRAFTER}; it changes the speed alone"),
     temperature: list[float] = option([], "several make a mix; 0 if none is given"),
-    top_p: float = option(1.0),
-    max_new_tokens: int = option(512, "of an answer"),
+    top_p: float = option(1.0, "sample from the likeliest tokens of this probability"),
+    max_new_tokens: int = option(512, "tokens of an answer, at most"),
     turns: str = option("last", "'last', or 'all' after the target's own"),
-    seed: int = option(0),
+    seed: int = option(0, "seed of the samples"),
     batch_size: int = option(32, "rows decoded together"),
-    dtype: str | None = option(None),
-    device: str | None = option(None),
-    quantization: str | None = option(None, "of the target: 8bit or 4bit"),
+    dtype: str | None = option(None, DTYPE),
     endpoint: str | None = option(None, "ask a server instead, such as http://localhost:8000/v1"),
-    model: str | None = option(None, "the target, as the server calls it"),
+    model: str | None = option(None, "the target; of a server, what it calls it"),
     tokenizer: str | None = option(None, "the target's, for a server; --target will do as well"),
     api: str = option("chat", "'chat' or 'completion' requests"),
     concurrency: int = option(16, "queries asked at once"),
@@ -146,13 +158,15 @@ def regenerate(
     given = {"temperatures": temperature or [0.0], "top_p": top_p, "turns": turns, "seed": seed}
     given |= {"max_new_tokens": max_new_tokens}
     settings = validated(AnswerSettings, given, noun="option")
+    if endpoint is None and target is None:
+        target, model = model, None
     _check_source(target, endpoint, model, tokenizer)
     found = read_query_splits(queries)  # wrong ones are told before a target is loaded
     quiet_transformers()
     answers: Answerer
     with progress_bar() as show:
         if endpoint is None:
-            loaded = load_target(str(target), dtype=dtype, device=device, quantization=quantization)
+            loaded = load_target(str(target), dtype=dtype, **placement.model_dump())
             strategy = load_strategy(drafter, loaded)
             answers = LocalAnswers(loaded, settings, strategy, batch_size)
         else:
@@ -171,7 +185,8 @@ def regenerate(
     keys = {"counts", "answers", "answer_tokens", "unanswered_turns", "retokenized_answers"}
     rate = manifest.session.tokens_per_s
     brief = {**manifest.model_dump(include=keys), "tokens_per_s": rate}
-    typer.echo(json.dumps({"answers_folder": str(out), **brief}))
+    typer.echo(f"Answers: {out}, {counts.train.rows + counts.held_out.rows} queries")
+    tell({"answers_folder": str(out), **brief})
 
 
 def _check_source(
@@ -194,15 +209,14 @@ def _check_source(
     _require("--endpoint", "httpx", "tenacity")
 
 
-@command(watch="loop")
+@command(DATA, watch="loop", tells=True, threads=True)
 def features(
+    placement: Placement,
     options: FeatureOptions,
     answers: Path = argument("a folder that regenerate wrote, or a JSONL file; see --check"),
-    target: str | None = option(None, "'demo', a folder or a hub id"),
+    target: str | None = option(None, *TARGET),
     out: Path | None = option(None, "folder of the store; a killed run resumes"),
     target_dtype: str | None = option(None, "as --dtype of generate"),
-    device: str | None = option(None),
-    quantization: str | None = option(None, "8bit or 4bit"),
     dry_run: bool = option(False, "only say what it would take on the disk", "--dry-run"),
     check: bool = option(False, "ANSWERS is a store: compare the hashes of its files", "--check"),
 ) -> None:
@@ -213,7 +227,8 @@ def features(
         store = FeatureStore.open(answers)
         store.verify()
         sizes = {name: split.rows for name, split in store.index.splits.items()}
-        typer.echo(json.dumps({"store": str(answers), "rows": sizes, "ok": True}))
+        typer.echo(f"All files of {answers} are as they were written; rows: {sizes}")
+        tell({"store": str(answers), "rows": sizes, "ok": True})
         return
     if target is None or (out is None and not dry_run):
         raise ValueError("--target and --out must be given (--dry-run needs no --out)")
@@ -222,15 +237,18 @@ def features(
 
     quiet_transformers()
     if dry_run:
-        plan = FeaturePlan(answers, load_ends(target, dtype=target_dtype, device=device), options)
+        ends = load_ends(target, dtype=target_dtype, device=placement.device)
+        plan = FeaturePlan(answers, ends, options)
         per_token, free = plan.num_bytes / plan.num_tokens, free_bytes(out or Path())
         size = {"bytes_per_token": round(per_token, 2), "bytes": plan.num_bytes, "free_bytes": free}
-        typer.echo(json.dumps({**size, "tokens": plan.num_tokens}))
+        typer.echo(f"{plan.num_bytes:,} bytes for {plan.num_tokens:,} tokens; {free:,} are free")
+        tell({**size, "tokens": plan.num_tokens})
         return
     assert out is not None
     with locked(out):
-        model = load_target(target, dtype=target_dtype, device=device, quantization=quantization)
+        model = load_target(target, dtype=target_dtype, **placement.model_dump())
         plan = FeaturePlan(answers, model, options)
         with progress_bar() as show:
             summary = extract_features(plan, model, out, show)
-    typer.echo(json.dumps({"store": str(out), **summary}))
+    typer.echo(f"Store: {out}")
+    tell({"store": str(out), **summary})

@@ -4,23 +4,36 @@ from pathlib import Path
 
 import typer
 
-from specdec.cli.app import argument, command, option, progress_bar, quiet_transformers, warn
+from specdec.cli.app import (
+    CHECKPOINTS,
+    DRAFTER,
+    DTYPE,
+    ENGINES,
+    TARGET,
+    argument,
+    command,
+    option,
+    progress_bar,
+    quiet_transformers,
+    warn,
+)
 from specdec.cli.models import load_strategy
 from specdec.common.distribution import install
 from specdec.engines.config import AdmitConfig
+from specdec.targets.options import Placement
 
 
-@command()
+@command(CHECKPOINTS)
 def export(
     drafter: str = argument(
         "a head or a draft model: a folder, a hub id, demo/NAME; a lookup's name; or JSON"
     ),
     to: str = option(..., "an engine, or a layout of heads; docs/engines.md lists them"),
     out: Path = option(..., "a folder that is new or empty"),
-    target: str | None = option(None, "folder or hub id of the target that verifies"),
+    target: str | None = option(None, *TARGET),
     num_tokens: int = option(5, "tokens drafted in a step"),
     dtype: str = option("auto", "float32, bfloat16 or float16 for the engine"),
-    revision: str | None = option(None, "of a hub id"),
+    revision: str | None = option(None, "revision of a hub id"),
 ) -> None:
     """Write a drafter for an engine, with its config and launch line, or a head in a layout."""
     from specdec.checkpoints import LAYOUTS
@@ -38,7 +51,7 @@ def export(
         typer.echo(f"Note: {made.note}")
 
 
-@command()
+@command(ENGINES)
 def admit(
     asked: AdmitConfig,
     drafter: str = argument("as in specdec export"),
@@ -60,17 +73,17 @@ def admit(
         raise SystemExit(1)
 
 
-@command()
+@command(ENGINES, threads=True)
 def serve(
-    target: str = option("demo", "'demo', a folder or a hub id"),
-    drafter: str = option("none", "'none', a name, or JSON with options"),
+    placement: Placement,
+    target: str = option("demo", *TARGET),
+    drafter: str = option("none", DRAFTER),
     host: str = option("127.0.0.1", "address to listen on"),
     port: int = option(8000, "0 takes a free one"),
     max_rows: int = option(16, "requests decoded together, at most"),
     rule: str = option("token", "as in generate"),
-    dtype: str | None = option(None),
-    device: str | None = option(None),
-    quantization: str | None = option(None, "of the target: 8bit or 4bit"),
+    dtype: str | None = option(None, DTYPE),
+    compile: str = option("false", "true, false, graphs (CUDA graphs) or auto"),
 ) -> None:
     """Serve OpenAI's API with a drafter: for research, not for production."""
     from specdec.engine.engine import Engine
@@ -82,6 +95,7 @@ def serve(
         fix = f"install with: {install('serve')}"
         raise ValueError(f"serving needs {error.name}; {fix}") from error
     quiet_transformers()
-    model = load_target(target, dtype=dtype, device=device, quantization=quantization)
+    mode = {"true": True, "false": False}.get(compile, compile)
+    model = load_target(target, dtype=dtype, compile=mode, **placement.model_dump())
     engine = Engine(model, load_strategy(drafter, model), max_rows=max_rows, rule=rule)
     run(engine, target, host, port, warn)

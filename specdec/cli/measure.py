@@ -1,6 +1,5 @@
 """`specdec bench`, `analyze` and `plan`, and `report` of what they measured."""
 
-import json
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -9,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from specdec.cli.app import argument, command, option, progress_bar, quiet_transformers, warn
+from specdec.cli.app import (
+    MEASURE,
+    argument,
+    command,
+    option,
+    progress_bar,
+    quiet_transformers,
+    tell,
+    warn,
+)
 from specdec.common.distribution import DISTRIBUTION
 from specdec.common.files import locked
 from specdec.report.tables import print_tables
@@ -22,7 +30,7 @@ _SUITE_KEYS = ("name", "tau", "decode_tokens_per_s", "speedup_vs_plain", "mismat
 _BENCH_KEYS = (*_SUITE_KEYS, "speedup_vs_hf", "end_to_end_speedup_vs_plain")
 
 
-@command(watch="loop")
+@command(MEASURE, watch="loop", tells=True)
 def bench(
     config: str = argument(
         "a YAML file: one bench, many with a grid: in it, or a suite:; 'demo' for the packaged "
@@ -88,7 +96,7 @@ def _warn_of_machine(config: Any) -> None:
         warn(said)
 
 
-@command(name="bake-off")
+@command(MEASURE, "bake-off", tells=True)
 def bake_off(
     config: str = argument("a YAML file of a bench or a suite, with endpoints: in place of arms"),
     overrides: list[str] = argument("key=value ..., as in repeats=1", []),
@@ -142,7 +150,7 @@ def _run(config: Any, out: Path, plan: Any = None) -> None:
         summary |= {"choice": choice} if choice is not None else {}
         summary |= {} if is_bake_off else {"fastest_plain": fastest_plain(results.arms)}
         summary |= {"arms": _brief(results.arms, keys)}
-    typer.echo(json.dumps(summary))
+    tell(summary)
     check(results)
 
 
@@ -177,7 +185,7 @@ def _sweep(cells: Sequence["Cell"], out: Path) -> None:
         _tell_failures(cell.arms, f"cell {cell.name}, ")
         arms = _brief(cell.arms, _BENCH_KEYS)
         rows.append({**cell.model_dump(exclude={"arms"}), "arms": arms})
-    typer.echo(json.dumps({"schema": sweep.schema_, "cells": rows}))
+    tell({"schema": sweep.schema_, "cells": rows})
     check_sweep(sweep)
 
 
@@ -192,7 +200,7 @@ def _brief(arms: Sequence[Any], keys: Sequence[str]) -> list[dict[str, Any]]:
     return [{key: getattr(arm, key) for key in keys} for arm in arms]
 
 
-@command(watch="loop")
+@command(MEASURE, watch="loop", tells=True)
 def analyze(
     config: str = argument("a bench's YAML file, or 'demo'"),
     overrides: list[str] = argument("key=value ...", []),
@@ -223,10 +231,10 @@ def analyze(
             warn(f"{each.name}: {each.not_configured_because}")
         tau = each.configured.tau if each.configured else None
         drafters.append({"name": each.name, "alpha": each.alpha, "tau": tau})
-    typer.echo(json.dumps({"schema": analysis.schema_, "drafters": drafters}))
+    tell({"schema": analysis.schema_, "drafters": drafters})
 
 
-@command(watch="loop")
+@command(MEASURE, watch="loop", tells=True)
 def plan(
     config: str = argument("a bench's YAML, 'demo', or stated parameters with --roofline"),
     overrides: list[str] = argument("key=value ...", []),
@@ -264,7 +272,7 @@ def plan(
         "schedule": found.schedule,
         "is_trusted": found.trust.is_trusted if found.trust else None,
     }
-    typer.echo(json.dumps(summary))
+    tell(summary)
 
 
 def _estimate(path: str, overrides: list[str], out: Path) -> None:
@@ -283,10 +291,10 @@ def _estimate(path: str, overrides: list[str], out: Path) -> None:
         {"name": row.name, "batch_size": row.batch_size, "best": row.best.model_dump()}
         for row in found.drafters
     ]
-    typer.echo(json.dumps({"schema": found.schema_, "label": found.label, "best": best}))
+    tell({"schema": found.schema_, "label": found.label, "best": best})
 
 
-@command()
+@command(MEASURE, tells=True)
 def report(
     runs: list[Path] = argument("folders of bench, sweep, analysis, plan ...", []),
     out: Path = option(..., "folder for index.html, report.md and report.json"),
@@ -314,4 +322,4 @@ def report(
     page = str(out / "index.html")
     typer.echo(f"Page: {page}\nMarkdown: {out / 'report.md'}")
     figures = sum(len(section.figures) for section in found.sections)
-    typer.echo(json.dumps({"schema": found.schema_, "page": page, "figures": figures}))
+    tell({"schema": found.schema_, "page": page, "figures": figures})

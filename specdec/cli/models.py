@@ -9,11 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from specdec.cli.app import argument, command, option, progress_bar, quiet_transformers
+from specdec.cli.app import (
+    CHECKPOINTS,
+    DATA,
+    DRAFTER,
+    DTYPE,
+    MEASURE,
+    TARGET,
+    argument,
+    command,
+    option,
+    progress_bar,
+    quiet_transformers,
+    tell,
+)
 from specdec.common.config import read_model
 from specdec.common.distribution import DISTRIBUTION
 from specdec.common.files import locked, parse_json, replace_file
 from specdec.demo import demo_path
+from specdec.targets.options import Placement
 
 if TYPE_CHECKING:
     from specdec.train.results import TrainResults
@@ -21,28 +35,29 @@ if TYPE_CHECKING:
 _HEAD = "a draft head: a folder, a hub id, or demo/medusa, demo/eagle, demo/eagle3"
 
 
-@command()
+@command(MEASURE, threads=True)
 def generate(
+    placement: Placement,
     prompt: str = option(..., "what the user says; '-' reads standard input"),
-    target: str = option("demo", "'demo', a folder or a hub id"),
-    drafter: str = option("ngram", "'none', a name, or JSON with options"),
+    target: str = option("demo", *TARGET),
+    drafter: str = option("ngram", DRAFTER),
     raw: bool = option(False, "continue the text itself, without a chat"),
-    max_new_tokens: int = option(128),
-    temperature: float = option(0.0),
-    top_p: float = option(1.0),
-    seed: int = option(0),
-    dtype: str | None = option(None),
-    device: str | None = option(None),
+    max_new_tokens: int = option(128, "tokens of the answer, at most"),
+    temperature: float = option(0.0, "0 takes the likeliest token, 1 samples as the model says"),
+    top_p: float = option(1.0, "sample from the likeliest tokens of this probability"),
+    seed: int = option(0, "seed of the samples"),
+    dtype: str | None = option(None, DTYPE),
     compile: str = option("false", "true, false, graphs (CUDA graphs) or auto"),
+    plain: bool = option(True, "decode the same prompt plainly afterwards, for its speed"),
 ) -> None:
     """Stream one answer, then say what speculation did for it."""
-    from specdec.engine.decode import stream
+    from specdec.engine.decode import generate_baseline, stream
     from specdec.sampling.config import SamplingConfig
     from specdec.targets.load import load_target
 
     quiet_transformers()
     mode = {"true": True, "false": False}.get(compile, compile)
-    model = load_target(target, dtype=dtype, device=device, compile=mode)
+    model = load_target(target, dtype=dtype, compile=mode, **placement.model_dump())
     strategy = load_strategy(drafter, model)
     text = sys.stdin.read() if prompt == "-" else prompt
     has_chat = model.tokenizer is not None and model.tokenizer.chat_template and not raw
@@ -52,11 +67,16 @@ def generate(
     for chunk in run:
         typer.echo(chunk.text, nl=False)
     typer.echo()
-    result = run.results()[0]
+    result, speed = run.results()[0], ""
+    if plain and strategy is not None and len(result.tokens) > 1:
+        generate_baseline(model, [asked], sampling, max_new_tokens=4)  # warms it up
+        (alone,) = generate_baseline(model, [asked], sampling, max_new_tokens=len(result.tokens))
+        ratio = result.decode_tokens_per_s / alone.decode_tokens_per_s
+        speed = f" ({ratio:.2f} x plain decoding's {alone.decode_tokens_per_s:.0f})"
     typer.echo(
         f"[{len(result.tokens)} tokens, {result.finish_reason}; tau "
-        f"{result.stats.accepted_length:.2f}, {result.decode_tokens_per_s:.0f} tokens/s, first "
-        f"token after {1000 * result.ttft_s:.0f} ms]",
+        f"{result.stats.accepted_length:.2f}, {result.decode_tokens_per_s:.0f} tokens/s{speed}, "
+        f"first token after {1000 * result.ttft_s:.0f} ms]",
         err=True,
     )
 
@@ -78,7 +98,7 @@ def load_strategy(text: str, target: Any) -> Any:
     return None if text == "none" else load_drafter(options, target)
 
 
-@command(watch="loop")
+@command(DATA, watch="loop", tells=True)
 def train(
     config: str = argument("a YAML file, as in recipes/"),
     out: Path = option(..., "folder for checkpoints, log, results and drafter"),
@@ -118,7 +138,7 @@ def train(
         f"'{json.dumps(results.drafter)}' --prompt 'Hello'"
     )
     keys = {"drafter", "steps", "seconds", "loss", "validation_loss", "offline_tau", "alpha"}
-    typer.echo(results.model_dump_json(include=keys))
+    tell(results.model_dump(mode="json", include=keys))
 
 
 def _describe(results: "TrainResults", out: Path) -> str:
@@ -154,11 +174,11 @@ def _push(results: "TrainResults", folder: Path) -> str:
     return f", and at {done.commit_url}"
 
 
-@command()
+@command(CHECKPOINTS)
 def inspect(
     source: str = argument(_HEAD),
     as_json: bool = option(False, "one JSON object, for machines", "--json"),
-    revision: str | None = option(None, "of a hub id"),
+    revision: str | None = option(None, "revision of a hub id"),
 ) -> None:
     """Say what a draft head is: kind, layout, sizes, taps, vocabulary, target and training."""
     from specdec.checkpoints.folder import find_folder, size_on_disk

@@ -5,16 +5,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from itertools import chain, repeat, takewhile
 from typing import Any
 
 import yaml
 from pydantic import Field, field_serializer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from specdec.common.config import Config
+
+_NAME_WIDTH = 32  # text that is longer may go on in the next line
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Column:
         term: definition that the heading links to.
         rank: order in which a narrow terminal gives up intervals, the lowest first; at 0 a terminal
             shows none.
-        is_optional: left out where no row has a value, and where a terminal has no room.
+        is_optional: left out where no row has a value.
         is_wide: left out of every terminal.
     """
 
@@ -134,40 +137,57 @@ class Table(Config):
     def cells(self) -> list[list[str]]:
         return [[column.cell(row) for column in self.columns] for row in self.rows]
 
-    def fit(self, width: int) -> RichTable:
-        """Build the fullest table for a terminal; intervals give way first, then columns."""
-        full = [column for column in self.columns if not column.is_wide]
-        core = [column for column in full if not column.is_optional]
-        ranks = sorted({column.rank for column in full if column.rank})
-        no_interval = max(ranks, default=0) + 1
-        choices = [(full, rank) for rank in ranks or [no_interval] if len(core) < len(full)]
-        choices += [(core, rank) for rank in [*ranks, no_interval]]
-        measure = Console(width=1000).measure
-        built = (self._build(*choice) for choice in choices)
-        return next((t for t in built if measure(t).maximum <= width), self._build(*choices[-1]))
+    def fit(self, width: int) -> Group:
+        """Build the fullest table for a terminal, or several where all figures do not fit in one.
 
-    def _build(self, columns: Sequence[Column], min_rank: int) -> RichTable:
-        """Build a table with the intervals of columns that have at least this rank."""
+        Intervals give way first, then the columns are split; names stand whole in every part.
+        """
+        parts = self._parts([column for column in self.columns if not column.is_wide], width)
+        cells = (cell for part in parts for column in part.columns for cell in column.cells)
+        note = ["in brackets: 95 % intervals"] if any("]" in str(cell) for cell in cells) else []
+        legend = Text("\n".join([*self.legend, *note]), "table.caption")
+        for alarm in self.alarms:
+            legend.append(f"\n{alarm}", "bold not dim red")
+        below = [legend, ""] if legend else []
+        spaced = chain.from_iterable(zip(parts, repeat(""), strict=False))
+        return Group(Text(self.caption, "table.title"), *spaced, *below)
+
+    def _parts(self, columns: Sequence[Column], width: int) -> list[RichTable]:
+        ranks = sorted({column.rank for column in columns if column.rank})
+        ranks = [*ranks, max(ranks, default=0) + 1]
+        for rank in ranks:
+            if table := self._build(columns, rank, width):
+                return [table]
+        leading = list(takewhile(lambda column: column.digits is None, columns[:2]))
+        num_names = max(len(leading), self.num_grouped + 1)
+        for end in range(len(columns) - 1, num_names, -1):
+            if self._build(columns[:end], ranks[-1], width):
+                more = [*columns[:num_names], *columns[end:]]
+                return [*self._parts(columns[:end], width), *self._parts(more, width)]
+        return [self._build(columns, ranks[-1], 1000) or RichTable()]
+
+    def _build(self, columns: Sequence[Column], min_rank: int, width: int) -> RichTable | None:
+        """Build a table with the intervals of columns that have at least this rank, if it fits."""
         rows = [
             [column.cell(row, column.rank >= min_rank) for column in columns] for row in self.rows
         ]
-        ranked = [place for place, column in enumerate(columns) if column.rank >= min_rank]
-        has_interval = any(row[place].endswith("]") for row in rows for place in ranked)
-        note = ["in brackets: 95 % intervals"] if has_interval else []
-        caption = Text("\n".join([*self.legend, *note]), "table.caption")
-        for alarm in self.alarms:
-            caption.append(f"\n{alarm}", "bold not dim red")
-        table = RichTable(
-            title=self.caption,
-            caption=caption,
-            box=SIMPLE_HEAD,
-            show_edge=False,
-            pad_edge=False,
-            padding=(0, 1, 0, 0),
-        )
-        for column in columns:
+        table = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+        room = width - 2 * len(columns) + 2
+        wanted, least = [], []
+        for column, *cells in zip(columns, *rows, strict=True):
+            heads = [column.heading] if column.digits is None else column.title.split("\n")
+            wanted.append(max(map(len, [*heads, *cells])))
+            least.append(wanted[-1])
+            if column.digits is None and wanted[-1] > _NAME_WIDTH:
+                longest = max(map(len, " ".join([*heads, *cells]).split()))
+                least[-1] = max(_NAME_WIDTH, min(longest, 2 * _NAME_WIDTH))
+        if (slack := room - sum(least)) < 0:
+            return None
+        for column, most, size in zip(columns, wanted, least, strict=True):
+            more = min(slack, most - size)
+            slack -= more
             if column.digits is None:
-                table.add_column(column.heading, overflow="fold")
+                table.add_column(column.heading, overflow="fold", width=size + more)
             else:
                 table.add_column(column.title, justify="right", no_wrap=True)
         num = self.num_grouped

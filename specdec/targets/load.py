@@ -46,6 +46,7 @@ def load_target(
     quantization: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
     compile: bool | str = False,
     engine: str | None = None,
     cache_mode: str | None = None,
@@ -63,6 +64,8 @@ def load_target(
             needs none.
         revision: revision of a hub id.
         trust_remote_code: run Python code that the checkpoint brings. Off unless asked for.
+        attn_implementation: attention of transformers that takes masks, "sdpa" or "eager"; None
+            for the model's own choice. Another one that ignores our masks is refused.
         compile: True for code compiled by Inductor, which needs a C++ compiler and some ten seconds
             once for each kind of layer (kept in TORCHINDUCTOR_CACHE_DIR); "graphs" for CUDA graphs;
             "auto" for graphs on CUDA and nothing on a CPU; False for none.
@@ -86,7 +89,8 @@ def load_target(
 
     if engine or cache_mode or cache_tokens:
         own = (dtype, device, device_map, quantization, revision, trust_remote_code, compile)
-        return _load_engine(path, engine, cache_mode or "FP16", cache_tokens, any(own))
+        has_own = any((*own, attn_implementation))
+        return _load_engine(path, engine, cache_mode or "FP16", cache_tokens, has_own)
     where = check_path(path)
     chosen = find_device(device)
     compile_mode(compile, chosen)
@@ -99,6 +103,8 @@ def load_target(
         # They are refused below, by name and shape.
         "ignore_mismatched_sizes": True,
     }
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
     if quantization is not None:
         options["quantization_config"] = _quantization(quantization, chosen)
     if device_map is not None or quantization is not None:

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from specdec.common.config import Config, load_config
 from specdec.registry import strategy, trainable_kinds
+from specdec.targets.options import Placement
 
 Count = Annotated[int, Field(ge=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -15,13 +16,12 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 TextLength = Annotated[int, Field(ge=3)]
 
 
-class TargetConfig(Config):
+class TargetConfig(Placement):
     """The model whose answers are learned; see `load_target`. The launcher chooses the GPU."""
 
     path: str = "demo"
     dtype: str | None = None
     device: Literal["cpu", "cuda"] | None = None
-    quantization: str | None = None
 
 
 class DrafterConfig(Config):

@@ -108,7 +108,8 @@ def _require_packages(config: TrainConfig) -> None:
         if name not in known:
             raise ValueError(
                 f"config training.report_to is {name!r}, which is no tracker or is not installed; "
-                f"install it ({DISTRIBUTION}[train] brings tensorboard), or set training.report_to=none"
+                f"install it ({DISTRIBUTION}[train] brings tensorboard), or set "
+                "training.report_to=none"
             )
 
 

@@ -1,16 +1,33 @@
 """Tables in a terminal: nothing is cut off at any width, and figures are those of the results."""
 
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
 from copy import deepcopy
+from fcntl import ioctl
 from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
 
 import made_runs
 import pytest
 from rich.console import Console
 
+from specdec.analysis.results import Analysis
 from specdec.bench.results import BenchResults, SuiteResults, SweepResults
+from specdec.cli.data import _table
+from specdec.data.collect import REASONS, Drop
+from specdec.report.analysis import analysis_table
 from specdec.report.bench import sweep_table, tables
+from specdec.report.plan import costs_table, estimate_table, plan_table, schedule_table
+from specdec.report.runs import read_runs
 from specdec.report.tables import Column, Table
 
+WIDTHS = (80, 100, 160)
+SNAPSHOTS = Path(__file__).parent / "snapshots"
 SUITES = ["single-turn", "multi-turn", "long-context", "concurrent"]
 
 
@@ -26,7 +43,7 @@ def lines(table, width):
 def bench_lines(width, change=lambda arms: None, where=None):
     content = made_runs.bench()
     content["provenance"] |= where or {}
-    content["arms"][-1]["name"] = "ngram"
+    content["arms"][-1]["name"] = "lookup"
     change(content["arms"])
     return lines(*tables(BenchResults.read(content)), width)
 
@@ -34,9 +51,11 @@ def bench_lines(width, change=lambda arms: None, where=None):
 @pytest.mark.parametrize(("width", "num_intervals"), [(80, 0), (100, 1), (140, 3)])
 def test_table_gives_up_intervals_before_cutting(width, num_intervals):
     text = bench_lines(width)
-    row = next(line for line in text if line.startswith("ngram"))
-    assert row.count("[") == num_intervals
-    assert row.split()[-2:] == ["0", "0"]
+    rows = [line for line in text if line.startswith("lookup")]
+    assert sum(row.count("[") for row in rows) == num_intervals
+    figures = " ".join(rows).replace("lookup", "").split()
+    assert figures[-2:] == ["0", "0"]
+    assert len(rows) == (1 if width > 80 else 2), "columns are split only where they must be"
     assert any(line.startswith("eagle3 chain 4 ") for line in text)
 
 
@@ -66,7 +85,7 @@ def test_ratio_over_the_fastest_plain_arm_comes_first():
     assert "fastest" not in usual.replace("the fastest plain arm", "")
     changed = bench_lines(160, faster)
     assert "the fastest plain arm: hf_generate" in "\n".join(changed)
-    row = next(line for line in changed if line.startswith("ngram  "))
+    row = next(line for line in changed if line.startswith("lookup  "))
     assert row.count("0.12 [0.10, 0.20]") == 2
     arm = made_runs.bench()["arms"][-1]
     assert row.index("0.12 [") < row.index(f"{arm['speedup_vs_plain']:.2f} [")
@@ -135,24 +154,23 @@ def test_sweep_names_settings_once_and_keeps_failed_cells(sweep):
 
 
 @pytest.mark.parametrize(
-    ("width", "num_intervals", "has_domains"),
-    [(140, 3, True), (90, 1, True), (80, 2, False), (56, 0, False)],
+    ("width", "num_intervals", "num_parts"), [(140, 3, 1), (90, 1, 1), (80, 0, 1), (56, 0, 2)]
 )
-def test_sweep_gives_up_intervals_then_domains(sweep, width, num_intervals, has_domains):
+def test_sweep_gives_up_intervals_then_is_split(sweep, width, num_intervals, num_parts):
     text = lines(sweep, width)
-    row = next(line for line in text if line.strip().startswith("eagle3"))
-    assert row.count("[") == num_intervals
-    assert any("sea" in line for line in text) == has_domains
-    assert ("0.94  0.62" in row) == has_domains
+    rows = [line for line in text if line.strip().startswith("eagle3")]
+    assert sum(row.count("[") for row in rows) == num_intervals
+    assert len(rows) == num_parts
+    assert any("sea" in line for line in text)
+    assert any("0.94  0.62" in row for row in rows)
     # A domain that a cell does not have is a dash.
-    second = next(line for line in text if line.startswith("0.5"))
-    assert second.endswith(" -") == has_domains
+    assert [line for line in text if line.startswith("0.5")][-1].endswith(" -")
 
 
 @pytest.mark.parametrize("name", SUITES)
 def test_suite_tables_hold_every_group_once(name):
     found = SuiteResults.read(made_runs.suite(name))
-    first, waiting = ("\n".join(lines(table, 140)) for table in tables(found))
+    first, waiting = ("\n".join(lines(table, 200)) for table in tables(found))
     for group in found.groups:
         assert first.count(group.name) == waiting.count(group.name) == 1
     assert "power: not measured" in first
@@ -190,3 +208,64 @@ def test_table_gives_values_and_intervals_as_data():
         "rows": [{"a": 0.123, "a_ci": [0.1, 0.2], "b.c": 0.5, "d": None}],
         "alarms": [],
     }
+
+
+def every_table(folder):
+    """The tables of all commands, from committed results."""
+    makers = {
+        **{"bench": [tables], "suite": [tables], "sweep": [sweep_table]},
+        **{"plan": [costs_table, schedule_table, plan_table], "estimate": [estimate_table]},
+    }
+    for run in read_runs(made_runs.every_kind(folder)):
+        for make in makers.get(run.kind, ()):
+            found = make(run.data)
+            yield from found if isinstance(found, list) else [found]
+    yield analysis_table(Analysis.read(made_runs.analysis()))
+    counts = {name: Drop(count=3) for name in REASONS}
+    given = {"domains": {"bank": [("train", 90), ("held out", 10)]}, "dropped": counts}
+    yield _table(SimpleNamespace(**given, masked={"email": 4}))
+
+
+@pytest.fixture(scope="module")
+def in_terminals(tmp_path_factory):
+    """What a process prints in terminals of all widths."""
+    folder, found = tmp_path_factory.mktemp("tables"), {}
+    script = (
+        "import sys; from pathlib import Path; from test_tables import every_table\n"
+        "from specdec.report.tables import print_tables\n"
+        "print_tables(*every_table(Path(sys.argv[1])))"
+    )
+    places = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
+    for width in WIDTHS:
+        master, slave = pty.openpty()
+        ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
+        environment = {**os.environ, "PYTHONPATH": places, "TERM": "dumb", "NO_COLOR": "1"}
+        environment = {k: v for k, v in environment.items() if k not in ("COLUMNS", "LINES")}
+        command = [sys.executable, "-c", script, str(folder / str(width))]
+        with subprocess.Popen(command, stdout=slave, env=environment) as process:
+            os.close(slave)
+            shown = b""
+            while part := _read(master):
+                shown += part
+        assert process.returncode == 0
+        lines = shown.decode().replace("\r\n", "\n").splitlines()
+        found[width] = "".join(f"{line.rstrip()}\n" for line in lines)
+    return found
+
+
+def _read(terminal):
+    try:
+        return os.read(terminal, 2**16)
+    except OSError:  # its process has ended
+        return b""
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_table_in_a_terminal(in_terminals, width):
+    """SPECDEC_SNAPSHOTS=write in the environment writes the files anew; look at them then."""
+    shown, file = in_terminals[width], SNAPSHOTS / f"tables-{width}.txt"
+    if os.environ.get("SPECDEC_SNAPSHOTS") == "write":
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(shown)
+    assert max(map(len, shown.splitlines())) <= width
+    assert shown == file.read_text()
