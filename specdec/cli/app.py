@@ -29,7 +29,8 @@ _metrics: ContextVar[Any] = ContextVar("metrics", default=None)
 _machine: ContextVar[Any] = ContextVar("machine", default=None)
 TARGET = ("model that verifies: 'demo', a folder or a hub id", "--target", "--model")
 DRAFTER = "'none', a name of specdec drafters, pkg.module:Class, or JSON with options"
-DTYPE = "float32, bfloat16, float16 or auto; float32 on a CPU if it is not given"
+DTYPE = "dtype of the weights: float32, bfloat16, float16 or auto; on a CPU float32 by default"
+COMPILE = "compiled code: true, false, graphs (CUDA graphs) or auto"
 MEASURE, DATA = "Measure", "Data and training"
 CHECKPOINTS, ENGINES = "Checkpoints", "Engines"
 

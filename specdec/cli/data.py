@@ -63,10 +63,10 @@ def _require(what: str, *modules: str) -> None:
 def collect(
     settings: CollectSettings,
     sources: list[str] = argument(
-        "files, folders, data sets of the hub, or gsm8k, sgd, banking77, ..."
+        "files, folders, data sets of the hub, or known ones as gsm8k, sgd and banking77"
     ),
     out: Path = option(..., "folder for the queries"),
-    append: bool = option(False, "add to those in the folder", "--append"),
+    append: bool = option(False, "add to the queries in the folder", "--append"),
 ) -> None:
     """Collect what was asked into a folder; `specdec collect proxy` records it."""
     _require("collecting", "datasets", "datasketch", "phonenumbers", "py3langid", "stdnum")
@@ -95,8 +95,6 @@ def collect(
 
 def _table(report: "CollectReport") -> Table:
     """Show what was kept and dropped, with an example of each kind."""
-    from rich.markup import escape
-
     from specdec.data.collect import REASONS
 
     rows: list[tuple[str, int, str]] = []
@@ -111,7 +109,7 @@ def _table(report: "CollectReport") -> Table:
         Column("queries", "queries", 0),
         Column("example", "for example"),
     ]
-    named = [{"fate": escape(f), "queries": n, "example": escape(e)} for f, n, e in rows]
+    named = [{"fate": f, "queries": n, "example": e} for f, n, e in rows]
     return Table("collection", "", named, columns)
 
 
@@ -131,20 +129,28 @@ def regenerate(
     out: Path = option(..., "folder for the answers; a killed run resumes in it"),
     target: str | None = option(None, TARGET[0]),
     drafter: str = option("none", f"{DRAFTER}; it changes the speed alone"),
-    temperature: list[float] = option([], "several make a mix; 0 if none is given"),
+    temperature: list[float] = option(
+        [], "temperature of the answers, 0 by default; give several for a mix"
+    ),
     top_p: float = option(1.0, "sample from the likeliest tokens of this probability"),
     max_new_tokens: int = option(512, "tokens of an answer, at most"),
-    turns: str = option("last", "'last', or 'all' after the target's own"),
+    turns: str = option(
+        "last", "user turns to answer: 'last', or 'all', each after the target's own answers"
+    ),
     seed: int = option(0, "seed of the samples"),
     batch_size: int = option(32, "rows decoded together"),
     dtype: str | None = option(None, DTYPE),
     endpoint: str | None = option(None, "ask a server instead, such as http://localhost:8000/v1"),
-    model: str | None = option(None, "the target; of a server, what it calls it"),
-    tokenizer: str | None = option(None, "the target's, for a server; --target will do as well"),
-    api: str = option("chat", "'chat' or 'completion' requests"),
+    model: str | None = option(
+        None, "same as --target; with --endpoint the server's name of the model"
+    ),
+    tokenizer: str | None = option(
+        None, "tokenizer of the model that a server runs; --target will do as well"
+    ),
+    api: str = option("chat", "kind of requests to the server: 'chat' or 'completion'"),
     concurrency: int = option(16, "queries asked at once"),
-    attempts: int = option(6, "at a query, the first included"),
-    timeout: float = option(600.0, "seconds for an answer"),
+    attempts: int = option(6, "attempts at a query, the first included"),
+    timeout: float = option(600.0, "seconds to wait for an answer"),
     api_key_variable: str = option("SPECDEC_API_KEY", "environment variable with the server's key"),
 ) -> None:
     """Let the target answer the queries itself; the same command resumes and retries failures."""
@@ -216,9 +222,11 @@ def features(
     answers: Path = argument("a folder that regenerate wrote, or a JSONL file; see --check"),
     target: str | None = option(None, *TARGET),
     out: Path | None = option(None, "folder of the store; a killed run resumes"),
-    target_dtype: str | None = option(None, "as --dtype of generate"),
-    dry_run: bool = option(False, "only say what it would take on the disk", "--dry-run"),
-    check: bool = option(False, "ANSWERS is a store: compare the hashes of its files", "--check"),
+    target_dtype: str | None = option(None, DTYPE),
+    dry_run: bool = option(False, "only say how much disk it would take", "--dry-run"),
+    check: bool = option(
+        False, "take ANSWERS for a store, and compare the hashes of its files", "--check"
+    ),
 ) -> None:
     """Store what the target makes of its answers, for training without it."""
     if check:

@@ -6,6 +6,7 @@ import typer
 
 from specdec.cli.app import (
     CHECKPOINTS,
+    COMPILE,
     DRAFTER,
     DTYPE,
     ENGINES,
@@ -32,7 +33,9 @@ def export(
     out: Path = option(..., "a folder that is new or empty"),
     target: str | None = option(None, *TARGET),
     num_tokens: int = option(5, "tokens drafted in a step"),
-    dtype: str = option("auto", "float32, bfloat16 or float16 for the engine"),
+    dtype: str = option(
+        "auto", "dtype that the engine is launched with: auto, float32, bfloat16 or float16"
+    ),
     revision: str | None = option(None, "revision of a hub id"),
 ) -> None:
     """Write a drafter for an engine, with its config and launch line, or a head in a layout."""
@@ -54,7 +57,7 @@ def export(
 @command(ENGINES)
 def admit(
     asked: AdmitConfig,
-    drafter: str = argument("as in specdec export"),
+    drafter: str = argument("the drafter, as specdec export takes it"),
     out: Path = option(Path("runs/admit"), "folder of the answers; the same command goes on there"),
 ) -> None:
     """Hold a drafter in a serving engine against our own loop: the same texts, the same counts."""
@@ -79,11 +82,11 @@ def serve(
     target: str = option("demo", *TARGET),
     drafter: str = option("none", DRAFTER),
     host: str = option("127.0.0.1", "address to listen on"),
-    port: int = option(8000, "0 takes a free one"),
+    port: int = option(8000, "port to listen on; 0 takes a free one"),
     max_rows: int = option(16, "requests decoded together, at most"),
-    rule: str = option("token", "as in generate"),
+    rule: str = option("token", "verification rule: token, block, traversal, match or typical"),
     dtype: str | None = option(None, DTYPE),
-    compile: str = option("false", "true, false, graphs (CUDA graphs) or auto"),
+    compile: str = option("false", COMPILE),
 ) -> None:
     """Serve OpenAI's API with a drafter: for research, not for production."""
     from specdec.engine.engine import Engine

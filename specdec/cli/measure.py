@@ -33,10 +33,12 @@ _BENCH_KEYS = (*_SUITE_KEYS, "speedup_vs_hf", "end_to_end_speedup_vs_plain")
 @command(MEASURE, watch="loop", tells=True)
 def bench(
     config: str = argument(
-        "a YAML file: one bench, many with a grid: in it, or a suite:; 'demo' for the packaged "
-        "bench, demo/single-turn and so on for the packaged suites"
+        "a YAML file of a bench, a grid or a suite; 'demo' is the packaged bench, and "
+        "demo/single-turn is one of the packaged suites"
     ),
-    overrides: list[str] = argument("key=value ..., as in repeats=1 or grid.batch_size=[1,4]", []),
+    overrides: list[str] = argument(
+        "settings to change, as repeats=1 or grid.batch_size=[1,4]", []
+    ),
     out: Path = option(
         Path("runs/bench"), "folder for records and results; the same command resumes there"
     ),
@@ -47,9 +49,11 @@ def bench(
     endpoint: str | None = option(
         None, "ask a server for the answers, as http://localhost:8000/v1, in place of the arms"
     ),
-    model: str | None = option(None, "its name of the model; needed if it serves several"),
+    model: str | None = option(
+        None, "name that the server gives the model; needed if it serves several"
+    ),
     api_key_variable: str = option("SPECDEC_API_KEY", "environment variable with the server's key"),
-    load: list[str] = option([], "JSON report of GuideLLM on the same server"),
+    load: list[str] = option([], "also show this JSON report of GuideLLM on the same server"),
 ) -> None:
     """Measure draft strategies against plain decoding and transformers' generate."""
     if endpoint is not None:
@@ -99,7 +103,7 @@ def _warn_of_machine(config: Any) -> None:
 @command(MEASURE, "bake-off", tells=True)
 def bake_off(
     config: str = argument("a YAML file of a bench or a suite, with endpoints: in place of arms"),
-    overrides: list[str] = argument("key=value ..., as in repeats=1", []),
+    overrides: list[str] = argument("settings to change, as repeats=1", []),
     out: Path = option(Path("runs/bake-off"), "folder for results; the same command resumes there"),
 ) -> None:
     """Measure servers, and engines that it starts, with drafters and without."""
@@ -203,7 +207,7 @@ def _brief(arms: Sequence[Any], keys: Sequence[str]) -> list[dict[str, Any]]:
 @command(MEASURE, watch="loop", tells=True)
 def analyze(
     config: str = argument("a bench's YAML file, or 'demo'"),
-    overrides: list[str] = argument("key=value ...", []),
+    overrides: list[str] = argument("settings to change, as prompts.num=3", []),
     text: Path | None = option(
         None,
         "texts in place of the target's answers: a folder of specdec regenerate, a JSONL file, or "
@@ -237,7 +241,7 @@ def analyze(
 @command(MEASURE, watch="loop", tells=True)
 def plan(
     config: str = argument("a bench's YAML, 'demo', or stated parameters with --roofline"),
-    overrides: list[str] = argument("key=value ...", []),
+    overrides: list[str] = argument("settings to change, as prompts.num=3", []),
     out: Path = option(Path("runs/plan"), "folder for what is measured, and the plan"),
     quick: bool = option(False, "measure few points, to try things out"),
     roofline: bool = option(False, "estimate hardware that is not here; measures nothing"),
@@ -296,10 +300,10 @@ def _estimate(path: str, overrides: list[str], out: Path) -> None:
 
 @command(MEASURE, tells=True)
 def report(
-    runs: list[Path] = argument("folders of bench, sweep, analysis, plan ...", []),
+    runs: list[Path] = argument("folders of runs, or folders that hold them", []),
     out: Path = option(..., "folder for index.html, report.md and report.json"),
     allow: list[str] = option(
-        [], "compare benches that differ in this: target, prompts, sampling ..."
+        [], "compare benches that differ in this, as target, prompts or sampling"
     ),
     log: bool = option(
         False, "show performance logs over time: these files, or this machine's", "--log"

@@ -11,6 +11,7 @@ import typer
 
 from specdec.cli.app import (
     CHECKPOINTS,
+    COMPILE,
     DATA,
     DRAFTER,
     DTYPE,
@@ -47,7 +48,7 @@ def generate(
     top_p: float = option(1.0, "sample from the likeliest tokens of this probability"),
     seed: int = option(0, "seed of the samples"),
     dtype: str | None = option(None, DTYPE),
-    compile: str = option("false", "true, false, graphs (CUDA graphs) or auto"),
+    compile: str = option("false", COMPILE),
     plain: bool = option(True, "decode the same prompt plainly afterwards, for its speed"),
 ) -> None:
     """Stream one answer, then say what speculation did for it."""
@@ -102,7 +103,7 @@ def load_strategy(text: str, target: Any) -> Any:
 def train(
     config: str = argument("a YAML file, as in recipes/"),
     out: Path = option(..., "folder for checkpoints, log, results and drafter"),
-    overrides: list[str] = argument("key=value ...", []),
+    overrides: list[str] = argument("settings to change, as training.max_steps=60", []),
 ) -> None:
     """Train a drafter on a target's own answers; the same command resumes."""
     from specdec.train.config import load_train_config
@@ -131,6 +132,11 @@ def train(
             f"predicts {found.predicted_tau:.3f} ({found.shape}, {found.num_prompts} held-out "
             "prompts)"
         )
+    if results.before and results.offline_tau:
+        tau, alpha = f"{results.before.tau:.2f} → {results.offline_tau:.2f}", ""
+        if results.before.alpha and results.alpha:
+            alpha = f"; alpha at T = 0 {results.before.alpha['0']:.3f} → {results.alpha['0']:.3f}"
+        typer.echo(f"Before → after, on held-out answers: tau {tau}{alpha}")
     typer.echo(
         f"Drafter: {out / 'drafter'}{_push(results, out / 'drafter')}\n"
         f"Curves: {picture}\nParity gate: {parity}\n"
@@ -177,7 +183,7 @@ def _push(results: "TrainResults", folder: Path) -> str:
 @command(CHECKPOINTS)
 def inspect(
     source: str = argument(_HEAD),
-    as_json: bool = option(False, "one JSON object, for machines", "--json"),
+    as_json: bool = option(False, "print one JSON object, for machines", "--json"),
     revision: str | None = option(None, "revision of a hub id"),
 ) -> None:
     """Say what a draft head is: kind, layout, sizes, taps, vocabulary, target and training."""

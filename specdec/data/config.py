@@ -33,7 +33,7 @@ class CollectSettings(Config):
     held_out: float = Field(0.1, ge=0, lt=1, description="share of conversations to hold out")
     num: int | None = Field(None, ge=1, description="number of queries, drawn by hash")
     seed: int = Field(0, description="seed of the draw")
-    tag_language: bool = Field(False, description="tell languages")
+    tag_language: bool = Field(False, description="tag the language of every query")
     max_bad: int = Field(100, ge=0, description="malformed lines to skip before stopping")
 
     @model_validator(mode="after")
@@ -48,18 +48,22 @@ class FeatureOptions(Config):
 
     taps: str = Field(
         default="eagle3,eagle",
-        description="eagle3, eagle, medusa, none, or hidden_states indices, with commas",
+        description="taps: eagle3, eagle, medusa, none, or hidden_states indices, with commas",
     )
     dtype: Literal["bf16", "float32"] = Field(
-        default="bf16", description="of the taps: bf16 or float32"
+        default="bf16", description="dtype of the taps: bf16 or float32"
     )
     top_k: int = Field(
-        default=64, ge=0, description="logits kept a token; 0: computed from the last tap"
+        default=64,
+        ge=0,
+        description="logits kept for each token; 0 computes them from the last tap",
     )
     max_len: int | None = Field(
-        default=None, ge=1, description="rows are cut to so many tokens; default: the context"
+        default=None, ge=1, description="tokens that rows are cut to; the context by default"
     )
     batch_tokens: int = Field(
         default=4096, ge=1, description="padded tokens that the target reads at once"
     )
-    shard_mib: int = Field(default=512, ge=1, description="MiB of a file, which is held in memory")
+    shard_mib: int = Field(
+        default=512, ge=1, description="size of a file in MiB, which is held in memory"
+    )

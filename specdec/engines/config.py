@@ -8,7 +8,9 @@ from specdec.common.config import Config
 class AdmitConfig(Config):
     """The engine, and what it is asked."""
 
-    engine: str = Field(description="vllm or llama.cpp, or the URL of a server that runs, with /v1")
+    engine: str = Field(
+        description="engine to start, vllm or llama.cpp, or the URL of a server that runs, with /v1"
+    )
     target: str | None = Field(None, description="folder or hub id of the target")
     prompts: str = Field("demo", description="sources of prompts as in a bench, commas between")
     num: int = Field(20, ge=1, description="prompts of each source")

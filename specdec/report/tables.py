@@ -5,13 +5,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from itertools import chain, repeat, takewhile
+from itertools import takewhile
 from typing import Any
 
 import yaml
 from pydantic import Field, field_serializer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -143,14 +143,15 @@ class Table(Config):
         Intervals give way first, then the columns are split; names stand whole in every part.
         """
         parts = self._parts([column for column in self.columns if not column.is_wide], width)
-        cells = (cell for part in parts for column in part.columns for cell in column.cells)
-        note = ["in brackets: 95 % intervals"] if any("]" in str(cell) for cell in cells) else []
+        figures = (each for part in parts for each in part.columns if each.justify == "right")
+        is_noted = any(str(cell).endswith("]") for column in figures for cell in column.cells)
+        note = ["in brackets: 95 % intervals"] if is_noted else []
         legend = Text("\n".join([*self.legend, *note]), "table.caption")
         for alarm in self.alarms:
             legend.append(f"\n{alarm}", "bold not dim red")
-        below = [legend, ""] if legend else []
-        spaced = chain.from_iterable(zip(parts, repeat(""), strict=False))
-        return Group(Text(self.caption, "table.title"), *spaced, *below)
+        shown: list[RenderableType] = [*parts, *([legend] if legend else [])]
+        spaced = [line for part in shown for line in (part, "")]
+        return Group(Text(self.caption, "table.title"), *spaced)
 
     def _parts(self, columns: Sequence[Column], width: int) -> list[RichTable]:
         ranks = sorted({column.rank for column in columns if column.rank})
@@ -195,7 +196,7 @@ class Table(Config):
             is_same = bool(num) and before[:num] == row[:num]
             if before and num and not is_same:
                 table.add_section()
-            table.add_row(*([""] * num + row[num:] if is_same else row))
+            table.add_row(*map(Text, [""] * num + row[num:] if is_same else row))
         return table
 
 

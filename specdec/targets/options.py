@@ -11,12 +11,14 @@ class Placement(Config):
     """Which files of a model are loaded, and where to."""
 
     device: str | None = Field(
-        default=None, description="cpu, cuda or cuda:1; CUDA if there is one"
+        default=None, description="device: cpu, cuda or cuda:1; CUDA by default"
     )
     device_map: str | dict[str, Any] | None = Field(
-        default=None, description="auto, or another map of transformers, to spread it over devices"
+        default=None, description="map of transformers that spreads the model over devices, as auto"
     )
-    quantization: str | None = Field(default=None, description="8bit or 4bit, through bitsandbytes")
+    quantization: str | None = Field(
+        default=None, description="weights in 8bit or 4bit, by bitsandbytes"
+    )
     revision: str | None = Field(default=None, description="revision of a hub id")
     trust_remote_code: bool = Field(
         default=False, description="run Python code that the model brings"

@@ -122,6 +122,7 @@ class TrainResults(Config):
         tokens_per_s: `tokens` over the seconds of the training steps alone.
         parameters: trained weights.
         loss: the newest logged loss.
+        before: offline acceptance at step 0; None where nothing was held out.
         parity: None where no gate was run.
     """
 
@@ -148,6 +149,7 @@ class TrainResults(Config):
     acceptance_by_rank: list[list[Share]] | None
     domains: dict[str, DomainAcceptance] | None
     draft_vocabulary: DraftVocabulary | None
+    before: Acceptance | None = None
     parity: Parity | None = None
 
     def remembered(self) -> dict[str, Any]:

@@ -14,7 +14,13 @@ from specdec.common.distribution import DISTRIBUTION, install
 from specdec.common.files import replace_file, whole_folder
 from specdec.train.config import TrainConfig
 from specdec.train.data import Materials, OnlineSource, choose_vocabulary, load_materials, seeded
-from specdec.train.results import DraftVocabulary, Evaluation, TrainProvenance, TrainResults
+from specdec.train.results import (
+    Acceptance,
+    DraftVocabulary,
+    Evaluation,
+    TrainProvenance,
+    TrainResults,
+)
 from specdec.train.trainees import DraftModelTrainee, HeadTrainee, Trainee, new_head
 from specdec.verify.tree import from_choices
 
@@ -136,7 +142,9 @@ def _results(
     plan, steps, split = trainer.plan, trainer.state.global_step, materials.split
     rows = [row for step in range(steps) for row in plan.rows(step)]
     tokens, found = sum(len(row.tokens) for row in rows), trainer.last("evaluation")
-    offline = {"tau": "offline_tau", "acceptance": "offline_acceptance"}
+    offline, first = {"tau": "offline_tau", "acceptance": "offline_acceptance"}, None
+    if begun := trainer.last("evaluation", at=0):
+        first = Acceptance.model_validate({key: begun[key] for key in Acceptance.model_fields})
     return TrainResults(
         schema="specdec-train-3",
         provenance=TrainProvenance(config=trainer.config, **materials.where),
@@ -155,5 +163,6 @@ def _results(
         parameters=sum(weight.numel() for weight in trainer.model.trained.values()),
         loss=trainer.last("step")["loss"],
         draft_vocabulary=vocabulary,
+        before=first,
         **{offline.get(key, key): found.get(key) for key in Evaluation.model_fields},
     )

@@ -179,11 +179,11 @@ class Trainer(transformers.Trainer, TrainerCallback):
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.state.compute_steps(self.args, self.state.max_steps)  # not those of earlier sessions
+        step, strategy = self.state.global_step, self.args.eval_strategy
         # A run that was stopped has left its evaluation to this session.
-        is_due = self.args.eval_strategy == IntervalStrategy.STEPS and (
-            self.state.global_step > 0 and self.state.global_step % self.state.eval_steps == 0
-        )
-        self.args.eval_on_start = is_due and not self._is_evaluated()
+        is_due = strategy == IntervalStrategy.STEPS and step % self.state.eval_steps == 0
+        is_new = strategy != IntervalStrategy.NO and step == 0  # what it is like untrained
+        self.args.eval_on_start = (is_due or is_new) and not self._is_evaluated()
 
     def on_epoch_begin(self, *_: Any, **__: Any) -> None:
         self.plan.epoch = self.state.global_step // self.plan.steps_per_epoch
@@ -308,8 +308,10 @@ class Trainer(transformers.Trainer, TrainerCallback):
             self._log.append(*lines)
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, figures)
 
-    def last(self, kind: str) -> dict[str, Any]:
-        return next((r for r in reversed(self.state.log_history) if r["kind"] == kind), {})
+    def last(self, kind: str, at: int | None = None) -> dict[str, Any]:
+        """Return the newest record of a kind, or that of a step."""
+        known = (r for r in reversed(self.state.log_history) if r["kind"] == kind)
+        return next((r for r in known if at is None or r["step"] == at), {})
 
     def _is_evaluated(self) -> bool:
         return self.last("evaluation").get("step") == self.state.global_step
