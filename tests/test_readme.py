@@ -42,6 +42,7 @@ COMMANDS = [[line for line in block if line.startswith("specdec")] for block in 
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("error::UserWarning", "error::FutureWarning")
 @pytest.mark.parametrize("commands", [block for block in COMMANDS if block])
 def test_commands_run_one_after_the_other(commands, tmp_path, monkeypatch):
     monkeypatch.setenv("SPECDEC_DATA_DIR", str(write_queries(tmp_path / "data")))

@@ -52,7 +52,8 @@ def generate(
     plain: bool = option(True, "decode the same prompt plainly afterwards, for its speed"),
 ) -> None:
     """Stream one answer, then say what speculation did for it."""
-    from specdec.engine.decode import generate_baseline, stream
+    from specdec.engine.decode import generate as decode
+    from specdec.engine.decode import stream
     from specdec.sampling.config import SamplingConfig
     from specdec.targets.load import load_target
 
@@ -64,14 +65,16 @@ def generate(
     has_chat = model.tokenizer is not None and model.tokenizer.chat_template and not raw
     asked: Any = [{"role": "user", "content": text}] if has_chat and text else text
     sampling = SamplingConfig(temperature=temperature, top_p=top_p, seed=seed)
+    compares = plain and strategy is not None
+    for each in (strategy, None) if compares else ():  # neither is timed cold
+        decode(model, each, ["Hello"], max_new_tokens=4)
     run = stream(model, strategy, [asked], sampling, max_new_tokens=max_new_tokens)
     for chunk in run:
         typer.echo(chunk.text, nl=False)
     typer.echo()
     result, speed = run.results()[0], ""
-    if plain and strategy is not None and len(result.tokens) > 1:
-        generate_baseline(model, [asked], sampling, max_new_tokens=4)  # warms it up
-        (alone,) = generate_baseline(model, [asked], sampling, max_new_tokens=len(result.tokens))
+    if compares and len(result.tokens) > 1:
+        (alone,) = decode(model, None, [asked], sampling, max_new_tokens=len(result.tokens))
         ratio = result.decode_tokens_per_s / alone.decode_tokens_per_s
         speed = f" ({ratio:.2f} x plain decoding's {alone.decode_tokens_per_s:.0f})"
     typer.echo(
