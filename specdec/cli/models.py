@@ -24,6 +24,7 @@ from specdec.cli.app import (
     quiet_transformers,
     tell,
 )
+from specdec.common import hub
 from specdec.common.config import read_model
 from specdec.common.distribution import DISTRIBUTION
 from specdec.common.files import locked, parse_json, replace_file
@@ -172,15 +173,21 @@ def _push(results: "TrainResults", folder: Path) -> str:
     chosen = results.provenance.config.training
     if not chosen.push_to_hub:
         return ""
-    from huggingface_hub import upload_folder
+    where, message = str(chosen.hub_model_id), f"A drafter of specdec, {results.steps} steps"
+    done = hub.push(folder, where, message, chosen.hub_private_repo, chosen.hub_revision)
+    return f", and at {done}"
 
-    done = upload_folder(
-        repo_id=str(chosen.hub_model_id),
-        folder_path=folder,
-        commit_message=f"A drafter of specdec, {results.steps} steps",
-        revision=chosen.hub_revision,
-    )
-    return f", and at {done.commit_url}"
+
+@command(CHECKPOINTS)
+def push(
+    folder: Path = argument("folder of a drafter, as specdec train or specdec export writes it"),
+    name: str = argument("repository on the hub, as owner/name; it is made if it is not there"),
+    private: bool = option(False, "make a new repository that others cannot see"),
+    revision: str | None = option(None, "branch to write to; main by default"),
+) -> None:
+    """Upload a drafter with its card to the hub, from where load_drafter("owner/name") has it."""
+    done = hub.push(folder, name, "A drafter of specdec", private, revision)
+    typer.echo(f"{done}\nUse it: specdec generate --drafter {name} --prompt 'Hello'")
 
 
 @command(CHECKPOINTS)

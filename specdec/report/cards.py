@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from specdec.checkpoints import HeadCheckpoint, head_of
 from specdec.common.files import replace_file
-from specdec.common.hub import HUB
+from specdec.common.hub import HERE, HUB
 from specdec.demo import demo_path
 from specdec.registry import strategy
 from specdec.report.document import render
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from specdec.engines.admit import Admission
     from specdec.train.results import TrainResults
 
-_HERE = "PATH/OF/THIS/FOLDER"
 _TRAINING = {
     *("learning_rate", "lr_scheduler_type", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "warmup_steps", "weight_decay"),
@@ -39,13 +38,14 @@ def drafter_card(results: "TrainResults", answers: "AnswersManifest | None" = No
     header = ModelCardData(
         base_model=str(base).removeprefix(HUB) if _is_hub_id(base) else None,
         library_name="specdec" if is_head else "peft" if is_adapter else "transformers",
+        pipeline_tag="text-generation",
         tags=["specdec", "speculative-decoding", kind.replace("_", "-")],
     )
     # A path that only this machine has is left out.
     inner = results.drafter["path"] if is_adapter else None
     if inner and not _is_hub_id(inner):
         inner = f"PATH/OF/{Path(inner).name}"
-    paths = {"path": inner, "adapter": _HERE} if is_adapter else {"path": _HERE}
+    paths = {"path": inner, "adapter": HERE} if is_adapter else {"path": HERE}
     marks = {name: getattr(results.target, name) for name in ("weights", "tokenizer")}
     return render(
         "drafter_card.md",
@@ -57,7 +57,7 @@ def drafter_card(results: "TrainResults", answers: "AnswersManifest | None" = No
         hashes=[f"{name} {mark[:16]}" for name, mark in marks.items() if mark],
         target=path if path == "demo" or _is_hub_id(path) else Path(path).name,
         options={**results.drafter, **paths},
-        here=_HERE,
+        here=HERE,
         is_head=is_head,
         is_adapter=is_adapter,
         acceptance=_acceptance(results) if results.validation_rows else None,

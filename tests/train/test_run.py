@@ -48,26 +48,27 @@ def test_command_leaves_head_results_and_curves(tmp_path):
     assert 0 < results.draft_vocabulary.validation_coverage < 1
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list((out / "tensorboard").glob("events*"))
-    assert [record["step"] for record in logged(out, "evaluation")] == [2, 4]
+    assert [record["step"] for record in logged(out, "evaluation")] == [0, 2, 4]
+    assert f"tau {results.before.tau:.2f} → {results.offline_tau:.2f}" in done.stdout
 
 
 def test_drafter_and_card_are_pushed_to_the_hub(tmp_path, monkeypatch):
     pushed = []
 
-    def upload(**given):
-        pushed.append({**given, "files": {each.name for each in given["folder_path"].iterdir()}})
-        return type("Commit", (), {"commit_url": "https://hub/commit"})
+    def push(folder, name, *options):
+        pushed.append((name, {each.name for each in folder.iterdir()}, options[1:]))
+        return "https://hub/commit"
 
-    monkeypatch.setattr("transformers.trainer.create_repo", lambda *_, **__: None, raising=False)
     monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda self: None)
-    monkeypatch.setattr("huggingface_hub.upload_folder", upload)
-    hub = {"push_to_hub": True, "hub_model_id": "me/mine"}
+    monkeypatch.setattr("specdec.common.hub.push", push)
+    hub = {"push_to_hub": True, "hub_model_id": "me/mine", "hub_private_repo": True}
     path = write_run(tmp_path, max_steps=1, drafter=MEDUSA, **hub)
     done = CliRunner().invoke(app, ["train", str(path), "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     assert "https://hub/commit" in done.stdout
-    assert pushed[0]["repo_id"] == "me/mine"
-    assert {"README.md", "model.safetensors", "specdec.json"} <= pushed[0]["files"]
+    ((name, files, options),) = pushed
+    assert (name, options) == ("me/mine", (True, None))
+    assert {"README.md", "model.safetensors", "specdec.json"} <= files
 
 
 def test_epochs_count_every_row(tmp_path):
