@@ -31,6 +31,8 @@ __all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("specdec.common.distribution").installed_version()
     if name not in _PUBLIC:
         raise AttributeError(f"module 'specdec' has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)

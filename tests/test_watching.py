@@ -112,7 +112,7 @@ def test_a_port_that_is_taken_or_none_and_a_missing_package_are_refused(monkeypa
     thread.join()
     monkeypatch.setitem(sys.modules, "prometheus_client", None)  # importing it fails
     done = CliRunner().invoke(app, ["bench", "demo", "--list", "--metrics-port", "0"])
-    assert (done.exit_code, "pip install 'specdec[metrics]'" in done.stderr) == (2, True)
+    assert (done.exit_code, "pip install 'specdec-lab[metrics]'" in done.stderr) == (2, True)
 
 
 # --- Dashboard and alerts ---

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from specdec.cli.app import app, argument, command, option, progress_bar, quiet_transformers, warn
 from specdec.cli.models import load_strategy
 from specdec.common.config import validated
+from specdec.common.distribution import install
 from specdec.common.files import locked
 from specdec.data.config import CollectSettings, FeatureOptions
 from specdec.proxy.records import ProxyConfig
@@ -42,7 +43,7 @@ def _require(what: str, *modules: str) -> None:
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         names = ", ".join(missing)
-        raise ValueError(f"{what} needs {names}; install with: pip install 'specdec[collect]'")
+        raise ValueError(f"{what} needs {names}; install with: {install('collect')}")
 
 
 @command(collect_app, "from")

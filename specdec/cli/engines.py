@@ -6,6 +6,7 @@ import typer
 
 from specdec.cli.app import argument, command, option, progress_bar, quiet_transformers, warn
 from specdec.cli.models import load_strategy
+from specdec.common.distribution import install
 from specdec.engines.config import AdmitConfig
 
 
@@ -78,7 +79,7 @@ def serve(
     try:
         from specdec.serve import serve as run
     except ImportError as error:
-        fix = "install with: pip install 'specdec[serve]'"
+        fix = f"install with: {install('serve')}"
         raise ValueError(f"serving needs {error.name}; {fix}") from error
     quiet_transformers()
     model = load_target(target, dtype=dtype, device=device, quantization=quantization)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from specdec.cli.app import argument, command, option, progress_bar, quiet_transformers, warn
+from specdec.common.distribution import DISTRIBUTION
 from specdec.common.files import locked
 from specdec.report.tables import print_tables
 
@@ -126,7 +127,7 @@ def _run(config: Any, out: Path, plan: Any = None) -> None:
     if find_spec("matplotlib"):
         picture = str((out / results.FILE).with_suffix(".png"))
         plot(results, Path(picture))
-    shown = picture or "none, it needs specdec[plot]"
+    shown = picture or f"none, it needs {DISTRIBUTION}[plot]"
     typer.echo(f"Records and results: {out}\nPicture: {shown}")
     summary = {"schema": results.schema_, "picture": picture}
     if hasattr(results, "suite"):

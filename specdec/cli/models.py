@@ -11,6 +11,7 @@ import typer
 
 from specdec.cli.app import argument, command, option, progress_bar, quiet_transformers
 from specdec.common.config import read_model
+from specdec.common.distribution import DISTRIBUTION
 from specdec.common.files import locked, parse_json, replace_file
 from specdec.demo import demo_path
 
@@ -129,7 +130,7 @@ def _describe(results: "TrainResults", out: Path) -> str:
     answers = read_model(AnswersManifest, manifest) if manifest.is_file() else None
     replace_file(out / "drafter" / "README.md", drafter_card(results, answers).encode())
     if find_spec("matplotlib") is None:
-        return "none, they need specdec[plot]"
+        return f"none, they need {DISTRIBUTION}[plot]"
     from specdec.report.figures import plot_curves
 
     log = (out / "log.jsonl").read_text().splitlines()

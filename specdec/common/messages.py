@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from specdec.common.distribution import install
+
 Message = dict[str, str]
 
 _ROLE_NAMES = {
@@ -70,7 +72,7 @@ def read_queries(folder: Path, split: str) -> list[Query]:
     try:
         from datasets import load_from_disk
     except ImportError as error:
-        fix = "install datasets with: pip install 'specdec[collect]'"
+        fix = f"install datasets with: {install('collect')}"
         raise ValueError(f"to read the queries of {str(folder)!r} {fix}") from error
     try:
         found: Any = load_from_disk(str(folder))

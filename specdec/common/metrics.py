@@ -9,6 +9,8 @@ from itertools import count, takewhile
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from specdec.common.distribution import install
+
 # Figure of a GPU -> NVML's function, the field of what it returns, and parts of it in a unit.
 _NVML = {
     "power_watts": ("nvmlDeviceGetPowerUsage", "", 1000),
@@ -124,7 +126,7 @@ class Metrics:
 def serve_metrics(port: int) -> tuple[Metrics, int]:
     """Show metrics at this port of the loopback address, 0 for a free one, and return both."""
     if not find_spec("prometheus_client"):
-        fix = "install with: pip install 'specdec[metrics]'"
+        fix = f"install with: {install('metrics')}"
         raise ValueError(f"--metrics-port needs prometheus_client; {fix}")
     from prometheus_client import start_http_server
 

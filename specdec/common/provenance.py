@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from pydantic import BaseModel
 
 from specdec.common.compile import compile_s, compiler
+from specdec.common.distribution import DISTRIBUTION, installed_version
 
 PACKAGES = ("specdec", "torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy")
 
@@ -61,16 +61,15 @@ def code(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "versions": {"python": platform.python_version(), **{p: _version(p) for p in packages}},
+        "versions": {"python": platform.python_version(), **versions(packages)},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Versions by names of imports, which only this package's own differs from."""
+    names = {"specdec": DISTRIBUTION}
+    return {package: installed_version(names.get(package, package)) for package in packages}
 
 
 def waits_passively(device: str, threads: int, policy: str | None) -> list[str]:

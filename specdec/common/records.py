@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
 
+from specdec.common.distribution import install
 from specdec.common.files import parse_json
 from specdec.common.hub import HUB, find_path
 
@@ -258,7 +259,7 @@ def load_split(name: str, arguments: Mapping[str, Any]) -> DataSetRecords:
 
         loaded = load_dataset(**arguments)
     except ImportError as error:
-        fix = "needs datasets: pip install 'specdec[collect]'"
+        fix = f"needs datasets: {install('collect')}"
         raise FileNotFoundError(f"reading {path} {fix}") from error
     except Exception as error:  # the hub, the network and the file formats each raise their own
         reason = str(error).split("\n")[0]

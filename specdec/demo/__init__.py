@@ -3,6 +3,8 @@
 from importlib.resources import files
 from pathlib import Path
 
+from specdec.common.distribution import DISTRIBUTION
+
 
 def demo_path(name: str) -> Path:
     """Path of an embedded file or folder: "target", "draft", "prompts.jsonl", "bench.yaml".
@@ -13,7 +15,7 @@ def demo_path(name: str) -> Path:
     path = Path(str(files(__name__))) / name
     if not path.exists():
         raise FileNotFoundError(
-            f"the embedded {name!r} is missing at {path}; reinstall specdec, or train the models "
-            "with scripts/train_demo.py"
+            f"the embedded {name!r} is missing at {path}; reinstall {DISTRIBUTION}, or train the "
+            "models with scripts/train_demo.py"
         )
     return path

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from specdec.common.arguments import require_counts
 from specdec.common.compile import as_target
+from specdec.common.distribution import install
 from specdec.common.files import read_json
 from specdec.common.hub import find_checkpoint
 from specdec.demo import demo_path
@@ -375,7 +376,7 @@ def load_adapter(model: Any, adapter: str) -> Any:
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise ValueError(
-            "adapter needs the package peft; install it with: pip install 'specdec[train]'"
+            f"adapter needs the package peft; install it with: {install('train')}"
         ) from error
     folder = Path(find_checkpoint(adapter, "a folder with an adapter"))
     if folder.is_dir():

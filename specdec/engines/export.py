@@ -31,6 +31,7 @@ from specdec.checkpoints import (
 from specdec.checkpoints.eagle import IDS
 from specdec.checkpoints.layouts import FOREIGN, LAYOUTS, write_head
 from specdec.common.config import Config, validated, write_model
+from specdec.common.distribution import install
 from specdec.common.files import parse_json, read_json, whole_folder
 from specdec.demo import demo_path
 from specdec.registry import DRAFTERS, closest, strategy
@@ -305,7 +306,7 @@ def _tell(made: Exported, options: Mapping[str, Any], folder: Path) -> dict[str,
             config = {"method": made.method, "model": model, "num_speculative_tokens": num}
             if not drafter:
                 made.environment = {"SPECDEC_DRAFTER": json.dumps(options)}
-                made.note = "specdec must be in vLLM's environment: pip install --no-deps specdec"
+                made.note = f"specdec must be in vLLM's environment: {install(options='--no-deps')}"
             elif made.method == "medusa":
                 made.note = "vLLM 0.32 is the last one with Medusa"
             # `vllm serve` does not start from the wheel for CPUs.

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from specdec.common.distribution import install
+
 # Okabe and Ito's colors, which stay apart for color-blind readers.
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000")
 MARKERS = "osD^vP*X<>"
@@ -27,9 +29,7 @@ def new_figure(
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError(
-            "pictures need matplotlib; install it with: pip install 'specdec[plot]'"
-        ) from error
+        raise ValueError(f"pictures need matplotlib; install it with: {install('plot')}") from error
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
 

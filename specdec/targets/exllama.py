@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from specdec.common.distribution import install
 from specdec.common.files import first_line
 from specdec.engine.interfaces import Capabilities, Prompts, TargetOutput
 from specdec.engine.metrics import ForwardClock
@@ -140,7 +141,7 @@ def _import(name: str) -> Any:
     except Exception as error:  # an OSError without CUDA, and whatever a compiler raises
         raise RuntimeError(
             f"engine {name} cannot be imported: {first_line(error)}; it needs CUDA with nvcc, and "
-            "pip install 'specdec[exllama]'"
+            f"{install('exllama')}"
         ) from error
     finally:
         torch.set_num_threads(num_threads)

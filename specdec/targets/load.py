@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from specdec.checkpoints.folder import CONFIG, unreadable
 from specdec.common.arguments import checked, require_counts
 from specdec.common.compile import CannotCompileError, compile_mode
+from specdec.common.distribution import install
 from specdec.common.files import first_line, read_json
 from specdec.common.hub import find_checkpoint
 from specdec.demo import demo_path
@@ -201,7 +202,7 @@ def _quantization(name: str, device: torch.device) -> Any:
     if name not in QUANTIZATIONS:
         raise ValueError(f"quantization is {name!r} but must be one of {QUANTIZATIONS}, or None")
     if find_spec("bitsandbytes") is None:
-        raise ValueError(f"quantization {name!r} needs bitsandbytes; pip install 'specdec[quant]'")
+        raise ValueError(f"quantization {name!r} needs bitsandbytes; {install('quant')}")
     from transformers import BitsAndBytesConfig
 
     if name == "8bit":

@@ -10,6 +10,7 @@ import yaml
 
 from specdec.checkpoints.identity import TARGET, as_json
 from specdec.common.config import write_model
+from specdec.common.distribution import DISTRIBUTION, install
 from specdec.common.files import replace_file, whole_folder
 from specdec.train.config import TrainConfig
 from specdec.train.data import Materials, OnlineSource, choose_vocabulary, load_materials, seeded
@@ -98,7 +99,7 @@ def make_trainee(
 def _require_packages(config: TrainConfig) -> None:
     """Refuse to begin without what the run needs at its end."""
     if find_spec("accelerate") is None:
-        raise ValueError("training needs accelerate; install it with: pip install 'specdec[train]'")
+        raise ValueError(f"training needs accelerate; install it with: {install('train')}")
     from transformers.integrations import get_available_reporting_integrations
 
     given = config.training.report_to
@@ -107,7 +108,7 @@ def _require_packages(config: TrainConfig) -> None:
         if name not in known:
             raise ValueError(
                 f"config training.report_to is {name!r}, which is no tracker or is not installed; "
-                "install it (specdec[train] brings tensorboard), or set training.report_to=none"
+                f"install it ({DISTRIBUTION}[train] brings tensorboard), or set training.report_to=none"
             )
 
 

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from specdec.checkpoints import HeadCheckpoint, TargetIdentity, check_target, read_head, write_head
 from specdec.common.config import Config, validated
+from specdec.common.distribution import install
 from specdec.common.files import write_json
 from specdec.demo import demo_path
 from specdec.drafters.draft_model import (
@@ -154,7 +155,7 @@ class DraftModelOptions(Config):
         try:
             from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
         except ImportError as error:
-            fix = "install it with: pip install 'specdec[train]'"
+            fix = f"install it with: {install('train')}"
             raise ValueError(f"drafter.options.method {self.method!r} needs peft; {fix}") from error
         if self.method == "qlora":
             model = prepare_model_for_kbit_training(model, self.gradient_checkpointing, reentrant)

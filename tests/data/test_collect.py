@@ -307,7 +307,7 @@ def test_missing_source_is_told_from_the_hub(out, monkeypatch):
         ("nothing.jsonl", "nothing.jsonl' is not a folder or file here"),
         ("--column none", "no query is left"),
         ("--column none --max-bad 0", "has no column 'none'"),
-        ("no extra", "pip install 'specdec[collect]'"),
+        ("no extra", "pip install 'specdec-lab[collect]'"),
     ],
 )
 def test_wrong_options_are_told_in_one_line(log, out, options, message, monkeypatch):

@@ -169,7 +169,7 @@ def test_missing_extra_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("specdec.cli.data.find_spec", lambda name: None)
     done = invoke(tmp_path, "--upstream", "http://h")
     assert done.exit_code == 2
-    assert "pip install 'specdec[collect]'" in done.stderr
+    assert "pip install 'specdec-lab[collect]'" in done.stderr
 
 
 def test_port_that_is_taken_is_told(tmp_path, upstream):

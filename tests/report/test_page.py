@@ -56,7 +56,7 @@ def driver(tmp_path_factory):
         webdriver = None
     if webdriver is None or None in programs:
         (pytest.fail if os.environ.get(REQUIRED) else pytest.skip)(
-            "no browser: apt-get install chromium chromium-driver; pip install 'specdec[dev]'"
+            "no browser: apt-get install chromium chromium-driver; pip install 'specdec-lab[dev]'"
         )
     from selenium.webdriver.chrome.service import Service
 

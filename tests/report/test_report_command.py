@@ -119,7 +119,7 @@ REFUSALS = [
         "sampling, or pass --allow sampling",
     ),
     ("again", "given twice"),
-    ("no matplotlib", "pip install 'specdec[plot]'"),
+    ("no matplotlib", "pip install 'specdec-lab[plot]'"),
 ]
 
 
