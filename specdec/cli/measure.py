@@ -67,7 +67,7 @@ def bench(
         typer.echo(f"cells: {len(cells)}; in each of them every arm decodes the prompts in turn")
         return
     quiet_transformers()
-    _warn_of_passive_threads(cells[0].config)
+    _warn_of_machine(cells[0].config)
     with locked(out):
         if cells[0].settings:
             _sweep(cells, out)
@@ -77,12 +77,14 @@ def bench(
             _run(cells[0].config, out)
 
 
-def _warn_of_passive_threads(config: Any) -> None:
-    from specdec.common.provenance import waits_passively
+def _warn_of_machine(config: Any) -> None:
+    """Say at the start what will make the speeds of a run worthless."""
+    from specdec.common.provenance import is_loaded, waits_passively
     from specdec.targets.load import find_device
 
     policy, device = os.environ.get("OMP_WAIT_POLICY"), find_device(config.target.device)
-    for said in waits_passively(device.type, config.threads, policy):
+    found = waits_passively(device.type, config.threads, policy)
+    for said in [*found, *is_loaded(os.getloadavg()[0], os.cpu_count() or 1)]:
         warn(said)
 
 
@@ -210,7 +212,7 @@ def analyze(
     from specdec.report.analysis import analysis_table
 
     quiet_transformers()
-    _warn_of_passive_threads(settings)
+    _warn_of_machine(settings)
     with locked(out), progress_bar() as show:
         analysis = run_analysis(settings, out, text, show, answers=answers)
     print_tables(analysis_table(analysis))
@@ -245,7 +247,7 @@ def plan(
     from specdec.report.plan import costs_table, not_trusted, plan_table, schedule_table
 
     quiet_transformers()
-    _warn_of_passive_threads(settings)
+    _warn_of_machine(settings)
     with locked(out), progress_bar() as show:
         found = run_plan(settings, out, show, quick=quick)
     print_tables(costs_table(found), schedule_table(found), plan_table(found))

@@ -47,6 +47,7 @@ class MachineProvenance(CodeProvenance):
     def notes(self) -> list[str]:
         """Facts that a reader has to know before any time of this machine."""
         found = waits_passively(self.device, self.threads, self.omp_wait_policy)
+        found += is_loaded(self.load_average, self.cpu_count)
         if self.compile_mode != "eager":
             by = f"{self.compile_mode}, {self.compiler or 'no C++ compiler'}"
             found.append(
@@ -80,6 +81,13 @@ def waits_passively(device: str, threads: int, policy: str | None) -> list[str]:
         "OMP_WAIT_POLICY is passive: on a CPU a forward of two tokens or more takes about twice as "
         "long, which slows drafting and verification more than plain decoding; unset it"
     ]
+
+
+def is_loaded(load_average: float, cpu_count: int) -> list[str]:
+    """Warn of other work on the cores; one's own threads are a part of the load as well."""
+    if load_average <= max(1.0, 1.25 * cpu_count):
+        return []
+    return [f"load {load_average:.1f} on {cpu_count} cores: speeds are not trustworthy"]
 
 
 def _git(*arguments: str) -> str | None:
