@@ -10,8 +10,9 @@ from typing import Annotated, Any, TypeVar, get_args
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from specdec.common.arguments import merged
 from specdec.common.files import first_line, read_json, replace_file
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -39,6 +40,30 @@ class Config(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class HasOptions(Config):
+    """A config with options of a drafter, which may also stand beside its own keys."""
+
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, given: Any) -> Any:
+        fields = list(cls.model_fields)
+        beside = [
+            key
+            for key in (given if isinstance(given, dict) else ())
+            # What is nearly a key of the config is a typing error, and no option; dtype is no type.
+            if not any(
+                near[0] == str(key)[:1]
+                for near in difflib.get_close_matches(str(key), fields, cutoff=0.75)
+            )
+        ]
+        if not beside:
+            return given
+        options = merged({key: given[key] for key in given if key in {"options", *beside}})
+        return {**{key: given[key] for key in given if key not in beside}, "options": options}
 
 
 def load_config(

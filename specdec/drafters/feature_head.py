@@ -294,7 +294,7 @@ class FeatureDrafter(HeadDrafter):
         the target's own.
         """
         shape = TreeShape(depth, width, max_nodes, choices, children)
-        head, _ = load_head(cls.kind, target, path, force=force)
+        head, _ = load_head(cls, target, path, force=force)
         return cls(head, target.vocab_size, shape, window, as_target(compile, target))
 
     def __init__(

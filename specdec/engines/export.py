@@ -30,11 +30,12 @@ from specdec.checkpoints import (
 )
 from specdec.checkpoints.eagle import IDS
 from specdec.checkpoints.layouts import FOREIGN, LAYOUTS, write_head
+from specdec.common.arguments import merged
 from specdec.common.config import Config, validated, write_model
 from specdec.common.distribution import install
-from specdec.common.files import parse_json, read_json, whole_folder
+from specdec.common.files import read_json, whole_folder
 from specdec.demo import demo_path
-from specdec.registry import DRAFTERS, closest, strategy
+from specdec.registry import DRAFTERS, closest, drafter_options, is_kind, strategy
 from specdec.targets.load import check_path, load_target, load_tokenizer
 
 RECORD = "specdec-export.json"
@@ -196,11 +197,14 @@ def find_drafter(
 ) -> tuple[dict[str, Any], HeadCheckpoint | None]:
     """Find the options of a drafter that is named in any way, and its head if it has one."""
     if isinstance(drafter, str):
-        is_json, key = drafter.startswith("{"), "type" if drafter in DRAFTERS else "path"
-        drafter = parse_json(drafter) if is_json else {key: drafter}
+        is_typed = drafter.startswith("{") or (is_kind(drafter) and not Path(drafter).exists())
+        drafter = drafter_options(drafter) if is_typed else {"path": drafter}
+    drafter = merged(drafter)
     kind, path = drafter.get("type"), str(drafter.get("path", "demo"))
-    if kind and not strategy(kind).trained_as:
+    if kind and not strategy(kind, typed=True).trained_as:
         return dict(drafter), None
+    if path == "demo" and kind and kind not in DRAFTERS:
+        raise ValueError(f"drafter {kind!r} needs the option 'path'; give a folder or hub id")
     if path == "demo":
         path = f"demo/{str(kind).removesuffix('_model')}"
     if path.startswith("demo/") and not Path(path).exists():

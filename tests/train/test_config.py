@@ -36,7 +36,7 @@ def test_training_arguments_have_transformers_names():
         ("training.learningrate=1", "did you mean training.learning_rate"),
         ("lr=1e-3", "key lr does not exist"),
         ("data.pth=x", "did you mean data.path"),
-        ("drafter.kind=eagel", "drafter.kind is 'eagel' but must be one of draft_model, eagle"),
+        ("drafter.kind=eagel", "drafter type is 'eagel' but must be registered.*did you mean 'eagle'"),
         ("drafter.options=3", "drafter.options is 3 but must be a mapping"),
         ("loss=[1]", "loss is .* must be a mapping"),
         ("data.path=''", "data.path is '' but must be not empty"),
