@@ -115,7 +115,10 @@ def head_class(kind: Any) -> Any:
     """The `specdec.drafters.heads.Head` of a strategy that a checkpoint names."""
     found = strategy(kind).head_class if is_kind(str(kind)) else None
     if found is None:
-        raise ValueError(f"head kind is {kind!r} but must be one of {', '.join(head_kinds())}")
+        known = ", ".join(head_kinds())
+        raise ValueError(
+            f"head kind is {kind!r} but must be one of {known}, or of a package that is installed"
+        )
     return found
 
 

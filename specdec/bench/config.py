@@ -58,6 +58,7 @@ class ArmConfig(HasOptions):
 
     name: str = ""
     type: str
+    options: dict[str, Any] = Field(default_factory=dict)
     draft_length: dict[Any, Any] | None = None
 
     @field_validator("draft_length")

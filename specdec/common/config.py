@@ -43,27 +43,22 @@ class Config(BaseModel):
 
 
 class HasOptions(Config):
-    """A config with options of a drafter, which may also stand beside its own keys."""
-
-    options: dict[str, Any] = Field(default_factory=dict)
+    """A config whose `options`, those of a drafter, may also stand beside its own keys."""
 
     @model_validator(mode="before")
     @classmethod
     def _gather(cls, given: Any) -> Any:
-        fields = list(cls.model_fields)
-        beside = [
-            key
-            for key in (given if isinstance(given, dict) else ())
-            # What is nearly a key of the config is a typing error, and no option; dtype is no type.
-            if not any(
-                near[0] == str(key)[:1]
-                for near in difflib.get_close_matches(str(key), fields, cutoff=0.75)
-            )
-        ]
-        if not beside:
+        # What is nearly a key of its own is a typing error and no option; but dtype is no type.
+        own = {
+            key: value
+            for key, value in (given.items() if isinstance(given, dict) else ())
+            for near in difflib.get_close_matches(str(key), cls.model_fields, 1, cutoff=0.75)
+            if near[0] == str(key)[0]
+        }
+        if not isinstance(given, dict) or len(own) == len(given):
             return given
-        options = merged({key: given[key] for key in given if key in {"options", *beside}})
-        return {**{key: given[key] for key in given if key not in beside}, "options": options}
+        rest = {key: given[key] for key in given if key == "options" or key not in own}
+        return {**own, "options": merged(rest)}
 
 
 def load_config(

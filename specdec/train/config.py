@@ -34,6 +34,7 @@ class DrafterConfig(HasOptions):
     """
 
     kind: str
+    options: dict[str, Any] = Field(default_factory=dict)
     init: str | None = None
 
     @field_validator("kind")
