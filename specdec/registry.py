@@ -1,12 +1,19 @@
-"""Draft strategies by name. A new strategy is one file and one line here."""
+"""Draft strategies: ours by name, installed ones by an entry point, any by `pkg.module:Class`."""
 
 import difflib
 import inspect
+import os
+import re
+import sys
 from collections.abc import Mapping
+from functools import cache
 from importlib import import_module
+from importlib.metadata import entry_points
+from operator import attrgetter
 from typing import Any
 
-from specdec.common.arguments import fit
+from specdec.common.arguments import fit, merged
+from specdec.common.files import parse_json
 from specdec.engine.interfaces import Drafter, Target
 
 DRAFTERS = {
@@ -18,6 +25,18 @@ DRAFTERS = {
     "ngram": "specdec.drafters.ngram:NgramDrafter",
     "suffix": "specdec.drafters.suffix:SuffixDrafter",
 }
+GROUP = "specdec.drafters"  # of entry points, whose names are strategies like those above
+_ADDRESS = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+
+
+@cache
+def _installed() -> dict[str, str]:
+    return {each.name: f"{each.module}:{each.attr}" for each in entry_points(group=GROUP)}
+
+
+def addresses() -> dict[str, str]:
+    """Name to `pkg.module:Class`; no installed package replaces a strategy of ours."""
+    return {**_installed(), **DRAFTERS}
 
 
 def closest(name: str, known: Mapping[str, Any] | list[str]) -> str:
@@ -27,38 +46,96 @@ def closest(name: str, known: Mapping[str, Any] | list[str]) -> str:
     return f"known: {', '.join(sorted(known))}{hint}"
 
 
-def strategy(kind: Any) -> Any:
-    """The registered class of a strategy, a `specdec.drafters.base.BaseDrafter`."""
-    if not isinstance(kind, str) or kind not in DRAFTERS:
+def is_kind(text: str) -> bool:
+    """Say if a text is a strategy's name, or written like the address of a class."""
+    return text in addresses() or bool(_ADDRESS.fullmatch(text))
+
+
+def strategy(kind: Any, *, typed: bool = False) -> Any:
+    """The class of a strategy, a `specdec.drafters.base.BaseDrafter`.
+
+    Code of a class that is not installed as a drafter runs where the user `typed` its address, in a
+    command, a configuration or a call: a file that names it cannot make it run.
+    """
+    known = addresses()
+    where = known.get(kind, kind) if isinstance(kind, str) else ""
+    if not _ADDRESS.fullmatch(where):
         raise ValueError(
-            f"drafter type is {kind!r} but must be registered; {closest(str(kind), list(DRAFTERS))}"
+            f"drafter type is {kind!r} but must be registered, or pkg.module:Class; "
+            f"{closest(str(kind), known)}"
         )
-    module, attribute = DRAFTERS[kind].split(":")
-    return getattr(import_module(module), attribute)
+    module, _, name = where.partition(":")
+    if typed and where not in known.values() and not {"", os.getcwd()} & {*sys.path}:
+        sys.path.insert(0, os.getcwd())  # an installed command does not look there
+    if not typed and where not in known.values() and module not in sys.modules:
+        raise ValueError(
+            f"drafter type is {kind!r}, which a file names, and its code is not run for that; give "
+            f'the type as well, as in \'{{"type": "{kind}", "path": ...}}\', or install it '
+            f"with an entry point in the group {GROUP}"
+        )
+    try:
+        loaded = import_module(module)
+    except ImportError as error:
+        is_absent = f"{module}.".startswith(f"{error.name}.")
+        fix = "start in its folder, or install it" if is_absent else "repair that module"
+        raise ValueError(
+            f"drafter type is {kind!r} but must be importable ({error}); {fix}"
+        ) from error
+    try:
+        found = attrgetter(name)(loaded)
+    except AttributeError as error:
+        names = [key for key, value in vars(loaded).items() if _is_drafter(value)]
+        raise ValueError(
+            f"drafter type is {kind!r} but {module} has no {name}; {closest(name, names)}"
+        ) from error
+    if not _is_drafter(found):
+        raise ValueError(
+            f"drafter type is {kind!r} but must be a class with `propose`, derived from "
+            "specdec.BaseDrafter"
+        )
+    return found
+
+
+def _is_drafter(found: Any) -> bool:
+    needed = ("propose", "shape_options", "head_class", "trained_as")  # as BaseDrafter has them
+    return isinstance(found, type) and all(hasattr(found, name) for name in needed)
 
 
 def trainable_kinds() -> tuple[str, ...]:
-    """Strategies that `specdec train` trains."""
-    return tuple(kind for kind in DRAFTERS if strategy(kind).trained_as)
+    """Strategies that `specdec train` trains, those by address aside."""
+    return tuple(kind for kind in addresses() if strategy(kind).trained_as)
 
 
 def head_kinds() -> tuple[str, ...]:
-    """Strategies with a draft head."""
-    return tuple(kind for kind in DRAFTERS if strategy(kind).head_class)
+    """Strategies with a draft head, those by address aside."""
+    return tuple(kind for kind in addresses() if strategy(kind).head_class)
 
 
 def head_class(kind: Any) -> Any:
-    """The `specdec.drafters.heads.Head` of a strategy."""
-    found = strategy(kind).head_class if kind in DRAFTERS else None
+    """The `specdec.drafters.heads.Head` of a strategy that a checkpoint names."""
+    found = strategy(kind).head_class if is_kind(str(kind)) else None
     if found is None:
-        raise ValueError(f"head kind is {kind!r} but must be one of {', '.join(head_kinds())}")
+        known = ", ".join(head_kinds())
+        raise ValueError(
+            f"head kind is {kind!r} but must be one of {known}, or of a package that is installed"
+        )
     return found
 
 
 def is_registered(drafter: Any) -> bool:
-    """Say if a drafter is of a registered class, and so are those inside of it."""
+    """Say if a drafter is of a class of ours, and so are those inside of it: they are trusted."""
     name = f"{type(drafter).__module__}:{type(drafter).__qualname__}"
     return name in DRAFTERS.values() and all(map(is_registered, getattr(drafter, "drafters", ())))
+
+
+def drafter_options(text: str) -> dict[str, Any]:
+    """Read a drafter as a command is given it: a type, or a JSON object with options."""
+    try:
+        return merged(parse_json(text)) if text.startswith("{") else {"type": text}
+    except ValueError as error:
+        raise ValueError(
+            f"drafter is {text!r} but must be a name or a JSON object ({error})"
+        ) from error
 
 
 def load_target(path: str) -> Target:
@@ -70,9 +147,10 @@ def load_drafter(options: Mapping[str, Any] | str, target: Target | None) -> Dra
     """Build a drafter for a target.
 
     Args:
-        options: `{"type": name, **options of that strategy}`, or just the name. A class that
-            has a `load` classmethod is given the target as well. An option "drafters" holds a list
-            of such options, one for each drafter inside.
+        options: `{"type": name, **options of that strategy}`, `{"type": name, "options": {...}}` or
+            just the name; the name may be `pkg.module:Class`. A folder or hub id of a trained
+            drafter will do as well. A class that has a `load` classmethod is given the target as
+            well. An option "drafters" holds a list of such options, one for each drafter inside.
         target: the model that will verify; None if the drafter's `needs_target` is False (`ngram`,
             `suffix`, and a `hybrid` of them).
 
@@ -81,9 +159,13 @@ def load_drafter(options: Mapping[str, Any] | str, target: Target | None) -> Dra
     """
     if not isinstance(options, str | Mapping):
         raise ValueError(f"drafter is {options!r:.80} but must be a name, or a mapping with a type")
-    settings: dict[str, Any] = {"type": options} if isinstance(options, str) else dict(options)
+    if isinstance(options, str):
+        is_path = "/" in options or os.path.isdir(options) or options.startswith("hub:")
+        find = import_module("specdec.checkpoints.find").find_drafter if is_path else None
+        options = find(options)[0] if find else {"type": options}
+    settings: dict[str, Any] = merged(options)
     name = settings.pop("type", None)
-    drafter_class = strategy(name)
+    drafter_class = strategy(name, typed=True)
     build = getattr(drafter_class, "load", drafter_class)
     parameters = inspect.signature(build).parameters
     accepted = [p for p in parameters if p != "target"]

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("specdec.lossless")
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +21,9 @@ def _one_thread():
     """A command sets the threads of its configuration, which must not reach the next test."""
     yield
     torch.set_num_threads(1)
+
+
+pytest.register_assert_rewrite("specdec.lossless")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,7 +16,7 @@ FLOORS = [
     ["engine", "registry", "checkpoints"],
     ["targets"],
     ["drafters"],
-    ["bench", "proxy", "serve"],
+    ["bench", "lossless", "proxy", "serve"],
     ["data"],
     ["analysis"],
     ["train", "planning", "engines"],

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from specdec.common.config import Config, read_yaml, validated
+from specdec.common.config import Config, HasOptions, read_yaml, validated
 from specdec.common.files import flat
 from specdec.demo import demo_path
 from specdec.engine.draft_length import Schedule
@@ -48,8 +48,8 @@ class PromptConfig(Config):
     seed: int = 0
 
 
-class ArmConfig(Config):
-    """One strategy: a registered drafter, "hf_assisted" or "hf_prompt_lookup"; with options.
+class ArmConfig(HasOptions):
+    """One strategy: a drafter's type, "hf_assisted" or "hf_prompt_lookup"; with options.
 
     `draft_length` limits the nodes that a row may draft, by the size of the running batch:
     `{1: 6, 8: 0}`, or `{plan: PATH}` for the controller of a plan.

@@ -27,7 +27,7 @@ from specdec.cli.app import (
 from specdec.common import hub
 from specdec.common.config import read_model
 from specdec.common.distribution import DISTRIBUTION
-from specdec.common.files import locked, parse_json, replace_file
+from specdec.common.files import locked, replace_file
 from specdec.demo import demo_path
 from specdec.targets.options import Placement
 
@@ -88,17 +88,10 @@ def generate(
 
 def load_strategy(text: str, target: Any) -> Any:
     """Load a drafter as it is given on the command line; None for "none"."""
-    from specdec.registry import DRAFTERS, load_drafter, strategy
+    from specdec.registry import DRAFTERS, drafter_options, load_drafter, strategy
 
-    options: Any = text
-    if text.startswith("{"):
-        try:
-            options = parse_json(text)
-        except ValueError as error:
-            raise ValueError(
-                f"drafter is {text!r} but must be a name or a JSON object ({error})"
-            ) from error
-    elif text in DRAFTERS and strategy(text).trained_as == "language_model":
+    options: Any = drafter_options(text) if text.startswith("{") else text
+    if text in DRAFTERS and strategy(text).trained_as == "language_model":
         options = {"type": text, "path": "demo"}  # the only one meant without a path
     return None if text == "none" else load_drafter(options, target)
 
@@ -208,6 +201,12 @@ def inspect(
 
 
 def _head_source(source: str) -> str:
-    """A folder or hub id; "demo/NAME" stands for an embedded head."""
+    """A folder or hub id; "demo/NAME" stands for an embedded head, JSON types a foreign class."""
+    if source.startswith("{"):
+        from specdec.registry import drafter_options, strategy
+
+        given = drafter_options(source)
+        strategy(given.get("type"), typed=True)
+        source = str(given.get("path", "demo"))
     name = source.removeprefix("demo/")
     return str(demo_path(name)) if source != name and not Path(source).exists() else source

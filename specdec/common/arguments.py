@@ -45,6 +45,17 @@ def fit(name: str, value: Any, hint: Any) -> Any:
     return value
 
 
+def merged(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Put options that stand under "options" beside the others."""
+    inner = given.get("options", {})
+    if not isinstance(inner, Mapping):
+        raise ValueError(f"options is {inner!r:.80} but must be a mapping of option: value")
+    flat = {key: value for key, value in given.items() if key != "options"}
+    if both := [key for key in inner if key in flat]:
+        raise ValueError(f"{both[0]!r} is given twice, in options and beside it; drop one")
+    return {**flat, **inner}
+
+
 def require_counts(most: int = 1024, **counts: Any) -> None:
     """Refuse, by name, every count outside [1, most]; None stands for no count."""
     for name, value in counts.items():

@@ -10,8 +10,9 @@ from typing import Annotated, Any, TypeVar, get_args
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from specdec.common.arguments import merged
 from specdec.common.files import first_line, read_json, replace_file
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -39,6 +40,25 @@ class Config(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class HasOptions(Config):
+    """A config whose `options`, those of a drafter, may also stand beside its own keys."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, given: Any) -> Any:
+        # What is nearly a key of its own is a typing error and no option; but dtype is no type.
+        own = {
+            key: value
+            for key, value in (given.items() if isinstance(given, dict) else ())
+            for near in difflib.get_close_matches(str(key), cls.model_fields, 1, cutoff=0.75)
+            if near[0] == str(key)[0]
+        }
+        if not isinstance(given, dict) or len(own) == len(given):
+            return given
+        rest = {key: given[key] for key in given if key == "options" or key not in own}
+        return {**own, "options": merged(rest)}
 
 
 def load_config(

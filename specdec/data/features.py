@@ -31,7 +31,7 @@ from specdec.data.feature_store import (
     row_name,
 )
 from specdec.data.queries import SPLITS
-from specdec.registry import head_class, head_kinds
+from specdec.registry import head_kinds, is_kind, strategy
 from specdec.targets.hf import HFTarget, TargetEnds
 
 _MIB = 2**20
@@ -40,15 +40,15 @@ _HEADER_BYTES = 4096  # more than the header of a file ever has
 
 def resolve_taps(names: str, num_layers: int) -> tuple[int, ...]:
     taps: set[int] = set()
-    kinds = head_kinds()
     for name in (part.strip() for part in names.split(",")):
-        if name in kinds:
-            taps.update(head_class(name).default_taps(num_layers))
+        if is_kind(name) and (head := strategy(name, typed=True).head_class):
+            taps.update(head.default_taps(num_layers))
         elif name.isascii() and name.isdigit() and int(name) <= num_layers:
             taps.add(int(name))
         elif name != "none":
-            known = f"{', '.join(kinds)}, none or a number from 0 (embeddings) to {num_layers}"
-            raise ValueError(f"tap {name!r} does not exist; give {known}")
+            known = f"{', '.join(head_kinds())}, pkg.module:Class, none"
+            numbers = f"a number from 0 (embeddings) to {num_layers}"
+            raise ValueError(f"tap {name!r} does not exist; give {known} or {numbers}")
     return tuple(sorted(taps))
 
 

@@ -87,7 +87,7 @@ class BaseDrafter:
     """A drafter that remembers nothing and reads no hidden states: add `propose` and use it.
 
     Attributes:
-        kind: the strategy's name in the registry; needed by strategies with a head.
+        kind: the name of a strategy of ours in the registry.
         title: its name in reports; empty for `kind`.
         shape_options: how the shape of its drafts is set.
         head_class: the `specdec.drafters.heads.Head` that it drafts with; None for none.

@@ -298,7 +298,7 @@ class FeatureDrafter(HeadDrafter):
             force: take a head that was trained for another target of the same shape.
         """
         shape = TreeShape(depth, width, max_nodes, choices, children)
-        head, _ = load_head(cls.kind, target, path, force=force)
+        head, _ = load_head(cls, target, path, force=force)
         return cls(head, target.vocab_size, shape, window, as_target(compile, target))
 
     def __init__(

@@ -17,6 +17,7 @@ from specdec.drafters.base import BaseDrafter, FixedShape
 from specdec.drafters.training import LossOutput, TrainingBatch
 from specdec.drafters.tree_growth import StaticPlan, TreeShape
 from specdec.engine.metrics import ForwardClock
+from specdec.registry import head_class
 from specdec.targets.load import LOADING
 
 # Far above any real size, and small enough that shapes of a damaged config still fit 64 bits.
@@ -123,23 +124,28 @@ def fill_head(head: Head, tensors: Mapping[str, Tensor], path: str) -> None:
 
 
 def load_head(
-    kind: str, target: Any, path: str, *, force: bool = False, dtype: torch.dtype | None = None
+    drafter: type[BaseDrafter],
+    target: Any,
+    path: str,
+    *,
+    force: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Any, HeadCheckpoint]:
-    """Load a head of a kind for an `HFTarget`, in eval mode and the target's dtype.
+    """Load the head of a strategy for an `HFTarget`, in eval mode and the target's dtype.
 
     `path` is a folder or hub id in any known layout, or "demo" for the embedded head; `force` takes
     a head that was trained for another target of the same shape.
     """
     target = getattr(target, "ends", target)  # a target of another engine loads them when asked
-    checkpoint = read_head(str(demo_path(kind)) if path == "demo" else path)
-    if checkpoint.kind != kind:
+    checkpoint = read_head(str(demo_path(drafter.kind)) if path == "demo" else path)
+    if head_class(checkpoint.kind) is not drafter.head_class:
         raise ValueError(
-            f"{path!r} holds a head of the kind {checkpoint.kind!r}, not {kind!r}; load it with "
-            f"type={checkpoint.kind}"
+            f"{path!r} holds a head of the kind {checkpoint.kind!r}, not one of "
+            f"{drafter.__name__}; load it with type={checkpoint.kind}"
         )
     check_target(checkpoint, identify_target(target), force=force)
     with LOADING:
-        head = build_head(kind, checkpoint.options, target)
+        head = build_head(checkpoint.kind, checkpoint.options, target)
     fill_head(head, checkpoint.tensors, path)
     return head.to(dtype or target.model.dtype).eval(), checkpoint
 

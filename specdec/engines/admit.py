@@ -15,6 +15,7 @@ from specdec.bench.config import SamplingOptions, TargetConfig
 from specdec.bench.prompts import encode_prompts, load_prompts
 from specdec.bench.workloads import Request
 from specdec.checkpoints import head_of
+from specdec.checkpoints.find import find_drafter
 from specdec.common.config import Config, read_model, validated, write_model
 from specdec.common.files import Journal, file_hash
 from specdec.common.provenance import CodeProvenance, code
@@ -23,7 +24,7 @@ from specdec.engine.metrics import AcceptanceStats
 from specdec.engines.config import AdmitConfig
 from specdec.engines.counters import read_counters
 from specdec.engines.endpoints import EndpointArm, ServedTarget, shown
-from specdec.engines.export import RECORD, Exported, export, find_drafter
+from specdec.engines.export import RECORD, Exported, export
 from specdec.engines.launch import EXACT, start, without_drafter
 from specdec.engines.results import EndpointConfig
 from specdec.registry import strategy

@@ -26,15 +26,15 @@ from specdec.checkpoints import (
     check_target,
     head_of,
     identify_target,
-    read_head,
 )
 from specdec.checkpoints.eagle import IDS
+from specdec.checkpoints.find import find_drafter
 from specdec.checkpoints.layouts import FOREIGN, LAYOUTS, write_head
 from specdec.common.config import Config, validated, write_model
 from specdec.common.distribution import install
-from specdec.common.files import parse_json, read_json, whole_folder
+from specdec.common.files import read_json, whole_folder
 from specdec.demo import demo_path
-from specdec.registry import DRAFTERS, closest, strategy
+from specdec.registry import closest, strategy
 from specdec.targets.load import check_path, load_target, load_tokenizer
 
 RECORD = "specdec-export.json"
@@ -189,37 +189,6 @@ def _new_folder(out: str | Path) -> Path:
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{str(out)!r} is not empty; give a new folder")
     return out
-
-
-def find_drafter(
-    drafter: str | Mapping[str, Any], revision: str | None = None
-) -> tuple[dict[str, Any], HeadCheckpoint | None]:
-    """Find the options of a drafter that is named in any way, and its head if it has one."""
-    if isinstance(drafter, str):
-        is_json, key = drafter.startswith("{"), "type" if drafter in DRAFTERS else "path"
-        drafter = parse_json(drafter) if is_json else {key: drafter}
-    kind, path = drafter.get("type"), str(drafter.get("path", "demo"))
-    if kind and not strategy(kind).trained_as:
-        return dict(drafter), None
-    if path == "demo":
-        path = f"demo/{str(kind).removesuffix('_model')}"
-    if path.startswith("demo/") and not Path(path).exists():
-        path = str(demo_path(path.removeprefix("demo/")))
-    options, folder = {**drafter, "path": path}, Path(path).expanduser()
-    if kind is None and (folder / "adapter_config.json").is_file():
-        base = read_json(folder / "adapter_config.json")["base_model_name_or_path"]
-        return {"type": "draft_model", "path": base, "adapter": path}, None
-    # A head has no tokenizer of its own; Medusa's may lie beside its target.
-    has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    is_model = has_tokenizer and not any(folder.glob("medusa_lm_head.*"))
-    if not (is_model or (kind and not strategy(kind).head_class)):
-        try:
-            head = read_head(path, revision)
-            return {**options, "type": head.kind}, head
-        except ValueError as error:
-            if kind or folder.is_dir() or "no head" not in str(error):
-                raise
-    return {"type": "draft_model", **options}, None
 
 
 def _find_target(target: str | None, drafter: str | None, head: HeadCheckpoint | None) -> str:

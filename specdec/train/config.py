@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from specdec.common.config import Config, load_config
+from specdec.common.config import Config, HasOptions, load_config
 from specdec.registry import strategy, trainable_kinds
 from specdec.targets.options import Placement
 
@@ -24,11 +24,11 @@ class TargetConfig(Placement):
     device: Literal["cpu", "cuda"] | None = None
 
 
-class DrafterConfig(Config):
+class DrafterConfig(HasOptions):
     """The drafter that is trained.
 
     Attributes:
-        kind: a trainable strategy of `specdec.registry`.
+        kind: a trainable strategy of `specdec.registry`, or `pkg.module:Class`.
         options: fields of a new head's `Options`, or of `DraftModelOptions`.
         init: folder or hub id of a head to go on from instead of a new one.
     """
@@ -39,9 +39,10 @@ class DrafterConfig(Config):
 
     @field_validator("kind")
     @classmethod
-    def _is_trainable(cls, kind: str) -> str:
-        if kind not in trainable_kinds():
-            raise ValueError(f"must be one of {', '.join(trainable_kinds())}")
+    def _is_trainable(cls, kind: str, info: ValidationInfo) -> str:
+        # JSON is the record of a run; what it names was checked then, and is not imported for it.
+        if info.mode == "python" and not strategy(kind, typed=True).trained_as:
+            raise ValueError(f"must be one of {', '.join(trainable_kinds())}, or pkg.module:Class")
         return kind
 
     @property
@@ -181,7 +182,9 @@ class TrainConfig(Config):
     training: TrainingConfig = Field(default_factory=TrainingConfig)
 
     @model_validator(mode="after")
-    def _fits_the_kind(self) -> Self:
+    def _fits_the_kind(self, info: ValidationInfo) -> Self:
+        if info.mode == "json":
+            return self
         if self.drafter.is_head and self.data.pack_len is not None:
             raise ValueError(
                 f"data.pack_len is for draft models; {self.drafter.kind} heads look ahead, into "

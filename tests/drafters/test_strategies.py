@@ -1,27 +1,23 @@
 """A strategy's class answers for its method, and nobody else knows a strategy by name."""
 
+import json
 import re
-from collections.abc import Sequence
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from pydantic import Field
 from tiny_training import answer_rows, write_rows
-from torch import nn
-from torch.nn.functional import cross_entropy
 from typer.testing import CliRunner
 
 from specdec import load_target
 from specdec.cli import app
-from specdec.common.config import Config
 from specdec.drafters.base import BaseDrafter
-from specdec.drafters.heads import Head, load_head
-from specdec.drafters.training import LossOutput, shifted
-from specdec.registry import DRAFTERS, strategy, trainable_kinds
-from specdec.verify import Draft
+from specdec.drafters.heads import Head
+from specdec.registry import DRAFTERS, strategy
 
+TOY = "toy_drafters:ToyDrafter"  # of no package, and in no registry
 PACKAGE = Path(__file__).parents[2] / "specdec"
 NAMES = "|".join(DRAFTERS)
 # A comparison with a kind, a table of kinds, or a question for a head's class.
@@ -54,70 +50,6 @@ def test_every_class_names_its_method(kind):
         assert found.head_class.default_taps(12)[-1] <= 12
 
 
-class ToyOptions(Config):
-    bias: bool = Field(True, description="a bias of its own")
-
-
-class ToyHead(Head):
-    """One linear layer on the target's last state guesses one token."""
-
-    Options = ToyOptions
-    max_depth = 1
-
-    def __init__(self, options, target_config, embedding=None, vocab_head=None):
-        super().__init__(options, target_config, embedding, vocab_head)
-        self.options = self.given(options)
-        self.taps = (target_config.num_hidden_layers,)
-        size = target_config.hidden_size
-        self.linear = nn.Linear(size, size, bias=self.options.bias)
-
-    def forward(self, feature):
-        return self._target_parts[1](feature + self.linear(feature))
-
-    def loss(self, batch, weight: float = 1.0):
-        places = shifted(batch.loss_mask, 2)
-        logits = self(batch.hidden[self.taps[0]][places])
-        value = weight * cross_entropy(logits.float(), shifted(batch.tokens, 2)[places])
-        return LossOutput(value, {"toy": value.detach()})
-
-    def candidates(self, batch, depth, width):
-        return self(batch.hidden[self.taps[0]]).topk(width, -1).indices.unsqueeze(2)
-
-    def guesses(self, batch, mask):
-        return self(batch.hidden[self.taps[0]][mask])
-
-
-class ToyDrafter(BaseDrafter):
-    """Drafts the head's likeliest token."""
-
-    kind, title, head_class, trained_as = "toy", "Toy head", ToyHead, "head"
-    max_nodes = 1
-
-    @classmethod
-    def load(cls, target, path: str, choices: Sequence[Sequence[int]] | None = None):
-        return cls(load_head(cls.kind, target, path)[0])
-
-    def __init__(self, head):
-        self.head, self.taps = head, head.taps
-
-    def begin(self, prompts, output, sampler, *, join=False):
-        rows, lengths = range(len(prompts)), [len(prompt) - 2 for prompt in prompts]
-        feature = output.hidden[self.taps[0]][list(rows), lengths]
-        self.feature = torch.cat([self.feature, feature]) if join else feature
-
-    def propose(self, root, budget, sampler):
-        tokens = self.head(self.feature).argmax(-1, keepdim=True)
-        lengths = torch.tensor(budget).clamp(max=1)
-        return Draft.chain(tokens.masked_fill(lengths.unsqueeze(1) == 0, -1), lengths)
-
-    def observe(self, verdict, committed, hidden):
-        states = hidden[self.taps[0]]
-        self.feature = states[torch.arange(len(states)), verdict.num_accepted]
-
-    def reorder(self, rows):
-        self.feature = self.feature[rows]
-
-
 def run(*arguments):
     done = CliRunner().invoke(app, [str(each) for each in arguments])
     assert done.exit_code == 0, done.output
@@ -131,14 +63,12 @@ def write_yaml(path, content):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # it measures costs, which take long on a busy machine
-def test_new_trained_head_is_one_file(tmp_path, monkeypatch):
-    monkeypatch.setitem(DRAFTERS, "toy", f"{__name__}:ToyDrafter")
-    assert "toy" in trainable_kinds()
+def test_new_trained_head_is_one_file(tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", answer_rows(load_target("demo"), 8))
     store, out, copy = (tmp_path / name for name in ("store", "run", "copy"))
-    run("features", rows, "--target", "demo", "--taps", "toy", "--out", store)
+    run("features", rows, "--target", "demo", "--taps", TOY, "--out", store)
     training = {
-        "drafter": {"kind": "toy", "options": {"bias": False}},
+        "drafter": {"kind": TOY, "bias": False},
         "data": {"path": str(store), "num_validation": 4},
         "loss": {"weight": 2.0},
         "parity": {"num_prompts": 2, "max_new_tokens": 4},
@@ -149,8 +79,15 @@ def test_new_trained_head_is_one_file(tmp_path, monkeypatch):
     said = run("inspect", out / "drafter")
     assert "Toy head in the layout 'specdec'" in said
     assert "no optional parts" in said
+    assert json.loads((out / "drafter" / "specdec.json").read_text())["kind"] == TOY
     run("export", out / "drafter", "--to", "specdec", "--out", copy)
-    arms = [{"name": "mine", "type": "toy", "options": {"path": str(copy)}}]
+    typed = json.dumps({"type": TOY, "path": str(copy)})
+    folders = {"cwd": PACKAGE.parent / "tests", "capture_output": True, "text": True}
+    for source, status, text in ((str(copy), 2, "a file names"), (typed, 0, "Toy head")):
+        command = [sys.executable, "-P", "-m", "specdec", "inspect", source]
+        done = subprocess.run(command, **folders)
+        assert (done.returncode, text in done.stdout + done.stderr) == (status, True), done
+    arms = [{"name": "mine", "type": TOY, "path": str(copy)}]
     bench = {"prompts": {"source": "demo", "num": 2}, "max_new_tokens": 4, "repeats": 1}
     config = write_yaml(tmp_path / "bench.yaml", {**bench, "arms": arms})
     run("bench", config, "--out", tmp_path / "bench")

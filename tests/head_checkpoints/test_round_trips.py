@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 
 from specdec.checkpoints import check_target, identify_target, read_head, write_head
 from specdec.drafters.heads import build_head, fill_head, load_head
+from specdec.registry import strategy
 
 TREE = [[0], [1], [0, 0]]
 TRAINING = {"loss": 1.25, "data": ["gsm8k"], "tokens": 1000}
@@ -25,7 +26,7 @@ def test_a_head_comes_back_as_it_was_written(tmp_path, name, layout, dtype):
     assert same_tensors(found.tensors, written.tensors)
     assert (found.kind, found.options, found.tree) == (written.kind, written.options, TREE)
     assert (found.target, found.training, found.layout) == (written.target, TRAINING, layout)
-    head, _ = load_head(written.kind, target(), str(folder), dtype=dtype)
+    head, _ = load_head(strategy(written.kind), target(), str(folder), dtype=dtype)
     assert same_tensors(head.state_dict(), written.tensors)
     if layout == "specdec":
         return

@@ -10,6 +10,7 @@ from specdec.checkpoints import identify_target
 from specdec.data.answers import AnswerRow, read_rows
 from specdec.drafters.heads import load_head
 from specdec.drafters.training import TrainingBatch
+from specdec.registry import strategy
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_target
 from specdec.train.acceptance import (
@@ -145,7 +146,7 @@ def test_head_learns_twenty_dialogues_by_heart(tmp_path, kind, options, loss, se
     assert all(found > least for found, least in pairs), results.offline_acceptance
 
     target = load_target(config.target.path, device="cpu")
-    head, checkpoint = load_head(kind, target, str(tmp_path / "out" / "drafter"))
+    head, checkpoint = load_head(strategy(kind), target, str(tmp_path / "out" / "drafter"))
     rows = [*read_rows(tmp_path / "answers.jsonl", target.vocab_size, 20)]
     seen = OnlineSource(target, head.taps, target.model.dtype).batch(rows)
     trainee = HeadTrainee(kind, head, identify_target(target), {})

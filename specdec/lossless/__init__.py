@@ -1,0 +1,16 @@
+"""The lossless suite: pytest tests that a drafter keeps the target's output.
+
+`specdec check TYPE` runs it, and so does
+`pytest -p specdec.lossless --pyargs specdec.lossless --drafter TYPE`, as this is the plugin.
+"""
+
+from typing import Any
+
+
+def pytest_addoption(parser: Any) -> None:
+    about = "type of a drafter, pkg.module:Class, or JSON with options; may be given again"
+    parser.addoption("--drafter", action="append", default=[], metavar="TYPE", help=about)
+
+
+def pytest_configure(config: Any) -> None:
+    config.addinivalue_line("markers", "slow: decodes much")
