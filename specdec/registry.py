@@ -1,6 +1,5 @@
 """Draft strategies: ours by name, installed ones by an entry point, any by `pkg.module:Class`."""
 
-import difflib
 import inspect
 import os
 import re
@@ -12,7 +11,7 @@ from importlib.metadata import entry_points
 from operator import attrgetter
 from typing import Any
 
-from specdec.common.arguments import fit, merged
+from specdec.common.arguments import fit, merged, nearest
 from specdec.common.files import parse_json
 from specdec.engine.interfaces import Drafter, Target
 
@@ -41,8 +40,8 @@ def addresses() -> dict[str, str]:
 
 def closest(name: str, known: Mapping[str, Any] | list[str]) -> str:
     """The end of an error message: the nearest known name, and all of them."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    near = nearest(name, known)
+    hint = f"; did you mean {near!r}?" if near else ""
     return f"known: {', '.join(sorted(known))}{hint}"
 
 
@@ -164,6 +163,10 @@ def load_drafter(options: Mapping[str, Any] | str, target: Target | None) -> Dra
         find = import_module("specdec.checkpoints.find").find_drafter if is_path else None
         options = find(options)[0] if find else {"type": options}
     settings: dict[str, Any] = merged(options)
+    if "type" not in settings and (said := next(iter({"method", "kind"} & {*settings}), None)):
+        raise ValueError(
+            f"drafter has a {said} but no type; did you mean {{type: {settings[said]}}}?"
+        )
     name = settings.pop("type", None)
     drafter_class = strategy(name, typed=True)
     build = getattr(drafter_class, "load", drafter_class)

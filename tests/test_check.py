@@ -144,9 +144,7 @@ def test_class_that_a_file_alone_names_is_not_run(folder, monkeypatch):
     content = {"format": 1, "layout": "specdec", "kind": "boom:Head", "options": {}}
     content |= {"tree": None, "target": None, "training": {}}
     (folder / "specdec.json").write_text(json.dumps(content))
-    with pytest.raises(
-        ValueError, match=r"boom:Head.* its code is not run for that"
-    ):
+    with pytest.raises(ValueError, match=r"boom:Head.* its code is not run for that"):
         read_head(folder)
     record = json.dumps({"kind": "boom:Head", "options": {}})
     assert DrafterConfig.model_validate_json(record).kind == "boom:Head"

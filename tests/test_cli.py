@@ -7,10 +7,13 @@ import sys
 import pytest
 from checkpoints import save_checkpoint
 from tiny_suites import save_bench
+from typer.main import get_command
 from typer.testing import CliRunner
 
+import specdec
 from specdec.bench import runner
 from specdec.cli import app
+from specdec.common.distribution import DISTRIBUTION
 
 
 @pytest.fixture
@@ -22,8 +25,8 @@ def bench(tmp_path):
     return ["bench", str(tmp_path / "bench.yaml"), "--out", str(tmp_path / "out")]
 
 
-def invoke(*arguments):
-    return CliRunner().invoke(app, list(arguments))
+def invoke(*arguments, **options):
+    return CliRunner().invoke(app, list(arguments), **options)
 
 
 @pytest.mark.parametrize("has_matplotlib", [True, False])
@@ -115,3 +118,65 @@ def test_help_does_not_load_models_libraries():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"method": "ngram"}, "did you mean {type: ngram}?"),
+        ({"type": "ngram", "prompt_lookup_max": 3}, "did you mean 'max_ngram'?"),
+        ({"type": "eagle3", "num_speculative_tokens": 3}, "did you mean 'depth'?"),
+        ({"type": "draft_model", "model": "demo"}, "did you mean 'path'?"),
+    ],
+)
+def test_names_of_engines_are_understood(options, said):
+    done = invoke("generate", "--prompt", "x", "--drafter", json.dumps(options))
+    assert done.exit_code == 2
+    assert said in done.stderr
+
+
+def test_the_target_may_be_called_the_model_and_is_placed_by_options():
+    done = invoke("generate", "--prompt", "x", "--model", "none/here/at/all")
+    assert (done.exit_code, "none/here/at/all" in done.stderr) == (2, True)
+    words = ("generate", "--prompt", "x", "--max-new-tokens", "2", "--no-plain")
+    done = invoke(*words, "--attn-implementation", "eager", "--device-map", "cpu")
+    assert done.exit_code == 0, done.stderr
+    assert "plain decoding's" not in done.stderr
+    assert "x plain decoding's" in invoke(*words[:-1], "--threads", "1").stderr
+    assert "--threads is 0 but must be at least 1" in invoke(*words, "--threads", "0").stderr
+
+
+def test_json_alone_is_on_standard_output_where_it_is_asked_for(monkeypatch):
+    done = invoke("drafters", "ngram", "--json")
+    assert [each["name"] for each in json.loads(done.stdout)["options"]][0] == "num_draft_tokens"
+    assert "meaning" in done.stderr
+    monkeypatch.setattr(
+        "typer.testing._NamedTextIOWrapper.isatty", lambda self: True, raising=False
+    )
+    monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda self: True)
+    shown = invoke("drafters").stdout
+    assert "draft_model" in shown
+    assert "{" not in shown
+
+
+def test_version_and_environment_are_told():
+    assert invoke("--version").stdout.split() == [DISTRIBUTION, specdec.__version__]
+    found = json.loads(invoke("env", "--json").stdout)
+    assert {DISTRIBUTION, "python", "torch", "threads", "CUDA"} <= set(found)
+    secret = invoke("env", env={"HF_TOKEN": "hidden", "OMP_WAIT_POLICY": "passive"}).stdout
+    assert "hidden" not in secret
+    assert "OMP_WAIT_POLICY: passive" in secret
+
+
+def test_every_command_is_grouped_and_told_in_sentences():
+    def commands(command):
+        for each in getattr(command, "commands", {"": command}).values():
+            yield from commands(each) if hasattr(each, "commands") else [each]
+
+    for command in commands(get_command(app)):
+        texts = [command.help, *(each.help for each in command.params if each.name != "help")]
+        assert all(text and text[0] == text[0].upper() and text[-1] in ".?" for text in texts), (
+            texts
+        )
+    panels = {each.rich_help_panel for each in app.registered_commands + app.registered_groups}
+    assert panels == {"Measure", "Data and training", "Checkpoints", "Engines"}

@@ -1,7 +1,8 @@
 """Checks of what callers pass in: by the type hint, one error that names argument and value."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from functools import cache, wraps
 from inspect import signature
 from numbers import Integral, Real
@@ -12,6 +13,31 @@ from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin
 Given = ParamSpec("Given")
 Answer = TypeVar("Answer")
 _KINDS = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a string"}
+# What engines and other toolkits call an option, and what it may be called here.
+_ELSEWHERE = {
+    "method": "type",
+    "model": "path",
+    "num_speculative_tokens": "num_draft_tokens depth max_nodes",
+    "num_assistant_tokens": "num_draft_tokens depth max_nodes",
+    "speculative_num_steps": "depth num_draft_tokens",
+    "speculative_eagle_topk": "width",
+    "speculative_num_draft_tokens": "max_nodes",
+    "prompt_lookup_max": "max_ngram",
+    "prompt_lookup_min": "min_ngram",
+    "max_matching_ngram_size": "max_ngram",
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "torch_dtype": "dtype",
+    "tensor_parallel_size": "device_map",
+}
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Find the known name that is meant: by its name elsewhere, or else by its letters."""
+    names = list(known)
+    same = [each for each in _ELSEWHERE.get(name, "").split() if each in names]
+    return next(iter(same or get_close_matches(name, names, n=1)), None)
 
 
 def plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from specdec.common.arguments import merged
+from specdec.common.arguments import merged, nearest
 from specdec.common.files import first_line, read_json, replace_file
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -103,8 +103,8 @@ def _fault(model: type[BaseModel], error: ValidationError) -> str:
     key, value = ".".join(keys), found["input"]
     if kind in unknown:
         known = _fields(model, found["loc"][:-1])
-        near = difflib.get_close_matches(keys[-1], known, n=1)
-        hint = f"; did you mean {'.'.join([*keys[:-1], near[0]])}?" if near else ";"
+        near = nearest(keys[-1], known)
+        hint = f"; did you mean {'.'.join([*keys[:-1], near])}?" if near else ";"
         return f"key {key} does not exist{hint} known: {', '.join(sorted(known))}"
     if kind == "missing":
         return f"{key} is missing; give it"
