@@ -1,7 +1,7 @@
 """The content of `results.json`, which every reader of a training run goes by."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -124,6 +124,8 @@ class TrainResults(Config):
         loss: the newest logged loss.
         parity: None where no gate was run.
     """
+
+    FILE: ClassVar[str] = "results.json"
 
     schema_: Literal["specdec-train-3"] = Field("specdec-train-3", alias="schema")
     provenance: TrainProvenance
