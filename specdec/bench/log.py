@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from specdec.bench.results import Record, Results
+from specdec.bench.results import Record, Results, fastest_plain, over_fastest
 from specdec.bench.summary import places
 from specdec.bench.workloads import fingerprint_of
 from specdec.common.provenance import CodeProvenance
@@ -25,7 +25,10 @@ class LogEntry(Record):
     """fingerprint of the configuration without arms, and of the machine"""
     label: str
     arms: list[dict[str, Any]]
-    """name, tokens_per_s and tau of each, in a suite of each in a group"""
+    """name, tokens_per_s, tau and times plain of each, in a suite of each in a group"""
+    target: str | None = None
+    prompts: int | None = None
+    load: str | None = None
 
 
 class Log(Results):
@@ -45,14 +48,25 @@ def log_path() -> Path | None:
 
 def log_results(results: Any) -> None:
     """Append a line; a log that cannot be written is a warning, and fails no bench."""
-    path, where = log_path(), results.provenance
+    path = log_path()
     if path is None:
         return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab", buffering=0) as file:  # at once, so that other benches may write too
+            file.write(f"{entry_of(results).model_dump_json()}\n".encode())
+    except OSError as error:
+        warnings.warn(f"nothing was added to the log: {error}; SPECDEC_LOG=off", stacklevel=2)
+
+
+def entry_of(results: Any) -> LogEntry:
+    """Make the line of a bench, a suite or a bake-off."""
+    where = results.provenance
     run = where.config.model_dump(mode="json")
     run = {k: v for k, v in run.get("run", run).items() if k != "arms"}
     machine = f"{where.device}, {where.cpu}, {where.threads} threads"
     names = [Path(run[key][part]).name for key, part in (("target", "path"), ("prompts", "source"))]
-    entry = LogEntry(
+    return LogEntry(
         date=where.date,
         versions=where.versions,
         version=f"{where.versions['specdec']} {(where.git_commit or '')[:7]}".strip(),
@@ -60,14 +74,15 @@ def log_results(results: Any) -> None:
         setting=fingerprint_of([run, machine]),
         label=f"{run.get('suite', 'bench')} of {', '.join(names)}",
         arms=[
-            {"name": arm.name + place, "tokens_per_s": arm.decode_tokens_per_s, "tau": arm.tau}
+            {
+                **{"name": arm.name + place, "over": fastest_plain(arms) + place},
+                **{"tokens_per_s": arm.decode_tokens_per_s, "tau": arm.tau},
+                **over_fastest(fastest_plain(arms), arm),
+            }
             for place, arms in places(results)
             for arm in arms
         ],
+        target=names[0],
+        prompts=sum(getattr(arms[0], f"{results.NOUN}s") for _, arms in places(results)),
+        load=where.alarms[0] if where.alarms else f"{where.load_average:.1f}",
     )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab", buffering=0) as file:  # at once, so that other benches may write too
-            file.write(f"{entry.model_dump_json()}\n".encode())
-    except OSError as error:
-        warnings.warn(f"nothing was added to the log: {error}; SPECDEC_LOG=off", stacklevel=2)

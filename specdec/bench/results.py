@@ -206,10 +206,16 @@ class BenchArm(ArmFigures, BenchSpeeds):
     prompts: Whole
 
 
-def fastest_plain(arms: Sequence[BenchArm]) -> str:
-    """Name the fastest plain arm of a bench, over which the ratio quoted first is."""
+def fastest_plain(arms: Sequence[ArmFigures]) -> str:
+    """Name the fastest plain arm, over which the ratio quoted first is."""
     speeds = {arm.name: arm.decode_tokens_per_s or 0.0 for arm in arms}
     return max(BenchConfig.baselines, key=lambda name: speeds.get(name, 0.0))
+
+
+def over_fastest(fastest: str, arm: ArmFigures) -> dict[str, Any]:
+    """Give the ratio quoted first: over the fastest plain arm."""
+    key = "speedup_vs_plain" if fastest == "plain" else "speedup_vs_hf"
+    return {"speedup": getattr(arm, key), "speedup_ci": getattr(arm, f"{key}_ci")}
 
 
 class Load(Record):

@@ -154,10 +154,10 @@ def _describe(results: "TrainResults", out: Path) -> str:
     replace_file(out / "drafter" / "README.md", drafter_card(results, answers).encode())
     if find_spec("matplotlib") is None:
         return f"none, they need {DISTRIBUTION}[plot]"
-    from specdec.report.figures import plot_curves
+    from specdec.report.figures import curves
 
     log = (out / "log.jsonl").read_text().splitlines()
-    plot_curves([json.loads(line) for line in log], out / "curves.png")
+    replace_file(out / "curves.png", curves([json.loads(line) for line in log]))
     return str(out / "curves.png")
 
 

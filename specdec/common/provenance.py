@@ -44,10 +44,15 @@ class MachineProvenance(CodeProvenance):
     compile_s: float | None = None
 
     @property
+    def alarms(self) -> list[str]:
+        """Notes without which speeds of this machine mislead."""
+        return is_loaded(self.load_average, self.cpu_count)
+
+    @property
     def notes(self) -> list[str]:
         """Facts that a reader has to know before any time of this machine."""
         found = waits_passively(self.device, self.threads, self.omp_wait_policy)
-        found += is_loaded(self.load_average, self.cpu_count)
+        found += self.alarms
         if self.compile_mode != "eager":
             by = f"{self.compile_mode}, {self.compiler or 'no C++ compiler'}"
             found.append(

@@ -1,9 +1,10 @@
-"""Sections of analyses: exact expectations, calibration, hardest contexts."""
+"""Sections of analyses, exact expectations, calibration, hardest contexts, and of trainings."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from specdec.analysis.results import Analysis, Counterfactuals
+from specdec.common.files import parse_line
 from specdec.report import figures
 from specdec.report.document import AbsentError, Context, Section
 from specdec.report.runs import Run
@@ -146,3 +147,18 @@ def add_hardest(section: Section, run: Run) -> None:
 def _visible(token: str) -> str:
     """Show the blanks of a token that has nothing else."""
     return token if token.strip() else token.replace(" ", "␣").replace("\n", "↵") or "(no text)"
+
+
+def add_training(section: Section, runs: Sequence[Run]) -> None:
+    """Show a row a training, with its parity gate, and its curves."""
+    trained = [run for run in runs if run.kind == "train"]
+    rows = [{"run": run.label, **vars(run.data)} for run in trained]
+    if rows:
+        section.show(Table("training", "Drafters, and acceptance on held-out rows", rows))
+    for run in trained:
+        log = run.folder / "log.jsonl"
+        lines = log.read_bytes().splitlines(keepends=True) if log.is_file() else []
+        if records := [row for row in map(parse_line, lines) if row]:
+            section.draw("training", figures.curves(records), [run.data], label=run.label)
+        else:
+            section.missing.append(f"The log of {run.label} is gone, and with it its curves.")

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from specdec.bench.config import BenchConfig, in_words, short_names
-from specdec.bench.results import BenchArm, SuiteResults, SweepResults, fastest_plain
+from specdec.bench.log import LogEntry, entry_of
+from specdec.bench.results import BenchArm, SuiteResults, SweepResults, fastest_plain, over_fastest
 from specdec.common.files import replace_file
 from specdec.engines.results import BakeOffResults
 from specdec.report import figures
 from specdec.report.document import AbsentError, Section
-from specdec.report.runs import Run, last_part, title_of
+from specdec.report.runs import Run, last_part, read_cells, title_of
 from specdec.report.style import to_png
 from specdec.report.tables import Column, Table, columns, words
+
+LOGGED = ("bench", "suite", "bake-off")  # kinds of run that a performance log has lines of
 
 
 def tables(results: Any, label: str = "") -> list[Table]:
@@ -29,16 +32,10 @@ def tables(results: Any, label: str = "") -> list[Table]:
     apart = f"the two best logits where outputs part are at most {max(known, default=0):.2g} apart"
     legend = [*results.provenance.notes, *([apart] if known else [])]
     fastest = fastest_plain(results.arms)
-    rows = [{**_row(arm), **_over(fastest, arm)} for arm in results.arms]
-    alarms = eager_baselines(results.arms)
+    rows = [{**_row(arm), **over_fastest(fastest, arm)} for arm in results.arms]
+    alarms = [*results.provenance.alarms, *eager_baselines(results.arms)]
     title += f"; the fastest plain arm: {fastest}"
     return [Table("arms", title, rows, _first_ratio(fastest), legend, alarms=alarms)]
-
-
-def _over(fastest: str, arm: BenchArm) -> dict[str, Any]:
-    """Give the ratio quoted first: over the fastest plain arm."""
-    key = "speedup_vs_plain" if fastest == "plain" else "speedup_vs_hf"
-    return {"speedup": getattr(arm, key), "speedup_ci": getattr(arm, f"{key}_ci")}
 
 
 def _first_ratio(*fastest: str) -> list[Column]:
@@ -75,7 +72,7 @@ def _suite_tables(results: SuiteResults, title: str) -> list[Table]:
     rows = [{"group": group.name, **_row(arm)} for group in results.groups for arm in group.arms]
     later = f"{title}; waiting times"
     return [
-        Table("suite", title, rows, group, notes, num_grouped=1, like=f"{kind}suite"),
+        Table("suite", title, rows, group, notes, 1, f"{kind}suite", results.provenance.alarms),
         Table("waiting", later, rows, group, num_grouped=1, like=f"{kind}waiting"),
     ]
 
@@ -117,7 +114,7 @@ def sweep_table(sweep: SweepResults, label: str = "") -> Table:
         settings = {key: last_part(in_words(value)) for key, value in cell.settings.items()}
         for arm in cell.arms:
             shares = {f"domain {name}": _domain(arm, name) for name in domains}
-            first = _over(fastest_plain(cell.arms), arm)
+            first = over_fastest(fastest_plain(cell.arms), arm)
             rows.append({**settings, **vars(arm), **first, **shares})
         if not cell.arms:  # what failed before it measured anything keeps its place in the table
             rows.append({**settings, "name": "failed"})
@@ -169,16 +166,49 @@ def add_results(section: Section, run: Run) -> None:
         )
 
 
-def add_log(section: Section, run: Run) -> None:
-    """Draw each setting's arms over time, and list them."""
-    settings: dict[str, list[Any]] = {}
-    for entry in sorted(run.data.entries, key=lambda entry: entry.date):
+def _best(entry: LogEntry) -> dict[str, Any]:
+    """Give a line of the log with the arm that gains most over the fastest plain one."""
+    speeds = {arm["name"]: arm["tokens_per_s"] for arm in entry.arms}
+    gains = [
+        arm
+        for arm in entry.arms
+        if arm.get("speedup") and arm["name"].partition(" in ")[0] not in BenchConfig.baselines
+    ]
+    best = max(gains, key=lambda arm: arm["speedup"], default={})
+    when = {"date": entry.date[:16].replace("T", " ")}
+    return {**vars(entry), **when, **best, "plain_speed": speeds.get(best.get("over"))}
+
+
+def add_summary(section: Section, runs: Sequence[Run]) -> None:
+    """Give the best arm of each bench, suite and bake-off, and of the best cell of a sweep."""
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        cells = read_cells(run) if run.kind == "sweep" else [run] if run.kind in LOGGED else []
+        found = [{"run": cell.label, **_best(entry_of(cell.data))} for cell in cells]
+        rows += sorted(found, key=lambda row: row.get("speedup", 0))[-1:]
+    rows.sort(key=lambda row: row["date"], reverse=True)
+    if rows:
+        section.show(Table("summary", "The best arm of each run, newest first", rows))
+
+
+def add_log(section: Section, runs: Sequence[Run]) -> None:
+    """List benches and lines of logs, newest first, and draw settings that have several dates."""
+    found = [(run.label, entry) for run in runs if run.kind == "log" for entry in run.data.entries]
+    found += [(run.label, entry_of(run.data)) for run in runs if run.kind in LOGGED]
+    if len(found) < 2 and not any(run.kind == "log" for run in runs):
+        return
+    found.sort(key=lambda each: each[1].date)
+    settings: dict[str, list[LogEntry]] = {}
+    for _, entry in found:
         settings.setdefault(entry.setting, []).append(entry)
     for entries in settings.values():
-        label = f"{run.label}, {entries[0].label}"
-        section.draw("log", figures.over_time(entries), entries[-1:], label=label)
-    rows = [{**vars(entry), **arm} for entry in chain(*settings.values()) for arm in entry.arms]
-    section.show(Table("log", f"{run.label}: every bench, by setting", rows))
+        if len(entries) > 1:
+            png = figures.over_time(entries)
+            section.draw("log", png, entries[-1:], label=entries[0].label)
+    rows = [{"run": label, **_best(entry)} for label, entry in reversed(found)]
+    section.show(Table("index", "Every bench, newest first", rows))
+    arms = [{**_best(entry), **arm} for entry in chain(*settings.values()) for arm in entry.arms]
+    section.show(Table("log", "Every arm of every bench, by setting", arms))
 
 
 def add_domains(section: Section, run: Run) -> None:

@@ -106,6 +106,19 @@ def check_comparable(runs: Sequence[Run], allowed: Sequence[str] = ()) -> list[s
     return warnings
 
 
+def comparable_groups(benches: Sequence[Run], allowed: Sequence[str] = ()) -> list[list[Run]]:
+    """Group benches: all that were given, and each found one with those that it agrees with."""
+    groups = [[run for run in benches if not run.is_found]]
+    fields = [field for field in MUST_AGREE if field not in allowed]
+    for run in benches:
+        if run.is_found:
+            alike = [g for g in groups if g and not find_differences(g[0], run, fields)]
+            groups.append([run])
+            if alike:
+                alike[0] += groups.pop()
+    return [group for group in groups if len(group) > 1]
+
+
 def warn_of_differences(runs: Sequence[Run]) -> list[str]:
     """Say which analyses, sweeps or suites a reader must not compare."""
     warnings = []
@@ -194,11 +207,12 @@ def _work_by_prompt(run: Run) -> dict[str, dict[Any, Work]]:
 def add_settings(section: Section, runs: Sequence[Run]) -> None:
     """Show provenance and settings: a column a run, a row a setting."""
     facts = [_facts(run) for run in runs]
-    shown = [Column(str(n), f"{run.label} ({run.kind})") for n, run in enumerate(runs)]
+    titles = [f"{run.label} ({run.kind})" for run in runs]
     rows = [
-        {"name": name, **{str(n): each.get(name) for n, each in enumerate(facts)}}
+        {"name": name, **{title: each.get(name) for title, each in zip(titles, facts, strict=True)}}
         for name in dict.fromkeys(name for each in facts for name in each)
     ]
+    shown = [Column(title, title) for title in titles]
     section.show(Table("settings", "Provenance and settings", rows, shown))
     dirty = [run.label for run in runs if run.data.provenance.git_dirty]
     if dirty:

@@ -1,8 +1,11 @@
 """The document that a report is made of, the content of `report.json`, and how it is written."""
 
+import csv
 import re
 from base64 import b64encode
 from collections.abc import Iterable
+from hashlib import sha256
+from io import StringIO
 from typing import Any, Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -92,7 +95,9 @@ class ReportedRun(Config):
     """A file that the report was made of, and the schema of that file."""
 
     label: str
-    kind: Literal["bench", "sweep", "suite", "analysis", "plan", "estimate", "bake-off", "log"]
+    kind: Literal[
+        "bench", "sweep", "suite", "analysis", "plan", "estimate", "bake-off", "train", "log"
+    ]
     schema_: str = Field(alias="schema")
 
 
@@ -123,7 +128,8 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(base64=lambda png: b64encode(png).decode())
+    environment.filters.update(base64=lambda content: b64encode(content).decode())
+    environment.filters.update(sha256=lambda text: sha256(text.encode()).digest())
     environment.filters.update(md=escape, markdown_table=markdown_table)
     return environment.get_template(f"{template}.jinja").render(**values)
 
@@ -142,3 +148,17 @@ def markdown_table(table: Table) -> str:
     rules = ["---" if column.digits is None else "---:" for column in table.columns]
     rows = [[escape(cell) for cell in row] for row in table.cells()]
     return "\n".join("| " + " | ".join(row) + " |" for row in (headings, rules, *rows))
+
+
+def csv_table(table: Table) -> str:
+    """Write values as they are, not rounded, with columns of their own for ends of intervals."""
+    rows: list[dict[str, Any]] = table.model_dump()["rows"]
+    for row in rows:
+        for key in [column.key for column in table.columns if f"{column.key}_ci" in row]:
+            row[f"{key}_low"], row[f"{key}_high"] = row.pop(f"{key}_ci")
+    keys = [f"{column.key}{end}" for column in table.columns for end in ("", "_low", "_high")]
+    text = StringIO()
+    writer = csv.DictWriter(text, [key for key in keys if any(key in row for row in rows)])
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

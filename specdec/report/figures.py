@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from itertools import chain
-from pathlib import Path
 from textwrap import fill
 from typing import Any
 
@@ -12,7 +11,6 @@ import numpy as np
 from specdec.analysis.results import DrafterAnalysis
 from specdec.bench.log import LogEntry
 from specdec.bench.results import SuiteResults
-from specdec.common.files import replace_file
 from specdec.report.runs import title_of
 from specdec.report.style import (
     COLORS,
@@ -142,7 +140,7 @@ def over_time(entries: Sequence[LogEntry]) -> bytes:
     for at, version, before in zip(when, versions, ["", *versions], strict=False):
         if version != before:
             axes.axvline(at, **_DASHED)
-            axes.text(at, 0, f" {version}", fontsize=8)
+            axes.annotate(f" {version}", (at, 1.01), xycoords=("data", "axes fraction"), fontsize=8)
     figure.autofmt_xdate()
     return to_png(figure, axes)
 
@@ -342,8 +340,8 @@ def reliability(drafters: Sequence[DrafterAnalysis]) -> bytes:
     return to_png(figure)
 
 
-def plot_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write loss and held-out acceptance of a training run, rows of its log, as a PNG."""
+def curves(records: Sequence[Mapping[str, Any]]) -> bytes:
+    """Draw loss and held-out acceptance of a training run, rows of its log."""
     steps, evaluations = (
         [each for each in records if each["kind"] == kind] for kind in ("step", "evaluation")
     )
@@ -369,7 +367,7 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     else:
         right.text(0.5, 0.5, "no held-out rows", ha="center", transform=right.transAxes)
     left.legend()
-    replace_file(path, to_png(figure))
+    return to_png(figure)
 
 
 def _smoothed(values: Sequence[float]) -> Any:

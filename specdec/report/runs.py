@@ -8,15 +8,18 @@ from typing import Any
 from specdec.analysis.results import Analysis
 from specdec.bench.log import Log, LogEntry
 from specdec.bench.results import BenchResults, Results, SuiteResults, SweepResults
+from specdec.bench.summary import faster_than_tau
 from specdec.checkpoints import TargetIdentity
+from specdec.common.config import read_model
 from specdec.common.files import parse_line, read_json
 from specdec.common.provenance import CodeProvenance, code
 from specdec.engines.results import BakeOffResults
 from specdec.planning.results import Plan
 from specdec.planning.roofline import Estimate
+from specdec.train.results import TrainResults
 
 # Kind of run -> the model of its file.
-MODELS: dict[str, type[Results]] = {
+MODELS: dict[str, type[Results | TrainResults]] = {
     "bench": BenchResults,
     "sweep": SweepResults,
     "analysis": Analysis,
@@ -24,8 +27,9 @@ MODELS: dict[str, type[Results]] = {
     "estimate": Estimate,
     "suite": SuiteResults,
     "bake-off": BakeOffResults,
+    "train": TrainResults,
 }
-FILES = [model.FILE for model in MODELS.values()]
+FILES = list(dict.fromkeys(model.FILE for model in MODELS.values()))
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,14 @@ class Run:
     Attributes:
         label: the folder's name, made longer where two runs share it.
         data: the results model of the file.
+        is_found: found below a folder that was given, not given itself.
     """
 
     kind: str
     label: str
     folder: Path
     data: Any
+    is_found: bool = False
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -60,26 +66,46 @@ class Run:
         return asdict(found) if isinstance(found, TargetIdentity) else None
 
 
-def read_runs(folders: Sequence[Path]) -> list[Run]:
+def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """Read the runs that folders are or hold; why a file that was only found is no run, is told."""
     places = [folder.resolve() for folder in folders]
-    runs = []
-    for folder, place, label in zip(folders, places, _labels(places), strict=True):
+    found: dict[Path, bool] = {}  # file -> was found below
+    for folder, place in zip(folders, places, strict=True):
         if places.count(place) > 1:
             raise ValueError(f"the run {str(folder)!r} is given twice; give each folder once")
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"no folder {str(folder)!r}; give the --out of specdec bench, analyze or plan"
+                f"no folder {str(folder)!r}; give the --out of specdec bench, plan or train"
             )
-        known = [folder / name for name in FILES if (folder / name).is_file()]
+        own = [folder / name for name in FILES if (folder / name).is_file()]
+        below = sorted(file for name in FILES for file in folder.rglob(name))
+        # A sweep holds its cells already.
+        known = own or [file for file in below if "cells" not in file.relative_to(folder).parts]
         if not known:
             raise ValueError(
-                f"{str(folder)!r} holds none of {', '.join(FILES)}; give the --out folder of a run "
-                "that has finished"
+                f"{str(folder)!r} holds none of {', '.join(FILES)}, nor does a folder below; give "
+                "the --out folder of a run that has finished, or one that holds such folders"
             )
         for file in known:
+            found.setdefault(file, not own)
+    parents = list(dict.fromkeys(file.parent for file in found))
+    labels = dict(zip(parents, _labels([each.resolve() for each in parents]), strict=True))
+    runs, unread = [], []
+    for file, is_found in found.items():
+        try:
             kind, data = read_file(file)
-            runs.append(Run(kind, label, folder, data))
-    return runs
+            run = Run(kind, labels[file.parent], file.parent, data, is_found)
+            # A sweep's cells have said so themselves.
+            if run.kind in ("bench", "suite") and (impossible := faster_than_tau(run.data)):
+                raise ValueError(f"{run.label}: {'; '.join(impossible)}")
+            runs.append(run)
+        except ValueError as error:
+            if not is_found:
+                raise
+            unread.append(f"{error}.")
+    if not runs:
+        raise ValueError(unread[0])
+    return runs, unread
 
 
 def read_log(path: Path) -> Run:
@@ -125,10 +151,7 @@ def read_file(file: Path) -> tuple[str, Any]:
             f"{str(file)!r} has the schema {schema!r} but must have that of a run: "
             f"{', '.join(MODELS)}; run it again with this version"
         )
-    try:
-        return kind, MODELS[kind].read(content)
-    except ValueError as error:
-        raise ValueError(f"{str(file)!r} is damaged: {error}") from error
+    return kind, read_model(MODELS[kind], file)
 
 
 def title_of(results: Any) -> str:

@@ -118,6 +118,7 @@ class Table(Config):
         given: dict[str, Any] = {"id": id, "caption": caption, "columns": shown, "rows": rows}
         given |= {"legend": [*known.get("legend", ()), *legend], "num_grouped": num_grouped}
         given["alarms"] = list(alarms)
+        given["legend"] = [line for line in given["legend"] if line not in alarms]
         super().__init__(**given)
 
     @field_serializer("columns")

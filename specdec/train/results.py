@@ -1,7 +1,7 @@
 """The content of `results.json`, which every reader of a training run goes by."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -125,6 +125,8 @@ class TrainResults(Config):
         before: offline acceptance at step 0; None where nothing was held out.
         parity: None where no gate was run.
     """
+
+    FILE: ClassVar[str] = "results.json"
 
     schema_: Literal["specdec-train-3"] = Field("specdec-train-3", alias="schema")
     provenance: TrainProvenance

@@ -80,7 +80,7 @@ def run_training(
             features = gate.compare_features(source, ends)
         results.parity = gate.compare(expected, measured, features)
         trainee.remember(out / "drafter", results.remembered())
-    write_model(out / "results.json", results)
+    write_model(out / results.FILE, results)
     require_parity(results)
     return results
 

@@ -45,7 +45,11 @@ def test_every_bench_that_measures_adds_a_line(bench, log, tmp_path):
     assert CliRunner().invoke(app, page).exit_code == 0
     report = json.loads((tmp_path / "page/report.json").read_text())
     (section,) = [each for each in report["sections"] if each["id"] == "log"]
-    assert len(section["tables"][0]["rows"]) == 3 + 2 + 3
+    index, arms = (table["rows"] for table in section["tables"])
+    assert len(arms) == 3 + 2 + 3
+    assert [row["name"] for row in index] == ["ngram", None, "ngram"]
+    assert index[0]["speedup"] == other["arms"][2]["speedup"]
+    assert len(section["figures"]) == 1  # of the setting that was measured twice
     assert (tmp_path / "page/log-1.png").stat().st_size > 10_000
 
 

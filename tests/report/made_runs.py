@@ -6,8 +6,10 @@ from functools import cache
 from pathlib import Path
 
 from specdec.analysis.results import Analysis
+from specdec.common.provenance import MachineProvenance
 from specdec.planning.roofline import estimate, load_hardware
 from specdec.report.runs import MODELS, Run
+from specdec.train.results import TrainResults
 
 ROOT = Path(__file__).parents[2]
 ARMS = {
@@ -85,7 +87,12 @@ def roofline():
 
 HARDEST = {
     **{"prompt": 3, "position": 7, "before": "It ends </p>_wrong_ ", "drafted": ["<i>here</i>"]},
-    **{"target": "there", "p": 0.9, "q": 0.001, "overlap": 0.02},
+    **{
+        "target": "<script>document.title = 'prompt'</script>",
+        "p": 0.9,
+        "q": 0.001,
+        "overlap": 0.02,
+    },
 }
 
 
@@ -136,6 +143,39 @@ def _bin(place):
     return ends | {"confidence": sure, "acceptance": sure and 0.9 * sure}
 
 
+def training():
+    """A training of a draft model whose gate passed."""
+    where, target = bench()["provenance"], bench()["target"]
+    where = {key: value for key, value in where.items() if key in MachineProvenance.model_fields}
+    where["config"] = {
+        **{"target": {"path": "demo"}, "drafter": {"kind": "draft_model", "options": {}}},
+        **{"data": {"path": "answers"}, "training": {"max_steps": 2}},
+    }
+    gate = {
+        **{"shape": "chain of 5 tokens", "num_prompts": 5, "max_new_tokens": 64},
+        **{"predicted_tau": 2.0, "predicted_tau_ci": [1.7, 2.5], "predicted_acceptance": [0.5]},
+        **{"measured_tau": 2.01, "measured_tau_ci": [1.7, 2.5], "measured_acceptance": [0.5]},
+        **{"relative_difference": 0.005, "max_difference": 0.05, "mismatches": 0, "passed": True},
+    }
+    content = {
+        **{"schema": "specdec-train-3", "provenance": where, "target": target, "steps": 2},
+        **{"drafter": {"type": "draft_model", "path": "out/drafter"}, "steps_per_epoch": 2},
+        **{"rows": 16, "validation_rows": 5, "dropped_rows": 0, "tokens": 900, "loss": 0.65},
+        **{"answer_tokens": 300, "seconds": 4.4, "tokens_per_s": 210.0, "num_processes": 1},
+        **{"parameters": 1000, "validation_loss": 0.7, "offline_tau": 1.98, "parity": gate},
+        **{"offline_acceptance": [0.56, 0.45], "alpha": {"0": 0.56, "1": 0.61}},
+        **{"acceptance_by_rank": None, "domains": None, "draft_vocabulary": None},
+    }
+    found = TrainResults.model_validate_json(json.dumps(content))
+    return found.model_dump(mode="json", by_alias=True)
+
+
+TRAINING_LOG = """{"kind": "step", "step": 1, "loss": 1.2}
+{"kind": "step", "step": 2, "loss": 0.65}
+{"kind": "evaluation", "step": 2, "validation_loss": 0.7, "acceptance": [0.56, 0.45], "tau": 1.98}
+"""
+
+
 def run(content, label="a", kind="bench"):
     return Run(kind, label, Path(label), MODELS[kind].read(deepcopy(content)))
 
@@ -163,11 +203,13 @@ def write(folder, name, content):
 
 
 def every_kind(folder):
-    """Folders of a bench, a sweep, a plan with its analysis, a suite and an estimate."""
+    """Folders of a bench, a sweep, a plan with its analysis, a suite, an estimate, a training."""
     write(folder / "bench", "results.json", bench())
     write(folder / "sweep", "sweep.json", sweep(folder / "sweep"))
     write(folder / "plan", "plan.json", plan())
     write(folder / "plan", "analysis.json", analysis())
     write(folder / "suite", "suite.json", suite())
     write(folder / "estimate", "estimate.json", roofline())
-    return [folder / name for name in ("bench", "sweep", "plan", "suite", "estimate")]
+    write(folder / "train", "results.json", training())
+    (folder / "train" / "log.jsonl").write_text(TRAINING_LOG)
+    return [folder / name for name in ("bench", "sweep", "plan", "suite", "estimate", "train")]

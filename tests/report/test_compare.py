@@ -14,6 +14,7 @@ from specdec.report.compare import (
 )
 from specdec.report.document import Section, render
 from specdec.report.page import build_report
+from specdec.report.tables import words
 
 RESULTS = made_runs.bench()
 
@@ -155,10 +156,13 @@ def test_comparison_tells_what_it_cannot_pair():
 def test_compiled_run_beside_an_eager_one_is_alarming():
     compiled = changed("provenance.compile_mode", "inductor")
     report = build_report([run(RESULTS), run(compiled, "b")], ["compile_mode"])
-    (table,) = report.sections[0].tables
+    (table,) = report.sections[1].tables
     (alarm,) = table.alarms
     assert alarm.startswith("b is compiled (inductor), a is eager")
-    texts = {n: render(n, report=report, definitions={}) for n in ("index.html", "report.md")}
+    texts = {
+        n: render(n, report=report, definitions=words()["terms"])
+        for n in ("index.html", "report.md")
+    }
     assert f'<p class="alarm">{alarm}</p>' in texts["index.html"]
     assert "> **Warning:** b is compiled (inductor), a is eager" in texts["report.md"]
     section, _ = compared(run(compiled), run(compiled, "b"))
@@ -175,8 +179,8 @@ def test_settings_tell_options_of_arms():
     report = build_report([run(RESULTS), run(other, "b")])
     settings = next(section for section in report.sections if section.id == "runs").tables[0]
     row = next(row for row in settings.rows if row["name"] == f"arm {RESULTS['arms'][2]['name']}")
-    assert "draft_length" not in row["0"]
-    assert "draft_length {1: 2}" in row["1"]
+    assert "draft_length" not in row["a (bench)"]
+    assert "draft_length {1: 2}" in row["b (bench)"]
 
 
 @pytest.mark.parametrize("kind", ["analysis", "suite"])

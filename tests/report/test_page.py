@@ -13,6 +13,8 @@ from specdec.report.tables import words
 
 pytest.importorskip("matplotlib")
 SECTIONS = {
+    "summary": "Summary",
+    "log": "Runs over time",
     "results": "Results",
     "domains": "By task",
     "speed": "Speed against tau",
@@ -24,6 +26,7 @@ SECTIONS = {
     "speedup": "Where the speedup went",
     "plan": "Plan",
     "prediction": "Prediction against measurement",
+    "training": "Training",
     "hardest": "Hardest contexts",
     "suite": "Suites",
     "estimate": "Estimate for other hardware",
@@ -72,19 +75,21 @@ def driver(tmp_path_factory):
 
 @pytest.fixture
 def show(driver, out):
-    """Opens the page in a window of a width; gives the addresses that it asked for."""
+    """Opens the page in a window of a width; gives the addresses that went to the network."""
 
-    def show(width=1280, *, dark=False, media="screen"):
+    def show(width=1280, *, dark=False, media="screen", page="index.html"):
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": [scheme]})
         driver.get("about:blank")
         driver.get_log("performance")  # of whatever was open before
-        driver.get((out / "index.html").resolve().as_uri())
+        driver.get((out / page).resolve().as_uri())
         sent = [json.loads(row["message"])["message"] for row in driver.get_log("performance")]
         asked = [m["params"] for m in sent if m["method"] == "Network.requestWillBeSent"]
-        return [params["request"]["url"] for params in asked]
+        failed = [m["params"] for m in sent if m["method"] == "Network.loadingFailed"]
+        never = [each["requestId"] for each in failed if each.get("blockedReason") == "csp"]
+        return [each["request"]["url"] for each in asked if each["requestId"] not in never]
 
     return show
 
@@ -156,12 +161,75 @@ def test_text_of_runs_is_never_markup(driver, show):
     context = driver.execute_script("return document.querySelector('blockquote').textContent")
     place = made_runs.HARDEST
     assert context == f"… {place['before']}{place['drafted'][0]} {place['target']}"
-    assert not driver.execute_script("return document.querySelector('td b, blockquote i')")
+    assert not driver.execute_script("return document.querySelector('td b, main :is(i, script)')")
     styles = driver.execute_script(
         "return ['del', 'mark'].map(n => "
         "getComputedStyle(document.querySelector(n)).textDecorationLine)"
     )
     assert styles == ["line-through", "underline"]  # told apart without colour too
+
+
+def texts_of(driver, selector):
+    return driver.execute_script(
+        f"return [...document.querySelectorAll('{selector}')].map(c => c.textContent)"
+    )
+
+
+@pytest.mark.slow
+def test_scripts_that_are_not_the_page_s_never_run(driver, out, show):
+    show()
+    title = driver.title
+    assert title.startswith("Speculative decoding")
+    # Even where escaping failed, nothing runs and nothing is loaded.
+    text = (out / "index.html").read_text()
+    bad = (
+        "<script>document.title = 'run'</script><img src='x' onerror=\"document.title = 'run'\">"
+        "<img src='https://example.org/a.png'><script src='https://example.org/a.js'></script>"
+    )
+    (out / "bad.html").write_text(text.replace("<main>", f"<main>{bad}"))
+    asked = [url for url in show(page="bad.html") if not url.startswith("data:")]
+    (out / "bad.html").unlink()
+    assert driver.title == title
+    assert [url.rpartition("/")[2] for url in asked] == ["bad.html"]
+    assert driver.execute_script("return document.querySelectorAll('input').length") > 0
+
+
+@pytest.mark.slow
+def test_heading_sorts_its_column_by_number_or_text(driver, show):
+    show()
+    table = "#table-arms-1"
+    before = texts_of(driver, f"{table} td:first-child")
+    speeds = f"{table} td:nth-child(4)"
+    heading = driver.find_element("css selector", f"{table} th:nth-child(4)")
+    assert heading.text.startswith("tokens/s")
+    for descending in (True, False):
+        heading.click()
+        found = [float(text.split()[0]) for text in texts_of(driver, speeds)]
+        assert found == sorted(found, reverse=descending)
+    driver.find_element("css selector", f"{table} th").click()
+    assert texts_of(driver, f"{table} td:first-child") == sorted(before)
+    # A link to a definition leaves the order as it is.
+    driver.find_element("css selector", f"{table} th:nth-child(4) a").click()
+    assert driver.current_url.endswith("#def-speed")
+    assert texts_of(driver, f"{table} td:first-child") == sorted(before)
+
+
+@pytest.mark.slow
+def test_long_tables_are_folded_and_filtered(driver, out, show):
+    show()
+    tables = [
+        t for s in json.loads((out / "report.json").read_text())["sections"] for t in s["tables"]
+    ]
+    folded = [f"table-{table['id']}" for table in tables if len(table["rows"]) > 12]
+    found = "return [...document.querySelectorAll('details table')].map(t => t.id)"
+    assert driver.execute_script(found) == folded != []
+    assert "<input" not in (out / "index.html").read_text()  # it would do nothing without scripts
+    box = driver.find_element("css selector", "details:has(#table-sweep-1) input")
+    assert not box.is_displayed()
+    driver.find_element("css selector", "details:has(#table-sweep-1) summary").click()
+    box.send_keys("HF_gen")
+    shown = texts_of(driver, "#table-sweep-1 tbody tr:not([hidden]) td:nth-child(2)")
+    assert shown == ["hf_generate", "hf_generate"]
 
 
 CONTRAST = """

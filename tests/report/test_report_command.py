@@ -1,5 +1,6 @@
 """`specdec report`: what it reads, what it refuses, what it says."""
 
+import csv
 import json
 import shutil
 import sys
@@ -62,8 +63,8 @@ def test_comparable_benches_are_compared_first(bench, tmp_path):
     content = made_runs.faster(RESULTS, 1.2)
     other = made_runs.write(tmp_path / "faster", "results.json", content)
     _, data, _ = report(tmp_path, bench, other)
-    assert data["sections"][0]["id"] == "comparison"
-    (table,) = data["sections"][0]["tables"]
+    assert [section["id"] for section in data["sections"][:2]] == ["summary", "comparison"]
+    (table,) = data["sections"][1]["tables"]
     assert [row["arm"] for row in table["rows"]] == [arm["name"] for arm in RESULTS["arms"]]
     assert "faster" in table["caption"]
 
@@ -102,7 +103,96 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path):
     places = [tmp_path / name / "t0" for name in ("a", "b")]
     for place in places:
         made_runs.write(place, "results.json", RESULTS)
-    assert [run.label for run in read_runs(places)] == ["a/t0", "b/t0"]
+    runs, _ = read_runs(places)
+    assert [run.label for run in runs] == ["a/t0", "b/t0"]
+
+
+def test_folder_is_searched_and_no_run_in_it_stops_the_report(tmp_path):
+    runs, dated = tmp_path / "runs", "provenance.date"
+    made_runs.every_kind(runs)
+    contents = {
+        "older": made_runs.changed(dated, "2020-01-01T00:00:00+00:00"),
+        "other": made_runs.changed("provenance.config_fingerprint", "other arms"),
+        "sampled": made_runs.changed("provenance.config_fingerprint", "sampled", SAMPLED),
+        "impossible": IMPOSSIBLE,
+        "ancient": made_runs.changed("schema", "specdec-bench-1"),
+        "foreign": {"accuracy": 1},
+    }
+    for name, content in contents.items():
+        made_runs.write(runs / "2026" / name, "results.json", content)
+    _, data, found = report(tmp_path, runs)
+    kinds = [run["kind"] for run in data["runs"]]
+    assert {"bench", "sweep", "analysis", "plan", "estimate", "suite", "train"} == set(kinds)
+    assert kinds.count("bench") == 4  # cells of the sweep are its own
+    (pair,) = found["comparison"]["tables"]
+    assert {"bench", "other"} == set(pair["caption"].split(" against "))
+    assert [table["caption"].split(":")[0] for table in found["results"]["tables"][:3]] == [
+        *("other", "sampled", "bench")
+    ]
+    index = found["log"]["tables"][0]["rows"]
+    assert len(index) == 5
+    assert index[-1]["run"] == "older"
+    said = " ".join(found["absent"]["missing"])
+    for words in (
+        "ancient/results.json' is damaged, or of another version: schema",
+        "the schema 'None'",
+    ):
+        assert words in said
+    assert "older: only in Runs over time" in said
+    assert f"impossible: the arm {IMPOSSIBLE['arms'][2]['name']!r} is" in said
+    # Given by name, it is shown whole.
+    older = runs / "2026" / "older"
+    _, _, found = report(tmp_path, older, runs / "bench")
+    assert found["comparison"]["tables"][0]["caption"] == "bench against older"
+
+
+def test_best_arm_stands_first_with_what_it_beats(tmp_path):
+    busy = made_runs.changed("provenance.load_average", 9.1)
+    made_runs.write(tmp_path / "busy", "results.json", busy)
+    _, data, found = report(tmp_path, tmp_path / "busy")
+    assert data["sections"][0]["id"] == "summary"
+    (row,) = found["summary"]["tables"][0]["rows"]
+    arms = {arm["name"]: arm for arm in RESULTS["arms"]}
+    fastest = max(("plain", "hf_generate"), key=lambda name: arms[name]["decode_tokens_per_s"])
+    key = "speedup_vs_plain" if fastest == "plain" else "speedup_vs_hf"
+    best = max(list(arms.values())[2:], key=lambda arm: arm[key])
+    assert (row["name"], row["over"], row["speedup"]) == (best["name"], fastest, best[key])
+    assert row["speedup_ci"] == best[f"{key}_ci"]
+    assert row["prompts"] == best["prompts"]
+    said = "load 9.1 on 2 cores: speeds are not trustworthy"
+    assert row["load"] == said
+    assert f"busy: {said}." in data["warnings"]
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert f'<p class="alarm">{said}</p>' in page
+    assert page.index(f'title="load">{said}') < page.index('id="results"')
+
+
+def test_csv_holds_every_table_not_rounded(bench, tmp_path):
+    _, data, _ = report(tmp_path, bench)
+    tables = [table for section in data["sections"] for table in section["tables"]]
+    files = {path.name for path in (tmp_path / "out" / "csv").iterdir()}
+    assert files == {f"{table['id']}.csv" for table in tables}
+    with (tmp_path / "out" / "csv" / "arms-1.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row, arm in zip(rows, RESULTS["arms"], strict=True):
+        assert row["name"] == arm["name"]
+        assert float(row["speedup_vs_plain"]) == arm["speedup_vs_plain"]
+        ends = [float(row[f"speedup_vs_plain_{end}"]) for end in ("low", "high")]
+        assert ends == arm["speedup_vs_plain_ci"]
+        assert row["tau"] == ("" if arm["tau"] is None else str(arm["tau"]))
+
+
+def test_training_is_a_row_with_its_gate_and_curves(tmp_path):
+    folder = made_runs.write(tmp_path / "t", "results.json", made_runs.training())
+    *_, found = report(tmp_path, folder)
+    assert found["training"]["missing"] == ["The log of t is gone, and with it its curves."]
+    (folder / "log.jsonl").write_text(made_runs.TRAINING_LOG + "{damaged\n")
+    *_, found = report(tmp_path, folder)
+    (row,) = found["training"]["tables"][0]["rows"]
+    assert (row["drafter.type"], row["steps"], row["loss"]) == ("draft_model", 2, 0.65)
+    assert (row["parity.predicted_tau"], row["parity.measured_tau"]) == (2.0, 2.01)
+    assert row["parity.passed"] is True
+    assert (tmp_path / "out" / "training-1.png").stat().st_size > 10_000
 
 
 # What the folder `run` beside a good one holds: nothing, or a file and its text; what is refused.
