@@ -114,8 +114,8 @@ class DraftModel(CachePasser):
         target: Target,
         path: str,
         adapter: str | None = None,
-        dtype: Any = None,
-        device: Any = None,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
         quantization: str | None = None,
         compile: bool | str | None = None,
         num_draft_tokens: int = 5,
@@ -126,12 +126,14 @@ class DraftModel(CachePasser):
         """Load the model for a target.
 
         Args:
-            target: the model it drafts for; device and dtype default to its device and float32 on a
-                CPU, the checkpoint's dtype elsewhere.
-            path: "demo", a folder or a hub id.
+            target: the model it drafts for.
+            path: folder or hub id of the model; "demo" for the embedded one.
             adapter: folder or hub id of a LoRA adapter; merged, unless the model is quantized.
-            quantization: "8bit", "4bit" or None.
-            compile: as in `load_target`; None for the target's own mode.
+            dtype: "float32", "bfloat16", "float16" or "auto"; None: float32 on a CPU, the
+                checkpoint's own elsewhere.
+            device: device of the model; None for the target's.
+            quantization: "8bit" or "4bit" through bitsandbytes; None for none.
+            compile: True (Inductor), "graphs", "auto" or False; None for the target's own mode.
         """
         compile = as_target(compile, target)
         model = load_target(

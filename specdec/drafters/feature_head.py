@@ -290,8 +290,12 @@ class FeatureDrafter(HeadDrafter):
     ) -> Self:
         """Load a head for a target; options from depth to children are those of `TreeShape`.
 
-        `path` and `force` are those of `load_head`; `compile` is that of `load_target`, None for
-        the target's own.
+        Args:
+            target: the model it drafts for.
+            path: folder or hub id in any known layout; "demo" for the embedded head.
+            window: latest tokens that the head looks back at; None for all.
+            compile: True (Inductor), "graphs", "auto" or False; None for the target's own mode.
+            force: take a head that was trained for another target of the same shape.
         """
         shape = TreeShape(depth, width, max_nodes, choices, children)
         head, _ = load_head(cls.kind, target, path, force=force)

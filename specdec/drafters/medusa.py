@@ -164,16 +164,17 @@ class MedusaDrafter(HeadDrafter):
     ) -> Self:
         """Load heads for a target, with the tree that is given, comes with them, or is best.
 
+        The option `children` is that of `TreeShape`.
+
         Args:
             target: the model they draft for.
             path: folder or hub id in any known layout; "demo" for the embedded heads.
             max_nodes: compute the best tree of this many nodes; None takes the checkpoint's own
                 tree where it has one, and 24 where not.
             choices: a tree of one's own, one list of ranks a node.
-            acceptance: [depth][rank] that the computed tree is best for, see `best_static_tree`;
+            acceptance: [depth][rank] that the computed tree is best for (`best_static_tree`);
                 None for what was measured when the heads were trained.
-            children: see `TreeShape`.
-            compile: as in `load_target`; None for the target's own mode.
+            compile: True (Inductor), "graphs", "auto" or False; None for the target's own mode.
             force: take heads that were trained for another target of the same shape.
         """
         heads, checkpoint = load_head(cls.kind, target, path, force=force)
