@@ -1,7 +1,6 @@
 """Command lines in documents, read as the program reads them."""
 
 import json
-import re
 import shlex
 from pathlib import Path
 
@@ -16,9 +15,22 @@ ROOT = Path(__file__).parents[1]
 
 
 def commands(text):
-    """Lines that are commands, as words behind `specdec`; a backslash goes on in the next line."""
-    found = re.findall(r"^\s*specdec (.*)$", text.replace("\\\n", " "), re.M)
-    return [shlex.split(line, comments=True) for line in found]
+    """Lines that are commands, as words behind `specdec`; a backslash or an open quote goes on."""
+    found, lines = [], iter(text.replace("\\\n", " ").splitlines())
+    for line in lines:
+        if line.lstrip().startswith("specdec "):
+            while (words := split(line)) is None:
+                line += "\n" + next(lines)
+            found.append(words[1:])
+    return found
+
+
+def split(line):
+    """Words as a shell splits them; None where a quote is open."""
+    try:
+        return shlex.split(line, comments=True)
+    except ValueError:
+        return None
 
 
 def parse(words):

@@ -96,3 +96,8 @@ def test_notebook_runs_and_keeps_no_output():
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
     nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
     assert "tau" in str([cell.get("outputs") for cell in notebook.cells])
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)", PAGES["README.md"]))
+def test_link_of_the_readme_leads_to_a_file(link):
+    assert (ROOT / link).exists()
