@@ -3,17 +3,15 @@
 import json
 import re
 import runpy
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import typer
+from command_lines import commands, parse
 from own_queries import write_queries
 from typer.testing import CliRunner
 
-from specdec.bench.config import load_config
 from specdec.checkpoints import read_head
 from specdec.cli import app
 from specdec.train.config import load_train_config
@@ -34,28 +32,6 @@ def header(path):
     lines = path.read_text().splitlines()
     end = next(i for i, line in enumerate(lines) if not line.startswith("#"))
     return "\n".join(line[1:].strip() for line in lines[:end])
-
-
-def commands(text):
-    """Lines that are commands, as words behind `specdec`; a backslash goes on in the next line."""
-    found = re.findall(r"^\s*specdec (.*)$", text.replace("\\\n", " "), re.M)
-    return [shlex.split(line) for line in found]
-
-
-def parse(words):
-    """Read a command line as the program does, and its configuration, but run nothing."""
-    command = typer.main.get_command(app)
-    context = command.make_context("specdec", list(words))
-    while hasattr(command, "commands"):
-        rest = [*context._protected_args, *context.args]
-        name, command, rest = command.resolve_command(context, rest)
-        context = command.make_context(name, rest, parent=context)
-    given = context.params
-    if name == "train":
-        load_train_config(str(ROOT / given["config"]), given["overrides"] or [])
-    if name == "bench":
-        load_config(given["config"], given["overrides"] or [])
-    return name
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)

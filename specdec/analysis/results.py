@@ -170,7 +170,7 @@ class DrafterAnalysis(Record):
     impossible: Share | None = None
     """share of tokens that the target would never emit at these settings"""
     coverage: list[list[Share]] = Field(default_factory=list)
-    """[depth][rank] share of places whose token is the candidate of that rank, where one of the
+    """`[depth][rank]` share of places whose token is the candidate of that rank, where one of the
     first ten was taken at every depth above"""
     calibration: Calibration | None
     entropy_bins: list[EntropyBin]

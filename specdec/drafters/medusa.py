@@ -172,12 +172,12 @@ class MedusaDrafter(HeadDrafter):
             max_nodes: compute the best tree of this many nodes; None takes the checkpoint's own
                 tree where it has one, and 24 where not.
             choices: a tree of one's own, one list of ranks a node.
-            acceptance: [depth][rank] that the computed tree is best for (`best_static_tree`);
+            acceptance: `[depth][rank]` that the computed tree is best for (`best_static_tree`);
                 None for what was measured when the heads were trained.
             compile: True (Inductor), "graphs", "auto" or False; None for the target's own mode.
             force: take heads that were trained for another target of the same shape.
         """
-        heads, checkpoint = load_head(cls, target, path, force=force)
+        heads, checkpoint = load_head(cls.kind, target, path, force=force)
         if choices is None and max_nodes is None and acceptance is None:
             choices = checkpoint.tree
         if choices is None:

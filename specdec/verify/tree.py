@@ -115,7 +115,7 @@ def best_static_tree(
     each other; the expected accepted length is the sum over the nodes.
 
     Args:
-        acceptance: [depth][rank] probability that the target takes the candidate of this rank,
+        acceptance: `[depth][rank]` probability that the target takes the candidate of this rank,
             given that it took the path above; measured on calibration prompts.
         num_nodes: nodes to choose, at least 1; fewer come back where the table holds fewer.
 
