@@ -148,7 +148,7 @@ def test_the_target_may_be_called_the_model_and_is_placed_by_options():
 
 def test_json_alone_is_on_standard_output_where_it_is_asked_for(monkeypatch):
     done = invoke("drafters", "ngram", "--json")
-    assert [each["name"] for each in json.loads(done.stdout)["options"]][0] == "num_draft_tokens"
+    assert next(each["name"] for each in json.loads(done.stdout)["options"]) == "num_draft_tokens"
     assert "meaning" in done.stderr
     monkeypatch.setattr(
         "typer.testing._NamedTextIOWrapper.isatty", lambda self: True, raising=False

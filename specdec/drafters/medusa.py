@@ -177,7 +177,7 @@ class MedusaDrafter(HeadDrafter):
             compile: True (Inductor), "graphs", "auto" or False; None for the target's own mode.
             force: take heads that were trained for another target of the same shape.
         """
-        heads, checkpoint = load_head(cls.kind, target, path, force=force)
+        heads, checkpoint = load_head(cls, target, path, force=force)
         if choices is None and max_nodes is None and acceptance is None:
             choices = checkpoint.tree
         if choices is None:
