@@ -11,6 +11,8 @@ from own_queries import write_queries
 from typer.testing import CliRunner
 
 from specdec.cli import app
+from specdec.common.hub import HERE
+from specdec.demo import demo_path
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -52,6 +54,23 @@ def test_commands_run_one_after_the_other(commands, tmp_path, monkeypatch):
         done = CliRunner().invoke(app, shlex.split(command)[1:])
         assert done.exit_code == 0, f"{command}: {done.output}"
         assert done.stdout.strip()
+    for card in tmp_path.glob("runs/*/drafter/README.md"):
+        run_card(card.parent)
+
+
+def run_card(folder):
+    """Run every command of ours and every block of Python that the card of a drafter prints."""
+    text = (folder / "README.md").read_text().replace(HERE, str(folder))
+    text = text.replace("PATH/OF/draft", str(demo_path("draft")))  # its base is on no hub
+    commands = re.findall(r"^specdec .*$", text, re.M)
+    for command in commands:
+        done = CliRunner().invoke(app, shlex.split(command)[1:])
+        assert done.exit_code == 0, f"{command}: {done.output}"
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    for block in blocks:
+        exec(compile(block, "card", "exec"), {})
+    assert commands
+    assert blocks
 
 
 def test_command_is_there_as_a_process():
