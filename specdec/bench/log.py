@@ -65,6 +65,7 @@ def entry_of(results: Any) -> LogEntry:
     run = where.config.model_dump(mode="json")
     run = {k: v for k, v in run.get("run", run).items() if k != "arms"}
     machine = f"{where.device}, {where.cpu}, {where.threads} threads"
+    baseline = getattr(results, "baseline", None)  # of a bake-off
     names = [Path(run[key][part]).name for key, part in (("target", "path"), ("prompts", "source"))]
     return LogEntry(
         date=where.date,
@@ -75,7 +76,7 @@ def entry_of(results: Any) -> LogEntry:
         label=f"{run.get('suite', 'bench')} of {', '.join(names)}",
         arms=[
             {
-                **{"name": arm.name + place, "over": fastest_plain(arms) + place},
+                **{"name": arm.name + place, "over": (baseline or fastest_plain(arms)) + place},
                 **{"tokens_per_s": arm.decode_tokens_per_s, "tau": arm.tau},
                 **over_fastest(fastest_plain(arms), arm),
             }

@@ -169,11 +169,8 @@ def add_results(section: Section, run: Run) -> None:
 def _best(entry: LogEntry) -> dict[str, Any]:
     """Give a line of the log with the arm that gains most over the fastest plain one."""
     speeds = {arm["name"]: arm["tokens_per_s"] for arm in entry.arms}
-    gains = [
-        arm
-        for arm in entry.arms
-        if arm.get("speedup") and arm["name"].partition(" in ")[0] not in BenchConfig.baselines
-    ]
+    plain = BenchConfig.baselines
+    gains = [a for a in entry.arms if a.get("speedup") and a["name"].split(" in ")[0] not in plain]
     best = max(gains, key=lambda arm: arm["speedup"], default={})
     when = {"date": entry.date[:16].replace("T", " ")}
     return {**vars(entry), **when, **best, "plain_speed": speeds.get(best.get("over"))}

@@ -108,14 +108,14 @@ def check_comparable(runs: Sequence[Run], allowed: Sequence[str] = ()) -> list[s
 
 def comparable_groups(benches: Sequence[Run], allowed: Sequence[str] = ()) -> list[list[Run]]:
     """Group benches: all that were given, and each found one with those that it agrees with."""
-    groups = [[run for run in benches if not run.is_found]]
+    groups: list[list[Run]] = []
     fields = [field for field in MUST_AGREE if field not in allowed]
-    for run in benches:
-        if run.is_found:
-            alike = [g for g in groups if g and not find_differences(g[0], run, fields)]
+    for run in sorted(benches, key=lambda run: run.is_found):
+        alike = [g for g in groups if not (run.is_found and find_differences(g[0], run, fields))]
+        if alike:
+            alike[0].append(run)
+        else:
             groups.append([run])
-            if alike:
-                alike[0] += groups.pop()
     return [group for group in groups if len(group) > 1]
 
 

@@ -66,10 +66,8 @@ def build_report(
     """
     runs, absent = _newest(given), list(unread)
     if older := sorted({run.label for run in given} - {run.label for run in runs}):
-        absent.append(
-            f"{', '.join(older)}: only in Runs over time, for a newer run has the same "
-            "configuration. Give their folders by name to see them whole."
-        )
+        why = "only in Runs over time, for a newer run has the same configuration"
+        absent.append(f"{', '.join(older)}: {why}. Give their folders by name to see them whole.")
     benches = [run for run in runs if run.kind == "bench"]
     warnings = compare.check_comparable([run for run in benches if not run.is_found], allowed)
     made = [_section(given if each[0] == "log" else runs, *each) for each in _SECTIONS]
@@ -104,9 +102,10 @@ def _newest(runs: Sequence[Run]) -> list[Run]:
     """Leave out found runs of which a newer one has the same configuration and machine."""
     newest: dict[Any, int] = {}
     for run in sorted(runs, key=lambda run: run.data.provenance.date):
-        keys = ("config_fingerprint", "device", "cpu", "threads")
-        same = [run.kind, *map(run.provenance.get, keys)]
-        newest[tuple(same) if run.is_found and same[1] else id(run)] = id(run)
+        same = map(run.provenance.get, ("config_fingerprint", "device", "cpu", "threads"))
+        newest[(run.kind, *same) if run.is_found and run.kind in bench.LOGGED else id(run)] = id(
+            run
+        )
     return [run for run in runs if id(run) in newest.values()]
 
 

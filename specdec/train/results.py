@@ -127,7 +127,6 @@ class TrainResults(Config):
     """
 
     FILE: ClassVar[str] = "results.json"
-
     schema_: Literal["specdec-train-3"] = Field("specdec-train-3", alias="schema")
     provenance: TrainProvenance
     target: TargetIdentity
