@@ -75,7 +75,7 @@ def test_entry_point_is_a_name(folder):
     package = folder / "site" / "my-0.1.dist-info"
     package.mkdir(parents=True)
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: my\nVersion: 0.1\n")
-    points = "repeat = my_drafters:RepeatDrafter\nngram = my_drafters:RepeatDrafter\n"
+    points = "repeat = my_drafters:RepeatDrafter\nngram = my_drafters:RepeatDrafter\nbad = no:No\n"
     (package / "entry_points.txt").write_text(f"[specdec.drafters]\n{points}")
     (folder / "my_drafters.py").rename(folder / "site" / "my_drafters.py")
     script = (

@@ -55,11 +55,26 @@ FORGET = {"suffix": {"num_remembered": 0}, "hybrid": {"calibrate": False}}
 ALL = {"accepted", "matched", "deep", "alone"}
 # Random Medusa heads never guess what is sampled.
 PROMISES = {"medusa": ALL - {"matched"}}
+# Trees that a small vocabulary fills, three levels deep within the nodes that a row may draft.
+NARROW = {"depth": 3, "width": 3, "max_nodes": 12}
+
+
+def narrow(options):
+    """The options with trees that are no wider than needed for three levels."""
+    options = {key: NARROW.get(key, value) for key, value in options.items()}
+    if "drafters" in options:
+        options["drafters"] = [narrow(inner) for inner in options["drafters"]]
+    return options
+
+
+def case(name, options):
+    options = {"type": name, **options}
+    alone = {**options, **FORGET.get(name, {})}
+    return Case(options, alone, narrow(options), PROMISES.get(name, ALL))
+
+
 CASES = [
-    pytest.param(
-        Case({"type": name, **options}, FORGET.get(name, {}), PROMISES.get(name, ALL)),
-        id=f"{name}-{index}",
-    )
+    pytest.param(case(name, options), id=f"{name}-{index}")
     for name in DRAFTERS
     for index, options in enumerate(VARIANTS.get(name, [{}]))
 ]
