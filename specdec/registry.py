@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -45,9 +46,9 @@ def closest(name: str, known: Mapping[str, Any] | list[str]) -> str:
     return f"known: {', '.join(sorted(known))}{hint}"
 
 
-def is_kind(text: str) -> bool:
+def is_kind(kind: str) -> bool:
     """Say if a text is a strategy's name, or written like the address of a class."""
-    return text in addresses() or bool(_ADDRESS.fullmatch(text))
+    return kind in addresses() or bool(_ADDRESS.fullmatch(kind))
 
 
 def strategy(kind: Any, *, typed: bool = False) -> Any:
@@ -56,42 +57,35 @@ def strategy(kind: Any, *, typed: bool = False) -> Any:
     Code of a class that is not installed as a drafter runs where the user `typed` its address, in a
     command, a configuration or a call: a file that names it cannot make it run.
     """
-    known = addresses()
+    known, told = addresses(), f"drafter type is {kind!r}"
     where = known.get(kind, kind) if isinstance(kind, str) else ""
     if not _ADDRESS.fullmatch(where):
-        raise ValueError(
-            f"drafter type is {kind!r} but must be registered, or pkg.module:Class; "
-            f"{closest(str(kind), known)}"
-        )
+        hint = closest(str(kind), known)
+        raise ValueError(f"{told} but must be registered, or pkg.module:Class; {hint}")
     module, _, name = where.partition(":")
-    if typed and where not in known.values() and not {"", os.getcwd()} & {*sys.path}:
-        sys.path.insert(0, os.getcwd())  # an installed command does not look there
-    if not typed and where not in known.values() and module not in sys.modules:
-        raise ValueError(
-            f"drafter type is {kind!r}, which a file names, and its code is not run for that; give "
-            f'the type as well, as in \'{{"type": "{kind}", "path": ...}}\', or install it '
-            f"with an entry point in the group {GROUP}"
-        )
+    if where not in known.values():
+        if not typed and module not in sys.modules:
+            typed_now = f'\'{{"type": "{kind}", "path": ...}}\''
+            raise ValueError(
+                f"{told}, which a file names, and its code is not run for that; give the type as "
+                f"well, {typed_now}, or install it with an entry point in the group {GROUP}"
+            )
+        if typed and not {"", os.getcwd()} & {*sys.path}:
+            sys.path.insert(0, os.getcwd())  # an installed command does not look there
     try:
         loaded = import_module(module)
     except ImportError as error:
         is_absent = f"{module}.".startswith(f"{error.name}.")
         fix = "start in its folder, or install it" if is_absent else "repair that module"
-        raise ValueError(
-            f"drafter type is {kind!r} but must be importable ({error}); {fix}"
-        ) from error
+        raise ValueError(f"{told} but must be importable ({error}); {fix}") from error
     try:
         found = attrgetter(name)(loaded)
     except AttributeError as error:
         names = [key for key, value in vars(loaded).items() if _is_drafter(value)]
-        raise ValueError(
-            f"drafter type is {kind!r} but {module} has no {name}; {closest(name, names)}"
-        ) from error
+        raise ValueError(f"{told} but {module} has no {name}; {closest(name, names)}") from error
     if not _is_drafter(found):
-        raise ValueError(
-            f"drafter type is {kind!r} but must be a class with `propose`, derived from "
-            "specdec.BaseDrafter"
-        )
+        rule = "a class with `propose`, derived from specdec.BaseDrafter"
+        raise ValueError(f"{told} but must be {rule}")
     return found
 
 
@@ -101,23 +95,29 @@ def _is_drafter(found: Any) -> bool:
 
 
 def trainable_kinds() -> tuple[str, ...]:
-    """Strategies that `specdec train` trains, those by address aside."""
-    return tuple(kind for kind in addresses() if strategy(kind).trained_as)
+    """Names of strategies that `specdec train` trains."""
+    return _names_with("trained_as")
 
 
 def head_kinds() -> tuple[str, ...]:
-    """Strategies with a draft head, those by address aside."""
-    return tuple(kind for kind in addresses() if strategy(kind).head_class)
+    """Names of strategies with a draft head."""
+    return _names_with("head_class")
+
+
+def _names_with(fact: str) -> tuple[str, ...]:
+    found = []
+    for kind in addresses():
+        with suppress(ValueError):  # an installed one that is broken says so where it is used
+            found += [kind] if getattr(strategy(kind), fact) else []
+    return tuple(found)
 
 
 def head_class(kind: Any) -> Any:
     """The `specdec.drafters.heads.Head` of a strategy that a checkpoint names."""
-    found = strategy(kind).head_class if is_kind(str(kind)) else None
+    found = strategy(kind).head_class if is_kind(kind) else None
     if found is None:
         known = ", ".join(head_kinds())
-        raise ValueError(
-            f"head kind is {kind!r} but must be one of {known}, or of a package that is installed"
-        )
+        raise ValueError(f"head kind is {kind!r} but must be one of {known}, or installed")
     return found
 
 

@@ -14,6 +14,7 @@ from specdec import load_drafter
 from specdec.bench.config import ArmConfig
 from specdec.checkpoints import read_head
 from specdec.cli import app
+from specdec.lossless.cases import Case
 from specdec.registry import DRAFTERS, is_registered, strategy
 from specdec.train.config import DrafterConfig
 
@@ -75,7 +76,7 @@ def test_entry_point_is_a_name(folder):
     package = folder / "site" / "my-0.1.dist-info"
     package.mkdir(parents=True)
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: my\nVersion: 0.1\n")
-    points = "repeat = my_drafters:RepeatDrafter\nngram = my_drafters:RepeatDrafter\n"
+    points = "repeat = my_drafters:RepeatDrafter\nngram = my_drafters:RepeatDrafter\nbad = no:No\n"
     (package / "entry_points.txt").write_text(f"[specdec.drafters]\n{points}")
     (folder / "my_drafters.py").rename(folder / "site" / "my_drafters.py")
     script = (
@@ -144,8 +145,17 @@ def test_class_that_a_file_alone_names_is_not_run(folder, monkeypatch):
     content = {"format": 1, "layout": "specdec", "kind": "boom:Head", "options": {}}
     content |= {"tree": None, "target": None, "training": {}}
     (folder / "specdec.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"boom:Head.* its code is not run for that"):
+    with pytest.raises(
+        ValueError, match=r"boom:Head.* its code is not run for that; give the type"
+    ):
         read_head(folder)
     record = json.dumps({"kind": "boom:Head", "options": {}})
     assert DrafterConfig.model_validate_json(record).kind == "boom:Head"
     assert "boom" not in sys.modules
+
+
+def test_broken_promise_fails_and_no_promise_skips():
+    for promises, outcome in (({"deep"}, pytest.fail), ((), pytest.skip)):
+        with pytest.raises(outcome.Exception, match="too shallow"):
+            Case({}, promises=promises).require("deep", False, "too shallow")
+        Case({}, promises=promises).require("deep", True, "too shallow")

@@ -5,7 +5,7 @@ import torch
 from tiny_heads import save_tiny_head
 
 from specdec import SamplingConfig
-from specdec.lossless.cases import Case
+from specdec.lossless.cases import Case, with_paths
 from specdec.lossless.test_lossless import *  # noqa: F403 (the tests and their fixtures)
 from specdec.lossless.test_lossless import exact_distribution, p_value, sampled
 from specdec.registry import DRAFTERS
@@ -55,14 +55,36 @@ FORGET = {"suffix": {"num_remembered": 0}, "hybrid": {"calibrate": False}}
 ALL = {"accepted", "matched", "deep", "alone"}
 # Random Medusa heads never guess what is sampled.
 PROMISES = {"medusa": ALL - {"matched"}}
-CASES = [
-    pytest.param(
-        Case({"type": name, **options}, FORGET.get(name, {}), PROMISES.get(name, ALL)),
-        id=f"{name}-{index}",
-    )
+# Trees that a small vocabulary fills, three levels deep within the nodes that a row may draft.
+NARROW = {"depth": 3, "width": 3, "max_nodes": 12}
+
+
+def narrow(options):
+    """The options with trees that are no wider than needed for three levels."""
+    options = {key: NARROW.get(key, value) for key, value in options.items()}
+    if "drafters" in options:
+        options["drafters"] = [narrow(inner) for inner in options["drafters"]]
+    return options
+
+
+def case(name, options):
+    options = {"type": name, **options}
+    alone = {**options, **FORGET.get(name, {})}
+    return Case(options, alone, narrow(options), PROMISES.get(name, ALL))
+
+
+# Name, options and id of every variant.
+NAMED = [
+    (name, options, f"{name}-{index}")
     for name in DRAFTERS
     for index, options in enumerate(VARIANTS.get(name, [{}]))
 ]
+CASES = [pytest.param(case(name, options), id=each) for name, options, each in NAMED]
+
+
+def resolved(name, options, folder, target):
+    """The options with the paths of tiny checkpoints in them."""
+    return with_paths({"type": name, **options}, target, folder)
 
 
 def pytest_generate_tests(metafunc):

@@ -18,7 +18,7 @@ def find_drafter(
 ) -> tuple[dict[str, Any], HeadCheckpoint | None]:
     """Find the options of a drafter that is named in any way, and its head if it has one."""
     if isinstance(drafter, str):
-        is_typed = drafter.startswith("{") or (is_kind(drafter) and not Path(drafter).exists())
+        is_typed = drafter.startswith("{") or is_kind(drafter)
         drafter = drafter_options(drafter) if is_typed else {"path": drafter}
     drafter = merged(drafter)
     kind, path = drafter.get("type"), str(drafter.get("path", "demo"))

@@ -37,11 +37,10 @@ class _Outcomes:
 def check(
     drafter: str = argument("a name, pkg.module:Class, or JSON with type and options"),
 ) -> None:
-    """Prove that a drafter keeps the target's output, on tiny random models."""
+    """Check that a drafter keeps the target's output, on tiny random models."""
     if find_spec("pytest") is None:
         raise ValueError(f"specdec check needs pytest; install it with: {install('check')}")
     import pytest
-    import torch
 
     import specdec.lossless as plugin
     from specdec.lossless.cases import case_of
@@ -50,7 +49,6 @@ def check(
     quiet_transformers()
     with TemporaryDirectory() as folder:  # bad input is told before anything is tested
         case_of(drafter).build(tiny_target(), Path(folder))
-    torch.set_num_threads(1)
     outcomes = _Outcomes()
     options = ["-p", "no:cacheprovider", "-c", os.devnull, "--noconftest"]
     options += ["--disable-plugin-autoload", "--rootdir=.", "-q", "-rN", "--tb=short"]

@@ -13,4 +13,7 @@ def pytest_addoption(parser: Any) -> None:
 
 
 def pytest_configure(config: Any) -> None:
+    import torch
+
     config.addinivalue_line("markers", "slow: decodes much")
+    torch.set_num_threads(1)  # tiny models are slower with more

@@ -1,7 +1,6 @@
 """A drafter keeps the target's output: its tokens, and above temperature 0 its distribution."""
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -114,8 +113,7 @@ def plain_rows(target: Any) -> Any:
 def test_row_decodes_as_if_alone(
     case: Case, temperature: float, target: Any, draft_folder: Path, plain_rows: Any
 ) -> None:
-    # With shared memory of past outputs drafts differ, and with them the random numbers used.
-    drafter = case.build(target, draft_folder, {**case.options, **case.forget})
+    drafter = case.build(target, draft_folder, case.alone)
     alone = decode_rows(target, drafter, temperature, 1) if temperature else plain_rows
     together, joined = (decode_rows(target, drafter, temperature, rows) for rows in (None, 3))
     assert [len(r.tokens) for r in alone] == [8, 24, 24, 24, 24]
@@ -159,17 +157,7 @@ def p_value(counts: Counter[tuple[int, ...]], exact: dict[tuple[int, ...], float
     return float(scipy.stats.power_divergence(observed, expected, lambda_="log-likelihood").pvalue)
 
 
-# Trees that a small vocabulary fills, three levels deep within the nodes that a row may draft.
-NARROW = {"depth": 3, "width": 3, "max_nodes": 12}
-ROOM = 12
-
-
-def narrow(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with trees that are no wider than needed for three levels."""
-    found = {key: NARROW.get(key, value) for key, value in options.items()}
-    if "drafters" in found:
-        found["drafters"] = [narrow(inner) for inner in found["drafters"]]
-    return found
+ROOM = 12  # nodes of a draft
 
 
 def sampled(
@@ -210,7 +198,7 @@ def test_sampled_sequences_follow_target_distribution(
     case: Case, sampling: Any, lengths: Any, small_target: Any, small_vocab_folder: Path
 ) -> None:
     draft_length = EveryStepAnother(lengths) if lengths else None
-    drafter = case.build(small_target, small_vocab_folder, narrow(case.options))
+    drafter = case.build(small_target, small_vocab_folder, case.narrow)
     prompt = [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
     counts, depth = sampled(small_target, drafter, prompt, sampling, draft_length=draft_length)
     found = p_value(counts, exact_distribution(small_target, prompt, sampling))

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_lossless import CASES, resolved, save_drafts
-from test_lossless import PROMPTS as ALL_PROMPTS
+from test_lossless import NAMED, resolved, with_eagle3
 from tiny_models import perturbed, tiny_target
 
 from specdec import SamplingConfig, generate, load_drafter
@@ -15,9 +14,11 @@ from specdec.analysis.teacher_forced import gather_evidence
 from specdec.analysis.texts import Text, target_answers
 from specdec.drafters.base import BaseDrafter
 from specdec.drafters.draft_model import DraftModel
+from specdec.lossless.test_lossless import PROMPTS as ALL_PROMPTS
 from specdec.targets.hf import HFTarget
 from specdec.verify import Draft
 
+CASES = [pytest.param(name, options, id=each) for name, options, each in NAMED]
 PROMPTS, NUM_NEW = ALL_PROMPTS[:3], 14
 GREEDY = SamplingConfig()
 SAMPLED = SamplingConfig(temperature=0.9, top_p=0.95)
@@ -30,7 +31,7 @@ def target():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, target):
-    return save_drafts(tmp_path_factory.mktemp("drafts"), target, 0.15)
+    return with_eagle3(tmp_path_factory.mktemp("drafts"), target)
 
 
 def decoded(target, options, sampling=GREEDY):
@@ -48,7 +49,7 @@ def bare(record):
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_greedy_predictions_take_the_loops_own_steps(name, options, target, folder):
-    options = resolved(name, options, folder)
+    options = resolved(name, options, folder, target)
     results, texts = decoded(target, options)
     assert target_answers(target, PROMPTS, GREEDY, NUM_NEW) == texts
     replayed = replay(target, load_drafter(options, target), texts, GREEDY)
@@ -75,7 +76,7 @@ CHOSEN = [
 
 @pytest.mark.parametrize(("name", "options"), CHOSEN)
 def test_chosen_drafts_are_certain_along_sampled_texts(name, options, target, folder):
-    options = resolved(name, options, folder)
+    options = resolved(name, options, folder, target)
     results, texts = decoded(target, options, SAMPLED)
     found = Predictor(target, texts, SAMPLED).predict(options)
     assert found.steps == pytest.approx([result.stats.num_steps for result in results])
@@ -84,7 +85,7 @@ def test_chosen_drafts_are_certain_along_sampled_texts(name, options, target, fo
 
 @pytest.mark.parametrize(("name", "options"), [case for case in CASES if "hybrid" in case.id])
 def test_drafters_with_a_memory_see_texts_in_turn(name, options, target, folder):
-    options = resolved(name, options, folder)
+    options = resolved(name, options, folder, target)
     _, texts = decoded(target, options)
     found = replay(target, load_drafter(options, target), [*texts, *texts], GREEDY)
     results = generate(

@@ -105,7 +105,7 @@ def test_silent_hub_is_named_with_the_fix(no_folder, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"openai/gsm8k could not be read.*ConnectionErr"):
         load_prompts("gsm8k", 1)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(FileNotFoundError, match=r"needs datasets.*specdec\[collect\]"):
+    with pytest.raises(FileNotFoundError, match=r"needs datasets.*specdec-lab\[collect\]"):
         load_prompts("gsm8k", 1)
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from lookup_steps import paths
 from scripted import ScriptedDecoding
-from test_lossless import VARIANTS, build, save_drafts
+from test_lossless import VARIANTS, resolved, with_eagle3
 from tiny_models import tiny_target
 
-from specdec import SamplingConfig
+from specdec import SamplingConfig, load_drafter
 from specdec.registry import DRAFTERS
 from specdec.targets.hf import HFTarget
 
@@ -54,7 +54,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return save_drafts(tmp_path_factory.mktemp("drafts"), tiny_target(), 0.15)
+    return with_eagle3(tmp_path_factory.mktemp("drafts"), tiny_target())
 
 
 def caches(drafter):
@@ -97,7 +97,7 @@ def step_beside_a_fresh_start(decoding, name, options, folder, budget=None):
     """Draft and commit, comparing with a target and a drafter that begin here."""
     rows, sampler = decoding.rows, decoding.sampler
     target = HFTarget(decoding.target.model)
-    drafter = build(name, options, target, folder)
+    drafter = load_drafter(resolved(name, options, folder, target), target)
     with torch.inference_mode():
         output = target.prefill([row[:-1] for row in rows], drafter.taps)
         drafter.begin([list(row) for row in rows], output, sampler)
@@ -116,7 +116,7 @@ def step_beside_a_fresh_start(decoding, name, options, folder, budget=None):
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_decoding_and_fresh_prefill_draft_alike(name, options, folder):
     target = tiny_target()
-    drafter = build(name, options, target, folder)
+    drafter = load_drafter(resolved(name, options, folder, target), target)
     sampling = [SamplingConfig(temperature=0.8), SamplingConfig(repetition_penalty=1.1)]
     decoding = ScriptedDecoding(target, drafter, PROMPTS, sampling, num_tokens=NUM_TOKENS)
     drafted = 0
@@ -148,7 +148,7 @@ def test_decoding_and_fresh_prefill_draft_alike(name, options, folder):
 @pytest.mark.parametrize("pause", [3, 70, 150])  # within a part of what is fed late, and beyond
 def test_pause_and_late_joins_change_no_draft(name, pause, folder):
     target = tiny_target()
-    drafter = build(name, {}, target, folder)
+    drafter = load_drafter(resolved(name, {}, folder, target), target)
     decoding = ScriptedDecoding(target, drafter, PROMPTS, num_tokens=NUM_TOKENS)
     for _ in range(pause):
         decoding.step([0] * 3)
@@ -164,7 +164,7 @@ def test_pause_and_late_joins_change_no_draft(name, pause, folder):
 @pytest.mark.parametrize("options", FEATURE_TREES[:4], ids=["tree", "static", "chain", "window"])
 def test_drafted_nodes_never_enter_the_draft_cache(name, options, folder):
     target = tiny_target()
-    drafter = build(name, options, target, folder)
+    drafter = load_drafter(resolved(name, options, folder, target), target)
     decoding = ScriptedDecoding(target, drafter, PROMPTS, num_tokens=NUM_TOKENS)
     for _ in range(4):
         draft = decoding.propose()

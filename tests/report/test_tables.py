@@ -216,7 +216,7 @@ def every_table(folder):
         **{"bench": [tables], "suite": [tables], "sweep": [sweep_table]},
         **{"plan": [costs_table, schedule_table, plan_table], "estimate": [estimate_table]},
     }
-    for run in read_runs(made_runs.every_kind(folder)):
+    for run in read_runs(made_runs.every_kind(folder))[0]:
         for make in makers.get(run.kind, ()):
             found = make(run.data)
             yield from found if isinstance(found, list) else [found]
