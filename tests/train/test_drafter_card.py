@@ -40,6 +40,7 @@ def test_head_card_tells_target_and_measurements(tmp_path):
     results, card = trained(tmp_path, drafter={"kind": "eagle3"}, draft_vocab_size=40)
     assert header(card) == {
         "library_name": "specdec",
+        "pipeline_tag": "text-generation",
         "tags": ["specdec", "speculative-decoding", "eagle3"],
     }
     assert card.count("\n# EAGLE-3 head for target\n") == 1
