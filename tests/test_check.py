@@ -1,6 +1,7 @@
 """A drafter from outside: one file, named by its address or an entry point, and checked."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -69,6 +70,7 @@ def test_drafter_of_the_readme_is_checked_and_used(folder):
     assert done.stdout.endswith("lossless: 5 passed, 1 skipped (1: nothing was ever accepted)\n")
     done = specdec(folder, "generate", "--drafter", address, "--prompt=Hi", "--max-new-tokens=4")
     assert (done.returncode, "tau" in done.stderr) == (0, True), done.stderr
+    assert "comes again. It has no options." in specdec(folder, "drafters", address).stdout
 
 
 @pytest.mark.slow
@@ -89,6 +91,14 @@ def test_entry_point_is_a_name(folder):
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True
     )
+    listed = subprocess.run(
+        [sys.executable, "-m", "specdec", "drafters"],
+        env={**os.environ, "PYTHONPATH": str(folder / "site")},
+        capture_output=True,
+        text=True,
+    )
+    assert "Guess that the last token comes again." in listed.stdout, listed.stderr
+    assert "'bad' but must be importable" in " ".join(listed.stdout.split())
     drafters = "NgramDrafter SuffixDrafter RepeatDrafter"
     assert done.stdout == f"{drafters} draft_model eagle eagle3 medusa\n", done.stderr
 

@@ -29,26 +29,35 @@ def version(
 
 @command(MEASURE, tells=True)
 def drafters(
-    name: str | None = argument("a strategy; its options are shown, or else all strategies", None),
+    name: str | None = argument("a strategy whose options are shown; all are listed if none", None),
 ) -> None:
     """List the draft strategies, or one's options with type, default and meaning."""
     from specdec.drafters.options import describe_options
-    from specdec.registry import DRAFTERS, strategy
+    from specdec.registry import addresses, strategy
 
     if name is None:
-        rows = [{"name": kind, "about": _about(strategy(kind))} for kind in sorted(DRAFTERS)]
+        rows = [{"name": kind, "about": _about(kind)} for kind in sorted(addresses())]
         columns = [Column("name", "name"), Column("about", "what it does")]
         print_tables(Table("strategies", "draft strategies", rows, columns))
         tell({row["name"]: row["about"] for row in rows})
         return
+    strategy(name, typed=True)
     options = [each._asdict() for each in describe_options(name)]
     columns = [Column(key, key) for key in ("name", "type", "default", "meaning")]
-    print_tables(Table("options", f"{name}: {_about(strategy(name))}", options, columns))
+    if options:
+        print_tables(Table("options", f"{name}: {_about(name)}", options, columns))
+    else:
+        typer.echo(f"{name}: {_about(name)} It has no options.")
     tell({"name": name, "options": options})
 
 
-def _about(drafter_class: type) -> str:
-    return (inspect.getdoc(drafter_class) or "").split("\n\n")[0].replace("\n", " ")
+def _about(kind: str) -> str:
+    from specdec.registry import strategy
+
+    try:
+        return (inspect.getdoc(strategy(kind)) or "").split("\n\n")[0].replace("\n", " ")
+    except ValueError as error:  # of somebody's package
+        return str(error)
 
 
 @command(MEASURE, tells=True)
