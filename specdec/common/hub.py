@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from functools import cache
 from pathlib import Path
 
 HUB = "hub:"
@@ -40,8 +41,14 @@ def find_path(name: str, wanted: str) -> Path | str:
             raise FileNotFoundError(
                 f"{name!r} is not a folder or file here; give {wanted}, or a hub id, hub:owner/name"
             )
-    _log.warning("%s is taken from the hub, or from its cache on this machine", hub_id)
+    _say(hub_id)
     return hub_id
+
+
+@cache
+def _say(hub_id: str) -> None:
+    """Say it once, however many files are asked for."""
+    _log.warning("%s is taken from the hub, or from its cache on this machine", hub_id)
 
 
 def find_checkpoint(name: str, wanted: str) -> str:
