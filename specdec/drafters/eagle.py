@@ -16,7 +16,8 @@ from torch.nn.functional import smooth_l1_loss
 
 from specdec.common.config import Config
 from specdec.drafters.feature_head import Backbone, DraftLayer, FeatureDrafter, FeatureHead
-from specdec.drafters.training import LossOutput, TrainingBatch, shifted, soft_cross_entropy
+from specdec.drafters.training import LossOutput, TrainingBatch, shifted
+from specdec.drafters.training import objective as objective_of
 
 
 class EagleOptions(Config):
@@ -55,9 +56,13 @@ class EagleHead(FeatureHead):
         return self._target_parts[1](outputs)
 
     def loss(  # type: ignore[override]
-        self, batch: TrainingBatch, noise: float = 0.2, cross_entropy_weight: float = 0.1
+        self,
+        batch: TrainingBatch,
+        noise: float = 0.2,
+        cross_entropy_weight: float = 0.1,
+        objective: str = "soft_cross_entropy",
     ) -> LossOutput:
-        """Smooth L1 to the target's next feature, and soft cross-entropy to its distribution.
+        """Smooth L1 to the target's next feature, and an objective, by the weight of that name.
 
         `noise` is the width of the uniform noise on the features, for texts of 512 tokens; shorter
         ones get more of it, as published.
@@ -67,14 +72,14 @@ class EagleHead(FeatureHead):
         outputs = next(self.rollout(batch.tokens, features + scattered, 1))
         mask = shifted(batch.loss_mask, 2)
         predicted = outputs[mask]  # [places, H]
-        goal = shifted(batch.target_logits, 1)[mask]
-        token_part = soft_cross_entropy(self.logits(predicted), goal)
+        goal, tokens = shifted(batch.target_logits, 1)[mask], shifted(batch.tokens, 2)[mask]
+        token_part = objective_of(objective, self.logits(predicted), goal, tokens)
         feature_part = token_part.new_zeros(())
         if len(predicted):
             feature_part = smooth_l1_loss(predicted, shifted(features, 1)[mask])
         return LossOutput(
             feature_part + cross_entropy_weight * token_part,
-            {"feature": feature_part.detach(), "cross_entropy_1": token_part.detach()},
+            {"feature": feature_part.detach(), f"{objective}_1": token_part.detach()},
         )
 
 

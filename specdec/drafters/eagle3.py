@@ -3,7 +3,7 @@
 Source: EAGLE-3, arXiv 2503.01840.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from specdec.common.config import Config
 from specdec.drafters.feature_head import Backbone, DraftLayer, FeatureDrafter, FeatureHead, norm
 from specdec.drafters.heads import Layer, Size
-from specdec.drafters.training import LossOutput, TrainingBatch, shifted, soft_cross_entropy
+from specdec.drafters.training import Level, LossOutput, TrainingBatch, chain_loss, shifted
 
 
 class Eagle3Options(Config):
@@ -138,30 +138,35 @@ class Eagle3Head(FeatureHead):
         return self.norm(outputs) if self.options.norm_output else outputs
 
     def loss(  # type: ignore[override]
-        self, batch: TrainingBatch, num_steps: int = 4, decay: float = 0.8
+        self,
+        batch: TrainingBatch,
+        num_steps: int = 4,
+        decay: float = 0.8,
+        objective: str = "soft_cross_entropy",
+        weighting: str = "decay",
     ) -> LossOutput:
-        """Training-time test: soft cross-entropy of every drafted step in the draft vocabulary.
-
-        A step weighs `decay` times what the step before does.
-        """
+        """Training-time test: an objective of every drafted step, in the draft vocabulary."""
         if num_steps < 1:
             raise ValueError(f"loss.num_steps is {num_steps} but must be at least 1")
-        total = batch.target_logits.new_zeros(())
-        parts: dict[str, Tensor] = {}
-        ids = self.token_map
+        is_hard = objective == "cross_entropy"
+        return chain_loss(self._levels(batch, num_steps, is_hard), objective, decay, weighting)
+
+    def _levels(self, batch: TrainingBatch, num_steps: int, is_hard: bool) -> Iterator[Level]:
+        """The steps of the chains that begin at every place, given the text's own tokens."""
+        ids, features = self.token_map, self.fuse(batch.hidden)
         best = batch.target_logits.argmax(-1)  # [B, L]
-        features = self.fuse(batch.hidden)
+        if ids is not None:
+            own = torch.zeros_like(self.t2d, dtype=torch.long)  # [V] ids in the draft vocabulary
+            own[ids] = torch.arange(len(ids), device=ids.device)
         for step, outputs in enumerate(self.rollout(batch.tokens, features, num_steps)):
-            mask = shifted(batch.loss_mask, 2 + step)
+            mask, tokens = (shifted(each, 2 + step) for each in (batch.loss_mask, batch.tokens))
             if ids is not None:
                 # The head cannot say these tokens; what it learned there would be noise.
-                mask = mask & self.t2d[shifted(best, 1 + step)]
+                mask = mask & self.t2d[tokens if is_hard else shifted(best, 1 + step)]
+                tokens = own[tokens]
             goal = shifted(batch.target_logits, 1 + step)[mask]  # [places, V]
             goal = goal if ids is None else goal[:, ids]
-            part = soft_cross_entropy(self.logits(outputs[mask]), goal)
-            total = total + decay**step * part
-            parts[f"cross_entropy_{step + 1}"] = part.detach()
-        return LossOutput(total, parts)
+            yield Level(self.logits(outputs[mask]), goal, tokens[mask], mask)
 
     def describe(self, given: Mapping[str, Any]) -> dict[str, str]:
         said = super().describe(given)

@@ -4,18 +4,19 @@ Source: Medusa, arXiv 2401.10774.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad, silu
+from torch.nn.functional import pad, silu
 
 from specdec.common.compile import ROWS, as_target, compile_mode
 from specdec.common.config import Config
 from specdec.drafters.base import ShapeOptions, Tokens
 from specdec.drafters.heads import Head, HeadDrafter, Layer, Size, compile_head, load_head
-from specdec.drafters.training import LossOutput, TrainingBatch, shifted
+from specdec.drafters.training import Level, LossOutput, TrainingBatch, chain_loss, shifted
 from specdec.drafters.tree_growth import StaticGrowth, StaticPlan, TreeShape, guessed_acceptance
 from specdec.engine.interfaces import Prompts, TargetOutput
 from specdec.sampling.sampler import Sampler
@@ -108,30 +109,22 @@ class MedusaHeads(Head):
         return self.guess(0, batch.hidden[self.taps[0]][mask])
 
     def loss(  # type: ignore[override]
-        self, batch: TrainingBatch, decay: float = 0.8, objective: str = "cross_entropy"
+        self,
+        batch: TrainingBatch,
+        decay: float = 0.8,
+        objective: str = "cross_entropy",
+        weighting: str = "decay",
     ) -> LossOutput:
-        """Sum over heads k = 1, 2, ... of decay^k times the cross-entropy to the text (Medusa-1).
+        """An objective of every head: cross-entropy to the text (Medusa-1), or to the target."""
+        found = chain_loss(self._levels(batch), objective, decay, weighting)
+        return replace(found, loss=found.loss * (decay if weighting == "decay" else 1))
 
-        With the objective "kl" it is the KL to the target instead (self-distillation).
-        """
-        if objective not in ("cross_entropy", "kl"):
-            raise ValueError(f"objective is {objective!r} but must be 'cross_entropy' or 'kl'")
+    def _levels(self, batch: TrainingBatch) -> Iterator[Level]:
         states = batch.hidden[self.taps[0]]
-        total = states.new_zeros((), dtype=torch.float32)
-        parts: dict[str, Tensor] = {}
         for k in range(self.options.num_heads):
-            mask = shifted(batch.loss_mask, k + 2)
-            logits = self.guess(k, states[mask]).float()  # [places, V]
-            if objective == "kl":
-                goal = shifted(batch.target_logits, k + 1)[mask].float().log_softmax(-1)
-                each = (goal.exp() * (goal - logits.log_softmax(-1))).sum(-1)
-            else:
-                goal = shifted(batch.tokens, k + 2)[mask]
-                each = cross_entropy(logits, goal, reduction="none")
-            part = each.sum() / max(len(each), 1)
-            total = total + decay ** (k + 1) * part
-            parts[f"{objective}_{k + 1}"] = part.detach()
-        return LossOutput(total, parts)
+            mask, tokens = (shifted(each, k + 2) for each in (batch.loss_mask, batch.tokens))
+            goal = shifted(batch.target_logits, k + 1)[mask]  # [places, V]
+            yield Level(self.guess(k, states[mask]), goal, tokens[mask], mask)
 
     def describe(self, given: Mapping[str, Any]) -> dict[str, str]:
         said = super().describe(given)

@@ -8,7 +8,7 @@ import torch
 from scripted import TAPS, VOCAB, lively_head, small_target
 from slow_heads import Continuation, MedusaGuesses, SlowEagle, SlowEagle3
 
-from specdec.drafters.training import TrainingBatch
+from specdec.drafters.training import OBJECTIVES, TrainingBatch, losses
 
 LENGTH, TOP = 9, 3
 DRAFT_TOKENS = [0, 1, 2, 4, 5, 7, 8, 11, 12, 16]
@@ -48,11 +48,27 @@ def counted(batch, offset):
     ]
 
 
+def written_out(objective, guess, goal, token):
+    """One objective at one place, of two distributions and the token that the target wrote."""
+    kl = (goal * np.log(goal / guess)).sum()
+    rate = np.minimum(goal, guess).sum()
+    share = math.exp(-3 * rate)
+    return {
+        "cross_entropy": -math.log(guess[token]),
+        "soft_cross_entropy": -(goal * np.log(guess)).sum(),
+        "forward_kl": kl,
+        "reverse_kl": (guess * np.log(guess / goal)).sum(),
+        "total_variation": 0.5 * np.abs(goal - guess).sum(),
+        "negative_log_acceptance": -math.log(rate),
+        "lk_hybrid": share * kl + (1 - share) * (1 - rate),
+    }[objective]
+
+
 def mean(values):
     return sum(values) / len(values) if values else 0.0
 
 
-@pytest.mark.parametrize("objective", ["cross_entropy", "kl"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("decay", [0.8, 0.5])
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "own_vocab_head": False}])
 def test_medusa_loss_is_decayed_sum(options, decay, objective):
@@ -63,10 +79,9 @@ def test_medusa_loss_is_decayed_sum(options, decay, objective):
         values = []
         for row, i in counted(batch, k + 2):
             said = MedusaGuesses(head, target.model, batch.hidden[TOP][row, i]).logits((0,) * k)
-            guess = np.log(softmax([*said.values()]))
             goal = softmax(batch.target_logits[row, i + k + 1].numpy())
-            text = -guess[batch.tokens[row, i + k + 2]]
-            values.append((goal * (np.log(goal) - guess)).sum() if objective == "kl" else text)
+            token = int(batch.tokens[row, i + k + 2])
+            values.append(written_out(objective, softmax([*said.values()]), goal, token))
         part = mean(values)
         assert float(output.parts[f"{objective}_{k + 1}"]) == pytest.approx(part, rel=1e-4)
         assert part > 0
@@ -101,7 +116,7 @@ def test_eagle_loss_is_smooth_l1_and_cross_entropy(options):
     distance, cross = eagle_parts(outputs, features, batch, projection)
     output = head.loss(batch, noise=0.0)
     assert float(output.parts["feature"]) == pytest.approx(distance, rel=1e-4)
-    assert float(output.parts["cross_entropy_1"]) == pytest.approx(cross, rel=1e-4)
+    assert float(output.parts["soft_cross_entropy_1"]) == pytest.approx(cross, rel=1e-4)
     assert output.loss.item() == pytest.approx(distance + 0.1 * cross, rel=1e-4)
     louder = head.loss(batch, noise=0.0, cross_entropy_weight=0.7)
     assert louder.loss.item() == pytest.approx(distance + 0.7 * cross, rel=1e-4)
@@ -139,33 +154,49 @@ def test_eagle_noise_is_uniform_on_input_only():
 
 @pytest.mark.parametrize("num_steps", [1, 3, 4])
 @pytest.mark.parametrize("draft_tokens", [None, DRAFT_TOKENS], ids=["whole", "reduced"])
-def test_eagle3_loss_is_that_of_drafted_chains(draft_tokens, num_steps):
+@pytest.mark.parametrize("weighting", ["decay", "d_pace"])
+@pytest.mark.parametrize("objective", ["soft_cross_entropy", "cross_entropy", "lk_hybrid"])
+def test_eagle3_loss_is_that_of_drafted_chains(draft_tokens, num_steps, objective, weighting):
     target = small_target()
-    head, batch = lively_head("eagle3", target, draft_tokens=draft_tokens), some_batch(4)
+    head, batch = lively_head("eagle3", target, draft_tokens=draft_tokens), some_batch(10)
     slow = SlowEagle3(head, target.model, TAPS)
     ids = draft_tokens or list(range(VOCAB))
-    parts = [[] for _ in range(num_steps)]
+    parts, weights = ([[] for _ in range(num_steps)] for _ in range(2))
     num_left_out = 0
     for row in range(len(MASKS)):
         text = batch.tokens[row].tolist()
         features = slow.fuse({tap: batch.hidden[tap][row] for tap in TAPS})
         for i in range(LENGTH - 2):
             chain = Continuation(slow, text[: i + 2], features[: i + 1])
+            chances = []  # that the chain gets through each step, 0 from where it cannot
             for step in range(num_steps):
                 if (row, i) not in counted(batch, 2 + step):
+                    chances.append(0.0)
                     continue
-                goal = batch.target_logits[row, i + 1 + step].numpy()
-                if goal.argmax() not in ids:
+                goal, token = batch.target_logits[row, i + 1 + step].numpy(), text[i + 2 + step]
+                if (token if objective == "cross_entropy" else goal.argmax()) not in ids:
                     num_left_out += 1
+                    chances.append(0.0)
                     continue
                 logits = chain.logits(tuple(text[i + 2 : i + 2 + step]))
-                guess = softmax([logits[token] for token in ids])
-                parts[step].append(-(softmax(goal[ids]) * np.log(guess)).sum())
-    output = head.loss(batch, num_steps=num_steps, decay=0.7)
+                guess, wanted = softmax([logits[each] for each in ids]), softmax(goal[ids])
+                place = ids.index(token) if token in ids else 0
+                parts[step].append(written_out(objective, guess, wanted, place))
+                chances.append(0.1 + 0.9 * np.minimum(guess, wanted).sum())
+            reached = np.cumprod(chances)
+            for step in range(num_steps):
+                if chances[step]:
+                    weights[step].append(reached[step:].sum())
+    output = head.loss(
+        batch, num_steps=num_steps, decay=0.7, objective=objective, weighting=weighting
+    )
     for step, part in enumerate(parts):
-        named = float(output.parts[f"cross_entropy_{step + 1}"])
+        named = float(output.parts[f"{objective}_{step + 1}"])
         assert named == pytest.approx(mean(part), rel=1e-4)
-    total = sum(0.7**step * mean(part) for step, part in enumerate(parts))
+    if weighting == "decay":
+        weights = [[0.7**step] * len(part) for step, part in enumerate(parts)]
+    pairs = [zip(*each, strict=True) for each in zip(weights, parts, strict=True)]
+    total = sum(mean([weight * value for weight, value in each]) for each in pairs)
     assert output.loss.item() == pytest.approx(total, rel=1e-4)
     assert (num_left_out > 0) == (draft_tokens is not None)
 
@@ -208,3 +239,38 @@ def test_loss_trains_head_and_not_target(kind):
     assert untrained == []
     ours = {id(weight) for weight in head.parameters()}
     assert not ours & {id(weight) for weight in target.model.parameters()}
+
+
+@pytest.mark.parametrize("kind", ["medusa", "eagle", "eagle3"])
+def test_unknown_objective_or_weighting_is_refused(kind):
+    head, batch = lively_head(kind, small_target()), some_batch()
+    with pytest.raises(ValueError, match=r"objective is 'kl' .* did you mean 'forward_kl'"):
+        head.loss(batch, objective="kl")
+    if kind != "eagle":  # it learns one level
+        with pytest.raises(
+            ValueError, match="weighting is 'even' but must be one of"
+        ):
+            head.loss(batch, weighting="even")
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objective_falls_along_its_gradient_towards_the_target(name):
+    torch.manual_seed(0)
+    goal, tokens = torch.randn(64, VOCAB), torch.randint(VOCAB, (64,))
+    mine = torch.randn(64, VOCAB, requires_grad=True)
+    before = losses(name, mine, goal, tokens)
+    assert before.shape == (64,)
+    before.sum().backward()
+    after = losses(name, mine.detach() - 0.02 * mine.grad, goal, tokens)
+    assert after.sum() < before.sum()
+    if name not in ("cross_entropy", "soft_cross_entropy"):
+        assert losses(name, goal, goal, tokens).abs().max() < 1e-5
+
+
+def test_small_acceptance_has_a_finite_loss():
+    apart = torch.full((1, VOCAB), -200.0).index_fill(1, torch.tensor([0]), 200.0)
+    logits = apart.flip(1).requires_grad_()
+    found = losses("negative_log_acceptance", logits, apart, torch.tensor([0]))
+    assert found.isfinite().all()
+    found.sum().backward()
+    assert logits.grad.isfinite().all()
