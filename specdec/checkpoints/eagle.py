@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import AliasChoices, AliasPath, Field, model_validator
@@ -19,7 +19,7 @@ FACTS = (
     *("head_dim", "hidden_act", "rms_norm_eps", "max_position_embeddings", "vocab_size"),
     "rope_parameters",
 )
-FLAGS = ("norm_before_residual", "norm_before_fc", "norm_output")
+FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 IDS = "eagle_aux_hidden_state_layer_ids"
 # Old transformers saved a buffer of the rotary embedding; it follows from the config.
 _BUFFERS = tuple(f"{layer}.self_attn.rotary_emb.inv_freq" for layer in ("layers.0", "midlayer"))
@@ -91,7 +91,7 @@ def _llama_config(backbone: dict[str, Any]) -> dict[str, Any]:
     scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
     return {
         **{name: backbone[name] for name in FACTS},
-        "model_type": "llama",
+        "model_type": "qwen3" if backbone.get("qk_norm") else "llama",
         "num_hidden_layers": 1,
         "tie_word_embeddings": False,
         "rope_theta": rope["rope_theta"],
@@ -103,6 +103,8 @@ def _llama_config(backbone: dict[str, Any]) -> dict[str, Any]:
 class _LlamaLayout(Layout):
     """A layout that states every fact of the head's layer, and no others."""
 
+    more: ClassVar[tuple[str, ...]] = ()  # fields of a backbone that it may state besides
+
     @classmethod
     def write(cls, checkpoint: HeadCheckpoint) -> tuple[dict[str, Any], dict[str, Tensor]]:
         given = head_class(checkpoint.kind).given(checkpoint.options).backbone
@@ -113,7 +115,8 @@ class _LlamaLayout(Layout):
                 f"{', '.join(missing)} to the target; make it whole (specdec export --to specdec "
                 "--target)"
             )
-        if extra := [name for name in sorted(backbone) if backbone[name] and name not in FACTS]:
+        known = (*FACTS, *cls.more)
+        if extra := [name for name in sorted(backbone) if backbone[name] and name not in known]:
             raise cls.cannot_hold(f"the option backbone.{extra[0]}")
         return super().write(checkpoint)
 
@@ -176,7 +179,7 @@ def _flag(name: str) -> Any:
 
 
 class _Eagle3Layout(_LlamaLayout):
-    """Keys that all layouts of EAGLE-3 share; EAGLE-3.1's norms of each tap are not supported."""
+    """Keys that all layouts of EAGLE-3 and EAGLE-3.1 share."""
 
     kind, carried = "eagle3", _BUFFERS
     target_hidden_size: Count | None = None
@@ -187,7 +190,7 @@ class _Eagle3Layout(_LlamaLayout):
     eagle_config: dict[str, Any] | None = None
     taps: Layers | None = Field(None, validation_alias=IDS)
     sglang_taps: Layers | None = Field(None, validation_alias=AliasPath("eagle_config", IDS))
-    fc_norm: Literal[False] = False
+    fc_norm: bool | None = _flag("fc_norm")
     use_aux_norm: Literal[False] = False
     use_aux_hidden_state: Literal[True] = Field(
         True, validation_alias=AliasPath("eagle_config", "use_aux_hidden_state")
@@ -208,8 +211,10 @@ class _Eagle3Layout(_LlamaLayout):
                     f"must be {[tap - 1 for tap in taps or ()]} there, or be deleted"
                 )
             taps = shifted
+        normed = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
+        has_norms = any(name.endswith(normed) for name in files.tensors)
         options: dict[str, Any] = {
-            "backbone": layer.backbone(),
+            "backbone": layer.backbone() | ({"qk_norm": True} if has_norms else {}),
             "target_hidden_size": self.target_hidden_size or layer.hidden_size,
             "draft_vocab_size": self.draft_vocab_size or layer.vocab_size,
             **{flag: getattr(self, flag) is True for flag in FLAGS},
@@ -315,6 +320,7 @@ class Speculators(_Eagle3Layout):
     """EAGLE-3 as vllm-project/speculators writes it, `Eagle3SpeculatorConfig`."""
 
     name, engines, dtype_key = "speculators", ("vllm", "llama.cpp"), "dtype"
+    more = ("qk_norm",)
     speculators_model_type: Literal["eagle3"]
     speculators_config: dict[str, Any] | None = None
     verifier: str | None = Field(
@@ -375,7 +381,6 @@ class Speculators(_Eagle3Layout):
             "transformer_layer_config": layer,
             **super().config(checkpoint, options),
             **{flag: getattr(options, flag) for flag in FLAGS},
-            "fc_norm": False,
             "embed_requires_grad": options.own_embedding,
             "tie_word_embeddings": False,
         }

@@ -109,8 +109,9 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int64, torch.int32)
 # Why a tensor that is left over is there.
 _REASONS = {
-    **dict.fromkeys(("fc_norm", "aux_norm"), "EAGLE-3.1's norm of each tap is not supported"),
-    **dict.fromkeys(("q_norm", "k_norm"), "layers of Qwen3 are not supported"),
+    "fc_norm": "it is of EAGLE-3.1, whose config says fc_norm=true",
+    "aux_norm": "norms of auxiliary states (use_aux_norm) are not supported",
+    **dict.fromkeys(("q_norm", "k_norm"), "Qwen3's norms are supported in EAGLE-3 heads only"),
     "mask_hidden": "P-EAGLE is not supported",
     "_scale": "quantized heads are not supported",
     "layers.1.": "heads of several layers are not supported",

@@ -1,13 +1,13 @@
 """EAGLE-3: a one-layer head on fused taps, with its own recurrent state and vocabulary.
 
-Source: EAGLE-3, arXiv 2503.01840.
+Source: EAGLE-3, arXiv 2503.01840; EAGLE-3.1 norms each tap and feeds the normed state back.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from specdec.common.config import Config
@@ -25,9 +25,18 @@ class Eagle3Options(Config):
     target_hidden_size: Size | None = None  # another than the layer's where the embedding is own
     draft_vocab_size: Size | None = None  # None for the target's whole vocabulary
     norm_before_residual: bool = Field(False, description="the normed feature is the residual")
-    norm_before_fc: bool = Field(False, description="the taps are normed before they are fused")
+    norm_before_fc: bool = Field(
+        False, description="the joined taps are normed before they are fused"
+    )
+    fc_norm: bool = Field(False, description="each tap is normed before they are fused")
     norm_output: bool = Field(False, description="the normed state is fed back")
     own_embedding: bool = Field(False, description="its own embedding")
+
+    @model_validator(mode="after")
+    def _one_norm(self) -> Self:
+        if self.fc_norm and self.norm_before_fc:
+            raise ValueError("fc_norm and norm_before_fc are both true; the taps are normed once")
+        return self
 
 
 class Eagle3Head(FeatureHead):
@@ -38,8 +47,9 @@ class Eagle3Head(FeatureHead):
 
     Options = Eagle3Options
     unread: ClassVar[Mapping[str, str]] = {
-        **{"sglang": "norm_before_residual", "llama.cpp": "norm_output"},
-        "tensorrt-llm": "norm_before_residual norm_before_fc",
+        "sglang": "norm_before_residual fc_norm backbone.qk_norm",
+        "llama.cpp": "norm_output fc_norm backbone.qk_norm",
+        "tensorrt-llm": "norm_before_residual norm_before_fc fc_norm backbone.qk_norm",
     }
     d2t: Tensor
     t2d: Tensor
@@ -61,6 +71,8 @@ class Eagle3Head(FeatureHead):
         self.lm_head = nn.Linear(size, num_drafted, bias=False)
         if given.norm_before_fc:
             self.input_norm = norm(config, len(taps) * width)
+        if given.fc_norm:
+            self.fc_norm = nn.ModuleList([norm(config, width) for _ in taps])
         if given.own_embedding:
             self.embed_tokens = nn.Embedding(vocab, size)
         if num_drafted < vocab:
@@ -118,7 +130,10 @@ class Eagle3Head(FeatureHead):
         return _target_ids(self.d2t)
 
     def fuse(self, hidden: dict[int, Tensor]) -> Tensor:
-        joined = torch.cat([hidden[tap] for tap in self.taps], -1)
+        taps = [hidden[tap] for tap in self.taps]
+        if self.options.fc_norm:
+            taps = [each(tap) for each, tap in zip(self.fc_norm, taps, strict=True)]
+        joined = torch.cat(taps, -1)
         return self.fc(self.input_norm(joined) if self.options.norm_before_fc else joined)
 
     def forward(

@@ -24,6 +24,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from specdec.common.arguments import require_counts
 from specdec.common.compile import as_target, compile_mode
@@ -71,6 +72,7 @@ class Backbone(Config):
     attention_bias: bool | None = None
     mlp_bias: bool | None = None
     attention_dropout: float | None = None
+    qk_norm: bool | None = None  # queries and keys of each head are normed, as Qwen3's
 
     @field_validator("hidden_act")
     @classmethod
@@ -91,29 +93,35 @@ class Backbone(Config):
             rope = dict(rope.get("full_attention", rope))
             rope.pop("partial_rotary_factor", None)
         fields |= {"rope_parameters": rope or None, "hidden_act": "silu"}
-        fields |= self.model_dump(exclude_none=True)
+        fields |= self.model_dump(exclude_none=True, exclude={"qk_norm"})
         known = {name: value for name, value in fields.items() if value is not None}
         try:
-            return LlamaConfig(**known, num_hidden_layers=1)
+            config = LlamaConfig(**known, num_hidden_layers=1)
         except StrictDataclassError as error:
             reason = error.__cause__ or error
             raise ValueError(f"the head cannot use its options, backbone: {reason}") from error
+        config.qk_norm = bool(self.qk_norm)
+        return config
 
     @classmethod
     def of(cls, config: LlamaConfig) -> "Backbone":
-        """All fields of a config; biases and dropout only where it has them."""
+        """All fields of a config; biases, dropout and norms only where it has them."""
         fields = {name: getattr(config, name) for name in cls.model_fields}
-        optional = ("attention_bias", "mlp_bias", "attention_dropout")
+        optional = ("attention_bias", "mlp_bias", "attention_dropout", "qk_norm")
         return cls(**{name: v for name, v in fields.items() if v or name not in optional})
 
 
 class DraftLayer(nn.Module):
-    """A Llama layer whose attention may read a wider input than it writes, normed by its caller."""
+    """A Llama or Qwen3 layer whose attention may read a wider input than it writes.
+
+    Its caller norms the input.
+    """
 
     def __init__(self, config: LlamaConfig, input_size: int, qkv_bias: bool = False) -> None:
         super().__init__()
         config._attn_implementation = ATTENTION
-        self.self_attn = LlamaAttention(config, layer_idx=0)
+        attention: Any = Qwen3Attention if config.qk_norm else LlamaAttention
+        self.self_attn = attention(config, layer_idx=0)
         for name in ("q_proj", "k_proj", "v_proj"):
             size = getattr(self.self_attn, name).out_features
             setattr(self.self_attn, name, nn.Linear(input_size, size, bias=qkv_bias))

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -214,7 +215,7 @@ def _write_head(made: Exported, head: HeadCheckpoint, folder: Path) -> None:
 
     whole = head_of(head)
     for name in whole.unread.get(made.engine, "").split():
-        if getattr(whole.options, name):
+        if attrgetter(name)(whole.options):
             fix = f"train it without, drafter.options.{name}=false, or take another engine"
             raise ValueError(f"{made.engine} would drop, without a word, the head's {name}; {fix}")
     config = AutoConfig.from_pretrained(made.target)

@@ -85,6 +85,11 @@ class SlowLayer:
             self.linear(f"self_attn.{name}_proj", states).view(size, -1, self.head_dim)
             for name in "qkv"
         )
+        if f"{self._prefix}.self_attn.q_norm.weight" in self._tensors:
+            queries, keys = (
+                self.norm("self_attn.q_norm", queries),
+                self.norm("self_attn.k_norm", keys),
+            )
         queries, keys = self._rotated(queries, positions), self._rotated(keys, positions)
         mask = torch.tensor([[sees(i, j) for j in range(size)] for i in range(size)])
         outputs = []
@@ -154,7 +159,10 @@ class SlowEagle3:
         return rms_norm(states, self._tensors[f"{name}.weight"], self._layer.eps)
 
     def fuse(self, hidden):
-        joined = torch.cat([hidden[tap].double() for tap in self._taps], -1)
+        taps = [hidden[tap].double() for tap in self._taps]
+        if self._norms.get("fc_norm"):
+            taps = [self._norm(f"fc_norm.{place}", tap) for place, tap in enumerate(taps)]
+        joined = torch.cat(taps, -1)
         if self._norms.get("norm_before_fc"):
             joined = self._norm("input_norm", joined)
         return joined @ self._tensors["fc.weight"].T

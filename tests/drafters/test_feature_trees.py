@@ -36,6 +36,7 @@ KINDS = ["eagle", "eagle3"]
 DRAFT_TOKENS = [0, 1, 2, 4, 5, 7, 8, 11, 12, 16]
 NARROW = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "head_dim": 8}
 NORMS = {"norm_before_residual": True, "norm_before_fc": True}
+POST_NORM = {"fc_norm": True, "norm_output": True}
 # Name, kind, options of the head, and those that the plain head must know.
 HEADS = [
     ("medusa", "medusa", {}, {}),
@@ -46,6 +47,8 @@ HEADS = [
     ("eagle3, draft vocabulary", "eagle3", {"draft_tokens": DRAFT_TOKENS}, {}),
     ("eagle3, norms", "eagle3", NORMS, NORMS),
     ("eagle3, normed output", "eagle3", {"norm_output": True}, {"norm_output": True}),
+    ("eagle3.1", "eagle3", POST_NORM, POST_NORM),
+    ("eagle3.1, normed queries", "eagle3", {**POST_NORM, "backbone": {"qk_norm": True}}, POST_NORM),
     (
         "eagle3, own narrow embedding",
         "eagle3",

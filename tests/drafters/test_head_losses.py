@@ -247,9 +247,7 @@ def test_unknown_objective_or_weighting_is_refused(kind):
     with pytest.raises(ValueError, match=r"objective is 'kl' .* did you mean 'forward_kl'"):
         head.loss(batch, objective="kl")
     if kind != "eagle":  # it learns one level
-        with pytest.raises(
-            ValueError, match="weighting is 'even' but must be one of"
-        ):
+        with pytest.raises(ValueError, match="weighting is 'even' but must be one of"):
             head.loss(batch, weighting="even")
 
 

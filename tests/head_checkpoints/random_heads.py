@@ -22,6 +22,8 @@ HEADS = {
     "eagle3-whole": ("eagle3", {"own_embedding": True, "norm_output": True}),
     "eagle3-normed": ("eagle3", {**NORMED, "draft_vocab_size": 40}),
     "eagle3-narrow": ("eagle3", {"backbone": NARROW, "own_embedding": True}),
+    "eagle3.1": ("eagle3", {"fc_norm": True, "norm_output": True, "draft_vocab_size": 40}),
+    "eagle3.1-qwen3": ("eagle3", {"fc_norm": True, "backbone": {"qk_norm": True}}),
 }
 LAYOUTS_OF = {
     "medusa": ("specdec", "medusa", "vllm-medusa"),
@@ -32,6 +34,8 @@ LAYOUTS_OF = {
     "eagle3-whole": ("specdec", "eagle3", "speculators"),
     "eagle3-normed": ("specdec", "speculators"),
     "eagle3-narrow": ("specdec", "eagle3", "speculators"),
+    "eagle3.1": ("specdec", "eagle3", "speculators"),
+    "eagle3.1-qwen3": ("specdec", "speculators"),
 }
 PAIRS = [(name, layout) for name, layouts in LAYOUTS_OF.items() for layout in layouts]
 

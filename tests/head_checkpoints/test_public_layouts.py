@@ -166,6 +166,8 @@ def is_reduced(head):
 
 COPIES = {"lm_head.weight": (V, H), "layers.0.self_attn.rotary_emb.inv_freq": (HEAD_DIM // 2,)}
 EMBEDDING, INPUT_NORM = {"embed_tokens.weight": (V, H)}, {"input_norm.weight": (3 * H,)}
+TAP_NORMS = {f"fc_norm.{place}.weight": (H,) for place in range(3)}
+QK_NORMS = {f"layers.0.self_attn.{name}_norm.weight": (HEAD_DIM,) for name in "qk"}
 NAMES = {"midlayer.mlp.up_proj.weight": "layers.0.mlp.up_proj.weight"}
 NO_FLAGS = {"norm_before_residual": False, "norm_output": False, "own_embedding": False}
 NORMS = {"norm_before_fc": True, "norm_output": True, "norm_before_residual": False}
@@ -201,6 +203,11 @@ CASES = {
     "eagle3, flags of SGLang": eagle3(
         more=INPUT_NORM, eagle_config=SGLANG_FLAGS, found={"norm_before_fc": True}
     ),
+    "eagle3.1": eagle3(
+        more=TAP_NORMS,
+        **{"fc_norm": True, "norm_output": True},
+        found={"fc_norm": True, "norm_output": True, "norm_before_fc": False},
+    ),
     "rope of 4, plain": rope({"rope_theta": THETA}),
     "rope of 4, null": rope({"rope_theta": THETA, "rope_scaling": None}),
     "rope of 4, old name": rope(
@@ -225,6 +232,12 @@ CASES = {
     ),
     "speculators, norms": Case(
         SPECULATORS | NORMS, eagle3_tensors("layers.0", **INPUT_NORM), **NORMS
+    ),
+    "speculators, 3.1 with a layer of Qwen3": Case(
+        SPECULATORS | {"fc_norm": True},
+        eagle3_tensors("layers.0", **TAP_NORMS, **QK_NORMS),
+        head=lambda head: hasattr(head.midlayer.self_attn, "q_norm"),
+        fc_norm=True,
     ),
     "speculators, window": Case(
         {**SPECULATORS, NESTED: WINDOW},
@@ -298,7 +311,6 @@ REFUSED = [
     (LLAMA, {}, r"lacks the tensor fc\.bias", eagle_tensors(has_bias=False)),
     (LLAMA, {}, r"not ask for: layers\.0\.norm", eagle_tensors(**{"layers.0.norm": (H,)})),
     (EAGLE3, {"draft_vocab_size": V}, "not ask for: d2t, t2d", whole_eagle3_tensors(offset=1)),
-    (EAGLE3, {"fc_norm": True}, "fc_norm is True"),
     (EAGLE3, {"use_aux_norm": True}, "use_aux_norm is True"),
     (EAGLE3, {"attention_bias": True}, "attention_bias is True"),
     (EAGLE3, {"logit_scale": 0.5}, "logit_scale is 0.5"),
@@ -318,7 +330,6 @@ REFUSED = [
     (SPECULATORS, {"norm_before_residual": ...}, "for true and speculators for false"),
     (SPECULATORS, {NESTED: ...}, f"{NESTED} is missing"),
     (SPECULATORS, {NESTED: {**LLAMA, "mlp_bias": True}}, f"{NESTED}.mlp_bias is True"),
-    (SPECULATORS, {"fc_norm": True}, "fc_norm is True"),
     (MEDUSA_3, {}, r"medusa_num_heads 3 but .* holds 5", medusa_tensors(5), MEDUSA[1]),
     (VLLM, {}, r"blocks\.0\.layers\.0\.bias.*medusa_fc_bias to true", vllm_tensors()),
     (VLLM, {"truncated_vocab_size": 9}, "truncated_vocab_size 9", vllm_tensors()),

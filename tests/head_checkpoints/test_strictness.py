@@ -90,8 +90,7 @@ def test_tensors_that_may_be_missing(tmp_path, layout):
 @pytest.mark.parametrize(
     ("extra", "reason"),
     [
-        ("fc_norm.0.weight", "EAGLE-3.1"),
-        ("layers.0.self_attn.q_norm.weight", "Qwen3"),
+        ("fc_norm.0.weight", "fc_norm=true"),
         ("mask_hidden", "P-EAGLE"),
         ("layers.1.mlp.up_proj.weight", "several layers"),
         ("midlayer.mlp.up_proj.weight_scale", "quantized"),

@@ -146,7 +146,7 @@ def test_objectives_are_least_for_the_target_itself():
     for name in OBJECTIVES:
         mine = objective(name, goal, goal, tokens)
         assert mine < objective(name, other, goal, tokens)
-        if name != "cross_entropy":
+        if "cross_entropy" not in name:
             assert mine == pytest.approx(0, abs=1e-6)
 
 
@@ -167,7 +167,7 @@ def test_total_variation_is_one_minus_the_acceptance_rate():
         ({"rank": 0}, {}, "rank is 0 but must be at least 1"),
         ({"method": "lora", "targets": ["nothing"]}, {}, r"targets \['nothing'\]"),
         ({}, {"decay": 1}, r"loss key decay does not exist; known: objective, temperature"),
-        ({}, {"objective": "mse"}, "objective is 'mse' but must be one of 'cross_entropy'"),
+        ({}, {"objective": "mse"}, "objective is 'mse' but must be one of cross_entropy"),
         ({}, {"temperature": 0}, "temperature is 0 but must be above 0"),
     ],
 )
