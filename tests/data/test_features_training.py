@@ -37,7 +37,7 @@ def test_a_whole_float32_store_gives_the_losses_of_the_target_itself(tmp_path, k
     target = tiny_target()
     stored, online, rows = sources(tmp_path, target, dtype="float32", top_k=97)
     head = tiny_head(kind, target).train()
-    options = {"objective": "kl"} if kind == "medusa" else {}
+    options = {"objective": "forward_kl"} if kind == "medusa" else {}
     for batch in (rows[:5], rows[5:], [row.cut(20) for row in rows]):
         loss, gradient = losses(kind, head, stored.batch(batch), **options)
         wanted, direction = losses(kind, head, online.batch(batch), **options)
