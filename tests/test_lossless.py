@@ -41,6 +41,7 @@ VARIANTS: dict[str, list[dict]] = {
             "calibrate": False,
         },
     ],
+    "mtp": [WIDE, {**WIDE, "children": "with_replacement"}],
     "medusa": [
         {"max_nodes": 60},
         {"choices": SAMPLED},

@@ -100,6 +100,12 @@ def _llama_config(backbone: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _qk_norm(files: RawFiles) -> dict[str, bool]:
+    """Tell Qwen3's norms of queries and keys by their tensors."""
+    normed = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
+    return {"qk_norm": True} if any(name.endswith(normed) for name in files.tensors) else {}
+
+
 class _LlamaLayout(Layout):
     """A layout that states every fact of the head's layer, and no others."""
 
@@ -211,10 +217,8 @@ class _Eagle3Layout(_LlamaLayout):
                     f"must be {[tap - 1 for tap in taps or ()]} there, or be deleted"
                 )
             taps = shifted
-        normed = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
-        has_norms = any(name.endswith(normed) for name in files.tensors)
         options: dict[str, Any] = {
-            "backbone": layer.backbone() | ({"qk_norm": True} if has_norms else {}),
+            "backbone": layer.backbone() | _qk_norm(files),
             "target_hidden_size": self.target_hidden_size or layer.hidden_size,
             "draft_vocab_size": self.draft_vocab_size or layer.vocab_size,
             **{flag: getattr(self, flag) is True for flag in FLAGS},
@@ -354,33 +358,74 @@ class Speculators(_Eagle3Layout):
 
     @classmethod
     def config(cls, checkpoint: HeadCheckpoint, options: Any) -> dict[str, Any]:
-        target = checkpoint.target
-        if target is None or target.name is None:
-            raise ValueError(
-                f"the layout {cls.name!r} names its target, which this checkpoint does not know; "
-                "give the target too (specdec export --target)"
-            )
         layer = _llama_config(checkpoint.options["backbone"])
         if window := checkpoint.training.get("sliding_window"):
             layer |= {"sliding_window": window, "layer_types": ["sliding_attention"]}
-        architectures = (target.facts or {}).get("architectures") or []
-        # vLLM wants a number of tokens; users set their own when they serve.
-        method = {"proposal_type": "greedy", "speculative_tokens": 5}
-        method |= {"verifier_accept_k": 1, "accept_tolerance": 0.0}
         return {
             "architectures": ["Eagle3Speculator"],
             "auto_map": {"": "config.Eagle3SpeculatorConfig"},
-            "speculators_model_type": "eagle3",
-            "speculators_version": "0.9.0",  # the library wants the key and compares nothing
-            "speculators_config": {
-                "algorithm": "eagle3",
-                "proposal_methods": [method],
-                "default_proposal_method": "greedy",
-                "verifier": {"name_or_path": target.name, "architectures": architectures},
-            },
+            **_speculators_config(cls.name, checkpoint.target, "eagle3"),
             "transformer_layer_config": layer,
             **super().config(checkpoint, options),
             **{flag: getattr(options, flag) for flag in FLAGS},
             "embed_requires_grad": options.own_embedding,
+            "tie_word_embeddings": False,
+        }
+
+
+def _speculators_config(
+    layout: str, target: TargetIdentity | None, algorithm: str
+) -> dict[str, Any]:
+    """Make the keys that all heads of speculators have."""
+    if target is None or target.name is None:
+        raise ValueError(
+            f"the layout {layout!r} names its target, which this checkpoint does not know; "
+            "give the target too (specdec export --target)"
+        )
+    architectures = (target.facts or {}).get("architectures") or []
+    # vLLM wants a number of tokens; users set their own when they serve.
+    method = {"proposal_type": "greedy", "speculative_tokens": 5}
+    method |= {"verifier_accept_k": 1, "accept_tolerance": 0.0}
+    return {
+        "speculators_model_type": algorithm,
+        "speculators_version": "0.9.0",  # the library wants the key and compares nothing
+        "speculators_config": {
+            "algorithm": algorithm,
+            "proposal_methods": [method],
+            "default_proposal_method": "greedy",
+            "verifier": {"name_or_path": target.name, "architectures": architectures},
+        },
+    }
+
+
+class SpeculatorsMtp(_LlamaLayout):
+    """One MTP layer as vllm-project/speculators writes it, `MTPSpeculatorConfig`."""
+
+    name, kind, dtype_key, more = "speculators-mtp", "mtp", "dtype", ("qk_norm",)
+    speculators_model_type: Literal["mtp"]
+    num_nextn_predict_layers: Literal[1] = 1
+    verifier: str | None = Field(
+        None, validation_alias=AliasPath("speculators_config", "verifier", "name_or_path")
+    )
+    transformer_layer_config: LlamaLayer
+
+    @staticmethod
+    def matches(files: RawFiles) -> bool:
+        return files.config.get("speculators_model_type") == "mtp"
+
+    def parse(self, files: RawFiles) -> HeadCheckpoint:
+        layer = self.transformer_layer_config
+        options = {"backbone": layer.backbone() | _qk_norm(files)}
+        target = TargetIdentity(self.verifier, layer.hidden_size, layer.vocab_size)
+        return HeadCheckpoint(self.kind, options, files.tensors, target=target)
+
+    @classmethod
+    def config(cls, checkpoint: HeadCheckpoint, options: Any) -> dict[str, Any]:
+        return {
+            "architectures": ["MTPDraftModel"],
+            "auto_map": {"": "config.MTPSpeculatorConfig"},
+            **_speculators_config(cls.name, checkpoint.target, "mtp"),
+            "num_nextn_predict_layers": 1,
+            "transformer_layer_config": _llama_config(checkpoint.options["backbone"]),
             "tie_word_embeddings": False,
         }

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from specdec.checkpoints.eagle import Eagle, Eagle3, SglangEagle, Speculators
+from specdec.checkpoints.eagle import Eagle, Eagle3, SglangEagle, Speculators, SpeculatorsMtp
 from specdec.checkpoints.folder import (
     CONFIG,
     SIDECAR,
@@ -35,7 +35,8 @@ from specdec.registry import head_class
 NATIVE, WEIGHTS = "specdec", "model.safetensors"
 # In the order in which they are looked for: an earlier one is told by more.
 FOREIGN: dict[str, Any] = {
-    layout.name: layout for layout in (Speculators, Medusa, VllmMedusa, Eagle3, SglangEagle, Eagle)
+    layout.name: layout
+    for layout in (SpeculatorsMtp, Speculators, Medusa, VllmMedusa, Eagle3, SglangEagle, Eagle)
 }
 LAYOUTS = (NATIVE, *FOREIGN)
 

@@ -3,7 +3,7 @@
 Source: EAGLE-3, arXiv 2503.01840; EAGLE-3.1 norms each tap and feeds the normed state back.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Self
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from specdec.common.config import Config
 from specdec.drafters.feature_head import Backbone, DraftLayer, FeatureDrafter, FeatureHead, norm
 from specdec.drafters.heads import Layer, Size
-from specdec.drafters.training import Level, LossOutput, TrainingBatch, chain_loss, shifted
+from specdec.drafters.training import LossOutput, TrainingBatch, chain_loss
 
 
 class Eagle3Options(Config):
@@ -161,27 +161,7 @@ class Eagle3Head(FeatureHead):
         weighting: str = "decay",
     ) -> LossOutput:
         """Training-time test: an objective of every drafted step, in the draft vocabulary."""
-        if num_steps < 1:
-            raise ValueError(f"loss.num_steps is {num_steps} but must be at least 1")
-        is_hard = objective == "cross_entropy"
-        return chain_loss(self._levels(batch, num_steps, is_hard), objective, decay, weighting)
-
-    def _levels(self, batch: TrainingBatch, num_steps: int, is_hard: bool) -> Iterator[Level]:
-        """The steps of the chains that begin at every place, given the text's own tokens."""
-        ids, features = self.token_map, self.fuse(batch.hidden)
-        best = batch.target_logits.argmax(-1)  # [B, L]
-        if ids is not None:
-            own = torch.zeros_like(self.t2d, dtype=torch.long)  # [V] ids in the draft vocabulary
-            own[ids] = torch.arange(len(ids), device=ids.device)
-        for step, outputs in enumerate(self.rollout(batch.tokens, features, num_steps)):
-            mask, tokens = (shifted(each, 2 + step) for each in (batch.loss_mask, batch.tokens))
-            if ids is not None:
-                # The head cannot say these tokens; what it learned there would be noise.
-                mask = mask & self.t2d[tokens if is_hard else shifted(best, 1 + step)]
-                tokens = own[tokens]
-            goal = shifted(batch.target_logits, 1 + step)[mask]  # [places, V]
-            goal = goal if ids is None else goal[:, ids]
-            yield Level(self.logits(outputs[mask]), goal, tokens[mask], mask)
+        return chain_loss(self.levels(batch, num_steps, objective), objective, decay, weighting)
 
     def describe(self, given: Mapping[str, Any]) -> dict[str, str]:
         said = super().describe(given)

@@ -32,7 +32,7 @@ from specdec.common.config import Config
 from specdec.drafters.base import DraftShape, ShapeOptions, Tokens, in_parts, set_apart
 from specdec.drafters.compiled_head import CompiledHead
 from specdec.drafters.heads import Head, HeadDrafter, Size, load_head
-from specdec.drafters.training import TrainingBatch, shifted
+from specdec.drafters.training import Level, TrainingBatch, shifted
 from specdec.drafters.tree_growth import DynamicGrowth, Growth, StaticGrowth, TreeShape
 from specdec.engine.interfaces import Prompts, TargetOutput
 from specdec.engine.kv_cache import SlotCache
@@ -197,6 +197,27 @@ class FeatureHead(Head):
             outputs = self(shifted(tokens, 1 + step), features, places + step, shown, cache)
             yield outputs
             features, mask = self.carry(outputs), torch.cat([mask, itself], 1)
+
+    def levels(self, batch: TrainingBatch, num_steps: int, objective: str) -> Iterator[Level]:
+        """The steps of the chains that begin at every place, given the text's own tokens.
+
+        What an own vocabulary cannot say is left out: what the head learned there would be noise.
+        """
+        if num_steps < 1:
+            raise ValueError(f"loss.num_steps is {num_steps} but must be at least 1")
+        ids, features, vocab = self.token_map, self.fuse(batch.hidden), self.config.vocab_size
+        if ids is not None:
+            place = torch.full((vocab,), -1, device=ids.device)  # of an id in the own vocabulary
+            place[ids] = torch.arange(len(ids), device=ids.device)
+            best = batch.target_logits.argmax(-1)  # [B, L]
+        for step, outputs in enumerate(self.rollout(batch.tokens, features, num_steps)):
+            mask, tokens = (shifted(each, 2 + step) for each in (batch.loss_mask, batch.tokens))
+            if ids is not None:
+                said = tokens if objective == "cross_entropy" else shifted(best, 1 + step)
+                mask, tokens = mask & (place[said] >= 0), place[tokens]
+            goal = shifted(batch.target_logits, 1 + step)[mask]  # [places, V]
+            goal = goal if ids is None else goal[:, ids]
+            yield Level(self.logits(outputs[mask]), goal, tokens[mask], mask)
 
     def candidates(self, batch: TrainingBatch, depth: int, width: int) -> Tensor:
         """Feed the head the text's tokens and its own outputs, and take its likeliest ids."""

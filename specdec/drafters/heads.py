@@ -137,6 +137,8 @@ def load_head(
     a head that was trained for another target of the same shape.
     """
     target = getattr(target, "ends", target)  # a target of another engine loads them when asked
+    if path == "demo" and not (demo_path("target").parent / drafter.kind).is_dir():
+        raise ValueError(f"no {drafter.kind!r} head is embedded; give its path, or train one")
     checkpoint = read_head(str(demo_path(drafter.kind)) if path == "demo" else path)
     if head_class(checkpoint.kind) is not drafter.head_class:
         raise ValueError(

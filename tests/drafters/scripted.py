@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from slow_heads import Continuation, MedusaGuesses, SlowEagle, SlowEagle3
+from slow_heads import Continuation, MedusaGuesses, SlowEagle, SlowEagle3, SlowMtp
 from slow_trees import drafted_nodes, expected_nodes, penalised
 from tiny_heads import tiny_head
 from tiny_models import tiny_target
@@ -15,12 +15,16 @@ from tiny_models import tiny_target
 from specdec.drafters.eagle import EagleDrafter
 from specdec.drafters.eagle3 import Eagle3Drafter
 from specdec.drafters.medusa import MedusaDrafter
+from specdec.drafters.mtp import MtpDrafter
 from specdec.sampling.sampler import Sampler, SamplingConfig
 from specdec.verify import Draft, Verdict
 
 # So few tokens that a random head is right now and then.
 VOCAB, TAPS = 17, [1, 2, 3]
-DRAFTERS = {"eagle": EagleDrafter, "eagle3": Eagle3Drafter, "medusa": MedusaDrafter}
+DRAFTERS = {
+    **{"eagle": EagleDrafter, "eagle3": Eagle3Drafter, "medusa": MedusaDrafter},
+    "mtp": MtpDrafter,
+}
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [8], [7, 7, 7], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8, 4, 5]]
 
 
@@ -67,8 +71,8 @@ def slow_guesses(kind, head, target, committed, window=None, rope=None, **flags)
     hidden = true_features(target, committed, [*TAPS, top])
     if kind == "medusa":
         return MedusaGuesses(head, target.model, hidden[top][-1])
-    if kind == "eagle":
-        slow = SlowEagle(head, target.model, rope)
+    if kind in ("eagle", "mtp"):
+        slow = {"eagle": SlowEagle, "mtp": SlowMtp}[kind](head, target.model, rope)
     else:
         slow = SlowEagle3(head, target.model, TAPS, rope, **flags)
     shown = min(window or len(committed), len(committed) - 1)

@@ -140,6 +140,40 @@ class SlowEagle:
         return output
 
 
+class SlowMtp:
+    """MTP: normed token and normed state are projected into a whole decoder layer, and normed."""
+
+    ids = None
+
+    def __init__(self, head, target_model, rope=None):
+        tensors = _doubled(head)
+        rope = rope or target_model.config.rope_parameters
+        self._layer = SlowLayer(tensors, "mtp_layers.0", head.config, rope)
+        self._embedding = target_model.get_input_embeddings().weight.detach().double()
+        self._projection = target_model.get_output_embeddings().weight.detach().double()
+        self._tap = target_model.config.num_hidden_layers
+
+    def fuse(self, hidden):
+        return hidden[self._tap].double()
+
+    def run(self, tokens, features, positions, sees):
+        """Outputs [n, H] of all pairs, behind the final norm."""
+        layer = self._layer
+        embedded = layer.norm("token_layernorm", self._embedding[tokens])
+        pairs = torch.cat([embedded, layer.norm("hidden_layernorm", features)], -1)
+        states = layer.linear("input_proj", pairs)
+        normed = layer.norm("input_layernorm", states)
+        states = states + layer.attention(normed, positions, sees)
+        states = states + layer.mlp(layer.norm("post_attention_layernorm", states))
+        return layer.norm("final_layernorm", states)
+
+    def logits(self, output):
+        return output @ self._projection.T
+
+    def carry(self, output):
+        return output
+
+
 class SlowEagle3:
     """EAGLE-3: three fused taps, token and feature side by side in attention, own vocabulary."""
 

@@ -31,7 +31,7 @@ from specdec.targets.hf import HFTarget
 CHOICES = [[0], [1], [4], [0, 0], [0, 2], [1, 0], [4, 1], [0, 0, 0], [0, 2, 1], [0, 2, 1, 0]]
 DYNAMIC, STATIC = TreeShape(depth=4, width=5, max_nodes=18), TreeShape(choices=CHOICES)
 SHAPES = {"dynamic": DYNAMIC, "static": STATIC, "chain": TreeShape(depth=3, width=1)}
-KINDS = ["eagle", "eagle3"]
+KINDS = ["eagle", "eagle3", "mtp"]
 # A vocabulary of its own whose ids are not the target's.
 DRAFT_TOKENS = [0, 1, 2, 4, 5, 7, 8, 11, 12, 16]
 NARROW = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "head_dim": 8}
@@ -44,6 +44,8 @@ HEADS = [
     ("eagle", "eagle", {}, {}),
     ("eagle, biased attention", "eagle", {"bias": False, "qkv_bias": True}, {}),
     ("eagle3", "eagle3", {}, {}),
+    ("mtp", "mtp", {}, {}),
+    ("mtp, a layer of Qwen3", "mtp", {"backbone": {"qk_norm": True}}, {}),
     ("eagle3, draft vocabulary", "eagle3", {"draft_tokens": DRAFT_TOKENS}, {}),
     ("eagle3, norms", "eagle3", NORMS, NORMS),
     ("eagle3, normed output", "eagle3", {"norm_output": True}, {"norm_output": True}),
@@ -134,7 +136,7 @@ def test_comparison_notices_shifted_features(monkeypatch):
 def test_exact_ties_keep_trees_connected(kind, shape, sharpness):
     target = small_target()
     head = lively_head(kind, target)
-    projection = target.model.lm_head if kind == "eagle" else head.lm_head
+    projection = head.lm_head if kind == "eagle3" else target.model.lm_head
     with torch.no_grad():
         projection.weight.mul_(sharpness)  # all tokens equally likely, or one of them certain
     size = len(CHOICES) if shape is STATIC else shape.max_nodes

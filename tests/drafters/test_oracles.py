@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from specdec import load_target
 from specdec.drafters.eagle3 import Eagle3Drafter
 from specdec.drafters.heads import load_head
+from specdec.drafters.mtp import MtpDrafter
 
 ORACLES = Path(os.environ.get("SPECDEC_ORACLES", "/nowhere"))
 pytestmark = pytest.mark.skipif(
@@ -50,3 +51,25 @@ def test_eagle31_head_is_that_of_speculators(name):
                     key = f"{case['name']}.start{index}.forced"
                     logits = head.logits(states)[0, index]
                     torch.testing.assert_close(logits, given[f"{key}_logits"][step], **near)
+
+
+def test_mtp_layer_is_that_of_speculators():
+    folder = ORACLES / "mtp" / "recursive"
+    known = json.loads((folder / "cases.json").read_text())
+    recorded = load_file(folder / "recorded.safetensors")
+    target = load_target(str(ORACLES / known["target"]))
+    head, _ = load_head(MtpDrafter, target, str(folder), force=True)
+    assert list(head.taps) == known["taps"]
+    for case in known["cases"]:
+        features = recorded[f"{case['name']}.hidden"].unsqueeze(0)
+        text = torch.tensor([case["tokens"]])
+        with torch.no_grad():
+            steps = [head.logits(each) for each in head.rollout(text, features, known["steps"])]
+        for start in case["starts"]:
+            index = start["index"]
+            assert case["tokens"][index + 2 : index + 4] == start["fed"]
+            expected = recorded[f"{case['name']}.start{index}.cached_logits"]
+            for step, logits in enumerate(steps):
+                torch.testing.assert_close(
+                    logits[0, index], expected[step], atol=known["tolerance"], rtol=0
+                )

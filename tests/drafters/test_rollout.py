@@ -3,7 +3,7 @@
 import pytest
 import torch
 from scripted import DRAFTERS, TAPS, VOCAB, lively_head, small_target
-from slow_heads import Continuation, SlowEagle, SlowEagle3
+from slow_heads import Continuation, SlowEagle, SlowEagle3, SlowMtp
 
 from specdec import SamplingConfig
 from specdec.drafters.tree_growth import TreeShape
@@ -13,7 +13,7 @@ from specdec.sampling.sampler import Sampler
 TEXTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5], [8, 8, 0, 16, 7, 0, 0, 3, 2]]
 LENGTH, NUM_STEPS = len(TEXTS[0]), 4
 NORMED = {"norm_output": True, "norm_before_residual": True}
-HEADS = [("eagle", {}), ("eagle3", {}), ("eagle3", NORMED)]
+HEADS = [("eagle", {}), ("eagle3", {}), ("eagle3", NORMED), ("mtp", {})]
 
 
 def places(step):
@@ -21,7 +21,9 @@ def places(step):
     return range(LENGTH - 1 - step)
 
 
-@pytest.mark.parametrize(("kind", "options"), HEADS, ids=["eagle", "eagle3", "eagle3, normed"])
+@pytest.mark.parametrize(
+    ("kind", "options"), HEADS, ids=["eagle", "eagle3", "eagle3, normed", "mtp"]
+)
 def test_rollout_equals_drafted_chain_behind_every_place(kind, options):
     target = small_target()
     head = lively_head(kind, target, **options)
@@ -30,7 +32,7 @@ def test_rollout_equals_drafted_chain_behind_every_place(kind, options):
         states = target.model(input_ids=tokens, output_hidden_states=True).hidden_states
         hidden = {tap: states[tap] for tap in head.taps}
         outputs = list(head.rollout(tokens, head.fuse(hidden), NUM_STEPS))
-    slow = SlowEagle(head, target.model)
+    slow = {"mtp": SlowMtp}.get(kind, SlowEagle)(head, target.model)
     if kind == "eagle3":
         slow = SlowEagle3(head, target.model, TAPS, **options)
     for row, text in enumerate(TEXTS):
