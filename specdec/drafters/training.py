@@ -94,7 +94,7 @@ def objective(
 
 
 class Level(NamedTuple):
-    """What a head drafts at one level, at the places that count."""
+    """The drafts of a head at one level, at the places that count."""
 
     logits: Tensor  # [places, V]
     target_logits: Tensor  # [places, V]

@@ -8,7 +8,7 @@ from specdec.common.config import Config
 
 
 class Placement(Config):
-    """Which files of a model are loaded, and where to."""
+    """Files of a model that are loaded, and the devices they go to."""
 
     device: str | None = Field(
         default=None, description="device: cpu, cuda or cuda:1; CUDA by default"
