@@ -2,12 +2,9 @@
 
 import os
 import pty
-import struct
 import subprocess
 import sys
-import termios
 from copy import deepcopy
-from fcntl import ioctl
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -228,29 +225,37 @@ def every_table(folder):
 
 @pytest.fixture(scope="module")
 def in_terminals(tmp_path_factory):
-    """What a process prints in terminals of all widths."""
-    folder, found = tmp_path_factory.mktemp("tables"), {}
-    script = (
-        "import sys; from pathlib import Path; from test_tables import every_table\n"
-        "from specdec.report.tables import print_tables\n"
-        "print_tables(*every_table(Path(sys.argv[1])))"
-    )
+    """Lines of a process whose terminal takes one width after the other."""
+    script = f"""
+import struct, sys, termios
+from fcntl import ioctl
+from pathlib import Path
+from specdec.report.tables import print_tables
+from test_tables import every_table
+
+shown = list(every_table(Path(sys.argv[1])))
+for width in {WIDTHS}:
+    ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
+    print_tables(*shown)
+    print("END")
+"""
     places = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
-    for width in WIDTHS:
-        master, slave = pty.openpty()
-        ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
-        environment = {**os.environ, "PYTHONPATH": places, "TERM": "dumb", "NO_COLOR": "1"}
-        environment = {k: v for k, v in environment.items() if k not in ("COLUMNS", "LINES")}
-        command = [sys.executable, "-c", script, str(folder / str(width))]
-        with subprocess.Popen(command, stdout=slave, env=environment) as process:
-            os.close(slave)
-            shown = b""
-            while part := _read(master):
-                shown += part
-        assert process.returncode == 0
-        lines = shown.decode().replace("\r\n", "\n").splitlines()
-        found[width] = "".join(f"{line.rstrip()}\n" for line in lines)
-    return found
+    environment = {**os.environ, "PYTHONPATH": places, "TERM": "dumb", "NO_COLOR": "1"}
+    environment = {k: v for k, v in environment.items() if k not in ("COLUMNS", "LINES")}
+    master, slave = pty.openpty()
+    command = [sys.executable, "-c", script, str(tmp_path_factory.mktemp("tables"))]
+    with subprocess.Popen(command, stdout=slave, env=environment) as process:
+        os.close(slave)
+        shown = b""
+        while part := _read(master):
+            shown += part
+    assert process.returncode == 0
+    found = shown.decode().replace("\r\n", "\n").split("END\n")
+    lines = ([line.rstrip() for line in part.splitlines()] for part in found)
+    return {
+        width: "".join(f"{line}\n" for line in part)
+        for width, part in zip(WIDTHS, lines, strict=False)
+    }
 
 
 def _read(terminal):
