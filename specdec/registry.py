@@ -44,7 +44,7 @@ def closest(name: str, known: Mapping[str, Any] | list[str]) -> str:
     """The end of an error message: the nearest known name, and all of them."""
     near = nearest(name, known)
     hint = f"; did you mean {near!r}?" if near else ""
-    return f"known: {', '.join(sorted(known))}{hint}"
+    return f"known: {', '.join(sorted(known)) or 'none'}{hint}"
 
 
 def is_kind(kind: str) -> bool:

@@ -99,5 +99,5 @@ def test_the_demo_compares_every_drafter():
 
     assert {arm.type for arm in load_config("demo").arms} == set(DRAFTERS) - NOT_EMBEDDED
     for kind in NOT_EMBEDDED:
-        with pytest.raises(ValueError, match=f"no '{kind}' head is embedded; give its path"):
+        with pytest.raises(ValueError, match=f"drafter '{kind}' needs the option 'path'"):
             load_drafter(kind, load_target("demo"))

@@ -313,7 +313,8 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> Any:
     suites = [name.replace("_", "-") for name in SUITES]
     packaged = {"demo": "bench.yaml", **{f"demo/{name}": f"suite-{name}.yaml" for name in suites}}
     file, name = Path(path), path.replace("_", "-")
-    if path == "demo" or (path.startswith("demo/") and not file.is_file()):
+    is_name = path.startswith("demo/") or not file.suffix
+    if path == "demo" or (is_name and not file.exists()):
         if name not in packaged:
             raise ValueError(
                 f"config {path!r} is neither a file nor packaged; those are {', '.join(packaged)}"

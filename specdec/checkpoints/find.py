@@ -9,7 +9,7 @@ from specdec.checkpoints.layouts import read_head
 from specdec.common.arguments import merged
 from specdec.common.files import read_json
 from specdec.common.hub import find_path
-from specdec.demo import demo_path
+from specdec.demo import unpacked
 from specdec.registry import DRAFTERS, drafter_options, is_kind, strategy
 
 
@@ -28,8 +28,7 @@ def find_drafter(
         raise ValueError(f"drafter {kind!r} needs the option 'path'; give a folder or hub id")
     if path == "demo":
         path = f"demo/{str(kind).removesuffix('_model')}"
-    if path.startswith("demo/") and not Path(path).exists():
-        path = str(demo_path(path.removeprefix("demo/")))
+    path = unpacked(path)
     options, folder = {**drafter, "path": path}, Path(path).expanduser()
     if kind is None and (adapter := _adapter_config(path, revision)):
         base = read_json(adapter)["base_model_name_or_path"]

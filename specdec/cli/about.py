@@ -39,7 +39,7 @@ def drafters(
         rows = [{"name": kind, "about": _about(kind)} for kind in sorted(addresses())]
         columns = [Column("name", "name"), Column("about", "what it does")]
         print_tables(Table("strategies", "draft strategies", rows, columns))
-        tell({row["name"]: row["about"] for row in rows})
+        tell({row["name"]: row["about"] for row in rows}, only_asked=True)
         return
     strategy(name, typed=True)
     options = [each._asdict() for each in describe_options(name)]
@@ -48,7 +48,7 @@ def drafters(
         print_tables(Table("options", f"{name}: {_about(name)}", options, columns))
     else:
         typer.echo(f"{name}: {_about(name)} It has no options.")
-    tell({"name": name, "options": options})
+    tell({"name": name, "options": options}, only_asked=True)
 
 
 def _about(kind: str) -> str:
@@ -85,4 +85,4 @@ def env() -> None:
     facts |= {name: os.environ[name] for name in settings if not name.endswith(("KEY", "TOKEN"))}
     for name, value in facts.items():
         typer.echo(f"{name}: {value}")
-    tell(facts)
+    tell(facts, only_asked=True)

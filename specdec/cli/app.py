@@ -115,9 +115,9 @@ def _for_machines() -> Iterator[None]:
         _machine.reset(token)
 
 
-def tell(found: Mapping[str, Any]) -> None:
+def tell(found: Mapping[str, Any], *, only_asked: bool = False) -> None:
     """Print one line of JSON, where --json or a reader that is no terminal asks for it."""
-    if (asked := _machine.get()) is not None or not sys.stdout.isatty():
+    if (asked := _machine.get()) is not None or not (only_asked or sys.stdout.isatty()):
         typer.echo(json.dumps(found), file=asked)
 
 
@@ -150,7 +150,9 @@ def _options(model: type[Config]) -> Iterator[inspect.Parameter]:
     for name, field in model.model_fields.items():
         default = ... if field.is_required() else field.default
         kind, annotation = inspect.Parameter.KEYWORD_ONLY, _plain_type(field.annotation)
-        given = option(default, field.description or name.replace("_", " "))
+        # A flag that is off needs no second name that turns it off.
+        flags = [f"--{name.replace('_', '-')}"] if default is False else []
+        given = option(default, field.description or name.replace("_", " "), *flags)
         yield inspect.Parameter(name, kind, default=given, annotation=annotation)
 
 

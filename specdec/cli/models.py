@@ -23,12 +23,13 @@ from specdec.cli.app import (
     progress_bar,
     quiet_transformers,
     tell,
+    warn,
 )
 from specdec.common import hub
 from specdec.common.config import read_model
 from specdec.common.distribution import DISTRIBUTION
 from specdec.common.files import locked, replace_file
-from specdec.demo import demo_path
+from specdec.demo import unpacked
 from specdec.targets.options import Placement
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def generate(
     prompt: str = option(..., "what the user says; '-' reads standard input"),
     target: str = option("demo", *TARGET),
     drafter: str = option("ngram", DRAFTER),
-    raw: bool = option(False, "continue the text itself, without a chat"),
+    raw: bool = option(False, "continue the text itself, without a chat", "--raw"),
     max_new_tokens: int = option(128, "tokens of the answer, at most"),
     temperature: float = option(0.0, "0 takes the likeliest token, 1 samples as the model says"),
     top_p: float = option(1.0, "sample from the likeliest tokens of this probability"),
@@ -53,6 +54,7 @@ def generate(
     plain: bool = option(True, "decode the same prompt plainly afterwards, for its speed"),
 ) -> None:
     """Stream one answer, then say what speculation did for it."""
+    from specdec.common.provenance import is_loaded
     from specdec.engine.decode import generate as decode
     from specdec.engine.decode import stream
     from specdec.sampling.config import SamplingConfig
@@ -67,6 +69,8 @@ def generate(
     asked: Any = [{"role": "user", "content": text}] if has_chat and text else text
     sampling = SamplingConfig(temperature=temperature, top_p=top_p, seed=seed)
     compares = plain and strategy is not None
+    for said in is_loaded(os.getloadavg()[0], os.cpu_count() or 1) if compares else ():
+        warn(said)
     for each in (strategy, None) if compares else ():  # neither is timed cold
         decode(model, each, ["Hello"], max_new_tokens=4)
     run = stream(model, strategy, [asked], sampling, max_new_tokens=max_new_tokens)
@@ -175,7 +179,7 @@ def _push(results: "TrainResults", folder: Path) -> str:
 def push(
     folder: Path = argument("folder of a drafter, as specdec train or specdec export writes it"),
     name: str = argument("repository on the hub, as owner/name; it is made if it is not there"),
-    private: bool = option(False, "make a new repository that others cannot see"),
+    private: bool = option(False, "make a new repository that others cannot see", "--private"),
     revision: str | None = option(None, "branch to write to; main by default"),
 ) -> None:
     """Upload a drafter with its card to the hub, from where load_drafter("owner/name") has it."""
@@ -208,5 +212,4 @@ def _head_source(source: str) -> str:
         given = drafter_options(source)
         strategy(given.get("type"), typed=True)
         source = str(given.get("path", "demo"))
-    name = source.removeprefix("demo/")
-    return str(demo_path(name)) if source != name and not Path(source).exists() else source
+    return unpacked(source)

@@ -48,6 +48,8 @@ class HasOptions(Config):
     @model_validator(mode="before")
     @classmethod
     def _gather(cls, given: Any) -> Any:
+        if isinstance(given, str) and "type" in cls.model_fields:  # a name alone
+            return {"type": given}
         # What is nearly a key of its own is a typing error and no option; but dtype is no type.
         own = {
             key: value
@@ -138,6 +140,8 @@ def read_yaml(path: str, file: Path, overrides: Sequence[str] = (), example: str
             text = opened.read(_MAX_CHARS)
             if opened.read(1):
                 raise yaml.YAMLError(f"more than {_MAX_CHARS:,} characters are no configuration")
+        if not text.strip():
+            raise yaml.YAMLError("it is empty; write some keys")
         _check_size(text)
         given = OmegaConf.create(text)
         for override in overrides:
@@ -183,9 +187,13 @@ def _override(given: Any, override: str, example: str) -> None:
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise ValueError(f"override {override!r} must be key=value, for instance {example}")
-    _check_size(value)
-    # OmegaConf's own parser, so that a value means what it means in the YAML file.
-    parsed = OmegaConf.from_dotlist([f"value={value}"])["value"]
+    try:
+        _check_size(value)
+        # OmegaConf's own parser, so that a value means what it means in the YAML file.
+        parsed = OmegaConf.from_dotlist([f"value={value}"])["value"]
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        problem = getattr(error, "problem", None) or first_line(error)
+        raise ValueError(f"override {override!r}: {problem}") from error
     try:
         OmegaConf.update(given, key, parsed, merge=True, force_add=True)
     except (TypeError, IndexError, AssertionError, AttributeError, ValueError) as error:

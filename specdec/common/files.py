@@ -82,6 +82,8 @@ def disk_trouble(folder: Path, error: OSError) -> OSError:
         )
     if error.errno == errno.ENOENT:
         why = "or a file in it, was removed during the run; give the same command again"
+        if not folder.exists():
+            why = "cannot be made, or was removed during the run; give one that can be"
         return FileNotFoundError(f"the output folder {str(folder)!r}, {why}")
     why = f"cannot be written ({error.strerror}); choose another --out"
     return PermissionError(f"the output folder {str(folder)!r} {why}")

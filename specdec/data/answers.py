@@ -60,7 +60,9 @@ class _Line(Config, extra="ignore"):
 def read_rows(path: Path, vocab_size: int, max_rows: int | None = None) -> Iterator[AnswerRow]:
     """Read rows of a JSONL file, each `{"tokens": [...], "answers": [[start, end), ...]}`."""
     if not path.is_file():
-        raise FileNotFoundError(f"data.path {str(path)!r} is not a file; give a JSONL file")
+        raise FileNotFoundError(
+            f"data.path {str(path)!r} is neither a folder of specdec regenerate nor a JSONL file"
+        )
     with path.open("rb") as lines:
         for number, text in enumerate(lines, 1):
             if max_rows is not None and number > max_rows:
@@ -155,7 +157,11 @@ def load_answers(folder: Path) -> AnswersManifest:
     """Read the manifest of a folder that `specdec regenerate` has finished, and count its rows."""
     if not (folder / MANIFEST).is_file():
         unfinished = (folder / JOURNAL).is_file()
-        fix = "give the command that made it again, to finish it" if unfinished else "give one"
+        fix = (
+            "give the command that made it again, to finish it"
+            if unfinished
+            else "make it with specdec regenerate"
+        )
         raise FileNotFoundError(f"{str(folder)!r} holds no finished answers ({MANIFEST}); {fix}")
     manifest = read_model(AnswersManifest, folder / MANIFEST)
     for split, counts in manifest.counts:

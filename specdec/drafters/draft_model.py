@@ -16,7 +16,7 @@ from specdec.common.compile import as_target
 from specdec.common.distribution import install
 from specdec.common.files import read_json
 from specdec.common.hub import find_checkpoint
-from specdec.demo import demo_path
+from specdec.demo import unpacked
 from specdec.drafters.base import (
     CachePasser,
     DraftShape,
@@ -137,7 +137,7 @@ class DraftModel(CachePasser):
         """
         compile = as_target(compile, target)
         model = load_target(
-            str(demo_path("draft")) if path == "demo" else path,
+            unpacked("demo/draft" if path == "demo" else path),
             dtype=dtype,
             device=target.device if device is None else device,
             quantization=quantization,

@@ -12,7 +12,7 @@ from specdec.checkpoints import HeadCheckpoint, check_target, identify_target, r
 from specdec.checkpoints.head import construct, take_tensors
 from specdec.common.compile import CannotCompileError, Graphs, compile_bound
 from specdec.common.config import Config, validated
-from specdec.demo import demo_path
+from specdec.demo import unpacked
 from specdec.drafters.base import BaseDrafter, FixedShape
 from specdec.drafters.training import LossOutput, TrainingBatch
 from specdec.drafters.tree_growth import StaticPlan, TreeShape
@@ -137,9 +137,7 @@ def load_head(
     a head that was trained for another target of the same shape.
     """
     target = getattr(target, "ends", target)  # a target of another engine loads them when asked
-    if path == "demo" and not (demo_path("target").parent / drafter.kind).is_dir():
-        raise ValueError(f"no {drafter.kind!r} head is embedded; give its path, or train one")
-    checkpoint = read_head(str(demo_path(drafter.kind)) if path == "demo" else path)
+    checkpoint = read_head(unpacked(f"demo/{drafter.kind}" if path == "demo" else path))
     if head_class(checkpoint.kind) is not drafter.head_class:
         raise ValueError(
             f"{path!r} holds a head of the kind {checkpoint.kind!r}, not one of "

@@ -7,8 +7,8 @@ them, and so does this; training that recomputes the context at every step diffe
 Source: DeepSeek-V3, arXiv 2412.19437, section 2.2; one layer for all steps: FastMTP, 2509.18362.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -71,3 +71,25 @@ class MtpDrafter(FeatureDrafter):
     """Drafts trees with an MTP layer, used once for every level."""
 
     kind, title, head_class = "mtp", "MTP layer", MtpHead
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls,
+        target: Any,
+        path: str,
+        depth: int = 3,
+        width: int = 8,
+        max_nodes: int = 24,
+        choices: Sequence[Sequence[int]] | None = None,
+        children: str = "top",
+        window: int | None = None,
+        compile: bool | str | None = None,
+        force: bool = False,
+    ) -> Self:
+        """Load a layer for a target; options from depth to children are those of `TreeShape`.
+
+        Args:
+            path: folder or hub id in any known layout; none is embedded.
+        """
+        shape = depth, width, max_nodes, choices, children
+        return super().load(target, path, *shape, window, compile, force)

@@ -27,7 +27,8 @@ def describe_options(kind: str) -> list[Option]:
     """
     drafter_class: Any = strategy(kind)
     build = getattr(drafter_class, "load", drafter_class)
-    sources = [drafter_class, drafter_class.__init__, build]
+    loads = [base.load for base in reversed(drafter_class.__mro__) if hasattr(base, "load")]
+    sources = [drafter_class, drafter_class.__init__, *loads]
     if "`TreeShape`" in (build.__doc__ or ""):
         sources.insert(0, TreeShape)
     said = {name: text for each in sources for name, text in _arguments(each).items()}

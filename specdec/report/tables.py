@@ -145,13 +145,17 @@ class Table(Config):
         """
         parts = self._parts([column for column in self.columns if not column.is_wide], width)
         figures = (each for part in parts for each in part.columns if each.justify == "right")
-        is_noted = any(str(cell).endswith("]") for column in figures for cell in column.cells)
-        note = ["in brackets: 95 % intervals"] if is_noted else []
+        shown = sum(str(cell).endswith("]") for column in figures for cell in column.cells)
+        ranked = [column for column in self.columns if column.rank and not column.is_wide]
+        known = sum(column.cell(row).endswith("]") for column in ranked for row in self.rows)
+        note = ["in brackets: 95 % intervals"] if shown else []
+        if shown < known:
+            note.append("more 95 % intervals: in a wider terminal, or in the results")
         legend = Text("\n".join([*self.legend, *note]), "table.caption")
         for alarm in self.alarms:
             legend.append(f"\n{alarm}", "bold not dim red")
-        shown: list[RenderableType] = [*parts, *([legend] if legend else [])]
-        spaced = [line for part in shown for line in (part, "")]
+        whole: list[RenderableType] = [*parts, *([legend] if legend else [])]
+        spaced = [line for part in whole for line in (part, "")]
         return Group(Text(self.caption, "table.title"), *spaced)
 
     def _parts(self, columns: Sequence[Column], width: int) -> list[RichTable]:

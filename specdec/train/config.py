@@ -6,8 +6,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from specdec.common.arguments import nearest
 from specdec.common.config import Config, HasOptions, load_config
-from specdec.registry import strategy, trainable_kinds
+from specdec.drafters.training import OBJECTIVES
+from specdec.registry import DRAFTERS, strategy, trainable_kinds
 from specdec.targets.options import Placement
 
 Count = Annotated[int, Field(ge=1)]
@@ -185,6 +187,12 @@ class TrainConfig(Config):
     def _fits_the_kind(self, info: ValidationInfo) -> Self:
         if info.mode == "json":
             return self
+        name = str(self.loss.get("objective", "cross_entropy"))
+        if self.drafter.kind in DRAFTERS and name not in OBJECTIVES:
+            near = nearest(name, OBJECTIVES)
+            hint = f"; did you mean {near}?" if near else ""
+            known = ", ".join(OBJECTIVES)
+            raise ValueError(f"loss.objective is {name!r} but must be one of {known}{hint}")
         if self.drafter.is_head and self.data.pack_len is not None:
             raise ValueError(
                 f"data.pack_len is for draft models; {self.drafter.kind} heads look ahead, into "
