@@ -64,7 +64,7 @@ def test_pieces_of_a_long_text_leave_a_prompt(target, tmp_path):
         ("a.jsonl", row("a", None), 'row 1: .*"answer", both text'),
         ("a.jsonl", '{"tokens": [500], "answers": [[0, 1]]}', "outside the target's vocabulary"),
         ("gone.jsonl", None, "is not there"),
-        ("", None, "holds no finished answers .*give one"),
+        ("", None, "holds no finished answers .*make it with specdec regenerate"),
     ],
 )
 def test_texts_that_cannot_be_read_are_refused(target, tmp_path, name, content, message):

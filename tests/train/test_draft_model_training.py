@@ -172,8 +172,8 @@ def test_total_variation_is_one_minus_the_acceptance_rate():
     ],
 )
 def test_wrong_options_are_named(tmp_path, options, loss, message):
-    config = tiny_config(tmp_path, **RUN, drafter=drafter(tmp_path, **options), loss=loss)
     with pytest.raises(ValueError, match=message):
+        config = tiny_config(tmp_path, **RUN, drafter=drafter(tmp_path, **options), loss=loss)
         run_training(config, tmp_path / "out")
 
 

@@ -89,7 +89,7 @@ def test_rows_without_an_answer_are_counted(tmp_path):
         ([], {}, "nothing to train on: none of its 0 rows"),
         ([row()], {"max_len": 3}, r"none of its 1 rows .* max_len 3; raise data.max_len"),
         ([row(), row()], {"num_validation": 2}, r"holds 2 rows .* and 2 of them"),
-        ([row()], {"path": "none.jsonl"}, "is not a file"),
+        ([row()], {"path": "none.jsonl"}, "neither a folder .* nor a JSONL file"),
     ],
 )
 def test_too_few_rows_are_refused(tmp_path, rows, settings, message):

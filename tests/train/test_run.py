@@ -179,7 +179,7 @@ def test_row_whose_loss_is_not_finite_is_named(tmp_path, monkeypatch):
             {"target": {"dtype": "bfloat16"}, "bf16": False},
             "bf16 is false but the target is in torch.bfloat16",
         ),
-        ({"data": {"path": "none.jsonl"}}, r"none\.jsonl' is not a file"),
+        ({"data": {"path": "none.jsonl"}}, r"none\.jsonl' is neither a folder"),
         ({"drafter": {"kind": "medusa"}, "draft_vocab_size": 40}, "draft_vocab_size"),
         ({"report_to": "wanbd"}, "report_to is 'wanbd', which is no tracker or is not installed"),
         ({"optim": "adamm"}, "adamm"),
