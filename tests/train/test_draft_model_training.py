@@ -172,9 +172,12 @@ def test_total_variation_is_one_minus_the_acceptance_rate():
     ],
 )
 def test_wrong_options_are_named(tmp_path, options, loss, message):
-    with pytest.raises(ValueError, match=message):
+    def run():
         config = tiny_config(tmp_path, **RUN, drafter=drafter(tmp_path, **options), loss=loss)
         run_training(config, tmp_path / "out")
+
+    with pytest.raises(ValueError, match=message):
+        run()
 
 
 def test_demo_is_the_embedded_draft_model():
