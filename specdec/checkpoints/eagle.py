@@ -296,9 +296,11 @@ class Eagle3(_Eagle3Layout, LlamaLayer):
 
     @classmethod
     def config(cls, checkpoint: HeadCheckpoint, options: Any) -> dict[str, Any]:
+        fix = "use the layout 'speculators'"
         if options.norm_before_residual:
-            fix = "use the layout 'speculators'"
             raise cls.cannot_hold("norm_before_residual=true, which only vLLM reads there", fix)
+        if options.fc_norm:
+            raise cls.cannot_hold("fc_norm=true, which no engine is known to read there", fix)
         config = {
             "architectures": ["LlamaForCausalLMEagle3"],
             **_llama_config(checkpoint.options["backbone"]),

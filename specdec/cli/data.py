@@ -245,7 +245,8 @@ def features(
 
     quiet_transformers()
     if dry_run:
-        ends = load_ends(target, dtype=target_dtype, device=placement.device)
+        where = {"device": placement.device, "revision": placement.revision}
+        ends = load_ends(target, dtype=target_dtype, **where)
         plan = FeaturePlan(answers, ends, options)
         per_token, free = plan.num_bytes / plan.num_tokens, free_bytes(out or Path())
         size = {"bytes_per_token": round(per_token, 2), "bytes": plan.num_bytes, "free_bytes": free}

@@ -109,7 +109,7 @@ def chain_loss(
 
     With "decay" a level weighs `decay` times what the one above it does. With "d_pace" a place
     weighs what it adds to the expected accepted length of its chain: the sum, over the levels from
-    its own downwards, of the chance that the chain gets there; levels that stop chains weigh most.
+    its own downwards, of the chance that the chain gets through them.
 
     Source: D-PACE, arXiv 2605.18810, which takes the drafter's probability of the text's token for
     the acceptance; here it is the sum of min(p, q), never below a floor.

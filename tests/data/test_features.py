@@ -293,3 +293,11 @@ def test_every_option_is_documented():
     names = set(signature(features_command).parameters) - {"answers", "json", "threads"}
     names -= set(Placement.model_fields)  # of every command that loads a target
     assert not [name for name in names if f"--{name.replace('_', '-')}" not in DOCS]
+
+
+def test_dry_run_reads_the_revision_that_is_asked_for(command, monkeypatch):
+    def load(path, **given):
+        raise ValueError(f"asked for {given['revision']}")
+
+    monkeypatch.setattr("specdec.targets.load.load_ends", load)
+    assert "asked for old" in invoke(*command, "--dry-run", "--revision", "old").stderr

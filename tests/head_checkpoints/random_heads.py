@@ -35,7 +35,7 @@ LAYOUTS_OF = {
     "eagle3-whole": ("specdec", "eagle3", "speculators"),
     "eagle3-normed": ("specdec", "speculators"),
     "eagle3-narrow": ("specdec", "eagle3", "speculators"),
-    "eagle3.1": ("specdec", "eagle3", "speculators"),
+    "eagle3.1": ("specdec", "speculators"),
     "eagle3.1-qwen3": ("specdec", "speculators"),
     "mtp": ("specdec", "speculators-mtp"),
 }
