@@ -117,11 +117,13 @@ class DraftLayer(nn.Module):
     Its caller norms the input.
     """
 
-    def __init__(self, config: LlamaConfig, input_size: int, qkv_bias: bool = False) -> None:
+    def __init__(
+        self, config: LlamaConfig, input_size: int, qkv_bias: bool = False, layer_idx: int = 0
+    ) -> None:
         super().__init__()
         config._attn_implementation = ATTENTION
         attention: Any = Qwen3Attention if config.qk_norm else LlamaAttention
-        self.self_attn = attention(config, layer_idx=0)
+        self.self_attn = attention(config, layer_idx)
         for name in ("q_proj", "k_proj", "v_proj"):
             size = getattr(self.self_attn, name).out_features
             setattr(self.self_attn, name, nn.Linear(input_size, size, bias=qkv_bias))
@@ -143,9 +145,10 @@ def norm(config: LlamaConfig, size: int | None = None) -> LlamaRMSNorm:
 
 
 class FeatureHead(Head):
-    """A head of one Llama layer, of this config, that predicts the target's next feature."""
+    """A head of Llama layers, of this config, that predicts the target's next feature."""
 
     config: LlamaConfig
+    num_layers = 1
 
     def __init__(self, options: Mapping[str, Any], target_config: Any, *parts: Any) -> None:
         super().__init__(options, target_config, *parts)
@@ -342,7 +345,7 @@ class FeatureDrafter(HeadDrafter):
         super().__init__(head, vocab_size, shape)
         self.window = window
         self._masks = Masks(SimpleNamespace(sliding_window=window), self.device)
-        self.cache = SlotCache(1, 1, 1, self.device)
+        self.cache = SlotCache(head.num_layers, 1, 1, self.device)
         # Steps that draft nothing only add to it, so that they cost what plain decoding costs.
         self._pending: list[Entries] = []
         # Tokens [n] and each of the taps [n, H] of every row's prompt; empty once they are fed.
@@ -472,6 +475,7 @@ class FeatureDrafter(HeadDrafter):
     def bytes_for(self, num_rows: int, num_slots: int) -> int:
         layer, dtype = self.head.options.backbone, next(self.head.parameters()).dtype
         size = 2 * layer.num_key_value_heads * layer.head_dim * dtype.itemsize
+        size *= self.head.num_layers
         return num_rows * (num_slots + self._num_fed) * size
 
     def reserve(self, num_rows: int, num_slots: int, *, join: bool) -> None:
@@ -479,7 +483,8 @@ class FeatureDrafter(HeadDrafter):
         if join:
             self.cache.resize(num_rows, num_slots)
         else:
-            self._reserved, self.cache = num_slots, SlotCache(1, 1, 1, self.device)
+            self._reserved = num_slots
+            self.cache = SlotCache(self.head.num_layers, 1, 1, self.device)
 
     def wipe(self, rows: Sequence[int]) -> None:
         self.cache.wipe(rows)
@@ -525,7 +530,7 @@ class FeatureDrafter(HeadDrafter):
         if self._compiled and self._compiled.mode == "graphs" and not is_apart:
             self.cache.restart(num_rows, num_slots)
             return self.cache
-        return SlotCache(1, num_rows, num_slots, self.device)
+        return SlotCache(self.head.num_layers, num_rows, num_slots, self.device)
 
     def _feed(self, tokens: Tensor, features: Tensor, counts: Sequence[int], size: int) -> None:
         """Cache the first `counts[b]` of the pairs [B, n]; keep the last ones' outputs."""

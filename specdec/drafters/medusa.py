@@ -222,8 +222,7 @@ class MedusaDrafter(HeadDrafter):
             else:
                 logits = self.head(self._feature, growth.num_levels)
         for level in range(growth.num_levels):
-            beam = growth.origin.shape[1] if level else 1
-            growth.add_level(logits[:, level : level + 1].expand(-1, beam, -1))
+            growth.add_level(logits[:, level : level + 1])
         return growth.draft(budget)
 
     def observe(self, verdict: Verdict, committed: Tokens, hidden: dict[int, Tensor]) -> None:

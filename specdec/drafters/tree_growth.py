@@ -92,6 +92,7 @@ class Candidates(NamedTuple):
 class _Level:
     """Index tensors of one level of a static tree, whose *beam* are its nodes with children."""
 
+    num_parents: int  # nodes of the beam before
     parent_places: Tensor  # [nodes] in the beam before
     parents_before: Tensor  # [nodes] places of their parents in the level before
     ranks: Tensor  # [nodes] among their siblings
@@ -122,6 +123,7 @@ class StaticPlan:
             beam = nodes[expanded]
             self.levels.append(
                 _Level(
+                    num_parents=len(parents_in_level),
                     parent_places=places,
                     parents_before=parents_in_level[places],
                     ranks=tree.ranks[nodes],
@@ -159,11 +161,12 @@ class StaticGrowth:
         return self._plan.levels[self.level - 1].origin.expand(len(self._tokens[0]), -1)
 
     def add_level(self, logits: Tensor, ids: Tensor | None = None) -> None:
-        """Choose the next level's tokens from the logits [B, beam, V] of the newest beam.
+        """Choose the next level's tokens from the logits [B, beam or 1, V] of the newest beam.
 
         `ids` [V] names the tokens that the columns stand for, None if they are token ids.
         """
-        level, scores = self._plan.levels[self.level], child_scores(self, logits)
+        level = self._plan.levels[self.level]
+        scores = child_scores(self, logits.expand(-1, level.num_parents, -1))
         if self._children == "top":
             tokens = self._choose(scores, level)
         else:
@@ -272,17 +275,17 @@ def best_children(
     """Take the `count` likeliest children of every node of a beam.
 
     Args:
-        scores: [B, beam, V] logits, processed or not.
+        scores: [B, beam, V] logits, processed or not; [B, 1, V] where all nodes share them.
         above: [B, beam] log-probabilities of the paths down to the beam.
         places: [B, beam] of its nodes among all candidates, -1 for the root.
         ids: [V] tokens that the columns stand for, None if they are token ids.
     """
     # In half precision a log-sum would be off by percents, and confidences are multiplied.
     top = scores.float().log_softmax(-1).topk(count, -1)
-    tokens = top.indices if ids is None else ids[top.indices]
     # Where all that the head can say is banned, no child is a candidate.
     totals = top.values.nan_to_num(nan=-inf, neginf=-inf) + above.unsqueeze(2)
-    parents = places.unsqueeze(2).expand_as(tokens)
+    tokens = (top.indices if ids is None else ids[top.indices]).expand_as(totals)
+    parents = places.unsqueeze(2).expand_as(totals)
     return Candidates(tokens.flatten(1), totals.flatten(1), parents.flatten(1))
 
 
@@ -316,7 +319,7 @@ class DynamicGrowth:
         return self._beams[-1].origin
 
     def add_level(self, logits: Tensor, ids: Tensor | None = None) -> None:
-        """Add the likeliest children of the newest beam, from its logits [B, beam, V].
+        """Add the likeliest children of the newest beam, from its logits [B, beam or 1, V].
 
         `ids` [V] names the tokens that the columns stand for, None if they are token ids. The last
         level has no beam.
@@ -390,12 +393,13 @@ Growth = DynamicGrowth | StaticGrowth
 
 
 def child_scores(growth: Growth, logits: Tensor) -> Tensor:
-    """Process logits [B, beam, V] of the newest beam, each node in the context of its path."""
+    """Process logits [B, beam or 1, V] of the newest beam, each node in the context of its path."""
     if growth.sampler.is_plain:
         return logits
     if growth.level == 0:
         return growth.sampler.scores(logits)
     draft, rows = growth.expanded()
+    logits = logits.expand(-1, len(rows), -1)
     return growth.sampler.scores(logits, draft, rows.expand(len(logits), -1))
 
 
