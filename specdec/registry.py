@@ -17,6 +17,7 @@ from specdec.common.files import parse_json
 from specdec.engine.interfaces import Drafter, Target
 
 DRAFTERS = {
+    "dflash": "specdec.drafters.dflash:DFlashDrafter",
     "draft_model": "specdec.drafters.draft_model:DraftModel",
     "eagle": "specdec.drafters.eagle:EagleDrafter",
     "eagle3": "specdec.drafters.eagle3:Eagle3Drafter",

@@ -41,6 +41,12 @@ VARIANTS: dict[str, list[dict]] = {
             "calibrate": False,
         },
     ],
+    "dflash": [
+        {**WIDE, "window": 5},
+        {**WIDE, "children": "with_replacement"},
+        {**WIDE, "children": "without_replacement"},
+        {"width": 1, "depth": 3, "children": "with_replacement", "confidence_threshold": 0.3},
+    ],
     "mtp": [WIDE, {**WIDE, "children": "with_replacement"}],
     "medusa": [
         {"max_nodes": 60},
@@ -93,21 +99,27 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("case", CASES)
 
 
-def with_eagle3(folder, target):
-    """A folder of drafts whose EAGLE-3 head reads three hidden states, not one three times."""
+def with_heads(folder, target):
+    """A folder of drafts whose EAGLE-3 head reads three hidden states, not one three times.
+
+    And whose block head draws a token behind the one before it.
+    """
     top = target.config.num_hidden_layers
-    save_tiny_head(folder / "eagle3", "eagle3", target, taps=[0, top // 2, top])
+    taps = [0, top // 2, top]
+    save_tiny_head(folder / "eagle3", "eagle3", target, taps=taps)
+    spark = {"markov": "gated", "confidence": True, "sample_from_anchor": True}
+    save_tiny_head(folder / "dflash", "dflash", target, taps=taps, **spark)
     return folder
 
 
 @pytest.fixture(scope="module")
 def draft_folder(tmp_path_factory, target):
-    return with_eagle3(tmp_path_factory.mktemp("drafts"), target)
+    return with_heads(tmp_path_factory.mktemp("drafts"), target)
 
 
 @pytest.fixture(scope="module")
 def small_vocab_folder(tmp_path_factory, small_target):
-    return with_eagle3(tmp_path_factory.mktemp("small"), small_target)
+    return with_heads(tmp_path_factory.mktemp("small"), small_target)
 
 
 def test_plain_decoding_equals_transformers_generate(target, greedy):

@@ -7,6 +7,7 @@ OPTIONS = {
     "eagle": {},
     "eagle3": {"taps": [0, 1, 2]},
     "mtp": {},
+    "dflash": {"taps": [0, 1, 2], "block_size": 6},
 }
 
 

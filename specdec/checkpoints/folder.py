@@ -69,8 +69,8 @@ def find_folder(path: str | Path, revision: str | None = None) -> Path:
 
     config = _read_config(fetch(CONFIG, SIDECAR))
     layers = config.get("num_hidden_layers", 1)
-    # A published EAGLE-3 config counts its target's layers, and some Medusa heads their target's.
-    is_head = {"draft_vocab_size", "medusa_num_heads"} & config.keys()
+    # A block head has several, and published EAGLE-3 and Medusa configs count their targets'.
+    is_head = {"draft_vocab_size", "medusa_num_heads", "block_size"} & config.keys()
     if isinstance(layers, int) and layers > 1 and not is_head:
         raise ValueError(
             f"{name!r} is a model of {layers} layers, no head; weights were not downloaded"

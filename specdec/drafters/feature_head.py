@@ -305,6 +305,7 @@ class FeatureDrafter(HeadDrafter):
     shape_options: ClassVar[ShapeOptions] = ShapeOptions(
         {"depth": "depth", "width": "width", "nodes": "max_nodes"}, ("chain", "tree"), ("choices",)
     )
+    compiled_class: ClassVar[Any] = CompiledHead
 
     @classmethod
     def load(
@@ -354,9 +355,9 @@ class FeatureDrafter(HeadDrafter):
         # The head's newest outputs [B, 1, F], and their logits where they are known.
         self._outputs = torch.empty(0, device=self.device)
         self._logits: Tensor | None = None
-        self._compiled: CompiledHead | None = None
+        self._compiled: Any = None
         if (mode := compile_mode(compile, self.device)) != "eager":
-            self._compiled = CompiledHead(head, window, mode)
+            self._compiled = self.compiled_class(head, window, mode)
             self._masks.may_be_none = False
         # Entries that stand behind the committed ones at most.
         tree = self.plan.num_nodes if self.plan else shape.width * shape.depth

@@ -211,10 +211,14 @@ class StaticGrowth:
         self.level = len(levels)
 
     @property
+    def beam(self) -> Tensor:
+        """Tokens [B, beam] of the nodes of the newest level that have children."""
+        return self._tokens[-1][:, self._plan.levels[self.level - 1].expanded].clamp(min=0)
+
+    @property
     def newest(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The nodes of the newest level that have children; see `DynamicGrowth.newest`."""
-        level = self._plan.levels[self.level - 1]
-        tokens = self._tokens[-1][:, level.expanded].clamp(min=0)
+        """The newest beam; see `DynamicGrowth.newest`."""
+        level, tokens = self._plan.levels[self.level - 1], self.beam
         return tokens, level.visible.expand(len(tokens), -1, -1), level.fed_levels
 
     def expanded(self) -> tuple[Draft, Tensor]:
@@ -356,6 +360,11 @@ class DynamicGrowth:
     def take(self, levels: list[Candidates]) -> None:
         """Take all levels as they were grown elsewhere."""
         self._pool, self.level = levels, len(levels)
+
+    @property
+    def beam(self) -> Tensor:
+        """Tokens [B, beam] of the newest beam."""
+        return self._beams[-1].tokens
 
     @property
     def newest(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_lossless import NAMED, resolved, with_eagle3
+from test_lossless import NAMED, resolved, with_heads
 from tiny_models import perturbed, tiny_target
 
 from specdec import SamplingConfig, generate, load_drafter
@@ -31,7 +31,7 @@ def target():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, target):
-    return with_eagle3(tmp_path_factory.mktemp("drafts"), target)
+    return with_heads(tmp_path_factory.mktemp("drafts"), target)
 
 
 def decoded(target, options, sampling=GREEDY):

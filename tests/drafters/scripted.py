@@ -7,11 +7,12 @@ from itertools import product
 
 import pytest
 import torch
-from slow_heads import Continuation, MedusaGuesses, SlowEagle, SlowEagle3, SlowMtp
+from slow_heads import BlockGuesses, Continuation, MedusaGuesses, SlowEagle, SlowEagle3, SlowMtp
 from slow_trees import drafted_nodes, expected_nodes, penalised
 from tiny_heads import tiny_head
 from tiny_models import tiny_target
 
+from specdec.drafters.dflash import DFlashDrafter
 from specdec.drafters.eagle import EagleDrafter
 from specdec.drafters.eagle3 import Eagle3Drafter
 from specdec.drafters.medusa import MedusaDrafter
@@ -23,7 +24,7 @@ from specdec.verify import Draft, Verdict
 VOCAB, TAPS = 17, [1, 2, 3]
 DRAFTERS = {
     **{"eagle": EagleDrafter, "eagle3": Eagle3Drafter, "medusa": MedusaDrafter},
-    "mtp": MtpDrafter,
+    **{"mtp": MtpDrafter, "dflash": DFlashDrafter},
 }
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [8], [7, 7, 7], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8, 4, 5]]
 
@@ -37,7 +38,7 @@ def lively_head(kind, target, seed=0, draft_tokens=None, **options):
 
     `draft_tokens` are the target ids of a reduced draft vocabulary.
     """
-    if kind == "eagle3":
+    if kind in ("eagle3", "dflash"):
         options = {"taps": TAPS, **options}
     if draft_tokens is not None:
         options["draft_vocab_size"] = len(draft_tokens)
@@ -71,11 +72,14 @@ def slow_guesses(kind, head, target, committed, window=None, rope=None, **flags)
     hidden = true_features(target, committed, [*TAPS, top])
     if kind == "medusa":
         return MedusaGuesses(head, target.model, hidden[top][-1])
+    shown = min(window or len(committed), len(committed) - 1)
+    if kind == "dflash":
+        taps = {tap: states[-shown:] for tap, states in hidden.items()}
+        return BlockGuesses(head, target.model, taps, committed[-1], rope)
     if kind in ("eagle", "mtp"):
         slow = {"eagle": SlowEagle, "mtp": SlowMtp}[kind](head, target.model, rope)
     else:
         slow = SlowEagle3(head, target.model, TAPS, rope, **flags)
-    shown = min(window or len(committed), len(committed) - 1)
     return Continuation(slow, committed[-shown - 1 :], slow.fuse(hidden)[-shown:])
 
 

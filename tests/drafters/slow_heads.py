@@ -260,3 +260,58 @@ class MedusaGuesses:
         assert block
         projection = tensors.get(f"vocab_heads.{head}.weight", self._projection)
         return dict(enumerate((projection @ states).tolist()))
+
+
+class BlockGuesses:
+    """Logits of a block head behind the features {tap: [n, H]} of a text and its root.
+
+    The block attends to the features, whose keys and values come of no norm but their own, and to
+    itself; a Markov head adds what the token before says.
+    """
+
+    def __init__(self, head, target_model, hidden, root, rope=None):
+        self._tensors, options = _doubled(head), head.options
+        rope = rope or target_model.config.rope_parameters
+        joined = torch.cat([hidden[tap].double() for tap in head.taps], -1)
+        layers = [
+            SlowLayer(self._tensors, f"layers.{index}", head.config, rope)
+            for index in range(options.num_layers)
+        ]
+        self._eps, self._root = layers[0].eps, root
+        context = self._norm("hidden_norm", joined @ self._tensors["fc.weight"].T)
+        embedding = target_model.get_input_embeddings().weight.detach().double()
+        embedding = self._tensors.get("embed_tokens.weight", embedding)
+        states = embedding[[root, *[options.mask_token_id] * (options.block_size - 1)]]
+        size, width = len(context), options.block_size
+
+        def sees(i, j):
+            if i < size or j < size:  # what a feature sees is never looked at
+                return j < size
+            return j <= i or not options.causal
+
+        for layer in layers:
+            both = torch.cat([context, layer.norm("input_layernorm", states)])
+            states = states + layer.attention(both, range(size + width), sees)[size:]
+            states = states + layer.mlp(layer.norm("post_attention_layernorm", states))
+        outputs = self._norm("norm", states)
+        self._outputs = outputs if options.sample_from_anchor else outputs[1:]
+        self._kind = options.markov
+        projection = target_model.get_output_embeddings().weight.detach().double()
+        self._projection = self._tensors.get("lm_head.weight", projection)
+
+    def _norm(self, name, states):
+        return rms_norm(states, self._tensors[f"{name}.weight"], self._eps)
+
+    def logits(self, path=()):
+        """Target id -> logit of level len(path)."""
+        tensors, output = self._tensors, self._outputs[len(path)]
+        logits = self._projection @ output
+        if self._kind:
+            word = tensors["markov_head.markov_w1.weight"][path[-1] if path else self._root]
+            if self._kind == "gated":
+                weight, bias = (
+                    tensors[f"markov_head.gate_proj.{name}"] for name in ("weight", "bias")
+                )
+                word = word * (weight @ torch.cat([output, word]) + bias).sigmoid()
+            logits = logits + tensors["markov_head.markov_w2.weight"] @ word
+        return dict(enumerate(logits.tolist()))

@@ -31,7 +31,7 @@ from specdec.targets.hf import HFTarget
 CHOICES = [[0], [1], [4], [0, 0], [0, 2], [1, 0], [4, 1], [0, 0, 0], [0, 2, 1], [0, 2, 1, 0]]
 DYNAMIC, STATIC = TreeShape(depth=4, width=5, max_nodes=18), TreeShape(choices=CHOICES)
 SHAPES = {"dynamic": DYNAMIC, "static": STATIC, "chain": TreeShape(depth=3, width=1)}
-KINDS = ["eagle", "eagle3", "mtp"]
+KINDS = ["eagle", "eagle3", "mtp", "dflash"]
 # A vocabulary of its own whose ids are not the target's.
 DRAFT_TOKENS = [0, 1, 2, 4, 5, 7, 8, 11, 12, 16]
 NARROW = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "head_dim": 8}
@@ -46,6 +46,11 @@ HEADS = [
     ("eagle3", "eagle3", {}, {}),
     ("mtp", "mtp", {}, {}),
     ("mtp, a layer of Qwen3", "mtp", {"backbone": {"qk_norm": True}}, {}),
+    ("dflash", "dflash", {}, {}),
+    ("dflash, causal", "dflash", {"causal": True, "num_layers": 1}, {}),
+    ("dflash, from the anchor", "dflash", {"sample_from_anchor": True, "own_ends": True}, {}),
+    ("dflash, markov", "dflash", {"markov": "vanilla", "markov_rank": 4}, {}),
+    ("dflash, gated markov", "dflash", {"markov": "gated", "confidence": True}, {}),
     ("eagle3, draft vocabulary", "eagle3", {"draft_tokens": DRAFT_TOKENS}, {}),
     ("eagle3, norms", "eagle3", NORMS, NORMS),
     ("eagle3, normed output", "eagle3", {"norm_output": True}, {"norm_output": True}),
@@ -276,7 +281,7 @@ def test_unknown_backbone_field_is_refused(field):
 def test_last_tap_is_what_projection_reads(kind):
     target = small_target()
     head = lively_head(kind, target)
-    assert list(head.taps) == ([1, 2, 3] if kind == "eagle3" else [3])
+    assert list(head.taps) == ([1, 2, 3] if kind in ("eagle3", "dflash") else [3])
     output = target.prefill([[3, 1, 4, 1, 5]], head.taps)
     with torch.no_grad():
         said = target.model.lm_head(output.hidden[3][:, -1:])

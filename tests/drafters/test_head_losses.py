@@ -201,7 +201,13 @@ def test_eagle3_loss_is_that_of_drafted_chains(draft_tokens, num_steps, objectiv
     assert (num_left_out > 0) == (draft_tokens is not None)
 
 
-LOSSES = {"medusa": {}, "eagle": {"noise": 0.0}, "eagle3": {"num_steps": 3}, "mtp": {}}
+LOSSES = {
+    "medusa": {},
+    "eagle": {"noise": 0.0},
+    "eagle3": {"num_steps": 3},
+    "mtp": {},
+    "dflash": {"num_blocks": 99},
+}
 
 
 @pytest.mark.parametrize("kind", LOSSES)

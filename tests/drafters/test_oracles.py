@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from specdec import load_target
+from specdec import generate, load_drafter, load_target
+from specdec.drafters.dflash import DFlashDrafter
 from specdec.drafters.eagle3 import Eagle3Drafter
 from specdec.drafters.heads import load_head
 from specdec.drafters.mtp import MtpDrafter
@@ -51,6 +52,74 @@ def test_eagle31_head_is_that_of_speculators(name):
                     key = f"{case['name']}.start{index}.forced"
                     logits = head.logits(states)[0, index]
                     torch.testing.assert_close(logits, given[f"{key}_logits"][step], **near)
+
+
+def recording(folder):
+    """A case's facts and tensors, and the target that it was recorded with."""
+    known = json.loads((folder / "cases.json").read_text())
+    target = load_target(str(ORACLES / known["target"]))
+    return known, load_file(folder / "recorded.safetensors"), target
+
+
+def features_of(head, given):
+    """Features [1, n, F] of taps [n, m * H] that stand side by side."""
+    taps = given.unsqueeze(0).chunk(len(head.taps), -1)
+    return head.fuse(dict(zip(head.taps, taps, strict=True)))
+
+
+@pytest.mark.parametrize(
+    "name", ["dflash/qwen3", "dflash/llama", "dspark/vanilla", "dspark/gated", "dspark/plain"]
+)
+def test_block_head_is_that_of_its_authors(name):
+    folder = ORACLES / name
+    known, recorded, target = recording(folder)
+    head, _ = load_head(DFlashDrafter, target, str(folder), force=True)
+    assert list(head.taps) == known["taps"]
+    assert head.options.block_size == known["block_size"]
+    near, first = {"atol": known["tolerance"], "rtol": 0}, head.first
+    for case in known["cases"]:
+        taps = []
+        for number, each in enumerate(case["rounds"]):
+            key = f"{case['name']}.round{number}"
+            taps.append(recorded[f"{key}.taps"])
+            text = torch.tensor([[*each["committed"], each["anchor"]]])
+            with torch.no_grad():
+                features = features_of(head, torch.cat(taps))
+                if f"{key}.context" in recorded:
+                    newest = features[0, each["cached_before"] :]
+                    torch.testing.assert_close(newest, recorded[f"{key}.context"], **near)
+                padded = torch.nn.functional.pad(features, (0, 0, 0, 1))
+                last = torch.tensor([[features.shape[1] - 1]])
+                (outputs,) = head.blocks(text, padded, last)[0]
+                torch.testing.assert_close(outputs, recorded[f"{key}.hidden"][first:], **near)
+                if "drawn" not in each:
+                    logits = head.level_logits(outputs, torch.tensor(each["draft"]))
+                    assert logits.argmax(-1).tolist() == each["draft"]
+                    expected = recorded[f"{key}.logits"][first:]
+                    torch.testing.assert_close(logits, expected, **near)
+                    continue
+                drawn = [each["anchor"], *each["drawn"][:-1]]
+                for previous, logits, said in (
+                    (drawn, "logits", "confidence"),
+                    (each["teacher_previous"], "teacher_logits", "teacher_confidence"),
+                ):
+                    found = head.level_logits(outputs, torch.tensor(previous))
+                    torch.testing.assert_close(found, recorded[f"{key}.{logits}"], **near)
+                    if head.options.confidence:
+                        found = head.confidences(outputs, torch.tensor(previous))
+                        torch.testing.assert_close(found, recorded[f"{key}.{said}"], **near)
+
+
+def test_block_head_decodes_as_its_authors_do():
+    folder = ORACLES / "dflash" / "fitted"
+    known, _, target = recording(folder)
+    options = {"type": "dflash", "path": str(folder), "force": True, "width": 1}
+    drafter = load_drafter(options, target)
+    for case in known["cases"]:
+        (result,) = generate(target, drafter, [case["prompt"]], max_new_tokens=case["new_tokens"])
+        assert result.tokens == case["tokens"]
+        accepted = [record.num_accepted for record in result.records]
+        assert accepted[:-1] == case["accepted"][:-1]  # the last one is cut elsewhere
 
 
 def test_mtp_layer_is_that_of_speculators():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lookup_steps import paths
 from scripted import ScriptedDecoding
-from test_lossless import VARIANTS, resolved, with_eagle3
+from test_lossless import VARIANTS, resolved, with_heads
 from tiny_models import tiny_target
 
 from specdec import SamplingConfig, load_drafter
@@ -33,6 +33,7 @@ OPTIONS = {
     "eagle": FEATURE_TREES,
     "eagle3": FEATURE_TREES,
     "mtp": FEATURE_TREES,
+    "dflash": FEATURE_TREES,
     "hybrid": [
         {
             "drafters": [
@@ -55,7 +56,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return with_eagle3(tmp_path_factory.mktemp("drafts"), tiny_target())
+    return with_heads(tmp_path_factory.mktemp("drafts"), tiny_target())
 
 
 def caches(drafter):

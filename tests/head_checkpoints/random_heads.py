@@ -11,6 +11,7 @@ from specdec.drafters.heads import build_head
 NUM_LAYERS = 8
 ROPE = {"rope_type": "linear", "rope_theta": 500000.0, "factor": 2.0}
 NORMED = {"norm_before_residual": True, "norm_before_fc": True}
+SPARK = {"markov": "vanilla", "markov_rank": 4, "confidence": True, "sample_from_anchor": True}
 NARROW = {"hidden_size": 16, "head_dim": 4}
 # Every option away from its default in one of them.
 HEADS = {
@@ -25,6 +26,10 @@ HEADS = {
     "eagle3.1": ("eagle3", {"fc_norm": True, "norm_output": True, "draft_vocab_size": 40}),
     "eagle3.1-qwen3": ("eagle3", {"fc_norm": True, "backbone": {"qk_norm": True}}),
     "mtp": ("mtp", {"backbone": {"qk_norm": True}}),
+    "dflash": ("dflash", {"taps": [1, 4, 6], "block_size": 5, "mask_token_id": 7}),
+    "dflash-causal": ("dflash", {"causal": True}),
+    "dspark": ("dflash", {**SPARK, "confidence_with_markov": True, "num_layers": 1}),
+    "dspark-whole": ("dflash", {**SPARK, "own_ends": True, "markov": "gated"}),
 }
 LAYOUTS_OF = {
     "medusa": ("specdec", "medusa", "vllm-medusa"),
@@ -38,6 +43,10 @@ LAYOUTS_OF = {
     "eagle3.1": ("specdec", "speculators"),
     "eagle3.1-qwen3": ("specdec", "speculators"),
     "mtp": ("specdec", "speculators-mtp"),
+    "dflash": ("specdec", "z-lab", "transformers-assistant", "speculators-dflash"),
+    "dflash-causal": ("specdec",),
+    "dspark": ("specdec", "speculators-dflash"),
+    "dspark-whole": ("specdec", "deepspec"),
 }
 PAIRS = [(name, layout) for name, layouts in LAYOUTS_OF.items() for layout in layouts]
 

@@ -47,6 +47,37 @@ VLLM = json.loads(
     "truncated_vocab_size": null}"""
 )
 BIASED = {**VLLM, "medusa_fc_bias": True}
+# DFlash and DSpark, with the keys that each project saves.
+LAYERS = json.loads(
+    """{"attention_bias": false, "attention_dropout": 0.0, "head_dim": 8, "hidden_act": "silu",
+    "hidden_size": 32, "intermediate_size": 64, "layer_types": ["full_attention"],
+    "max_position_embeddings": 512, "model_type": "qwen3", "num_attention_heads": 4,
+    "num_hidden_layers": 1, "num_key_value_heads": 2, "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0, "sliding_window": null, "tie_word_embeddings": false,
+    "use_sliding_window": false, "vocab_size": 61}"""
+)
+Z_LAB = {
+    **{**LAYERS, "architectures": ["DFlashDraftModel"], "rope_scaling": None},
+    **{"auto_map": {"AutoModel": "dflash.DFlashDraftModel"}, "num_target_layers": 8},
+    **{"block_size": 5, "dflash_config": {"mask_token_id": 60, "target_layer_ids": [1, 3, 5]}},
+}
+MUSE = {name: value for name, value in LAYERS.items() if name != "vocab_size"} | {
+    **{"model_type": "muse_glimmer_assistant", "target_layer_ids": [1, 3, 5]},
+    **{"block_size": 5, "mask_token_id": 60, "architectures": ["MuseGlimmerAssistantModel"]},
+}
+SPARK = {"markov_head_type": "vanilla", "markov_rank": 4, "enable_confidence_head": True}
+SPARK |= {"confidence_head_with_markov": True, "block_size": 5, "mask_token_id": 60}
+DEEP_SPEC = {**LAYERS, **SPARK, "architectures": ["Qwen3DSparkModel"]}
+DEEP_SPEC |= {"target_layer_ids": [-1, 2, 4], "num_anchors": 16, "num_target_layers": 8}
+SPEC_SPARK = {
+    **{**SPARK, "speculators_model_type": "dspark", "aux_hidden_state_layer_ids": [2, 4, 6]},
+    **{"draft_vocab_size": 61, "sample_from_anchor": True, "sliding_window_non_causal": False},
+    "speculators_config": {**SPECULATORS["speculators_config"], "algorithm": "dspark"},
+    NESTED: LAYERS,
+}
+SPEC_FLASH = {name: v for name, v in SPEC_SPARK.items() if "markov" not in name}
+SPEC_FLASH |= {"speculators_model_type": "dflash", "sample_from_anchor": False}
+del SPEC_FLASH["enable_confidence_head"]
 LLAMA3 = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0}
 LLAMA3 |= {"rope_type": "llama3", "original_max_position_embeddings": 64}
 
@@ -118,6 +149,21 @@ def one_block_twice():
     return blocks[0] | blocks[1]
 
 
+def block_tensors(**more):
+    norms = {f"layers.0.self_attn.{name}_norm.weight": (HEAD_DIM,) for name in "qk"}
+    norms |= {f"{name}.weight": (H,) for name in ("layers.0.input_layernorm", "norm")}
+    fused = {"fc.weight": (H, 3 * H), "hidden_norm.weight": (H,)}
+    return weights({**fused, **layer("layers.0", H), **norms, **more})
+
+
+def assistant_tensors():
+    names = {
+        "fc.weight": "encoder.fc.weight",
+        "hidden_norm.weight": "encoder.output_norm_enc.weight",
+    }
+    return {names.get(name, name): tensor for name, tensor in block_tensors().items()}
+
+
 def publish(folder, config, tensors, file=SAFE):
     folder.mkdir(exist_ok=True)
     if config is not None:
@@ -175,6 +221,9 @@ SGLANG_FLAGS = {"norm_before_fc": True, "use_aux_hidden_state": True}
 MEDUSA_NAMES = {"vocab_heads.2.weight": "2.1.weight", "blocks.1.0.linear.bias": "1.0.linear.bias"}
 VLLM_NAMES = {"blocks.1.0.linear.bias": "blocks.1.layers.0.bias"}
 VLLM_NAMES["vocab_heads.0.weight"] = "lm_heads.0.weight"
+MARKOV = {f"markov_head.markov_w{place}.weight": (V, 4) for place in (1, 2)}
+MARKOV |= {"confidence_head.proj.weight": (1, H + 4), "confidence_head.proj.bias": (1,)}
+ENDS = {"embed_tokens.weight": (V, H), "lm_head.weight": (V, H)}
 EAGLE_1 = {"layout": "eagle", "kind": "eagle", "bias": True, "qkv_bias": False, "tree": None}
 CASES = {
     "eagle": Case(
@@ -243,6 +292,41 @@ CASES = {
         {**SPECULATORS, NESTED: WINDOW},
         eagle3_tensors("layers.0"),
         training={"sliding_window": 2048},
+    ),
+    "z-lab": Case(
+        *(Z_LAB, block_tensors()),
+        head=lambda head: head.max_depth == 4,
+        **{"layout": "z-lab", "kind": "dflash", "taps": [2, 4, 6], "mask_token_id": 60},
+    ),
+    "z-lab, layers that are not named": Case(
+        {**Z_LAB, "dflash_config": {"mask_token_id": 60}},
+        block_tensors(**{"fc.weight": (H, H)}),
+        taps=[5],
+    ),
+    "transformers-assistant": Case(
+        *(MUSE, assistant_tensors(), {"fc.weight": "encoder.fc.weight"}),
+        **{"layout": "transformers-assistant", "taps": [2, 4, 6], "target": (None, H, None)},
+    ),
+    "deepspec": Case(
+        *(DEEP_SPEC, block_tensors(**MARKOV, **ENDS)),
+        head=lambda head: head.max_depth == 5,
+        **{"layout": "deepspec", "taps": [0, 3, 5], "sample_from_anchor": True},
+        **{"markov": "vanilla", "confidence_with_markov": True, "own_ends": True},
+    ),
+    "deepspec, no Markov head": Case(
+        {**DEEP_SPEC, "markov_rank": 0, "enable_confidence_head": False},
+        block_tensors(**ENDS),
+        **{"markov": None, "confidence": False},
+    ),
+    "speculators-dflash, dspark": Case(
+        *(SPEC_SPARK, block_tensors(**MARKOV)),
+        head=lambda head: head.max_depth == 5,
+        **{"layout": "speculators-dflash", "taps": [2, 4, 6], "target": ("org/tiny", H, V)},
+    ),
+    "speculators-dflash": Case(
+        *(SPEC_FLASH, block_tensors()),
+        head=lambda head: head.max_depth == 4,
+        **{"layout": "speculators-dflash", "sample_from_anchor": False, "markov": None},
     ),
     "medusa": Case(
         *(MEDUSA_3, medusa_tensors(3), MEDUSA_NAMES, (), MEDUSA, lambda head: head.taps == (8,)),
@@ -326,7 +410,18 @@ REFUSED = [
     (EAGLE3, {IDS: [2, 4, True]}, "2 is True but must be a whole number"),
     (EAGLE3, {"eagle_config": {IDS: []}}, "must be a list of at least 1"),
     (EAGLE3, {IDS: [2, 4]}, r"fc\.weight has shape \(32, 96\) but must have \(32, 64\)"),
-    (SPECULATORS, {"speculators_model_type": "dflash"}, "'dflash' but must be one of"),
+    (SPECULATORS, {"speculators_model_type": "medusa"}, "'medusa' but must be one of"),
+    (
+        Z_LAB,
+        {"layer_types": ["sliding_attention"]},
+        "layer_types sliding_attention but all must be",
+    ),
+    (Z_LAB, {"num_target_layers": ..., "dflash_config": {"mask_token_id": 1}}, "has neither"),
+    (Z_LAB, {"dflash_config": {"target_layer_ids": [1]}}, "mask_token_id is missing"),
+    (Z_LAB, {"block_size": ...}, "block_size is missing"),
+    (SPEC_SPARK, {"sample_from_anchor": ...}, "sample_from_anchor is missing"),
+    (SPEC_SPARK, {"draft_vocab_size": D}, "draft_vocab_size 40, but block heads draft all 61"),
+    (DEEP_SPEC, {"markov_head_type": "rnn"}, "markov_head_type is 'rnn'"),
     (SPECULATORS, {"norm_before_residual": ...}, "for true and speculators for false"),
     (SPECULATORS, {NESTED: ...}, f"{NESTED} is missing"),
     (SPECULATORS, {NESTED: {**LLAMA, "mlp_bias": True}}, f"{NESTED}.mlp_bias is True"),

@@ -28,7 +28,7 @@ def refusal(folder, path, tensors):
 
 
 def test_tables_cover_all_kinds_and_layouts():
-    assert {kind for kind, _ in HEADS.values()} == {"medusa", "eagle", "eagle3", "mtp"}
+    assert {kind for kind, _ in HEADS.values()} == {"medusa", "eagle", "eagle3", "mtp", "dflash"}
     assert {layout for _, layout in PAIRS} == set(LAYOUTS)
 
 
@@ -142,7 +142,7 @@ def test_damaged_description_is_named(tmp_path, file, content):
     ("change", "said"),
     [
         ({"format": 2}, "format is 2 but must be one of 1"),
-        ({"kind": "hydra"}, "'hydra' but must be one of eagle"),
+        ({"kind": "hydra"}, "'hydra' but must be one of dflash"),
         ({"options": []}, "options is"),
         ({"options": {"taps": "all"}}, "taps is 'all'"),
         ({"options": {"taps": [-1]}}, "taps.0 is -1"),
