@@ -101,9 +101,12 @@ measure() {
       ;;
     16-drafters)
       [ -f runs/heads/answers.jsonl ] ||
-        python scripts/train_demo.py answers --data-dir "$SPECDEC_DATA_DIR" --out runs/heads --num 1536
+        python scripts/train_demo.py answers --data-dir "$SPECDEC_DATA_DIR" --out runs/heads --num 1280
+      head -n 1280 runs/heads/answers.jsonl > $runs/16-answers.jsonl
+      specdec features $runs/16-answers.jsonl --target demo --out $runs/16-features \
+        --taps eagle3,eagle --dtype float32 --top-k 0
       [ -f $runs/16-losses/losses.json ] ||
-        python $here/16-drafters/losses.py --out $runs/16-losses
+        python $here/16-drafters/losses.py $runs/16-features --out $runs/16-losses
       ;;
   esac
 }

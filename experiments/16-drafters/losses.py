@@ -1,9 +1,9 @@
 """Train three kinds of heads with every loss, alike but for it, and measure offline acceptance.
 
-python experiments/16-drafters/losses.py --out runs/experiments/16-losses
+python experiments/16-drafters/losses.py runs/features --out runs/losses
 
-`scripts/train_demo.py answers` writes the answers. Every run is a folder below --out, and what is
-there is kept: a stopped experiment goes on with the same command.
+The features are those of answers that `scripts/train_demo.py answers` writes. Every run is a folder
+below --out, and what is there is kept: a stopped experiment goes on with the same command.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,6 @@ HEADS = {
     "medusa": ("medusa", []),
     "mtp": ("eagle3", ["drafter.kind=mtp", "draft_vocab_size=null"]),
 }
-ANSWERS = Path("runs/heads/answers.jsonl")
 BASE, WEIGHTED = "cross_entropy", "d_pace"
 FIGURES = ("tau", "alpha at T = 0", "alpha at T = 1")
 
@@ -123,9 +122,9 @@ def best(rows: Sequence[dict[str, Any]], head: str) -> str:
 
 
 def main(
+    answers: Annotated[Path, typer.Argument(help="a feature store, or a JSONL file of rows")],
     out: Annotated[Path, typer.Option(help="folder of all runs, and of losses.json")],
-    answers: Annotated[Path, typer.Option(help="what the target wrote")] = ANSWERS,
-    rows: Annotated[int, typer.Option(help="read, held-out ones included")] = 1350,
+    rows: Annotated[int, typer.Option(help="read, held-out ones included")] = 1280,
     held_out: int = 150,
     steps: int = 150,
     num_seeds: int = 3,
