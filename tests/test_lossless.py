@@ -45,6 +45,7 @@ VARIANTS: dict[str, list[dict]] = {
     "medusa": [
         {"max_nodes": 60},
         {"choices": SAMPLED},
+        {"max_nodes": 60, "width": 60},
         {"max_nodes": 40, "children": "without_replacement"},
         {"choices": SAMPLED, "children": "with_replacement"},
     ],

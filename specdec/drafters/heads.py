@@ -185,7 +185,7 @@ class HeadDrafter(BaseDrafter):
     Args:
         head: in eval mode, on the target's device.
         vocab_size: V of the target.
-        shape: the tree; static, and no deeper than the head, where the head is bound to a depth.
+        shape: the tree; no deeper than the head, where the head is bound to a depth.
     """
 
     trained_as = "head"
@@ -198,7 +198,7 @@ class HeadDrafter(BaseDrafter):
         self.clock = ForwardClock(self.device)
         self.plan, self.max_nodes, self.makes_trees = None, shape.max_nodes, True
         self.token_map: Tensor | None = head.token_map  # worked out once
-        if shape.is_static or head.max_depth:
+        if shape.is_static:
             num_tokens = vocab_size if self.token_map is None else len(self.token_map)
             self.plan = StaticPlan(shape.static_tree(num_tokens, self.device))
             self.max_nodes, self.makes_trees = self.plan.num_nodes, not self.plan.is_chain
