@@ -33,7 +33,7 @@ from specdec.drafters.base import DraftShape, ShapeOptions, Tokens, in_parts, se
 from specdec.drafters.compiled_head import CompiledHead
 from specdec.drafters.heads import Head, HeadDrafter, Size, load_head
 from specdec.drafters.training import Level, TrainingBatch, shifted
-from specdec.drafters.tree_growth import DynamicGrowth, Growth, StaticGrowth, TreeShape
+from specdec.drafters.tree_growth import Choices, DynamicGrowth, Growth, StaticGrowth, TreeShape
 from specdec.engine.interfaces import Prompts, TargetOutput
 from specdec.engine.kv_cache import SlotCache
 from specdec.sampling.sampler import Sampler
@@ -314,7 +314,7 @@ class FeatureDrafter(HeadDrafter):
         depth: int = 5,
         width: int = 8,
         max_nodes: int = 24,
-        choices: Sequence[Sequence[int]] | None = None,
+        choices: Choices | None = None,
         children: str = "top",
         window: int | None = None,
         compile: bool | str | None = None,

@@ -18,6 +18,7 @@ from specdec.drafters.base import ShapeOptions, Tokens
 from specdec.drafters.heads import Head, HeadDrafter, Layer, Size, compile_head, load_head
 from specdec.drafters.training import Level, LossOutput, TrainingBatch, chain_loss, shifted
 from specdec.drafters.tree_growth import (
+    Choices,
     DynamicGrowth,
     Growth,
     StaticGrowth,
@@ -154,7 +155,7 @@ class MedusaDrafter(HeadDrafter):
         target: Any,
         path: str = "demo",
         max_nodes: int | None = None,
-        choices: Sequence[Sequence[int]] | None = None,
+        choices: Choices | None = None,
         acceptance: Sequence[Sequence[float]] | None = None,
         children: str = "top",
         width: int | None = None,
@@ -170,7 +171,8 @@ class MedusaDrafter(HeadDrafter):
             path: folder or hub id in any known layout; "demo" for the embedded heads.
             max_nodes: compute the best tree of this many nodes; None takes the checkpoint's own
                 tree where it has one, and 24 where not.
-            choices: a tree of one's own, one list of ranks a node.
+            choices: a tree of one's own, one list of ranks a node, or {stem, branches, depth} of a
+                `delayed_tree`.
             acceptance: `[depth][rank]` that the computed tree is best for (`best_static_tree`);
                 None for what was measured when the heads were trained.
             width: grow a dynamic tree of max_nodes nodes from the probabilities of every step, so
