@@ -274,6 +274,26 @@ def _maker(arm: dict[str, Any]) -> str:
     return f"ours, {arm['name'].rpartition(' ')[2]}" if arm["tau"] else "other packages"
 
 
+def losses() -> Any:
+    found = read("16-drafters/losses.json")["summary"]
+    kinds = list(dict.fromkeys(row["head"] for row in found))
+    figure, parts = new_figure(4.8, 12, columns=len(kinds))
+    for axes, kind in zip(parts, kinds, strict=True):
+        rows = [row for row in found if row["head"] == kind]
+        for number, key in enumerate(("tau", "alpha at T = 0", "alpha at T = 1")):
+            changes = [row[f"{key}, change"] for row in rows]
+            values, ends = ([each[part] for each in changes] for part in ("value", "ci"))
+            places = [place + 0.22 * (number - 1) for place in range(len(rows))]
+            draw_series(axes, number, key, values, places, x_intervals=ends, linestyle="none")
+        axes.axvline(0, color=GREY, linewidth=1, linestyle=":")
+        axes.set_yticks(range(len(rows)), [row["loss"] for row in rows])
+        axes.invert_yaxis()
+        axes.set_xlabel("more than with cross-entropy")
+        axes.set_title(kind, fontsize=10)
+    parts[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
 def redraw(name: str) -> None:
     """The picture that a bench draws of its own results, from what the tables say."""
     for path in sorted((HERE / name).glob("*/results.json")):
@@ -294,6 +314,7 @@ PLOTS: dict[str, Callable[[], Any]] = {
     "13-scaling": scaling,
     "14-compiled": compiled,
     "15-engines": lambda: draw(read("15-engines/bake-off.json")),
+    "16-drafters": losses,
 }
 
 

@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 here=experiments runs=runs/experiments
-all=(01-core 02-heads 04-recipes 05-drafters 06-shapes 07-draft-size 08-sampling 09-rules 10-batch 11-prediction 12-serving 13-scaling 14-compiled 15-engines)
+all=(01-core 02-heads 04-recipes 05-drafters 06-shapes 07-draft-size 08-sampling 09-rules 10-batch 11-prediction 12-serving 13-scaling 14-compiled 15-engines 16-drafters)
 suites="single-turn multi-turn long-context concurrent"
 names=("$@")
 [ $# -gt 0 ] || names=("${all[@]}")
@@ -99,6 +99,15 @@ measure() {
       done
       for drafter in demo/eagle3 draft_model; do admit llama.cpp $drafter; done
       ;;
+    16-drafters)
+      [ -f runs/heads/answers.jsonl ] ||
+        python scripts/train_demo.py answers --data-dir "$SPECDEC_DATA_DIR" --out runs/heads --num 1280
+      head -n 1280 runs/heads/answers.jsonl > $runs/16-answers.jsonl
+      specdec features $runs/16-answers.jsonl --target demo --out $runs/16-features \
+        --taps eagle3,eagle --dtype float32 --top-k 0
+      [ -f $runs/16-losses/losses.json ] ||
+        python $here/16-drafters/losses.py $runs/16-features --out $runs/16-losses
+      ;;
   esac
 }
 
@@ -142,6 +151,7 @@ publish() {
       cp $runs/15-engines/bake-off.json "$to/"
       for run in $runs/15-admitted/*; do cp $run/admission.json "$to/admitted/${run##*/}.json"; done
       ;;
+    16-drafters) cp $runs/16-losses/losses.json "$to/" ;;
   esac
 }
 

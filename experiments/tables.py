@@ -563,6 +563,24 @@ def engines() -> dict[str, str]:
     }
 
 
+def losses() -> dict[str, str]:
+    """Experiment 16: every loss by kind of head, and what it adds to cross-entropy."""
+    head = ["head", "loss", "tau", "change", "alpha, T = 0: change", "T = 1: change", "by depth"]
+    rows = []
+    for row in read("16-drafters/losses.json")["summary"]:
+        changes = [f"{figure}, change" for figure in ("tau", "alpha at T = 0", "alpha at T = 1")]
+        by_depth = " ".join(f"{share:.2f}" for share in row["acceptance"])
+        told = [_over_seeds(row[key]) for key in ("tau", *changes)]
+        rows.append([row["head"], row["loss"], *told, by_depth])
+    return {"losses": table(head, rows)}
+
+
+def _over_seeds(found: dict[str, Any]) -> str:
+    digits = 3 if abs(found["value"]) < 1 else 2
+    value, *ends = (f"{each:.{digits}f}" for each in (found["value"], *(found["ci"] or ())))
+    return f"{value} [{', '.join(ends)}]" if ends else value
+
+
 # By the folder of the README; that of the repository is "..".
 TABLES: dict[str, Callable[[], dict[str, str]]] = {
     "..": measured,
@@ -581,6 +599,7 @@ TABLES: dict[str, Callable[[], dict[str, str]]] = {
     "13-scaling": scaling,
     "14-compiled": compiled,
     "15-engines": engines,
+    "16-drafters": losses,
 }
 
 

@@ -38,8 +38,8 @@ def readme(name):
 WITH_TABLES = ["..", "01-core", "02-heads", "03-domain", "04-recipes", *MEASURED]
 
 
-def test_there_are_eleven_experiments_of_one_form():
-    assert [name[:2] for name in NAMES] == [f"{number:02}" for number in range(5, 16)]
+def test_there_are_twelve_experiments_of_one_form():
+    assert [name[:2] for name in NAMES] == [f"{number:02}" for number in range(5, 17)]
 
 
 def test_the_index_lists_every_experiment_once_and_by_its_question():

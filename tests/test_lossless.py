@@ -14,6 +14,7 @@ from specdec.verify import RULES
 # Random heads guess badly, so their trees are wide: something must be accepted.
 WIDE = {"depth": 3, "width": 24, "max_nodes": 60}
 SAMPLED = [[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0]]
+DELAYED = {"stem": 1, "branches": 3, "depth": 3}
 # Options that turn on what a drafter does not do by default.
 VARIANTS: dict[str, list[dict]] = {
     "eagle": [
@@ -21,6 +22,7 @@ VARIANTS: dict[str, list[dict]] = {
         {"choices": [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0]]},
         {**WIDE, "children": "without_replacement"},
         {"choices": SAMPLED, "children": "with_replacement"},
+        {"choices": DELAYED, "children": "with_replacement"},
         {"width": 1, "depth": 3, "children": "with_replacement"},
     ],
     "eagle3": [
@@ -51,6 +53,7 @@ VARIANTS: dict[str, list[dict]] = {
     "medusa": [
         {"max_nodes": 60},
         {"choices": SAMPLED},
+        {"max_nodes": 60, "width": 60},
         {"max_nodes": 40, "children": "without_replacement"},
         {"choices": SAMPLED, "children": "with_replacement"},
     ],
@@ -137,6 +140,16 @@ def test_lossless_rule_keeps_the_distribution(rule, small_target, small_vocab_fo
     prompt, sampling = [0, 1, 2], SamplingConfig(temperature=0.9)
     counts, depth = sampled(small_target, drafter, prompt, sampling, rule=rule)
     assert depth >= 3
+    assert p_value(counts, exact_distribution(small_target, prompt, sampling)) > 1e-4
+
+
+@pytest.mark.parametrize("rule", ["token", "traversal"])
+def test_delayed_branches_keep_the_distribution(rule, small_target, small_vocab_folder):
+    options = {"type": "eagle3", "choices": DELAYED, "children": "with_replacement"}
+    drafter = Case(options).build(small_target, small_vocab_folder)
+    prompt, sampling = [0, 1, 2], SamplingConfig(temperature=0.9)
+    counts, depth = sampled(small_target, drafter, prompt, sampling, rule=rule)
+    assert depth == 3
     assert p_value(counts, exact_distribution(small_target, prompt, sampling)) > 1e-4
 
 

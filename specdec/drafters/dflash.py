@@ -35,13 +35,7 @@ from specdec.drafters.feature_head import (
 )
 from specdec.drafters.heads import Layer, Size, load_head
 from specdec.drafters.training import Level, LossOutput, TrainingBatch, chain_loss, shifted
-from specdec.drafters.tree_growth import (
-    Candidates,
-    DynamicGrowth,
-    Growth,
-    StaticGrowth,
-    TreeShape,
-)
+from specdec.drafters.tree_growth import Candidates, Choices, TreeShape
 from specdec.sampling.sampler import Sampler
 from specdec.verify import Draft
 
@@ -343,7 +337,7 @@ class DFlashDrafter(FeatureDrafter):
         depth: int | None = None,
         width: int = 8,
         max_nodes: int = 24,
-        choices: Sequence[Sequence[int]] | None = None,
+        choices: Choices | None = None,
         children: str = "top",
         window: int | None = None,
         confidence_threshold: float = 0.0,
@@ -403,13 +397,7 @@ class DFlashDrafter(FeatureDrafter):
         is_plain = sampler.is_plain and self.children == "top" and (is_chain or not self.plan)
         width = 1 if self.plan else self.shape.width
         outputs, logits, levels = self._run_block(root, width if is_plain else 0)
-        growth: Growth
-        if self.plan:
-            counters = self.cache.device_lengths + 1
-            growth = StaticGrowth(self.plan, self.children, max(budget), sampler, counters)
-        else:
-            num_levels = min(self.shape.depth, max(budget))
-            growth = DynamicGrowth(width, self.max_nodes, num_levels, sampler)
+        growth = self._new_growth(budget, sampler)
         previous = [root.unsqueeze(1)]  # [B, beam] of each level
         if levels:
             growth.take(levels[: growth.num_levels])

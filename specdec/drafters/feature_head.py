@@ -33,7 +33,7 @@ from specdec.drafters.base import DraftShape, ShapeOptions, Tokens, in_parts, se
 from specdec.drafters.compiled_head import CompiledHead
 from specdec.drafters.heads import Head, HeadDrafter, Size, load_head
 from specdec.drafters.training import Level, TrainingBatch, shifted
-from specdec.drafters.tree_growth import DynamicGrowth, Growth, StaticGrowth, TreeShape
+from specdec.drafters.tree_growth import Choices, Growth, TreeShape
 from specdec.engine.interfaces import Prompts, TargetOutput
 from specdec.engine.kv_cache import SlotCache
 from specdec.sampling.sampler import Sampler
@@ -315,7 +315,7 @@ class FeatureDrafter(HeadDrafter):
         depth: int = 5,
         width: int = 8,
         max_nodes: int = 24,
-        choices: Sequence[Sequence[int]] | None = None,
+        choices: Choices | None = None,
         children: str = "top",
         window: int | None = None,
         compile: bool | str | None = None,
@@ -402,13 +402,7 @@ class FeatureDrafter(HeadDrafter):
         if max(budget) < 1:
             return Draft.empty(len(root), root.device)
         self._catch_up()
-        growth: Growth
-        if self.plan:
-            counters = self.cache.device_lengths + 1
-            growth = StaticGrowth(self.plan, self.children, max(budget), sampler, counters)
-        else:
-            num_levels = min(self.shape.depth, max(budget))
-            growth = DynamicGrowth(self.shape.width, self.max_nodes, num_levels, sampler)
+        growth = self._new_growth(budget, sampler)
         in_own_vocabulary = sampler.is_plain and self.children == "top"
         outputs, logits = self._outputs, self._logits  # [B, beam, F] and [B, beam, D or V]
         if self._compiled and in_own_vocabulary and (not self.plan or self.plan.is_chain):
@@ -468,6 +462,10 @@ class FeatureDrafter(HeadDrafter):
         for level, states in enumerate(outputs):
             logits = self.head.logits(states[0, first : len(tokens) - 1 - level])
             yield self.head.spread(logits, self.vocab_size)
+
+    @property
+    def _num_committed(self) -> Tensor:  # type: ignore[override]
+        return self.cache.device_lengths + 1
 
     @property
     def cache_bytes(self) -> int:

@@ -15,9 +15,16 @@ from specdec.common.config import Config, validated
 from specdec.demo import unpacked
 from specdec.drafters.base import BaseDrafter, FixedShape
 from specdec.drafters.training import LossOutput, TrainingBatch
-from specdec.drafters.tree_growth import StaticPlan, TreeShape
+from specdec.drafters.tree_growth import (
+    DynamicGrowth,
+    Growth,
+    StaticGrowth,
+    StaticPlan,
+    TreeShape,
+)
 from specdec.engine.metrics import ForwardClock
 from specdec.registry import head_class
+from specdec.sampling.sampler import Sampler
 from specdec.targets.load import LOADING
 
 # Far above any real size, and small enough that shapes of a damaged config still fit 64 bits.
@@ -190,6 +197,7 @@ class HeadDrafter(BaseDrafter):
 
     trained_as = "head"
     plan: StaticPlan | None  # None for a dynamic tree
+    _num_committed: Tensor  # [B] tokens of each row, which its randomness depends on
 
     def __init__(self, head: Any, vocab_size: int, shape: TreeShape) -> None:
         self.head, self.vocab_size, self.shape = head, vocab_size, shape
@@ -202,6 +210,14 @@ class HeadDrafter(BaseDrafter):
             num_tokens = vocab_size if self.token_map is None else len(self.token_map)
             self.plan = StaticPlan(shape.static_tree(num_tokens, self.device))
             self.max_nodes, self.makes_trees = self.plan.num_nodes, not self.plan.is_chain
+
+    def _new_growth(self, budget: Sequence[int], sampler: Sampler) -> Growth:
+        """Begin a draft of at most so many nodes a row."""
+        if self.plan:
+            counters = self._num_committed
+            return StaticGrowth(self.plan, self.children, max(budget), sampler, counters)
+        num_levels = min(self.shape.depth, max(budget))
+        return DynamicGrowth(self.shape.width, self.max_nodes, num_levels, sampler)
 
     @property
     def fixed_shape(self) -> FixedShape | None:

@@ -1,6 +1,6 @@
 """Medusa: heads on the target's last feature, each guessing one token further ahead.
 
-Source: Medusa, arXiv 2401.10774.
+Sources: Medusa, arXiv 2401.10774; dynamic trees of such heads: DDTree, arXiv 2604.12989.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from specdec.common.config import Config
 from specdec.drafters.base import ShapeOptions, Tokens
 from specdec.drafters.heads import Head, HeadDrafter, Layer, Size, compile_head, load_head
 from specdec.drafters.training import Level, LossOutput, TrainingBatch, chain_loss, shifted
-from specdec.drafters.tree_growth import StaticGrowth, StaticPlan, TreeShape, guessed_acceptance
+from specdec.drafters.tree_growth import Choices, TreeShape, guessed_acceptance
 from specdec.engine.interfaces import Prompts, TargetOutput
 from specdec.sampling.sampler import Sampler
 from specdec.verify import Draft, Verdict, best_static_tree
@@ -134,14 +134,13 @@ class MedusaHeads(Head):
 
 
 class MedusaDrafter(HeadDrafter):
-    """Drafts a static tree from one look at the target's last feature; it has no cache."""
+    """Drafts a tree from one look at the target's last feature; it has no cache."""
 
     kind, title, head_class = "medusa", "Medusa heads", MedusaHeads
     shape_options: ClassVar[ShapeOptions] = ShapeOptions(
         {"nodes": "max_nodes"}, ("nodes",), ("choices", "acceptance")
     )
     engine_methods: ClassVar[Mapping[str, str]] = {"vllm": "medusa"}
-    plan: StaticPlan
 
     @classmethod
     def load(
@@ -149,9 +148,10 @@ class MedusaDrafter(HeadDrafter):
         target: Any,
         path: str = "demo",
         max_nodes: int | None = None,
-        choices: Sequence[Sequence[int]] | None = None,
+        choices: Choices | None = None,
         acceptance: Sequence[Sequence[float]] | None = None,
         children: str = "top",
+        width: int | None = None,
         compile: bool | str | None = None,
         force: bool = False,
     ) -> Self:
@@ -164,13 +164,26 @@ class MedusaDrafter(HeadDrafter):
             path: folder or hub id in any known layout; "demo" for the embedded heads.
             max_nodes: compute the best tree of this many nodes; None takes the checkpoint's own
                 tree where it has one, and 24 where not.
-            choices: a tree of one's own, one list of ranks a node.
+            choices: a tree of one's own, one list of ranks a node, or {stem, branches, depth} of a
+                `delayed_tree`.
             acceptance: `[depth][rank]` that the computed tree is best for (`best_static_tree`);
                 None for what was measured when the heads were trained.
+            width: grow a dynamic tree of max_nodes nodes from the probabilities of every step, so
+                many nodes a level and children of each; from max_nodes upwards it is the best of
+                all trees (DDTree). None for a static tree.
             compile: True (Inductor), "graphs", "auto" or False; None for the target's own mode.
             force: take heads that were trained for another target of the same shape.
         """
+        if width is not None and (choices is not None or acceptance is not None):
+            raise ValueError(
+                f"width is {width}, for a dynamic tree, but choices or acceptance are given, for a "
+                "static one; leave out one of them"
+            )
         heads, checkpoint = load_head(cls, target, path, force=force)
+        mode, num_nodes = as_target(compile, target), 24 if max_nodes is None else max_nodes
+        if width is not None:
+            shape = TreeShape(heads.max_depth, width, num_nodes, children=children)
+            return cls(heads, target.vocab_size, shape, mode)
         if choices is None and max_nodes is None and acceptance is None:
             choices = checkpoint.tree
         if choices is None:
@@ -179,15 +192,16 @@ class MedusaDrafter(HeadDrafter):
             if acceptance is None:
                 acceptance = guessed_acceptance(heads.max_depth, 8)
             ranks = [row[: target.vocab_size] for row in acceptance]
-            choices = best_static_tree(ranks, 24 if max_nodes is None else max_nodes)
+            choices = best_static_tree(ranks, num_nodes)
         shape = TreeShape(choices=choices, children=children)
-        return cls(heads, target.vocab_size, shape, as_target(compile, target))
+        return cls(heads, target.vocab_size, shape, mode)
 
     def __init__(
         self, head: MedusaHeads, vocab_size: int, shape: TreeShape, compile: bool | str = False
     ) -> None:
         super().__init__(head, vocab_size, shape)
-        depth, num_heads = self.plan.tree.depth, head.options.num_heads
+        depth = self.plan.tree.depth if self.plan else shape.depth
+        num_heads = head.options.num_heads
         if depth > num_heads:
             raise ValueError(
                 f"the tree has {depth} levels but there are {num_heads} heads, one a level; choose "
@@ -215,7 +229,7 @@ class MedusaDrafter(HeadDrafter):
         """Fill the tree with the heads' candidates; a level's nodes share their head's guess."""
         if max(budget) < 1:
             return Draft.empty(len(root), root.device)
-        growth = StaticGrowth(self.plan, self.children, max(budget), sampler, self._num_committed)
+        growth = self._new_growth(budget, sampler)
         with self.clock.forward():
             if self._compiled:
                 (logits,) = self._compiled(self._feature)  # [B, levels, V]

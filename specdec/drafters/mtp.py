@@ -7,7 +7,7 @@ them, and so does this; training that recomputes the context at every step diffe
 Source: DeepSeek-V3, arXiv 2412.19437, section 2.2; one layer for all steps: FastMTP, 2509.18362.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from specdec.common.config import Config
 from specdec.drafters.feature_head import Backbone, DraftLayer, FeatureDrafter, FeatureHead, norm
 from specdec.drafters.training import LossOutput, TrainingBatch, chain_loss
+from specdec.drafters.tree_growth import Choices
 
 
 class MtpOptions(Config):
@@ -80,7 +81,7 @@ class MtpDrafter(FeatureDrafter):
         depth: int = 3,
         width: int = 8,
         max_nodes: int = 24,
-        choices: Sequence[Sequence[int]] | None = None,
+        choices: Choices | None = None,
         children: str = "top",
         window: int | None = None,
         compile: bool | str | None = None,

@@ -5,11 +5,11 @@ A *static* shape is fixed before any token is seen; its children may be chosen o
 pruned after its tokens are seen is no longer drawn from the q it reports.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,10 @@ from specdec.common.arguments import require_counts
 from specdec.sampling.randomness import row_exponentials
 from specdec.sampling.sampler import Sampler, sample, sample_without_replacement
 from specdec.verify import Draft, Selection, ancestor_mask, best_first
-from specdec.verify.tree import StaticTree, best_static_tree, from_choices
+from specdec.verify.tree import StaticTree, best_static_tree, delayed_tree, from_choices
 
+# Lists of ranks, or the arguments of `delayed_tree`.
+Choices = Sequence[Sequence[int]] | Mapping[str, int]
 CHILDREN = ("top", "without_replacement", "with_replacement")
 # Level i of a sampled tree draws from stream 64 + i of its row's randomness.
 FIRST_STREAM = 64
@@ -40,7 +42,8 @@ class TreeShape:
         width: a dynamic tree expands this many nodes a level and takes as many children of each;
             1 makes a chain.
         max_nodes: node budget.
-        choices: a static tree, one list of ranks a node; None for a dynamic tree (EAGLE-2).
+        choices: a static tree, one list of ranks a node, or {stem, branches, depth} of a
+            `delayed_tree`; None for a dynamic tree (EAGLE-2).
         children: "top" (deterministic), "without_replacement" or "with_replacement" (sampled, with
             their q). A sampled tree is always static: without `choices` one is computed from
             `width` and `max_nodes`.
@@ -49,7 +52,7 @@ class TreeShape:
     depth: int = 5
     width: int = 8
     max_nodes: int = 24
-    choices: Sequence[Sequence[int]] | None = None
+    choices: Choices | None = None
     children: str = "top"
 
     def __post_init__(self) -> None:
@@ -58,6 +61,13 @@ class TreeShape:
             raise ValueError(
                 f"children is {self.children!r} but must be one of {', '.join(CHILDREN)}"
             )
+        if isinstance(self.choices, Mapping):
+            if set(self.choices) != {"stem", "branches", "depth"}:
+                raise ValueError(
+                    f"choices is {dict(self.choices)} but must hold stem, branches and depth, or "
+                    "be a list of nodes"
+                )
+            object.__setattr__(self, "choices", delayed_tree(**self.choices))
         if self.choices is not None and not self.choices:
             raise ValueError("choices is [] but must hold at least one node, or be left out")
 
@@ -67,7 +77,7 @@ class TreeShape:
 
     def static_tree(self, vocab_size: int, device: torch.device) -> StaticTree:
         """The given choices, or the best tree (of width 1: the chain) of a guessed acceptance."""
-        choices = self.choices
+        choices: Any = self.choices
         if choices is None:
             table = guessed_acceptance(self.depth, min(self.width, vocab_size))
             choices = best_static_tree(table, self.max_nodes)

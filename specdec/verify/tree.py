@@ -7,6 +7,7 @@ and therefore looks like a child of the root: mask it with the draft's lengths w
 import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -141,6 +142,33 @@ def best_static_tree(
             for rank, value in enumerate(acceptance[len(path)]):
                 heapq.heappush(heap, (worth * value, (*path, rank)))
     return chosen[1:]
+
+
+def delayed_tree(stem: int, branches: int, depth: int) -> list[tuple[int, ...]]:
+    """Make a chain that divides into several below its stem, as choices for `from_choices`.
+
+    With children drawn with replacement the branches are independent draws of what may follow the
+    stem.
+
+    Args:
+        stem: levels of the one chain, 0 for branches from the root on.
+        branches: chains below it.
+        depth: levels in all, those of the stem included.
+
+    Raises:
+        ValueError: a number is no int or too small.
+
+    Source: arXiv 2602.16994 (delayed expansion).
+    """
+    for name, value, least in (("stem", stem, 0), ("branches", branches, 1)):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} is {value!r} but must be an int of at least {least}")
+    if not isinstance(depth, int) or depth <= stem:
+        raise ValueError(f"depth is {depth!r} but must be an int above the stem of {stem} levels")
+    top = (0,) * stem
+    below = product(range(branches), range(depth - stem))
+    tails = [(*top, branch, *(0,) * level) for branch, level in below]
+    return [top[:level] for level in range(1, stem + 1)] + tails
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ def test_every_option_has_type_and_meaning(kind):
 
 def test_option_is_told_as_its_class_tells_it():
     told = {option.name: option for option in describe_options("eagle3")}
-    assert told["choices"][1:3] == ("Sequence[Sequence[int]] | None", "None")
+    assert told["choices"][1:3] == ("Sequence[Sequence[int]] | Mapping[str, int] | None", "None")
     assert told["width"].meaning.endswith("1 makes a chain.")
     assert told["depth"].default == "5"
     needed = {option.name: option for option in describe_options("draft_model")}

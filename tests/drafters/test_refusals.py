@@ -30,6 +30,10 @@ def hybrid(*others, **options):
     return HybridDrafter([NgramDrafter(), *(build() for build in others)], **options)
 
 
+def delayed(*sizes):
+    return dict(zip(("stem", "branches", "depth"), sizes, strict=True))
+
+
 medusa = partial(head_drafter, "medusa")
 reduced = partial(head_drafter, "eagle3", draft_tokens=[0, 1, 2, 4])
 NO_TREES = [
@@ -65,6 +69,11 @@ NO_TREES = [
         (TreeShape, {"max_nodes": "24"}, "max_nodes is '24' but must be"),
         (TreeShape, {"children": "best"}, "children is 'best' but must be one of top, without_rep"),
         (TreeShape, {"choices": []}, r"choices is \[\].*at least one"),
+        (TreeShape, {"choices": {"stem": 1}}, "must hold stem, branches and depth, or be a list"),
+        (TreeShape, {"choices": delayed(-1, 2, 3)}, "stem is -1 but must be an int of at least 0"),
+        (TreeShape, {"choices": delayed(1, 0, 3)}, "branches is 0 but must be an int of at least"),
+        (TreeShape, {"choices": delayed(2, 2, 2)}, "depth is 2 but must be an int above the stem"),
+        (TreeShape, {"choices": delayed(0, 2, "3")}, "depth is '3' but must be an int above"),
         (draft_model, {"num_draft_tokens": 0}, "num_draft_tokens is 0 but must be at least 1"),
         (draft_model, {"width": 0}, "width is 0 but must be at least 1"),
         (draft_model, {"width": 2, "max_nodes": 0}, "max_nodes is 0 but must be at least 1"),
@@ -102,6 +111,8 @@ def test_ranks_are_those_of_the_draft_vocabulary():
         ({"choices": []}, r"choices is \[\]"),
         ({"choices": DEEP}, "the tree has 3 levels but there are 2 heads"),
         ({"acceptance": [[0.9]] * 3, "max_nodes": 3}, "has 3 levels but there are 2 heads"),
+        ({"width": 0}, "width is 0 but must be at least 1"),
+        ({"width": 4, "choices": DEEP[:1]}, "width is 4, for a dynamic tree, but choices or acc"),
     ],
 )
 def test_medusa_refuses_tree_without_nodes_or_heads(tmp_path, options, message):
@@ -110,3 +121,5 @@ def test_medusa_refuses_tree_without_nodes_or_heads(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         MedusaDrafter.load(target, path, **options)
     assert MedusaDrafter.load(target, path, choices=DEEP[:2]).max_nodes == 2
+    with pytest.raises(ValueError, match="the tree has 3 levels but there are 2 heads"):
+        MedusaDrafter(lively_head("medusa", target, num_heads=2), VOCAB, TreeShape(depth=3))

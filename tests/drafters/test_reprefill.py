@@ -44,7 +44,11 @@ OPTIONS = {
             "calibrate": False,
         }
     ],
-    "medusa": [{"choices": CHOICES}, {"choices": CHOICES, "children": "without_replacement"}],
+    "medusa": [
+        {"choices": CHOICES},
+        {"choices": CHOICES, "children": "without_replacement"},
+        {"width": 4, "max_nodes": 10},
+    ],
     "suffix": [{"num_remembered": 0, "width": width, "min_match": 1} for width in (1, 3)],
 }
 CASES = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 from verify_enumerator import enumerate_law
 
-from specdec.verify import verify
+from specdec.verify import delayed_tree, from_choices, verify
 from specdec.verify.conformance import (
     CHAIN_SHAPE,
     SIBLING_KINDS,
@@ -24,6 +24,7 @@ HORIZON = 4
 # Of its own: the kit's must not loosen the proof.
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 PROCESSING = ((1.0, 1.0), (0.4, 0.8), (0.0, 1.0))  # temperature, top-p
+DELAYED = tuple(from_choices(delayed_tree(1, 2, 3)).parents.tolist())
 SHAPES = (CHAIN_SHAPE, *TREE_SHAPES)
 COMBINATIONS = [
     (rule, shape, kind)
@@ -31,13 +32,14 @@ COMBINATIONS = [
     for shape in (SHAPES if rule != "block" else [CHAIN_SHAPE])
     for kind in SIBLING_KINDS
 ]
+COMBINATIONS += [(rule, DELAYED, "independent") for rule in ("token", "traversal")]
 
 
-def worlds(seed, processing=(1.0, 1.0), dtype=torch.float64):
+def worlds(seed, processing=(1.0, 1.0), dtype=torch.float64, vocab_size=3):
     """A target, processed as given, and a drafter."""
     generator = torch.Generator().manual_seed(seed)
-    target = random_world(3, HORIZON, generator, dtype, *processing)
-    return target, random_world(3, HORIZON, generator, dtype)
+    target = random_world(vocab_size, HORIZON, generator, dtype, *processing)
+    return target, random_world(vocab_size, HORIZON, generator, dtype)
 
 
 def verdicts_of(rule, case):
@@ -54,7 +56,8 @@ def verdicts_of(rule, case):
 @pytest.mark.parametrize(("rule", "shape", "kind"), COMBINATIONS)
 def test_rule_equals_its_paper_and_keeps_distribution(rule, shape, kind, dtype, processing):
     processing = processing or PROCESSING[len(kind) % 2]
-    target, drafter = worlds(len(kind) + 100 * PROCESSING.index(processing), processing, dtype)
+    seed, vocab_size = len(kind) + 100 * PROCESSING.index(processing), 2 if shape == DELAYED else 3
+    target, drafter = worlds(seed, processing, dtype, vocab_size)
     case = build_case(target, drafter, shape, kind, dtype, as_chain=rule == "block")
     verdicts = verdicts_of(rule, case)
     exact = joint(target)
@@ -106,6 +109,12 @@ def test_traversal_can_lose_to_later_deep_sibling():
 
 def test_traversal_beats_token_on_a_balanced_tree():
     case = build_case(*worlds(5), TREE_SHAPES[0], "without replacement", torch.float64)
+    assert accepted("traversal", case) > accepted("token", case)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_traversal_gains_where_branches_wait_for_a_stem(seed):
+    case = build_case(*worlds(seed, vocab_size=2), DELAYED, "independent", torch.float64)
     assert accepted("traversal", case) > accepted("token", case)
 
 

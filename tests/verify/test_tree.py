@@ -13,6 +13,7 @@ from specdec.verify import (
     ancestors,
     best_first,
     best_static_tree,
+    delayed_tree,
     from_choices,
     node_depths,
     node_paths,
@@ -57,6 +58,14 @@ def test_choices_become_a_topological_tree_whatever_their_order():
     assert tree.ranks.tolist() == [0, 1, 0, 1, 0, 0]
     assert tree.depths.tolist() == [1, 1, 2, 2, 2, 3]
     assert tree.depth == 3
+
+
+def test_delayed_tree_is_a_stem_and_chains_below():
+    tree = from_choices(delayed_tree(2, 3, 4))
+    assert tree.parents.tolist() == [-1, 0, 1, 1, 1, 2, 3, 4]
+    assert tree.ranks.tolist() == [0, 0, 0, 1, 2, 0, 0, 0]
+    assert from_choices(delayed_tree(0, 2, 2)).parents.tolist() == [-1, -1, 0, 1]
+    assert delayed_tree(3, 1, 5) == [(0,) * level for level in range(1, 6)]
 
 
 @FAST
