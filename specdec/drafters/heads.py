@@ -189,6 +189,7 @@ class HeadDrafter(BaseDrafter):
     """
 
     trained_as = "head"
+    grows: ClassVar[bool] = False  # level by level: its dynamic trees may be bound to a depth
     plan: StaticPlan | None  # None for a dynamic tree
 
     def __init__(self, head: Any, vocab_size: int, shape: TreeShape) -> None:
@@ -198,7 +199,7 @@ class HeadDrafter(BaseDrafter):
         self.clock = ForwardClock(self.device)
         self.plan, self.max_nodes, self.makes_trees = None, shape.max_nodes, True
         self.token_map: Tensor | None = head.token_map  # worked out once
-        if shape.is_static or head.max_depth:
+        if shape.is_static or (head.max_depth and not self.grows):
             num_tokens = vocab_size if self.token_map is None else len(self.token_map)
             self.plan = StaticPlan(shape.static_tree(num_tokens, self.device))
             self.max_nodes, self.makes_trees = self.plan.num_nodes, not self.plan.is_chain

@@ -7,7 +7,14 @@ from itertools import product
 
 import pytest
 import torch
-from slow_heads import Continuation, MedusaGuesses, SlowEagle, SlowEagle3, SlowMtp
+from slow_heads import (
+    Continuation,
+    MedusaGuesses,
+    SlowEagle,
+    SlowEagle3,
+    SlowMtp,
+    SlowMtpModules,
+)
 from slow_trees import drafted_nodes, expected_nodes, penalised
 from tiny_heads import tiny_head
 from tiny_models import tiny_target
@@ -72,7 +79,8 @@ def slow_guesses(kind, head, target, committed, window=None, rope=None, **flags)
     if kind == "medusa":
         return MedusaGuesses(head, target.model, hidden[top][-1])
     if kind in ("eagle", "mtp"):
-        slow = {"eagle": SlowEagle, "mtp": SlowMtp}[kind](head, target.model, rope)
+        mtp = SlowMtpModules if head.max_depth else SlowMtp
+        slow = {"eagle": SlowEagle, "mtp": mtp}[kind](head, target.model, rope)
     else:
         slow = SlowEagle3(head, target.model, TAPS, rope, **flags)
     shown = min(window or len(committed), len(committed) - 1)

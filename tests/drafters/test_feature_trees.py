@@ -46,6 +46,7 @@ HEADS = [
     ("eagle3", "eagle3", {}, {}),
     ("mtp", "mtp", {}, {}),
     ("mtp, a layer of Qwen3", "mtp", {"backbone": {"qk_norm": True}}, {}),
+    ("mtp modules", "mtp", {"num_modules": 4}, {}),
     ("eagle3, draft vocabulary", "eagle3", {"draft_tokens": DRAFT_TOKENS}, {}),
     ("eagle3, norms", "eagle3", NORMS, NORMS),
     ("eagle3, normed output", "eagle3", {"norm_output": True}, {"norm_output": True}),

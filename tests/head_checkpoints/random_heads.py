@@ -25,6 +25,7 @@ HEADS = {
     "eagle3.1": ("eagle3", {"fc_norm": True, "norm_output": True, "draft_vocab_size": 40}),
     "eagle3.1-qwen3": ("eagle3", {"fc_norm": True, "backbone": {"qk_norm": True}}),
     "mtp": ("mtp", {"backbone": {"qk_norm": True}}),
+    "mtp-modules": ("mtp", {"num_modules": 2}),
 }
 LAYOUTS_OF = {
     "medusa": ("specdec", "medusa", "vllm-medusa"),
@@ -37,7 +38,8 @@ LAYOUTS_OF = {
     "eagle3-narrow": ("specdec", "eagle3", "speculators"),
     "eagle3.1": ("specdec", "speculators"),
     "eagle3.1-qwen3": ("specdec", "speculators"),
-    "mtp": ("specdec", "speculators-mtp"),
+    "mtp": ("specdec", "speculators-mtp", "deepseek-mtp", "qwen-mtp"),
+    "mtp-modules": ("specdec", "deepseek-mtp"),
 }
 PAIRS = [(name, layout) for name, layouts in LAYOUTS_OF.items() for layout in layouts]
 
