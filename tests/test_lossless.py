@@ -94,6 +94,9 @@ CASES = [pytest.param(case(name, options), id=each) for name, options, each in N
 
 def resolved(name, options, folder, target):
     """The options with the paths of tiny checkpoints in them."""
+    options = dict(options)
+    if num_modules := options.pop("num_modules", None):
+        options["path"] = save_tiny_head(folder / "modules", name, target, num_modules=num_modules)
     return with_paths({"type": name, **options}, target, folder)
 
 

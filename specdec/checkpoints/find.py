@@ -21,7 +21,7 @@ def find_drafter(
         is_typed = drafter.startswith("{") or is_kind(drafter)
         drafter = drafter_options(drafter) if is_typed else {"path": drafter}
     drafter = merged(drafter)
-    kind, path = drafter.get("type"), str(drafter.get("path", "demo"))
+    kind, path = drafter.get("type"), str(drafter.get("path") or "demo")
     if kind and not strategy(kind, typed=True).trained_as:
         return dict(drafter), None
     if path == "demo" and kind and kind not in DRAFTERS:
@@ -36,7 +36,7 @@ def find_drafter(
     # A head has no tokenizer of its own; Medusa's may lie beside its target.
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     is_model = has_tokenizer and not any(folder.glob("medusa_lm_head.*"))
-    if not (is_model or (kind and not strategy(kind).head_class)):
+    if strategy(kind).head_class if kind else not is_model:  # a target may ship a head too
         try:
             head = read_head(path, revision)
             return {**options, "type": head.kind}, head

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from errno import EINVAL
 from pathlib import Path
@@ -10,14 +11,14 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from specdec.common.files import first_line, read_json
 from specdec.common.hub import find_checkpoint
 
-CONFIG, SIDECAR = "config.json", "specdec.json"
+CONFIG, SIDECAR, INDEX = "config.json", "specdec.json", "model.safetensors.index.json"
 WEIGHT_FILES = (
     *("model.safetensors", "pytorch_model.bin"),
     *("medusa_lm_head.safetensors", "medusa_lm_head.pt"),
@@ -34,9 +35,46 @@ class RawFiles:
     tensors: dict[str, Tensor]
 
 
+def own_mtp(names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
+    """Names of those tensors of a target, by its text config, that make its MTP layers."""
+    first, num = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers")
+    prefixes = ["mtp."]
+    if isinstance(first, int) and isinstance(num, int):
+        prefixes += [f"model.layers.{layer}." for layer in range(first, first + num)]
+    return [name for name in names if name.startswith(tuple(prefixes))]
+
+
+def _own_files(folder: Path) -> dict[str, str]:
+    """The files that hold each tensor of a target's MTP layers; none is read for it."""
+    files: dict[str, str] = {}
+    if (folder / INDEX).exists():
+        files = read_json(folder / INDEX).get("weight_map") or {}
+    elif (whole := folder / WEIGHT_FILES[0]).exists():
+        with suppress(SafetensorError), safe_open(whole, "pt") as opened:  # told when it is read
+            files = dict.fromkeys(opened.keys(), whole.name)
+    return {name: files[name] for name in own_mtp(files, _text(_read_config(folder)))}
+
+
+def own_folder(target: str, revision: str | None) -> str:
+    """Find the folder of a target that ships MTP layers."""
+    with suppress(ValueError, FileNotFoundError):
+        if _own_files(folder := find_folder(target, revision)):
+            return str(folder)
+    raise ValueError(
+        f"drafter 'mtp' needs the option 'path': the target {target!r} ships no MTP layer; train "
+        "one (recipes/mtp.yaml), or give its folder or hub id"
+    )
+
+
 def read_raw(folder: Path) -> RawFiles:
     found = [name for name in WEIGHT_FILES if (folder / name).exists()]
     config = _read_config(folder)
+    if own := _own_files(folder):
+        tensors = dict[str, Tensor]()
+        for file in sorted(set(own.values())):
+            names = [name for name, place in own.items() if place == file]
+            tensors |= read_tensors(folder / file, names)
+        return RawFiles(str(folder / CONFIG), str(folder / file), _text(config), tensors)
     if not found:
         layers = config.get("num_hidden_layers")
         other = f", but the config of a model of {layers} layers" if layers else ""
@@ -52,8 +90,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
 
 
+def _text(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config that a target's text model has."""
+    return config.get("text_config") or config
+
+
 def find_folder(path: str | Path, revision: str | None = None) -> Path:
-    """Find a checkpoint's folder; of a hub id it is downloaded, weights only if it is a head."""
+    """Find a checkpoint's folder; of a hub id it is downloaded, weights only if it is a head.
+
+    Of a target that ships MTP layers, the files that hold these.
+    """
     name = find_checkpoint(str(path), "a folder with a head's checkpoint")
     if Path(name).is_dir():
         return Path(name)
@@ -67,11 +113,17 @@ def find_folder(path: str | Path, revision: str | None = None) -> Path:
                 f"{name!r} is no folder here and could not be had from the hub: {first_line(error)}"
             ) from error
 
-    config = _read_config(fetch(CONFIG, SIDECAR))
+    place = fetch(CONFIG, SIDECAR, INDEX)
+    config = _text(_read_config(place))
     layers = config.get("num_hidden_layers", 1)
     # A block head has several, and published EAGLE-3 and Medusa configs count their targets'.
     is_head = {"draft_vocab_size", "medusa_num_heads", "block_size"} & config.keys()
     if isinstance(layers, int) and layers > 1 and not is_head:
+        if own := set(_own_files(place).values()):
+            return fetch(*own)
+        told = config.get("num_nextn_predict_layers") or config.get("mtp_num_hidden_layers")
+        if told and not (place / INDEX).exists():
+            return fetch(WEIGHT_FILES[0])
         raise ValueError(
             f"{name!r} is a model of {layers} layers, no head; weights were not downloaded"
         )
@@ -91,9 +143,12 @@ def unreadable(path: str | Path, error: Exception) -> ValueError:
     )
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file, or a torch file, which is never unpickled as objects."""
+def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Read a safetensors file, or these of it, or a torch file, never unpickled as objects."""
     try:
+        if names is not None:
+            with safe_open(path, "pt") as opened:
+                return {name: opened.get_tensor(name) for name in names}
         if path.suffix == ".safetensors":
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from specdec.checkpoints.blocks import Assistant, DeepSpec, SpeculatorsBlocks, ZLab
-from specdec.checkpoints.eagle import Eagle, Eagle3, SglangEagle, Speculators, SpeculatorsMtp
+from specdec.checkpoints.eagle import (
+    DeepSeekMtp,
+    Eagle,
+    Eagle3,
+    QwenMtp,
+    SglangEagle,
+    Speculators,
+    SpeculatorsMtp,
+)
 from specdec.checkpoints.folder import (
     CONFIG,
     SIDECAR,
@@ -39,7 +47,8 @@ FOREIGN: dict[str, Any] = {
     layout.name: layout
     for layout in (
         *(SpeculatorsBlocks, ZLab, Assistant, DeepSpec),
-        *(SpeculatorsMtp, Speculators, Medusa, VllmMedusa, Eagle3, SglangEagle, Eagle),
+        *(QwenMtp, DeepSeekMtp, SpeculatorsMtp, Speculators),
+        *(Medusa, VllmMedusa, Eagle3, SglangEagle, Eagle),
     )
 }
 LAYOUTS = (NATIVE, *FOREIGN)

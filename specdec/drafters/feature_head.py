@@ -156,10 +156,15 @@ class FeatureHead(Head):
         self.config = given.backbone.for_target(target_config)
         self.options = given.model_copy(update={"backbone": Backbone.of(self.config)})
         self.rotary = LlamaRotaryEmbedding(self.config)
+        self.output_size = self.config.hidden_size  # F of its outputs
 
     def fuse(self, hidden: dict[int, Tensor]) -> Tensor:
         """Turn the target's taps, each [..., H], into features [..., F]."""
         raise NotImplementedError
+
+    def resumed(self, features: Tensor, outputs: Tensor) -> Tensor:
+        """Features [B, n, F] of committed tokens behind the one with these outputs [B, 1, F]."""
+        return features
 
     def forward(
         self, tokens: Tensor, features: Tensor, positions: Tensor, mask: Any, cache: Any
@@ -374,7 +379,7 @@ class FeatureDrafter(HeadDrafter):
         lengths = [len(prompt) - 1 for prompt in prompts]
         default = max(2 * max(lengths), 128)
         capacity = default if self._reserved is None else max(*lengths, self._reserved)
-        size = len(prompts), 1, self.head.config.hidden_size
+        size = len(prompts), 1, self.head.output_size
         outputs = next(self.head.parameters()).new_zeros(size)
         cache = self._new_cache(len(prompts), capacity, join)
         self._reserved = self._logits = None
@@ -541,7 +546,8 @@ class FeatureDrafter(HeadDrafter):
             positions = positions + torch.arange(width, device=self.device)
             mask = self._masks.chain(self.cache, width)
             fed = torch.tensor(left, device=self.device).unsqueeze(1)
-            wanted, shown = (fed - 1).clamp(min=0), features[:, columns]
+            wanted = (fed - 1).clamp(min=0)
+            shown = self.head.resumed(features[:, columns], self._outputs)
             with self.clock.forward():
                 outputs, self._logits = self._run(new, shown, positions, mask, wanted)
             self.cache.extend(left)

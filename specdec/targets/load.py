@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdec.checkpoints.folder import CONFIG, unreadable
+from specdec.checkpoints.folder import CONFIG, own_mtp, unreadable
 from specdec.common.arguments import checked, require_counts
 from specdec.common.compile import CannotCompileError, compile_mode
 from specdec.common.distribution import install
@@ -228,8 +228,9 @@ def _check_stored(path: str, revision: str | None, model: Any, info: Mapping[str
         f"{name} has shape {tuple(stored)} but must have {tuple(wanted)}"
         for name, stored, wanted in sorted(info.get("mismatched_keys", ()))
     ]
+    own = own_mtp(info.get("unexpected_keys", ()), model.config.get_text_config().to_dict())
     for kind in ("missing", "unexpected"):
-        if names := sorted(str(name) for name in info.get(f"{kind}_keys", ())):
+        if names := sorted({str(name) for name in info.get(f"{kind}_keys", ())} - {*own}):
             faults.append(f"{kind} tensors ({len(names)}), {names[0]} for one")
     if faults:
         raise IncompleteCheckpointError(

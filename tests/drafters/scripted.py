@@ -7,7 +7,15 @@ from itertools import product
 
 import pytest
 import torch
-from slow_heads import BlockGuesses, Continuation, MedusaGuesses, SlowEagle, SlowEagle3, SlowMtp
+from slow_heads import (
+    BlockGuesses,
+    Continuation,
+    MedusaGuesses,
+    SlowEagle,
+    SlowEagle3,
+    SlowMtp,
+    SlowMtpModules,
+)
 from slow_trees import drafted_nodes, expected_nodes, penalised
 from tiny_heads import tiny_head
 from tiny_models import tiny_target
@@ -77,7 +85,8 @@ def slow_guesses(kind, head, target, committed, window=None, rope=None, **flags)
         taps = {tap: states[-shown:] for tap, states in hidden.items()}
         return BlockGuesses(head, target.model, taps, committed[-1], rope)
     if kind in ("eagle", "mtp"):
-        slow = {"eagle": SlowEagle, "mtp": SlowMtp}[kind](head, target.model, rope)
+        mtp = SlowMtpModules if head.max_depth else SlowMtp
+        slow = {"eagle": SlowEagle, "mtp": mtp}[kind](head, target.model, rope)
     else:
         slow = SlowEagle3(head, target.model, TAPS, rope, **flags)
     return Continuation(slow, committed[-shown - 1 :], slow.fuse(hidden)[-shown:])

@@ -174,6 +174,33 @@ class SlowMtp:
         return output
 
 
+class SlowMtpModules(SlowMtp):
+    """MTP with a module for each depth: module k reads module k - 1 at the same place of the text.
+
+    No drafted feature is read, so the number of those says which module's turn it is.
+    """
+
+    def __init__(self, head, target_model, rope=None):
+        super().__init__(head, target_model, rope)
+        names = {name.split(".")[1] for name in head.state_dict()}
+        self._modules = [
+            SlowLayer(_doubled(head), f"mtp_layers.{module}", head.config, self._layer.rope)
+            for module in range(len(names))
+        ]
+
+    def run(self, tokens, features, positions, sees):
+        depth = int(features.isnan().any(1).sum())
+        places = range(len(tokens) - depth)
+        states = features[: len(places)]
+        for module in range(depth + 1):
+            self._layer = self._modules[module]
+            states = super().run(tokens[module:][: len(places)], states, places, sees)
+        return states
+
+    def carry(self, output):
+        return torch.full_like(output, math.nan)
+
+
 class SlowEagle3:
     """EAGLE-3: three fused taps, token and feature side by side in attention, own vocabulary."""
 

@@ -55,6 +55,7 @@ HEADS = [
     ("dflash, from the anchor", "dflash", {"sample_from_anchor": True, "own_ends": True}, {}),
     ("dflash, markov", "dflash", {"markov": "vanilla", "markov_rank": 4}, {}),
     ("dflash, gated markov", "dflash", {"markov": "gated", "confidence": True}, {}),
+    ("mtp modules", "mtp", {"num_modules": 4}, {}),
     ("eagle3, draft vocabulary", "eagle3", {"draft_tokens": DRAFT_TOKENS}, {}),
     ("eagle3, norms", "eagle3", NORMS, NORMS),
     ("eagle3, normed output", "eagle3", {"norm_output": True}, {"norm_output": True}),

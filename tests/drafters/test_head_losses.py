@@ -210,6 +210,16 @@ LOSSES = {
 }
 
 
+def test_loss_reaches_every_mtp_module():
+    head, batch = lively_head("mtp", small_target(), num_modules=4), some_batch(5, MASKS[:2])
+    output = head.loss(batch, num_steps=1)
+    output.loss.backward()
+    assert [*output.parts] == [f"soft_cross_entropy_{level}" for level in (1, 2, 3, 4)]
+    assert all(weight.grad.abs().max() > 0 for weight in head.mtp_layers.parameters())
+    whole = head.rollout(batch.tokens, head.fuse(batch.hidden), 9)
+    assert len(list(whole)) == head.max_depth == 4
+
+
 @pytest.mark.parametrize("kind", LOSSES)
 def test_padding_does_not_change_loss(kind):
     target = small_target()

@@ -11,11 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from specdec import generate, load_drafter, load_target
+from specdec import SamplingConfig, generate, load_drafter, load_target
 from specdec.drafters.dflash import DFlashDrafter
 from specdec.drafters.eagle3 import Eagle3Drafter
 from specdec.drafters.heads import load_head
 from specdec.drafters.mtp import MtpDrafter
+from specdec.engine.interfaces import TargetOutput
+from specdec.sampling.sampler import Sampler
+from specdec.verify import Verdict
 
 ORACLES = Path(os.environ.get("SPECDEC_ORACLES", "/nowhere"))
 pytestmark = pytest.mark.skipif(
@@ -142,3 +145,47 @@ def test_mtp_layer_is_that_of_speculators():
                 torch.testing.assert_close(
                     logits[0, index], expected[step], atol=known["tolerance"], rtol=0
                 )
+
+
+@torch.inference_mode()
+def test_mtp_modules_are_those_of_transformers():
+    folder = ORACLES / "mtp" / "depths"
+    known = json.loads((folder / "cases.json").read_text())
+    recorded = load_file(folder / "recorded.safetensors")
+    target = load_target(str(ORACLES / known["target"]))
+    drafter = MtpDrafter.load(target, str(folder), width=1, force=True)
+    head, near = drafter.head, {"atol": known["tolerance"], "rtol": 0}
+    assert list(head.taps) == known["taps"]
+    assert head.max_depth == drafter.draft_shape.depth == known["steps"]
+    said, project = [], head.logits
+    head.logits = lambda states: said.append(project(states)) or said[-1]
+    tap = head.taps[0]
+    for case in known["cases"]:
+        for number, now in enumerate(case["rounds"]):
+            key = f"{case['name']}.round{number}"
+            text = [*now["committed"], now["root"]]
+            taps = recorded[f"{key}.taps"].unsqueeze(0)
+            sampler = Sampler([SamplingConfig()], target.vocab_size, None, [text], ())
+            if number == 0:
+                drafter.begin([text], TargetOutput(torch.empty(0), {tap: taps}), sampler)
+                states = taps
+            else:  # what the round before accepted
+                kept = case["rounds"][number - 1]["accepted"]
+                new = text[-kept - 1 :]
+                path = torch.arange(len(now["committed"]))[None, :kept]
+                refused = torch.zeros(1, known["steps"], dtype=torch.bool)
+                verdict = Verdict(torch.tensor([new]), torch.tensor([kept]), path, refused)
+                drafter.observe(verdict, [new], {tap: taps})
+                states = torch.cat([states, taps], 1)
+            said.clear()
+            draft = drafter.propose(torch.tensor(text[-1:]), [known["steps"]], sampler)
+            assert draft.tokens[0].tolist() == now["draft"]
+            found = torch.cat(said, 1)[0]
+            torch.testing.assert_close(found, recorded[f"{key}.plain_logits"], **near)
+            torch.testing.assert_close(found, recorded[f"{key}.logits"], **near)
+            # The whole text at once, as in training.
+            tokens = torch.tensor([text + now["draft"][:-1]])
+            padded = torch.nn.functional.pad(states, (0, 0, 0, known["steps"]))
+            for step, outputs in enumerate(head.rollout(tokens, padded, known["steps"])):
+                logits = project(outputs[0, len(now["committed"]) - 1])
+                torch.testing.assert_close(logits, recorded[f"{key}.plain_logits"][step], **near)

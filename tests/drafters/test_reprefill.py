@@ -32,7 +32,7 @@ OPTIONS = {
     **VARIANTS,
     "eagle": FEATURE_TREES,
     "eagle3": FEATURE_TREES,
-    "mtp": FEATURE_TREES,
+    "mtp": [*FEATURE_TREES, *({**each, "num_modules": 3} for each in FEATURE_TREES)],
     "dflash": FEATURE_TREES,
     "hybrid": [
         {
@@ -150,11 +150,13 @@ def test_decoding_and_fresh_prefill_draft_alike(name, options, folder):
     assert len(set(decoding.num_accepted)) > 1
 
 
-@pytest.mark.parametrize("name", ["eagle3", "draft_model"])
+@pytest.mark.parametrize(
+    ("name", "options"), [("eagle3", {}), ("draft_model", {}), ("mtp", {"num_modules": 3})]
+)
 @pytest.mark.parametrize("pause", [3, 70, 150])  # within a part of what is fed late, and beyond
-def test_pause_and_late_joins_change_no_draft(name, pause, folder):
+def test_pause_and_late_joins_change_no_draft(name, options, pause, folder):
     target = tiny_target()
-    drafter = load_drafter(resolved(name, {}, folder, target), target)
+    drafter = load_drafter(resolved(name, options, folder, target), target)
     decoding = ScriptedDecoding(target, drafter, PROMPTS, num_tokens=NUM_TOKENS)
     for _ in range(pause):
         decoding.step([0] * 3)
@@ -162,7 +164,7 @@ def test_pause_and_late_joins_change_no_draft(name, pause, folder):
     decoding.step([0] * 4)
     decoding.keep([3, 0, 2])  # while several parts wait
     for _ in range(2):
-        assert step_beside_a_fresh_start(decoding, name, {}, folder)
+        assert step_beside_a_fresh_start(decoding, name, options, folder)
         decoding.step([0] * 3)
 
 

@@ -30,6 +30,7 @@ HEADS = {
     "dflash-causal": ("dflash", {"causal": True}),
     "dspark": ("dflash", {**SPARK, "confidence_with_markov": True, "num_layers": 1}),
     "dspark-whole": ("dflash", {**SPARK, "own_ends": True, "markov": "gated"}),
+    "mtp-modules": ("mtp", {"num_modules": 2}),
 }
 LAYOUTS_OF = {
     "medusa": ("specdec", "medusa", "vllm-medusa"),
@@ -42,7 +43,8 @@ LAYOUTS_OF = {
     "eagle3-narrow": ("specdec", "eagle3", "speculators"),
     "eagle3.1": ("specdec", "speculators"),
     "eagle3.1-qwen3": ("specdec", "speculators"),
-    "mtp": ("specdec", "speculators-mtp"),
+    "mtp": ("specdec", "speculators-mtp", "deepseek-mtp", "qwen-mtp"),
+    "mtp-modules": ("specdec", "deepseek-mtp"),
     "dflash": ("specdec", "z-lab", "transformers-assistant", "speculators-dflash"),
     "dflash-causal": ("specdec",),
     "dspark": ("specdec", "speculators-dflash"),
