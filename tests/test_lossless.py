@@ -41,6 +41,12 @@ VARIANTS: dict[str, list[dict]] = {
             "calibrate": False,
         },
     ],
+    "mixture_of_attentions": [
+        WIDE,
+        {"depth": 2, "width": 64, "max_nodes": 120, "window": 6},
+        {**WIDE, "children": "without_replacement"},
+        {"choices": SAMPLED, "children": "with_replacement"},
+    ],
     "mtp": [WIDE, {**WIDE, "children": "with_replacement"}],
     "medusa": [
         {"max_nodes": 60},

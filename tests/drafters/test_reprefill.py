@@ -32,6 +32,7 @@ OPTIONS = {
     **VARIANTS,
     "eagle": FEATURE_TREES,
     "eagle3": FEATURE_TREES,
+    "mixture_of_attentions": FEATURE_TREES,
     "mtp": FEATURE_TREES,
     "hybrid": [
         {

@@ -12,6 +12,7 @@ NUM_LAYERS = 8
 ROPE = {"rope_type": "linear", "rope_theta": 500000.0, "factor": 2.0}
 NORMED = {"norm_before_residual": True, "norm_before_fc": True}
 NARROW = {"hidden_size": 16, "head_dim": 4}
+MIXED = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 20}
 # Every option away from its default in one of them.
 HEADS = {
     "medusa": ("medusa", {"num_heads": 3, "num_layers": 2}),
@@ -25,6 +26,9 @@ HEADS = {
     "eagle3.1": ("eagle3", {"fc_norm": True, "norm_output": True, "draft_vocab_size": 40}),
     "eagle3.1-qwen3": ("eagle3", {"fc_norm": True, "backbone": {"qk_norm": True}}),
     "mtp": ("mtp", {"backbone": {"qk_norm": True}}),
+    "mixture": ("mixture_of_attentions", {}),
+    "mixture-own": ("mixture_of_attentions", {"cross_attention": False}),
+    "mixture-mean": ("mixture_of_attentions", {"layer_self_attention": False, "cross": MIXED}),
 }
 LAYOUTS_OF = {
     "medusa": ("specdec", "medusa", "vllm-medusa"),
@@ -38,6 +42,7 @@ LAYOUTS_OF = {
     "eagle3.1": ("specdec", "speculators"),
     "eagle3.1-qwen3": ("specdec", "speculators"),
     "mtp": ("specdec", "speculators-mtp"),
+    **dict.fromkeys(("mixture", "mixture-own", "mixture-mean"), ("specdec",)),
 }
 PAIRS = [(name, layout) for name, layouts in LAYOUTS_OF.items() for layout in layouts]
 

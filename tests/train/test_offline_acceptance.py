@@ -134,6 +134,10 @@ SHORT |= {"eval_strategy": "no", "save_strategy": "no"}
             *({"max_steps": 600, "learning_rate": 2e-2}, (0.95, 0.85, 0.8)),
         ),
         ("eagle3", {"taps": [1, 2, 3]}, {"num_steps": 3}, {"max_steps": 400}, (0.95, 0.95, 0.95)),
+        (
+            *("mixture_of_attentions", {}, {"cross_entropy_weight": 1.0}),
+            *({"max_steps": 400}, (0.95, 0.95, 0.95)),
+        ),
     ],
 )
 def test_head_learns_twenty_dialogues_by_heart(tmp_path, kind, options, loss, settings, wanted):
