@@ -23,6 +23,7 @@ DRAFTERS = {
     "eagle3": "specdec.drafters.eagle3:Eagle3Drafter",
     "hybrid": "specdec.drafters.hybrid:HybridDrafter",
     "medusa": "specdec.drafters.medusa:MedusaDrafter",
+    "mixture_of_attentions": "specdec.drafters.mixture_of_attentions:MixtureDrafter",
     "mtp": "specdec.drafters.mtp:MtpDrafter",
     "ngram": "specdec.drafters.ngram:NgramDrafter",
     "suffix": "specdec.drafters.suffix:SuffixDrafter",

@@ -49,6 +49,12 @@ VARIANTS: dict[str, list[dict]] = {
         {**WIDE, "children": "without_replacement"},
         {"width": 1, "depth": 3, "children": "with_replacement", "confidence_threshold": 0.3},
     ],
+    "mixture_of_attentions": [
+        WIDE,
+        {"depth": 2, "width": 64, "max_nodes": 120, "window": 6},
+        {**WIDE, "children": "without_replacement"},
+        {"choices": SAMPLED, "children": "with_replacement"},
+    ],
     "mtp": [WIDE, {**WIDE, "children": "with_replacement"}],
     "medusa": [
         {"max_nodes": 60},

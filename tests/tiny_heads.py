@@ -6,6 +6,7 @@ OPTIONS = {
     "medusa": {"num_heads": 4},
     "eagle": {},
     "eagle3": {"taps": [0, 1, 2]},
+    "mixture_of_attentions": {},
     "mtp": {},
     "dflash": {"taps": [0, 1, 2], "block_size": 6},
 }

@@ -48,7 +48,7 @@ class FeatureOptions(Config):
 
     taps: str = Field(
         default="eagle3,eagle",
-        description="taps: eagle3, eagle, medusa, none, or hidden_states indices, with commas",
+        description="taps: head kinds, keys_values, hidden_states indices, with commas; none",
     )
     dtype: Literal["bf16", "float32"] = Field(
         default="bf16", description="dtype of the taps: bf16 or float32"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -19,6 +19,7 @@ from specdec.common.config import Config, Count, read_model
 from specdec.common.files import file_hash
 from specdec.common.provenance import MachineProvenance
 from specdec.data.answers import AnswerRow, AnswersManifest
+from specdec.engine.interfaces import KEYS_VALUES
 
 INDEX = "features.json"
 
@@ -35,8 +36,11 @@ def row_name(row: AnswerRow) -> bytes:
 class FeatureLayout(Config):
     """The part of a target's view of a text that is kept."""
 
-    taps: tuple[Count, ...] = Field(description="indices into hidden_states, ascending")
+    taps: tuple[Annotated[int, Field(ge=KEYS_VALUES)], ...] = Field(
+        description="indices into hidden_states, ascending; -1 the keys and values of all layers"
+    )
     hidden_size: int = Field(ge=1)
+    key_value_size: int | None = Field(default=None, ge=1, description="of tap -1")
     vocab_size: int = Field(ge=1)
     num_layers: int = Field(ge=1)
     dtype: Literal["bf16", "float32"] = Field(default="bf16", description="of the taps")
@@ -68,9 +72,13 @@ class FeatureLayout(Config):
                 found |= {"top_ids": ids, "rest": torch.float32}
         return found
 
+    def width(self, tap: int) -> int:
+        """Size of what is kept of a token."""
+        return self.hidden_size if tap != KEYS_VALUES else self.key_value_size or 0
+
     def num_bytes(self, num_tokens: int, num_places: int) -> int:
         sizes = {name: dtype.itemsize for name, dtype in self.dtypes.items()}
-        token = sizes["tokens"] + sum(sizes[f"hidden.{t}"] for t in self.taps) * self.hidden_size
+        token = sizes["tokens"] + sum(sizes[f"hidden.{t}"] * self.width(t) for t in self.taps)
         logit = sizes.get("top_logits", 0) + sizes.get("top_ids", 0)
         return num_tokens * token + num_places * (self.top_k * logit + sizes.get("rest", 0))
 
@@ -247,9 +255,10 @@ class FeatureStore:
     def check_taps(self, taps: Sequence[int]) -> None:
         for tap in taps:
             if tap not in self.layout.taps:
+                names = ("keys_values" if each == KEYS_VALUES else str(each) for each in taps)
                 raise ValueError(
                     f"{str(self.folder)!r} holds the taps {list(self.layout.taps)} but not {tap}; "
-                    f"extract them with --taps {','.join(map(str, taps))}, or train without a store"
+                    f"extract them with --taps {','.join(names)}, or train without a store"
                 )
 
     def rows(self, split: str) -> list[AnswerRow]:

@@ -31,8 +31,10 @@ from specdec.data.feature_store import (
     row_name,
 )
 from specdec.data.queries import SPLITS
+from specdec.engine.interfaces import KEYS_VALUES
 from specdec.registry import head_kinds, is_kind, strategy
 from specdec.targets.hf import HFTarget, TargetEnds
+from specdec.targets.taps import key_value_sizes, run_whole
 
 _MIB = 2**20
 _HEADER_BYTES = 4096  # more than the header of a file ever has
@@ -45,8 +47,10 @@ def resolve_taps(names: str, num_layers: int) -> tuple[int, ...]:
             taps.update(head.default_taps(num_layers))
         elif name.isascii() and name.isdigit() and int(name) <= num_layers:
             taps.add(int(name))
+        elif name == "keys_values":
+            taps.add(KEYS_VALUES)
         elif name != "none":
-            known = f"{', '.join(head_kinds())}, pkg.module:Class, none"
+            known = f"{', '.join(head_kinds())}, pkg.module:Class, keys_values, none"
             numbers = f"a number from 0 (embeddings) to {num_layers}"
             raise ValueError(f"tap {name!r} does not exist; give {known} or {numbers}")
     return tuple(sorted(taps))
@@ -76,6 +80,7 @@ class FeaturePlan:
             **options.model_dump(include={"dtype", "top_k"}),
             "taps": resolve_taps(options.taps, num_layers),
             "hidden_size": target.config.hidden_size,
+            "key_value_size": num_layers * key_value_sizes(target.config)[0],
             "vocab_size": target.vocab_size,
             "num_layers": num_layers,
             "logits_dtype": dtype,
@@ -270,14 +275,14 @@ def _read(
     tokens = torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(row.tokens) for row in rows], batch_first=True
     )
-    out = target.model(
+    out, states = run_whole(
+        target,
+        layout.taps,
         input_ids=tokens.to(target.device),
-        output_hidden_states=bool(layout.taps),
-        use_cache=False,
         # One column tells whether logits that are not stored can be had from the last tap.
         logits_to_keep=torch.tensor(columns or [0], device=target.device),
     )
-    hidden = {f"hidden.{tap}": out.hidden_states[tap] for tap in layout.taps}
+    hidden = {f"hidden.{tap}": states[tap] for tap in layout.taps}
     _check_finite({**hidden, "logits": out.logits}, rows)
     if not layout.top_k:
         _check_projection(target, hidden[f"hidden.{layout.num_layers}"][:, :1], out.logits)

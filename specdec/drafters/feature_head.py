@@ -149,6 +149,7 @@ class FeatureHead(Head):
 
     config: LlamaConfig
     num_layers = 1
+    cached_layers: Sequence[Backbone] = ()  # where they are not all like `config`
 
     def __init__(self, options: Mapping[str, Any], target_config: Any, *parts: Any) -> None:
         super().__init__(options, target_config, *parts)
@@ -187,6 +188,10 @@ class FeatureHead(Head):
         whole = logits.new_full((*logits.shape[:-1], vocab_size), float("-inf"))
         return whole.index_copy(-1, self.token_map, logits)
 
+    def shown(self, mask: Tensor, num_committed: int) -> Any:
+        """The mask that `forward` takes, of one [L, K] whose first columns are committed."""
+        return mask[None, None]
+
     def rollout(
         self, tokens: Tensor, features: Tensor, num_steps: int, window: int | None = None
     ) -> Iterator[Tensor]:
@@ -201,7 +206,7 @@ class FeatureHead(Head):
             mask = mask.triu(1 - window)
         itself = torch.eye(length, dtype=torch.bool, device=tokens.device)
         for step in range(num_steps):
-            shown = mask[None, None]  # [1, 1, L, (step + 1) * L]
+            shown = self.shown(mask, length)
             outputs = self(shifted(tokens, 1 + step), features, places + step, shown, cache)
             yield outputs
             features, mask = self.carry(outputs), torch.cat([mask, itself], 1)
@@ -311,6 +316,8 @@ class FeatureDrafter(HeadDrafter):
         {"depth": "depth", "width": "width", "nodes": "max_nodes"}, ("chain", "tree"), ("choices",)
     )
     compiled_class: ClassVar[Any] = CompiledHead
+    _masks_class: ClassVar[type[Masks]] = Masks
+    _first: ClassVar[int] = 1  # token of the first entry; there is no feature before token 0
 
     @classmethod
     def load(
@@ -350,7 +357,7 @@ class FeatureDrafter(HeadDrafter):
         require_counts(2**30, window=window)
         super().__init__(head, vocab_size, shape)
         self.window = window
-        self._masks = Masks(SimpleNamespace(sliding_window=window), self.device)
+        self._masks = self._masks_class(SimpleNamespace(sliding_window=window), self.device)
         self.cache = SlotCache(head.num_layers, 1, 1, self.device)
         # Steps that draft nothing only add to it, so that they cost what plain decoding costs.
         self._pending: list[Entries] = []
@@ -376,7 +383,7 @@ class FeatureDrafter(HeadDrafter):
         def longer(values: Tensor) -> Tensor:
             return torch.cat([values, values.new_zeros(len(prompts), *values.shape[1:])])
 
-        lengths = [len(prompt) - 1 for prompt in prompts]
+        lengths = [len(prompt) - self._first for prompt in prompts]
         default = max(2 * max(lengths), 128)
         capacity = default if self._reserved is None else max(*lengths, self._reserved)
         size = len(prompts), 1, self.head.output_size
@@ -393,8 +400,10 @@ class FeatureDrafter(HeadDrafter):
             for values, counts in self._pending
         ]
         for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
-            tokens = torch.tensor(prompt[1:], device=self.device)
-            taps = (output.hidden[tap][row, :length].clone() for tap in self.taps)
+            tokens = torch.tensor(prompt[self._first :], device=self.device)
+            front = 1 - self._first
+            taps = (output.hidden[tap][row, : length - front] for tap in self.taps)
+            taps = (pad(tap, (0, 0, front, 0)) if front else tap.clone() for tap in taps)
             self._prompts.append([tokens, *taps])
         if sum(len(each[0]) for each in self._prompts if each) > MAX_UNREAD:
             self._feed_prompts()
@@ -470,17 +479,17 @@ class FeatureDrafter(HeadDrafter):
 
     @property
     def _num_committed(self) -> Tensor:  # type: ignore[override]
-        return self.cache.device_lengths + 1
+        return self.cache.device_lengths + self._first
 
     @property
     def cache_bytes(self) -> int:
         return self.cache.num_bytes
 
     def bytes_for(self, num_rows: int, num_slots: int) -> int:
-        layer, dtype = self.head.options.backbone, next(self.head.parameters()).dtype
-        size = 2 * layer.num_key_value_heads * layer.head_dim * dtype.itemsize
-        size *= self.head.num_layers
-        return num_rows * (num_slots + self._num_fed) * size
+        layers = self.head.cached_layers or [self.head.options.backbone] * self.head.num_layers
+        dtype = next(self.head.parameters()).dtype
+        size = sum(2 * layer.num_key_value_heads * layer.head_dim for layer in layers)
+        return num_rows * (num_slots + self._num_fed) * size * dtype.itemsize
 
     def reserve(self, num_rows: int, num_slots: int, *, join: bool) -> None:
         num_slots += self._num_fed

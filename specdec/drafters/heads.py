@@ -41,8 +41,8 @@ class Head(nn.Module):
     Args:
         options: fields of `Options`; what is left out follows the target.
         target_config: the target's text config.
-        parts: the target's input embedding and vocabulary projection, no parameters of the head;
-            none where it is built for its shapes alone, on the meta device.
+        parts: `parts_of` the target, no parameters of the head; none where it is built for its
+            shapes alone, on the meta device.
     """
 
     Options: ClassVar[type[Config]]  # a flag's description is what `specdec inspect` says of it
@@ -56,6 +56,11 @@ class Head(nn.Module):
         super().__init__()
         # A tuple keeps the target's modules out of the head's parameters.
         self._target_parts: tuple[Any, ...] = parts or (None, None)
+
+    @classmethod
+    def parts_of(cls, model: Any) -> tuple[Any, ...]:
+        """The target's input embedding, its vocabulary projection, and more that a head uses."""
+        return model.get_input_embeddings(), model.get_output_embeddings()
 
     @classmethod
     def given(cls, options: Mapping[str, Any]) -> Any:
@@ -120,8 +125,7 @@ class Head(nn.Module):
 
 def build_head(kind: str, options: Mapping[str, Any], target: Any) -> Head:
     """Build a new head for an `HFTarget`, in float32 on its device."""
-    parts = target.model.get_input_embeddings(), target.model.get_output_embeddings()
-    head: Head = construct(kind, options, target.config, *parts)
+    head: Head = construct(kind, options, target.config, *head_class(kind).parts_of(target.model))
     return head.to(target.device)
 
 

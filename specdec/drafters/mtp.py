@@ -9,7 +9,7 @@ has an entry in the cache of every module, and what is drafted at step k in thos
 Source: DeepSeek-V3, arXiv 2412.19437, section 2.2; one layer for all steps: FastMTP, 2509.18362.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Self
 

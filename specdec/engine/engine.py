@@ -317,11 +317,13 @@ def _check_combination(
     num_layers = getattr(getattr(target, "config", None), "num_hidden_layers", float("inf"))
     for each in cache_owners(drafter):
         size, taps = getattr(each, "vocab_size", target.vocab_size), getattr(each, "taps", ())
-        wrong = [tap for tap in taps if not 0 <= tap <= num_layers or not can.taps]
+        wrong = [tap for tap in taps if not can.first_tap <= tap <= num_layers or not can.taps]
         is_other = size != target.vocab_size and isinstance(each, Drafter)
         name, fix = type(each).__name__, "load a drafter for this target"
         sizes = f"vocab_size of this {name} is {size}, the target's {target.vocab_size}; {fix}"
         states = f"taps of this {name} are {tuple(taps)} but the target has no {wrong}; {fix}"
+        if min(wrong, default=0) < 0:
+            states += ", that reads hidden states and not keys and values (-1)"
         faults += [(is_other, sizes), (bool(wrong), states)]
     for is_fault, message in faults:
         if is_fault:

@@ -20,6 +20,7 @@ from specdec.sampling.sampler import Sampler
 from specdec.verify import Draft, Verdict
 
 Prompts = Sequence[Sequence[int]]
+KEYS_VALUES = -1  # the tap that holds a target's keys and values, not one of its hidden states
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,13 @@ class Capabilities:
         trees: it accepts drafts with parents.
         batched: it accepts more than one row, with ragged lengths.
         taps: it returns hidden states.
+        first_tap: lowest of them; `KEYS_VALUES` where it returns that too.
     """
 
     trees: bool = True
     batched: bool = True
     taps: bool = True
+    first_tap: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class TargetOutput:
             score (row 0 follows the root, row i + 1 follows node i).
         hidden: tap -> [B, M', H]; M' is the padded prompt length after prefill, N + 1 after score.
             Tap h is Hugging Face `hidden_states[h]`: 0 the embeddings, L after the final norm.
+            `KEYS_VALUES` is the cache's part of the same tokens, [B, M', L * kv heads * 2 *
+            head_dim]: layer by layer, each head's key as attention reads it, then its value.
     """
 
     logits: Tensor

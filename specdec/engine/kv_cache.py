@@ -219,6 +219,23 @@ class SlotCache(Cache):
             return new.expand(slots.num_rows, -1)
         return slots.index
 
+    def newest(self, num_new: int) -> Tensor:
+        """Return `key_values` [B, n, W] of the first tokens that the cache was opened for."""
+        if len(self._banks) != 1 or not self._banks[0].states:
+            raise ValueError(
+                "the target's layers do not all cache keys and values of one shape on one device, "
+                "so that no head can read them; use a drafter that reads hidden states"
+            )
+        slots, found = self._slots, []
+        for states in self._states():
+            live = states[:, : slots.num_rows]
+            if slots.index is None:
+                found.append(live.narrow(3, slots.start, num_new))
+            else:
+                index = slots.index[None, :, None, :num_new, None].to(live.device)
+                found.append(torch.take_along_dim(live, index, 3))
+        return key_values(*found)
+
     def _states(self) -> Iterator[Tensor]:
         for bank in self._banks:
             yield from bank.states.values()
@@ -345,6 +362,11 @@ class SlotCache(Cache):
         self.lengths = lengths
         self.is_uniform = len(set(lengths)) <= 1
         self._device_lengths = None
+
+
+def key_values(keys: Tensor, values: Tensor) -> Tensor:
+    """The tap `KEYS_VALUES` [B, n, W] of states [layers, B, heads, n, head_dim]."""
+    return torch.cat([keys, values], -1).permute(1, 3, 0, 2, 4).flatten(2)
 
 
 def _allocate(like: Tensor, num_layers: int, num_rows: int, capacity: int) -> Tensor:

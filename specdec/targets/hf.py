@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from specdec.common.compile import CannotCompileError, compile_mode, compile_s
-from specdec.engine.interfaces import Capabilities, Prompts, TargetOutput
+from specdec.engine.interfaces import KEYS_VALUES, Capabilities, Prompts, TargetOutput
 from specdec.engine.kv_cache import SlotCache
 from specdec.engine.metrics import ForwardClock
 from specdec.targets.attention import Masks
@@ -73,7 +73,7 @@ class HFTarget(TargetEnds):
         RuntimeError: it cannot be compiled, and `compile` asks for it.
     """
 
-    capabilities = Capabilities()
+    capabilities = Capabilities(first_tap=KEYS_VALUES)
 
     def __init__(self, model: Any, tokenizer: Any = None, compile: bool | str = False) -> None:
         head = getattr(model, "get_output_embeddings", None)
@@ -335,6 +335,15 @@ class HFTarget(TargetEnds):
         return places.clamp(max=self.max_context_len - 1)
 
     def _forward(
+        self, tokens: Tensor, positions: Tensor, mask: Any, taps: Sequence[int], keep: int | Tensor
+    ) -> TargetOutput:
+        states = tuple(tap for tap in taps if tap != KEYS_VALUES)
+        output = self._run(tokens, positions, mask, states, keep)
+        if KEYS_VALUES in taps:
+            output.hidden[KEYS_VALUES] = self.cache.newest(tokens.shape[1])
+        return output
+
+    def _run(
         self, tokens: Tensor, positions: Tensor, mask: Any, taps: Sequence[int], keep: int | Tensor
     ) -> TargetOutput:
         is_step = isinstance(keep, int)  # and no prefill, which is mostly arithmetic

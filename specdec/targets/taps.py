@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
-from specdec.engine.interfaces import Target, claimed
+from specdec.engine.interfaces import KEYS_VALUES, Target, claimed
+from specdec.engine.kv_cache import key_values
 from specdec.verify import Draft, match
 
 # Long texts are scored in chunks, which bounds the memory of masks and activations.
@@ -79,6 +81,29 @@ class TapReader:
             self._decoder.register_forward_hook(keep_output)
         else:
             self.layers[tap].register_forward_pre_hook(keep_input, with_kwargs=True)
+
+
+def key_value_sizes(config: Any) -> tuple[int, int, int]:
+    """Width of a layer's part of the tap `KEYS_VALUES`, by a text config, its heads and theirs."""
+    heads = config.num_attention_heads
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * shared * head_dim, shared, head_dim
+
+
+def run_whole(target: Any, taps: Sequence[int], **inputs: Any) -> tuple[Any, dict[int, Tensor]]:
+    """Run an `HFTarget`'s model over whole texts; its output, and its taps [B, L, ...]."""
+    # Made without the config, for layers that slide would drop what a head is to read.
+    cache = DynamicCache() if KEYS_VALUES in taps else None
+    given = {} if cache is None else {target.cache_name: cache}
+    states = tuple(tap for tap in taps if tap != KEYS_VALUES)
+    use = {"output_hidden_states": bool(states), "use_cache": cache is not None}
+    out = target.model(**inputs, **given, **use)
+    hidden = {tap: out.hidden_states[tap] for tap in states}
+    if cache is not None:
+        keys, values = ([getattr(each, n) for each in cache.layers] for n in ("keys", "values"))
+        hidden[KEYS_VALUES] = key_values(torch.stack(keys), torch.stack(values))
+    return out, hidden
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ from specdec.data.feature_store import INDEX, FeatureStore
 from specdec.drafters.training import TrainingBatch
 from specdec.targets.hf import HFTarget
 from specdec.targets.load import load_ends, load_target
+from specdec.targets.taps import run_whole
 from specdec.train.config import DataConfig, TrainConfig
 from specdec.train.results import DraftVocabulary
 
@@ -201,13 +202,9 @@ class OnlineSource:
     @torch.no_grad()
     def batch(self, rows: Sequence[AnswerRow], pack_len: int | None = None) -> TrainingBatch:
         given, _ = collate(rows, pack_len, self.target.device)
-        out = self.target.model(
-            input_ids=given["tokens"],
-            position_ids=given.get("positions"),
-            output_hidden_states=bool(self.taps),
-            use_cache=False,
-        )
-        hidden = {tap: out.hidden_states[tap].to(self.dtype) for tap in self.taps}
+        inputs = {"input_ids": given["tokens"], "position_ids": given.get("positions")}
+        out, states = run_whole(self.target, self.taps, **inputs)
+        hidden = {tap: states[tap].to(self.dtype) for tap in self.taps}
         return TrainingBatch(**given, hidden=hidden, target_logits=out.logits.to(self.dtype))
 
 
@@ -230,7 +227,7 @@ class StoredSource:
         given, places = collate(rows, pack_len, self.target.device)
         shape, sizes = given["tokens"].shape, self.store.layout
         kind: Any = {"dtype": self.dtype, "device": self.target.device}
-        hidden = {tap: torch.zeros(*shape, sizes.hidden_size, **kind) for tap in self.taps}
+        hidden = {tap: torch.zeros(*shape, sizes.width(tap), **kind) for tap in self.taps}
         logits = torch.zeros(*shape, sizes.vocab_size, **kind)
         for row, (line, first) in zip(rows, places, strict=True):
             stored = self.store.get(row.id, self._read, len(row.tokens))

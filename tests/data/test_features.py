@@ -278,6 +278,7 @@ def test_bad_input_ends_with_status_two(command):
 # A target of 8B, half of whose tokens are answers.
 HALF = {"num_tokens": 10**8, "num_places": 5 * 10**7}
 LARGE = {"hidden_size": 4096, "vocab_size": 128_256, "num_layers": 32, "logits_dtype": "bfloat16"}
+LARGE |= {"key_value_size": 32 * 2 * 8 * 128}
 
 
 @pytest.mark.parametrize("line", [line for line in DOCS.splitlines() if line.endswith(" GB |")])

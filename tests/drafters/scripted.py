@@ -13,17 +13,20 @@ from slow_heads import (
     MedusaGuesses,
     SlowEagle,
     SlowEagle3,
+    SlowMixture,
     SlowMtp,
     SlowMtpModules,
 )
 from slow_trees import drafted_nodes, expected_nodes, penalised
 from tiny_heads import tiny_head
 from tiny_models import tiny_target
+from transformers import DynamicCache
 
 from specdec.drafters.dflash import DFlashDrafter
 from specdec.drafters.eagle import EagleDrafter
 from specdec.drafters.eagle3 import Eagle3Drafter
 from specdec.drafters.medusa import MedusaDrafter
+from specdec.drafters.mixture_of_attentions import MixtureDrafter
 from specdec.drafters.mtp import MtpDrafter
 from specdec.sampling.sampler import Sampler, SamplingConfig
 from specdec.verify import Draft, Verdict
@@ -32,7 +35,7 @@ from specdec.verify import Draft, Verdict
 VOCAB, TAPS = 17, [1, 2, 3]
 DRAFTERS = {
     **{"eagle": EagleDrafter, "eagle3": Eagle3Drafter, "medusa": MedusaDrafter},
-    **{"mtp": MtpDrafter, "dflash": DFlashDrafter},
+    **{"mixture_of_attentions": MixtureDrafter, "mtp": MtpDrafter, "dflash": DFlashDrafter},
 }
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [8], [7, 7, 7], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8, 4, 5]]
 
@@ -63,11 +66,22 @@ def lively_head(kind, target, seed=0, draft_tokens=None, **options):
 
 
 def true_features(target, committed, taps):
-    """The target's hidden states [n, H] of all committed tokens but the root, by tap."""
+    """The target's hidden states [n, H] of all committed tokens but the root, by tap.
+
+    Tap -1 are its keys and values [n, L * heads * 2 * head_dim], joined by hand.
+    """
+    cache = DynamicCache()
+    given = {"output_hidden_states": True, "use_cache": True, target.cache_name: cache}
     with torch.no_grad():
-        ids = torch.tensor([committed[:-1]])
-        states = target.model(input_ids=ids, output_hidden_states=True).hidden_states
-    return {tap: states[tap][0] for tap in taps}
+        states = target.model(input_ids=torch.tensor([committed[:-1]]), **given).hidden_states
+    parts = [
+        part
+        for layer in cache.layers
+        for pair in zip(layer.keys[0], layer.values[0], strict=True)
+        for part in pair
+    ]
+    joined = torch.cat(parts, -1)
+    return {tap: joined if tap < 0 else states[tap][0] for tap in taps}
 
 
 def slow_guesses(kind, head, target, committed, window=None, rope=None, **flags):
@@ -77,19 +91,26 @@ def slow_guesses(kind, head, target, committed, window=None, rope=None, **flags)
     the target, whatever the head's are; `flags` are options of EAGLE-3.
     """
     top = target.config.num_hidden_layers
-    hidden = true_features(target, committed, [*TAPS, top])
+    hidden = true_features(target, committed, [-1, *TAPS, top])
     if kind == "medusa":
         return MedusaGuesses(head, target.model, hidden[top][-1])
-    shown = min(window or len(committed), len(committed) - 1)
     if kind == "dflash":
+        shown = min(window or len(committed), len(committed) - 1)
         taps = {tap: states[-shown:] for tap, states in hidden.items()}
         return BlockGuesses(head, target.model, taps, committed[-1], rope)
+    slow = slow_head(kind, head, target, rope, **flags)
+    features = slow.fuse(hidden)
+    return Continuation(slow, committed, features[-min(window or len(features), len(features)) :])
+
+
+def slow_head(kind, head, target, rope=None, **flags):
+    """The plain re-implementation of a head that reads features."""
     if kind in ("eagle", "mtp"):
         mtp = SlowMtpModules if head.max_depth else SlowMtp
-        slow = {"eagle": SlowEagle, "mtp": mtp}[kind](head, target.model, rope)
-    else:
-        slow = SlowEagle3(head, target.model, TAPS, rope, **flags)
-    return Continuation(slow, committed[-shown - 1 :], slow.fuse(hidden)[-shown:])
+        return {"eagle": SlowEagle, "mtp": mtp}[kind](head, target.model, rope)
+    if kind == "mixture_of_attentions":
+        return SlowMixture(head, target.model, rope, **flags)
+    return SlowEagle3(head, target.model, TAPS, rope, **flags)
 
 
 @dataclass

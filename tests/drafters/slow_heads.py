@@ -197,6 +197,90 @@ class SlowMtpModules(SlowMtp):
             states = super().run(tokens[module:][: len(places)], states, places, sees)
         return states
 
+
+class SlowMixture:
+    """Mixture of Attentions: the target's layers are mixed, then attended to from the drafter.
+
+    Feature i is of token i - 1 and stands beside token i; NaN where there is none: before the first
+    token, and beside drafts.
+    """
+
+    ids = None
+
+    def __init__(self, head, target_model, rope=None, **flags):
+        self._tensors = tensors = _doubled(head)
+        rope = rope or target_model.config.rope_parameters
+        options = head.options
+        self._own = SlowLayer(tensors, "self_attention", options.backbone, rope)
+        self._cross = SlowLayer(tensors, "cross_attention", options.cross, rope)
+        self._layers = SlowLayer(tensors, "layer_self_attention", options.layers, rope)
+        self._flags = {"layer_self_attention": True, "cross_attention": True, **flags}
+        own = _doubled(target_model)
+        count = target_model.config.num_hidden_layers
+        self._last = [
+            SlowLayer(own, f"model.layers.{place}", target_model.config, rope)
+            for place in range(count - flags.get("target_layers", 0), count)
+        ]
+        self._final = own["model.norm.weight"], target_model.config.rms_norm_eps
+        self._embedding = target_model.get_input_embeddings().weight.detach().double()
+        self._projection = target_model.get_output_embeddings().weight.detach().double()
+        self._num_layers = target_model.config.num_hidden_layers
+
+    def fuse(self, hidden):
+        """States [n + 1, H] beside tokens 0 .. n."""
+        weight, bias = self._tensors.get("Ekv2E.weight"), self._tensors.get("Ekv2E.bias")
+        if not self._flags["cross_attention"]:
+            num_tokens = len(next(iter(hidden.values())))
+            return torch.full((num_tokens + 1, self._embedding.shape[1]), math.nan).double()
+        rows = []
+        for states in hidden[-1].double():
+            states = states.view(self._num_layers, -1)
+            if self._flags["layer_self_attention"]:
+                states = self._block(self._layers, states, range(len(states)), lambda i, j: True)
+            rows.append(states.mean(0) @ weight.T + bias)
+        return torch.stack([torch.full_like(rows[0], math.nan), *rows])
+
+    def _block(self, layer, states, positions, sees):
+        normed = layer.norm("input_layernorm", states)
+        states = states + layer.attention(normed, positions, sees)
+        return states + layer.mlp(layer.norm("post_attention_layernorm", states))
+
+    def run(self, tokens, features, positions, sees):
+        """Outputs [n, H] of all entries."""
+        states = self.embedded(tokens, positions, sees)
+        if self._flags["cross_attention"]:
+            states = self.crossed(states, features, positions, sees)
+        return self.finished(states, positions, sees)
+
+    def embedded(self, tokens, positions, sees):
+        return self._block(self._own, self._embedding[tokens], positions, sees)
+
+    def finished(self, states, positions, sees):
+        for layer in self._last:
+            states = self._block(layer, states, positions, sees)
+        return rms_norm(states, *self._final) if self._last else states
+
+    def crossed(self, states, features, positions, sees):
+        layer, known = self._cross, ~features.isnan().any(-1)
+        both = torch.cat([states, features.nan_to_num()])
+        places = [*positions, *[place - 1 for place in positions]]
+        size = len(states)
+
+        def attends(i, j):
+            if i >= size:  # padding looks at itself
+                return i == j
+            return j >= size and sees(i, j - size) and bool(known[j - size])
+
+        normed = layer.norm("input_layernorm", both)
+        found = layer.attention(normed, places, attends)[:size]
+        # Entries that see nothing have no attention.
+        reached = [any(attends(i, j) for j in range(size, 2 * size)) for i in range(size)]
+        states = states + torch.where(torch.tensor(reached).unsqueeze(1), found, 0)
+        return states + layer.mlp(layer.norm("post_attention_layernorm", states))
+
+    def logits(self, output):
+        return output @ self._projection.T
+
     def carry(self, output):
         return torch.full_like(output, math.nan)
 
@@ -249,7 +333,8 @@ class Continuation:
 
     def __init__(self, head, committed, features):
         self._head = head
-        self._tokens, self._features = list(committed[1:]), features
+        # A head that has a state for the first token too reads one pair more.
+        self._tokens, self._features = list(committed[-len(features) :]), features
         self._outputs = {}
 
     def output(self, path=()):

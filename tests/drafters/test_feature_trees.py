@@ -35,12 +35,17 @@ from specdec.targets.hf import HFTarget
 CHOICES = [[0], [1], [4], [0, 0], [0, 2], [1, 0], [4, 1], [0, 0, 0], [0, 2, 1], [0, 2, 1, 0]]
 DYNAMIC, STATIC = TreeShape(depth=4, width=5, max_nodes=18), TreeShape(choices=CHOICES)
 SHAPES = {"dynamic": DYNAMIC, "static": STATIC, "chain": TreeShape(depth=3, width=1)}
-KINDS = ["eagle", "eagle3", "mtp", "dflash"]
+KINDS = ["eagle", "eagle3", "mixture_of_attentions", "mtp", "dflash"]
 # A vocabulary of its own whose ids are not the target's.
 DRAFT_TOKENS = [0, 1, 2, 4, 5, 7, 8, 11, 12, 16]
 NARROW = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "head_dim": 8}
 NORMS = {"norm_before_residual": True, "norm_before_fc": True}
 POST_NORM = {"fc_norm": True, "norm_output": True}
+SIZES = {
+    "backbone": {"num_key_value_heads": 4, "head_dim": 6, "qk_norm": True},
+    "cross": {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 20},
+    "layers": {"num_key_value_heads": 1, "head_dim": 10},
+}
 # Name, kind, options of the head, and those that the plain head must know.
 HEADS = [
     ("medusa", "medusa", {}, {}),
@@ -56,6 +61,18 @@ HEADS = [
     ("dflash, markov", "dflash", {"markov": "vanilla", "markov_rank": 4}, {}),
     ("dflash, gated markov", "dflash", {"markov": "gated", "confidence": True}, {}),
     ("mtp modules", "mtp", {"num_modules": 4}, {}),
+    ("mixture_of_attentions", "mixture_of_attentions", {}, {}),
+    *(
+        (f"mixture_of_attentions, no {name}", "mixture_of_attentions", {name: False}, {name: False})
+        for name in ("layer_self_attention", "cross_attention")
+    ),
+    (
+        "mixture_of_attentions, target layers",
+        "mixture_of_attentions",
+        {"target_layers": 2},
+        {"target_layers": 2},
+    ),
+    ("mixture_of_attentions, sizes", "mixture_of_attentions", SIZES, {}),
     ("eagle3, draft vocabulary", "eagle3", {"draft_tokens": DRAFT_TOKENS}, {}),
     ("eagle3, norms", "eagle3", NORMS, NORMS),
     ("eagle3, normed output", "eagle3", {"norm_output": True}, {"norm_output": True}),
@@ -310,7 +327,8 @@ def test_unknown_backbone_field_is_refused(field):
 def test_last_tap_is_what_projection_reads(kind):
     target = small_target()
     head = lively_head(kind, target)
-    assert list(head.taps) == ([1, 2, 3] if kind in ("eagle3", "dflash") else [3])
+    taps = {"eagle3": [1, 2, 3], "dflash": [1, 2, 3], "mixture_of_attentions": [-1, 3]}
+    assert list(head.taps) == taps.get(kind, [3])
     output = target.prefill([[3, 1, 4, 1, 5]], head.taps)
     with torch.no_grad():
         said = target.model.lm_head(output.hidden[3][:, -1:])

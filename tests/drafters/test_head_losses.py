@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scripted import TAPS, VOCAB, lively_head, small_target
+from scripted import TAPS, VOCAB, lively_head, slow_head, small_target
 from slow_heads import Continuation, MedusaGuesses, SlowEagle, SlowEagle3
 
 from specdec.drafters.training import OBJECTIVES, TrainingBatch, losses
@@ -29,7 +29,10 @@ def some_batch(seed=0, masks=MASKS):
     return TrainingBatch(
         torch.randint(VOCAB, (rows, LENGTH), generator=draw),
         torch.from_numpy(masks),
-        {tap: torch.randn(rows, LENGTH, 32, generator=draw) for tap in (*TAPS, TOP)},
+        {
+            tap: torch.randn(rows, LENGTH, 96 if tap < 0 else 32, generator=draw)
+            for tap in (*TAPS, TOP, -1)
+        },
         3 * torch.randn(rows, LENGTH, VOCAB, generator=draw),
     )
 
@@ -201,12 +204,67 @@ def test_eagle3_loss_is_that_of_drafted_chains(draft_tokens, num_steps, objectiv
     assert (num_left_out > 0) == (draft_tokens is not None)
 
 
+@pytest.mark.parametrize("size", [1, 3, 20])
+@pytest.mark.parametrize("staircase", [0.0, 1.0])
+@pytest.mark.parametrize("options", [{}, {"target_layers": 1}])
+def test_mixture_loss_sees_what_drafts_of_its_segments_see(options, staircase, size):
+    target = small_target()
+    head, batch = lively_head("mixture_of_attentions", target, **options), some_batch(2)
+    slow = slow_head("mixture_of_attentions", head, target, **options)
+    distances, nears, crosses = [], [], []
+    for row in range(len(MASKS)):
+        tokens, features = batch.tokens[row].tolist(), slow.fuse({-1: batch.hidden[-1][row]})
+
+        def begins(entry):  # place i is of entry i + 1, which stands beside state i
+            return (entry - 1) // size * size + 1
+
+        def sees(i, j):
+            return j <= i and (not staircase or begins(i) == begins(j))
+
+        outputs = slow.embedded(tokens, range(LENGTH), sees)
+        drafted = slow.crossed(outputs, features[:-1], range(LENGTH), lambda i, j: j <= begins(i))
+        outputs = slow.finished(drafted, range(LENGTH), sees)
+        for _, i in ((r, i) for r, i in counted(batch, 2) if r == row):
+            for found, place, states in ((distances, TOP, outputs), (nears, TOP - 1, drafted)):
+                gap = (states[i + 1] - batch.hidden[place][row, i + 1]).abs()
+                found.append(torch.where(gap < 1, 0.5 * gap**2, gap - 0.5).mean().item())
+            guess = softmax(slow.logits(outputs[i + 1]).numpy())
+            goal = softmax(batch.target_logits[row, i + 1].numpy())
+            crosses.append((goal * np.log(goal / guess)).sum())
+    distance = (mean(distances) + mean(nears)) / 2 if options else mean(distances)
+    lengths = {"min_segment": size, "max_segment": size}
+    output = head.loss(batch, **lengths, staircase=staircase, cross_entropy_weight=0.7)
+    assert float(output.parts["feature"]) == pytest.approx(distance, rel=1e-4)
+    assert float(output.parts["forward_kl"]) == pytest.approx(mean(crosses), rel=1e-4)
+    assert output.loss.item() == pytest.approx(distance + 0.7 * mean(crosses), rel=1e-4)
+
+
+def test_mixture_segments_are_drawn_for_every_row():
+    head, masks = lively_head("mixture_of_attentions", small_target()), []
+    head.cross_attention.register_forward_hook(lambda _, given, __: masks.append(given[4]))
+    batch = some_batch(3, np.ones((200, LENGTH), dtype=bool))
+    torch.manual_seed(0)
+    head.loss(batch, min_segment=2, max_segment=4)
+    # Entry 1 of each segment sees one more state than the entry before it.
+    shown = masks[0][:, 0, 1:, 1:].sum(-1)
+    sizes = [next(k for k in range(1, LENGTH) if row[k] > row[0]) for row in shown.tolist()]
+    assert {size: sizes.count(size) > 40 for size in sizes} == {2: True, 3: True, 4: True}
+
+
+@pytest.mark.parametrize(
+    "options", [{"min_segment": 0}, {"min_segment": 9, "max_segment": 8}, {"staircase": 1.5}]
+)
+def test_impossible_segments_are_refused(options):
+    head = lively_head("mixture_of_attentions", small_target())
+    name, value = next(iter(options.items()))
+    with pytest.raises(ValueError, match=f"{name} {value}.* must be"):
+        head.loss(some_batch(), **options)
+
+
+EVEN = {"min_segment": 3, "max_segment": 3, "staircase": 0.0}
 LOSSES = {
-    "medusa": {},
-    "eagle": {"noise": 0.0},
-    "eagle3": {"num_steps": 3},
-    "mtp": {},
-    "dflash": {"num_blocks": 99},
+    **{"medusa": {}, "eagle": {"noise": 0.0}, "eagle3": {"num_steps": 3}},
+    **{"mixture_of_attentions": EVEN, "mtp": {}, "dflash": {"num_blocks": 99}},
 }
 
 

@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 from specdec import SamplingConfig, generate, load_drafter, load_target
 from specdec.drafters.dflash import DFlashDrafter
 from specdec.drafters.eagle3 import Eagle3Drafter
-from specdec.drafters.heads import load_head
+from specdec.drafters.heads import build_head, load_head
+from specdec.drafters.mixture_of_attentions import MixtureDrafter
 from specdec.drafters.mtp import MtpDrafter
-from specdec.engine.interfaces import TargetOutput
+from specdec.drafters.tree_growth import TreeShape
+from specdec.engine.interfaces import KEYS_VALUES, TargetOutput
 from specdec.sampling.sampler import Sampler
-from specdec.verify import Verdict
+from specdec.verify import Verdict, match
 
 ORACLES = Path(os.environ.get("SPECDEC_ORACLES", "/nowhere"))
 pytestmark = pytest.mark.skipif(
@@ -189,3 +191,74 @@ def test_mtp_modules_are_those_of_transformers():
             for step, outputs in enumerate(head.rollout(tokens, padded, known["steps"])):
                 logits = project(outputs[0, len(now["committed"]) - 1])
                 torch.testing.assert_close(logits, recorded[f"{key}.plain_logits"][step], **near)
+
+
+def chosen(draft, wanted):
+    """The target's token after the root and every node, so that the first of `wanted` are kept."""
+    parents, tokens = draft.explicit_parents()[0].tolist(), draft.tokens[0].tolist()
+    nodes, after, place = [*zip(parents, tokens, strict=True)], [-1] * (len(tokens) + 1), -1
+    for token in wanted:
+        after[place + 1] = token
+        place = nodes.index((place, token)) if (place, token) in nodes else place
+    return torch.tensor([after])
+
+
+@pytest.mark.parametrize("name", ["chain", "tree"])
+def test_mixture_of_attentions_drafts_as_published(name):
+    folder = ORACLES / "moa" / name
+    known = json.loads((folder / "cases.json").read_text())
+    recorded = load_file(folder / "recorded.safetensors")
+    target = load_target(str(ORACLES / known["target"]))
+    sizes = known["model_config"]
+
+    def backbone(part):
+        names = ("num_key_value_heads", "intermediate_size")
+        return {each: sizes[f"{part}_{each}"] for each in names}
+
+    options = {
+        "backbone": backbone("self_attention"),
+        "cross": backbone("cross_attention"),
+        "layers": backbone("layer_self_attention"),
+    }
+    head = build_head("mixture_of_attentions", options, target).eval()
+    head.load_state_dict(load_file(ORACLES / "moa" / "chain" / "model.safetensors"))
+    heard, layer = [], head.cross_attention
+    shape = TreeShape(known["depth"] - 1, known["breadth"], known["total_tokens"])
+    drafter = MixtureDrafter(head, target.vocab_size, shape)
+    near = {"atol": known["tolerance"] / 2, "rtol": 0}
+    layer.register_forward_hook(lambda module, given, output: heard.append((given[1], output)))
+    for case in known["cases"]:
+        for index, step in enumerate(case["rounds"]):
+            committed, root, key = step["committed"], step["root"], f"{case['name']}.round{index}"
+            texts = [[*committed, root]]
+            sampler = Sampler([SamplingConfig()], target.vocab_size, None, texts, ())
+            with torch.inference_mode():
+                if index == 0:
+                    output = target.prefill([committed], drafter.taps)
+                    drafter.begin(texts, output, sampler)
+                    if (kv := recorded.get(f"{key}.kv")) is not None:
+                        read = output.hidden[KEYS_VALUES][0].view_as(kv)
+                        torch.testing.assert_close(read, kv, **near)
+                heard.clear()
+                draft = drafter.propose(torch.tensor([root]), [shape.max_nodes], sampler)
+                assert draft.tokens[0].tolist() == step["drafts"]
+                assert draft.explicit_parents()[0].tolist() == step["parents"]
+                new = step["new_context"]
+                streams = heard[0][0][0, -new:]
+                torch.testing.assert_close(streams, recorded[f"{key}.stream"], **near)
+                assert len(heard) == len(step["steps"])
+                for number, (_, states) in enumerate(heard):
+                    states = states[0] if number else states[0, -1:]
+                    torch.testing.assert_close(
+                        states, recorded[f"{key}.step{number}.states"], **near
+                    )
+                    torch.testing.assert_close(
+                        head.logits(states), recorded[f"{key}.step{number}.logits"], **near
+                    )
+                if index + 1 == len(case["rounds"]):
+                    break
+                output = target.score(torch.tensor([root]), draft, drafter.taps)
+                wanted = [*step["accepted"], case["rounds"][index + 1]["root"]]
+                verdict = match(chosen(draft, wanted), draft)
+                target.commit(verdict, [len(wanted) - 1])
+                drafter.observe(verdict, [wanted], output.hidden)

@@ -32,6 +32,7 @@ OPTIONS = {
     **VARIANTS,
     "eagle": FEATURE_TREES,
     "eagle3": FEATURE_TREES,
+    "mixture_of_attentions": FEATURE_TREES,
     "mtp": [*FEATURE_TREES, *({**each, "num_modules": 3} for each in FEATURE_TREES)],
     "dflash": FEATURE_TREES,
     "hybrid": [

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from scripted import DRAFTERS, TAPS, VOCAB, lively_head, small_target
-from slow_heads import Continuation, SlowEagle, SlowEagle3, SlowMtp, SlowMtpModules
+from scripted import DRAFTERS, VOCAB, lively_head, slow_head, small_target, true_features
+from slow_heads import Continuation
 
 from specdec import SamplingConfig
 from specdec.drafters.tree_growth import TreeShape
@@ -13,8 +13,14 @@ from specdec.sampling.sampler import Sampler
 TEXTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5], [8, 8, 0, 16, 7, 0, 0, 3, 2]]
 LENGTH, NUM_STEPS = len(TEXTS[0]), 4
 NORMED = {"norm_output": True, "norm_before_residual": True}
-HEADS = [("eagle", {}), ("eagle3", {}), ("eagle3", NORMED), ("mtp", {})]
-HEADS += [("mtp", {"num_modules": NUM_STEPS})]
+MIXED = "mixture_of_attentions"
+HEADS = {
+    **{"eagle": ("eagle", {}), "eagle3": ("eagle3", {}), "eagle3, normed": ("eagle3", NORMED)},
+    **{"mtp": ("mtp", {}), MIXED: (MIXED, {})},
+    "mtp modules": ("mtp", {"num_modules": NUM_STEPS}),
+    f"{MIXED}, own tokens": (MIXED, {"cross_attention": False}),
+    f"{MIXED}, target layers": (MIXED, {"target_layers": 2}),
+}
 
 
 def places(step):
@@ -22,25 +28,22 @@ def places(step):
     return range(LENGTH - 1 - step)
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"), HEADS, ids=["eagle", "eagle3", "eagle3, normed", "mtp", "mtp modules"]
-)
+@pytest.mark.parametrize(("kind", "options"), HEADS.values(), ids=HEADS)
 def test_rollout_equals_drafted_chain_behind_every_place(kind, options):
     target = small_target()
     head = lively_head(kind, target, **options)
     with torch.no_grad():
         tokens = torch.tensor(TEXTS)
-        states = target.model(input_ids=tokens, output_hidden_states=True).hidden_states
-        hidden = {tap: states[tap] for tap in head.taps}
+        rows = [true_features(target, [*text, 0], head.taps) for text in TEXTS]
+        hidden = {tap: torch.stack([row[tap] for row in rows]) for tap in head.taps}
         outputs = list(head.rollout(tokens, head.fuse(hidden), NUM_STEPS))
-    mtp = SlowMtpModules if head.max_depth else SlowMtp
-    slow = {"mtp": mtp}.get(kind, SlowEagle)(head, target.model)
-    if kind == "eagle3":
-        slow = SlowEagle3(head, target.model, TAPS, **options)
+    flags = options if kind in ("eagle3", MIXED) else {}
+    slow = slow_head(kind, head, target, **flags)
     for row, text in enumerate(TEXTS):
         features = slow.fuse({tap: states[row] for tap, states in hidden.items()})
         for place in places(0):
-            chain = Continuation(slow, text[: place + 2], features[: place + 1])
+            shown = place + 1 + len(features) - LENGTH
+            chain = Continuation(slow, text[: place + 2], features[:shown])
             for step in range(min(NUM_STEPS, LENGTH - 1 - place)):
                 expected = chain.output(tuple(text[place + 2 : place + 2 + step])).float()
                 found = outputs[step][row, place]

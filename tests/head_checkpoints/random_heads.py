@@ -13,6 +13,7 @@ ROPE = {"rope_type": "linear", "rope_theta": 500000.0, "factor": 2.0}
 NORMED = {"norm_before_residual": True, "norm_before_fc": True}
 SPARK = {"markov": "vanilla", "markov_rank": 4, "confidence": True, "sample_from_anchor": True}
 NARROW = {"hidden_size": 16, "head_dim": 4}
+MIXED = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 20}
 # Every option away from its default in one of them.
 HEADS = {
     "medusa": ("medusa", {"num_heads": 3, "num_layers": 2}),
@@ -31,6 +32,9 @@ HEADS = {
     "dspark": ("dflash", {**SPARK, "confidence_with_markov": True, "num_layers": 1}),
     "dspark-whole": ("dflash", {**SPARK, "own_ends": True, "markov": "gated"}),
     "mtp-modules": ("mtp", {"num_modules": 2}),
+    "mixture": ("mixture_of_attentions", {}),
+    "mixture-own": ("mixture_of_attentions", {"cross_attention": False}),
+    "mixture-mean": ("mixture_of_attentions", {"layer_self_attention": False, "cross": MIXED}),
 }
 LAYOUTS_OF = {
     "medusa": ("specdec", "medusa", "vllm-medusa"),
@@ -49,6 +53,7 @@ LAYOUTS_OF = {
     "dflash-causal": ("specdec",),
     "dspark": ("specdec", "speculators-dflash"),
     "dspark-whole": ("specdec", "deepspec"),
+    **dict.fromkeys(("mixture", "mixture-own", "mixture-mean"), ("specdec",)),
 }
 PAIRS = [(name, layout) for name, layouts in LAYOUTS_OF.items() for layout in layouts]
 

@@ -30,7 +30,8 @@ def refusal(folder, path, tensors):
 
 
 def test_tables_cover_all_kinds_and_layouts():
-    assert {kind for kind, _ in HEADS.values()} == {"medusa", "eagle", "eagle3", "mtp", "dflash"}
+    kinds = {"medusa", "eagle", "eagle3", "mixture_of_attentions", "mtp", "dflash"}
+    assert {kind for kind, _ in HEADS.values()} == kinds
     assert {layout for _, layout in PAIRS} == set(LAYOUTS)
 
 

@@ -22,6 +22,7 @@ MEDUSA = {"kind": "medusa", "options": {"num_heads": 3}}
 KINDS = {
     "eagle3": {"drafter": {"kind": "eagle3"}, "draft_vocab_size": 40},
     "eagle": {"drafter": {"kind": "eagle"}},
+    "mixture_of_attentions": {"drafter": {"kind": "mixture_of_attentions"}},
     "medusa": {"drafter": MEDUSA, "loss": {"objective": "forward_kl"}},
     "draft_model": {},
 }
@@ -39,7 +40,7 @@ def made(tmp_path_factory):
     tiny_llama(num_layers=3).save_pretrained(folder / "target")
     tiny_llama(num_layers=1, seed=5).save_pretrained(folder / "draft")
     target = load_target(str(folder / "target"), device="cpu")
-    whole = {"taps": "0,1,2,3", "dtype": "float32", "top_k": target.vocab_size}
+    whole = {"taps": "keys_values,0,1,2,3", "dtype": "float32", "top_k": target.vocab_size}
     extract(folder / "answers", target, folder / "store", **whole)
     return folder
 
