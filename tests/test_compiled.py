@@ -26,6 +26,8 @@ DRAFTERS = {
     "tree of a head with a window": {"type": "eagle3", "depth": 2, "width": 9, "window": 6},
     "drawn tree of a head": {"type": "eagle3", "width": 9, "children": "with_replacement"},
     "static tree of heads": {"type": "medusa", "max_nodes": 40},
+    "tree of blocks": {"type": "dflash", "width": 5, "max_nodes": 20, "window": 6},
+    "drawn tree of blocks": {"type": "dflash", "width": 9, "children": "with_replacement"},
 }
 
 
@@ -66,7 +68,11 @@ def drafts(tmp_path_factory, targets):
     folder = tmp_path_factory.mktemp("drafts")
     perturbed(targets[False].model, 0.1).save_pretrained(folder / "draft_model")
     top = targets[False].config.num_hidden_layers
-    for kind, options in (("medusa", {}), ("eagle3", {"taps": [0, top // 2, top]})):
+    for kind, options in (
+        ("medusa", {}),
+        ("eagle3", {"taps": [0, top // 2, top]}),
+        ("dflash", {"markov": "vanilla", "markov_rank": 4}),
+    ):
         save_tiny_head(folder / kind, kind, targets[False], **options)
     return folder
 
@@ -238,7 +244,7 @@ def test_graphs_on_cuda_equal_eager_decoding(tmp_path, options):
     model = tiny_llama(VOCAB_SIZE).cuda()
     eager, graphed = HFTarget(model), HFTarget(model, compile="graphs")
     perturbed(model, 0.1).save_pretrained(tmp_path / "draft_model")
-    for kind, own in (("medusa", {}), ("eagle3", {"taps": [0, 1, 2]})):
+    for kind, own in (("medusa", {}), ("eagle3", {"taps": [0, 1, 2]}), ("dflash", {})):
         save_tiny_head(tmp_path / kind, kind, eager, **own)
     given = options and {**options, "path": str(tmp_path / options["type"])}
     for batch_size in (1, 3, 4):
