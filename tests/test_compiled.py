@@ -24,6 +24,8 @@ DRAFTERS = {
     "chain of a head": {"type": "eagle3", "width": 1, "depth": 4, "max_nodes": 4},
     "tree of a head": {"type": "eagle3", "depth": 3, "width": 5, "max_nodes": 20},
     "tree of a head with a window": {"type": "eagle3", "depth": 2, "width": 9, "window": 6},
+    "chain of a deep head": {"type": "eagle3", "path": "deep", "width": 1, "depth": 4},
+    "tree of a deep head": {"type": "eagle3", "path": "deep", "depth": 3, "width": 5},
     "drawn tree of a head": {"type": "eagle3", "width": 9, "children": "with_replacement"},
     "static tree of heads": {"type": "medusa", "max_nodes": 40},
 }
@@ -68,6 +70,7 @@ def drafts(tmp_path_factory, targets):
     top = targets[False].config.num_hidden_layers
     for kind, options in (("medusa", {}), ("eagle3", {"taps": [0, top // 2, top]})):
         save_tiny_head(folder / kind, kind, targets[False], **options)
+    save_tiny_head(folder / "deep", "eagle3", targets[False], num_layers=2, **options)
     return folder
 
 
@@ -79,7 +82,7 @@ def load(drafts):
     def load(options, target):
         key = (id(target), repr(options))
         if options and key not in loaded:
-            given = {**options, "path": str(drafts / options["type"])}
+            given = {**options, "path": str(drafts / options.get("path", options["type"]))}
             loaded[key] = load_drafter(given, target)
         return loaded.get(key)
 

@@ -93,10 +93,10 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("case", CASES)
 
 
-def with_eagle3(folder, target):
+def with_eagle3(folder, target, **options):
     """A folder of drafts whose EAGLE-3 head reads three hidden states, not one three times."""
     top = target.config.num_hidden_layers
-    save_tiny_head(folder / "eagle3", "eagle3", target, taps=[0, top // 2, top])
+    save_tiny_head(folder / "eagle3", "eagle3", target, taps=[0, top // 2, top], **options)
     return folder
 
 

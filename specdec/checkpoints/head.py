@@ -114,7 +114,7 @@ _REASONS = {
     **dict.fromkeys(("q_norm", "k_norm"), "Qwen3's norms are supported in EAGLE-3 heads only"),
     "mask_hidden": "P-EAGLE is not supported",
     "_scale": "quantized heads are not supported",
-    "layers.1.": "heads of several layers are not supported",
+    "layers.1.": "several layers are read in the layout of speculators, whose config counts them",
     "token_map": "Medusa heads with a reduced vocabulary are not supported",
     "fc.bias": "is `bias` false in config.json by mistake?",
 }

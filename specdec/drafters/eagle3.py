@@ -1,4 +1,4 @@
-"""EAGLE-3: a one-layer head on fused taps, with its own recurrent state and vocabulary.
+"""EAGLE-3: a head of few layers on fused taps, with its own recurrent state and vocabulary.
 
 Source: EAGLE-3, arXiv 2503.01840; EAGLE-3.1 norms each tap and feeds the normed state back.
 """
@@ -24,6 +24,7 @@ class Eagle3Options(Config):
     taps: Annotated[list[Layer], Field(min_length=1)] | None = None
     target_hidden_size: Size | None = None  # another than the layer's where the embedding is own
     draft_vocab_size: Size | None = None  # None for the target's whole vocabulary
+    num_layers: Annotated[int, Field(ge=1, le=100)] = 1  # the first reads token and feature
     norm_before_residual: bool = Field(False, description="the normed feature is the residual")
     norm_before_fc: bool = Field(
         False, description="the joined taps are normed before they are fused"
@@ -48,7 +49,7 @@ class Eagle3Head(FeatureHead):
     Options = Eagle3Options
     unread: ClassVar[Mapping[str, str]] = {
         "sglang": "norm_before_residual fc_norm backbone.qk_norm",
-        "llama.cpp": "norm_output fc_norm backbone.qk_norm",
+        "llama.cpp": "norm_output fc_norm backbone.qk_norm num_layers",
         "tensorrt-llm": "norm_before_residual norm_before_fc fc_norm backbone.qk_norm",
     }
     d2t: Tensor
@@ -67,6 +68,12 @@ class Eagle3Head(FeatureHead):
         # It attends over token and feature side by side.
         self.midlayer = DraftLayer(config, 2 * size)
         self.midlayer.input_layernorm, self.midlayer.hidden_norm = norm(config), norm(config)
+        self.num_layers = given.num_layers
+        self.layers = nn.ModuleDict()  # further ones, named as speculators counts them
+        for index in range(1, given.num_layers):
+            further: Any = DraftLayer(config, size, layer_idx=index)
+            further.input_layernorm = norm(config)
+            self.layers[str(index)] = further
         self.norm = norm(config)
         self.lm_head = nn.Linear(size, num_drafted, bias=False)
         if given.norm_before_fc:
@@ -144,7 +151,12 @@ class Eagle3Head(FeatureHead):
         normed = layer.hidden_norm(features)
         residual = normed if self.options.norm_before_residual else features
         pair = torch.cat([layer.input_layernorm(embed(tokens)), normed], -1)
-        return layer(pair, residual, self.rotary(features, positions), mask, cache)
+        rotary = self.rotary(features, positions)
+        states = layer(pair, residual, rotary, mask, cache)
+        further: Any
+        for further in self.layers.values():
+            states = further(further.input_layernorm(states), states, rotary, mask, cache)
+        return states
 
     def logits(self, outputs: Tensor) -> Tensor:
         return self.lm_head(self.norm(outputs))
@@ -169,6 +181,8 @@ class Eagle3Head(FeatureHead):
         if given.get("taps"):
             taps = ", ".join(map(str, given["taps"]))
             said["reads"] = f"hidden_states {taps} of the target (0 is its embedding)"
+        if self.num_layers > 1:
+            said["layer"] = f"{self.num_layers} layers, {said['layer']}"
         if (drafted := self.options.draft_vocab_size) < self.config.vocab_size:
             said["drafts"] = f"{drafted:,} of {self.config.vocab_size:,} tokens"
         return said

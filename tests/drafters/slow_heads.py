@@ -181,6 +181,8 @@ class SlowEagle3:
         self._tensors = tensors = _doubled(head)
         rope = rope or target_model.config.rope_parameters
         self._layer = SlowLayer(tensors, "midlayer", head.config, rope)
+        names = {".".join(name.split(".")[:2]) for name in tensors if name.startswith("layers.")}
+        self._further = [SlowLayer(tensors, name, head.config, rope) for name in sorted(names)]
         self._taps, self._norms = taps, norms
         shared = target_model.get_input_embeddings().weight.detach().double()
         self._embedding = tensors.get("embed_tokens.weight", shared)
@@ -208,7 +210,12 @@ class SlowEagle3:
         pairs = torch.cat([layer.norm("input_layernorm", self._embedding[tokens]), normed], -1)
         residual = normed if self._norms.get("norm_before_residual") else features
         states = residual + layer.attention(pairs, positions, sees)
-        return states + layer.mlp(layer.norm("post_attention_layernorm", states))
+        states = states + layer.mlp(layer.norm("post_attention_layernorm", states))
+        for further in self._further:
+            normed = further.norm("input_layernorm", states)
+            states = states + further.attention(normed, positions, sees)
+            states = states + further.mlp(further.norm("post_attention_layernorm", states))
+        return states
 
     def logits(self, output):
         return self._norm("norm", output) @ self._tensors["lm_head.weight"].T

@@ -48,6 +48,7 @@ HEADS = [
     ("mtp, a layer of Qwen3", "mtp", {"backbone": {"qk_norm": True}}, {}),
     ("eagle3, draft vocabulary", "eagle3", {"draft_tokens": DRAFT_TOKENS}, {}),
     ("eagle3, norms", "eagle3", NORMS, NORMS),
+    ("eagle3, three layers", "eagle3", {"num_layers": 3}, {}),
     ("eagle3, normed output", "eagle3", {"norm_output": True}, {"norm_output": True}),
     ("eagle3.1", "eagle3", POST_NORM, POST_NORM),
     ("eagle3.1, normed queries", "eagle3", {**POST_NORM, "backbone": {"qk_norm": True}}, POST_NORM),

@@ -55,7 +55,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return with_eagle3(tmp_path_factory.mktemp("drafts"), tiny_target())
+    return with_eagle3(tmp_path_factory.mktemp("drafts"), tiny_target(), num_layers=2)
 
 
 def caches(drafter):

@@ -13,7 +13,8 @@ from specdec.sampling.sampler import Sampler
 TEXTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5], [8, 8, 0, 16, 7, 0, 0, 3, 2]]
 LENGTH, NUM_STEPS = len(TEXTS[0]), 4
 NORMED = {"norm_output": True, "norm_before_residual": True}
-HEADS = [("eagle", {}), ("eagle3", {}), ("eagle3", NORMED), ("mtp", {})]
+DEEP = {"num_layers": 2}
+HEADS = [("eagle", {}), ("eagle3", {}), ("eagle3", NORMED), ("eagle3", DEEP), ("mtp", {})]
 
 
 def places(step):
@@ -22,7 +23,7 @@ def places(step):
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"), HEADS, ids=["eagle", "eagle3", "eagle3, normed", "mtp"]
+    ("kind", "options"), HEADS, ids=["eagle", "eagle3", "eagle3, normed", "eagle3, deep", "mtp"]
 )
 def test_rollout_equals_drafted_chain_behind_every_place(kind, options):
     target = small_target()

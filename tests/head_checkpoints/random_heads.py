@@ -24,6 +24,7 @@ HEADS = {
     "eagle3-narrow": ("eagle3", {"backbone": NARROW, "own_embedding": True}),
     "eagle3.1": ("eagle3", {"fc_norm": True, "norm_output": True, "draft_vocab_size": 40}),
     "eagle3.1-qwen3": ("eagle3", {"fc_norm": True, "backbone": {"qk_norm": True}}),
+    "eagle3-deep": ("eagle3", {"num_layers": 3, "draft_vocab_size": 40}),
     "mtp": ("mtp", {"backbone": {"qk_norm": True}}),
 }
 LAYOUTS_OF = {
@@ -37,6 +38,7 @@ LAYOUTS_OF = {
     "eagle3-narrow": ("specdec", "eagle3", "speculators"),
     "eagle3.1": ("specdec", "speculators"),
     "eagle3.1-qwen3": ("specdec", "speculators"),
+    "eagle3-deep": ("specdec", "speculators"),
     "mtp": ("specdec", "speculators-mtp"),
 }
 PAIRS = [(name, layout) for name, layouts in LAYOUTS_OF.items() for layout in layouts]

@@ -37,6 +37,8 @@ SPECULATORS = json.loads(
 )
 SPECULATORS[NESTED] = {**LLAMA, "head_dim": HEAD_DIM, "rope_theta": THETA}
 WINDOW = {**LLAMA, "sliding_window": 2048, "layer_types": ["sliding_attention"]}
+MIXED = {**WINDOW, "num_hidden_layers": 2}
+MIXED["layer_types"] = ["sliding_attention", "full_attention"]
 MEDUSA_3 = json.loads(
     """{"base_model_name_or_path": "org/tiny", "medusa_num_heads": 3, "medusa_num_layers": 1,
     "medusa_choices": [[0], [0, 0], [1]], "transformers_version": "4.31.0"}"""
@@ -169,6 +171,10 @@ EMBEDDING, INPUT_NORM = {"embed_tokens.weight": (V, H)}, {"input_norm.weight": (
 TAP_NORMS = {f"fc_norm.{place}.weight": (H,) for place in range(3)}
 QK_NORMS = {f"layers.0.self_attn.{name}_norm.weight": (HEAD_DIM,) for name in "qk"}
 NAMES = {"midlayer.mlp.up_proj.weight": "layers.0.mlp.up_proj.weight"}
+FLAT = eagle3_tensors("layers.0")
+DEEP = eagle3_tensors(
+    "layers.0", **layer("layers.1", H), **{"layers.1.input_layernorm.weight": (H,)}
+)
 NO_FLAGS = {"norm_before_residual": False, "norm_output": False, "own_embedding": False}
 NORMS = {"norm_before_fc": True, "norm_output": True, "norm_before_residual": False}
 SGLANG_FLAGS = {"norm_before_fc": True, "use_aux_hidden_state": True}
@@ -238,6 +244,13 @@ CASES = {
         eagle3_tensors("layers.0", **TAP_NORMS, **QK_NORMS),
         head=lambda head: hasattr(head.midlayer.self_attn, "q_norm"),
         fc_norm=True,
+    ),
+    "speculators, two layers": Case(
+        {**SPECULATORS, NESTED: {**LLAMA, "num_hidden_layers": 2}},
+        DEEP,
+        {"layers.1.mlp.up_proj.weight": "layers.1.mlp.up_proj.weight", **NAMES},
+        head=lambda head: head.num_layers == 2,
+        num_layers=2,
     ),
     "speculators, window": Case(
         {**SPECULATORS, NESTED: WINDOW},
@@ -329,6 +342,14 @@ REFUSED = [
     (SPECULATORS, {"speculators_model_type": "dflash"}, "'dflash' but must be one of"),
     (SPECULATORS, {"norm_before_residual": ...}, "for true and speculators for false"),
     (SPECULATORS, {NESTED: ...}, f"{NESTED} is missing"),
+    (SPECULATORS, {NESTED: MIXED}, "a window bounds all layers of a head, or none"),
+    (
+        SPECULATORS,
+        {NESTED: {**LLAMA, "num_hidden_layers": 2}},
+        r"lacks the tensor layers\.1\.",
+        FLAT,
+    ),
+    (SPECULATORS, {NESTED: LLAMA}, "of speculators, whose config counts them", DEEP),
     (SPECULATORS, {NESTED: {**LLAMA, "mlp_bias": True}}, f"{NESTED}.mlp_bias is True"),
     (MEDUSA_3, {}, r"medusa_num_heads 3 but .* holds 5", medusa_tensors(5), MEDUSA[1]),
     (VLLM, {}, r"blocks\.0\.layers\.0\.bias.*medusa_fc_bias to true", vllm_tensors()),

@@ -333,6 +333,7 @@ def without_backbone(head):
 # Head, layout, its change, the refusal; our own layout holds what is changed here.
 HELD_BY_OURS = [
     ("eagle3-normed", "eagle3", UNCHANGED, "cannot hold norm_before_residual=true"),
+    ("eagle3-deep", "eagle3", UNCHANGED, "cannot hold num_layers=3.*speculators"),
     ("medusa-shared", "vllm-medusa", UNCHANGED, "own_vocab_head=false"),
     ("eagle", "eagle3", UNCHANGED, "holds heads of the kind 'eagle3', not 'eagle'"),
     ("eagle3", "medusa", UNCHANGED, "holds heads of the kind 'medusa', not 'eagle3'"),
