@@ -115,7 +115,6 @@ _REASONS = {
     "mask_hidden": "P-EAGLE is not supported",
     "_scale": "quantized heads are not supported",
     "layers.1.": "several layers are read in the layout of speculators, whose config counts them",
-    "token_map": "Medusa heads with a reduced vocabulary are not supported",
     "fc.bias": "is `bias` false in config.json by mistake?",
 }
 

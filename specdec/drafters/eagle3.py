@@ -101,8 +101,7 @@ class Eagle3Head(FeatureHead):
         named = next((tensors[name] for name in names if name in tensors), torch.empty(1))
         return super().target_facts(tensors) | {"vocab_size": len(named) if named.ndim else 1}
 
-    @classmethod
-    def check_values(cls, tensors: Mapping[str, Tensor]) -> None:
+    def check_values(self, tensors: Mapping[str, Tensor]) -> None:
         # `d2t` [D] holds offsets: draft id i is target id i + d2t[i]. `t2d` [V] marks these ids.
         if "d2t" not in tensors:
             return
@@ -183,8 +182,6 @@ class Eagle3Head(FeatureHead):
             said["reads"] = f"hidden_states {taps} of the target (0 is its embedding)"
         if self.num_layers > 1:
             said["layer"] = f"{self.num_layers} layers, {said['layer']}"
-        if (drafted := self.options.draft_vocab_size) < self.config.vocab_size:
-            said["drafts"] = f"{drafted:,} of {self.config.vocab_size:,} tokens"
         return said
 
 

@@ -253,6 +253,8 @@ class MedusaGuesses:
 
     def __init__(self, heads, target_model, feature):
         self._tensors = _doubled(heads)
+        ids = heads.state_dict().get("draft_ids")
+        self._ids = None if ids is None else ids.tolist()
         self._projection = target_model.get_output_embeddings().weight.detach().double()
         self._feature = feature.double()
 
@@ -266,4 +268,5 @@ class MedusaGuesses:
             block += 1
         assert block
         projection = tensors.get(f"vocab_heads.{head}.weight", self._projection)
-        return dict(enumerate((projection @ states).tolist()))
+        values = (projection @ states).tolist()
+        return dict(zip(self._ids or range(len(values)), values, strict=True))

@@ -16,6 +16,7 @@ NARROW = {"hidden_size": 16, "head_dim": 4}
 HEADS = {
     "medusa": ("medusa", {"num_heads": 3, "num_layers": 2}),
     "medusa-shared": ("medusa", {"num_heads": 2, "own_vocab_head": False}),
+    "medusa-reduced": ("medusa", {"num_heads": 2, "draft_vocab_size": 40}),
     "eagle": ("eagle", {"bias": False, "qkv_bias": True, "backbone": {"rope_parameters": ROPE}}),
     "eagle-biased": ("eagle", {}),
     "eagle3": ("eagle3", {"draft_vocab_size": 40, "taps": [1, 4, 6]}),
@@ -30,6 +31,7 @@ HEADS = {
 LAYOUTS_OF = {
     "medusa": ("specdec", "medusa", "vllm-medusa"),
     "medusa-shared": ("specdec", "medusa"),
+    "medusa-reduced": ("specdec", "vllm-medusa"),
     "eagle": ("specdec", "eagle", "sglang-eagle"),
     "eagle-biased": ("specdec", "eagle", "sglang-eagle"),
     "eagle3": ("specdec", "eagle3", "speculators"),

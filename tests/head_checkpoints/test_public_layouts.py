@@ -107,10 +107,12 @@ def medusa_tensors(num_heads, has_projections=True):
     return weights(shapes)
 
 
-def vllm_tensors(prefix="", has_biases=True, projections=("lm_heads.0", "lm_heads.1")):
+def vllm_tensors(
+    prefix="", has_biases=True, projections=("lm_heads.0", "lm_heads.1"), num_tokens=V
+):
     blocks = {f"{prefix}blocks.{head}.layers.0.weight": (H, H) for head in range(2)}
     biases = {f"{prefix}blocks.{head}.layers.0.bias": (H,) for head in range(2)}
-    own = {f"{prefix}{name}.weight": (V, H) for name in projections}
+    own = {f"{prefix}{name}.weight": (num_tokens, H) for name in projections}
     return weights({**blocks, **(biases if has_biases else {}), **own})
 
 
@@ -281,6 +283,14 @@ CASES = {
         {ours: f"medusa_heads.{theirs}" for ours, theirs in VLLM_NAMES.items()},
         layout="vllm-medusa",
     ),
+    "vllm-medusa, reduced vocabulary": Case(
+        {**BIASED, "truncated_vocab_size": 9},
+        vllm_tensors(num_tokens=9) | {"token_map": torch.tensor([7, 3, 60, 0, 1, 2, 4, 5, 9])},
+        {**VLLM_NAMES, "draft_ids": "token_map"},
+        head=lambda head: head.token_map.tolist() == [7, 3, 60, 0, 1, 2, 4, 5, 9],
+        target=(None, H, V),
+        draft_vocab_size=9,
+    ),
     "vllm-medusa, names of FasterDecoding": Case(
         BIASED, medusa_tensors(2), {"vocab_heads.1.weight": "1.1.weight"}
     ),
@@ -353,7 +363,12 @@ REFUSED = [
     (SPECULATORS, {NESTED: {**LLAMA, "mlp_bias": True}}, f"{NESTED}.mlp_bias is True"),
     (MEDUSA_3, {}, r"medusa_num_heads 3 but .* holds 5", medusa_tensors(5), MEDUSA[1]),
     (VLLM, {}, r"blocks\.0\.layers\.0\.bias.*medusa_fc_bias to true", vllm_tensors()),
-    (VLLM, {"truncated_vocab_size": 9}, "truncated_vocab_size 9", vllm_tensors()),
+    (BIASED, {"truncated_vocab_size": 9}, "lacks the tensor token_map", vllm_tensors()),
+    (
+        *(BIASED, {"truncated_vocab_size": 9, "original_lm_head": True}),
+        *("draft_vocab_size is for projections of their own", vllm_tensors()),
+    ),
+    (BIASED, {"truncated_vocab_size": 99}, "draft_vocab_size is 99 but the target has 61 tokens"),
 ]
 
 

@@ -1,6 +1,7 @@
 """Nothing missing, nothing left over, nothing of a wrong shape: the error names the tensor."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -331,6 +332,21 @@ def test_maps_that_disagree_are_named(tmp_path, layout, change, said):
     assert said in refusal(folder, path, tensors)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda ids: ids.__setitem__(-1, 61), "holds the target ids .* to 61, but there are 61"),
+        (lambda ids: ids.__setitem__(0, -1), "holds the target ids -1 to"),
+        (lambda ids: ids.__setitem__(1, int(ids[0])), "a target id twice"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["specdec", "vllm-medusa"])
+def test_map_of_medusa_that_cannot_be_is_named(tmp_path, layout, change, said):
+    folder, path, tensors = written(tmp_path, "medusa-reduced", layout)
+    change(tensors["draft_ids" if layout == "specdec" else "token_map"])
+    assert re.search(said, refusal(folder, path, tensors))
+
+
 def test_folder_without_head_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         read_head(tmp_path / "none")
@@ -407,6 +423,7 @@ HELD_BY_OURS = [
     ("eagle3-normed", "eagle3", UNCHANGED, "cannot hold norm_before_residual=true"),
     ("eagle3-deep", "eagle3", UNCHANGED, "cannot hold num_layers=3.*speculators"),
     ("medusa-shared", "vllm-medusa", UNCHANGED, "own_vocab_head=false"),
+    ("medusa-reduced", "medusa", UNCHANGED, "cannot hold a reduced vocab.*vllm-medusa"),
     ("eagle", "eagle3", UNCHANGED, "holds heads of the kind 'eagle3', not 'eagle'"),
     ("eagle3", "medusa", UNCHANGED, "holds heads of the kind 'medusa', not 'eagle3'"),
     ("eagle3", "eagle3", with_options(taps=[4, 4, 6]), "a layer once"),

@@ -22,7 +22,7 @@ MEDUSA = {"kind": "medusa", "options": {"num_heads": 3}}
 KINDS = {
     "eagle3": {"drafter": {"kind": "eagle3"}, "draft_vocab_size": 40},
     "eagle": {"drafter": {"kind": "eagle"}},
-    "medusa": {"drafter": MEDUSA, "loss": {"objective": "forward_kl"}},
+    "medusa": {"drafter": MEDUSA, "loss": {"objective": "forward_kl"}, "draft_vocab_size": 40},
     "draft_model": {},
 }
 

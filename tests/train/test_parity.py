@@ -35,7 +35,8 @@ pytestmark = pytest.mark.slow
 
 DEPTH = 4
 TREE = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0, 0]]
-HEADS = [("medusa", {}), ("eagle", {}), ("eagle3", {}), ("eagle3", {"draft_vocab_size": 2})]
+REDUCED = {"draft_vocab_size": 2}
+HEADS = [("medusa", {}), ("eagle", {}), ("eagle3", {}), ("eagle3", REDUCED), ("medusa", REDUCED)]
 CHAIN, BRANCHES = from_choices([(0,) * n for n in range(1, DEPTH + 1)]), from_choices(TREE)
 
 
