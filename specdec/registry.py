@@ -24,6 +24,7 @@ DRAFTERS = {
     "medusa": "specdec.drafters.medusa:MedusaDrafter",
     "mtp": "specdec.drafters.mtp:MtpDrafter",
     "ngram": "specdec.drafters.ngram:NgramDrafter",
+    "peagle": "specdec.drafters.peagle:PeagleDrafter",
     "suffix": "specdec.drafters.suffix:SuffixDrafter",
 }
 GROUP = "specdec.drafters"  # of entry points, whose names are strategies like those above

@@ -100,7 +100,7 @@ def test_entry_point_is_a_name(folder):
     assert "Guess that the last token comes again." in listed.stdout, listed.stderr
     assert "'bad' but must be importable" in " ".join(listed.stdout.split())
     drafters = "NgramDrafter SuffixDrafter RepeatDrafter"
-    assert done.stdout == f"{drafters} draft_model eagle eagle3 medusa mtp\n", done.stderr
+    assert done.stdout == f"{drafters} draft_model eagle eagle3 medusa mtp peagle\n", done.stderr
 
 
 @pytest.mark.slow

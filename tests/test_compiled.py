@@ -26,6 +26,7 @@ DRAFTERS = {
     "tree of a head with a window": {"type": "eagle3", "depth": 2, "width": 9, "window": 6},
     "chain of a deep head": {"type": "eagle3", "path": "deep", "width": 1, "depth": 4},
     "tree of a deep head": {"type": "eagle3", "path": "deep", "depth": 3, "width": 5},
+    "tree of one forward": {"type": "peagle", "depth": 3, "width": 5},
     "drawn tree of a head": {"type": "eagle3", "width": 9, "children": "with_replacement"},
     "static tree of heads": {"type": "medusa", "max_nodes": 40},
 }
@@ -68,7 +69,8 @@ def drafts(tmp_path_factory, targets):
     folder = tmp_path_factory.mktemp("drafts")
     perturbed(targets[False].model, 0.1).save_pretrained(folder / "draft_model")
     top = targets[False].config.num_hidden_layers
-    for kind, options in (("medusa", {}), ("eagle3", {"taps": [0, top // 2, top]})):
+    for kind in ("medusa", "eagle3", "peagle"):
+        options = {} if kind == "medusa" else {"taps": [0, top // 2, top]}
         save_tiny_head(folder / kind, kind, targets[False], **options)
     save_tiny_head(folder / "deep", "eagle3", targets[False], num_layers=2, **options)
     return folder

@@ -14,7 +14,7 @@ from specdec.registry import head_kinds
 
 pytestmark = pytest.mark.slow
 
-NOT_EMBEDDED = {"mtp"}
+NOT_EMBEDDED = {"mtp", "peagle"}
 HORIZON, NUM_SAMPLES = 4, 400
 PROMPT = 2
 HEADS = [

@@ -42,6 +42,11 @@ VARIANTS: dict[str, list[dict]] = {
         },
     ],
     "mtp": [WIDE, {**WIDE, "children": "with_replacement"}],
+    "peagle": [
+        WIDE,
+        {**WIDE, "children": "without_replacement"},
+        {"choices": SAMPLED, "children": "with_replacement"},
+    ],
     "medusa": [
         {"max_nodes": 60},
         {"choices": SAMPLED},
@@ -54,8 +59,8 @@ VARIANTS: dict[str, list[dict]] = {
 # The option that keeps past outputs from changing later drafts.
 FORGET = {"suffix": {"num_remembered": 0}, "hybrid": {"calibrate": False}}
 ALL = {"accepted", "matched", "deep", "alone"}
-# Random Medusa heads never guess what is sampled.
-PROMISES = {"medusa": ALL - {"matched"}}
+# These random heads hardly ever guess what is sampled.
+PROMISES = dict.fromkeys(("medusa", "peagle"), ALL - {"matched"})
 # Trees that a small vocabulary fills, three levels deep within the nodes that a row may draft.
 NARROW = {"depth": 3, "width": 3, "max_nodes": 12}
 

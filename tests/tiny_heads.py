@@ -7,6 +7,7 @@ OPTIONS = {
     "eagle": {},
     "eagle3": {"taps": [0, 1, 2]},
     "mtp": {},
+    "peagle": {"taps": [0, 1, 2]},
 }
 
 

@@ -389,6 +389,40 @@ class Speculators(_Eagle3Layout):
         }
 
 
+class SpeculatorsPeagle(Speculators):
+    """P-EAGLE as vllm-project/speculators writes it, `PEagleSpeculatorConfig`."""
+
+    name, kind = "speculators-peagle", "peagle"
+    engines = ()  # type: ignore[assignment]
+    speculators_model_type: Literal["peagle"]  # type: ignore[assignment]
+    mask_token_id: Annotated[int, Field(ge=0)]
+    num_depths: Count = Field(
+        validation_alias=AliasPath(
+            "speculators_config", "proposal_methods", 0, "speculative_tokens"
+        )
+    )
+
+    @staticmethod
+    def matches(files: RawFiles) -> bool:
+        return files.config.get("speculators_model_type") == "peagle"
+
+    def parse(self, files: RawFiles) -> HeadCheckpoint:
+        found, own = super().parse(files), self.model_dump(include={"mask_token_id", "num_depths"})
+        return replace(found, options={**found.options, **own})
+
+    @classmethod
+    def config(cls, checkpoint: HeadCheckpoint, options: Any) -> dict[str, Any]:
+        made = super().config(checkpoint, options)
+        made["speculators_config"]["algorithm"] = "peagle"
+        made["speculators_config"]["proposal_methods"][0]["speculative_tokens"] = options.num_depths
+        return made | {
+            "architectures": ["PEagleDraftModel"],
+            "auto_map": {"": "config.PEagleSpeculatorConfig"},
+            "speculators_model_type": "peagle",
+            "mask_token_id": options.mask_token_id,
+        }
+
+
 def _speculators_config(
     layout: str, target: TargetIdentity | None, algorithm: str
 ) -> dict[str, Any]:

@@ -14,7 +14,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from specdec.checkpoints.eagle import Eagle, Eagle3, SglangEagle, Speculators, SpeculatorsMtp
+from specdec.checkpoints.eagle import (
+    Eagle,
+    Eagle3,
+    SglangEagle,
+    Speculators,
+    SpeculatorsMtp,
+    SpeculatorsPeagle,
+)
 from specdec.checkpoints.folder import (
     CONFIG,
     SIDECAR,
@@ -36,7 +43,10 @@ NATIVE, WEIGHTS = "specdec", "model.safetensors"
 # In the order in which they are looked for: an earlier one is told by more.
 FOREIGN: dict[str, Any] = {
     layout.name: layout
-    for layout in (SpeculatorsMtp, Speculators, Medusa, VllmMedusa, Eagle3, SglangEagle, Eagle)
+    for layout in (
+        *(SpeculatorsMtp, SpeculatorsPeagle, Speculators, Medusa, VllmMedusa),
+        *(Eagle3, SglangEagle, Eagle),
+    )
 }
 LAYOUTS = (NATIVE, *FOREIGN)
 

@@ -36,7 +36,8 @@ class CompiledHead:
         self._known_places, self._known_width = self._integers(0, 2), 0
         self._num_states = 2 * head.num_layers
         self._feed = self._compile_feed()
-        self._level = self._compile_level()
+        if head.is_recursive:
+            self._level = self._compile_level()
 
     def feed(
         self,

@@ -3,7 +3,7 @@
 Source: EAGLE-3, arXiv 2503.01840; EAGLE-3.1 norms each tap and feeds the normed state back.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Self
 
 import torch
@@ -136,10 +136,13 @@ class Eagle3Head(FeatureHead):
         return _target_ids(self.d2t)
 
     def fuse(self, hidden: dict[int, Tensor]) -> Tensor:
-        taps = [hidden[tap] for tap in self.taps]
+        return self.join([hidden[tap] for tap in self.taps])
+
+    def join(self, taps: Sequence[Tensor]) -> Tensor:
+        """Taps, each [..., H], to features [..., F]."""
         if self.options.fc_norm:
             taps = [each(tap) for each, tap in zip(self.fc_norm, taps, strict=True)]
-        joined = torch.cat(taps, -1)
+        joined = torch.cat([*taps], -1)
         return self.fc(self.input_norm(joined) if self.options.norm_before_fc else joined)
 
     def forward(

@@ -149,6 +149,7 @@ class FeatureHead(Head):
 
     config: LlamaConfig
     num_layers = 1
+    is_recursive: ClassVar[bool] = True  # reads its own outputs, one forward a level
 
     def __init__(self, options: Mapping[str, Any], target_config: Any, *parts: Any) -> None:
         super().__init__(options, target_config, *parts)
@@ -280,6 +281,7 @@ class FeatureDrafter(HeadDrafter):
     shape_options: ClassVar[ShapeOptions] = ShapeOptions(
         {"depth": "depth", "width": "width", "nodes": "max_nodes"}, ("chain", "tree"), ("choices",)
     )
+    grows = True
 
     @classmethod
     def load(
@@ -385,7 +387,8 @@ class FeatureDrafter(HeadDrafter):
             growth = DynamicGrowth(self.shape.width, self.max_nodes, num_levels, sampler)
         in_own_vocabulary = sampler.is_plain and self.children == "top"
         outputs, logits = self._outputs, self._logits  # [B, beam, F] and [B, beam, D or V]
-        if self._compiled and in_own_vocabulary and (not self.plan or self.plan.is_chain):
+        can_grow = self.head.is_recursive and (not self.plan or self.plan.is_chain)
+        if self._compiled and in_own_vocabulary and can_grow:
             width = 1 if self.plan else self.shape.width
             with self.clock.forward():
                 logits = self.head.logits(outputs) if logits is None else logits
@@ -526,8 +529,14 @@ class FeatureDrafter(HeadDrafter):
     def _feed_beam(self, outputs: Tensor, growth: Growth) -> tuple[Tensor, Tensor | None]:
         """One level: the newest beam on its parents' outputs [B, beam before, F]."""
         tokens, visible, levels = growth.newest
-        batch, num_new, num_open = visible.shape
         features = self.head.carry(torch.take_along_dim(outputs, growth.origin.unsqueeze(2), 1))
+        return self._feed_open(tokens, features, visible, levels)
+
+    def _feed_open(
+        self, tokens: Tensor, features: Tensor, visible: Tensor, levels: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Feed pairs [B, n] behind the committed ones, the last of S in all; see `newest`."""
+        batch, num_new, num_open = visible.shape
         self.cache.open(num_new, behind=num_open - num_new)
         positions = self.cache.device_lengths.unsqueeze(1) + levels[num_open - num_new :]
         # A window counts committed entries: the whole tree looks back from the last of them, so

@@ -1,6 +1,7 @@
 """Draft heads: what a trainable module says of itself, how it is built, loaded and drafted with."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from inspect import signature
 from typing import Annotated, Any, ClassVar
 
@@ -12,7 +13,7 @@ from specdec.checkpoints import HeadCheckpoint, check_target, identify_target, r
 from specdec.checkpoints.head import construct, take_tensors
 from specdec.common.compile import CannotCompileError, Graphs, compile_bound
 from specdec.common.config import Config, validated
-from specdec.demo import unpacked
+from specdec.demo import MODELS, unpacked
 from specdec.drafters.base import BaseDrafter, FixedShape
 from specdec.drafters.training import Level, LossOutput, TrainingBatch, shifted
 from specdec.drafters.tree_growth import Growth, StaticPlan, TreeShape
@@ -86,10 +87,12 @@ class Head(nn.Module):
         batch: TrainingBatch,
         objective: str,
         outputs: Iterable[tuple[Tensor, Callable[[Tensor], Tensor]]],
+        kept: Sequence[Tensor] | None = None,
     ) -> Iterator[Level]:
         """Put what is drafted at each level, given the text's own tokens, beside what is said.
 
-        Of a level, outputs [B, L, ...] for t_{i+2+level} at place i, and what makes logits of them.
+        Of a level, outputs [B, L, ...] for t_{i+2+level} at place i, and what makes logits of them;
+        `kept` are the places of each level that count, if not all do.
         What an own vocabulary cannot say is left out: what the head learned there would be noise.
         """
         ids = self.token_map
@@ -99,6 +102,8 @@ class Head(nn.Module):
             best = batch.target_logits.argmax(-1)  # [B, L]
         for level, (states, logits) in enumerate(outputs):
             mask, tokens = (shifted(each, 2 + level) for each in (batch.loss_mask, batch.tokens))
+            if kept is not None:
+                mask = mask & torch.zeros_like(mask).index_fill(1, kept[level], True)
             if ids is not None:
                 said = tokens if objective == "cross_entropy" else shifted(best, 1 + level)
                 mask, tokens = mask & (place[said] >= 0), place[tokens]
@@ -175,6 +180,8 @@ def load_head(
     `path` is a folder or hub id in any known layout, or "demo" for the embedded head; `force` takes
     a head that was trained for another target of the same shape.
     """
+    if path == "demo" and drafter.kind not in MODELS:
+        raise ValueError(f"drafter {drafter.kind!r} needs the option 'path': none is embedded")
     target = getattr(target, "ends", target)  # a target of another engine loads them when asked
     checkpoint = read_head(unpacked(f"demo/{drafter.kind}" if path == "demo" else path))
     if head_class(checkpoint.kind) is not drafter.head_class:
@@ -228,19 +235,27 @@ class HeadDrafter(BaseDrafter):
     """
 
     trained_as = "head"
+    grows: ClassVar[bool] = False  # level by level: its dynamic trees may be bound to a depth
     plan: StaticPlan | None  # None for a dynamic tree
 
     def __init__(self, head: Any, vocab_size: int, shape: TreeShape) -> None:
+        most = head.max_depth or shape.depth
+        shape = replace(shape, depth=min(shape.depth, most))
         self.head, self.vocab_size, self.shape = head, vocab_size, shape
         self.taps, self.children = head.taps, shape.children
         self.device = next(head.parameters()).device
         self.clock = ForwardClock(self.device)
         self.plan, self.max_nodes, self.makes_trees = None, shape.max_nodes, True
         self.token_map: Tensor | None = head.token_map  # worked out once
-        if shape.is_static or head.max_depth:
+        if shape.is_static or (head.max_depth and not self.grows):
             num_tokens = vocab_size if self.token_map is None else len(self.token_map)
             self.plan = StaticPlan(shape.static_tree(num_tokens, self.device))
             self.max_nodes, self.makes_trees = self.plan.num_nodes, not self.plan.is_chain
+            if head.max_depth and (levels := self.plan.tree.depth) > most:
+                raise ValueError(
+                    f"the tree has {levels} levels but the head drafts {most}; choose a shallower "
+                    "tree"
+                )
 
     def add_level(self, growth: Growth, logits: Tensor) -> None:
         """Grow a level from logits [B, beam or 1, D], in the own vocabulary where it is enough."""

@@ -217,12 +217,6 @@ class MedusaDrafter(HeadDrafter):
         self, head: MedusaHeads, vocab_size: int, shape: TreeShape, compile: bool | str = False
     ) -> None:
         super().__init__(head, vocab_size, shape)
-        depth, num_heads = self.plan.tree.depth, head.options.num_heads
-        if depth > num_heads:
-            raise ValueError(
-                f"the tree has {depth} levels but there are {num_heads} heads, one a level; choose "
-                "a shallower tree"
-            )
         self._feature = torch.empty(0, device=self.device)  # [B, H] where the root was sampled
         self._num_committed = torch.empty(0, dtype=torch.long, device=self.device)  # [B]
         self._compiled: Callable[..., list[Tensor]] | None = None

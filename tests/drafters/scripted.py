@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from slow_heads import Continuation, MedusaGuesses, SlowEagle, SlowEagle3, SlowMtp
+from slow_heads import Continuation, MedusaGuesses, SlowEagle, SlowEagle3, SlowMtp, SlowPeagle
 from slow_trees import drafted_nodes, expected_nodes, penalised
 from tiny_heads import tiny_head
 from tiny_models import tiny_target
@@ -16,6 +16,7 @@ from specdec.drafters.eagle import EagleDrafter
 from specdec.drafters.eagle3 import Eagle3Drafter
 from specdec.drafters.medusa import MedusaDrafter
 from specdec.drafters.mtp import MtpDrafter
+from specdec.drafters.peagle import PeagleDrafter
 from specdec.sampling.sampler import Sampler, SamplingConfig
 from specdec.verify import Draft, Verdict
 
@@ -23,7 +24,7 @@ from specdec.verify import Draft, Verdict
 VOCAB, TAPS = 17, [1, 2, 3]
 DRAFTERS = {
     **{"eagle": EagleDrafter, "eagle3": Eagle3Drafter, "medusa": MedusaDrafter},
-    "mtp": MtpDrafter,
+    **{"mtp": MtpDrafter, "peagle": PeagleDrafter},
 }
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [8], [7, 7, 7], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8, 4, 5]]
 
@@ -37,7 +38,7 @@ def lively_head(kind, target, seed=0, draft_tokens=None, **options):
 
     `draft_tokens` are the target ids of a reduced draft vocabulary.
     """
-    if kind == "eagle3":
+    if kind in ("eagle3", "peagle"):
         options = {"taps": TAPS, **options}
     if draft_tokens is not None:
         options["draft_vocab_size"] = len(draft_tokens)
@@ -74,7 +75,8 @@ def slow_guesses(kind, head, target, committed, window=None, rope=None, **flags)
     if kind in ("eagle", "mtp"):
         slow = {"eagle": SlowEagle, "mtp": SlowMtp}[kind](head, target.model, rope)
     else:
-        slow = SlowEagle3(head, target.model, TAPS, rope, **flags)
+        slow_class = SlowPeagle if kind == "peagle" else SlowEagle3
+        slow = slow_class(head, target.model, TAPS, rope, **flags)
     shown = min(window or len(committed), len(committed) - 1)
     return Continuation(slow, committed[-shown - 1 :], slow.fuse(hidden)[-shown:])
 
@@ -189,7 +191,7 @@ def _filled(rows, width):
 
 def decoded(head, target, shape, num_steps=4, prompts=PROMPTS, budget=None, window=None, **options):
     """Some steps of decoding with a head; `budget` is called with the step's number."""
-    drafter_class = next(each for each in DRAFTERS.values() if isinstance(head, each.head_class))
+    drafter_class = next(each for each in DRAFTERS.values() if type(head) is each.head_class)
     more = (window,) if window else ()
     drafter = drafter_class(head, target.vocab_size, shape, *more)
     decoding = ScriptedDecoding(target, drafter, prompts, **options)

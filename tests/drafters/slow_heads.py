@@ -195,7 +195,9 @@ class SlowEagle3:
         return rms_norm(states, self._tensors[f"{name}.weight"], self._layer.eps)
 
     def fuse(self, hidden):
-        taps = [hidden[tap].double() for tap in self._taps]
+        return self.joined([hidden[tap].double() for tap in self._taps])
+
+    def joined(self, taps):
         if self._norms.get("fc_norm"):
             taps = [self._norm(f"fc_norm.{place}", tap) for place, tap in enumerate(taps)]
         joined = torch.cat(taps, -1)
@@ -224,6 +226,20 @@ class SlowEagle3:
         return self._norm("norm", output) if self._norms.get("norm_output") else output
 
 
+class SlowPeagle(SlowEagle3):
+    """P-EAGLE: behind the root every pair is the mask token and the learned state."""
+
+    def __init__(self, head, target_model, taps, rope=None, **norms):
+        super().__init__(head, target_model, taps, rope, **norms)
+        self._mask = head.options.mask_token_id
+
+    def shown(self, path):
+        return [self._mask] * len(path)
+
+    def carry(self, output):
+        return self.joined(self._tensors["mask_hidden"][0, 0].chunk(len(self._taps)))
+
+
 class Continuation:
     """Logits of a slow head after committed tokens t_0 .. t_n and the features of the first n."""
 
@@ -235,7 +251,7 @@ class Continuation:
     def output(self, path=()):
         """The output [F] behind the root (empty path) or behind a path of drafted tokens."""
         if path not in self._outputs:
-            tokens = [*self._tokens, *path]
+            tokens = [*self._tokens, *getattr(self._head, "shown", tuple)(path)]
             drafted = [self._head.carry(self.output(path[:end])) for end in range(len(path))]
             features = torch.cat([self._features, *[row[None] for row in drafted]])
             outputs = self._head.run(tokens, features, range(len(tokens)), lambda i, j: j <= i)

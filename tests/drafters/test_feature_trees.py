@@ -31,11 +31,12 @@ from specdec.targets.hf import HFTarget
 CHOICES = [[0], [1], [4], [0, 0], [0, 2], [1, 0], [4, 1], [0, 0, 0], [0, 2, 1], [0, 2, 1, 0]]
 DYNAMIC, STATIC = TreeShape(depth=4, width=5, max_nodes=18), TreeShape(choices=CHOICES)
 SHAPES = {"dynamic": DYNAMIC, "static": STATIC, "chain": TreeShape(depth=3, width=1)}
-KINDS = ["eagle", "eagle3", "mtp"]
+KINDS = ["eagle", "eagle3", "mtp", "peagle"]
 # A vocabulary of its own whose ids are not the target's.
 DRAFT_TOKENS = [0, 1, 2, 4, 5, 7, 8, 11, 12, 16]
 NARROW = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "head_dim": 8}
 NORMS = {"norm_before_residual": True, "norm_before_fc": True}
+FC = {"fc_norm": True}
 POST_NORM = {"fc_norm": True, "norm_output": True}
 # Name, kind, options of the head, and those that the plain head must know.
 HEADS = [
@@ -47,6 +48,10 @@ HEADS = [
     ("eagle3", "eagle3", {}, {}),
     ("mtp", "mtp", {}, {}),
     ("mtp, a layer of Qwen3", "mtp", {"backbone": {"qk_norm": True}}, {}),
+    ("peagle", "peagle", {}, {}),
+    ("peagle, norms", "peagle", {**NORMS, "num_layers": 2, "mask_token_id": 3}, NORMS),
+    ("peagle, draft vocabulary", "peagle", {"draft_tokens": DRAFT_TOKENS}, {}),
+    ("peagle, the target's embedding", "peagle", {"own_embedding": False, "fc_norm": True}, FC),
     ("eagle3, draft vocabulary", "eagle3", {"draft_tokens": DRAFT_TOKENS}, {}),
     ("eagle3, norms", "eagle3", NORMS, NORMS),
     ("eagle3, three layers", "eagle3", {"num_layers": 3}, {}),
@@ -96,7 +101,7 @@ def test_small_budgets_keep_first_or_best_nodes(kind, shape):
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_chosen_children_feel_penalties_but_no_temperature(kind, shape, temperature):
     target = small_target()
-    reduced = {"draft_tokens": DRAFT_TOKENS} if kind in ("eagle3", "medusa") else {}
+    reduced = {"draft_tokens": DRAFT_TOKENS} if kind in ("eagle3", "medusa", "peagle") else {}
     head = lively_head(kind, target, **reduced)
     sampling = [SamplingConfig(temperature=temperature, repetition_penalty=1.8)]
     check_published(decoded(head, target, shape, 5, sampling=sampling), penalty=1.8)
@@ -139,7 +144,7 @@ def test_comparison_notices_shifted_features(monkeypatch):
 def test_exact_ties_keep_trees_connected(kind, shape, sharpness):
     target = small_target()
     head = lively_head(kind, target)
-    projection = head.lm_head if kind == "eagle3" else target.model.lm_head
+    projection = head.lm_head if kind in ("eagle3", "peagle") else target.model.lm_head
     with torch.no_grad():
         projection.weight.mul_(sharpness)  # all tokens equally likely, or one of them certain
     size = len(CHOICES) if shape is STATIC else shape.max_nodes
@@ -184,7 +189,7 @@ def test_confidence_is_product_along_path(kind, shape, dtype):
                 assert confidence == pytest.approx(said, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["eagle3", "medusa"])
+@pytest.mark.parametrize("kind", ["eagle3", "medusa", "peagle"])
 @pytest.mark.parametrize("children", ["top", "without_replacement", "with_replacement"])
 def test_wide_tree_holds_whole_draft_vocabulary(children, kind):
     shape = TreeShape(depth=2, width=50, max_nodes=40, children=children)
@@ -195,7 +200,7 @@ def test_wide_tree_holds_whole_draft_vocabulary(children, kind):
         paths = [path for path, _ in drafted_nodes(decoding.steps[0].draft, row)]
         assert {path[0] for path in paths} <= set(DRAFT_TOKENS)
         assert len(paths) == decoding.drafter.max_nodes == 40
-    if children == "top" and kind == "eagle3":  # a dynamic tree
+    if children == "top" and kind != "medusa":  # a dynamic tree
         check_published(decoding)
 
 
@@ -209,6 +214,19 @@ def test_tree_keeps_budget_and_depth(kind, children, width, num_nodes):
         draft = decoded(lively_head(kind, target), target, shape, 1).steps[0].draft
         assert draft.lengths.tolist() == [expected] * len(PROMPTS)
         assert max(len(path) for path, _ in drafted_nodes(draft, 0)) <= depth
+
+
+@pytest.mark.parametrize(("kind", "options"), [("medusa", {}), ("peagle", {"num_depths": 4})])
+def test_tree_deeper_than_its_head_is_refused_or_cut(kind, options):
+    target = small_target()
+    head = lively_head(kind, target, **options)
+    with pytest.raises(ValueError, match="the tree has 5 levels but the head drafts 4; choose a"):
+        DRAFTERS[kind](head, target.vocab_size, TreeShape(choices=[[0] * n for n in range(1, 6)]))
+    if kind == "peagle":
+        for width in (1, 3):
+            deep = TreeShape(depth=6, width=width)
+            draft = decoded(head, target, deep, 1).steps[0].draft
+            assert max(len(path) for path, _ in drafted_nodes(draft, 0)) == 4
 
 
 def test_medusa_tree_is_best_for_acceptance(tmp_path):
@@ -280,7 +298,7 @@ def test_unknown_backbone_field_is_refused(field):
 def test_last_tap_is_what_projection_reads(kind):
     target = small_target()
     head = lively_head(kind, target)
-    assert list(head.taps) == ([1, 2, 3] if kind == "eagle3" else [3])
+    assert list(head.taps) == ([1, 2, 3] if kind in ("eagle3", "peagle") else [3])
     output = target.prefill([[3, 1, 4, 1, 5]], head.taps)
     with torch.no_grad():
         said = target.model.lm_head(output.hidden[3][:, -1:])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scripted import TAPS, VOCAB, lively_head, small_target
-from slow_heads import Continuation, MedusaGuesses, SlowEagle, SlowEagle3
+from slow_heads import Continuation, MedusaGuesses, SlowEagle, SlowEagle3, SlowPeagle
 
 from specdec.drafters.training import OBJECTIVES, TrainingBatch, losses
 
@@ -210,7 +210,38 @@ def test_eagle3_loss_is_that_of_drafted_chains(draft_tokens, num_steps, objectiv
     assert (num_left_out > 0) == (draft_tokens is not None)
 
 
+@pytest.mark.parametrize("draft_tokens", [None, DRAFT_TOKENS], ids=["whole", "reduced"])
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+def test_peagle_learns_deep_levels_at_some_places(draft_tokens, keep):
+    target = small_target()
+    head = lively_head("peagle", target, draft_tokens=draft_tokens, num_depths=4)
+    batch, slow = some_batch(10), SlowPeagle(head, target.model, TAPS)
+    ids, total = draft_tokens or list(range(VOCAB)), 0.0
+    torch.manual_seed(3)
+    order = torch.randperm(LENGTH).tolist()
+    torch.manual_seed(3)
+    output = head.loss(batch, decay=0.7, keep=keep)
+    for depth in range(4):
+        kept, part = order[: math.ceil(max(keep**depth, 0.2) * LENGTH)], []
+        for row, i in counted(batch, 2 + depth):
+            goal = batch.target_logits[row, i + 1 + depth].numpy()
+            if i not in kept or goal.argmax() not in ids:
+                continue
+            text = batch.tokens[row].tolist()
+            features = slow.fuse({tap: batch.hidden[tap][row] for tap in TAPS})
+            logits = Continuation(slow, text[: i + 2], features[: i + 1]).logits((0,) * depth)
+            guess = softmax([logits[each] for each in ids])
+            part.append(written_out("soft_cross_entropy", guess, softmax(goal[ids]), 0))
+        named = float(output.parts[f"soft_cross_entropy_{depth + 1}"])
+        assert named == pytest.approx(mean(part), rel=1e-4)
+        total += 0.7**depth * mean(part)
+    assert output.loss.item() == pytest.approx(total, rel=1e-4)
+    with pytest.raises(ValueError, match=r"loss\.keep is 2 but must be a share"):
+        head.loss(batch, keep=2)
+
+
 LOSSES = {"medusa": {}, "eagle": {"noise": 0.0}, "eagle3": {"num_steps": 3}, "mtp": {}}
+LOSSES["peagle"] = {"keep": 1.0}
 
 
 @pytest.mark.parametrize("kind", LOSSES)

@@ -15,6 +15,7 @@ from specdec import load_target
 from specdec.drafters.eagle3 import Eagle3Drafter
 from specdec.drafters.heads import load_head
 from specdec.drafters.mtp import MtpDrafter
+from specdec.drafters.peagle import PeagleDrafter
 
 ORACLES = Path(os.environ.get("SPECDEC_ORACLES", "/nowhere"))
 pytestmark = pytest.mark.skipif(
@@ -73,3 +74,23 @@ def test_mtp_layer_is_that_of_speculators():
                 torch.testing.assert_close(
                     logits[0, index], expected[step], atol=known["tolerance"], rtol=0
                 )
+
+
+def test_peagle_head_is_that_of_speculators():
+    folder = ORACLES / "peagle" / "plain"
+    known = json.loads((folder / "cases.json").read_text())
+    recorded = load_file(folder / "recorded.safetensors")
+    target = load_target(str(ORACLES / known["target"]))
+    head, _ = load_head(PeagleDrafter, target, str(folder), force=True)
+    assert (list(head.taps), head.max_depth) == (known["taps"], known["depths"])
+    for case in known["cases"]:
+        text = torch.tensor([case["tokens"]])
+        with torch.no_grad():
+            states = target.model(input_ids=text, output_hidden_states=True).hidden_states
+            features = head.fuse({tap: states[tap] for tap in head.taps})
+            steps = [head.logits(each) for each in head.rollout(text, features, known["depths"])]
+        for anchor in case["anchors"]:
+            found = torch.stack([logits[0, anchor["index"]] for logits in steps])
+            expected = recorded[f"{case['name']}.anchor{anchor['index']}.logits"]
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+            assert head.token_map[found.argmax(-1)].tolist() == anchor["draft"]

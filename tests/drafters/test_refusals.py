@@ -100,8 +100,8 @@ def test_ranks_are_those_of_the_draft_vocabulary():
         ({"max_nodes": 0}, "num_nodes is 0 but must be at least 1"),
         ({"acceptance": []}, "acceptance is empty"),
         ({"choices": []}, r"choices is \[\]"),
-        ({"choices": DEEP}, "the tree has 3 levels but there are 2 heads"),
-        ({"acceptance": [[0.9]] * 3, "max_nodes": 3}, "has 3 levels but there are 2 heads"),
+        ({"choices": DEEP}, "the tree has 3 levels but the head drafts 2"),
+        ({"acceptance": [[0.9]] * 3, "max_nodes": 3}, "has 3 levels but the head drafts 2"),
     ],
 )
 def test_medusa_refuses_tree_without_nodes_or_heads(tmp_path, options, message):

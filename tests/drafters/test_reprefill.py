@@ -33,6 +33,7 @@ OPTIONS = {
     "eagle": FEATURE_TREES,
     "eagle3": FEATURE_TREES,
     "mtp": FEATURE_TREES,
+    "peagle": FEATURE_TREES,
     "hybrid": [
         {
             "drafters": [

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from scripted import DRAFTERS, TAPS, VOCAB, lively_head, small_target
-from slow_heads import Continuation, SlowEagle, SlowEagle3, SlowMtp
+from slow_heads import Continuation, SlowEagle, SlowEagle3, SlowMtp, SlowPeagle
 
 from specdec import SamplingConfig
 from specdec.drafters.tree_growth import TreeShape
@@ -15,6 +15,7 @@ LENGTH, NUM_STEPS = len(TEXTS[0]), 4
 NORMED = {"norm_output": True, "norm_before_residual": True}
 DEEP = {"num_layers": 2}
 HEADS = [("eagle", {}), ("eagle3", {}), ("eagle3", NORMED), ("eagle3", DEEP), ("mtp", {})]
+HEADS.append(("peagle", {}))
 
 
 def places(step):
@@ -23,7 +24,9 @@ def places(step):
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"), HEADS, ids=["eagle", "eagle3", "eagle3, normed", "eagle3, deep", "mtp"]
+    ("kind", "options"),
+    HEADS,
+    ids=["eagle", "eagle3", "eagle3, normed", "eagle3, deep", "mtp", "peagle"],
 )
 def test_rollout_equals_drafted_chain_behind_every_place(kind, options):
     target = small_target()
@@ -34,8 +37,9 @@ def test_rollout_equals_drafted_chain_behind_every_place(kind, options):
         hidden = {tap: states[tap] for tap in head.taps}
         outputs = list(head.rollout(tokens, head.fuse(hidden), NUM_STEPS))
     slow = {"mtp": SlowMtp}.get(kind, SlowEagle)(head, target.model)
-    if kind == "eagle3":
-        slow = SlowEagle3(head, target.model, TAPS, **options)
+    if kind in ("eagle3", "peagle"):
+        slow_class = SlowPeagle if kind == "peagle" else SlowEagle3
+        slow = slow_class(head, target.model, TAPS, **options)
     for row, text in enumerate(TEXTS):
         features = slow.fuse({tap: states[row] for tap, states in hidden.items()})
         for place in places(0):
@@ -51,9 +55,13 @@ def test_rollout_equals_drafted_chain_behind_every_place(kind, options):
     heard = []
 
     def say_what_the_text_says(states):
-        said = [text[place + 2 + len(heard)] for text in longer for place in places(0)]
-        heard.append(states[:, 0].view(len(TEXTS), LENGTH - 1, -1))
-        return torch.nn.functional.one_hot(torch.tensor(said), VOCAB)[:, None].float()
+        all_said = []
+        for column in states.unbind(1):
+            all_said.append(
+                [text[place + 2 + len(heard)] for text in longer for place in places(0)]
+            )
+            heard.append(column.view(len(TEXTS), LENGTH - 1, -1))
+        return torch.nn.functional.one_hot(torch.tensor(all_said).T, VOCAB).float()
 
     head.logits = say_what_the_text_says
     drafter = DRAFTERS[kind](head, VOCAB, TreeShape(depth=NUM_STEPS, width=1))

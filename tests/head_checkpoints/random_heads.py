@@ -26,6 +26,7 @@ HEADS = {
     "eagle3.1": ("eagle3", {"fc_norm": True, "norm_output": True, "draft_vocab_size": 40}),
     "eagle3.1-qwen3": ("eagle3", {"fc_norm": True, "backbone": {"qk_norm": True}}),
     "eagle3-deep": ("eagle3", {"num_layers": 3, "draft_vocab_size": 40}),
+    "peagle": ("peagle", {"num_depths": 5, "mask_token_id": 7, "draft_vocab_size": 40}),
     "mtp": ("mtp", {"backbone": {"qk_norm": True}}),
 }
 LAYOUTS_OF = {
@@ -41,6 +42,7 @@ LAYOUTS_OF = {
     "eagle3.1": ("specdec", "speculators"),
     "eagle3.1-qwen3": ("specdec", "speculators"),
     "eagle3-deep": ("specdec", "speculators"),
+    "peagle": ("specdec", "speculators-peagle"),
     "mtp": ("specdec", "speculators-mtp"),
 }
 PAIRS = [(name, layout) for name, layouts in LAYOUTS_OF.items() for layout in layouts]

@@ -30,7 +30,7 @@ def refusal(folder, path, tensors):
 
 
 def test_tables_cover_all_kinds_and_layouts():
-    assert {kind for kind, _ in HEADS.values()} == {"medusa", "eagle", "eagle3", "mtp"}
+    assert {kind for kind, _ in HEADS.values()} == {*("medusa", "eagle", "eagle3", "mtp", "peagle")}
     assert {layout for _, layout in PAIRS} == set(LAYOUTS)
 
 
