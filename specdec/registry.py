@@ -26,6 +26,7 @@ DRAFTERS = {
     "mixture_of_attentions": "specdec.drafters.mixture_of_attentions:MixtureDrafter",
     "mtp": "specdec.drafters.mtp:MtpDrafter",
     "ngram": "specdec.drafters.ngram:NgramDrafter",
+    "peagle": "specdec.drafters.peagle:PeagleDrafter",
     "suffix": "specdec.drafters.suffix:SuffixDrafter",
 }
 GROUP = "specdec.drafters"  # of entry points, whose names are strategies like those above

@@ -100,7 +100,7 @@ def test_entry_point_is_a_name(folder):
     assert "Guess that the last token comes again." in listed.stdout, listed.stderr
     assert "'bad' but must be importable" in " ".join(listed.stdout.split())
     drafters = "NgramDrafter SuffixDrafter RepeatDrafter"
-    kinds = "dflash draft_model eagle eagle3 medusa mixture_of_attentions mtp"
+    kinds = "dflash draft_model eagle eagle3 medusa mixture_of_attentions mtp peagle"
     assert done.stdout == f"{drafters} {kinds}\n", done.stderr
 
 

@@ -24,6 +24,9 @@ DRAFTERS = {
     "chain of a head": {"type": "eagle3", "width": 1, "depth": 4, "max_nodes": 4},
     "tree of a head": {"type": "eagle3", "depth": 3, "width": 5, "max_nodes": 20},
     "tree of a head with a window": {"type": "eagle3", "depth": 2, "width": 9, "window": 6},
+    "chain of a deep head": {"type": "eagle3", "path": "deep", "width": 1, "depth": 4},
+    "tree of a deep head": {"type": "eagle3", "path": "deep", "depth": 3, "width": 5},
+    "tree of one forward": {"type": "peagle", "depth": 3, "width": 5},
     "drawn tree of a head": {"type": "eagle3", "width": 9, "children": "with_replacement"},
     "static tree of heads": {"type": "medusa", "max_nodes": 40},
     "tree of blocks": {"type": "dflash", "width": 5, "max_nodes": 20, "window": 6},
@@ -68,12 +71,13 @@ def drafts(tmp_path_factory, targets):
     folder = tmp_path_factory.mktemp("drafts")
     perturbed(targets[False].model, 0.1).save_pretrained(folder / "draft_model")
     top = targets[False].config.num_hidden_layers
+    taps = {"taps": [0, top // 2, top]}
     for kind, options in (
-        ("medusa", {}),
-        ("eagle3", {"taps": [0, top // 2, top]}),
+        *(("medusa", {}), ("eagle3", taps), ("peagle", taps)),
         ("dflash", {"markov": "vanilla", "markov_rank": 4}),
     ):
         save_tiny_head(folder / kind, kind, targets[False], **options)
+    save_tiny_head(folder / "deep", "eagle3", targets[False], num_layers=2, **options)
     return folder
 
 
@@ -85,7 +89,7 @@ def load(drafts):
     def load(options, target):
         key = (id(target), repr(options))
         if options and key not in loaded:
-            given = {**options, "path": str(drafts / options["type"])}
+            given = {**options, "path": str(drafts / options.get("path", options["type"]))}
             loaded[key] = load_drafter(given, target)
         return loaded.get(key)
 

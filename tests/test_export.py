@@ -129,6 +129,8 @@ REFUSED = [
     ("eagle3-normed", "sglang", "norm_before_residual"),
     ("eagle3-normed", "tensorrt-llm", "norm_before_residual"),
     ("eagle3-whole", "llama.cpp", "norm_output"),
+    ("eagle3-deep", "llama.cpp", "num_layers; train it without, drafter.options.num_layers=1"),
+    ("eagle3-deep", "sglang", "num_layers=3"),
     ("eagle3.1", "sglang", "the head's fc_norm"),
     ("eagle3.1-qwen3", "llama.cpp", "fc_norm|qk_norm"),
     ("medusa", "sglang", "no method for the drafter 'medusa'; it is run by vllm"),

@@ -56,6 +56,11 @@ VARIANTS: dict[str, list[dict]] = {
         {"choices": SAMPLED, "children": "with_replacement"},
     ],
     "mtp": [WIDE, {**WIDE, "children": "with_replacement"}],
+    "peagle": [
+        WIDE,
+        {**WIDE, "children": "without_replacement"},
+        {"choices": SAMPLED, "children": "with_replacement"},
+    ],
     "medusa": [
         {"max_nodes": 60},
         {"choices": SAMPLED},
@@ -69,8 +74,8 @@ VARIANTS: dict[str, list[dict]] = {
 # The option that keeps past outputs from changing later drafts.
 FORGET = {"suffix": {"num_remembered": 0}, "hybrid": {"calibrate": False}}
 ALL = {"accepted", "matched", "deep", "alone"}
-# Random Medusa heads never guess what is sampled.
-PROMISES = {"medusa": ALL - {"matched"}}
+# These random heads hardly ever guess what is sampled.
+PROMISES = dict.fromkeys(("medusa", "peagle"), ALL - {"matched"})
 # Trees that a small vocabulary fills, three levels deep within the nodes that a row may draft.
 NARROW = {"depth": 3, "width": 3, "max_nodes": 12}
 
@@ -111,14 +116,14 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("case", CASES)
 
 
-def with_heads(folder, target):
+def with_heads(folder, target, **options):
     """A folder of drafts whose EAGLE-3 head reads three hidden states, not one three times.
 
     And whose block head draws a token behind the one before it.
     """
     top = target.config.num_hidden_layers
     taps = [0, top // 2, top]
-    save_tiny_head(folder / "eagle3", "eagle3", target, taps=taps)
+    save_tiny_head(folder / "eagle3", "eagle3", target, taps=taps, **options)
     spark = {"markov": "gated", "confidence": True, "sample_from_anchor": True}
     save_tiny_head(folder / "dflash", "dflash", target, taps=taps, **spark)
     return folder

@@ -9,6 +9,7 @@ OPTIONS = {
     "mixture_of_attentions": {},
     "mtp": {},
     "dflash": {"taps": [0, 1, 2], "block_size": 6},
+    "peagle": {"taps": [0, 1, 2]},
 }
 
 

@@ -1,4 +1,4 @@
-"""Layouts whose head is one Llama layer: EAGLE-1, EAGLE-3, and EAGLE-3 as speculators writes it."""
+"""Layouts of heads of Llama layers: EAGLE-1, EAGLE-3, and EAGLE-3 as speculators writes it."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -299,6 +299,8 @@ class Eagle3(_Eagle3Layout, LlamaLayer):
         fix = "use the layout 'speculators'"
         if options.norm_before_residual:
             raise cls.cannot_hold("norm_before_residual=true, which only vLLM reads there", fix)
+        if options.num_layers > 1:
+            raise cls.cannot_hold(f"num_layers={options.num_layers}, which SGLang refuses", fix)
         if options.fc_norm:
             raise cls.cannot_hold("fc_norm=true, which no engine is known to read there", fix)
         config = {
@@ -318,8 +320,9 @@ class Eagle3(_Eagle3Layout, LlamaLayer):
 
 
 class _WindowedLayer(LlamaLayer):
+    num_hidden_layers: Count = 1
     sliding_window: Count | None = None
-    layer_types: Any = None
+    layer_types: list[str] | None = None
 
 
 class Speculators(_Eagle3Layout):
@@ -349,10 +352,17 @@ class Speculators(_Eagle3Layout):
                 "and speculators for false; add the one that the head was trained with"
             )
         found, layer = super().parse(files), self.layer
-        is_windowed = layer.layer_types == ["sliding_attention"]
+        kinds = {*(layer.layer_types or ())}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"{files.config_path!r} has layer_types {layer.layer_types}, but a window bounds "
+                "all layers of a head, or none"
+            )
+        is_windowed = kinds == {"sliding_attention"}
         training = {"sliding_window": layer.sliding_window} if is_windowed else {}
+        options = {**found.options, "num_layers": layer.num_hidden_layers}
         target = replace(found.target or TargetIdentity(None, None), name=self.verifier)
-        return replace(found, target=target, training=training)
+        return replace(found, options=options, target=target, training=training)
 
     @classmethod
     def naming(cls, checkpoint: HeadCheckpoint) -> Callable[[str], str]:
@@ -360,9 +370,13 @@ class Speculators(_Eagle3Layout):
 
     @classmethod
     def config(cls, checkpoint: HeadCheckpoint, options: Any) -> dict[str, Any]:
-        layer = _llama_config(checkpoint.options["backbone"])
+        count = {"num_hidden_layers": options.num_layers}
+        layer = _llama_config(checkpoint.options["backbone"]) | count
         if window := checkpoint.training.get("sliding_window"):
-            layer |= {"sliding_window": window, "layer_types": ["sliding_attention"]}
+            layer |= {
+                "sliding_window": window,
+                "layer_types": ["sliding_attention"] * options.num_layers,
+            }
         return {
             "architectures": ["Eagle3Speculator"],
             "auto_map": {"": "config.Eagle3SpeculatorConfig"},
@@ -372,6 +386,40 @@ class Speculators(_Eagle3Layout):
             **{flag: getattr(options, flag) for flag in FLAGS},
             "embed_requires_grad": options.own_embedding,
             "tie_word_embeddings": False,
+        }
+
+
+class SpeculatorsPeagle(Speculators):
+    """P-EAGLE as vllm-project/speculators writes it, `PEagleSpeculatorConfig`."""
+
+    name, kind = "speculators-peagle", "peagle"
+    engines = ()  # type: ignore[assignment]
+    speculators_model_type: Literal["peagle"]  # type: ignore[assignment]
+    mask_token_id: Annotated[int, Field(ge=0)]
+    num_depths: Count = Field(
+        validation_alias=AliasPath(
+            "speculators_config", "proposal_methods", 0, "speculative_tokens"
+        )
+    )
+
+    @staticmethod
+    def matches(files: RawFiles) -> bool:
+        return files.config.get("speculators_model_type") == "peagle"
+
+    def parse(self, files: RawFiles) -> HeadCheckpoint:
+        found, own = super().parse(files), self.model_dump(include={"mask_token_id", "num_depths"})
+        return replace(found, options={**found.options, **own})
+
+    @classmethod
+    def config(cls, checkpoint: HeadCheckpoint, options: Any) -> dict[str, Any]:
+        made = super().config(checkpoint, options)
+        made["speculators_config"]["algorithm"] = "peagle"
+        made["speculators_config"]["proposal_methods"][0]["speculative_tokens"] = options.num_depths
+        return made | {
+            "architectures": ["PEagleDraftModel"],
+            "auto_map": {"": "config.PEagleSpeculatorConfig"},
+            "speculators_model_type": "peagle",
+            "mask_token_id": options.mask_token_id,
         }
 
 

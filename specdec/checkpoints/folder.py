@@ -11,16 +11,19 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from pydantic import ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from specdec.common.config import Config, validated
 from specdec.common.files import first_line, read_json
 from specdec.common.hub import find_checkpoint
 
-CONFIG, SIDECAR, INDEX = "config.json", "specdec.json", "model.safetensors.index.json"
+CONFIG, SIDECAR = "config.json", "specdec.json"
+INDEX, SHARDS = "model.safetensors.index.json", "model-*.safetensors"
 WEIGHT_FILES = (
-    *("model.safetensors", "pytorch_model.bin"),
+    *("model.safetensors", INDEX, "pytorch_model.bin"),
     *("medusa_lm_head.safetensors", "medusa_lm_head.pt"),
 )
 
@@ -127,13 +130,13 @@ def find_folder(path: str | Path, revision: str | None = None) -> Path:
         raise ValueError(
             f"{name!r} is a model of {layers} layers, no head; weights were not downloaded"
         )
-    return fetch(*WEIGHT_FILES)
+    return fetch(*WEIGHT_FILES, SHARDS)
 
 
 def size_on_disk(folder: Path) -> int:
     """Count the bytes of the files that make a checkpoint, and no others of the folder."""
-    paths = (folder / name for name in (CONFIG, SIDECAR, *WEIGHT_FILES))
-    return sum(path.stat().st_size for path in paths if path.exists())
+    names = (CONFIG, SIDECAR, *WEIGHT_FILES, SHARDS)
+    return sum(path.stat().st_size for name in names for path in folder.glob(name))
 
 
 def unreadable(path: str | Path, error: Exception) -> ValueError:
@@ -144,7 +147,12 @@ def unreadable(path: str | Path, error: Exception) -> ValueError:
 
 
 def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Read a safetensors file, or these of it, or a torch file, never unpickled as objects."""
+    """Read a safetensors file, or these of it, one in shards, or a torch file.
+
+    Nothing is unpickled as an object.
+    """
+    if path.name == INDEX:
+        return _read_shards(path)
     try:
         if names is not None:
             with safe_open(path, "pt") as opened:
@@ -160,6 +168,35 @@ def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Te
         raise ValueError(f"{str(path)!r} must hold named tensors and nothing else")
     # They may share memory, which safetensors cannot hold.
     return {str(name): tensor.detach().clone() for name, tensor in content.items()}
+
+
+class _Index(Config):
+    model_config = ConfigDict(extra="ignore")
+    weight_map: dict[str, str]  # tensor -> its shard
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """Read the shards that an index names: all of them, with the tensors it says, and no others."""
+    wanted, tensors = (
+        validated(_Index, read_json(index), repr(str(index))).weight_map,
+        dict[str, Tensor](),
+    )
+    there = {path.name for path in index.parent.glob(SHARDS)}
+    for shard in sorted({*wanted.values()} ^ there):
+        fault = "is not one of the shards" if shard in there else "is missing among the shards"
+        raise ValueError(
+            f"{str(index.parent / shard)!r} {fault} that {INDEX} names; copy all again"
+        )
+    for shard in sorted(there):
+        found = read_tensors(index.parent / shard)
+        if other := sorted(found.keys() ^ {name for name, at in wanted.items() if at == shard}):
+            told = "holds" if other[0] in found else "lacks"
+            raise ValueError(
+                f"{str(index.parent / shard)!r} {told} the tensor {other[0]}, against {INDEX}; "
+                "copy all shards again"
+            )
+        tensors |= found
+    return tensors
 
 
 def json_bytes(content: Mapping[str, Any]) -> bytes:

@@ -112,10 +112,9 @@ _REASONS = {
     "fc_norm": "it is of EAGLE-3.1, whose config says fc_norm=true",
     "aux_norm": "norms of auxiliary states (use_aux_norm) are not supported",
     **dict.fromkeys(("q_norm", "k_norm"), "Qwen3's norms are supported in EAGLE-3 heads only"),
-    "mask_hidden": "P-EAGLE is not supported",
+    "mask_hidden": "it is of P-EAGLE, which is read in the layout of speculators",
     "_scale": "quantized heads are not supported",
-    "layers.1.": "heads of several layers are not supported",
-    "token_map": "Medusa heads with a reduced vocabulary are not supported",
+    "layers.1.": "several layers are read in the layout of speculators, whose config counts them",
     "fc.bias": "is `bias` false in config.json by mistake?",
 }
 

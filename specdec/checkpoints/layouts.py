@@ -23,6 +23,7 @@ from specdec.checkpoints.eagle import (
     SglangEagle,
     Speculators,
     SpeculatorsMtp,
+    SpeculatorsPeagle,
 )
 from specdec.checkpoints.folder import (
     CONFIG,
@@ -47,7 +48,7 @@ FOREIGN: dict[str, Any] = {
     layout.name: layout
     for layout in (
         *(SpeculatorsBlocks, ZLab, Assistant, DeepSpec),
-        *(QwenMtp, DeepSeekMtp, SpeculatorsMtp, Speculators),
+        *(QwenMtp, DeepSeekMtp, SpeculatorsMtp, SpeculatorsPeagle, Speculators),
         *(Medusa, VllmMedusa, Eagle3, SglangEagle, Eagle),
     )
 }

@@ -83,6 +83,8 @@ class Medusa(_MedusaLayout):
 
     @classmethod
     def config(cls, checkpoint: HeadCheckpoint, options: Any) -> dict[str, Any]:
+        if (options.draft_vocab_size or options.vocab_size) < options.vocab_size:
+            raise cls.cannot_hold("a reduced vocabulary", "use the layout 'vllm-medusa'")
         return super().config(checkpoint, options) | {
             "medusa_num_heads": options.num_heads,
             "medusa_num_layers": options.num_layers,
@@ -114,11 +116,6 @@ class VllmMedusa(_MedusaLayout):
         )
 
     def parse(self, files: RawFiles) -> HeadCheckpoint:
-        if self.truncated_vocab_size not in (None, self.vocab_size):
-            raise ValueError(
-                f"{files.config_path!r} has truncated_vocab_size {self.truncated_vocab_size}: "
-                "Medusa heads with a reduced vocabulary are not supported"
-            )
         tensors = {}
         for name, tensor in files.tensors.items():
             name = name.removeprefix("medusa_heads.")
@@ -141,14 +138,18 @@ class VllmMedusa(_MedusaLayout):
         options = self.model_dump(include={"hidden_size", "vocab_size", "num_heads"})
         options["num_layers"] = self.num_hidden_layers
         options["own_vocab_head"] = not self.original_lm_head
+        if self.truncated_vocab_size not in (None, self.vocab_size):
+            options["draft_vocab_size"] = self.truncated_vocab_size
         target = TargetIdentity(None, self.hidden_size, self.vocab_size)
         return HeadCheckpoint(self.kind, options, tensors, target=target)
 
     @classmethod
     def naming(cls, checkpoint: HeadCheckpoint) -> Callable[[str], str]:
-        return lambda name: re.sub(
-            r"^blocks\.(\d+)\.(\d+)\.linear", r"blocks.\1.layers.\2", name
-        ).replace("vocab_heads.", "lm_heads.")
+        return lambda name: (
+            re.sub(r"^blocks\.(\d+)\.(\d+)\.linear", r"blocks.\1.layers.\2", name)
+            .replace("vocab_heads.", "lm_heads.")
+            .replace("draft_ids", "token_map")
+        )
 
     @classmethod
     def config(cls, checkpoint: HeadCheckpoint, options: Any) -> dict[str, Any]:
@@ -158,7 +159,7 @@ class VllmMedusa(_MedusaLayout):
         return super().config(checkpoint, options) | {
             **{"architectures": ["MedusaModel"], "model_type": "medusa"},
             **options.model_dump(include={"hidden_size", "vocab_size", "num_heads"}),
-            "truncated_vocab_size": options.vocab_size,
+            "truncated_vocab_size": options.draft_vocab_size,
             "num_hidden_layers": options.num_layers,
             **{"original_lm_head": False, "medusa_fc_bias": True},
         }

@@ -1,6 +1,7 @@
 """The head of a `FeatureDrafter` in compiled pieces: to feed pairs, to grow a level of a tree."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from specdec.targets.compiled import StepCache, seen_slots
 Names = list[str | None]
 
 
+def _by_layer(states: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return [*zip(states[::2], states[1::2], strict=True)]
+
+
 class CompiledHead:
     """Pieces for any number of rows, pairs, nodes and slots.
 
@@ -29,8 +34,10 @@ class CompiledHead:
         self._head, self._window, self.mode = head, window, mode
         self._device = next(head.parameters()).device
         self._known_places, self._known_width = self._integers(0, 2), 0
+        self._num_states = 2 * head.num_layers
         self._feed = self._compile_feed()
-        self._level = self._compile_level()
+        if head.is_recursive:
+            self._level = self._compile_level()
 
     def feed(
         self,
@@ -62,7 +69,7 @@ class CompiledHead:
             features = pad(features, (0, 0, 0, more))
             mask = pad(mask, (0, seen_slots(cache) - mask.shape[3], 0, more))
             mask[:, :, mask.shape[2] - more :, 0] = True  # a softmax over nothing is NaN
-        states = (cache.states or [])[0]
+        states = chain(*(cache.states or []))
         outputs, logits = self._feed(tokens, features, positions, mask, slots, wanted, *states)
         return outputs, logits
 
@@ -86,13 +93,13 @@ class CompiledHead:
             num_seen = cache.open(width * (num_levels - 1))
             num_seen = seen_slots(cache) if self.mode == "graphs" else num_seen
             slots = torch.arange(num_seen, device=self._device)
-            states = cache.states or []
+            states = [*chain(*(cache.states or []))]
             lengths = cache.device_lengths
             seen = torch.ones(batch, 1, 1, dtype=torch.bool, device=self._device)
         for place in self._places(width, num_levels - 1):
             node = (logits, above, places, outputs, seen)
             *found, places, above, seen, outputs, logits = self._level(
-                *node, lengths, place, children, slots, *states[0]
+                *node, lengths, place, children, slots, *states
             )
             levels.append(Candidates(*found))
         levels.append(best_children(logits, above, places, width, self._head.token_map))
@@ -117,8 +124,7 @@ class CompiledHead:
             place: Tensor,  # [2] depth of the beam below, and the candidates before this level
             children: Tensor,  # [k], for its size
             slots: Tensor,  # [K] 0, 1, ...
-            keys: Tensor,
-            values: Tensor,
+            *states: Tensor,
         ) -> list[Tensor]:
             width, num_open = children.shape[0], seen.shape[2]
             found = best_children(logits, above, places, width, self._head.token_map)
@@ -149,7 +155,7 @@ class CompiledHead:
                 self._head.carry(features),
                 (lengths.unsqueeze(1) + place[0]).expand(-1, width),
                 (mask | committed.unsqueeze(1)).unsqueeze(1),
-                StepCache([(keys, values)], own, slots.shape[0]),
+                StepCache(_by_layer(states), own, slots.shape[0]),
             )
             logits = self._head.logits(outputs)
             below = best.indices + place[1]
@@ -171,7 +177,9 @@ class CompiledHead:
         ]
         inputs, sizes = zip(*given, strict=True)
         name = f"level with a window of {self._window}"
-        return compile_head(self._head, self.mode, name, run, inputs, sizes, num_held=2)
+        return compile_head(
+            self._head, self.mode, name, run, inputs, sizes, num_held=self._num_states
+        )
 
     def _compile_feed(self) -> Callable[..., list[Tensor]]:
         def run(
@@ -181,10 +189,9 @@ class CompiledHead:
             mask: Tensor,
             slots: Tensor,
             wanted: Tensor,
-            keys: Tensor,
-            values: Tensor,
+            *states: Tensor,
         ) -> list[Tensor]:
-            cache = StepCache([(keys, values)], slots, mask.shape[-1])
+            cache = StepCache(_by_layer(states), slots, mask.shape[-1])
             outputs = self._head(tokens, features, positions, mask, cache)
             outputs = outputs.gather(1, wanted.unsqueeze(2).expand(-1, -1, outputs.shape[2]))
             return [outputs, self._head.logits(outputs)]
@@ -200,7 +207,9 @@ class CompiledHead:
             *self._states(2),
         ]
         inputs, sizes = zip(*given, strict=True)
-        return compile_head(self._head, self.mode, "feed", run, inputs, sizes, num_held=2)
+        return compile_head(
+            self._head, self.mode, "feed", run, inputs, sizes, num_held=self._num_states
+        )
 
     # --- Examples ---
 
@@ -218,7 +227,9 @@ class CompiledHead:
             return outputs, self._head.logits(outputs)
 
     def _states(self, rows: int) -> list[tuple[Tensor, Names]]:
-        """Keys and values."""
+        """Keys and values of each layer."""
         config, weight = self._head.config, next(self._head.parameters())
         shape = rows, config.num_key_value_heads, 31, config.head_dim
-        return [(weight.new_zeros(shape), [ROWS, None, CAPACITY, None]) for _ in range(2)]
+        return [
+            (weight.new_zeros(shape), [ROWS, None, CAPACITY, None]) for _ in range(self._num_states)
+        ]

@@ -334,7 +334,7 @@ class DFlashDrafter(FeatureDrafter):
         cls,
         target: Any,
         path: str = "demo",
-        depth: int | None = None,
+        depth: int = 16,
         width: int = 8,
         max_nodes: int = 24,
         choices: Choices | None = None,
@@ -349,7 +349,7 @@ class DFlashDrafter(FeatureDrafter):
         Args:
             target: the model it drafts for.
             path: folder or hub id in any known layout; "demo" for the embedded head.
-            depth: levels; None for all that the head was trained for.
+            depth: levels, of those that the head was trained for.
             window: latest tokens that the head looks back at; None for all.
             confidence_threshold: a chain ends before the first token whose confidence, as the
                 confidence head says it, falls below this; 0 is off.
@@ -357,8 +357,7 @@ class DFlashDrafter(FeatureDrafter):
             force: take a head that was trained for another target of the same shape.
         """
         head, _ = load_head(cls, target, path, force=force)
-        levels = head.max_depth if depth is None else depth
-        shape = TreeShape(levels, width, max_nodes, choices, children)
+        shape = TreeShape(depth, width, max_nodes, choices, children)
         mode = as_target(compile, target)
         return cls(head, target.vocab_size, shape, window, mode, confidence_threshold)
 
@@ -372,12 +371,6 @@ class DFlashDrafter(FeatureDrafter):
         confidence_threshold: float = 0.0,
     ) -> None:
         super().__init__(head, vocab_size, shape, window, compile)
-        depth = self.plan.tree.depth if self.plan else shape.depth
-        if depth > (head.max_depth or 0):
-            raise ValueError(
-                f"the draft has {depth} levels but the head drafts {head.max_depth} at once; lower "
-                "depth, or choose a shallower tree"
-            )
         if not 0 <= confidence_threshold < 1:
             raise ValueError(
                 f"confidence_threshold is {confidence_threshold} but must be in [0, 1); 0 is off"
@@ -409,7 +402,7 @@ class DFlashDrafter(FeatureDrafter):
                 with self.clock.forward():
                     states = outputs[:, level : level + 1]
                     scores = scores + self.head.transition(states, previous[-1])
-            growth.add_level(scores)
+            self.add_level(growth, scores)
         draft = growth.draft(budget)
         if draft.is_chain and self.head.options.confidence:
             return self._judged(draft, outputs, torch.cat(previous, 1))

@@ -1,9 +1,9 @@
-"""EAGLE-3: a one-layer head on fused taps, with its own recurrent state and vocabulary.
+"""EAGLE-3: a head of few layers on fused taps, with its own recurrent state and vocabulary.
 
 Source: EAGLE-3, arXiv 2503.01840; EAGLE-3.1 norms each tap and feeds the normed state back.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Self
 
 import torch
@@ -24,6 +24,7 @@ class Eagle3Options(Config):
     taps: Annotated[list[Layer], Field(min_length=1)] | None = None
     target_hidden_size: Size | None = None  # another than the layer's where the embedding is own
     draft_vocab_size: Size | None = None  # None for the target's whole vocabulary
+    num_layers: Annotated[int, Field(ge=1, le=100)] = 1  # the first reads token and feature
     norm_before_residual: bool = Field(False, description="the normed feature is the residual")
     norm_before_fc: bool = Field(
         False, description="the joined taps are normed before they are fused"
@@ -48,7 +49,7 @@ class Eagle3Head(FeatureHead):
     Options = Eagle3Options
     unread: ClassVar[Mapping[str, str]] = {
         "sglang": "norm_before_residual fc_norm backbone.qk_norm",
-        "llama.cpp": "norm_output fc_norm backbone.qk_norm",
+        "llama.cpp": "norm_output fc_norm backbone.qk_norm num_layers",
         "tensorrt-llm": "norm_before_residual norm_before_fc fc_norm backbone.qk_norm",
     }
     d2t: Tensor
@@ -67,6 +68,12 @@ class Eagle3Head(FeatureHead):
         # It attends over token and feature side by side.
         self.midlayer = DraftLayer(config, 2 * size)
         self.midlayer.input_layernorm, self.midlayer.hidden_norm = norm(config), norm(config)
+        self.num_layers = given.num_layers
+        self.layers = nn.ModuleDict()  # further ones, named as speculators counts them
+        for index in range(1, given.num_layers):
+            further: Any = DraftLayer(config, size, layer_idx=index)
+            further.input_layernorm = norm(config)
+            self.layers[str(index)] = further
         self.norm = norm(config)
         self.lm_head = nn.Linear(size, num_drafted, bias=False)
         if given.norm_before_fc:
@@ -94,8 +101,7 @@ class Eagle3Head(FeatureHead):
         named = next((tensors[name] for name in names if name in tensors), torch.empty(1))
         return super().target_facts(tensors) | {"vocab_size": len(named) if named.ndim else 1}
 
-    @classmethod
-    def check_values(cls, tensors: Mapping[str, Tensor]) -> None:
+    def check_values(self, tensors: Mapping[str, Tensor]) -> None:
         # `d2t` [D] holds offsets: draft id i is target id i + d2t[i]. `t2d` [V] marks these ids.
         if "d2t" not in tensors:
             return
@@ -130,10 +136,13 @@ class Eagle3Head(FeatureHead):
         return _target_ids(self.d2t)
 
     def fuse(self, hidden: dict[int, Tensor]) -> Tensor:
-        taps = [hidden[tap] for tap in self.taps]
+        return self.join([hidden[tap] for tap in self.taps])
+
+    def join(self, taps: Sequence[Tensor]) -> Tensor:
+        """Taps, each [..., H], to features [..., F]."""
         if self.options.fc_norm:
             taps = [each(tap) for each, tap in zip(self.fc_norm, taps, strict=True)]
-        joined = torch.cat(taps, -1)
+        joined = torch.cat([*taps], -1)
         return self.fc(self.input_norm(joined) if self.options.norm_before_fc else joined)
 
     def forward(
@@ -144,7 +153,12 @@ class Eagle3Head(FeatureHead):
         normed = layer.hidden_norm(features)
         residual = normed if self.options.norm_before_residual else features
         pair = torch.cat([layer.input_layernorm(embed(tokens)), normed], -1)
-        return layer(pair, residual, self.rotary(features, positions), mask, cache)
+        rotary = self.rotary(features, positions)
+        states = layer(pair, residual, rotary, mask, cache)
+        further: Any
+        for further in self.layers.values():
+            states = further(further.input_layernorm(states), states, rotary, mask, cache)
+        return states
 
     def logits(self, outputs: Tensor) -> Tensor:
         return self.lm_head(self.norm(outputs))
@@ -169,8 +183,8 @@ class Eagle3Head(FeatureHead):
         if given.get("taps"):
             taps = ", ".join(map(str, given["taps"]))
             said["reads"] = f"hidden_states {taps} of the target (0 is its embedding)"
-        if (drafted := self.options.draft_vocab_size) < self.config.vocab_size:
-            said["drafts"] = f"{drafted:,} of {self.config.vocab_size:,} tokens"
+        if self.num_layers > 1:
+            said["layer"] = f"{self.num_layers} layers, {said['layer']}"
         return said
 
 

@@ -150,6 +150,7 @@ class FeatureHead(Head):
     config: LlamaConfig
     num_layers = 1
     cached_layers: Sequence[Backbone] = ()  # where they are not all like `config`
+    is_recursive: ClassVar[bool] = True  # reads its own outputs, one forward a level
 
     def __init__(self, options: Mapping[str, Any], target_config: Any, *parts: Any) -> None:
         super().__init__(options, target_config, *parts)
@@ -181,13 +182,6 @@ class FeatureHead(Head):
         """Take the place of the target's feature one level deeper."""
         return outputs
 
-    def spread(self, logits: Tensor, vocab_size: int) -> Tensor:
-        """Logits [..., D] in the target's vocabulary: [..., V], -inf where the head has none."""
-        if self.token_map is None:
-            return logits
-        whole = logits.new_full((*logits.shape[:-1], vocab_size), float("-inf"))
-        return whole.index_copy(-1, self.token_map, logits)
-
     def shown(self, mask: Tensor, num_committed: int) -> Any:
         """The mask that `forward` takes, of one [L, K] whose first columns are committed."""
         return mask[None, None]
@@ -212,34 +206,16 @@ class FeatureHead(Head):
             features, mask = self.carry(outputs), torch.cat([mask, itself], 1)
 
     def levels(self, batch: TrainingBatch, num_steps: int, objective: str) -> Iterator[Level]:
-        """The steps of the chains that begin at every place, given the text's own tokens.
-
-        What an own vocabulary cannot say is left out: what the head learned there would be noise.
-        """
+        """The steps of the chains that begin at every place, given the text's own tokens."""
         if num_steps < 1:
             raise ValueError(f"loss.num_steps is {num_steps} but must be at least 1")
-        ids, features, vocab = self.token_map, self.fuse(batch.hidden), self.config.vocab_size
-        if ids is not None:
-            place = torch.full((vocab,), -1, device=ids.device)  # of an id in the own vocabulary
-            place[ids] = torch.arange(len(ids), device=ids.device)
-            best = batch.target_logits.argmax(-1)  # [B, L]
-        for step, outputs in enumerate(self.rollout(batch.tokens, features, num_steps)):
-            mask, tokens = (shifted(each, 2 + step) for each in (batch.loss_mask, batch.tokens))
-            if ids is not None:
-                said = tokens if objective == "cross_entropy" else shifted(best, 1 + step)
-                mask, tokens = mask & (place[said] >= 0), place[tokens]
-            goal = shifted(batch.target_logits, 1 + step)[mask]  # [places, V]
-            goal = goal if ids is None else goal[:, ids]
-            yield Level(self.logits(outputs[mask]), goal, tokens[mask], mask)
+        steps = self.rollout(batch.tokens, self.fuse(batch.hidden), num_steps)
+        return self.compared(batch, objective, ((outputs, self.logits) for outputs in steps))
 
     def candidates(self, batch: TrainingBatch, depth: int, width: int) -> Tensor:
         """Feed the head the text's tokens and its own outputs, and take its likeliest ids."""
-        levels = []
-        for outputs in self.rollout(batch.tokens, self.fuse(batch.hidden), depth):
-            logits = self.logits(outputs)
-            best = logits.topk(min(width, logits.shape[-1]), -1).indices
-            levels.append(best if self.token_map is None else self.token_map[best])
-        return torch.stack(levels, 2)
+        steps = self.rollout(batch.tokens, self.fuse(batch.hidden), depth)
+        return torch.stack([self.likeliest(self.logits(each), width) for each in steps], 2)
 
     def guesses(self, batch: TrainingBatch, mask: Tensor) -> Tensor:
         (outputs,) = self.rollout(batch.tokens, self.fuse(batch.hidden), 1)
@@ -419,7 +395,8 @@ class FeatureDrafter(HeadDrafter):
         growth = self._new_growth(budget, sampler)
         in_own_vocabulary = sampler.is_plain and self.children == "top"
         outputs, logits = self._outputs, self._logits  # [B, beam, F] and [B, beam, D or V]
-        if self._compiled and in_own_vocabulary and (not self.plan or self.plan.is_chain):
+        can_grow = self.head.is_recursive and (not self.plan or self.plan.is_chain)
+        if self._compiled and in_own_vocabulary and can_grow:
             width = 1 if self.plan else self.shape.width
             with self.clock.forward():
                 logits = self.head.logits(outputs) if logits is None else logits
@@ -431,10 +408,7 @@ class FeatureDrafter(HeadDrafter):
                 if level:
                     outputs, logits = self._feed_beam(outputs, growth)
                 logits = self.head.logits(outputs) if logits is None else logits
-            if in_own_vocabulary:
-                growth.add_level(logits, self.token_map)
-            else:
-                growth.add_level(self.head.spread(logits, self.vocab_size))
+            self.add_level(growth, logits)
         return growth.draft(budget)
 
     def observe(self, verdict: Verdict, committed: Tokens, hidden: dict[int, Tensor]) -> None:
@@ -568,8 +542,14 @@ class FeatureDrafter(HeadDrafter):
     def _feed_beam(self, outputs: Tensor, growth: Growth) -> tuple[Tensor, Tensor | None]:
         """One level: the newest beam on its parents' outputs [B, beam before, F]."""
         tokens, visible, levels = growth.newest
-        batch, num_new, num_open = visible.shape
         features = self.head.carry(torch.take_along_dim(outputs, growth.origin.unsqueeze(2), 1))
+        return self._feed_open(tokens, features, visible, levels)
+
+    def _feed_open(
+        self, tokens: Tensor, features: Tensor, visible: Tensor, levels: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Feed pairs [B, n] behind the committed ones, the last of S in all; see `newest`."""
+        batch, num_new, num_open = visible.shape
         self.cache.open(num_new, behind=num_open - num_new)
         positions = self.cache.device_lengths.unsqueeze(1) + levels[num_open - num_new :]
         # A window counts committed entries: the whole tree looks back from the last of them, so

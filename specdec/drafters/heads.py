@@ -1,6 +1,7 @@
 """Draft heads: what a trainable module says of itself, how it is built, loaded and drafted with."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from inspect import signature
 from typing import Annotated, Any, ClassVar
 
@@ -12,9 +13,9 @@ from specdec.checkpoints import HeadCheckpoint, check_target, identify_target, r
 from specdec.checkpoints.head import construct, take_tensors
 from specdec.common.compile import CannotCompileError, Graphs, compile_bound
 from specdec.common.config import Config, validated
-from specdec.demo import unpacked
+from specdec.demo import MODELS, unpacked
 from specdec.drafters.base import BaseDrafter, FixedShape
-from specdec.drafters.training import LossOutput, TrainingBatch
+from specdec.drafters.training import Level, LossOutput, TrainingBatch, shifted
 from specdec.drafters.tree_growth import (
     DynamicGrowth,
     Growth,
@@ -78,9 +79,49 @@ class Head(nn.Module):
         """Facts of the target's config as a head's tensors tell them, where nothing else does."""
         return {}
 
-    @classmethod
-    def check_values(cls, tensors: Mapping[str, Tensor]) -> None:
+    def check_values(self, tensors: Mapping[str, Tensor]) -> None:
         """Refuse, with a ValueError, tensors of the right shapes whose values cannot be meant."""
+
+    def spread(self, logits: Tensor, vocab_size: int) -> Tensor:
+        """Logits [..., D] in the target's vocabulary: [..., V], -inf where the head has none."""
+        if self.token_map is None:
+            return logits
+        whole = logits.new_full((*logits.shape[:-1], vocab_size), float("-inf"))
+        return whole.index_copy(-1, self.token_map, logits)
+
+    def likeliest(self, logits: Tensor, width: int) -> Tensor:
+        """The target ids [..., width] of the best logits [..., D]."""
+        best = logits.topk(min(width, logits.shape[-1]), -1).indices
+        return best if self.token_map is None else self.token_map[best]
+
+    def compared(
+        self,
+        batch: TrainingBatch,
+        objective: str,
+        outputs: Iterable[tuple[Tensor, Callable[[Tensor], Tensor]]],
+        kept: Sequence[Tensor] | None = None,
+    ) -> Iterator[Level]:
+        """Put what is drafted at each level, given the text's own tokens, beside what is said.
+
+        Of a level, outputs [B, L, ...] for t_{i+2+level} at place i, and what makes logits of them;
+        `kept` are the places of each level that count, if not all do.
+        What an own vocabulary cannot say is left out: what the head learned there would be noise.
+        """
+        ids = self.token_map
+        if ids is not None:
+            place = torch.full((self.sizes()["vocab_size"],), -1, device=ids.device)
+            place[ids] = torch.arange(len(ids), device=ids.device)  # of an id in the own vocabulary
+            best = batch.target_logits.argmax(-1)  # [B, L]
+        for level, (states, logits) in enumerate(outputs):
+            mask, tokens = (shifted(each, 2 + level) for each in (batch.loss_mask, batch.tokens))
+            if kept is not None:
+                mask = mask & torch.zeros_like(mask).index_fill(1, kept[level], True)
+            if ids is not None:
+                said = tokens if objective == "cross_entropy" else shifted(best, 1 + level)
+                mask, tokens = mask & (place[said] >= 0), place[tokens]
+            goal = shifted(batch.target_logits, 1 + level)[mask]  # [places, V]
+            goal = goal if ids is None else goal[:, ids]
+            yield Level(logits(states[mask]), goal, tokens[mask], mask)
 
     def loss(self, batch: TrainingBatch, **options: Any) -> LossOutput:
         """The loss that the head is trained with; a subclass names its options."""
@@ -115,9 +156,12 @@ class Head(nn.Module):
         fields, sizes = type(self.options).model_fields, self.sizes()
         flags = [f.description for name, f in fields.items() if getattr(self.options, name) is True]
         size = sizes.get("vocab_size")
+        drafts = f"all {size:,} tokens" if size else "all tokens of the target"
+        if size and (drafted := sizes.get("draft_vocab_size", size)) < size:
+            drafts = f"{drafted:,} of {size:,} tokens"
         return {
             "reads": "the last hidden state of the target, behind its final norm",
-            "drafts": f"all {size:,} tokens" if size else "all tokens of the target",
+            "drafts": drafts,
             "layer": f"width {sizes.get('hidden_size', '?')}",
             "has": ", ".join(filter(None, flags)) or "no optional parts",
         }
@@ -147,6 +191,8 @@ def load_head(
     `path` is a folder or hub id in any known layout, or "demo" for the embedded head; `force` takes
     a head that was trained for another target of the same shape.
     """
+    if path == "demo" and drafter.kind not in MODELS:
+        raise ValueError(f"drafter {drafter.kind!r} needs the option 'path': none is embedded")
     target = getattr(target, "ends", target)  # a target of another engine loads them when asked
     checkpoint = read_head(unpacked(f"demo/{drafter.kind}" if path == "demo" else path))
     if head_class(checkpoint.kind) is not drafter.head_class:
@@ -204,6 +250,8 @@ class HeadDrafter(BaseDrafter):
     _num_committed: Tensor  # [B] tokens of each row, which its randomness depends on
 
     def __init__(self, head: Any, vocab_size: int, shape: TreeShape) -> None:
+        most = head.max_depth or shape.depth
+        shape = replace(shape, depth=min(shape.depth, most))
         self.head, self.vocab_size, self.shape = head, vocab_size, shape
         self.taps, self.children = head.taps, shape.children
         self.device = next(head.parameters()).device
@@ -214,6 +262,18 @@ class HeadDrafter(BaseDrafter):
             num_tokens = vocab_size if self.token_map is None else len(self.token_map)
             self.plan = StaticPlan(shape.static_tree(num_tokens, self.device))
             self.max_nodes, self.makes_trees = self.plan.num_nodes, not self.plan.is_chain
+            if head.max_depth and (levels := self.plan.tree.depth) > most:
+                raise ValueError(
+                    f"the tree has {levels} levels but the head drafts {most}; choose a shallower "
+                    "tree"
+                )
+
+    def add_level(self, growth: Growth, logits: Tensor) -> None:
+        """Grow a level from logits [B, beam or 1, D], in the own vocabulary where it is enough."""
+        if growth.sampler.is_plain and self.children == "top":
+            growth.add_level(logits, self.token_map)
+        else:
+            growth.add_level(self.head.spread(logits, self.vocab_size))
 
     def _new_growth(self, budget: Sequence[int], sampler: Sampler) -> Growth:
         """Begin a draft of at most so many nodes a row."""

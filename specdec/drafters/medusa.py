@@ -5,6 +5,7 @@ Sources: Medusa, arXiv 2401.10774; dynamic trees of such heads: DDTree, arXiv 26
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -16,7 +17,7 @@ from specdec.common.compile import ROWS, as_target, compile_mode
 from specdec.common.config import Config
 from specdec.drafters.base import ShapeOptions, Tokens
 from specdec.drafters.heads import Head, HeadDrafter, Layer, Size, compile_head, load_head
-from specdec.drafters.training import Level, LossOutput, TrainingBatch, chain_loss, shifted
+from specdec.drafters.training import LossOutput, TrainingBatch, chain_loss
 from specdec.drafters.tree_growth import Choices, TreeShape, guessed_acceptance
 from specdec.engine.interfaces import Prompts, TargetOutput
 from specdec.sampling.sampler import Sampler
@@ -33,6 +34,7 @@ class MedusaOptions(Config):
     tap: Layer | None = None  # None for the target's last, after its final norm
     num_heads: Size = 4  # tokens guessed behind the root
     num_layers: Size = 1  # residual blocks of each head
+    draft_vocab_size: Size | None = None  # of own projections; None for the whole vocabulary
     own_vocab_head: bool = Field(True, description="a vocabulary projection for every head")
 
     @model_validator(mode="after")
@@ -42,6 +44,8 @@ class MedusaOptions(Config):
                 f"num_heads {self.num_heads} times num_layers {self.num_layers} of Medusa heads is "
                 f"more than {_MOST_BLOCKS}; is the config damaged?"
             )
+        if self.draft_vocab_size and not self.own_vocab_head:
+            raise ValueError("draft_vocab_size is for projections of their own; drop it")
         return self
 
 
@@ -61,10 +65,12 @@ class ResBlock(nn.Module):
 class MedusaHeads(Head):
     """K heads. Parameters: `blocks.{head}.{layer}.linear.*` and `vocab_heads.{head}.weight`.
 
-    Their own projections start as copies of the target's.
+    The rows of their own projections start as copies of the target's; `draft_ids` [D] are the ids
+    of a reduced draft vocabulary.
     """
 
     Options = MedusaOptions
+    draft_ids: Tensor
 
     def __init__(self, options: Mapping[str, Any], target_config: Any, *parts: Any) -> None:
         super().__init__(options, target_config, *parts)
@@ -72,7 +78,10 @@ class MedusaHeads(Head):
         tap = target_config.num_hidden_layers if given.tap is None else given.tap
         size = given.hidden_size or target_config.hidden_size
         vocab = given.vocab_size or target_config.vocab_size
-        sizes = {"hidden_size": size, "vocab_size": vocab, "tap": tap}
+        drafted: Any = given.draft_vocab_size or (vocab if given.own_vocab_head else None)
+        sizes = {"hidden_size": size, "vocab_size": vocab, "tap": tap, "draft_vocab_size": drafted}
+        if drafted and drafted > vocab:
+            raise ValueError(f"draft_vocab_size is {drafted} but the target has {vocab} tokens")
         self.options = given.model_copy(update=sizes)
         self.taps, self.max_depth = (tap,), given.num_heads
         heads = range(given.num_heads)
@@ -80,10 +89,34 @@ class MedusaHeads(Head):
             nn.Sequential(*(ResBlock(size) for _ in range(given.num_layers))) for _ in heads
         )
         if given.own_vocab_head:
-            self.vocab_heads = nn.ModuleList(nn.Linear(size, vocab, bias=False) for _ in heads)
-            if parts:
-                own = {f"{head}.weight": parts[1].weight for head in heads}
-                self.vocab_heads.load_state_dict(own)
+            self.vocab_heads = nn.ModuleList(nn.Linear(size, drafted, bias=False) for _ in heads)
+            if drafted < vocab:
+                self.register_buffer("draft_ids", torch.zeros(drafted, dtype=torch.long))
+            self.set_draft_vocab(torch.arange(drafted))
+
+    def set_draft_vocab(self, tokens: Tensor) -> None:
+        """Draft these target ids [D]; their logits start as the target's."""
+        if self.options.draft_vocab_size < self.options.vocab_size:
+            self.draft_ids.copy_(tokens)
+        if (projection := self._target_parts[1]) is not None:
+            own = projection.weight[tokens.to(projection.weight.device)]
+            each = {f"{head}.weight": own for head in range(self.options.num_heads)}
+            self.vocab_heads.load_state_dict(each)
+
+    @property
+    def token_map(self) -> Tensor | None:  # type: ignore[override]
+        return self._buffers.get("draft_ids")
+
+    def check_values(self, tensors: Mapping[str, Tensor]) -> None:
+        if (ids := tensors.get("draft_ids")) is None:
+            return
+        if not 0 <= int(ids.min()) <= int(ids.max()) < self.options.vocab_size:
+            raise ValueError(
+                f"the draft vocabulary holds the target ids {int(ids.min())} to {int(ids.max())}, "
+                f"but there are {self.options.vocab_size}"
+            )
+        if len(ids.unique()) < len(ids):
+            raise ValueError("the draft vocabulary holds a target id twice; copy the file again")
 
     @classmethod
     def target_facts(cls, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -92,21 +125,21 @@ class MedusaHeads(Head):
         return {fact: len(tensor) for fact, tensor in found.items() if tensor.ndim}
 
     def forward(self, feature: Tensor, num_heads: int | None = None) -> Tensor:
-        """Logits [..., K, V]: head k guesses the token k + 2 places after the feature [..., H]."""
+        """Logits [..., K, D]: head k guesses the token k + 2 places after the feature [..., H]."""
         heads = range(self.options.num_heads)[:num_heads]
         return torch.stack([self.guess(k, feature) for k in heads], -2)
 
     def guess(self, head: int, feature: Tensor) -> Tensor:
-        """Logits [..., V] of one head."""
+        """Logits [..., D] of one head."""
         project = self.vocab_heads[head] if self.options.own_vocab_head else self._target_parts[1]
         return project(self.blocks[head](feature))
 
     def candidates(self, batch: TrainingBatch, depth: int, width: int) -> Tensor:
-        logits = self(batch.hidden[self.taps[0]])
-        return logits.topk(min(width, logits.shape[-1]), -1).indices
+        return self.likeliest(self(batch.hidden[self.taps[0]]), width)
 
     def guesses(self, batch: TrainingBatch, mask: Tensor) -> Tensor:
-        return self.guess(0, batch.hidden[self.taps[0]][mask])
+        guessed = self.guess(0, batch.hidden[self.taps[0]][mask])
+        return self.spread(guessed, batch.target_logits.shape[-1])
 
     def loss(  # type: ignore[override]
         self,
@@ -116,15 +149,11 @@ class MedusaHeads(Head):
         weighting: str = "decay",
     ) -> LossOutput:
         """An objective of every head: cross-entropy to the text (Medusa-1), or to the target."""
-        found = chain_loss(self._levels(batch), objective, decay, weighting)
-        return replace(found, loss=found.loss * (decay if weighting == "decay" else 1))
-
-    def _levels(self, batch: TrainingBatch) -> Iterator[Level]:
         states = batch.hidden[self.taps[0]]
-        for k in range(self.options.num_heads):
-            mask, tokens = (shifted(each, k + 2) for each in (batch.loss_mask, batch.tokens))
-            goal = shifted(batch.target_logits, k + 1)[mask]  # [places, V]
-            yield Level(self.guess(k, states[mask]), goal, tokens[mask], mask)
+        each = ((states, partial(self.guess, head)) for head in range(self.options.num_heads))
+        levels = self.compared(batch, objective, each)
+        found = chain_loss(levels, objective, decay, weighting)
+        return replace(found, loss=found.loss * (decay if weighting == "decay" else 1))
 
     def describe(self, given: Mapping[str, Any]) -> dict[str, str]:
         said = super().describe(given)
@@ -191,7 +220,8 @@ class MedusaDrafter(HeadDrafter):
                 acceptance = checkpoint.training.get("acceptance_by_rank")
             if acceptance is None:
                 acceptance = guessed_acceptance(heads.max_depth, 8)
-            ranks = [row[: target.vocab_size] for row in acceptance]
+            num_tokens = heads.options.draft_vocab_size or target.vocab_size
+            ranks = [row[:num_tokens] for row in acceptance]
             choices = best_static_tree(ranks, num_nodes)
         shape = TreeShape(choices=choices, children=children)
         return cls(heads, target.vocab_size, shape, mode)
@@ -200,13 +230,6 @@ class MedusaDrafter(HeadDrafter):
         self, head: MedusaHeads, vocab_size: int, shape: TreeShape, compile: bool | str = False
     ) -> None:
         super().__init__(head, vocab_size, shape)
-        depth = self.plan.tree.depth if self.plan else shape.depth
-        num_heads = head.options.num_heads
-        if depth > num_heads:
-            raise ValueError(
-                f"the tree has {depth} levels but there are {num_heads} heads, one a level; choose "
-                "a shallower tree"
-            )
         self._feature = torch.empty(0, device=self.device)  # [B, H] where the root was sampled
         self._num_committed = torch.empty(0, dtype=torch.long, device=self.device)  # [B]
         self._compiled: Callable[..., list[Tensor]] | None = None
@@ -232,11 +255,11 @@ class MedusaDrafter(HeadDrafter):
         growth = self._new_growth(budget, sampler)
         with self.clock.forward():
             if self._compiled:
-                (logits,) = self._compiled(self._feature)  # [B, levels, V]
+                (logits,) = self._compiled(self._feature)  # [B, levels, D]
             else:
                 logits = self.head(self._feature, growth.num_levels)
         for level in range(growth.num_levels):
-            growth.add_level(logits[:, level : level + 1])
+            self.add_level(growth, logits[:, level : level + 1])
         return growth.draft(budget)
 
     def observe(self, verdict: Verdict, committed: Tokens, hidden: dict[int, Tensor]) -> None:
@@ -255,4 +278,5 @@ class MedusaDrafter(HeadDrafter):
     ) -> Iterator[Tensor]:
         features = hidden[self.taps[0]][first : len(tokens) - 1]
         for level in range(min(depth, self.head.options.num_heads, len(features))):
-            yield self.head.guess(level, features[: len(features) - level])
+            guessed = self.head.guess(level, features[: len(features) - level])
+            yield self.head.spread(guessed, self.vocab_size)

@@ -10,7 +10,6 @@ Source: DeepSeek-V3, arXiv 2412.19437, section 2.2; one layer for all steps: Fas
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -161,13 +160,6 @@ class MtpDrafter(FeatureDrafter):
         return super().load(target, path, *shape, window, compile, force)
 
     def __init__(self, head: MtpHead, vocab_size: int, shape: TreeShape, *rest: Any) -> None:
-        if bound := head.max_depth:
-            if (deepest := max(map(len, shape.choices or [()]))) > bound:
-                raise ValueError(
-                    f"the tree has {deepest} levels but there are {bound} MTP modules, one a "
-                    "level; choose a shallower tree"
-                )
-            # Compiled pieces hold one layer's keys, so only the window stays.
-            shape, rest = replace(shape, depth=min(shape.depth, bound)), rest[:1]
-        super().__init__(head, vocab_size, shape, *rest)
-        self._masks.may_be_none &= not bound
+        # Compiled pieces feed back what the last layer says, so modules keep only the window.
+        super().__init__(head, vocab_size, shape, *rest[: 1 if head.max_depth else None])
+        self._masks.may_be_none &= not head.max_depth

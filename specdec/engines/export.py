@@ -215,8 +215,10 @@ def _write_head(made: Exported, head: HeadCheckpoint, folder: Path) -> None:
 
     whole = head_of(head)
     for name in whole.unread.get(made.engine, "").split():
-        if attrgetter(name)(whole.options):
-            fix = f"train it without, drafter.options.{name}=false, or take another engine"
+        value = attrgetter(name)(whole.options) or 0
+        if value is True or value > 1:
+            plain = "false" if value is True else 1
+            fix = f"train it without, drafter.options.{name}={plain}, or take another engine"
             raise ValueError(f"{made.engine} would drop, without a word, the head's {name}; {fix}")
     config = AutoConfig.from_pretrained(made.target)
     text = config.get_text_config()

@@ -167,7 +167,7 @@ class TrainConfig(Config):
 
     Attributes:
         loss: options of the drafter's loss.
-        draft_vocab_size: most frequent tokens of the answers that an EAGLE-3 head drafts.
+        draft_vocab_size: most frequent tokens of the answers, which are all that the head drafts.
         eval_depth: levels of the chains whose acceptance is measured.
         threads: torch threads on the CPU.
         training: see `TrainingConfig`.

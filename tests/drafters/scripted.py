@@ -16,6 +16,7 @@ from slow_heads import (
     SlowMixture,
     SlowMtp,
     SlowMtpModules,
+    SlowPeagle,
 )
 from slow_trees import drafted_nodes, expected_nodes, penalised
 from tiny_heads import tiny_head
@@ -28,6 +29,7 @@ from specdec.drafters.eagle3 import Eagle3Drafter
 from specdec.drafters.medusa import MedusaDrafter
 from specdec.drafters.mixture_of_attentions import MixtureDrafter
 from specdec.drafters.mtp import MtpDrafter
+from specdec.drafters.peagle import PeagleDrafter
 from specdec.sampling.sampler import Sampler, SamplingConfig
 from specdec.verify import Draft, Verdict
 
@@ -35,7 +37,8 @@ from specdec.verify import Draft, Verdict
 VOCAB, TAPS = 17, [1, 2, 3]
 DRAFTERS = {
     **{"eagle": EagleDrafter, "eagle3": Eagle3Drafter, "medusa": MedusaDrafter},
-    **{"mixture_of_attentions": MixtureDrafter, "mtp": MtpDrafter, "dflash": DFlashDrafter},
+    **{"mixture_of_attentions": MixtureDrafter, "mtp": MtpDrafter},
+    **{"dflash": DFlashDrafter, "peagle": PeagleDrafter},
 }
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [8], [7, 7, 7], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8, 4, 5]]
 
@@ -49,7 +52,7 @@ def lively_head(kind, target, seed=0, draft_tokens=None, **options):
 
     `draft_tokens` are the target ids of a reduced draft vocabulary.
     """
-    if kind in ("eagle3", "dflash"):
+    if kind in ("eagle3", "dflash", "peagle"):
         options = {"taps": TAPS, **options}
     if draft_tokens is not None:
         options["draft_vocab_size"] = len(draft_tokens)
@@ -110,7 +113,8 @@ def slow_head(kind, head, target, rope=None, **flags):
         return {"eagle": SlowEagle, "mtp": mtp}[kind](head, target.model, rope)
     if kind == "mixture_of_attentions":
         return SlowMixture(head, target.model, rope, **flags)
-    return SlowEagle3(head, target.model, TAPS, rope, **flags)
+    slow_class = SlowPeagle if kind == "peagle" else SlowEagle3
+    return slow_class(head, target.model, TAPS, rope, **flags)
 
 
 @dataclass
@@ -223,7 +227,7 @@ def _filled(rows, width):
 
 def decoded(head, target, shape, num_steps=4, prompts=PROMPTS, budget=None, window=None, **options):
     """Some steps of decoding with a head; `budget` is called with the step's number."""
-    drafter_class = next(each for each in DRAFTERS.values() if isinstance(head, each.head_class))
+    drafter_class = next(each for each in DRAFTERS.values() if type(head) is each.head_class)
     more = (window,) if window else ()
     drafter = drafter_class(head, target.vocab_size, shape, *more)
     decoding = ScriptedDecoding(target, drafter, prompts, **options)

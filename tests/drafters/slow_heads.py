@@ -292,6 +292,8 @@ class SlowEagle3:
         self._tensors = tensors = _doubled(head)
         rope = rope or target_model.config.rope_parameters
         self._layer = SlowLayer(tensors, "midlayer", head.config, rope)
+        names = {".".join(name.split(".")[:2]) for name in tensors if name.startswith("layers.")}
+        self._further = [SlowLayer(tensors, name, head.config, rope) for name in sorted(names)]
         self._taps, self._norms = taps, norms
         shared = target_model.get_input_embeddings().weight.detach().double()
         self._embedding = tensors.get("embed_tokens.weight", shared)
@@ -304,7 +306,9 @@ class SlowEagle3:
         return rms_norm(states, self._tensors[f"{name}.weight"], self._layer.eps)
 
     def fuse(self, hidden):
-        taps = [hidden[tap].double() for tap in self._taps]
+        return self.joined([hidden[tap].double() for tap in self._taps])
+
+    def joined(self, taps):
         if self._norms.get("fc_norm"):
             taps = [self._norm(f"fc_norm.{place}", tap) for place, tap in enumerate(taps)]
         joined = torch.cat(taps, -1)
@@ -319,13 +323,32 @@ class SlowEagle3:
         pairs = torch.cat([layer.norm("input_layernorm", self._embedding[tokens]), normed], -1)
         residual = normed if self._norms.get("norm_before_residual") else features
         states = residual + layer.attention(pairs, positions, sees)
-        return states + layer.mlp(layer.norm("post_attention_layernorm", states))
+        states = states + layer.mlp(layer.norm("post_attention_layernorm", states))
+        for further in self._further:
+            normed = further.norm("input_layernorm", states)
+            states = states + further.attention(normed, positions, sees)
+            states = states + further.mlp(further.norm("post_attention_layernorm", states))
+        return states
 
     def logits(self, output):
         return self._norm("norm", output) @ self._tensors["lm_head.weight"].T
 
     def carry(self, output):
         return self._norm("norm", output) if self._norms.get("norm_output") else output
+
+
+class SlowPeagle(SlowEagle3):
+    """P-EAGLE: behind the root every pair is the mask token and the learned state."""
+
+    def __init__(self, head, target_model, taps, rope=None, **norms):
+        super().__init__(head, target_model, taps, rope, **norms)
+        self._mask = head.options.mask_token_id
+
+    def shown(self, path):
+        return [self._mask] * len(path)
+
+    def carry(self, output):
+        return self.joined(self._tensors["mask_hidden"][0, 0].chunk(len(self._taps)))
 
 
 class Continuation:
@@ -340,7 +363,7 @@ class Continuation:
     def output(self, path=()):
         """The output [F] behind the root (empty path) or behind a path of drafted tokens."""
         if path not in self._outputs:
-            tokens = [*self._tokens, *path]
+            tokens = [*self._tokens, *getattr(self._head, "shown", tuple)(path)]
             drafted = [self._head.carry(self.output(path[:end])) for end in range(len(path))]
             features = torch.cat([self._features, *[row[None] for row in drafted]])
             outputs = self._head.run(tokens, features, range(len(tokens)), lambda i, j: j <= i)
@@ -358,6 +381,8 @@ class MedusaGuesses:
 
     def __init__(self, heads, target_model, feature):
         self._tensors = _doubled(heads)
+        ids = heads.state_dict().get("draft_ids")
+        self._ids = None if ids is None else ids.tolist()
         self._projection = target_model.get_output_embeddings().weight.detach().double()
         self._feature = feature.double()
 
@@ -371,7 +396,8 @@ class MedusaGuesses:
             block += 1
         assert block
         projection = tensors.get(f"vocab_heads.{head}.weight", self._projection)
-        return dict(enumerate((projection @ states).tolist()))
+        values = (projection @ states).tolist()
+        return dict(zip(self._ids or range(len(values)), values, strict=True))
 
 
 class BlockGuesses:

@@ -129,8 +129,7 @@ def test_confidence_never_sees_the_token_that_it_judges():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"depth": 9}, "draft has 9 levels but the head drafts 5 at once"),
-        ({"choices": [[0] * n for n in range(1, 7)]}, "draft has 6 levels but the head drafts 5"),
+        ({"choices": [[0] * n for n in range(1, 7)]}, "tree has 6 levels but the head drafts 5"),
         ({"confidence_threshold": 0.5}, "needs a confidence head, and the head has none"),
         ({"confidence_threshold": 1.5}, r"must be in \[0, 1\)"),
     ],

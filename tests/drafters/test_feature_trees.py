@@ -35,11 +35,12 @@ from specdec.targets.hf import HFTarget
 CHOICES = [[0], [1], [4], [0, 0], [0, 2], [1, 0], [4, 1], [0, 0, 0], [0, 2, 1], [0, 2, 1, 0]]
 DYNAMIC, STATIC = TreeShape(depth=4, width=5, max_nodes=18), TreeShape(choices=CHOICES)
 SHAPES = {"dynamic": DYNAMIC, "static": STATIC, "chain": TreeShape(depth=3, width=1)}
-KINDS = ["eagle", "eagle3", "mixture_of_attentions", "mtp", "dflash"]
+KINDS = ["eagle", "eagle3", "mixture_of_attentions", "mtp", "peagle", "dflash"]
 # A vocabulary of its own whose ids are not the target's.
 DRAFT_TOKENS = [0, 1, 2, 4, 5, 7, 8, 11, 12, 16]
 NARROW = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "head_dim": 8}
 NORMS = {"norm_before_residual": True, "norm_before_fc": True}
+FC = {"fc_norm": True}
 POST_NORM = {"fc_norm": True, "norm_output": True}
 SIZES = {
     "backbone": {"num_key_value_heads": 4, "head_dim": 6, "qk_norm": True},
@@ -50,6 +51,7 @@ SIZES = {
 HEADS = [
     ("medusa", "medusa", {}, {}),
     ("medusa, two blocks, shared", "medusa", {"num_layers": 2, "own_vocab_head": False}, {}),
+    ("medusa, draft vocabulary", "medusa", {"draft_tokens": DRAFT_TOKENS}, {}),
     ("eagle", "eagle", {}, {}),
     ("eagle, biased attention", "eagle", {"bias": False, "qkv_bias": True}, {}),
     ("eagle3", "eagle3", {}, {}),
@@ -73,8 +75,13 @@ HEADS = [
         {"target_layers": 2},
     ),
     ("mixture_of_attentions, sizes", "mixture_of_attentions", SIZES, {}),
+    ("peagle", "peagle", {}, {}),
+    ("peagle, norms", "peagle", {**NORMS, "num_layers": 2, "mask_token_id": 3}, NORMS),
+    ("peagle, draft vocabulary", "peagle", {"draft_tokens": DRAFT_TOKENS}, {}),
+    ("peagle, the target's embedding", "peagle", {"own_embedding": False, "fc_norm": True}, FC),
     ("eagle3, draft vocabulary", "eagle3", {"draft_tokens": DRAFT_TOKENS}, {}),
     ("eagle3, norms", "eagle3", NORMS, NORMS),
+    ("eagle3, three layers", "eagle3", {"num_layers": 3}, {}),
     ("eagle3, normed output", "eagle3", {"norm_output": True}, {"norm_output": True}),
     ("eagle3.1", "eagle3", POST_NORM, POST_NORM),
     ("eagle3.1, normed queries", "eagle3", {**POST_NORM, "backbone": {"qk_norm": True}}, POST_NORM),
@@ -122,7 +129,8 @@ def test_small_budgets_keep_first_or_best_nodes(kind, shape):
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_chosen_children_feel_penalties_but_no_temperature(kind, shape, temperature):
     target = small_target()
-    head = lively_head(kind, target, **({"draft_tokens": DRAFT_TOKENS} if kind == "eagle3" else {}))
+    reduced = {"draft_tokens": DRAFT_TOKENS} if kind in ("eagle3", "medusa", "peagle") else {}
+    head = lively_head(kind, target, **reduced)
     sampling = [SamplingConfig(temperature=temperature, repetition_penalty=1.8)]
     check_published(decoded(head, target, shape, 5, sampling=sampling), penalty=1.8)
 
@@ -164,7 +172,7 @@ def test_comparison_notices_shifted_features(monkeypatch):
 def test_exact_ties_keep_trees_connected(kind, shape, sharpness):
     target = small_target()
     head = lively_head(kind, target)
-    projection = head.lm_head if kind == "eagle3" else target.model.lm_head
+    projection = head.lm_head if kind in ("eagle3", "peagle") else target.model.lm_head
     with torch.no_grad():
         projection.weight.mul_(sharpness)  # all tokens equally likely, or one of them certain
     size = len(CHOICES) if shape is STATIC else shape.max_nodes
@@ -209,17 +217,18 @@ def test_confidence_is_product_along_path(kind, shape, dtype):
                 assert confidence == pytest.approx(said, rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["eagle3", "medusa", "peagle"])
 @pytest.mark.parametrize("children", ["top", "without_replacement", "with_replacement"])
-def test_wide_tree_holds_whole_draft_vocabulary(children):
+def test_wide_tree_holds_whole_draft_vocabulary(children, kind):
     shape = TreeShape(depth=2, width=50, max_nodes=40, children=children)
     target = small_target()
-    head = lively_head("eagle3", target, draft_tokens=DRAFT_TOKENS)
+    head = lively_head(kind, target, draft_tokens=DRAFT_TOKENS)
     decoding = decoded(head, target, shape, 1)
     for row in range(len(PROMPTS)):
         paths = [path for path, _ in drafted_nodes(decoding.steps[0].draft, row)]
         assert {path[0] for path in paths} <= set(DRAFT_TOKENS)
         assert len(paths) == decoding.drafter.max_nodes == 40
-    if children == "top":
+    if children == "top" and kind != "medusa":  # a dynamic tree
         check_published(decoding)
 
 
@@ -233,6 +242,19 @@ def test_tree_keeps_budget_and_depth(kind, children, width, num_nodes):
         draft = decoded(lively_head(kind, target), target, shape, 1).steps[0].draft
         assert draft.lengths.tolist() == [expected] * len(PROMPTS)
         assert max(len(path) for path, _ in drafted_nodes(draft, 0)) <= depth
+
+
+@pytest.mark.parametrize(("kind", "options"), [("medusa", {}), ("peagle", {"num_depths": 4})])
+def test_tree_deeper_than_its_head_is_refused_or_cut(kind, options):
+    target = small_target()
+    head = lively_head(kind, target, **options)
+    with pytest.raises(ValueError, match="the tree has 5 levels but the head drafts 4; choose a"):
+        DRAFTERS[kind](head, target.vocab_size, TreeShape(choices=[[0] * n for n in range(1, 6)]))
+    if kind == "peagle":
+        for width in (1, 3):
+            deep = TreeShape(depth=6, width=width)
+            draft = decoded(head, target, deep, 1).steps[0].draft
+            assert max(len(path) for path, _ in drafted_nodes(draft, 0)) == 4
 
 
 def test_medusa_tree_is_best_for_acceptance(tmp_path):
@@ -327,8 +349,8 @@ def test_unknown_backbone_field_is_refused(field):
 def test_last_tap_is_what_projection_reads(kind):
     target = small_target()
     head = lively_head(kind, target)
-    taps = {"eagle3": [1, 2, 3], "dflash": [1, 2, 3], "mixture_of_attentions": [-1, 3]}
-    assert list(head.taps) == taps.get(kind, [3])
+    taps = {key: [1, 2, 3] for key in ("eagle3", "peagle", "dflash")}
+    assert list(head.taps) == (taps | {"mixture_of_attentions": [-1, 3]}).get(kind, [3])
     output = target.prefill([[3, 1, 4, 1, 5]], head.taps)
     with torch.no_grad():
         said = target.model.lm_head(output.hidden[3][:, -1:])

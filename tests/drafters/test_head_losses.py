@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scripted import TAPS, VOCAB, lively_head, slow_head, small_target
-from slow_heads import Continuation, MedusaGuesses, SlowEagle, SlowEagle3
+from slow_heads import Continuation, MedusaGuesses, SlowEagle, SlowEagle3, SlowPeagle
 
 from specdec.drafters.training import OBJECTIVES, TrainingBatch, losses
 
@@ -73,18 +73,27 @@ def mean(values):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("decay", [0.8, 0.5])
-@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "own_vocab_head": False}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_layers": 2, "own_vocab_head": False}, {"draft_tokens": DRAFT_TOKENS}],
+    ids=["plain", "shared", "reduced"],
+)
 def test_medusa_loss_is_decayed_sum(options, decay, objective):
     target = small_target()
-    head, batch = lively_head("medusa", target, num_heads=4, **options), some_batch()
+    head, batch = lively_head("medusa", target, num_heads=4, **options), some_batch(10)
+    ids = options.get("draft_tokens", range(VOCAB))
     output, total = head.loss(batch, decay=decay, objective=objective), 0.0
     for k in range(4):
         values = []
         for row, i in counted(batch, k + 2):
             said = MedusaGuesses(head, target.model, batch.hidden[TOP][row, i]).logits((0,) * k)
-            goal = softmax(batch.target_logits[row, i + k + 1].numpy())
+            goal = batch.target_logits[row, i + k + 1].numpy()
             token = int(batch.tokens[row, i + k + 2])
-            values.append(written_out(objective, softmax([*said.values()]), goal, token))
+            if (token if objective == "cross_entropy" else goal.argmax()) not in ids:
+                continue
+            place = ids.index(token) if token in ids else 0
+            guess = softmax([said[each] for each in ids])
+            values.append(written_out(objective, guess, softmax(goal[[*ids]]), place))
         part = mean(values)
         assert float(output.parts[f"{objective}_{k + 1}"]) == pytest.approx(part, rel=1e-4)
         assert part > 0
@@ -204,6 +213,36 @@ def test_eagle3_loss_is_that_of_drafted_chains(draft_tokens, num_steps, objectiv
     assert (num_left_out > 0) == (draft_tokens is not None)
 
 
+@pytest.mark.parametrize("draft_tokens", [None, DRAFT_TOKENS], ids=["whole", "reduced"])
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+def test_peagle_learns_deep_levels_at_some_places(draft_tokens, keep):
+    target = small_target()
+    head = lively_head("peagle", target, draft_tokens=draft_tokens, num_depths=4)
+    batch, slow = some_batch(10), SlowPeagle(head, target.model, TAPS)
+    ids, total = draft_tokens or list(range(VOCAB)), 0.0
+    torch.manual_seed(3)
+    order = torch.randperm(LENGTH).tolist()
+    torch.manual_seed(3)
+    output = head.loss(batch, decay=0.7, keep=keep)
+    for depth in range(4):
+        kept, part = order[: math.ceil(max(keep**depth, 0.2) * LENGTH)], []
+        for row, i in counted(batch, 2 + depth):
+            goal = batch.target_logits[row, i + 1 + depth].numpy()
+            if i not in kept or goal.argmax() not in ids:
+                continue
+            text = batch.tokens[row].tolist()
+            features = slow.fuse({tap: batch.hidden[tap][row] for tap in TAPS})
+            logits = Continuation(slow, text[: i + 2], features[: i + 1]).logits((0,) * depth)
+            guess = softmax([logits[each] for each in ids])
+            part.append(written_out("soft_cross_entropy", guess, softmax(goal[ids]), 0))
+        named = float(output.parts[f"soft_cross_entropy_{depth + 1}"])
+        assert named == pytest.approx(mean(part), rel=1e-4)
+        total += 0.7**depth * mean(part)
+    assert output.loss.item() == pytest.approx(total, rel=1e-4)
+    with pytest.raises(ValueError, match=r"loss\.keep is 2 but must be a share"):
+        head.loss(batch, keep=2)
+
+
 @pytest.mark.parametrize("size", [1, 3, 20])
 @pytest.mark.parametrize("staircase", [0.0, 1.0])
 @pytest.mark.parametrize("options", [{}, {"target_layers": 1}])
@@ -265,6 +304,7 @@ EVEN = {"min_segment": 3, "max_segment": 3, "staircase": 0.0}
 LOSSES = {
     **{"medusa": {}, "eagle": {"noise": 0.0}, "eagle3": {"num_steps": 3}},
     **{"mixture_of_attentions": EVEN, "mtp": {}, "dflash": {"num_blocks": 99}},
+    "peagle": {"keep": 1.0},
 }
 
 

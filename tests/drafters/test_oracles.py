@@ -17,6 +17,7 @@ from specdec.drafters.eagle3 import Eagle3Drafter
 from specdec.drafters.heads import build_head, load_head
 from specdec.drafters.mixture_of_attentions import MixtureDrafter
 from specdec.drafters.mtp import MtpDrafter
+from specdec.drafters.peagle import PeagleDrafter
 from specdec.drafters.tree_growth import TreeShape
 from specdec.engine.interfaces import KEYS_VALUES, TargetOutput
 from specdec.sampling.sampler import Sampler
@@ -262,3 +263,23 @@ def test_mixture_of_attentions_drafts_as_published(name):
                 verdict = match(chosen(draft, wanted), draft)
                 target.commit(verdict, [len(wanted) - 1])
                 drafter.observe(verdict, [wanted], output.hidden)
+
+
+def test_peagle_head_is_that_of_speculators():
+    folder = ORACLES / "peagle" / "plain"
+    known = json.loads((folder / "cases.json").read_text())
+    recorded = load_file(folder / "recorded.safetensors")
+    target = load_target(str(ORACLES / known["target"]))
+    head, _ = load_head(PeagleDrafter, target, str(folder), force=True)
+    assert (list(head.taps), head.max_depth) == (known["taps"], known["depths"])
+    for case in known["cases"]:
+        text = torch.tensor([case["tokens"]])
+        with torch.no_grad():
+            states = target.model(input_ids=text, output_hidden_states=True).hidden_states
+            features = head.fuse({tap: states[tap] for tap in head.taps})
+            steps = [head.logits(each) for each in head.rollout(text, features, known["depths"])]
+        for anchor in case["anchors"]:
+            found = torch.stack([logits[0, anchor["index"]] for logits in steps])
+            expected = recorded[f"{case['name']}.anchor{anchor['index']}.logits"]
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+            assert head.token_map[found.argmax(-1)].tolist() == anchor["draft"]

@@ -159,5 +159,5 @@ def test_chain_longer_than_the_modules_is_refused(tmp_path):
     _, place = ship(tmp_path, "deepseek-mtp", {"num_modules": 2})
     target = load_target(str(place))
     assert load_drafter({"type": "mtp", "depth": 5}, target).draft_shape.depth == 2
-    with pytest.raises(ValueError, match="3 levels but there are 2 MTP modules"):
+    with pytest.raises(ValueError, match="the tree has 3 levels but the head drafts 2"):
         load_drafter({"type": "mtp", "choices": [[0], [0, 0], [0, 0, 0]]}, target)

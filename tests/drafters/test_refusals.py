@@ -109,8 +109,8 @@ def test_ranks_are_those_of_the_draft_vocabulary():
         ({"max_nodes": 0}, "num_nodes is 0 but must be at least 1"),
         ({"acceptance": []}, "acceptance is empty"),
         ({"choices": []}, r"choices is \[\]"),
-        ({"choices": DEEP}, "the tree has 3 levels but there are 2 heads"),
-        ({"acceptance": [[0.9]] * 3, "max_nodes": 3}, "has 3 levels but there are 2 heads"),
+        ({"choices": DEEP}, "the tree has 3 levels but the head drafts 2"),
+        ({"acceptance": [[0.9]] * 3, "max_nodes": 3}, "has 3 levels but the head drafts 2"),
         ({"width": 0}, "width is 0 but must be at least 1"),
         ({"width": 4, "choices": DEEP[:1]}, "width is 4, for a dynamic tree, but choices or acc"),
     ],
@@ -121,5 +121,5 @@ def test_medusa_refuses_tree_without_nodes_or_heads(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         MedusaDrafter.load(target, path, **options)
     assert MedusaDrafter.load(target, path, choices=DEEP[:2]).max_nodes == 2
-    with pytest.raises(ValueError, match="the tree has 3 levels but there are 2 heads"):
+    with pytest.raises(ValueError, match="the tree has 3 levels but the head drafts 2"):
         MedusaDrafter(lively_head("medusa", target, num_heads=2), VOCAB, TreeShape(depth=3))

@@ -35,6 +35,7 @@ OPTIONS = {
     "mixture_of_attentions": FEATURE_TREES,
     "mtp": [*FEATURE_TREES, *({**each, "num_modules": 3} for each in FEATURE_TREES)],
     "dflash": FEATURE_TREES,
+    "peagle": FEATURE_TREES,
     "hybrid": [
         {
             "drafters": [
@@ -61,7 +62,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return with_heads(tmp_path_factory.mktemp("drafts"), tiny_target())
+    return with_heads(tmp_path_factory.mktemp("drafts"), tiny_target(), num_layers=2)
 
 
 def caches(drafter):

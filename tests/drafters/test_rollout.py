@@ -16,6 +16,7 @@ NORMED = {"norm_output": True, "norm_before_residual": True}
 MIXED = "mixture_of_attentions"
 HEADS = {
     **{"eagle": ("eagle", {}), "eagle3": ("eagle3", {}), "eagle3, normed": ("eagle3", NORMED)},
+    **{"eagle3, deep": ("eagle3", {"num_layers": 2}), "peagle": ("peagle", {})},
     **{"mtp": ("mtp", {}), MIXED: (MIXED, {})},
     "mtp modules": ("mtp", {"num_modules": NUM_STEPS}),
     f"{MIXED}, own tokens": (MIXED, {"cross_attention": False}),
@@ -55,9 +56,13 @@ def test_rollout_equals_drafted_chain_behind_every_place(kind, options):
     heard = []
 
     def say_what_the_text_says(states):
-        said = [text[place + 2 + len(heard)] for text in longer for place in places(0)]
-        heard.append(states[:, 0].view(len(TEXTS), LENGTH - 1, -1))
-        return torch.nn.functional.one_hot(torch.tensor(said), VOCAB)[:, None].float()
+        all_said = []
+        for column in states.unbind(1):
+            all_said.append(
+                [text[place + 2 + len(heard)] for text in longer for place in places(0)]
+            )
+            heard.append(column.view(len(TEXTS), LENGTH - 1, -1))
+        return torch.nn.functional.one_hot(torch.tensor(all_said).T, VOCAB).float()
 
     head.logits = say_what_the_text_says
     drafter = DRAFTERS[kind](head, VOCAB, TreeShape(depth=NUM_STEPS, width=1))

@@ -18,6 +18,7 @@ MIXED = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size"
 HEADS = {
     "medusa": ("medusa", {"num_heads": 3, "num_layers": 2}),
     "medusa-shared": ("medusa", {"num_heads": 2, "own_vocab_head": False}),
+    "medusa-reduced": ("medusa", {"num_heads": 2, "draft_vocab_size": 40}),
     "eagle": ("eagle", {"bias": False, "qkv_bias": True, "backbone": {"rope_parameters": ROPE}}),
     "eagle-biased": ("eagle", {}),
     "eagle3": ("eagle3", {"draft_vocab_size": 40, "taps": [1, 4, 6]}),
@@ -26,6 +27,8 @@ HEADS = {
     "eagle3-narrow": ("eagle3", {"backbone": NARROW, "own_embedding": True}),
     "eagle3.1": ("eagle3", {"fc_norm": True, "norm_output": True, "draft_vocab_size": 40}),
     "eagle3.1-qwen3": ("eagle3", {"fc_norm": True, "backbone": {"qk_norm": True}}),
+    "eagle3-deep": ("eagle3", {"num_layers": 3, "draft_vocab_size": 40}),
+    "peagle": ("peagle", {"num_depths": 5, "mask_token_id": 7, "draft_vocab_size": 40}),
     "mtp": ("mtp", {"backbone": {"qk_norm": True}}),
     "dflash": ("dflash", {"taps": [1, 4, 6], "block_size": 5, "mask_token_id": 7}),
     "dflash-causal": ("dflash", {"causal": True}),
@@ -39,6 +42,7 @@ HEADS = {
 LAYOUTS_OF = {
     "medusa": ("specdec", "medusa", "vllm-medusa"),
     "medusa-shared": ("specdec", "medusa"),
+    "medusa-reduced": ("specdec", "vllm-medusa"),
     "eagle": ("specdec", "eagle", "sglang-eagle"),
     "eagle-biased": ("specdec", "eagle", "sglang-eagle"),
     "eagle3": ("specdec", "eagle3", "speculators"),
@@ -54,6 +58,8 @@ LAYOUTS_OF = {
     "dspark": ("specdec", "speculators-dflash"),
     "dspark-whole": ("specdec", "deepspec"),
     **dict.fromkeys(("mixture", "mixture-own", "mixture-mean"), ("specdec",)),
+    "eagle3-deep": ("specdec", "speculators"),
+    "peagle": ("specdec", "speculators-peagle"),
 }
 PAIRS = [(name, layout) for name, layouts in LAYOUTS_OF.items() for layout in layouts]
 

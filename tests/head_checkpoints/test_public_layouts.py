@@ -37,6 +37,8 @@ SPECULATORS = json.loads(
 )
 SPECULATORS[NESTED] = {**LLAMA, "head_dim": HEAD_DIM, "rope_theta": THETA}
 WINDOW = {**LLAMA, "sliding_window": 2048, "layer_types": ["sliding_attention"]}
+MIXED = {**WINDOW, "num_hidden_layers": 2}
+MIXED["layer_types"] = ["sliding_attention", "full_attention"]
 MEDUSA_3 = json.loads(
     """{"base_model_name_or_path": "org/tiny", "medusa_num_heads": 3, "medusa_num_layers": 1,
     "medusa_choices": [[0], [0, 0], [1]], "transformers_version": "4.31.0"}"""
@@ -136,10 +138,12 @@ def medusa_tensors(num_heads, has_projections=True):
     return weights(shapes)
 
 
-def vllm_tensors(prefix="", has_biases=True, projections=("lm_heads.0", "lm_heads.1")):
+def vllm_tensors(
+    prefix="", has_biases=True, projections=("lm_heads.0", "lm_heads.1"), num_tokens=V
+):
     blocks = {f"{prefix}blocks.{head}.layers.0.weight": (H, H) for head in range(2)}
     biases = {f"{prefix}blocks.{head}.layers.0.bias": (H,) for head in range(2)}
-    own = {f"{prefix}{name}.weight": (V, H) for name in projections}
+    own = {f"{prefix}{name}.weight": (num_tokens, H) for name in projections}
     return weights({**blocks, **(biases if has_biases else {}), **own})
 
 
@@ -215,6 +219,10 @@ EMBEDDING, INPUT_NORM = {"embed_tokens.weight": (V, H)}, {"input_norm.weight": (
 TAP_NORMS = {f"fc_norm.{place}.weight": (H,) for place in range(3)}
 QK_NORMS = {f"layers.0.self_attn.{name}_norm.weight": (HEAD_DIM,) for name in "qk"}
 NAMES = {"midlayer.mlp.up_proj.weight": "layers.0.mlp.up_proj.weight"}
+FLAT = eagle3_tensors("layers.0")
+DEEP = eagle3_tensors(
+    "layers.0", **layer("layers.1", H), **{"layers.1.input_layernorm.weight": (H,)}
+)
 NO_FLAGS = {"norm_before_residual": False, "norm_output": False, "own_embedding": False}
 NORMS = {"norm_before_fc": True, "norm_output": True, "norm_before_residual": False}
 SGLANG_FLAGS = {"norm_before_fc": True, "use_aux_hidden_state": True}
@@ -288,6 +296,13 @@ CASES = {
         head=lambda head: hasattr(head.midlayer.self_attn, "q_norm"),
         fc_norm=True,
     ),
+    "speculators, two layers": Case(
+        {**SPECULATORS, NESTED: {**LLAMA, "num_hidden_layers": 2}},
+        DEEP,
+        {"layers.1.mlp.up_proj.weight": "layers.1.mlp.up_proj.weight", **NAMES},
+        head=lambda head: head.num_layers == 2,
+        num_layers=2,
+    ),
     "speculators, window": Case(
         {**SPECULATORS, NESTED: WINDOW},
         eagle3_tensors("layers.0"),
@@ -351,6 +366,14 @@ CASES = {
         *(BIASED, vllm_tensors("medusa_heads.")),
         {ours: f"medusa_heads.{theirs}" for ours, theirs in VLLM_NAMES.items()},
         layout="vllm-medusa",
+    ),
+    "vllm-medusa, reduced vocabulary": Case(
+        {**BIASED, "truncated_vocab_size": 9},
+        vllm_tensors(num_tokens=9) | {"token_map": torch.tensor([7, 3, 60, 0, 1, 2, 4, 5, 9])},
+        {**VLLM_NAMES, "draft_ids": "token_map"},
+        head=lambda head: head.token_map.tolist() == [7, 3, 60, 0, 1, 2, 4, 5, 9],
+        target=(None, H, V),
+        draft_vocab_size=9,
     ),
     "vllm-medusa, names of FasterDecoding": Case(
         BIASED, medusa_tensors(2), {"vocab_heads.1.weight": "1.1.weight"}
@@ -424,10 +447,23 @@ REFUSED = [
     (DEEP_SPEC, {"markov_head_type": "rnn"}, "markov_head_type is 'rnn'"),
     (SPECULATORS, {"norm_before_residual": ...}, "for true and speculators for false"),
     (SPECULATORS, {NESTED: ...}, f"{NESTED} is missing"),
+    (SPECULATORS, {NESTED: MIXED}, "a window bounds all layers of a head, or none"),
+    (
+        SPECULATORS,
+        {NESTED: {**LLAMA, "num_hidden_layers": 2}},
+        r"lacks the tensor layers\.1\.",
+        FLAT,
+    ),
+    (SPECULATORS, {NESTED: LLAMA}, "of speculators, whose config counts them", DEEP),
     (SPECULATORS, {NESTED: {**LLAMA, "mlp_bias": True}}, f"{NESTED}.mlp_bias is True"),
     (MEDUSA_3, {}, r"medusa_num_heads 3 but .* holds 5", medusa_tensors(5), MEDUSA[1]),
     (VLLM, {}, r"blocks\.0\.layers\.0\.bias.*medusa_fc_bias to true", vllm_tensors()),
-    (VLLM, {"truncated_vocab_size": 9}, "truncated_vocab_size 9", vllm_tensors()),
+    (BIASED, {"truncated_vocab_size": 9}, "lacks the tensor token_map", vllm_tensors()),
+    (
+        *(BIASED, {"truncated_vocab_size": 9, "original_lm_head": True}),
+        *("draft_vocab_size is for projections of their own", vllm_tensors()),
+    ),
+    (BIASED, {"truncated_vocab_size": 99}, "draft_vocab_size is 99 but the target has 61 tokens"),
 ]
 
 

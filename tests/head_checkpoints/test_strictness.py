@@ -1,14 +1,16 @@
 """Nothing missing, nothing left over, nothing of a wrong shape: the error names the tensor."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
-from random_heads import HEADS, PAIRS, random_head
+from random_heads import HEADS, PAIRS, random_head, same_tensors
 from safetensors.torch import load_file, save_file
 
 from specdec.checkpoints import LAYOUTS, read_head, write_head
+from specdec.checkpoints.folder import size_on_disk
 
 WEIGHTS = {"medusa": "medusa_lm_head.safetensors"}
 # Beside the layers that a target ships lie the target's own tensors.
@@ -30,7 +32,7 @@ def refusal(folder, path, tensors):
 
 
 def test_tables_cover_all_kinds_and_layouts():
-    kinds = {"medusa", "eagle", "eagle3", "mixture_of_attentions", "mtp", "dflash"}
+    kinds = {"medusa", "eagle", "eagle3", "mixture_of_attentions", "mtp", "peagle", "dflash"}
     assert {kind for kind, _ in HEADS.values()} == kinds
     assert {layout for _, layout in PAIRS} == set(LAYOUTS)
 
@@ -103,6 +105,77 @@ def test_tensors_that_may_be_missing(tmp_path, layout):
 def test_foreign_tensor_says_whose_it_is(tmp_path, extra, reason):
     folder, path, tensors = written(tmp_path, "eagle3", "eagle3")
     assert reason in refusal(folder, path, {**tensors, extra: torch.ones(2)})
+
+
+def in_shards(folder):
+    """Split a head's file in two; returns the index."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    path.unlink()
+    names = [f"model-{number:05}-of-00002.safetensors" for number in (1, 2)]
+    placed = {name: names[number % 2] for number, name in enumerate(sorted(tensors))}
+    for shard in names:
+        own = {name: tensors[name] for name, at in placed.items() if at == shard}
+        save_file(own, folder / shard, {"format": "pt"})
+    index = {"metadata": {"total_size": 1}, "weight_map": placed}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return index
+
+
+def test_head_in_shards_is_read_whole(tmp_path):
+    folder, _, _ = written(tmp_path, "eagle3", "speculators")
+    whole, size = read_head(folder), size_on_disk(folder)
+    in_shards(folder)
+    found = read_head(folder)
+    assert same_tensors(found.tensors, whole.tensors)
+    assert found.options == whole.options
+    assert size_on_disk(folder) > size  # both shards and the index
+    with pytest.raises(ValueError, match=r"holds model\.safetensors\.index\.json of another"):
+        write_head(random_head("eagle3"), folder, "speculators")
+
+
+def without_a_shard(folder, index):
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def with_another_shard(folder, index):
+    save_file({"extra": torch.ones(1)}, folder / "model-00003-of-00003.safetensors")
+
+
+def with_a_tensor_elsewhere(folder, index):
+    index["weight_map"]["d2t"] = "model-00002-of-00002.safetensors"
+
+
+def with_a_shard_outside(folder, index):
+    index["weight_map"]["d2t"] = "../model.safetensors"
+
+
+def with_a_tensor_left_out(folder, index):
+    del index["weight_map"]["d2t"]
+
+
+def with_no_map(folder, index):
+    del index["weight_map"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (without_a_shard, r"model-00002-of-00002\.safetensors' is missing"),
+        (with_another_shard, r"model-00003-of-00003\.safetensors' is not one of the shards"),
+        (with_a_shard_outside, r"\.\./model\.safetensors' is missing"),
+        (with_a_tensor_elsewhere, r"model-00001.* holds the tensor d2t, against"),
+        (with_a_tensor_left_out, "holds the tensor d2t, against"),
+        (with_no_map, r"index\.json'? .*weight_map is missing"),
+    ],
+)
+def test_shards_are_those_of_the_index(tmp_path, change, said):
+    folder, _, _ = written(tmp_path, "eagle3", "eagle3")
+    index = in_shards(folder)
+    change(folder, index)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=said):
+        read_head(folder)
 
 
 @pytest.mark.parametrize("keep", [0, 3, 100, 5000, -1])
@@ -263,6 +336,21 @@ def test_maps_that_disagree_are_named(tmp_path, layout, change, said):
     assert said in refusal(folder, path, tensors)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda ids: ids.__setitem__(-1, 61), "holds the target ids .* to 61, but there are 61"),
+        (lambda ids: ids.__setitem__(0, -1), "holds the target ids -1 to"),
+        (lambda ids: ids.__setitem__(1, int(ids[0])), "a target id twice"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["specdec", "vllm-medusa"])
+def test_map_of_medusa_that_cannot_be_is_named(tmp_path, layout, change, said):
+    folder, path, tensors = written(tmp_path, "medusa-reduced", layout)
+    change(tensors["draft_ids" if layout == "specdec" else "token_map"])
+    assert re.search(said, refusal(folder, path, tensors))
+
+
 def test_folder_without_head_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         read_head(tmp_path / "none")
@@ -337,7 +425,9 @@ def without_backbone(head):
 # Head, layout, its change, the refusal; our own layout holds what is changed here.
 HELD_BY_OURS = [
     ("eagle3-normed", "eagle3", UNCHANGED, "cannot hold norm_before_residual=true"),
+    ("eagle3-deep", "eagle3", UNCHANGED, "cannot hold num_layers=3.*speculators"),
     ("medusa-shared", "vllm-medusa", UNCHANGED, "own_vocab_head=false"),
+    ("medusa-reduced", "medusa", UNCHANGED, "cannot hold a reduced vocab.*vllm-medusa"),
     ("eagle", "eagle3", UNCHANGED, "holds heads of the kind 'eagle3', not 'eagle'"),
     ("eagle3", "medusa", UNCHANGED, "holds heads of the kind 'medusa', not 'eagle3'"),
     ("eagle3", "eagle3", with_options(taps=[4, 4, 6]), "a layer once"),

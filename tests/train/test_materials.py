@@ -23,7 +23,7 @@ KINDS = {
     "eagle3": {"drafter": {"kind": "eagle3"}, "draft_vocab_size": 40},
     "eagle": {"drafter": {"kind": "eagle"}},
     "mixture_of_attentions": {"drafter": {"kind": "mixture_of_attentions"}},
-    "medusa": {"drafter": MEDUSA, "loss": {"objective": "forward_kl"}},
+    "medusa": {"drafter": MEDUSA, "loss": {"objective": "forward_kl"}, "draft_vocab_size": 40},
     "draft_model": {},
 }
 

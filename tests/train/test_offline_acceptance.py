@@ -26,7 +26,8 @@ DEPTH = 3
 
 
 def medusa_chain(head, target, tokens, hidden, root):
-    return head(hidden[head.taps[0]][:, root - 1])[0].argmax(-1).tolist()
+    best = head(hidden[head.taps[0]][:, root - 1])[0].argmax(-1)
+    return (best if head.token_map is None else head.token_map[best]).tolist()
 
 
 def feature_chain(head, target, tokens, hidden, root):
@@ -66,6 +67,7 @@ def plain_loop(head, target, rows, chain):
     ("kind", "chain", "options"),
     [
         ("medusa", medusa_chain, {"num_heads": DEPTH}),
+        ("medusa", medusa_chain, {"num_heads": DEPTH, "draft_vocab_size": 2}),
         ("eagle", feature_chain, {}),
         ("eagle3", feature_chain, {}),
         ("eagle3", feature_chain, {"draft_vocab_size": 2}),

@@ -35,9 +35,11 @@ pytestmark = pytest.mark.slow
 
 DEPTH = 4
 TREE = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0, 0]]
+REDUCED = {"draft_vocab_size": 2}
 HEADS = [
-    *[("medusa", {}), ("eagle", {}), ("eagle3", {})],
-    *[("mixture_of_attentions", {}), ("eagle3", {"draft_vocab_size": 2})],
+    *[("medusa", {}), ("eagle", {}), ("eagle3", {}), ("peagle", {"num_depths": 5})],
+    *[("mixture_of_attentions", {}), ("dflash", {"block_size": 5, "markov": "vanilla"})],
+    *[("eagle3", REDUCED), ("medusa", REDUCED)],
 ]
 CHAIN, BRANCHES = from_choices([(0,) * n for n in range(1, DEPTH + 1)]), from_choices(TREE)
 
@@ -86,7 +88,7 @@ def both(trainee, target, folder, shape=CHAIN, break_it=lambda folder: None, **c
 @pytest.mark.parametrize("eos", [(), (1,)], ids=["length", "eos"])
 @pytest.mark.parametrize(
     ("kind", "options", "shape"),
-    [*[(*each, CHAIN) for each in HEADS], *[(*each, BRANCHES) for each in HEADS[:-1]]],
+    [*[(*each, CHAIN) for each in HEADS], *[(*each, BRANCHES) for each in HEADS[:6]]],
 )
 def test_head_accepts_exactly_what_is_predicted(tmp_path, kind, options, shape, eos):
     target = few_tokens(eos)

@@ -180,7 +180,7 @@ def test_row_whose_loss_is_not_finite_is_named(tmp_path, monkeypatch):
             "bf16 is false but the target is in torch.bfloat16",
         ),
         ({"data": {"path": "none.jsonl"}}, r"none\.jsonl' is neither a folder"),
-        ({"drafter": {"kind": "medusa"}, "draft_vocab_size": 40}, "draft_vocab_size"),
+        ({"drafter": {"kind": "eagle"}, "draft_vocab_size": 40}, "draft_vocab_size does not exist"),
         ({"report_to": "wanbd"}, "report_to is 'wanbd', which is no tracker or is not installed"),
         ({"optim": "adamm"}, "adamm"),
         pytest.param(
