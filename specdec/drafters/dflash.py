@@ -160,8 +160,8 @@ class DFlashHead(FeatureHead):
         return self.norm(states)
 
     def logits(self, outputs: Tensor) -> Tensor:
-        project = self.lm_head if self.options.own_ends else self._target_parts[1]
-        return project(outputs)
+        logits: Tensor = (self.lm_head if self.options.own_ends else self._target_parts[1])(outputs)
+        return logits
 
     def transition(self, outputs: Tensor, tokens: Tensor) -> Tensor:
         """Add to the logits [..., V] of slots with outputs [..., H], behind tokens [...]."""
@@ -177,7 +177,8 @@ class DFlashHead(FeatureHead):
         """Logits [...] of the chance that what slots with these outputs draw is accepted."""
         if self.options.confidence_with_markov:
             outputs = torch.cat([outputs, self.markov_head.markov_w1(tokens)], -1)
-        return self.confidence_head.proj(outputs).squeeze(-1)
+        said: Tensor = cast(Any, self.confidence_head).proj(outputs).squeeze(-1)
+        return said
 
     def block(self, roots: Tensor) -> Tensor:
         """Tokens [..., W] of the blocks of roots [...]."""
@@ -234,9 +235,8 @@ class DFlashHead(FeatureHead):
     def candidates(self, batch: TrainingBatch, depth: int, width: int) -> Tensor:
         outputs, found = self._everywhere(batch.tokens, self.fuse(batch.hidden)), []
         for level in range(self.max_depth or 0):
-            previous = shifted(batch.tokens, 1 + level)
-            logits = self.level_logits(outputs[:, :, level], previous)
-            found.append(logits.topk(min(width, logits.shape[-1]), -1).indices)
+            logits = self.level_logits(outputs[:, :, level], shifted(batch.tokens, 1 + level))
+            found.append(self.likeliest(logits, width))
         return torch.stack(found, 2)
 
     def guesses(self, batch: TrainingBatch, mask: Tensor) -> Tensor:

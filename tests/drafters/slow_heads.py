@@ -197,6 +197,9 @@ class SlowMtpModules(SlowMtp):
             states = super().run(tokens[module:][: len(places)], states, places, sees)
         return states
 
+    def carry(self, output):
+        return torch.full_like(output, math.nan)
+
 
 class SlowMixture:
     """Mixture of Attentions: the target's layers are mixed, then attended to from the drafter.
