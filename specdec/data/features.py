@@ -78,13 +78,14 @@ class FeaturePlan:
         dtype = str(target.model.dtype).removeprefix("torch.")
         layout = {
             **options.model_dump(include={"dtype", "top_k"}),
-            "taps": resolve_taps(options.taps, num_layers),
+            "taps": (taps := resolve_taps(options.taps, num_layers)),
             "hidden_size": target.config.hidden_size,
-            "key_value_size": num_layers * key_value_sizes(target.config)[0],
             "vocab_size": target.vocab_size,
             "num_layers": num_layers,
             "logits_dtype": dtype,
         }
+        if KEYS_VALUES in taps:  # stores without them keep the layout that they always had
+            layout["key_value_size"] = num_layers * key_value_sizes(target.config)[0]
         self.layout = validated(FeatureLayout, layout, noun="store")
         self.shards: dict[str, tuple[str, list[AnswerRow]]] = {}  # file -> split, rows
         where, identity, manifest = path.expanduser(), identify_target(target), None

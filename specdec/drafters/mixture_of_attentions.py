@@ -113,7 +113,7 @@ class MixtureHead(FeatureHead):
         given, like = self.given(options), Backbone().for_target(target_config)
         size, heads = like.hidden_size, like.num_attention_heads
         width, shared, _ = key_value_sizes(like)
-        own = {"num_key_value_heads": gcd(heads, shared // 2) or 1}
+        own = {"num_key_value_heads": gcd(heads, shared // 2 or 1)}
         own |= {"intermediate_size": 3 * size // 2}
         own |= given.backbone.model_dump(exclude_none=True)
         super().__init__({**options, "backbone": own}, target_config, *parts)

@@ -161,6 +161,18 @@ def test_drafter_is_not_compiled(tmp_path):
         load_drafter({"type": KIND, "path": path, "compile": True}, target)
 
 
+@pytest.mark.parametrize(("shared", "own"), [(1, 1), (2, 1), (4, 2)])
+def test_new_head_has_the_proportions_of_the_paper(shared, own):
+    config = LlamaConfig(**{**SMALL, "num_key_value_heads": shared})
+    options = build_head(KIND, {}, HFTarget(LlamaForCausalLM(config).eval())).options
+    for layer in (options.backbone, options.cross):
+        assert (layer.num_key_value_heads, layer.intermediate_size) == (own, 48)
+    width = 2 * shared * 8
+    layer = options.layers
+    assert (layer.hidden_size, layer.num_attention_heads) == (width, 4)
+    assert (layer.num_key_value_heads, layer.intermediate_size) == (shared, 3 * width // 2)
+
+
 def test_plain_parts_are_left_out():
     target = small_target()
     kinds = {"": {}, "mean": {"layer_self_attention": False}, "own": {"cross_attention": False}}

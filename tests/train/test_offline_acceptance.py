@@ -123,7 +123,7 @@ def test_alpha_is_the_overlap_of_distributions():
 
 SHORT = {"per_device_train_batch_size": 20, "eval_depth": 3, "learning_rate": 1e-2}
 SHORT |= {"eval_strategy": "no", "save_strategy": "no"}
-BRIEF = {"min_segment": 3, "max_segment": 6}
+SEGMENTS = {"min_segment": 3, "max_segment": 6, "staircase": 0.0}
 
 
 @pytest.mark.slow
@@ -141,7 +141,7 @@ BRIEF = {"min_segment": 3, "max_segment": 6}
             *(
                 "mixture_of_attentions",
                 {},
-                {"cross_entropy_weight": 10.0, "staircase": 0.0, **BRIEF},
+                {"cross_entropy_weight": 10.0, **SEGMENTS},
             ),
             *({"max_steps": 400}, (0.95, 0.95, 0.95)),
         ),
