@@ -101,12 +101,21 @@ measure() {
       ;;
     16-drafters)
       [ -f runs/heads/answers.jsonl ] ||
-        python scripts/train_demo.py answers --data-dir "$SPECDEC_DATA_DIR" --out runs/heads --num 1280
-      head -n 1280 runs/heads/answers.jsonl > $runs/16-answers.jsonl
-      specdec features $runs/16-answers.jsonl --target demo --out $runs/16-features \
+        python scripts/train_demo.py answers --data-dir "$SPECDEC_DATA_DIR" --out runs/heads --num 2048
+      specdec features runs/heads/answers.jsonl --target demo --out $runs/16-features \
         --taps eagle3,eagle --dtype float32 --top-k 0
+      [ -f $runs/16-heads/heads.json ] ||
+        python $here/16-drafters/heads.py $runs/16-features runs/heads/answers.jsonl --out $runs/16-heads
       [ -f $runs/16-losses/losses.json ] ||
         python $here/16-drafters/losses.py $runs/16-features --out $runs/16-losses
+      for seed in 0 1 2; do
+        for name in chains trees; do
+          sed "s/-0\/drafter/-$seed\/drafter/" $here/16-drafters/bench-$name.yaml > $runs/16-$name-$seed.yaml
+          bench 16-$name-$seed $runs/16-$name-$seed.yaml
+        done
+      done
+      bench 16-chains-spec $here/16-drafters/bench-chains.yaml prompts.source=spec_bench
+      bench 16-chains-compiled $here/16-drafters/bench-chains.yaml target.compile=true
       ;;
   esac
 }
@@ -151,7 +160,12 @@ publish() {
       cp $runs/15-engines/bake-off.json "$to/"
       for run in $runs/15-admitted/*; do cp $run/admission.json "$to/admitted/${run##*/}.json"; done
       ;;
-    16-drafters) cp $runs/16-losses/losses.json "$to/" ;;
+    16-drafters)
+      cp $runs/16-losses/losses.json $runs/16-heads/heads.json "$to/"
+      for run in $runs/16-chains-*/ $runs/16-trees-*/; do
+        cp "$run"/{sweep,results}.json "$to/$(basename "$run").json" 2>/dev/null || true
+      done
+      ;;
   esac
 }
 

@@ -6,7 +6,7 @@ The features are those of answers that `scripts/train_demo.py answers` writes. E
 below --out, and what is there is kept: a stopped experiment goes on with the same command.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -54,15 +54,9 @@ class Run(NamedTuple):
         return "-".join(map(str, self))
 
 
-def train(run: Run, out: Path, settings: Sequence[str]) -> dict[str, Any]:
+def trained_by(recipe: Path, changes: Sequence[str], folder: Path) -> dict[str, Any]:
     """Train a head, or go on with it, and take its offline acceptance; what is done is read."""
-    recipe, changes = HEADS[run.head]
-    own = [f"loss.objective={run.objective}", f"loss.weighting={run.weighting}"]
-    config = load_train_config(
-        str(ROOT / f"recipes/embedded/{recipe}.yaml"),
-        [*changes, *own, f"training.seed={run.seed}", *settings],
-    )
-    folder = out / run.name
+    config = load_train_config(str(recipe), list(changes))
     if (file := folder / TrainResults.FILE).exists():
         found = read_model(TrainResults, file)
         path: Any = {"data": {"path"}}
@@ -74,17 +68,34 @@ def train(run: Run, out: Path, settings: Sequence[str]) -> dict[str, Any]:
         assert trained is not None  # a process alone is the first
         found = trained
     alpha = found.alpha or {}
-    figures = dict(zip(FIGURES, (found.offline_tau, *alpha.values()), strict=True))
     return {
-        **run._asdict(),
-        "loss": run.loss,
-        **figures,
+        **dict(zip(FIGURES, (found.offline_tau, *alpha.values()), strict=True)),
         "acceptance": found.offline_acceptance,
-        "rows": found.rows,
-        "steps": found.steps,
-        "seconds": found.seconds,
+        **found.model_dump(include={"rows", "steps", "tokens", "seconds"}),
         "provenance": found.provenance.model_dump(mode="json", exclude={"config", "command"}),
     }
+
+
+def train(run: Run, out: Path, settings: Sequence[str]) -> tuple[Run, dict[str, Any]]:
+    recipe, changes = HEADS[run.head]
+    own = [f"loss.objective={run.objective}", f"loss.weighting={run.weighting}"]
+    changes = [*changes, *own, f"training.seed={run.seed}", *settings]
+    found = trained_by(ROOT / f"recipes/embedded/{recipe}.yaml", changes, out / run.name)
+    return run, {**run._asdict(), "loss": run.loss, **found}
+
+
+def in_processes(
+    function: Callable[..., Any], wanted: Sequence[Sequence[Any]], what: str, workers: int
+) -> Iterator[Any]:
+    """Call a function with each tuple of arguments, and yield what is done."""
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        waiting = [pool.submit(function, *each) for each in wanted]
+        console = Console(stderr=True)
+        try:
+            for done in track(as_completed(waiting), what, len(waiting), console=console):
+                yield done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def mean(values: Sequence[float]) -> dict[str, Any]:
@@ -136,19 +147,14 @@ def main(
     settings += ["training.report_to=none", "parity.num_prompts=0", "threads=1"]
 
     def trained(wanted: list[Run], what: str) -> list[dict[str, Any]]:
+        # The last seeds come last, for they are what may be cut short.
+        order = sorted(wanted, key=lambda run: run.seed)
         found = {}
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            # The last seeds come last, for they are what may be cut short.
-            order = sorted(wanted, key=lambda run: run.seed)
-            waiting = {pool.submit(train, run, out, settings): run for run in order}
-            console = Console(stderr=True)
-            try:
-                for done in track(as_completed(waiting), what, len(waiting), console=console):
-                    found[waiting[done]] = done.result()
-                    tau = found[waiting[done]]["tau"]
-                    console.print(f"{waiting[done].name}: offline tau {tau:.3f}")
-            finally:
-                pool.shutdown(cancel_futures=True)
+        for run, result in in_processes(
+            train, [(run, out, settings) for run in order], what, workers
+        ):
+            print(f"{run.name}: offline tau {result['tau']:.3f}")
+            found[run] = result
         return [found[run] for run in wanted]
 
     seeds = range(num_seeds)

@@ -1,0 +1,85 @@
+"""Train every kind of head on the same answers, for the same number of tokens.
+
+python experiments/16-drafters/heads.py STORE ANSWERS --out runs/experiments/16-heads
+
+Every run is a folder below --out, and what is there is kept: a stopped experiment goes on with the
+same command. `bench-*.yaml` decode with what it leaves.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from losses import FIGURES, in_processes, mean, trained_by
+
+from specdec.checkpoints import read_head
+from specdec.common.files import write_json
+
+HERE = Path(__file__).parent
+TAPS = "[2, 8, 13]"  # EAGLE-3's, for all heads on several
+BLOCK = ["drafter.kind=dflash", f"drafter.options.taps={TAPS}", "drafter.options.block_size=8"]
+SPARK = [*BLOCK, "drafter.options.markov=vanilla", "drafter.options.markov_rank=32"]
+MIXED = ["drafter.kind=mixture_of_attentions", "loss.cross_entropy_weight=1.0"]
+# What differs from train.yaml.
+HEADS = {
+    "eagle": ["drafter.kind=eagle", "drafter.options.bias=false"],
+    "eagle3": [f"drafter.options.taps={TAPS}", "draft_vocab_size=2048"],
+    "medusa": ["drafter.kind=medusa", "drafter.options.num_heads=7"],
+    "mtp": ["drafter.kind=mtp"],
+    "peagle": ["drafter.kind=peagle", "drafter.options.num_depths=7", "draft_vocab_size=2048"],
+    "dflash": BLOCK,
+    "dspark": [*SPARK, "loss.objective=lk_hybrid"],
+    "jetspec": [*BLOCK, "drafter.options.causal=true", "loss.objective=forward_kl"],
+    "mixture": MIXED,
+    "mixture, no layer attention": [*MIXED, "drafter.options.layer_self_attention=false"],
+    "mixture, no cross-attention": [*MIXED, "drafter.options.cross_attention=false"],
+}
+
+
+def folder_of(head: str, seed: int) -> str:
+    return f"{head.replace(', ', '-').replace(' ', '-')}-{seed}"
+
+
+def train(
+    head: str, seed: int, data: Path, out: Path, settings: Sequence[str]
+) -> tuple[str, int, dict[str, Any]]:
+    changes = [*HEADS[head], f"training.seed={seed}", f"data.path={data}", *settings]
+    folder = out / folder_of(head, seed)
+    found = trained_by(HERE / "train.yaml", changes, folder)
+    tensors = read_head(folder / "drafter").tensors.values()
+    size = {"parameters": sum(t.numel() for t in tensors if t.is_floating_point())}
+    return head, seed, {"head": head, "seed": seed, **size, **found}
+
+
+def main(
+    features: Annotated[Path, typer.Argument(help="a store of what the target makes of answers")],
+    answers: Annotated[Path, typer.Argument(help="them, for heads that would need a large one")],
+    out: Annotated[Path, typer.Option(help="folder of all runs, and of heads.json")],
+    steps: int = 600,
+    num_seeds: int = 3,
+    workers: Annotated[int, typer.Option(help="processes of one thread")] = 2,
+) -> None:
+    settings = [f"training.max_steps={steps}", f"training.warmup_steps={max(1, steps // 10)}"]
+    data = {head: answers if head.startswith("mixture") else features for head in HEADS}
+    seeds = range(num_seeds)
+    wanted = [(head, seed, data[head], out, settings) for seed in seeds for head in HEADS]
+    runs = []
+    for head, seed, run in in_processes(train, wanted, "heads", workers):
+        print(f"{head}, seed {seed}: offline tau {run['tau']:.3f}")
+        runs.append(run)
+    runs.sort(key=lambda run: ([*HEADS].index(run["head"]), run["seed"]))
+    summary = []
+    for head in HEADS:
+        own = [run for run in runs if run["head"] == head]
+        figures = {key: mean([run[key] for run in own]) for key in (*FIGURES, "seconds")}
+        by_depth = zip(*(run["acceptance"] for run in own), strict=True)
+        facts = {"head": head, "parameters": own[0]["parameters"], **figures}
+        summary.append(facts | {"acceptance": [sum(each) / len(own) for each in by_depth]})
+    kept = [{key: value for key, value in run.items() if key != "provenance"} for run in runs]
+    results = {"schema": "specdec-heads-1", "provenance": runs[0]["provenance"]}
+    write_json(out / "heads.json", {**results, "steps": steps, "runs": kept, "summary": summary})
+
+
+if __name__ == "__main__":
+    typer.run(main)
