@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import AliasPath, Field, model_validator
 
-from specdec.checkpoints.eagle import FACTS, LlamaLayer, _LlamaLayout, _speculators_config
+from specdec.checkpoints.eagle import FACTS, LlamaLayer, LlamaLayout, speculators_keys
 from specdec.checkpoints.folder import RawFiles
 from specdec.checkpoints.head import Count, HeadCheckpoint, TargetIdentity
 
@@ -34,7 +34,7 @@ class _BlockLayers(LlamaLayer):
         return self
 
 
-class _Blocks(_LlamaLayout):
+class _Blocks(LlamaLayout):
     """Facts that all layouts state, one way or another."""
 
     kind, dtype_key, more = "dflash", "dtype", ("qk_norm",)
@@ -264,7 +264,7 @@ class SpeculatorsBlocks(_Blocks):
         algorithm = "dspark" if is_spark else "dflash"
         return {
             "architectures": ["DSparkDraftModel" if is_spark else "DFlashDraftModel"],
-            **_speculators_config(cls.name, checkpoint.target, algorithm),
+            **speculators_keys(cls.name, checkpoint.target, algorithm),
             "transformer_layer_config": cls.layers(checkpoint, options),
             **{"block_size": options.block_size, "mask_token_id": options.mask_token_id},
             "aux_hidden_state_layer_ids": options.taps,

@@ -85,7 +85,7 @@ def _plain_rope(rope: dict[str, Any], theta: float | None = None) -> dict[str, A
     return dict(sorted(kept.items()))
 
 
-def _llama_config(backbone: dict[str, Any]) -> dict[str, Any]:
+def llama_config(backbone: dict[str, Any]) -> dict[str, Any]:
     """Make a one-layer Llama `config.json`, its rotary part in both spellings."""
     rope = _plain_rope(backbone["rope_parameters"])
     scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
@@ -100,13 +100,13 @@ def _llama_config(backbone: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _qk_norm(files: RawFiles) -> dict[str, bool]:
+def qk_norm(files: RawFiles) -> dict[str, bool]:
     """Tell Qwen3's norms of queries and keys by their tensors."""
     normed = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
     return {"qk_norm": True} if any(name.endswith(normed) for name in files.tensors) else {}
 
 
-class _LlamaLayout(Layout):
+class LlamaLayout(Layout):
     """A layout that states every fact of the head's layer, and no others."""
 
     more: ClassVar[tuple[str, ...]] = ()  # fields of a backbone that it may state besides
@@ -127,7 +127,7 @@ class _LlamaLayout(Layout):
         return super().write(checkpoint)
 
 
-class Eagle(_LlamaLayout, LlamaLayer):
+class Eagle(LlamaLayout, LlamaLayer):
     """EAGLE-1 and EAGLE-2 as SafeAILab/EAGLE publishes them; tensors have our own names."""
 
     name, kind, engines = "eagle", "eagle", ("vllm",)
@@ -149,7 +149,7 @@ class Eagle(_LlamaLayout, LlamaLayer):
     def config(cls, checkpoint: HeadCheckpoint, options: Any) -> dict[str, Any]:
         return {
             "architectures": ["LlamaForCausalLM"],
-            **_llama_config(checkpoint.options["backbone"]),
+            **llama_config(checkpoint.options["backbone"]),
             **{"bias": options.bias, "qkv_bias": options.qkv_bias},
         }
 
@@ -184,7 +184,7 @@ def _flag(name: str) -> Any:
     return Field(None, validation_alias=AliasChoices(AliasPath("eagle_config", name), name))
 
 
-class _Eagle3Layout(_LlamaLayout):
+class _Eagle3Layout(LlamaLayout):
     """Keys that all layouts of EAGLE-3 and EAGLE-3.1 share."""
 
     kind, carried = "eagle3", _BUFFERS
@@ -218,7 +218,7 @@ class _Eagle3Layout(_LlamaLayout):
                 )
             taps = shifted
         options: dict[str, Any] = {
-            "backbone": layer.backbone() | _qk_norm(files),
+            "backbone": layer.backbone() | qk_norm(files),
             "target_hidden_size": self.target_hidden_size or layer.hidden_size,
             "draft_vocab_size": self.draft_vocab_size or layer.vocab_size,
             **{flag: getattr(self, flag) is True for flag in FLAGS},
@@ -305,7 +305,7 @@ class Eagle3(_Eagle3Layout, LlamaLayer):
             raise cls.cannot_hold("fc_norm=true, which no engine is known to read there", fix)
         config = {
             "architectures": ["LlamaForCausalLMEagle3"],
-            **_llama_config(checkpoint.options["backbone"]),
+            **llama_config(checkpoint.options["backbone"]),
             **super().config(checkpoint, options),
             **{flag: True for flag in FLAGS if getattr(options, flag)},
         }
@@ -371,7 +371,7 @@ class Speculators(_Eagle3Layout):
     @classmethod
     def config(cls, checkpoint: HeadCheckpoint, options: Any) -> dict[str, Any]:
         count = {"num_hidden_layers": options.num_layers}
-        layer = _llama_config(checkpoint.options["backbone"]) | count
+        layer = llama_config(checkpoint.options["backbone"]) | count
         if window := checkpoint.training.get("sliding_window"):
             layer |= {
                 "sliding_window": window,
@@ -380,7 +380,7 @@ class Speculators(_Eagle3Layout):
         return {
             "architectures": ["Eagle3Speculator"],
             "auto_map": {"": "config.Eagle3SpeculatorConfig"},
-            **_speculators_config(cls.name, checkpoint.target, "eagle3"),
+            **speculators_keys(cls.name, checkpoint.target, "eagle3"),
             "transformer_layer_config": layer,
             **super().config(checkpoint, options),
             **{flag: getattr(options, flag) for flag in FLAGS},
@@ -423,9 +423,7 @@ class SpeculatorsPeagle(Speculators):
         }
 
 
-def _speculators_config(
-    layout: str, target: TargetIdentity | None, algorithm: str
-) -> dict[str, Any]:
+def speculators_keys(layout: str, target: TargetIdentity | None, algorithm: str) -> dict[str, Any]:
     """Make the keys that all heads of speculators have."""
     if target is None or target.name is None:
         raise ValueError(
@@ -446,132 +444,3 @@ def _speculators_config(
             "verifier": {"name_or_path": target.name, "architectures": architectures},
         },
     }
-
-
-class SpeculatorsMtp(_LlamaLayout):
-    """One MTP layer as vllm-project/speculators writes it, `MTPSpeculatorConfig`."""
-
-    name, kind, dtype_key, more = "speculators-mtp", "mtp", "dtype", ("qk_norm",)
-    speculators_model_type: Literal["mtp"]
-    num_nextn_predict_layers: Literal[1] = 1
-    verifier: str | None = Field(
-        None, validation_alias=AliasPath("speculators_config", "verifier", "name_or_path")
-    )
-    transformer_layer_config: LlamaLayer
-
-    @staticmethod
-    def matches(files: RawFiles) -> bool:
-        return files.config.get("speculators_model_type") == "mtp"
-
-    def parse(self, files: RawFiles) -> HeadCheckpoint:
-        layer = self.transformer_layer_config
-        options = {"backbone": layer.backbone() | _qk_norm(files)}
-        target = TargetIdentity(self.verifier, layer.hidden_size, layer.vocab_size)
-        return HeadCheckpoint(self.kind, options, files.tensors, target=target)
-
-    @classmethod
-    def config(cls, checkpoint: HeadCheckpoint, options: Any) -> dict[str, Any]:
-        if options.num_modules > 1:
-            raise cls.cannot_hold("several modules", "use the layout 'deepseek-mtp'")
-        return {
-            "architectures": ["MTPDraftModel"],
-            "auto_map": {"": "config.MTPSpeculatorConfig"},
-            **_speculators_config(cls.name, checkpoint.target, "mtp"),
-            "num_nextn_predict_layers": 1,
-            "transformer_layer_config": _llama_config(checkpoint.options["backbone"]),
-            "tie_word_embeddings": False,
-        }
-
-
-class DeepSeekMtp(_LlamaLayout, LlamaLayer):
-    """MTP modules as DeepSeek-V3 and GLM-4.5 ship them: the layers behind a target's last."""
-
-    name, kind, more = "deepseek-mtp", "mtp", ("qk_norm",)
-    parts: ClassVar[dict[str, str]] = {
-        **{"token_layernorm": "enorm", "hidden_layernorm": "hnorm", "input_proj": "eh_proj"},
-        "final_layernorm": "shared_head.norm",
-    }
-    unheld: ClassVar[dict[str, str]] = {
-        "kv_a_proj": "latent attention (MLA)",
-        ".experts.": "a mixture of experts",
-    }
-    num_hidden_layers: Count
-    num_nextn_predict_layers: Count = 1
-    model_type: str = ""
-
-    @staticmethod
-    def matches(files: RawFiles) -> bool:
-        return bool(files.config.get("num_nextn_predict_layers")) and any(
-            name.startswith("model.layers.") for name in files.tensors
-        )
-
-    def parse(self, files: RawFiles) -> HeadCheckpoint:
-        for part, what in self.unheld.items():
-            if any(part in name for name in files.tensors):
-                raise ValueError(
-                    f"{files.weights_path!r} has an MTP layer with {what}, which no drafter here "
-                    "computes; train one (recipes/mtp.yaml), or serve the target's in an engine"
-                )
-        options: dict[str, Any] = {"backbone": self.backbone() | _qk_norm(files)}
-        if self.num_nextn_predict_layers > 1:
-            options["num_modules"] = self.num_nextn_predict_layers
-        # They come with copies of both ends of the target.
-        ends = ("embed_tokens.weight", "shared_head.head.weight")
-        tensors = {name: t for name, t in files.tensors.items() if not name.endswith(ends)}
-        sizes = self.hidden_size, self.vocab_size, self.num_hidden_layers
-        return HeadCheckpoint(self.kind, options, tensors, target=TargetIdentity(None, *sizes))
-
-    @classmethod
-    def naming(cls, checkpoint: HeadCheckpoint) -> Callable[[str], str]:
-        first = checkpoint.target.num_layers if checkpoint.target else None
-        if not first:
-            raise cls.cannot_hold("a head that does not know how many layers its target has")
-
-        def name_of(ours: str) -> str:
-            _, module, part, *rest = ours.split(".")
-            return ".".join([cls.place(first + int(module), part), *rest])
-
-        return name_of
-
-    @classmethod
-    def place(cls, layer: int, part: str) -> str:
-        """Name a part of the layer of the target's whole checkpoint."""
-        return f"model.layers.{layer}.{cls.parts.get(part, part)}"
-
-    @classmethod
-    def config(cls, checkpoint: HeadCheckpoint, options: Any) -> dict[str, Any]:
-        sizes = {"num_hidden_layers": checkpoint.target and checkpoint.target.num_layers}
-        sizes["num_nextn_predict_layers"] = options.num_modules
-        return _llama_config(checkpoint.options["backbone"]) | sizes
-
-
-class QwenMtp(DeepSeekMtp):
-    """An MTP layer as Qwen3-Next and Qwen3.5 ship it, whose norms scale by 1 + w."""
-
-    name = "qwen-mtp"
-    parts: ClassVar[dict[str, str]] = {
-        **{"token_layernorm": "pre_fc_norm_embedding", "hidden_layernorm": "pre_fc_norm_hidden"},
-        **{"input_proj": "fc", "final_layernorm": "norm"},
-    }
-    num_nextn_predict_layers: Literal[1] = 1
-
-    @staticmethod
-    def matches(files: RawFiles) -> bool:
-        return any(name.startswith("mtp.") for name in files.tensors)
-
-    def parse(self, files: RawFiles) -> HeadCheckpoint:
-        found = super().parse(files)
-        if not self.model_type.startswith(("qwen3_next", "qwen3_5")):
-            return found
-        scaled = {n: t.float() + 1 if t.ndim == 1 else t for n, t in found.tensors.items()}
-        return replace(found, tensors=scaled)
-
-    @classmethod
-    def place(cls, layer: int, part: str) -> str:
-        return f"mtp.{cls.parts.get(part, f'layers.0.{part}')}"
-
-    @classmethod
-    def config(cls, checkpoint: HeadCheckpoint, options: Any) -> dict[str, Any]:
-        if options.num_modules > 1:
-            raise cls.cannot_hold("several modules", "use the layout 'deepseek-mtp'")
-        return super().config(checkpoint, options)

@@ -16,13 +16,10 @@ from torch import Tensor
 
 from specdec.checkpoints.blocks import Assistant, DeepSpec, SpeculatorsBlocks, ZLab
 from specdec.checkpoints.eagle import (
-    DeepSeekMtp,
     Eagle,
     Eagle3,
-    QwenMtp,
     SglangEagle,
     Speculators,
-    SpeculatorsMtp,
     SpeculatorsPeagle,
 )
 from specdec.checkpoints.folder import (
@@ -37,6 +34,7 @@ from specdec.checkpoints.folder import (
 )
 from specdec.checkpoints.head import HeadCheckpoint, TargetIdentity, Tree, checked, head_of
 from specdec.checkpoints.medusa import Medusa, VllmMedusa
+from specdec.checkpoints.mtp import DeepSeekMtp, QwenMtp, SpeculatorsMtp
 from specdec.common.config import Config, read_model, validated
 from specdec.common.files import flat, read_json, whole_folder
 from specdec.registry import head_class
