@@ -77,7 +77,7 @@ def drafts(tmp_path_factory, targets):
         ("dflash", {"markov": "vanilla", "markov_rank": 4}),
     ):
         save_tiny_head(folder / kind, kind, targets[False], **options)
-    save_tiny_head(folder / "deep", "eagle3", targets[False], num_layers=2, **options)
+    save_tiny_head(folder / "deep", "eagle3", targets[False], num_layers=2, **taps)
     return folder
 
 

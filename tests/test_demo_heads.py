@@ -14,7 +14,7 @@ from specdec.registry import head_kinds
 
 pytestmark = pytest.mark.slow
 
-NOT_EMBEDDED = {"mixture_of_attentions", "mtp", "peagle"}
+NOT_EMBEDDED = {"dflash", "mixture_of_attentions", "mtp", "peagle"}
 HORIZON, NUM_SAMPLES = 4, 400
 PROMPT = 2
 HEADS = [

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 HERE = ROOT / "experiments"
 NAMES = sorted(path.name for path in HERE.glob("[01][0-9]-*") if path.name[:2] >= "05")
 MEASURED = [name for name in NAMES if list((HERE / name).glob("*.json"))]
-TRAINING = {"07-draft-size/train.yaml"}
+TRAINING = {"07-draft-size/train.yaml", "16-drafters/train.yaml"}
 CONFIGS = sorted(
     str(path.relative_to(HERE))
     for name in NAMES

@@ -47,7 +47,6 @@ VARIANTS: dict[str, list[dict]] = {
         {**WIDE, "window": 5},
         {**WIDE, "children": "with_replacement"},
         {**WIDE, "children": "without_replacement"},
-        {"width": 1, "depth": 3, "children": "with_replacement", "confidence_threshold": 0.3},
     ],
     "mixture_of_attentions": [
         WIDE,

@@ -37,7 +37,7 @@ def test_training_arguments_have_transformers_names():
         ("lr=1e-3", "key lr does not exist"),
         ("data.pth=x", "did you mean data.path"),
         ("drafter.kind=eagel", "drafter type is 'eagel' .*; did you mean 'eagle'"),
-        ("drafter.kind=ngram", "drafter.kind is 'ngram' but must be one of draft_model, eagle"),
+        ("drafter.kind=ngram", "drafter.kind is 'ngram' but must be one of dflash, draft_model"),
         ("drafter.width=2 drafter.options.width=3", "'width' is given twice"),
         ("drafter.knd=eagle", "did you mean drafter.kind"),
         ("drafter.options=3", "drafter.options is 3 but must be a mapping"),
