@@ -21,7 +21,6 @@ VARIANTS: dict[str, list[dict]] = {
         WIDE,
         {"choices": [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0]]},
         {**WIDE, "children": "without_replacement"},
-        {"choices": SAMPLED, "children": "with_replacement"},
         {"choices": DELAYED, "children": "with_replacement"},
         {"width": 1, "depth": 3, "children": "with_replacement"},
     ],
@@ -46,18 +45,14 @@ VARIANTS: dict[str, list[dict]] = {
     "dflash": [
         {**WIDE, "window": 5},
         {**WIDE, "children": "with_replacement"},
-        {**WIDE, "children": "without_replacement"},
     ],
     "mixture_of_attentions": [
-        WIDE,
-        {"depth": 2, "width": 64, "max_nodes": 120, "window": 6},
-        {**WIDE, "children": "without_replacement"},
+        {**WIDE, "window": 6},
         {"choices": SAMPLED, "children": "with_replacement"},
     ],
     "mtp": [WIDE, {**WIDE, "children": "with_replacement"}],
     "peagle": [
         WIDE,
-        {**WIDE, "children": "without_replacement"},
         {"choices": SAMPLED, "children": "with_replacement"},
     ],
     "medusa": [

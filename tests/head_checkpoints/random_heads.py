@@ -31,12 +31,10 @@ HEADS = {
     "peagle": ("peagle", {"num_depths": 5, "mask_token_id": 7, "draft_vocab_size": 40}),
     "mtp": ("mtp", {"backbone": {"qk_norm": True}}),
     "dflash": ("dflash", {"taps": [1, 4, 6], "block_size": 5, "mask_token_id": 7}),
-    "dflash-causal": ("dflash", {"causal": True}),
     "dspark": ("dflash", {**SPARK, "confidence_with_markov": True, "num_layers": 1}),
     "dspark-whole": ("dflash", {**SPARK, "own_ends": True, "markov": "gated"}),
     "mtp-modules": ("mtp", {"num_modules": 2}),
     "mixture": ("mixture_of_attentions", {}),
-    "mixture-own": ("mixture_of_attentions", {"cross_attention": False}),
     "mixture-mean": ("mixture_of_attentions", {"layer_self_attention": False, "cross": MIXED}),
 }
 LAYOUTS_OF = {
@@ -54,10 +52,9 @@ LAYOUTS_OF = {
     "mtp": ("specdec", "speculators-mtp", "deepseek-mtp", "qwen-mtp"),
     "mtp-modules": ("specdec", "deepseek-mtp"),
     "dflash": ("specdec", "z-lab", "transformers-assistant", "speculators-dflash"),
-    "dflash-causal": ("specdec",),
     "dspark": ("specdec", "speculators-dflash"),
     "dspark-whole": ("specdec", "deepspec"),
-    **dict.fromkeys(("mixture", "mixture-own", "mixture-mean"), ("specdec",)),
+    **dict.fromkeys(("mixture", "mixture-mean"), ("specdec",)),
     "eagle3-deep": ("specdec", "speculators"),
     "peagle": ("specdec", "speculators-peagle"),
 }

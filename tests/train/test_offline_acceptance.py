@@ -123,7 +123,6 @@ def test_alpha_is_the_overlap_of_distributions():
 
 SHORT = {"per_device_train_batch_size": 20, "eval_depth": 3, "learning_rate": 1e-2}
 SHORT |= {"eval_strategy": "no", "save_strategy": "no"}
-SEGMENTS = {"min_segment": 3, "max_segment": 6, "staircase": 0.0}
 
 
 @pytest.mark.slow
@@ -137,14 +136,6 @@ SEGMENTS = {"min_segment": 3, "max_segment": 6, "staircase": 0.0}
             *({"max_steps": 600, "learning_rate": 2e-2}, (0.95, 0.85, 0.8)),
         ),
         ("eagle3", {"taps": [1, 2, 3]}, {"num_steps": 3}, {"max_steps": 400}, (0.95, 0.95, 0.95)),
-        (
-            *(
-                "mixture_of_attentions",
-                {},
-                {"cross_entropy_weight": 10.0, **SEGMENTS},
-            ),
-            *({"max_steps": 400}, (0.95, 0.95, 0.95)),
-        ),
     ],
 )
 def test_head_learns_twenty_dialogues_by_heart(tmp_path, kind, options, loss, settings, wanted):
