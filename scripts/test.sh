@@ -4,9 +4,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh dev
-bash scripts/engines.sh llamacpp
-export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/mypy
-exec .venv/bin/python -m pytest -q -n 2 --dist loadfile --timeout 300 --durations 40 -m "not gpu" "$@"
+.venv/bin/mypy & types=$! # beside what uses the other core, or none
+bash scripts/engines.sh llamacpp
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+.venv/bin/python -m pytest -q -n 2 --dist loadfile --timeout 300 --durations 40 -m "not gpu" "$@"
+wait "$types"

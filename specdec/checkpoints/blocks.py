@@ -13,6 +13,7 @@ from pydantic import AliasPath, Field, model_validator
 
 from specdec.checkpoints.eagle import FACTS, LlamaLayer, LlamaLayout, speculators_keys
 from specdec.checkpoints.folder import RawFiles
+from specdec.checkpoints.foreign import ForeignConfig
 from specdec.checkpoints.head import Count, HeadCheckpoint, TargetIdentity
 
 _ENDS = ("embed_tokens.weight", "lm_head.weight")
@@ -73,6 +74,32 @@ class _Blocks(LlamaLayout):
             if value := getattr(options, name):
                 said = str(value).lower() if value is True else value
                 raise cls.cannot_hold(f"the option {name}={said}")
+
+
+class _Markov(ForeignConfig):
+    """Keys of the Markov and confidence heads of DSpark."""
+
+    markov_rank: int = 0
+    markov_head_type: Literal["vanilla", "gated"] = "vanilla"
+    enable_confidence_head: bool = False
+    confidence_head_with_markov: bool = False
+
+    def markov(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"confidence": self.enable_confidence_head}
+        if self.markov_rank:
+            options |= {"markov": self.markov_head_type, "markov_rank": self.markov_rank}
+            with_markov = self.enable_confidence_head and self.confidence_head_with_markov
+            options["confidence_with_markov"] = with_markov
+        return options
+
+    @staticmethod
+    def keys(options: Any) -> dict[str, Any]:
+        return {
+            "markov_rank": options.markov_rank if options.markov else 0,
+            "markov_head_type": options.markov or "vanilla",
+            "enable_confidence_head": options.confidence,
+            "confidence_head_with_markov": options.confidence_with_markov,
+        }
 
 
 class ZLab(_Blocks, _BlockLayers):
@@ -162,15 +189,11 @@ class Assistant(_Blocks, _BlockLayers):
         }
 
 
-class DeepSpec(_Blocks, _BlockLayers):
+class DeepSpec(_Blocks, _BlockLayers, _Markov):
     """DSpark as DeepSpec saves it, with its target's embedding and projection."""
 
     name = "deepspec"
     target_layer_ids: list[int]
-    markov_rank: int = 0
-    markov_head_type: Literal["vanilla", "gated"] = "vanilla"
-    enable_confidence_head: bool = False
-    confidence_head_with_markov: bool = False
 
     @staticmethod
     def matches(files: RawFiles) -> bool:
@@ -178,7 +201,7 @@ class DeepSpec(_Blocks, _BlockLayers):
 
     def parse(self, files: RawFiles) -> HeadCheckpoint:
         taps = [layer + 1 for layer in self.target_layer_ids]
-        return self.found(files, self, taps, sample_from_anchor=True, **_read_markov(self))
+        return self.found(files, self, taps, sample_from_anchor=True, **self.markov())
 
     @classmethod
     def config(cls, checkpoint: HeadCheckpoint, options: Any) -> dict[str, Any]:
@@ -195,30 +218,11 @@ class DeepSpec(_Blocks, _BlockLayers):
             **cls.layers(checkpoint, options),
             **{"block_size": options.block_size, "mask_token_id": options.mask_token_id},
             "target_layer_ids": [tap - 1 for tap in options.taps],
-            **_markov(options),
+            **cls.keys(options),
         }
 
 
-def _read_markov(keys: Any) -> dict[str, Any]:
-    """Options of the Markov and confidence heads of DSpark."""
-    options: dict[str, Any] = {"confidence": keys.enable_confidence_head}
-    if keys.markov_rank:
-        options |= {"markov": keys.markov_head_type, "markov_rank": keys.markov_rank}
-        with_markov = keys.enable_confidence_head and keys.confidence_head_with_markov
-        options["confidence_with_markov"] = with_markov
-    return options
-
-
-def _markov(options: Any) -> dict[str, Any]:
-    return {
-        "markov_rank": options.markov_rank if options.markov else 0,
-        "markov_head_type": options.markov or "vanilla",
-        "enable_confidence_head": options.confidence,
-        "confidence_head_with_markov": options.confidence_with_markov,
-    }
-
-
-class SpeculatorsBlocks(_Blocks):
+class SpeculatorsBlocks(_Blocks, _Markov):
     """DFlash and DSpark as vllm-project/speculators writes them."""
 
     name = "speculators-dflash"
@@ -228,10 +232,6 @@ class SpeculatorsBlocks(_Blocks):
     aux_hidden_state_layer_ids: list[int]
     draft_vocab_size: Count | None = None
     transformer_layer_config: _BlockLayers
-    markov_rank: int = 0
-    markov_head_type: Literal["vanilla", "gated"] = "vanilla"
-    enable_confidence_head: bool = False
-    confidence_head_with_markov: bool = False
     verifier: str | None = Field(
         None, validation_alias=AliasPath("speculators_config", "verifier", "name_or_path")
     )
@@ -241,19 +241,14 @@ class SpeculatorsBlocks(_Blocks):
         return files.config.get("speculators_model_type") in ("dflash", "dspark")
 
     def parse(self, files: RawFiles) -> HeadCheckpoint:
-        layers, options = self.transformer_layer_config, _read_markov(self)
+        layers, taps = self.transformer_layer_config, self.aux_hidden_state_layer_ids
         if self.draft_vocab_size not in (None, layers.vocab_size):
             raise ValueError(
                 f"{files.config_path!r} has draft_vocab_size {self.draft_vocab_size}, but block "
                 f"heads draft all {layers.vocab_size} tokens of the target"
             )
-        found = self.found(
-            files,
-            layers,
-            self.aux_hidden_state_layer_ids,
-            sample_from_anchor=self.sample_from_anchor,
-            **options,
-        )
+        options = {"sample_from_anchor": self.sample_from_anchor, **self.markov()}
+        found = self.found(files, layers, taps, **options)
         target = TargetIdentity(self.verifier, layers.hidden_size, layers.vocab_size)
         return replace(found, target=target)
 
@@ -272,6 +267,6 @@ class SpeculatorsBlocks(_Blocks):
             "sample_from_anchor": options.sample_from_anchor,
             # vLLM 0.32 takes false for causal blocks in layers of full attention too.
             "sliding_window_non_causal": True,
-            **(_markov(options) if is_spark else {}),
+            **(cls.keys(options) if is_spark else {}),
             "tie_word_embeddings": False,
         }

@@ -1,6 +1,7 @@
 """A block head in compiled pieces: features are fed, a block is run and its tree grown in one."""
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -56,18 +57,16 @@ class CompiledBlocks:
             torch.empty(max(width, 1), dtype=torch.bool, device=self._device),
             torch.arange(num_seen, device=self._device),
         ]
-        is_grown = width > 0
-        if is_grown not in self._pieces:
+        if (is_grown := width > 0) not in self._pieces:
             self._pieces[is_grown] = self._compiled(is_grown)
-        states = [each for pair in cache.states or [] for each in pair]
+        states = chain(*(cache.states or []))
         outputs, logits, *found = self._pieces[is_grown](*taps, *facts, *states)
         cache.extend(counts)
         levels = [Candidates(*found[at : at + 3]) for at in range(0, len(found), 3)]
         return outputs, logits, levels
 
     def _compiled(self, is_grown: bool) -> Callable[..., list[Tensor]]:
-        head, num_taps = self._head, len(self._head.taps)
-        size, num_levels = head.options.block_size, head.max_depth
+        head, num_taps, size = self._head, len(self._head.taps), self._head.options.block_size
 
         def run(*given: Tensor) -> list[Tensor]:
             taps, facts, held = given[:num_taps], given[num_taps:][:5], given[num_taps + 5 :]
@@ -92,22 +91,17 @@ class CompiledBlocks:
             grown = self._grown(root, outputs, logits, children) if is_grown else []
             return [outputs, logits, *grown]
 
-        parameter = next(head.parameters())
+        parameter, config = next(head.parameters()), head.config
         tap = parameter.new_zeros(2, 3, head.fc.in_features // num_taps)
-        config = head.config
         shape = 2, config.num_key_value_heads, 31, config.head_dim
-        rows = torch.ones(2, dtype=torch.long, device=self._device)
-        inputs = [*[tap] * num_taps, rows, rows, rows]
-        inputs += [
-            torch.zeros(4, dtype=torch.bool, device=self._device),
-            torch.arange(23, device=self._device),
-        ]
+        rows, slots = (torch.arange(size, device=self._device) for size in (2, 23))
+        inputs = [*[tap] * num_taps, rows, rows, rows, slots[:4].bool(), slots]
         sizes: list[list[str | None]] = [[ROWS, WIDTH, None]] * num_taps + [[ROWS]] * 3
         sizes += [[CHILDREN if is_grown else None], [SEEN]]
         num_held = 2 * head.num_layers
         inputs += [parameter.new_zeros(shape) for _ in range(num_held)]
         sizes += [[ROWS, None, CAPACITY, None]] * num_held
-        name = f"block, {num_levels} levels, grown {is_grown}, with a window of {self._window}"
+        name = f"block, grown {is_grown}, with a window of {self._window}"
         return compile_head(head, self.mode, name, run, inputs, sizes, num_held)
 
     def _grown(self, root: Tensor, outputs: Tensor, logits: Tensor, children: Tensor) -> Any:

@@ -260,16 +260,9 @@ class DFlashHead(FeatureHead):
             counted = chosen & shifted(batch.loss_mask, 2 + level).gather(1, places)
             mask = torch.zeros_like(usable).scatter(1, places, counted)
             states, previous = outputs[:, :, level][counted], shifted(batch.tokens, 1 + level)[mask]
-            yield (
-                Level(
-                    self.level_logits(states, previous),
-                    shifted(batch.target_logits, 1 + level)[mask],
-                    shifted(batch.tokens, 2 + level)[mask],
-                    mask,
-                ),
-                states,
-                previous,
-            )
+            goal = shifted(batch.target_logits, 1 + level)[mask]
+            said = shifted(batch.tokens, 2 + level)[mask]
+            yield Level(self.level_logits(states, previous), goal, said, mask), states, previous
 
     def loss(  # type: ignore[override]
         self,
@@ -309,10 +302,8 @@ class DFlashHead(FeatureHead):
 
     def describe(self, given: Mapping[str, Any]) -> dict[str, str]:
         said, options = super().describe(given), self.options
-        taps = ", ".join(map(str, given.get("taps") or ()))
+        taps = ", ".join(map(str, given.get("taps") or ["five", "spread evenly"]))
         said["reads"] = f"hidden_states {taps} of the target (0 is its embedding)"
-        if not taps:
-            said["reads"] = "five hidden states of the target, spread evenly"
         kind = f", a {options.markov} Markov head of rank {options.markov_rank}"
         said["drafts"] += f"; {self.max_depth} at once{kind if options.markov else ''}"
         return said

@@ -304,7 +304,7 @@ TURNS = [
 ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["eagle", "eagle3", "mixture_of_attentions", "dflash"])
 @pytest.mark.parametrize(("targets", "own", "turns"), TURNS)
 def test_head_turns_as_its_target_at_any_position(kind, targets, own, turns):
     plain = small_target().model
