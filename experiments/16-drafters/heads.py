@@ -19,6 +19,7 @@ from specdec.common.files import write_json
 HERE = Path(__file__).parent
 TAPS = "[2, 8, 13]"  # EAGLE-3's, for all heads on several
 BLOCK = ["drafter.kind=dflash", f"drafter.options.taps={TAPS}", "drafter.options.block_size=8"]
+BLOCK += ["loss.num_blocks=96"]  # about as many places as the others learn from
 SPARK = [*BLOCK, "drafter.options.markov=vanilla", "drafter.options.markov_rank=32"]
 MIXED = ["drafter.kind=mixture_of_attentions", "loss.cross_entropy_weight=1.0"]
 # What differs from train.yaml.
@@ -75,7 +76,10 @@ def main(
         figures = {key: mean([run[key] for run in own]) for key in (*FIGURES, "seconds")}
         by_depth = zip(*(run["acceptance"] for run in own), strict=True)
         facts = {"head": head, "parameters": own[0]["parameters"], **figures}
-        summary.append(facts | {"acceptance": [sum(each) / len(own) for each in by_depth]})
+        # A depth that no chain reached has no acceptance.
+        told = [[share for share in each if share is not None] for each in by_depth]
+        shares = [sum(each) / len(each) if each else None for each in told]
+        summary.append(facts | {"acceptance": shares})
     kept = [{key: value for key, value in run.items() if key != "provenance"} for run in runs]
     results = {"schema": "specdec-heads-1", "provenance": runs[0]["provenance"]}
     write_json(out / "heads.json", {**results, "steps": steps, "runs": kept, "summary": summary})

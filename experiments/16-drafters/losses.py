@@ -122,7 +122,11 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             row[key] = mean([run[key] for run in some])
             pairs = zip(some, base, strict=True)
             row[f"{key}, change"] = mean([mine[key] - its[key] for mine, its in pairs])
-        found.append(row | {"acceptance": [float(np.mean(each)) for each in by_depth]})
+        # A depth that no chain reached has no acceptance.
+        told = [[share for share in each if share is not None] for each in by_depth]
+        found.append(
+            row | {"acceptance": [float(np.mean(each)) if each else None for each in told]}
+        )
     return found
 
 
