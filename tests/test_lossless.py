@@ -21,6 +21,7 @@ VARIANTS: dict[str, list[dict]] = {
         WIDE,
         {"choices": [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0]]},
         {**WIDE, "children": "without_replacement"},
+        {"choices": SAMPLED, "children": "with_replacement"},
         {"choices": DELAYED, "children": "with_replacement"},
         {"width": 1, "depth": 3, "children": "with_replacement"},
     ],

@@ -1,4 +1,4 @@
-"""DFlash and its kin: heads that draft a whole block in one forward.
+"""DFlash, DSpark and JetSpec: heads that draft a whole block in one forward.
 
 A block is the root and mask tokens behind it. Its queries read the target's features of all tokens
 before the root, whose keys and values alone are cached, and each other. A Markov head (DSpark)

@@ -147,7 +147,7 @@ def test_chunks_of_prompt_change_nothing(kind, window, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("window", [1, 5, 1000])
+@pytest.mark.parametrize("window", [1, 2, 5, 1000])
 def test_window_shows_last_pairs_only(kind, shape, window):
     target = small_target()
     decoding = decoded(lively_head(kind, target), target, SHAPES[shape], window=window)
@@ -304,7 +304,7 @@ TURNS = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["eagle", "eagle3", "mixture_of_attentions", "dflash"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("targets", "own", "turns"), TURNS)
 def test_head_turns_as_its_target_at_any_position(kind, targets, own, turns):
     plain = small_target().model
