@@ -4,7 +4,7 @@ python experiments/plots.py 05-drafters 06-shapes
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from specdec.report.style import GREY, draw_series, new_figure, to_png
 
 DOMAINS = ("gsm8k", "sgd", "taskmaster4")
 RULES = ("token", "block", "traversal")
+SEEDS, NODES = (0, 1, 2), (8, 16, 32, 60)
 FAMILIES = ("eagle3", "eagle", "draft model", "medusa", "lookup", "hybrid")
 
 
@@ -274,24 +275,51 @@ def _maker(arm: dict[str, Any]) -> str:
     return f"ours, {arm['name'].rpartition(' ')[2]}" if arm["tau"] else "other packages"
 
 
-def losses() -> Any:
+def new_heads() -> Any:
+    seeds = [cells_of(read(f"16-drafters/chains-{n}.json"), "sampling.temperature") for n in SEEDS]
+    trees = [arms_of(read(f"16-drafters/trees-{n}.json")) for n in SEEDS]
     found = read("16-drafters/losses.json")["summary"]
-    kinds = list(dict.fromkeys(row["head"] for row in found))
-    figure, parts = new_figure(4.8, 12, columns=len(kinds))
-    for axes, kind in zip(parts, kinds, strict=True):
-        rows = [row for row in found if row["head"] == kind]
-        for number, key in enumerate(("tau", "alpha at T = 0", "alpha at T = 1")):
-            changes = [row[f"{key}, change"] for row in rows]
-            values, ends = ([each[part] for each in changes] for part in ("value", "ci"))
-            places = [place + 0.22 * (number - 1) for place in range(len(rows))]
-            draw_series(axes, number, key, values, places, x_intervals=ends, linestyle="none")
-        axes.axvline(0, color=GREY, linewidth=1, linestyle=":")
-        axes.set_yticks(range(len(rows)), [row["loss"] for row in rows])
-        axes.invert_yaxis()
-        axes.set_xlabel("more than with cross-entropy")
-        axes.set_title(kind, fontsize=10)
-    parts[0].legend(frameon=False, fontsize=8)
+    figure, (left, middle, right) = new_figure(5.4, 15, columns=3)
+    names = strategies(seeds[0][0])
+    for number, temperature in enumerate((0, 1)):
+        taus = [[cells[temperature][name].tau for cells in seeds] for name in names]
+        _rows(left, number, f"T = {temperature}", range(len(names)), *_over_seeds(taus))
+    _finish_rows(left, names, 1, "accepted length of chains of 7")
+    for number, kind in enumerate(("eagle3", "marginal", "conditional", "medusa")):
+        taus = [[arms[f"{kind} {n}"].tau for arms in trees] for n in NODES]
+        draw_series(middle, number, kind, list(NODES), *_over_seeds(taus))
+    middle.set_xscale("log", base=2)
+    middle.set_xticks(NODES, [str(nodes) for nodes in NODES])
+    middle.set_xlabel("nodes")
+    middle.set_title("accepted length of trees, T = 0", fontsize=10)
+    middle.legend(frameon=False, fontsize=8)
+    losses = sorted({row["loss"] for row in found}, key=lambda loss: ("," in loss, loss))
+    for number, kind in enumerate(dict.fromkeys(row["head"] for row in found)):
+        changes = {row["loss"]: row["tau, change"] for row in found if row["head"] == kind}
+        values, ends = ([each[part] for each in changes.values()] for part in ("value", "ci"))
+        _rows(right, number, kind, [losses.index(loss) for loss in changes], values, ends)
+    _finish_rows(right, losses, 0, "tau, offline, above cross-entropy's")
     return figure
+
+
+def _over_seeds(taus: list[list[float]]) -> tuple[list[float], list[tuple[float, float]]]:
+    """Give means over seeds, and the lowest and highest seed."""
+    return [sum(each) / len(each) for each in taus], [(min(each), max(each)) for each in taus]
+
+
+def _rows(
+    axes: Any, number: int, label: str, at: Sequence[int], values: list[float], ends: list[Any]
+) -> None:
+    places = [place + 0.2 * (number - 1) for place in at]
+    draw_series(axes, number, label, values, places, x_intervals=ends, linestyle="none")
+
+
+def _finish_rows(axes: Any, names: list[str], neutral: float, title: str) -> None:
+    axes.axvline(neutral, color=GREY, linewidth=1, linestyle=":")
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_title(title, fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
 
 
 def redraw(name: str) -> None:
@@ -314,7 +342,7 @@ PLOTS: dict[str, Callable[[], Any]] = {
     "13-scaling": scaling,
     "14-compiled": compiled,
     "15-engines": lambda: draw(read("15-engines/bake-off.json")),
-    "16-drafters": losses,
+    "16-drafters": new_heads,
 }
 
 

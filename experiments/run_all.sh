@@ -108,10 +108,10 @@ measure() {
         python $here/16-drafters/heads.py $runs/16-features runs/heads/answers.jsonl --out $runs/16-heads
       [ -f $runs/16-losses/losses.json ] ||
         python $here/16-drafters/losses.py $runs/16-features --out $runs/16-losses
-      for seed in 0 1 2; do
+      for seed in 0 1 2; do # speeds are those of the first
         for name in chains trees; do
           sed "s/-0\/drafter/-$seed\/drafter/" $here/16-drafters/bench-$name.yaml > $runs/16-$name-$seed.yaml
-          bench 16-$name-$seed $runs/16-$name-$seed.yaml
+          bench 16-$name-$seed $runs/16-$name-$seed.yaml repeats=$((seed ? 1 : 2))
         done
       done
       bench 16-chains-spec $here/16-drafters/bench-chains.yaml prompts.source=spec_bench
@@ -162,9 +162,8 @@ publish() {
       ;;
     16-drafters)
       cp $runs/16-losses/losses.json $runs/16-heads/heads.json "$to/"
-      for run in $runs/16-chains-*/ $runs/16-trees-*/; do
-        cp "$run"/{sweep,results}.json "$to/$(basename "$run").json" 2>/dev/null || true
-      done
+      for run in 0 1 2 spec compiled; do cp $runs/16-chains-$run/sweep.json "$to/chains-$run.json"; done
+      for seed in 0 1 2; do cp $runs/16-trees-$seed/results.json "$to/trees-$seed.json"; done
       ;;
   esac
 }

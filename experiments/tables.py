@@ -68,6 +68,17 @@ TRAINED = {
     "EAGLE-3, trained on for sgd": "eagle3 for sgd",
 }
 
+# Experiment 16.
+SEEDS = (0, 1, 2)
+OFFLINE = ("tau", "alpha at T = 0", "alpha at T = 1")
+MIXTURES = ("mixture", "mixture, no layer attention", "mixture, no cross-attention")
+TREES = {
+    "eagle3": "EAGLE-2's, of EAGLE-3",
+    "marginal": "marginal, of DFlash",
+    "conditional": "conditional, of DSpark",
+    "medusa": "marginal, of Medusa",
+}
+
 
 def measured() -> dict[str, str]:
     """The README of the repository."""
@@ -563,19 +574,145 @@ def engines() -> dict[str, str]:
     }
 
 
-def losses() -> dict[str, str]:
-    """Experiment 16: every loss by kind of head, and what it adds to cross-entropy."""
-    head = ["head", "loss", "tau", "change", "alpha, T = 0: change", "T = 1: change", "by depth"]
-    rows = []
-    for row in read("16-drafters/losses.json")["summary"]:
-        changes = [f"{figure}, change" for figure in ("tau", "alpha at T = 0", "alpha at T = 1")]
-        by_depth = " ".join(f"{share:.2f}" for share in row["acceptance"])
-        told = [_over_seeds(row[key]) for key in ("tau", *changes)]
-        rows.append([row["head"], row["loss"], *told, by_depth])
-    return {"losses": table(head, rows)}
+def new_heads() -> dict[str, str]:
+    """Write each head's offline figures, chains and trees over seeds, the goals, and the losses."""
+    heads = [
+        [
+            row["head"],
+            f"{row['parameters'] / 1000:.0f}",
+            *(_over_seeds(row[key]) for key in (*OFFLINE, "cpu_minutes")),
+            _by_depth(row["acceptance"]),
+        ]
+        for row in read("16-drafters/heads.json")["summary"]
+    ]
+    losses = [
+        [
+            row["head"],
+            row["loss"],
+            *(_over_seeds(row[key]) for key in ("tau", *(f"{key}, change" for key in OFFLINE))),
+            _by_depth(row["acceptance"]),
+        ]
+        for row in read("16-drafters/losses.json")["summary"]
+    ]
+    seeds = [cells_of(read(f"16-drafters/chains-{n}.json"), "sampling.temperature") for n in SEEDS]
+    others = [
+        cells_of(read(f"16-drafters/chains-{name}.json"), "sampling.temperature")
+        for name in ("compiled", "spec")
+    ]
+    trees = [arms_of(read(f"16-drafters/trees-{n}.json")) for n in SEEDS]
+    chains, domains = [], []
+    for name in strategies(seeds[0][0]):
+        row = [name]
+        for temperature in (0, 1):
+            row.append(_spread([cells[temperature][name].tau for cells in seeds]))
+            some = (seeds[0], others[0])
+            row += [figure(cells[temperature][name], "speedup_vs_plain") for cells in some]
+        chains.append(row)
+        by_domain = [cells[0][name].domains for cells in seeds]
+        known = [_spread([of[domain].tau for of in by_domain]) for domain in DOMAINS]
+        domains.append([name, *known, *(figure(others[1][t][name], "tau") for t in (0, 1))])
+    by_nodes = [
+        [
+            str(nodes),
+            *(
+                f"{_spread([arms[name].tau for arms in trees])}; {speed}"
+                for name in (f"{kind} {nodes}" for kind in TREES)
+                for speed in [figure(trees[0][name], "speedup_vs_plain")]
+            ),
+        ]
+        for nodes in (8, 16, 32, 60)
+    ]
+    each = ["vs plain", "compiled"]
+    offline = ["tau", "alpha, T = 0", "alpha, T = 1"]
+    words = ["gsm8k", "sgd", "taskmaster4", "Spec-Bench", "Spec-Bench, T = 1"]
+    changes = ["tau", "change", "alpha, T = 0: change", "T = 1: change", "by depth"]
+    return {
+        "goals": table(["goal", "at least", "at most", "found", "met"], _goal_rows(_goals())),
+        "heads": table(["head", "1000 weights", *offline, "CPU, min", "by depth"], heads),
+        "chains": table(["arm", "tau, T = 0", *each, "tau, T = 1", *each], chains),
+        "domains": table(["arm", *words], domains),
+        "trees": table(["nodes", *TREES.values()], by_nodes),
+        "losses": table(["head", "loss", *changes], losses),
+    }
 
 
-def _over_seeds(found: dict[str, Any]) -> str:
+def _goals() -> list[dict[str, Any]]:
+    """Give what was asked of the heads, over seeds where a figure is one of seeds."""
+    seeds = [cells_of(read(f"16-drafters/chains-{n}.json"), "sampling.temperature") for n in SEEDS]
+    trees = [arms_of(read(f"16-drafters/trees-{n}.json")) for n in SEEDS]
+    compiled = cells_of(read("16-drafters/chains-compiled.json"), "sampling.temperature")[0]
+    found = {row["head"]: row for row in read("16-drafters/heads.json")["summary"]}
+
+    def ratio(what: str, least: float | None, pairs: list[tuple[float, float]]) -> dict[str, Any]:
+        shares = [one / other for one, other in pairs]
+        ends = (min(shares), max(shares)) if len(shares) > 1 else None
+        value = sum(shares) / len(shares)
+        return {"what": what, "least": least, "value": value, "value_ci": ends}
+
+    def tau(cells: dict[Any, Arms], name: str, temperature: int = 0) -> float:
+        return float(cells[temperature][name].tau)
+
+    def speed(name: str) -> float:
+        return float(compiled[name].speedup_vs_plain)
+
+    independent = ("dflash", "dflash drawn")
+    block = max(("dflash", "dspark", "jetspec"), key=speed)
+    eagle3 = [row for row in read("16-drafters/losses.json")["summary"] if row["head"] == "eagle3"]
+    new = max(eagle3, key=lambda row: row["tau"]["value"])
+    base = next(row for row in eagle3 if row["loss"] == "cross_entropy")
+    mixture = [found[name]["tau"]["value"] for name in MIXTURES]
+    return [
+        ratio(
+            "DFlash's chain over EAGLE-3's, tau at T = 0",
+            0.9,
+            [(tau(cells, "dflash"), tau(cells, "eagle3")) for cells in seeds],
+        ),
+        ratio(
+            "DSpark drawn over DFlash in its better mode, tau at T = 1",
+            1.1,
+            [
+                (tau(cells, "dspark drawn", 1), max(tau(cells, name, 1) for name in independent))
+                for cells in seeds
+            ],
+        ),
+        ratio(
+            "conditional over marginal tree of 16 nodes, tau at T = 0",
+            1.05,
+            [(arms["conditional 16"].tau, arms["marginal 16"].tau) for arms in trees],
+        ),
+        ratio(
+            f"fastest chain of a block head ({block}) over EAGLE-3's, speed at T = 0, compiled",
+            1.05,
+            [(speed(block), speed("eagle3"))],
+        ),
+        ratio(
+            f"best loss for EAGLE-3 ({new['loss']}) over cross-entropy, offline tau",
+            1.04,
+            [(new["tau"]["value"], base["tau"]["value"])],
+        ),
+        *(
+            ratio(f"Mixture of Attentions over itself {name}, offline tau", None, [pair])
+            for name, pair in zip(
+                ("without layer self-attention", "without cross-attention"),
+                ((mixture[0], other) for other in mixture[1:]),
+                strict=True,
+            )
+        ),
+    ]
+
+
+def _by_depth(shares: list[float | None]) -> str:
+    return " ".join("-" if share is None else f"{share:.2f}" for share in shares)
+
+
+def _spread(values: list[float]) -> str:
+    """Write the mean over seeds, and the lowest and highest seed."""
+    return f"{sum(values) / len(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
+
+
+def _over_seeds(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "-"
     digits = 3 if abs(found["value"]) < 1 else 2
     value, *ends = (f"{each:.{digits}f}" for each in (found["value"], *(found["ci"] or ())))
     return f"{value} [{', '.join(ends)}]" if ends else value
@@ -599,7 +736,7 @@ TABLES: dict[str, Callable[[], dict[str, str]]] = {
     "13-scaling": scaling,
     "14-compiled": compiled,
     "15-engines": engines,
-    "16-drafters": losses,
+    "16-drafters": new_heads,
 }
 
 

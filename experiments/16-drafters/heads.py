@@ -6,8 +6,10 @@ Every run is a folder below --out, and what is there is kept: a stopped experime
 same command. `bench-*.yaml` decode with what it leaves.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from time import process_time
 from typing import Annotated, Any
 
 import typer
@@ -18,9 +20,10 @@ from specdec.common.files import write_json
 
 HERE = Path(__file__).parent
 TAPS = "[2, 8, 13]"  # EAGLE-3's, for all heads on several
-BLOCK = ["drafter.kind=dflash", f"drafter.options.taps={TAPS}", "drafter.options.block_size=8"]
-BLOCK += ["loss.num_blocks=96"]  # about as many places as the others learn from
-SPARK = [*BLOCK, "drafter.options.markov=vanilla", "drafter.options.markov_rank=32"]
+BLOCK = ["drafter.kind=dflash", f"drafter.options.taps={TAPS}"]
+# DSpark's root is the slot of the first token: a block of seven drafts seven, as one of eight does.
+SPARK = [*BLOCK, "drafter.options.sample_from_anchor=true", "drafter.options.block_size=7"]
+SPARK += ["drafter.options.markov=vanilla", "drafter.options.markov_rank=32"]
 MIXED = ["drafter.kind=mixture_of_attentions", "loss.cross_entropy_weight=1.0"]
 # What differs from train.yaml.
 HEADS = {
@@ -47,7 +50,13 @@ def train(
 ) -> tuple[str, int, dict[str, Any]]:
     changes = [*HEADS[head], f"training.seed={seed}", f"data.path={data}", *settings]
     folder = out / folder_of(head, seed)
+    is_new, began = not folder.exists(), process_time()
     found = trained_by(HERE / "train.yaml", changes, folder)
+    cost = folder / "cost.json"
+    if is_new:  # what was stopped and went on has no cost of one piece
+        write_json(cost, {"cpu_minutes": (process_time() - began) / 60})
+    if cost.exists():
+        found |= json.loads(cost.read_text())
     tensors = read_head(folder / "drafter").tensors.values()
     size = {"parameters": sum(t.numel() for t in tensors if t.is_floating_point())}
     return head, seed, {"head": head, "seed": seed, **size, **found}
@@ -73,7 +82,9 @@ def main(
     summary = []
     for head in HEADS:
         own = [run for run in runs if run["head"] == head]
-        figures = {key: mean([run[key] for run in own]) for key in (*FIGURES, "seconds")}
+        figures = {key: mean([run[key] for run in own]) for key in FIGURES}
+        costs = [run["cpu_minutes"] for run in own if "cpu_minutes" in run]
+        figures["cpu_minutes"] = mean(costs) if costs else None
         by_depth = zip(*(run["acceptance"] for run in own), strict=True)
         facts = {"head": head, "parameters": own[0]["parameters"], **figures}
         # A depth that no chain reached has no acceptance.
