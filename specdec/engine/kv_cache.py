@@ -245,6 +245,16 @@ class SlotCache(Cache):
         """Bytes of keys and values allocated now."""
         return sum(states.nbytes for states in self._states())
 
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot of one row."""
+        return sum(states[:, 0, :, 0].nbytes for states in self._states())
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that a row takes whatever its length."""
+        return 0
+
     def open(self, num_new: int, behind: int = 0) -> int:
         """Make room for `num_new` tokens a row, `behind` the committed ones; returns the end slot.
 

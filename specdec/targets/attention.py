@@ -66,6 +66,9 @@ class Masks:
         layer_types = getattr(config, "layer_types", None)
         # Families with layer_types take one mask a type, the others one mask for all layers.
         self._layer_types = set(layer_types) if layer_types else None
+        if layer_types and not self._layer_types <= {"full_attention", "sliding_attention"}:
+            # Recurrent layers take a mask for padding, of which there is none.
+            self._layer_types |= {"full_attention", "linear_attention"}
         if self._layer_types and "sliding_attention" not in self._layer_types:
             self.window = 0
         self._causal = torch.ones(0, 0, dtype=torch.bool, device=device)
@@ -117,7 +120,8 @@ class Masks:
         if self._layer_types is None:
             return self._additive(sliding)
         masks = {"full_attention": full, "sliding_attention": sliding}
-        return {name: self._additive(masks[name]) for name in self._layer_types}
+        shown = {name: self._additive(masks[name]) for name in masks if name in self._layer_types}
+        return shown | dict.fromkeys(self._layer_types - {*masks})
 
     def _additive(self, mask: Tensor) -> Tensor:
         if self._dtype is None:

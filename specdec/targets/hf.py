@@ -18,12 +18,14 @@ from specdec.engine.metrics import ForwardClock
 from specdec.targets.attention import Masks
 from specdec.targets.compiled import CompiledLM, Forward, GraphedLM, States
 from specdec.targets.probe import check_target
+from specdec.targets.recurrent import HybridCache, Nodes, mixers, unknown_mixers, use_states
 from specdec.targets.taps import TapReader
 from specdec.verify import Draft, Verdict
 
 # Long prompts are cached in chunks, which bounds the memory of masks and activations.
 PREFILL_CHUNK = 1024
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+_RECURRENT_LAYERS = {"linear_attention", "mamba", "conv", "hybrid", "moe", "mlp", "attention"}
 
 
 @dataclass(eq=False)
@@ -81,7 +83,7 @@ class HFTarget(TargetEnds):
             raise TypeError(
                 f"model is a {type(model).__name__} but must be a transformers causal LM"
             )
-        _refuse_what_cannot_roll_back(model, model.config.get_text_config())
+        self._is_hybrid = _has_states(model, model.config.get_text_config())
         super().__init__(model, tokenizer)
         self.clock = ForwardClock(self.device)
         # "eager" attention adds its mask to the scores, so it needs the dtype of the activations.
@@ -97,6 +99,9 @@ class HFTarget(TargetEnds):
         self._ahead: _Reading | None = None
         self._places = torch.empty(1, 0, dtype=torch.long, device=self.device)
         self.cache = self._empty_cache()
+        if self._is_hybrid:
+            self._masks.may_be_none = False  # or mixers would ask the cache for their own
+            use_states(model)
         self._compiled: CompiledLM | None = None
         self._graphed: GraphedLM | None = None
         self.compile_mode, before = "eager", compile_s()
@@ -199,7 +204,8 @@ class HFTarget(TargetEnds):
             return begun
         self._ahead = None  # its memory is free before there is more
         longest, num_layers = max(map(len, given)), self.config.num_hidden_layers
-        cache = SlotCache(num_layers, len(given), longest, self.device, self._layout[0])
+        kind = type(self.cache)
+        cache = kind(num_layers, len(given), longest, self.device, self._layout[0])
         logits = torch.zeros(len(given), 1, self.vocab_size, device=self.device)
         return _Reading(given, tuple(taps), cache, logits)
 
@@ -212,6 +218,8 @@ class HFTarget(TargetEnds):
         tokens = torch.tensor(rows, dtype=torch.long, device=self.device)
         ending = [row for row, length in enumerate(lengths) if start < length <= end]
         wanted = sorted({lengths[row] - 1 - start for row in ending}) or [0]
+        counts = [min(max(length - start, 0), end - start) for length in lengths]
+        self._run_over(counts=counts)
         out = self._forward_chain(tokens, reading.taps, torch.tensor(wanted, device=self.device))
         self.cache.extend([end - start] * len(rows))
         reading.num_read = end
@@ -222,14 +230,26 @@ class HFTarget(TargetEnds):
             reading.logits[row, 0] = out.logits[row, wanted.index(lengths[row] - 1 - start)]
 
     def _empty_cache(self) -> SlotCache:
-        return SlotCache(self.config.num_hidden_layers, 1, 1, self.device)
+        kind = HybridCache if self._is_hybrid else SlotCache
+        return kind(self.config.num_hidden_layers, 1, 1, self.device)
+
+    def _run_over(self, draft: Draft | None = None, counts: Sequence[int] | None = None) -> None:
+        """Tell recurrent layers what the next forward runs over."""
+        if not isinstance(self.cache, HybridCache):
+            return
+        known = None if counts is None else torch.tensor(counts, device=self.device)
+        if draft is None or draft.parents is None:
+            self.cache.run_over(Nodes(counts=known))
+            return
+        parents = pad(draft.parents + 1, (1, 0), value=-1)
+        self.cache.run_over(Nodes(_seen(draft), parents))
 
     @cached_property
-    def _layout(self) -> tuple[list[Hashable], int]:
-        """Plan of the cache and bytes of one slot: one token tells what no config does."""
+    def _layout(self) -> tuple[list[Hashable], int, int]:
+        """Plan of the cache, bytes of a slot and of a row: one token tells what no config does."""
         running, self.cache = self.cache, self._empty_cache()
         self._forward_chain(torch.zeros(1, 1, dtype=torch.long, device=self.device), ())
-        layout = self.cache.plan, self.cache.num_bytes
+        layout = self.cache.plan, self.cache.slot_bytes, self.cache.row_bytes
         self.cache = running
         self.clock.take()
         return layout
@@ -239,7 +259,8 @@ class HFTarget(TargetEnds):
         return self.cache.num_bytes + (self._ahead.cache.num_bytes if self._ahead else 0)
 
     def bytes_for(self, num_rows: int, num_slots: int) -> int:
-        return num_rows * num_slots * self._layout[1]
+        _, of_slot, of_row = self._layout
+        return num_rows * (num_slots * of_slot + of_row)
 
     def reserve(self, num_rows: int, num_slots: int, *, join: bool) -> None:
         if join:
@@ -258,20 +279,18 @@ class HFTarget(TargetEnds):
         if draft.num_nodes:
             tokens = torch.cat([tokens, draft.tokens.clamp(min=0)], 1)
         self._scored_tree = draft.parents is not None
+        self._run_over(draft)
         if draft.parents is None:
             return self._forward_chain(tokens, taps)
         self.cache.open(draft.num_nodes + 1)
-        # Everyone sees the root, the root only itself.
-        visible = tokens.new_zeros(*tokens.shape, tokens.shape[1], dtype=torch.bool)
-        visible[:, 1:].scatter_(2, draft.ancestors + 1, True)
-        visible[:, :, 0] = True
-        return self._forward_tree(tokens, visible, pad(draft.depths, (1, 0)), taps)
+        return self._forward_tree(tokens, _seen(draft), pad(draft.depths, (1, 0)), taps)
 
     def feed(self, tokens: Tensor, counts: Sequence[int]) -> Tensor:
         """Commit `counts[b]` of the tokens [B, n] to every row; logits [B, V] after the last.
 
         A row with count 0 commits nothing, and its logits mean nothing.
         """
+        self._run_over(counts=counts)
         logits = self._forward_chain(tokens, ()).logits
         self.cache.extend(counts)
         last = [max(count - 1, 0) for count in counts]
@@ -413,14 +432,29 @@ def eos_token_ids(model: Any) -> tuple[int, ...]:
     return ids
 
 
-def _refuse_what_cannot_roll_back(model: Any, config: Any) -> None:
+def _seen(draft: Draft) -> Tensor:
+    """Root and nodes [B, N + 1, N + 1] that each sees: everyone the root, the root only itself."""
+    batch, num_nodes = draft.tokens.shape
+    size = num_nodes + 1
+    visible = torch.zeros(batch, size, size, dtype=torch.bool, device=draft.tokens.device)
+    visible[:, 1:].scatter_(2, draft.ancestors + 1, True)
+    visible[:, :, 0] = True
+    return visible
+
+
+def _has_states(model: Any, config: Any) -> bool:
+    """Whether a model has recurrent layers; refuses those that are none that we can run."""
     name = type(model).__name__
     if config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder; a target must be a causal language model")
-    layers = set(getattr(config, "layer_types", None) or ())
-    unknown = sorted(layers - _KNOWN_LAYERS)
-    if unknown or getattr(model, "_is_stateful", False):
+    found = [*mixers(model)]
+    known = _KNOWN_LAYERS | (_RECURRENT_LAYERS if found else set())
+    unknown = {*(getattr(config, "layer_types", None) or ())} - known
+    unknown |= {*unknown_mixers(model)}
+    if unknown or (getattr(model, "_is_stateful", False) and not found):
         raise ValueError(
             f"{name} has layers that cannot be rolled back after a rejection "
-            f"({', '.join(unknown) or 'recurrent'}); use a model with attention only"
+            f"({', '.join(sorted(unknown)) or 'recurrent'}); use a model with attention, gated "
+            "delta rules or Mamba-2"
         )
+    return bool(found)
