@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, softplus
+from torch.nn.functional import silu, softplus
 from transformers.activations import ACT2FN
 
 from specdec.engine.kv_cache import SlotCache
@@ -336,6 +336,7 @@ def chunk_scan(
     B: Tensor,
     C: Tensor,
     D: Tensor | None = None,
+    z: Tensor | None = None,
     dt_bias: Tensor | None = None,
     initial_states: Any = None,
     dt_softplus: bool = False,
@@ -354,7 +355,8 @@ def chunk_scan(
     outputs = initial_states.attend(queries, keys, steps.unsqueeze(3) * values, decay, None)
     if D is not None:
         outputs = outputs + D[:, None, None] * values
-    return outputs.transpose(1, 2).contiguous(), None
+    outputs = outputs.transpose(1, 2).contiguous()
+    return (outputs if z is None else outputs * silu(z)), None
 
 
 def state_update(
@@ -365,13 +367,15 @@ def state_update(
     B: Tensor,
     C: Tensor,
     D: Tensor,
+    z: Tensor | None = None,
+    *,
     dt_bias: Tensor,
-    dt_limit: tuple[float, float] = (0.0, float("inf")),
     **_: Any,
 ) -> Tensor:
     """Mamba-2 over one node a row, as modeling files call it: all but x stand once a channel."""
     one = (x.unsqueeze(1), dt[:, None, :, 0], A[:, 0, 0], B.unsqueeze(1), C.unsqueeze(1))
-    outputs, _none = chunk_scan(*one, D[:, 0], dt_bias[:, 0], state, True, dt_limit)
+    gate = z if z is None else z.unsqueeze(1)
+    outputs, _none = chunk_scan(*one, D[:, 0], gate, dt_bias[:, 0], state, True)
     return outputs.squeeze(1)
 
 
