@@ -81,10 +81,11 @@ class _State:
     def attend(
         self, queries: Tensor, keys: Tensor, values: Tensor, decay: Tensor, beta: Tensor | None
     ) -> Tensor:
-        """Outputs [B, heads, n, value_dim] of nodes [B, heads, n, dim], decay and beta [B, heads, n].
+        """Outputs [B, heads, n, value_dim] of nodes [B, heads, n, dim].
 
-        Without `beta` values are added as they are (Mamba-2); with it a node writes what the state
-        that it sees does not already hold of them (delta rule).
+        The logarithms of their decays and their betas are [B, heads, n]. Without `beta` values are
+        added as they are (Mamba-2); with it a node writes what the state that it sees does not
+        already hold of them (delta rule).
         """
         shape = keys.shape[1], keys.shape[3], values.shape[3]
         state = self.of_rows("state", shape, values)
@@ -265,8 +266,6 @@ class HybridCache(SlotCache):
         first = len(self.lengths)
         super().append(other)
         assert isinstance(other, HybridCache)
-        for _, name, _ in [*other._tensors()]:
-            pass
         for layer, joining in other._recurrent.items():
             own = self._of(layer)
             for name, tensor in joining.tensors.items():
@@ -332,50 +331,48 @@ def delta_rule(
 def chunk_scan(
     hidden_states: Tensor,
     dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
+    rates: Tensor,
+    keys: Tensor,
+    queries: Tensor,
+    *,
+    dt_bias: Tensor,
+    initial_states: Any,
     z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    initial_states: Any = None,
-    dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
-    **_: Any,
+    **given: Any,
 ) -> tuple[Tensor, None]:
-    """Mamba-2 over nodes [B, n, heads, head_dim]; B and C are [B, n, groups, state_dim]."""
+    """Mamba-2 over nodes [B, n, heads, head_dim]; keys (B), queries (C) are [B, n, groups, N]."""
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-    values, keys, queries = (each.transpose(1, 2).to(dtype) for each in (hidden_states, B, C))
+    values, keys, queries = (x.transpose(1, 2).to(dtype) for x in (hidden_states, keys, queries))
     groups = values.shape[1] // keys.shape[1]
     keys, queries = (each.repeat_interleave(groups, 1) for each in (keys, queries))
-    steps = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias
-    steps = softplus(steps) if dt_softplus else steps
-    steps = steps.clamp(*dt_limit).transpose(1, 2)  # [B, heads, n]
-    decay = steps * A.to(dtype).unsqueeze(1)
+    steps = softplus(dt.to(dtype) + dt_bias).clamp(*dt_limit).transpose(1, 2)  # [B, heads, n]
+    decay = steps * rates.to(dtype).unsqueeze(1)
     outputs = initial_states.attend(queries, keys, steps.unsqueeze(3) * values, decay, None)
-    if D is not None:
-        outputs = outputs + D[:, None, None] * values
+    outputs = outputs + given["D"][:, None, None] * values
     outputs = outputs.transpose(1, 2).contiguous()
     return (outputs if z is None else outputs * silu(z)), None
 
 
 def state_update(
     state: Any,
-    x: Tensor,
+    hidden_states: Tensor,
     dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
+    rates: Tensor,
+    keys: Tensor,
+    queries: Tensor,
+    skip: Tensor,
     z: Tensor | None = None,
     *,
     dt_bias: Tensor,
     **_: Any,
 ) -> Tensor:
-    """Mamba-2 over one node a row, as modeling files call it: all but x stand once a channel."""
-    one = (x.unsqueeze(1), dt[:, None, :, 0], A[:, 0, 0], B.unsqueeze(1), C.unsqueeze(1))
+    """Mamba-2 over one node a row, as mixers call it: what is of a head stands once a channel."""
+    one = (each.unsqueeze(1) for each in (hidden_states, dt[:, :, 0]))
+    read = (each.unsqueeze(1) for each in (keys, queries))
+    of_head = {"D": skip[:, 0], "dt_bias": dt_bias[:, 0]}
     gate = z if z is None else z.unsqueeze(1)
-    outputs, _none = chunk_scan(*one, D[:, 0], gate, dt_bias[:, 0], state, True)
+    outputs, _ = chunk_scan(*one, rates[:, 0, 0], *read, **of_head, z=gate, initial_states=state)
     return outputs.squeeze(1)
 
 
