@@ -41,9 +41,22 @@ gemma4: {sliding_window: 6, num_hidden_layers: 4, num_kv_shared_layers: 0,
 mimo: {head_dim: 8, sliding_window: 6, layer_types: [sliding_attention, full_attention],
   v_head_dim: 8, moe_intermediate_size: 16, n_routed_experts: 4, num_experts_per_tok: 2,
   mlp_layer_types: [dense, sparse]}
+delta: {num_hidden_layers: 3, layer_types: [linear_attention, full_attention, linear_attention],
+  linear_num_value_heads: 4, linear_num_key_heads: 2, linear_key_head_dim: 8,
+  linear_value_head_dim: 12, linear_conv_kernel_dim: 4}
+mamba2: {num_hidden_layers: 3, layer_types: [mamba, attention, mamba], mamba_n_heads: 8,
+  mamba_d_head: 8, mamba_n_groups: 2, mamba_d_state: 8, mamba_d_conv: 4, mamba_expand: 2,
+  mamba_chunk_size: 8}
+nemotron: {num_hidden_layers: 4, layers_block_type: [mamba, attention, mlp, mamba], head_dim: 8,
+  mamba_num_heads: 8, mamba_head_dim: 8, n_groups: 2, ssm_state_size: 8, conv_kernel: 4,
+  chunk_size: 8, expand: 2}
 """
 )
-SHAPE, SPECIAL, EAGER, HEAD, SLIDING, BOTH, QWEN_SLIDING, MOE, MLA, GEMMA4, MIMO = OPTIONS.values()
+SHAPE, SPECIAL, EAGER, HEAD, SLIDING, BOTH, QWEN_SLIDING, MOE, MLA, GEMMA4, MIMO, *_ = (
+    OPTIONS.values()
+)
+DELTA, MAMBA2, NEMOTRON = (OPTIONS[name] for name in ("delta", "mamba2", "nemotron"))
+PARALLEL = {key: value for key, value in MAMBA2.items() if key != "layer_types"}
 GEMMA3N, SHARED = GEMMA4 | HEAD | {"laurel_rank": 4}, {"num_kv_shared_layers": 2}
 
 
@@ -123,6 +136,15 @@ CASES: list[tuple[str, str, dict[str, Any], str | None]] = [
     ("OPT", "", {"word_embed_proj_dim": 32, "ffn_dim": 48}, None),
     ("BioGpt", "", {}, None),
     ("XGLM", "", {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4}, None),
+    ("Qwen3Next", "gated delta rule, MoE", HEAD | MOE | DELTA, None),
+    ("Qwen3_5", "gated delta rule", HEAD | DELTA, None),
+    ("Qwen3_5", "gated delta rule, eager", HEAD | DELTA | EAGER, None),
+    ("OlmoHybrid", "gated delta rule", DELTA, None),
+    ("Bamba", "Mamba-2", PARALLEL | {"attn_layer_indices": [1]}, None),
+    ("GraniteMoeHybrid", "Mamba-2", MAMBA2 | {"num_local_experts": 0}, None),
+    ("NemotronH", "Mamba-2", NEMOTRON, None),
+    ("FalconH1", "Mamba-2 beside attention", HEAD | PARALLEL | {"mamba_d_ssm": 64}, None),
+    ("Lfm2", "short convolutions", {"layer_types": ["conv", "full_attention"]}, None),
     ("Falcon", "ALiBi", {"alibi": True}, RUNS),
     ("Bloom", "ALiBi", {"max_position_embeddings": None}, LENGTH),
     ("Mpt", "ALiBi", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}, TREE),
@@ -134,9 +156,8 @@ CASES: list[tuple[str, str, dict[str, Any], str | None]] = [
     ("Mamba", "", {}, STATE),
     ("Rwkv", "", {}, STATE),
     ("Jamba", "", {}, STATE),
-    ("Qwen3Next", "", HEAD | MOE, STATE),
+    ("KimiLinear", "decays by channel", {}, STATE),
     ("RecurrentGemma", "", HEAD, STATE),
-    ("Lfm2", "convolutions", {"layer_types": ["conv", "full_attention"]}, STATE),
     ("T5ForConditionalGeneration", "", {}, SEQ2SEQ),
     ("BartForConditionalGeneration", "", {}, SEQ2SEQ),
 ]

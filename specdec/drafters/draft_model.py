@@ -153,6 +153,11 @@ class DraftModel(CachePasser):
             # Merged into a few bits, much of a small adapter would be rounded away.
             merged = adapted.get_base_model() if quantization else adapted.merge_and_unload()
             model = HFTarget(merged.eval(), model.tokenizer, compile)
+        if model.is_hybrid:
+            raise ValueError(
+                f"draft model {path!r} has recurrent layers, which cannot forget what was "
+                "rejected; use one with attention only"
+            )
         check_same_tokenizer(model.tokenizer, target.tokenizer, path)
         shape = num_draft_tokens, width, max_nodes, confidence_threshold
         return cls(model, target.vocab_size, *shape)

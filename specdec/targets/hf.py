@@ -66,12 +66,14 @@ class HFTarget(TargetEnds):
 
     Attributes:
         compile_mode: "eager", "inductor" or "graphs".
+        is_hybrid: it has recurrent layers.
         compile_s: seconds of compiling it, or of loading what was compiled before.
 
     Raises:
         TypeError: something other than a causal LM.
-        ValueError: an encoder-decoder, or layers with a recurrent state, which a rejected token
-            would have changed for good; a mode that the device does not have.
+        ValueError: an encoder-decoder, or recurrent layers other than gated delta rules, Mamba-2
+            and short convolutions, whose state a rejected token would change for good; a mode that
+            the device does not have.
         RuntimeError: it cannot be compiled, and `compile` asks for it.
     """
 
@@ -83,7 +85,7 @@ class HFTarget(TargetEnds):
             raise TypeError(
                 f"model is a {type(model).__name__} but must be a transformers causal LM"
             )
-        self._is_hybrid = _has_states(model, model.config.get_text_config())
+        self.is_hybrid = _has_states(model, model.config.get_text_config())
         super().__init__(model, tokenizer)
         self.clock = ForwardClock(self.device)
         # "eager" attention adds its mask to the scores, so it needs the dtype of the activations.
@@ -99,7 +101,7 @@ class HFTarget(TargetEnds):
         self._ahead: _Reading | None = None
         self._places = torch.empty(1, 0, dtype=torch.long, device=self.device)
         self.cache = self._empty_cache()
-        if self._is_hybrid:
+        if self.is_hybrid:
             self._masks.may_be_none = False  # or mixers would ask the cache for their own
             use_states(model)
         self._compiled: CompiledLM | None = None
@@ -114,6 +116,11 @@ class HFTarget(TargetEnds):
         self.cache = self._empty_cache()
 
     def _compile(self, mode: str) -> None:
+        if self.is_hybrid:
+            name = type(self.model).__name__
+            raise CannotCompileError(
+                f"{name} cannot be compiled: it has recurrent layers; load it with compile=False"
+            )
         self._masks.may_be_none = False
         self.compile_mode = mode
         if mode == "graphs":
@@ -230,7 +237,7 @@ class HFTarget(TargetEnds):
             reading.logits[row, 0] = out.logits[row, wanted.index(lengths[row] - 1 - start)]
 
     def _empty_cache(self) -> SlotCache:
-        kind = HybridCache if self._is_hybrid else SlotCache
+        kind = HybridCache if self.is_hybrid else SlotCache
         return kind(self.config.num_hidden_layers, 1, 1, self.device)
 
     def _run_over(self, draft: Draft | None = None, counts: Sequence[int] | None = None) -> None:

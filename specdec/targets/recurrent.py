@@ -418,8 +418,9 @@ def use_states(model: nn.Module) -> None:
         ours = FunctionType(own.__code__, {**own.__globals__, **OURS}, closure=own.__closure__)
         ours.__kwdefaults__, ours.__defaults__ = own.__kwdefaults__, own.__defaults__
         name = "_old_forward" if hasattr(module, "_old_forward") else "forward"  # below hooks
-        given = partial(_forward, getattr(module, name), MethodType(ours, module))
-        setattr(module, name, given)
+        theirs = getattr(module, name)
+        if getattr(theirs, "func", None) is not _forward:  # of another target on the same model
+            setattr(module, name, partial(_forward, theirs, MethodType(ours, module)))
 
 
 def _forward(theirs: Any, ours: Any, *args: Any, **kwargs: Any) -> Any:
