@@ -76,7 +76,7 @@ BEFORE = {
     ),
     "medusa": (
         " They go on from heads of 2600 steps and 3,298,781 tokens, whose projections were cut to "
-        "the 1024 tokens that answers use most (`scripts/train_demo.py cut`)."
+        "the 768 tokens that answers use most (`scripts/train_demo.py cut`)."
     ),
 }
 
@@ -469,7 +469,7 @@ def fold(
 def cut(
     answers: Path = Path("runs/heads/answers.jsonl"),
     out: Path = Path("runs/heads/medusa-init"),
-    num_tokens: int = 1024,
+    num_tokens: int = 768,
 ) -> None:
     """Keep the projections of the packaged Medusa heads to the tokens that answers use most."""
     head, counts = read_head(demo_path("medusa")), Counter[int]()
