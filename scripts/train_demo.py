@@ -14,6 +14,7 @@ import json
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
@@ -60,7 +61,24 @@ MODELS = {
     "target": {"num_layers": 16, "passes": 1.8, "learning_rate": 5e-3},
     "draft": {"num_layers": 2, "passes": 1.2, "learning_rate": 4e-3},
 }
-HEADS = {"medusa": "Medusa heads", "eagle": "EAGLE-1 head", "eagle3": "EAGLE-3 head"}
+HEADS = {
+    "medusa": "Medusa heads",
+    "eagle": "EAGLE-1 head",
+    "eagle3": "EAGLE-3 head",
+    "mtp": "MTP layer",
+    "dflash": "DSpark block head",
+}
+# What heads that go on from others had before.
+BEFORE = {
+    "eagle": (
+        " It goes on from a head with a bias of 5200 steps and 6,592,637 tokens, folded into "
+        "the weights (`scripts/train_demo.py fold`)."
+    ),
+    "medusa": (
+        " They go on from heads of 2600 steps and 3,298,781 tokens, whose projections were cut to "
+        "the 768 tokens that answers use most (`scripts/train_demo.py cut`)."
+    ),
+}
 
 Turns = list[tuple[str, str]]
 
@@ -406,10 +424,7 @@ def head_card(kind: str, results: dict) -> str:
     )
     depths = dict(enumerate(results["offline_acceptance"], 1))
     if results["provenance"]["config"].get("drafter", {}).get("init"):
-        about += (
-            " It goes on from a head with a bias of 5200 steps and 6,592,637 tokens, folded into "
-            "the weights (`scripts/train_demo.py fold`)."
-        )
+        about += BEFORE[kind]
     facts = {**results, "device": results["provenance"]["device"]}
     return card(kind, about, facts, {title: ("depth", "accepted", depths)})
 
@@ -448,6 +463,26 @@ def fold(
     bias = tensors.pop("fc.bias").double()
     tensors["fc.weight"] += torch.outer(bias, torch.linalg.solve(products, sums)).float()
     write_head(replace(head, tensors=tensors, options={**head.options, "bias": False}), out)
+
+
+@app.command()
+def cut(
+    answers: Path = Path("runs/heads/answers.jsonl"),
+    out: Path = Path("runs/heads/medusa-init"),
+    num_tokens: int = 768,
+) -> None:
+    """Keep the projections of the packaged Medusa heads to the tokens that answers use most."""
+    head, counts = read_head(demo_path("medusa")), Counter[int]()
+    for row in read_jsonl(answers):
+        for start, end in row["answers"]:
+            counts.update(row["tokens"][start:end])
+    kept = torch.tensor(sorted(token for token, _ in counts.most_common(num_tokens)))
+    tensors = {
+        name: tensor.float()[kept] if name.startswith("vocab_heads.") else tensor.float()
+        for name, tensor in head.tensors.items()
+    }
+    options = {**head.options, "draft_vocab_size": len(kept)}
+    write_head(replace(head, tensors={**tensors, "draft_ids": kept}, options=options), out)
 
 
 @app.command()

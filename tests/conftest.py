@@ -23,9 +23,6 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-pytest.register_assert_rewrite("specdec.lossless")
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _frozen_imports():
     """Every training collects garbage; among all that was imported, that is half of its time."""

@@ -14,7 +14,7 @@ from specdec.registry import head_kinds
 
 pytestmark = pytest.mark.slow
 
-NOT_EMBEDDED = {"dflash", "mixture_of_attentions", "mtp", "peagle"}
+NOT_EMBEDDED = {"mixture_of_attentions", "peagle"}
 HORIZON, NUM_SAMPLES = 4, 400
 PROMPT = 2
 HEADS = [
@@ -23,6 +23,9 @@ HEADS = [
     {"type": "eagle", "depth": 3, "width": 3, "max_nodes": 8, "children": "without_replacement"},
     {"type": "eagle3", "depth": 4, "width": 3, "max_nodes": 10},
     {"type": "eagle3", "depth": 4, "width": 1, "children": "with_replacement"},
+    {"type": "mtp", "path": "demo", "depth": 3, "width": 2, "max_nodes": 6},
+    {"type": "dflash", "width": 3, "max_nodes": 10},
+    {"type": "dflash", "width": 1, "children": "with_replacement"},
     {
         "type": "hybrid",
         "drafters": [{"type": "suffix", "min_match": 1}, {"type": "eagle3", "width": 2}],

@@ -81,8 +81,10 @@ def head_of(checkpoint: HeadCheckpoint, where: str = "the head") -> Any:
     where that is not known.
     """
     known = {"hidden_size": None, "vocab_size": None, "num_hidden_layers": 0}
-    known |= head_class(checkpoint.kind).target_facts(checkpoint.tensors)
-    if (target := checkpoint.target) is not None:
+    target = checkpoint.target
+    if target is None or not target.facts:  # which may leave out what tensors seem to say
+        known |= head_class(checkpoint.kind).target_facts(checkpoint.tensors)
+    if target is not None:
         sizes = {"hidden_size": target.hidden_size, "vocab_size": target.vocab_size}
         sizes["num_hidden_layers"] = target.num_layers
         known |= {name: size for name, size in sizes.items() if size} | (target.facts or {})

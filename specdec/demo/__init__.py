@@ -5,7 +5,7 @@ from pathlib import Path
 
 from specdec.common.distribution import DISTRIBUTION
 
-MODELS = ("draft", "eagle", "eagle3", "medusa", "target")
+MODELS = ("dflash", "draft", "eagle", "eagle3", "medusa", "mtp", "target")
 
 
 def demo_path(name: str) -> Path:

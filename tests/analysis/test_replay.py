@@ -128,7 +128,7 @@ def test_one_pass_serves_all_shapes_of_a_drafter(target, folder, monkeypatch):
 
     monkeypatch.setattr("specdec.analysis.predict.gather_evidence", gather)
     predictor = Predictor(target, target_answers(target, PROMPTS, SAMPLED, NUM_NEW), SAMPLED)
-    chain = {"type": "eagle", "path": str(folder / "eagle"), "width": 1}
+    chain = resolved("eagle", {"width": 1}, folder, target)
     taus = [predictor.predict({**chain, "depth": depth}).tau for depth in range(1, 9)]
     assert taus == sorted(taus)
     predictor.predict({**chain, "depth": 3, "children": "with_replacement"})

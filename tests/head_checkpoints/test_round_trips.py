@@ -7,11 +7,18 @@ import pytest
 import torch
 from random_heads import PAIRS, ROPE, random_head, same_tensors, target
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 
-from specdec.checkpoints import check_target, identify_target, read_head, write_head
+from specdec.checkpoints import (
+    HeadCheckpoint,
+    check_target,
+    identify_target,
+    read_head,
+    write_head,
+)
 from specdec.drafters.heads import build_head, fill_head, load_head
 from specdec.registry import strategy
+from specdec.targets.hf import HFTarget
 
 TREE = [[0], [1], [0, 0]]
 TRAINING = {"loss": 1.25, "data": ["gsm8k"], "tokens": 1000}
@@ -117,3 +124,14 @@ def test_a_description_that_contradicts_the_config_is_refused(
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=said):
         read_head(folder)
+
+
+def test_a_target_need_not_name_its_head_dim(tmp_path):
+    """Rows of queries and keys, 32 and 16, would make it 16."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Qwen2Config(vocab_size=61, num_hidden_layers=8, intermediate_size=48, **sizes)
+    trained_for = HFTarget(Qwen2ForCausalLM(config).eval())
+    head = build_head("eagle3", {}, trained_for)
+    tensors = dict(head.state_dict())
+    written = HeadCheckpoint("eagle3", {}, tensors, target=identify_target(trained_for))
+    assert same_tensors(read_head(write_head(written, tmp_path)).tensors, tensors)
