@@ -53,7 +53,8 @@ def identify_target(target: Any) -> TargetIdentity:
         num_layers=config.num_hidden_layers,
         weights=_hash_of_signs(matrices) if is_whole else None,
         tokenizer=hash_of_vocabulary(target.tokenizer),
-        facts=json.loads(json.dumps(facts, default=str)),  # tuples are lists there
+        # Tuples are lists there, and what is infinite is said in words.
+        facts=json.loads(json.dumps(facts, default=str), parse_constant=str),
         magnitudes=dict(_magnitudes(model)),
     )
 
