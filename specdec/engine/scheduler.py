@@ -37,15 +37,15 @@ class Scheduler:
         included, are within the `chunk` of tokens that running rows wait for.
         """
         joining: list[Request] = []
+        longest = 0
         if not (self._has_just_joined and running):
             self._had_no_room = [each for each in self._had_no_room if not each.finish_reason]
             max_rows = self._reduced_rows if self._had_no_room else self.max_rows
             for request in self.waiting[: max(0, max_rows - len(running))]:
                 if self.limit and not self.limit.fits([*running, *joining, request]):
                     break
-                together = [*joining, request]
-                longest = max(len(each.prompt) + len(each.tokens) for each in together)
-                if chunk and joining and len(together) * longest > chunk:
+                longest = max(longest, len(request.prompt) + len(request.tokens))
+                if chunk and joining and (len(joining) + 1) * longest > chunk:
                     break
                 joining.append(request)
             del self.waiting[: len(joining)]
