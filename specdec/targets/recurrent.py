@@ -73,7 +73,7 @@ class _State:
         if (index := self.cache.window_index(width, inputs.shape[2])) is None:
             windows = known.unfold(2, width, 1)
         else:
-            flat = index.flatten(1).unsqueeze(1).expand(-1, inputs.shape[1], -1)
+            flat = index.flatten(1).unsqueeze(1).to(known.device).expand(-1, inputs.shape[1], -1)
             windows = known.gather(2, flat).unflatten(2, index.shape[1:])
         self.windows[place] = windows
         return windows
@@ -93,7 +93,8 @@ class _State:
         if nodes.counts is None:
             outputs, self.written = _solve(state, queries, keys, values, decay, beta, nodes.visible)
             return outputs
-        real = torch.arange(num_nodes, device=keys.device) < nodes.counts.unsqueeze(1)
+        counts = nodes.counts.to(keys.device)
+        real = torch.arange(num_nodes, device=keys.device) < counts.unsqueeze(1)
         decay = decay * real.unsqueeze(1)
         values = values * real[:, None, :, None]
         beta = beta if beta is None else beta * real.unsqueeze(1)
@@ -103,22 +104,23 @@ class _State:
             given = (each[:, :, part] for each in (queries, keys, values, decay))
             own = beta if beta is None else beta[:, :, part]
             outputs, written = _solve(state, *given, own, None)
-            last = torch.full_like(nodes.counts, outputs.shape[2] - 1)
+            last = torch.full_like(counts, outputs.shape[2] - 1)
             state.copy_(_added(state, written, last))
             found.append(outputs)
         return torch.cat(found, 2)
 
     def commit(self, last: Tensor, kept: Tensor) -> None:
         """Take over what the path to node `last` [B] brought, in rows that keep any [B]."""
-        rows = torch.arange(len(last), device=last.device)
-        for place, windows in self.windows.items():
-            old = self.tensors[place][: len(last)]
-            new = windows[rows, :, last, 1:]
-            old.copy_(torch.where(kept[:, None, None], new, old))
-        if self.written is not None:
-            old = self.tensors["state"][: len(last)]
-            new = _added(old, self.written, last)
-            old.copy_(torch.where(kept[:, None, None, None], new, old))
+        for name, tensor in self.tensors.items():
+            last, kept, old = last.to(tensor.device), kept.to(tensor.device), tensor[: len(last)]
+            if name in self.windows:
+                rows = torch.arange(len(last), device=last.device)
+                new = self.windows[name][rows, :, last, 1:]
+            elif self.written is not None:
+                new = _added(old, self.written, last)
+            else:  # committed as it was read
+                continue
+            old.copy_(torch.where(kept.view(-1, *[1] * (old.ndim - 1)), new, old))
         self.forget()
 
     def forget(self) -> None:
@@ -138,7 +140,7 @@ def _solve(
     if visible is None:
         visible = torch.ones(num_nodes, num_nodes, dtype=torch.bool, device=keys.device).tril()
     else:
-        visible = visible.unsqueeze(1)
+        visible = visible.unsqueeze(1).to(keys.device)
     to_root = (visible * decay.unsqueeze(2)).sum(-1)
     between = to_root.unsqueeze(3) - to_root.unsqueeze(2)
     decays = between.masked_fill(~visible, -torch.inf).exp()
@@ -176,8 +178,8 @@ class HybridCache(SlotCache):
 
     @property
     def num_state_rows(self) -> int:
-        known = (t for state in self._recurrent.values() for t in state.tensors.values())
-        return max(self._slots.num_rows, *(len(t) for t in known), 0)
+        """Rows that there is room for."""
+        return max([self._slots.num_rows, *(len(tensor) for _, _, tensor in self._tensors())])
 
     # What mixers ask of a cache.
 
