@@ -66,7 +66,7 @@ class Masks:
         layer_types = getattr(config, "layer_types", None)
         # Families with layer_types take one mask a type, the others one mask for all layers.
         self._layer_types = set(layer_types) if layer_types else None
-        if layer_types and not self._layer_types <= {"full_attention", "sliding_attention"}:
+        if self._layer_types and not self._layer_types <= {"full_attention", "sliding_attention"}:
             # Recurrent layers take a mask for padding, of which there is none.
             self._layer_types |= {"full_attention", "linear_attention"}
         if self._layer_types and "sliding_attention" not in self._layer_types:

@@ -199,7 +199,7 @@ class HybridCache(SlotCache):
     def update_recurrent_state(self, *args: Any, **kwargs: Any) -> None:
         return None
 
-    def has_previous_state(self, layer_idx: int | None = None) -> bool:
+    def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
         return False
 
     def _of(self, layer_idx: int) -> _State:
@@ -370,11 +370,17 @@ def state_update(
     **_: Any,
 ) -> Tensor:
     """Mamba-2 over one node a row, as mixers call it: what is of a head stands once a channel."""
-    one = (each.unsqueeze(1) for each in (hidden_states, dt[:, :, 0]))
-    read = (each.unsqueeze(1) for each in (keys, queries))
-    of_head = {"D": skip[:, 0], "dt_bias": dt_bias[:, 0]}
+    one, steps, keys, queries = (
+        x.unsqueeze(1) for x in (hidden_states, dt[:, :, 0], keys, queries)
+    )
     gate = z if z is None else z.unsqueeze(1)
-    outputs, _ = chunk_scan(*one, rates[:, 0, 0], *read, **of_head, z=gate, initial_states=state)
+    outputs, _nothing = chunk_scan(
+        *(one, steps, rates[:, 0, 0], keys, queries),
+        dt_bias=dt_bias[:, 0],
+        initial_states=state,
+        z=gate,
+        D=skip[:, 0],
+    )
     return outputs.squeeze(1)
 
 
