@@ -136,8 +136,8 @@ class DraftModel(CachePasser):
             device: device of the model; None for the target's.
             quantization: "8bit" or "4bit" through bitsandbytes; None for none.
             compile: True (Inductor), "graphs", "auto" or False; None for the target's own mode.
-            cache: keys and values in "fp8", "int8", "int6" or "int4", as in `load_target`; None
-                for the dtype of the model, whatever the target's are.
+            cache: "fp8", "int8", "int6" or "int4" for quantized keys and values, as in
+                `load_target`, and then eager by default. None: the model's dtype.
         """
         is_eager = compile is None and mode_of(cache) is not None
         compile = False if is_eager else as_target(compile, target)
