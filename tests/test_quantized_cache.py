@@ -90,7 +90,7 @@ def test_tap_reads_what_is_attended(lengths):
         cache.extend(counts)
 
 
-@pytest.fixture(scope="module", params=MODES)
+@pytest.fixture(scope="module", params=["fp8", "int4"])
 def target(request):
     return HFTarget(attentive(tiny_llama()), cache=request.param)
 
@@ -124,14 +124,6 @@ def test_greedy_tokens_are_those_of_plain_decoding(target):
         found = generate(target, drafter, PROMPTS, sampling, max_new_tokens=32, batch_size=3)
         assert tokens_of(found) == tokens_of(plain)
         assert any(result.stats.num_accepted for result in found)
-
-
-def test_coarse_cache_is_not_a_fine_one():
-    tokens = [
-        tokens_of(generate_baseline(HFTarget(tiny_llama(), cache=mode), PROMPTS, max_new_tokens=32))
-        for mode in ("none", "int8", "int4")
-    ]
-    assert tokens[2] not in tokens[:2]
 
 
 def test_prompts_in_parts_change_no_token(target, monkeypatch):

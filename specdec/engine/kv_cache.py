@@ -275,7 +275,7 @@ class SlotCache(Cache):
                 index = slots.index[None, :, None, :num_new, None].to(live.device)
                 found.append(torch.take_along_dim(live, index, 3))
         if self.mode:
-            found = [decode(*found[:2], self.mode), decode(*found[2:], self.mode)]
+            found = [decode(*pair, self.mode) for pair in zip(found[::2], found[1::2], strict=True)]
         return key_values(*found)
 
     def _states(self) -> Iterator[Tensor]:
