@@ -8,26 +8,38 @@ import pytest
 import torch
 
 from specdec.engine.kv_cache import SlotCache
+from specdec.engine.quantize import decode
 
 LAYERS, HEADS, DIM = 3, 2, 3
 CPU = torch.device("cpu")
 PLANS = {"apart": None, "together": ["a"] * LAYERS, "mixed": [i % 2 for i in range(LAYERS)]}
+PLANS["int8"] = PLANS["mixed"]
+MODES = {"int8": "int8"}
 
 
 @pytest.fixture(autouse=True, params=PLANS)
 def plan(request, monkeypatch):
-    """Every test runs with layers that share their storage, do not, and share it in part."""
+    """Every test runs with layers that share their storage, do not, and share it in part.
+
+    And with quantized ones, of whole numbers that lose nothing.
+    """
     torch.manual_seed(0)
     monkeypatch.setitem(PLANS, "now", PLANS[request.param])
+    monkeypatch.setitem(MODES, "now", MODES.get(request.param))
 
 
 def new_cache(num_rows, capacity=8):
-    return SlotCache(LAYERS, num_rows, capacity, CPU, PLANS["now"])
+    return SlotCache(LAYERS, num_rows, capacity, CPU, PLANS["now"], MODES["now"])
 
 
 def draw_states(num_rows, num_new):
     """Keys and values of every layer, [layers, 2, B, heads, n, dim]."""
-    return torch.randn(LAYERS, 2, num_rows, HEADS, num_new, DIM)
+    states = torch.randn(LAYERS, 2, num_rows, HEADS, num_new, DIM)
+    if MODES["now"] is None:
+        return states
+    states = (40 * states).round().clamp(-127, 127)
+    states[..., 0] = 127  # the largest of its group
+    return states
 
 
 def write(cache, states, behind=0):
@@ -46,12 +58,20 @@ def fill(lengths, capacity=8):
     return cache, [states[:, :, row, :, :length] for row, length in enumerate(lengths)]
 
 
+def parts(layer):
+    """Keys and values of a layer, as they are attended."""
+    if MODES["now"] is None:
+        return layer.keys, layer.values
+    pairs = (layer.keys, layer.key_scales), (layer.values, layer.value_scales)
+    return [decode(*pair, MODES["now"]) for pair in pairs]
+
+
 def held(cache, row):
     """The committed states of a row, [layers, 2, heads, length, dim]."""
     length = cache.lengths[row]
     if not length:
         return torch.zeros(LAYERS, 2, HEADS, 0, DIM)
-    layers = [torch.stack([layer.keys[row], layer.values[row]]) for layer in cache.layers]
+    layers = [torch.stack([part[row] for part in parts(layer)]) for layer in cache.layers]
     return torch.stack(layers)[:, :, :, :length]
 
 
@@ -145,13 +165,13 @@ def test_bytes_count_all_slots():
     cache = new_cache(3, capacity=8)
     assert cache.num_bytes == 0
     write(cache, draw_states(3, 2))
-    slot = LAYERS * 2 * HEADS * DIM * 4
+    slot = LAYERS * 2 * HEADS * (DIM * 4 if MODES["now"] is None else DIM + 4)
     assert cache.num_bytes == 3 * 8 * slot
     cache.extend([2, 2, 2])
     write(cache, draw_states(3, 7))
     assert cache.num_bytes == 3 * 16 * slot
-    parts = [states for layer in cache.layers for states in (layer.keys, layer.values)]
-    allocated = {part.untyped_storage().data_ptr(): part.untyped_storage() for part in parts}
+    stored = [getattr(layer, name) for layer in cache.layers for name in layer.names]
+    allocated = {part.untyped_storage().data_ptr(): part.untyped_storage() for part in stored}
     assert cache.num_bytes == sum(storage.nbytes() for storage in allocated.values())
     cache.resize(4, 20)
     assert cache.num_bytes == 4 * 20 * slot
@@ -182,9 +202,9 @@ def test_unwritten_and_wiped_slots_are_zero():
     for layer in cache.layers:
         assert torch.count_nonzero(layer.keys[0, :, 1:]) == 0
         assert layer.keys.isfinite().all()
-        layer.values[1] = float("nan")
+        getattr(layer, layer.names[-1])[1] = float("nan")
     cache.wipe([1])
-    assert all(torch.count_nonzero(layer.values[1]) == 0 for layer in cache.layers)
+    assert all(torch.count_nonzero(parts(layer)[1][1]) == 0 for layer in cache.layers)
 
 
 @pytest.mark.parametrize(
@@ -241,5 +261,6 @@ def test_dropped_cache_frees_its_storage_at_once():
 def test_cache_that_does_not_fit_names_its_size():
     cache = new_cache(1, capacity=2**50)
     first = sum(kind == PLANS["now"][0] for kind in PLANS["now"]) if PLANS["now"] else 1
-    with pytest.raises(MemoryError, match=rf"{first * 2**50 * HEADS * DIM * 4:,} bytes.*batch"):
+    size = 4 if MODES["now"] is None else 1  # codes are the first states
+    with pytest.raises(MemoryError, match=rf"{first * 2**50 * HEADS * DIM * size:,} bytes.*batch"):
         write(cache, draw_states(1, 1))

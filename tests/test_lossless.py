@@ -63,7 +63,12 @@ VARIANTS: dict[str, list[dict]] = {
         {"max_nodes": 40, "children": "without_replacement"},
         {"choices": SAMPLED, "children": "with_replacement"},
     ],
-    "draft_model": [{}, {"width": 3, "max_nodes": 8}, {"confidence_threshold": 0.3}],
+    "draft_model": [
+        {},
+        {"width": 3, "max_nodes": 8},
+        {"confidence_threshold": 0.3},
+        {"width": 3, "max_nodes": 8, "cache": "int4"},
+    ],
     "ngram": [{"min_ngram": 1}, {"min_ngram": 1, "num_continuations": 3}],
 }
 # The option that keeps past outputs from changing later drafts.

@@ -82,13 +82,17 @@ def find_differences(
 
     Half precision rounds differently in batches of other shapes, so that near ties may fall the
     other way: the gap between the two best logits at the first difference says whether it was one.
+    Where our cache is quantized, transformers' arms are compared with each other alone.
     """
+    is_apart = config.target.cache != "none"
+    apart = {arm.name for arm in config.all_arms if is_apart and arm.type.startswith("hf_")}
     found: dict[str, list[models.PromptDifference]] = {name: [] for name in tables}
     gap = cache(partial(_top2_gap, target, config.sampling))  # arms often differ at one place
     for name, place in product(tables, range(len(requests))):
         pairs = (
             (against, ours.tokens, theirs.tokens)
             for against in baselines or config.baselines
+            if (name in apart) == (against in apart)
             for ours in runs_of(tables[name][place])
             for theirs in runs_of(tables[against][place])
             if ours.tokens != theirs.tokens and not config.sampling.temperature

@@ -46,18 +46,24 @@ class CannotCompileError(RuntimeError):
     """A model or a machine that code cannot be compiled for; says why."""
 
 
-def compile_mode(compile: bool | str, device: torch.device) -> str:
+def compile_mode(compile: bool | str, device: torch.device, cache: str | None = None) -> str:
     """Return what `compile` means on a device: "eager", "inductor" or "graphs".
 
     Raises:
         ValueError: no such mode, or one that the device does not have.
+        CannotCompileError: one that does not read a quantized `cache`.
     """
     if compile not in (False, True, "graphs", "auto"):
         raise ValueError(f"compile is {compile!r} but must be False, True, 'graphs' or 'auto'")
     if compile == "graphs" and device.type not in GRAPH_DEVICES:
         raise ValueError(f"compile is 'graphs', which needs CUDA, but the device is {device}")
+    if cache and compile in (True, "graphs"):
+        raise CannotCompileError(
+            f"compile is {compile!r}, but compiled code reads no {cache} cache; leave one of the "
+            "two out, or give compile='auto'"
+        )
     if compile == "auto":
-        return "graphs" if device.type == "cuda" else "eager"
+        return "graphs" if not cache and device.type == "cuda" else "eager"
     return "graphs" if compile == "graphs" else "inductor" if compile else "eager"
 
 

@@ -29,6 +29,7 @@ from specdec.drafters.base import (
 )
 from specdec.drafters.tree_growth import DynamicGrowth
 from specdec.engine.interfaces import Prompts, Target, TargetOutput
+from specdec.engine.quantize import mode_of
 from specdec.sampling.randomness import row_exponentials
 from specdec.sampling.sampler import Sampler, sample
 from specdec.targets.hf import HFTarget
@@ -118,6 +119,7 @@ class DraftModel(CachePasser):
         device: str | torch.device | None = None,
         quantization: str | None = None,
         compile: bool | str | None = None,
+        cache: str | None = None,
         num_draft_tokens: int = 5,
         width: int = 1,
         max_nodes: int | None = None,
@@ -134,14 +136,18 @@ class DraftModel(CachePasser):
             device: device of the model; None for the target's.
             quantization: "8bit" or "4bit" through bitsandbytes; None for none.
             compile: True (Inductor), "graphs", "auto" or False; None for the target's own mode.
+            cache: "fp8", "int8", "int6" or "int4" for quantized keys and values, as in
+                `load_target`, and then eager by default. None: the model's dtype.
         """
-        compile = as_target(compile, target)
+        is_eager = compile is None and mode_of(cache) is not None
+        compile = False if is_eager else as_target(compile, target)
         model = load_target(
             unpacked("demo/draft" if path == "demo" else path),
             dtype=dtype,
             device=target.device if device is None else device,
             quantization=quantization,
             compile=adapter is None and compile,
+            cache=cache,
         )
         for name, weight in model.model.named_parameters():
             if weight.is_floating_point() and not weight.isfinite().all():
@@ -152,7 +158,7 @@ class DraftModel(CachePasser):
             adapted = load_adapter(model.model, adapter)
             # Merged into a few bits, much of a small adapter would be rounded away.
             merged = adapted.get_base_model() if quantization else adapted.merge_and_unload()
-            model = HFTarget(merged.eval(), model.tokenizer, compile)
+            model = HFTarget(merged.eval(), model.tokenizer, compile, cache)
         if model.is_hybrid:
             raise ValueError(
                 f"draft model {path!r} has recurrent layers, which cannot forget what was "

@@ -6,13 +6,15 @@ again and nothing but an accepted tree path is ever moved.
 """
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from specdec.engine.quantize import decode, encode
 
 
 @dataclass
@@ -31,7 +33,8 @@ class _Slots:
 class _Bank:
     """Storage of layers of equal shape, moved, grown and reordered by one operation.
 
-    Keys and values are [layers, rows, kv heads, capacity, head_dim] once their shape is known.
+    Keys and values are [layers, rows, kv heads, capacity, head_dim] once their shape is known;
+    quantized, the codes of each and their scales are.
     """
 
     def __init__(self) -> None:
@@ -49,13 +52,13 @@ class _Bank:
             # No longer needed there; and what holds each other is not freed at once.
             layer.is_initialized, layer.bank, layer.slots.views = True, None, None
 
-    def allocate(self, keys: Tensor, values: Tensor, num_rows: int, capacity: int) -> None:
+    def allocate(self, states: Mapping[str, Tensor], num_rows: int, capacity: int) -> None:
         """Make room, for states [..., heads, any length, head_dim] like these."""
-        for name, like in (("keys", keys), ("values", values)):
+        for name, like in states.items():
             self.put(name, _allocate(like, len(self.layers), num_rows, capacity))
 
     def resize(self, num_rows: int, capacity: int, names: Sequence[str] = ()) -> None:
-        """Allocate this many rows and slots anew; only one of keys and values stands twice."""
+        """Allocate this many rows and slots anew; only one of the states stands twice."""
         for name in names or self.states:
             old = self.states[name]
             new = _allocate(old, len(self.layers), num_rows, capacity)
@@ -70,6 +73,7 @@ class _SlotLayer(CacheLayerMixin):
 
     is_compileable = False
     is_sliding = False
+    names: tuple[str, ...] = ("keys", "values")
 
     keys: Tensor
     values: Tensor
@@ -81,9 +85,12 @@ class _SlotLayer(CacheLayerMixin):
         bank.layers.append(self)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self._allocate(key_states, value_states)
+
+    def _allocate(self, *states: Tensor) -> None:
         assert self.bank is not None
-        num_rows, capacity = self.slots.num_rows, self.slots.capacity
-        self.bank.allocate(key_states, value_states, num_rows, capacity)
+        given = dict(zip(self.names, states, strict=True))
+        self.bank.allocate(given, self.slots.num_rows, self.slots.capacity)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -113,6 +120,29 @@ class _SlotLayer(CacheLayerMixin):
         return -1
 
 
+class _QuantizedLayer(_SlotLayer):
+    """A layer whose keys and values are codes; attention is given what they stand for."""
+
+    names = ("keys", "key_scales", "values", "value_scales")
+
+    key_scales: Tensor
+    value_scales: Tensor
+
+    def __init__(self, slots: _Slots, bank: _Bank, mode: str) -> None:
+        super().__init__(slots, bank)
+        self.mode = mode
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        new = *encode(key_states, self.mode), *encode(value_states, self.mode)
+        if not self.is_initialized:
+            self._allocate(*new)
+        stored = self.keys, self.key_scales, self.values, self.value_scales
+        seen = [self._write(*each) for each in zip(stored, new, strict=True)]
+        return decode(seen[0], seen[1], self.mode), decode(seen[2], seen[3], self.mode)
+
+
 class SlotCache(Cache):
     """The KV cache of a target or a draft model.
 
@@ -123,6 +153,8 @@ class SlotCache(Cache):
         device: device of slot indices.
         plan: `plan` of an earlier cache of the same model: layers of equal shape then share their
             storage, and an accepted path moves by one gather instead of one a layer.
+        mode: as in `specdec.engine.quantize`, for keys and values that are quantized when they
+            are written, and moved as they are; None for none.
 
     Attributes:
         lengths: committed tokens in the cache, per row, on the host.
@@ -136,12 +168,19 @@ class SlotCache(Cache):
         capacity: int,
         device: torch.device,
         plan: Sequence[Hashable] | None = None,
+        mode: str | None = None,
     ) -> None:
         self._slots = _Slots(batch_size, capacity)
         kinds = range(num_layers) if plan is None else plan
         banks = {kind: _Bank() for kind in kinds}
         self._banks = list(banks.values())
-        self._slot_layers = [_SlotLayer(self._slots, banks[kind]) for kind in kinds]
+        self.mode = mode
+        self._slot_layers = [
+            _QuantizedLayer(self._slots, banks[kind], mode)
+            if mode
+            else _SlotLayer(self._slots, banks[kind])
+            for kind in kinds
+        ]
         super().__init__(layers=list(self._slot_layers))
         self.device = device
         self._device_lengths: Tensor | None = None
@@ -168,7 +207,7 @@ class SlotCache(Cache):
         return [
             tuple(
                 (part.shape[1], part.shape[3], part.dtype, part.device)
-                for part in ((layer.keys, layer.values) if layer.is_initialized else ())
+                for part in (getattr(layer, name) for name in layer.names if layer.is_initialized)
             )
             for layer in self._slot_layers
         ]
@@ -177,7 +216,8 @@ class SlotCache(Cache):
     def states(self) -> list[tuple[Tensor, Tensor]] | None:
         """Keys and values [B, heads, capacity, head_dim] of every layer; None until all have some.
 
-        The live rows of the storage itself: they stand until rows come or go, or it grows.
+        The live rows of the storage itself: they stand until rows come or go, or it grows. None
+        where they are quantized.
         """
         if self._slots.views is None:
             self._slots.views = self.rows(self._slots.num_rows)
@@ -188,7 +228,7 @@ class SlotCache(Cache):
 
         At least the live ones; None as in `states`.
         """
-        if not all(layer.is_initialized for layer in self._slot_layers):
+        if self.mode or not all(layer.is_initialized for layer in self._slot_layers):
             return None
         if num_rows > len(self._slot_layers[0].keys):
             num_rows = self._slots.num_rows
@@ -234,6 +274,8 @@ class SlotCache(Cache):
             else:
                 index = slots.index[None, :, None, :num_new, None].to(live.device)
                 found.append(torch.take_along_dim(live, index, 3))
+        if self.mode:
+            found = [decode(*pair, self.mode) for pair in zip(found[::2], found[1::2], strict=True)]
         return key_values(*found)
 
     def _states(self) -> Iterator[Tensor]:
@@ -242,7 +284,7 @@ class SlotCache(Cache):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of keys and values allocated now."""
+        """Bytes of keys and values allocated now, scales included."""
         return sum(states.nbytes for states in self._states())
 
     @property
@@ -309,8 +351,7 @@ class SlotCache(Cache):
         self._grow(num_slots)
         for bank, joining in zip(self._banks, other._banks, strict=True):
             if joining.states and not bank.states:  # rows without a token held no keys yet
-                keys, values = (joining.states[name][0] for name in ("keys", "values"))
-                bank.allocate(keys, values, self._slots.num_rows, self._slots.capacity)
+                bank.allocate(joining.states, self._slots.num_rows, self._slots.capacity)
             for name, states in joining.states.items():
                 rows = slice(first, first + states.shape[1])
                 bank.states[name][:, rows, :, :num_slots] = states[:, :, :, :num_slots]
@@ -338,7 +379,7 @@ class SlotCache(Cache):
             bank.resize(num_rows, num_slots)
 
     def make_room(self, num_rows: int, num_slots: int) -> bool:
-        """Resize keys or values, one a call, until so many rows and slots can be appended.
+        """Resize one of the states a call, until so many rows and slots can be appended.
 
         Returns False, having done nothing, once there is room.
         """

@@ -19,7 +19,7 @@ MUST_AGREE = {
     "max_new_tokens": ("config.max_new_tokens",),
     "batch_size": ("config.batch_size", "config.prompts_per_call"),
     "rule": ("config.rule",),
-    "dtype": ("dtype", "quantized", "config.target.quantization"),
+    "dtype": ("dtype", "quantized", "config.target.quantization", "config.target.cache"),
     "device": ("device", "cpu", "cpu_count"),
     "threads": ("threads",),
     "processes": ("processes",),

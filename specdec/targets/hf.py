@@ -15,6 +15,7 @@ from specdec.common.compile import CannotCompileError, compile_mode, compile_s
 from specdec.engine.interfaces import KEYS_VALUES, Capabilities, Prompts, TargetOutput
 from specdec.engine.kv_cache import SlotCache
 from specdec.engine.metrics import ForwardClock
+from specdec.engine.quantize import mode_of
 from specdec.targets.attention import Masks
 from specdec.targets.compiled import CompiledLM, Forward, GraphedLM, States
 from specdec.targets.probe import check_target
@@ -63,6 +64,7 @@ class HFTarget(TargetEnds):
         model: the causal LM, in eval mode, on its device.
         tokenizer: its tokenizer, or None for token ids only.
         compile: as in `load_target`.
+        cache: as in `load_target`.
 
     Attributes:
         compile_mode: "eager", "inductor" or "graphs".
@@ -73,18 +75,26 @@ class HFTarget(TargetEnds):
         TypeError: something other than a causal LM.
         ValueError: an encoder-decoder, or recurrent layers other than gated delta rules, Mamba-2
             and short convolutions, whose state a rejected token would change for good; a mode that
-            the device does not have.
+            the device does not have; a quantized cache of a model that caches no keys and values,
+            or heads that cannot be packed.
         RuntimeError: it cannot be compiled, and `compile` asks for it.
     """
 
     capabilities = Capabilities(first_tap=KEYS_VALUES)
 
-    def __init__(self, model: Any, tokenizer: Any = None, compile: bool | str = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        compile: bool | str = False,
+        cache: str | None = None,
+    ) -> None:
         head = getattr(model, "get_output_embeddings", None)
         if isinstance(model, type) or head is None or head() is None:
             raise TypeError(
                 f"model is a {type(model).__name__} but must be a transformers causal LM"
             )
+        wanted = mode_of(cache)
         self.is_hybrid = _has_states(model, model.config.get_text_config())
         super().__init__(model, tokenizer)
         self.clock = ForwardClock(self.device)
@@ -100,6 +110,7 @@ class HFTarget(TargetEnds):
         self._is_bounded = False  # the room of the running rows is given by `reserve`
         self._ahead: _Reading | None = None
         self._places = torch.empty(1, 0, dtype=torch.long, device=self.device)
+        self._cache_mode: str | None = None
         self.cache = self._empty_cache()
         if self.is_hybrid:
             self._masks.may_be_none = False  # or mixers would ask the cache for their own
@@ -108,10 +119,12 @@ class HFTarget(TargetEnds):
         self._graphed: GraphedLM | None = None
         self.compile_mode, before = "eager", compile_s()
         check_target(self)
-        if (mode := compile_mode(compile, self.device)) != "eager":
+        if (mode := compile_mode(compile, self.device, wanted)) != "eager":
             self._compile(mode)
             check_target(self)  # the compiled code
         self.compile_s = compile_s() - before
+        if wanted:  # what was checked is the model, not how much is lost now
+            self._quantize(wanted)
         self.clock.take()
         self.cache = self._empty_cache()
 
@@ -138,6 +151,15 @@ class HFTarget(TargetEnds):
             raise CannotCompileError(
                 f"{name} cannot be compiled: {error}; load it with compile=False"
             ) from error
+
+    def _quantize(self, mode: str) -> None:
+        self._cache_mode = mode
+        self.__dict__.pop("_layout", None)
+        if not self._layout[1]:
+            raise ValueError(
+                f"cache is {mode!r}, but {type(self.model).__name__} caches no keys and values to "
+                "quantize; leave it out"
+            )
 
     def _examples(self) -> Iterator[tuple[Forward, States]]:
         """Open two caches for forwards whose sizes all differ."""
@@ -211,8 +233,8 @@ class HFTarget(TargetEnds):
             return begun
         self._ahead = None  # its memory is free before there is more
         longest, num_layers = max(map(len, given)), self.config.num_hidden_layers
-        kind = type(self.cache)
-        cache = kind(num_layers, len(given), longest, self.device, self._layout[0])
+        kind, how = type(self.cache), (self._layout[0], self._cache_mode)
+        cache = kind(num_layers, len(given), longest, self.device, *how)
         logits = torch.zeros(len(given), 1, self.vocab_size, device=self.device)
         return _Reading(given, tuple(taps), cache, logits)
 
@@ -238,7 +260,7 @@ class HFTarget(TargetEnds):
 
     def _empty_cache(self) -> SlotCache:
         kind = HybridCache if self.is_hybrid else SlotCache
-        return kind(self.config.num_hidden_layers, 1, 1, self.device)
+        return kind(self.config.num_hidden_layers, 1, 1, self.device, None, self._cache_mode)
 
     def _run_over(self, draft: Draft | None = None, counts: Sequence[int] | None = None) -> None:
         """Tell recurrent layers what the next forward runs over."""

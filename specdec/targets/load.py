@@ -18,6 +18,7 @@ from specdec.common.distribution import install
 from specdec.common.files import first_line, read_json
 from specdec.common.hub import find_checkpoint
 from specdec.demo import demo_path
+from specdec.engine.quantize import mode_of
 from specdec.engine.scheduler import is_out_of_memory
 from specdec.targets.hf import HFTarget, TargetEnds
 
@@ -48,6 +49,7 @@ def load_target(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     compile: bool | str = False,
+    cache: str | None = "none",
     engine: str | None = None,
     cache_mode: str | None = None,
     cache_tokens: int | None = None,
@@ -69,6 +71,9 @@ def load_target(
         compile: True for code compiled by Inductor, which needs a C++ compiler and some ten seconds
             once for each kind of layer (kept in TORCHINDUCTOR_CACHE_DIR); "graphs" for CUDA graphs;
             "auto" for graphs on CUDA and nothing on a CPU; False for none.
+        cache: "fp8", "int8", "int6" or "int4" for keys and values that are quantized as they are
+            written, with a scale for every 32 channels of a token: 8.5, 8.5, 6.5 and 4.5 bits a
+            value in half precision. Such a target is not compiled. "none": the model's dtype.
         engine: "exllamav2" or "exllamav3", with CUDA, for a folder that it reads, EXL2 or EXL3
             among others; chains only. None for transformers.
         cache_mode: "FP16", "Q8", "Q6" or "Q4": keys and values of such an engine. None: FP16.
@@ -89,11 +94,11 @@ def load_target(
 
     if engine or cache_mode or cache_tokens:
         own = (dtype, device, device_map, quantization, revision, trust_remote_code, compile)
-        has_own = any((*own, attn_implementation))
+        has_own = any((*own, attn_implementation, mode_of(cache)))
         return _load_engine(path, engine, cache_mode or "FP16", cache_tokens, has_own)
     where = check_path(path)
     chosen = find_device(device)
-    compile_mode(compile, chosen)
+    compile_mode(compile, chosen, mode_of(cache))
     options: dict[str, Any] = {
         "dtype": find_dtype(dtype, chosen),
         "use_safetensors": True,
@@ -122,7 +127,7 @@ def load_target(
             for module in model.modules():
                 if hasattr(module, "support_avx512bf16_for_cpu"):
                     module.support_avx512bf16_for_cpu = False
-        target = HFTarget(model.eval(), compile=compile)
+        target = HFTarget(model.eval(), compile=compile, cache=cache)
     except (IncompleteCheckpointError, CannotCompileError):
         raise
     except Exception as error:
@@ -140,7 +145,8 @@ def _load_engine(
     faults = {
         f"engine is {engine!r} but must be {' or '.join(ENGINES)}": engine not in ENGINES,
         f"cache_mode is {mode!r}, not in {CACHE_MODES}": mode not in CACHE_MODES,
-        f"{engine} takes what the folder holds; CUDA_VISIBLE_DEVICES names its GPUs": has_own,
+        f"{engine} takes what the folder holds; CUDA_VISIBLE_DEVICES names its GPUs, and "
+        "cache_mode its cache": has_own,
         f"{engine} reads folders, not {path!r}": not Path(where).is_dir(),
     }
     for message in filter(faults.get, faults):

@@ -26,3 +26,6 @@ class Placement(Config):
     attn_implementation: str | None = Field(
         default=None, description="attention of transformers, as sdpa or eager"
     )
+    cache: str = Field(
+        default="none", description="keys and values in fp8, int8, int6 or int4, or none of these"
+    )

@@ -57,3 +57,12 @@ def test_gap_is_of_the_penalized_logits():
 
 def test_sampled_outputs_are_not_compared():
     assert compare(lambda i, tokens: [0], temperature=1.0)[2] == []
+
+
+def test_quantized_cache_is_not_held_against_transformers():
+    runs = {name: [[Run([n], 1, 0.1, 0.1)]] for n, name in enumerate(("plain", "hf_generate"))}
+    tables = {**runs, "ngram": runs["plain"], "other": runs["hf_generate"]}
+    for cache, differ in (("none", set(tables)), ("int8", {"other"})):
+        config = BenchConfig(target={"cache": cache})
+        found = find_differences(REQUESTS[:1], tables, config, None)
+        assert {name for name in found if found[name]} == differ

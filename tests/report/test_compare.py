@@ -77,6 +77,7 @@ def test_seed_matters_only_where_something_is_drawn():
     ("place", "values", "message"),
     [
         ("provenance.config.target.quantization", ("4bit", "8bit"), "quantization is '4bit' in"),
+        ("provenance.config.target.cache", ("none", "int8"), "cache is 'none' in"),
         ("target.facts", ({"rope": {"base": 1e4}}, {"rope": {"base": 5e5}}), "target.rope.base"),
         ("target.hidden_size", (160, 320), "hidden_size is '160' in 'a' and '320'"),
     ],
