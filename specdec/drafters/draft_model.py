@@ -190,6 +190,7 @@ class DraftModel(CachePasser):
         self, prompts: Prompts, output: TargetOutput, sampler: Sampler, *, join: bool = False
     ) -> None:
         """Keep the prompts, which are cached when a draft is asked for."""
+        self._drafted = []
         if self.bridge:
             contexts = [self.bridge.context(prompt) for prompt in prompts]
             self._contexts = [*self._contexts, *contexts] if join else contexts

@@ -190,8 +190,8 @@ class Context:
     def _cut(self) -> int:
         """How many tokens stand before the last word, or before what is looked at again."""
         places = range(max(0, len(self.tokens) - BACK), len(self.tokens) + 1)
-        following = [(place, self._end(place)) for place in places]
-        following = [(place, self._text[end : end + 1]) for place, end in following]
+        ends = [(place, self._end(place)) for place in places]
+        following = [(place, self._text[end : end + 1]) for place, end in ends]
         whole = [(place, byte) for place, byte in following if not b"\x80" <= byte < b"\xc0"]
         words = [place for place, byte in whole if byte in (b" ", b"\n", b"\xff")]
         return words[-1] if words else whole[0][0] if whole else places[0]
@@ -256,8 +256,8 @@ class Bridge:
 
     def fed(self, tokens: Sequence[int]) -> list[int]:
         """The draft model's ids of the target's, up to the first that is not shared."""
-        found = (self.draft.ids.get(self.target.pieces[token] or b"") for token in tokens)
-        return [*takewhile(lambda token: token is not None, found)]
+        found = (self.draft.ids.get(self.target.pieces[token] or b"", -1) for token in tokens)
+        return [*takewhile(lambda token: token >= 0, found)]
 
     def retokenized(self, tokens: Sequence[int]) -> list[int]:
         """The draft model's tokens in those of the target, up to the first that it cannot say."""
