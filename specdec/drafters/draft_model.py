@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors import safe_open
@@ -28,6 +28,7 @@ from specdec.drafters.base import (
     set_apart,
 )
 from specdec.drafters.tree_growth import DynamicGrowth
+from specdec.drafters.vocabulary import Bridge, Context, Vocabulary
 from specdec.engine.interfaces import Prompts, Target, TargetOutput
 from specdec.engine.quantize import mode_of
 from specdec.sampling.randomness import row_exponentials
@@ -46,7 +47,7 @@ _BASE_FILE = "base.json"
 
 
 class DraftModel(CachePasser):
-    """Drafts with a language model that shares the target's tokenizer.
+    """Drafts with a language model that has the target's tokenizer or, with a bridge, another.
 
     A chain (`width` 1) is the argmax at temperature 0 and otherwise sampled from the model's own
     processed distribution, which it reports. A tree (`width` > 1) holds the top `width` children of
@@ -61,8 +62,10 @@ class DraftModel(CachePasser):
         confidence_threshold: a chain ends where the product of the model's highest probabilities
             falls below this. It looks at the distribution, never at the token drawn from it, so a
             sampled chain stays lossless.
+        bridge: to the target's vocabulary, for a model with another tokenizer.
 
-    Source: Leviathan et al. 2022, arXiv 2211.17192; trees: EAGLE-2, arXiv 2406.16858.
+    Source: Leviathan et al. 2022, arXiv 2211.17192; trees: EAGLE-2, arXiv 2406.16858; other
+    tokenizers: Timor et al. 2025, arXiv 2502.05202.
     """
 
     kind, title, trained_as = "draft_model", "Draft model", "language_model"
@@ -90,6 +93,7 @@ class DraftModel(CachePasser):
         width: int = 1,
         max_nodes: int | None = None,
         confidence_threshold: float = 0.0,
+        bridge: Bridge | None = None,
     ) -> None:
         require_counts(num_draft_tokens=num_draft_tokens, width=width, max_nodes=max_nodes)
         if not 0 <= confidence_threshold < 1:
@@ -107,7 +111,13 @@ class DraftModel(CachePasser):
         self.clock = model.clock
         self._holders = [model]
         self._num_fed = max(CATCH_UP, whole)
-        self._committed: list[list[int]] = []
+        self._committed: list[list[int]] = []  # in the model's own tokens
+        self.bridge = bridge
+        self._retokenizes = bridge is not None and bridge.mode == "retokenize"
+        if bridge:  # a text has other places there: it is no `Forced`, and is replayed
+            self.forced = None  # type: ignore[assignment,method-assign]
+        self._contexts: list[Context] = []  # with a bridge, whose tokens are the committed ones
+        self._drafted: list[list[int]] = []  # own tokens of a draft that was retokenized
 
     @classmethod
     def load(
@@ -124,6 +134,7 @@ class DraftModel(CachePasser):
         width: int = 1,
         max_nodes: int | None = None,
         confidence_threshold: float = 0.0,
+        vocabulary: Literal["same", "auto", "intersect", "retokenize"] = "same",
     ) -> "DraftModel":
         """Load the model for a target.
 
@@ -138,7 +149,13 @@ class DraftModel(CachePasser):
             compile: True (Inductor), "graphs", "auto" or False; None for the target's own mode.
             cache: "fp8", "int8", "int6" or "int4" for quantized keys and values, as in
                 `load_target`, and then eager by default. None: the model's dtype.
+            vocabulary: "same" refuses a model with another tokenizer than the target's. With
+                "intersect" such a model says only what both vocabularies hold; with "retokenize" it
+                drafts chosen chains in its own, whose text the target's tokenizer reads. "auto"
+                intersects where half of the target's vocabulary is shared, and for trees.
         """
+        if vocabulary not in (known := ("same", "auto", "intersect", "retokenize")):
+            raise ValueError(f"vocabulary is {vocabulary!r} but must be one of {', '.join(known)}")
         is_eager = compile is None and mode_of(cache) is not None
         compile = False if is_eager else as_target(compile, target)
         model = load_target(
@@ -164,15 +181,33 @@ class DraftModel(CachePasser):
                 f"draft model {path!r} has recurrent layers, which cannot forget what was "
                 "rejected; use one with attention only"
             )
-        check_same_tokenizer(model.tokenizer, target.tokenizer, path)
+        bridge, tokenizers = None, (model.tokenizer, target.tokenizer)
+        if vocabulary == "same":
+            way_out = ", or vocabulary='auto'"
+            check_same_tokenizer(*tokenizers, path, way_out)
+        elif None in tokenizers:
+            raise ValueError(
+                f"vocabulary is {vocabulary!r} but the target or drafter {path!r} has no "
+                "tokenizer; use vocabulary='same' where their ids mean the same"
+            )
+        elif vocabulary != "auto" or _differing(*tokenizers):
+            own = Vocabulary(model.tokenizer, model.vocab_size, f"drafter {path!r}")
+            its = Vocabulary(target.tokenizer, target.vocab_size, "the target")
+            bridge = Bridge(own, its, vocabulary, width > 1, model.device)
         shape = num_draft_tokens, width, max_nodes, confidence_threshold
-        return cls(model, target.vocab_size, *shape)
+        return cls(model, target.vocab_size, *shape, bridge)
 
     def begin(
         self, prompts: Prompts, output: TargetOutput, sampler: Sampler, *, join: bool = False
     ) -> None:
         """Keep the prompts, which are cached when a draft is asked for."""
-        committed = [self._known(prompt) for prompt in prompts]
+        self._drafted = []
+        if self.bridge:
+            contexts = [self.bridge.context(prompt) for prompt in prompts]
+            self._contexts = [*self._contexts, *contexts] if join else contexts
+            committed = [context.tokens for context in contexts]
+        else:
+            committed = [self._known(prompt) for prompt in prompts]
         self._committed = [*self._committed, *committed] if join else committed
         self.model.prefill([[] for _ in prompts], join=join)
 
@@ -191,24 +226,54 @@ class DraftModel(CachePasser):
             growth = DynamicGrowth(self.width, self.max_nodes, num_levels, sampler)
             growth.add_level(logits.unsqueeze(1))
             for _ in range(1, num_levels):
-                growth.add_level(self._fit(self.model.grow(*growth.newest)))
+                tokens, *places = growth.newest
+                growth.add_level(self._fit(self.model.grow(self._own(tokens), *places)))
             draft = growth.draft(budget)
         else:
             draft = self._chain(logits, num_levels, budget, sampler)
+        if self.bridge and self._retokenizes:
+            rows = draft.tokens.tolist()
+            self._drafted = [[token for token in row if token >= 0] for row in rows]
+            said = [
+                self.bridge.retokenized(row)[:limit]
+                for row, limit in zip(self._drafted, budget, strict=True)
+            ]
+            tokens = torch.tensor(padded(said, -1), dtype=torch.long, device=root.device)
+            lengths = torch.tensor([len(row) for row in said], device=root.device)
+            return Draft.chain(tokens, lengths)
         if draft.tokens.device == root.device:
             return draft
         return draft.map_rows(lambda tensor: tensor.to(root.device))
 
     def observe(self, verdict: Verdict, committed: Tokens, hidden: dict[int, Tensor]) -> None:
         """Roll the cache back to what was accepted."""
+        if self.bridge:
+            self._align(committed)
+            return
         lengths = []
         for row, new, cached in zip(self._committed, committed, self.model.lengths, strict=True):
             lengths.append(min(cached, len(row) + len(new) - 1))
             row.extend(self._known(new))
         self.model.rollback(lengths)
 
+    def _align(self, committed: Tokens) -> None:
+        """Read the committed text, and roll the cache back to where it says something else."""
+        assert self.bridge is not None
+        lengths = []
+        for row, (new, cached) in enumerate(zip(committed, self.model.lengths, strict=True)):
+            context = self._contexts[row]
+            # All of them but the last are the accepted part of the draft.
+            fed = self._drafted[row] if self._drafted else self.bridge.fed(new[:-1])
+            same = context.add(self.bridge.text(new), len(new), fed)
+            lengths.append(min(cached, same, len(context.tokens) - 1))
+        self._drafted = []
+        self.model.rollback(lengths)
+
     def reorder(self, rows: Tensor) -> None:
         rows = rows.to(self.model.device)
+        if self.bridge:
+            self._contexts = [self._contexts[row] for row in rows.tolist()]
+            self._drafted = [self._drafted[row] for row in rows.tolist() if self._drafted]
         self._committed = [self._committed[row] for row in rows.tolist()]
         self.model.reorder(rows)
 
@@ -219,8 +284,8 @@ class DraftModel(CachePasser):
 
     @property
     def fixed_shape(self) -> FixedShape | None:
-        """A chain; a tree chooses its nodes."""
-        if self.makes_trees:
+        """A chain; a tree chooses its nodes, and another tokenizer has other levels."""
+        if self.makes_trees or self.bridge:
             return None
         chain = from_choices([(0,) * (level + 1) for level in range(self.num_draft_tokens)])
         return FixedShape(chain, self.children, self.confidence_threshold)
@@ -280,11 +345,23 @@ class DraftModel(CachePasser):
         return [min(token, self.model.vocab_size - 1) for token in tokens]
 
     def _fit(self, logits: Tensor) -> Tensor:
-        """Crop or pad the last dimension to the target's vocabulary."""
+        """Crop, pad or scatter the last dimension to the vocabulary that the draft is in."""
+        if self.bridge:
+            if self._retokenizes:
+                return logits
+            fitted = logits.new_full((*logits.shape[:-1], self.vocab_size), float("-inf"))
+            fitted[..., self.bridge.target_ids] = logits[..., self.bridge.draft_ids]
+            return fitted
         missing = self.vocab_size - logits.shape[-1]
         if missing <= 0:
             return logits[..., : self.vocab_size] if missing else logits
         return pad(logits, (0, missing), value=float("-inf"))
+
+    def _own(self, tokens: Tensor) -> Tensor:
+        """Drafted tokens as the model reads them."""
+        if self.bridge is None or self._retokenizes:
+            return tokens
+        return self.bridge.to_draft[tokens]
 
     def _chain(
         self, logits: Tensor, num_levels: int, budget: Sequence[int], sampler: Sampler
@@ -294,8 +371,11 @@ class DraftModel(CachePasser):
         chosen: list[Tensor] = []  # [B, 1] of each level
         reported: list[Tensor] = []
         lengths = torch.tensor([min(n, num_levels) for n in budget], device=logits.device)
-        if not sampler.is_greedy:  # the numbers of committed tokens
-            counters = torch.tensor([len(row) for row in self._committed], device=logits.device)
+        is_greedy = sampler.is_greedy or self._retokenizes
+        if not is_greedy:  # the numbers of the target's committed tokens, which never fall
+            held = [context.num_committed for context in self._contexts]
+            held = held or [len(row) for row in self._committed]
+            counters = torch.tensor(held, device=logits.device)
         survival: Tensor | float = 1.0
         is_ragged = bool(self.confidence_threshold) or min(budget) < num_levels
         for level in range(num_levels):
@@ -307,14 +387,14 @@ class DraftModel(CachePasser):
                 # Only where it costs no synchronization does an ended batch save its forwards.
                 if logits.device.type == "cpu" and bool((lengths <= level).all()):
                     break
-            if sampler.is_greedy:
+            if is_greedy:
                 chosen.append(scores.argmax(-1, keepdim=True))
             else:
                 probs = sampler.probs(scores.unsqueeze(1)).squeeze(1)
                 reported.append(probs)
                 chosen.append(sample(probs, self._noise(sampler, counters, level)).unsqueeze(1))
             if level + 1 < num_levels:
-                logits = self._fit(self.model.feed(chosen[-1], counts))
+                logits = self._fit(self.model.feed(self._own(chosen[-1]), counts))
         if not chosen:
             return Draft.empty(len(budget), logits.device)
         tokens = torch.cat(chosen, 1)  # [B, N]
@@ -326,7 +406,7 @@ class DraftModel(CachePasser):
 
     def _scores(self, logits: Tensor, chosen: list[Tensor], sampler: Sampler) -> Tensor:
         """Process the newest level's logits [B, V] in the context of the chain so far."""
-        if sampler.is_plain:
+        if sampler.is_plain or self._retokenizes:  # which are the target's settings, and ids
             return logits
         partial = Draft.chain(torch.cat(chosen, 1)) if chosen else None
         nodes = torch.full((len(logits), 1), len(chosen), device=logits.device)
@@ -346,17 +426,20 @@ class DraftModel(CachePasser):
         return row_exponentials(seeds, counters, stream, self.vocab_size)
 
 
-def check_same_tokenizer(draft: Any, target: Any, path: str) -> None:
+def _differing(draft: Any, target: Any) -> list[str]:
+    known = target.get_vocab()
+    return [token for token, index in draft.get_vocab().items() if known.get(token) != index]
+
+
+def check_same_tokenizer(draft: Any, target: Any, path: str, way_out: str = "") -> None:
     """Refuse a drafter whose ids mean other text; a padded vocabulary is fine."""
     if draft is None or target is None:
         return
-    known, vocab = target.get_vocab(), draft.get_vocab()
-    differing = [token for token, index in vocab.items() if known.get(token) != index]
-    if differing:
+    if differing := _differing(draft, target):
         raise ValueError(
             f"drafter {path!r} has another tokenizer than the target: {len(differing)} of "
-            f"{len(vocab)} tokens differ, {differing[0]!r} for one; drafting needs a model "
-            "with the target's own tokenizer"
+            f"{len(draft.get_vocab())} tokens differ, {differing[0]!r} for one; drafting needs a "
+            f"model with the target's own tokenizer{way_out}"
         )
 
 
