@@ -101,9 +101,9 @@ class _State:
         found = []
         for start in range(0, num_nodes, _BLOCK):
             part = slice(start, start + _BLOCK)
-            given = (each[:, :, part] for each in (queries, keys, values, decay))
+            q, k, v, g = (each[:, :, part] for each in (queries, keys, values, decay))
             own = beta if beta is None else beta[:, :, part]
-            outputs, written = _solve(state, *given, own, None)
+            outputs, written = _solve(state, q, k, v, g, own, None)
             last = torch.full_like(counts, outputs.shape[2] - 1)
             state.copy_(_added(state, written, last))
             found.append(outputs)
@@ -186,7 +186,7 @@ class HybridCache(SlotCache):
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
         return None
 
-    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> _State:
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Any:
         return self._of(layer_idx)
 
     def update_conv_state(
@@ -196,7 +196,7 @@ class HybridCache(SlotCache):
         width = kwargs["conv_kernel_size"]
         return self._of(layer_idx).see(conv_states, state_idx, width).flatten(2)
 
-    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> None:
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Any:
         return None
 
     def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
