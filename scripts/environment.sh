@@ -5,11 +5,11 @@ if [ ! -f "$stamp" ]; then
   [ -d .venv ] || { echo "Making the environment .venv"; python3 -m venv .venv; }
   if command -v nvidia-smi > /dev/null 2>&1; then
     echo "Installing torch for CUDA and specdec-lab[$extra] (some minutes)"
-    .venv/bin/pip install -q --no-compile -e ".[$extra]"
+    .venv/bin/pip install -q -e ".[$extra]"
   else
     echo "Installing torch for the CPU and specdec-lab[$extra] (some minutes)"
-    .venv/bin/pip install -q --no-compile -r constraints/cpu.txt
-    .venv/bin/pip install -q --no-compile -c constraints/cpu.txt -e ".[$extra]"
+    .venv/bin/pip install -q -r constraints/cpu.txt
+    .venv/bin/pip install -q -c constraints/cpu.txt -e ".[$extra]"
   fi
   touch "$stamp"
 fi

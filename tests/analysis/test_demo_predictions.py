@@ -41,7 +41,9 @@ medusa: [{{max_nodes: 1}}, {{max_nodes: 6}}, {{max_nodes: 12}},
   {{choices: [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0]]}}]
 eagle: {HEAD}
 eagle3: {HEAD}
+dflash: {HEAD}
 """)
+SHAPES["mtp"] = [{"path": "demo", **shape} for shape in SHAPES["eagle3"]]
 SHAPES["hybrid"] = [
     {"drafters": [{"type": lookup}, {"type": "eagle3", **SHAPES["eagle3"][index]}], "max_nodes": n}
     for lookup in ("ngram", "suffix")
