@@ -132,6 +132,13 @@ def test_chunks_joins_and_pauses_change_nothing(target, monkeypatch):
         torch.testing.assert_close(behind[row], alone, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_half_precision_is_kept(name):
+    kind, options = MODELS[name]
+    target = HFTarget(build(kind, options | SIZES).bfloat16())
+    assert target.prefill([[3, 4, 5], [7]]).logits.isfinite().all()
+
+
 def test_memory_is_as_predicted(target):
     target.reserve(3, 32, join=False)
     target.prefill([[1, 2, 3]] * 3)

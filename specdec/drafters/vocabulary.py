@@ -188,7 +188,7 @@ class Context:
         return self.ends[count - 1] if count else 0
 
     def _cut(self) -> int:
-        """How many tokens stand before the last word, or before what is looked at again."""
+        """Count the tokens before the last word, or before what is looked at again."""
         places = range(max(0, len(self.tokens) - BACK), len(self.tokens) + 1)
         ends = [(place, self._end(place)) for place in places]
         following = [(place, self._text[end : end + 1]) for place, end in ends]

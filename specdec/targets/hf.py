@@ -472,7 +472,7 @@ def _seen(draft: Draft) -> Tensor:
 
 
 def _has_states(model: Any, config: Any) -> bool:
-    """Whether a model has recurrent layers; refuses those that are none that we can run."""
+    """Tell if a model has recurrent layers; refuse those that cannot be run here."""
     name = type(model).__name__
     if config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder; a target must be a causal language model")

@@ -316,7 +316,7 @@ def delta_rule(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Gated delta rule over nodes [B, n, heads, dim]."""
-    dtype = torch.promote_types(value.dtype, torch.float32)
+    own, dtype = value.dtype, torch.promote_types(value.dtype, torch.float32)
     query, key, value, g, beta = (
         each.transpose(1, 2).to(dtype) for each in (query, key, value, g, beta)
     )
@@ -327,7 +327,7 @@ def delta_rule(
     groups = value.shape[1] // key.shape[1]
     query, key = (each.repeat_interleave(groups, 1) for each in (query, key))
     outputs = initial_state.attend(query * query.shape[-1] ** -0.5, key, value, g, beta)
-    return outputs.transpose(1, 2).contiguous().to(value.dtype), None
+    return outputs.transpose(1, 2).contiguous().to(own), None
 
 
 def chunk_scan(
